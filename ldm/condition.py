@@ -1,0 +1,73 @@
+"""Everything a network may be told besides x_t and t."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the network is told; a field that is None (or an empty tuple) is not used.
+
+    context: (B, L, D) tokens for cross-attention.  mask: (B, L) bool, True = a real token.  vector: (B, D) added to the time embedding.
+    concat: (B, C, h, w) stacked on x_t's channels.  hint: (B, 3, H, W) each, one per ControlNet.
+    """
+
+    context: Tensor | None = None
+    mask: Tensor | None = None
+    vector: Tensor | None = None
+    concat: Tensor | None = None
+    hint: tuple[Tensor, ...] = ()
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
+        """The Condition with f applied to every tensor in it."""
+        values = {x.name: getattr(self, x.name) for x in fields(self)}
+        return replace(self, **{k: tuple(map(f, v)) if isinstance(v, tuple) else f(v) for k, v in values.items() if v is not None})
+
+    def to(self, *args, **kwargs) -> "Condition":
+        """Move or cast as Tensor.to does; the boolean mask keeps its dtype."""
+        return self.map(lambda v: v.to(*args, **kwargs) if v.is_floating_point() else v.to(v.to(*args, **kwargs).device))
+
+    def index(self, rows: slice | Tensor | Sequence[int]) -> "Condition":
+        """The given rows of every tensor."""
+        return self.map(lambda v: v[rows])
+
+    def where(self, keep: Tensor, other: "Condition") -> "Condition":
+        """Row by row: self where keep (B,) is True, other elsewhere (condition dropout, Ho & Salimans 2022, algorithm 1)."""
+        both = self.cat(other)
+        rows = torch.arange(len(keep), device=keep.device)
+        return both.index(torch.where(keep, rows, rows + len(keep)))
+
+    def cat(self, *others: "Condition") -> "Condition":
+        """Stack batches; shorter contexts are padded with masked tokens. Raises ValueError if the fields in use differ."""
+        parts = (self, *others)
+        used = [tuple(bool(v) if isinstance(v, tuple) else v is not None for v in (p.context, p.vector, p.concat, p.hint)) for p in parts]
+        if len(set(used)) > 1:
+            raise ValueError(f"conditions with different fields cannot be stacked (context, vector, concat, hint in use: {used})")
+
+        def stack(values: Sequence[Tensor | None]) -> Tensor | None:
+            return None if values[0] is None else torch.cat([v for v in values if v is not None])
+
+        context, mask = [p.context for p in parts], [p.mask for p in parts]
+        lengths = {c.shape[1] for c in context if c is not None}
+        if len(lengths) > 1 or any(m is not None for m in mask):
+            longest = max(lengths)
+            mask = [_mask(p, longest) for p in parts]
+            context = [pad(c, (0, 0, 0, longest - c.shape[1])) for c in context if c is not None]
+        return Condition(
+            stack(context),
+            stack(mask),
+            stack([p.vector for p in parts]),
+            stack([p.concat for p in parts]),
+            tuple(torch.cat(h) for h in zip(*(p.hint for p in parts), strict=True)),
+        )
+
+
+def _mask(cond: Condition, length: int) -> Tensor | None:
+    if cond.context is None:
+        return None
+    mask = cond.mask if cond.mask is not None else torch.ones(cond.context.shape[:2], dtype=torch.bool, device=cond.context.device)
+    return pad(mask, (0, length - mask.shape[1]), value=False)

@@ -1,0 +1,68 @@
+"""Small tensor operations and the one source of randomness: noise keyed by what it is for, never by who draws it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """Reshape t (B,) or () so that it broadcasts against x (B, ...)."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
+
+
+def mean_per_sample(x: Tensor) -> Tensor:
+    """Mean of x (B, ...) over all axes but the first: (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def key(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part and on nothing else."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Random draws for a batch of rows, row i keyed by (seed, purpose, place, index[i]).
+
+    seed: of the run.  place: the pass over the data, or 0.  index: one integer a row (a sample's index in its data set, or an image's seed).
+    position, total: each row's position in the global batch and that batch's size, for draws that are stratified over the batch.
+    The same row gets the same numbers at any batch size, worker count or rank.  Draws are made on the CPU in float32 and then moved.
+    """
+
+    seed: int
+    index: Sequence[int]
+    place: int = 0
+    position: Sequence[int] | None = None
+    total: int | None = None
+
+    def normal(self, purpose: str, x: Tensor) -> Tensor:
+        """Standard normal shaped, typed and placed like x (B, ...)."""
+        return self._draw(torch.randn, purpose, x)
+
+    def uniform(self, purpose: str, x: Tensor) -> Tensor:
+        """Uniform in [0, 1) shaped, typed and placed like x (B, ...)."""
+        return self._draw(torch.rand, purpose, x)
+
+    def stream(self, purpose: str) -> Callable[[Tensor], Tensor]:
+        """A callable that draws one standard normal shaped like its argument, a new one at each call: a sampler's `noise`."""
+        step = 0
+
+        def draw(x: Tensor) -> Tensor:
+            nonlocal step
+            step += 1
+            return self.normal(f"{purpose}/{step}", x)
+
+        return draw
+
+    def _draw(self, draw: Callable[..., Tensor], purpose: str, x: Tensor) -> Tensor:
+        if len(self.index) != len(x):
+            raise ValueError(f"noise is keyed for {len(self.index)} rows, the tensor has {len(x)}")
+        out = torch.empty(x.shape)
+        generator = torch.Generator()
+        for row, index in zip(out, self.index, strict=True):
+            generator.manual_seed(key(self.seed, purpose, self.place, int(index)))
+            draw(row.shape, generator=generator, out=row)
+        return out.to(x)
