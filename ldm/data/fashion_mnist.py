@@ -1,0 +1,53 @@
+"""Fashion-MNIST (Xiao, Rasul & Vollgraf 2017): 60,000 + 10,000 grey garments of ten classes, with descriptive captions."""
+
+import gzip
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ldm.data.memory import InMemory, read_captions
+from ldm.fetch import fashion_mnist
+
+FILES = {"train": "train", "test": "t10k"}
+CAPTIONS = Path(__file__).with_suffix(".json")
+
+
+class FashionMNIST(InMemory):
+    """Fashion-MNIST, its 28 px zero-padded to size: image (1, size, size) in [-1, 1], black ground at -1.
+
+    split: train or test.  root: a folder that may hold the files (else cache, system, download).  captions: a JSON file
+    {class: [caption, ...]}; by default the one beside this module.  Raises ValueError for a bad option, AssetError without the files.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        root: str | Path | None = None,
+        size: int = 32,
+        captions: str | Path | None = None,
+        seed: int = 0,
+        flip: bool = False,
+    ):
+        if split not in FILES:
+            raise ValueError(f"split={split!r}: expected one of {', '.join(FILES)}")
+        if size < 28 or size % 2:
+            raise ValueError(f"size={size}: the images have 28 px and are only padded; expected an even number from 28 up")
+        folder = fashion_mnist(root)
+        images = read_idx(folder / f"{FILES[split]}-images-idx3-ubyte.gz")
+        labels = read_idx(folder / f"{FILES[split]}-labels-idx1-ubyte.gz")
+        images = pad(images[:, None], [(size - 28) // 2] * 4)
+        super().__init__(f"fashion_mnist-{split}", images, labels, read_captions(captions or CAPTIONS), seed, flip)
+
+
+def read_idx(path: Path) -> Tensor:
+    """A gzipped IDX file of bytes as a uint8 tensor of the shape it declares. Raises ValueError if it is not one."""
+    with gzip.open(path) as file:
+        content = file.read()
+    ndim = content[3] if len(content) > 3 else 0
+    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, 4 + 4 * ndim, 4)]
+    body = torch.frombuffer(bytearray(content), dtype=torch.uint8)[4 + 4 * ndim :]
+    if content[:3] != b"\0\0\x08" or len(body) != torch.Size(shape).numel():
+        raise ValueError(f"{path}: not an IDX file of bytes")
+    return body.reshape(shape).clone()

@@ -1,0 +1,85 @@
+"""Captioned, labelled images held in memory as bytes, with every random choice keyed by (pass, index)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.tensors import key
+
+
+class InMemory(Dataset):
+    """Images (N, C, H, W) uint8 with one class label each and several captions a class.
+
+    A sample's caption, and its left-right flip if flips are on, depend on (seed, place, index) alone, place being the pass over the data:
+    the same at any batch size, worker count or rank.  Raises ValueError for labels or captions that do not fit.
+    """
+
+    def __init__(self, name: str, images: Tensor, labels: Tensor, captions: Mapping[str, Sequence[str]], seed: int = 0, flip: bool = False):
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+            raise ValueError(
+                f"{name}: expected uint8 images (N, C, H, W) and N labels, got {images.dtype} {tuple(images.shape)}, {len(labels)}"
+            )
+        if missing := [c for c, texts in captions.items() if not texts]:
+            raise ValueError(f"{name}: no caption for {', '.join(missing)}; each class needs one or more")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(captions):
+            raise ValueError(f"{name}: labels reach from {labels.min()} to {labels.max()} but {len(captions)} classes have captions")
+        self.name, self.images, self.labels, self.seed, self.flip = name, images, labels.long(), seed, flip
+        self.classes, self.captions = list(captions), [list(texts) for texts in captions.values()]
+        self.channels, self.size = images.shape[1], images.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        """One sample of the first pass: image (C, H, W) in [-1, 1], caption, label, index."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} images, asked for {index}")
+        batch = self.batch([(0, index % len(self))])
+        return {"image": batch["image"][0], "caption": batch["caption"][0], "label": int(batch["label"][0]), "index": batch["index"][0]}
+
+    def batch(self, at: Sequence[tuple[int, int]]) -> dict:
+        """The samples at (place, index) pairs.
+
+        image (B, C, H, W) float32 in [-1, 1], label (B,) int64, flip (B,) bool; caption, index and place are lists.
+        """
+        index = [i for _, i in at]
+        rows = torch.tensor(index, dtype=torch.long)
+        image = self.images[rows].float().div_(127.5).sub_(1)
+        flip = torch.tensor([self.flip and bool(key(self.seed, "flip", place, i) & 1) for place, i in at], dtype=torch.bool)
+        if self.flip:
+            image = torch.where(flip[:, None, None, None], image.flip(-1), image)
+        return {
+            "image": image,
+            "caption": [self.caption(place, i) for place, i in at],
+            "label": self.labels[rows],
+            "flip": flip,
+            "index": index,
+            "place": [place for place, _ in at],
+        }
+
+    def caption(self, place: int, index: int) -> str:
+        """The caption that goes with the sample at index in pass place."""
+        texts = self.captions[int(self.labels[index])]
+        return texts[key(self.seed, "caption", place, index) % len(texts)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the pixels and labels (a change of captions, seed or flip leaves it as it is)."""
+        digest = sha256(repr((tuple(self.images.shape), self.classes)).encode())
+        digest.update(self.images.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return f"{self.name}-{digest.hexdigest()[:16]}"
+
+
+def read_captions(path: str | Path) -> dict[str, list[str]]:
+    """Captions by class, in the order of the labels, from a JSON file {class: [caption, ...]}. Raises ValueError for anything else."""
+    captions = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(captions, dict) or not all(isinstance(v, list) and all(isinstance(x, str) for x in v) for v in captions.values()):
+        raise ValueError(f"{path}: expected a JSON object of the form {{class: [caption, ...]}}")
+    return captions

@@ -1,0 +1,49 @@
+"""Ten classes of drawn shapes: a data set without a download, for smoke runs and tests."""
+
+import torch
+from torch import Tensor
+
+from ldm.data.memory import InMemory
+from ldm.tensors import key
+
+SHAPES = ("disc", "ring", "square", "frame", "cross", "bar", "column", "diamond", "triangle", "checkers")
+CAPTIONS = ("a photo of a {}", "a white {} on black", "{}", "one {} of some size")
+
+
+class Synthetic(InMemory):
+    """num grey drawings of ten shapes at random places and sizes: image (1, size, size) in [-1, 1], labels 0..9 in turn, split train or test."""
+
+    def __init__(self, split: str = "train", num: int = 512, size: int = 32, seed: int = 0, flip: bool = False):
+        if split not in ("train", "test"):
+            raise ValueError(f"split={split!r}: expected train or test")
+        labels = torch.arange(num) % len(SHAPES)
+        captions = {name: [text.format(name) for text in CAPTIONS] for name in SHAPES}
+        super().__init__(f"synthetic-{split}", draw(labels, size, key(split)), labels, captions, seed, flip)
+
+
+def draw(labels: Tensor, size: int, seed: int) -> Tensor:
+    """One shape for each label (N,): (N, 1, size, size) uint8, edges one pixel soft; centre, radius and grey level at random."""
+    n = len(labels)
+    place, radius, grey = torch.rand(n, 4, 1, 1, generator=torch.Generator().manual_seed(seed)).split((2, 1, 1), 1)
+    radius = size * (0.2 + 0.15 * radius)
+    axis = torch.arange(size) + 0.5
+    cy, cx = (size / 2 + (0.2 * size) * (place - 0.5)).unbind(1)
+    y, x = (axis[:, None] - cy[:, :, :]).expand(n, size, size), (axis[None, :] - cx).expand(n, size, size)
+    r, thin = radius[:, 0], radius[:, 0] / 3
+    round_, box, tilted = torch.hypot(x, y), torch.maximum(x.abs(), y.abs()), x.abs() + y.abs()
+    far = torch.stack(  # signed distance to the edge, in pixels, negative inside
+        [
+            round_ - r,
+            (round_ - r).abs() - thin / 2,
+            box - r,
+            (box - r).abs() - thin / 2,
+            torch.minimum(torch.maximum(x.abs() - thin, y.abs() - r), torch.maximum(y.abs() - thin, x.abs() - r)),
+            torch.maximum(y.abs() - thin, x.abs() - r),
+            torch.maximum(x.abs() - thin, y.abs() - r),
+            tilted - r,
+            torch.maximum((x.abs() * 2 - y - r) / 2, y - r),
+            torch.maximum(box - r, -x * y / r),
+        ]
+    )
+    inside = (0.5 - far[labels, torch.arange(n)]).clamp(0, 1)
+    return (inside * (160 + 95 * grey[:, 0])).round().to(torch.uint8)[:, None]
