@@ -1,0 +1,48 @@
+"""A small, fast encoder and decoder that work at the latent's resolution: space-to-depth, residual blocks and a linear shortcut."""
+
+from torch import Tensor, cat, nn
+from torch.nn import functional as F
+
+from ldm.net.blocks import ResBlock, norm, zeroed
+
+
+class PatchEncoder(nn.Module):
+    """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f): patches of f x f pixels as channels, `blocks` residual blocks of
+    `width` channels, and a linear map of the patch straight to the mean, so that training starts from a linear code."""
+
+    def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 2, groups: int = 8):
+        super().__init__()
+        self.factor, self.z_channels = factor, z_channels
+        patch = channels * factor**2
+        self.stem = nn.Conv2d(patch, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(ResBlock(width, width, groups=groups) for _ in range(blocks)))
+        self.out = nn.Sequential(norm(width, groups), nn.SiLU(), zeroed(nn.Conv2d(width, 2 * z_channels, 3, padding=1)))
+        self.shortcut = nn.Conv2d(patch, z_channels, 1)
+        nn.init.constant_(self.out[-1].bias[z_channels:], -4.0)  # begin with a narrow posterior, not with unit noise
+
+    def forward(self, image: Tensor) -> Tensor:
+        patches = F.pixel_unshuffle(image, self.factor)  # (B, C f f, h, w)
+        moments = self.out(self.blocks(self.stem(patches)))  # (B, 2 z_channels, h, w)
+        mean, logvar = moments.chunk(2, dim=1)
+        return cat([mean + self.shortcut(patches), logvar], dim=1)
+
+
+class PatchDecoder(nn.Module):
+    """Latent (B, z_channels, h, w) -> image (B, C, f h, f w): the encoder's mirror, with a linear map from the latent straight to the pixels."""
+
+    def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 3, groups: int = 8):
+        super().__init__()
+        self.factor = factor
+        patch = channels * factor**2
+        self.stem = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(ResBlock(width, width, groups=groups) for _ in range(blocks)))
+        self.out = nn.Sequential(norm(width, groups), nn.SiLU(), zeroed(nn.Conv2d(width, patch, 3, padding=1)))
+        self.shortcut = nn.Conv2d(z_channels, patch, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.out(self.blocks(self.stem(z))) + self.shortcut(z), self.factor)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight whose gradients balance reconstruction and adversary."""
+        return self.out[-1].weight

@@ -1,0 +1,114 @@
+"""Self- and cross-attention, and the spatial transformer of latent diffusion (LDM, app. E.2.1)."""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.net.blocks import norm, zeroed
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, heads, N, d), mask (B, 1, 1, L) or None -> (B, heads, N, d)
+KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, d)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention by torch's fused kernel: the choice for long sequences and for GPUs."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention written out: the same result, and faster to train on a CPU when the sequence is a few dozen tokens."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, L)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of x (B, N, C) over itself, with one projection for query, key and value."""
+
+    def __init__(self, channels: int, heads: int, attend: Attend = sdpa):
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.out(rearrange(self.attend(q, k, v, None), "b h n d -> b n (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x (B, N, C) over a context (B, L, D) whose keys and values are computed beforehand by `memory`."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, attend: Attend = sdpa):
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        self.q = nn.Linear(channels, channels, bias=False)
+        self.kv = nn.Linear(context_dim, 2 * channels, bias=False)
+        self.out = nn.Linear(channels, channels)
+
+    def memory(self, context: Tensor) -> KeyValue:
+        """Keys and values of the context (B, L, D): two of (B, heads, L, d)."""
+        k, v = rearrange(self.kv(context), "b n (two h d) -> two b h n d", two=2, h=self.heads)
+        return k, v
+
+    def forward(self, x: Tensor, memory: KeyValue, mask: Tensor | None) -> Tensor:
+        q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads)
+        return self.out(rearrange(self.attend(q, *memory, mask), "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """GEGLU feed-forward layer of x (B, N, C), `mult` times as wide inside (Shazeer 2020)."""
+
+    def __init__(self, channels: int, mult: int = 4):
+        super().__init__()
+        self.up = nn.Linear(channels, 2 * mult * channels)
+        self.down = nn.Linear(mult * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.up(x).chunk(2, dim=-1)
+        return self.down(h * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention, cross-attention (where there is a context) and feed-forward on x (B, N, C) (LDM tab. 16)."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int | None = None, attend: Attend = sdpa):
+        super().__init__()
+        self.norm1, self.self_attention = nn.LayerNorm(channels), SelfAttention(channels, heads, attend)
+        self.norm2 = nn.LayerNorm(channels) if context_dim else None
+        self.cross_attention = CrossAttention(channels, context_dim, heads, attend) if context_dim else None
+        self.norm3, self.feed_forward = nn.LayerNorm(channels), FeedForward(channels)
+
+    def forward(self, x: Tensor, memory: KeyValue | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.self_attention(self.norm1(x))
+        if self.cross_attention is not None and self.norm2 is not None and memory is not None:
+            x = x + self.cross_attention(self.norm2(x), memory, mask)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A feature map (B, C, H, W) read as H*W tokens by `depth` transformer blocks, added to what came in (LDM app. E.2.1)."""
+
+    def __init__(
+        self, channels: int, heads: int, context_dim: int | None = None, depth: int = 1, attend: Attend = sdpa, groups: int = 32
+    ):
+        super().__init__()
+        self.norm = norm(channels, groups)
+        self.proj_in = nn.Linear(channels, channels)
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, attend) for _ in range(depth))
+        self.proj_out = zeroed(nn.Linear(channels, channels))
+
+    def memory(self, context: Tensor) -> tuple[KeyValue, ...]:
+        """Keys and values of the context (B, L, D) for each block."""
+        return tuple(b.cross_attention.memory(context) for b in self.blocks)
+
+    def forward(self, x: Tensor, memory: tuple[KeyValue, ...] | None = None, mask: Tensor | None = None) -> Tensor:
+        height = x.shape[2]
+        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        for i, block in enumerate(self.blocks):
+            h = block(h, memory[i] if memory else None, mask)
+        return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
