@@ -1,0 +1,35 @@
+"""Constraints: denoise -> denoise. What they change is x0; eps follows from x_t, so that (x0, eps) still make x_t."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoise, Denoised, eps_at
+from ldm.diffusion.schedule import Schedule
+
+
+def keep_known(denoise: Denoise, schedule: Schedule, mask: Tensor, x0: Tensor) -> Denoise:
+    """x0 where the mask is 1 (known), the estimate where it is 0 (to be drawn).
+
+    mask: broadcastable to x0 (B, ...), bool or in [0, 1]. Raises ValueError if it is not.
+    """
+    try:
+        known = (mask > 0.5).expand(x0.shape)
+    except RuntimeError:
+        raise ValueError(f"the mask {tuple(mask.shape)} does not fit x0 {tuple(x0.shape)}; give it one channel and x0's size") from None
+    return _on_x0(denoise, schedule, lambda estimate: torch.where(known, x0, estimate))
+
+
+def clip(denoise: Denoise, schedule: Schedule, lo: float = -1.0, hi: float = 1.0) -> Denoise:
+    """x0 held to [lo, hi], for pixels (Ho et al. 2020, section 3.2 and their code)."""
+    return _on_x0(denoise, schedule, lambda estimate: estimate.clamp(lo, hi))
+
+
+def _on_x0(denoise: Denoise, schedule: Schedule, change: Callable[[Tensor], Tensor]) -> Denoise:
+    def constrained(x_t: Tensor, t: Tensor) -> Denoised:
+        estimate = denoise(x_t, t)
+        x0 = change(estimate.x0)
+        return Denoised(x0, eps_at(schedule, x_t, t, x0), estimate.var_frac)
+
+    return constrained

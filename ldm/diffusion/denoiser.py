@@ -1,0 +1,63 @@
+"""Network + schedule + prediction = Denoiser: a state and a time in, estimates of the data and of the noise out."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+from ldm.diffusion.prediction import Prediction, solve
+from ldm.diffusion.schedule import Schedule
+from ldm.tensors import expand
+
+
+class Denoised(NamedTuple):
+    """Estimates at a state, (B, ...) each; var_frac in [-1, 1] places the learned variance in its range, None if not learned."""
+
+    x0: Tensor
+    eps: Tensor
+    var_frac: Tensor | None = None
+
+
+Denoise = Callable[[Tensor, Tensor], Denoised]
+
+
+class Denoiser(nn.Module):
+    """The network read through a schedule and a prediction.
+
+    net: called as net(x, time, cond), x (B, C, ...), time (B,) = schedule.net_time(t); returns C channels, or 2 C with var_frac second.
+    Raises ValueError if the prediction does not determine x0 at t = 1.
+    """
+
+    def __init__(self, net: nn.Module, schedule: Schedule, prediction: Prediction):
+        super().__init__()
+        self.net, self.schedule, self.prediction = net, schedule, prediction
+        alpha, sigma = schedule.alpha_sigma(torch.ones((), dtype=torch.float64))
+        a, b = prediction.row(alpha, sigma)
+        if (alpha * b - sigma * a).abs() < 1e-6:
+            name = type(prediction).__name__
+            raise ValueError(f"prediction {name} does not determine x0 at t = 1, where this schedule has no signal; use v, flow or x0")
+
+    def output(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
+        """The network's raw output and var_frac, at x_t (B, C, ...) and t () or (B,)."""
+        scale = self.prediction.input_scale(*self.schedule.alpha_sigma(t))
+        # Never below float32: bfloat16 cannot tell 999 from 1000.
+        time = self.schedule.net_time(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32)).expand(len(x_t))
+        out = self.net(expand(scale, x_t) * x_t, time, cond)
+        if out.shape[1] == 2 * x_t.shape[1]:
+            out, var_frac = out.chunk(2, dim=1)
+            return out, var_frac
+        return out, None
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Denoised:
+        """Denoised at x_t (B, C, ...) and t () or (B,) in (0, 1]."""
+        out, var_frac = self.output(x_t, t, cond)
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return Denoised(*solve(self.prediction.row(alpha, sigma), alpha, sigma, x_t, out), var_frac)
+
+
+def eps_at(schedule: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """The eps that makes x_t of x0: (x_t - alpha x0) / sigma, at t () in (0, 1]."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return (x_t - alpha * x0) / sigma

@@ -1,0 +1,61 @@
+"""Guidance: from a denoiser and its conditions to a denoise function (x_t, t) -> Denoised. Samplers never see it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldm.condition import Condition
+from ldm.diffusion.denoiser import Denoise, Denoised, Denoiser, eps_at
+
+Guidance = Callable[[Denoiser, Condition, Condition | None], Denoise]
+
+
+def cfg(
+    denoiser: Denoiser,
+    cond: Condition,
+    uncond: Condition | None,
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
+) -> Denoise:
+    """Classifier-free guidance uncond + scale (cond - uncond) (Ho & Salimans 2022, eq. 6, with w = scale - 1), both in one call.
+
+    interval: the (lo, hi) of t, inclusive, in which it acts (Kynkaanniemi et al. 2024); elsewhere, and at scale 1, cond alone is evaluated.
+    rescale: in [0, 1], pulls the standard deviation of x0 back to the conditional one's (Lin et al. 2023, eq. 15-16).
+    Raises ValueError if scale is not 1 and there is no uncond.
+    """
+    if scale == 1:
+        return lambda x_t, t: denoiser(x_t, t, cond)
+    both = cond.cat(_null(uncond, f"scale {scale}"))
+    lo, hi = interval
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        if not lo <= t <= hi:
+            return denoiser(x_t, t, cond)
+        told, untold = pair(denoiser, both, x_t, t)
+        x0, eps = untold.x0.lerp(told.x0, scale), untold.eps.lerp(told.eps, scale)
+        if rescale:
+            x0 = x0.lerp(x0 * (_std(told.x0) / _std(x0)), rescale)
+            eps = eps_at(denoiser.schedule, x_t, t, x0)
+        return Denoised(x0, eps, told.var_frac)
+
+    return denoise
+
+
+def pair(denoiser: Denoiser, both: Condition, x_t: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
+    """Denoised under the two halves of a stacked condition, in one call of the network."""
+    x0, eps, var_frac = denoiser(torch.cat([x_t, x_t]), t, both)
+    parts = [x0.chunk(2), eps.chunk(2), (None, None) if var_frac is None else var_frac.chunk(2)]
+    told, untold = zip(*parts, strict=True)
+    return Denoised(*told), Denoised(*untold)
+
+
+def _null(uncond: Condition | None, why: str) -> Condition:
+    if uncond is None:
+        raise ValueError(f"guidance with {why} needs a null condition and has none; train with condition dropout, or use scale 1")
+    return uncond
+
+
+def _std(x: Tensor) -> Tensor:
+    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -1,0 +1,94 @@
+"""What the network's output means: out = a x0 + b eps, one row (a, b) a prediction; with x_t = alpha x0 + sigma eps a 2x2 system."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.tensors import expand
+
+
+class Prediction(Protocol):
+    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b), shaped like alpha."""
+        ...
+
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What x_t is multiplied by before the network sees it."""
+        ...
+
+
+class _Unscaled:
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.ones_like(alpha)
+
+
+@dataclass(frozen=True)
+class Eps(_Unscaled):
+    """The noise (Ho et al. 2020, eq. 11)."""
+
+    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+
+
+@dataclass(frozen=True)
+class X0(_Unscaled):
+    """The data (Ho et al. 2020, section 3.2)."""
+
+    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(alpha), torch.zeros_like(alpha)
+
+
+@dataclass(frozen=True)
+class V(_Unscaled):
+    """v = alpha eps - sigma x0 (Salimans & Ho 2022, section 4)."""
+
+    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return -sigma, alpha
+
+
+@dataclass(frozen=True)
+class Flow(_Unscaled):
+    """eps - x0, the velocity of a straight path from data to noise (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23)."""
+
+    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(alpha), torch.ones_like(alpha)
+
+
+@dataclass(frozen=True)
+class EDM(_Unscaled):
+    """The preconditioned target F (Karras et al. 2022, eq. 7, table 1) of data with standard deviation sigma_data.
+
+    Written for any alpha by applying the paper's alpha = 1 to x_t / alpha; with sigma_data = 1 and alpha^2 + sigma^2 = 1 it is -v.
+    """
+
+    sigma_data: float = 0.5
+
+    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.input_scale(alpha, sigma)
+        return sigma / self.sigma_data * scale, -alpha * self.sigma_data * scale
+
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (sigma**2 + (alpha * self.sigma_data) ** 2).rsqrt()
+
+
+def target(row: tuple[Tensor, Tensor], x0: Tensor, eps: Tensor) -> Tensor:
+    """The output a x0 + b eps (B, ...) that a perfect network would give; row entries are () or (B,)."""
+    a, b = row
+    return expand(a, x0) * x0 + expand(b, x0) * eps
+
+
+def solve(row: tuple[Tensor, Tensor], alpha: Tensor, sigma: Tensor, x_t: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """(x0, eps) from the state and the output, (B, ...) each: the inverse of (x_t, out) = (alpha x0 + sigma eps, a x0 + b eps)."""
+    a, b = row
+    det = alpha * b - sigma * a
+    x0 = expand(b / det, x_t) * x_t - expand(sigma / det, x_t) * out
+    eps = expand(alpha / det, x_t) * out - expand(a / det, x_t) * x_t
+    return x0, eps
+
+
+def gain(row: tuple[Tensor, Tensor], alpha: Tensor, sigma: Tensor) -> Tensor:
+    """(det / sigma)^2: squared error of the output per squared error of x0, at fixed x_t."""
+    a, b = row
+    return ((alpha * b - sigma * a) / sigma) ** 2

@@ -1,0 +1,139 @@
+"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, with t in [0, 1], data at 0 and noise at 1, for every schedule."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Schedule(Protocol):
+    """What samplers and objectives ask of a schedule; float32 t gives float32, float64 t gives float64, any shape of t."""
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficients of x0 and eps at t."""
+        ...
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """2 log(alpha / sigma): +inf at t = 0, falling with t."""
+        ...
+
+    def t_at(self, log_snr: Tensor) -> Tensor:
+        """The t with this log_snr, the inverse of `log_snr`."""
+        ...
+
+    def net_time(self, t: Tensor) -> Tensor:
+        """What the network's time embedding sees at t."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A variance-preserving schedule given by alpha_bar = alpha^2 (T,), float64, entry i at t = (i + 1) / T.
+
+    Between entries alpha_bar is linear in t, from 1 at t = 0; sigma^2 = 1 - alpha_bar, taken in float64. The network sees i in 0..T-1.
+    Raises ValueError unless alpha_bar falls strictly from below 1 (0 is allowed at the end: zero terminal SNR).
+    """
+
+    alpha_bar: Tensor
+    _nodes: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar.double()])
+        if not (bar.diff() < 0).all() or bar[-1] < 0:
+            raise ValueError("alpha_bar must fall strictly, from below 1 to no less than 0; lower the betas or T")
+
+    @property
+    def T(self) -> int:
+        """Number of entries."""
+        return len(self.alpha_bar)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        signal, noise = self._squares(t)
+        return signal.sqrt(), noise.sqrt()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        signal, noise = self._squares(t)
+        return signal.log() - noise.log()
+
+    def t_at(self, log_snr: Tensor) -> Tensor:
+        signal, noise = self._on(log_snr.device, torch.float64)
+        want = log_snr.double()
+        i = (torch.searchsorted(noise.log() - signal.log(), -want, right=True) - 1).clamp(0, self.T - 1)
+        # Of alpha^2 and sigma^2 = 1 - alpha^2 the smaller one is the one that floating point resolves.
+        by_noise = (want.neg().sigmoid() - noise.take(i)) / (noise.take(i + 1) - noise.take(i))
+        by_signal = (signal.take(i) - want.sigmoid()) / (signal.take(i) - signal.take(i + 1))
+        return ((i + torch.where(want > 0, by_noise, by_signal).clamp(0, 1)) / self.T).to(log_snr.dtype)
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return (self._position(t) - 1).clamp(min=0)
+
+    def _position(self, t: Tensor) -> Tensor:
+        # t T, where a t that rounding alone separates from an entry is that entry: float32 (i + 1) / T gives net_time i exactly.
+        x = t * self.T
+        nearest = x.round()
+        return torch.where((x - nearest).abs() <= 2 * torch.finfo(t.dtype).eps * self.T, nearest, x)
+
+    def _squares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        signal, noise = self._on(t.device, t.dtype)
+        x = self._position(t)
+        i = x.floor().clamp(0, self.T - 1)
+        k, w = i.long(), x - i
+        return torch.lerp(signal.take(k), signal.take(k + 1), w), torch.lerp(noise.take(k), noise.take(k + 1), w)
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if (device, dtype) not in self._nodes:
+            bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar.double()])
+            self._nodes[device, dtype] = bar.to(device, dtype), (1 - bar).to(device, dtype)
+        return self._nodes[device, dtype]
+
+
+def from_betas(betas: Tensor) -> Table:
+    """The Table of forward variances beta (T,): alpha_bar is the running product of 1 - beta (Ho 2020, eq. 4)."""
+    return Table((1 - betas.double()).cumprod(0))
+
+
+def from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], T: int) -> Table:
+    """The Table of a function of t that gives alpha_bar, with beta held to at most 0.999 (Nichol & Dhariwal 2021, section 3.2)."""
+    bar = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
+    return from_betas((1 - bar[1:] / bar[:-1]).clamp(max=0.999))
+
+
+def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Table:
+    """Ho et al. 2020, section 4: beta linear in i; the two betas are those for T = 1000, another T refines the same process."""
+    return from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64) * (1000 / T))
+
+
+def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Table:
+    """Rombach et al. 2022 (their code's "linear"): sqrt(beta) linear in i; the two betas are those for T = 1000."""
+    return from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2 * (1000 / T))
+
+
+def cosine(T: int = 1000, s: float = 0.008) -> Table:
+    """Nichol & Dhariwal 2021, eq. 17: alpha_bar = cos^2(pi/2 (t + s) / (1 + s)), relative to t = 0."""
+    return from_alpha_bar(lambda t: torch.cos(math.pi / 2 * (t + s) / (1 + s)) ** 2, T)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow (Liu 2022; Esser 2024, eq. 13): alpha = 1 - u, sigma = u, with u = shift t / (1 + (shift - 1) t) (Esser 2024, eq. 23).
+
+    The network sees 1000 u, so that one network serves every shift.
+    """
+
+    shift: float = 1.0
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        total = 1 + (self.shift - 1) * t
+        return (1 - t) / total, self.shift * t / total
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * ((1 - t).log() - (self.shift * t).log())
+
+    def t_at(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2 - math.log(self.shift))
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return 1000 * self.alpha_sigma(t)[1]
