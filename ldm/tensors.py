@@ -18,23 +18,22 @@ def mean_per_sample(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def key(*parts: int | str) -> int:
+def key(*parts: int | str | tuple[int, int]) -> int:
     """A 63-bit seed that depends on every part and on nothing else."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Random draws for a batch of rows, row i keyed by (seed, purpose, place, index[i]).
+    """Random draws for a batch of rows, row i keyed by (seed, purpose, index[i]).
 
-    seed: of the run.  place: the pass over the data, or 0.  index: one integer a row (a sample's index in its data set, or an image's seed).
+    seed: of the run.  index: what a row is, once and for all: an image's seed, or (place, index): the pass over the data and the sample in it.
     position, total: each row's position in the global batch and that batch's size, for draws that are stratified over the batch.
     The same row gets the same numbers at any batch size, worker count or rank.  Draws are made on the CPU in float32 and then moved.
     """
 
     seed: int
-    index: Sequence[int]
-    place: int = 0
+    index: Sequence[int | tuple[int, int]]
     position: Sequence[int] | None = None
     total: int | None = None
 
@@ -63,6 +62,6 @@ class Noise:
         out = torch.empty(x.shape)
         generator = torch.Generator()
         for row, index in zip(out, self.index, strict=True):
-            generator.manual_seed(key(self.seed, purpose, self.place, int(index)))
+            generator.manual_seed(key(self.seed, purpose, index))
             draw(row.shape, generator=generator, out=row)
         return out.to(x)

@@ -17,6 +17,7 @@ class Slice(NamedTuple):
     at: list[tuple[int, int]]  # (place, index): the pass over the data and the sample's index in it
     position: list[int]  # where each row stands in the global batch
     total: int  # rows in the global batch
+    step: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Stream:
         """This rank's slice of the batch of any step >= 0."""
         low, high = (self.batch * r // self.world for r in (self.rank, self.rank + 1))
         where = (divmod(step * self.batch + i, self.length) for i in range(low, high))
-        return Slice([(e, _order(self.seed, e, self.length)[i]) for e, i in where], list(range(low, high)), self.batch)
+        return Slice([(e, _order(self.seed, e, self.length)[i]) for e, i in where], list(range(low, high)), self.batch, step)
 
 
 @lru_cache(maxsize=4)
@@ -62,7 +63,7 @@ def _order(seed: int, place: int, length: int) -> list[int]:
 
 
 class Batched(Dataset):
-    """A data set read by Slice: dataset.batch(at) plus position (list) and total (int) for draws stratified over the global batch."""
+    """A data set read by Slice: dataset.batch(at) plus its position (list) in the global batch, total (int) and step."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -71,4 +72,4 @@ class Batched(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, part: Slice) -> dict:
-        return {**self.dataset.batch(part.at), "position": part.position, "total": part.total}
+        return {**self.dataset.batch(part.at), "position": part.position, "total": part.total, "step": part.step}

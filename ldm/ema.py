@@ -1,0 +1,58 @@
+"""Averages of weights over training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def power_of(sigma_rel: float) -> float:
+    """The exponent gamma of the power-function average whose relative width is sigma_rel, 0 < sigma_rel < 0.28 (EDM2 eq. 126, algorithm 2)."""
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+class PowerEMA:
+    """Power-function moving average of a module's trainable parameters (EDM2, Karras et al. 2024, eq. 122-127).
+
+    The weight of step t in the average at step T is proportional to (t / T)^gamma: no warm-up to tune, the length grows with training.
+    """
+
+    def __init__(self, module: nn.Module, sigma_rel: float = 0.1):
+        self.gamma = power_of(sigma_rel)
+        self.module = module
+        self.shadow = {name: p.detach().clone() for name, p in self._live().items()}
+
+    def _live(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimiser step `step`, counted from 1 (beta of eq. 127)."""
+        beta = (1 - 1 / step) ** (self.gamma + 1)
+        torch._foreach_lerp_(list(self.shadow.values()), list(self._live().values()), 1 - beta)
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved average; raises KeyError if the names differ."""
+        if state.keys() != self.shadow.keys():
+            raise KeyError(f"average of other weights: {sorted(state.keys() ^ self.shadow.keys())[:4]} are in one of the two only")
+        for name, value in state.items():
+            self.shadow[name].copy_(value)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the module holds the averaged weights."""
+        live = self._live()
+        with torch.no_grad():
+            kept = {name: p.clone() for name, p in live.items()}
+            for name, p in live.items():
+                p.copy_(self.shadow[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in live.items():
+                    p.copy_(kept[name])

@@ -1,0 +1,50 @@
+"""A latent diffusion model: a first stage, a conditioner and a denoiser."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+from ldm.diffusion.denoiser import Denoiser
+
+
+class LatentDiffusion(nn.Module):
+    """Everything needed to draw an image from words (LDM fig. 3).
+
+    autoencoder: frozen; has posterior, normalise, encode, decode.  conditioner: batch -> Condition.  denoiser: works on z (B, C, h, w).
+    size: (height, width) of the images it was trained on, in pixels.
+    """
+
+    def __init__(self, autoencoder: nn.Module, conditioner: nn.Module, denoiser: Denoiser, size: tuple[int, int]):
+        super().__init__()
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.conditioner, self.denoiser, self.size = conditioner, denoiser, size
+
+    def train(self, mode: bool = True) -> "LatentDiffusion":
+        super().train(mode)
+        self.autoencoder.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def latent_shape(self, num: int) -> tuple[int, int, int, int]:
+        """Shape of z for `num` images."""
+        f = self.autoencoder.factor
+        return num, self.autoencoder.z_channels, self.size[0] // f, self.size[1] // f
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        return self.autoencoder.encode(image)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        return self.autoencoder.decode(z).clamp(-1, 1)
+
+    def condition(self, batch: dict[str, Any]) -> Condition:
+        return self.conditioner(batch)
+
+    def uncondition(self, batch: dict[str, Any]) -> Condition:
+        return self.conditioner.null(batch)

@@ -1,0 +1,83 @@
+"""Stage one: the autoencoder against its discriminator."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.discriminator import adaptive_weight, hinge_loss
+from ldm.training.diffusion import noise_of
+from ldm.training.parallel import mean_over_ranks
+
+OptimizerOf = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+class LitAutoencoder(L.LightningModule):
+    """The training step of a KL autoencoder with an adversary (VQGAN, Esser et al. 2021, eq. 6-7; LDM eq. 25).
+
+    loss: (reconstruction, image, posterior) -> terms (B,).  The discriminator enters at step `discriminator_start`; its weight is adaptive,
+    times discriminator_weight, and rises linearly over `discriminator_ramp` steps.
+    """
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        loss: nn.Module,
+        optimizer: OptimizerOf,
+        discriminator: nn.Module,
+        discriminator_optimizer: OptimizerOf,
+        discriminator_start: int = 0,
+        discriminator_ramp: int = 1,
+        discriminator_weight: float = 0.5,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.autoencoder, self.loss, self.discriminator = autoencoder, loss, discriminator
+        self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
+        self.start, self.ramp, self.weight, self.seed = discriminator_start, discriminator_ramp, discriminator_weight, seed
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        image = batch["image"]
+        generator, discriminator = self.optimizers()
+        adversarial = self.weight > 0 and batch["step"] >= self.start
+
+        self.toggle_optimizer(generator)
+        posterior = self.autoencoder.posterior(image)
+        posterior = type(posterior)(posterior.mean.to(image.dtype), posterior.logvar.to(image.dtype))
+        z = posterior.sample(noise_of(self.seed, batch).normal("posterior", posterior.mean))
+        reconstruction = self.autoencoder.decoder(z).to(image.dtype)
+        terms = {name: term.mean() for name, term in self.loss(reconstruction, image, posterior).items()}
+        loss = terms["loss"]
+        if adversarial:
+            fake = -self.discriminator(reconstruction).to(image.dtype).mean()
+            weight = self.balance(terms["rec"], fake) * self.weight * min(1.0, (batch["step"] - self.start + 1) / self.ramp)
+            loss = loss + weight * fake
+            terms |= {"adversarial": fake, "adversarial_weight": weight}
+        generator.zero_grad()
+        self.manual_backward(loss)
+        generator.step()
+        self.untoggle_optimizer(generator)
+
+        if adversarial:
+            self.toggle_optimizer(discriminator)
+            real, fake = (self.discriminator(x).to(image.dtype) for x in (image, reconstruction.detach()))
+            discriminator_loss = hinge_loss(real, fake)
+            discriminator.zero_grad()
+            self.manual_backward(discriminator_loss)
+            discriminator.step()
+            self.untoggle_optimizer(discriminator)
+            right = 0.5 * ((real > 0).to(real.dtype).mean() + (fake < 0).to(fake.dtype).mean())
+            terms |= {"discriminator": discriminator_loss, "logits_real": real.mean(), "logits_fake": fake.mean(), "discriminator_accuracy": right}
+        return {name: term.detach() for name, term in (terms | {"loss": loss}).items()}
+
+    def balance(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+        """The adaptive weight, from gradients averaged over all processes so that each has the same."""
+        last = self.autoencoder.decoder.last_layer
+        gradients = (torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction, adversarial))
+        return adaptive_weight(*(mean_over_ranks(g) for g in gradients))
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer(self.autoencoder.parameters()), self.discriminator_optimizer(self.discriminator.parameters())]

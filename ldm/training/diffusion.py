@@ -1,0 +1,58 @@
+"""Stage two: the denoiser trained in the latent space of a frozen first stage."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.posterior import Posterior
+from ldm.model import LatentDiffusion
+from ldm.tensors import Noise
+
+
+def noise_of(seed: int, batch: dict[str, Any]) -> Noise:
+    """The keyed noise of a training batch: rows are (pass, index), strata are positions in the global batch."""
+    rows = list(zip(batch["place"], batch["index"], strict=True))
+    return Noise(seed, rows, batch["position"], batch["total"])
+
+
+class LitDiffusion(L.LightningModule):
+    """The training step of a latent diffusion model (Ho et al. 2020, algorithm 1; LDM eq. 3).
+
+    objective: (denoiser, z, cond, noise, batch) -> {"loss": (B,), ...}.  drop: probability with which a sample's condition is dropped.
+    A batch carries moments (B, 2C, h, w) of the first stage's posterior, or an image to encode.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        objective: nn.Module,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        drop: float = 0.1,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.optimizer, self.drop, self.seed = optimizer, drop, seed
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        noise = noise_of(self.seed, batch)
+        z = self.latent(batch, noise)  # (B, C, h, w)
+        cond = self.model.condition(batch)
+        if self.drop:
+            keep = noise.uniform("drop", z.new_empty(len(z), dtype=torch.float32)) >= self.drop
+            cond = cond.where(keep, self.model.uncondition(batch))
+        terms = self.objective(self.model.denoiser, z, cond.to(z.dtype), noise, batch)
+        return {name: term.mean() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def latent(self, batch: dict[str, Any], noise: Noise) -> Tensor:
+        """A sample of the normalised posterior, z (B, C, h, w)."""
+        autoencoder = self.model.autoencoder
+        posterior = Posterior.of(batch["moments"]) if "moments" in batch else autoencoder.posterior(batch["image"])
+        return autoencoder.normalise(posterior.sample(noise.normal("posterior", posterior.mean)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer([p for p in self.parameters() if p.requires_grad])
