@@ -44,21 +44,20 @@ class InMemory(Dataset):
         return {"image": batch["image"][0], "caption": batch["caption"][0], "label": int(batch["label"][0]), "index": batch["index"][0]}
 
     def batch(self, at: Sequence[tuple[int, int]]) -> dict:
-        """The samples at (place, index) pairs.
-
-        image (B, C, H, W) float32 in [-1, 1], label (B,) int64, flip (B,) bool; caption, index and place are lists.
-        """
-        index = [i for _, i in at]
-        rows = torch.tensor(index, dtype=torch.long)
-        image = self.images[rows].float().div_(127.5).sub_(1)
-        flip = torch.tensor([self.flip and bool(key(self.seed, "flip", place, i) & 1) for place, i in at], dtype=torch.bool)
+        """The samples at (place, index) pairs: what `about` says of them, and image (B, C, H, W) float32 in [-1, 1]."""
+        batch = self.about(at)
+        image = self.images[torch.tensor(batch["index"], dtype=torch.long)].float().div_(127.5).sub_(1)
         if self.flip:
-            image = torch.where(flip[:, None, None, None], image.flip(-1), image)
+            image = torch.where(batch["flip"][:, None, None, None], image.flip(-1), image)
+        return {"image": image, **batch}
+
+    def about(self, at: Sequence[tuple[int, int]]) -> dict:
+        """Everything but the pixels: label (B,) int64, flip (B,) bool; caption, index and place are lists."""
+        index = [i for _, i in at]
         return {
-            "image": image,
             "caption": [self.caption(place, i) for place, i in at],
-            "label": self.labels[rows],
-            "flip": flip,
+            "label": self.labels[torch.tensor(index, dtype=torch.long)],
+            "flip": torch.tensor([self.flip and bool(key(self.seed, "flip", place, i) & 1) for place, i in at], dtype=torch.bool),
             "index": index,
             "place": [place for place, _ in at],
         }

@@ -1,0 +1,155 @@
+"""What happens around a training step: learning rate, weight average, records, pictures, checkpoints."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ldm import durable
+from ldm.ema import PowerEMA
+from ldm.training.parallel import mean_over_ranks
+
+
+class LearningRate(L.Callback):
+    """Sets every optimiser's rate before each step to its own rate times schedule(step, total): nothing to save, nothing to restore."""
+
+    def __init__(self, schedule: Callable[[int, int], float], total: int):
+        self.schedule, self.total = schedule, total
+
+    def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+        factor = self.schedule(batch["step"], self.total)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
+
+
+class Average(L.Callback):
+    """Feeds a weight average after every step."""
+
+    def __init__(self, ema: PowerEMA):
+        self.ema = ema
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        self.ema.update(batch["step"] + 1)
+
+
+class Record(L.Callback):
+    """Writes the mean of each term since the last record, over steps and ranks, every `every` steps: (step, {"train/loss": ...}) to `write`.
+
+    Raises FloatingPointError, with the last checkpoint intact, when the loss is no longer finite.
+    """
+
+    def __init__(self, write: Callable[[int, dict[str, float]], None], every: int, total: int):
+        self.write, self.every, self.total = write, every, total
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.images, self.since = 0, time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        for name, value in outputs.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.images += batch["total"]
+        step = batch["step"] + 1
+        if step % self.every == 0 or step == self.total:
+            means = {f"train/{name}": float(mean_over_ranks(total)) / self.counts[name] for name, total in self.sums.items()}
+            now = time.monotonic()
+            means["perf/images_per_s"] = self.images / (now - self.since)
+            means["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+            self.sums, self.counts, self.images, self.since = {}, {}, 0, now
+            if not math.isfinite(means["train/loss"]):
+                raise FloatingPointError(f"the loss is not finite at step {step}; lower the learning rate, or train in float32")
+            if trainer.is_global_zero:
+                self.write(step, means)
+
+
+class Progress(L.Callback):
+    """One line on a terminal with an ETA; where the output is a file, a line every `seconds`."""
+
+    def __init__(self, name: str, start: int, total: int, seconds: float = 15.0):
+        self.name, self.start, self.total, self.seconds = name, start, total, seconds
+
+    def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        import sys
+
+        self.begin = self.last = time.monotonic()
+        self.live = sys.stdout.isatty()
+        self.loss: Any = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        now, step = time.monotonic(), batch["step"] + 1
+        if not trainer.is_global_zero or (now - self.last < (0.3 if self.live else self.seconds) and step != self.total):
+            return
+        self.last = now
+        per_step = (now - self.begin) / (step - self.start)
+        minutes, seconds = divmod(round(per_step * (self.total - step)), 60)
+        width = 24 * step // self.total
+        line = f"{self.name:<12}{'━' * width}{'·' * (24 - width)} {step}/{self.total}  loss {float(outputs['loss']):.4g}  {1 / per_step:.1f} it/s  ETA {minutes}:{seconds:02d}"
+        print(f"\r{line}  " if self.live else line, end="\n" if not self.live or step == self.total else "", flush=True)
+
+
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters a run trains, by name: what a checkpoint holds; frozen parts are kept elsewhere, once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy saved parameters into the module. Raises ValueError unless names and shapes are the same."""
+    live = trained(module)
+    other = sorted(live.keys() ^ state.keys()) or [n for n in live if live[n].shape != state[n].shape]
+    if other:
+        raise ValueError(f"the weights are of another architecture: {', '.join(other[:4])}{' ...' if len(other) > 4 else ''} do not match")
+    for name, p in live.items():
+        p.copy_(state[name])
+
+
+class Checkpoints(L.Callback):
+    """Keeps step folders of a module's trained weights, its average and the optimisers; begins from `resume` when there is one.
+
+    every: steps between two.
+    """
+
+    def __init__(self, folder: Path, ema: PowerEMA | None, every: int, total: int, config: str, resume: durable.Step | None = None):
+        self.folder, self.ema, self.every, self.total, self.config, self.resume = folder, ema, every, total, config, resume
+
+    def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        if self.resume is None:
+            return
+        load_trained(lit, self.resume.tensors["model"])
+        if self.ema is not None:
+            self.ema.load(self.resume.tensors["ema"])
+        for optimizer, state in zip(trainer.optimizers, self.resume.state["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        step = batch["step"] + 1
+        if (step % self.every == 0 or step == self.total) and trainer.is_global_zero:
+            average = {} if self.ema is None else {"ema": self.ema.shadow}
+            state = {"optimizers": [o.state_dict() for o in trainer.optimizers]}
+            durable.save_step(self.folder, step, {"model": trained(lit), **average}, state, self.config)
+
+
+class Pictures(L.Callback):
+    """Calls draw(step) every `every` steps, with the averaged weights in place if there is an average."""
+
+    def __init__(self, draw: Callable[[int], None], every: int, ema: PowerEMA | None = None):
+        self.draw, self.every, self.ema = draw, every, ema
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        step = batch["step"] + 1
+        if step % self.every or not trainer.is_global_zero:
+            return
+        lit.eval()
+        if self.ema is None:
+            self.draw(step)
+        else:
+            with self.ema.applied():
+                self.draw(step)
+        lit.train()

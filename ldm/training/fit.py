@@ -1,0 +1,68 @@
+"""Lightning's trainer, run once over the remaining steps of a stream of batches."""
+
+import os
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from ldm.data.stream import Batched, Stream
+
+PRECISION = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def precision_here(wanted: str) -> str:
+    """`auto` resolved: bf16 where the hardware multiplies it fast (a recent GPU, a CPU with AMX), else 32."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "32"
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes) as the launcher says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def fit(
+    lit: L.LightningModule,
+    dataset,
+    callbacks: Sequence[L.Callback],
+    *,
+    batch_size: int,
+    steps: int,
+    start: int = 0,
+    seed: int = 0,
+    accelerator: str = "auto",
+    devices: int = 1,
+    strategy: str = "auto",
+    precision: str = "auto",
+    workers: int = 0,
+    clip: float | None = None,
+) -> None:
+    """Train lit on steps start..steps-1, batch_size rows a step over all ranks together.
+
+    Raises ValueError if the rows cannot be shared out equally.
+    """
+    rank, ranks = world()
+    if batch_size % ranks:
+        raise ValueError(f"batch_size={batch_size} cannot be split into {ranks} equal parts; choose a multiple of {ranks}")
+    stream = Stream(len(dataset), batch_size, steps, seed, start, rank, ranks)
+    loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers)
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy="ddp_find_unused_parameters_true" if strategy == "ddp" or (strategy == "auto" and ranks > 1) else strategy,
+        precision=PRECISION[precision_here(precision)],
+        max_epochs=1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        gradient_clip_val=clip if lit.automatic_optimization else None,
+    )
+    trainer.fit(lit, loader)
