@@ -1,0 +1,157 @@
+"""What a person types, made safe for Hydra: text kept whole, `experiment=` found, a mistake named with the nearest right word."""
+
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import UserError
+
+
+def escape(text: str) -> str:
+    """Text that OmegaConf resolves to itself, `${` and backslashes included."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def quote(text: str) -> str:
+    """Text in the quotes of Hydra's override grammar."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The remedy "; did you mean 'x'?", or nothing when no word is close."""
+    words = sorted(set(words))
+    ends: dict[str, str] = {}
+    for name in words:
+        ends.setdefault(name.rsplit(".", 1)[-1], name)
+    close = get_close_matches(word, words, 1) or [ends[end] for end in get_close_matches(word.rsplit(".", 1)[-1], ends, 1, 0.75)]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The configs that can be named: folders searched for groups, and the repository's root, which holds experiments/.
+
+    folders: conf/ first, then a user's --config-dir.
+    """
+
+    folders: tuple[Path, ...]
+    root: Path
+
+    def groups(self) -> dict[str, list[str]]:
+        """Group -> its options, by the folders' yaml files."""
+        found: dict[str, set[str]] = {}
+        for folder in self.folders:
+            for file in folder.rglob("*.yaml"):
+                group = file.parent.relative_to(folder).as_posix()
+                if group != "." and not group.startswith(("hydra", "experiments")):
+                    found.setdefault(group, set()).add(file.stem)
+        return {group: sorted(options) for group, options in sorted(found.items())}
+
+    def studies(self) -> dict[str, str]:
+        """What fingers type after `experiment=` -> the option of the group `experiments`: a study's sweep.yaml goes by the study's name."""
+        found = {}
+        for folder in (self.root, *self.folders):
+            for file in sorted(folder.glob("experiments/*/*.yaml")):
+                option = file.relative_to(folder / "experiments").with_suffix("").as_posix()
+                found[option.removesuffix("/sweep")] = found[option] = option
+        return found
+
+    def study(self, name: str) -> str:
+        """The option of `experiments` for one typed name.  Raises UserError with the nearest name."""
+        studies = self.studies()
+        if name.strip("/") not in studies:
+            names = sorted(name for name in studies if not name.endswith("/sweep"))
+            raise UserError(f"experiment={name}: no such study in {self.root / 'experiments'}{nearest(name, names)}{one_of(names)}")
+        return studies[name.strip("/")]
+
+
+def one_of(names: Collection[str], limit: int = 20) -> str:
+    names = list(names)
+    return f" (one of {', '.join(names[:limit])}{', ...' if len(names) > limit else ''})" if names else ""
+
+
+def rewrite(override: str, tree: Tree, text: Collection[str], paths: Collection[str], multirun: bool) -> str:
+    """One override as Hydra must read it.
+
+    text: keys whose value is any text at all and arrives as typed.  paths: keys whose value is text, but for `null`.
+    With multirun `choice(a,b)` sweeps over either.  Raises UserError for what the commands do not take.
+    """
+    key, sign, value = override.partition("=")
+    if not sign and not key.startswith("~"):
+        raise UserError(f"{override!r} is not key=value (see --help)")
+    if key.startswith("+"):
+        raise UserError(f"{override}: keys are not added from the command line, nothing would read them; write {override.lstrip('+')}")
+    if key == "experiments":
+        raise UserError(f"experiments is the folder; type experiment={value.removesuffix('/sweep')}")
+    if key == "experiment":
+        if value in ("", "null"):
+            return "experiments=null"
+        return "experiments=" + ",".join(map(tree.study, value.split(",") if multirun else [value]))
+    if multirun and re.fullmatch(r"choice\(.*\)", value, re.DOTALL):
+        return override
+    if key in text:
+        return f"{key}={quote(escape(value))}"
+    if key in paths and value != "null":
+        return f"{key}={quote(value)}"
+    return override
+
+
+def keys(config: Any, above: str = "") -> list[str]:
+    """Every dotted path of a plain config, inner nodes included."""
+    if not isinstance(config, dict):
+        return []
+    return [path for key, value in config.items() for path in (f"{above}{key}", *keys(value, f"{above}{key}."))]
+
+
+def explain(error: Exception, overrides: Sequence[str], tree: Tree, compose: Callable[[list[str]], Any], multirun: bool) -> str:
+    """One line that says which override Hydra could not take and what was expected; Hydra's own words where that cannot be told.
+
+    compose: overrides -> the plain config; called with the overrides that choose existing options, to know the keys that are there.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException, OverrideParseException
+
+    groups = tree.groups()
+    good, keyed = [], []
+    for text in overrides:
+        if text.startswith("hydra"):
+            good.append(text)
+            continue
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except (OverrideParseException, HydraException):
+            key, _, value = text.partition("=")
+            safe = shlex.quote(f"{key}={quote(value)}")
+            return f"cannot read {text!r}: blanks, quotes and , = : [ ] {{ }} ( ) mean something in a value; quote it: {safe}"
+        if override.is_sweep_override() and not multirun:
+            return f"{text} is a sweep over several values: add -m, or quote the value"
+        group = override.key_or_group
+        if group not in groups:
+            keyed.append((override, text))
+            continue
+        values = (
+            [str(value).strip("'\"") for value in override.sweep_string_iterator()] if override.is_discrete_sweep() else [override.value()]
+        )
+        for value in values:
+            if isinstance(value, (dict, int, float)) and not isinstance(value, bool):
+                return f"{group}={value}: {group} is a choice between configs, not a value{one_of(groups[group])}"
+            for option in value if isinstance(value, list) else [value]:
+                if option is not None and str(option) not in groups[group]:
+                    return f"{group}={option}: no such option{nearest(str(option), groups[group])}{one_of(groups[group])}"
+        good.append(text)
+    try:
+        there = keys(compose([text for text in good if not text.startswith("experiments=") or "," not in text]))
+    except Exception:
+        there = []
+    for override, text in keyed:
+        name = override.key_or_group
+        if there and name not in there and not text.startswith("experiments="):
+            return f"{text.removeprefix('~')}: no key {name!r}{nearest(name, [*there, *groups, 'experiment'])}"
+    said = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+    return " ".join(" ".join(line for line in said if line).split())
