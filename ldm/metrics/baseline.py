@@ -1,0 +1,54 @@
+"""What a score is held against: a model that needs no network, and real images made slightly worse."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.tensors import Noise
+
+
+@dataclass(frozen=True)
+class PCAGaussian:
+    """A Gaussian per class on the leading principal components of its pixels.
+
+    mean: (K, d).  basis: (K, d, rank), columns scaled by each component's standard deviation.  shape: (C, H, W), d = CHW.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def fit(cls, image: Tensor, label: Tensor, rank: int = 50) -> "PCAGaussian":
+        """Fit on images (N, C, H, W) in [-1, 1] and labels (N,) 0..K-1, in float64; d up to a few thousand.
+
+        Raises ValueError if a class has no more than rank images.
+        """
+        counts = label.bincount()
+        fewest = int(counts.min())
+        if fewest <= rank:
+            raise ValueError(
+                f"class {int(counts.argmin())} has {fewest} images: expected more than rank={rank}; lower rank or give more images"
+            )
+        means, bases = [], []
+        for k in range(len(counts)):
+            x = image[label == k].flatten(1).double()
+            variance, vectors = torch.linalg.eigh(x.T.cov())  # ascending
+            means.append(x.mean(0))
+            bases.append(vectors[:, -rank:] * variance[-rank:].clamp(min=0).sqrt())
+        return cls(torch.stack(means).float(), torch.stack(bases).float(), tuple(image.shape[1:]))
+
+    def sample(self, label: Tensor, noise: Noise) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1], clipped, of the classes label (B,)."""
+        code = noise.normal("pca", self.mean.new_zeros(len(label), self.basis.shape[-1]))  # (B, rank)
+        x = self.mean[label]  # (B, d)
+        for k in label.unique():
+            rows = label == k
+            x[rows] += code[rows] @ self.basis[k].T
+        return x.unflatten(1, self.shape).clamp(-1, 1)
+
+
+def noisy(image: Tensor, std: float, noise: Noise) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] with Gaussian noise added, clipped; std is a share of black to white, so it is 2 std here."""
+    return (image + 2 * std * noise.normal("noisy", image)).clamp(-1, 1)

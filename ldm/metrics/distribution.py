@@ -1,0 +1,243 @@
+"""Distances between the distributions of two sets of features, and the Score that feeds them all from one pass of the feature network."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm.metrics.features import Classifier, FeatureNet, to_uint8
+
+
+def frechet(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
+    """Squared Frechet distance () of two Gaussians, means (D,), covariances (D, D), in float64 (Heusel et al. 2017, eq. 6).
+
+    With S1 = L L', tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of the symmetric L' S2 L: no matrix root, nothing complex.
+    """
+    mu1, sigma1, mu2, sigma2 = (x.double() for x in (mu1, sigma1, mu2, sigma2))
+    root, failed = torch.linalg.cholesky_ex(sigma1)
+    if failed:  # only semi-definite: fewer samples than dimensions, or a dead feature
+        values, vectors = torch.linalg.eigh(sigma1)
+        root = vectors * values.clamp(min=0).sqrt()
+    overlap = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    return (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap
+
+
+def polynomial_mmd(x: Tensor, y: Tensor, degree: int = 3) -> Tensor:
+    """Unbiased squared maximum mean discrepancy () of x (N, D) and y (M, D) under k(a, b) = (a.b / D + 1)^degree, in float64.
+
+    Binkowski et al. 2018, eq. 4; negative values are within its noise.
+    """
+
+    def total(a: Tensor, b: Tensor) -> Tensor:
+        return sum(((block.double() @ b.double().T / b.shape[1] + 1) ** degree).sum() for block in a.split(1024))
+
+    def within(a: Tensor) -> Tensor:
+        itself = ((a.double().square().sum(1) / a.shape[1] + 1) ** degree).sum()
+        return (total(a, a) - itself) / (len(a) * (len(a) - 1))
+
+    return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
+
+
+def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """Euclidean distances from rows of a (N, D) to all of b (M, D), in blocks (n, M); the same at any N, 0 for equal rows."""
+    for block in a.split(1024):
+        # not by a matrix product, whose rounding makes the distance of equal rows positive
+        yield torch.cdist(block, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def radii(x: Tensor, k: int) -> Tensor:
+    """Distance (N,) from each row of x (N, D) to its k-th nearest other row."""
+    return torch.cat([d.kthvalue(k + 1, 1).values for d in distances(x, x)])  # the nearest is the row itself
+
+
+def covered(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
+    """The share () of points (N, D) that lie in at least one ball of centres (M, D) and radius (M,)."""
+    return torch.cat([(d <= radius).any(1) for d in distances(points, centres)]).double().mean()
+
+
+def precision_recall(x: Tensor, reference: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
+    """The share of x (N, D) on the reference's k-NN manifold, and of reference (M, D) on x's: (), () (Kynkaanniemi et al. 2019, eq. 2).
+
+    Both depend on N and M: compare only numbers taken with the same sizes. Raises ValueError if N or M is not above k.
+    """
+    if min(len(x), len(reference)) <= k:
+        raise ValueError(f"{len(x)} samples and {len(reference)} references: precision and recall need more than k={k} of each; draw more")
+    return covered(x, reference, radii(reference, k)), covered(reference, x, radii(x, k))
+
+
+def spread(x: Tensor, size: int) -> Tensor:
+    """At most size rows of x (N, D), evenly spaced."""
+    return x if len(x) <= size else x[torch.arange(size, device=x.device) * len(x) // size]
+
+
+class Metric(Protocol):
+    """What Score feeds: built from (net, reference features), then features (B, D) float32 and class labels (B,) or None, batch by batch.
+
+    compute: {key: number} over all processes, called on each of them; reset: forget the samples, keep the reference.
+    """
+
+    def update(self, features: Tensor, label: Tensor | None) -> None: ...
+    def compute(self) -> dict[str, float]: ...
+    def reset(self) -> None: ...
+
+
+class FrechetDistance:
+    """`fd_<net>`: torchmetrics' FrechetInceptionDistance on features that are already there (float64 sums, added up over processes)."""
+
+    def __init__(self, net: FeatureNet, reference: Tensor):
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        given = nn.Identity()  # torchmetrics' feature network: the features come from Score
+        given.num_features = net.num_features
+        self.key = f"fd_{net.name}"
+        self.fid = FrechetInceptionDistance(given).to(reference.device)
+        self.fid.update(reference, real=True)
+        names = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
+        self.reference = {name: getattr(self.fid, name) for name in names}
+        self.fid.reset()
+
+    def update(self, features: Tensor, label: Tensor | None = None) -> None:
+        self.fid.update(features, real=False)
+
+    def compute(self) -> dict[str, float]:
+        # torchmetrics adds the states up over the processes: one of them brings the reference
+        for name, value in self.reference.items():
+            setattr(self.fid, name, value if rank() == 0 else torch.zeros_like(value))
+        return {self.key: self.fid.compute().item()}
+
+    def reset(self) -> None:
+        self.fid.reset()
+
+
+class KernelDistance:
+    """`kid_<net>`: the unbiased polynomial MMD of all samples against reference_size evenly spaced references.
+
+    torchmetrics' KernelInceptionDistance averages the same estimator over random subsets, so its number moves with the random state and the
+    order of the samples; over all pairs it is deterministic, blind to the order and the process count, and has the smaller variance.
+    """
+
+    def __init__(self, net: FeatureNet, reference: Tensor, degree: int = 3, reference_size: int = 5000):
+        self.key, self.degree = f"kid_{net.name}", degree
+        self.reference = spread(reference, reference_size)
+        self.samples = gathered(reference.device)
+
+    def update(self, features: Tensor, label: Tensor | None = None) -> None:
+        self.samples.update(features)
+
+    def compute(self) -> dict[str, float]:
+        return {self.key: polynomial_mmd(self.samples.compute(), self.reference, self.degree).item()}
+
+    def reset(self) -> None:
+        self.samples.reset()
+
+
+class PrecisionRecall:
+    """`precision` and `recall` of all samples against reference_size evenly spaced references, by k nearest neighbours."""
+
+    def __init__(self, net: FeatureNet, reference: Tensor, k: int = 3, reference_size: int = 5000):
+        self.k, self.reference = k, spread(reference, reference_size)
+        self.samples = gathered(reference.device)
+
+    def update(self, features: Tensor, label: Tensor | None = None) -> None:
+        self.samples.update(features)
+
+    def compute(self) -> dict[str, float]:
+        precision, recall = precision_recall(self.samples.compute(), self.reference, self.k)
+        return {"precision": precision.item(), "recall": recall.item()}
+
+    def reset(self) -> None:
+        self.samples.reset()
+
+
+class ClassAccuracy:
+    """`accuracy`: the share of samples whose class, as the network's own classifier sees it, is the one that was asked for."""
+
+    def __init__(self, net: Classifier, reference: Tensor):
+        from torchmetrics.aggregation import MeanMetric
+
+        self.classify = net.classify
+        self.right = MeanMetric(nan_strategy="error").to(reference.device)
+
+    def update(self, features: Tensor, label: Tensor | None = None) -> None:
+        if label is None:
+            raise ValueError(
+                "class accuracy needs the label each sample was drawn for, got None; pass label, or leave accuracy out of the metrics"
+            )
+        self.right.update((self.classify(features).argmax(1) == label.to(features.device)).float())
+
+    def compute(self) -> dict[str, float]:
+        return {"accuracy": self.right.compute().item()}
+
+    def reset(self) -> None:
+        self.right.reset()
+
+
+class Score:
+    """Every metric of a set of images from one pass of the feature network.
+
+    net: in evaluation mode.  reference: its features (N, D) of real images (see `extract`), on the device that keeps the metrics (NCCL: a GPU).
+    metrics: name -> (net, reference) -> Metric.  Under several processes each updates with its own samples, unpadded (a DistributedSampler
+    repeats some, which changes the numbers), and all call compute.  Raises ValueError for a reference that does not fit or is not finite.
+    """
+
+    def __init__(self, net: FeatureNet, reference: Tensor, metrics: Mapping[str, Callable[[FeatureNet, Tensor], Metric]]):
+        from torchmetrics.aggregation import SumMetric
+
+        if reference.ndim != 2 or reference.shape[1] != net.num_features or len(reference) < 2:
+            raise ValueError(
+                f"reference is {tuple(reference.shape)}: expected at least 2 rows of {net.num_features} features of {net.name}; see extract"
+            )
+        require_finite(reference, "reference")
+        self.net, self.reference = net, reference
+        self.metrics = {name: make(net, reference) for name, make in metrics.items()}
+        self.count = SumMetric(nan_strategy="error").to(reference.device)
+
+    @property
+    def provenance(self) -> dict[str, str | int]:
+        """What must be equal for two scores to be compared, besides n: the network, its weights, the reference's size."""
+        return {"network": self.net.name, "identity": self.net.identity, "reference": len(self.reference)}
+
+    @torch.no_grad()
+    def update(self, image: Tensor, label: Tensor | None = None) -> None:
+        """Take in images (B, C, H, W) in [-1, 1] and, for the class accuracy, labels (B,). Raises ValueError for NaN."""
+        features = self.net(to_uint8(image)).to(self.reference.device)
+        require_finite(features, "features")
+        for metric in self.metrics.values():
+            metric.update(features, label)
+        self.count.update(float(len(features)))
+
+    def compute(self) -> dict[str, float]:
+        """{key: number} and the sample count n, over all processes; warns when bias rules so small an n. Raises ValueError for n < 2."""
+        n = int(self.count.compute())
+        if n < 2:
+            raise ValueError(f"{n} samples to score: expected at least 2, and thousands for a number that means anything; raise num")
+        enough = max(2048, 2 * self.reference.shape[1])
+        if n < enough and rank() == 0:
+            warnings.warn(f"{n} samples with {self.reference.shape[1]} features: distances are biased upwards below {enough}", stacklevel=2)
+        return {"n": n} | {key: value for metric in self.metrics.values() for key, value in metric.compute().items()}
+
+    def reset(self) -> None:
+        """Forget the samples, keep the reference."""
+        for metric in (*self.metrics.values(), self.count):
+            metric.reset()
+
+
+def gathered(device: torch.device):
+    """torchmetrics' list of all rows given to it, concatenated over processes when computed."""
+    from torchmetrics.aggregation import CatMetric
+
+    return CatMetric(nan_strategy="error").to(device)
+
+
+def require_finite(features: Tensor, what: str) -> None:
+    """Raise ValueError if any of features is NaN or infinite: torchmetrics would answer NaN without a word."""
+    broken = int((~features.isfinite()).any(1).sum())
+    if broken:
+        raise ValueError(f"{what}: {broken} of {len(features)} rows are not finite; the images or the network are broken")
+
+
+def rank() -> int:
+    """This process's rank, 0 when there is one."""
+    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0

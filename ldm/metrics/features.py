@@ -1,0 +1,123 @@
+"""Feature networks: what a distribution metric looks through; every number carries the name and the hash of its network."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm.fetch import AssetError, cache_dir, fetch, url
+
+
+class FeatureNet(Protocol):
+    """What a metric needs of a network: images (B, C, H, W) uint8 -> features (B, num_features) float32, whatever else is in the batch.
+
+    name goes into the metric's key (`fd_<name>`); identity is the SHA-256 of the weights; numbers of two identities are never compared.
+    """
+
+    name: str
+    num_features: int
+
+    @property
+    def identity(self) -> str: ...
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class Classifier(FeatureNet, Protocol):
+    """A feature network whose features also name the class: (B, num_features) -> logits (B, num_classes)."""
+
+    def classify(self, features: Tensor) -> Tensor: ...
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """The 8-bit picture (B, C, H, W) uint8 of an image in [-1, 1]: clamped, then rounded to the nearest of 256 levels.
+
+    The one quantisation here: torchmetrics' own (`normalize=True`) truncates. Raises ValueError for integers and NaN.
+    """
+    if not image.is_floating_point():
+        raise ValueError(f"image is {image.dtype}: expected floating point in [-1, 1]; a uint8 picture u is u / 127.5 - 1")
+    image = image.float()
+    if image.isnan().any():
+        raise ValueError("image holds NaN: expected values in [-1, 1]; the model that drew it has diverged")
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def require_uint8(images: Tensor, channels: tuple[int, ...], size: int | None = None) -> None:
+    """Raise ValueError unless images are (B, C, H, W) uint8 with one of these channel counts (and H = W = size, if given)."""
+    if images.dtype != torch.uint8:  # torchmetrics hands anything to a custom network: floats in [0, 1] would score without a word
+        raise ValueError(f"a feature network takes uint8 images, got {images.dtype}; quantise with ldm.metrics.features.to_uint8")
+    if images.ndim != 4 or images.shape[1] not in channels or (size and images.shape[2:] != (size, size)):
+        side = size or "any"
+        raise ValueError(f"images are {tuple(images.shape)}: expected (B, {' or '.join(map(str, channels))}, {side}, {side})")
+
+
+def hash_weights(module: nn.Module) -> str:
+    """SHA-256 (hex) of every parameter and buffer of a module: name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def extract(net: FeatureNet, batches: Iterable[Tensor]) -> Tensor:
+    """Features (N, D) float32 on the CPU of batches of images (B, C, H, W) in [-1, 1]: the reference that metrics are given."""
+    features = [net(to_uint8(image)).cpu() for image in batches]
+    if not features:
+        raise ValueError("no images to take features of: the iterable of batches is empty")
+    return torch.cat(features).clone()  # outside inference mode it is an ordinary tensor
+
+
+class Inception(nn.Module):
+    """The Inception-v3 of the FID literature (torch-fidelity's port of the 2015-12-05 TensorFlow weights), pool3 features (B, 2048).
+
+    Images of any size, 3 channels (1 is repeated), are resized to 299 as TensorFlow 1 did, without antialiasing: the published protocol.
+    weights: a file; else $LDM_INCEPTION, the cache, torch.hub's folder, a download. Raises AssetError, naming the file and its place.
+    """
+
+    name = "inception"
+    num_features = 2048
+    FILE = "weights-inception-2015-12-05-6726825d.pth"
+    SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+    ROOT = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+
+    def __init__(self, weights: str | Path | None = None):
+        super().__init__()
+        path = self.find(weights)  # before the import below, which is slow: a missing file is said at once
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+        self.identity = hash_weights(self.net)
+
+    @classmethod
+    def find(cls, weights: str | Path | None = None) -> Path:
+        """The file of weights, downloaded if need be."""
+        if given := weights or os.environ.get("LDM_INCEPTION"):
+            if not Path(given).is_file():
+                raise AssetError(f"{given} is not a file: expected Inception's weights {cls.FILE}; {cls.ROOT}{cls.FILE} has them")
+            return Path(given)
+        files = {cls.FILE: cls.SHA256}
+        hub = Path(torch.hub.get_dir(), "checkpoints")
+        try:
+            folder = fetch("inception", files, [hub], {"torch-fidelity's release": lambda scratch: url(cls.ROOT, list(files), scratch)})
+        except AssetError as error:
+            # a narrower message than fetch's: this one is met by everybody who works offline
+            place = cache_dir() / "inception" / cls.FILE
+            raise AssetError(
+                f"FID needs Inception's weights: get {cls.ROOT}{cls.FILE} and put it at {place} (or set LDM_INCEPTION). {error}"
+            ) from None
+        return folder / cls.FILE
+
+    def train(self, mode: bool = True) -> "Inception":
+        """Stay in evaluation mode, whatever the module that holds it does."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 2048) float32 of images (B, 1 or 3, H, W) uint8. Raises ValueError for anything else."""
+        require_uint8(images, (1, 3))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.net(images.expand(-1, 3, -1, -1))[0]

@@ -1,0 +1,81 @@
+"""The judge: a small classifier of grey garments whose features stand in for Inception's; its number is `fd_fashion`, never FID."""
+
+import torch
+from torch import Tensor, nn
+
+from ldm.metrics.features import hash_weights, require_uint8
+
+
+class FashionNet(nn.Module):
+    """A classifier of images (B, 1, 32, 32) uint8 (Fashion-MNIST zero-padded from 28 px), and a feature network once it is trained.
+
+    Training: cross-entropy on `logits(images)`; then `standardise(penultimate features of the training set)`; then `.eval()`.
+    """
+
+    name = "fashion"
+
+    def __init__(self, width: int = 24, num_features: int = 128, num_classes: int = 10):
+        super().__init__()
+
+        def conv(inside: int, outside: int) -> list[nn.Module]:
+            return [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.SiLU()]
+
+        self.num_features = num_features
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(2),  # (B, 4, 16, 16)
+            *conv(4, width),
+            *conv(width, 2 * width),
+            nn.MaxPool2d(2),  # (B, 2w, 8, 8)
+            *conv(2 * width, 4 * width),
+            nn.MaxPool2d(2),  # (B, 4w, 4, 4)
+            nn.Flatten(),
+            nn.Linear(64 * width, num_features, bias=False),
+            # normalised before the activation, so that no feature is nearly dead: standardising such a one would let it rule the distance
+            nn.BatchNorm1d(num_features),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(num_features, num_classes)
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) of the weights, the standardisation included."""
+        return hash_weights(self)
+
+    def penultimate(self, images: Tensor) -> Tensor:
+        """Features (B, num_features) before standardisation of images (B, 1, 32, 32) uint8."""
+        require_uint8(images, (1,), 32)
+        x = (images.float() - 73) / 90  # mean and deviation of the training pixels
+        return self.body(x.contiguous(memory_format=torch.channels_last))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 1, 32, 32) uint8: what training sees."""
+        return self.head(self.penultimate(images))
+
+    @torch.no_grad()
+    def standardise(self, features: Tensor) -> None:
+        """Set mean and std from penultimate features (N, num_features) of the training set, taken in evaluation mode.
+
+        Raises ValueError if one is constant.
+        """
+        std, mean = torch.std_mean(features.double(), 0)
+        alive = int((std > 1e-6).sum())
+        if alive < len(std):
+            raise ValueError(
+                f"{len(std) - alive} of {len(std)} features are constant or not finite: expected a trained network; train longer"
+            )
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Standardised features (B, num_features) of images (B, 1, 32, 32) uint8, in float32. Raises ValueError in training mode."""
+        if self.training:  # batch normalisation would make a score depend on the batch
+            raise ValueError("FashionNet is in training mode: a judge is used in evaluation mode; call .eval()")
+        with torch.autocast(images.device.type, enabled=False):
+            return (self.penultimate(images) - self.mean) / self.std
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, num_classes) of standardised features (B, num_features), without a second pass over the images."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features * self.std + self.mean)

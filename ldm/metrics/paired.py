@@ -1,0 +1,44 @@
+"""How well an autoencoder gives back what it was given."""
+
+import torch
+from torch import Tensor
+
+from ldm.metrics.distribution import FrechetDistance, Score
+from ldm.metrics.features import FeatureNet
+
+
+class Reconstruction:
+    """`psnr` (dB, mean over images), `ssim` and, with a feature network, `rfd_<net>` of reconstructions, over all processes.
+
+    reference: its features (N, D) of the originals (see `extract`).  PSNR and SSIM (Wang et al. 2004) are torchmetrics', on images
+    clipped to [-1, 1] but not quantised, with sides of at least 11 px, SSIM's window.
+    """
+
+    def __init__(self, net: FeatureNet | None = None, reference: Tensor | None = None, device: str | torch.device = "cpu"):
+        from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+        if (net is None) != (reference is None):
+            raise ValueError("a feature network and its reference features go together: give both, or neither for psnr and ssim alone")
+        # per image and then averaged: the logarithm of a mean over all pixels would be ruled by the worst images
+        self.psnr = PeakSignalNoiseRatio(data_range=2.0, dim=(1, 2, 3)).to(device)
+        self.ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(device)
+        self.score = Score(net, reference, {"fd": FrechetDistance}) if net is not None else None
+
+    @torch.no_grad()
+    def update(self, image: Tensor, reconstruction: Tensor) -> None:
+        """Take in images and their reconstructions (B, C, H, W), floating point in [-1, 1]."""
+        a, b = (x.float().clamp(-1, 1).to(self.psnr.device) for x in (reconstruction, image))
+        self.psnr.update(a, b)
+        self.ssim.update(a, b)
+        if self.score:
+            self.score.update(reconstruction)
+
+    def compute(self) -> dict[str, float]:
+        """{key: number} over all processes."""
+        distances = {f"r{key}": value for key, value in self.score.compute().items() if key != "n"} if self.score else {}
+        return {"psnr": self.psnr.compute().item(), "ssim": self.ssim.compute().item()} | distances
+
+    def reset(self) -> None:
+        """Forget the images, keep the reference."""
+        for metric in filter(None, (self.psnr, self.ssim, self.score)):
+            metric.reset()
