@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import launch
-from ldm.argv import Tree, explain, quote, rewrite
+from ldm.argv import Tree, escape, explain, quote, rewrite
 from ldm.errors import UserError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # full, or not ours to write
@@ -98,10 +98,11 @@ def _start(task: Callable, script: Path, config_name: str, text: Collection[str]
         print(describe(script, config_name))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that exceptions come out instead of Hydra's report and exit code 1
-    os.environ["LDM_ROOT"] = str(script.parent)
 
     import hydra
     from hydra._internal.utils import get_args_parser
+
+    import ldm.studies  # noqa: F401  makes experiments/ a group
 
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[assignment, method-assign]
@@ -189,8 +190,8 @@ class Plan:
         return [override for override in ours if override.partition("=")[0] not in typed]
 
     def _search(self) -> list[str]:
-        places = ",".join(quote(f"file://{place}") for place in (self.tree.root, *self.tree.folders[1:]))
-        return [f"hydra.searchpath=[{places}]"]
+        places = [f"studies://{self.tree.root}", *(f"file://{folder}" for folder in self.tree.folders[1:])]
+        return [f"hydra.searchpath=[{','.join(quote(escape(place)) for place in places)}]"]
 
     @contextmanager
     def explained(self, job: "Job"):

@@ -1,5 +1,332 @@
-"""The strict check of a composed config (being built)."""
+"""The strict check of a composed config against the signatures of its `_target_`s, read from source: nothing is imported, nothing runs."""
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ldm.argv import nearest, one_of
+from ldm.errors import UserError
+
+HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+REFUSED = {  # a part of a dotted name that runs, reads or removes what the config's author pleases, wherever it is found
+    *("builtins", "ctypes", "importlib", "os", "pickle", "runpy", "shutil", "socket", "subprocess", "sys", "tempfile", "pathlib"),
+    *("compile", "eval", "exec", "open", "system", "popen", "hub", "load", "load_url", "jit", "package", "cpp_extension", "serialization"),
+    *("_dynamo", "_inductor", "ops", "classes"),
+}
+ROOF = ("argv", "command", "durable", "fetch", "launch", "runs", "studies", "validate")  # of ldm: what writes, fetches or starts processes
+SHAPES = ("tuple", "list", "Sequence", "Iterable", "Collection", "set", "frozenset")
 
 
-def validate(config, base=None, supplied=None):
-    """Nothing yet."""
+def validate(
+    config: Mapping[str, Any], base: Mapping[str, Any] | None = None, supplied: Mapping[str, Collection[str]] | None = None
+) -> None:
+    """Refuse a config that its `_target_`s could not take.
+
+    config: resolved plain data.  base: the same choices without other overrides, unresolved; a value must be of the kind it has there.
+    supplied: a node's dotted path, or a `_target_` -> the parameters that code passes, so that the config need not.
+    Raises UserError with the key, the value and what was expected.
+    """
+    for path, node in _nodes(config, ""):
+        if "_target_" in node:
+            _node(path, node, {*(supplied or {}).get(path, ()), *(supplied or {}).get(str(node["_target_"]), ())})
+    if base is not None:
+        _kinds(config, base, "")
+
+
+def _nodes(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(value, Mapping):
+        yield path, value
+        for key, inner in value.items():
+            yield from _nodes(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _nodes(inner, f"{path}[{place}]")
+
+
+def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None:
+    target = node["_target_"]
+    allowed(target, path)
+    try:
+        signature = signature_of(target)
+    except UserError as error:
+        raise UserError(f"{path}.{error}") from None
+    if signature is None:
+        return
+    for key, value in node.items():
+        if key in HYDRA:
+            continue
+        if key not in signature.parameters:
+            if signature.open:
+                continue
+            raise UserError(f"{path}.{key}={_shown(value)}: {target} takes no {key!r}{nearest(key, signature.parameters)}")
+        expected = signature.parameters[key].annotation
+        if expected is not None and signature.fits(expected, value) is False:
+            raise UserError(f"{path}.{key}={_shown(value)}: {target} expects {ast.unparse(expected)}")
+    if node.get("_partial_") or "_args_" in node:
+        return
+    missing = [name for name, one in signature.parameters.items() if one.required and name not in node and name not in supplied]
+    if missing:
+        raise UserError(f"{path}: {target} also needs {', '.join(missing)}")
+
+
+def allowed(target: Any, path: str = "") -> None:
+    """Raises UserError unless target names something of ldm, of an installed library or of the person's own package, that may be called."""
+    where = f"{path}._target_={_shown(target)}"
+    parts = target.split(".") if isinstance(target, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise UserError(f"{where}: expected package.module.name")
+    if (
+        parts[0] in sys.stdlib_module_names
+        or parts[0] in ("hydra", "omegaconf", "yaml", "joblib", "dill", "cloudpickle")
+        or REFUSED & set(parts)
+    ):
+        raise UserError(f"{where} is refused: a config may call ldm, a library or your own package, not what could run or remove anything")
+    try:
+        found = importlib.util.find_spec(parts[0])
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise UserError(f"{where}: no package {parts[0]!r} here{nearest(parts[0], ['ldm', 'torch'])}")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a target: annotation as source, and whether it has no default."""
+
+    annotation: ast.expr | None
+    required: bool
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The named parameters of a function or class; open when it takes any others.  aliases: the module's own names for types."""
+
+    parameters: Mapping[str, Parameter]
+    open: bool
+    aliases: Mapping[str, ast.expr]
+
+    def fits(self, expected: ast.expr, value: Any) -> bool | None:
+        """Whether a plain value is what an annotation says; None where that cannot be told."""
+        if isinstance(value, Mapping) and "_target_" in value:
+            return None
+        match expected:
+            case ast.Constant(value=None):
+                return value is None
+            case ast.Constant(value=str(text)):
+                return self.fits(ast.parse(text, mode="eval").body, value)
+            case ast.Name(id=name) | ast.Attribute(attr=name):
+                return self.fits(self.aliases[name], value) if name in self.aliases else _named(name, value)
+            case ast.BinOp(op=ast.BitOr(), left=left, right=right):
+                return _any([self.fits(left, value), self.fits(right, value)])
+            case ast.Subscript(value=ast.Name(id=name) | ast.Attribute(attr=name), slice=inner):
+                return self._generic(name, inner.elts if isinstance(inner, ast.Tuple) else [inner], value)
+        return None
+
+    def _generic(self, name: str, inner: list[ast.expr], value: Any) -> bool | None:
+        if name == "Optional":
+            return _any([value is None, self.fits(inner[0], value)])
+        if name == "Union":
+            return _any([self.fits(one, value) for one in inner])
+        if name == "Literal":
+            return any(isinstance(one, ast.Constant) and type(one.value) is type(value) and one.value == value for one in inner)
+        if name in ("dict", "Mapping"):
+            return isinstance(value, Mapping)
+        if name not in SHAPES:
+            return None
+        if not isinstance(value, list | tuple):
+            return False
+        many = name != "tuple" or (isinstance(inner[-1], ast.Constant) and inner[-1].value is Ellipsis)
+        if not many and len(value) != len(inner):
+            return False
+        verdicts = [self.fits(inner[0] if many else inner[place], one) for place, one in enumerate(value)]
+        return False if False in verdicts else None if None in verdicts else True
+
+
+def _named(name: str, value: Any) -> bool | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    known = {
+        "bool": isinstance(value, bool),
+        "int": isinstance(value, int) and number,
+        "float": number,
+        "str": isinstance(value, str),
+        "Path": isinstance(value, str),
+        "None": value is None,
+        "dict": isinstance(value, Mapping),
+        "Mapping": isinstance(value, Mapping),
+        **dict.fromkeys(SHAPES, isinstance(value, list | tuple)),
+    }
+    return known.get(name)
+
+
+def _any(verdicts: list[bool | None]) -> bool | None:
+    return True if True in verdicts else None if None in verdicts else False
+
+
+@cache
+def signature_of(target: str) -> Signature | None:
+    """The signature behind a dotted name, from its source; None for a library's name whose source does not tell.
+
+    Raises UserError with the nearest name when ldm has no such thing.
+    """
+    ours = target.split(".")[0] == "ldm"
+    module, names = _module(target)
+    if module is None or not names:
+        if ours:
+            raise UserError(f"_target_={target}: {'a module, not a class or function' if module else 'no such module'}")
+        return None
+    defined = _source(module).names
+    if ours and names[0] not in defined:
+        public = sorted(name for name in defined if not name.startswith("_"))
+        raise UserError(f"_target_={target}: {module.name} has no {names[0]!r}{nearest(names[0], public)}{one_of(public)}")
+    return _defined(module, names)
+
+
+def _module(target: str) -> tuple[Path | None, list[str]]:
+    """The source file of the longest part of a dotted name that is a module, and the names that remain."""
+    parts = target.split(".")
+    spec = importlib.util.find_spec(parts[0])
+    if spec is None or spec.origin is None:
+        return None, parts
+    if not spec.submodule_search_locations:
+        return Path(spec.origin), parts[1:]
+    place, taken = Path(next(iter(spec.submodule_search_locations))), 1
+    while taken < len(parts) and (place / parts[taken]).is_dir():
+        place, taken = place / parts[taken], taken + 1
+    if taken < len(parts) and (place / f"{parts[taken]}.py").is_file():
+        return place / f"{parts[taken]}.py", parts[taken + 1 :]
+    file = place / "__init__.py"
+    return (file if file.is_file() and (taken < len(parts) and (parts[0] != "ldm" or taken > 1)) else None), parts[taken:]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a module defines at its top: functions, classes, aliases of types, and names imported from elsewhere as dotted targets."""
+
+    definitions: Mapping[str, ast.FunctionDef | ast.ClassDef]
+    aliases: Mapping[str, ast.expr]
+    imports: Mapping[str, str]
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.definitions, *self.aliases, *(name for name, origin in self.imports.items() if origin.startswith("ldm."))}
+
+
+@cache
+def _source(file: Path) -> Source:
+    definitions: dict[str, Any] = {}
+    aliases: dict[str, ast.expr] = {}
+    imports: dict[str, str] = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                definitions[name] = node
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                aliases[name] = value
+            case ast.ImportFrom(module=str(origin), names=found, level=0):
+                imports |= {one.asname or one.name: f"{origin}.{one.name}" for one in found}
+    return Source(definitions, aliases, imports)
+
+
+def _defined(file: Path, names: list[str]) -> Signature | None:
+    source = _source(file)
+    node = source.definitions.get(names[0])
+    if node is None:
+        origin = source.imports.get(names[0])
+        return signature_of(".".join([origin, *names[1:]])) if origin and not origin.startswith(("typing.", "collections.")) else None
+    for name in names[1:]:  # a class's own constructor
+        inner = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == name]
+        if not inner:
+            return None
+        node = inner[0]
+        return _function(node, source, bound=not _decorated(node, "staticmethod"))
+    return _function(node, source) if isinstance(node, ast.FunctionDef) else _class(node, source)
+
+
+def _class(node: ast.ClassDef, source: Source) -> Signature | None:
+    init = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+    if init is not None:
+        return _function(init, source, bound=True)
+    inherited = [_base(one, source) for one in node.bases]
+    if not (_decorated(node, "dataclass") or any(isinstance(one, ast.Name) and one.id == "NamedTuple" for one in node.bases)):
+        return next((one for one in inherited if one), None)
+    parameters = {name: one for above in reversed(inherited) if above for name, one in above.parameters.items()}
+    for one in node.body:
+        match one:
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=value) if "ClassVar" not in ast.unparse(annotation):
+                made = (
+                    {part.arg: part.value for part in value.keywords} if isinstance(value, ast.Call) and _called(value, "field") else None
+                )
+                if made is not None and isinstance(made.get("init"), ast.Constant) and made["init"].value is False:  # type: ignore[union-attr]
+                    continue
+                parameters[name] = Parameter(
+                    annotation, value is None if made is None else not {"default", "default_factory"} & made.keys()
+                )
+    return Signature(parameters, False, source.aliases)
+
+
+def _base(node: ast.expr, source: Source) -> Signature | None:
+    if not isinstance(node, ast.Name):
+        return None
+    if isinstance(above := source.definitions.get(node.id), ast.ClassDef):
+        return _class(above, source)
+    origin = source.imports.get(node.id, "")
+    return signature_of(origin) if origin.startswith("ldm.") else None
+
+
+def _function(node: ast.FunctionDef, source: Source, bound: bool = False) -> Signature:
+    arguments = node.args
+    plain = [*arguments.posonlyargs, *arguments.args]
+    optional = {one.arg for one in plain[len(plain) - len(arguments.defaults) :]} if arguments.defaults else set()
+    optional |= {one.arg for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is not None}
+    named = [*plain[int(bound) :], *arguments.kwonlyargs]
+    parameters = {one.arg: Parameter(one.annotation, one.arg not in optional) for one in named}
+    return Signature(parameters, arguments.kwarg is not None, source.aliases)
+
+
+def _decorated(node: ast.FunctionDef | ast.ClassDef, name: str) -> bool:
+    return any(_called(one, name) if isinstance(one, ast.Call) else ast.unparse(one).endswith(name) for one in node.decorator_list)
+
+
+def _called(node: ast.Call, name: str) -> bool:
+    return ast.unparse(node.func).split(".")[-1] == name
+
+
+def _kinds(value: Any, base: Any, path: str) -> None:
+    """Compare a node with its default: the same kind of value, where source does not say more."""
+    if isinstance(base, Mapping) and isinstance(value, Mapping):
+        target = value.get("_target_")
+        signature = signature_of(target) if isinstance(target, str) else None
+        for key in base.keys() & value.keys():
+            known = signature.parameters.get(key) if signature else None
+            told = signature.fits(known.annotation, value[key]) if signature and known and known.annotation is not None else None
+            if key not in HYDRA and told is None:
+                _kinds(value[key], base[key], f"{path}.{key}" if path else key)
+    elif base is not None and not (isinstance(base, str) and ("${" in base or base in ("???", "auto"))) and not _like(value, base):
+        raise UserError(f"{path}={_shown(value)}: expected {_kind(base)}, as in {path}={_shown(base)}")
+
+
+def _like(value: Any, base: Any) -> bool:
+    if isinstance(base, Mapping):
+        return value is None
+    if isinstance(base, list):
+        return isinstance(value, list) and (not base or all(_like(one, base[0]) for one in value if base[0] is not None))
+    return bool(_named(type(base).__name__, value))
+
+
+def _kind(base: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    return next((name for kind, name in names.items() if isinstance(base, kind)), "a node")
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    text = "{...}" if isinstance(value, Mapping) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
