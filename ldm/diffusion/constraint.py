@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise, Denoised, eps_at
 from ldm.diffusion.schedule import Schedule
+from ldm.tensors import expand
 
 
 def keep_known(denoise: Denoise, schedule: Schedule, mask: Tensor, x0: Tensor) -> Denoise:
@@ -24,6 +25,16 @@ def keep_known(denoise: Denoise, schedule: Schedule, mask: Tensor, x0: Tensor) -
 def clip(denoise: Denoise, schedule: Schedule, lo: float = -1.0, hi: float = 1.0) -> Denoise:
     """x0 held to [lo, hi], for pixels (Ho et al. 2020, section 3.2 and their code)."""
     return _on_x0(denoise, schedule, lambda estimate: estimate.clamp(lo, hi))
+
+
+def dynamic_threshold(denoise: Denoise, schedule: Schedule, quantile: float = 0.995, bound: float = 1.0) -> Denoise:
+    """x0 held to its own quantile of |x0| and divided by it, where that exceeds bound (Saharia et al. 2022 (Imagen), section 2.3)."""
+
+    def threshold(x0: Tensor) -> Tensor:
+        s = expand(x0.abs().flatten(1).quantile(quantile, dim=1).clamp(min=bound), x0)
+        return x0.clamp(-s, s) * (bound / s)
+
+    return _on_x0(denoise, schedule, threshold)
 
 
 def _on_x0(denoise: Denoise, schedule: Schedule, change: Callable[[Tensor], Tensor]) -> Denoise:

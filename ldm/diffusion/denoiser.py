@@ -42,13 +42,15 @@ class Denoiser(nn.Module):
     def output(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
         """The network's raw output and var_frac, at x_t (B, C, ...) and t () or (B,)."""
         scale = self.prediction.input_scale(*self.schedule.alpha_sigma(t))
-        # Never below float32: bfloat16 cannot tell 999 from 1000.
-        time = self.schedule.net_time(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32)).expand(len(x_t))
-        out = self.net(expand(scale, x_t) * x_t, time, cond)
+        out = self.net(expand(scale, x_t) * x_t, self.net_time(x_t, t), cond)
         if out.shape[1] == 2 * x_t.shape[1]:
             out, var_frac = out.chunk(2, dim=1)
             return out, var_frac
         return out, None
+
+    def net_time(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's time (B,) for x_t (B, ...) and t () or (B,); never below float32, as bfloat16 cannot tell 999 from 1000."""
+        return self.schedule.net_time(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32)).expand(len(x_t))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Denoised:
         """Denoised at x_t (B, C, ...) and t () or (B,) in (0, 1]."""

@@ -51,6 +51,68 @@ def pair(denoiser: Denoiser, both: Condition, x_t: Tensor, t: Tensor) -> tuple[D
     return Denoised(*told), Denoised(*untold)
 
 
+def cfg_channels(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0, channels: int = 3) -> Denoise:
+    """Classifier-free guidance of the first channels alone, the rest being the conditional ones: how DiT's published samples were drawn.
+
+    Raises ValueError if there is no uncond.
+    """
+    both = cond.cat(_null(uncond, f"scale {scale}"))
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        told, untold = pair(denoiser, both, x_t, t)
+        x0, eps = (
+            torch.cat([u[:, :channels].lerp(c[:, :channels], scale), c[:, channels:]], dim=1)
+            for u, c in [(untold.x0, told.x0), (untold.eps, told.eps)]
+        )
+        return Denoised(x0, eps, told.var_frac)
+
+    return denoise
+
+
+def autoguidance(
+    denoiser: Denoiser, cond: Condition, uncond: Condition | None, weak: Denoiser | None = None, scale: float = 1.0
+) -> Denoise:
+    """weak + scale (denoiser - weak), weak being smaller or less trained (Karras et al. 2024, eq. 3); uncond is not used.
+
+    Raises ValueError if there is no weak Denoiser.
+    """
+    if weak is None:
+        raise ValueError("autoguidance needs a second, weaker denoiser; pass one as `weak`")
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        strong, other = denoiser(x_t, t, cond), weak(x_t, t, cond)
+        return Denoised(other.x0.lerp(strong.x0, scale), other.eps.lerp(strong.eps, scale), strong.var_frac)
+
+    return denoise
+
+
+def classifier(
+    denoiser: Denoiser, cond: Condition, uncond: Condition | None, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0
+) -> Denoise:
+    """eps - scale sigma grad log p(y | x_t) (Dhariwal & Nichol 2021, algorithm 2); uncond is not used.
+
+    log_prob: (x_t, net_time (B,)) -> log p(y | x_t) (B,), of a classifier trained on noisy states. Where x_t has no signal it is not asked.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        estimate = denoiser(x_t, t, cond)
+        alpha, sigma = denoiser.schedule.alpha_sigma(t)
+        if alpha == 0:
+            return estimate
+        with torch.inference_mode(False), torch.enable_grad():
+            x_in = x_t.clone().detach().requires_grad_()
+            grad = torch.autograd.grad(log_prob(x_in, denoiser.net_time(x_t, t)).sum(), x_in)[0]
+        eps = estimate.eps - scale * sigma * grad
+        return Denoised((x_t - sigma * eps) / alpha, eps, estimate.var_frac)
+
+    return denoise
+
+
+def scale_from_w(w: float) -> float:
+    """The scale of uncond + scale (cond - uncond) that is Ho & Salimans' (2022, eq. 6) strength w in (1 + w) cond - w uncond."""
+    return 1 + w
+
+
 def _null(uncond: Condition | None, why: str) -> Condition:
     if uncond is None:
         raise ValueError(f"guidance with {why} needs a null condition and has none; train with condition dropout, or use scale 1")

@@ -1,15 +1,22 @@
-"""What is minimised: draw t and eps, make x_t, compare the network's output with a x0 + b eps, weigh."""
+"""What is minimised: draw t and eps, make x_t, compare the network's output with a x0 + b eps, weigh.
+
+Every objective has forward(denoiser, x0, cond, noise, batch) -> terms (B,), of which `loss` is the one to minimise. Those made of a draw
+and a loss show both, `draw` and `at`, so that others can wrap them and a diagnostic can ask for a given t.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import huber_loss
 
 from ldm.condition import Condition
-from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.prediction import gain, target
+from ldm.diffusion.denoiser import Denoised, Denoiser
+from ldm.diffusion.prediction import gain, solve, target
 from ldm.diffusion.schedule import Schedule
-from ldm.diffusion.times import Times
+from ldm.diffusion.times import Times, entries
+from ldm.diffusion.variance import Decoder, Variance, gaussian_nll, learned_range, vlb_term
 from ldm.diffusion.weighting import Weighting
 from ldm.tensors import Noise, expand, mean_per_sample
 
@@ -19,16 +26,33 @@ def l2(out: Tensor, wanted: Tensor) -> Tensor:
     return (out - wanted) ** 2
 
 
+def l1(out: Tensor, wanted: Tensor) -> Tensor:
+    """Absolute error, element by element."""
+    return (out - wanted).abs()
+
+
+def huber(out: Tensor, wanted: Tensor, delta: float = 1.0) -> Tensor:
+    """Half the squared error up to delta, linear beyond, element by element (Huber 1964)."""
+    return huber_loss(out, wanted, reduction="none", delta=delta)
+
+
 def gaussian(noise: Noise, x0: Tensor) -> Tensor:
     """Standard normal eps (B, ...)."""
     return noise.normal("eps", x0)
+
+
+def offset(noise: Noise, x0: Tensor, strength: float = 0.1) -> Tensor:
+    """Standard normal plus strength times one normal a channel, eps (B, C, ...) (Guttenberg 2023, "Diffusion with offset noise")."""
+    channel = x0[(slice(None), slice(None), *(slice(0, 1),) * (x0.ndim - 2))]
+    return noise.normal("eps", x0) + strength * noise.normal("offset", channel)
 
 
 class Objective(nn.Module):
     """The denoising loss E_t,eps [w error(out, a x0 + b eps)] (Ho et al. 2020, algorithm 1 and eq. 14; Kingma & Gao 2023, eq. 5).
 
     times: (noise, x0, schedule) -> t (B,).  weighting: weight on the error of x0.  error: (out, wanted) -> elementwise error.
-    draw_eps: (noise, x0) -> eps.
+    draw_eps: (noise, x0) -> eps.  vlb: what the bound in bits per dimension is added with, 0.001 for a learned variance (Nichol & Dhariwal
+    2021, eq. 16); its gradient reaches the variance alone.  decoder: the bound's term at t = 1/T, variance.decoder_nll for pixels.
     """
 
     def __init__(
@@ -37,12 +61,14 @@ class Objective(nn.Module):
         weighting: Weighting,
         error: Callable[[Tensor, Tensor], Tensor] = l2,
         draw_eps: Callable[[Noise, Tensor], Tensor] = gaussian,
+        vlb: float = 0.0,
+        decoder: Decoder = gaussian_nll,
     ):
         super().__init__()
-        self.times, self.weighting, self.error, self.draw_eps = times, weighting, error, draw_eps
+        self.times, self.weighting, self.error, self.draw_eps, self.vlb, self.decoder = times, weighting, error, draw_eps, vlb, decoder
 
     def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`; `loss` is the one to minimise."""
+        """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`."""
         return self.at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
 
     def draw(self, noise: Noise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -50,11 +76,140 @@ class Objective(nn.Module):
         return self.times(noise, x0, schedule), self.draw_eps(noise, x0)
 
     def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """The terms (B,) at given t (B,) and eps: `loss`, and `error`, the same before weighting."""
+        """The terms (B,) at given t (B,) and eps: `loss`, `error` (before weighting), and `vlb` (bits per dimension) if it is added."""
         alpha, sigma = denoiser.schedule.alpha_sigma(t)
         row = denoiser.prediction.row(alpha, sigma)
         x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
-        out, _ = denoiser.output(x_t, t, cond)
-        error = mean_per_sample(self.error(out.to(x_t.dtype), target(row, x0, eps)))
-        weight = self.weighting(alpha, sigma, row) / gain(row, alpha, sigma)
-        return {"loss": weight * error, "error": error}
+        out, var_frac = denoiser.output(x_t, t, cond)
+        out = out.to(x_t.dtype)
+        error = mean_per_sample(self.error(out, target(row, x0, eps)))
+        loss = self.weighting(alpha, sigma, row) / gain(row, alpha, sigma) * error
+        if not self.vlb:
+            return {"loss": loss, "error": error}
+        estimate = Denoised(*solve(row, alpha, sigma, x_t, out.detach()), var_frac)
+        bits = bound(denoiser.schedule, x0, x_t, t, estimate, learned_range, self.decoder)
+        return {"loss": loss + self.vlb * bits, "error": error, "vlb": bits}
+
+
+class Likelihood(nn.Module):
+    """The variational bound itself, in bits per dimension (Nichol & Dhariwal 2021, L_vlb; Ho et al. 2020, eq. 5, without its prior term).
+
+    times must be on the schedule's entries, as `discrete` is; best wrapped in LossSecondMoment.
+    """
+
+    def __init__(
+        self,
+        times: Times,
+        draw_eps: Callable[[Noise, Tensor], Tensor] = gaussian,
+        variance: Variance = learned_range,
+        decoder: Decoder = gaussian_nll,
+    ):
+        super().__init__()
+        self.times, self.draw_eps, self.variance, self.decoder = times, draw_eps, variance, decoder
+
+    def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`."""
+        return self.at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
+
+    def draw(self, noise: Noise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """A time t (B,) and eps (B, C, ...) for each row of x0."""
+        return self.times(noise, x0, schedule), self.draw_eps(noise, x0)
+
+    def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        """The terms (B,) at given t (B,) and eps: `loss`."""
+        alpha, sigma = denoiser.schedule.alpha_sigma(t)
+        x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+        return {"loss": bound(denoiser.schedule, x0, x_t, t, denoiser(x_t, t, cond), self.variance, self.decoder)}
+
+
+def bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Denoised, variance: Variance, decoder: Decoder) -> Tensor:
+    """T times the bound's term at each t (B,) in 1/T, 2/T, ..., 1: an unbiased estimate of the bound, bits per dimension."""
+    T = entries(schedule)
+    i = (t.double() * T).round()
+    return T * vlb_term(schedule, x0, x_t, i / T, (i - 1) / T, estimate, variance, decoder)
+
+
+class LogVariance(nn.Module):
+    """An objective's loss balanced over t by a learned log-variance u: loss / e^u + u (Rombach et al. 2022, their code; EDM2, eq. 22).
+
+    T: number of bins of t, one u each.
+    """
+
+    def __init__(self, objective: Objective, T: int = 1000, init: float = 0.0):
+        super().__init__()
+        self.objective = objective
+        self.log_variance = nn.Parameter(torch.full((T,), init))
+
+    def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`."""
+        return self.at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
+
+    def draw(self, noise: Noise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """A time t (B,) and eps (B, C, ...) for each row of x0."""
+        return self.objective.draw(noise, x0, schedule)
+
+    def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        """The wrapped objective's terms (B,) with `loss` balanced, and `balanced`, what it was."""
+        terms = self.objective.at(denoiser, x0, cond, t, eps)
+        u = self.log_variance[bin_of(t, len(self.log_variance))]
+        return terms | {"loss": terms["loss"] / u.exp() + u, "balanced": terms["loss"]}
+
+
+class LossSecondMoment(nn.Module):
+    """An objective with t drawn in proportion to sqrt(E[loss^2]) and the loss divided by it (Nichol & Dhariwal 2021, eq. 18).
+
+    history: the losses a bin of t remembers; until all T bins are full, t is uniform.  floor: the share of draws that stay uniform.
+    The losses of all ranks are remembered, so that all draw alike. Raises ValueError if T is not the schedule's.
+    """
+
+    def __init__(self, objective: Objective, T: int = 1000, history: int = 10, floor: float = 0.001):
+        super().__init__()
+        self.objective, self.T, self.floor = objective, T, floor
+        self.register_buffer("losses", torch.zeros(T, history))
+        self.register_buffer("count", torch.zeros(T, dtype=torch.long))
+
+    def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The wrapped objective's terms (B,), `loss` being unbiased for uniform t; in training mode they are remembered."""
+        T = entries(denoiser.schedule)
+        if T != self.T:
+            raise ValueError(f"the schedule has T = {T}, the objective T = {self.T}; set objective.T to the schedule's")
+        p = self.probabilities()
+        u = noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32))
+        i = torch.searchsorted(p.cumsum(0), u.to(p), right=True).clamp(max=self.T - 1)
+        _, eps = self.objective.draw(noise, x0, denoiser.schedule)
+        terms = self.objective.at(denoiser, x0, cond, (i + 1) / self.T, eps)
+        if self.training:
+            self.remember(i, terms["loss"].detach())
+        return terms | {"loss": terms["loss"] / (self.T * p[i]).to(terms["loss"])}
+
+    def probabilities(self) -> Tensor:
+        """p (T,), float64, of each bin."""
+        rms = self.losses.double().square().mean(1).sqrt()
+        p = (1 - self.floor) * rms / rms.sum().clamp(min=1e-30) + self.floor / self.T
+        return torch.where((self.count >= self.losses.shape[1]).all(), p, torch.full_like(p, 1 / self.T))
+
+    def remember(self, i: Tensor, loss: Tensor) -> None:
+        """Write losses (B,) of bins i (B,) over the oldest ones."""
+        i, order = gather(i).sort(stable=True)
+        loss = gather(loss)[order]
+        history = self.losses.shape[1]
+        many = torch.bincount(i, minlength=self.T)
+        rank = torch.arange(len(i), device=i.device) - (many.cumsum(0) - many)[i]
+        kept = rank >= many[i] - history
+        place = (self.count[i] + rank) % history
+        self.losses[i[kept], place[kept]] = loss[kept].to(self.losses)
+        self.count += many
+
+
+def gather(x: Tensor) -> Tensor:
+    """x (B,) of every rank, in the order of the ranks; x itself in a single process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    out = x.new_empty(torch.distributed.get_world_size() * len(x))
+    torch.distributed.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def bin_of(t: Tensor, T: int) -> Tensor:
+    """The index i of the bin (i/T, (i + 1)/T] that t (B,) in (0, 1] lies in; t = (i + 1)/T is i whatever the rounding."""
+    return ((t * T - 1e-3).ceil().long() - 1).clamp(0, T - 1)

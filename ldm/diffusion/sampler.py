@@ -4,7 +4,9 @@ x (B, ...) is the state at ts[0]; ts (N + 1,) descends within [0, 1] and is best
 for a device; noise(x) draws one standard normal shaped like x. All raise ValueError if ts does not descend within [0, 1].
 """
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,10 +20,15 @@ Draw = Callable[[Tensor], Tensor]
 Sampler = Callable[[Denoise, Schedule, Tensor, Tensor, Draw], Tensor]
 
 
-def steps(ts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs (t, s), s < t, of a grid ts (N + 1,). Raises ValueError unless it descends within [0, 1]."""
+def check(ts: Tensor) -> None:
+    """Raises ValueError unless ts (N + 1,), N >= 1, descends within [0, 1]."""
     if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() < 0).all() or ts[0] > 1 or ts[-1] < 0:
         raise ValueError(f"the grid must be two or more times that descend within [0, 1], got {ts.tolist()}; 1 is noise, 0 is data")
+
+
+def steps(ts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs (t, s), s < t, of a grid ts (N + 1,). Raises ValueError unless it descends within [0, 1]."""
+    check(ts)
     return pairwise(ts)
 
 
@@ -47,10 +54,34 @@ def ddim(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
     return x
 
 
-def euler(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-    """Euler's method on the probability-flow ODE in a straight frame (Karras et al. 2022, eq. 4): DDIM at eta = 0, term by term."""
-    frame = straight(schedule)
+def ddim_invert(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
+    """DDIM run backwards (Song et al. 2021a, section 4.3): from the state x at ts[-1], which must be above 0, to the state at ts[0].
+
+    Raises ValueError if ts ends at 0, where eps is not defined; 1/T is the place to start.
+    """
+    if ts[-1] == 0:
+        raise ValueError("inversion cannot start at t = 0, where there is no eps; give a grid that ends at 1/T (times.ending_at)")
+    for t, s in reversed(list(steps(ts))):
+        x0, eps, _ = denoise(x, s)
+        alpha_t, sigma_t = schedule.alpha_sigma(t)
+        x = alpha_t * x0 + sigma_t * eps
+    return x
+
+
+def euler(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    ts: Tensor,
+    noise: Draw,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, float("inf")),
+    churn_noise: float = 1.0,
+) -> Tensor:
+    """Euler's method on the ODE in a straight frame (Karras et al. 2022, algorithm 2, lines 4-8); without churn it is DDIM."""
+    frame, gamma = straight(schedule), min(churn / (len(ts) - 1), 2**0.5 - 1)
     for t, s in steps(ts):
+        x, t = stir(schedule, x, t, noise, gamma, churn_range, churn_noise)
         (m_t, u_t), (m_s, u_s) = frame(t), frame(s)
         y = x / m_t
         d = (y - denoise(x, t).x0) / u_t
@@ -58,10 +89,20 @@ def euler(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dr
     return x
 
 
-def heun(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-    """Heun's 2nd-order method on the probability-flow ODE in a straight frame (Karras et al. 2022, algorithm 1); 2 N - 1 evaluations."""
-    frame = straight(schedule)
+def heun(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    ts: Tensor,
+    noise: Draw,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, float("inf")),
+    churn_noise: float = 1.0,
+) -> Tensor:
+    """Heun's 2nd-order method on the ODE in a straight frame (Karras et al. 2022, algorithm 2); 2 N - 1 evaluations to s = 0."""
+    frame, gamma = straight(schedule), min(churn / (len(ts) - 1), 2**0.5 - 1)
     for t, s in steps(ts):
+        x, t = stir(schedule, x, t, noise, gamma, churn_range, churn_noise)
         (m_t, u_t), (m_s, u_s) = frame(t), frame(s)
         y = x / m_t
         d = (y - denoise(x, t).x0) / u_t
@@ -72,20 +113,112 @@ def heun(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
     return x
 
 
-def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2): two-step, data prediction; the first step, and one to s = 0, are of first order."""
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def plms(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
+    """PLMS (Liu et al. 2022 (PNDM), eq. 12, with the improved Euler start of Rombach et al.'s code); N + 1 evaluations.
+
+    Adams-Bashforth 4 with the weights of equal steps in a straight frame's u: order 2 on a general grid, 3 (by its start) on an even one.
+    """
+    frame, past = straight(schedule), []
+    for t, s in steps(ts):
+        (m_t, u_t), (m_s, u_s) = frame(t), frame(s)
+        y = x / m_t
+        d = (y - denoise(x, t).x0) / u_t
+        past = [d, *past[:3]]
+        if len(past) == 1 and s > 0:
+            y_s = y + (u_s - u_t) * d
+            mixed = (d + (y_s - denoise(m_s * y_s, s).x0) / u_s) / 2
+        else:
+            mixed = sum(w * p for w, p in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True))
+        x = m_s * (y + (u_s - u_t) * mixed)
+    return x
+
+
+def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, eta: float = 0.0) -> Tensor:
+    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2); eta = 1 is its SDE (their eq. 18, two-step).
+
+    Data prediction; the first step, and one to s = 0, are of first order.
+    """
     x0_before = h_before = None
     for t, s in steps(ts):
         x0 = denoise(x, t).x0
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         h = (schedule.log_snr(s) - schedule.log_snr(t)) / 2
+        ratio = alpha_t * sigma_s / (sigma_t * alpha_s)  # exp(-h), also where h is infinite
         D = x0
         if x0_before is not None and s > 0:
             r = h_before / h
             D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
-        x = sigma_s / sigma_t * x + (alpha_s - sigma_s * alpha_t / sigma_t) * D  # alpha_s (1 - exp(-h)) D
+        std = sigma_s * (1 - ratio ** (2 * eta)).sqrt()
+        x = sigma_s / sigma_t * ratio**eta * x + alpha_s * (1 - ratio ** (1 + eta)) * D
+        if std > 0:
+            x = x + std * noise(x)
         x0_before, h_before = x0, h
     return x
+
+
+def unipc(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
+    """UniPC-2 with B(h) = e^h - 1, data prediction (Zhao et al. 2023, algorithms 7-8 and eq. 9); N evaluations.
+
+    Each step is predicted (UniP), then, once x0 is known at its end, made again (UniC). The first, and one to s = 0, are of
+    first order.
+    """
+    correct = x0_before = h_before = None
+    for t, s in steps(ts):
+        x0 = denoise(x, t).x0
+        if correct is not None:
+            x = correct(x0)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+        h = (schedule.log_snr(s) - schedule.log_snr(t)) / 2
+        B = 1 - alpha_t * sigma_s / (sigma_t * alpha_s)  # 1 - exp(-h), also where h is infinite
+        base = sigma_s / sigma_t * x + alpha_s * B * x0
+        if x0_before is None or s == 0:
+            x, slope, rho_1, rho_2 = base, 0.0, 0.0, 1 / 2
+        else:
+            r = -h_before / h
+            slope = (x0_before - x0) / r
+            phi_2 = 1 - B / h
+            phi_3 = phi_2 / h - 1 / 2
+            b_1, b_2 = phi_2 / B, -2 * phi_3 / B
+            rho_1, x = (b_1 - b_2) / (1 - r), base + alpha_s * B / 2 * slope  # UniP
+            rho_2 = b_1 - rho_1
+        correct = partial(_unic, base, alpha_s * B, rho_1 * slope, rho_2, x0)
+        x0_before, h_before = x0, h
+    return x
+
+
+def _unic(base: Tensor, scale: Tensor, known: Tensor, rho: Tensor, x0: Tensor, x0_s: Tensor) -> Tensor:
+    return base + scale * (known + rho * (x0_s - x0))
+
+
+def interpolant_sde(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, strength: float = 1.0) -> Tensor:
+    """Euler-Maruyama on the reverse SDE of a stochastic interpolant, w = strength sigma (Ma et al. 2024 (SiT), eq. 4 and section 3.4).
+
+    Time is measured in sigma, which on a flow is its own. The step to s = 0 has neither score nor noise.
+    """
+    for t, s in steps(ts):
+        x0, eps, _ = denoise(x, t)
+        (_, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+        h, w = sigma_t - sigma_s, strength * sigma_t
+        x = alpha_s * x0 + sigma_s * eps
+        if s > 0:
+            x = x - w / 2 * h * eps / sigma_t + (w * h).sqrt() * noise(x)
+    return x
+
+
+def stir(
+    schedule: Schedule, x: Tensor, t: Tensor, noise: Draw, gamma: float, within: tuple[float, float], noise_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Add noise so that sigma / alpha grows by 1 + gamma, where it is `within` (Karras et al. 2022, algorithm 2, lines 4-6): (x, t)."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    if gamma == 0 or alpha == 0 or not within[0] <= sigma / alpha <= within[1]:
+        return x, t
+    t_hat = schedule.t_at(schedule.log_snr(t) - 2 * math.log1p(gamma))
+    alpha_hat, sigma_hat = schedule.alpha_sigma(t_hat)
+    ratio = alpha_hat / alpha
+    return ratio * x + noise_scale * (sigma_hat**2 - (ratio * sigma) ** 2).sqrt() * noise(x), t_hat
 
 
 def straight(schedule: Schedule) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 
 class Schedule(Protocol):
@@ -116,6 +117,98 @@ def cosine(T: int = 1000, s: float = 0.008) -> Table:
     return from_alpha_bar(lambda t: torch.cos(math.pi / 2 * (t + s) / (1 + s)) ** 2, T)
 
 
+def sigmoid(T: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Table:
+    """Chen 2023 (arXiv 2301.10972), algorithm 1: alpha_bar a sigmoid of t over [start, end] / tau, scaled to 1..0 and held above 1e-9."""
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    y = torch.sigmoid((start + t * (end - start)) / tau)
+    return Table(((y[-1] - y) / (y[-1] - y[0]))[1:].clamp(min=1e-9))
+
+
+def sigmoid_beta(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Table:
+    """Xu et al. 2022 (GeoDiff's code): beta a sigmoid of i over [-6, 6]; the two betas are those for T = 1000."""
+    rise = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
+    return from_betas((beta_start + rise * (beta_end - beta_start)) * (1000 / T))
+
+
+def sqrt(T: int = 1000, s: float = 1e-4) -> Table:
+    """Li et al. 2022 (Diffusion-LM), section 4.2: alpha_bar = 1 - sqrt(t + s), relative to t = 0."""
+    return from_alpha_bar(lambda t: 1 - (t + s).sqrt(), T)
+
+
+def zero_terminal_snr(schedule: Table) -> Table:
+    """The Table shifted and scaled in alpha so that alpha(1) = 0 and the first entry stays (Lin et al. 2023, algorithm 1)."""
+    alpha = schedule.alpha_bar.double().sqrt()
+    return Table(((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2)
+
+
+def shifted(schedule: Table, shift: float) -> Table:
+    """The Table with sigma / alpha multiplied by shift, for data of `shift` times the resolution (Hoogeboom et al. 2023, eq. 5)."""
+    bar = schedule.alpha_bar.double()
+    return Table(bar / (bar + shift**2 * (1 - bar)))
+
+
+@dataclass(frozen=True)
+class VP:
+    """The continuous variance-preserving SDE with beta(t) from beta_min to beta_max (Song et al. 2021b, eq. 32-33); network sees 999 t."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        beta = self._integral(t)
+        return (-beta / 2).exp(), (-torch.expm1(-beta)).sqrt()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -torch.expm1(self._integral(t)).log()
+
+    def t_at(self, log_snr: Tensor) -> Tensor:
+        beta = softplus(-log_snr)
+        return 2 * beta / (self.beta_min + (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * beta).sqrt())
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return 999 * t
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return t * self.beta_min + t**2 * (self.beta_max - self.beta_min) / 2
+
+
+@dataclass(frozen=True)
+class GVP:
+    """The trigonometric path alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Ma et al. 2024 (SiT), table 1); the network sees 1000 t."""
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)  # sin, not cos: exactly 0 at t = 1
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.alpha_sigma(t)
+        return 2 * (alpha.log() - sigma.log())
+
+    def t_at(self, log_snr: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan(torch.exp(-log_snr / 2))
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return 1000 * t
+
+
+@dataclass(frozen=True)
+class EDM:
+    """alpha = 1, sigma = sigma_max t (Karras et al. 2022, table 1); the network sees c_noise = log(sigma) / 4."""
+
+    sigma_max: float = 80.0
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), self.sigma_max * t
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * (self.sigma_max * t).log()
+
+    def t_at(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(-log_snr / 2) / self.sigma_max
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return (self.sigma_max * t).log() / 4
+
+
 @dataclass(frozen=True)
 class Flow:
     """Rectified flow (Liu 2022; Esser 2024, eq. 13): alpha = 1 - u, sigma = u, with u = shift t / (1 + (shift - 1) t) (Esser 2024, eq. 23).
@@ -137,3 +230,8 @@ class Flow:
 
     def net_time(self, t: Tensor) -> Tensor:
         return 1000 * self.alpha_sigma(t)[1]
+
+
+def flow_at(dim: int, base_dim: int = 4096) -> Flow:
+    """Flow shifted for data of `dim` numbers a sample where shift 1 suits base_dim: shift = sqrt(dim / base_dim) (Esser 2024, eq. 23)."""
+    return Flow(math.sqrt(dim / base_dim))

@@ -1,13 +1,21 @@
-"""Reverse variances: the posterior q(x_s | x_t, x0) and the choices for the model's own."""
+"""Reverse variances and likelihood: the posterior, the choices for the model's own variance, Gaussian KL, decoders, bits per dimension.
 
+A variance is a function (var_frac, schedule, t, s, floor=None) -> log-variance, s < t, shaped () or (B,), or (B, ...) if learned.
+"""
+
+import math
 from collections.abc import Callable
+from itertools import pairwise
 
+import torch
 from torch import Tensor
 
+from ldm.diffusion.denoiser import Denoise, Denoised
 from ldm.diffusion.schedule import Schedule
-from ldm.tensors import expand
+from ldm.tensors import expand, mean_per_sample
 
 Variance = Callable[..., Tensor]
+Decoder = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def forward_variance(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
@@ -20,16 +28,95 @@ def q_posterior(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, s: Tenso
     """Mean (B, ...) and variance () or (B,) of q(x_s | x_t, x0), s < t (Ho et al. 2020, eq. 7; Kingma et al. 2021, eq. 25-26)."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
     beta = forward_variance(schedule, t, s)
-    mean = expand(alpha_s * beta / sigma_t**2, x_t) * x0 + expand(alpha_t / alpha_s * (sigma_s / sigma_t) ** 2, x_t) * x_t
+    of_x0, of_x_t = alpha_s * beta / sigma_t**2, alpha_t / alpha_s * (sigma_s / sigma_t) ** 2
+    mean = expand(of_x0, x_t).to(x_t.dtype) * x0 + expand(of_x_t, x_t).to(x_t.dtype) * x_t
     return mean, beta * (sigma_s / sigma_t) ** 2
 
 
-def small(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
-    """Log of the posterior's own variance, -inf at s = 0 (Ho et al. 2020, section 3.2, beta tilde)."""
-    (_, sigma_t), (_, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
-    return (forward_variance(schedule, t, s) * (sigma_s / sigma_t) ** 2).log()
+def small(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None) -> Tensor:
+    """Log of the posterior's own variance (Ho et al. 2020, section 3.2: beta tilde).
+
+    Where s = 0 that variance is 0 and `floor` serves; by default the next step up's, (2 t, t) (Nichol & Dhariwal 2021, their code).
+    """
+    variance = forward_variance(schedule, t, s) * (schedule.alpha_sigma(s)[1] / schedule.alpha_sigma(t)[1]) ** 2
+    if floor is None:
+        up = (2 * t - s).clamp(max=1)
+        floor = forward_variance(schedule, up, t) * (schedule.alpha_sigma(t)[1] / schedule.alpha_sigma(up)[1]) ** 2
+    return torch.where(s > 0, variance, floor).clamp(min=1e-20).log()
 
 
-def large(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
-    """Log of the forward variance (Ho et al. 2020, section 3.2, beta)."""
+def large(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None) -> Tensor:
+    """Log of the forward variance (Ho et al. 2020, section 3.2: beta)."""
     return forward_variance(schedule, t, s).log()
+
+
+def learned_range(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None) -> Tensor:
+    """Log-variance (B, ...) between `small` (var_frac -1) and `large` (var_frac 1) (Nichol & Dhariwal 2021, eq. 15).
+
+    Raises ValueError if the network does not give a var_frac.
+    """
+    if var_frac is None:
+        raise ValueError("the learned variance needs a network with twice as many output channels as x_t; use variance small or large")
+    lo, hi = (expand(f(None, schedule, t, s, floor), var_frac) for f in (small, large))
+    frac = (var_frac + 1) / 2
+    return frac * hi + (1 - frac) * lo
+
+
+def gaussian_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
+    """KL(q || p) of diagonal Gaussians, element by element, in nats."""
+    return 0.5 * (log_var_p - log_var_q - 1 + (log_var_q - log_var_p).exp() + (mean_q - mean_p) ** 2 * (-log_var_p).exp())
+
+
+def decoder_nll(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """-log p of 8-bit pixels x0 on [-1, 1] under a Gaussian integrated over each level's bin (Ho et al. 2020, eq. 13), in nats."""
+    inv_std, edge = (-0.5 * log_var).exp(), 100.0  # standard deviations; stands for infinity
+    above = torch.where(x0 < 0.999, (x0 + 1 / 255 - mean) * inv_std, edge)
+    below = torch.where(x0 > -0.999, (x0 - 1 / 255 - mean) * inv_std, -edge)
+    flip = above + below > 0  # P(a < Z < b) = P(-b < Z < -a): work in the left tail, where the logarithm is exact
+    above, below = torch.where(flip, -below, above), torch.where(flip, -above, below)
+    log_above, log_below = torch.special.log_ndtr(above), torch.special.log_ndtr(below)
+    return -(log_above + (-torch.expm1(log_below - log_above)).log())
+
+
+def gaussian_nll(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """-log density of x0 under a Gaussian, element by element, in nats: the decoder of data without levels, as latents are."""
+    return 0.5 * (math.log(2 * math.pi) + log_var + (x0 - mean) ** 2 * (-log_var).exp())
+
+
+def vlb_term(
+    schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor, estimate: Denoised, variance: Variance, decoder: Decoder
+) -> Tensor:
+    """One step's term of the bound (B,), bits per dimension (Ho et al. 2020, eq. 5).
+
+    KL(q(x_s | x_t, x0) || p(x_s | x_t)), or, where s = 0, the decoder's -log p(x0 | x_t).
+    """
+    log_var_q = expand(small(None, schedule, t, s), x_t).to(x_t)
+    log_var_p = expand(variance(estimate.var_frac, schedule, t, s), x_t).to(x_t)
+    mean_q, _ = q_posterior(schedule, x0, x_t, t, s)
+    mean_p, _ = q_posterior(schedule, estimate.x0, x_t, t, s)
+    kl = gaussian_kl(mean_q, log_var_q, mean_p, log_var_p)
+    last = expand(s == 0, x_t).to(x_t.device)
+    return mean_per_sample(torch.where(last, decoder(x0, mean_p, log_var_p), kl)) / math.log(2)
+
+
+def bits_per_dim(
+    denoise: Denoise,
+    schedule: Schedule,
+    x0: Tensor,
+    ts: Tensor,
+    noise: Callable[[Tensor], Tensor],
+    variance: Variance = small,
+    decoder: Decoder = decoder_nll,
+) -> dict[str, Tensor]:
+    """The bound on -log2 p(x0) per dimension (Ho et al. 2020, eq. 5): `total` (B,), its `prior` (B,) and `terms` (N, B), ordered as ts.
+
+    ts (N + 1,) descends to 0. The prior is N(0, alpha^2 + sigma^2) at ts[0], that of unit-variance data.
+    """
+    alpha, sigma = schedule.alpha_sigma(ts[0])
+    prior = mean_per_sample(gaussian_kl(alpha * x0, 2 * sigma.log(), torch.zeros_like(x0), (alpha**2 + sigma**2).log())) / math.log(2)
+    terms = []
+    for t, s in pairwise(ts):
+        alpha, sigma = schedule.alpha_sigma(t)
+        x_t = alpha * x0 + sigma * noise(x0)
+        terms.append(vlb_term(schedule, x0, x_t, t, s, denoise(x_t, t), variance, decoder))
+    return {"total": prior + sum(terms), "prior": prior, "terms": torch.stack(terms)}

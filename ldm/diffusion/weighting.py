@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ldm.diffusion.prediction import Flow, V, gain
+from ldm.diffusion.prediction import EDM, Flow, V, gain
+from ldm.diffusion.schedule import Schedule
 
 Row = tuple[Tensor, Tensor]
 Weighting = Callable[[Tensor, Tensor, Row], Tensor]
@@ -41,3 +42,29 @@ def flow(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
 def min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> Tensor:
     """min(SNR, gamma) (Hang et al. 2023, eq. 8)."""
     return ((alpha / sigma) ** 2).clamp(max=gamma)
+
+
+def soft_min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> Tensor:
+    """SNR gamma / (SNR + gamma), Min-SNR without the kink (Crowson et al. 2024 (HDiT), eq. 6, which has gamma = 4)."""
+    snr = (alpha / sigma) ** 2
+    return snr * gamma / (snr + gamma)
+
+
+def p2(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 1.0, k: float = 1.0) -> Tensor:
+    """SNR / (k + SNR)^gamma: the error of eps over (k + SNR)^gamma (Choi et al. 2022, eq. 8)."""
+    snr = (alpha / sigma) ** 2
+    return snr / (k + snr) ** gamma
+
+
+def edm(alpha: Tensor, sigma: Tensor, row: Row, sigma_data: float = 0.5) -> Tensor:
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 at alpha = 1 (Karras et al. 2022, table 1): plain error of EDM's F."""
+    return gain(EDM(sigma_data).row(alpha, sigma), alpha, sigma)
+
+
+def vlb(alpha: Tensor, sigma: Tensor, row: Row, schedule: Schedule, T: int = 1000) -> Tensor:
+    """T / 2 (SNR(t - 1/T) - SNR(t)): the diffusion loss of T steps, t uniform (Kingma et al. 2021, eq. 14; Ho et al. 2020, eq. 12).
+
+    t = 1/T, whose own term is the decoder's, weighs what 2/T weighs.
+    """
+    t = schedule.t_at(2 * (alpha / sigma).log()).clamp(min=2 / T)
+    return T / 2 * (schedule.log_snr(t - 1 / T).exp() - schedule.log_snr(t).exp())

@@ -1,0 +1,63 @@
+"""Combinators over a sampler, with a sampler's signature: each runs `step` over single steps of the grid and does something in between."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.sampler import Draw, Sampler, check, ddim, ddpm, steps
+from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.variance import forward_variance
+
+
+def up_and_down(n: int, jump: int, repeats: int) -> list[int]:
+    """RePaint's walk over the n + 1 places of a grid (0 is noise): every `jump` places it goes back as many, repeats - 1 times.
+
+    Lugmayr et al. 2022, appendix B (j and r). Raises ValueError unless 1 <= jump and 1 <= repeats.
+    """
+    if jump < 1 or repeats < 1:
+        raise ValueError(f"jump {jump} and repeats {repeats} must be at least 1 (repeats 1 is no resampling)")
+    left = {n - 1 - j: repeats - 1 for j in range(0, n - jump, jump)}
+    walk = [0]
+    while walk[-1] < n:
+        walk.append(walk[-1] + 1)
+        if left.get(walk[-1], 0):
+            left[walk[-1]] -= 1
+            walk += [walk[-1] - k for k in range(1, jump + 1)]
+    return walk
+
+
+def repaint(
+    denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, step: Sampler = ddpm, jump: int = 10, repeats: int = 10
+) -> Tensor:
+    """RePaint's resampling (Lugmayr et al. 2022, algorithm 1): walk the grid down and up again, so that drawn and known parts agree.
+
+    The known part is the business of constraint.keep_known; with it a DDPM step is the paper's, up to one draw of noise.
+    """
+    check(ts)
+    for a, b in pairwise(up_and_down(len(ts) - 1, jump, repeats)):
+        if b > a:
+            x = step(denoise, schedule, x, ts[a : b + 1], noise)
+        else:
+            t, s = ts[b], ts[a]
+            ratio = schedule.alpha_sigma(t)[0] / schedule.alpha_sigma(s)[0]
+            x = ratio * x + forward_variance(schedule, t, s).sqrt() * noise(x)
+    return x
+
+
+def langevin(
+    denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, step: Sampler = ddim, snr: float = 0.16, corrections: int = 1
+) -> Tensor:
+    """Predictor-corrector sampling (Song et al. 2021b, algorithms 2-3): after each step, Langevin steps on the score -eps / sigma.
+
+    Their step size 2 (snr |z| / |score|)^2 is taken at its expectation, |z| / |score| = sigma, so that rows do not depend on one another.
+    """
+    for t, s in steps(ts):
+        x = step(denoise, schedule, x, torch.stack([t, s]), noise)
+        sigma = schedule.alpha_sigma(s)[1]
+        size = 2 * (snr * sigma) ** 2
+        for _ in range(corrections if s > 0 else 0):
+            score = -denoise(x, s).eps / sigma
+            x = x + size * score + (2 * size).sqrt() * noise(x)
+    return x

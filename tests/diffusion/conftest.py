@@ -1,0 +1,6 @@
+"""The oracle lies one folder up, where other tests use it too."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -1,0 +1,132 @@
+import copy
+import math
+
+import pytest
+import torch
+from cases import F64, NO_SIGNAL, SCHEDULES, TABLES, f64
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from ldm.diffusion import schedule
+
+ENTRIES = torch.arange(1, 1001, dtype=F64) / 1000
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (schedule.linear(), {"beta_schedule": "linear"}),
+        (schedule.scaled_linear(), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        (schedule.cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
+        (schedule.sigmoid_beta(), {"beta_schedule": "sigmoid"}),
+        (
+            schedule.zero_terminal_snr(schedule.scaled_linear()),
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True},
+        ),
+    ],
+)
+def test_tables_equal_diffusers(ours, theirs):
+    alpha, sigma = ours.alpha_sigma(ENTRIES)
+    theirs = DDPMScheduler(**theirs).alphas_cumprod.double()
+    assert torch.allclose(alpha**2, theirs, atol=1e-6, rtol=0)
+    assert torch.allclose(sigma**2, 1 - theirs, atol=1e-6, rtol=0)
+
+
+def test_formulas_of_the_other_tables():
+    t = ENTRIES
+    beta = (1 - (1 - (t + 1e-4).sqrt()) / (1 - (t - 1e-3 + 1e-4).sqrt())).clamp(max=0.999)
+    assert torch.allclose(schedule.sqrt().alpha_bar, (1 - beta).cumprod(0), rtol=1e-12)
+    low, high = 1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3))
+    assert torch.allclose(schedule.sigmoid().alpha_bar, ((high - 1 / (1 + (3 - 6 * t).exp())) / (high - low)).clamp(min=1e-9), rtol=1e-9)
+    assert torch.allclose(schedule.sigmoid(start=0, end=3, tau=0.5).alpha_bar[499], (f64(6).sigmoid() - f64(3).sigmoid()) / (f64(6).sigmoid() - 0.5))
+
+
+def test_another_T_refines_the_same_process():
+    for make in (schedule.linear, schedule.scaled_linear, schedule.sigmoid_beta, schedule.cosine):
+        coarse, fine = make(1000).log_snr(f64(0.3, 0.5, 0.9)), make(8000).log_snr(f64(0.3, 0.5, 0.9))
+        assert torch.allclose(coarse, fine, atol=0.06)
+    assert 1 - schedule.linear(4000).alpha_bar[0] == pytest.approx(0.25e-4)  # improved-diffusion scales beta by 1000 / T
+
+
+def test_closed_forms():
+    t = f64(0.2, 0.7)
+    alpha, sigma = schedule.VP(0.1, 20.0).alpha_sigma(t)
+    assert torch.allclose(alpha, torch.exp(-0.25 * t**2 * 19.9 - 0.5 * t * 0.1), rtol=1e-12)
+    assert torch.allclose(sigma, (1 - alpha**2).sqrt(), rtol=1e-12)
+    alpha, sigma = schedule.GVP().alpha_sigma(t)
+    assert torch.allclose(alpha, torch.cos(t * math.pi / 2)) and torch.allclose(sigma, torch.sin(t * math.pi / 2))
+    alpha, sigma = schedule.EDM(80.0).alpha_sigma(t)
+    assert alpha.eq(1).all() and torch.allclose(sigma, 80 * t)
+    assert torch.allclose(schedule.EDM(80.0).net_time(t), (80 * t).log() / 4)
+    assert torch.allclose(schedule.VP().net_time(t), 999 * t) and torch.allclose(schedule.GVP().net_time(t), 1000 * t)
+
+
+def test_flow_shift_equals_diffusers():
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = schedule.Flow(3.0)
+    assert torch.allclose(ours.alpha_sigma(ENTRIES.flip(0))[1], theirs.sigmas[:1000].double(), atol=1e-6)
+    assert torch.allclose(ours.net_time(ENTRIES.flip(0)), theirs.timesteps.double(), atol=1e-3)
+    assert schedule.flow_at(16384, base_dim=4096) == schedule.Flow(2.0)
+
+
+def test_shifted_moves_log_snr():
+    t = ENTRIES[:-1]
+    moved = schedule.shifted(schedule.cosine(), 4.0).log_snr(t) - schedule.cosine().log_snr(t)
+    assert torch.allclose(moved, torch.full_like(t, -2 * math.log(4)), atol=1e-9)
+
+
+def test_zero_terminal_snr():
+    before, after = schedule.linear(), schedule.zero_terminal_snr(schedule.linear())
+    assert after.alpha_bar[-1] == 0 and after.alpha_bar[0] == pytest.approx(float(before.alpha_bar[0]), rel=1e-12)
+    assert after.alpha_sigma(torch.ones(())) == (0, 1)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule(name):
+    sched = SCHEDULES[name]
+    t = torch.linspace(1e-3, 1 if name not in NO_SIGNAL else 0.999, 1777, dtype=F64)
+    alpha, sigma = sched.alpha_sigma(t)
+    log_snr = sched.log_snr(t)
+    assert torch.allclose(log_snr, 2 * (alpha / sigma).log(), rtol=1e-9, atol=1e-9)
+    assert (log_snr.diff() < 0).all() and (sigma.diff() >= 0).all() and (alpha.diff() <= 0).all()
+    assert torch.allclose(sched.t_at(log_snr), t, atol=1e-9)
+    assert sched.t_at(log_snr.float()).dtype == torch.float32
+    assert sched.t_at(log_snr[3]).shape == ()
+    zero, one = f64(0, 1)
+    assert [float(c) for c in sched.alpha_sigma(zero)] == [1, 0]
+    assert (float(sched.alpha_sigma(one)[0]) == 0) == (name in NO_SIGNAL)
+    assert torch.isposinf(sched.log_snr(zero)) and sched.t_at(sched.log_snr(zero)) == 0
+    assert sched.t_at(sched.log_snr(one)) == pytest.approx(1)
+    single, double = sched.alpha_sigma(t.float()), sched.alpha_sigma(t.float().double())
+    for s, d in zip(single, double, strict=True):
+        assert s.dtype == torch.float32 and d.dtype == F64
+        # sin(pi (1 - t) / 2) and the last steps of the clipped tables turn the rounding of t into more
+        assert torch.allclose(s.double(), d, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_entries_are_hit_exactly_in_float32(name):
+    sched = TABLES[name]
+    t = torch.arange(1, 1001) / 1000
+    assert t.dtype == torch.float32 and sched.net_time(t).tolist() == list(range(1000))
+    alpha, sigma = sched.alpha_sigma(t)
+    assert torch.equal(alpha, sched.alpha_bar.float().sqrt()) and torch.equal(sigma, (1 - sched.alpha_bar).float().sqrt())
+    assert sched.net_time(torch.zeros(())) == 0
+    between = sched.alpha_sigma(f64(0.0105))[0] ** 2
+    assert torch.allclose(between, sched.alpha_bar[9:11].mean())  # halfway between entries 9 and 10
+
+
+def test_a_table_is_not_touched_by_the_module_around_it():
+    module = torch.nn.Linear(1, 1)
+    module.schedule = schedule.cosine()
+    t = torch.full((2,), 0.37)
+    before = module.schedule.alpha_sigma(t)
+    copied = copy.deepcopy(module.half())
+    assert torch.equal(torch.stack(copied.schedule.alpha_sigma(t)), torch.stack(before)) and "schedule" not in module.state_dict()
+
+
+@pytest.mark.parametrize("bar", [[0.9, 0.9], [1.0, 0.5], [0.5, -0.1], [float("nan")]])
+def test_refuses_a_table_that_does_not_fall(bar):
+    with pytest.raises(ValueError, match="alpha_bar must fall"):
+        schedule.Table(f64(*bar))
+
+
