@@ -177,7 +177,7 @@ class ClassAccuracy:
 class Score:
     """Every metric of a set of images from one pass of the feature network.
 
-    net: in evaluation mode.  reference: its features (N, D) of real images (see `extract`), on the device that keeps the metrics (NCCL: a GPU).
+    net: in evaluation mode.  reference: its features (N, D) of real images (see `extract`), on the device that is to keep the metrics.
     metrics: name -> (net, reference) -> Metric.  Under several processes each updates with its own samples, unpadded (a DistributedSampler
     repeats some, which changes the numbers), and all call compute.  Raises ValueError for a reference that does not fit or is not finite.
     """

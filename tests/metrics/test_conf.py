@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.metrics.judge import FashionNet
+
+CONF = Path(__file__).parents[2] / "conf" / "metrics"
+
+
+@pytest.mark.parametrize("option", ["fd", "full"])
+def test_every_option_scores_what_the_judge_sees(option):
+    from hydra.utils import instantiate
+
+    net = FashionNet(width=2, num_features=4).eval()
+    score = instantiate(OmegaConf.load(CONF / f"{option}.yaml"))(net=net, reference=torch.randn(20, 4))
+    score.update(torch.rand(8, 1, 32, 32) * 2 - 1, torch.arange(8))
+    with pytest.warns(UserWarning, match="biased"):
+        assert {"n", "fd_fashion"} <= score.compute().keys()
+
+
+def test_fid_asks_for_inception(monkeypatch):
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    monkeypatch.setenv("LDM_INCEPTION", "/nowhere.pth")
+    with pytest.raises(InstantiationException, match=r"/nowhere\.pth is not a file"):
+        instantiate(OmegaConf.load(CONF / "fid.yaml"))

@@ -1,0 +1,240 @@
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+
+from ldm.metrics import distribution
+from ldm.metrics.distribution import (
+    ClassAccuracy,
+    FrechetDistance,
+    KernelDistance,
+    PrecisionRecall,
+    Score,
+    frechet,
+    polynomial_mmd,
+    precision_recall,
+    spread,
+)
+
+D = 6
+
+
+class Toy(nn.Module):
+    """Features of (B, 1, 2, 3) pictures: their pixels, centred and scaled; the brightest of the first three is the class."""
+
+    name, num_features, identity = "toy", D, "0"
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8
+        self.calls += 1
+        return (images.flatten(1).float() - 128) / 64
+
+    def classify(self, features: Tensor) -> Tensor:
+        return features[:, :3]
+
+
+def features(n: int, seed: int, shift: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(D, D, generator=torch.Generator().manual_seed(0))
+    return torch.randn(n, D, generator=generator) @ mix + shift
+
+
+def pictures(n: int, seed: int, shift: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, 1, 2, 3, generator=generator) * 0.3 + shift).clamp(-1, 1)
+
+
+def moments(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    return x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)
+
+
+def score(reference: Tensor, **metrics) -> Score:
+    return Score(Toy(), reference, metrics or {"fd": FrechetDistance})
+
+
+def fd(reference: Tensor, x: Tensor) -> float:
+    metric = FrechetDistance(Toy(), reference)
+    for batch in x.split(37):
+        metric.update(batch)
+    return metric.compute()["fd_toy"]
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_frechet_distance_is_scipys_and_torch_fidelitys(offset):
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    a, b = features(400, 1) + offset, features(300, 2, 0.5) * 1.3 + offset
+    (m1, s1), (m2, s2) = moments(a), moments(b)
+    root = scipy.linalg.sqrtm(s1 @ s2)
+    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * root.real)
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(b.double()), fid_features_to_statistics(a.double()), False)
+    ours = frechet(*map(torch.as_tensor, (m1, s1, m2, s2))).item()
+    assert fd(a, b) == pytest.approx(expected, rel=1e-6)
+    assert fd(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert ours == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_gaussians_with_a_closed_form():
+    s1, s2 = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 0.0, 1.0])  # commuting, one singular
+    expected = 3 * 0.25 + (s1.sqrt() - s2.sqrt()).square().sum().item()
+    for a, b in ((s1, s2), (s2, s1)):  # the root is taken of the singular one too
+        assert frechet(torch.zeros(3), a.diag(), torch.full((3,), 0.5), b.diag()).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_identical_sets_are_at_distance_zero_and_order_does_not_matter():
+    x = features(200, 1)
+    mixed = x[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    assert fd(x, mixed) == pytest.approx(0, abs=1e-9)
+    assert [p.item() for p in precision_recall(mixed, x)] == [1, 1]
+    y = features(150, 2, 0.3)
+    shuffled = y[torch.randperm(150, generator=torch.Generator().manual_seed(0))]
+    assert polynomial_mmd(y, x).item() == pytest.approx(polynomial_mmd(shuffled, x).item(), rel=1e-10)
+
+
+def test_kernel_distance_is_the_written_out_sum_and_unbiased(monkeypatch):
+    x, y = features(30, 1), features(21, 2, 0.4)
+    kernel = lambda a, b: (sum(float(p) * float(q) for p, q in zip(a, b, strict=True)) / D + 1) ** 3  # noqa: E731
+    pairs = lambda z: sum(kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1))  # noqa: E731
+    expected = pairs(x) + pairs(y) - 2 * sum(kernel(a, b) for a in x for b in y) / (len(x) * len(y))
+    assert polynomial_mmd(x, y).item() == pytest.approx(expected, rel=1e-9)
+    null = torch.stack([polynomial_mmd(features(40, 2 * i), features(40, 2 * i + 1)) for i in range(1, 200)])
+    assert null.mean().abs() < 3 * null.std() / len(null) ** 0.5  # the diagonal, left in, would be some 20 of these off
+
+
+def test_kernel_distance_is_torchmetrics_on_one_full_subset():
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    x, y = features(50, 1), features(50, 2, 0.4)
+    theirs = KernelInceptionDistance(nn.Identity(), subsets=1, subset_size=50)
+    theirs.update(y.double(), real=True)
+    theirs.update(x.double(), real=False)
+    assert polynomial_mmd(x, y).item() == pytest.approx(theirs.compute()[0].item(), rel=1e-5)
+
+
+def brute_force(x: Tensor, reference: Tensor, k: int) -> tuple[float, float]:
+    """Kynkaanniemi et al. 2019, appendix A, with loops and numpy."""
+
+    def manifold(points):
+        return [(p, sorted(np.linalg.norm(points - p, axis=1))[k]) for p in points]
+
+    def share(points, balls):
+        return np.mean([any(np.linalg.norm(p - c) <= r for c, r in balls) for p in points])
+
+    x, reference = x.double().numpy(), reference.double().numpy()
+    return share(x, manifold(reference)), share(reference, manifold(x))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_are_brute_force(k, monkeypatch):
+    x, reference = features(60, 1) * 0.5, features(80, 2)
+    x[7] = x[8] = reference[3]  # ties
+    expected = brute_force(x, reference, k)
+    assert expected[0] > expected[1] + 0.1
+    assert [p.item() for p in precision_recall(x, reference, k)] == pytest.approx(expected, abs=1e-12)
+    one_by_one = Tensor.split
+    monkeypatch.setattr(Tensor, "split", lambda self, size: one_by_one(self, 7))
+    assert [p.item() for p in precision_recall(x, reference, k)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_precision_and_recall_know_too_narrow_from_too_wide():
+    reference = features(300, 1)
+    narrow, wide = (precision_recall(features(300, 2) * s, reference) for s in (0.2, 3.0))
+    assert narrow[0] > 0.95 > 0.5 > narrow[1]
+    assert wide[1] > 0.95 > 0.5 > wide[0]
+    with pytest.raises(ValueError, match="more than k=3"):
+        precision_recall(reference[:3], reference)
+
+
+EVERYTHING = {"fd": FrechetDistance, "kid": partial(KernelDistance, reference_size=90), "pr": partial(PrecisionRecall, reference_size=90)}
+EVERYTHING["accuracy"] = ClassAccuracy
+KEYS = {"n", "fd_toy", "kid_toy", "precision", "recall", "accuracy"}
+
+
+def test_score_runs_the_network_once_a_batch_and_resets_to_the_reference():
+    reference, image = Toy()((pictures(100, 1).add(1) * 127.5).round().byte()), pictures(64, 2, 0.1)
+    label = torch.arange(64) % 3
+    metrics = score(reference, **EVERYTHING)
+
+    def run(size):
+        metrics.reset()
+        for a, b in zip(image.split(size), label.split(size), strict=True):
+            metrics.update(a, b)
+        with pytest.warns(UserWarning, match="64 samples with 6 features: distances are biased"):
+            return metrics.compute()
+
+    first = run(64)
+    assert metrics.net.calls == 1
+    assert first.keys() == KEYS
+    assert first["n"] == 64
+    seen = (image.flatten(1)[:, :3].argmax(1) == label).double().mean().item()
+    assert first["accuracy"] == pytest.approx(seen, abs=1e-6)
+    again = run(10)
+    assert metrics.net.calls == 1 + 7
+    assert again == pytest.approx(first, rel=1e-6)
+    with pytest.warns(UserWarning, match="biased"):
+        assert metrics.compute() == again  # asking twice changes nothing
+    assert metrics.provenance == {"network": "toy", "identity": "0", "reference": 100}
+
+
+def test_what_cannot_be_scored_is_refused():
+    reference = features(50, 1)
+    for bad in (reference[:1], reference[:, :3], reference[0]):
+        with pytest.raises(ValueError, match="expected at least 2 rows of 6"):
+            score(bad)
+    with pytest.raises(ValueError, match="reference: 1 of 50 rows"):
+        score(reference.index_fill(0, torch.tensor([3]), float("inf")))
+    with pytest.raises(ValueError, match="0 samples"):
+        score(reference).compute()
+    metrics = score(reference, accuracy=ClassAccuracy)
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.update(pictures(4, 1) * float("nan"), torch.zeros(4))
+    with pytest.raises(ValueError, match="label"):
+        metrics.update(pictures(4, 1))
+
+
+def test_features_that_are_nan_raise(monkeypatch):
+    metrics = score(features(50, 1))
+    monkeypatch.setattr(Toy, "forward", lambda self, images: torch.full((len(images), D), float("nan")))
+    with pytest.raises(ValueError, match="features: 4 of 4 rows are not finite"):
+        metrics.update(pictures(4, 1))
+
+
+def test_spread_takes_evenly_spaced_rows():
+    x = torch.arange(10)[:, None]
+    assert spread(x, 4).flatten().tolist() == [0, 2, 5, 7]
+    assert spread(x, 10) is x
+
+
+def share(rank: int, world: int, folder: str) -> None:
+    """One process of `world`: score a share of uneven size, write the answer."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    cut = {1: [0, 90], 2: [0, 31, 90]}[world]
+    rows = slice(cut[rank], cut[rank + 1])
+    metrics = score(features(120, 1), **EVERYTHING)
+    for a, b in zip(pictures(90, 2)[rows].split(20), (torch.arange(90) % 3)[rows].split(20), strict=True):
+        metrics.update(a, b)
+    torch.save(metrics.compute(), f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    share(0, 1, str(tmp_path))
+    torch.multiprocessing.spawn(share, (2, str(tmp_path)), nprocs=2)
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert one.keys() == KEYS
+    for other in two:
+        assert other == pytest.approx(one, rel=1e-6)  # float32 at the end of torchmetrics
+    assert distribution.rank() == 0

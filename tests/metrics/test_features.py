@@ -1,0 +1,134 @@
+import pytest
+import torch
+from torch import nn
+
+from ldm.fetch import AssetError
+from ldm.metrics.features import Inception, extract, hash_weights, require_uint8, to_uint8
+from ldm.metrics.judge import FashionNet
+
+
+def test_every_byte_survives_the_round_trip_and_rounding_is_to_the_nearest():
+    byte = torch.arange(256, dtype=torch.uint8)
+    for nudge in (-0.49, 0.0, 0.49):
+        assert torch.equal(to_uint8((byte.float() + nudge) / 127.5 - 1), byte)
+    assert to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+    assert to_uint8(torch.tensor([0.5], dtype=torch.bfloat16)).item() == 191
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, dtype=torch.uint8), torch.tensor([0.0, float("nan")])])
+def test_only_finite_floats_are_quantised(bad):
+    with pytest.raises(ValueError, match=r"image (is|holds)"):
+        to_uint8(bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.rand(2, 3, 8, 8), torch.zeros(2, 4, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)]
+)
+def test_a_feature_network_refuses_what_torchmetrics_would_let_pass(bad):
+    with pytest.raises(ValueError, match=r"expected|uint8"):
+        require_uint8(bad, (1, 3))
+
+
+def test_identity_follows_every_weight_and_buffer():
+    def net(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+    a, b = net(0), net(0)
+    assert hash_weights(a) == hash_weights(b) != hash_weights(net(1))
+    b[1].running_mean += 1
+    assert hash_weights(a) != hash_weights(b)
+    assert len({hash_weights(nn.Linear(3, 3).to(t).requires_grad_(False)) for t in (torch.float32, torch.bfloat16)}) == 2
+
+
+def judge(seed: int = 0) -> FashionNet:
+    torch.manual_seed(seed)
+    net = FashionNet(width=2, num_features=8).eval()
+    for norm in (x for x in net.modules() if isinstance(x, nn.BatchNorm2d | nn.BatchNorm1d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return net
+
+
+def images(n: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+
+
+@torch.no_grad()
+def test_judge_standardises_over_the_training_set_and_classifies_from_the_same_features():
+    net, x = judge(), images(200)
+    net.standardise(net.penultimate(x))
+    features = net(x)
+    assert features.shape == (200, net.num_features)
+    torch.testing.assert_close(features.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.std(0), torch.ones(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(net.classify(features), net.logits(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(net.penultimate(x[:1]), net.penultimate(x)[:1], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_judge_is_float32_under_autocast_and_knows_what_it_is():
+    net, x = judge(), images(4)
+    before, features = net.identity, net(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x), features)
+        assert net.logits(x).dtype == torch.bfloat16  # training may use it
+    net.standardise(net.penultimate(x))
+    assert net.identity != before
+
+
+def test_judge_refuses_training_mode_a_dead_feature_and_other_images():
+    net = judge()
+    with pytest.raises(ValueError, match=r"\.eval\(\)"):
+        net.train()(images(2))
+    with pytest.raises(ValueError, match="1 of 8 features are constant"):
+        net.standardise(torch.randn(9, 8) * torch.tensor([1.0] * 7 + [0.0]))
+    with pytest.raises(ValueError, match="32"):
+        net.eval()(images(2)[..., :28])
+
+
+def test_extract_joins_batches_in_order():
+    net, x = judge(), images(5)
+    image = x.float() / 127.5 - 1
+    torch.testing.assert_close(extract(net, [image[:3], image[3:]]), net(x).detach(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no images"):
+        extract(net, [])
+
+
+def test_missing_inception_weights_name_the_file_and_its_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("LDM_INCEPTION", raising=False)
+    with pytest.raises(AssetError) as error:
+        Inception()
+    assert str(tmp_path / "inception" / Inception.FILE) in str(error.value)
+    assert "\n" not in str(error.value)
+    for given in (
+        lambda: Inception(tmp_path / "no.pth"),
+        lambda: monkeypatch.setenv("LDM_INCEPTION", str(tmp_path / "no.pth")) or Inception(),
+    ):
+        with pytest.raises(AssetError, match=r"no\.pth is not a file"):
+            given()
+
+
+@pytest.mark.slow
+def test_inception_is_torch_fidelitys_network(tmp_path):
+    """Random weights of the right shapes: the file is read, grey is repeated, training mode is refused."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Theirs
+
+    class Empty(Theirs):
+        def load_state_dict(self, state, **options):
+            return None
+
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pth"
+    torch.save({}, path)
+    theirs = Empty("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    torch.save(theirs.state_dict(), path)
+    net = Inception(path).train()
+    x = torch.randint(0, 256, (2, 1, 40, 40), dtype=torch.uint8)
+    features = net(x)
+    assert features.shape == (2, net.num_features)
+    assert torch.equal(features, theirs(x.expand(-1, 3, -1, -1))[0])
+    assert net.identity == hash_weights(theirs)
