@@ -69,7 +69,7 @@ def gaussian_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Te
 
 def decoder_nll(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """-log p of 8-bit pixels x0 on [-1, 1] under a Gaussian integrated over each level's bin (Ho et al. 2020, eq. 13), in nats."""
-    inv_std, edge = (-0.5 * log_var).exp(), 100.0  # standard deviations; stands for infinity
+    inv_std, edge = (-0.5 * log_var).exp(), 1e6  # standard deviations: stands for infinity
     above = torch.where(x0 < 0.999, (x0 + 1 / 255 - mean) * inv_std, edge)
     below = torch.where(x0 > -0.999, (x0 - 1 / 255 - mean) * inv_std, -edge)
     flip = above + below > 0  # P(a < Z < b) = P(-b < Z < -a): work in the left tail, where the logarithm is exact
