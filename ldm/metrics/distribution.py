@@ -31,7 +31,7 @@ def polynomial_mmd(x: Tensor, y: Tensor, degree: int = 3) -> Tensor:
     """
 
     def total(a: Tensor, b: Tensor) -> Tensor:
-        return sum(((block.double() @ b.double().T / b.shape[1] + 1) ** degree).sum() for block in a.split(1024))
+        return sum(((block.double() @ b.double().T / b.shape[1] + 1) ** degree).sum() for block in a.split(256))
 
     def within(a: Tensor) -> Tensor:
         itself = ((a.double().square().sum(1) / a.shape[1] + 1) ** degree).sum()
@@ -40,21 +40,23 @@ def polynomial_mmd(x: Tensor, y: Tensor, degree: int = 3) -> Tensor:
     return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
 
 
-def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """Euclidean distances from rows of a (N, D) to all of b (M, D), in blocks (n, M); the same at any N, 0 for equal rows."""
-    for block in a.split(1024):
-        # not by a matrix product, whose rounding makes the distance of equal rows positive
-        yield torch.cdist(block, b, compute_mode="donot_use_mm_for_euclid_dist")
+def squared_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """Squared Euclidean distances in float64 from rows of a (N, D) to all of b (M, D), in blocks (n, M); exactly 0 between equal rows."""
+    b = b.double()
+    for block in a.double().split(256):
+        norms = block.square().sum(1, keepdim=True) + b.square().sum(1)
+        d = torch.addmm(norms, block, b.T, alpha=-2)
+        yield d.masked_fill_(d < 1e-14 * norms, 0)  # closer than float32 features can be without being equal: the product's rounding
 
 
 def radii(x: Tensor, k: int) -> Tensor:
-    """Distance (N,) from each row of x (N, D) to its k-th nearest other row."""
-    return torch.cat([d.kthvalue(k + 1, 1).values for d in distances(x, x)])  # the nearest is the row itself
+    """Squared distance (N,) from each row of x (N, D) to its k-th nearest other row."""
+    return torch.cat([d.topk(k + 1, 1, largest=False).values[:, -1] for d in squared_distances(x, x)])  # the nearest is the row itself
 
 
 def covered(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
-    """The share () of points (N, D) that lie in at least one ball of centres (M, D) and radius (M,)."""
-    return torch.cat([(d <= radius).any(1) for d in distances(points, centres)]).double().mean()
+    """The share () of points (N, D) that lie in at least one of the balls with centres (M, D) and squared radii (M,)."""
+    return torch.cat([(d <= radius).any(1) for d in squared_distances(points, centres)]).double().mean()
 
 
 def precision_recall(x: Tensor, reference: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
@@ -177,7 +179,7 @@ class ClassAccuracy:
 class Score:
     """Every metric of a set of images from one pass of the feature network.
 
-    net: in evaluation mode.  reference: its features (N, D) of real images (see `extract`), on the device that is to keep the metrics.
+    net: in evaluation mode.  reference: its features (N, D) of real images (see `extract`), on the network's device.
     metrics: name -> (net, reference) -> Metric.  Under several processes each updates with its own samples, unpadded (a DistributedSampler
     repeats some, which changes the numbers), and all call compute.  Raises ValueError for a reference that does not fit or is not finite.
     """
@@ -202,7 +204,7 @@ class Score:
     @torch.no_grad()
     def update(self, image: Tensor, label: Tensor | None = None) -> None:
         """Take in images (B, C, H, W) in [-1, 1] and, for the class accuracy, labels (B,). Raises ValueError for NaN."""
-        features = self.net(to_uint8(image)).to(self.reference.device)
+        features = self.net(to_uint8(image))
         require_finite(features, "features")
         for metric in self.metrics.values():
             metric.update(features, label)

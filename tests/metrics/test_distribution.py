@@ -135,7 +135,7 @@ def brute_force(x: Tensor, reference: Tensor, k: int) -> tuple[float, float]:
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_brute_force(k, monkeypatch):
     x, reference = features(60, 1) * 0.5, features(80, 2)
-    x[7] = x[8] = reference[3]  # ties
+    x[7] = x[8] = reference[3]  # a ball of radius 0 at k = 1
     expected = brute_force(x, reference, k)
     assert expected[0] > expected[1] + 0.1
     assert [p.item() for p in precision_recall(x, reference, k)] == pytest.approx(expected, abs=1e-12)
