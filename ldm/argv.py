@@ -10,10 +10,17 @@ from typing import Any
 
 from ldm.errors import UserError
 
+MISSING = "${oc.decode:\"'???'\"}"  # the text ??? itself, which OmegaConf takes for a value not given yet
+
 
 def escape(text: str) -> str:
-    """Text that OmegaConf resolves to itself, `${` and backslashes included."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    """Text that OmegaConf resolves to itself, `${`, backslashes and `???` included."""
+    return MISSING if text == "???" else re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def unescape(text: str) -> str:
+    """The inverse of escape."""
+    return "???" if text == MISSING else re.sub(r"((?:\\\\)*)\\\$\{", lambda found: found[1][::2] + "${", text)
 
 
 def quote(text: str) -> str:
@@ -154,4 +161,4 @@ def explain(error: Exception, overrides: Sequence[str], tree: Tree, compose: Cal
         if there and name not in there and not text.startswith("experiments="):
             return f"{text.removeprefix('~')}: no key {name!r}{nearest(name, [*there, *groups, 'experiment'])}"
     said = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
-    return " ".join(" ".join(line for line in said if line).split())
+    return re.split("(?:Config s|S)earch path:", " ".join(" ".join(line for line in said if line).split()))[0].strip()

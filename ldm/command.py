@@ -335,7 +335,7 @@ def describe(script: Path, config_name: str) -> str:
     defaults: dict[str, str] = {}
     for entry in (yaml.safe_load(source) or {}).get("defaults", []):
         if isinstance(entry, dict):
-            defaults.update({key.removeprefix("override ").split("@")[0].strip("/ "): str(value) for key, value in entry.items()})
+            defaults.update({key.removeprefix("override ").strip("/ "): str(value) for key, value in entry.items()})
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Choices, the default first:"]
     tree = Tree((folder,), script.parent)
     for group, options in tree.groups().items():

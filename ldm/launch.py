@@ -15,8 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ldm.argv import escape
-
 WORLD = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
          "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LDM_WORLD", "LDM_RESULT")  # fmt: skip
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -30,21 +28,12 @@ def launched() -> bool:
 
 def write_config(plain: Mapping[str, Any], folder: Path, choices: Mapping[str, str] | None = None) -> Path:
     """Write resolved plain data as folder/config.yaml, which a command takes by --config-path; choices: group -> option, kept beside it."""
-    import yaml
+    from ldm import runs
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "choices.json").write_text(json.dumps(dict(choices or {})))
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(_escaped(dict(plain)), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return file
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _escaped(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escaped(one) for one in value]
-    return escape(value) if isinstance(value, str) else value
+    runs.save_config(plain, folder / "config.yaml")
+    return folder / "config.yaml"
 
 
 def run_config(script: Path, config_folder: Path, devices: int = 1, env: Mapping[str, str] | None = None) -> int:

@@ -9,7 +9,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 class Studies(FileConfigSource):
     """studies:///root holds experiments/ and nothing beside it.
 
-    As file:///root every other folder there (runs/, data/) were a group too, and `runs=elsewhere` the choice of an option instead of a value.
+    As file:///root every other folder there (runs/, data/) would be a group too, and `runs=elsewhere` the choice of an option.
     """
 
     @staticmethod

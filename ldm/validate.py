@@ -80,11 +80,17 @@ def allowed(target: Any, path: str = "") -> None:
     parts = target.split(".") if isinstance(target, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise UserError(f"{where}: expected package.module.name")
-    if (
-        parts[0] in sys.stdlib_module_names
-        or parts[0] in ("hydra", "omegaconf", "yaml", "joblib", "dill", "cloudpickle")
-        or REFUSED & set(parts)
-    ):
+    ours = parts[0] == "ldm"
+    tools = parts[0] in sys.stdlib_module_names or parts[0] in (
+        "hydra",
+        "hydra_plugins",
+        "omegaconf",
+        "yaml",
+        "joblib",
+        "dill",
+        "cloudpickle",
+    )
+    if tools or (ours and parts[1] in ROOF) or (not ours and REFUSED & set(parts)):
         raise UserError(f"{where} is refused: a config may call ldm, a library or your own package, not what could run or remove anything")
     try:
         found = importlib.util.find_spec(parts[0])
@@ -174,10 +180,10 @@ def signature_of(target: str) -> Signature | None:
     Raises UserError with the nearest name when ldm has no such thing.
     """
     ours = target.split(".")[0] == "ldm"
-    module, names = _module(target)
+    module, names = module_of(target)
     if module is None or not names:
         if ours:
-            raise UserError(f"_target_={target}: {'a module, not a class or function' if module else 'no such module'}")
+            raise UserError(f"_target_={target}: {'a module, not a class or function' if module else 'no such module in ldm'}")
         return None
     defined = _source(module).names
     if ours and names[0] not in defined:
@@ -186,21 +192,21 @@ def signature_of(target: str) -> Signature | None:
     return _defined(module, names)
 
 
-def _module(target: str) -> tuple[Path | None, list[str]]:
+def module_of(target: str) -> tuple[Path | None, list[str]]:
     """The source file of the longest part of a dotted name that is a module, and the names that remain."""
     parts = target.split(".")
     spec = importlib.util.find_spec(parts[0])
-    if spec is None or spec.origin is None:
+    if spec is None:
         return None, parts
     if not spec.submodule_search_locations:
-        return Path(spec.origin), parts[1:]
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None, parts[1:]
     place, taken = Path(next(iter(spec.submodule_search_locations))), 1
     while taken < len(parts) and (place / parts[taken]).is_dir():
         place, taken = place / parts[taken], taken + 1
     if taken < len(parts) and (place / f"{parts[taken]}.py").is_file():
         return place / f"{parts[taken]}.py", parts[taken + 1 :]
     file = place / "__init__.py"
-    return (file if file.is_file() and (taken < len(parts) and (parts[0] != "ldm" or taken > 1)) else None), parts[taken:]
+    return (file if file.is_file() and file.stat().st_size else None), parts[taken:]
 
 
 @dataclass(frozen=True)

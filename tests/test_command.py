@@ -1,0 +1,336 @@
+"""The commands as a person types them: prompts intact, studies found, mistakes in one line, sweeps of separate processes."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from ldm.argv import Tree, escape, explain, nearest, rewrite, unescape
+from ldm.errors import UserError
+
+SCRIPT = '''
+"""Trains nothing.
+
+Examples:
+  python train.py schedule=cosine
+"""
+import json, os, sys
+from ldm.command import choices, command
+
+
+def main(cfg):
+    from ldm.argv import nearest
+    print(json.dumps({"prompt": cfg.prompt, "seed": cfg.seed, "run": cfg.run, "runs": cfg.runs, "net": cfg.net.width,
+                      "pid": os.getpid(), "choices": choices(), "torch": "torch" in sys.modules}, ensure_ascii=True))
+    if cfg.fail == "bug":
+        raise RuntimeError("a bug")
+    if cfg.fail == "user":
+        from ldm.errors import UserError
+        raise UserError("mend\\nthis")
+    if cfg.fail == "file":
+        raise FileNotFoundError("no weights: put them there")
+    if cfg.fail == "interrupt":
+        raise KeyboardInterrupt
+    if cfg.fail == "preempt":
+        sys.exit(85)
+    return cfg.seed * 1.5
+
+
+if __name__ == "__main__":
+    command(main, "train", text=("prompt",), paths=("run",))
+'''
+
+FILES = {
+    "conf/train.yaml": """
+        defaults:
+          - _self_
+          - schedule: linear
+          - net: unet
+          - experiments: null
+        prompt: ""  # what to draw
+        run: null
+        runs: runs
+        seed: 0  # of everything
+        fail: none
+        trainer: {devices: 1, precision: auto}
+        """,
+    "conf/schedule/linear.yaml": "beta: 1.0",
+    "conf/schedule/cosine.yaml": "s: 0.008",
+    "conf/net/unet.yaml": "{width: 32, mult: [1, 2], lr: 1.0e-3}",
+    "experiments/noise/sweep.yaml": """
+        # @package _global_
+        defaults:
+          - override /schedule: cosine
+        seed: 3
+        """,
+    "experiments/noise/long.yaml": """
+        # @package _global_
+        hydra: {mode: MULTIRUN, sweeper: {params: {seed: "4,5"}}}
+        """,
+    "runs/some/config.yaml": "x: 1",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("a root, with=odd name")
+    for name, text in {**FILES, "train.py": SCRIPT}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(textwrap.dedent(text).lstrip())
+    return root
+
+
+def typed(root, *arguments, cwd=None, **env):
+    """The command in a process of its own, which must leave nothing on the disk."""
+    before = sorted(root.rglob("*"))
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HYDRA", "LDM"))}
+    words = [sys.executable, str(root / "train.py"), *arguments]
+    done = subprocess.run(words, cwd=cwd or root, env={**clean, **env}, capture_output=True, text=True, timeout=60)
+    assert [path for path in sorted(root.rglob("*")) if path not in before] == []
+    return done
+
+
+@pytest.fixture
+def here(root, capsys, monkeypatch):
+    """The command in this process, for speed: (exit code, stdout, stderr) of what is typed."""
+
+    def call(*arguments):
+        before = sorted(root.rglob("*"))
+        monkeypatch.chdir(root)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        monkeypatch.setattr(sys, "argv", [str(root / "train.py"), *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(root / "train.py"), run_name="__main__")
+        said = capsys.readouterr()
+        assert [path for path in sorted(root.rglob("*")) if path not in before] == []
+        return subprocess.CompletedProcess(arguments, end.value.code or 0, said.out, said.err)
+
+    return call
+
+
+def rows(done):
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+PROMPTS = [
+    *("a photo of a sneaker", "the cat's hat", 'a "quoted" word', "both ' and \"", "a boot, brown, old", "a=b", "x=1, y=[2]", "[brackets]"),
+    *(
+        "{braces}",
+        "(round)",
+        "f(x)",
+        "$HOME",
+        "${x}",
+        "${",
+        "\\${x}",
+        "\\\\${oc.env:HOME}",
+        "wow!",
+        "this & that",
+        "a; b",
+        "a\\b",
+        "ends in \\",
+    ),
+    *(
+        "ends in \\'",
+        "\\",
+        "'",
+        '"',
+        "''",
+        "grün, süß",
+        "日本",
+        "a 🐈 emoji",
+        "3",
+        "3.5e-4",
+        "null",
+        "None",
+        "true",
+        "",
+        " leading and trailing ",
+    ),
+    *(
+        "two\nlines",
+        "tab\there",
+        "a:b",
+        "C:\\new\\table",
+        "50% off @ #1 ~ ^ * ? | < > `",
+        "-dash",
+        "+plus",
+        "~tilde",
+        "choice(a,b)",
+        "range(3)",
+    ),
+    *("???", "word " * 300),
+]
+
+
+@pytest.fixture(scope="module")
+def tree(root):
+    return Tree((root / "conf",), root)
+
+
+def test_any_prompt_arrives_unchanged(root, tree):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    keys = [f"prompt{place}" for place in range(len(PROMPTS))]
+    quoted = [rewrite(f"{key}={prompt}", tree, keys, (), False) for key, prompt in zip(keys, PROMPTS, strict=True)]
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        cfg = compose("train", [f"+{override}" for override in quoted])
+    assert [cfg[key] for key in keys] == PROMPTS
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert [resolved[key] for key in keys] == PROMPTS
+
+
+@pytest.mark.parametrize("prompt", ["ü 🐈, the cat's \n${x} \\${y} a=b\\"])
+def test_prompts_through_the_whole_command_and_through_a_sweep(root, prompt):
+    assert rows(typed(root, f"prompt={prompt}"))[0]["prompt"] == prompt
+    swept = typed(root, "-m", f"prompt={prompt}", "seed=1,2")
+    assert [row["prompt"] for row in rows(swept)] == [prompt, prompt], swept.stderr
+
+
+def test_escape_has_an_inverse():
+    for prompt in PROMPTS:
+        assert unescape(escape(prompt)) == prompt
+
+
+def test_paths_are_text_but_null_is_null(here, tree):
+    assert rewrite("run=runs/a=1,b", tree, (), ("run",), False) == "run='runs/a=1,b'"
+    assert rewrite("run=null", tree, (), ("run",), False) == "run=null"
+    row = rows(here("run=runs/a=1,b 'c'", "runs=/elsewhere"))[0]  # `runs` is also a folder beside the script, and no group
+    assert (row["run"], row["runs"]) == ("runs/a=1,b 'c'", "/elsewhere")
+
+
+def test_studies_from_any_folder(root, here, tmp_path):
+    row = rows(typed(root, "experiment=noise", cwd=tmp_path))[0]
+    assert row["seed"] == 3
+    assert row["choices"] == {"schedule": "cosine", "net": "unet", "experiments": "noise/sweep"}
+    assert list(tmp_path.iterdir()) == []
+    assert [row["seed"] for row in rows(typed(root, "experiment=noise/long", cwd=tmp_path))] == [4, 5]
+
+
+MISTAKES = {
+    ("sed=3",): "sed=3: no key 'sed'; did you mean 'seed'?",
+    ("net.widht=3",): "net.widht=3: no key 'net.widht'; did you mean 'net.width'?",
+    ("width=3",): "width=3: no key 'width'; did you mean 'net.width'?",
+    ("schedul=cosine",): "schedul=cosine: no key 'schedul'; did you mean 'schedule'?",
+    ("schedule=cosin",): "schedule=cosin: no such option; did you mean 'cosine'? (one of cosine, linear)",
+    ("-m", "schedule=linear,cosin", "seed=0,1"): "schedule=cosin: no such option; did you mean 'cosine'?",
+    ("schedule=3",): "schedule=3: schedule is a choice between configs, not a value (one of cosine, linear)",
+    ("schedule=cosine", "schedule.beta=1"): "schedule.beta=1: no key 'schedule.beta'",
+    ("experiment=nois",): "did you mean 'noise'? (one of noise, noise/long)",
+    ("experiments=noise",): "experiments is the folder; type experiment=noise",
+    ("experiment=noise", "sed=3"): "did you mean 'seed'?",
+    ("+extra=1",): "+extra=1: keys are not added from the command line, nothing would read them; write extra=1",
+    ("~seeed",): "seeed: no key 'seeed'; did you mean 'seed'?",
+    ("seed=0,1",): "seed=0,1 is a sweep over several values: add -m, or quote the value",
+    ("net.width=a b'",): 'cannot read "net.width=a b\'"',
+    ("cosine",): "'cosine' is not key=value (see --help)",
+    ("--mulitrun",): "unrecognized arguments: --mulitrun (see --help)",
+    ("seed=1.5",): "seed=1.5: expected a whole number, as in seed=0",
+    ("seed=abc",): "seed=abc: expected a whole number, as in seed=0",
+    ("net.mult=3",): "net.mult=3: expected a list, as in net.mult=[1,2]",
+    ("-m", "seed=1,x"): "seed=x: expected a whole number",
+    ("--config-dir", "/nowhere"): "--config-dir /nowhere: no such folder",
+    ("--config-path", "/nowhere", "--config-name", "config"): "no config config.yaml in /nowhere",
+    ("fail=user",): "mend this",
+    ("fail=file",): "no weights: put them there",
+    ("--cfg", "job", "sed=3"): "did you mean 'seed'?",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(here, words):
+    done = here(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert MISTAKES[words] in done.stderr
+
+
+@pytest.mark.parametrize("words", [("net.widht=3",), ("fail=user",)])
+def test_a_mistake_in_a_process_of_its_own(root, words):
+    done = typed(root, *words)
+    assert (done.returncode, done.stderr.startswith("error: "), done.stderr.count("\n")) == (2, True, 1)
+    assert MISTAKES[words] in done.stderr
+
+
+def test_torch_is_not_imported_before_the_task(root):
+    assert rows(typed(root))[0]["torch"] is False
+
+
+def test_a_bug_keeps_its_traceback(root):
+    done = typed(root, "fail=bug")
+    assert (done.returncode, "Traceback" in done.stderr, "RuntimeError: a bug" in done.stderr) == (1, True, True)
+
+
+def test_interruption_and_the_task_s_own_exit_code(here):
+    assert here("fail=interrupt").returncode == 130
+    assert here("fail=preempt").returncode == 85
+
+
+def test_one_failed_job_does_not_stop_a_sweep(here):
+    done = here("-m", "fail=bug,none", "seed=1")
+    assert done.returncode == 1
+    table = [line.split("  ") for line in done.stdout.splitlines() if line.startswith("  fail")]
+    assert [[word.strip() for word in line if word][:2] for line in table] == [
+        ["fail=bug seed=1", "failed (1)"],
+        ["fail=none seed=1", "1.5"],
+    ]
+    assert "1 of 2 jobs done, 1 failed" in done.stdout
+
+
+def test_a_preempted_job_ends_its_sweep(here):
+    done = here("-m", "fail=preempt,none")
+    assert (done.returncode, done.stdout.count("\njob ")) == (85, 1)
+
+
+def test_help(root):
+    shown = typed(root, "--help").stdout
+    for line in ("python train.py schedule=cosine", "schedule         linear  cosine", "noise/long", "what to draw", "seed=0"):
+        assert line in shown
+
+
+def test_the_config_is_shown(here):
+    shown = here("--cfg", "job", "schedule=cosine", "seed=4")
+    assert "s: 0.008" in shown.stdout
+    assert "seed: 4" in shown.stdout
+
+
+def test_a_folder_of_one_s_own_configs(here, tmp_path):
+    (tmp_path / "schedule").mkdir()
+    (tmp_path / "schedule" / "mine.yaml").write_text("gamma: 2.0")
+    assert rows(here("--config-dir", str(tmp_path), "schedule=mine", "schedule.gamma=3"))[0]["choices"]["schedule"] == "mine"
+
+
+def test_our_own_checks_are_mistakes_and_others_are_bugs():
+    import torch
+
+    from ldm.command import _mistake
+    from ldm.durable import write_tensors
+
+    def caught(call):
+        try:
+            call()
+        except Exception as error:
+            return error
+
+    assert _mistake(caught(lambda: write_tensors("/nowhere", {"w": torch.tensor(float("nan"))}))).startswith("/nowhere w: 1 of 1 values")
+    assert _mistake(caught(lambda: int("x"))) is None
+    assert _mistake(caught(lambda: rewrite("x", None, (), (), False))) == "'x' is not key=value (see --help)"
+    assert _mistake(caught(lambda: Path("/nowhere").read_text())) is not None
+    assert _mistake(caught(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))) is not None
+
+
+def test_nearest():
+    assert nearest("cosin", ["cosine", "linear"]) == "; did you mean 'cosine'?"
+    assert nearest("zzz", ["cosine", "linear"]) == ""
+
+
+def test_what_cannot_be_told_keeps_the_reason(tree):
+    assert explain(ValueError("why\nnot"), ["seed=1"], tree, lambda overrides: {"seed": 0}, False) == "why not"
+    with pytest.raises(UserError, match="not key=value"):
+        rewrite("seed", tree, (), (), False)
