@@ -105,11 +105,7 @@ class Inception(nn.Module):
         try:
             folder = fetch("inception", files, [hub], {"torch-fidelity's release": lambda scratch: url(cls.ROOT, list(files), scratch)})
         except AssetError as error:
-            # a narrower message than fetch's: this one is met by everybody who works offline
-            place = cache_dir() / "inception" / cls.FILE
-            raise AssetError(
-                f"FID needs Inception's weights: get {cls.ROOT}{cls.FILE} and put it at {place} (or set LDM_INCEPTION). {error}"
-            ) from None
+            raise AssetError(f"FID needs {cls.ROOT}{cls.FILE} (LDM_INCEPTION may name a copy): {error}") from None
         return folder / cls.FILE
 
     def train(self, mode: bool = True) -> "Inception":

@@ -102,7 +102,7 @@ def test_missing_inception_weights_name_the_file_and_its_place(monkeypatch, tmp_
     monkeypatch.delenv("LDM_INCEPTION", raising=False)
     with pytest.raises(AssetError) as error:
         Inception()
-    assert str(tmp_path / "inception" / Inception.FILE) in str(error.value)
+    assert f"put {Inception.FILE} into {tmp_path / 'inception'}" in str(error.value)
     assert "\n" not in str(error.value)
     for given in (
         lambda: Inception(tmp_path / "no.pth"),
