@@ -125,9 +125,9 @@ def _ours(package: str) -> bool:
 
 def save_config(config: Mapping[str, Any], path: Path | str) -> None:
     """Write resolved plain data as yaml that Hydra and load_config read back to the same values."""
-    import yaml
+    from omegaconf import OmegaConf  # its yaml quotes text that its reader, unlike yaml's own, takes for a number: 1e-3
 
-    durable.write_text(path, yaml.safe_dump(_mapped(dict(config), escape), sort_keys=False, allow_unicode=True, width=1000))
+    durable.write_text(path, OmegaConf.to_yaml(OmegaConf.create(_mapped(dict(config), escape))))
 
 
 def load_config(path: Path | str) -> dict[str, Any]:

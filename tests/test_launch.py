@@ -1,0 +1,125 @@
+"""Composed configs as processes of their own: one, two under torch's launcher, and what reaches them and comes back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from ldm.launch import launched, run_config, write_config
+
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+from ldm.command import choices, command
+
+
+def main(cfg):
+    rank = int(os.environ.get("RANK", 0))
+    told = {"world": os.environ.get("WORLD_SIZE", "1"), "prompt": cfg.prompt, "choices": choices(), "pid": os.getpid()}
+    Path(cfg.out, f"{rank}.json").write_text(json.dumps(told))
+    if cfg.do == "wait":
+        def leave(number, frame):
+            time.sleep(0.3 * rank)  # one rank leaves later, as a rank that writes the checkpoint does
+            Path(cfg.out, f"{rank}.left").write_text(str(number))
+            sys.exit(85)
+        signal.signal(signal.SIGTERM, leave)
+        signal.signal(signal.SIGUSR1, leave)
+        Path(cfg.out, f"{rank}.ready").touch()
+        time.sleep(60)
+    if cfg.do == "fail" and rank == 1:
+        raise RuntimeError("rank one fails")
+    if cfg.do == "fail":
+        time.sleep(60)
+    return 2.5
+
+
+if __name__ == "__main__":
+    command(main, "train", text=("prompt",), paths=("out",))
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "train.yaml").write_text("{prompt: '', out: null, do: nothing, trainer: {devices: 1}}")
+    (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
+    return tmp_path / "train.py"
+
+
+def config(tmp_path, do="nothing", devices=1):
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    plain = {"prompt": "the cat's ${x}, \\", "out": str(out), "do": do, "trainer": {"devices": devices}}
+    write_config(plain, tmp_path / "composed", {"schedule": "cosine"})
+    return tmp_path / "composed", out
+
+
+def gone(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def wait_for(condition, seconds=40.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
+
+
+def read(out, rank):
+    return json.loads((out / f"{rank}.json").read_text())
+
+
+def test_one_process_takes_the_composed_config_and_its_choices(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of the caller, and not passed on
+    assert launched()
+    composed, out = config(tmp_path)
+    assert run_config(script, composed) == 0
+    told = read(out, 0)
+    assert (told["world"], told["prompt"], told["choices"]) == ("1", "the cat's ${x}, \\", {"schedule": "cosine"})
+
+
+def test_two_ranks_get_a_signal_and_both_leave_in_order(script, tmp_path):
+    composed, out = config(tmp_path, "wait", devices=2)
+    parent = subprocess.Popen([sys.executable, str(script), "--config-path", str(composed), "--config-name", "config"])
+    wait_for(lambda: (out / "0.ready").exists() and (out / "1.ready").exists())
+    parent.send_signal(signal.SIGUSR1)
+    assert parent.wait(40) == 85
+    assert [(out / f"{rank}.left").read_text() for rank in (0, 1)] == [str(int(signal.SIGUSR1))] * 2
+    assert all(read(out, rank)["world"] == "2" for rank in (0, 1))
+    assert all(gone(read(out, rank)["pid"]) for rank in (0, 1))
+
+
+def test_a_failing_rank_ends_the_other_and_no_process_stays(script, tmp_path):
+    composed, out = config(tmp_path, "fail", devices=2)
+    done = subprocess.run(
+        [sys.executable, str(script), "--config-path", str(composed), "--config-name", "config"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: rank one fails" in done.stderr
+    assert "ChildFailedError" not in done.stderr
+    assert all(gone(read(out, rank)["pid"]) for rank in (0, 1))
+
+
+def test_ranks_leave_when_the_command_is_killed(script, tmp_path):
+    composed, out = config(tmp_path, "wait")
+    code = f"from ldm.launch import run_config; run_config({str(script)!r}, {str(composed)!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: (out / "0.ready").exists())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: gone(read(out, 0)["pid"]))
+    assert (out / "0.left").read_text() == str(int(signal.SIGTERM))
+
+
+def test_a_killed_process_is_told_by_its_exit_code(script, tmp_path):
+    script.write_text("import os; os.kill(os.getpid(), 9)")
+    assert run_config(script, config(tmp_path)[0]) == 137
