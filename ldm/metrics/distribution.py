@@ -85,16 +85,22 @@ class Metric(Protocol):
     def reset(self) -> None: ...
 
 
+class Given(nn.Identity):
+    """The feature network of features that are already there, as torchmetrics asks for one."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
 class FrechetDistance:
     """`fd_<net>`: torchmetrics' FrechetInceptionDistance on features that are already there (float64 sums, added up over processes)."""
 
     def __init__(self, net: FeatureNet, reference: Tensor):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        given = nn.Identity()  # torchmetrics' feature network: the features come from Score
-        given.num_features = net.num_features
         self.key = f"fd_{net.name}"
-        self.fid = FrechetInceptionDistance(given).to(reference.device)
+        self.fid = FrechetInceptionDistance(Given(net.num_features)).to(reference.device)
         self.fid.update(reference, real=True)
         names = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
         self.reference = {name: getattr(self.fid, name) for name in names}
@@ -222,7 +228,8 @@ class Score:
 
     def reset(self) -> None:
         """Forget the samples, keep the reference."""
-        for metric in (*self.metrics.values(), self.count):
+        self.count.reset()
+        for metric in self.metrics.values():
             metric.reset()
 
 

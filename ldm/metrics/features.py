@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm.fetch import AssetError, cache_dir, fetch, url
+from ldm.fetch import AssetError, fetch, url
 
 
 class FeatureNet(Protocol):

@@ -13,6 +13,8 @@ class FashionNet(nn.Module):
     """
 
     name = "fashion"
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, width: int = 24, num_features: int = 128, num_classes: int = 10):
         super().__init__()

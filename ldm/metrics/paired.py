@@ -22,7 +22,7 @@ class Reconstruction:
         # per image and then averaged: the logarithm of a mean over all pixels would be ruled by the worst images
         self.psnr = PeakSignalNoiseRatio(data_range=2.0, dim=(1, 2, 3)).to(device)
         self.ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(device)
-        self.score = Score(net, reference, {"fd": FrechetDistance}) if net is not None else None
+        self.score = Score(net, reference, {"fd": FrechetDistance}) if net is not None and reference is not None else None
 
     @torch.no_grad()
     def update(self, image: Tensor, reconstruction: Tensor) -> None:
@@ -36,9 +36,11 @@ class Reconstruction:
     def compute(self) -> dict[str, float]:
         """{key: number} over all processes."""
         distances = {f"r{key}": value for key, value in self.score.compute().items() if key != "n"} if self.score else {}
-        return {"psnr": self.psnr.compute().item(), "ssim": self.ssim.compute().item()} | distances
+        return {"psnr": self.psnr.compute().item(), "ssim": torch.as_tensor(self.ssim.compute()).item()} | distances
 
     def reset(self) -> None:
         """Forget the images, keep the reference."""
-        for metric in filter(None, (self.psnr, self.ssim, self.score)):
-            metric.reset()
+        self.psnr.reset()
+        self.ssim.reset()
+        if self.score:
+            self.score.reset()
