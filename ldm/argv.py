@@ -142,9 +142,9 @@ def explain(error: Exception, overrides: Sequence[str], tree: Tree, compose: Cal
         if group not in groups:
             keyed.append((override, text))
             continue
-        values = (
-            [str(value).strip("'\"") for value in override.sweep_string_iterator()] if override.is_discrete_sweep() else [override.value()]
-        )
+        values: list[Any] = [override.value()]
+        if override.is_discrete_sweep():
+            values = [str(value).strip("'\"") for value in override.sweep_string_iterator()]
         for value in values:
             if isinstance(value, (dict, int, float)) and not isinstance(value, bool):
                 return f"{group}={value}: {group} is a choice between configs, not a value{one_of(groups[group])}"
@@ -162,3 +162,29 @@ def explain(error: Exception, overrides: Sequence[str], tree: Tree, compose: Cal
             return f"{text.removeprefix('~')}: no key {name!r}{nearest(name, [*there, *groups, 'experiment'])}"
     said = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     return re.split("(?:Config s|S)earch path:", " ".join(" ".join(line for line in said if line).split()))[0].strip()
+
+
+def describe(folder: Path, config_name: str, about: str) -> str:
+    """The text of --help: what the script says about itself, the choices with their defaults, and the plain keys with their comments."""
+    import yaml
+
+    source = (folder / f"{config_name}.yaml").read_text()
+    defaults: dict[str, str] = {}
+    for entry in (yaml.safe_load(source) or {}).get("defaults", []):
+        if isinstance(entry, dict):
+            defaults.update({key.removeprefix("override ").strip("/ "): str(value) for key, value in entry.items()})
+    lines = [about.strip(), "", "Choices, the default first:"]
+    tree = Tree((folder,), folder.parent)
+    for group, options in tree.groups().items():
+        if group in defaults:
+            first = [defaults[group]] if defaults[group] in options else []
+            lines.append(f"  {group:<16} {'  '.join([*first, *(option for option in options if option not in first)])}")
+    studies = [name for name in tree.studies() if not name.endswith("/sweep")]
+    if "experiments" in defaults and studies:
+        lines.append(f"  {'experiment':<16} {'  '.join(studies)}")
+    lines += ["", "Keys:"]
+    for name, value, comment in re.findall(r"^(\w+): *([^#\n{\[]*?) *(?:# *(.*))?$", source, re.MULTILINE):
+        if name not in ("defaults", "hydra") and value:
+            lines.append(f"  {f'{name}={value}':<28} {comment}".rstrip())
+    lines += ["", "--cfg job shows the whole config; -m runs every combination of values given as a=1,2."]
+    return "\n".join(lines)

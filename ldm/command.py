@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import launch
-from ldm.argv import Tree, escape, explain, quote, rewrite
+from ldm.argv import Tree, describe, escape, explain, quote, rewrite
 from ldm.errors import UserError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # full, or not ours to write
@@ -67,7 +68,12 @@ def _guarded(run: Callable[[], Any]) -> int:
     except Exception as error:
         said = _mistake(error)
         if said is None or "LDM_TRACEBACK" in os.environ:
-            raise
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
+                trace = trace.tb_next  # from the task on
+            traceback.print_exception(type(error), error, trace)
+        if said is None:
+            return 1
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {' '.join(said.split())}", file=sys.stderr)
         return 2
@@ -80,7 +86,8 @@ def _mistake(error: BaseException) -> str | None:
     cause = error.__cause__
     if type(error).__name__ == "InstantiationException" and cause is not None:  # Hydra's, around what a constructor raised
         said = _mistake(cause)
-        return said and f"{said} ({error.full_key})" if getattr(error, "full_key", "") else said
+        key = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
+        return f"{said} (in {key[1]})" if said and key else said
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -95,7 +102,7 @@ def _mistake(error: BaseException) -> str | None:
 def _start(task: Callable, script: Path, config_name: str, text: Collection[str], paths: Collection[str], supplied: Mapping) -> int:
     argv = sys.argv[1:]
     if {"--help", "-h"} & set(argv):
-        print(describe(script, config_name))
+        print(describe(script.parent / "conf", config_name, sys.modules["__main__"].__doc__ or ""))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that exceptions come out instead of Hydra's report and exit code 1
 
@@ -168,7 +175,7 @@ class Plan:
         typed = parse(self.overrides)
         first = self.compose([one for one in map(_settled, typed) if one])
         self.multirun = self.multirun or (first.hydra.mode is not None and first.hydra.mode.name == "MULTIRUN")
-        self.basic = all("basic" in first.hydra[part]._target_ for part in ("sweeper", "launcher"))
+        self.basic = all("basic" in part._target_ for part in (first.hydra.sweeper, first.hydra.launcher))
         if not self.multirun:
             return [self._single(typed)]
         if not self.basic:
@@ -252,7 +259,7 @@ class Job:
         now = HydraConfig.get()
         devices = _devices(cfg)
         if now.mode is not None and now.mode.name == "MULTIRUN":
-            here = all("basic" in now[part]._target_ for part in ("sweeper", "launcher"))
+            here = all("basic" in part._target_ for part in (now.sweeper, now.launcher))
             return self.task(cfg) if launch.launched() else self._sweep(cfg, " ".join(now.overrides.task), devices, here)
         if launch.launched():
             return self._run(cfg)
@@ -324,30 +331,3 @@ def _rank():
         threading.Thread(target=launch.leave_with, args=(int(parent),), daemon=True).start()
     with launch.reported(Path(world)) if world else nullcontext():
         yield
-
-
-def describe(script: Path, config_name: str) -> str:
-    """The text of --help: the script's docstring, the choices with their defaults, and the plain keys with their comments."""
-    import yaml
-
-    folder = script.parent / "conf"
-    source = (folder / f"{config_name}.yaml").read_text()
-    defaults: dict[str, str] = {}
-    for entry in (yaml.safe_load(source) or {}).get("defaults", []):
-        if isinstance(entry, dict):
-            defaults.update({key.removeprefix("override ").strip("/ "): str(value) for key, value in entry.items()})
-    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Choices, the default first:"]
-    tree = Tree((folder,), script.parent)
-    for group, options in tree.groups().items():
-        if group in defaults:
-            first = [defaults[group]] if defaults[group] in options else []
-            lines.append(f"  {group:<16} {'  '.join([*first, *(option for option in options if option not in first)])}")
-    studies = [name for name in tree.studies() if not name.endswith("/sweep")]
-    if "experiments" in defaults and studies:
-        lines.append(f"  {'experiment':<16} {'  '.join(studies)}")
-    lines += ["", "Keys:"]
-    for name, value, comment in re.findall(r"^(\w+): *([^#\n{\[]*?) *(?:# *(.*))?$", source, re.MULTILINE):
-        if name not in ("defaults", "hydra") and value:
-            lines.append(f"  {f'{name}={value}':<28} {comment}".rstrip())
-    lines += ["", "--cfg job shows the whole config; -m runs every combination of values given as a=1,2."]
-    return "\n".join(lines)

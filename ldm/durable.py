@@ -97,12 +97,14 @@ def save_step(
     final = folder / f"step-{step:08d}"
     with _beside(final) as temporary:
         temporary.mkdir()
-        files = {"config.yaml": lambda path: path.write_text(config, encoding="utf-8"), "train_state.pt": lambda path: _save(state, path)}
-        files |= {f"{name}.safetensors": lambda path, weights=weights: _pack(weights, path) for name, weights in tensors.items()}
-        for name, write in files.items():
-            write(temporary / name)
+        (temporary / "config.yaml").write_text(config, encoding="utf-8")
+        _save(state, temporary / "train_state.pt")
+        for name, weights in tensors.items():
+            _pack(weights, temporary / f"{name}.safetensors")
+        files = sorted(path.name for path in temporary.iterdir())
+        for name in files:
             _sync(temporary / name)
-        listed = {name: {"sha256": digest(temporary / name), "bytes": (temporary / name).stat().st_size} for name in sorted(files)}
+        listed = {name: {"sha256": digest(temporary / name), "bytes": (temporary / name).stat().st_size} for name in files}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": listed}, indent=1))
         _sync(temporary / MANIFEST)
         _sync(temporary)

@@ -267,7 +267,7 @@ def _class(node: ast.ClassDef, source: Source) -> Signature | None:
                 made = (
                     {part.arg: part.value for part in value.keywords} if isinstance(value, ast.Call) and _called(value, "field") else None
                 )
-                if made is not None and isinstance(made.get("init"), ast.Constant) and made["init"].value is False:  # type: ignore[union-attr]
+                if made is not None and "init" in made and ast.unparse(made["init"]) == "False":
                     continue
                 parameters[name] = Parameter(
                     annotation, value is None if made is None else not {"default", "default_factory"} & made.keys()

@@ -210,10 +210,10 @@ import sys, torch
 from ldm.durable import save_step
 folder, step = sys.argv[1], 0
 weights = {"w": torch.zeros(1 << 18)}
-print("ready", flush=True)
 while True:
     step += 1
     save_step(folder, step, {"model": weights}, {"optimizer": {"m": torch.zeros(1 << 18)}})
+    print("saved", flush=True)
 """
 
 
@@ -221,7 +221,7 @@ while True:
 def test_kill_during_saves_never_leaves_a_damaged_step(tmp_path, kills):
     for kill in range(kills):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
-        assert writer.stdout.readline() == b"ready\n"
+        assert writer.stdout.readline() == b"saved\n"
         time.sleep(0.05 + 0.0137 * kill)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
