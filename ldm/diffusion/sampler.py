@@ -59,9 +59,10 @@ def ddim_invert(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noi
 
     Raises ValueError if ts ends at 0, where eps is not defined; 1/T is the place to start.
     """
+    check(ts)
     if ts[-1] == 0:
         raise ValueError("inversion cannot start at t = 0, where there is no eps; give a grid that ends at 1/T (times.ending_at)")
-    for t, s in reversed(list(steps(ts))):
+    for t, s in reversed(list(pairwise(ts))):
         x0, eps, _ = denoise(x, s)
         alpha_t, sigma_t = schedule.alpha_sigma(t)
         x = alpha_t * x0 + sigma_t * eps
@@ -79,8 +80,9 @@ def euler(
     churn_noise: float = 1.0,
 ) -> Tensor:
     """Euler's method on the ODE in a straight frame (Karras et al. 2022, algorithm 2, lines 4-8); without churn it is DDIM."""
-    frame, gamma = straight(schedule), min(churn / (len(ts) - 1), 2**0.5 - 1)
-    for t, s in steps(ts):
+    frame, pairs = straight(schedule), list(steps(ts))
+    gamma = min(churn / len(pairs), 2**0.5 - 1)
+    for t, s in pairs:
         x, t = stir(schedule, x, t, noise, gamma, churn_range, churn_noise)
         (m_t, u_t), (m_s, u_s) = frame(t), frame(s)
         y = x / m_t
@@ -100,8 +102,9 @@ def heun(
     churn_noise: float = 1.0,
 ) -> Tensor:
     """Heun's 2nd-order method on the ODE in a straight frame (Karras et al. 2022, algorithm 2); 2 N - 1 evaluations to s = 0."""
-    frame, gamma = straight(schedule), min(churn / (len(ts) - 1), 2**0.5 - 1)
-    for t, s in steps(ts):
+    frame, pairs = straight(schedule), list(steps(ts))
+    gamma = min(churn / len(pairs), 2**0.5 - 1)
+    for t, s in pairs:
         x, t = stir(schedule, x, t, noise, gamma, churn_range, churn_noise)
         (m_t, u_t), (m_s, u_s) = frame(t), frame(s)
         y = x / m_t

@@ -1,0 +1,296 @@
+"""Order of convergence, and exact mean and variance, of every sampler on Gaussian data; no training and no chance."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from cases import F64, SHAPES, f64
+from oracle import Gaussian, affine
+
+from ldm.diffusion import correction, sampler, schedule, times, variance
+from ldm.tensors import Noise
+
+ORDERED = {"linear": schedule.linear(), "vp": schedule.VP(), "cosine": schedule.cosine(), "flow": schedule.Flow(), "edm": schedule.EDM()}
+SPAN = {"edm": (0.5, 0.001)}  # t from and to; (0.9, 0.1) otherwise
+# UniPC-p is of order p + 1 (Zhao et al. 2023, theorem 3.1): its predictor's 2, and one more by the corrector.
+ORDER = {
+    "ddim": (sampler.ddim, 1),
+    "euler": (sampler.euler, 1),
+    "heun": (sampler.heun, 2),
+    "dpmpp_2m": (sampler.dpmpp_2m, 2),
+    "plms": (sampler.plms, 2),
+    "unipc": (sampler.unipc, 3),
+}
+START = torch.linspace(-1, 2, 4, dtype=F64)[:, None]
+
+
+def even_log_snr(sched, n, start, end):
+    hi, lo = sched.log_snr(f64(start, end))
+    return sched.t_at(torch.linspace(0, 1, n + 1, dtype=F64) * (lo - hi) + hi)
+
+
+def slope(run, sched, grid, ns=(64, 128, 256, 512)):
+    """Of log error against log n, by least squares."""
+    g, errors = Gaussian(sched, mean=0.6, std=1.5), []
+    for n in ns:
+        ts = grid(n)
+        errors.append((run(g, sched, START, ts, None) - g.flow(START, ts[0], ts[-1])).abs().max().log2())
+    x, y = f64(*map(math.log2, ns)), torch.stack(errors)
+    return -float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+@pytest.mark.parametrize("sched", ORDERED)
+@pytest.mark.parametrize("name", ORDER)
+def test_order(name, sched):
+    run, order = ORDER[name]
+    got = slope(run, ORDERED[sched], lambda n: even_log_snr(ORDERED[sched], n, *SPAN.get(sched, (0.9, 0.1))))
+    assert got == pytest.approx(order, abs=0.15)
+
+
+def test_plms_is_of_order_3_on_a_grid_even_in_u():
+    """Its Adams-Bashforth 4 weights are those of equal steps; then its start, an improved Euler step, is what limits it."""
+    flow = schedule.Flow()
+    assert slope(sampler.plms, flow, lambda n: torch.linspace(0.95, 0.05, n + 1, dtype=F64)) == pytest.approx(3, abs=0.15)
+    assert slope(sampler.plms, flow, lambda n: torch.linspace(0.6, 0.2, n + 1, dtype=F64)) == pytest.approx(3, abs=0.15)
+
+
+@pytest.mark.parametrize("sched", [schedule.Flow(), schedule.GVP(), schedule.zero_terminal_snr(schedule.linear())])
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
+def test_order_from_no_signal_at_all(sched, name, order):
+    if sched is not schedule.Flow() and name == "heun" and isinstance(sched, schedule.Table):
+        sched = schedule.zero_terminal_snr(schedule.cosine())
+    assert slope(ORDER[name][0], sched, lambda n: torch.linspace(1, 0.1, n + 1, dtype=F64)) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize("sched", [*ORDERED.values(), schedule.GVP(), schedule.zero_terminal_snr(schedule.linear())])
+def test_all_the_way_from_noise_to_data(name, sched):
+    g = Gaussian(sched)
+    ts = times.uniform_grid(sched, 400)
+    if sched is ORDERED["edm"]:
+        ts = times.karras(sched, 400)
+    mean, var = g.moments(ts[0])
+    x = mean + var.sqrt() * START
+    got = ORDER[name][0](g, sched, x, ts, None)
+    assert torch.allclose(got, g.mean + g.std * START, atol=0.03)
+
+
+def test_straight_frames():
+    """y = x / m moves along u = sigma / m at (y - x0) / u: eps where there is signal at t = 1, eps - x0 where there is none."""
+    for sched, velocity in [(schedule.cosine(), lambda d: d.eps), (schedule.GVP(), lambda d: d.eps - d.x0)]:
+        frame, t, g = sampler.straight(sched), f64(0.4)[0], Gaussian(sched)
+        m, u = frame(t)
+        d = g(START, t)
+        assert torch.allclose((START / m - d.x0) / u, velocity(d))
+        after = g.flow(START, t, t - 1e-6) / frame(t - 1e-6)[0]
+        assert torch.allclose((after - START / m) / (frame(t - 1e-6)[1] - u), velocity(d), atol=1e-4)
+
+
+# The same stochastic steps for Gaussian data, written down as maps of mean and variance. With k = Cov(x0, x_t) / Var(x_t),
+# E[x0 | x_t] = m + k (x_t - alpha m), so that a step x_s = A x0 + E eps + C x_t + std z is affine: x_s = a x_t + b + std z.
+def affine_step(g, t, A, E, C):
+    alpha, sigma = (float(c) for c in g.schedule.alpha_sigma(t))
+    k = alpha * g.std**2 / ((alpha * g.std) ** 2 + sigma**2)
+    slope, constant = k, g.mean - k * alpha * g.mean  # of E[x0 | x_t]
+    return A * slope + E * (1 - alpha * slope) / sigma + C, A * constant - E * alpha * constant / sigma
+
+
+def coefficients(sched, t, s):
+    (a_t, s_t), (a_s, s_s) = ([float(c) for c in sched.alpha_sigma(v)] for v in (t, s))
+    return a_t, s_t, a_s, s_s
+
+
+def ddpm_step(large):
+    def step(g, t, s):
+        a_t, s_t, a_s, s_s = coefficients(g.schedule, t, s)
+        beta = s_t**2 - (a_t / a_s * s_s) ** 2
+        var = beta if large else beta * s_s**2 / s_t**2
+        return *affine_step(g, t, a_s * beta / s_t**2, 0, a_t / a_s * s_s**2 / s_t**2), var * float(s > 0)
+
+    return step
+
+
+def ddim_step(eta):
+    def step(g, t, s):
+        a_t, s_t, a_s, s_s = coefficients(g.schedule, t, s)
+        var = eta**2 * (s_s / s_t) ** 2 * (s_t**2 - (a_t / a_s * s_s) ** 2)
+        return *affine_step(g, t, a_s, math.sqrt(s_s**2 - var), 0), var
+
+    return step
+
+
+def sde_step(strength):
+    def step(g, t, s):
+        _, s_t, a_s, s_s = coefficients(g.schedule, t, s)
+        h, w = s_t - s_s, strength * s_t  # dX = v dt - w/2 score dt + sqrt(w) dW, score = -eps / sigma, backwards
+        return *affine_step(g, t, a_s, s_s - (w / 2 * h / s_t if s > 0 else 0), 0), w * h * float(s > 0)
+
+    return step
+
+
+STOCHASTIC = {
+    "ddpm": (sampler.ddpm, ddpm_step(False)),
+    "ddpm_large": (partial(sampler.ddpm, variance=variance.large), ddpm_step(True)),
+    "ddim_1": (partial(sampler.ddim, eta=1.0), ddim_step(1.0)),
+    "ddim_half": (partial(sampler.ddim, eta=0.5), ddim_step(0.5)),
+    "interpolant_sde": (sampler.interpolant_sde, sde_step(1.0)),
+    "interpolant_sde_half": (partial(sampler.interpolant_sde, strength=0.5), sde_step(0.5)),
+}
+
+
+@pytest.mark.parametrize("end", [0.0, 0.05])
+@pytest.mark.parametrize("sched", ["linear", "cosine", "flow", "edm"])
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_mean_and_variance_are_exact(name, sched, end):
+    run, step = STOCHASTIC[name]
+    g = Gaussian(ORDERED[sched])
+    ts = torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, end], dtype=F64)
+    a, b, var = 1.0, 0.0, 0.0
+    for t, s in zip(ts[:-1], ts[1:], strict=True):
+        A, B, extra = step(g, t, s)
+        a, b, var = A * a, A * b + B, A**2 * var + float(extra)
+    got = affine(run, g, g.schedule, ts, draws=5 if end else 4)
+    assert got == pytest.approx((a, b, math.sqrt(var)), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("sched", ["linear", "cosine", "flow", "edm"])
+def test_ddpm_is_ddim_at_eta_1(sched):
+    g, ts = Gaussian(ORDERED[sched]), torch.linspace(0.99, 0, 8, dtype=F64)
+    assert affine(sampler.ddpm, g, g.schedule, ts, 6) == pytest.approx(affine(partial(sampler.ddim, eta=1.0), g, g.schedule, ts, 6))
+
+
+def test_dpmpp_2m_sde_is_first_order_exact_recursion():
+    """Its own recursion (Lu et al. 2022b, eq. 18 and its two-step form), written with exponentials of h."""
+    g = Gaussian(schedule.cosine())
+    ts = torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, 0.0], dtype=F64)
+    for eta in (0.0, 0.5, 1.0):
+        x = torch.zeros(6, dtype=F64)
+        x[0] = 1  # coefficients on (x, 1, z_1, ..., z_4)
+        before = None
+        for n, (t, s) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
+            a_t, s_t, a_s, s_s = coefficients(g.schedule, t, s)
+            slope, constant = affine_step(g, t, 1, 0, 0)
+            x0 = slope * x
+            x0[1] += constant
+            if s == 0:
+                x = x0
+                break
+            h = math.log(a_s / s_s) - math.log(a_t / s_t)
+            D = x0 if before is None else x0 + h / before[1] / 2 * (x0 - before[0])
+            x = s_s / s_t * math.exp(-eta * h) * x + a_s * (1 - math.exp(-h - eta * h)) * D
+            x[2 + n] += s_s * math.sqrt(1 - math.exp(-2 * eta * h))
+            before = x0, h
+        got = affine(partial(sampler.dpmpp_2m, eta=eta), g, g.schedule, ts, draws=4 if eta else 0)
+        assert got == pytest.approx((float(x[0]), float(x[1]), float(x[2:].norm())), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("run", [sampler.euler, sampler.heun])
+@pytest.mark.parametrize("sched", ["edm", "cosine", "flow"])
+def test_churn_keeps_the_marginal(run, sched):
+    """More noise, then more steps: on a fine grid the mean and variance of the data come out, whatever the churn."""
+    g = Gaussian(ORDERED[sched])
+    ts = times.karras(g.schedule, 200, sigma_min=0.01, sigma_max=20.0)
+    a, b, c = affine(partial(run, churn=40.0), g, g.schedule, ts, draws=200)
+    mean, var = g.moments(ts[0])
+    assert a * float(mean) + b == pytest.approx(g.mean, abs=0.01)
+    assert math.sqrt(a**2 * float(var) + c**2) == pytest.approx(g.std, rel={sampler.euler: 0.06, sampler.heun: 0.005}[run])
+    assert c > 0.5 * g.std
+
+
+def test_stir_is_algorithm_2():
+    sched = schedule.EDM()
+    x, t = f64(1.0, 2.0)[:, None], f64(0.1)[0]
+    y, t_hat = sampler.stir(sched, x, t, torch.ones_like, 0.3, (0.0, 50.0), 1.1)
+    assert 80 * t_hat == pytest.approx(8 * 1.3) and torch.allclose(y, x + 1.1 * math.sqrt((8 * 1.3) ** 2 - 64))
+    for within in [(0.0, 7.9), (8.1, 50.0)]:
+        assert sampler.stir(sched, x, t, torch.ones_like, 0.3, within, 1.0) == (x, t)
+    sched = schedule.cosine()
+    y, t_hat = sampler.stir(sched, x, t, torch.ones_like, 0.3, (0.0, 50.0), 1.0)
+    (a, s), (a_hat, s_hat) = sched.alpha_sigma(t), sched.alpha_sigma(t_hat)
+    assert s_hat / a_hat == pytest.approx(float(1.3 * s / a))
+    assert torch.allclose(y / a_hat, x / a + ((s_hat / a_hat) ** 2 - (s / a) ** 2).sqrt())  # algorithm 2 in x / alpha
+    flow = schedule.Flow()
+    assert sampler.stir(flow, x, f64(1.0)[0], torch.ones_like, 0.3, (0.0, math.inf), 1.0)[1] == 1
+
+
+@pytest.mark.parametrize("run", [sampler.euler, sampler.heun])
+def test_churn_is_at_most_sqrt_2(run):
+    g = Gaussian(schedule.EDM())
+    ts = torch.tensor([0.1, 0.01], dtype=F64)
+    seen = []
+
+    def denoise(x, t):
+        seen.append(float(t))
+        return g(x, t)
+
+    run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, churn=1000.0)
+    assert seen[0] == pytest.approx(0.1 * math.sqrt(2))
+    run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, churn=0.25, churn_range=(0.0, 7.0))
+    assert seen[-1] in (0.01, 0.1) and 0.1 in seen
+    run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, churn=0.25)
+    assert max(seen[-2:]) == pytest.approx(0.125)
+
+
+def test_inversion_and_back():
+    g = Gaussian(schedule.linear())
+    ts = times.ending_at(times.trailing(g.schedule, 500), 1e-3)
+    x = g.mean + g.std * START
+    noise = sampler.ddim_invert(g, g.schedule, x, ts, None)
+    assert torch.allclose(noise, g.flow(x, ts[-1], ts[0]), atol=0.03)
+    assert torch.allclose(sampler.ddim(g, g.schedule, noise, ts, None), x, atol=0.012)
+    one = sampler.ddim_invert(g, g.schedule, x, f64(0.5, 0.2), None)
+    d = g(x, f64(0.2)[0])
+    alpha, sigma = g.schedule.alpha_sigma(f64(0.5)[0])
+    assert torch.allclose(one, alpha * d.x0 + sigma * d.eps)
+    with pytest.raises(ValueError, match="cannot start at t = 0"):
+        sampler.ddim_invert(g, g.schedule, x, times.trailing(g.schedule, 5), None)
+
+
+EVERY = ORDER | STOCHASTIC | {"dpmpp_2m_sde": (partial(sampler.dpmpp_2m, eta=1.0), None)}
+EVERY |= {"repaint": (partial(correction.repaint, jump=2, repeats=2), None), "langevin": (correction.langevin, None)}
+
+
+@pytest.mark.parametrize("name", [*EVERY, "ddim_invert"])
+@pytest.mark.parametrize("ts", [[0.5, 0.7, 0.0], [0.5, 0.5], [1.2, 0.0], [0.5, -0.1], [0.5], [float("nan"), 0.0]])
+def test_refuses_a_grid_that_does_not_descend(name, ts):
+    run = EVERY[name][0] if name in EVERY else sampler.ddim_invert
+    g = Gaussian(schedule.linear())
+    with pytest.raises(ValueError, match="must be two or more times that descend"):
+        run(g, g.schedule, START, f64(*ts), torch.randn_like)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_shapes_types_and_evaluations(name):
+    """Shape-blind, float32 in float32 out, never asked at t = 0, no argument changed, the same at any batch size."""
+    run, g = EVERY[name][0], Gaussian(schedule.cosine())
+    ts = times.trailing(g.schedule, 7)
+    asked = []
+
+    def denoise(x, t):
+        asked.append(float(t))
+        return g(x, t)
+
+    for shape in SHAPES:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        before = x.clone()
+        whole = run(denoise, g.schedule, x, ts, Noise(0, range(3)).stream("s"))
+        assert whole.shape == x.shape and whole.dtype == torch.float32 and torch.equal(x, before) and whole.isfinite().all()
+        alone = run(denoise, g.schedule, x[1:2], ts, Noise(0, [1]).stream("s"))
+        assert torch.allclose(alone, whole[1:2], atol=1e-6)
+    assert min(asked) > 0
+    if name in ORDER:
+        assert len(asked) / 8 == {"heun": 13, "plms": 8}.get(name, 7)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_returns_the_state_at_the_last_time(name):
+    run, g = EVERY[name][0], Gaussian(schedule.VP(), mean=0.6, std=1.5)
+    ts = torch.linspace(1, 0.3, 300, dtype=F64)
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda x: torch.randn(x.shape, dtype=F64, generator=generator)  # noqa: E731
+    (mean, var), (mean_s, var_s) = g.moments(ts[0]), g.moments(ts[-1])
+    x = mean + var.sqrt() * noise(torch.empty(4000, 1))
+    got = run(g, g.schedule, x, ts, noise)
+    assert float(got.mean()) == pytest.approx(float(mean_s), abs=0.08)
+    assert float(got.std()) == pytest.approx(float(var_s.sqrt()), rel=0.05)
