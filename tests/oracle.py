@@ -47,7 +47,7 @@ class Gaussian:
 def affine(sampler: Callable, denoise: Callable, schedule: Schedule, ts: Tensor, draws: int) -> tuple[float, float, float]:
     """(a, b, c) of an affine sampler's result a x + b + c z, z standard normal: it is run once on probes, with no randomness at all.
 
-    Row 0 starts at 0 and row 1 at 1 without noise; row 2 + k starts at 0 and draws 1 as its k-th draw, 0 otherwise. draws: the number expected.
+    Row 0 starts at 0 and row 1 at 1 without noise; row 2 + k starts at 0 and draws 1 as its k-th draw. draws: the number expected.
     """
     k = 0
 

@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 from cases import F64, SCHEDULES, SHAPES, f64
-from oracle import Gaussian
+from oracle import Gaussian, affine
 
 from ldm.diffusion import constraint, correction, sampler, schedule, times, variance
 from ldm.diffusion.denoiser import Denoised
@@ -37,7 +39,8 @@ def test_what_is_constrained_still_makes_x_t(name, shape):
         (constraint.dynamic_threshold(wide(sched), sched, quantile=0.9), plain.x0.clamp(-s, s) / s),
     ]:
         got = changed(x, T)
-        assert torch.allclose(got.x0, want) and torch.equal(got.var_frac, plain.var_frac)
+        assert torch.allclose(got.x0, want)
+        assert torch.equal(got.var_frac, plain.var_frac)
         alpha, sigma = sched.alpha_sigma(T)
         assert torch.allclose(alpha * got.x0 + sigma * got.eps, x)
 
@@ -63,7 +66,8 @@ def test_the_known_part_comes_out_known(run):
     noise = lambda x: torch.randn(x.shape, dtype=F64, generator=generator)  # noqa: E731
     denoise = constraint.keep_known(Gaussian(sched), sched, mask, known)
     got = run(denoise, sched, noise(known), times.trailing(sched, 20), noise)
-    assert torch.allclose(got[:, 0], known[:, 0]) and not torch.isclose(got[:, 1], known[:, 1]).any()
+    assert torch.allclose(got[:, 0], known[:, 0])
+    assert not torch.isclose(got[:, 1], known[:, 1]).any()
 
 
 def test_up_and_down():
@@ -77,31 +81,24 @@ def test_up_and_down():
 
 
 def test_repaint_keeps_the_marginals():
-    """For exact data each step of DDPM with the true variance, and each step back up, maps p(x_t) to p(x_s) and back: nothing may change."""
+    """A DDPM step with the true variance maps p(x_t) to p(x_s), a step up maps it back: the walk may change neither."""
     g = Gaussian(schedule.VP(), mean=0.6, std=1.2)
 
     def exact(var_frac, sched, t, s):
         of_x0 = sched.alpha_sigma(s)[0] * variance.forward_variance(sched, t, s) / sched.alpha_sigma(t)[1] ** 2
         return (variance.small(None, sched, t, s).exp() + of_x0**2 * g.posterior_variance(t)).log()
 
-    from functools import partial
-
-    from oracle import affine
-
     ts = torch.linspace(0.9, 0.2, 8, dtype=F64)
     walk = correction.up_and_down(7, jump=2, repeats=3)
     run = partial(correction.repaint, step=partial(sampler.ddpm, variance=exact), jump=2, repeats=3)
     a, b, c = affine(run, g, g.schedule, ts, draws=len(walk) - 1)
     (mean, var), (mean_s, var_s) = g.moments(ts[0]), g.moments(ts[-1])
-    assert a * mean + b == pytest.approx(float(mean_s)) and a**2 * var + c**2 == pytest.approx(float(var_s))
+    assert a * mean + b == pytest.approx(float(mean_s))
+    assert a**2 * var + c**2 == pytest.approx(float(var_s))
 
 
 def test_langevin_pulls_to_the_marginal():
-    """One correction is x + size score + sqrt(2 size) z: its recursion of mean and variance, exactly; at a small size p(x_s) is its rest point."""
-    from functools import partial
-
-    from oracle import affine
-
+    """One correction is x + size score + sqrt(2 size) z: its recursion, exactly; at a small size p(x_s) is its rest point."""
     g = Gaussian(schedule.cosine(), mean=0.6, std=0.5)
     ts = f64(0.8, 0.4)
     mean, var = (float(m) for m in g.moments(ts[1]))
@@ -113,6 +110,7 @@ def test_langevin_pulls_to_the_marginal():
     assert (a, b) == pytest.approx((k**3, mean * (1 - k**3)))
     assert c**2 == pytest.approx(2 * size * (1 + k**2 + k**4))
     a, b, c = affine(partial(correction.langevin, step=start, snr=0.05, corrections=2000), g, g.schedule, ts, draws=2000)
-    assert b == pytest.approx(mean, abs=1e-3) and c**2 == pytest.approx(var, rel=0.01)
+    assert b == pytest.approx(mean, abs=1e-3)
+    assert c**2 == pytest.approx(var, rel=0.01)
     ends = affine(partial(correction.langevin, corrections=2), g, g.schedule, f64(0.8, 0.4, 0.0), draws=2)
     assert all(abs(v) < 2 for v in ends)  # none after the step to 0

@@ -43,17 +43,20 @@ def test_cfg_is_uncond_plus_scale_times_difference(shape):
     got = guidance.cfg(d, COND, UNCOND, scale=2.5)(x, T)
     assert (d.net.calls, d.net.rows) == (1, 6)  # one call of both
     c, u = d(x, T, COND), d(x, T, UNCOND)
-    assert torch.allclose(got.x0, u.x0 + 2.5 * (c.x0 - u.x0)) and torch.allclose(got.eps, u.eps + 2.5 * (c.eps - u.eps))
+    assert torch.allclose(got.x0, u.x0 + 2.5 * (c.x0 - u.x0))
+    assert torch.allclose(got.eps, u.eps + 2.5 * (c.eps - u.eps))
     alpha, sigma = d.schedule.alpha_sigma(T)
     assert torch.allclose(alpha * got.x0 + sigma * got.eps, x)
     w = 1.5  # Ho & Salimans 2022, eq. 6
-    assert guidance.scale_from_w(w) == 2.5 and torch.allclose(got.eps, (1 + w) * c.eps - w * u.eps)
+    assert guidance.scale_from_w(w) == 2.5
+    assert torch.allclose(got.eps, (1 + w) * c.eps - w * u.eps)
 
 
 def test_scale_1_never_asks_the_unconditional():
     d, x = make(), states()
     got = guidance.cfg(d, COND, None)(x, T)
-    assert (d.net.calls, d.net.rows) == (1, 3) and torch.equal(got.x0, d(x, T, COND).x0)
+    assert (d.net.calls, d.net.rows) == (1, 3)
+    assert torch.equal(got.x0, d(x, T, COND).x0)
 
 
 @pytest.mark.parametrize("t", [0.2, 0.21, 0.5, 0.7, 0.71])
@@ -87,14 +90,16 @@ def test_cfg_channels_is_dits():
     d, x = make(), states()
     got, whole, told = guidance.cfg_channels(d, COND, UNCOND, 4.0, 3)(x, T), guidance.cfg(d, COND, UNCOND, 4.0)(x, T), d(x, T, COND)
     for g, w, c in [(got.x0, whole.x0, told.x0), (got.eps, whole.eps, told.eps)]:
-        assert torch.allclose(g[:, :3], w[:, :3]) and torch.allclose(g[:, 3:], c[:, 3:])
+        assert torch.allclose(g[:, :3], w[:, :3])
+        assert torch.allclose(g[:, 3:], c[:, 3:])
 
 
 def test_autoguidance():
     d, weak, x = make(), Denoiser(nn.Identity(), schedule.cosine(), prediction.V()), states()
     weak.net.forward = lambda x, time, cond: x.cos()
     got, strong, other = guidance.autoguidance(d, COND, None, weak, 2.0)(x, T), d(x, T, COND), weak(x, T, COND)
-    assert torch.allclose(got.x0, other.x0 + 2 * (strong.x0 - other.x0)) and torch.allclose(got.eps, 2 * strong.eps - other.eps)
+    assert torch.allclose(got.x0, other.x0 + 2 * (strong.x0 - other.x0))
+    assert torch.allclose(got.eps, 2 * strong.eps - other.eps)
 
 
 @pytest.mark.parametrize("choice", [partial(guidance.cfg, scale=2.0), guidance.cfg_channels])
@@ -115,7 +120,6 @@ def test_classifier_guidance_draws_the_posterior(no_grad):
 
     class Exact(nn.Module):
         schedule = sched
-        times = []
 
         def net_time(self, x_t, t):
             return Denoiser.net_time(self, x_t, t)
@@ -124,7 +128,8 @@ def test_classifier_guidance_draws_the_posterior(no_grad):
             return prior(x_t, t)
 
     def log_prob(x_t, time):
-        assert time.shape == (4,) and time.dtype == F64
+        assert time.shape == (4,)
+        assert time.dtype == F64
         t = time[0] / 999
         mean = prior(x_t, t).x0  # y | x_t ~ N(E[x0 | x_t], Var[x0 | x_t] + noise^2)
         return (-0.5 * (y - mean) ** 2 / (prior.posterior_variance(t) + noise**2)).sum(1)
@@ -134,7 +139,8 @@ def test_classifier_guidance_draws_the_posterior(no_grad):
         denoise = guidance.classifier(Exact(), Condition(), None, log_prob)
         for t in f64(0.1, 0.5, 0.95):
             got, want = denoise(x, t), posterior(x, t)
-            assert torch.allclose(got.x0, want.x0) and torch.allclose(got.eps, want.eps)
+            assert torch.allclose(got.x0, want.x0)
+            assert torch.allclose(got.eps, want.eps)
         double = guidance.classifier(Exact(), Condition(), None, log_prob, scale=2.0)(x, t)
         assert torch.allclose(double.eps - prior(x, t).eps, 2 * (want.eps - prior(x, t).eps))
 
@@ -162,5 +168,6 @@ def test_guided_samples_move_towards_the_condition():
     for scale in (1.0, 2.0):
         denoise = guidance.cfg(Two(), cond, uncond, scale=scale)
         means[scale] = float(sampler.ddim(denoise, Two.schedule, x, torch.linspace(1, 0, 101, dtype=F64), None).mean())
-    assert means[1.0] == pytest.approx(0.5, abs=0.02) and means[2.0] > 0.6
+    assert means[1.0] == pytest.approx(0.5, abs=0.02)
+    assert means[2.0] > 0.6
     assert math.isfinite(means[2.0])

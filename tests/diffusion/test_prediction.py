@@ -58,7 +58,7 @@ def test_edm_on_a_unit_variance_schedule_is_minus_v():
 
 @pytest.mark.parametrize("sched", NO_SIGNAL)
 def test_refuses_eps_without_signal(sched):
-    with pytest.raises(ValueError, match="Eps does not determine x0 at t = 1.*use v, flow or x0"):
+    with pytest.raises(ValueError, match=r"Eps does not determine x0 at t = 1.*use v, flow or x0"):
         Denoiser(nn.Identity(), SCHEDULES[sched], prediction.Eps())
     for name in ("v", "flow", "x0", "edm"):
         Denoiser(nn.Identity(), SCHEDULES[sched], PREDICTIONS[name])
@@ -80,9 +80,13 @@ def test_denoiser(shape):
     x_t = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(net, schedule.EDM(), prediction.EDM(0.5))
     one, many = denoiser(x_t, torch.tensor(0.02), cond), denoiser(x_t, torch.full((3,), 0.02), cond)
-    assert torch.allclose(one.x0, many.x0) and torch.allclose(one.eps, many.eps) and one.var_frac is None
+    assert torch.allclose(one.x0, many.x0)
+    assert torch.allclose(one.eps, many.eps)
+    assert one.var_frac is None
     x, time, told = net.seen
-    assert told is cond and time.shape == (3,) and torch.allclose(x, x_t / (1.6**2 + 0.25) ** 0.5)
+    assert told is cond
+    assert time.shape == (3,)
+    assert torch.allclose(x, x_t / (1.6**2 + 0.25) ** 0.5)
     assert torch.allclose(one.x0 + 1.6 * one.eps, x_t, atol=1e-5)
     assert torch.allclose(eps_at(denoiser.schedule, x_t, torch.tensor(0.02), one.x0), one.eps, atol=1e-5)
 
@@ -91,7 +95,8 @@ def test_denoiser_splits_a_doubled_output():
     x_t = torch.randn(3, 2, 4)
     net = Recorder(2)
     denoised = Denoiser(net, schedule.linear(), prediction.X0())(x_t, torch.tensor(0.5), Condition())
-    assert torch.allclose(denoised.x0, x_t, atol=1e-6) and torch.equal(denoised.var_frac, 2 * x_t)
+    assert torch.allclose(denoised.x0, x_t, atol=1e-6)
+    assert torch.equal(denoised.var_frac, 2 * x_t)
     assert Denoised._fields == ("x0", "eps", "var_frac")
 
 
@@ -101,4 +106,5 @@ def test_the_network_sees_whole_indices_in_any_precision():
     for dtype in (torch.bfloat16, torch.float32, F64):
         for t in (torch.tensor(1.0, dtype=F64), torch.tensor([0.999, 1.0])):
             denoiser(torch.zeros(2, 1, dtype=dtype), t, Condition())
-            assert net.seen[1][-1] == 999 and net.seen[1].dtype == (F64 if dtype == F64 else torch.float32)
+            assert net.seen[1][-1] == 999
+            assert net.seen[1].dtype == (F64 if dtype == F64 else torch.float32)

@@ -3,7 +3,7 @@
 Their quirks, and what reproduces each here:
 | theirs | here |
 |---|---|
-| prev_timestep is t - T // n whatever the grid, so that `trailing` may step past the next entry | n that divides T: then it is the grid's own |
+| prev_timestep is t - T // n whatever the grid | n that divides T: then it is the grid's own |
 | steps_offset=1 (Stable Diffusion) | times.leading(offset=1) |
 | set_alpha_to_one=False (Stable Diffusion): the last step goes to alpha_bar[0], not to 1 | times.ending_at(ts, 1/T) |
 | set_alpha_to_one=True | the grid ends at 0 |
@@ -12,11 +12,12 @@ Their quirks, and what reproduces each here:
 | final_sigmas_type="zero": the last step is of first order | that is what a step to t = 0 is |
 | final_sigmas_type="sigma_min" | times.ending_at(ts, 1/T), where the last step keeps its order |
 | PNDM, skip_prk_steps: the first timestep's step is made twice, averaging eps | plms' improved Euler start |
-| Euler, Heun and ancestral work on x / alpha and sigma / alpha, and divide the network's input by sqrt(sigma^2 + 1) | any schedule; x is VP |
+| Euler, Heun and ancestral work on x / alpha, and give the network that over sqrt(sigma^2 + 1) | any schedule; x is VP |
 | k-diffusion: the same in its own symbols, and churn | the three functions at the end, from Karras et al. 2022, algorithm 2 |
 Tables are float32 there; ours, in float64, are put in their place.
 """
 
+import itertools
 import math
 from functools import partial
 
@@ -138,14 +139,14 @@ def test_dpmpp_2m_and_unipc(spacing, predict, n):
 
 
 def test_dpmpp_2m_to_final_alpha():
-    x, scheduler = theirs(
+    x, _scheduler = theirs(
         diffusers.DPMSolverMultistepScheduler, 20, final_sigmas_type="sigma_min", lower_order_final=False, timestep_spacing="trailing"
     )
     close(ours(sampler.dpmpp_2m, times.ending_at(times.trailing(TABLE, 20), 1e-3)), x)
 
 
 def test_dpmpp_2m_sde():
-    x, scheduler = theirs(diffusers.DPMSolverMultistepScheduler, 20, algorithm_type="sde-dpmsolver++", timestep_spacing="trailing")
+    x, _scheduler = theirs(diffusers.DPMSolverMultistepScheduler, 20, algorithm_type="sde-dpmsolver++", timestep_spacing="trailing")
     close(ours(partial(sampler.dpmpp_2m, eta=1.0), times.trailing(TABLE, 20), drawn=torch.float32), x)
 
 
@@ -201,7 +202,7 @@ def algorithm_2(x, sigma, second_order, churn, s_min, s_max, s_noise, noise):
 
 
 def ancestral(x, sigma, eta, noise):
-    for here, there in zip(sigma[:-1], sigma[1:], strict=True):
+    for here, there in itertools.pairwise(sigma):
         up = torch.minimum(there, eta * (there**2 * (here**2 - there**2) / here**2).sqrt())
         down = (there**2 - up**2).sqrt()
         x = x + (x - D(x, here)) / here * (down - here)

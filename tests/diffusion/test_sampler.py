@@ -1,5 +1,6 @@
 """Order of convergence, and exact mean and variance, of every sampler on Gaussian data; no training and no chance."""
 
+import itertools
 import math
 from functools import partial
 
@@ -55,11 +56,9 @@ def test_plms_is_of_order_3_on_a_grid_even_in_u():
     assert slope(sampler.plms, flow, lambda n: torch.linspace(0.6, 0.2, n + 1, dtype=F64)) == pytest.approx(3, abs=0.15)
 
 
-@pytest.mark.parametrize("sched", [schedule.Flow(), schedule.GVP(), schedule.zero_terminal_snr(schedule.linear())])
+@pytest.mark.parametrize("sched", [schedule.Flow(), schedule.GVP(), schedule.zero_terminal_snr(schedule.cosine())])
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
 def test_order_from_no_signal_at_all(sched, name, order):
-    if sched is not schedule.Flow() and name == "heun" and isinstance(sched, schedule.Table):
-        sched = schedule.zero_terminal_snr(schedule.cosine())
     assert slope(ORDER[name][0], sched, lambda n: torch.linspace(1, 0.1, n + 1, dtype=F64)) == pytest.approx(order, abs=0.15)
 
 
@@ -147,7 +146,7 @@ def test_mean_and_variance_are_exact(name, sched, end):
     g = Gaussian(ORDERED[sched])
     ts = torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, end], dtype=F64)
     a, b, var = 1.0, 0.0, 0.0
-    for t, s in zip(ts[:-1], ts[1:], strict=True):
+    for t, s in itertools.pairwise(ts):
         A, B, extra = step(g, t, s)
         a, b, var = A * a, A * b + B, A**2 * var + float(extra)
     got = affine(run, g, g.schedule, ts, draws=5 if end else 4)
@@ -168,7 +167,7 @@ def test_dpmpp_2m_sde_is_first_order_exact_recursion():
         x = torch.zeros(6, dtype=F64)
         x[0] = 1  # coefficients on (x, 1, z_1, ..., z_4)
         before = None
-        for n, (t, s) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
+        for n, (t, s) in enumerate(itertools.pairwise(ts)):
             a_t, s_t, a_s, s_s = coefficients(g.schedule, t, s)
             slope, constant = affine_step(g, t, 1, 0, 0)
             x0 = slope * x
@@ -202,7 +201,8 @@ def test_stir_is_algorithm_2():
     sched = schedule.EDM()
     x, t = f64(1.0, 2.0)[:, None], f64(0.1)[0]
     y, t_hat = sampler.stir(sched, x, t, torch.ones_like, 0.3, (0.0, 50.0), 1.1)
-    assert 80 * t_hat == pytest.approx(8 * 1.3) and torch.allclose(y, x + 1.1 * math.sqrt((8 * 1.3) ** 2 - 64))
+    assert 80 * t_hat == pytest.approx(8 * 1.3)
+    assert torch.allclose(y, x + 1.1 * math.sqrt((8 * 1.3) ** 2 - 64))
     for within in [(0.0, 7.9), (8.1, 50.0)]:
         assert sampler.stir(sched, x, t, torch.ones_like, 0.3, within, 1.0) == (x, t)
     sched = schedule.cosine()
@@ -227,7 +227,8 @@ def test_churn_is_at_most_sqrt_2(run):
     run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, churn=1000.0)
     assert seen[0] == pytest.approx(0.1 * math.sqrt(2))
     run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, churn=0.25, churn_range=(0.0, 7.0))
-    assert seen[-1] in (0.01, 0.1) and 0.1 in seen
+    assert seen[-1] in (0.01, 0.1)
+    assert 0.1 in seen
     run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, churn=0.25)
     assert max(seen[-2:]) == pytest.approx(0.125)
 
@@ -275,7 +276,10 @@ def test_shapes_types_and_evaluations(name):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         before = x.clone()
         whole = run(denoise, g.schedule, x, ts, Noise(0, range(3)).stream("s"))
-        assert whole.shape == x.shape and whole.dtype == torch.float32 and torch.equal(x, before) and whole.isfinite().all()
+        assert whole.shape == x.shape
+        assert whole.dtype == torch.float32
+        assert torch.equal(x, before)
+        assert whole.isfinite().all()
         alone = run(denoise, g.schedule, x[1:2], ts, Noise(0, [1]).stream("s"))
         assert torch.allclose(alone, whole[1:2], atol=1e-6)
     assert min(asked) > 0

@@ -37,7 +37,9 @@ def test_formulas_of_the_other_tables():
     assert torch.allclose(schedule.sqrt().alpha_bar, (1 - beta).cumprod(0), rtol=1e-12)
     low, high = 1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3))
     assert torch.allclose(schedule.sigmoid().alpha_bar, ((high - 1 / (1 + (3 - 6 * t).exp())) / (high - low)).clamp(min=1e-9), rtol=1e-9)
-    assert torch.allclose(schedule.sigmoid(start=0, end=3, tau=0.5).alpha_bar[499], (f64(6).sigmoid() - f64(3).sigmoid()) / (f64(6).sigmoid() - 0.5))
+    assert torch.allclose(
+        schedule.sigmoid(start=0, end=3, tau=0.5).alpha_bar[499], (f64(6).sigmoid() - f64(3).sigmoid()) / (f64(6).sigmoid() - 0.5)
+    )
 
 
 def test_another_T_refines_the_same_process():
@@ -53,11 +55,14 @@ def test_closed_forms():
     assert torch.allclose(alpha, torch.exp(-0.25 * t**2 * 19.9 - 0.5 * t * 0.1), rtol=1e-12)
     assert torch.allclose(sigma, (1 - alpha**2).sqrt(), rtol=1e-12)
     alpha, sigma = schedule.GVP().alpha_sigma(t)
-    assert torch.allclose(alpha, torch.cos(t * math.pi / 2)) and torch.allclose(sigma, torch.sin(t * math.pi / 2))
+    assert torch.allclose(alpha, torch.cos(t * math.pi / 2))
+    assert torch.allclose(sigma, torch.sin(t * math.pi / 2))
     alpha, sigma = schedule.EDM(80.0).alpha_sigma(t)
-    assert alpha.eq(1).all() and torch.allclose(sigma, 80 * t)
+    assert alpha.eq(1).all()
+    assert torch.allclose(sigma, 80 * t)
     assert torch.allclose(schedule.EDM(80.0).net_time(t), (80 * t).log() / 4)
-    assert torch.allclose(schedule.VP().net_time(t), 999 * t) and torch.allclose(schedule.GVP().net_time(t), 1000 * t)
+    assert torch.allclose(schedule.VP().net_time(t), 999 * t)
+    assert torch.allclose(schedule.GVP().net_time(t), 1000 * t)
 
 
 def test_flow_shift_equals_diffusers():
@@ -76,7 +81,8 @@ def test_shifted_moves_log_snr():
 
 def test_zero_terminal_snr():
     before, after = schedule.linear(), schedule.zero_terminal_snr(schedule.linear())
-    assert after.alpha_bar[-1] == 0 and after.alpha_bar[0] == pytest.approx(float(before.alpha_bar[0]), rel=1e-12)
+    assert after.alpha_bar[-1] == 0
+    assert after.alpha_bar[0] == pytest.approx(float(before.alpha_bar[0]), rel=1e-12)
     assert after.alpha_sigma(torch.ones(())) == (0, 1)
 
 
@@ -87,18 +93,22 @@ def test_every_schedule(name):
     alpha, sigma = sched.alpha_sigma(t)
     log_snr = sched.log_snr(t)
     assert torch.allclose(log_snr, 2 * (alpha / sigma).log(), rtol=1e-9, atol=1e-9)
-    assert (log_snr.diff() < 0).all() and (sigma.diff() >= 0).all() and (alpha.diff() <= 0).all()
+    assert (log_snr.diff() < 0).all()
+    assert (sigma.diff() >= 0).all()
+    assert (alpha.diff() <= 0).all()
     assert torch.allclose(sched.t_at(log_snr), t, atol=1e-9)
     assert sched.t_at(log_snr.float()).dtype == torch.float32
     assert sched.t_at(log_snr[3]).shape == ()
     zero, one = f64(0, 1)
     assert [float(c) for c in sched.alpha_sigma(zero)] == [1, 0]
     assert (float(sched.alpha_sigma(one)[0]) == 0) == (name in NO_SIGNAL)
-    assert torch.isposinf(sched.log_snr(zero)) and sched.t_at(sched.log_snr(zero)) == 0
+    assert torch.isposinf(sched.log_snr(zero))
+    assert sched.t_at(sched.log_snr(zero)) == 0
     assert sched.t_at(sched.log_snr(one)) == pytest.approx(1)
     single, double = sched.alpha_sigma(t.float()), sched.alpha_sigma(t.float().double())
     for s, d in zip(single, double, strict=True):
-        assert s.dtype == torch.float32 and d.dtype == F64
+        assert s.dtype == torch.float32
+        assert d.dtype == F64
         # sin(pi (1 - t) / 2) and the last steps of the clipped tables turn the rounding of t into more
         assert torch.allclose(s.double(), d, rtol=2e-5, atol=1e-6)
 
@@ -107,9 +117,11 @@ def test_every_schedule(name):
 def test_entries_are_hit_exactly_in_float32(name):
     sched = TABLES[name]
     t = torch.arange(1, 1001) / 1000
-    assert t.dtype == torch.float32 and sched.net_time(t).tolist() == list(range(1000))
+    assert t.dtype == torch.float32
+    assert sched.net_time(t).tolist() == list(range(1000))
     alpha, sigma = sched.alpha_sigma(t)
-    assert torch.equal(alpha, sched.alpha_bar.float().sqrt()) and torch.equal(sigma, (1 - sched.alpha_bar).float().sqrt())
+    assert torch.equal(alpha, sched.alpha_bar.float().sqrt())
+    assert torch.equal(sigma, (1 - sched.alpha_bar).float().sqrt())
     assert sched.net_time(torch.zeros(())) == 0
     between = sched.alpha_sigma(f64(0.0105))[0] ** 2
     assert torch.allclose(between, sched.alpha_bar[9:11].mean())  # halfway between entries 9 and 10
@@ -121,12 +133,11 @@ def test_a_table_is_not_touched_by_the_module_around_it():
     t = torch.full((2,), 0.37)
     before = module.schedule.alpha_sigma(t)
     copied = copy.deepcopy(module.half())
-    assert torch.equal(torch.stack(copied.schedule.alpha_sigma(t)), torch.stack(before)) and "schedule" not in module.state_dict()
+    assert torch.equal(torch.stack(copied.schedule.alpha_sigma(t)), torch.stack(before))
+    assert "schedule" not in module.state_dict()
 
 
 @pytest.mark.parametrize("bar", [[0.9, 0.9], [1.0, 0.5], [0.5, -0.1], [float("nan")]])
 def test_refuses_a_table_that_does_not_fall(bar):
     with pytest.raises(ValueError, match="alpha_bar must fall"):
         schedule.Table(f64(*bar))
-
-

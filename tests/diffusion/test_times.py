@@ -27,7 +27,8 @@ def test_uniform_never_gives_0():
 @pytest.mark.parametrize("sched", [schedule.EDM(), schedule.EDM(2.0), schedule.cosine()])
 def test_log_normal_is_truncated_to_the_schedule(sched):
     t = times.log_normal(U.double(), sched, mean=-1.2, std=1.2)
-    assert (t > 0).all() and (t <= 1).all()
+    assert (t > 0).all()
+    assert (t <= 1).all()
     log_sigma = -sched.log_snr(t) / 2
     top = float(-sched.log_snr(f64(1.0)) / 2)
     inside = torch.distributions.Normal(-1.2, 1.2)
@@ -36,24 +37,29 @@ def test_log_normal_is_truncated_to_the_schedule(sched):
         want = inside.icdf(f64(q) * inside.cdf(f64(top)))
         assert value == pytest.approx(float(want), abs=1e-3)
     extreme = times.log_normal(torch.tensor([0.0, 1 - 2**-24]), sched)
-    assert (extreme > 0).all() and (extreme <= 1).all()
+    assert (extreme > 0).all()
+    assert (extreme <= 1).all()
 
 
 def test_logit_normal():
     t = times.logit_normal(U.double(), TABLE, mean=0.3, std=0.8)
     logit = t.logit()
-    assert logit.mean() == pytest.approx(0.3, abs=1e-3) and logit.std() == pytest.approx(0.8, abs=1e-3)
+    assert logit.mean() == pytest.approx(0.3, abs=1e-3)
+    assert logit.std() == pytest.approx(0.8, abs=1e-3)
     shifted = times.logit_normal(U.double(), TABLE, mean=0.3, std=0.8, shift=3.0)
     assert torch.allclose(shifted.logit() - logit, torch.full_like(logit, math.log(3)))  # sigma / alpha times 3 on a flow
     edge = times.logit_normal(torch.tensor([0.0, 1 - 2**-24]), TABLE)
-    assert (edge > 0).all() and (edge < 1).all()
+    assert (edge > 0).all()
+    assert (edge < 1).all()
 
 
 def test_independent_draws_do_not_depend_on_the_batch():
     x0 = torch.zeros(6, 2)
     whole = times.independent(Noise(3, range(6)), x0, TABLE, times.discrete)
     parts = [times.independent(Noise(3, r), x0[:3], TABLE, times.discrete) for r in (range(3), range(3, 6))]
-    assert torch.equal(whole, torch.cat(parts)) and whole.dtype == torch.float32 and len(whole.unique()) > 3
+    assert torch.equal(whole, torch.cat(parts))
+    assert whole.dtype == torch.float32
+    assert len(whole.unique()) > 3
 
 
 def test_stratified_has_one_draw_a_stratum_over_all_ranks():
@@ -79,7 +85,8 @@ def test_grids_have_diffusers_indices(n, spacing, offset):
     if spacing == "linspace" and n == 1:
         theirs.timesteps = torch.tensor([999])  # theirs starts a single step at 0
     assert TABLE.net_time(grid[:-1]).tolist() == theirs.timesteps.tolist()
-    assert grid[-1] == 0 and grid.dtype == F64
+    assert grid[-1] == 0
+    assert grid.dtype == F64
 
 
 def test_exact_indices():
@@ -103,8 +110,12 @@ def test_log_snr_is_even():
     for sched in (schedule.VP(), TABLE):
         ts = times.log_snr(sched, 9, end=0.01)
         gaps = sched.log_snr(ts[:-1]).diff()
-        assert torch.allclose(gaps, gaps[:1].expand(8)) and gaps[0] > 0
-        assert ts[0] == pytest.approx(1) and ts[-2] == pytest.approx(0.01) and ts[-1] == 0 and len(ts) == 10
+        assert torch.allclose(gaps, gaps[:1].expand(8))
+        assert gaps[0] > 0
+        assert ts[0] == pytest.approx(1)
+        assert ts[-2] == pytest.approx(0.01)
+        assert ts[-1] == 0
+        assert len(ts) == 10
     with pytest.raises(ValueError, match=r"set start=0.999"):
         times.log_snr(schedule.Flow(), 9)
     assert times.log_snr(schedule.Flow(), 9, start=0.999)[0] == pytest.approx(0.999)
@@ -114,7 +125,9 @@ def test_karras_is_equation_5():
     ts = times.karras(schedule.EDM(), 5)
     i = torch.arange(5, dtype=F64)
     want = (80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    assert torch.allclose(80 * ts[:-1], want, rtol=1e-9) and ts[-1] == 0 and ts[0] == 1
+    assert torch.allclose(80 * ts[:-1], want, rtol=1e-9)
+    assert ts[-1] == 0
+    assert ts[0] == 1
     ts = times.karras(TABLE, 5, sigma_min=0.1, sigma_max=10.0)
     assert (-TABLE.log_snr(ts[:-1]) / 2).exp()[[0, -1]].tolist() == pytest.approx([10, 0.1])
     with pytest.raises(ValueError, match="beyond this schedule, whose sigma / alpha ends at 157"):
