@@ -1,9 +1,9 @@
 """A data set seen through a first stage: cached posterior moments instead of images."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 
@@ -28,7 +28,17 @@ class Latents(Dataset):
         return {**batch, "moments": self.moments[batch["flip"].long(), torch.as_tensor(batch["index"])].float()}
 
 
+def batches(dataset, size: int = 500) -> Iterator[Tensor]:
+    """All images of a data set, in order and not flipped, as batches (B, C, H, W) in [-1, 1]."""
+    for start in range(0, len(dataset), size):
+        yield dataset.pixels(range(start, min(start + size, len(dataset))))
+
+
 @torch.no_grad()
-def encode_all(posterior: Callable[[Tensor], Tensor], images: Iterator[Tensor]) -> Tensor:
-    """Moments of batches of images (B, C, H, W) in [-1, 1], as one float16 tensor (N, 2C, h, w); posterior: image -> moments."""
-    return torch.cat([posterior(image).half().cpu() for image in images])
+def encode_all(autoencoder: nn.Module, dataset) -> Tensor:
+    """The moments of every image, and of its mirror image where the data set flips: (flips, N, 2C, h, w) float16."""
+    plain = torch.cat([autoencoder.posterior(image).moments.half() for image in batches(dataset)])
+    if not dataset.flip:
+        return plain[None]
+    mirrored = torch.cat([autoencoder.posterior(image.flip(-1)).moments.half() for image in batches(dataset)])
+    return torch.stack([plain, mirrored])

@@ -46,10 +46,14 @@ class InMemory(Dataset):
     def batch(self, at: Sequence[tuple[int, int]]) -> dict:
         """The samples at (place, index) pairs: what `about` says of them, and image (B, C, H, W) float32 in [-1, 1]."""
         batch = self.about(at)
-        image = self.images[torch.tensor(batch["index"], dtype=torch.long)].float().div_(127.5).sub_(1)
+        image = self.pixels(batch["index"])
         if self.flip:
             image = torch.where(batch["flip"][:, None, None, None], image.flip(-1), image)
         return {"image": image, **batch}
+
+    def pixels(self, index: Sequence[int]) -> Tensor:
+        """Images (B, C, H, W) float32 in [-1, 1], never flipped."""
+        return self.images[torch.as_tensor(index, dtype=torch.long)].float().div_(127.5).sub_(1)
 
     def about(self, at: Sequence[tuple[int, int]]) -> dict:
         """Everything but the pixels: label (B,) int64, flip (B,) bool; caption, index and place are lists."""

@@ -22,6 +22,7 @@ class LitDiffusion(L.LightningModule):
     """The training step of a latent diffusion model (Ho et al. 2020, algorithm 1; LDM eq. 3).
 
     objective: (denoiser, z, cond, noise, batch) -> {"loss": (B,), ...}.  drop: probability with which a sample's condition is dropped.
+    clip: largest norm of the gradient.
     A batch carries moments (B, 2C, h, w) of the first stage's posterior, or an image to encode.
     """
 
@@ -31,11 +32,12 @@ class LitDiffusion(L.LightningModule):
         objective: nn.Module,
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
         drop: float = 0.1,
+        clip: float | None = None,
         seed: int = 0,
     ):
         super().__init__()
         self.model, self.objective = model, objective
-        self.optimizer, self.drop, self.seed = optimizer, drop, seed
+        self.optimizer, self.drop, self.clip, self.seed = optimizer, drop, clip, seed
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         noise = noise_of(self.seed, batch)
@@ -53,6 +55,10 @@ class LitDiffusion(L.LightningModule):
         autoencoder = self.model.autoencoder
         posterior = Posterior.of(batch["moments"]) if "moments" in batch else autoencoder.posterior(batch["image"])
         return autoencoder.normalise(posterior.sample(noise.normal("posterior", posterior.mean)))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.clip is not None:  # here and not in the trainer, which refuses to clip for a fused optimiser under autocast
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.clip)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([p for p in self.parameters() if p.requires_grad])

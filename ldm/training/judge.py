@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.metrics.features import to_uint8
+
 
 class LitJudge(L.LightningModule):
-    """Cross-entropy training of net: image (B, C, H, W) in [-1, 1] -> class logits.
+    """Cross-entropy training of net, whose `logits` takes uint8 images, on a batch's images in [-1, 1].
 
     shift: largest random translation in pixels, keyed by the step (0 for none).
     """
@@ -20,7 +22,7 @@ class LitJudge(L.LightningModule):
         self.net, self.optimizer, self.label_smoothing = net, optimizer, label_smoothing
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        logits = self.net.logits(batch["image"]).float()
+        logits = self.net.logits(to_uint8(batch["image"])).float()
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
 

@@ -1,0 +1,67 @@
+"""Objects from a composed config, leaves first; every node that owns weights is built once and handed on as an object."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch is slow to import, and train.py reads SUPPLIED before it knows that the config is right
+    from ldm.model import LatentDiffusion
+
+SUPPLIED = {  # what the builders pass themselves, which a config need not hold
+    "ldm.net.unet.UNet": ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels"),
+    "ldm.autoencoder.patch.PatchEncoder": ("channels",),
+    "ldm.autoencoder.patch.PatchDecoder": ("channels",),
+    "ldm.autoencoder.conv.Encoder": ("channels",),
+    "ldm.autoencoder.conv.Decoder": ("channels",),
+    "ldm.conditioner.label.Label": ("num_classes",),
+    "ldm.stage.diffusion.train": ("cfg",),
+    "ldm.stage.autoencoder.train": ("cfg",),
+    "ldm.stage.judge.train": ("cfg",),
+}
+
+
+def plain(cfg: Any) -> Any:
+    """A config as plain data, interpolations resolved."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+
+
+def dataset(cfg: Any, split: str = "train"):
+    """The data set of a config's `data` node; split: train or test."""
+    from hydra.utils import instantiate
+
+    return instantiate(cfg.data, split=split)
+
+
+def autoencoder(node: Any, channels: int):
+    """A first stage for images of `channels` channels, not trained."""
+    from hydra.utils import instantiate
+
+    parts = {"encoder": {"channels": channels}, "decoder": {"channels": channels}} if "encoder" in node else {}
+    return instantiate(node, **parts)
+
+
+def model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
+    """A latent diffusion model in the given first stage's latent space, with fresh weights drawn from the config's seed."""
+    import torch
+    from hydra.utils import instantiate
+
+    from ldm.diffusion.denoiser import Denoiser
+    from ldm.model import LatentDiffusion
+    from ldm.tensors import key
+
+    torch.manual_seed(key(cfg.seed, "weights"))
+    conditioner = instantiate(cfg.conditioner, **({"num_classes": len(data.classes)} if "num_classes" in needs(cfg.conditioner) else {}))
+    net = instantiate(
+        cfg.net,
+        in_channels=autoencoder.z_channels,
+        out_channels=autoencoder.z_channels,
+        context_dim=conditioner.context_dim,
+        vector_dim=conditioner.vector_dim,
+    )
+    denoiser = Denoiser(net, instantiate(cfg.schedule), instantiate(cfg.prediction))
+    return LatentDiffusion(autoencoder, conditioner, denoiser, (data.size, data.size))
+
+
+def needs(node: Any) -> tuple[str, ...]:
+    """The parameters of a node's target that the builders supply."""
+    return SUPPLIED.get(node.get("_target_", ""), ())

@@ -1,0 +1,89 @@
+"""Where numbers and pictures go besides the run folder."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Logger(Protocol):
+    """A mirror of what a run writes to its folder."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None: ...
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+    def picture(self, step: int, name: str, path: Path) -> None: ...
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
+class Silent:
+    """No mirror: the run folder alone."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None: ...
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+    def picture(self, step: int, name: str, path: Path) -> None: ...
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
+class WandB:
+    """Weights & Biases: config (flat by group choice too), curves, pictures, tables; one run a folder, taken up again on resume.
+
+    mode: online, offline, or None: online where there is a key, else offline, for W&B would ask or wait.  A W&B that fails never ends a run.
+    """
+
+    def __init__(self, project: str = "ldm", group: str | None = None, tags: Sequence[str] = (), mode: str | None = None):
+        self.project, self.group, self.tags, self.mode = project, group, list(tags), mode
+        self.run: Any = None
+
+    def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
+        mode = self.mode or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        os.environ["WANDB_MODE"] = mode  # before the import, so that nothing prompts
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        settings = wandb.Settings(init_timeout=20, console="off", x_disable_stats=True)
+        options: dict[str, Any] = dict(project=self.project, group=self.group, tags=self.tags, dir=str(folder), name=folder.name)
+        options |= dict(id=folder.name, resume="allow", config={**config, "choice": dict(choices)}, settings=settings)
+        try:
+            self.run = wandb.init(mode=mode, **options)
+        except Exception as error:
+            print(f"W&B did not answer ({str(error).splitlines()[0] if str(error) else error!r}); writing offline, `wandb sync` sends it later")
+            try:
+                self.run = wandb.init(mode="offline", **options)
+            except Exception as again:
+                print(f"W&B is off for this run: {again}")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._log(dict(values), step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        if self.run is not None:
+            import wandb
+
+            self._log({name: wandb.Image(str(path))}, step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self.run is not None and rows:
+            import wandb
+
+            self._log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        if self.run is not None:
+            self.run.summary.update(dict(summary))
+            self.run.finish()
+
+    def _log(self, values: dict[str, Any], step: int | None = None) -> None:
+        if self.run is not None:
+            try:
+                self.run.log(values, step=step)
+            except Exception as error:
+                print(f"W&B stopped taking records: {error}")
+                self.run = None
+
+
+def has_key() -> bool:
+    """Whether a W&B key is set, in the environment or in ~/.netrc."""
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="ignore"))

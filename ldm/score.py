@@ -1,0 +1,118 @@
+"""Samples drawn to be measured, and the measurement: who is asked for what, with which seeds, at which guidance."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.times import trailing
+from ldm.metrics.distribution import Score
+from ldm.model import LatentDiffusion
+from ldm.task import draw
+from ldm.tensors import key
+from ldm.training.fit import precision_here, world
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is scored: `num` samples in batches of batch_size, seeds from `seed` on, `steps` solver steps, classes in equal parts.
+
+    guidances: the scales among which the lowest distance of guidance_num samples with seeds from guidance_seed on chooses; never the scored ones.
+    precision: of the network while it draws: auto, 32 or bf16.
+    """
+
+    num: int = 5000
+    batch_size: int = 250
+    steps: int = 16
+    seed: int = 1_000_000
+    guidances: Sequence[float] = (1.5, 2.0, 3.0)
+    guidance_num: int = 1000
+    guidance_seed: int = 2_000_000
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What each of num samples is told: a caption of class i mod K, the caption drawn with `seed`, for sample i."""
+
+    classes: Sequence[str]
+    captions: Sequence[Sequence[str]]
+    seed: int = field(default=0)
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Any]:
+        """caption (list), label (B,) and index of the given samples."""
+        label = [i % len(self.classes) for i in rows]
+        texts = [self.captions[k] for k in label]
+        caption = [t[key(self.seed, "told", i) % len(t)] for i, t in zip(rows, texts, strict=True)]
+        return {"caption": caption, "label": torch.tensor(label), "index": list(rows)}
+
+
+def mine(num: int) -> range:
+    """The samples of `num` that this process draws: a contiguous share, none drawn twice."""
+    rank, ranks = world()
+    return range(num * rank // ranks, num * (rank + 1) // ranks)
+
+
+def samples(
+    model: LatentDiffusion,
+    told: Callable[[Sequence[int]], dict[str, Any]],
+    rows: Sequence[int],
+    seed: int,
+    batch_size: int,
+    ts: Tensor,
+    sampler: Sampler,
+    guidance: Guidance,
+    precision: str = "32",
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Images (B, C, H, W) in [-1, 1] of the given rows, row i with seed + i, and what they were told."""
+    low = precision_here(precision) == "bf16"
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        batch = told(part)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+            image = draw(model, batch, [seed + i for i in part], ts, sampler, guidance)
+        yield image.float(), batch
+
+
+def measure(score: Score, drawn: Iterator[tuple[Tensor, dict[str, Any]]]) -> dict[str, float]:
+    """Every metric of the drawn samples, over all processes."""
+    score.reset()
+    for image, batch in drawn:
+        score.update(image, batch["label"])
+    return score.compute()
+
+
+def evaluate(
+    model: LatentDiffusion,
+    protocol: Protocol,
+    told: Told,
+    make_score: Callable[[bool], Score],
+    sampler: Sampler,
+    guidance: Guidance,
+    grid: Callable[..., Tensor] = trailing,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Choose the guidance scale, then score; make_score(whole) gives a Score of every metric, or of the distance alone to choose by."""
+    ts = grid(model.denoiser.schedule, protocol.steps)
+    draws = partial(samples, model, told.batch, batch_size=protocol.batch_size, ts=ts, sampler=sampler, precision=protocol.precision)
+    choice = make_score(False)
+    tried: dict[str, float] = {}
+    for scale in protocol.guidances:
+        drawn = draws(mine(protocol.guidance_num), protocol.guidance_seed, guidance=partial(guidance, scale=scale))
+        tried[str(scale)] = distance(measure(choice, drawn))
+        say(f"guidance {scale}: distance {tried[str(scale)]:.2f} of {protocol.guidance_num} samples")
+    scale = float(min(tried, key=lambda s: tried[s])) if tried else 1.0
+    drawn = draws(mine(protocol.num), protocol.seed, guidance=partial(guidance, scale=scale))
+    values = measure(make_score(True), drawn)
+    how = {"guidance": scale, "guidance_tried": tried, "steps": protocol.steps, "arithmetic": precision_here(protocol.precision)}
+    return values | how | {"seed": protocol.seed}
+
+
+def distance(values: dict[str, float]) -> float:
+    """The Frechet distance among a Score's numbers."""
+    return next(value for name, value in values.items() if name.startswith("fd_"))

@@ -1,0 +1,112 @@
+"""Stage one: an autoencoder trained against its discriminator, calibrated over the training set, and measured."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm import build, durable, picture, runs
+from ldm.data.latents import batches
+from ldm.ema import PowerEMA
+from ldm.metrics.features import to_uint8
+from ldm.metrics.paired import Reconstruction
+from ldm.stage import cache, judge
+from ldm.stage.run import opened
+from ldm.tensors import Noise, key
+from ldm.training.autoencoder import LitAutoencoder
+from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
+from ldm.training.fit import fit
+
+
+def train(
+    cfg: Any,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    optimizer,
+    lr_schedule,
+    loss: nn.Module,
+    discriminator,
+    discriminator_optimizer,
+    discriminator_start: int,
+    discriminator_ramp: int,
+    discriminator_weight: float,
+    sigma_rel: float,
+    log_every: int,
+    grid_every: int,
+    save_every: int,
+) -> float:
+    """Train, average the weights, calibrate shift and scale, write weights.safetensors; returns the rFD of the test images."""
+    folder = cache.first_stage_folder(cfg)
+    if done := runs.finished(folder):
+        return done["psnr"]
+    net, reference, _ = judge.load(cfg)
+    with opened(cfg, folder) as run:
+        data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
+        torch.manual_seed(key(seed, "weights"))
+        autoencoder = build.autoencoder(cfg.autoencoder, data.channels)
+        lit = LitAutoencoder(
+            autoencoder,
+            loss,
+            optimizer,
+            discriminator(channels=data.channels),
+            discriminator_optimizer,
+            discriminator_start,
+            discriminator_ramp,
+            discriminator_weight,
+            seed,
+        )
+        ema = PowerEMA(autoencoder, sigma_rel)
+        some = test.batch([(0, i) for i in range(min(16, len(test)))])["image"]
+
+        @torch.no_grad()
+        def draw(step: int) -> None:
+            pairs = torch.cat([some, autoencoder.decode(autoencoder.encode(some))])
+            run.picture(step, f"grids/step-{step:06d}", picture.grid(to_uint8(pairs.float()), columns=len(some), zoom=2))
+
+        callbacks = [
+            LearningRate(lr_schedule, steps),
+            Average(ema),
+            Record(run.write, log_every, steps),
+            Progress("autoencoder", run.start, steps),
+            Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume),
+            Pictures(draw, grid_every, ema),
+        ]
+        fit(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed, **build.plain(cfg.trainer))
+        with ema.applied():
+            if not run.chief:
+                return 0.0
+            autoencoder.eval().requires_grad_(False).to("cpu")
+            autoencoder.calibrate(autoencoder.posterior(image).moments for image in batches(data))
+            metrics: dict[str, Any] = {**reconstruct(autoencoder, test, net, reference), "identity": autoencoder.identity()}
+            durable.write_tensors(folder / "weights.safetensors", autoencoder.state_dict())
+        run.finish(metrics)
+        run.say("autoencoder " + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if isinstance(value, float)))
+        return metrics["psnr"]
+
+
+def load(cfg: Any, channels: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The config's first stage, trained now if it is not there, and what was measured of it."""
+    folder = cache.first_stage(cfg)
+    return read(cfg, folder, channels), runs.finished(folder) or {}
+
+
+def read(cfg: Any, folder, channels: int) -> nn.Module:
+    """The first stage kept in a folder. Raises DamagedError, or RuntimeError for weights of another architecture."""
+    autoencoder = build.autoencoder(cfg.autoencoder, channels)
+    autoencoder.load_state_dict(durable.read_tensors(folder / "weights.safetensors"))
+    return autoencoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: nn.Module, test, net: nn.Module, reference, num: int = 5000) -> dict[str, float]:
+    """PSNR, SSIM and rFD of test images from a posterior sample, as the second stage sees them."""
+    scores = Reconstruction(net, reference)
+    for start in range(0, min(num, len(test)), 500):
+        rows = range(start, min(start + 500, num, len(test)))
+        image = test.batch([(0, i) for i in rows])["image"]
+        posterior = autoencoder.posterior(image)
+        z = posterior.sample(Noise(0, list(rows)).normal("posterior", posterior.mean))
+        scores.update(image, autoencoder.decode(autoencoder.normalise(z)))
+    return scores.compute()

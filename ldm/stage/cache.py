@@ -1,0 +1,72 @@
+"""What is trained once and found again by its recipe: the judge and the first stage, each in a folder of the cache."""
+
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm import launch, runs
+from ldm.build import plain
+from ldm.command import STOPPED
+from ldm.errors import UserError
+from ldm.fetch import cache_dir
+
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+
+
+def judge_recipe(cfg: Any) -> runs.Recipe:
+    """Data and the judge's training."""
+    return runs.recipe({"data": plain(cfg.data), "training": plain(cfg.judge)})
+
+
+def first_stage_recipe(cfg: Any) -> runs.Recipe:
+    """Data, architecture and the first stage's training."""
+    return runs.recipe({"data": plain(cfg.data), "autoencoder": plain(cfg.autoencoder), "training": plain(cfg.first_stage)})
+
+
+def judge_folder(cfg: Any) -> Path:
+    return cache_dir() / "judge" / judge_recipe(cfg).key
+
+
+def first_stage_folder(cfg: Any) -> Path:
+    return cache_dir() / "first_stage" / first_stage_recipe(cfg).key
+
+
+def judge(cfg: Any) -> Path:
+    """The folder of the config's judge, trained now if it is not there."""
+    return ensured(cfg, judge_folder(cfg), judge_recipe(cfg), {**plain(cfg), "training": plain(cfg.judge)}, devices=1)
+
+
+def first_stage(cfg: Any) -> Path:
+    """The folder of the config's first stage, trained now if it is not there."""
+    config = {**plain(cfg), "training": plain(cfg.first_stage)}
+    return ensured(cfg, first_stage_folder(cfg), first_stage_recipe(cfg), config, devices=plain(cfg).get("trainer", {}).get("devices", 1))
+
+
+def ensured(cfg: Any, folder: Path, recipe: runs.Recipe, config: Mapping[str, Any], devices: int) -> Path:
+    """The folder, after a process of its own has trained what belongs there, unless it is finished.
+
+    Any number of processes may ask at once: the first trains, the others wait. With cache=rebuild a change of source alone trains again.
+    """
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.asked")):
+        source = folder / "source.txt"
+        if runs.finished(folder) is not None:
+            if not source.is_file() or source.read_text() == recipe.source:
+                return folder
+            if cfg.cache == "trust":
+                return folder
+            folder.rename(folder.with_name(f"{folder.name}-{source.read_text()}"))
+        config = {**config, "trainer": {**config["trainer"], "devices": devices}, "logger": {"_target_": "ldm.report.Silent"}}
+        config["trainer"]["strategy"] = config["trainer"]["strategy"] if devices > 1 else "auto"
+        launch.write_config(config, folder)
+        code = launch.run_config(TRAIN, folder, devices)
+        if code in STOPPED:
+            sys.exit(code)
+        if code:
+            raise UserError(f"training what belongs in {folder} failed with exit code {code}; its own message is above")
+        source.write_text(recipe.source)
+    return folder

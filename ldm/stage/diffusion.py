@@ -1,0 +1,118 @@
+"""Stage two: a denoiser trained in the latent space of the first stage, sampled and scored."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from ldm import build, durable, picture, runs
+from ldm.command import choices
+from ldm.data.latents import Latents, encode_all
+from ldm.ema import PowerEMA
+from ldm.fetch import cache_dir
+from ldm.metrics.distribution import ClassAccuracy, FrechetDistance, KernelDistance, PrecisionRecall, Score
+from ldm.metrics.features import to_uint8
+from ldm.score import Protocol, Told, evaluate, samples
+from ldm.stage import autoencoder as first_stage
+from ldm.stage import judge
+from ldm.stage.run import Run, opened
+from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
+from ldm.training.diffusion import LitDiffusion
+from ldm.training.fit import fit
+
+
+def train(
+    cfg: Any,
+    *,
+    steps: int,
+    batch_size: int,
+    drop: float,
+    clip: float | None,
+    sigma_rel: float,
+    optimizer,
+    lr_schedule,
+    log_every: int,
+    grid_every: int,
+    save_every: int,
+    score: Protocol,
+) -> float:
+    """Train on cached latents, average the weights, choose the guidance, draw and score; returns the metric named by cfg.optimize."""
+    folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), [choices().get("data", "data"), cfg.name])
+    if done := runs.finished(folder):
+        print(f"this run is done: {folder}\n{summary(done)}")
+        return done[cfg.optimize]
+    net, reference, baselines = judge.load(cfg)
+    data = build.dataset(cfg, "train")
+    autoencoder, reconstruction = first_stage.load(cfg, data.channels)
+    with opened(cfg, folder) as run:
+        model = build.model(cfg, autoencoder, data)
+        durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict()) if run.chief else None
+        lit = LitDiffusion(model, instantiate(cfg.objective), optimizer, drop, clip, cfg.seed)
+        ema = PowerEMA(model, sigma_rel)
+        told = Told(data.classes, data.captions)
+        sampler, guidance, grid = (instantiate(cfg[name]) for name in ("sampler", "guidance", "grid"))
+
+        def draw(step: int) -> None:
+            sheet = gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance)
+            run.picture(step, f"grids/step-{step:06d}", sheet)
+
+        callbacks = [
+            LearningRate(lr_schedule, steps),
+            Average(ema),
+            Record(run.write, log_every, steps),
+            Progress("diffusion", run.start, steps),
+            Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume),
+            Pictures(draw, grid_every, ema),
+        ]
+        latents = Latents(data, moments(autoencoder, reconstruction["identity"], data))
+        run.say(f"diffusion   {sum(p.numel() for p in model.denoiser.parameters()):,} parameters, {steps} steps of {batch_size}")
+        fit(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed, **build.plain(cfg.trainer))
+
+        with ema.applied():
+            every = {"kid": KernelDistance, "precision_recall": PrecisionRecall, "accuracy": ClassAccuracy}
+            make_score = lambda whole: Score(net, reference, {"fd": FrechetDistance, **(every if whole else {})})  # noqa: E731
+            values = evaluate(model, score, told, make_score, sampler, guidance, grid, run.say)
+            if run.chief:
+                durable.write_tensors(folder / "weights.safetensors", ema.shadow, {"autoencoder": reconstruction["identity"]})
+                run.picture(steps, "samples", gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance, values["guidance"]))
+        beside = {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
+        metrics = run.finish(values | beside | {f"first_stage/{name}": value for name, value in reconstruction.items()})
+        run.say(f"\n{summary(metrics)}\n\nsamples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
+                f"next     python sample.py run={folder} prompt=\"a photo of a sneaker\" num=16")  # fmt: skip
+        return metrics[cfg.optimize]
+
+
+def moments(autoencoder, identity: str, data) -> torch.Tensor:
+    """The data set's cached moments (flips, N, 2C, h, w), computed now and kept if they are not there."""
+    from filelock import FileLock
+
+    path = cache_dir() / "latents" / f"{data.fingerprint}-{identity[:16]}-{'both' if data.flip else 'plain'}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            durable.write_tensors(path, {"moments": encode_all(autoencoder, data)})
+    return durable.read_tensors(path)["moments"]
+
+
+def gallery(model, told: Told, ts, sampler, guidance, scale: float = 2.0, each: int = 10) -> torch.Tensor:
+    """A picture with a row of `each` samples for every class."""
+    from functools import partial
+
+    rows = list(range(each * len(told.classes)))
+    drawn = samples(model, told.batch, rows, 0, len(rows), ts, sampler, partial(guidance, scale=scale))
+    images = torch.cat([image for image, _ in drawn])
+    by_class = images.unflatten(0, (each, -1)).transpose(0, 1).flatten(0, 1)
+    return picture.grid(to_uint8(by_class.cpu()), columns=each, zoom=2)
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The table a run ends with: ours beside what is good and what is bad."""
+    columns = [("", "samples"), ("baseline/test/", "real test"), ("baseline/noisy/", "noise 0.05"), ("baseline/pca/", "PCA-50 Gaussian")]
+    names = [n for n in metrics if n in ("precision", "recall", "accuracy") or n.startswith(("fd_", "kid_"))]
+    lines = [" " * 12 + "".join(f"{title:>18}" for _, title in columns)]
+    for name in names:
+        cells = (metrics.get(prefix + name) for prefix, _ in columns)
+        lines.append(f"{name:<12}" + "".join(f"{format(value, '.4g') if isinstance(value, int | float) else '':>18}" for value in cells))
+    extra = {"guidance": metrics["guidance"], "n": metrics["n"], "seconds": metrics.get("seconds")}
+    return "\n".join([*lines, "  ".join(f"{name} {value}" for name, value in extra.items())])

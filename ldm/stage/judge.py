@@ -1,0 +1,95 @@
+"""The judge: trained once on real images, then it measures, and says what a good and a bad number are."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm import build, durable, runs
+from ldm.data.latents import batches
+from ldm.metrics.baseline import PCAGaussian, noisy
+from ldm.metrics.distribution import ClassAccuracy, FrechetDistance, PrecisionRecall, Score
+from ldm.metrics.features import extract, to_uint8
+from ldm.stage import cache
+from ldm.stage.run import opened
+from ldm.tensors import Noise, key
+from ldm.training.callbacks import Checkpoints, LearningRate, Progress, Record
+from ldm.training.fit import fit
+from ldm.training.judge import LitJudge
+
+
+def train(
+    cfg: Any,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    net,
+    optimizer,
+    lr_schedule,
+    label_smoothing: float,
+    log_every: int,
+    save_every: int,
+) -> float:
+    """Train the judge, standardise its features over the training set, keep these as the reference, measure the baselines; returns its accuracy."""
+    folder = cache.judge_folder(cfg)
+    if done := runs.finished(folder):
+        return done["accuracy"]
+    torch.manual_seed(key(seed, "weights"))
+    net = net()
+    with opened(cfg, folder) as run:
+        data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
+        lit = LitJudge(net, optimizer, label_smoothing)
+        callbacks = [
+            LearningRate(lr_schedule, steps),
+            Record(run.write, log_every, steps),
+            Progress("judge", run.start, steps),
+            Checkpoints(run.checkpoints, None, save_every, steps, run.config_text(), run.resume),
+        ]
+        fit(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed, **build.plain(cfg.trainer))
+        net.eval()
+        with torch.no_grad():
+            net.standardise(torch.cat([net.penultimate(to_uint8(image)) for image in batches(data)]))
+        reference = extract(net, batches(data))
+        durable.write_tensors(folder / "weights.safetensors", net.state_dict())
+        durable.write_tensors(folder / "reference.safetensors", {"features": reference})
+        metrics = baselines(net, reference, data, test)
+        run.finish(metrics)
+        run.say(f"judge       accuracy {metrics['accuracy']:.3f} on the test images")
+        return metrics["accuracy"]
+
+
+def load(cfg: Any) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """The judge of a config, the reference features (N, D) and its measurements of the baselines; trained now if it is not there."""
+    folder = cache.judge(cfg)
+    return *read(cfg, folder), runs.finished(folder) or {}
+
+
+def read(cfg: Any, folder: Path) -> tuple[nn.Module, Tensor]:
+    from hydra.utils import instantiate
+
+    net = instantiate(cfg.judge.net)()
+    net.load_state_dict(durable.read_tensors(folder / "weights.safetensors"))
+    return net.eval().requires_grad_(False), durable.read_tensors(folder / "reference.safetensors")["features"]
+
+
+def baselines(net: nn.Module, reference: Tensor, data, test, num: int = 5000) -> dict[str, float]:
+    """Scores of what is no generative model worth the name: real test images, the same with noise, and a Gaussian per class."""
+    num = min(num, len(test))
+    rows = [(0, i) for i in range(num)]
+    batch = test.batch(rows)
+    train_images = data.batch([(0, i) for i in range(len(data))])
+    rank = min(50, int(train_images["label"].bincount().min()) - 1)
+    gaussian = PCAGaussian.fit(train_images["image"], train_images["label"], rank)
+    noise = Noise(0, list(range(num)))
+    score = Score(net, reference, {"fd": FrechetDistance, "accuracy": ClassAccuracy, "precision_recall": PrecisionRecall})
+    found: dict[str, float] = {}
+    sets = {"test": batch["image"], "noisy": noisy(batch["image"], 0.05, noise), "pca": gaussian.sample(batch["label"], noise)}
+    for name, image in sets.items():
+        score.reset()
+        for part, label in zip(image.split(500), batch["label"].split(500), strict=True):
+            score.update(part, label)
+        values = score.compute()
+        found |= {f"{name}/{metric}": value for metric, value in values.items() if metric != "n"}
+    return {"accuracy": found["test/accuracy"], **found}

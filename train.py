@@ -1,0 +1,15 @@
+"""Train a latent diffusion model: python train.py [choice=option ...] [key=value ...] [experiment=study] [-m]"""
+
+from ldm.build import SUPPLIED
+from ldm.command import command
+
+
+def train(cfg):
+    """Stage one and the judge are found by their recipes or trained first; then the chosen stage is trained, drawn from and scored."""
+    from hydra.utils import instantiate
+
+    return instantiate(cfg.training)(cfg)
+
+
+if __name__ == "__main__":
+    command(train, "train", supplied=SUPPLIED)
