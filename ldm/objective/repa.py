@@ -13,7 +13,7 @@ from ldm.tensors import Noise, mean_per_sample
 class REPA(nn.Module):
     """loss - weight * mean cosine similarity of projected hidden features with the encoder's (Yu et al. 2025, eq. 7-8).
 
-    objective: any objective.  encoder: a module whose features(image) lists maps (B, F_k, h_k, w_k), of which `stage` is taken; it is frozen.
+    objective: any objective.  encoder: a module whose features(image) lists maps (B, F_k, h_k, w_k); `stage` says which; it is frozen.
     layer: a submodule of the denoiser's net, by name, that returns (B, channels, h, w), or tokens (B, h * w, channels) of a square map.
     channels, features, hidden: widths of that layer, of the encoder's map (F_stage), and of the projecting three-layer network.
     Raises ValueError if the batch has no image or the layer is not there.

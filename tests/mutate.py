@@ -1,0 +1,178 @@
+"""Does a test fail when the mathematics is wrong?  python tests/mutate.py [file ...]
+
+Every function of ldm/diffusion is broken in one place at a time: a sign flipped, a term or a factor dropped, a product made a quotient, a
+comparison or a condition turned round. For each the quick tests of tests/diffusion run until one fails. Writes tests/mutation.csv and names
+the survivors; exit code 1 if there is one that EQUIVALENT does not explain.
+"""
+
+import ast
+import copy
+import csv
+import os
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+ROOT = Path(__file__).parents[1]
+SOURCE, TESTS = ROOT / "ldm/diffusion", ROOT / "tests/diffusion"
+FIRST = {"denoiser": "prediction", "correction": "constraint"}  # the test file that knows most of a module, where the names differ
+SECONDS = 120
+
+OTHER = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Add,
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+
+# (file, function, mutant) -> why no test can tell it from the original.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+
+def mutants(node: ast.expr) -> Iterator[ast.expr]:
+    """Everything that one expression can be broken into."""
+    if isinstance(node, ast.BinOp) and type(node.op) in OTHER:
+        yield ast.BinOp(node.left, OTHER[type(node.op)](), node.right)
+        if isinstance(node.op, ast.Add | ast.Sub | ast.Mult):
+            yield node.left
+        if isinstance(node.op, ast.Add | ast.Mult):
+            yield node.right
+    elif (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant)) or (
+        isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    ):
+        yield node.operand
+    elif isinstance(node, ast.Compare):
+        for k, op in enumerate(node.ops):
+            if type(op) in OTHER:
+                yield ast.Compare(node.left, [*node.ops[:k], OTHER[type(op)](), *node.ops[k + 1 :]], node.comparators)
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(OTHER[type(node.op)](), node.values)
+    elif isinstance(node, ast.IfExp):
+        yield ast.IfExp(node.test, node.orelse, node.body)
+
+
+def places(tree: ast.Module) -> Iterator[tuple[str, list]]:
+    """(function, path) of every expression inside a function body; a path is the fields and indices that lead to it."""
+
+    def walk(node: ast.AST, path: list, function: str) -> Iterator[tuple[str, list]]:
+        if isinstance(node, ast.JoinedStr | ast.arguments) or (isinstance(node, ast.FunctionDef) and node.name == "__repr__"):
+            return  # messages and defaults
+        if isinstance(node, ast.expr) and function:
+            yield function, path
+        inside = f"{function}.{node.name}".lstrip(".") if isinstance(node, ast.FunctionDef | ast.ClassDef) else function
+        for name, value in ast.iter_fields(node):
+            if name in ("annotation", "returns", "decorator_list"):
+                continue
+            for key, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if isinstance(child, ast.AST):
+                    yield from walk(child, [*path, (name, key)], inside)
+
+    yield from walk(tree, [], "")
+
+
+def replaced(tree: ast.Module, path: list, new: ast.expr) -> ast.Module:
+    tree = copy.deepcopy(tree)
+    node: ast.AST = tree
+    for name, key in path[:-1]:
+        node = getattr(node, name) if key is None else getattr(node, name)[key]
+    name, key = path[-1]
+    if key is None:
+        setattr(node, name, copy.deepcopy(new))
+    else:
+        getattr(node, name)[key] = copy.deepcopy(new)
+    return ast.fix_missing_locations(tree)
+
+
+def at(tree: ast.AST, path: list) -> ast.AST:
+    for name, key in path:
+        tree = getattr(tree, name) if key is None else getattr(tree, name)[key]
+    return tree
+
+
+def survives(file: Path, tree: ast.Module) -> bool:
+    """True if all tests pass with this module in place of the file's; run in a forked process, where nothing of ldm is imported yet."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    try:
+        signal.alarm(SECONDS)  # a mutant that does not end is dead
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        import pytest
+
+        import ldm.diffusion
+
+        name = f"ldm.diffusion.{file.stem}"
+        module = types.ModuleType(name)
+        module.__file__ = str(file)
+        sys.modules[name] = module
+        setattr(ldm.diffusion, file.stem, module)
+        exec(compile(tree, str(file), "exec"), module.__dict__)
+        first = TESTS / f"test_{FIRST.get(file.stem, file.stem)}.py"
+        rest = [f for f in sorted(TESTS.glob("test_*.py")) if f not in (first, TESTS / "test_house.py")]
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", str(first), *map(str, rest)])))
+    except BaseException:
+        os._exit(3)
+
+
+def warm_up() -> None:
+    """Import what is slow once, before forking."""
+    import diffusers
+    import hydra.utils  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    for name in ("DDIM", "DDPM", "PNDM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete"):
+        getattr(diffusers, f"{name}Scheduler")
+    assert diffusers.FlowMatchEulerDiscreteScheduler
+    assert diffusers.FlowMatchHeunDiscreteScheduler
+    assert not [m for m in sys.modules if m.startswith("ldm.diffusion")]
+
+
+def main(files: list[str]) -> int:
+    warm_up()
+    rows = []
+    for file in [SOURCE / f for f in files] or sorted(SOURCE.glob("[!_]*.py")):
+        tree = ast.parse(file.read_text())
+        if not survives(file, tree):
+            print(f"the tests fail before anything is broken ({file.name}); run pytest tests/diffusion first")
+            return 2
+        for function, path in places(tree):
+            node = at(tree, path)
+            for new in mutants(node):
+                text = f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
+                alive = survives(file, replaced(tree, path, new))
+                why = EQUIVALENT.get((file.name, function, text), "")
+                result = ("equivalent" if why else "survived") if alive else "killed"
+                rows.append([file.name, node.lineno, function, text, result, why])
+                if alive:
+                    print(f"{result}: {file.name}:{node.lineno} {function}: {text} {why}", flush=True)
+        print(f"{file.name}: {sum(r[0] == file.name for r in rows)} mutants", flush=True)
+    if not files:
+        with open(ROOT / "tests/mutation.csv", "w", newline="") as out:
+            csv.writer(out, lineterminator="\n").writerows([["file", "line", "function", "mutant", "result", "why"], *rows])
+    killed, equivalent = (sum(r[4] == kind for r in rows) for kind in ("killed", "equivalent"))
+    print(f"{len(rows)} mutants, {killed} killed, {equivalent} equivalent, {len(rows) - killed - equivalent} survived")
+    return int(killed + equivalent < len(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
