@@ -91,28 +91,28 @@ def evaluate(
     model: LatentDiffusion,
     protocol: Protocol,
     told: Told,
-    make_score: Callable[[bool], Score],
+    distance: Score,
+    score: Score,
     sampler: Sampler,
     guidance: Guidance,
     grid: Callable[..., Tensor] = trailing,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Choose the guidance scale, then score; make_score(whole) gives a Score of every metric, or of the distance alone to choose by."""
+    """Choose the guidance scale by `distance`, then take every number of `score` at that scale, from other seeds."""
     ts = grid(model.denoiser.schedule, protocol.steps)
     draws = partial(samples, model, told.batch, batch_size=protocol.batch_size, ts=ts, sampler=sampler, precision=protocol.precision)
-    choice = make_score(False)
     tried: dict[str, float] = {}
     for scale in protocol.guidances:
         drawn = draws(mine(protocol.guidance_num), protocol.guidance_seed, guidance=partial(guidance, scale=scale))
-        tried[str(scale)] = distance(measure(choice, drawn))
+        tried[str(scale)] = frechet_of(measure(distance, drawn))
         say(f"guidance {scale}: distance {tried[str(scale)]:.2f} of {protocol.guidance_num} samples")
     scale = float(min(tried, key=lambda s: tried[s])) if tried else 1.0
     drawn = draws(mine(protocol.num), protocol.seed, guidance=partial(guidance, scale=scale))
-    values = measure(make_score(True), drawn)
+    values = measure(score, drawn)
     how = {"guidance": scale, "guidance_tried": tried, "steps": protocol.steps, "arithmetic": precision_here(protocol.precision)}
     return values | how | {"seed": protocol.seed}
 
 
-def distance(values: dict[str, float]) -> float:
+def frechet_of(values: dict[str, float]) -> float:
     """The Frechet distance among a Score's numbers."""
     return next(value for name, value in values.items() if name.startswith("fd_"))

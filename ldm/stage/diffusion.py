@@ -11,7 +11,8 @@ from ldm.command import choices
 from ldm.data.latents import Latents, encode_all
 from ldm.ema import PowerEMA
 from ldm.fetch import cache_dir
-from ldm.metrics.distribution import ClassAccuracy, FrechetDistance, KernelDistance, PrecisionRecall, Score
+from ldm.load import DataCard
+from ldm.metrics.distribution import FrechetDistance, Score
 from ldm.metrics.features import to_uint8
 from ldm.score import Protocol, Told, evaluate, samples
 from ldm.stage import autoencoder as first_stage
@@ -47,7 +48,9 @@ def train(
     autoencoder, reconstruction = first_stage.load(cfg, data.channels)
     with opened(cfg, folder) as run:
         model = build.model(cfg, autoencoder, data)
-        durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict()) if run.chief else None
+        if run.chief:
+            DataCard.of(data).write(folder)
+            durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict())
         lit = LitDiffusion(model, instantiate(cfg.objective), optimizer, drop, clip, cfg.seed)
         ema = PowerEMA(model, sigma_rel)
         told = Told(data.classes, data.captions)
@@ -70,9 +73,8 @@ def train(
         fit(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed, **build.plain(cfg.trainer))
 
         with ema.applied():
-            every = {"kid": KernelDistance, "precision_recall": PrecisionRecall, "accuracy": ClassAccuracy}
-            make_score = lambda whole: Score(net, reference, {"fd": FrechetDistance, **(every if whole else {})})  # noqa: E731
-            values = evaluate(model, score, told, make_score, sampler, guidance, grid, run.say)
+            distance, whole = Score(net, reference, {"fd": FrechetDistance}), instantiate(cfg.metrics)(net, reference)
+            values = evaluate(model, score, told, distance, whole, sampler, guidance, grid, run.say)
             if run.chief:
                 durable.write_tensors(folder / "weights.safetensors", ema.shadow, {"autoencoder": reconstruction["identity"]})
                 run.picture(steps, "samples", gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance, values["guidance"]))

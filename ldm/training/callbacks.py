@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm import durable
 from ldm.ema import PowerEMA
+from ldm.progress import Bar
 from ldm.training.parallel import mean_over_ranks
 
 
@@ -70,28 +71,17 @@ class Record(L.Callback):
 
 
 class Progress(L.Callback):
-    """One line on a terminal with an ETA; where the output is a file, a line every `seconds`."""
+    """Shows the step, the loss, the rate and an ETA."""
 
-    def __init__(self, name: str, start: int, total: int, seconds: float = 15.0):
-        self.name, self.start, self.total, self.seconds = name, start, total, seconds
+    def __init__(self, name: str, start: int, total: int):
+        self.name, self.start, self.total = name, start, total
 
     def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
-        import sys
-
-        self.begin = self.last = time.monotonic()
-        self.live = sys.stdout.isatty()
-        self.loss: Any = None
+        self.bar = Bar(self.name, self.total, self.start)
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        now, step = time.monotonic(), batch["step"] + 1
-        if not trainer.is_global_zero or (now - self.last < (0.3 if self.live else self.seconds) and step != self.total):
-            return
-        self.last = now
-        per_step = (now - self.begin) / (step - self.start)
-        minutes, seconds = divmod(round(per_step * (self.total - step)), 60)
-        width = 24 * step // self.total
-        line = f"{self.name:<12}{'━' * width}{'·' * (24 - width)} {step}/{self.total}  loss {float(outputs['loss']):.4g}  {1 / per_step:.1f} it/s  ETA {minutes}:{seconds:02d}"
-        print(f"\r{line}  " if self.live else line, end="\n" if not self.live or step == self.total else "", flush=True)
+        if trainer.is_global_zero:
+            self.bar.at(batch["step"] + 1, f"loss {float(outputs['loss']):.4g}  ")
 
 
 def trained(module: nn.Module) -> dict[str, Tensor]:
