@@ -52,9 +52,7 @@ def mutants(node: ast.expr) -> Iterator[ast.expr]:
             yield node.left
         if isinstance(node.op, ast.Add | ast.Mult):
             yield node.right
-    elif (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant)) or (
-        isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
-    ):
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not) and not isinstance(node.operand, ast.Constant):
         yield node.operand
     elif isinstance(node, ast.Compare):
         for k, op in enumerate(node.ops):

@@ -36,9 +36,9 @@ def ddpm(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on any sub-grid (Nichol & Dhariwal 2021, section 4)."""
     for t, s in steps(ts):
         x0, _, var_frac = denoise(x, t)
-        x_t, (x, _) = x, q_posterior(schedule, x0, x, t, s)
+        x, _ = q_posterior(schedule, x0, x, t, s)
         if s > 0:
-            x = x + (0.5 * variance(var_frac, schedule, t, s)).exp() * noise(x_t)
+            x = x + (0.5 * variance(var_frac, schedule, t, s)).exp() * noise(x)
     return x
 
 

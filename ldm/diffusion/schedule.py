@@ -63,10 +63,8 @@ class Table:
         signal, noise = self._on(log_snr.device, torch.float64)
         want = log_snr.double()
         i = (torch.searchsorted(noise.log() - signal.log(), -want, right=True) - 1).clamp(0, self.T - 1)
-        # Of alpha^2 and sigma^2 = 1 - alpha^2 the smaller one is the one that floating point resolves.
-        by_noise = (want.neg().sigmoid() - noise.take(i)) / (noise.take(i + 1) - noise.take(i))
-        by_signal = (signal.take(i) - want.sigmoid()) / (signal.take(i) - signal.take(i + 1))
-        return ((i + torch.where(want > 0, by_noise, by_signal).clamp(0, 1)) / self.T).to(log_snr.dtype)
+        part = (signal.take(i) - want.sigmoid()) / (signal.take(i) - signal.take(i + 1))
+        return ((i + part.clamp(0, 1)) / self.T).to(log_snr.dtype)
 
     def net_time(self, t: Tensor) -> Tensor:
         return (self._position(t) - 1).clamp(min=0)

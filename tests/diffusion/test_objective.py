@@ -273,6 +273,21 @@ def test_gather_is_nothing_in_one_process():
     assert objective.gather(x) is x
 
 
+def rank(number, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    run = objective.LossSecondMoment(Losses(), T=3, history=2)
+    run.remember(torch.tensor([number, 2]), torch.tensor([1.0 + number, 5.0]))
+    torch.save(run.losses, f"{folder}/{number}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_second_moment_is_shared_by_all_ranks(tmp_path):
+    torch.multiprocessing.spawn(rank, (str(tmp_path),), nprocs=2)
+    for number in (0, 1):
+        assert torch.load(tmp_path / f"{number}.pt").tolist() == [[1, 0], [2, 0], [5, 5]]
+
+
 def test_training_makes_the_exact_denoiser():
     """A linear network trained by the objective on Gaussian data finds E[x0 | x_t]: the whole path, learning included."""
     torch.manual_seed(0)

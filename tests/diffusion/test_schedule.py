@@ -97,6 +97,7 @@ def test_every_schedule(name):
     assert (sigma.diff() >= 0).all()
     assert (alpha.diff() <= 0).all()
     assert torch.allclose(sched.t_at(log_snr), t, atol=1e-9)
+    assert torch.allclose(sched.log_snr(sched.t_at(log_snr)), log_snr, rtol=1e-8, atol=1e-8)
     assert sched.t_at(log_snr.float()).dtype == torch.float32
     assert sched.t_at(log_snr[3]).shape == ()
     zero, one = f64(0, 1)
@@ -135,6 +136,15 @@ def test_a_table_is_not_touched_by_the_module_around_it():
     copied = copy.deepcopy(module.half())
     assert torch.equal(torch.stack(copied.schedule.alpha_sigma(t)), torch.stack(before))
     assert "schedule" not in module.state_dict()
+
+
+def test_tables_first_read_while_sampling_serve_training():
+    table = schedule.linear()
+    with torch.inference_mode():
+        table.alpha_sigma(torch.tensor([0.5]))
+    weight = torch.ones(1, requires_grad=True)
+    (weight * table.alpha_sigma(torch.tensor([0.5]))[0]).sum().backward()
+    assert weight.grad == table.alpha_sigma(torch.tensor([0.5]))[0]
 
 
 @pytest.mark.parametrize("bar", [[0.9, 0.9], [1.0, 0.5], [0.5, -0.1], [float("nan")]])
