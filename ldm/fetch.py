@@ -163,7 +163,7 @@ FASHION_MNIST = {
 
 
 def fashion_mnist(root: str | Path | None = None) -> Path:
-    """The folder with Fashion-MNIST's four files (Xiao et al. 2017; MIT); root may hold them too, or torchvision's layout. Raises AssetError."""
+    """The folder with Fashion-MNIST's four files (Xiao et al. 2017; MIT), also in torchvision's layout under root. Raises AssetError."""
 
     def mirror(scratch: Path) -> Path:
         from torchvision.datasets import FashionMNIST
@@ -174,7 +174,7 @@ def fashion_mnist(root: str | Path | None = None) -> Path:
     places = [Path("/", inside)]
     if root is not None:
         places = [Path(root), Path(root, "FashionMNIST", "raw"), *places]
-    sources = {"torchvision's mirror": mirror, "the Debian package": partial(debian, "dataset-fashion-mnist", inside)}
+    sources: dict[str, Source] = {"torchvision's mirror": mirror, "the Debian package": partial(debian, "dataset-fashion-mnist", inside)}
     return fetch("fashion-mnist", FASHION_MNIST, places, sources)
 
 

@@ -11,7 +11,7 @@ CAPTIONS = ("a photo of a {}", "a white {} on black", "{}", "one {} of some size
 
 
 class Synthetic(InMemory):
-    """num grey drawings of ten shapes at random places and sizes: image (1, size, size) in [-1, 1], labels 0..9 in turn, split train or test."""
+    """num grey drawings of ten shapes: image (1, size, size) in [-1, 1], labels 0..9 in turn, split train or test."""
 
     def __init__(self, split: str = "train", num: int = 512, size: int = 32, seed: int = 0, flip: bool = False):
         if split not in ("train", "test"):
