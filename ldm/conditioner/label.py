@@ -1,0 +1,61 @@
+"""A class label as the condition."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+
+
+class Label(nn.Module):
+    """batch["label"] (B,) int64 in [0, num_classes) as one learned token: context (B, 1, dim).
+
+    The null condition is a learned class of its own, row num_classes (Ho & Salimans 2022).  Raises ValueError for a label out of range.
+    """
+
+    keys = ("label",)
+    vector_dim = None
+
+    def __init__(self, num_classes: int, dim: int = 64):
+        super().__init__()
+        self.context_dim = dim
+        self.embedding = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        return Condition(context=embedded(self.embedding, batch["label"])[:, None])  # (B, 1, D)
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        return Condition(context=nulls(self.embedding, batch["label"])[:, None])
+
+
+class LabelVector(nn.Module):
+    """As Label, but a vector (B, dim) for the time embedding (Dhariwal & Nichol 2021; DiT): for networks without cross-attention."""
+
+    keys = ("label",)
+    context_dim = None
+
+    def __init__(self, num_classes: int, dim: int = 64):
+        super().__init__()
+        self.vector_dim = dim
+        self.embedding = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        return Condition(vector=embedded(self.embedding, batch["label"]))  # (B, D)
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        return Condition(vector=nulls(self.embedding, batch["label"]))
+
+
+def embedded(embedding: nn.Embedding, label: Tensor) -> Tensor:
+    """Rows (B, dim) of labels (B,); they are looked at only on the CPU, where that costs no wait."""
+    classes = embedding.num_embeddings - 1
+    if label.device.type == "cpu" and len(label) and not 0 <= int(label.min()) <= int(label.max()) < classes:
+        wrong = label[(label < 0) | (label >= classes)][0]
+        raise ValueError(f"label={wrong}: expected 0 to {classes - 1}, the classes of the data")
+    return embedding(label.to(embedding.weight.device))
+
+
+def nulls(embedding: nn.Embedding, label: Tensor) -> Tensor:
+    """The null class's row for each of labels (B,): (B, dim)."""
+    return embedding(torch.full_like(label, embedding.num_embeddings - 1, device=embedding.weight.device))

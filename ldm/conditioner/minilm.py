@@ -1,0 +1,125 @@
+"""all-MiniLM-L6-v2, a frozen pretrained sentence encoder (Wang et al. 2020; Reimers & Gurevych 2019), in plain torch."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from ldm.conditioner.tokens import Features, Truncation
+from ldm.fetch import MINILM, AssetError, minilm, sha256
+
+ONCE = {"word": "word_embeddings", "position": "position_embeddings", "segment": "token_type_embeddings", "norm": "LayerNorm"}
+EACH = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "out": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}  # the pooler is next-sentence prediction's
+
+
+def theirs(name: str) -> str:
+    """The published name of one of Bert's parameters."""
+    *layer, module, kind = name.split(".")
+    return f"encoder.layer.{layer[1]}.{EACH[module]}.{kind}" if layer else f"embeddings.{ONCE[module]}.{kind}"
+
+
+class Layer(nn.Module):
+    """One post-norm encoder layer (Vaswani et al. 2017, sec. 3.1; Devlin et al. 2019): x (B, L, D), mask (B, 1, 1, L) -> (B, L, D)."""
+
+    def __init__(self, dim: int, heads: int, hidden: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-12) for _ in range(2))
+        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, L, D/H)
+        x = self.norm1(x + self.out(scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)))
+        return self.norm2(x + self.down(gelu(self.up(x))))
+
+
+class Bert(nn.Module):
+    """BERT's encoder (Devlin et al. 2019) for one segment: ids (B, L) int64, mask (B, L) bool -> last hidden state (B, L, dim)."""
+
+    def __init__(self, vocabulary: int = 30522, positions: int = 512, dim: int = 384, heads: int = 12, hidden: int = 1536, layers: int = 6):
+        super().__init__()
+        self.word, self.position, self.segment = (nn.Embedding(n, dim) for n in (vocabulary, positions, 2))
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
+        self.layers = nn.ModuleList(Layer(dim, heads, hidden) for _ in range(layers))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(self.word(ids) + self.position.weight[: ids.shape[1]] + self.segment.weight[0])  # (B, L, D)
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None])
+        return x
+
+
+class MiniLM(nn.Module):
+    """texts -> Features: last hidden state (B, L, 384), mask (B, L), its mean over the real tokens (B, 384); float32, no gradient.
+
+    path: a folder with model.safetensors and tokenizer.json; null: found or fetched.  Raises AssetError without them, ValueError if the
+    weights are another model's.
+    """
+
+    context_dim = vector_dim = 384
+    length = 256  # the limit of its training as a sentence encoder; its position table has 512 rows
+
+    def __init__(self, path: str | Path | None = None):
+        from tokenizers import Tokenizer
+
+        super().__init__()
+        folder = minilm() if path is None else Path(path).expanduser()
+        self.weights, words = folder / "model.safetensors", folder / "tokenizer.json"
+        if absent := [file.name for file in (self.weights, words) if not file.is_file()]:
+            raise AssetError(f"MiniLM's {' and '.join(absent)} not in {folder}; path=null finds or fetches them")
+        self.known = MINILM["model.safetensors"] if path is None else None
+        self.tokenizer = Tokenizer.from_file(str(words))
+        self.tokenizer.no_padding()  # the file's own settings pad and cut every text to 128
+        self.tokenizer.no_truncation()
+        self.truncation = Truncation()
+        with torch.device("meta"):  # no time spent on random numbers
+            self.bert = Bert()
+        self._load()
+        self.eval().requires_grad_(False)
+
+    def _load(self) -> None:
+        from safetensors.torch import load_file
+
+        state, wanted = load_file(self.weights), {name: theirs(name) for name in self.bert.state_dict()}
+        if wrong := ({*wanted.values()} ^ {*state}) - UNUSED:
+            raise ValueError(f"{self.weights} is not all-MiniLM-L6-v2: {len(wrong)} names differ, such as {min(wrong)}")
+        try:
+            self.bert.load_state_dict({ours: state[name].float() for ours, name in wanted.items()}, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{self.weights} is not all-MiniLM-L6-v2: {' '.join(str(error).split())}") from error
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 (hex) of the file of weights."""
+        return self.known or sha256(self.weights)
+
+    def tokens(self, text: str) -> list[str]:
+        """The pieces of the text that become tokens, each as it stands in the text."""
+        return [text[start:end] for start, end in self.tokenizer.encode(text, add_special_tokens=False).offsets]
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str], length: int | None = None) -> Features:
+        limit = min(length or self.length, self.length)
+        cut = [self.truncation(t, e.ids, limit) for t, e in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True)]
+        device = self.bert.norm.weight.device
+        size = torch.tensor([len(ids) for ids in cut])
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in cut], batch_first=True).to(device)  # (B, L)
+        mask = (torch.arange(ids.shape[1]) < size[:, None]).to(device)  # (B, L)
+        with torch.autocast(device.type, enabled=False):  # the same features whatever precision the network is trained in
+            context = self.bert(ids, mask)  # (B, L, D)
+        real = mask[..., None]
+        return Features(context, mask, (context * real).sum(1) / real.sum(1))
