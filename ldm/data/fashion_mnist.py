@@ -45,9 +45,8 @@ def read_idx(path: Path) -> Tensor:
     """A gzipped IDX file of bytes as a uint8 tensor of the shape it declares. Raises ValueError if it is not one."""
     with gzip.open(path) as file:
         content = file.read()
-    ndim = content[3] if len(content) > 3 else 0
+    ndim = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, 4 + 4 * ndim, 4)]
-    body = torch.frombuffer(bytearray(content), dtype=torch.uint8)[4 + 4 * ndim :]
-    if content[:3] != b"\0\0\x08" or len(body) != torch.Size(shape).numel():
+    if not ndim or len(content) != 4 + 4 * ndim + torch.Size(shape).numel():
         raise ValueError(f"{path}: not an IDX file of bytes")
-    return body.reshape(shape).clone()
+    return torch.frombuffer(bytearray(content[4 + 4 * ndim :]), dtype=torch.uint8).reshape(shape)

@@ -1,0 +1,110 @@
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from ldm.data.memory import InMemory, read_captions
+from ldm.data.synthetic import SHAPES, Synthetic
+
+CAPTIONS = {"left": ["one", "two", "three"], "right": ["four"]}
+
+
+def make(flip=False, seed=0, captions=CAPTIONS):
+    images = torch.arange(4 * 2 * 3, dtype=torch.uint8).reshape(4, 1, 2, 3) * 11
+    return InMemory("tiny", images, torch.tensor([0, 1, 0, 1]), captions, seed, flip)
+
+
+def test_a_batch():
+    data = make()
+    batch = data.batch([(0, 1), (5, 3), (0, 0)])
+    assert torch.equal(batch["image"], data.images[[1, 3, 0]] / 127.5 - 1)
+    assert batch["image"].dtype == torch.float32
+    assert batch["label"].tolist() == [1, 1, 0]
+    assert batch["caption"][:2] == ["four", "four"]
+    assert (batch["index"], batch["place"]) == ([1, 3, 0], [0, 5, 0])
+    assert not batch["flip"].any()
+
+
+def test_the_ends_of_the_range():
+    images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)
+    data = InMemory("ends", images, torch.tensor([0, 1]), CAPTIONS)
+    assert data.batch([(0, 0), (0, 1)])["image"].flatten().tolist() == [-1, 1]
+
+
+def test_a_sample_is_a_row_of_the_batch_of_the_first_pass():
+    data = make()
+    batch = data.batch([(0, i) for i in range(4)])
+    for i in range(4):
+        sample = data[i]
+        assert torch.equal(sample["image"], batch["image"][i])
+        assert (sample["caption"], sample["label"], sample["index"]) == (batch["caption"][i], int(batch["label"][i]), i)
+    assert data[-1]["index"] == 3
+    with pytest.raises(IndexError, match="tiny has 4 images, asked for 4"):
+        data[4]
+
+
+def test_captions_are_keyed_by_seed_pass_and_index_and_all_are_used():
+    data = make()
+    drawn = [data.caption(place, 0) for place in range(900)]
+    assert drawn == [make().caption(place, 0) for place in range(900)]
+    assert drawn != [make(seed=1).caption(place, 0) for place in range(900)]
+    assert drawn != [data.caption(place, 2) for place in range(900)]
+    assert all(abs(n - 300) < 70 for n in Counter(drawn).values())
+    assert {data.caption(place, 1) for place in range(9)} == {"four"}
+
+
+def test_a_flip_mirrors_half_of_the_rows_and_says_which():
+    data = make(flip=True)
+    batch = data.batch([(place, i) for place in range(100) for i in range(4)])
+    plain = data.pixels(batch["index"])
+    flip = batch["flip"]
+    assert 150 < flip.sum() < 250
+    assert torch.equal(batch["image"][~flip], plain[~flip])
+    assert torch.equal(batch["image"][flip], plain[flip].flip(-1))
+    assert torch.equal(data.batch([(1, 2)])["image"], batch["image"][6:7]), "the same in any company"
+
+
+def test_the_fingerprint_is_of_the_pixels_labels_and_classes():
+    data = make()
+    assert data.fingerprint == make(flip=True, seed=1, captions={"left": ["x"], "right": ["y"]}).fingerprint
+    other = make()
+    other.images[0, 0, 0, 0] += 1
+    assert other.fingerprint != data.fingerprint
+    relabelled = make()
+    relabelled.labels[0] = 1
+    assert relabelled.fingerprint != data.fingerprint
+
+
+def test_what_does_not_fit_is_named():
+    images, labels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"x: expected uint8 images .*, got torch\.float32 \(2, 1, 4, 4\)"):
+        InMemory("x", images.float(), labels, CAPTIONS)
+    with pytest.raises(ValueError, match=r", 1$"):
+        InMemory("x", images, labels[:1], CAPTIONS)
+    with pytest.raises(ValueError, match="labels reach from 0 to 2 but 2 classes"):
+        InMemory("x", images, labels * 2, CAPTIONS)
+    with pytest.raises(ValueError, match="no caption for right"):
+        InMemory("x", images, labels, {"left": ["one"], "right": []})
+
+
+def test_captions_are_read_as_they_are(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"a": ["it's 3, [x] = ü 😀"], "b": ["null"]}), encoding="utf-8")
+    assert read_captions(tmp_path / "c.json") == {"a": ["it's 3, [x] = ü 😀"], "b": ["null"]}
+    (tmp_path / "c.json").write_text('{"a": "b"}')
+    with pytest.raises(ValueError, match="expected a JSON object of the form"):
+        read_captions(tmp_path / "c.json")
+
+
+def test_synthetic_classes_differ_and_splits_differ():
+    data, test = Synthetic(), Synthetic("test")
+    assert data.images.shape == (512, 1, 32, 32)
+    assert data.classes == list(SHAPES)
+    assert data.fingerprint == Synthetic().fingerprint != test.fingerprint
+    assert all(name in text for name, texts in zip(data.classes, data.captions, strict=True) for text in texts)
+    means = torch.stack([data.images[data.labels == c].float().mean(0).flatten() for c in range(10)])
+    nearest = torch.cdist(test.images.flatten(1).float(), means).argmin(1)
+    assert (nearest == test.labels).float().mean() > 0.5, "shapes are told apart by the mean image alone"
+    assert Synthetic(num=7, size=16).images.shape == (7, 1, 16, 16)
+    with pytest.raises(ValueError, match="split='val'"):
+        Synthetic("val")
