@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +74,7 @@ def told(cfg: Any, card: DataCard) -> list[tuple[str, int]]:
 
 
 def read_prompts(path: Path, card: DataCard) -> list[tuple[str, int]]:
-    """Prompts of a text file, one a line, or of a csv with the columns prompt and (a class name) label. Raises UserError naming the file."""
+    """Prompts of a text file, one a line, or of a csv with the columns prompt and label (a class). Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"prompts={path}: no such file; expected one prompt a line, or a csv with the columns label,prompt")
     text = path.read_text(encoding="utf-8")
@@ -144,23 +143,12 @@ def draw(model: "LatentDiffusion", request: Request) -> "dict[int, Tensor]":
 def score(request: Request, images: "dict[int, Tensor]") -> dict[str, Any]:
     """The numbers of cfg.metrics over all processes; empty for metrics=none."""
     import torch
-    from hydra.utils import instantiate
 
     if "_target_" not in request.cfg.metrics:
         return {}
-    from ldm import build
-    from ldm.data.latents import batches
-    from ldm.metrics.features import extract
     from ldm.stage import judge
 
-    trained = config_of(request.folder)
-    make = instantiate(request.cfg.metrics)
-    if "net" in request.cfg.metrics:
-        net = make.keywords["net"].eval()
-        make = partial(make, reference=extract(net, batches(build.dataset(trained))))
-    else:
-        net, reference, _ = judge.load(trained)
-        make = partial(make, net, reference)
+    make, _ = judge.scorer(config_of(request.folder), request.cfg.metrics)
     scores = make()
     rows = [seed - request.cfg.seed for seed in images]
     for start in range(0, len(rows), 500):

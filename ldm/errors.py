@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A wrong key, value, file or combination; the text names it, what was expected and the remedy (the commands print it and exit with 2)."""
+    """A wrong key, value, file or combination; the text names it, what was expected and the remedy (commands print it and exit with 2)."""

@@ -44,7 +44,9 @@ def run_folder(run: str | Path) -> Path:
     for folder in (path, *path.parents):
         if (folder / "config.yaml").is_file() and (folder / "data.json").is_file():
             return folder
-    raise UserError(f"run={run}: not a run folder (no config.yaml and data.json in it); expected one that train.py made for a diffusion model")
+    raise UserError(
+        f"run={run}: not a run folder (no config.yaml and data.json in it); expected one that train.py made for a diffusion model"
+    )
 
 
 def weights_of(run: str | Path, kind: str = "ema") -> dict[str, Any]:

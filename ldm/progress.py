@@ -22,5 +22,6 @@ class Bar:
         rate = (done - self.start) / max(now - self.begin, 1e-9)
         minutes, seconds = divmod(round((self.total - done) / max(rate, 1e-9)), 60)
         width = 24 * done // max(self.total, 1)
-        line = f"{self.name:<12}{'━' * width}{'·' * (24 - width)} {done}/{self.total}  {note}{rate:.1f} {self.unit}/s  ETA {minutes}:{seconds:02d}"
+        bar = "━" * width + "·" * (24 - width)
+        line = f"{self.name:<12}{bar} {done}/{self.total}  {note}{rate:.1f} {self.unit}/s  ETA {minutes}:{seconds:02d}"
         print(f"\r{line}  " if self.live else line, end="\n" if not self.live or done == self.total else "", flush=True)

@@ -29,7 +29,7 @@ class Silent:
 class WandB:
     """Weights & Biases: config (flat by group choice too), curves, pictures, tables; one run a folder, taken up again on resume.
 
-    mode: online, offline, or None: online where there is a key, else offline, for W&B would ask or wait.  A W&B that fails never ends a run.
+    mode: online, offline, or None: online where there is a key, else offline, for W&B would ask or wait.  Its failures never end a run.
     """
 
     def __init__(self, project: str = "ldm", group: str | None = None, tags: Sequence[str] = (), mode: str | None = None):
@@ -48,7 +48,9 @@ class WandB:
         try:
             self.run = wandb.init(mode=mode, **options)
         except Exception as error:
-            print(f"W&B did not answer ({str(error).splitlines()[0] if str(error) else error!r}); writing offline, `wandb sync` sends it later")
+            print(
+                f"W&B did not answer ({(str(error).splitlines() or [repr(error)])[0]}); writing offline, `wandb sync` sends it later"
+            )
             try:
                 self.run = wandb.init(mode="offline", **options)
             except Exception as again:

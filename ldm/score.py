@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.times import trailing
-from ldm.metrics.distribution import Score
+from ldm.metrics.distribution import FrechetDistance, Score
 from ldm.model import LatentDiffusion
 from ldm.task import draw
 from ldm.tensors import key
@@ -22,7 +22,7 @@ from ldm.training.fit import precision_here, world
 class Protocol:
     """How a model is scored: `num` samples in batches of batch_size, seeds from `seed` on, `steps` solver steps, classes in equal parts.
 
-    guidances: the scales among which the lowest distance of guidance_num samples with seeds from guidance_seed on chooses; never the scored ones.
+    guidances: the scales among which the lowest distance of guidance_num samples with seeds from guidance_seed on decides.
     precision: of the network while it draws: auto, 32 or bf16.
     """
 
@@ -91,14 +91,15 @@ def evaluate(
     model: LatentDiffusion,
     protocol: Protocol,
     told: Told,
-    distance: Score,
-    score: Score,
+    make_score: Callable[[], Score],
     sampler: Sampler,
     guidance: Guidance,
     grid: Callable[..., Tensor] = trailing,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Choose the guidance scale by `distance`, then take every number of `score` at that scale, from other seeds."""
+    """Choose the guidance scale by the distance alone, then take every number of make_score() at that scale, from other seeds."""
+    score = make_score()
+    distance = Score(score.net, score.reference, {"fd": FrechetDistance})
     ts = grid(model.denoiser.schedule, protocol.steps)
     draws = partial(samples, model, told.batch, batch_size=protocol.batch_size, ts=ts, sampler=sampler, precision=protocol.precision)
     tried: dict[str, float] = {}

@@ -39,7 +39,13 @@ def draw(
 
 
 def txt2img(
-    model: LatentDiffusion, prompt: str | Sequence[str], num: int = 1, seed: int = 0, steps: int = 20, scale: float = 2.0, sampler: Sampler = ddim
+    model: LatentDiffusion,
+    prompt: str | Sequence[str],
+    num: int = 1,
+    seed: int = 0,
+    steps: int = 20,
+    scale: float = 2.0,
+    sampler: Sampler = ddim,
 ) -> Tensor:
     """`num` images of each prompt, (num * prompts, C, H, W) in [-1, 1], with seeds seed, seed + 1, ...; scale is the guidance scale."""
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num)]

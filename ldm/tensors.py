@@ -27,7 +27,7 @@ def key(*parts: int | str | tuple[int, int]) -> int:
 class Noise:
     """Random draws for a batch of rows, row i keyed by (seed, purpose, index[i]).
 
-    seed: of the run.  index: what a row is, once and for all: an image's seed, or (place, index): the pass over the data and the sample in it.
+    seed: of the run.  index: what a row is, once and for all: an image's seed, or (place, index): the pass over the data and the sample.
     position, total: each row's position in the global batch and that batch's size, for draws that are stratified over the batch.
     The same row gets the same numbers at any batch size, worker count or rank.  Draws are made on the CPU in float32 and then moved.
     """

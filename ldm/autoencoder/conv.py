@@ -42,7 +42,13 @@ class Encoder(nn.Module):
     """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f) with f = 2^(len(mult) - 1)."""
 
     def __init__(
-        self, channels: int = 3, z_channels: int = 4, width: int = 128, mult: Sequence[int] = (1, 2, 4, 4), blocks: int = 2, groups: int = 32
+        self,
+        channels: int = 3,
+        z_channels: int = 4,
+        width: int = 128,
+        mult: Sequence[int] = (1, 2, 4, 4),
+        blocks: int = 2,
+        groups: int = 32,
     ):
         super().__init__()
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
@@ -66,7 +72,13 @@ class Decoder(nn.Module):
     """Latent (B, z_channels, h, w) -> image (B, C, f h, f w) with f = 2^(len(mult) - 1)."""
 
     def __init__(
-        self, channels: int = 3, z_channels: int = 4, width: int = 128, mult: Sequence[int] = (1, 2, 4, 4), blocks: int = 2, groups: int = 32
+        self,
+        channels: int = 3,
+        z_channels: int = 4,
+        width: int = 128,
+        mult: Sequence[int] = (1, 2, 4, 4),
+        blocks: int = 2,
+        groups: int = 32,
     ):
         super().__init__()
         inside = mult[-1] * width

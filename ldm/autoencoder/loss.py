@@ -1,4 +1,4 @@
-"""Reconstruction losses of a first stage, all summed over an image and averaged over the batch, as kl_weight = 1e-6 presumes (LDM app. G)."""
+"""Reconstruction losses of a first stage, all summed over an image and averaged over the batch, as kl_weight = 1e-6 presumes (LDM)."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def l2(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 
 def gradient(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """Absolute error of the differences between neighbouring pixels, (B,): sharp edges without a pretrained network (Mathieu et al. 2016)."""
+    """Absolute error of the differences between neighbouring pixels, (B,): sharp edges with no pretrained network (Mathieu 2016)."""
     error = reconstruction - image
     across, down = torch.diff(error, dim=-1).abs(), torch.diff(error, dim=-2).abs()
     return across.flatten(1).sum(1) + down.flatten(1).sum(1)

@@ -28,7 +28,7 @@ class PatchEncoder(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """Latent (B, z_channels, h, w) -> image (B, C, f h, f w): the encoder's mirror, with a linear map from the latent straight to the pixels."""
+    """Latent (B, z_channels, h, w) -> image (B, C, f h, f w): the encoder's mirror, with a linear map from latent to pixels."""
 
     def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 3, groups: int = 8):
         super().__init__()

@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 class EfficientNetDistance(nn.Module):
     """Distance of unit-normalised features of EfficientNet-Lite0's five stages, averaged over places, summed over stages (LPIPS without its
-    learned weights, Zhang et al. 2018, eq. 1), times `scale` and the number of pixels, so that it stands beside a loss summed over the image.
+    learned weights, Zhang et al. 2018, eq. 1), times `scale` and the number of pixels, to stand beside a loss summed over the image.
 
-    An Error: reconstruction, image (B, 1 or 3, H, W) in [-1, 1] -> (B,).  size: the side both are resized to.  weights: a file, or None for the
-    published ones.  Raises AssetError where those are not to be had.
+    An Error: reconstruction, image (B, 1 or 3, H, W) in [-1, 1] -> (B,).  size: the side both are resized to.  weights: a file, None for
+    the published ones.  Raises AssetError where those are not to be had.
     """
 
     def __init__(self, size: int = 64, scale: float = 1.0, weights: str | None = None):

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from ldm.net.blocks import norm, zeroed
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, heads, N, d), mask (B, 1, 1, L) or None -> (B, heads, N, d)
+Attend = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None], Tensor
+]  # q, k, v (B, heads, N, d), mask (B, 1, 1, L) or None -> (B, heads, N, d)
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, d)
 
 
@@ -93,9 +95,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A feature map (B, C, H, W) read as H*W tokens by `depth` transformer blocks, added to what came in (LDM app. E.2.1)."""
 
-    def __init__(
-        self, channels: int, heads: int, context_dim: int | None = None, depth: int = 1, attend: Attend = sdpa, groups: int = 32
-    ):
+    def __init__(self, channels: int, heads: int, context_dim: int | None = None, depth: int = 1, attend: Attend = sdpa, groups: int = 32):
         super().__init__()
         self.norm = norm(channels, groups)
         self.proj_in = nn.Linear(channels, channels)

@@ -34,7 +34,13 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, out_channels: int, emb_dim: int | None = None, dropout: float = 0.0, scale_shift: bool = False, groups: int = 32
+        self,
+        channels: int,
+        out_channels: int,
+        emb_dim: int | None = None,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        groups: int = 32,
     ):
         super().__init__()
         self.scale_shift = scale_shift

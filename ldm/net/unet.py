@@ -11,7 +11,7 @@ from ldm.net.blocks import Downsample, ResBlock, Upsample, norm, sinusoid, zeroe
 
 
 class Memory(NamedTuple):
-    """What cross-attention looks up: each transformer's keys and values, in the order of the forward pass, and the tokens' mask (B, 1, 1, L)."""
+    """What cross-attention looks up: each transformer's keys and values, in the order of the forward pass, and the mask (B, 1, 1, L)."""
 
     layers: tuple[tuple[KeyValue, ...], ...]
     mask: Tensor | None
@@ -35,7 +35,8 @@ class UNet(nn.Module):
     channels, mult: width, and its factor at each level; every level halves height and width.  blocks: residual blocks a level.
     attention: the downsample factors (1, 2, 4, ...) that have a transformer; the middle has one if any level has.
     context_dim, vector_dim, concat_channels: sizes of the Condition's fields; None or 0 where the field is not used.
-    heads: attention heads, or None for as many as give head_channels each.  depth: transformer blocks at each place.  groups: of every group normalisation.
+    heads: attention heads, or None for as many as give head_channels each.  depth: transformer blocks at each place.
+    groups: of every group normalisation.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class UNet(nn.Module):
         self.vector = nn.Sequential(nn.Linear(vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)) if vector_dim else None
 
         def layer(inputs: int, width: int, attended: bool) -> Layer:
-            transformer = SpatialTransformer(width, heads or width // head_channels, context_dim, depth, attend, groups) if attended else None
+            transformer = (
+                SpatialTransformer(width, heads or width // head_channels, context_dim, depth, attend, groups) if attended else None
+            )
             return Layer(ResBlock(inputs, width, emb_dim, dropout, scale_shift, groups), transformer)
 
         self.stem = nn.Conv2d(in_channels + concat_channels, channels, 3, padding=1)

@@ -8,6 +8,7 @@ from torch import nn
 from ldm import build, durable, picture, runs
 from ldm.data.latents import batches
 from ldm.ema import PowerEMA
+from ldm.metrics.distribution import Score
 from ldm.metrics.features import to_uint8
 from ldm.metrics.paired import Reconstruction
 from ldm.stage import cache, judge
@@ -37,11 +38,11 @@ def train(
     grid_every: int,
     save_every: int,
 ) -> float:
-    """Train, average the weights, calibrate shift and scale, write weights.safetensors; returns the rFD of the test images."""
+    """Train, average the weights, calibrate shift and scale, write weights.safetensors; returns the PSNR of test images in dB."""
     folder = cache.first_stage_folder(cfg)
     if done := runs.finished(folder):
         return done["psnr"]
-    net, reference, _ = judge.load(cfg)
+    make_score, _ = judge.scorer(cfg, cfg.metrics)
     with opened(cfg, folder) as run:
         data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
         torch.manual_seed(key(seed, "weights"))
@@ -79,7 +80,10 @@ def train(
                 return 0.0
             autoencoder.eval().requires_grad_(False).to("cpu")
             autoencoder.calibrate(autoencoder.posterior(image).moments for image in batches(data))
-            metrics: dict[str, Any] = {**reconstruct(autoencoder, test, net, reference), "identity": autoencoder.identity()}
+            metrics: dict[str, Any] = {
+                **reconstruct(autoencoder, test, make_score() if make_score else None),
+                "identity": autoencoder.identity(),
+            }
             durable.write_tensors(folder / "weights.safetensors", autoencoder.state_dict())
         run.finish(metrics)
         run.say("autoencoder " + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if isinstance(value, float)))
@@ -100,9 +104,9 @@ def read(cfg: Any, folder, channels: int) -> nn.Module:
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: nn.Module, test, net: nn.Module, reference, num: int = 5000) -> dict[str, float]:
-    """PSNR, SSIM and rFD of test images from a posterior sample, as the second stage sees them."""
-    scores = Reconstruction(net, reference)
+def reconstruct(autoencoder: nn.Module, test, score: Score | None, num: int = 5000) -> dict[str, float]:
+    """PSNR, SSIM and, with a feature network, rFD of test images from a posterior sample, as the second stage sees them."""
+    scores = Reconstruction(score.net, score.reference) if score else Reconstruction()
     for start in range(0, min(num, len(test)), 500):
         rows = range(start, min(start + 500, num, len(test)))
         image = test.batch([(0, i) for i in rows])["image"]

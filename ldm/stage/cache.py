@@ -1,6 +1,5 @@
 """What is trained once and found again by its recipe: the judge and the first stage, each in a folder of the cache."""
 
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

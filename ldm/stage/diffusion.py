@@ -12,12 +12,11 @@ from ldm.data.latents import Latents, encode_all
 from ldm.ema import PowerEMA
 from ldm.fetch import cache_dir
 from ldm.load import DataCard
-from ldm.metrics.distribution import FrechetDistance, Score
 from ldm.metrics.features import to_uint8
 from ldm.score import Protocol, Told, evaluate, samples
 from ldm.stage import autoencoder as first_stage
 from ldm.stage import judge
-from ldm.stage.run import Run, opened
+from ldm.stage.run import opened
 from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
 from ldm.training.diffusion import LitDiffusion
 from ldm.training.fit import fit
@@ -37,13 +36,13 @@ def train(
     grid_every: int,
     save_every: int,
     score: Protocol,
-) -> float:
+) -> float | None:
     """Train on cached latents, average the weights, choose the guidance, draw and score; returns the metric named by cfg.optimize."""
     folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), [choices().get("data", "data"), cfg.name])
     if done := runs.finished(folder):
         print(f"this run is done: {folder}\n{summary(done)}")
-        return done[cfg.optimize]
-    net, reference, baselines = judge.load(cfg)
+        return done.get(cfg.optimize)
+    make_score, baselines = judge.scorer(cfg, cfg.metrics)
     data = build.dataset(cfg, "train")
     autoencoder, reconstruction = first_stage.load(cfg, data.channels)
     with opened(cfg, folder) as run:
@@ -73,16 +72,19 @@ def train(
         fit(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed, **build.plain(cfg.trainer))
 
         with ema.applied():
-            distance, whole = Score(net, reference, {"fd": FrechetDistance}), instantiate(cfg.metrics)(net, reference)
-            values = evaluate(model, score, told, distance, whole, sampler, guidance, grid, run.say)
+            values = evaluate(model, score, told, make_score, sampler, guidance, grid, run.say) if make_score else {"guidance": 2.0}
             if run.chief:
                 durable.write_tensors(folder / "weights.safetensors", ema.shadow, {"autoencoder": reconstruction["identity"]})
-                run.picture(steps, "samples", gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance, values["guidance"]))
+                run.picture(
+                    steps,
+                    "samples",
+                    gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance, values["guidance"]),
+                )
         beside = {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
         metrics = run.finish(values | beside | {f"first_stage/{name}": value for name, value in reconstruction.items()})
         run.say(f"\n{summary(metrics)}\n\nsamples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
                 f"next     python sample.py run={folder} prompt=\"a photo of a sneaker\" num=16")  # fmt: skip
-        return metrics[cfg.optimize]
+        return metrics.get(cfg.optimize)
 
 
 def moments(autoencoder, identity: str, data) -> torch.Tensor:
@@ -116,5 +118,7 @@ def summary(metrics: dict[str, Any]) -> str:
     for name in names:
         cells = (metrics.get(prefix + name) for prefix, _ in columns)
         lines.append(f"{name:<12}" + "".join(f"{format(value, '.4g') if isinstance(value, int | float) else '':>18}" for value in cells))
-    extra = {"guidance": metrics["guidance"], "n": metrics["n"], "seconds": metrics.get("seconds")}
+    if not names:
+        return f"not scored (metrics=none)  seconds {metrics.get('seconds')}"
+    extra = {"guidance": metrics["guidance"], "n": metrics.get("n"), "seconds": metrics.get("seconds")}
     return "\n".join([*lines, "  ".join(f"{name} {value}" for name, value in extra.items())])

@@ -1,9 +1,12 @@
 """The judge: trained once on real images, then it measures, and says what a good and a bad number are."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldm import build, durable, runs
@@ -32,7 +35,7 @@ def train(
     log_every: int,
     save_every: int,
 ) -> float:
-    """Train the judge, standardise its features over the training set, keep these as the reference, measure the baselines; returns its accuracy."""
+    """Train the judge, standardise its features over the training set, keep them as the reference, measure the baselines; returns accuracy."""
     folder = cache.judge_folder(cfg)
     if done := runs.finished(folder):
         return done["accuracy"]
@@ -60,18 +63,26 @@ def train(
         return metrics["accuracy"]
 
 
-def load(cfg: Any) -> tuple[nn.Module, Tensor, dict[str, Any]]:
-    """The judge of a config, the reference features (N, D) and its measurements of the baselines; trained now if it is not there."""
-    folder = cache.judge(cfg)
-    return *read(cfg, folder), runs.finished(folder) or {}
-
-
-def read(cfg: Any, folder: Path) -> tuple[nn.Module, Tensor]:
-    from hydra.utils import instantiate
-
+def load(cfg: Any, folder: Path) -> tuple[nn.Module, Tensor]:
+    """The judge kept in a folder and its reference features (N, D)."""
     net = instantiate(cfg.judge.net)()
     net.load_state_dict(durable.read_tensors(folder / "weights.safetensors"))
     return net.eval().requires_grad_(False), durable.read_tensors(folder / "reference.safetensors")["features"]
+
+
+def scorer(cfg: Any, metrics: Any) -> tuple[Callable[[], Score] | None, dict[str, Any]]:
+    """What makes a Score of a `metrics` node's numbers, and the baselines measured with the same network; (None, {}) for metrics=none.
+
+    The node's own network if it has one (Inception), its reference taken from the training set now; else the judge, trained now if need be.
+    """
+    if "_target_" not in metrics:
+        return None, {}
+    make = instantiate(metrics)
+    if "net" in metrics:
+        net = make.keywords["net"].eval()
+        return partial(make, reference=extract(net, batches(build.dataset(cfg)))), {}
+    folder = cache.judge(cfg)
+    return partial(make, *load(cfg, folder)), runs.finished(folder) or {}
 
 
 def baselines(net: nn.Module, reference: Tensor, data, test, num: int = 5000) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """A run in progress: its folder, and whatever is written there and to the logger."""
 
-
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from ldm.training.fit import world
 
 @dataclass
 class Run:
-    """folder: all that the run writes.  resume: the newest valid checkpoint, or None.  chief: whether this process is the one that writes."""
+    """folder: all that the run writes.  resume: the newest valid checkpoint, or None.  chief: whether this process writes."""
 
     folder: Path
     config: dict[str, Any]

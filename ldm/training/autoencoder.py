@@ -70,7 +70,12 @@ class LitAutoencoder(L.LightningModule):
             discriminator.step()
             self.untoggle_optimizer(discriminator)
             right = 0.5 * ((real > 0).to(real.dtype).mean() + (fake < 0).to(fake.dtype).mean())
-            terms |= {"discriminator": discriminator_loss, "logits_real": real.mean(), "logits_fake": fake.mean(), "discriminator_accuracy": right}
+            terms |= {
+                "discriminator": discriminator_loss,
+                "logits_real": real.mean(),
+                "logits_fake": fake.mean(),
+                "discriminator_accuracy": right,
+            }
         return {name: term.detach() for name, term in (terms | {"loss": loss}).items()}
 
     def balance(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:

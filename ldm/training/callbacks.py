@@ -40,7 +40,7 @@ class Average(L.Callback):
 
 
 class Record(L.Callback):
-    """Writes the mean of each term since the last record, over steps and ranks, every `every` steps: (step, {"train/loss": ...}) to `write`.
+    """Writes the mean of each term since the last record, over steps and ranks, every `every` steps: write(step, {"train/loss": ...}).
 
     Raises FloatingPointError, with the last checkpoint intact, when the loss is no longer finite.
     """
