@@ -72,7 +72,7 @@ def cfg_channels(denoiser: Denoiser, cond: Condition, uncond: Condition | None, 
 def autoguidance(
     denoiser: Denoiser, cond: Condition, uncond: Condition | None, weak: Denoiser | None = None, scale: float = 1.0
 ) -> Denoise:
-    """weak + scale (denoiser - weak), weak being smaller or less trained (Karras et al. 2024, eq. 3); uncond is not used.
+    """weak + scale (denoiser - weak), weak being smaller or less trained (Karras et al. 2024a); uncond is not used.
 
     Raises ValueError if there is no weak Denoiser.
     """

@@ -48,7 +48,7 @@ def offset(noise: Noise, x0: Tensor, strength: float = 0.1) -> Tensor:
 
 
 class Objective(nn.Module):
-    """The denoising loss E_t,eps [w error(out, a x0 + b eps)] (Ho et al. 2020, algorithm 1 and eq. 14; Kingma & Gao 2023, eq. 5).
+    """The denoising loss E_t,eps [w error(out, a x0 + b eps)] (Ho et al. 2020, algorithm 1 and eq. 14; Kingma & Gao 2023, section 2).
 
     times: (noise, x0, schedule) -> t (B,).  weighting: weight on the error of x0.  error: (out, wanted) -> elementwise error.
     draw_eps: (noise, x0) -> eps.  vlb: what the bound in bits per dimension is added with, 0.001 for a learned variance (Nichol & Dhariwal
@@ -130,7 +130,7 @@ def bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Deno
 
 
 class LogVariance(nn.Module):
-    """An objective's loss balanced over t by a learned log-variance u: loss / e^u + u (Rombach et al. 2022, their code; EDM2, eq. 22).
+    """An objective's loss balanced over t by a learned log-variance u: loss / e^u + u (Rombach et al. 2022, their code; EDM2).
 
     T: number of bins of t, one u each.
     """

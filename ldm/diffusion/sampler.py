@@ -140,7 +140,7 @@ def plms(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
 
 
 def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, eta: float = 0.0) -> Tensor:
-    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2); eta = 1 is its SDE (their eq. 18, two-step).
+    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2); eta = 1 is the same step of the SDE (their SDE-DPM-Solver++ 2M).
 
     Data prediction; the first step, and one to s = 0, are of first order.
     """
@@ -163,7 +163,7 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise:
 
 
 def unipc(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-    """UniPC-2 with B(h) = e^h - 1, data prediction (Zhao et al. 2023, algorithms 7-8 and eq. 9); N evaluations.
+    """UniPC-2 with B(h) = e^h - 1, data prediction (Zhao et al. 2023, algorithms 1-2, "bh2"); N evaluations.
 
     Each step is predicted (UniP), then, once x0 is known at its end, made again (UniC). The first, and one to s = 0, are of
     first order.
@@ -197,7 +197,7 @@ def _unic(base: Tensor, scale: Tensor, known: Tensor, rho: Tensor, x0: Tensor, x
 
 
 def interpolant_sde(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, strength: float = 1.0) -> Tensor:
-    """Euler-Maruyama on the reverse SDE of a stochastic interpolant, w = strength sigma (Ma et al. 2024 (SiT), eq. 4 and section 3.4).
+    """Euler-Maruyama on the reverse SDE of a stochastic interpolant, w = strength sigma (Ma et al. 2024 (SiT), section 3).
 
     Time is measured in sigma, which on a flow is its own. The step to s = 0 has neither score nor noise.
     """

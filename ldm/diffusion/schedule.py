@@ -73,7 +73,7 @@ class Table:
         # t T, where a t that rounding alone separates from an entry is that entry: float32 (i + 1) / T gives net_time i exactly.
         x = t * self.T
         nearest = x.round()
-        return torch.where((x - nearest).abs() <= 2 * torch.finfo(t.dtype).eps * self.T, nearest, x)
+        return torch.where((x - nearest).abs() <= torch.finfo(t.dtype).eps * self.T, nearest, x)
 
     def _squares(self, t: Tensor) -> tuple[Tensor, Tensor]:
         signal, noise = self._on(t.device, t.dtype)
@@ -129,7 +129,7 @@ def sigmoid_beta(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 
 
 def sqrt(T: int = 1000, s: float = 1e-4) -> Table:
-    """Li et al. 2022 (Diffusion-LM), section 4.2: alpha_bar = 1 - sqrt(t + s), relative to t = 0."""
+    """Li et al. 2022 (Diffusion-LM), appendix A: alpha_bar = 1 - sqrt(t + s), relative to t = 0."""
     return from_alpha_bar(lambda t: 1 - (t + s).sqrt(), T)
 
 
@@ -140,14 +140,14 @@ def zero_terminal_snr(schedule: Table) -> Table:
 
 
 def shifted(schedule: Table, shift: float) -> Table:
-    """The Table with sigma / alpha multiplied by shift, for data of `shift` times the resolution (Hoogeboom et al. 2023, eq. 5)."""
+    """The Table with sigma / alpha multiplied by shift, for data of `shift` times the resolution (Hoogeboom et al. 2023, section 3.1)."""
     bar = schedule.alpha_bar.double()
     return Table(bar / (bar + shift**2 * (1 - bar)))
 
 
 @dataclass(frozen=True)
 class VP:
-    """The continuous variance-preserving SDE with beta(t) from beta_min to beta_max (Song et al. 2021b, eq. 32-33); network sees 999 t."""
+    """The continuous variance-preserving SDE with beta(t) from beta_min to beta_max (Song et al. 2021b, appendix C); network sees 999 t."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -172,7 +172,7 @@ class VP:
 
 @dataclass(frozen=True)
 class GVP:
-    """The trigonometric path alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Ma et al. 2024 (SiT), table 1); the network sees 1000 t."""
+    """The trigonometric path alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Ma et al. 2024 (SiT), "GVP"); the network sees 1000 t."""
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)  # sin, not cos: exactly 0 at t = 1

@@ -46,7 +46,7 @@ def independent(noise: Noise, x0: Tensor, schedule: Schedule, density: Density) 
 
 
 def stratified(noise: Noise, x0: Tensor, schedule: Schedule, density: Density) -> Tensor:
-    """One t (B,) float32 a row, one row of the global batch in each of its equal strata (in the spirit of Kingma et al. 2021, I.1).
+    """One t (B,) float32 a row, one row of the global batch in each of its equal strata (cf. Kingma et al. 2021, appendix I.1).
 
     The stratum is the row's position in the global batch; without one, its position in x0.
     """
@@ -63,7 +63,7 @@ def trailing(schedule: Schedule, n: int) -> Tensor:
 
 
 def leading(schedule: Schedule, n: int, offset: int = 0) -> Tensor:
-    """n steps on entries i = 0, k, 2k, ... (k = T // n) + offset, then to 0 (Song et al. 2021, appendix D.3): (n + 1,) float64."""
+    """n steps on entries i = 0, k, 2k, ... (k = T // n) + offset, then to 0 (Song et al. 2021a, appendix D.2, linear): (n + 1,) float64."""
     T = entries(schedule, n)
     return _grid((torch.arange(n - 1, -1, -1, dtype=torch.float64) * (T // n) + offset + 1) / T)
 

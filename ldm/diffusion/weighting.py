@@ -40,12 +40,12 @@ def flow(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
 
 
 def min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) (Hang et al. 2023, eq. 8)."""
+    """min(SNR, gamma) (Hang et al. 2023, section 3.4)."""
     return ((alpha / sigma) ** 2).clamp(max=gamma)
 
 
 def soft_min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> Tensor:
-    """SNR gamma / (SNR + gamma), Min-SNR without the kink (Crowson et al. 2024 (HDiT), eq. 6, which has gamma = 4)."""
+    """SNR gamma / (SNR + gamma), Min-SNR without the kink (Crowson et al. 2024 (HDiT), where gamma is 4)."""
     snr = (alpha / sigma) ** 2
     return snr * gamma / (snr + gamma)
 
@@ -62,7 +62,7 @@ def edm(alpha: Tensor, sigma: Tensor, row: Row, sigma_data: float = 0.5) -> Tens
 
 
 def vlb(alpha: Tensor, sigma: Tensor, row: Row, schedule: Schedule, T: int = 1000) -> Tensor:
-    """T / 2 (SNR(t - 1/T) - SNR(t)): the diffusion loss of T steps, t uniform (Kingma et al. 2021, eq. 14; Ho et al. 2020, eq. 12).
+    """T / 2 (SNR(t - 1/T) - SNR(t)): the diffusion loss of T steps, t uniform (Kingma et al. 2021, section 4.1; Ho et al. 2020, eq. 12).
 
     t = 1/T, whose own term is the decoder's, weighs what 2/T weighs.
     """

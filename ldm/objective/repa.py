@@ -11,7 +11,7 @@ from ldm.tensors import Noise, mean_per_sample
 
 
 class REPA(nn.Module):
-    """loss - weight * mean cosine similarity of projected hidden features with the encoder's (Yu et al. 2025, eq. 7-8).
+    """loss - weight * mean cosine similarity of projected hidden features with the encoder's (Yu et al. 2025, section 3).
 
     objective: any objective.  encoder: a module whose features(image) lists maps (B, F_k, h_k, w_k); `stage` says which; it is frozen.
     layer: a submodule of the denoiser's net, by name, that returns (B, channels, h, w), or tokens (B, h * w, channels) of a square map.

@@ -14,7 +14,7 @@ from ldm.tensors import Noise
 
 ORDERED = {"linear": schedule.linear(), "vp": schedule.VP(), "cosine": schedule.cosine(), "flow": schedule.Flow(), "edm": schedule.EDM()}
 SPAN = {"edm": (0.5, 0.001)}  # t from and to; (0.9, 0.1) otherwise
-# UniPC-p is of order p + 1 (Zhao et al. 2023, theorem 3.1): its predictor's 2, and one more by the corrector.
+# UniPC-p is of order p + 1 (Zhao et al. 2023, section 3): its predictor's 2, and one more by the corrector.
 ORDER = {
     "ddim": (sampler.ddim, 1),
     "euler": (sampler.euler, 1),

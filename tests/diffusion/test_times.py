@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def test_log_normal_is_truncated_to_the_schedule(sched):
     t = times.log_normal(U.double(), sched, mean=-1.2, std=1.2)
     assert (t > 0).all()
     assert (t <= 1).all()
+    assert (t.diff() >= 0).all()
     log_sigma = -sched.log_snr(t) / 2
     top = float(-sched.log_snr(f64(1.0)) / 2)
     inside = torch.distributions.Normal(-1.2, 1.2)
@@ -44,6 +46,7 @@ def test_log_normal_is_truncated_to_the_schedule(sched):
 def test_logit_normal():
     t = times.logit_normal(U.double(), TABLE, mean=0.3, std=0.8)
     logit = t.logit()
+    assert (t.diff() > 0).all()
     assert logit.mean() == pytest.approx(0.3, abs=1e-3)
     assert logit.std() == pytest.approx(0.8, abs=1e-3)
     shifted = times.logit_normal(U.double(), TABLE, mean=0.3, std=0.8, shift=3.0)
@@ -71,6 +74,12 @@ def test_stratified_has_one_draw_a_stratum_over_all_ranks():
     alone = times.stratified(Noise(0, range(8)), torch.zeros(8, 3), TABLE, times.uniform)
     assert torch.equal(alone.sort().values, t.sort().values)
     assert len((alone * 8).frac().unique()) == 8
+
+
+def test_stratified_never_gives_0():
+    """(7 + u) / 8 with the largest u below 1 rounds to 1."""
+    highest = SimpleNamespace(uniform=lambda purpose, x: torch.full_like(x, 1 - 2**-24), position=[7], total=8)
+    assert times.stratified(highest, torch.zeros(1, 3), TABLE, times.uniform) == 2**-24
 
 
 @pytest.mark.parametrize("n", [1, 7, 10, 50, 1000])
