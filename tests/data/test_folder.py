@@ -1,0 +1,286 @@
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ldm.data import folder
+from ldm.data.folder import Folder, lines_beside, shares, square, words
+from ldm.errors import UserError
+from ldm.load import DataCard
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+
+
+def paint(path: Path, colour=RED, size=(20, 20), mode="RGB", **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+    return path
+
+
+def level(image) -> list[float]:
+    return image.double().mean((1, 2)).tolist()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Forty readable images of two classes."""
+    root = tmp_path / "pictures"
+    for i in range(20):
+        paint(root / "golden_retriever" / f"{i:03d}.png", (200, 10 * i, 0))
+        paint(root / "sports-car" / f"{i:03d}.jpg", (0, 10 * i, 200))
+    return root
+
+
+def test_class_subfolders(pictures):
+    data = Folder(pictures, size=16, held_out=0)
+    assert data.images.shape == (40, 3, 16, 16)
+    assert data.classes == ["golden_retriever", "sports-car"]
+    assert data.labels.tolist() == [0] * 20 + [1] * 20
+    assert {data.caption(p, 0) for p in range(50)} == {"golden retriever", "a photo of golden retriever", "a picture of golden retriever"}
+    assert data.captions[1][0] == "sports car"
+    batch = data.batch([(0, 0), (3, 39)])
+    assert batch["image"].shape == (2, 3, 16, 16)
+    assert batch["image"][0, 0].mean().item() == pytest.approx(200 / 127.5 - 1)
+    assert DataCard.of(data).channels == 3
+
+
+def test_captions_of_classes_from_a_file(pictures, tmp_path):
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps({"sports-car": ["a fast car"], "golden_retriever": ["a dog"], "more": ["x"]}))
+    data = Folder(pictures, captions=file, held_out=0)
+    assert data.captions == [["a dog"], ["a fast car"]]
+    assert (data.caption(0, 0), data.caption(0, 39)) == ("a dog", "a fast car")
+    file.write_text(json.dumps({"sports-car": ["a fast car"]}))
+    with pytest.raises(UserError, match=r"nothing on golden_retriever"):
+        Folder(pictures, captions=file)
+    file.write_text("[]")
+    with pytest.raises(UserError, match="expected a JSON object"):
+        Folder(pictures, captions=file)
+
+
+def test_captions_beside_the_images(tmp_path, capsys):
+    root = tmp_path / "pictures"
+    for name in ("a", "b", "sub/c", "red_car-2 (copy)", "IMG_1234"):
+        paint(root / f"{name}.png")
+    (root / "a.txt").write_bytes("\ufeffun café, l'été\r\n\r\nat  night\n".encode())
+    (root / "b.json").write_text(json.dumps({"caption": ["one", "two"], "other": 3}))
+    (root / "sub" / "c.json").write_text("{broken")
+    data = Folder(root, held_out=0)
+    told = [{data.caption(place, i) for place in range(40)} for i in range(5)]
+    assert told == [{""}, {"un café, l'été", "at night"}, {"one", "two"}, {"red car"}, {"c"}]
+    assert data.classes == ["image"]
+    assert data.captions == [["un café, l'été", "at night", "one", "two", "red car", "c"]]
+    assert [data.caption(p, 2) for p in range(9)] == [Folder(root, held_out=0).caption(p, 2) for p in range(9)]
+    assert "5 images, captions beside them, 1 without caption: IMG_1234.png, 0 held out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="captions to classes"):
+        Folder(root, captions=tmp_path / "captions.json")
+
+
+def test_file_names_as_captions_and_their_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SHOWN", 4)
+    for name in "abcdefghij":
+        paint(tmp_path / "pictures" / f"{name}.png")
+    data = Folder(tmp_path / "pictures", held_out=0)
+    assert data.captions == [["a", "d", "g", "j"]]
+    assert [data.caption(0, i) for i in range(10)] == list("abcdefghij")
+
+
+def test_the_words_of_a_name():
+    said = {"cat12": "cat", "DSC01234": "", "a3f9bc": "", "Screenshot 2024-01-02": "", "a red_über-car": "a red über car", "123": ""}
+    assert {name: words(name) for name in said} == said
+    assert lines_beside(Path("/nowhere/x.png")) == []
+
+
+def test_order_and_fingerprint_do_not_depend_on_the_disk(pictures, tmp_path):
+    for path in sorted(pictures.rglob("*.*"), reverse=True):
+        target = tmp_path / "again" / path.relative_to(pictures)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    first, second = Folder(pictures), Folder(tmp_path / "again")
+    assert torch.equal(first.images, second.images)
+    assert first.fingerprint == second.fingerprint != Folder(pictures, size=32).fingerprint
+
+
+def test_images_added_later_move_no_other(pictures):
+    names = [f"{i:05d}.png" for i in range(4000)]
+    held, rows = shares(names, 0.05)["test"]
+    assert held == len(rows)
+    assert 150 < held < 250
+    more = sorted([*names, *(f"{i:05d}b.png" for i in range(500))])
+    assert {more[i] for i in shares(more, 0.05)["test"][1]} & set(names) == {names[i] for i in rows}
+    train, test = Folder(pictures, held_out=0.2), Folder(pictures, "test", held_out=0.2)
+    assert len(train) + len(test) == 40
+    assert min(len(train), len(test)) > 0
+    both = torch.cat([train.images, test.images]).flatten(1)
+    assert len(both.unique(dim=0)) == len(Folder(pictures, held_out=0).images.flatten(1).unique(dim=0))
+
+
+def test_too_few_to_hold_any_out(tmp_path):
+    paint(tmp_path / "pictures" / "one.png")
+    assert [len(Folder(tmp_path / "pictures", split)) for split in ("train", "test")] == [1, 1]
+
+
+def test_the_middle_of_the_longer_side(tmp_path):
+    image = Image.new("RGB", (90, 30), GREEN)
+    image.paste(RED, (0, 0, 30, 30))
+    image.paste(BLUE, (60, 0, 90, 30))
+    image.save(tmp_path / "wide.png")
+    image.rotate(90, expand=True).save(tmp_path / "tall.png")
+    for name in ("wide.png", "tall.png"):
+        pixels, shorter = square(tmp_path / name, 10, 3)
+        assert level(pixels) == [0, 255, 0]
+        assert (shorter, pixels.dtype) == (30, torch.uint8)
+
+
+def test_turned_as_exif_says(tmp_path):
+    image = Image.new("RGB", (40, 40), BLUE)
+    image.paste(RED, (0, 0, 20, 40))  # red on the left; orientation 6 turns it clockwise: red on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.jpg", exif=exif, quality=95)
+    pixels, _ = square(tmp_path / "x.jpg", 8, 3)
+    assert pixels[0, :3].min() > 200
+    assert pixels[0, 5:].max() < 55
+
+
+def test_transparency_is_white(tmp_path):
+    Image.new("RGBA", (8, 8), (*RED, 0)).save(tmp_path / "a.png")
+    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "b.png")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "c.png", transparency=1)
+    palette.save(tmp_path / "d.gif", transparency=1)
+    for name in ("a.png", "b.png", "c.png", "d.gif"):
+        assert level(square(tmp_path / name, 8, 3)[0]) == [255, 255, 255], name
+    Image.new("RGBA", (8, 8), (0, 0, 0, 128)).save(tmp_path / "half.png")
+    assert level(square(tmp_path / "half.png", 8, 1)[0]) == [pytest.approx(127, abs=1)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "P", "L", "1", "YCbCr"])
+def test_other_kinds_of_colour(tmp_path, mode):
+    name = "x.tif" if mode in ("CMYK", "YCbCr") else "x.png"
+    white = mode in ("L", "1")
+    paint(tmp_path / name, (255, 255, 255) if white else RED, mode=mode)
+    assert level(square(tmp_path / name, 8, 3)[0]) == pytest.approx([255] * 3 if white else [255, 0, 0], abs=2)
+
+
+def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "x.png")
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.int32)).save(tmp_path / "y.tif")
+    assert level(square(tmp_path / "x.png", 8, 1)[0]) == [128]
+    assert level(square(tmp_path / "y.tif", 8, 3)[0]) == [128] * 3
+    for name, kind in (("f.tif", np.float32), ("i.tif", np.int32)):
+        Image.fromarray(np.full((8, 8), 70000, dtype=kind)).save(tmp_path / name)
+        with pytest.raises(ValueError, match="8 or 16 bits"):
+            square(tmp_path / name, 8, 1)
+
+
+def test_a_large_jpeg_is_the_same_picture(tmp_path):
+    ramp = np.linspace(0, 255, 1000).round().astype(np.uint8)
+    Image.fromarray(np.repeat(np.tile(ramp, (700, 1))[..., None], 3, 2)).save(tmp_path / "x.jpg", quality=95)
+    pixels, _ = square(tmp_path / "x.jpg", 16, 1)
+    centres = 150 + 700 * (np.arange(16) + 0.5) / 16
+    assert pixels[0].double().mean(0).numpy() == pytest.approx(centres / 999 * 255, abs=2)
+
+
+def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch, capsys):
+    whole = (pictures / "sports-car" / "000.jpg").read_bytes()
+    bad = pictures / "sports-car"
+    paint(bad / "noise.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    (bad / "empty.png").touch()
+    (bad / "page.jpg").write_text("<html>")
+    (bad / "gone.webp").symlink_to(pictures / "nowhere.webp")
+    (bad / "._000.jpg").write_bytes(whole)
+    (bad / "Thumbs.db").write_bytes(b"x")
+    paint(pictures / ".hidden" / "x.png")
+    paint(bad / "giant.png", size=(300, 300))
+    monkeypatch.setattr(folder, "MAX_PIXELS", 300 * 300 - 1)
+    data = Folder(pictures, size=32, held_out=0)
+    assert len(data) == 40
+    out = capsys.readouterr().out
+    assert "40 images, 2 classes, 0 held out, 40 smaller than 32 px and enlarged: golden_retriever/000.png, " in out
+    assert "5 unreadable: sports-car/empty.png, sports-car/giant.png, sports-car/gone.webp, ... (cannot identify image file)" in out
+    assert Folder(pictures, size=32, held_out=0).summary == data.summary  # from the cache
+
+
+def test_links_are_followed_once(pictures):
+    (pictures / "golden_retriever" / "back").symlink_to(pictures)
+    (pictures.parent / "linked").symlink_to(pictures)
+    assert len(Folder(pictures.parent / "linked", held_out=0)) == 40
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are Unicode there")
+def test_names_of_any_bytes(tmp_path):
+    paint(tmp_path / "pictures" / os.fsdecode(b"caf\xe9 noir") / os.fsdecode(b"\xe9.png"))
+    data = Folder(tmp_path / "pictures", held_out=0)
+    assert data.classes == ["caf\ufffd noir"]
+    json.dumps(data.captions).encode()
+
+
+def test_the_second_start_decodes_nothing(pictures, tmp_path, monkeypatch):
+    first = Folder(pictures)
+    calls = Counter()
+    monkeypatch.setattr(folder, "square", lambda *args: (calls.update(["read"]), square(*args))[1])
+    assert torch.equal(Folder(pictures).images, first.images)
+    assert Folder(pictures, "test", seed=3, flip=False, held_out=0.5)
+    assert not calls
+    paint(pictures / "golden_retriever" / "000.png", BLUE)
+    assert not torch.equal(Folder(pictures).images, first.images)
+    assert calls["read"] == 40
+    for path in (tmp_path / "cache" / "folders").glob("*.safetensors"):
+        path.write_bytes(b"cut")
+    Folder(pictures)
+    assert calls["read"] == 80
+
+
+def test_one_rank_speaks(pictures, monkeypatch, capsys):
+    Folder(pictures)
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")
+    Folder(pictures)
+    Folder(pictures, "test")
+    assert capsys.readouterr().out == ""
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "empty" / "sub").mkdir(parents=True)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "x.pdf").touch()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_text("no")
+    expected = {"nowhere": "no such folder", "text/x.pdf": "a file", "empty": "among 0 files", "text": "among 1 files", "bad": "none of 1"}
+    for name, said in expected.items():
+        with pytest.raises(UserError, match=said) as error:
+            Folder(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+        assert "\n" not in str(error.value)
+        if name != "bad":
+            assert "x.jpg, x.txt" in str(error.value)
+    paint(tmp_path / "good" / "x.png")
+    for option in ({"split": "val"}, {"channels": 4}, {"size": 2}, {"held_out": 1.0}):
+        with pytest.raises(UserError, match=next(iter(option))):
+            Folder(tmp_path / "good", **option)
+    with pytest.raises(UserError, match="GiB of memory"):
+        Folder(tmp_path / "good", size=10_000_000)
+    assert not list(tmp_path.glob("cache/folders/*.safetensors"))
+
+
+def test_the_option_names_every_default():
+    import inspect
+
+    option = yaml.safe_load((Path(folder.__file__).parents[2] / "conf" / "data" / "folder.yaml").read_text())
+    parameters = inspect.signature(Folder).parameters
+    assert option.pop("_target_") == "ldm.data.folder.Folder"
+    assert option.pop("path") == "???"
+    assert option == {name: one.default for name, one in parameters.items() if name != "path"}
