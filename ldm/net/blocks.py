@@ -15,7 +15,7 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 def norm(channels: int, groups: int = 32) -> nn.GroupNorm:
-    """Group normalisation with `groups` groups, or the largest divisor of `channels` below that."""
+    """Group normalisation with `groups` groups, or their largest common divisor with `channels`."""
     return nn.GroupNorm(math.gcd(channels, groups), channels, eps=1e-5)
 
 

@@ -70,7 +70,7 @@ class UNet(nn.Module):
             return Layer(ResBlock(inputs, width, emb_dim, dropout, scale_shift, groups), transformer)
 
         self.stem = nn.Conv2d(in_channels + concat_channels, channels, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()
         width, skips = channels, [channels]
         for level, factor in enumerate(mult):
             stage = nn.ModuleList()
@@ -86,6 +86,7 @@ class UNet(nn.Module):
         self.middle1 = layer(width, width, bool(attention))
         self.middle2 = layer(width, width, False)
 
+        self.up = nn.ModuleList()  # after the middle: `memory` goes through the modules in the order of the forward pass
         for level, factor in reversed(list(enumerate(mult))):
             stage = nn.ModuleList()
             for _ in range(blocks + 1):

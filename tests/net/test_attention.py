@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from ldm.net.attention import CrossAttention, FeedForward, SelfAttention, SpatialTransformer, TransformerBlock, sdpa, softmax
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_softmax_attention_equals_the_fused_kernel(masked):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64) for n in (5, 7, 7))
+    mask = None
+    if masked:
+        mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+        mask[0, ..., 4:] = False
+        mask[1, ..., 1:] = False
+    torch.testing.assert_close(softmax(q, k, v, mask), sdpa(q, k, v, mask), rtol=1e-6, atol=1e-6)
+    if masked:  # one token left: its value, whatever the query
+        torch.testing.assert_close(softmax(q, k, v, mask)[1], v[1, :, :1].expand(3, 5, 8), rtol=1e-6, atol=1e-6)
+
+
+def test_softmax_attention_has_the_fused_kernels_gradients():
+    g = torch.Generator().manual_seed(1)
+    grads = []
+    for attend in (sdpa, softmax):
+        q, k, v = (torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(s), requires_grad=True) for s in range(3))
+        (attend(q, k, v) * torch.randn(1, 2, 4, 8, generator=g.manual_seed(9))).sum().backward()
+        grads.append([x.grad for x in (q, k, v)])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_self_attention_is_blind_to_the_order_of_tokens():
+    layer = SelfAttention(8, heads=2)
+    x = torch.randn(2, 5, 8)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order])
+
+
+def test_cross_attention_ignores_masked_tokens():
+    layer = CrossAttention(8, 6, heads=2)
+    x, context = torch.randn(2, 4, 8), torch.randn(2, 5, 6)
+    mask = torch.tensor([True, True, True, False, False])[None, None, None].expand(2, 1, 1, 5)
+    other = context.clone()
+    other[:, 3:] = 100.0
+    torch.testing.assert_close(layer(x, layer.memory(context), mask), layer(x, layer.memory(other), mask))
+    torch.testing.assert_close(layer(x, layer.memory(context), mask), layer(x, layer.memory(context[:, :3]), None))
+
+
+def test_memory_holds_heads_of_keys_and_values():
+    k, v = CrossAttention(8, 6, heads=2).memory(torch.randn(3, 5, 6))
+    assert k.shape == v.shape == (3, 2, 5, 4)
+
+
+def test_feed_forward_is_geglu():
+    layer = FeedForward(4, mult=2)
+    x = torch.randn(3, 4)
+    h, gate = layer.up(x)[:, :8], layer.up(x)[:, 8:]
+    torch.testing.assert_close(layer(x), layer.down(h * torch.nn.functional.gelu(gate)))
+
+
+def test_block_without_context_has_no_cross_attention():
+    block = TransformerBlock(8, 2)
+    assert block.cross_attention is None
+    assert block(torch.randn(2, 4, 8)).shape == (2, 4, 8)
+
+
+@pytest.mark.parametrize("attend", [sdpa, softmax])
+def test_spatial_transformer_begins_as_nothing_and_then_hears(attend):
+    torch.manual_seed(0)
+    layer = SpatialTransformer(8, heads=2, context_dim=6, depth=2, attend=attend, groups=4)
+    x, a, b = torch.randn(2, 8, 3, 5), torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    assert torch.equal(layer(x, layer.memory(a)), x)
+    torch.nn.init.normal_(layer.proj_out.weight)
+    assert layer(x, layer.memory(a)).shape == x.shape
+    assert (layer(x, layer.memory(a)) - layer(x, layer.memory(b))).abs().max() > 0.01
+
+
+def test_spatial_transformer_keeps_places():
+    torch.manual_seed(0)
+    layer = SpatialTransformer(8, heads=2, groups=4)
+    torch.nn.init.normal_(layer.proj_out.weight)
+    x = torch.randn(1, 8, 3, 5)
+    torch.testing.assert_close(layer(x.transpose(2, 3)), layer(x).transpose(2, 3), rtol=1e-4, atol=1e-5)

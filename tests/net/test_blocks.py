@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+
+from ldm.net.blocks import Downsample, ResBlock, Upsample, norm, sinusoid, zeroed
+
+
+def test_sinusoid_is_cosines_then_sines_of_falling_rates():
+    t = torch.tensor([0.0, 1.0, 250.0])
+    emb = sinusoid(t, 8)
+    assert emb.shape == (3, 8)
+    torch.testing.assert_close(emb[0], torch.tensor([1.0] * 4 + [0.0] * 4))
+    rates = [10_000 ** (-k / 4) for k in range(4)]
+    torch.testing.assert_close(emb[1], torch.tensor([math.cos(r) for r in rates] + [math.sin(r) for r in rates]))
+    torch.testing.assert_close(emb[2, 4], torch.tensor(math.sin(250.0)))
+
+
+@pytest.mark.parametrize(("channels", "groups", "expected"), [(64, 32, 32), (48, 32, 16), (16, 8, 8), (6, 4, 2), (7, 8, 1)])
+def test_norm_takes_the_groups_that_fit(channels, groups, expected):
+    assert norm(channels, groups).num_groups == expected
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("out_channels", [8, 16])
+def test_res_block_begins_as_its_skip(out_channels, scale_shift):
+    block = ResBlock(8, out_channels, emb_dim=12, scale_shift=scale_shift, groups=4)
+    x, emb = torch.randn(2, 8, 6, 6), torch.randn(2, 12)
+    torch.testing.assert_close(block(x, emb), block.skip(x), rtol=0, atol=0)
+    assert block(x, emb).shape == (2, out_channels, 6, 6)
+    if out_channels == 8:
+        assert torch.equal(block(x, emb), x)
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_res_block_hears_the_embedding(scale_shift):
+    torch.manual_seed(0)
+    block = ResBlock(8, 8, emb_dim=12, scale_shift=scale_shift, groups=4)
+    torch.nn.init.normal_(block.conv2.weight)
+    x, emb = torch.randn(2, 8, 6, 6), torch.randn(2, 12)
+    assert (block(x, emb) - block(x, -emb)).abs().max() > 0.1
+    assert (block(x, emb) - block(x)).abs().max() > 0.1
+
+
+def test_scale_shift_is_scale_then_shift_of_the_normalised():
+    torch.manual_seed(0)
+    block = ResBlock(4, 4, emb_dim=6, scale_shift=True, groups=2)
+    torch.nn.init.normal_(block.conv2.weight)
+    x, emb = torch.randn(2, 4, 5, 5), torch.randn(2, 6)
+    silu = torch.nn.functional.silu
+    told = block.emb(silu(emb))
+    h = block.norm2(block.conv1(silu(block.norm1(x)))) * (1 + told[:, :4, None, None]) + told[:, 4:, None, None]
+    torch.testing.assert_close(block(x, emb), x + block.conv2(silu(h)))
+
+
+def test_down_and_up_are_each_others_size():
+    x = torch.randn(1, 4, 8, 6)
+    assert Downsample(4)(x).shape == (1, 4, 4, 3)
+    assert Upsample(4)(Downsample(4)(x)).shape == x.shape
+
+
+def test_upsample_repeats_pixels_before_it_convolves():
+    up = Upsample(1)
+    with torch.no_grad():
+        up.conv.weight.zero_()
+        up.conv.weight[0, 0, 1, 1] = 1.0
+        up.conv.bias.zero_()
+    x = torch.arange(4.0).reshape(1, 1, 2, 2)
+    assert torch.equal(up(x)[0, 0], x[0, 0].repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_zeroed_is_nothing():
+    layer = zeroed(torch.nn.Linear(3, 2))
+    assert torch.equal(layer(torch.randn(4, 3)), torch.zeros(4, 2))

@@ -1,0 +1,164 @@
+import pytest
+import torch
+
+from ldm.condition import Condition
+from ldm.net.attention import SpatialTransformer, softmax
+from ldm.net.blocks import Downsample, Upsample
+from ldm.net.unet import Layer, UNet
+
+
+def lively(net: UNet, seed: int = 0) -> UNet:
+    """The net with every parameter drawn at random, the zero-initialised ones too."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
+    return net.eval()
+
+
+def told(b: int = 2, length: int = 4, mask: torch.Tensor | None = None, **other) -> Condition:
+    return Condition(context=torch.randn(b, length, 6, generator=torch.Generator().manual_seed(5)), mask=mask, **other)
+
+
+SHAPES = {
+    "plain": dict(mult=(1, 2), blocks=1, attention=(2,)),
+    "deep": dict(mult=(1, 2, 2), blocks=2, attention=(1, 4)),
+    "flat": dict(mult=(1,), blocks=1, attention=(1,)),
+    "no attention": dict(mult=(1, 2), blocks=1, attention=()),
+    "heads": dict(mult=(1, 2), blocks=1, attention=(2,), heads=4, depth=2, scale_shift=True, attend=softmax),
+}
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
+def test_answers_in_its_shape_and_begins_as_nothing(options):
+    net = UNet(3, 5, channels=8, context_dim=6, head_channels=8, groups=4, **options)
+    x, t = torch.randn(2, 3, 8, 12), torch.tensor([1.0, 500.0])
+    assert torch.equal(net(x, t, told()), torch.zeros(2, 5, 8, 12))
+    assert lively(net)(x, t, told()).std() > 0.01
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
+def test_embedding_and_memory_computed_before_give_the_plain_call(options):
+    net = lively(UNet(3, 3, channels=8, context_dim=6, vector_dim=5, head_channels=8, groups=4, **options))
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    cond = told(mask=mask, vector=torch.randn(2, 5))
+    plain = net(x, t, cond)
+    assert torch.equal(plain, net(x, t, cond, emb=net.embed(t, cond), memory=net.memory(cond)))
+    assert torch.equal(plain, net(x, t, Condition(), emb=net.embed(t, cond), memory=net.memory(cond)))
+
+
+def test_every_thing_told_is_heard():
+    net = lively(UNet(3, 3, channels=8, context_dim=6, vector_dim=5, concat_channels=2, head_channels=8, groups=4, blocks=1))
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0])
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    cond = told(mask=mask, vector=torch.randn(2, 5), concat=torch.randn(2, 2, 8, 8))
+    before = net(x, t, cond)
+    half = torch.tensor([True, True, False, False]).expand(2, 4)
+    changes = {
+        "context": Condition(cond.context + 1, mask, cond.vector, cond.concat),
+        "mask": Condition(cond.context, half, cond.vector, cond.concat),
+        "vector": Condition(cond.context, mask, cond.vector + 1, cond.concat),
+        "concat": Condition(cond.context, mask, cond.vector, cond.concat + 1),
+    }
+    for name, other in changes.items():
+        assert (net(x, t, other) - before).abs().max() > 1e-3, name
+    assert (net(x, t + 100, cond) - before).abs().max() > 1e-3
+
+
+def test_masked_tokens_and_padding_say_nothing():
+    net = lively(UNet(3, 3, channels=8, context_dim=6, head_channels=8, groups=4, blocks=1))
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0])
+    short = told(length=2)
+    padded = Condition(torch.cat([short.context, torch.full((2, 3, 6), 7.0)], 1), torch.arange(5).expand(2, 5) < 2)
+    torch.testing.assert_close(net(x, t, short), net(x, t, padded), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_do_not_see_each_other():
+    net = lively(UNet(3, 3, channels=8, context_dim=6, head_channels=8, groups=4, blocks=1))
+    x, t, cond = torch.randn(3, 3, 8, 8), torch.tensor([10.0, 500.0, 3.0]), told(3)
+    one = net(x[1:2], t[1:2], cond.index(slice(1, 2)))
+    torch.testing.assert_close(net(x, t, cond)[1:2], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mult", "blocks"), [((1, 2), 1), ((1, 2, 3), 2), ((1,), 3)])
+def test_every_skip_is_used_once_in_reverse(mult, blocks):
+    net = UNet(3, 3, channels=8, mult=mult, blocks=blocks, attention=(), groups=4)
+    down = [8]
+    for stage in net.down:
+        for module in stage:
+            down.append(module.res.conv2.out_channels if isinstance(module, Layer) else module.conv.out_channels)
+    came = net.middle2.res.conv2.out_channels
+    for stage in net.up:
+        for module in stage:
+            if isinstance(module, Layer):
+                assert module.res.conv1.in_channels == came + down.pop()
+                came = module.res.conv2.out_channels
+    assert not down
+    assert sum(isinstance(m, Downsample) for m in net.modules()) == len(mult) - 1 == sum(isinstance(m, Upsample) for m in net.modules())
+
+
+def skip_shapes(net: UNet, x: torch.Tensor) -> list[torch.Size]:
+    shapes, height, width = [torch.Size((len(x), net.channels, *x.shape[2:]))], *x.shape[2:]
+    for stage in net.down:
+        for module in stage:
+            if isinstance(module, Downsample):
+                height, width = height // 2, width // 2
+                shapes.append(torch.Size((len(x), module.conv.out_channels, height, width)))
+            else:
+                shapes.append(torch.Size((len(x), module.res.conv2.out_channels, height, width)))
+    return shapes
+
+
+def test_residuals_are_added_to_the_skips_and_the_middle():
+    net = lively(UNet(3, 3, channels=8, context_dim=6, head_channels=8, groups=4, blocks=1))
+    x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0]), told()
+    shapes = skip_shapes(net, x)
+    zeros = [torch.zeros(s) for s in (*shapes, shapes[-1])]
+    plain = net(x, t, cond)
+    assert torch.equal(net(x, t, cond, residuals=zeros), plain)
+    for place in range(len(zeros)):
+        nudged = [z + 0.5 * (i == place) for i, z in enumerate(zeros)]
+        assert (net(x, t, cond, residuals=nudged) - plain).abs().max() > 1e-3, place
+    with pytest.raises(ValueError, match="shorter"):
+        net(x, t, cond, residuals=[*zeros[:-2], zeros[-1]])
+
+
+def test_skips_carry_the_input_past_the_middle():
+    """With the middle's answer cut off the output still depends on x, and each skip's channels are the second half of a concatenation."""
+    net = lively(UNet(3, 3, channels=8, mult=(1,), blocks=1, attention=(), groups=4))
+    seen = []
+    net.up[0][0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    x = torch.randn(1, 3, 4, 4)
+    net(x, torch.tensor([1.0]), Condition())
+    h = net.stem(x)
+    h = net.down[0][0](h, net.embed(torch.tensor([1.0]), Condition()), None, None)
+    torch.testing.assert_close(seen[0][:, 8:], h)
+
+
+@pytest.mark.parametrize("attention", [(), (2,), (1, 2)])
+def test_attention_stands_where_it_is_asked_for(attention):
+    net = UNet(3, 3, channels=8, mult=(1, 2), blocks=1, attention=attention, context_dim=6, head_channels=8, groups=4)
+    levels = [2**i for i, stage in enumerate(net.down) if stage[0].attention is not None]
+    assert tuple(levels) == attention
+    assert (net.middle1.attention is not None) == bool(attention)
+    memory = net.memory(told())
+    assert len(memory.layers) == sum(1 for m in net.modules() if isinstance(m, Layer) and m.attention is not None)
+    assert net.memory(Condition()) is None
+
+
+@pytest.mark.parametrize("attention", [(1,), (2,), (1, 2)])
+def test_each_transformer_is_given_its_own_keys_and_values(attention):
+    net = lively(UNet(3, 3, channels=8, mult=(1, 2), blocks=2, attention=attention, context_dim=6, head_channels=8, groups=4))
+    cond, wrong = told(), []
+
+    def look(module, args):
+        for (k, v), (own_k, own_v) in zip(args[1], module.memory(cond.context), strict=True):
+            if not (torch.equal(k, own_k) and torch.equal(v, own_v)):
+                wrong.append(module)
+
+    found = [m for m in net.modules() if isinstance(m, SpatialTransformer)]
+    for module in found:
+        module.register_forward_pre_hook(look)
+    net(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), cond)
+    assert not wrong
