@@ -117,6 +117,30 @@ def test_processes_that_ask_at_once_fetch_once(tmp_path):
     assert (tmp_path / "log").read_text() == "asked\n"
 
 
+def half(scratch: Path) -> Path:
+    (scratch / "a.bin").write_bytes(CONTENT[:5])
+    raise OSError("the line is cut")
+
+
+def test_a_transfer_that_breaks_off_leaves_nothing(cache):
+    with pytest.raises(AssetError, match="first: the line is cut"):
+        fetch.fetch("thing", FILES, sources={"first": half})
+    assert [p.name for p in cache.iterdir()] == [".thing.lock"]
+
+
+def test_a_process_killed_while_it_fetches_leaves_no_folder_and_no_lock(cache):
+    def dies(scratch: Path) -> Path:
+        good(scratch)
+        os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(target=fetch.fetch, args=("thing", FILES, (), {"first": dies}))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 9
+    assert not (cache / "thing").exists()
+    assert fault(fetch.fetch("thing", FILES, sources={"first": good}), FILES) is None
+
+
 def test_gzip_is_hashed_by_its_content(tmp_path):
     for level in (1, 9):
         (tmp_path / "a.gz").write_bytes(gzip.compress(CONTENT * 50, level, mtime=level))

@@ -12,7 +12,7 @@ from ldm.data.fashion_mnist import CAPTIONS
 from ldm.data.memory import read_captions
 
 PROMPTS = Path(__file__).parents[2] / "experiments" / "quickstart" / "prompts.csv"
-STOP = set("a an and at by for from in is it its my of off on or that the to with you your".split())
+STOP = frozenset(re.findall("[a-z]+", "a an and at by for from in is it its my of off on or that the to with you your"))
 ENDINGS = ("s", "es", "ed", "d", "er", "ers", "ing", "y", "ly")
 
 

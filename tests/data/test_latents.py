@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+from ldm.autoencoder.posterior import Posterior
+from ldm.data.latents import Latents, batches, encode_all
+from ldm.data.stream import Batched, Stream
+from ldm.data.synthetic import Synthetic
+
+
+class Halves(nn.Module):
+    """A first stage whose moments tell left from right: mean = every second pixel, log-variance = minus that."""
+
+    def posterior(self, image):
+        return Posterior(image[..., ::2, ::2], -image[..., ::2, ::2])
+
+
+def test_batches_are_all_images_in_order_and_never_flipped():
+    data = Synthetic(num=7, size=16, flip=True)
+    some = list(batches(data, size=3))
+    assert [len(image) for image in some] == [3, 3, 1]
+    assert torch.equal(torch.cat(some), data.images / 127.5 - 1)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_cached_moments_are_those_of_the_image_in_the_batch(flip):
+    data = Synthetic(num=9, size=16, flip=flip)
+    moments = encode_all(Halves(), data)
+    assert moments.shape == (1 + flip, 9, 2, 8, 8)
+    assert moments.dtype == torch.float16
+    at = [(place, i) for place in (0, 3) for i in (8, 0, 4, 5)]
+    batch, cached = data.batch(at), Latents(data, moments).batch(at)
+    assert cached["moments"].dtype == torch.float32
+    expected = Halves().posterior(batch["image"]).moments
+    torch.testing.assert_close(cached["moments"], expected, atol=5e-4, rtol=0)
+    if flip:
+        assert 0 < batch["flip"].sum() < len(at), "both rows of the cache are read"
+        assert not torch.equal(moments[0], moments[1])
+    assert set(cached) == set(batch) - {"image"} | {"moments"}
+    assert all(torch.equal(cached[k], batch[k]) for k in ("label", "flip"))
+    assert all(cached[k] == batch[k] for k in ("caption", "index", "place"))
+
+
+def test_encoding_leaves_no_graph_and_does_not_depend_on_the_batch():
+    class Weighted(Halves):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(2.0))
+
+        def posterior(self, image):
+            return super().posterior(image * self.gain)
+
+    data = Synthetic(num=501, size=4)  # one more than a batch
+    moments = encode_all(Weighted(), data)
+    assert not moments.requires_grad
+    assert torch.equal(moments[0, 500:], Weighted().posterior(data.pixels([500])).moments.half())
+
+
+def test_latents_are_streamed_as_images_are():
+    data = Synthetic(num=6, size=16)
+    part = Stream(length=6, batch=4, steps=3, rank=1, world=2).at(2)
+    latents = Latents(data, encode_all(Halves(), data))
+    assert len(Batched(latents)) == len(latents) == 6
+    batch = Batched(latents)[part]
+    assert (batch["position"], batch["total"], batch["step"]) == ([2, 3], 4, 2)
+    assert torch.equal(batch["moments"], latents.batch(part.at)["moments"])
+
+
+def test_moments_of_another_data_set_are_refused():
+    plain, flipped = Synthetic(num=5, size=16), Synthetic(num=5, size=16, flip=True)
+    moments = encode_all(Halves(), plain)
+    with pytest.raises(ValueError, match=r"moments of \(1, 5\) .* do not fit a data set of \(2, 5\)"):
+        Latents(flipped, moments)
+    with pytest.raises(ValueError, match=r"do not fit a data set of \(1, 6\)"):
+        Latents(Synthetic(num=6, size=16), moments)
