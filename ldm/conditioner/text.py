@@ -23,6 +23,7 @@ class Text(nn.Module):
     """
 
     keys = ("caption",)
+    here: Tensor  # empty, goes where the model goes
 
     def __init__(self, encoder: Encoder, length: int = 32):
         super().__init__()
@@ -30,7 +31,7 @@ class Text(nn.Module):
             raise ValueError(f"length={length}: expected 2 to {encoder.length} tokens, the encoder's limit")
         self.context_dim, self.vector_dim = encoder.context_dim, encoder.vector_dim
         self.kept = Kept(encoder, length)
-        self.register_buffer("here", torch.empty(0), persistent=False)  # goes where the model goes
+        self.register_buffer("here", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         return self.kept.condition(texts(batch["caption"]), self.here.device)

@@ -1,0 +1,155 @@
+"""CLIP's text tower (Radford et al. 2021), frozen, through open_clip: what Stable Diffusion reads its prompts with."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.conditioner.tokens import Features, Truncation
+from ldm.fetch import AssetError
+
+
+class CLIP(nn.Module):
+    """texts -> Features: hidden state (B, L, D) after ln_final, mask all True, pooled and projected vector (B, V); float32, no gradient.
+
+    model: an open_clip name with CLIP's own tokenizer.  weights: a file (.pt, .safetensors) or an open_clip tag.  hub: whether a tag that
+    is not in the hub's local cache may be fetched.  layer: -1 the last hidden state (SD 1), -2 the penultimate (SD 2).  pad: the token
+    after the end: 0 as open_clip and SD 2 have it, 49407 as SD 1.  Padding is read like any token, which is how those networks were
+    trained.  random: no weights, drawn with seed 0, for tests.  Raises AssetError without weights, ValueError for a bad option or file.
+    """
+
+    clip: Any  # open_clip's model, without its image tower
+
+    def __init__(
+        self,
+        model: str = "ViT-L-14-quickgelu",
+        weights: str | None = None,
+        hub: bool = False,
+        layer: int = -1,
+        pad: int = 0,
+        random: bool = False,
+    ):
+        super().__init__()
+        if random and weights is not None:
+            raise ValueError(f"weights={weights} and random=true: choose one")
+        file = None if random else local(model, weights)  # before open_clip is imported, which takes seconds
+        import open_clip
+
+        config = open_clip.get_model_config(model)
+        if config is None:
+            raise ValueError(f"model={model}: open_clip has no such model; open_clip.list_models() names them")
+        if other := {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
+            raise ValueError(f"model={model} has another text model or tokenizer ({min(other)}); expected one with CLIP's own, as ViT-L-14")
+        if not random and file is None:
+            file = tagged(model, str(weights), hub)
+        with torch.random.fork_rng(devices=[]):  # the weights of other networks do not depend on what is drawn here and replaced
+            torch.manual_seed(0)
+            self.clip = opened(model, file)
+        self.clip.visual = None
+        self.eval().requires_grad_(False)
+        tower = getattr(self.clip, "text", self.clip)
+        depth = len(tower.transformer.resblocks)
+        if not -depth <= layer <= -1:
+            raise ValueError(f"layer={layer}: expected -{depth} (the first) to -1 (the last) of {model}")
+        self.tokenizer = open_clip.get_tokenizer(model)
+        self.truncation = Truncation()
+        self.length, self.layer, self.pad = int(tower.context_length), layer, pad
+        self.context_dim, self.vector_dim = tower.transformer.width, config["embed_dim"]
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 (hex) of the text tower's weights, whatever file they came in."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.clip.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def tokens(self, text: str) -> list[str]:
+        """The words of the text that are cut into tokens, in CLIP's lower case."""
+        return self.tokenizer.pat.findall(self.tokenizer.clean_fn(text))
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str], length: int | None = None) -> Features:
+        limit = min(length or self.length, self.length)
+        start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
+        device = self.clip.logit_scale.device
+        ids = torch.full((len(texts), self.length), self.pad)
+        for row, text in zip(ids, texts, strict=True):
+            cut = self.truncation(text, [start, *self.tokenizer.encode(text), end], limit)
+            row[: len(cut)] = torch.tensor(cut)
+        with torch.autocast(device.type, enabled=False):
+            out = self.clip.forward_intermediates(
+                text=ids.to(device), text_indices=-self.layer, normalize=False, normalize_intermediates=True
+            )
+        context = out["text_intermediates"][0][:, :limit]  # (B, L, D): the first of the last ones
+        return Features(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device), out["text_features"])
+
+
+def local(model: str, weights: str | None) -> Path | None:
+    """The file that `weights` names, None if it looks like a tag. Raises AssetError if it is a file that is not there, or nothing."""
+    if weights is not None:
+        file = Path(weights).expanduser()
+        if file.is_file():
+            return file
+        if file.name == weights and not file.suffix:
+            return None
+    said = "weights=null" if weights is None else f"weights={weights} is not a file"
+    raise AssetError(
+        f"CLIP {model} has no weights ({said}): put open_clip's .pt or .safetensors somewhere and name it, weights=FILE; "
+        f"or name one of open_clip's tags, such as weights=openai, with hub=true to fetch it"
+    )
+
+
+def tagged(model: str, tag: str, hub: bool) -> Path:
+    """The file behind an open_clip tag: in the hub's cache, or fetched if `hub`. Raises ValueError for no such tag, AssetError."""
+    from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
+    from open_clip.pretrained import download_pretrained
+
+    source = get_pretrained_cfg(model, tag)
+    if not source:
+        tags = ", ".join(list_pretrained_tags_by_model(model)) or "none"
+        raise ValueError(f"weights={tag} is neither a file nor a tag of {model} (tags: {tags})")
+    reason = "hub=false"
+    for online in [False, True] if hub else [False]:
+        if not online and not source.get("hf_hub"):
+            continue
+        try:
+            with asking(online):
+                return Path(download_pretrained(source))
+        except Exception as error:
+            reason = " ".join(str(error).split()) if online else reason
+    raise AssetError(
+        f"CLIP {model}, tag {tag}, is not in the Hugging Face hub's cache and was not fetched ({reason}): fetch it with hub=true on a "
+        f"machine that reaches the hub, or name a file, weights=FILE"
+    )
+
+
+@contextmanager
+def asking(online: bool) -> Iterator[None]:
+    """Within it the hub's client asks its local cache only, unless online; the client reads $HF_HUB_OFFLINE at its import alone."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not online
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def opened(model: str, file: Path | None) -> Any:
+    """open_clip's model with the file's weights, on the CPU in float32; random ones without a file. Raises ValueError for another file."""
+    from open_clip import create_model
+
+    try:
+        return create_model(model, pretrained=str(file) if file else None, require_pretrained=file is not None)
+    except Exception as error:
+        if file is None:
+            raise
+        raise ValueError(f"weights={file}: damaged, or not open_clip weights of {model}: {' '.join(str(error).split())[:300]}") from error

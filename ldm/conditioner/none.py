@@ -1,0 +1,20 @@
+"""No condition: an unconditional model."""
+
+from typing import Any
+
+from torch import nn
+
+from ldm.condition import Condition
+
+
+class Nothing(nn.Module):
+    """Tells the network nothing: a Condition with every field empty, which is also its null."""
+
+    keys = ()
+    context_dim = vector_dim = None
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        return Condition()
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        return Condition()

@@ -1,0 +1,178 @@
+import json
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from ldm.conditioner import clip
+from ldm.conditioner.clip import CLIP
+from ldm.fetch import AssetError
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 8, "layers": 1, "width": 64, "patch_size": 4},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny(tmp_path_factory):
+    """A small model by the name of `tiny`, known to open_clip for as long as this file's tests run."""
+    from open_clip import factory
+
+    known = factory._MODEL_CONFIGS.copy()
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    (folder / "roberta.json").write_text(json.dumps(TINY | {"text_cfg": {"hf_model_name": "roberta-base"}}))
+    factory.add_model_config(folder)
+    yield
+    factory._MODEL_CONFIGS.clear()
+    factory._MODEL_CONFIGS.update(known)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"the network was asked: {args}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def by_hand(net, ids, depth):
+    """The hidden state after `depth` blocks, and the pooled vector, from open_clip's own parts."""
+    x = net.token_embedding(ids) + net.positional_embedding
+    for number, block in enumerate(net.transformer.resblocks):
+        x = block(x, attn_mask=net.attn_mask)
+        if number + 1 == depth:
+            hidden = net.ln_final(x)
+    return hidden, net.ln_final(x)[torch.arange(len(ids)), ids.argmax(1)] @ net.text_projection
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3])
+def test_hidden_states_are_those_of_a_pass_by_hand(layer):
+    from open_clip import tokenize
+
+    encoder, texts = CLIP("tiny", layer=layer, random=True), ["a photo of an ankle boot", ""]
+    context, mask, vector = encoder(texts)
+    with torch.no_grad():
+        hidden, pooled = by_hand(encoder.clip, tokenize(texts), 4 + layer)
+    assert context.shape == (2, 77, encoder.context_dim)
+    assert vector.shape == (2, encoder.vector_dim)
+    assert mask.all()
+    torch.testing.assert_close(context, hidden, atol=1e-6, rtol=0)
+    torch.testing.assert_close(vector, pooled, atol=1e-6, rtol=0)
+    torch.testing.assert_close(vector, encoder.clip.encode_text(tokenize(texts)), atol=1e-6, rtol=0)
+
+
+def test_padding_is_the_token_asked_for():
+    end, zero = CLIP("tiny", pad=49407, random=True)(["a bag"]), CLIP("tiny", random=True)(["a bag"])
+    torch.testing.assert_close(end.context[:, :4], zero.context[:, :4])
+    assert not torch.allclose(end.context[:, 4:], zero.context[:, 4:])
+    torch.testing.assert_close(end.vector, zero.vector)  # pooled at the first end mark
+
+
+def test_a_long_text_is_cut_counted_and_told(caplog):
+    encoder = CLIP("tiny", random=True)
+    with caplog.at_level(logging.WARNING):
+        encoder(["bag " * 75])
+        assert "tokens dropped" not in caplog.text
+        encoder(["bag " * 76])
+    assert "78 tokens cut to 77, 1 tokens dropped" in caplog.text
+    assert (encoder.truncation.texts, encoder.truncation.dropped) == (1, 1)
+
+
+def test_through_text():
+    option = OmegaConf.load(Path(__file__).parents[2] / "conf" / "conditioner" / "clip.yaml")
+    text = instantiate(option, encoder={"model": "tiny", "random": True}, length=16)
+    cond = text({"caption": ["a bag", "a photo of a boot"]})
+    assert cond.context.shape == (2, 16, 32)
+    assert cond.mask.all()
+    assert cond.vector.shape == (2, 16)
+    assert text.tokens("It's a BAG 😀, über a=b") == ["it", "'s", "a", "bag", "😀,", "über", "a", "=", "b"]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_local_file_is_loaded_whole(tmp_path, suffix, no_network):
+    import open_clip
+    from safetensors.torch import save_file
+
+    net, file = open_clip.create_model("tiny"), tmp_path / f"tiny.{suffix}"
+    torch.save(net.state_dict(), file) if suffix == "pt" else save_file(net.state_dict(), file)
+    encoder = CLIP("tiny", weights=str(file))
+    ids = open_clip.tokenize(["a bag"])
+    torch.testing.assert_close(encoder(["a bag"]).vector, net.encode_text(ids), atol=1e-6, rtol=0)
+    assert encoder.identity != CLIP("tiny", random=True).identity
+    assert not any(p.requires_grad for p in encoder.parameters())
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"tiny\.[a-z]+: damaged, or not open_clip weights of tiny"):
+        CLIP("tiny", weights=str(file))
+
+
+def test_random_weights_are_the_same_each_time_and_disturb_no_others():
+    torch.manual_seed(1)
+    first = CLIP("tiny", random=True)
+    assert first.identity == CLIP("tiny", random=True).identity
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(3))
+
+
+@pytest.mark.parametrize("weights", [None, "nowhere/clip.pt", "clip.safetensors"])
+def test_without_weights_one_line_says_what_to_put_where(weights, monkeypatch, no_network):
+    monkeypatch.setattr("builtins.__import__", lambda name, *args, imported=__import__: _not_open_clip(name) or imported(name, *args))
+    with pytest.raises(AssetError, match=r"CLIP ViT-L-14-quickgelu has no weights .*weights=FILE.*hub=true") as error:
+        CLIP(weights=weights)
+    assert "\n" not in str(error.value)
+
+
+def _not_open_clip(name):
+    assert not name.startswith("open_clip"), "open_clip takes seconds to import; the error must not wait for it"
+
+
+def test_a_tag_is_looked_up_in_the_cache_alone_unless_asked(no_network, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(AssetError, match=r"tag laion2b_s34b_b79k, is not in .* cache and was not fetched \(hub=false\).*hub=true"):
+        CLIP("ViT-B-32", weights="laion2b_s34b_b79k")
+    assert not constants.HF_HUB_OFFLINE  # as it was
+
+
+def test_a_tag_is_fetched_when_asked(monkeypatch):
+    import open_clip.pretrained
+
+    asked = []
+
+    def download(source):
+        from huggingface_hub import constants
+
+        asked.append(constants.HF_HUB_OFFLINE)
+        raise OSError("no route\nto the hub")
+
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(AssetError, match=r"was not fetched \(no route to the hub\)"):
+        clip.tagged("ViT-B-32", "laion2b_s34b_b79k", hub=True)
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model": "ViT-Z"}, "no such model"),
+        ({"model": "roberta"}, "another text model"),
+        ({"layer": 0}, r"layer=0: expected -3 .* to -1"),
+        ({"layer": -4}, "layer=-4"),
+        ({"weights": "openai"}, "choose one"),
+        ({"weights": "opanai", "random": False}, "neither a file nor a tag of tiny"),
+    ],
+)
+def test_a_bad_option_is_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        CLIP(**{"model": "tiny", "random": True} | options)

@@ -1,0 +1,74 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.conditioner.minilm import MiniLM
+from ldm.fetch import MINILM, AssetError, sha256
+
+RECORDED = json.loads(Path(__file__).with_name("minilm.json").read_text(encoding="utf-8"))
+
+
+def test_the_numbers_are_those_of_transformers(minilm):
+    context, mask, vector = minilm([row["text"] for row in RECORDED])
+    assert context.dtype == vector.dtype == torch.float32
+    for row, hidden, real, mean in zip(RECORDED, context, mask, vector, strict=True):
+        assert real.sum() == len(row["ids"])
+        torch.testing.assert_close(hidden[real][:, ::64], torch.tensor(row["hidden"]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(hidden[real].norm(dim=1), torch.tensor(row["norm"]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(mean[::16], torch.tensor(row["mean"]), atol=1e-5, rtol=0)
+
+
+def test_the_token_ids_are_those_of_transformers(minilm):
+    assert [minilm.tokenizer.encode(row["text"]).ids for row in RECORDED] == [row["ids"] for row in RECORDED]
+
+
+def test_padding_changes_nothing(minilm):
+    alone = minilm(["a bag"])
+    beside = minilm(["a bag", "a photo of an ankle boot with a high heel"])
+    torch.testing.assert_close(beside.context[:1][:, : alone.context.shape[1]], alone.context, atol=1e-5, rtol=0)
+    torch.testing.assert_close(beside.vector[:1], alone.vector, atol=1e-5, rtol=0)
+
+
+def test_autocast_changes_nothing(minilm):
+    with torch.autocast("cpu", torch.bfloat16):
+        low = minilm(["a bag"])
+    assert torch.equal(low.context, minilm(["a bag"]).context)
+
+
+def test_a_long_text_is_cut_counted_and_told(minilm, caplog):
+    before = minilm.truncation.texts, minilm.truncation.dropped
+    with caplog.at_level(logging.WARNING):
+        context, mask, _ = minilm(["bag " * 300])
+    assert context.shape == (1, 256, 384)
+    assert mask.all()
+    assert "302 tokens cut to 256, 46 tokens dropped" in caplog.text
+    assert (minilm.truncation.texts, minilm.truncation.dropped) == (before[0] + 1, before[1] + 46)
+    end, whole = minilm(["bag bag"], length=3), minilm(["bag"])
+    assert torch.equal(end.context, whole.context)  # the end mark stays
+
+
+def test_it_is_frozen(minilm):
+    assert not any(p.requires_grad for p in minilm.parameters())
+    assert not minilm.training
+    assert not minilm(["a bag"]).context.requires_grad
+
+
+def test_identity_is_the_hash_of_the_weights(minilm):
+    assert minilm.identity == MINILM["model.safetensors"] == sha256(minilm.weights)
+
+
+def test_other_files_are_refused_in_one_line(tmp_path, minilm):
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(AssetError, match=r"model\.safetensors and tokenizer\.json not in"):
+        MiniLM(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((minilm.weights.parent / "tokenizer.json").read_bytes())
+    save_file({"embeddings.LayerNorm.weight": torch.ones(384)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"not all-MiniLM-L6-v2: .* names differ"):
+        MiniLM(tmp_path)
+    save_file({name: torch.ones(7) for name in load_file(minilm.weights)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"not all-MiniLM-L6-v2: .*shape"):
+        MiniLM(tmp_path)

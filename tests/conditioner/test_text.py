@@ -1,0 +1,182 @@
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.conditioner import text as module
+from ldm.conditioner.text import Text, grown, nearest_caption
+from ldm.conditioner.tokens import Features, Truncation
+
+AWKWARD = [
+    "it's a bag",
+    "a bag, red, and a shoe",
+    "a=b",
+    "[a, b] {c: d} (e)",
+    "stop!",
+    "über schön",
+    "a bag 😀",
+    "3",
+    "null",
+    "~ 'quoted' \"twice\" \\ $x ${y}",
+    "#1: 50% & more; `x` | y > z * ?",
+    "true,false",
+    "日本の靴",
+    "word " * 300,
+]
+
+
+class Letters(nn.Module):
+    """An encoder whose every token is a letter: context (B, L, 3) holds its code, vector the mean of them."""
+
+    context_dim, vector_dim, length, identity = 3, 3, 64, "letters"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        self.truncation, self.seen = Truncation(), []
+
+    def tokens(self, text):
+        return list(text)
+
+    def forward(self, texts, length=None):
+        self.seen += texts
+        ids = [self.truncation(t, [1, *map(ord, t), 2], length or self.length) for t in texts]
+        rows = [torch.tensor(row)[:, None] * self.weight for row in ids]
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], batch_first=True)
+        return Features(nn.utils.rnn.pad_sequence(rows, batch_first=True), mask, torch.stack([row.mean(0) for row in rows]))
+
+
+def told(*captions):
+    return {"caption": list(captions)}
+
+
+def test_tokens_mask_and_vector():
+    cond = Text(Letters(), 16)(told("ab", "abcdefgh", ""))
+    assert cond.context.shape == (3, 16, 3)  # 10 tokens, rounded up to a multiple of 8
+    assert cond.mask.sum(1).tolist() == [4, 10, 2]
+    assert cond.context[0, :4, 0].tolist() == [1, ord("a"), ord("b"), 2]
+    assert not cond.context[~cond.mask].any()
+    torch.testing.assert_close(cond.vector.norm(dim=1), torch.full((3,), 3**0.5))
+    assert Text(Letters(), 10)(told("abcdefgh")).context.shape[1] == 10
+
+
+def test_each_caption_is_encoded_once_and_found_again():
+    text = Text(Letters())
+    first = text(told("b", "a", "b"))
+    again = text(told("c", "b", "a"))
+    assert text.kept.encoder.seen == ["b", "a", "c"]
+    assert torch.equal(first.context[0], again.context[1])
+    assert torch.equal(first.context[0], first.context[2])
+    assert torch.equal(first.vector[1], again.vector[2])
+
+
+def test_many_captions_keep_their_own_features():
+    text, captions = Text(Letters()), [chr(60 + i % 50) * (1 + i % 7) for i in range(200)]
+    for start in range(0, 200, 9):
+        text(told(*captions[start : start + 9]))
+    cond = text(told(*captions))
+    for row, (context, mask) in enumerate(zip(cond.context, cond.mask, strict=True)):
+        assert context[mask][1:-1, 0].tolist() == [ord(c) for c in captions[row]]
+
+
+def test_a_full_table_starts_anew(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 30)
+    text = Text(Letters())
+    for caption in ("abcd", "efgh", "ijkl", "abcd"):
+        assert text(told(caption)).context[0, 1:5, 0].tolist() == [ord(c) for c in caption]
+    assert len(text.kept.row) < 3
+
+
+def test_the_null_condition_is_the_empty_caption():
+    text = Text(Letters())
+    null, empty = text.null(told("ab", "c")), text(told("", ""))
+    assert torch.equal(null.context, empty.context)
+    assert torch.equal(null.vector, empty.vector)
+    mixed = text(told("abcdefghijk", "c")).where(torch.tensor([True, False]), null)
+    assert mixed.mask.sum(1).tolist() == [13, 2]
+
+
+def test_what_is_first_met_while_sampling_can_be_trained_on():
+    text, layer = Text(Letters()), nn.Linear(3, 3)
+    with torch.inference_mode():
+        text(told("ab"))
+    layer(text(told("ab")).context).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_the_encoder_is_no_part_of_the_module():
+    text = Text(Letters())
+    assert not list(text.parameters())
+    assert not text.state_dict()
+    assert not text.double()(told("a")).context.requires_grad
+    assert text.identity == "letters"
+    assert torch.equal(copy.deepcopy(text)(told("a")).context, text(told("a")).context)
+
+
+def test_a_long_caption_is_cut_with_a_warning(caplog):
+    text = Text(Letters(), 8)
+    with caplog.at_level(logging.WARNING):
+        cond = text(told("abcdefghijkl"))
+        text(told("abcdefghijkl"))
+    assert cond.context[0, :, 0].tolist() == [1, *map(ord, "abcdef"), 2]
+    assert caplog.text.count("14 tokens cut to 8, 6 tokens dropped: 'abcdefghijkl'") == 1
+
+
+def test_warnings_thin_out_but_the_count_goes_on(caplog):
+    cut = Truncation()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(1000):
+            cut("abc", [1, 2, 3], 2)
+    assert (cut.texts, cut.dropped) == (1000, 1000)
+    assert len(caplog.records) == 10 + 6  # 16, 32, ... 512
+
+
+@pytest.mark.parametrize("captions", ["a bag", [3], [None]])
+def test_captions_must_be_texts(captions):
+    with pytest.raises(ValueError, match="expected a list of texts"):
+        Text(Letters())({"caption": captions})
+
+
+@pytest.mark.parametrize("length", [1, 65])
+def test_length_must_fit_the_encoder(length):
+    with pytest.raises(ValueError, match=f"length={length}: expected 2 to 64"):
+        Text(Letters(), length)
+
+
+def test_no_caption_at_all():
+    assert Text(Letters())(told()).vector.shape == (0, 3)
+
+
+def test_a_table_grows_by_doubling_and_keeps_its_rows():
+    table = torch.arange(3.0)[:, None]
+    assert grown(table, 3) is table
+    assert grown(table, 4).shape == (6, 1)
+    assert grown(table, 9).flatten().tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("prompt", AWKWARD)
+def test_awkward_prompts_reach_the_tokenizer_unchanged(minilm, prompt):
+    text = Text(minilm)
+    assert "".join(text.tokens(prompt)) == "".join(prompt.split())
+
+
+def test_minilm_features_do_not_depend_on_the_company(minilm):
+    alone, company = Text(minilm)(told("a bag")), Text(minilm)(told("a photo of a boot", "a bag", "x"))
+    assert torch.equal(alone.context[0], company.context[1])
+    assert torch.equal(alone.vector[0], company.vector[1])
+    torch.testing.assert_close(alone.vector.norm(), torch.tensor(384**0.5))
+    assert alone.context.shape == (1, 8, 384)
+
+
+def test_nearest_caption_knows_synonyms(minilm):
+    captions = [["a sneaker", "a sports shoe"], ["a bag", "a handbag"], ["trousers", "long pants"]]
+    assert nearest_caption(minilm, ["jeans", "a purse", "a running shoe"], captions) == [2, 1, 0]
+
+
+def test_nearest_caption_takes_the_nearest_single_one():
+    encoder = Letters()
+    encoder.forward = lambda texts: Features(None, None, torch.tensor([[float(t[0]), float(t[1])] for t in texts]))
+    assert nearest_caption(encoder, ["10", "91"], [["01", "11"], ["40", "02"]]) == [1, 1]
+    assert nearest_caption(encoder, ["11", "02"], [["01", "11"], ["40", "13"]]) == [0, 0]
