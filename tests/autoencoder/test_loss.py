@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from ldm.autoencoder.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from ldm.autoencoder.loss import ReconstructionLoss, gradient, l1, l2
+from ldm.autoencoder.posterior import Posterior
+
+
+def test_pixel_errors_are_summed_over_an_image():
+    a, b = torch.zeros(2, 1, 2, 2), torch.tensor([1.0, 2.0])[:, None, None, None].expand(2, 1, 2, 2)
+    assert l1(a, b).tolist() == [4.0, 8.0]
+    assert l2(a, b).tolist() == [4.0, 16.0]
+
+
+def test_gradient_sees_edges_and_no_brightness():
+    image = torch.randn(2, 1, 5, 4)
+    torch.testing.assert_close(gradient(image + 3.0, image), torch.zeros(2), atol=1e-5, rtol=0)
+    step = torch.zeros(1, 1, 5, 4)
+    step[..., 2:] = 1.0  # one column of edges, 5 high
+    assert gradient(step, torch.zeros_like(step)).tolist() == [5.0]
+    assert gradient(step.transpose(2, 3), torch.zeros(1, 1, 4, 5)).tolist() == [5.0]
+    assert torch.equal(gradient(step, 0 * step), gradient(0 * step, step))
+
+
+def test_terms_add_up():
+    torch.manual_seed(0)
+    image, posterior = torch.randn(3, 1, 4, 4), Posterior.of(torch.randn(3, 2, 2, 2))
+    reconstruction = image + 0.1 * torch.randn_like(image)
+    terms = ReconstructionLoss(l2, gradient, perceptual_weight=3.0, kl_weight=0.5)(reconstruction, image, posterior)
+    assert all(term.shape == (3,) for term in terms.values())
+    torch.testing.assert_close(terms["pixel"], l2(reconstruction, image))
+    torch.testing.assert_close(terms["rec"], l2(reconstruction, image) + 3 * gradient(reconstruction, image))
+    torch.testing.assert_close(terms["loss"], terms["rec"] + 0.5 * posterior.kl())
+    bare = ReconstructionLoss(l1, None)(reconstruction, image, posterior)
+    assert torch.equal(bare["rec"], l1(reconstruction, image))
+    assert not bare["perceptual"].any()
+
+
+def test_hinge_loss_stops_at_the_margin():
+    assert hinge_loss(torch.tensor([2.0, 1.0]), torch.tensor([-1.0, -5.0])) == 0
+    assert hinge_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 1
+    assert hinge_loss(torch.tensor([-1.0]), torch.tensor([-1.0])) == 1  # 0.5 (1 + 1) + 0
+    assert hinge_loss(torch.tensor([1.0]), torch.tensor([1.0])) == 1  # 0 + 0.5 (1 + 1)
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients():
+    rec, adv = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([0.0, 2.0])
+    weight = adaptive_weight(rec, adv)
+    torch.testing.assert_close(weight, torch.tensor(5.0 / (2.0 + 1e-4)))
+    assert not weight.requires_grad
+    assert adaptive_weight(torch.ones(3), torch.zeros(3)) == 1e4
+    assert adaptive_weight(torch.zeros(3), torch.ones(3)) == 0
+    assert adaptive_weight(torch.ones(4), torch.zeros(4), limit=7.0) == 7
+
+
+@pytest.mark.parametrize(("layers", "side"), [(2, 6), (3, 2)])
+def test_discriminator_answers_for_patches(layers, side):
+    net = PatchDiscriminator(1, width=8, layers=layers, groups=4)
+    assert net(torch.randn(2, 1, 32, 32)).shape == (2, 1, side, side)
+
+
+def test_discriminator_judges_each_image_alone():
+    net = PatchDiscriminator(1, width=8, layers=2, groups=4)
+    images = torch.randn(3, 1, 32, 32)
+    torch.testing.assert_close(net(images)[1:2], net(images[1:2]))

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from ldm.autoencoder.perceptual import EfficientNetDistance
+
+
+@pytest.fixture(scope="module")
+def distance():
+    return EfficientNetDistance(size=32)  # fetches its weights once, and says so in one line where it cannot
+
+
+@pytest.mark.slow
+def test_distance_is_none_between_equals_and_grows(distance):
+    torch.manual_seed(0)
+    image = torch.rand(2, 1, 32, 32) * 2 - 1
+    noise = torch.randn_like(image)
+    near, far = distance(image + 0.05 * noise, image), distance(image + 0.5 * noise, image)
+    assert distance(image, image).tolist() == [0.0, 0.0]
+    assert near.shape == (2,)
+    assert (near > 0).all()
+    assert (far > near).all()
+    torch.testing.assert_close(distance(image[:1] + 0.5 * noise[:1], image[:1]), far[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_network_stays_frozen_and_the_image_learns(distance):
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    other = (image + 0.1).requires_grad_()
+    distance.train()
+    assert not any(module.training for module in distance.modules())
+    distance(other, image).sum().backward()
+    assert other.grad.abs().max() > 0
+    assert not any(p.requires_grad for p in distance.parameters())
+
+
+@pytest.mark.slow
+def test_its_weights_stand_where_they_belong(distance):
+    """Each normalisation's stored mean is near that of what really arrives there; with tensors in a wrong order it is several deviations off."""
+    torch.manual_seed(0)
+    image = interpolate(torch.randn(8, 3, 8, 8), size=(128, 128), mode="bicubic").clamp(-2, 2) / 2
+    off = []
+
+    def look(norm, args):
+        off.append(((args[0].mean((0, 2, 3)) - norm.running_mean) / norm.running_var.sqrt()).abs().median())
+
+    hooks = [m.register_forward_pre_hook(look) for m in distance.net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        distance.net(image)
+    for hook in hooks:
+        hook.remove()
+    assert len(off) > 40
+    assert torch.stack(off).mean() < 0.6
+
+
+def test_missing_weights_are_one_line(tmp_path, monkeypatch):
+    from ldm.fetch import AssetError
+
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    with pytest.raises(AssetError, match="efficientnet-lite0 is missing") as error:
+        EfficientNetDistance()
+    assert "\n" not in str(error.value)
