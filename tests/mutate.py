@@ -1,8 +1,8 @@
 """Does a test fail when the mathematics is wrong?  python tests/mutate.py [file ...]
 
 Every function of ldm/diffusion is broken in one place at a time: a sign flipped, a term or a factor dropped, a product made a quotient, a
-comparison or a condition turned round. For each the quick tests of tests/diffusion run until one fails. Writes tests/mutation.csv and names
-the survivors; exit code 1 if there is one that EQUIVALENT does not explain.
+comparison or a condition turned round. For each the quick tests of tests/diffusion run until one fails. Writes tests/mutation.csv (the rows of
+the files named) and names the survivors; exit code 1 if there is one that EQUIVALENT does not explain.
 """
 
 import ast
@@ -146,6 +146,15 @@ def warm_up() -> None:
     assert not [m for m in sys.modules if m.startswith("ldm.diffusion")]
 
 
+def save(name: str, rows: list[list[str]]) -> None:
+    """Put a file's rows in place of those that tests/mutation.csv has for it."""
+    table = ROOT / "tests/mutation.csv"
+    old = list(csv.reader(table.open()))[1:] if table.exists() else []
+    rows = sorted([*(r for r in old if r[0] != name), *(r for r in rows if r[0] == name)], key=lambda r: r[0])
+    with table.open("w", newline="") as out:
+        csv.writer(out, lineterminator="\n").writerows([["file", "function", "mutant", "result", "why"], *rows])
+
+
 def main(files: list[str]) -> int:
     warm_up()
     rows = []
@@ -161,14 +170,12 @@ def main(files: list[str]) -> int:
                 alive = survives(file, replaced(tree, path, new))
                 why = EQUIVALENT.get((file.name, function, text), "")
                 result = ("equivalent" if why else "survived") if alive else "killed"
-                rows.append([file.name, node.lineno, function, text, result, why])
+                rows.append([file.name, function, text, result, why])
                 if alive:
                     print(f"{result}: {file.name}:{node.lineno} {function}: {text} {why}", flush=True)
         print(f"{file.name}: {sum(r[0] == file.name for r in rows)} mutants", flush=True)
-    if not files:
-        with open(ROOT / "tests/mutation.csv", "w", newline="") as out:
-            csv.writer(out, lineterminator="\n").writerows([["file", "line", "function", "mutant", "result", "why"], *rows])
-    killed, equivalent = (sum(r[4] == kind for r in rows) for kind in ("killed", "equivalent"))
+        save(file.name, rows)
+    killed, equivalent = (sum(r[3] == kind for r in rows) for kind in ("killed", "equivalent"))
     print(f"{len(rows)} mutants, {killed} killed, {equivalent} equivalent, {len(rows) - killed - equivalent} survived")
     return int(killed + equivalent < len(rows))
 

@@ -37,7 +37,9 @@ class Denoiser(nn.Module):
         a, b = prediction.row(alpha, sigma)
         if (alpha * b - sigma * a).abs() < 1e-6:
             name = type(prediction).__name__
-            raise ValueError(f"prediction {name} does not determine x0 at t = 1, where this schedule has no signal; use v, flow or x0")
+            raise ValueError(
+                f"prediction {name} does not determine x0 at t = 1 of this schedule, as eps cannot without signal; use v, flow or x0"
+            )
 
     def output(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
         """The network's raw output and var_frac, at x_t (B, C, ...) and t () or (B,)."""

@@ -64,6 +64,18 @@ def test_refuses_eps_without_signal(sched):
         Denoiser(nn.Identity(), SCHEDULES[sched], PREDICTIONS[name])
 
 
+def test_refuses_a_row_that_says_nothing_new():
+    """An output that is x_t itself leaves x0 open whatever the schedule."""
+
+    class State(prediction.X0):
+        def row(self, alpha, sigma):
+            return alpha, sigma
+
+    for sched in (schedule.EDM(), schedule.linear()):
+        with pytest.raises(ValueError, match="State does not determine x0"):
+            Denoiser(nn.Identity(), sched, State())
+
+
 class Recorder(nn.Module):
     def __init__(self, factor=1):
         super().__init__()
