@@ -1,0 +1,51 @@
+"""Keep a finished run as the trained quickstart: python experiments/quickstart/keep.py RUN; its weights in float16, its scores into the README."""
+
+import csv
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from ldm import durable, runs
+
+HERE = Path(__file__).parent
+COLUMNS = {"": "samples", "baseline/test/": "real test images", "baseline/noisy/": "the same, noise 0.05", "baseline/pca/": "PCA-50 Gaussian a class"}
+METRICS = ("fd_fashion", "kid_fashion", "accuracy", "precision", "recall")
+
+
+def table(metrics: dict) -> str:
+    """The scores as a markdown table."""
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for name in METRICS:
+        cells = [metrics.get(prefix + name) for prefix in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join("" if c is None else f"{c:.3g}" for c in cells) + " |")
+    how = f"n = {metrics['n']}, guidance {metrics['guidance']} (chosen on other seeds), {metrics['steps']} steps, autoencoder rFD "
+    return "\n".join([*lines, "", how + f"{metrics['first_stage/rfd_fashion']:.2f}."])
+
+
+def main(run: str) -> None:
+    """Copy what load() needs and what a reader wants to see."""
+    folder = Path(run)
+    metrics = runs.finished(folder)
+    if metrics is None:
+        sys.exit(f"error: {folder} is not a finished run")
+    for name in ("weights", "first_stage"):
+        state = durable.read_tensors(folder / f"{name}.safetensors")
+        half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+        durable.write_tensors(HERE / f"{name}.safetensors", half)
+    for name in ("config.yaml", "data.json", "metrics.json", "samples.png"):
+        shutil.copy(folder / name, HERE / name)
+    with open(HERE / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["metric", *COLUMNS.values()])
+        writer.writeheader()
+        for name in METRICS:
+            writer.writerow({"metric": name} | {title: metrics.get(prefix + name, "") for prefix, title in COLUMNS.items()})
+    readme = HERE.parents[1] / "README.md"
+    text = re.sub(
+        r"(<!-- scores -->\n).*?(<!-- /scores -->)", lambda m: m[1] + table(metrics) + "\n" + m[2], readme.read_text(), flags=re.DOTALL
+    )
+    durable.write_text(readme, text)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
