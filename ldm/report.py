@@ -1,7 +1,7 @@
 """Where numbers and pictures go besides the run folder."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,41 +48,50 @@ class WandB:
         try:
             self.run = wandb.init(mode=mode, **options)
         except Exception as error:
-            print(
-                f"W&B did not answer ({(str(error).splitlines() or [repr(error)])[0]}); writing offline, `wandb sync` sends it later"
-            )
+            print(f"W&B did not answer ({one_line(error)}); writing offline, `wandb sync` sends it later")
             try:
                 self.run = wandb.init(mode="offline", **options)
             except Exception as again:
-                print(f"W&B is off for this run: {again}")
+                print(f"W&B is off for this run: {one_line(again)}")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._log(dict(values), step)
+        self._send(lambda run: run.log(dict(values), step=step))
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        if self.run is not None:
+        def send(run: Any) -> None:
             import wandb
 
-            self._log({name: wandb.Image(str(path))}, step)
+            run.log({name: wandb.Image(str(path))}, step=step)
+
+        self._send(send)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self.run is not None and rows:
+        def send(run: Any) -> None:
             import wandb
 
-            self._log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
+            run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
+
+        if rows:
+            self._send(send)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        if self.run is not None:
-            self.run.summary.update(dict(summary))
-            self.run.finish()
+        def send(run: Any) -> None:
+            run.summary.update(dict(summary))
+            run.finish()
 
-    def _log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self._send(send)
+
+    def _send(self, send: Callable[[Any], None]) -> None:
         if self.run is not None:
             try:
-                self.run.log(values, step=step)
+                send(self.run)
             except Exception as error:
-                print(f"W&B stopped taking records: {error}")
+                print(f"W&B stopped taking records: {one_line(error)}")
                 self.run = None
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def has_key() -> bool:

@@ -36,7 +36,7 @@ def test_the_network_stays_frozen_and_the_image_learns(distance):
 
 @pytest.mark.slow
 def test_its_weights_stand_where_they_belong(distance):
-    """Each normalisation's stored mean is near that of what really arrives there; with tensors in a wrong order it is several deviations off."""
+    """Each normalisation's stored mean is near that of what really arrives there; tensors in a wrong order are deviations off."""
     torch.manual_seed(0)
     image = interpolate(torch.randn(8, 3, 8, 8), size=(128, 128), mode="bicubic").clamp(-2, 2) / 2
     off = []

@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from ldm.condition import Condition
+
+
+def full(b: int, length: int = 3, value: float = 1.0) -> Condition:
+    return Condition(
+        context=torch.full((b, length, 2), value) * torch.arange(1, b + 1)[:, None, None],
+        mask=torch.ones(b, length, dtype=torch.bool),
+        vector=torch.full((b, 5), value),
+        concat=torch.full((b, 1, 2, 2), value),
+        hint=(torch.full((b, 3, 4, 4), value), torch.full((b, 3, 8, 8), value)),
+    )
+
+
+def test_cat_stacks_every_field():
+    both = full(2).cat(full(3, value=-1.0))
+    assert both.context.shape == (5, 3, 2)
+    assert both.vector[:, 0].tolist() == [1, 1, -1, -1, -1]
+    assert both.concat.shape == (5, 1, 2, 2)
+    assert [h.shape[0] for h in both.hint] == [5, 5]
+    assert both.mask.all()
+
+
+def test_cat_pads_the_shorter_context_and_masks_the_padding():
+    both = full(1, 2).cat(full(1, 4, value=2.0))
+    assert both.context.shape == (2, 4, 2)
+    assert both.mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert not both.context[0, 2:].any()
+    assert torch.equal(both.context[1], full(1, 4, value=2.0).context[0])
+
+
+def test_cat_makes_a_mask_only_where_one_is_needed():
+    a, b = Condition(context=torch.ones(1, 3, 2)), Condition(context=torch.ones(1, 3, 2))
+    assert a.cat(b).mask is None
+    masked = Condition(context=torch.ones(1, 3, 2), mask=torch.tensor([[True, False, False]]))
+    assert a.cat(masked).mask.tolist() == [[True] * 3, [True, False, False]]
+    assert a.cat(Condition(context=torch.ones(1, 2, 2))).mask.tolist() == [[True] * 3, [True, True, False]]
+
+
+def test_cat_takes_several():
+    assert full(1).cat(full(2), full(3)).vector.shape == (6, 5)
+
+
+def test_cat_refuses_different_fields():
+    with pytest.raises(ValueError, match="different fields"):
+        Condition(vector=torch.ones(1, 2)).cat(Condition(context=torch.ones(1, 2, 2)))
+    with pytest.raises(ValueError, match="different fields"):
+        Condition(hint=(torch.ones(1, 3, 2, 2),)).cat(Condition())
+
+
+def test_where_chooses_row_by_row():
+    keep = torch.tensor([True, False, True])
+    mixed = full(3, 2, 1.0).where(keep, full(3, 4, -1.0))
+    assert mixed.vector[:, 0].tolist() == [1, -1, 1]
+    assert mixed.context[:, 0, 0].tolist() == [1, -2, 3]
+    assert mixed.mask.sum(1).tolist() == [2, 4, 2]
+    assert mixed.hint[1][:, 0, 0, 0].tolist() == [1, -1, 1]
+    nothing = Condition().where(keep, Condition())
+    assert nothing == Condition()
+
+
+def test_where_all_is_self():
+    a, b = full(3), full(3, value=-1.0)
+    kept = a.where(torch.ones(3, dtype=torch.bool), b)
+    assert torch.equal(kept.context, a.context)
+    assert torch.equal(a.where(torch.zeros(3, dtype=torch.bool), b).context, b.context)
+
+
+def test_index_takes_rows_of_everything():
+    some = full(4).index([3, 1])
+    assert some.context[:, 0, 0].tolist() == [4, 2]
+    assert some.hint[0].shape[0] == 2
+    assert full(4).index(slice(1, 3)).vector.shape == (2, 5)
+
+
+def test_to_casts_numbers_and_leaves_the_mask():
+    cast = full(2).to(torch.float64)
+    assert cast.context.dtype == cast.vector.dtype == cast.hint[0].dtype == torch.float64
+    assert cast.mask.dtype == torch.bool
+
+
+def test_it_does_not_change_what_it_was_given():
+    a, b = full(1, 2), full(1, 4)
+    a.cat(b)
+    assert a.context.shape == (1, 2, 2)
+    assert a.mask.shape == (1, 2)

@@ -1,0 +1,131 @@
+"""Loggers: W&B writes a run with no key and no network, a W&B that fails ends nothing, and Silent is silent."""
+
+import sys
+
+import pytest
+import torch
+
+from ldm import picture
+from ldm.report import Silent, WandB, has_key
+
+CONFIG, CHOICES = {"seed": 3, "net": {"channels": 16}}, {"schedule": "cosine"}
+
+
+@pytest.fixture
+def keyless(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SILENT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def everything(logger, folder):
+    """A run's life."""
+    picture.save(folder / "grid.png", torch.zeros(1, 4, 4, dtype=torch.uint8))
+    logger.start(folder, CONFIG, CHOICES)
+    logger.metrics(1, {"train/loss": 0.5})
+    logger.metrics(2, {"train/loss": 0.25})
+    logger.picture(2, "grids/step-2", folder / "grid.png")
+    logger.table("scores", [{"fd": 3.0, "n": 20}])
+    logger.table("empty", [])
+    logger.finish({"fd": 3.0})
+
+
+def test_silent_leaves_nothing(tmp_path):
+    everything(Silent(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_a_key_is_found_in_the_environment_or_netrc(keyless, monkeypatch, tmp_path):
+    assert not has_key()
+    (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password x")
+    assert has_key()
+    (tmp_path / "no-netrc").write_text("machine example.com login user password x")
+    assert not has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert has_key()
+
+
+class Fake:
+    """A stand-in for the wandb module that notes what it is told."""
+
+    def __init__(self, fail: tuple[str, ...] = ()):
+        self.said, self.fail, self.summary = [], fail, {}
+
+    Settings = staticmethod(lambda **options: options)
+    Image = staticmethod(lambda path: ("image", path))
+    Table = staticmethod(lambda columns, data: (columns, data))
+
+    def init(self, mode, **options):
+        if mode in self.fail:
+            raise RuntimeError("no answer\nfrom there")
+        self.said.append(("init", mode, options))
+        return self
+
+    def log(self, values, step=None):
+        if "log" in self.fail:
+            raise OSError("disk\nfrom there")
+        self.said.append(("log", values, step))
+
+    def finish(self):
+        if "finish" in self.fail:
+            raise OSError("disk\nfrom there")
+        self.said.append(("finish",))
+
+
+@pytest.fixture
+def fake(monkeypatch, keyless, request):
+    module = Fake(getattr(request, "param", ()))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_offline_without_a_key_online_with_one(fake, monkeypatch, tmp_path):
+    WandB().start(tmp_path, CONFIG, CHOICES)
+    assert fake.said[-1][1] == "offline"
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    WandB().start(tmp_path, CONFIG, CHOICES)
+    assert fake.said[-1][1] == "online"
+    WandB(mode="disabled").start(tmp_path, CONFIG, CHOICES)
+    assert fake.said[-1][1] == "disabled"
+
+
+def test_everything_is_passed_on_once(fake, tmp_path):
+    everything(WandB("mine", "study", ["a"]), tmp_path)
+    _, _, options = fake.said[0]
+    assert (options["project"], options["group"], options["tags"]) == ("mine", "study", ["a"])
+    assert options["id"] == options["name"] == tmp_path.name
+    assert options["resume"] == "allow"
+    assert options["config"] == {**CONFIG, "choice": CHOICES}
+    assert fake.said[1:] == [
+        ("log", {"train/loss": 0.5}, 1),
+        ("log", {"train/loss": 0.25}, 2),
+        ("log", {"grids/step-2": ("image", str(tmp_path / "grid.png"))}, 2),
+        ("log", {"scores": (["fd", "n"], [[3.0, 20]])}, None),
+        ("finish",),
+    ]
+    assert fake.summary == {"fd": 3.0}
+
+
+@pytest.mark.parametrize("fake", [("online",), ("online", "offline"), ("log",), ("finish",)], indirect=True, ids=" ".join)
+def test_a_failing_service_ends_no_run(fake, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    everything(WandB(), tmp_path)
+    said = capsys.readouterr().out
+    assert "W&B" in said
+    assert "from there" not in said
+
+
+@pytest.mark.slow
+def test_the_real_one_writes_a_run_offline(keyless, tmp_path):
+    import wandb
+
+    everything(WandB(), tmp_path)
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    (record,) = run.glob("*.wandb")
+    wandb.teardown()  # waits for its service to have written what it holds
+    assert record.stat().st_size > 500
+    assert list(run.glob("files/media/images/grids/*.png"))

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from ldm.tensors import Noise, expand, key, mean_per_sample
+
+
+def test_expand_broadcasts_over_all_but_the_batch():
+    assert expand(torch.arange(3.0), torch.zeros(3, 2, 4, 4)).shape == (3, 1, 1, 1)
+    assert expand(torch.tensor(2.0), torch.zeros(3, 2)).shape == ()
+
+
+def test_mean_per_sample():
+    assert mean_per_sample(torch.arange(12.0).reshape(2, 3, 2)).tolist() == [2.5, 8.5]
+
+
+def test_key_depends_on_every_part_and_on_nothing_else():
+    assert key(1, "a", 2) == key(1, "a", 2)
+    assert 0 <= key(1, "a", 2) < 2**63
+    assert len({key(1, "a", 2), key(2, "a", 1), key(1, "b", 2), key(1, "a", (2, 3)), key(1, "a", 2, 3), key("1", "a", 2)}) == 6
+    assert key(0, "weights") == 2934036865011653446  # kept for ever: a run's random numbers are a promise
+
+
+def test_a_row_gets_the_same_numbers_in_any_batch():
+    x = torch.empty(4, 2, 3)
+    whole = Noise(7, [10, 11, (3, 12), 13]).normal("eps", x)
+    assert torch.equal(Noise(7, [(3, 12), 10]).normal("eps", x[:2]), whole[[2, 0]])
+    parts = [Noise(7, [i]).normal("eps", x[:1]) for i in (10, 11, (3, 12), 13)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("change", ["seed", "purpose", "index", "place"])
+def test_another_key_is_another_draw(change):
+    x = torch.empty(1, 50)
+    base = Noise(0, [(0, 5)]).normal("a", x)
+    other = {
+        "seed": lambda: Noise(1, [(0, 5)]).normal("a", x),
+        "purpose": lambda: Noise(0, [(0, 5)]).normal("b", x),
+        "index": lambda: Noise(0, [(0, 6)]).normal("a", x),
+        "place": lambda: Noise(0, [(1, 5)]).normal("a", x),
+    }[change]()
+    assert (base != other).all()
+    assert abs(torch.corrcoef(torch.stack([base[0], other[0]]))[0, 1]) < 0.5
+
+
+def test_draws_have_their_distribution():
+    noise, x = Noise(0, list(range(100))), torch.empty(100, 200)
+    normal, uniform = noise.normal("n", x), noise.uniform("u", x)
+    assert abs(normal.mean()) < 0.02
+    assert abs(normal.std() - 1) < 0.02
+    assert 0 <= uniform.min() <= uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 0.01
+    assert abs(torch.corrcoef(normal[:, :50].T).fill_diagonal_(0)).max() < 0.5
+
+
+def test_a_draw_is_like_its_tensor():
+    x = torch.empty(2, 3, dtype=torch.float64)
+    assert Noise(0, [0, 1]).normal("a", x).dtype == torch.float64
+    assert torch.equal(Noise(0, [0, 1]).normal("a", x).float(), Noise(0, [0, 1]).normal("a", x.float()))
+
+
+def test_a_stream_draws_anew_at_each_call_and_again_from_its_start():
+    x = torch.empty(2, 3)
+    first, again = Noise(0, [0, 1]).stream("s"), Noise(0, [0, 1]).stream("s")
+    a, b = first(x), first(x)
+    assert not torch.equal(a, b)
+    assert torch.equal(a, again(x))
+    assert torch.equal(b, again(x))
+
+
+def test_draws_leave_the_global_generator_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    Noise(0, [0]).normal("a", torch.empty(1, 3))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_rows_must_be_keyed():
+    with pytest.raises(ValueError, match="2 rows, the tensor has 3"):
+        Noise(0, [0, 1]).normal("a", torch.empty(3, 1))
