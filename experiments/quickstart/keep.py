@@ -1,4 +1,4 @@
-"""Keep a finished run as the trained quickstart: python experiments/quickstart/keep.py RUN; its weights in float16, its scores into the README."""
+"""Keep a finished run as the trained quickstart, its scores into the README: python experiments/quickstart/keep.py RUN."""
 
 import csv
 import re
@@ -9,7 +9,12 @@ from pathlib import Path
 from ldm import durable, runs
 
 HERE = Path(__file__).parent
-COLUMNS = {"": "samples", "baseline/test/": "real test images", "baseline/noisy/": "the same, noise 0.05", "baseline/pca/": "PCA-50 Gaussian a class"}
+COLUMNS = {
+    "": "samples",
+    "baseline/test/": "real test images",
+    "baseline/noisy/": "the same, noise 0.05",
+    "baseline/pca/": "PCA-50 Gaussian a class",
+}
 METRICS = ("fd_fashion", "kid_fashion", "accuracy", "precision", "recall")
 
 
