@@ -69,6 +69,8 @@ class Kept:
         self.place = torch.zeros(1, self.length, dtype=torch.int64, device=device)
         self.vector = torch.zeros(1, self.encoder.vector_dim, device=device)
 
+    @torch.inference_mode(False)  # or tables made while sampling could not be written to in training
+    @torch.no_grad()
     def condition(self, captions: Sequence[str], device: torch.device) -> Condition:
         """Features of B captions, padded together."""
         if device != self.context.device or self.used * self.encoder.context_dim > MOST:
@@ -82,8 +84,6 @@ class Kept:
         place = self.place[index, : min(-(-longest // 8) * 8, self.length)]  # (B, L)
         return Condition(context=self.context[place], mask=place > 0, vector=self.vector[index])
 
-    @torch.inference_mode(False)  # or what is first met while sampling could not be trained on later
-    @torch.no_grad()
     def add(self, text: str) -> None:
         """Encode one text, alone: so its features do not depend, to the last bit, on the batch or process that met it first."""
         features = self.encoder.to(self.context.device)([text], self.length)
@@ -92,7 +92,6 @@ class Kept:
         self.context = grown(self.context, self.used + size)
         self.place, self.vector = grown(self.place, row + 1), grown(self.vector, row + 1)
         self.context[self.used : self.used + size] = tokens
-        self.place[row] = 0
         self.place[row, :size] = torch.arange(self.used, self.used + size)
         self.vector[row] = normalize(features.vector[0], dim=0) * self.encoder.vector_dim**0.5
         self.row[text] = row

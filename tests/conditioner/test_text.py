@@ -101,9 +101,17 @@ def test_the_null_condition_is_the_empty_caption():
 def test_what_is_first_met_while_sampling_can_be_trained_on():
     text, layer = Text(Letters()), nn.Linear(3, 3)
     with torch.inference_mode():
-        text(told("ab"))
-    layer(text(told("ab")).context).sum().backward()
+        text(told("ab", "c", "d"))
+    layer(text(told("ab", "e")).context).sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_a_table_that_starts_anew_while_sampling_is_as_good(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 0)
+    text = Text(Letters())
+    with torch.inference_mode():
+        text(told("ab"))
+    assert text(told("c")).context[0, 1, 0] == ord("c")
 
 
 def test_the_encoder_is_no_part_of_the_module():
