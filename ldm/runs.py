@@ -258,7 +258,7 @@ def provenance(root: Path | str) -> dict[str, Any]:
             continue
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),  # as typed: Hydra is given another sys.argv
         "commit": _git(root, "rev-parse", "HEAD"),
         "changed": None if changed is None else bool(changed),
         "python": platform.python_version(),

@@ -30,7 +30,7 @@ def averaged(steps: int, sigma_rel: float) -> tuple[PowerEMA, torch.Tensor]:
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
 def test_weights_of_the_steps_are_the_closed_form(sigma_rel):
-    """Step t of T weighs beta-products whose sum telescopes: (t/T)^(g+1) - ((t-1)/T)^(g+1), the integral of the power function over the step."""
+    """Step t of T weighs (t/T)^(g+1) - ((t-1)/T)^(g+1), the integral of the power function over the step."""
     steps = 60
     ema, weights = averaged(steps, sigma_rel)
     edges = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** (ema.gamma + 1)
@@ -57,9 +57,14 @@ def test_applied_lends_the_average_and_gives_the_weights_back():
     ema = PowerEMA(module)
     live = module.weight.detach().clone()
     ema.shadow["weight"].fill_(5.0)
-    with pytest.raises(RuntimeError, match="mid-way"), ema.applied():
-        assert (module.weight == 5).all()
-        raise RuntimeError("mid-way")
+
+    def fail():
+        with ema.applied():
+            assert (module.weight == 5).all()
+            raise RuntimeError("mid-way")
+
+    with pytest.raises(RuntimeError, match="mid-way"):
+        fail()
     assert torch.equal(module.weight, live)
     assert (ema.shadow["weight"] == 5).all()
 

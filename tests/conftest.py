@@ -1,0 +1,37 @@
+"""One smoke run, made by the command as a person types it and shared by every test that needs a trained model."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads cost more than they bring; read when torch is imported
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from smoke import process
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """folder: where the command ran and its cache lies.  run: the run folder.  said: what it printed."""
+
+    folder: Path
+    run: Path
+    said: str
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return json.loads((self.run / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Smoke:
+    """`python train.py budget=smoke` with nothing there yet: the judge, the first stage, the diffusion model, samples and scores."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = process("train.py", "budget=smoke", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (run,) = (folder / "runs").iterdir()
+    return Smoke(folder, run, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
