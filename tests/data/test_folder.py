@@ -191,7 +191,7 @@ def test_a_large_jpeg_is_the_same_picture(tmp_path):
     Image.fromarray(np.repeat(np.tile(ramp, (700, 1))[..., None], 3, 2)).save(tmp_path / "x.jpg", quality=95)
     pixels, _ = square(tmp_path / "x.jpg", 16, 1)
     centres = 150 + 700 * (np.arange(16) + 0.5) / 16
-    assert pixels[0].double().mean(0).numpy() == pytest.approx(centres / 999 * 255, abs=2)
+    assert pixels[0].double().mean(0).numpy() == pytest.approx(centres / 999 * 255, abs=3)  # a pixel is 11 apart
 
 
 def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch, capsys):
