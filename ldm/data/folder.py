@@ -184,12 +184,12 @@ def square(path: Path, size: int, channels: int) -> tuple[Tensor, int]:
     import numpy as np
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
-        width, height = image.size
+    with Image.open(path) as file:
+        width, height = file.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}x{height} is above {MAX_PIXELS // 10**6} megapixels")
-        image.draft(None, (2 * size, 2 * size))  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
-        image = eight_bit(ImageOps.exif_transpose(image))
+        file.draft(None, (2 * size, 2 * size))  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
+        image = eight_bit(ImageOps.exif_transpose(file))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
