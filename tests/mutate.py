@@ -1,8 +1,8 @@
 """Does a test fail when the mathematics is wrong?  python tests/mutate.py [file ...]
 
 Every function of ldm/diffusion is broken in one place at a time: a sign flipped, a term or a factor dropped, a product made a quotient, a
-comparison or a condition turned round. For each the quick tests of tests/diffusion run until one fails. Writes tests/mutation.csv (the rows of
-the files named) and names the survivors; exit code 1 if there is one that EQUIVALENT does not explain.
+comparison or a condition turned round. For each the quick tests of tests/diffusion run until one fails. Writes tests/mutation.csv (the rows
+of the files named) and names the survivors; exit code 1 if there is one that EQUIVALENT does not explain.
 """
 
 import ast
@@ -19,7 +19,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[1]
 SOURCE, TESTS = ROOT / "ldm/diffusion", ROOT / "tests/diffusion"
-FIRST = {"denoiser": "prediction", "correction": "constraint"}  # the test file that knows most of a module, where the names differ
+# Where to look first: the test files that know most of a module, and the tests of a function, where the names differ.
+FILES = {"denoiser": ["prediction"], "correction": ["constraint"], "sampler": ["reference", "sampler"]}
+TESTS_OF = {
+    "check": "refuses",
+    "steps": "refuses",
+    "stir": "stir or churn or k_diffusion",
+    "_unic": "unipc",
+    "forward_variance": "posterior",
+    "q_posterior": "posterior",
+    "vlb_term": "bound or bits",
+    "gather": "objective",
+    "bound": "fair",
+    "bin_of": "bins",
+}
 SECONDS = 120
 
 OTHER = {
@@ -102,8 +115,11 @@ def at(tree: ast.AST, path: list) -> ast.AST:
     return tree
 
 
-def survives(file: Path, tree: ast.Module) -> bool:
-    """True if all tests pass with this module in place of the file's; run in a forked process, where nothing of ldm is imported yet."""
+def survives(file: Path, tree: ast.Module, function: str = "") -> bool:
+    """True if all tests pass with this module in place of the file's; run in a forked process, where nothing of ldm is imported yet.
+
+    The tests that name the function come first: most mutants end there, in a second.
+    """
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -123,10 +139,15 @@ def survives(file: Path, tree: ast.Module) -> bool:
         sys.modules[name] = module
         setattr(ldm.diffusion, file.stem, module)
         exec(compile(tree, str(file), "exec"), module.__dict__)
-        first = TESTS / f"test_{FIRST.get(file.stem, file.stem)}.py"
-        rest = [f for f in sorted(TESTS.glob("test_*.py")) if f not in (first, TESTS / "test_house.py")]
+        near = [str(TESTS / f"test_{name}.py") for name in FILES.get(file.stem, [file.stem])]
+        every = [str(f) for f in sorted(TESTS.glob("test_*.py")) if f.name != "test_house.py"]
+        named = function.split(".")[0]
         options = ["-x", "-q", "-p", "no:cacheprovider"]
-        os._exit(int(pytest.main([*options, str(first)]) or pytest.main([*options, *map(str, rest)])))
+        for tests in ([*near, "-k", TESTS_OF.get(named, named)], near, every):
+            code = int(pytest.main([*options, *tests]))
+            if code not in (0, 5):  # 5: no test has that name
+                os._exit(code)
+        os._exit(0)
     except BaseException:
         os._exit(3)
 
@@ -167,7 +188,7 @@ def main(files: list[str]) -> int:
             node = at(tree, path)
             for new in mutants(node):
                 text = f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
-                alive = survives(file, replaced(tree, path, new))
+                alive = survives(file, replaced(tree, path, new), function)
                 why = EQUIVALENT.get((file.name, function, text), "")
                 result = ("equivalent" if why else "survived") if alive else "killed"
                 rows.append([file.name, function, text, result, why])

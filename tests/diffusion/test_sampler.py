@@ -31,7 +31,7 @@ def even_log_snr(sched, n, start, end):
     return sched.t_at(torch.linspace(0, 1, n + 1, dtype=F64) * (lo - hi) + hi)
 
 
-def slope(run, sched, grid, ns=(64, 128, 256, 512)):
+def slope(run, sched, grid, ns=(64, 128, 256)):
     """Of log error against log n, by least squares."""
     g, errors = Gaussian(sched, mean=0.6, std=1.5), []
     for n in ns:
