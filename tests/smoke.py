@@ -1,7 +1,10 @@
 """The commands as a person types them, in this process where that is enough: a fresh one spends seconds on importing."""
 
+import multiprocessing
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,3 +66,56 @@ def process(script: str, *typed: str, cwd: Path, timeout: float = 120, **env: st
     env = {**os.environ, "OMP_NUM_THREADS": "1", "LDM_CACHE": str(cwd / "cache"), "LDM_OFFLINE": "1", **env}
     line = [sys.executable, str(ROOT / script), *typed]
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+def processes(*jobs: tuple[str, ...], cwd: Path, kill_at: int | None = None, **env: str) -> list[subprocess.CompletedProcess]:
+    """Commands (script, *typed) run at once, as the ranks of one world if there are several; what they print is all in stdout.
+
+    Each is a process of its own, forked from one that has imported everything.  kill_at: the training step after which SIGKILL comes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ldm.stage.diffusion", "ldm.drawing", "ldm.score", "hydra", "torchmetrics.image"])
+    world = {"WORLD_SIZE": str(len(jobs)), "LOCAL_WORLD_SIZE": str(len(jobs)), "GROUP_RANK": "0"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "TORCHELASTIC_RUN_ID": "test"}
+    children = []
+    for rank, job in enumerate(jobs):
+        own = {"LDM_CACHE": str(cwd / "cache"), **env}
+        if len(jobs) > 1:
+            own |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(context.Process(target=_child, args=(job, cwd, own, kill_at, cwd / f"said-{rank}.txt")))
+        children[-1].start()
+    for child in children:
+        child.join(100)
+        if child.is_alive():
+            child.kill()
+            child.join()
+    said = [(cwd / f"said-{rank}.txt").read_text() for rank in range(len(jobs))]
+    return [subprocess.CompletedProcess(job, child.exitcode, out) for job, child, out in zip(jobs, children, said, strict=True)]
+
+
+def port() -> int:
+    """One that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | None, said: Path) -> None:
+    os.environ.update(env)
+    with open(said, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    with here(cwd, LDM_CACHE=env["LDM_CACHE"]):
+        if kill_at is not None:
+            from ldm.training.callbacks import Record
+
+            write = Record.on_train_batch_end
+
+            def record(self, trainer, lit, outputs, batch, batch_idx):
+                write(self, trainer, lit, outputs, batch, batch_idx)
+                if batch["step"] + 1 == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Record.on_train_batch_end = record
+        sys.exit(command(*job))

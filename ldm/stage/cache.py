@@ -15,13 +15,13 @@ TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 def judge_recipe(cfg: Any) -> runs.Recipe:
-    """Data and the judge's training."""
-    return runs.recipe({"data": plain(cfg.data), "training": plain(cfg.judge)})
+    """Data and training of the judge that cfg trains: cfg.training is the judge's."""
+    return runs.recipe({"data": plain(cfg["data"]), "training": plain(cfg["training"])})
 
 
 def first_stage_recipe(cfg: Any) -> runs.Recipe:
-    """Data, architecture and the first stage's training."""
-    return runs.recipe({"data": plain(cfg.data), "autoencoder": plain(cfg.autoencoder), "training": plain(cfg.first_stage)})
+    """Data, architecture and training of the first stage that cfg trains: cfg.training is the first stage's."""
+    return runs.recipe({name: plain(cfg[name]) for name in ("data", "autoencoder", "training")})
 
 
 def judge_folder(cfg: Any) -> Path:
@@ -33,14 +33,15 @@ def first_stage_folder(cfg: Any) -> Path:
 
 
 def judge(cfg: Any) -> Path:
-    """The folder of the config's judge, trained now if it is not there."""
-    return ensured(cfg, judge_folder(cfg), judge_recipe(cfg), {**plain(cfg), "training": plain(cfg.judge)}, devices=1)
+    """The folder of the judge that a diffusion model's config names, trained now if it is not there."""
+    config = {**plain(cfg), "training": plain(cfg.judge)}
+    return ensured(cfg, judge_folder(config), judge_recipe(config), config, devices=1)
 
 
 def first_stage(cfg: Any) -> Path:
-    """The folder of the config's first stage, trained now if it is not there."""
+    """The folder of the first stage that a diffusion model's config names, trained now if it is not there."""
     config = {**plain(cfg), "training": plain(cfg.first_stage)}
-    return ensured(cfg, first_stage_folder(cfg), first_stage_recipe(cfg), config, devices=plain(cfg).get("trainer", {}).get("devices", 1))
+    return ensured(cfg, first_stage_folder(config), first_stage_recipe(config), config, config.get("trainer", {}).get("devices", 1))
 
 
 def ensured(cfg: Any, folder: Path, recipe: runs.Recipe, config: Mapping[str, Any], devices: int) -> Path:
