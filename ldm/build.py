@@ -12,6 +12,7 @@ SUPPLIED = {  # what the builders pass themselves, which a config need not hold
     "ldm.autoencoder.conv.Encoder": ("channels",),
     "ldm.autoencoder.conv.Decoder": ("channels",),
     "ldm.conditioner.label.Label": ("num_classes",),
+    "ldm.conditioner.label.LabelVector": ("num_classes",),
     "ldm.stage.diffusion.train": ("cfg",),
     "ldm.stage.autoencoder.train": ("cfg",),
     "ldm.stage.judge.train": ("cfg",),

@@ -10,7 +10,7 @@ class PatchEncoder(nn.Module):
     """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f): patches of f x f pixels as channels, `blocks` residual blocks of
     `width` channels, and a linear map of the patch straight to the mean, so that training starts from a linear code."""
 
-    def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 2, groups: int = 8):
+    def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 2, groups: int = 4):
         super().__init__()
         self.factor, self.z_channels = factor, z_channels
         patch = channels * factor**2
@@ -30,7 +30,7 @@ class PatchEncoder(nn.Module):
 class PatchDecoder(nn.Module):
     """Latent (B, z_channels, h, w) -> image (B, C, f h, f w): the encoder's mirror, with a linear map from latent to pixels."""
 
-    def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 3, groups: int = 8):
+    def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 3, groups: int = 4):
         super().__init__()
         self.factor = factor
         patch = channels * factor**2

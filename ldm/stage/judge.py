@@ -35,7 +35,7 @@ def train(
     log_every: int,
     save_every: int,
 ) -> float:
-    """Train the judge, standardise its features over the training set, keep them as the reference, measure the baselines; returns accuracy."""
+    """Train the judge, standardise its features over the training set, keep them as the reference, measure the baselines."""
     folder = cache.judge_folder(cfg)
     if done := runs.finished(folder):
         return done["accuracy"]
