@@ -9,7 +9,7 @@ import ast
 import copy
 import csv
 import os
-import signal
+import resource
 import sys
 import types
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ TESTS_OF = {
     "bound": "fair",
     "bin_of": "bins",
 }
-SECONDS = 120
+SECONDS = 20, 90, 300  # of CPU time, by the end of each round of tests: a mutant that does not end is dead
 
 OTHER = {
     ast.Add: ast.Sub,
@@ -125,7 +125,6 @@ def survives(file: Path, tree: ast.Module, function: str = "") -> bool:
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     try:
-        signal.alarm(SECONDS)  # a mutant that does not end is dead
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
@@ -143,7 +142,8 @@ def survives(file: Path, tree: ast.Module, function: str = "") -> bool:
         every = [str(f) for f in sorted(TESTS.glob("test_*.py")) if f.name != "test_house.py"]
         named = function.split(".")[0]
         options = ["-x", "-q", "-p", "no:cacheprovider"]
-        for tests in ([*near, "-k", TESTS_OF.get(named, named)], near, every):
+        for seconds, tests in zip(SECONDS, ([*near, "-k", TESTS_OF.get(named, named)], near, every), strict=True):
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
             code = int(pytest.main([*options, *tests]))
             if code not in (0, 5):  # 5: no test has that name
                 os._exit(code)
