@@ -36,38 +36,54 @@ class Condition:
         return self.map(lambda v: v[rows])
 
     def where(self, keep: Tensor, other: "Condition") -> "Condition":
-        """Row by row: self where keep (B,) is True, other elsewhere (condition dropout, Ho & Salimans 2022, algorithm 1)."""
-        both = self.cat(other)
-        rows = torch.arange(len(keep), device=keep.device)
-        return both.index(torch.where(keep, rows, rows + len(keep)))
+        """Row by row: self where keep (B,) is True, other elsewhere (condition dropout, Ho & Salimans 2022, algorithm 1).
+
+        Raises ValueError if the fields in use differ.
+        """
+        a, b = aligned(self, other)
+        chosen = {}
+        for name in ("context", "mask", "vector", "concat"):
+            if (mine := getattr(a, name)) is not None:
+                chosen[name] = torch.where(keep.reshape(-1, *[1] * (mine.ndim - 1)), mine, getattr(b, name))
+        hint = tuple(torch.where(keep[:, None, None, None], x, y) for x, y in zip(a.hint, b.hint, strict=True))
+        return Condition(**chosen, hint=hint)
 
     def cat(self, *others: "Condition") -> "Condition":
         """Stack batches; shorter contexts are padded with masked tokens. Raises ValueError if the fields in use differ."""
-        parts = (self, *others)
-        used = [tuple(bool(v) if isinstance(v, tuple) else v is not None for v in (p.context, p.vector, p.concat, p.hint)) for p in parts]
-        if len(set(used)) > 1:
-            raise ValueError(f"conditions with different fields cannot be stacked (context, vector, concat, hint in use: {used})")
+        parts = aligned(self, *others)
 
         def stack(values: Sequence[Tensor | None]) -> Tensor | None:
             return None if values[0] is None else torch.cat([v for v in values if v is not None])
 
-        context, mask = [p.context for p in parts], [p.mask for p in parts]
-        lengths = {c.shape[1] for c in context if c is not None}
-        if len(lengths) > 1 or any(m is not None for m in mask):
-            longest = max(lengths)
-            mask = [_mask(p, longest) for p in parts]
-            context = [pad(c, (0, 0, 0, longest - c.shape[1])) for c in context if c is not None]
         return Condition(
-            stack(context),
-            stack(mask),
+            stack([p.context for p in parts]),
+            stack([p.mask for p in parts]),
             stack([p.vector for p in parts]),
             stack([p.concat for p in parts]),
             tuple(torch.cat(h) for h in zip(*(p.hint for p in parts), strict=True)),
         )
 
 
-def _mask(cond: Condition, length: int) -> Tensor | None:
+def aligned(*parts: Condition) -> list[Condition]:
+    """The conditions with contexts padded to the longest and, where lengths differ or any has one, masks. Raises ValueError if the fields
+    in use differ."""
+    used = [tuple(bool(v) if isinstance(v, tuple) else v is not None for v in (p.context, p.vector, p.concat, p.hint)) for p in parts]
+    if len(set(used)) > 1:
+        raise ValueError(f"conditions with different fields cannot be joined (context, vector, concat, hint in use: {used})")
+    lengths = {p.context.shape[1] for p in parts if p.context is not None}
+    if not lengths or (len(lengths) == 1 and all(p.mask is None for p in parts)):
+        return list(parts)
+    return [padded(p, max(lengths)) for p in parts]
+
+
+def padded(cond: Condition, length: int) -> Condition:
+    """The condition with its context padded to `length` tokens and a mask that says so."""
     if cond.context is None:
-        return None
+        return cond
     mask = cond.mask if cond.mask is not None else torch.ones(cond.context.shape[:2], dtype=torch.bool, device=cond.context.device)
-    return pad(mask, (0, length - mask.shape[1]), value=False)
+    more = length - cond.context.shape[1]
+    return (
+        cond
+        if not more and cond.mask is not None
+        else replace(cond, context=pad(cond.context, (0, 0, 0, more)), mask=pad(mask, (0, more), value=False))
+    )

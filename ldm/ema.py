@@ -32,7 +32,9 @@ class PowerEMA:
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 1 (beta of eq. 127)."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
-        torch._foreach_lerp_(list(self.shadow.values()), list(self._live().values()), 1 - beta)
+        live = self._live()
+        self.shadow = {name: value.to(live[name]) for name, value in self.shadow.items()}  # the trainer may have moved or widened them
+        torch._foreach_lerp_(list(self.shadow.values()), list(live.values()), 1 - beta)
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:

@@ -31,8 +31,8 @@ def draw(
     """
     model.eval()
     noise = Noise(0, list(seeds))
-    like = torch.empty(model.latent_shape(len(seeds)), device=model.device)
-    denoise = guidance(model.denoiser, model.condition(batch), model.uncondition(batch))
+    like = next(model.denoiser.parameters()).new_empty(model.latent_shape(len(seeds)))
+    denoise = guidance(model.denoiser, model.condition(batch).to(like), model.uncondition(batch).to(like))
     x = prior(model.denoiser.schedule, ts[0], noise.normal("start", like))
     z = sampler(denoise, model.denoiser.schedule, x, ts, noise.stream("sampler"))
     return model.decode(z)
@@ -46,9 +46,10 @@ def txt2img(
     steps: int = 20,
     scale: float = 2.0,
     sampler: Sampler = ddim,
+    guidance: Guidance = cfg,
 ) -> Tensor:
     """`num` images of each prompt, (num * prompts, C, H, W) in [-1, 1], with seeds seed, seed + 1, ...; scale is the guidance scale."""
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num)]
     seeds = range(seed, seed + len(prompts))
     ts = trailing(model.denoiser.schedule, steps)
-    return draw(model, {"caption": prompts}, seeds, ts, sampler, partial(cfg, scale=scale))
+    return draw(model, {"caption": prompts}, seeds, ts, sampler, partial(guidance, scale=scale))

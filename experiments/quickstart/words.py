@@ -5,11 +5,13 @@ Twenty held-out prompts, 16 draws each, beside what the nearest training caption
 
 import csv
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ldm.conditioner.text import nearest_caption
+from ldm.diffusion.guidance import cfg
 from ldm.load import DataCard, config_of, load, run_folder
 from ldm.metrics.features import to_uint8
 from ldm.stage import judge
@@ -18,7 +20,7 @@ from ldm.task import txt2img
 HERE = Path(__file__).parent
 
 
-def main(run: str = str(HERE), name: str = "prompts", num: int = 16, scale: float = 2.0) -> None:
+def main(run: str = str(HERE), name: str = "prompts", num: int = 16, scale: float = 4.0) -> None:
     """Write <name>_drawn.csv: for each prompt the share of draws that the judge calls right, and whether the nearest caption is."""
     folder = run_folder(run)
     card, model = DataCard.read(folder), load(run)
@@ -28,7 +30,8 @@ def main(run: str = str(HERE), name: str = "prompts", num: int = 16, scale: floa
     wanted = [list(card.classes).index(row["label"]) for row in rows]
     told = [row["prompt"] for row in rows]
     near = nearest_caption(model.conditioner.kept.encoder, told, card.captions)
-    images = txt2img(model, told, num=num, seed=3_000_000, scale=scale)
+    guidance = partial(cfg, interval=(0.2, 0.75))
+    images = txt2img(model, told, num=num, seed=3_000_000, scale=scale, guidance=guidance)
     with torch.no_grad():
         seen = net.classify(net(to_uint8(images))).argmax(1).unflatten(0, (len(rows), num))
     for row, k, n, draws in zip(rows, wanted, near, seen, strict=True):

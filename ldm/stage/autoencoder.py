@@ -17,6 +17,7 @@ from ldm.tensors import Noise, key
 from ldm.training.autoencoder import LitAutoencoder
 from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
 from ldm.training.fit import fit
+from ldm.training.parallel import part
 
 
 def train(
@@ -63,7 +64,7 @@ def train(
 
         @torch.no_grad()
         def draw(step: int) -> None:
-            pairs = torch.cat([some, autoencoder.decode(autoencoder.encode(some))])
+            pairs = torch.cat([some, autoencoder.decode(autoencoder.encode(some.to(autoencoder.shift))).to(some)])
             run.picture(step, f"grids/step-{step:06d}", picture.grid(to_uint8(pairs.float()), columns=len(some), zoom=2))
 
         callbacks = [
@@ -75,10 +76,11 @@ def train(
             Pictures(draw, grid_every, ema),
         ]
         fit(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed, **build.plain(cfg.trainer))
+        part()
+        if not run.chief:
+            return 0.0
         with ema.applied():
-            if not run.chief:
-                return 0.0
-            autoencoder.eval().requires_grad_(False).to("cpu")
+            autoencoder.eval().requires_grad_(False).to("cpu", torch.float32)
             autoencoder.calibrate(autoencoder.posterior(image).moments for image in batches(data))
             metrics: dict[str, Any] = {
                 **reconstruct(autoencoder, test, make_score() if make_score else None),

@@ -1,5 +1,6 @@
 """Stage two: a denoiser trained in the latent space of the first stage, sampled and scored."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,12 @@ def train(
         fit(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed, **build.plain(cfg.trainer))
 
         with ema.applied():
-            values = evaluate(model, score, told, make_score, sampler, guidance, grid, run.say) if make_score else {"guidance": 2.0}
+            values = evaluate(model, score, told, make_score, sampler, guidance, grid, run.say) if make_score else {}
             if run.chief:
                 durable.write_tensors(folder / "weights.safetensors", ema.shadow, {"autoencoder": reconstruction["identity"]})
-                run.picture(
-                    steps,
-                    "samples",
-                    gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance, values["guidance"]),
-                )
+                chosen = partial(guidance, scale=values["guidance"]) if make_score else guidance
+                sheet = gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, chosen)
+                run.picture(steps, "samples", sheet)
         beside = {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
         metrics = run.finish(values | beside | {f"first_stage/{name}": value for name, value in reconstruction.items()})
         run.say(f"\n{summary(metrics)}\n\nsamples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
@@ -99,12 +98,10 @@ def moments(autoencoder, identity: str, data) -> torch.Tensor:
     return durable.read_tensors(path)["moments"]
 
 
-def gallery(model, told: Told, ts, sampler, guidance, scale: float = 2.0, each: int = 10) -> torch.Tensor:
+def gallery(model, told: Told, ts, sampler, guidance, each: int = 10) -> torch.Tensor:
     """A picture with a row of `each` samples for every class."""
-    from functools import partial
-
     rows = list(range(each * len(told.classes)))
-    drawn = samples(model, told.batch, rows, 0, len(rows), ts, sampler, partial(guidance, scale=scale))
+    drawn = samples(model, told.batch, rows, 0, len(rows), ts, sampler, guidance)
     images = torch.cat([image for image, _ in drawn])
     by_class = images.unflatten(0, (each, -1)).transpose(0, 1).flatten(0, 1)
     return picture.grid(to_uint8(by_class.cpu()), columns=each, zoom=2)
@@ -120,5 +117,5 @@ def summary(metrics: dict[str, Any]) -> str:
         lines.append(f"{name:<12}" + "".join(f"{format(value, '.4g') if isinstance(value, int | float) else '':>18}" for value in cells))
     if not names:
         return f"not scored (metrics=none)  seconds {metrics.get('seconds')}"
-    extra = {"guidance": metrics["guidance"], "n": metrics.get("n"), "seconds": metrics.get("seconds")}
+    extra = {"guidance": metrics.get("guidance"), "n": metrics.get("n"), "seconds": metrics.get("seconds")}
     return "\n".join([*lines, "  ".join(f"{name} {value}" for name, value in extra.items())])
