@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,3 +120,35 @@ def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | 
 
             Record.on_train_batch_end = record
         sys.exit(command(*job))
+
+
+def composed(*typed: str, name: str = "train") -> Any:
+    """The config of a command after the strict check, for building parts of it here."""
+    from omegaconf import OmegaConf
+
+    import ldm.studies  # noqa: F401
+    from ldm.build import SUPPLIED
+    from ldm.validate import validate
+
+    plan = plan_of(*typed, name=name)
+    config = plan.compose(plan.overrides)
+    bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    validate(OmegaConf.to_container(bare, resolve=True), None, SUPPLIED)
+    return bare
+
+
+def plan_of(*typed: str, name: str = "train") -> Any:
+    """What a command is about to run."""
+    import ldm.studies  # noqa: F401
+    from ldm.argv import Tree, rewrite
+    from ldm.command import Plan
+
+    tree, sweep = Tree((ROOT / "conf",), ROOT), "-m" in typed
+    return Plan(tree, name, sweep, [rewrite(one, tree, ("prompt",), ("run",), sweep) for one in typed if one != "-m"])
+
+
+def first_job(*typed: str) -> tuple[str, ...]:
+    """The command line, fit to run alone, of the first of the jobs that a command stands for."""
+    plan = plan_of(*typed)
+    (job, *others) = plan.jobs()
+    return (*job, "hydra.mode=RUN", "hydra.sweeper.params=null") if others or plan.multirun else tuple(job)

@@ -84,3 +84,13 @@ def test_load_takes_over_the_same_names_only():
     assert torch.equal(other.shadow["bias"], ema.shadow["bias"])
     with pytest.raises(KeyError, match="other weights"):
         other.load({"weight": ema.shadow["weight"]})
+
+
+def test_the_average_follows_its_module_to_another_type():
+    module = nn.Linear(2, 2)
+    ema = PowerEMA(module)
+    module.double()
+    ema.update(1)
+    assert ema.shadow["weight"].dtype == torch.float64
+    assert torch.equal(ema.shadow["weight"], module.weight.detach())
+    assert ema.shadow["weight"] is not module.weight

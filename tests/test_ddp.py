@@ -1,0 +1,76 @@
+"""Two processes train both stages as one does: the same losses at the same global batch."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from smoke import process, processes
+
+from ldm import runs
+
+DIFFUSION = ("budget=smoke", "training.grid_every=100", "metrics=none")
+AUTOENCODER = ("budget=smoke", "training=autoencoder", "~training.score", "training.discriminator_start=0", "training.batch_size=8")
+AUTOENCODER += ("training.log_every=1", "training.grid_every=100", "training.save_every=100", "metrics=none")
+STAGES = {"diffusion": DIFFUSION, "autoencoder with its GAN": AUTOENCODER}
+LIMIT = {"64": 1e-9, "32": 1e-5}
+
+
+def rows(folder: Path, steps: int) -> list[dict]:
+    (journal,) = [p for p in folder.rglob("metrics.jsonl") if len(runs.read_journal(p)) == steps]
+    return [{k: v for k, v in row.items() if k.startswith("train/")} for row in runs.read_journal(journal)]
+
+
+def assert_same(one: list[dict], two: list[dict], limit: float) -> None:
+    for step, (a, b) in enumerate(zip(one, two, strict=True), 1):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert abs(a[name] - b[name]) <= limit * max(abs(a[name]), 1e-3), (step, name, a[name], b[name])
+
+
+@pytest.mark.parametrize("precision", ["64", "32"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_have_the_losses_of_one(stage, precision, smoke, tmp_path):
+    typed = ("train.py", *STAGES[stage], "training.steps=4")
+    found = []
+    for ranks, trainer in ((1, "trainer=cpu"), (2, "trainer=ddp")):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        shutil.copytree(smoke.folder / "cache", folder / "cache")
+        job = (*typed, trainer, "trainer.accelerator=cpu", f"trainer.precision='{precision}'")
+        done = processes(*[job] * ranks, cwd=folder)
+        assert not any(one.returncode for one in done), done
+        found.append(rows(folder, 4))
+    if stage != "diffusion":
+        assert {"train/adversarial_weight", "train/discriminator"} <= found[0][0].keys()
+    assert_same(*found, LIMIT[precision])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["64", "32"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_20_steps_launched_as_a_person_does(stage, precision, smoke, tmp_path):
+    found = []
+    for trainer in ("trainer=cpu", "trainer=ddp"):
+        folder = tmp_path / trainer
+        folder.mkdir()
+        shutil.copytree(smoke.folder / "cache", folder / "cache")
+        typed = (*STAGES[stage], "training.steps=20", trainer, "trainer.accelerator=cpu", f"trainer.precision={precision}")
+        done = process("train.py", *typed, cwd=folder, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(rows(folder, 20))
+    assert_same(*found, LIMIT[precision])
+
+
+@pytest.mark.slow
+def test_sampling_and_scoring_after_two_processes(smoke, tmp_path):
+    """The whole of a run on two processes: both stages are trained and the numbers are those of one process."""
+    typed = ("budget=smoke", "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32", "seed=0")
+    done = process("train.py", *typed, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    import json
+
+    (run,) = (tmp_path / "runs").iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["n"] == 20
+    assert run.name == smoke.run.name
+    assert (run / "samples.png").is_file()
