@@ -33,7 +33,8 @@ TESTS_OF = {
     "bound": "fair",
     "bin_of": "bins",
 }
-SECONDS = 20, 90, 300  # of CPU time, by the end of each round of tests: a mutant that does not end is dead
+MEMORY = 5 << 30  # bytes of address space, most of it shared libraries: a mutant that fills it is dead
+SECONDS = 10, 90, 300  # of CPU time, by the end of each round of tests: a mutant that does not end is dead
 
 OTHER = {
     ast.Add: ast.Sub,
@@ -125,6 +126,7 @@ def survives(file: Path, tree: ast.Module, function: str = "") -> bool:
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     try:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)

@@ -175,7 +175,7 @@ class LossSecondMoment(nn.Module):
             raise ValueError(f"the schedule has T = {T}, the objective T = {self.T}; set objective.T to the schedule's")
         p = self.probabilities()
         u = noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32))
-        i = torch.searchsorted(p.cumsum(0), u.to(p), right=True).clamp(max=self.T - 1)
+        i = torch.searchsorted(p.cumsum(0), u.to(p), right=True)  # u is at most 1 - 2^-24, below the sum's last entry
         _, eps = self.objective.draw(noise, x0, denoiser.schedule)
         terms = self.objective.at(denoiser, x0, cond, (i + 1) / self.T, eps)
         if self.training:

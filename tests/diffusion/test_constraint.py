@@ -97,6 +97,18 @@ def test_repaint_keeps_the_marginals():
     assert a**2 * var + c**2 == pytest.approx(float(var_s))
 
 
+def test_one_step_up_and_one_correction_in_full():
+    sched, x = schedule.cosine(), torch.full((1, 1), 0.7, dtype=F64)
+    stay = lambda denoise, schedule, x, ts, noise: x  # noqa: E731
+    ts, draw = f64(0.8, 0.6, 0.4), lambda x: torch.full_like(x, 0.5)
+    (alpha_t, _), (alpha_s, _) = (sched.alpha_sigma(v) for v in (ts[0], ts[1]))
+    got = correction.repaint(Gaussian(sched), sched, x, ts, draw, step=stay, jump=1, repeats=2)  # the walk is 0, 1, 0, 1, 2
+    assert torch.allclose(got, alpha_t / alpha_s * x + 0.5 * variance.forward_variance(sched, ts[0], ts[1]).sqrt())
+    d, sigma = Gaussian(sched)(x, ts[1]), sched.alpha_sigma(ts[1])[1]
+    got = correction.langevin(Gaussian(sched), sched, x, ts[:2], draw, step=stay, snr=0.1)
+    assert torch.allclose(got, x - 2 * (0.1 * sigma) ** 2 * d.eps / sigma + 0.5 * 2 * 0.1 * sigma)
+
+
 def test_langevin_pulls_to_the_marginal():
     """One correction is x + size score + sqrt(2 size) z: its recursion, exactly; at a small size p(x_s) is its rest point."""
     g = Gaussian(schedule.cosine(), mean=0.6, std=0.5)

@@ -94,7 +94,7 @@ def test_the_exact_denoiser_has_the_least_loss():
 
 
 def test_errors():
-    out, wanted = f64(0.0, 0.5, 3.0), f64(0.0, 1.0, 0.0)
+    out, wanted = f64(7.0, 1.5, 2.0), f64(7.0, 2.0, -1.0)
     assert objective.l2(out, wanted).tolist() == [0, 0.25, 9]
     assert objective.l1(out, wanted).tolist() == [0, 0.5, 3]
     assert objective.huber(out, wanted).tolist() == pytest.approx([0, 0.125, 2.5])
@@ -110,6 +110,8 @@ def test_offset_noise_moves_whole_channels(shape):
     x0, noise = torch.zeros(shape), Noise(5, range(3))
     moved = objective.offset(noise, x0, strength=0.3) - objective.gaussian(noise, x0)
     by_channel = moved.reshape(*shape[:2], -1)
+    first = noise.normal("offset", by_channel[..., :1] if len(shape) > 2 else x0)
+    assert torch.allclose(by_channel[..., 0], 0.3 * first.reshape(shape[:2]), atol=1e-6)
     assert torch.allclose(by_channel, by_channel[..., :1].expand(by_channel.shape), atol=1e-6)
     draws = torch.stack(
         [(objective.offset(Noise(k, [0]), x0[:1], 0.3) - objective.gaussian(Noise(k, [0]), x0[:1]))[0].flatten()[0] for k in range(800)]
