@@ -82,7 +82,7 @@ def train(
         beside = {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
         metrics = run.finish(values | beside | {f"first_stage/{name}": value for name, value in reconstruction.items()})
         run.say(f"\n{summary(metrics)}\n\nsamples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
-                f"next     python sample.py run={folder} prompt=\"a photo of a sneaker\" num=16")  # fmt: skip
+                f"next     python sample.py run={folder} prompt=\"{data.captions[-1][0]}\" num=16")  # fmt: skip
         return metrics.get(cfg.optimize)
 
 
@@ -99,12 +99,11 @@ def moments(autoencoder, identity: str, data) -> torch.Tensor:
 
 
 def gallery(model, told: Told, ts, sampler, guidance, each: int = 10) -> torch.Tensor:
-    """A picture with a row of `each` samples for every class."""
-    rows = list(range(each * len(told.classes)))
-    drawn = samples(model, told.batch, rows, 0, len(rows), ts, sampler, guidance)
-    images = torch.cat([image for image, _ in drawn])
-    by_class = images.unflatten(0, (each, -1)).transpose(0, 1).flatten(0, 1)
-    return picture.grid(to_uint8(by_class.cpu()), columns=each, zoom=2)
+    """A picture with a row of `each` samples for every class, for the first ten."""
+    classes = min(len(told.classes), 10)
+    rows = [column * len(told.classes) + row for row in range(classes) for column in range(each)]
+    images = torch.cat([image for image, _ in samples(model, told.batch, rows, 0, len(rows), ts, sampler, guidance)])
+    return picture.grid(to_uint8(images.cpu()), columns=each, zoom=2)
 
 
 def summary(metrics: dict[str, Any]) -> str:
