@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | 
         sys.exit(command(*job))
 
 
+@cache
 def composed(*typed: str, name: str = "train") -> Any:
     """The config of a command after the strict check, for building parts of it here."""
     from omegaconf import OmegaConf

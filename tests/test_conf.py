@@ -1,0 +1,229 @@
+"""Every option of every group composes with the smoke budget, passes the strict check, and is built and used for one step."""
+
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from smoke import ROOT, command, composed, here
+
+from ldm import build
+from ldm.ema import PowerEMA
+from ldm.fetch import AssetError
+from ldm.task import draw
+from ldm.training.diffusion import LitDiffusion
+
+CONF = ROOT / "conf"
+OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/**/*.yaml"))
+PARTNERS = {  # what an option needs beside it, or what it leaves no room for
+    "data/folder": ("data.path=here",),
+    "schedule/edm": ("process=edm",),
+    "prediction/edm": ("process=edm",),
+    "weighting/edm": ("process=edm",),
+    "times/log_normal": ("process=edm",),
+    "grid/karras": ("process=edm",),
+    "training/autoencoder": ("~training.score",),
+    "training/judge": ("~training.score", "~training.grid_every"),
+    **dict.fromkeys(("schedule/flow", "schedule/flow_3", "schedule/flow_at"), ("process=sit",)),
+    **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("times=uniform", "grid=uniform")),
+    "objective/repa": ("objective.encoder._target_=test_conf.Features", "objective.channels=32", "objective.features=2"),
+    "sampler/repaint": ("sampler.jump=1", "sampler.repeats=1"),
+}
+LEARNED_VARIANCE = ("objective/hybrid", "objective/likelihood", "sampler/ddpm_learned")  # want a network of twice the channels
+ALONE = ("budget", "data", "trainer", "training", "logger", "metrics", "guidance")  # no part of the model or of its training step
+
+
+def typed(option: str) -> tuple[str, ...]:
+    group, name = option.split("/", 1)
+    partners = PARTNERS.get(option, ())
+    return (
+        "budget=smoke",
+        *(p for p in partners if p.startswith("process=")),
+        f"{group}={name}",
+        *(p for p in partners if p[:8] != "process="),
+    )
+
+
+@dataclass
+class Card:
+    classes = ("a", "b", "c")
+    channels, size = 1, 16
+
+
+class Features(torch.nn.Module):
+    """An image encoder in the place of a downloaded one."""
+
+    def __init__(self, size: int, scale: float, weights: None):
+        super().__init__()
+
+    def features(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [image.repeat(1, 2, 1, 1)] * 5
+
+
+def batch(n: int = 4) -> dict:
+    rows = list(range(n))
+    label = torch.tensor(rows) % 3
+    image = torch.rand(n, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return {
+        "image": image,
+        "caption": [f"a thing {i}" for i in rows],
+        "label": label,
+        "index": rows,
+        "place": [0] * n,
+        "position": rows,
+        "total": n,
+        "step": 0,
+    }
+
+
+def model_of(cfg):
+    """The model of a config; None where its text encoder is not to be had offline, which is said in one line."""
+    try:
+        return build.model(cfg, build.autoencoder(cfg.autoencoder, 1), Card)
+    except Exception as error:
+        cause = error.__cause__ or error
+        assert isinstance(cause, AssetError | ValueError), cause
+        assert "\n" not in str(cause)
+        assert "weights" in str(cause) or "missing" in str(cause)
+        return None
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_composes(option):
+    group = option.split("/")[0]
+    config = composed(*typed(option))
+    assert group == "budget" or group == "process" or group in config
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] not in ALONE and o not in LEARNED_VARIANCE])
+def test_option_trains_and_draws(option):
+    torch.manual_seed(0)
+    cfg = composed(*typed(option))
+    model = model_of(cfg)
+    if model is None:
+        return
+    assert all(torch.isfinite(term) for term in trained(cfg, model).values())
+    if option != "sampler/ddim_invert":  # which goes from an image to noise
+        image = drawn(cfg, model)
+        assert image.shape == (2, 1, 16, 16)
+        assert torch.isfinite(image).all()
+
+
+def trained(cfg, model) -> dict:
+    """The terms of one step."""
+    lit = LitDiffusion(model, instantiate(cfg.objective), instantiate(cfg.training.optimizer), cfg.training.drop)
+    terms = lit.training_step(batch(), 0)
+    optimizer = lit.configure_optimizers()
+    terms["loss"].backward()
+    optimizer.step()
+    return terms
+
+
+def drawn(cfg, model) -> torch.Tensor:
+    """Two images."""
+    ts = instantiate(cfg.grid)(model.denoiser.schedule, 4)
+    return draw(model, batch(2), [0, 1], ts, instantiate(cfg.sampler), instantiate(cfg.guidance))
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] in ("training", "guidance", "logger")])
+def test_option_is_built(option):
+    group, _ = option.split("/", 1)
+    assert callable(instantiate(composed(*typed(option))[group])) or group == "logger"
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("trainer/")])
+def test_trainer_options_are_what_fit_takes(option):
+    from ldm.training.fit import fit
+
+    assert composed(*typed(option)).trainer.keys() == inspect.signature(fit).parameters.keys() & {
+        *("accelerator", "devices", "strategy", "precision", "workers")
+    }
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("data/")])
+def test_data_options_are_built_or_say_what_is_missing(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        data = build.dataset(composed(*typed(option)), "train")
+    except Exception as error:
+        cause = error.__cause__ or error
+        assert isinstance(cause, AssetError | ValueError | FileNotFoundError), cause
+        assert "\n" not in str(cause)
+    else:
+        assert data.batch([(0, 0)])["image"].shape[1:] == (data.channels, data.size, data.size)
+
+
+@pytest.mark.parametrize("process", [p.stem for p in (CONF / "process").glob("*.yaml")])
+def test_a_process_sets_four_choices_and_each_can_be_set_beside_it(process):
+    text = (CONF / "process" / f"{process}.yaml").read_text()
+    for group in ("schedule", "prediction", "weighting", "times"):
+        (option,) = re.findall(rf"override /{group}: (\w+)", text)
+        wanted = OmegaConf.load(CONF / group / f"{option}.yaml")
+        assert OmegaConf.masked_copy(composed("budget=smoke", f"process={process}")[group], list(wanted)) == wanted, group
+    assert composed("budget=smoke", f"process={process}", "schedule=gvp").schedule._target_.endswith("GVP")
+
+
+@pytest.mark.parametrize("option", ["sampler/heun", "grid/karras", "guidance/cfg", "metrics/fid"])
+def test_sampling_takes_the_options_of_training(option):
+    group, name = option.split("/")
+    assert composed("run=x", f"{group}={name}", name="sample")[group] == composed(*typed(option))[group]
+
+
+def test_nothing_that_owns_weights_is_interpolated():
+    """`${net}` in two places would be built twice."""
+    for path in CONF.rglob("*.yaml"):
+        found = re.findall(r"\$\{(net|autoencoder|conditioner|first_stage|judge|objective)[}.]", path.read_text())
+        assert not found, path
+
+
+def test_what_owns_weights_is_built_once(smoke, tmp_path, monkeypatch):
+    """A whole run builds one network and one conditioner, holds them in one model, and averages that."""
+    made: dict[str, list] = {}
+
+    def count(owner, name):
+        build_one = owner.__init__
+
+        def init(self, *args, **kwargs):
+            made.setdefault(name, []).append(self)
+            build_one(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, "__init__", init)
+
+    from ldm.conditioner.label import Label
+    from ldm.model import LatentDiffusion
+    from ldm.net.unet import UNet
+
+    for owner in (UNet, Label, LatentDiffusion, PowerEMA):
+        count(owner, owner.__name__)
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        assert command("train.py", "budget=smoke", "seed=11", "metrics=none") == 0
+    assert {name: len(found) for name, found in made.items()} == {"UNet": 1, "Label": 1, "LatentDiffusion": 1, "PowerEMA": 1}
+    (model,), (ema,) = made["LatentDiffusion"], made["PowerEMA"]
+    assert model.denoiser.net is made["UNet"][0]
+    assert model.conditioner is made["Label"][0]
+    assert ema.module is model
+    assert not any(name.startswith("autoencoder") for name in ema.shadow)
+
+
+@pytest.mark.parametrize("option", LEARNED_VARIANCE)
+def test_a_learned_variance_needs_its_network(option):
+    cfg = composed(*typed(option))
+    model = model_of(cfg)
+    use = trained if option.startswith("objective") else drawn
+    with pytest.raises(ValueError, match="twice"):
+        use(cfg, model)
+
+
+def test_every_group_is_a_choice_of_a_command():
+    named = set(re.findall(r"^  - (\w+)", (CONF / "train.yaml").read_text() + (CONF / "sample.yaml").read_text(), re.MULTILINE))
+    assert {p.name for p in CONF.iterdir() if p.is_dir()} <= named
+    assert Path(CONF / "train.yaml").is_file()
