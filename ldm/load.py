@@ -36,7 +36,7 @@ class DataCard:
 
 
 def run_folder(run: str | Path) -> Path:
-    """The run folder that `run` names, itself or by a file or step in it. Raises UserError with what was expected."""
+    """The run folder that `run` names: itself, by a file or step in it, or as the newest in it. Raises UserError with what was expected."""
     path = Path(run).expanduser()
     if not path.exists():
         near = sorted(str(p.parent) for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []

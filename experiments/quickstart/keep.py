@@ -1,4 +1,4 @@
-"""Keep a finished run as the trained quickstart, its scores into the README: python experiments/quickstart/keep.py RUN."""
+"""Keep a finished run's scores and picture here and in the README: python experiments/quickstart/keep.py RUN."""
 
 import csv
 import re
@@ -29,16 +29,12 @@ def table(metrics: dict) -> str:
 
 
 def main(run: str) -> None:
-    """Copy what load() needs and what a reader wants to see."""
+    """Copy config, scores and picture; write results.csv and the README's table."""
     folder = Path(run)
     metrics = runs.finished(folder)
     if metrics is None:
         sys.exit(f"error: {folder} is not a finished run")
-    for name in ("weights", "first_stage"):
-        state = durable.read_tensors(folder / f"{name}.safetensors")
-        half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        durable.write_tensors(HERE / f"{name}.safetensors", half)
-    for name in ("config.yaml", "data.json", "metrics.json", "samples.png"):
+    for name in ("config.yaml", "metrics.json", "samples.png"):
         shutil.copy(folder / name, HERE / name)
     with open(HERE / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["metric", *COLUMNS.values()])

@@ -20,7 +20,7 @@ from ldm.task import txt2img
 HERE = Path(__file__).parent
 
 
-def main(run: str = str(HERE), name: str = "prompts", num: int = 16, scale: float = 4.0) -> None:
+def main(run: str = str(HERE), name: str = "prompts", num: int = 16, scale: float = 4.0, low: float = 0.0, high: float = 1.0) -> None:
     """Write <name>_drawn.csv: for each prompt the share of draws that the judge calls right, and whether the nearest caption is."""
     folder = run_folder(run)
     card, model = DataCard.read(folder), load(run)
@@ -30,10 +30,10 @@ def main(run: str = str(HERE), name: str = "prompts", num: int = 16, scale: floa
     wanted = [list(card.classes).index(row["label"]) for row in rows]
     told = [row["prompt"] for row in rows]
     near = nearest_caption(model.conditioner.kept.encoder, told, card.captions)
-    guidance = partial(cfg, interval=(0.2, 0.75))
-    images = txt2img(model, told, num=num, seed=3_000_000, scale=scale, guidance=guidance)
+    guidance = partial(cfg, interval=(float(low), float(high)))
+    images = txt2img(model, told, num=int(num), seed=3_000_000, scale=float(scale), guidance=guidance)
     with torch.no_grad():
-        seen = net.classify(net(to_uint8(images))).argmax(1).unflatten(0, (len(rows), num))
+        seen = net.classify(net(to_uint8(images))).argmax(1).unflatten(0, (len(rows), int(num)))
     for row, k, n, draws in zip(rows, wanted, near, seen, strict=True):
         row |= {"drawn": f"{(draws == k).double().mean().item():.4f}", "nearest_caption": int(n == k)}
         print(f"{row['prompt']:<24}{row['label']:<12} drawn {float(row['drawn']):6.1%}   nearest {'right' if n == k else card.classes[n]}")
