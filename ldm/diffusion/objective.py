@@ -212,4 +212,4 @@ def gather(x: Tensor) -> Tensor:
 
 def bin_of(t: Tensor, T: int) -> Tensor:
     """The index i of the bin (i/T, (i + 1)/T] that t (B,) in (0, 1] lies in; t = (i + 1)/T is i whatever the rounding."""
-    return ((t * T - 1e-3).ceil().long() - 1).clamp(0, T - 1)
+    return ((t * T - 1e-3).ceil().long() - 1).clamp(min=0)

@@ -40,7 +40,7 @@ def small(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, flo
     """
     variance = forward_variance(schedule, t, s) * (schedule.alpha_sigma(s)[1] / schedule.alpha_sigma(t)[1]) ** 2
     if floor is None:
-        up = (2 * t - s).clamp(max=1)
+        up = (2 * t).clamp(max=1)
         floor = forward_variance(schedule, up, t) * (schedule.alpha_sigma(t)[1] / schedule.alpha_sigma(up)[1]) ** 2
     return torch.where(s > 0, variance, floor).clamp(min=1e-20).log()
 

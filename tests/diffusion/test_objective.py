@@ -211,6 +211,7 @@ def test_log_variance_settles_at_the_log_of_the_loss():
 def test_bins(T):
     i = torch.arange(T)
     assert torch.equal(objective.bin_of((i + 1) / T, T), i)
+    assert objective.bin_of(torch.tensor([2.0**-24]), T) == 0
     assert torch.equal(objective.bin_of((i + 0.5) / T, T), i)
 
 
@@ -251,6 +252,10 @@ def test_second_moment_remembers_the_latest():
     run.remember(torch.tensor([1, 0]), torch.tensor([4.0, 8.0]))
     assert sorted(run.losses[1].tolist()) == [3, 4]
     assert sorted(run.losses[0].tolist()) == [7, 8]
+    longer = objective.LossSecondMoment(Losses(), T=2, history=3)
+    longer.remember(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
+    longer.remember(torch.tensor([1]), torch.tensor([3.0]))
+    assert longer.losses[1].tolist() == [1, 2, 3]
     rms = ((f64(7, 3, 0) ** 2 + f64(8, 4, 0) ** 2) / 2).sqrt()
     run.count.fill_(2)
     assert torch.allclose(run.probabilities(), 0.999 * rms / rms.sum() + 0.001 / 3)
@@ -273,6 +278,13 @@ def test_second_moment_learns_in_training_only_and_checks_T():
 def test_gather_is_nothing_in_one_process():
     x = torch.arange(3)
     assert objective.gather(x) is x
+
+
+def test_gather_asks_every_rank(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda out, x: out.copy_(torch.cat([x, x + 10])))
+    assert objective.gather(torch.arange(3)).tolist() == [0, 1, 2, 10, 11, 12]
 
 
 def rank(number, folder):
