@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads cost mor
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,15 @@ def smoke(tmp_path_factory) -> Smoke:
     assert done.returncode == 0, done.stderr
     (run,) = (folder / "runs").iterdir()
     return Smoke(folder, run, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
+
+
+@pytest.fixture(scope="session")
+def prompted(smoke, tmp_path_factory) -> Path:
+    """The shared run told captions instead of labels, by tests/spy.py."""
+    run = tmp_path_factory.mktemp("prompted") / "run"
+    shutil.copytree(smoke.run, run)
+    config = (run / "config.yaml").read_text()
+    spied = config.replace("ldm.conditioner.label.Label", "spy.Spy\n  num_classes: 10")
+    assert spied != config
+    (run / "config.yaml").write_text(spied)
+    return run

@@ -70,10 +70,12 @@ def process(script: str, *typed: str, cwd: Path, timeout: float = 120, **env: st
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
 
 
-def processes(*jobs: tuple[str, ...], cwd: Path, kill_at: int | None = None, **env: str) -> list[subprocess.CompletedProcess]:
+def processes(
+    *jobs: tuple[str, ...], cwd: Path, kill_at: int | None = None, kill: int = signal.SIGKILL, **env: str
+) -> list[subprocess.CompletedProcess]:
     """Commands (script, *typed) run at once, as the ranks of one world if there are several; what they print is all in stdout.
 
-    Each is a process of its own, forked from one that has imported everything.  kill_at: the training step after which SIGKILL comes.
+    Each is a process of its own, forked from one that has imported everything.  kill_at: the training step after which the signal `kill` comes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ldm.stage.diffusion", "ldm.drawing", "ldm.score", "hydra", "torchmetrics.image"])
@@ -84,7 +86,7 @@ def processes(*jobs: tuple[str, ...], cwd: Path, kill_at: int | None = None, **e
         own = {"LDM_CACHE": str(cwd / "cache"), **env}
         if len(jobs) > 1:
             own |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        children.append(context.Process(target=_child, args=(job, cwd, own, kill_at, cwd / f"said-{rank}.txt")))
+        children.append(context.Process(target=_child, args=(job, cwd, own, kill_at, kill, cwd / f"said-{rank}.txt")))
         children[-1].start()
     for child in children:
         child.join(100)
@@ -102,7 +104,7 @@ def port() -> int:
         return probe.getsockname()[1]
 
 
-def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | None, said: Path) -> None:
+def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | None, kill: int, said: Path) -> None:
     os.environ.update(env)
     with open(said, "wb") as file:
         os.dup2(file.fileno(), 1)
@@ -117,7 +119,7 @@ def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | 
             def record(self, trainer, lit, outputs, batch, batch_idx):
                 write(self, trainer, lit, outputs, batch, batch_idx)
                 if batch["step"] + 1 == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), kill)
 
             Record.on_train_batch_end = record
         sys.exit(command(*job))
@@ -153,4 +155,5 @@ def first_job(*typed: str) -> tuple[str, ...]:
     """The command line, fit to run alone, of the first of the jobs that a command stands for."""
     plan = plan_of(*typed)
     (job, *others) = plan.jobs()
-    return (*job, "hydra.mode=RUN", "hydra.sweeper.params=null") if others or plan.multirun else tuple(job)
+    alone = ("hydra.mode=RUN", "hydra.sweeper.params=null") if others or plan.multirun else ()
+    return (*(word.replace("experiments=", "experiment=", 1) if word.startswith("experiments=") else word for word in job), *alone)

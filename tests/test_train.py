@@ -107,11 +107,8 @@ def test_changed_source_trains_again_only_when_asked(place, smoke, tmp_path, mon
     cache = tmp_path / "cache"
     shutil.copytree(smoke.folder / "cache", cache)
     monkeypatch.setenv("LDM_CACHE", str(cache))
-    (folder,) = [
-        p
-        for p in (cache / "first_stage").iterdir()
-        if (p / "weights.safetensors").is_file() and "z_channels: 8" in (p / "config.yaml").read_text()
-    ]
+    whole = (smoke.run / "first_stage.safetensors").read_bytes()
+    (folder,) = [p.parent for p in (cache / "first_stage").glob("*/weights.safetensors") if p.read_bytes() == whole]
     (folder / "source.txt").write_text("an older source")
     train("seed=2", "metrics=none")
     assert (folder / "source.txt").read_text() == "an older source"
@@ -149,6 +146,18 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(typed, smoke, tm
     assert ends[0][1] == ends[1][1]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["terminated", "Ctrl-C"])
+def test_a_stopped_run_is_not_done(number, code, smoke, tmp_path):
+    """It says so by its exit code, by which a sweep ends too, and leaves nothing that passes for a result."""
+    shutil.copytree(smoke.folder / "cache", tmp_path / "cache")
+    (stopped,) = processes(("train.py", *AUTOENCODER), cwd=tmp_path, kill_at=3, kill=number)
+    assert stopped.returncode == code, stopped.stdout
+    assert "Traceback" not in stopped.stdout
+    before = list((smoke.folder / "cache").rglob("metrics.json"))
+    assert len(list(tmp_path.rglob("metrics.json"))) == len(before)
+    assert len(list(tmp_path.rglob("weights.safetensors"))) == len(list((smoke.folder / "cache").rglob("weights.safetensors")))
+
+
 def timeless(journal: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("wall", "perf/images_per_s")} for row in runs.read_journal(journal)]
 
@@ -164,3 +173,15 @@ def test_a_damaged_checkpoint_is_passed_over(smoke, tmp_path):
     assert "resuming from step 2" in done.stdout
     assert "skipping checkpoint" in done.stdout
     assert "1000 bytes" in done.stdout
+
+
+def test_stage_one_trained_alone_is_found_by_its_recipe(place, smoke, capfd):
+    """`training=autoencoder` keeps what it trains under its own options, and a run that names the same options finds it."""
+    alone = ("~training.score", "training.steps=3", "training.discriminator_start=1", "training.grid_every=500", "metrics=none")
+    assert command("train.py", "budget=smoke", "training=autoencoder", *alone) == 0
+    capfd.readouterr()
+    run = train("first_stage.steps=3", "metrics=none")
+    said = capfd.readouterr().out
+    assert "writing to" in said
+    assert "autoencoder" not in said
+    assert not same(durable.read_tensors(run / "first_stage.safetensors"), durable.read_tensors(smoke.run / "first_stage.safetensors"))

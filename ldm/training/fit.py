@@ -72,4 +72,7 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(lit, loader)
+    try:
+        trainer.fit(lit, loader)
+    except SystemExit as end:  # Lightning's answer to SIGTERM (without a code) and to Ctrl-C (1): neither is the end of the training
+        raise SystemExit(130 if end.code else 143) from None

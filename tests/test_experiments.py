@@ -1,0 +1,40 @@
+"""Every study in experiments/ composes through `experiment=`, and its first job runs one step of each stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from smoke import ROOT, command, first_job, here
+
+from ldm import picture
+from ldm.argv import Tree
+
+STUDIES = sorted(name for name in Tree((ROOT / "conf",), ROOT).studies() if not name.endswith("/sweep"))
+TINY = (  # as budget=smoke has them, so that the judge and the first stages of the shared run serve again
+    *("training.steps=1", "training.batch_size=4", "training.grid_every=1", "training.save_every=1", "net=tiny", "trainer=cpu"),
+    *("first_stage.steps=2", "first_stage.batch_size=8", "first_stage.discriminator_start=1", "judge.steps=2", "judge.batch_size=8"),
+)
+NEEDS = {"own_images": ("data.path=images",)}  # what its README asks of the person
+
+
+def some_images(folder: Path) -> None:
+    """Pictures of two kinds."""
+    for i in range(12):
+        image = torch.randint(0, 256, (3, 70, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        picture.save(folder / f"kind {i % 2}" / f"{i}.png", image)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_study_runs_its_first_job(study, smoke, tmp_path):
+    some_images(tmp_path / "images")
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        assert command("train.py", *first_job("budget=smoke", f"experiment={study}", *TINY, *NEEDS.get(study, ()))) == 0
+        (done,) = tmp_path.glob("runs/*/metrics.json")
+        assert json.loads(done.read_text())["seconds"] > 0
+
+
+def test_a_study_keeps_its_findings_beside_it():
+    for folder in (ROOT / "experiments").iterdir():
+        if folder.is_dir() and list(folder.glob("*.yaml")):
+            assert (folder / "README.md").is_file(), f"{folder.name} says nowhere what it asks and what came of it"
