@@ -22,11 +22,11 @@ LIBRARIES = {  # besides the standard library and torch
     "fetch": {"filelock", "torchvision"},
     "durable": {"safetensors"},
     "net": {"einops"},
-    "data": {"PIL", "numpy", "torchvision", "webdataset", "datasets"},
+    "data": {"PIL", "filelock", "numpy", "torchvision", "webdataset", "datasets"},
     "metrics": {"numpy", "torchmetrics", "torch_fidelity", "torchvision"},
     "ema": {"numpy"},
     "autoencoder": {"timm"},
-    "conditioner": {"open_clip", "safetensors", "tokenizers", "transformers"},
+    "conditioner": {"huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},
     "interop": {"safetensors"},
     "training": {"lightning"},
 }

@@ -29,12 +29,12 @@ def table(metrics: dict) -> str:
 
 
 def main(run: str) -> None:
-    """Copy config, scores and picture; write results.csv and the README's table."""
+    """Copy scores and picture; write results.csv and the README's table."""
     folder = Path(run)
     metrics = runs.finished(folder)
     if metrics is None:
         sys.exit(f"error: {folder} is not a finished run")
-    for name in ("config.yaml", "metrics.json", "samples.png"):
+    for name in ("metrics.json", "samples.png"):
         shutil.copy(folder / name, HERE / name)
     with open(HERE / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["metric", *COLUMNS.values()])
