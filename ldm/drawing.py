@@ -52,6 +52,12 @@ class Request:
         return self.folder / "samples" / f"{self.cfg.seed}-{runs.fingerprint(asked)[:8]}"
 
     @property
+    def in_words(self) -> str | None:
+        """The option by which words and nothing else were asked for, or None."""
+        words = {"prompt": self.cfg.prompt, "prompts": None if str(self.cfg.prompts).endswith(".csv") else self.cfg.prompts}
+        return next((f"{name}={value}" for name, value in words.items() if value is not None), None)
+
+    @property
     def seeds(self) -> list[int]:
         return [self.cfg.seed + i for i in range(len(self.told))]
 
@@ -123,6 +129,9 @@ def draw(model: "LatentDiffusion", request: Request) -> "dict[int, Tensor]":
     from ldm.score import mine, samples
 
     cfg = request.cfg
+    if request.in_words and "caption" not in model.conditioner.keys:
+        other = "label=..." if "label" in model.conditioner.keys else "no prompt"
+        raise UserError(f"{request.in_words}: this model is not told words; expected {other}")
     ts = instantiate(cfg.grid)(model.denoiser.schedule, cfg.steps)
     rows = list(mine(len(request.told)))
     images: dict[int, Tensor] = {}
@@ -158,6 +167,18 @@ def score(request: Request, images: "dict[int, Tensor]") -> dict[str, Any]:
     return {**scores.compute(), **{f"score/{name}": value for name, value in scores.provenance.items()}}
 
 
+def gathered(images: "dict[int, Tensor]", most: int) -> "dict[int, Tensor]":
+    """The `most` images of the lowest seeds over all processes, by seed."""
+    import torch.distributed as dist
+
+    parts: list[Any] = [dict(list(images.items())[:most])]
+    if dist.is_available() and dist.is_initialized():
+        parts = parts * dist.get_world_size()
+        dist.all_gather_object(parts, parts[0])
+    whole = {seed: image for part in parts for seed, image in part.items()}
+    return {seed: whole[seed] for seed in sorted(whole)[:most]}
+
+
 def keep(request: Request, images: "dict[int, Tensor]", score: dict[str, Any]) -> float | None:
     """Write grid.png and metrics.json, the numbers with everything needed to repeat them; returns the distance if there is one."""
     import torch
@@ -165,10 +186,11 @@ def keep(request: Request, images: "dict[int, Tensor]", score: dict[str, Any]) -
     from ldm import picture
 
     cfg, out = request.cfg, request.out
+    first = gathered(images, 400) if cfg.save != "none" else {}
     if int(os.environ.get("RANK", 0)):
         return None
     if cfg.save != "none":
-        shown = torch.stack(list(images.values())[:400])
+        shown = torch.stack(list(first.values()))
         columns = 16 if len(shown) > 64 else max(1, round(len(shown) ** 0.5))
         picture.save(out / "grid.png", picture.grid(shown, columns, zoom=2))
     asked = {name: value for name, value in plain(cfg).items() if name not in ("trainer", "out", "save")}

@@ -32,7 +32,12 @@ class DataCard:
 
     @staticmethod
     def read(folder: Path) -> "DataCard":
-        return DataCard(**json.loads((folder / "data.json").read_text(encoding="utf-8")))
+        """The card of a run folder. Raises DamagedError naming the file."""
+        path = folder / "data.json"
+        try:
+            return DataCard(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise durable.DamagedError(f"{path} is damaged ({error}); the same train.py command writes it again") from None
 
 
 def run_folder(run: str | Path) -> Path:
@@ -60,14 +65,22 @@ def weights_of(run: str | Path, kind: str = "ema") -> dict[str, Any]:
     if path.is_file() and path.suffix == ".safetensors":
         return durable.read_tensors(path)
     if path.name.startswith("step-"):
-        return durable.load_step(path).tensors["ema" if kind == "ema" else "model"]
+        return of_step(path, kind)
     if kind == "ema" and (folder / "weights.safetensors").is_file():
         return durable.read_tensors(folder / "weights.safetensors")
     step, skipped = durable.latest_valid(folder / "checkpoints")
     if step is None:
         why = f"; {skipped[0][1]}" if skipped else ""
         raise UserError(f"run={run}: no weights in it yet{why}; run train.py with its config to the first checkpoint")
-    return durable.load_step(step).tensors["ema" if kind == "ema" else "model"]
+    return of_step(step, kind)
+
+
+def of_step(step: Path, kind: str) -> dict[str, Any]:
+    """The weights of a LatentDiffusion in a step folder, whose `model` is the whole Lightning module: the model and its objective."""
+    kept = durable.load_step(step).tensors
+    if kind == "ema":
+        return kept["ema"]
+    return {name.removeprefix("model."): value for name, value in kept["model"].items() if name.startswith("model.")}
 
 
 def config_of(folder: Path) -> Any:

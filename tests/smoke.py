@@ -75,7 +75,8 @@ def processes(
 ) -> list[subprocess.CompletedProcess]:
     """Commands (script, *typed) run at once, as the ranks of one world if there are several; what they print is all in stdout.
 
-    Each is a process of its own, forked from one that has imported everything.  kill_at: the training step after which the signal `kill` comes.
+    Each is a process of its own, forked from one that has imported everything.
+    kill_at: the training step after which the signal `kill` comes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ldm.stage.diffusion", "ldm.drawing", "ldm.score", "hydra", "torchmetrics.image"])

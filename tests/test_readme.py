@@ -5,8 +5,8 @@ import shlex
 from dataclasses import dataclass
 
 import pytest
-from test_experiments import NEEDS, TINY, some_images
 from smoke import ROOT, command, first_job, here
+from test_experiments import NEEDS, TINY, some_images
 
 README = ROOT / "README.md"
 SMALL = ("budget=smoke", "training.grid_every=500", "trainer.devices=1")  # no grid: not every stage draws one
@@ -118,9 +118,9 @@ def test_train_command_runs(typed, smoke, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("typed", SAMPLE, ids=" ".join)
-def test_sample_command_runs(typed, smoke, tmp_path):
+def test_sample_command_runs(typed, smoke, prompted, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        own = [f"run={smoke.run}" if word.startswith("run=") else word for word in typed if not word.startswith("trainer.devices=")]
+        own = [f"run={prompted}" if word.startswith("run=") else word for word in typed if not word.startswith("trainer.devices=")]
         assert command("sample.py", *own, "num=20", "steps=2", "out=drawn") == 0
         assert (tmp_path / "drawn" / "metrics.json").is_file()
 

@@ -1,0 +1,203 @@
+"""sample.py: the same seed gives the same image, whatever the batch, the number of processes or the day; every mistake is one line."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from smoke import command, here, processes
+
+from ldm import durable, launch
+
+FEW = ("num=10", "steps=3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(smoke, tmp_path_factory):
+    with here(tmp_path_factory.mktemp("sample"), LDM_CACHE=str(smoke.folder / "cache")):
+        yield Path.cwd()
+
+
+@pytest.fixture(scope="module")
+def drawn(lively, place):
+    """Ten images of a model that hears what it is told."""
+    return draw(lively, *FEW)
+
+
+def draw(run: Path, *typed: str, out: str = "drawn") -> Path:
+    folder = Path.cwd() / out
+    shutil.rmtree(folder, ignore_errors=True)
+    assert command("sample.py", f"run={run}", f"out={folder}", *typed) == 0
+    return folder
+
+
+def pixels(folder: Path) -> torch.Tensor:
+    """All images of a folder by seed, (N, H W)."""
+    files = sorted(folder.glob("[0-9]*.png"))
+    return torch.stack([torch.tensor(list(Image.open(file).tobytes())) for file in files])
+
+
+def said(folder: Path) -> dict[str, dict[str, str]]:
+    return {file.name: Image.open(file).text for file in sorted(folder.glob("[0-9]*.png"))}
+
+
+def test_one_image_a_seed_a_grid_and_the_record(lively, drawn):
+    assert sorted(p.name for p in drawn.iterdir()) == [*(f"{i:06d}.png" for i in range(10)), "grid.png", "metrics.json"]
+    assert pixels(drawn).float().std(1).min() > 1
+    assert (pixels(drawn)[0] != pixels(drawn)[1]).any()
+    words = said(drawn)
+    assert words["000003.png"]["seed"] == "3"
+    assert words["000003.png"]["run"] == str(lively)
+    assert words["000003.png"]["prompt"]
+    assert Image.open(drawn / "grid.png").size == (3 * 66 + 2, 4 * 66 + 2)
+
+
+def test_it_is_bit_equal_after_a_reload(lively, drawn):
+    again = draw(lively, *FEW, out="again")
+    for file in drawn.glob("*.png"):
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_another_batch_size_is_the_same_to_rounding(size, lively, drawn):
+    other = pixels(draw(lively, *FEW, f"batch_size={size}", out="batches"))
+    assert (other - pixels(drawn)).abs().max() <= 1
+
+
+def test_two_processes_draw_the_same_to_rounding(smoke, lively, drawn, place):
+    job = ("sample.py", f"run={lively}", f"out={place / 'two'}", *FEW)
+    done = processes(job, job, cwd=place, LDM_CACHE=str(smoke.folder / "cache"))
+    assert not any(one.returncode for one in done), done
+    assert (pixels(place / "two") - pixels(drawn)).abs().max() <= 1
+    two, one = (torch.tensor(list(Image.open(f / "grid.png").tobytes())) for f in (place / "two", drawn))
+    assert (two - one).abs().max() <= 2
+    assert json.loads((place / "two" / "metrics.json").read_text())["request"]["num"] == 10
+
+
+def test_seeds_go_on_where_they_are_told_to(lively, drawn):
+    later = draw(lively, "num=4", "steps=3", "seed=2", "label=disc", out="later")
+    assert sorted(said(later)) == [f"{i:06d}.png" for i in range(2, 6)]
+    label = draw(lively, "num=1", "steps=3", "seed=0", "label=0", out="label")
+    assert (pixels(label)[0] - pixels(drawn)[0]).abs().max() <= 1  # image 0 of all classes in turn is class 0
+
+
+def test_a_label_by_name_is_its_number(lively):
+    by_name, by_number = (pixels(draw(lively, "num=2", "steps=2", f"label={x}", out=x)) for x in ("ring", "1"))
+    assert torch.equal(by_name, by_number)
+    assert not torch.equal(by_name, pixels(draw(lively, "num=2", "steps=2", "label=square", out="square")))
+
+
+def test_labels_and_prompts_of_a_csv(lively, place):
+    (place / "some.csv").write_text('label,prompt\nring,"a ring, thin"\n2,a square\n')
+    folder = draw(lively, "prompts=some.csv", "num=2", "steps=2", out="csv")
+    assert [words["prompt"] for words in said(folder).values()] == ["a ring, thin"] * 2 + ["a square"] * 2
+    ring = pixels(draw(lively, "num=2", "steps=2", "label=ring", out="ring"))
+    assert (pixels(folder)[:2] - ring).abs().max() <= 1
+
+
+def test_prompts_of_a_file(prompted, place):
+    (place / "some.txt").write_text("it's a=b\n\n[x], ü!\n", encoding="utf-8")
+    folder = draw(prompted, "prompts=some.txt", "num=1", "steps=2", out="txt")
+    assert [words["prompt"] for words in said(folder).values()] == ["it's a=b", "[x], ü!"]
+
+
+def test_scores_on_demand(lively):
+    folder = draw(lively, "num=20", "steps=2", "metrics=full", "save=grid", out="scored")
+    record = json.loads((folder / "metrics.json").read_text())
+    assert {"fd_fashion", "kid_fashion", "precision", "recall", "accuracy"} <= record.keys()
+    assert record["n"] == 20
+    assert [p.name for p in folder.glob("*.png")] == ["grid.png"]
+    assert list(draw(lively, "num=1", "steps=1", "save=none", out="none").glob("*.png")) == []
+
+
+def test_two_processes_score_as_one(smoke, lively, place):
+    typed = (f"run={lively}", "num=20", "steps=2", "metrics=full", "save=none", "batch_size=5")
+    one = json.loads((draw(lively, *typed[1:], out="one") / "metrics.json").read_text())
+    job = ("sample.py", *typed, f"out={place / 'both'}")
+    done = processes(job, job, cwd=place, LDM_CACHE=str(smoke.folder / "cache"))
+    assert not any(one.returncode for one in done), done
+    both = json.loads((place / "both" / "metrics.json").read_text())
+    for name in ("n", "fd_fashion", "accuracy", "precision"):
+        assert both[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_the_record_is_enough_to_draw_it_again(lively, place):
+    folder = draw(lively, "num=3", "steps=4", "seed=5", "sampler=ddim", "sampler.eta=0.5", "guidance.scale=1.5", "label=disc", out="first")
+    record = json.loads((folder / "metrics.json").read_text())
+    assert {"command", "commit", "packages"} <= record["provenance"].keys()
+    rest = {"trainer": {"devices": 1}, "save": "all", "out": str(place / "second")}
+    launch.write_config({**record["request"], **rest}, place / "record")
+    assert command("sample.py", "--config-path", str(place / "record"), "--config-name", "config") == 0
+    for file in folder.glob("*.png"):
+        assert (place / "second" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_step_a_file_and_raw_weights(smoke):
+    step = smoke.run / "checkpoints" / "step-00000002"
+    by_step = pixels(draw(step, *FEW, out="step"))
+    assert torch.equal(by_step, pixels(draw(smoke.run, *FEW, out="run")))
+    assert torch.equal(pixels(draw(smoke.run / "weights.safetensors", *FEW, out="file")), by_step)
+    kept = durable.load_step(step).tensors
+    assert any(not torch.equal(a, b) for a, b in zip(kept["ema"].values(), kept["model"].values(), strict=True))
+    assert not torch.equal(pixels(draw(step, *FEW, "weights=raw", out="raw")), by_step)
+
+
+def broken(run: Path, place: Path, name: str) -> Path:
+    copy = place / name
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    return copy
+
+
+MISTAKES = {
+    "no such folder": (lambda run: None, "run=nowhere: no such folder"),
+    "not a run": (lambda run: (run / "data.json").unlink(), "not a run folder"),
+    "weights cut short": (lambda run: cut(run / "weights.safetensors"), r"weights\.safetensors \(500 bytes\)"),
+    "first stage cut short": (lambda run: cut(run / "first_stage.safetensors"), r"first_stage\.safetensors \(500 bytes\)"),
+    "no first stage": (lambda run: (run / "first_stage.safetensors").unlink(), "first_stage"),
+    "config cut short": (lambda run: (run / "config.yaml").write_text("{x: [1"), "config.yaml"),
+    "data card cut short": (lambda run: (run / "data.json").write_text('{"classes": ['), "data.json"),
+}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:500])
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_broken_run_is_one_line(name, smoke, place, capfd):
+    damage, expected = MISTAKES[name]
+    run = broken(smoke.run, place, "broken")
+    damage(run)
+    one_line(capfd, expected, "run=nowhere" if name == "no such folder" else f"run={run}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (("label=sneaker",), "label=sneaker: expected one of disc"),
+        (("label=10",), "label=10: expected"),
+        (("num=0",), "num=0: expected 1 or more"),
+        (("save=some",), "save=some: expected all, grid or none"),
+        (("prompts=nowhere.txt",), "prompts=nowhere.txt: no such file"),
+        (("prompt=a ring", "label=disc"), "prompt and label were given"),
+        (("prompt=a ring",), "prompt=a ring: this model is not told words; expected label="),
+        (("weights=best",), "weights=best: expected ema or raw"),
+        (("precision=16",), "precision=16: expected"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
+)
+def test_a_mistake_is_one_line(typed, expected, smoke, capfd):
+    one_line(capfd, re.escape(expected), f"run={smoke.run}", *typed)
+
+
+def one_line(capfd, expected: str, *typed: str) -> None:
+    capfd.readouterr()
+    assert command("sample.py", "out=nothing", *typed) == 2
+    error = capfd.readouterr().err.strip()
+    assert re.match(rf"error: .*{expected}", error), error
+    assert "\n" not in error
+    assert not Path("nothing").exists()
