@@ -72,7 +72,7 @@ def decoder_nll(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     inv_std, edge = (-0.5 * log_var).exp(), 1e6  # standard deviations: stands for infinity
     above = torch.where(x0 < 0.999, (x0 + 1 / 255 - mean) * inv_std, edge)
     below = torch.where(x0 > -0.999, (x0 - 1 / 255 - mean) * inv_std, -edge)
-    flip = above + below > 0  # P(a < Z < b) = P(-b < Z < -a): work in the left tail, where the logarithm is exact
+    flip = below > 0  # P(a < Z < b) = P(-b < Z < -a): work in the left tail, where the logarithm is exact
     above, below = torch.where(flip, -below, above), torch.where(flip, -above, below)
     log_above, log_below = torch.special.log_ndtr(above), torch.special.log_ndtr(below)
     return -(log_above + (-torch.expm1(log_below - log_above)).log())
