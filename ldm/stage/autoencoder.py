@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from torch import nn
 
 from ldm import build, durable, picture, runs
@@ -16,8 +17,7 @@ from ldm.stage.run import opened
 from ldm.tensors import Noise, key
 from ldm.training.autoencoder import LitAutoencoder
 from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
-from ldm.training.fit import fit
-from ldm.training.parallel import part
+from ldm.training.parallel import disband
 
 
 def train(
@@ -75,8 +75,8 @@ def train(
             Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume),
             Pictures(draw, grid_every, ema),
         ]
-        fit(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed, **build.plain(cfg.trainer))
-        part()
+        instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed)
+        disband()
         if not run.chief:
             return 0.0
         with ema.applied():

@@ -20,7 +20,6 @@ from ldm.stage import judge
 from ldm.stage.run import opened
 from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
 from ldm.training.diffusion import LitDiffusion
-from ldm.training.fit import fit
 
 
 def train(
@@ -70,7 +69,7 @@ def train(
         ]
         latents = Latents(data, moments(autoencoder, reconstruction["identity"], data))
         run.say(f"diffusion   {sum(p.numel() for p in model.denoiser.parameters()):,} parameters, {steps} steps of {batch_size}")
-        fit(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed, **build.plain(cfg.trainer))
+        instantiate(cfg.trainer)(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)
 
         with ema.applied():
             values = evaluate(model, score, told, make_score, sampler, guidance, grid, run.say) if make_score else {}

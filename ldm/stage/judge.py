@@ -18,8 +18,8 @@ from ldm.stage import cache
 from ldm.stage.run import opened
 from ldm.tensors import Noise, key
 from ldm.training.callbacks import Checkpoints, LearningRate, Progress, Record
-from ldm.training.fit import fit
 from ldm.training.judge import LitJudge
+from ldm.training.parallel import disband
 
 
 def train(
@@ -50,8 +50,11 @@ def train(
             Progress("judge", run.start, steps),
             Checkpoints(run.checkpoints, None, save_every, steps, run.config_text(), run.resume),
         ]
-        fit(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed, **build.plain(cfg.trainer))
-        net.eval()
+        instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed)
+        disband()
+        if not run.chief:
+            return 0.0
+        net.eval().to("cpu", torch.float32)
         with torch.no_grad():
             net.standardise(torch.cat([net.penultimate(to_uint8(image)) for image in batches(data)]))
         reference = extract(net, batches(data))

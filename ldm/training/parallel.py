@@ -13,7 +13,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x / dist.get_world_size()
 
 
-def part() -> None:
+def disband() -> None:
     """End the process group: from here on each process is alone, and what one of them measures waits for no other."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
