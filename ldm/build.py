@@ -55,7 +55,7 @@ def model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
     net = instantiate(
         cfg.net,
         in_channels=autoencoder.z_channels,
-        out_channels=autoencoder.z_channels,
+        out_channels=autoencoder.z_channels * (2 if cfg.get("learned_variance") else 1),
         context_dim=conditioner.context_dim,
         vector_dim=conditioner.vector_dim,
     )

@@ -30,9 +30,9 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for
     **dict.fromkeys(("schedule/flow", "schedule/flow_3", "schedule/flow_at"), ("process=sit",)),
     **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("times=uniform", "grid=uniform")),
     "objective/repa": ("objective.encoder._target_=test_conf.Features", "objective.channels=32", "objective.features=2"),
+    "sampler/ddpm_learned": ("objective=hybrid",),
     "sampler/repaint": ("sampler.jump=1", "sampler.repeats=1"),
 }
-LEARNED_VARIANCE = ("objective/hybrid", "objective/likelihood", "sampler/ddpm_learned")  # want a network of twice the channels
 ALONE = ("budget", "data", "trainer", "training", "logger", "metrics", "guidance")  # no part of the model or of its training step
 
 
@@ -103,7 +103,7 @@ def test_option_composes(option):
     assert group == "budget" or group == "process" or group in config
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] not in ALONE and o not in LEARNED_VARIANCE])
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] not in ALONE])
 def test_option_trains_and_draws(option):
     torch.manual_seed(0)
     cfg = composed(*typed(option))
@@ -211,13 +211,21 @@ def test_what_owns_weights_is_built_once(smoke, tmp_path, monkeypatch):
     assert not any(name.startswith("autoencoder") for name in ema.shadow)
 
 
-@pytest.mark.parametrize("option", LEARNED_VARIANCE)
-def test_a_learned_variance_needs_its_network(option):
-    cfg = composed(*typed(option))
+@pytest.mark.parametrize("typed", [("objective=denoising", "objective.vlb=0.001"), ("sampler=ddpm_learned",)])
+def test_a_learned_variance_needs_its_network(typed):
+    cfg = composed("budget=smoke", *typed)
+    use = drawn if "sampler" in typed[0] else trained
+    with pytest.raises(ValueError, match="train with learned_variance=true"):
+        use(cfg, model_of(cfg))
+
+
+def test_a_network_that_learns_its_variance_serves_every_other_choice():
+    """Twice the channels: plain losses leave the second output alone, samplers with a variance of their own do not ask for it."""
+    cfg = composed("budget=smoke", "learned_variance=true", "sampler=ddpm")
     model = model_of(cfg)
-    use = trained if option.startswith("objective") else drawn
-    with pytest.raises(ValueError, match="twice"):
-        use(cfg, model)
+    assert model.denoiser.net.out[-1].out_channels == 2 * model.autoencoder.z_channels
+    assert torch.isfinite(trained(cfg, model)["loss"])
+    assert torch.isfinite(drawn(cfg, model)).all()
 
 
 def test_every_group_is_a_choice_of_a_command():

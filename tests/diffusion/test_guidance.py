@@ -8,7 +8,7 @@ from oracle import Gaussian
 from torch import nn
 
 from ldm.condition import Condition
-from ldm.diffusion import guidance, prediction, sampler, schedule
+from ldm.diffusion import guidance, prediction, sampler, schedule, variance
 from ldm.diffusion.denoiser import Denoiser
 
 
@@ -82,8 +82,28 @@ def test_rescale_is_lin_equation_15_and_16():
 def test_the_learned_variance_is_the_conditional_one():
     d, x = make(learned=True), states()
     want = d(x, T, COND).var_frac
-    for g in (partial(guidance.cfg, scale=2.0), partial(guidance.cfg_channels, scale=2.0, channels=3)):
+    assert want.shape == x.shape
+    for g in (
+        guidance.cfg,
+        partial(guidance.cfg, scale=2.0),
+        partial(guidance.cfg, scale=2.0, interval=(0.8, 0.9)),
+        partial(guidance.cfg, scale=2.0, rescale=0.5),
+        partial(guidance.cfg_channels, scale=2.0, channels=3),
+        partial(guidance.autoguidance, weak=make(), scale=2.0),
+        partial(guidance.classifier, log_prob=lambda x_t, time: x_t.flatten(1).sum(1)),
+    ):
         assert torch.allclose(g(d, COND, UNCOND)(x, T).var_frac, want)
+
+
+def test_a_guided_draw_with_a_learned_variance():
+    """DDPM's step from guided x0 and the conditional's own variance, written out."""
+    d, x, s = make(learned=True), states(), f64(0.4)[0]
+    got = sampler.ddpm(
+        guidance.cfg(d, COND, UNCOND, scale=2.0), d.schedule, x, torch.stack([T, s]), torch.ones_like, variance=variance.learned_range
+    )
+    c, u = d(x, T, COND), d(x, T, UNCOND)
+    mean, _ = variance.q_posterior(d.schedule, 2 * c.x0 - u.x0, x, T, s)
+    assert torch.allclose(got, mean + (variance.learned_range(c.var_frac, d.schedule, T, s) / 2).exp())
 
 
 def test_cfg_channels_is_dits():

@@ -54,7 +54,8 @@ def test_every_public_function_says_what_it_is(file):
 
 def load(path):
     """The option alone, what it interpolates from other groups included."""
-    config = OmegaConf.create({path.parent.name: OmegaConf.load(path)})
+    loaded = OmegaConf.load(path)
+    config = OmegaConf.create({path.parent.name: loaded.get(path.parent.name, loaded)})  # one that sets other keys too names its own
     for group, option in [("schedule", "linear"), ("prediction", "v"), ("weighting", "output"), ("times", "discrete")]:
         if group not in config:
             config[group] = OmegaConf.load(ROOT / f"conf/{group}/{option}.yaml")

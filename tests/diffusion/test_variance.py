@@ -64,7 +64,7 @@ def test_learned_range_is_equation_15():
         assert torch.allclose(got, want.expand(2, 3), rtol=1e-9)
     batch = variance.learned_range(torch.zeros(2, 3, 1, 1, dtype=F64), TABLE, f64(0.401, 0.001), f64(0.4, 0.0))
     assert torch.allclose(batch[0], (beta * tilde).sqrt().log())
-    with pytest.raises(ValueError, match="twice as many output channels"):
+    with pytest.raises(ValueError, match="twice the channels of x_t: train with learned_variance=true"):
         variance.learned_range(None, TABLE, t, s)
 
 
