@@ -56,7 +56,7 @@ def learned_range(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Ten
     Raises ValueError if the network does not give a var_frac.
     """
     if var_frac is None:
-        raise ValueError("a learned variance needs a network with twice the channels of x_t: train with learned_variance=true, or use small or large")
+        raise ValueError("a learned variance needs twice the channels of x_t: train with learned_variance=true, or use small or large")
     lo, hi = (expand(f(None, schedule, t, s, floor), var_frac) for f in (small, large))
     frac = (var_frac + 1) / 2
     return frac * hi + (1 - frac) * lo
