@@ -12,7 +12,7 @@ from ldm.argv import Tree
 
 STUDIES = sorted(name for name in Tree((ROOT / "conf",), ROOT).studies() if not name.endswith("/sweep"))
 TINY = (  # as budget=smoke has them, so that the judge and the first stages of the shared run serve again
-    *("training.steps=1", "training.batch_size=4", "training.grid_every=1", "training.save_every=1", "net=tiny", "trainer=cpu"),
+    *("training.steps=1", "training.batch_size=4", "training.grid_every=1", "training.save_every=1", "net=smoke", "trainer=cpu"),
     *("first_stage.steps=2", "first_stage.batch_size=8", "first_stage.discriminator_start=1", "judge.steps=2", "judge.batch_size=8"),
 )
 NEEDS = {"own_images": ("data.path=images",)}  # what its README asks of the person

@@ -1,6 +1,7 @@
 """Self- and cross-attention, and the spatial transformer of latent diffusion (LDM, app. E.2.1)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -13,6 +14,14 @@ Attend = Callable[
     [Tensor, Tensor, Tensor, Tensor | None], Tensor
 ]  # q, k, v (B, heads, N, d), mask (B, 1, 1, L) or None -> (B, heads, N, d)
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, d)
+Rotate = Callable[[Tensor], Tensor]  # queries or keys (B, heads, N, d), each turned by its place
+
+
+class Memory(NamedTuple):
+    """What cross-attention looks up: each place's keys and values, in the order of the forward pass, and the mask (B, 1, 1, L)."""
+
+    layers: tuple[tuple[KeyValue, ...], ...]
+    mask: Tensor | None
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -29,16 +38,30 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tens
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of x (B, N, C) over itself, with one projection for query, key and value."""
+    """Multi-head attention of x (B, N, C) over itself, with one projection for query, key and value.
 
-    def __init__(self, channels: int, heads: int, attend: Attend = sdpa):
+    bias: of that projection.  qk_norm: makes the normalisation of queries and of keys over a head's d (Dehghani et al. 2023), or None.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        attend: Attend = sdpa,
+        bias: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ):
         super().__init__()
         self.heads, self.attend = heads, attend
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
+        self.q_norm, self.k_norm = (qk_norm(channels // heads) if qk_norm else nn.Identity() for _ in range(2))
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotate: Rotate | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
         return self.out(rearrange(self.attend(q, k, v, None), "b h n d -> b n (h d)"))
 
 
@@ -93,22 +116,83 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A feature map (B, C, H, W) read as H*W tokens by `depth` transformer blocks, added to what came in (LDM app. E.2.1)."""
+    """A feature map (B, C, H, W) read as H*W tokens by `depth` transformer blocks, added to what came in (LDM app. E.2.1).
 
-    def __init__(self, channels: int, heads: int, context_dim: int | None = None, depth: int = 1, attend: Attend = sdpa, groups: int = 32):
+    conv: the projections are stored as 1x1 convolutions (SD 1), not as linear layers (SD 2, SDXL); they compute the same.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int | None = None,
+        depth: int = 1,
+        attend: Attend = sdpa,
+        groups: int = 32,
+        conv: bool = False,
+        eps: float = 1e-6,
+    ):
         super().__init__()
-        self.norm = norm(channels, groups)
-        self.proj_in = nn.Linear(channels, channels)
+        self.norm, self.conv = norm(channels, groups, eps), conv
+        self.proj_in = nn.Conv2d(channels, channels, 1) if conv else nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, attend) for _ in range(depth))
-        self.proj_out = zeroed(nn.Linear(channels, channels))
+        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1) if conv else nn.Linear(channels, channels))
 
     def memory(self, context: Tensor) -> tuple[KeyValue, ...]:
         """Keys and values of the context (B, L, D) for each block."""
         return tuple(b.cross_attention.memory(context) for b in self.blocks)
 
     def forward(self, x: Tensor, memory: tuple[KeyValue, ...] | None = None, mask: Tensor | None = None) -> Tensor:
-        height = x.shape[2]
-        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        height, h = x.shape[2], self.norm(x)
+        h = tokens(self.proj_in(h)) if self.conv else self.proj_in(tokens(h))
         for i, block in enumerate(self.blocks):
             h = block(h, memory[i] if memory else None, mask)
-        return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
+        return x + (self.proj_out(image(h, height)) if self.conv else image(self.proj_out(h), height))
+
+
+class QKVAttention(nn.Module):
+    """ADM's attention of a feature map (B, C, H, W) over itself, added to what came in (Dhariwal & Nichol 2021; DDPM with one head).
+
+    new_order: the projection's 3C channels are (q, k, v) of (heads, d), ADM's `use_new_attention_order`, not heads of (q, k, v).
+    depth: must be 1.  Raises ValueError for another depth, or for a context, which it cannot hear.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int | None = None,
+        depth: int = 1,
+        attend: Attend = sdpa,
+        groups: int = 32,
+        new_order: bool = False,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        if context_dim or depth != 1:
+            wanted = f"context_dim={context_dim}" if context_dim else f"depth={depth}"
+            raise ValueError(f"{wanted}: QKVAttention is one self-attention; use SpatialTransformer, or conditioner=none or label_vector")
+        self.heads, self.attend = heads, attend
+        self.order = "b n (three h d) -> three b h n d" if new_order else "b n (h three d) -> three b h n d"
+        self.norm = norm(channels, groups, eps)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def memory(self, context: Tensor) -> tuple[KeyValue, ...]:
+        """Nothing: it hears no context."""
+        return ()
+
+    def forward(self, x: Tensor, memory: tuple[KeyValue, ...] | None = None, mask: Tensor | None = None) -> Tensor:
+        q, k, v = rearrange(self.qkv(tokens(self.norm(x))), self.order, three=3, h=self.heads)
+        h = rearrange(self.attend(q, k, v, None), "b h n d -> b n (h d)")
+        return x + image(self.out(h), x.shape[2])
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C)."""
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+def image(h: Tensor, height: int) -> Tensor:
+    """(B, H*W, C) -> (B, C, H, W)."""
+    return rearrange(h, "b (h w) c -> b c h w", h=height)

@@ -1,10 +1,13 @@
-"""The convolutional blocks of the ADM / Stable Diffusion U-Net and of the autoencoders."""
+"""The convolutional blocks of the ADM / Stable Diffusion U-Net and of the autoencoders, and how time and vectors are embedded."""
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn import functional as F
+
+Resize = Callable[[Tensor, Size | None], Tensor]  # (B, C, H, W) and, for the way up, the (height, width) to reach
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -14,23 +17,57 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
-def norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+def norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
     """Group normalisation with `groups` groups, or their largest common divisor with `channels`."""
-    return nn.GroupNorm(math.gcd(channels, groups), channels, eps=1e-5)
+    return nn.GroupNorm(math.gcd(channels, groups), channels, eps=eps)
 
 
 def sinusoid(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of t (B,), in the network's time units, as (B, dim) float: cosines, then sines (DDPM, sec. B)."""
+    """Sinusoidal embedding of t (B,), in the network's time units, as (B, dim) float: cosines, then sines (ADM; DDPM, sec. B)."""
     half = dim // 2
     rates = torch.exp(-math.log(longest) / half * torch.arange(half, device=t.device, dtype=t.dtype))
     angles = t[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def ddpm_sinusoid(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
+    """As `sinusoid`, the way DDPM's own code has it: sines, then cosines, the slowest of period 2 pi `longest` exactly."""
+    half = dim // 2
+    rates = torch.exp(-math.log(longest) / (half - 1) * torch.arange(half, device=t.device, dtype=t.dtype))
+    angles = t[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def mlp(inputs: int, width: int) -> nn.Sequential:
+    """Two linear layers and a SiLU between: (B, inputs) -> (B, width), for a time embedding or for a vector added to it (SDXL)."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def added(inputs: int, width: int) -> nn.Identity:
+    """Nothing at all: the vector is added to the time embedding as it is, as ADM and DiT add a class's row.
+
+    Raises ValueError if the two widths differ.
+    """
+    if inputs != width:
+        raise ValueError(f"a vector of {inputs} is added to a time embedding of {width}: conditioner.dim={width}, or net.vector=mlp's")
+    return nn.Identity()
+
+
+def halve(x: Tensor, size: Size | None = None) -> Tensor:
+    """x (B, C, H, W) at half the height and width, rounded up: means of 2x2 pixels."""
+    return F.avg_pool2d(x, 2, ceil_mode=True)
+
+
+def double(x: Tensor, size: Size | None = None) -> Tensor:
+    """x (B, C, H, W) at twice the height and width, or at `size` for what was odd: pixels repeated."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if size is None else F.interpolate(x, size=size, mode="nearest")
+
+
 class ResBlock(nn.Module):
     """Residual block of two 3x3 convolutions that is told the time (ADM fig. 8): h (B, C, H, W), emb (B, E) -> (B, C', H, W).
 
     scale_shift: the embedding scales and shifts the second normalisation (ADM's AdaGN) and is not merely added.
+    resize: `halve` or `double`, done between the first normalisation and convolution, and to the skip (BigGAN; ADM's up and down blocks).
     """
 
     def __init__(
@@ -41,19 +78,24 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = False,
         groups: int = 32,
+        eps: float = 1e-5,
+        resize: Resize | None = None,
     ):
         super().__init__()
-        self.scale_shift = scale_shift
-        self.norm1 = norm(channels, groups)
+        self.scale_shift, self.resize = scale_shift, resize
+        self.norm1 = norm(channels, groups, eps)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, out_channels * (1 + scale_shift)) if emb_dim else None
-        self.norm2 = norm(out_channels, groups)
+        self.norm2 = norm(out_channels, groups, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, C', H, W)
+    def forward(self, x: Tensor, emb: Tensor | None = None, size: Size | None = None) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.resize is not None:
+            h, x = self.resize(h, size), self.resize(x, size)
+        h = self.conv1(h)  # (B, C', H, W)
         if self.emb is None or emb is None:
             h = self.norm2(h)
         else:
@@ -67,22 +109,26 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width with a strided 3x3 convolution."""
+    """Halve height and width, rounded up, with a strided 3x3 convolution; it is called as a ResBlock is, and the time tells it nothing.
 
-    def __init__(self, channels: int):
+    asymmetric: zeros at the right and at the bottom alone, as DDPM's own code and the autoencoders have it (even sizes only).
+    """
+
+    def __init__(self, channels: int, asymmetric: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)  # (B, C, H/2, W/2)
+    def forward(self, x: Tensor, emb: Tensor | None = None, size: Size | None = None) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)  # (B, C, H/2, W/2)
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest neighbour, then a 3x3 convolution."""
+    """Double height and width (or reach `size`) by nearest neighbour, then a 3x3 convolution; called as a ResBlock is."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+    def forward(self, x: Tensor, emb: Tensor | None = None, size: Size | None = None) -> Tensor:
+        return self.conv(double(x, size))  # (B, C, 2H, 2W)

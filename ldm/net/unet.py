@@ -1,42 +1,179 @@
-"""The cross-attention U-Net of latent diffusion (LDM fig. 3), in ADM's layout."""
+"""The U-Net of ADM and of latent diffusion (LDM fig. 3): residual blocks, attention of either kind, and everything a Condition tells."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
-from torch import Tensor, cat, nn
+import torch
+from torch import Size, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.condition import Condition
-from ldm.net.attention import Attend, KeyValue, SpatialTransformer, sdpa
-from ldm.net.blocks import Downsample, ResBlock, Upsample, norm, sinusoid, zeroed
+from ldm.net.attention import Attend, KeyValue, Memory, SpatialTransformer, sdpa
+from ldm.net.blocks import Downsample, ResBlock, Upsample, double, halve, mlp, norm, sinusoid, zeroed
 
-
-class Memory(NamedTuple):
-    """What cross-attention looks up: each transformer's keys and values, in the order of the forward pass, and the mask (B, 1, 1, L)."""
-
-    layers: tuple[tuple[KeyValue, ...], ...]
-    mask: Tensor | None
+Looked = tuple[KeyValue, ...] | None
 
 
 class Layer(nn.Module):
     """A residual block, then attention if there is any."""
 
-    def __init__(self, res: ResBlock, attention: SpatialTransformer | None):
+    def __init__(self, res: ResBlock, attention: nn.Module | None):
         super().__init__()
         self.res, self.attention = res, attention
 
-    def forward(self, h: Tensor, emb: Tensor, memory: tuple[KeyValue, ...] | None, mask: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, memory: Looked, mask: Tensor | None) -> Tensor:
         h = self.res(h, emb)
         return h if self.attention is None else self.attention(h, memory, mask)
 
 
-class UNet(nn.Module):
-    """U-Net over x (B, in_channels [+ concat], H, W) that is told t and a Condition, and answers (B, out_channels, H, W).
+class Level(nn.Module):
+    """The layers of one resolution, then, but for the last level, what changes it."""
+
+    def __init__(self, layers: Sequence[Layer], resample: nn.Module | None):
+        super().__init__()
+        self.layers, self.resample = nn.ModuleList(layers), resample
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the layers of a U-Net are made: its options but for those that say where a layer stands."""
+
+    emb_dim: int
+    context_dim: int | None
+    heads: int | None
+    head_channels: int
+    dropout: float
+    scale_shift: bool
+    resblock_updown: bool
+    groups: int
+    eps: float
+    block: Callable[..., nn.Module]
+    downsample: Callable[[int], nn.Module]
+    attend: Attend
+
+    def layer(self, inputs: int, width: int, depth: int) -> Layer:
+        """Width `inputs` to `width`; depth 0 is no attention."""
+        res = ResBlock(inputs, width, self.emb_dim, self.dropout, self.scale_shift, self.groups, self.eps)
+        return Layer(res, self.attention(width, depth) if depth else None)
+
+    def attention(self, width: int, depth: int) -> nn.Module:
+        each = self.head_channels if self.heads is None else width // self.heads
+        if width % each:
+            raise ValueError(f"head_channels={each} does not divide a level's {width} channels; choose another, or set heads")
+        return self.block(width, width // each, context_dim=self.context_dim, depth=depth, attend=self.attend, groups=self.groups)
+
+    def down(self, width: int) -> nn.Module:
+        return self._resized(width, halve) if self.resblock_updown else self.downsample(width)
+
+    def up(self, width: int) -> nn.Module:
+        return self._resized(width, double) if self.resblock_updown else Upsample(width)
+
+    def _resized(self, width: int, resize: Callable[..., Tensor]) -> ResBlock:
+        return ResBlock(width, width, self.emb_dim, self.dropout, self.scale_shift, self.groups, self.eps, resize)
+
+
+def depths_of(depth: int | Sequence[int], attention: Sequence[int], levels: int) -> list[int]:
+    """Transformer blocks at each level, and last in the middle; 0 where there is no attention.
+
+    The middle attends as soon as a factor is listed, even one that no level has: so do the published configurations that list such.
+    Raises ValueError if there are not as many depths as levels.
+    """
+    each = [depth] * levels if isinstance(depth, int) else list(depth)
+    if len(each) != levels:
+        raise ValueError(f"depth={each}: expected one number, or {levels}, one for each level of mult")
+    return [d if 2**level in attention else 0 for level, d in enumerate(each)] + [each[-1] if attention else 0]
+
+
+class HalfUNet(nn.Module):
+    """The U-Net's way down and its middle, which classifiers and ControlNets have too; the options are UNet's.
+
+    attended: the depths of `depths_of`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        in_channels: int,
+        channels: int,
+        mult: Sequence[int],
+        blocks: int,
+        attended: Sequence[int],
+        vector_dim: int | None = None,
+        vector: Callable[[int, int], nn.Module] = mlp,
+        sinusoid: Callable[[Tensor, int], Tensor] = sinusoid,
+        checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.channels, self.sinusoid, self.checkpoint = channels, sinusoid, checkpoint
+        self.time = mlp(channels, recipe.emb_dim)
+        self.vector = vector(vector_dim, recipe.emb_dim) if vector_dim else None
+        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        width, self.skips = channels, [channels]  # the width of each skip
+        for level, factor in enumerate(mult):
+            last = level == len(mult) - 1
+            widths = [width, *[factor * channels] * blocks]
+            layers = [recipe.layer(a, b, attended[level]) for a, b in pairwise(widths)]
+            width = widths[-1]
+            self.down.append(Level(layers, None if last else recipe.down(width)))
+            self.skips += [*widths[1:], *[width] * (not last)]
+        self.middle1 = recipe.layer(width, width, attended[-1])
+        self.middle2 = recipe.layer(width, width, 0)
+
+    def embed(self, t: Tensor, cond: Condition) -> Tensor:
+        """Embedding (B, 4*channels) of the network's time t (B,) and of cond.vector."""
+        emb = self.time(self.sinusoid(t, self.channels).to(self.stem.weight.dtype))
+        return emb if self.vector is None else emb + self.vector(cond.vector)
+
+    def memory(self, cond: Condition) -> Memory | None:
+        """Keys and values of cond.context for every attention, to be computed once per prompt; None without a context."""
+        if cond.context is None:
+            return None
+        layers = tuple(m.attention.memory(cond.context) for m in self.modules() if isinstance(m, Layer) and m.attention is not None)
+        return Memory(layers, None if cond.mask is None else cond.mask[:, None, None, :])
+
+    def contract(self, x: Tensor, emb: Tensor, look: "Lookup") -> tuple[Tensor, list[Tensor]]:
+        """The middle's answer (B, C, h, w) and the skips, first to last."""
+        h = self.stem(x)
+        skips = [h]
+        for level in self.down:
+            for layer in level.layers:
+                h = self.run(layer, h, emb, *look(layer))
+                skips.append(h)
+            if level.resample is not None:
+                h = self.run(level.resample, h, emb)
+                skips.append(h)
+        h = self.run(self.middle1, h, emb, *look(self.middle1))
+        return self.run(self.middle2, h, emb, *look(self.middle2)), skips
+
+    def run(self, module: nn.Module, *args: Tensor | Looked | Size) -> Tensor:
+        """module(*args), recomputed in the backward pass where activations are not to be kept."""
+        return checkpoint(module, *args, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else module(*args)
+
+
+class Lookup:
+    """Hands each layer its part of a Memory, in the order of the forward pass."""
+
+    def __init__(self, memory: Memory | None):
+        self.layers: Iterator[tuple[KeyValue, ...]] = iter(memory.layers if memory else ())
+        self.mask = memory.mask if memory else None
+
+    def __call__(self, layer: Layer) -> tuple[Looked, Tensor | None]:
+        return (next(self.layers, None) if layer.attention is not None else None), self.mask
+
+
+class UNet(HalfUNet):
+    """U-Net over x (B, in_channels [+ concat], H, W) that is told t and a Condition, and answers (B, out_channels, H, W); H, W of any size.
 
     channels, mult: width, and its factor at each level; every level halves height and width.  blocks: residual blocks a level.
-    attention: the downsample factors (1, 2, 4, ...) that have a transformer; the middle has one if any level has.
+    attention: the downsample factors (1, 2, 4, ...) that have attention; the middle has it if any factor is listed.
     context_dim, vector_dim, concat_channels: sizes of the Condition's fields; None or 0 where the field is not used.
-    heads: attention heads, or None for as many as give head_channels each.  depth: transformer blocks at each place.
-    groups: of every group normalisation.
+    heads: attention heads, or None for as many as give head_channels each.  depth: transformer blocks at each place, or for each level.
+    scale_shift, resblock_updown: ADM's residual blocks, and such blocks to change the resolution.  groups, eps: of their normalisations.
+    block: SpatialTransformer or QKVAttention, its options bound.  downsample, sinusoid, vector: what halves a level where no block does,
+    what t is read as, and by what cond.vector reaches the time embedding.  checkpoint: recompute activations in the backward pass.
+    Raises ValueError for head_channels that do not divide, or depths of another number than levels.
     """
 
     def __init__(
@@ -52,62 +189,32 @@ class UNet(nn.Module):
         concat_channels: int = 0,
         heads: int | None = None,
         head_channels: int = 32,
-        depth: int = 1,
+        depth: int | Sequence[int] = 1,
         dropout: float = 0.0,
         scale_shift: bool = False,
+        resblock_updown: bool = False,
         groups: int = 32,
+        eps: float = 1e-5,
+        block: Callable[..., nn.Module] = SpatialTransformer,
+        downsample: Callable[[int], nn.Module] = Downsample,
+        sinusoid: Callable[[Tensor, int], Tensor] = sinusoid,
+        vector: Callable[[int, int], nn.Module] = mlp,
         attend: Attend = sdpa,
+        checkpoint: bool = False,
     ):
-        super().__init__()
-        self.channels, emb_dim = channels, 4 * channels
-        self.time = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.vector = nn.Sequential(nn.Linear(vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)) if vector_dim else None
-
-        def layer(inputs: int, width: int, attended: bool) -> Layer:
-            transformer = (
-                SpatialTransformer(width, heads or width // head_channels, context_dim, depth, attend, groups) if attended else None
-            )
-            return Layer(ResBlock(inputs, width, emb_dim, dropout, scale_shift, groups), transformer)
-
-        self.stem = nn.Conv2d(in_channels + concat_channels, channels, 3, padding=1)
-        self.down = nn.ModuleList()
-        width, skips = channels, [channels]
-        for level, factor in enumerate(mult):
-            stage = nn.ModuleList()
-            for _ in range(blocks):
-                stage.append(layer(width, factor * channels, 2**level in attention))
-                width = factor * channels
-                skips.append(width)
-            self.down.append(stage)
-            if level < len(mult) - 1:
-                stage.append(Downsample(width))
-                skips.append(width)
-
-        self.middle1 = layer(width, width, bool(attention))
-        self.middle2 = layer(width, width, False)
-
+        how = (context_dim, heads, head_channels, dropout, scale_shift, resblock_updown, groups, eps, block, downsample, attend)
+        recipe, attended = Recipe(4 * channels, *how), depths_of(depth, attention, len(mult))
+        inputs = in_channels + concat_channels
+        super().__init__(recipe, inputs, channels, mult, blocks, attended, vector_dim, vector, sinusoid, checkpoint)
+        width, skips = self.skips[-1], list(self.skips)
         self.up = nn.ModuleList()  # after the middle: `memory` goes through the modules in the order of the forward pass
         for level, factor in reversed(list(enumerate(mult))):
-            stage = nn.ModuleList()
+            layers = []
             for _ in range(blocks + 1):
-                stage.append(layer(width + skips.pop(), factor * channels, 2**level in attention))
+                layers.append(recipe.layer(width + skips.pop(), factor * channels, attended[level]))
                 width = factor * channels
-            if level > 0:
-                stage.append(Upsample(width))
-            self.up.append(stage)
-        self.out = nn.Sequential(norm(width, groups), nn.SiLU(), zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
-
-    def embed(self, t: Tensor, cond: Condition) -> Tensor:
-        """Embedding (B, 4*channels) of the network's time t (B,) and of cond.vector."""
-        emb = self.time(sinusoid(t, self.channels).to(self.stem.weight.dtype))
-        return emb if self.vector is None else emb + self.vector(cond.vector)
-
-    def memory(self, cond: Condition) -> Memory | None:
-        """Keys and values of cond.context for every cross-attention, to be computed once per prompt; None without a context."""
-        if cond.context is None:
-            return None
-        layers = tuple(m.memory(cond.context) for m in self.modules() if isinstance(m, SpatialTransformer))
-        return Memory(layers, None if cond.mask is None else cond.mask[:, None, None, :])
+            self.up.append(Level(layers, recipe.up(width) if level else None))
+        self.out = nn.Sequential(norm(width, groups, eps), nn.SiLU(), zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
 
     def forward(
         self,
@@ -120,25 +227,14 @@ class UNet(nn.Module):
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         emb = self.embed(t, cond) if emb is None else emb
-        memory = self.memory(cond) if memory is None else memory
-        layers, mask = (iter(memory.layers), memory.mask) if memory else (iter(()), None)
-
-        def run(module: nn.Module, h: Tensor) -> Tensor:
-            if not isinstance(module, Layer):
-                return module(h)
-            return module(h, emb, next(layers, None) if module.attention is not None else None, mask)
-
-        h = self.stem(x if cond.concat is None else cat([x, cond.concat], dim=1))
-        skips = [h]
-        for stage in self.down:
-            for module in stage:
-                h = run(module, h)
-                skips.append(h)
-        h = run(self.middle2, run(self.middle1, h))
+        look = Lookup(self.memory(cond) if memory is None else memory)
+        h, skips = self.contract(x if cond.concat is None else torch.cat([x, cond.concat], dim=1), emb, look)
         if residuals is not None:
             *of_skips, of_middle = residuals
             h, skips = h + of_middle, [s + r for s, r in zip(skips, of_skips, strict=True)]
-        for stage in self.up:
-            for module in stage:
-                h = run(module, cat([h, skips.pop()], dim=1) if isinstance(module, Layer) else h)
+        for level in self.up:
+            for layer in level.layers:
+                h = self.run(layer, torch.cat([h, skips.pop()], dim=1), emb, *look(layer))
+            if level.resample is not None:
+                h = self.run(level.resample, h, emb, skips[-1].shape[2:])
         return self.out(h)

@@ -85,28 +85,26 @@ def test_rows_do_not_see_each_other():
 def test_every_skip_is_used_once_in_reverse(mult, blocks):
     net = UNet(3, 3, channels=8, mult=mult, blocks=blocks, attention=(), groups=4)
     down = [8]
-    for stage in net.down:
-        for module in stage:
-            down.append(module.res.conv2.out_channels if isinstance(module, Layer) else module.conv.out_channels)
+    for level in net.down:
+        down += [layer.res.conv2.out_channels for layer in level.layers]
+        down += [level.resample.conv.out_channels] if level.resample else []
     came = net.middle2.res.conv2.out_channels
-    for stage in net.up:
-        for module in stage:
-            if isinstance(module, Layer):
-                assert module.res.conv1.in_channels == came + down.pop()
-                came = module.res.conv2.out_channels
+    for level in net.up:
+        for layer in level.layers:
+            assert layer.res.conv1.in_channels == came + down.pop()
+            came = layer.res.conv2.out_channels
     assert not down
     assert sum(isinstance(m, Downsample) for m in net.modules()) == len(mult) - 1 == sum(isinstance(m, Upsample) for m in net.modules())
 
 
 def skip_shapes(net: UNet, x: torch.Tensor) -> list[torch.Size]:
     shapes, height, width = [torch.Size((len(x), net.channels, *x.shape[2:]))], *x.shape[2:]
-    for stage in net.down:
-        for module in stage:
-            if isinstance(module, Downsample):
-                height, width = height // 2, width // 2
-                shapes.append(torch.Size((len(x), module.conv.out_channels, height, width)))
-            else:
-                shapes.append(torch.Size((len(x), module.res.conv2.out_channels, height, width)))
+    for level in net.down:
+        for layer in level.layers:
+            shapes.append(torch.Size((len(x), layer.res.conv2.out_channels, height, width)))
+        if level.resample is not None:
+            height, width = height // 2, width // 2
+            shapes.append(torch.Size((*shapes[-1][:2], height, width)))
     return shapes
 
 
@@ -128,18 +126,18 @@ def test_skips_carry_the_input_past_the_middle():
     """With the middle's answer cut off the output still depends on x, and each skip's channels are the second half of a concatenation."""
     net = lively(UNet(3, 3, channels=8, mult=(1,), blocks=1, attention=(), groups=4))
     seen = []
-    net.up[0][0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    net.up[0].layers[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
     x = torch.randn(1, 3, 4, 4)
     net(x, torch.tensor([1.0]), Condition())
     h = net.stem(x)
-    h = net.down[0][0](h, net.embed(torch.tensor([1.0]), Condition()), None, None)
+    h = net.down[0].layers[0](h, net.embed(torch.tensor([1.0]), Condition()), None, None)
     torch.testing.assert_close(seen[0][:, 8:], h)
 
 
 @pytest.mark.parametrize("attention", [(), (2,), (1, 2)])
 def test_attention_stands_where_it_is_asked_for(attention):
     net = UNet(3, 3, channels=8, mult=(1, 2), blocks=1, attention=attention, context_dim=6, head_channels=8, groups=4)
-    levels = [2**i for i, stage in enumerate(net.down) if stage[0].attention is not None]
+    levels = [2**i for i, level in enumerate(net.down) if level.layers[0].attention is not None]
     assert tuple(levels) == attention
     assert (net.middle1.attention is not None) == bool(attention)
     memory = net.memory(told())
