@@ -6,11 +6,14 @@ if TYPE_CHECKING:  # torch is slow to import, and train.py reads SUPPLIED before
     from ldm.model import LatentDiffusion
 
 SUPPLIED = {  # what the builders pass themselves, which a config need not hold
-    "ldm.net.unet.UNet": ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels"),
+    **dict.fromkeys(
+        ("ldm.net.unet.UNet", "ldm.net.dit.DiT"), ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")
+    ),
     "ldm.autoencoder.patch.PatchEncoder": ("channels",),
     "ldm.autoencoder.patch.PatchDecoder": ("channels",),
     "ldm.autoencoder.conv.Encoder": ("channels",),
     "ldm.autoencoder.conv.Decoder": ("channels",),
+    "ldm.autoencoder.identity.Identity": ("channels",),
     "ldm.conditioner.label.Label": ("num_classes",),
     "ldm.conditioner.label.LabelVector": ("num_classes",),
     "ldm.stage.diffusion.train": ("cfg",),
@@ -37,8 +40,9 @@ def autoencoder(node: Any, channels: int):
     """A first stage for images of `channels` channels, not trained."""
     from hydra.utils import instantiate
 
-    parts = {"encoder": {"channels": channels}, "decoder": {"channels": channels}} if "encoder" in node else {}
-    return instantiate(node, **parts)
+    asked = {"channels": channels}
+    parts = {name: asked for name in ("encoder", "decoder") if "channels" in needs(node.get(name, {}))}
+    return instantiate(node, **parts, **(asked if "channels" in needs(node) else {}))
 
 
 def model(cfg: Any, autoencoder, data) -> "LatentDiffusion":

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Resize = Callable[[Tensor, Size | None], Tensor]  # (B, C, H, W) and, for the way up, the (height, width) to reach
 
@@ -15,6 +17,11 @@ def zeroed(module: nn.Module) -> nn.Module:
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def call(module: nn.Module, *args: Any, keep: bool = True) -> Tensor:
+    """module(*args); without `keep` its activations are computed again in the backward pass instead (Chen et al. 2016)."""
+    return module(*args) if keep or not torch.is_grad_enabled() else checkpoint(module, *args, use_reentrant=False)
 
 
 def norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
@@ -49,7 +56,9 @@ def added(inputs: int, width: int) -> nn.Identity:
     Raises ValueError if the two widths differ.
     """
     if inputs != width:
-        raise ValueError(f"a vector of {inputs} is added to a time embedding of {width}: conditioner.dim={width}, or net.vector=mlp's")
+        raise ValueError(
+            f"a vector of {inputs} cannot be added to an embedding of {width}: set conditioner.dim={width}, or net.vector to mlp"
+        )
     return nn.Identity()
 
 

@@ -6,11 +6,10 @@ from itertools import pairwise
 
 import torch
 from torch import Size, Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.condition import Condition
 from ldm.net.attention import Attend, KeyValue, Memory, SpatialTransformer, sdpa
-from ldm.net.blocks import Downsample, ResBlock, Upsample, double, halve, mlp, norm, sinusoid, zeroed
+from ldm.net.blocks import Downsample, ResBlock, Upsample, call, double, halve, mlp, norm, sinusoid, zeroed
 
 Looked = tuple[KeyValue, ...] | None
 
@@ -148,8 +147,8 @@ class HalfUNet(nn.Module):
         return self.run(self.middle2, h, emb, *look(self.middle2)), skips
 
     def run(self, module: nn.Module, *args: Tensor | Looked | Size) -> Tensor:
-        """module(*args), recomputed in the backward pass where activations are not to be kept."""
-        return checkpoint(module, *args, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else module(*args)
+        """module(*args), its activations kept or not."""
+        return call(module, *args, keep=not self.checkpoint)
 
 
 class Lookup:

@@ -1,0 +1,183 @@
+"""The diffusion transformer DiT with adaLN-Zero (Peebles & Xie 2023), and the blocks that came after it as options."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.condition import Condition
+from ldm.net.attention import Attend, CrossAttention, KeyValue, Memory, Rotate, SelfAttention, sdpa, tokens
+from ldm.net.blocks import added, call, mlp, sinusoid, zeroed
+from ldm.net.positions import sincos_2d
+
+plain_norm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
+
+
+class MLP(nn.Module):
+    """Two linear layers on x (B, N, C), `mult` times as wide inside, and a GELU (its tanh form) between."""
+
+    def __init__(self, channels: int, mult: float = 4.0):
+        super().__init__()
+        self.up, self.down = nn.Linear(channels, int(mult * channels)), nn.Linear(int(mult * channels), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer of x (B, N, C), two thirds of `mult` times as wide inside: an MLP's size (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, channels: int, mult: float = 4.0):
+        super().__init__()
+        inside = int(2 / 3 * int(mult * channels))
+        self.up, self.down = nn.Linear(channels, 2 * inside), nn.Linear(inside, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, h = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * h)
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention (where there is a context) and feed-forward on x (B, N, C), told silu(emb) (B, C) by adaLN-Zero.
+
+    Cross-attention stands as in PixArt-alpha (Chen et al. 2023, fig. 4): not modulated, and nothing at first.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int | None,
+        norm: Callable[[int], nn.Module],
+        feed_forward: Callable[[int], nn.Module],
+        qk_norm: Callable[[int], nn.Module] | None,
+        attend: Attend,
+    ):
+        super().__init__()
+        self.norm1, self.attention = norm(channels), SelfAttention(channels, heads, attend, bias=True, qk_norm=qk_norm)
+        self.cross_attention = CrossAttention(channels, context_dim, heads, attend) if context_dim else None
+        self.norm2, self.feed_forward = norm(channels), feed_forward(channels)
+        self.modulation = nn.Linear(channels, 6 * channels)
+
+    def forward(self, x: Tensor, told: Tensor, memory: tuple[KeyValue, ...] | None, mask: Tensor | None, rotate: Rotate | None) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(told)[:, None].chunk(6, dim=-1)  # (B, 1, C)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, rotate)
+        if self.cross_attention is not None and memory is not None:
+            x = x + self.cross_attention(x, memory[0], mask)
+        return x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class Head(nn.Module):
+    """From tokens (B, N, C) to their patches (B, N, features), told silu(emb) (B, C) by adaLN."""
+
+    def __init__(self, channels: int, features: int, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.norm, self.modulation, self.out = norm(channels), nn.Linear(channels, 2 * channels), nn.Linear(channels, features)
+
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        shift, scale = self.modulation(told)[:, None].chunk(2, dim=-1)  # (B, 1, C)
+        return self.out(self.norm(x) * (1 + scale) + shift)
+
+
+class DiT(nn.Module):
+    """Transformer over the patches of x (B, in_channels [+ concat], H, W), told t and a Condition; answers (B, out_channels, H, W).
+
+    patch: their height and width, which must divide H and W.  channels, depth, heads: width, blocks, attention heads.
+    context_dim, vector_dim, concat_channels: sizes of the Condition's fields; None or 0 where the field is not used.
+    norm, feed_forward: layers by width.  qk_norm: the normalisation of queries and keys by a head's width, or None.
+    positions: what is added to the tokens of a grid.  rotary: rope_2d, or None.  sinusoid, vector: what t is read as in `frequencies`
+    numbers, and by what cond.vector reaches the time embedding: DiT adds a class's row as it is.
+    residuals: one (B, N, channels) for each block, added to its answer.  checkpoint: recompute activations in the backward pass.
+    LightningDiT (Yao & Wang 2025) is torch.nn.RMSNorm, SwiGLU and rope_2d.  Raises ValueError for sizes the patch does not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch: int = 2,
+        channels: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        context_dim: int | None = None,
+        vector_dim: int | None = None,
+        concat_channels: int = 0,
+        frequencies: int = 256,
+        norm: Callable[[int], nn.Module] = plain_norm,
+        feed_forward: Callable[[int], nn.Module] = MLP,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        positions: Callable[..., Tensor] = sincos_2d,
+        rotary: Callable[..., Rotate] | None = None,
+        sinusoid: Callable[[Tensor, int], Tensor] = sinusoid,
+        vector: Callable[[int, int], nn.Module] = added,
+        attend: Attend = sdpa,
+        checkpoint: bool = False,
+    ):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"heads={heads} does not divide channels={channels}")
+        self.size, self.channels, self.heads, self.frequencies = patch, channels, heads, frequencies
+        self.positions, self.rotary, self.sinusoid, self.checkpoint = positions, rotary, sinusoid, checkpoint
+        self.time = mlp(frequencies, channels)
+        self.vector = vector(vector_dim, channels) if vector_dim else None
+        self.patch = nn.Conv2d(in_channels + concat_channels, channels, patch, stride=patch)
+        self.blocks = nn.ModuleList(DiTBlock(channels, heads, context_dim, norm, feed_forward, qk_norm, attend) for _ in range(depth))
+        self.head = Head(channels, patch * patch * out_channels, norm)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw the weights as DiT's code does (sec. 3.2): Xavier, small for the time, and nothing where a residual or the answer ends."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in (self.time[0], self.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for block in self.blocks:
+            zeroed(block.modulation)
+            if block.cross_attention is not None:
+                zeroed(block.cross_attention.out)
+        zeroed(self.head.modulation)
+        zeroed(self.head.out)
+
+    def embed(self, t: Tensor, cond: Condition) -> Tensor:
+        """Embedding (B, channels) of the network's time t (B,) and of cond.vector."""
+        emb = self.time(self.sinusoid(t, self.frequencies).to(self.patch.weight.dtype))
+        return emb if self.vector is None else emb + self.vector(cond.vector)
+
+    def memory(self, cond: Condition) -> Memory | None:
+        """Keys and values of cond.context for every block, to be computed once per prompt; None without a context."""
+        if cond.context is None:
+            return None
+        layers = tuple((block.cross_attention.memory(cond.context),) for block in self.blocks)
+        return Memory(layers, None if cond.mask is None else cond.mask[:, None, None, :])
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        *,
+        emb: Tensor | None = None,
+        memory: Memory | None = None,
+        residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        if x.shape[2] % self.size or x.shape[3] % self.size:
+            raise ValueError(
+                f"a height and width of {x.shape[2]} x {x.shape[3]} cannot be cut into patches of {self.size}; choose another size"
+            )
+        told = F.silu(self.embed(t, cond) if emb is None else emb)
+        memory = self.memory(cond) if memory is None else memory
+        h = self.patch(x if cond.concat is None else torch.cat([x, cond.concat], dim=1))  # (B, C, h, w)
+        rows, columns = h.shape[2:]
+        rotate = self.rotary(rows, columns, self.channels // self.heads, h.device) if self.rotary else None
+        h = tokens(h) + self.positions(rows, columns, self.channels, h.device).to(h.dtype)  # (B, N, C)
+        looked = memory.layers if memory else [None] * len(self.blocks)
+        for block, kv, residual in zip(self.blocks, looked, residuals or [None] * len(self.blocks), strict=True):
+            h = call(block, h, told, kv, memory.mask if memory else None, rotate, keep=not self.checkpoint)
+            h = h if residual is None else h + residual
+        return rearrange(self.head(h, told), "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.size, q=self.size)
