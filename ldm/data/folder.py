@@ -7,17 +7,15 @@ import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ldm.data.kept import kept
 from ldm.data.memory import InMemory, read_captions
-from ldm.durable import DamagedError, read_tensors, write_tensors
 from ldm.errors import UserError
-from ldm.fetch import cache_dir
 from ldm.progress import Bar
 from ldm.tensors import key
 
@@ -123,24 +121,13 @@ def packed(root: Path, files: Sequence[File], size: int, channels: int) -> Pack:
 
     Raises UserError if none can be read, or if they do not fit in memory.
     """
-    from filelock import FileLock
-
     need = 2 * len(files) * channels * size**2 / 2**30  # twice: whole, and as this split's rows
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else float("inf")
     if need > have:
         raise UserError(f"path={root}: {len(files):,} images of {size} px take {need:.0f} GiB of memory, not {have:.0f}; lower size")
-    made_of = repr((READER, size, channels, os.path.realpath(root), *map(tuple, files)))
-    path = cache_dir() / "folders" / f"{sha256(os.fsencode(made_of)).hexdigest()[:32]}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        try:
-            state = read_tensors(path)
-        except (FileNotFoundError, DamagedError):
-            images, said = read(root, [file.name for file in files], size, channels)
-            state = {"images": images, "said": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)}
-            write_tensors(path, state)
-    said = json.loads(bytes(state["said"].tolist()))
-    return Pack([files[i].name for i in said["kept"]], state["images"], said["notes"])
+    made_of = (READER, size, channels, os.path.realpath(root), *map(tuple, files))
+    images, said = kept("folders", made_of, lambda: read(root, [file.name for file in files], size, channels))
+    return Pack([files[i].name for i in said["kept"]], images, said["notes"])
 
 
 def read(root: Path, names: Sequence[str], size: int, channels: int) -> tuple[Tensor, dict]:
