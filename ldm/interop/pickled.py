@@ -15,7 +15,6 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-
 MOST = 1 << 28  # bytes of pickle: a large optimiser's is about 2 MB
 DTYPE = {
     **{"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16},

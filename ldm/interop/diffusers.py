@@ -1,0 +1,111 @@
+"""diffusers' names of UNet2DConditionModel, UNet2DModel, AutoencoderKL and VQModel, both ways."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ldm.interop.compvis import LEVEL
+from ldm.interop.keymap import Row, State, count, exported, imported, layers
+from ldm.interop.layout import Layout
+from ldm.interop.transformer import transformer
+
+RES = {
+    **{"norm1": "norm1", "conv1": "conv1", "emb": "time_emb_proj"},
+    **{"norm2": "norm2", "conv2": "conv2", "skip": "conv_shortcut"},
+}
+ENDS = {
+    **{"time.0": "time_embedding.linear_1", "time.2": "time_embedding.linear_2"},
+    **{"vector.0": "add_embedding.linear_1", "vector.2": "add_embedding.linear_2"},
+    **{"stem": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"},
+}
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # until diffusers 0.17
+
+
+def import_unet(state: State) -> dict[str, Tensor]:
+    """Our U-Net's weights of diffusers'. Raises UserError for names that it does not have."""
+    return imported(unet(Layout.of_diffusers(state)), state, "diffusers U-Net")
+
+
+def export_unet(state: State) -> dict[str, Tensor]:
+    """diffusers' U-Net weights of ours. Raises UserError for what it has no name for."""
+    return exported(unet(Layout.of_ours(state)), state, "diffusers U-Net")
+
+
+def import_autoencoder(state: State) -> dict[str, Tensor]:
+    """Our first stage's weights of diffusers' AutoencoderKL or VQModel, old names or new. Raises UserError for names these do not have."""
+    levels, blocks = count(r"\.(?:down|up)_blocks\.(\d+)\.", state), count(r"\.resnets\.(\d+)\.", state)
+    return imported(autoencoder(levels, blocks), renewed(state), "diffusers autoencoder")
+
+
+def export_autoencoder(state: State) -> dict[str, Tensor]:
+    """diffusers' first stage of ours, without scale and shift. Raises UserError for what it has no name for."""
+    return exported(autoencoder(count(LEVEL, state), count(r"\.blocks\.(\d+)\.", state)), state, "diffusers autoencoder")
+
+
+def renewed(state: State) -> dict[str, Tensor]:
+    """A first stage's state dict with the attention's older names as they are since diffusers 0.17."""
+    made = {}
+    for name, value in state.items():
+        *place, layer, leaf = name.split(".")
+        made[".".join([*place, OLD.get(layer, layer), leaf])] = value
+    return made
+
+
+def unet(layout: Layout) -> Iterator[Row]:
+    """Every name that a U-Net of this layout may have."""
+    yield from layers(ENDS, "", "")
+    for level in range(layout.levels):
+        for i in range(layout.blocks):
+            yield from layer(f"down.{level}.layers.{i}.", f"down_blocks.{level}.", i, layout)
+        yield from resample(f"down.{level}.resample.", f"down_blocks.{level}.downsamplers.0.")
+    yield from layer("middle1.", "mid_block.", 0, layout)
+    yield from layers(RES, "middle2.res.", "mid_block.resnets.1.")
+    for stage in range(layout.levels):
+        for i in range(layout.blocks + 1):
+            yield from layer(f"up.{stage}.layers.{i}.", f"up_blocks.{stage}.", i, layout)
+        yield from resample(f"up.{stage}.resample.", f"up_blocks.{stage}.upsamplers.0.")
+
+
+def layer(ours: str, theirs: str, i: int, layout: Layout) -> Iterator[Row]:
+    """A residual block and the attention after it, of the U-Net's kind."""
+    yield from layers(RES, f"{ours}res.", f"{theirs}resnets.{i}.")
+    attending = transformer if layout.depth else qkv
+    yield from attending(f"{ours}attention.", f"{theirs}attentions.{i}.", layout.depth)
+
+
+def qkv(ours: str, theirs: str, depth: int = 0) -> Iterator[Row]:
+    """A QKVAttention in its new order."""
+    yield from layers({"norm": "group_norm", "out": "to_out.0"}, ours, theirs)
+    for leaf in ("weight", "bias"):
+        yield Row(f"{ours}qkv.{leaf}", tuple(f"{theirs}{part}.{leaf}" for part in ("to_q", "to_k", "to_v")))
+
+
+def resample(ours: str, theirs: str) -> Iterator[Row]:
+    """What halves or doubles a level: a convolution, or a residual block."""
+    yield from layers({"conv": "conv"}, ours, theirs)
+    yield from layers(RES, ours, theirs)
+
+
+def autoencoder(levels: int, blocks: int) -> Iterator[Row]:
+    """Every name that a first stage of so many levels and blocks may have."""
+    yield from layers({"encoder.moments": "quant_conv", "decoder.latent": "post_quant_conv"}, "", "")
+    yield Row("codebook.weight", ("quantize.embedding.weight",))
+    for half, levelled, change in (("encoder", "down", "downsamplers"), ("decoder", "up", "upsamplers")):
+        yield from layers({"stem": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}, f"{half}.", f"{half}.")
+        yield from layers(RES, f"{half}.middle.0.", f"{half}.mid_block.resnets.0.")
+        yield from attention(f"{half}.middle.1.", f"{half}.mid_block.attentions.0.")
+        yield from layers(RES, f"{half}.middle.2.", f"{half}.mid_block.resnets.1.")
+        for level in range(levels):
+            number = level if levelled == "down" else levels - 1 - level  # ours are numbered from the finest on, both ways
+            mine, yours = f"{half}.{levelled}.{level}.", f"{half}.{levelled}_blocks.{number}."
+            for i in range(blocks):
+                yield from layers(RES, f"{mine}blocks.{i}.", f"{yours}resnets.{i}.")
+                yield from attention(f"{mine}attention.{i}.", f"{yours}attentions.{i}.")
+            yield from layers({"resample.conv": f"{change}.0.conv"}, mine, yours)
+
+
+def attention(ours: str, theirs: str) -> Iterator[Row]:
+    """A first stage's attention: linear layers where ours are 1x1 convolutions."""
+    yield from layers({"norm": "group_norm"}, ours, theirs)
+    yield from layers(ATTENTION, ours, theirs, ones=-2)

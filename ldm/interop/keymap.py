@@ -1,0 +1,100 @@
+"""A table of names read both ways: from a published layout's state dict to ours, and back to the identical one."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from re import findall
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor of ours and the one of theirs that it is, or those that it is stacked of along the first axis.
+
+    ones: axes of length 1 at the end that theirs has more than ours (a 1x1 convolution where ours is linear), fewer if negative.
+    turned: theirs is the transpose.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    ones: int = 0
+    turned: bool = False
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Ours, of theirs."""
+        one = torch.cat(parts) if len(parts) > 1 else parts[0]
+        one = one.T if self.turned else one
+        return one.reshape(resized(one.shape, -self.ones))
+
+    def split(self, whole: Tensor) -> Iterable[Tensor]:
+        """Theirs, of ours."""
+        whole = whole.reshape(resized(whole.shape, self.ones))
+        whole = whole.T if self.turned else whole
+        return [whole] if len(self.theirs) == 1 else whole.chunk(len(self.theirs))
+
+
+def resized(shape: torch.Size, ones: int) -> tuple[int, ...]:
+    """A shape with `ones` more axes of length 1 at its end, or that many fewer. Raises UserError where those are longer."""
+    if ones >= 0:
+        return (*shape, *[1] * ones)
+    if len(shape) < -ones or any(size != 1 for size in shape[ones:]):
+        raise UserError(f"shape {list(shape)}: expected {-ones} axes of length 1 at its end")
+    return tuple(shape[:ones])
+
+
+def layers(names: Mapping[str, str], ours: str, theirs: str, ones: int = 0) -> Iterator[Row]:
+    """Weight and bias of each layer of a module, by its name in ours and in theirs; ours and theirs: the module's own names."""
+    for mine, yours in names.items():
+        yield Row(f"{ours}{mine}.weight", (f"{theirs}{yours}.weight",), ones)
+        yield Row(f"{ours}{mine}.bias", (f"{theirs}{yours}.bias",))
+
+
+def imported(table: Iterable[Row], state: State, what: str) -> dict[str, Tensor]:
+    """Our state dict of theirs; what: the layout's name. Rows that theirs has nothing of are left to whoever loads the result.
+
+    Raises UserError for a name that the table does not have, and for a part that is missing beside another.
+    """
+    made, used = {}, set()
+    for row in table:
+        there = [name for name in row.theirs if name in state]
+        if not there:
+            continue
+        if missing := [name for name in row.theirs if name not in state]:
+            raise UserError(f"{what}: {missing[0]} is missing beside {there[0]}")
+        made[row.ours] = row.join([state[name] for name in row.theirs])
+        used.update(there)
+    refuse(state.keys() - used, what)
+    return made
+
+
+def exported(table: Iterable[Row], state: State, what: str) -> dict[str, Tensor]:
+    """Their state dict of ours. Raises UserError for a tensor of ours that the layout has no name for."""
+    made, used = {}, set()
+    for row in table:
+        if row.ours in state:
+            made.update(zip(row.theirs, row.split(state[row.ours]), strict=True))
+            used.add(row.ours)
+    refuse(state.keys() - used, what)
+    return made
+
+
+def refuse(names: Iterable[str], what: str) -> None:
+    """Raises UserError if there are names that a layout has no place for."""
+    if left := sorted(names):
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise UserError(f"{what}: no place for {', '.join(left[:3])}{more}; expected the names of this layout and no other")
+
+
+def count(pattern: str, names: Iterable[str]) -> int:
+    """One more than the largest number that the pattern's group finds in the names; 0 where it finds none."""
+    return max((int(found) + 1 for found in findall(pattern, "\n".join(names))), default=0)
+
+
+def under(prefix: str, state: State) -> dict[str, Tensor]:
+    """The part of a state dict whose names begin with prefix, without it."""
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}

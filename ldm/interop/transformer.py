@@ -1,0 +1,26 @@
+"""The rows of one spatial transformer, whose names CompVis, Stability and diffusers share."""
+
+from collections.abc import Iterator
+
+from ldm.interop.keymap import Row, layers
+
+INNER = {
+    **{"norm1": "norm1", "norm2": "norm2", "norm3": "norm3"},
+    **{"self_attention.out": "attn1.to_out.0", "cross_attention.out": "attn2.to_out.0"},
+    **{"feed_forward.up": "ff.net.0.proj", "feed_forward.down": "ff.net.2"},
+}
+STACKED = {
+    "self_attention.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "cross_attention.q": ("attn2.to_q",),
+    "cross_attention.kv": ("attn2.to_k", "attn2.to_v"),
+}
+
+
+def transformer(ours: str, theirs: str, depth: int) -> Iterator[Row]:
+    """A SpatialTransformer of `depth` blocks; ours and theirs: its name and a dot."""
+    yield from layers({"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}, ours, theirs)
+    for n in range(depth):
+        mine, yours = f"{ours}blocks.{n}.", f"{theirs}transformer_blocks.{n}."
+        yield from layers(INNER, mine, yours)
+        for name, parts in STACKED.items():
+            yield Row(f"{mine}{name}.weight", tuple(f"{yours}{part}.weight" for part in parts))
