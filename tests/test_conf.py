@@ -33,6 +33,9 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for
     "sampler/ddpm_learned": ("objective=hybrid",),
     "sampler/repaint": ("sampler.jump=1", "sampler.repeats=1"),
 }
+PAPER = [  # first stages at a paper's scale: looked at on the meta device
+    o for o in OPTIONS if o.startswith("autoencoder/") and OmegaConf.load(CONF / f"{o}.yaml").get("encoder", {}).get("width", 0) >= 128
+]
 ALONE = ("budget", "data", "trainer", "training", "logger", "metrics", "guidance")  # no part of the model or of its training step
 
 
@@ -103,7 +106,7 @@ def test_option_composes(option):
     assert group == "budget" or group == "process" or group in config
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] not in ALONE])
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] not in ALONE and o not in PAPER])
 def test_option_trains_and_draws(option):
     torch.manual_seed(0)
     cfg = composed(*typed(option))
@@ -115,6 +118,16 @@ def test_option_trains_and_draws(option):
         image = drawn(cfg, model)
         assert image.shape == (2, 1, 16, 16)
         assert torch.isfinite(image).all()
+
+
+@pytest.mark.parametrize("option", PAPER)
+def test_a_first_stage_of_paper_scale_goes_there_and_back(option):
+    with torch.device("meta"):
+        autoencoder = build.autoencoder(composed(*typed(option)).autoencoder, 3)
+        size = 2 * autoencoder.factor
+        z = autoencoder.encode(torch.empty(1, 3, size, size))
+        assert z.shape == (1, autoencoder.z_channels, 2, 2)
+        assert autoencoder.decode(z).shape == (1, 3, size, size)
 
 
 def trained(cfg, model) -> dict:

@@ -1,25 +1,46 @@
-"""The encoder and decoder of latent diffusion's first stages (LDM app. G): ADM-style residual blocks over a pyramid."""
+"""The encoder and decoder of latent diffusion's first stages (LDM app. G; VQGAN, Esser et al. 2021, app. A)."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.net.attention import sdpa
-from ldm.net.blocks import ResBlock, Upsample, norm
+from ldm.net.attention import Attend, sdpa
+from ldm.net.blocks import Upsample
+
+
+def norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+    """Group normalisation with `groups` groups, or their largest common divisor with `channels`; the first stages' eps is 1e-6."""
+    return nn.GroupNorm(math.gcd(channels, groups), channels, eps=1e-6)
+
+
+class Residual(nn.Module):
+    """Two normalised 3x3 convolutions (B, C, H, W) -> (B, C', H, W), added to what came in: the U-Net's block without a time."""
+
+    def __init__(self, channels: int, out_channels: int, groups: int = 32):
+        super().__init__()
+        self.norm1, self.conv1 = norm(channels, groups), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = norm(out_channels, groups), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C', H, W)
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class SpatialAttention(nn.Module):
     """Single-head attention of a feature map (B, C, H, W) over itself, added to what came in."""
 
-    def __init__(self, channels: int, groups: int = 32):
+    def __init__(self, channels: int, groups: int = 32, attend: Attend = sdpa):
         super().__init__()
-        self.norm = norm(channels, groups)
-        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        self.attend, self.norm = attend, norm(channels, groups)
+        self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, H W, C)
-        return x + self.out(sdpa(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape))
+        h = self.norm(x)
+        q, k, v = (each(h).flatten(2).transpose(1, 2).unsqueeze(1) for each in (self.q, self.k, self.v))  # (B, 1, H W, C)
+        return x + self.out(self.attend(q, k, v, None).squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
 class PaddedDownsample(nn.Module):
@@ -33,13 +54,34 @@ class PaddedDownsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def middle(width: int, groups: int) -> nn.Sequential:
-    """Residual block, attention, residual block."""
-    return nn.Sequential(ResBlock(width, width, groups=groups), SpatialAttention(width, groups), ResBlock(width, width, groups=groups))
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where there is any, then what changes the resolution."""
+
+    def __init__(self, blocks: list[Residual], attention: list[SpatialAttention], resample: nn.Module | None):
+        super().__init__()
+        self.blocks, self.attention, self.resample = nn.ModuleList(blocks), nn.ModuleList(attention), resample
+
+    def forward(self, h: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            h = block(h)
+            if self.attention:
+                h = self.attention[i](h)
+        return h if self.resample is None else self.resample(h)
+
+
+def middle(width: int, groups: int, attend: Attend | None) -> nn.Sequential:
+    """Residual block, attention (none where attend is None), residual block."""
+    attention = SpatialAttention(width, groups, attend) if attend else nn.Identity()
+    return nn.Sequential(Residual(width, width, groups), attention, Residual(width, width, groups))
 
 
 class Encoder(nn.Module):
-    """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f) with f = 2^(len(mult) - 1)."""
+    """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f), or a point (B, z_channels, ...) if not double; f = 2^(len(mult) - 1).
+
+    width, mult: channels, and their factor at each level.  blocks: residual blocks a level.
+    attention: the downsample factors (1, 2, 4, ...) at which every block is followed by attention: a paper's `attn_resolutions: [16]` for
+    256 px is the factor 16.  middle_attention: whether the middle attends (all of LDM's but the VQ model "no attn" of Tab. 8).
+    """
 
     def __init__(
         self,
@@ -48,28 +90,37 @@ class Encoder(nn.Module):
         width: int = 128,
         mult: Sequence[int] = (1, 2, 4, 4),
         blocks: int = 2,
+        attention: Sequence[int] = (),
+        middle_attention: bool = True,
+        double: bool = True,
         groups: int = 32,
+        attend: Attend = sdpa,
     ):
         super().__init__()
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.down = nn.Sequential()
+        self.down = nn.ModuleList()  # finest first
         inside = width
         for level, factor in enumerate(mult):
-            for _ in range(blocks):
-                self.down.append(ResBlock(inside, factor * width, groups=groups))
-                inside = factor * width
-            if level < len(mult) - 1:
-                self.down.append(PaddedDownsample(inside))
-        self.middle = middle(inside, groups)
-        self.out = nn.Sequential(norm(inside, groups), nn.SiLU(), nn.Conv2d(inside, 2 * z_channels, 3, padding=1))
-        self.moments = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+            outside = factor * width
+            sizes = [inside, *[outside] * (blocks - 1)]
+            attending = [SpatialAttention(outside, groups, attend) for _ in sizes] if 2**level in attention else []
+            resample = PaddedDownsample(outside) if level < len(mult) - 1 else None
+            self.down.append(Level([Residual(size, outside, groups) for size in sizes], attending, resample))
+            inside = outside
+        outputs = 2 * z_channels if double else z_channels
+        self.middle = middle(inside, groups, attend if middle_attention else None)
+        self.out = nn.Sequential(norm(inside, groups), nn.SiLU(), nn.Conv2d(inside, outputs, 3, padding=1))
+        self.moments = nn.Conv2d(outputs, outputs, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.moments(self.out(self.middle(self.down(self.stem(image)))))
+        h = self.stem(image)
+        for level in self.down:
+            h = level(h)
+        return self.moments(self.out(self.middle(h)))
 
 
 class Decoder(nn.Module):
-    """Latent (B, z_channels, h, w) -> image (B, C, f h, f w) with f = 2^(len(mult) - 1)."""
+    """Latent (B, z_channels, h, w) -> image (B, C, f h, f w), f = 2^(len(mult) - 1); the options are the encoder's."""
 
     def __init__(
         self,
@@ -78,24 +129,32 @@ class Decoder(nn.Module):
         width: int = 128,
         mult: Sequence[int] = (1, 2, 4, 4),
         blocks: int = 2,
+        attention: Sequence[int] = (),
+        middle_attention: bool = True,
         groups: int = 32,
+        attend: Attend = sdpa,
     ):
         super().__init__()
         inside = mult[-1] * width
         self.latent = nn.Conv2d(z_channels, z_channels, 1)
         self.stem = nn.Conv2d(z_channels, inside, 3, padding=1)
-        self.middle = middle(inside, groups)
-        self.up = nn.Sequential()
+        self.middle = middle(inside, groups, attend if middle_attention else None)
+        levels = []
         for level, factor in reversed(list(enumerate(mult))):
-            for _ in range(blocks + 1):
-                self.up.append(ResBlock(inside, factor * width, groups=groups))
-                inside = factor * width
-            if level > 0:
-                self.up.append(Upsample(inside))
+            outside = factor * width
+            sizes = [inside, *[outside] * blocks]
+            attending = [SpatialAttention(outside, groups, attend) for _ in sizes] if 2**level in attention else []
+            resample = Upsample(outside) if level > 0 else None
+            levels.append(Level([Residual(size, outside, groups) for size in sizes], attending, resample))
+            inside = outside
+        self.up = nn.ModuleList(reversed(levels))  # finest first, as `down`: level i of both works at the same resolution
         self.out = nn.Sequential(norm(inside, groups), nn.SiLU(), nn.Conv2d(inside, channels, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.out(self.up(self.middle(self.stem(self.latent(z)))))
+        h = self.middle(self.stem(self.latent(z)))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.out(h)
 
     @property
     def last_layer(self) -> Tensor:

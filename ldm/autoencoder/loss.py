@@ -1,11 +1,10 @@
-"""Reconstruction losses of a first stage, all summed over an image and averaged over the batch, as kl_weight = 1e-6 presumes (LDM)."""
+"""What a first stage is trained on: errors summed over an image, as kl_weight = 1e-6 presumes (LDM), and what they are weighed against."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-
-from ldm.autoencoder.posterior import Posterior
 
 Error = Callable[[Tensor, Tensor], Tensor]  # reconstruction, image (B, C, H, W) -> (B,), summed over the image
 
@@ -28,20 +27,49 @@ def gradient(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 
 class ReconstructionLoss(nn.Module):
-    """pixel + perceptual_weight * perceptual + kl_weight * KL, each per image: what the generator minimises apart from the adversary.
+    """pixel + perceptual_weight * perceptual + the penalties of the latent space: what the generator minimises apart from the adversary.
 
     perceptual: an Error of its own (a frozen network's features, or `gradient`); None for none.
+    Each weight means what its paper's code means by it, whatever the reduction: kl_weight that of nats per image beside an error summed
+    over the image (LDM: 1e-6), codebook_weight that of a mean over the latent beside a mean over the image (VQGAN: 1).
+    reduction: `sum`, over the image (LDM's KL models), or `mean`, the same divided by the image's size (LDM's VQ models).
     """
 
-    def __init__(self, pixel: Error = l1, perceptual: Error | None = None, perceptual_weight: float = 1.0, kl_weight: float = 1e-6):
+    def __init__(
+        self,
+        pixel: Error = l1,
+        perceptual: Error | None = None,
+        perceptual_weight: float = 1.0,
+        kl_weight: float = 1e-6,
+        codebook_weight: float = 1.0,
+        reduction: Literal["sum", "mean"] = "sum",
+    ):
         super().__init__()
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction={reduction}: expected sum (over the image) or mean")
         self.pixel, self.perceptual = pixel, perceptual
-        self.perceptual_weight, self.kl_weight = perceptual_weight, kl_weight
+        self.perceptual_weight, self.kl_weight, self.codebook_weight = perceptual_weight, kl_weight, codebook_weight
+        self.reduction = reduction
 
-    def forward(self, reconstruction: Tensor, image: Tensor, posterior: Posterior) -> dict[str, Tensor]:
-        """(B,) per term: rec (pixel and perceptual together), pixel, perceptual, kl."""
+    def forward(self, reconstruction: Tensor, image: Tensor, penalties: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(B,) per term: loss, rec (pixel and perceptual together), pixel, perceptual, all four as `reduction` says, and the penalties."""
+        size = image[0].numel()
+        weights = {"kl": self.kl_weight, "codebook": self.codebook_weight * size}
         pixel = self.pixel(reconstruction, image)
         perceptual = torch.zeros_like(pixel) if self.perceptual is None else self.perceptual(reconstruction, image)
-        kl = posterior.kl()
         rec = pixel + self.perceptual_weight * perceptual
-        return {"loss": rec + self.kl_weight * kl, "rec": rec, "pixel": pixel, "perceptual": perceptual, "kl": kl}
+        loss = rec
+        for name, penalty in penalties.items():
+            loss = loss + weights[name] * penalty
+        errors = {"loss": loss, "rec": rec, "pixel": pixel, "perceptual": perceptual}
+        if self.reduction == "mean":
+            errors = {name: error / size for name, error in errors.items()}
+        return {**errors, **penalties}
+
+
+def kl_weight_of_means(kl_weight: float, latent: int, image: int) -> float:
+    """The weight of a KL averaged over the latent, beside an error averaged over the image, that means what kl_weight does under sums.
+
+    latent, image: how many numbers each has.  LDM's 1e-6 at f = 8, 256 px is 1e-6 * 4096 / 196608 = 2.1e-8.
+    """
+    return kl_weight * latent / image

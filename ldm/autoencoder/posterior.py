@@ -1,4 +1,4 @@
-"""What a first stage says of an image's latent: a diagonal Gaussian."""
+"""What a first stage says of an image's latent: a diagonal Gaussian, or a point."""
 
 from dataclasses import dataclass
 
@@ -28,10 +28,45 @@ class Posterior:
     def mode(self) -> Tensor:
         return self.mean
 
+    @property
+    def variance(self) -> Tensor:
+        return self.logvar.exp()
+
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise, noise standard normal (B, C, h, w)."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
         """KL(q || N(0, I)) in nats per image, (B,)."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+        return self._divergence().flatten(1).sum(1)
+
+    def kl_per_channel(self) -> Tensor:
+        """KL(q || N(0, I)) in nats per place of the latent for each channel, averaged over the batch, (C,)."""
+        return self._divergence().mean((0, 2, 3))
+
+    def _divergence(self) -> Tensor:
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A posterior that is sure of itself, as those of VQ and of pixel space are: every sample is the mean (B, C, h, w)."""
+
+    mean: Tensor
+
+    @property
+    def moments(self) -> Tensor:
+        """The mean alone, (B, C, h, w): what a latent cache keeps."""
+        return self.mean
+
+    @property
+    def mode(self) -> Tensor:
+        return self.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.zeros_like(self.mean)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """The mean, whatever the noise."""
+        return self.mean

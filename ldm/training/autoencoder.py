@@ -1,6 +1,7 @@
 """Stage one: the autoencoder against its discriminator."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -15,10 +16,11 @@ OptimizerOf = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
 class LitAutoencoder(L.LightningModule):
-    """The training step of a KL autoencoder with an adversary (VQGAN, Esser et al. 2021, eq. 6-7; LDM eq. 25).
+    """The training step of a first stage with an adversary (VQGAN, Esser et al. 2021, eq. 6-7; LDM eq. 25).
 
-    loss: (reconstruction, image, posterior) -> terms (B,).  The discriminator enters at step `discriminator_start`; its weight is adaptive,
-    times discriminator_weight, and rises linearly over `discriminator_ramp` steps.
+    loss: (reconstruction, image, penalties) -> terms (B,).  The discriminator enters at step `discriminator_start`; its weight is adaptive,
+    times discriminator_weight, and rises linearly over `discriminator_ramp` steps.  Steps are the batch's own: Lightning's count goes up
+    with each optimiser.
     """
 
     def __init__(
@@ -45,11 +47,9 @@ class LitAutoencoder(L.LightningModule):
         adversarial = self.weight > 0 and batch["step"] >= self.start
 
         self.toggle_optimizer(generator)
-        posterior = self.autoencoder.posterior(image)
-        posterior = type(posterior)(posterior.mean.to(image.dtype), posterior.logvar.to(image.dtype))
-        z = posterior.sample(noise_of(self.seed, batch).normal("posterior", posterior.mean))
-        reconstruction = self.autoencoder.decoder(z).to(image.dtype)
-        terms = {name: term.mean() for name, term in self.loss(reconstruction, image, posterior).items()}
+        reconstruction, penalties, vitals = self.autoencoder.training_pass(image, partial(noise_of(self.seed, batch).normal, "posterior"))
+        terms = {name: term.mean() for name, term in self.loss(reconstruction, image, penalties).items()}
+        terms |= self.autoencoder.diagnose(mean_over_ranks(vitals))
         loss = terms["loss"]
         if adversarial:
             fake = -self.discriminator(reconstruction).to(image.dtype).mean()

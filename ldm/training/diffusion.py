@@ -7,7 +7,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ldm.autoencoder.posterior import Posterior
 from ldm.model import LatentDiffusion
 from ldm.tensors import Noise
 
@@ -23,7 +22,7 @@ class LitDiffusion(L.LightningModule):
 
     objective: (denoiser, z, cond, noise, batch) -> {"loss": (B,), ...}.  drop: probability with which a sample's condition is dropped.
     clip: largest norm of the gradient.
-    A batch carries moments (B, 2C, h, w) of the first stage's posterior, or an image to encode.
+    A batch carries moments (B, M, h, w) of the first stage's posterior, or an image to encode.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class LitDiffusion(L.LightningModule):
     def latent(self, batch: dict[str, Any], noise: Noise) -> Tensor:
         """A sample of the normalised posterior, z (B, C, h, w)."""
         autoencoder = self.model.autoencoder
-        posterior = Posterior.of(batch["moments"]) if "moments" in batch else autoencoder.posterior(batch["image"])
+        posterior = autoencoder.posterior_of(batch["moments"]) if "moments" in batch else autoencoder.posterior(batch["image"])
         return autoencoder.normalise(posterior.sample(noise.normal("posterior", posterior.mean)))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,108 @@
+"""What every first stage is: the owner of a latent space and of its normalisation."""
+
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.calibration import Calibration, Statistics, per_channel
+from ldm.autoencoder.posterior import Point, Posterior
+
+
+class Pass(NamedTuple):
+    """What training sees of a batch of images.
+
+    reconstruction: (B, C, H, W).  penalties: by name, (B,) each, what keeps the latent in order.  vitals: (K,), a mean over the batch that
+    `diagnose` reads once it is averaged over all processes.
+    """
+
+    reconstruction: Tensor
+    penalties: dict[str, Tensor]
+    vitals: Tensor
+
+
+class FirstStage(nn.Module):
+    """An encoder image -> moments and a decoder latent -> image, with the shift and scale that give the latent z unit variance.
+
+    encoder: (B, C, H, W) in [-1, 1] -> moments (B, M, H/factor, W/factor).  decoder: (B, z_channels, h, w) -> (B, C, H, W).
+    shift, scale: buffers (z_channels,), 0 and 1 until `calibrate` has seen the training set.
+    A kind of first stage says what its moments mean (`posterior_of`), what comes between latent and decoder (`render`), and how it trains.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    calibrated_on: Tensor
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, z_channels: int, factor: int):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.z_channels, self.factor = z_channels, factor
+        self.register_buffer("shift", torch.zeros(z_channels))
+        self.register_buffer("scale", torch.ones(z_channels))
+        self.register_buffer("calibrated_on", torch.zeros((), dtype=torch.long))
+
+    def posterior_of(self, moments: Tensor) -> Posterior | Point:
+        """The posterior that moments (B, M, h, w), the encoder's or a cache's, stand for."""
+        raise NotImplementedError
+
+    def training_pass(self, image: Tensor, normal: Callable[[Tensor], Tensor]) -> Pass:
+        """Encode, sample and decode for training; normal: draws standard normal noise shaped like its argument."""
+        raise NotImplementedError
+
+    def diagnose(self, vitals: Tensor) -> dict[str, Tensor]:
+        """Numbers () by name that say whether the latent space is healthy."""
+        raise NotImplementedError
+
+    def render(self, raw: Tensor) -> Tensor:
+        """Image (B, C, H, W) of a latent (B, z_channels, h, w) in the posterior's units."""
+        return self.decoder(raw)
+
+    def posterior(self, image: Tensor) -> Posterior | Point:
+        """q(z | image) before shift and scale. Raises ValueError for a size the factor does not divide."""
+        if image.shape[-1] % self.factor or image.shape[-2] % self.factor:
+            height, width = image.shape[-2:]
+            raise ValueError(f"image is {height}x{width}: height and width must be multiples of {self.factor}; pad or resize it")
+        return self.posterior_of(self.encoder(image))
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """From the posterior's units to z: (raw - shift) * scale."""
+        return (raw - per_place(self.shift)) * per_place(self.scale)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """z (B, z_channels, h, w) of the posterior's mode."""
+        return self.normalise(self.posterior(image).mode)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image (B, C, H, W), about [-1, 1], of z."""
+        return self.render(z / per_place(self.scale) + per_place(self.shift))
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        moments: Iterable[Tensor],
+        calibration: Calibration = per_channel,
+        total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> None:
+        """Set shift and scale from batches of moments; as it stands, samples get mean 0 and variance 1 in every channel.
+
+        total: adds a vector up over all processes, where each of them is given its share.  Raises ValueError for no moments at all.
+        """
+        statistics = Statistics.of(map(self.posterior_of, moments), self.z_channels, total)
+        shift, scale = calibration(statistics)
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
+        self.calibrated_on.fill_(statistics.images)
+
+    def identity(self) -> str:
+        """sha256 of the weights, shift and scale: the name of this latent space, carried by whatever is trained in it."""
+        digest = sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def per_place(value: Tensor) -> Tensor:
+    """A number for each channel (C,) as (C, 1, 1)."""
+    return value[:, None, None]
