@@ -1,0 +1,70 @@
+"""ADM's classifier of noisy states: the U-Net's way down, and attention that pools (Dhariwal & Nichol 2021, sec. 4 and app. H)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+from ldm.net.attention import Attend, QKVAttention, sdpa, tokens
+from ldm.net.blocks import Downsample, norm
+from ldm.net.unet import HalfUNet, Lookup, Recipe, depths_of
+
+
+class AttentionPool(nn.Module):
+    """A feature map (B, C, size, size) -> (B, out): the mean of its places, as a token, attends to it and to them (CLIP's pooling).
+
+    Raises ValueError for a map of another size: its places are learned.
+    """
+
+    def __init__(self, size: int, channels: int, heads: int, out: int, attend: Attend = sdpa):
+        super().__init__()
+        self.size, self.heads, self.attend = size, heads, attend
+        self.positions = nn.Parameter(torch.randn(size**2 + 1, channels) * channels**-0.5)
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (self.size, self.size):
+            raise ValueError(f"a map of {x.shape[2]} x {x.shape[3]}: this pooling has learned {self.size} x {self.size} places")
+        h = tokens(x)
+        h = torch.cat([h.mean(1, keepdim=True), h], dim=1) + self.positions  # (B, 1 + N, C)
+        q, k, v = rearrange(self.qkv(h), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.out(rearrange(self.attend(q[:, :, :1], k, v, None), "b h 1 d -> b (h d)"))
+
+
+class NoisyClassifier(HalfUNet):
+    """Class logits (B, classes) of x_t (B, in_channels, size, size) at the network's time t (B,), for guidance=classifier.
+
+    size: height and width of x_t.  channels, mult, blocks, attention, head_channels, dropout, checkpoint: as UNet's.
+    Raises ValueError for an x_t of another size.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        size: int,
+        channels: int = 128,
+        mult: Sequence[int] = (1, 2, 3, 4),
+        blocks: int = 2,
+        attention: Sequence[int] = (2, 4, 8),
+        head_channels: int = 64,
+        dropout: float = 0.0,
+        groups: int = 32,
+        eps: float = 1e-5,
+        block: Callable[..., nn.Module] = QKVAttention,
+        attend: Attend = sdpa,
+        checkpoint: bool = False,
+    ):
+        recipe = Recipe(4 * channels, None, None, head_channels, dropout, True, True, groups, eps, block, Downsample, attend)
+        attended = depths_of(1, attention, len(mult))
+        super().__init__(recipe, in_channels, channels, mult, blocks, attended, checkpoint=checkpoint)
+        width, factor = self.skips[-1], 2 ** (len(mult) - 1)
+        self.out = nn.Sequential(
+            norm(width, groups, eps), nn.SiLU(), AttentionPool(-(-size // factor), width, width // head_channels, classes, attend)
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h, _ = self.contract(x, self.embed(t, Condition()), Lookup(None))
+        return self.out(h)
