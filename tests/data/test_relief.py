@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from ldm.data.relief import DEEPEST, HIGHEST, RAMP, grey, heights, smooth
+
+
+def test_the_ramps_own_colours_give_their_heights():
+    table = np.array(RAMP)
+    found = heights(table[None, :, 1:].astype(np.uint8))[0]
+    assert (np.abs(found - table[:, 0]) <= np.where(table[:, 0] > -9000, 350, 900)).all(), "the deepest are hardly told apart"
+    assert ((found < 0) == (table[:, 0] < 0)).all()
+    plains = (table[:, 0] >= 0) & (table[:, 0] <= 500)
+    assert (np.abs(found - table[:, 0])[plains] <= 50).all()
+
+
+def test_shade_moves_heights_little_and_never_across_the_shore():
+    for metres, *colour in RAMP:
+        if -10000 < metres < 6000:  # beyond, the colours are shades of one another
+            (found,) = heights((np.array([[colour]]) * 0.88).astype(np.uint8))[0]
+            assert (found < 0) == (metres < 0)
+            assert abs(found - metres) <= 1500
+
+
+def test_bytes_grow_with_height_and_part_at_the_shore():
+    metres = np.array([-DEEPEST, -5000, -200, -1, 0, 200, 1000, HIGHEST])
+    found = grey(metres)
+    assert found[[0, -1]].tolist() == [0, 255]
+    assert (np.diff(found.astype(int)) > 0).all()
+    assert found[3] <= 127 < 128 <= found[4]
+    assert found[5] == 128 + round(127 * (200 / HIGHEST) ** 0.5)
+    assert grey(metres.astype(np.int16)).tolist() == found.tolist(), "no overflow"
+
+
+def test_lone_pixels_are_smoothed_away():
+    picture = np.full((9, 9), 100, np.uint8)
+    picture[:, 5:] = 200
+    noisy = picture.copy()
+    noisy[4, 2] = 255
+    assert smooth(noisy).tolist() == picture.tolist()
+
+
+@pytest.mark.slow
+def test_places_whose_height_is_known():
+    from PIL import Image
+
+    from ldm.data.blue_marble import blue_marble
+
+    found = heights(np.array(Image.open(blue_marble() / "etopo1.jpg").convert("RGB")))
+    known = {  # degrees east, degrees north, metres
+        "Amazon": (-60, -5, 60),
+        "Kansas": (-98, 38, 550),
+        "Tibet": (88, 33, 5000),
+        "Altiplano": (-68, -18, 3800),
+        "North Sea": (3, 56, -40),
+        "Sargasso Sea": (-50, 25, -5000),
+    }
+    for name, (east, north, metres) in known.items():
+        x, y = int((east + 180) * 15), int((90 - north) * 15)
+        assert abs(np.median(found[y - 6 : y + 7, x - 6 : x + 7]) - metres) < 300 + 0.4 * abs(metres), name
