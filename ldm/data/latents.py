@@ -8,23 +8,23 @@ from torch.utils.data import Dataset
 
 
 class Latents(Dataset):
-    """dataset with `moments` (B, 2C, h, w) float32 in place of `image`.
+    """dataset with `moments` (B, 2C, h, w) float32 in place of `image`, or beside it with image=True.
 
     moments: (flips, N, 2C, h, w), flips = 2 where the data set flips at random, row 1 that of the mirrored image; else 1.
     """
 
-    def __init__(self, dataset, moments: Tensor):
+    def __init__(self, dataset, moments: Tensor, image: bool = False):
         flips = 2 if dataset.flip else 1
         if moments.shape[:2] != (flips, len(dataset)):
             raise ValueError(f"moments of {tuple(moments.shape[:2])} (flips, images) do not fit a data set of ({flips}, {len(dataset)})")
-        self.dataset, self.moments = dataset, moments
+        self.dataset, self.moments, self.image = dataset, moments, image
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def batch(self, at: Sequence[tuple[int, int]]) -> dict:
-        """The samples at (place, index) pairs, as the data set gives them but for `image`."""
-        batch = self.dataset.about(at)
+        """The samples at (place, index) pairs, as the data set gives them but for what stands for their pixels."""
+        batch = self.dataset.batch(at) if self.image else self.dataset.about(at)
         return {**batch, "moments": self.moments[batch["flip"].long(), torch.as_tensor(batch["index"])].float()}
 
 

@@ -1,7 +1,8 @@
 """What is minimised: draw t and eps, make x_t, compare the network's output with a x0 + b eps, weigh.
 
 Every objective has forward(denoiser, x0, cond, noise, batch) -> terms (B,), of which `loss` is the one to minimise. Those made of a draw
-and a loss show both, `draw` and `at`, so that others can wrap them and a diagnostic can ask for a given t.
+and a loss show both, `draw` and `at`, so that others can wrap them and a diagnostic can ask for a given t. One that reads pixels
+has keys = ("image",).
 """
 
 from collections.abc import Callable

@@ -16,8 +16,10 @@ class REPA(nn.Module):
     objective: any objective.  encoder: a module whose features(image) lists maps (B, F_k, h_k, w_k); `stage` says which; it is frozen.
     layer: a submodule of the denoiser's net, by name, that returns (B, channels, h, w), or tokens (B, h * w, channels) of a square map.
     channels, features, hidden: widths of that layer, of the encoder's map (F_stage), and of the projecting three-layer network.
-    Raises ValueError if the batch has no image or the layer is not there.
+    Raises ValueError if the batch has no image, the layer is not there or a width is not what it is.
     """
+
+    keys = ("image",)  # of the batch: with it, images stay beside cached latents
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class REPA(nn.Module):
     ):
         super().__init__()
         self.objective, self.encoder, self.layer, self.stage, self.weight = objective, encoder.requires_grad_(False), layer, stage, weight
+        self.channels, self.features = channels, features
         self.project = nn.Sequential(
             nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, features)
         )
@@ -39,7 +42,7 @@ class REPA(nn.Module):
     def forward(self, denoiser: nn.Module, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The objective's terms (B,) with `loss` joined by the alignment, and `similarity` in [-1, 1]."""
         if "image" not in batch:
-            raise ValueError("REPA compares with pixels and the batch has no `image`; train without cached latents")
+            raise ValueError("REPA compares with pixels and the batch has no `image`; give it one beside the cached latents")
         hidden: list[Tensor] = []
         hook = self.find(denoiser.net).register_forward_hook(lambda module, args, out: hidden.append(out))
         try:
@@ -48,7 +51,10 @@ class REPA(nn.Module):
             hook.remove()
         with torch.no_grad():
             wanted = self.encoder.features(batch["image"])[self.stage]  # (B, F, h', w')
-        similarity = mean_per_sample(self.similarity(tokens_to_map(hidden[0]), wanted))
+        found = tokens_to_map(hidden[0])  # (B, C, h, w)
+        agree("channels", self.channels, found.shape[1], self.layer)
+        agree("features", self.features, wanted.shape[1], f"stage {self.stage} of the encoder")
+        similarity = mean_per_sample(self.similarity(found, wanted))
         return terms | {"loss": terms["loss"] - self.weight * similarity, "similarity": similarity}
 
     def find(self, net: nn.Module) -> nn.Module:
@@ -63,6 +69,12 @@ class REPA(nn.Module):
         projected = self.project(hidden.movedim(1, -1))  # (B, h, w, F)
         wanted = F.interpolate(wanted.to(projected.dtype), size=hidden.shape[2:], mode="bilinear", antialias=True)
         return F.cosine_similarity(projected, wanted.movedim(1, -1), dim=-1)
+
+
+def agree(name: str, said: int, found: int, where: str) -> None:
+    """Raises ValueError unless a width is what was said of it."""
+    if said != found:
+        raise ValueError(f"{name}={said}: {where} has {found} channels; set {name}={found}")
 
 
 def tokens_to_map(hidden: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def train(
         if run.chief:
             DataCard.of(data).write(folder)
             durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict())
-        lit = LitDiffusion(model, instantiate(cfg.objective), optimizer, drop, clip, cfg.seed)
+        objective = instantiate(cfg.objective)
+        lit = LitDiffusion(model, objective, optimizer, drop, clip, cfg.seed)
         ema = PowerEMA(model, sigma_rel)
         told = Told(data.classes, data.captions)
         sampler, guidance, grid = (instantiate(cfg[name]) for name in ("sampler", "guidance", "grid"))
@@ -67,7 +68,8 @@ def train(
             Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume),
             Pictures(draw, grid_every, ema),
         ]
-        latents = Latents(data, moments(autoencoder, reconstruction["identity"], data))
+        image = "image" in getattr(objective, "keys", ())
+        latents = Latents(data, moments(autoencoder, reconstruction["identity"], data), image)
         run.say(f"diffusion   {sum(p.numel() for p in model.denoiser.parameters()):,} parameters, {steps} steps of {batch_size}")
         instantiate(cfg.trainer)(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)
 

@@ -39,6 +39,10 @@ def test_cached_moments_are_those_of_the_image_in_the_batch(flip):
     assert set(cached) == set(batch) - {"image"} | {"moments"}
     assert all(torch.equal(cached[k], batch[k]) for k in ("label", "flip"))
     assert all(cached[k] == batch[k] for k in ("caption", "index", "place"))
+    both = Latents(data, moments, image=True).batch(at)  # for objectives that read pixels
+    assert set(both) == {*batch, "moments"}
+    assert torch.equal(both["image"], batch["image"])
+    assert torch.equal(both["moments"], cached["moments"])
 
 
 def test_encoding_leaves_no_graph_and_does_not_depend_on_the_batch():

@@ -2,12 +2,15 @@ from functools import partial
 
 import pytest
 import torch
+from smoke import here, train
 from torch import nn
 
 from ldm.condition import Condition
 from ldm.diffusion import objective, prediction, schedule, times, weighting
 from ldm.diffusion.denoiser import Denoiser
+from ldm.durable import latest_valid, load_step
 from ldm.objective.repa import REPA, tokens_to_map
+from ldm.runs import read_journal
 from ldm.tensors import Noise
 
 PLAIN = objective.Objective(partial(times.stratified, density=times.uniform), weighting.output)
@@ -78,12 +81,39 @@ def test_a_step_trains_the_net_and_the_projector_and_not_the_encoder():
     assert d.net.stem.weight.grad.abs().max() > 0
 
 
+class Downloaded(Encoder):
+    """In the place of the encoder whose weights are fetched."""
+
+    def __init__(self, size: int, scale: float, weights: str | None):
+        super().__init__()
+
+    def features(self, image):
+        return super().features(image.expand(-1, 3, -1, -1))
+
+
+def test_trains_from_the_command_line_on_cached_latents(smoke, tmp_path):
+    typed = ("encoder._target_=test_repa.Downloaded", "stage=1", "channels=32", "features=5", "hidden=16")
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        run = train("objective=repa", *(f"objective.{word}" for word in typed), "metrics=none")
+    rows = read_journal(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["train/loss"] == pytest.approx(row["train/error"] - 0.5 * row["train/similarity"], rel=1e-3) for row in rows)
+    kept = load_step(latest_valid(run / "checkpoints")[0]).tensors["model"]
+    assert "objective.project.0.weight" in kept  # the projector goes on where it stopped
+    assert not any("encoder" in name and name.startswith("objective") for name in kept)
+
+
 def test_bad_input():
     d, repa = make("midle")
     with pytest.raises(ValueError, match=r"no layer 'midle'; REPA can align one of stem, head"):
         repa(d, Z, Condition(), Noise(0, range(4)), BATCH)
     with pytest.raises(ValueError, match="the batch has no `image`"):
         make()[1](d, Z, Condition(), Noise(0, range(4)), {})
+    with pytest.raises(ValueError, match="channels=6: head has 2 channels; set channels=2"):
+        make("head")[1](d, Z, Condition(), Noise(0, range(4)), BATCH)
+    repa.layer, repa.stage = "stem", 0
+    with pytest.raises(ValueError, match="features=5: stage 0 of the encoder has 4 channels"):
+        repa(d, Z, Condition(), Noise(0, range(4)), BATCH)
 
 
 def test_the_hook_goes_even_when_the_objective_fails():
