@@ -70,6 +70,19 @@ def read_tensors(path: Path | str) -> "dict[str, Tensor]":
         raise DamagedError(f"{path} ({len(data)} bytes) is not a whole safetensors file ({error}); fetch or write it again") from None
 
 
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors.  Raises as read_tensors does."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise DamagedError(f"{path} ({size} bytes) is not a whole safetensors file ({error}); fetch or write it again") from None
+
+
 def digest(path: Path | str) -> str:
     """sha256 of a file, in hex."""
     with open(path, "rb") as file:
@@ -80,12 +93,18 @@ def digest(path: Path | str) -> str:
 
 
 def save_step(
-    folder: Path | str, step: int, tensors: "Mapping[str, Mapping[str, Tensor]]", state: Mapping[str, Any], config: str = "", keep: int = 2
+    folder: Path | str,
+    step: int,
+    tensors: "Mapping[str, Mapping[str, Tensor]]",
+    state: Mapping[str, Any],
+    config: str = "",
+    keep: int = 2,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write folder/step-00012000 with <name>.safetensors per entry of tensors, train_state.pt, config.yaml and last a manifest of sha256.
 
     state: tensors and plain values only (it is read back with weights_only=True).  keep: newest steps left on the disk, at least 2, so that
-    one good older step outlives a newest one that turns out damaged; 0 keeps all.
+    one good older step outlives a newest one that turns out damaged; 0 keeps all.  metadata: goes into every safetensors file.
     Raises ValueError for weights that are not finite, OSError for a disk too full, in both cases before anything was changed.
     """
     folder = Path(folder)
@@ -100,7 +119,7 @@ def save_step(
         (temporary / "config.yaml").write_text(config, encoding="utf-8")
         _save(state, temporary / "train_state.pt")
         for name, weights in tensors.items():
-            _pack(weights, temporary / f"{name}.safetensors")
+            _pack(weights, temporary / f"{name}.safetensors", metadata)
         files = sorted(path.name for path in temporary.iterdir())
         for name in files:
             _sync(temporary / name)
@@ -176,12 +195,13 @@ def latest_valid(folder: Path | str) -> tuple[Path | None, list[tuple[Path, str]
 
 
 class Step(NamedTuple):
-    """What a step folder holds."""
+    """What a step folder holds; metadata: that of its safetensors files."""
 
     step: int
     tensors: "dict[str, dict[str, Tensor]]"
     state: dict[str, Any]
     config: str
+    metadata: dict[str, str]
 
 
 def load_step(step: Path | str) -> Step:
@@ -190,13 +210,15 @@ def load_step(step: Path | str) -> Step:
 
     step = Path(step)
     manifest = verify(step)
-    weights = {name.removesuffix(".safetensors"): read_tensors(step / name) for name in manifest["files"] if name.endswith(".safetensors")}
+    files = [name for name in manifest["files"] if name.endswith(".safetensors")]
+    weights = {name.removesuffix(".safetensors"): read_tensors(step / name) for name in files}
+    metadata = {key: value for name in files for key, value in read_metadata(step / name).items()}
     try:
         state = torch.load(step / "train_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).split("\n")[0][:80]
         raise DamagedError(f"{step / 'train_state.pt'} holds more than tensors and plain values, or is damaged ({reason})") from None
-    return Step(manifest["step"], weights, state, (step / "config.yaml").read_text(encoding="utf-8"))
+    return Step(manifest["step"], weights, state, (step / "config.yaml").read_text(encoding="utf-8"), metadata)
 
 
 def prune(folder: Path | str, keep: int) -> None:

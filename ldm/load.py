@@ -4,12 +4,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm import durable, runs
 from ldm.errors import UserError
+from ldm.space import Space
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ldm.model import LatentDiffusion
 
 
@@ -54,7 +57,20 @@ def run_folder(run: str | Path) -> Path:
     )
 
 
+class Kept(NamedTuple):
+    """Trained weights, where they were found, and what the file says of them."""
+
+    path: Path
+    tensors: dict[str, Any]
+    metadata: dict[str, str]
+
+
 def weights_of(run: str | Path, kind: str = "ema") -> dict[str, Any]:
+    """The tensors of `kept`."""
+    return kept(run, kind).tensors
+
+
+def kept(run: str | Path, kind: str = "ema") -> Kept:
     """The trained weights that `run` names: a weights file, a step folder, or the run's final or newest ones; kind: ema or raw.
 
     Raises UserError if there are none, DamagedError for a broken file.
@@ -63,11 +79,11 @@ def weights_of(run: str | Path, kind: str = "ema") -> dict[str, Any]:
         raise UserError(f"weights={kind}: expected ema or raw")
     path, folder = Path(run).expanduser(), run_folder(run)
     if path.is_file() and path.suffix == ".safetensors":
-        return durable.read_tensors(path)
+        return of_file(path)
     if path.name.startswith("step-"):
         return of_step(path, kind)
     if kind == "ema" and (folder / "weights.safetensors").is_file():
-        return durable.read_tensors(folder / "weights.safetensors")
+        return of_file(folder / "weights.safetensors")
     step, skipped = durable.latest_valid(folder / "checkpoints")
     if step is None:
         why = f"; {skipped[0][1]}" if skipped else ""
@@ -75,12 +91,17 @@ def weights_of(run: str | Path, kind: str = "ema") -> dict[str, Any]:
     return of_step(step, kind)
 
 
-def of_step(step: Path, kind: str) -> dict[str, Any]:
+def of_file(path: Path) -> Kept:
+    return Kept(path, durable.read_tensors(path), durable.read_metadata(path))
+
+
+def of_step(path: Path, kind: str) -> Kept:
     """The weights of a LatentDiffusion in a step folder, whose `model` is the whole Lightning module: the model and its objective."""
-    kept = durable.load_step(step).tensors
+    step = durable.load_step(path)
     if kind == "ema":
-        return kept["ema"]
-    return {name.removeprefix("model."): value for name, value in kept["model"].items() if name.startswith("model.")}
+        return Kept(path, step.tensors["ema"], step.metadata)
+    model = {name.removeprefix("model."): value for name, value in step.tensors["model"].items() if name.startswith("model.")}
+    return Kept(path, model, step.metadata)
 
 
 def config_of(folder: Path) -> Any:
@@ -95,10 +116,31 @@ def config_of(folder: Path) -> Any:
     return OmegaConf.create(plain)
 
 
+def first_stage(node: Any, path: Path, channels: int) -> "tuple[nn.Module, Space]":
+    """The autoencoder of a config's node with the weights of a file, frozen, and the latent space that is its.
+
+    Raises DamagedError, or UserError if the file's weights, under this config, are not the autoencoder that it says it is.
+    """
+    from ldm import build
+
+    state, metadata = durable.read_tensors(path), durable.read_metadata(path)
+    said = Space.carried(metadata, path)
+    autoencoder = build.autoencoder(node, channels)
+    try:
+        autoencoder.load_state_dict(state)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} holds autoencoder {said.name}, which is not of the config's architecture ({what})") from None
+    space = Space.of(autoencoder, build.plain(node), said.data)
+    space.admit(metadata, path, "the file or its config was changed since it was written: put the right one back")
+    return autoencoder.eval().requires_grad_(False), space
+
+
 def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
     """The model of a run folder, ready to draw, on the GPU if there is one.
 
-    run: the folder, or a step or weights file in it.  weights: ema or raw.  Raises UserError or DamagedError naming the file.
+    run: the folder, or a step or weights file in it.  weights: ema or raw.  Raises UserError or DamagedError naming the file, also for
+    weights that were trained with another first stage than the one beside them.
     """
     import torch
 
@@ -107,9 +149,9 @@ def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
 
     folder = run_folder(run)
     cfg, card = config_of(folder), DataCard.read(folder)
-    state = weights_of(run, weights)
-    autoencoder = build.autoencoder(cfg.autoencoder, card.channels)
-    autoencoder.load_state_dict(durable.read_tensors(folder / "first_stage.safetensors"))
+    found = kept(run, weights)
+    autoencoder, space = first_stage(cfg.autoencoder, folder / "first_stage.safetensors", card.channels)
+    space.admit(found.metadata, found.path, "each was trained for its own: draw from the run that the weights come from")
     model = build.model(cfg, autoencoder, card)
-    load_trained(model, state)
+    load_trained(model, found.tensors)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,9 +9,12 @@ from torch import nn
 from ldm import build, durable, picture, runs
 from ldm.data.latents import batches
 from ldm.ema import PowerEMA
+from ldm.errors import UserError
+from ldm.load import first_stage
 from ldm.metrics.distribution import Score
 from ldm.metrics.features import to_uint8
 from ldm.metrics.paired import Reconstruction
+from ldm.space import Space
 from ldm.stage import cache, judge
 from ldm.stage.run import opened
 from ldm.tensors import Noise, key
@@ -82,27 +85,32 @@ def train(
         with ema.applied():
             autoencoder.eval().requires_grad_(False).to("cpu", torch.float32)
             autoencoder.calibrate(autoencoder.posterior(image).moments for image in batches(data))
+            space = Space.of(autoencoder, build.plain(cfg.autoencoder), data.fingerprint)
             metrics: dict[str, Any] = {
                 **reconstruct(autoencoder, test, make_score() if make_score else None),
-                "identity": autoencoder.identity(),
+                "identity": space.identity,
             }
-            durable.write_tensors(folder / "weights.safetensors", autoencoder.state_dict())
+            durable.write_tensors(folder / "weights.safetensors", autoencoder.state_dict(), space.metadata)
         run.finish(metrics)
         run.say("autoencoder " + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if isinstance(value, float)))
         return metrics["psnr"]
 
 
-def load(cfg: Any, channels: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The config's first stage, trained now if it is not there, and what was measured of it."""
+def load(cfg: Any, channels: int) -> tuple[nn.Module, Space, dict[str, Any]]:
+    """The config's first stage, trained now if it is not there, its latent space, and what was measured of it.
+
+    Raises UserError naming both autoencoders when the weights in the cache are not those that were measured there.
+    """
     folder = cache.first_stage(cfg)
-    return read(cfg, folder, channels), runs.finished(folder) or {}
-
-
-def read(cfg: Any, folder, channels: int) -> nn.Module:
-    """The first stage kept in a folder. Raises DamagedError, or RuntimeError for weights of another architecture."""
-    autoencoder = build.autoencoder(cfg.autoencoder, channels)
-    autoencoder.load_state_dict(durable.read_tensors(folder / "weights.safetensors"))
-    return autoencoder.eval().requires_grad_(False)
+    autoencoder, space = first_stage(cfg.autoencoder, folder / "weights.safetensors", channels)
+    measured = runs.finished(folder) or {}
+    trained = Space(str(measured.get("identity")), space.form)
+    if trained != Space(space.identity, space.form):
+        raise UserError(
+            f"{folder / 'weights.safetensors'} is autoencoder {space.name}, the one trained there was {trained.name}; "
+            f"put it back, or remove {folder} and the same command trains it again"
+        )
+    return autoencoder, space, measured
 
 
 @torch.no_grad()

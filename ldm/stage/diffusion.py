@@ -11,13 +11,15 @@ from ldm import build, durable, picture, runs
 from ldm.command import choices
 from ldm.data.latents import Latents, encode_all
 from ldm.ema import PowerEMA
+from ldm.errors import UserError
 from ldm.fetch import cache_dir
 from ldm.load import DataCard
 from ldm.metrics.features import to_uint8
 from ldm.score import Protocol, Told, evaluate, samples
+from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
 from ldm.stage import judge
-from ldm.stage.run import opened
+from ldm.stage.run import Run, opened
 from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
 from ldm.training.diffusion import LitDiffusion
 
@@ -44,14 +46,14 @@ def train(
         return done.get(cfg.optimize)
     make_score, baselines = judge.scorer(cfg, cfg.metrics)
     data = build.dataset(cfg, "train")
-    autoencoder, reconstruction = first_stage.load(cfg, data.channels)
+    autoencoder, space, reconstruction = first_stage.load(cfg, data.channels)
     with opened(cfg, folder) as run:
+        goes_on(run, space)
         model = build.model(cfg, autoencoder, data)
         if run.chief:
             DataCard.of(data).write(folder)
-            durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict())
-        objective = instantiate(cfg.objective)
-        lit = LitDiffusion(model, objective, optimizer, drop, clip, cfg.seed)
+            durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
+        lit = LitDiffusion(model, instantiate(cfg.objective), optimizer, drop, clip, cfg.seed)
         ema = PowerEMA(model, sigma_rel)
         told = Told(data.classes, data.captions)
         sampler, guidance, grid = (instantiate(cfg[name]) for name in ("sampler", "guidance", "grid"))
@@ -65,18 +67,17 @@ def train(
             Average(ema),
             Record(run.write, log_every, steps),
             Progress("diffusion", run.start, steps),
-            Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume),
+            Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume, space.metadata),
             Pictures(draw, grid_every, ema),
         ]
-        image = "image" in getattr(objective, "keys", ())
-        latents = Latents(data, moments(autoencoder, reconstruction["identity"], data), image)
+        latents = Latents(data, moments(autoencoder, space, data))
         run.say(f"diffusion   {sum(p.numel() for p in model.denoiser.parameters()):,} parameters, {steps} steps of {batch_size}")
         instantiate(cfg.trainer)(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)
 
         with ema.applied():
             values = evaluate(model, score, told, make_score, sampler, guidance, grid, run.say) if make_score else {}
             if run.chief:
-                durable.write_tensors(folder / "weights.safetensors", ema.shadow, {"autoencoder": reconstruction["identity"]})
+                durable.write_tensors(folder / "weights.safetensors", ema.shadow, space.metadata)
                 chosen = partial(guidance, scale=values["guidance"]) if make_score else guidance
                 sheet = gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, chosen)
                 run.picture(steps, "samples", sheet)
@@ -87,15 +88,33 @@ def train(
         return metrics.get(cfg.optimize)
 
 
-def moments(autoencoder, identity: str, data) -> torch.Tensor:
-    """The data set's cached moments (flips, N, 2C, h, w), computed now and kept if they are not there."""
+def goes_on(run: Run, space: Space) -> None:
+    """Raises UserError, naming both, if what the run has so far was made in the latent space of another autoencoder."""
+    if run.resume is None:
+        return
+    remedy = "the first stage was replaced since this run began: put it back, or give the run another name="
+    space.admit(run.resume.metadata, run.checkpoints / f"step-{run.resume.step:08d}", remedy)
+    kept = run.folder / "first_stage.safetensors"
+    if run.chief and kept.is_file():
+        space.admit_file(kept, "remove it, and the same command writes the run's own")
+
+
+def moments(autoencoder, space: Space, data) -> torch.Tensor:
+    """The data set's cached moments (flips, N, 2C, h, w), computed now and kept if they are not there.
+
+    Raises UserError for a file that holds another autoencoder's latents, or another data set's.
+    """
     from filelock import FileLock
 
-    path = cache_dir() / "latents" / f"{data.fingerprint}-{identity[:16]}-{'both' if data.flip else 'plain'}.safetensors"
+    path = cache_dir() / "latents" / f"{data.fingerprint}-{space.identity[:16]}-{'both' if data.flip else 'plain'}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
-            durable.write_tensors(path, {"moments": encode_all(autoencoder, data)})
+            durable.write_tensors(path, {"moments": encode_all(autoencoder, data)}, {**space.metadata, "data": data.fingerprint})
+    metadata, remedy = durable.read_metadata(path), "remove it, and the same command computes the right ones"
+    space.admit(metadata, path, remedy)
+    if metadata.get("data") != data.fingerprint:
+        raise UserError(f"{path} holds latents of the data {metadata.get('data')}, not of {data.fingerprint}; {remedy}")
     return durable.read_tensors(path)["moments"]
 
 

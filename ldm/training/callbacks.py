@@ -103,11 +103,21 @@ def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
 class Checkpoints(L.Callback):
     """Keeps step folders of a module's trained weights, its average and the optimisers; begins from `resume` when there is one.
 
-    every: steps between two.
+    every: steps between two.  metadata: goes into the files of weights.
     """
 
-    def __init__(self, folder: Path, ema: PowerEMA | None, every: int, total: int, config: str, resume: durable.Step | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        ema: PowerEMA | None,
+        every: int,
+        total: int,
+        config: str,
+        resume: durable.Step | None = None,
+        metadata: dict[str, str] | None = None,
+    ):
         self.folder, self.ema, self.every, self.total, self.config, self.resume = folder, ema, every, total, config, resume
+        self.metadata = metadata
 
     def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
         if self.resume is None:
@@ -123,7 +133,7 @@ class Checkpoints(L.Callback):
         if (step % self.every == 0 or step == self.total) and trainer.is_global_zero:
             average = {} if self.ema is None else {"ema": self.ema.shadow}
             state = {"optimizers": [o.state_dict() for o in trainer.optimizers]}
-            durable.save_step(self.folder, step, {"model": trained(lit), **average}, state, self.config)
+            durable.save_step(self.folder, step, {"model": trained(lit), **average}, state, self.config, metadata=self.metadata)
 
 
 class Pictures(L.Callback):

@@ -1,0 +1,211 @@
+"""Nothing that was made in one autoencoder's latent space passes into another's: each way in is one line that names both."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from smoke import command, composed, here, train
+
+from ldm import build, durable
+from ldm.errors import UserError
+from ldm.space import Space
+
+SMOKE = "budget=smoke"
+
+
+def tiny(**other) -> tuple[torch.nn.Module, dict]:
+    torch.manual_seed(0)
+    node = composed(SMOKE, *(f"autoencoder.{name}={value}" for name, value in other.items())).autoencoder
+    return build.autoencoder(node, 1), build.plain(node)
+
+
+def test_a_space_is_named_by_config_weights_shift_and_scale():
+    autoencoder, node = tiny()
+    space = Space.of(autoencoder, node, "toy-1")
+    assert space == Space.of(*tiny(), "toy-1")
+    assert space.identity == Space.of(autoencoder, node, "toy-2").identity  # what it was calibrated on is told, and no part of the name
+    assert re.fullmatch(r"f4c8-[0-9a-f]{12}", space.name)
+    other, node2 = tiny(**{"encoder.groups": 2})
+    other.load_state_dict(autoencoder.state_dict())
+    seen = {space.identity, Space.of(other, node2).identity}  # the same weights under another config are another encoder
+    for name in ("shift", "scale", "encoder.stem.weight"):
+        before = autoencoder.state_dict()[name].clone()
+        with torch.no_grad():
+            autoencoder.state_dict()[name].flatten()[0].add_(1e-3)
+        seen.add(Space.of(autoencoder, node).identity)
+        with torch.no_grad():
+            autoencoder.state_dict()[name].copy_(before)
+    assert len(seen) == 5
+    assert Space.of(autoencoder, node, "toy-1") == space
+
+
+def test_a_file_carries_the_space_and_is_admitted_by_it_alone(tmp_path):
+    space, other = Space("a" * 64, "f4c8", "toy-1", 7), Space("b" * 64, "f8c4")
+    file = tmp_path / "some.safetensors"
+    durable.write_tensors(file, {"x": torch.ones(1)}, space.metadata)
+    assert Space.carried(durable.read_metadata(file), file) == space
+    space.admit_file(file, "-")
+    with pytest.raises(UserError, match=r"some.safetensors belongs to autoencoder f4c8-a{12}, the one here is f8c4-b{12}; do this$"):
+        other.admit_file(file, "do this")
+    durable.write_tensors(file, {"x": torch.ones(1)})
+    with pytest.raises(UserError, match="does not say which autoencoder"):
+        space.admit_file(file, "-")
+    file.write_bytes(b"nothing")
+    with pytest.raises(durable.DamagedError, match=r"7 bytes"):
+        space.admit_file(file, "-")
+
+
+@pytest.fixture(scope="module")
+def place(smoke, tmp_path_factory):
+    """A cache with two first stages of one architecture, and a run of each; what a test changes, it changes in a copy."""
+    folder = tmp_path_factory.mktemp("spaces")
+    shutil.copytree(smoke.folder / "cache", folder / "cache")
+    with here(folder):
+        train("metrics=none", "name=one")
+        train("metrics=none", "name=two", "first_stage.seed=1")
+    return folder
+
+
+@pytest.fixture
+def copy(place, tmp_path):
+    """(the copy's folder, the run of first stage one, the run of first stage two), as the working directory."""
+    shutil.copytree(place, tmp_path / "copy")
+    with here(tmp_path / "copy"):
+        (one,), (two,) = (list(Path("runs").glob(f"*{name}*")) for name in ("one", "two"))
+        yield tmp_path / "copy", one.absolute(), two.absolute()
+
+
+def named(file: Path) -> str:
+    return Space.carried(durable.read_metadata(file), file).name
+
+
+def name_of(run: Path) -> str:
+    return named(run / "first_stage.safetensors")
+
+
+@contextmanager
+def replaced(file: Path, other: Path) -> Iterator[None]:
+    """Within the block the file is a copy of the other."""
+    before = file.read_bytes()
+    file.write_bytes(other.read_bytes())
+    yield
+    file.write_bytes(before)
+
+
+def refused(capfd, *typed: str, names: tuple[str, str], script: str = "train.py") -> str:
+    """The one line in which a command says no, with both names."""
+    capfd.readouterr()
+    assert command(script, *typed) == 2
+    error = capfd.readouterr().err.strip()
+    assert "\n" not in error
+    assert names[0] != names[1]
+    assert all(name in error for name in names), error
+    return error
+
+
+def test_all_that_a_run_keeps_carries_its_space(copy):
+    folder, one, two = copy
+    assert name_of(one) != name_of(two)
+    kept = [one / "weights.safetensors", one / "first_stage.safetensors", *(one / "checkpoints").glob("step-*/*.safetensors")]
+    assert len(kept) == 4
+    spaces = {Space.carried(durable.read_metadata(file), file) for file in kept}
+    assert len(spaces) == 1
+    (space,) = spaces
+    assert space.images == 512
+    assert space.data == json.loads((one / "data.json").read_text())["fingerprint"]
+    assert {named(file) for file in (folder / "cache" / "latents").glob("*.safetensors")} >= {name_of(one), name_of(two)}
+
+
+def test_a_run_does_not_go_on_in_another_space(copy, capfd):
+    """Stopped after its last checkpoint; then its first stage was replaced: in the cache, all of it, or the run's own copy alone."""
+    folder, one, two = copy
+    names, typed = (name_of(one), name_of(two)), (SMOKE, "metrics=none", "name=one")
+    (one / "metrics.json").unlink()
+    kept = {name: file.parent for file in (folder / "cache/first_stage").glob("*/weights.safetensors") for name in [named(file)]}
+    mine, theirs = kept[names[0]], kept[names[1]]
+
+    with replaced(mine / "weights.safetensors", theirs / "weights.safetensors"):
+        assert "put it back" in refused(capfd, *typed, names=names)  # the weights are not those that were measured there
+        with replaced(mine / "metrics.json", theirs / "metrics.json"):
+            assert "checkpoints/step-00000002" in refused(capfd, *typed, names=names)
+            assert name_of(one) == names[0]  # nothing was overwritten
+    with replaced(one / "first_stage.safetensors", two / "first_stage.safetensors"):
+        assert f"{one.name}/first_stage.safetensors" in refused(capfd, *typed, names=names)
+    assert command("train.py", *typed) == 0
+    assert (one / "metrics.json").is_file()
+
+
+def test_latents_of_another_autoencoder_are_refused(copy, capfd):
+    folder, one, two = copy
+    files = {named(file): file for file in (folder / "cache" / "latents").glob("*.safetensors")}
+    mine, theirs = files[name_of(one)], files[name_of(two)]
+    mine.write_bytes(theirs.read_bytes())
+    error = refused(capfd, SMOKE, "metrics=none", "seed=7", names=(name_of(one), name_of(two)))
+    assert str(mine) in error
+    mine.unlink()
+    assert command("train.py", SMOKE, "metrics=none", "seed=7") == 0
+
+
+def test_latents_of_other_data_are_refused(copy, capfd):
+    folder, one, _ = copy
+    (mine,) = [file for file in (folder / "cache" / "latents").glob("*.safetensors") if named(file) == name_of(one)]
+    metadata = durable.read_metadata(mine)
+    durable.write_tensors(mine, durable.read_tensors(mine), {**metadata, "data": "toys-0123"})
+    refused(capfd, SMOKE, "metrics=none", "seed=8", names=("toys-0123", metadata["data"]))
+
+
+@pytest.mark.parametrize("what", ["weights", "first_stage"])
+def test_weights_beside_another_first_stage_are_refused(what, copy, capfd):
+    """Either of the two was taken from the other run, and the weights are named as a run, as a file, or as a step."""
+    _, one, two = copy
+    names = (name_of(one), name_of(two))
+    shutil.copy(two / f"{what}.safetensors", one / f"{what}.safetensors")
+    for run in (one, one / "weights.safetensors"):
+        refused(capfd, f"run={run}", "num=1", "out=nothing", names=names, script="sample.py")
+    assert not Path("nothing").exists()
+
+
+@pytest.mark.parametrize("kind", ["ema", "raw"])
+def test_a_step_of_another_run_is_refused(kind, copy, capfd):
+    _, one, two = copy
+    shutil.rmtree(one / "checkpoints")
+    shutil.copytree(two / "checkpoints", one / "checkpoints")
+    step = one / "checkpoints" / "step-00000002"
+    refused(capfd, f"run={step}", f"weights={kind}", "num=1", "out=nothing", names=(name_of(one), name_of(two)), script="sample.py")
+    if kind == "raw":
+        refused(capfd, f"run={one}", "weights=raw", "num=1", "out=nothing", names=(name_of(one), name_of(two)), script="sample.py")
+
+
+def test_changed_weights_and_a_changed_config_do_not_keep_their_name(copy, capfd):
+    """Nobody replaced the file: a value in it was changed, or the config beside it that says how to read it."""
+    _, one, _ = copy
+    file = one / "first_stage.safetensors"
+    state, metadata, whole = durable.read_tensors(file), durable.read_metadata(file), file.read_bytes()
+    state["scale"] = state["scale"] * 1.1
+    durable.write_tensors(file, state, metadata)
+    said = ("first_stage.safetensors", "was changed since")
+    refused(capfd, f"run={one}", "num=1", "out=nothing", names=said, script="sample.py")
+    file.write_bytes(whole)
+    config = (one / "config.yaml").read_text()
+    (one / "config.yaml").write_text(config.replace("groups: 4", "groups: 2"))
+    assert (one / "config.yaml").read_text() != config
+    refused(capfd, f"run={one}", "num=1", "out=nothing", names=said, script="sample.py")
+    (one / "config.yaml").write_text(config.replace("z_channels: 8", "z_channels: 4"))
+    refused(capfd, f"run={one}", "num=1", "out=nothing", names=(name_of(one), "architecture"), script="sample.py")
+
+
+def test_a_file_without_a_name_is_refused(copy, capfd):
+    _, one, _ = copy
+    durable.write_tensors(one / "weights.safetensors", durable.read_tensors(one / "weights.safetensors"))
+    refused(capfd, f"run={one}", "num=1", "out=nothing", names=("weights.safetensors", "does not say which"), script="sample.py")
+
+
+def test_samples_say_whose_latents_they_were(copy):
+    _, one, _ = copy
+    assert command("sample.py", f"run={one}", "num=1", "steps=1", "out=drawn") == 0
+    assert json.loads(Path("drawn/metrics.json").read_text())["autoencoder"] == name_of(one)
