@@ -36,6 +36,13 @@ def dataset(cfg: Any, split: str = "train"):
     return instantiate(cfg.data, split=split)
 
 
+def degraded(cfg: Any, split: str = "train"):
+    """The data set as a diffusion model sees it: with the low resolution and the masks of the config's `degrade` node."""
+    from hydra.utils import instantiate
+
+    return instantiate(cfg.degrade)(dataset(cfg, split))
+
+
 def autoencoder(node: Any, channels: int):
     """A first stage for images of `channels` channels, not trained."""
     from hydra.utils import instantiate

@@ -39,7 +39,7 @@ PAPER = [  # first stages at a paper's scale: looked at on the meta device
 PAPER_NETS = [  # and networks, which tests/net/test_counts.py builds and calls there; who derives from one says no width
     o for o in OPTIONS if o.startswith("net/") and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
 ]
-ALONE = ("budget", "data", "trainer", "training", "logger", "metrics", "guidance")  # no part of the model or of its training step
+ALONE = ("budget", "data", "degrade", "trainer", "training", "logger", "metrics", "guidance")  # no part of the model or of its training step
 
 
 def typed(option: str) -> tuple[str, ...]:
@@ -173,6 +173,16 @@ def test_data_options_are_built_or_say_what_is_missing(option, tmp_path, monkeyp
         assert "\n" not in str(cause)
     else:
         assert data.batch([(0, 0)])["image"].shape[1:] == (data.channels, data.size, data.size)
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("degrade/")])
+def test_degrade_options_add_to_the_batch(option):
+    cfg = composed(*typed(option))
+    batch = build.degraded(cfg).batch([(0, 0), (0, 1)])
+    side = batch["image"].shape[-1]
+    for name, channels, sides in (("low_res", 1, (side // 2, side // 4)), ("mask", 1, (side,))):
+        assert (name in batch) == (cfg.degrade.get(name) is not None)
+        assert name not in batch or batch[name].shape in {(2, channels, n, n) for n in sides}
 
 
 @pytest.mark.parametrize("process", [p.stem for p in (CONF / "process").glob("*.yaml")])

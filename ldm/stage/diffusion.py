@@ -45,7 +45,7 @@ def train(
         print(f"this run is done: {folder}\n{summary(done)}")
         return done.get(cfg.optimize)
     make_score, baselines = judge.scorer(cfg, cfg.metrics)
-    data = build.dataset(cfg, "train")
+    data = build.degraded(cfg, "train")
     autoencoder, space, reconstruction = first_stage.load(cfg, data.channels)
     with opened(cfg, folder) as run:
         goes_on(run, space)

@@ -1,0 +1,137 @@
+"""Images made worse on purpose: the low resolution and the masks that super-resolution and inpainting are told."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ldm.data.masks import Mask, uniform, whole
+from ldm.tensors import key
+
+Shrink = Callable[[Tensor, Generator], Tensor]  # (C, H, W) in [-1, 1], generator -> (C, h, w) in [-1, 1]
+JPEG_MODES = {1: "L", 3: "RGB"}
+RESIZES = ("bilinear", "bicubic", "area")
+
+
+class Degraded(Dataset):
+    """dataset whose batch has low_res (B, C, H / factor, W / factor) in [-1, 1] and mask (B, 1, H, W), 1 = to be drawn, where asked for.
+
+    Both depend on (seed, place, index) alone; low_res is made of the image as it is in the batch, flipped or not.  Everything else is the
+    data set's own.
+    """
+
+    def __init__(self, dataset, low_res: Shrink | None = None, mask: Mask | None = None, seed: int = 0):
+        self.dataset, self.low_res, self.mask, self.seed = dataset, low_res, mask, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":  # asked for by pickle before there is a data set
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def batch(self, at: Sequence[tuple[int, int]]) -> dict:
+        """The samples at (place, index) pairs, as the data set gives them, and low_res and mask."""
+        batch = self.dataset.batch(at)
+        image = batch["image"]
+        if self.low_res is not None:
+            draws = (self.generator("low_res", *one) for one in at)
+            batch["low_res"] = torch.stack([self.low_res(x, draw) for x, draw in zip(image, draws, strict=True)])
+        if self.mask is not None:
+            batch["mask"] = torch.stack([self.mask(tuple(image.shape[-2:]), self.generator("mask", *one)) for one in at])
+        return batch
+
+    def about(self, at: Sequence[tuple[int, int]]) -> dict:
+        """Everything but the pixels, low_res and mask included."""
+        return {name: value for name, value in self.batch(at).items() if name != "image"}
+
+    def generator(self, purpose: str, place: int, index: int) -> Generator:
+        """What the choices for one sample of one pass are drawn from."""
+        return Generator().manual_seed(key(self.seed, purpose, place, index))
+
+
+def none(dataset):
+    """The data set as it is."""
+    return dataset
+
+
+def bicubic(image: Tensor, draw: Generator, factor: int = 4) -> Tensor:
+    """The image shrunk, without aliasing. Raises ValueError for a size that factor does not divide."""
+    return resize(image, shrunk(image, factor), "bicubic").clamp(-1, 1)
+
+
+def bsr(
+    image: Tensor,
+    draw: Generator,
+    factor: int = 4,
+    blur: Sequence[float] = (0.2, 1.5),
+    noise: Sequence[float] = (0.0, 0.1),
+    quality: Sequence[int] = (40, 95),
+) -> Tensor:
+    """The image blurred, shrunk, with noise and compressed as JPEG, in an order and to an extent drawn for it.
+
+    blur: standard deviations in pixels of the result.  noise: of [-1, 1] values.  Raises ValueError as bicubic does.
+    After Zhang et al. 2021 (BSRGAN), sec. 3, without camera noise; LDM sec. 4.4 trains on it.
+    """
+    size = shrunk(image, factor)
+
+    def blurred(x: Tensor) -> Tensor:
+        scale = x.shape[-1] / size[1]
+        return F.conv2d(*_kernel(x, [uniform(draw, *blur) * scale for _ in range(2)], uniform(draw, 0, math.pi)), groups=x.shape[0])[0]
+
+    def smaller(x: Tensor) -> Tensor:
+        part = uniform(draw, 1 / factor, 1)
+        return resize(x, [max(one, round(part * side)) for one, side in zip(size, x.shape[-2:], strict=True)], RESIZES[whole(draw, 0, 2)])
+
+    def noisy(x: Tensor) -> Tensor:
+        return x + uniform(draw, *noise) * torch.randn(x.shape, generator=draw)
+
+    def compressed(x: Tensor) -> Tensor:
+        return jpeg(x, whole(draw, *quality))
+
+    steps = (blurred, smaller, noisy, compressed)
+    for step in torch.randperm(len(steps), generator=draw).tolist():
+        image = steps[step](image)
+    return resize(image, size, "bicubic").clamp(-1, 1)
+
+
+def shrunk(image: Tensor, factor: int) -> tuple[int, int]:
+    """Height and width divided by factor. Raises ValueError where it does not divide them."""
+    height, width = image.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"factor={factor} does not divide the image's {height}x{width} pixels; choose another size or factor")
+    return height // factor, width // factor
+
+
+def resize(image: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """An image (C, H, W) at another size; mode: bilinear, bicubic (neither with aliasing) or area."""
+    options = {} if mode == "area" else {"antialias": True, "align_corners": False}
+    return F.interpolate(image[None], tuple(size), mode=mode, **options)[0]
+
+
+def jpeg(image: Tensor, quality: int) -> Tensor:
+    """An image (1 or 3, H, W) in [-1, 1] after JPEG compression."""
+    from PIL import Image
+
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels, JPEG_MODES[len(image)]).save(buffer, "jpeg", quality=quality)
+    back = torch.from_numpy(np.array(Image.open(buffer))).reshape(*image.shape[1:], len(image))
+    return back.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _kernel(image: Tensor, sigma: Sequence[float], angle: float) -> tuple[Tensor, Tensor]:
+    """The padded image and the kernels (C, 1, k, k) of a Gaussian blur with two standard deviations, turned by an angle."""
+    reach = min(math.ceil(3 * max(sigma)), *(side - 1 for side in image.shape[-2:]))
+    axis = torch.arange(-reach, reach + 1.0)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    u, v = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    kernel = torch.exp(-0.5 * ((u / sigma[0]) ** 2 + (v / sigma[1]) ** 2))
+    return F.pad(image[None], [reach] * 4, mode="reflect"), (kernel / kernel.sum()).expand(len(image), 1, -1, -1)

@@ -1,0 +1,116 @@
+import pickle
+from functools import partial
+
+import pytest
+import torch
+
+from ldm.data.degrade import Degraded, bicubic, bsr, jpeg, none
+from ldm.data.masks import strokes
+from ldm.data.stream import Batched, Stream
+from ldm.data.synthetic import Synthetic
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def scene(size=64, channels=3):
+    """Smooth colours with an edge."""
+    axis = torch.linspace(-1, 1, size)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y, torch.sign(x + y) * 0.5][:channels])
+
+
+def test_the_batch_has_what_was_asked_for_and_everything_else_as_it_was():
+    data = Synthetic(num=20, size=32, flip=True)
+    worse = Degraded(data, low_res=bicubic, mask=strokes)
+    at = [(0, 3), (4, 7), (4, 3)]
+    batch, plain = worse.batch(at), data.batch(at)
+    assert set(batch) == {*plain, "low_res", "mask"}
+    assert batch["low_res"].shape == (3, 1, 8, 8)
+    assert batch["mask"].shape == (3, 1, 32, 32)
+    assert torch.equal(batch["image"], plain["image"])
+    assert set(Degraded(data, mask=strokes).batch(at)) == {*plain, "mask"}
+    about = worse.about(at)
+    assert set(about) == {*data.about(at), "low_res", "mask"}
+    assert torch.equal(about["low_res"], batch["low_res"])
+    assert len(worse) == 20
+    assert (worse.fingerprint, worse.captions, worse.size, worse.flip) == (data.fingerprint, data.captions, 32, True)
+    assert torch.equal(worse.pixels([4]), data.pixels([4]))
+    assert none(data) is data
+
+
+def test_choices_depend_on_seed_pass_and_index_alone():
+    data = Synthetic(num=20, size=32)
+    worse = Degraded(data, partial(bsr, factor=2), strokes)
+    alone, among = worse.batch([(2, 5)]), worse.batch([(0, 1), (2, 5)])
+    for name in ("low_res", "mask"):
+        assert torch.equal(alone[name][0], among[name][1])
+        assert not torch.equal(worse.batch([(3, 5)])[name], alone[name])
+        assert not torch.equal(Degraded(data, partial(bsr, factor=2), strokes, seed=1).batch([(2, 5)])[name], alone[name])
+    ranks = [Batched(worse)[Stream(20, 6, 2, rank=r, world=2).at(1)] for r in range(2)]
+    whole = Batched(worse)[Stream(20, 6, 2).at(1)]
+    assert torch.equal(torch.cat([r["mask"] for r in ranks]), whole["mask"])
+    assert torch.equal(torch.cat([r["low_res"] for r in ranks]), whole["low_res"])
+
+
+def test_low_res_is_that_of_the_image_in_the_batch_flipped_or_not():
+    data = Synthetic(num=20, size=32, flip=True)
+    batch = Degraded(data, low_res=bicubic).batch([(0, i) for i in range(20)])
+    expected = torch.stack([bicubic(image, generator()) for image in batch["image"]])
+    assert torch.equal(batch["low_res"], expected)
+    mirrored = torch.stack([bicubic(image, generator()) for image in data.pixels(range(20))])[batch["flip"]].flip(-1)
+    torch.testing.assert_close(batch["low_res"][batch["flip"]], mirrored, atol=1e-5, rtol=0)
+
+
+def test_it_can_be_sent_to_a_worker():
+    worse = pickle.loads(pickle.dumps(Degraded(Synthetic(num=4), low_res=bicubic)))
+    assert worse.batch([(0, 1)])["low_res"].shape == (1, 1, 8, 8)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        worse.nothing_like_it  # noqa: B018
+
+
+def test_bicubic_keeps_flat_colours_and_leaves_no_aliases():
+    assert torch.allclose(bicubic(torch.full((3, 16, 16), 0.3), generator()), torch.tensor(0.3), atol=1e-6)
+    fine = torch.ones(1, 32, 32)
+    fine[:, :, ::2] = -1
+    assert bicubic(fine, generator(), factor=4).abs().max() < 0.1
+    small = bicubic(scene(), generator(), factor=4)
+    torch.testing.assert_close(
+        small[:2, 2:-2, 2:-2], scene(64)[:2].unfold(1, 4, 4).unfold(2, 4, 4).mean((-1, -2))[:, 2:-2, 2:-2], atol=2e-3, rtol=0
+    )
+    assert bicubic(torch.eye(16)[None] * 2 - 1, generator(), factor=2).abs().max() <= 1
+    with pytest.raises(ValueError, match="factor=4 does not divide the image's 64x30"):
+        bicubic(torch.zeros(1, 64, 30), generator())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bsr_is_worse_than_bicubic_but_the_same_picture(channels):
+    clean = bicubic(scene(channels=channels), generator())
+    drawn = torch.stack([bsr(scene(channels=channels), generator(i)) for i in range(40)])
+    assert drawn.shape == (40, channels, 16, 16)
+    assert drawn.abs().max() <= 1
+    error = (drawn - clean).square().mean((1, 2, 3)).sqrt()
+    assert 0.01 < error.min() < 0.05 < error.max() < 0.4
+    assert (drawn.mean(0) - clean).abs().mean() < 0.06, "no shift, no change of colour"
+    assert torch.equal(bsr(scene(channels=channels), generator(7)), drawn[7])
+
+
+def test_bsr_does_what_its_options_say():
+    still = {"blur": (0.2, 0.2), "noise": (0.0, 0.0), "quality": (95, 95)}
+
+    def far(**options):
+        made = torch.stack([bsr(scene(), generator(i), **{**still, **options}) for i in range(12)])
+        return (made - bicubic(scene(), generator())).square().mean().sqrt().item()
+
+    assert far() < 0.06
+    assert far(noise=(0.3, 0.3)) > 2 * far()
+    assert far(quality=(3, 3)) > 1.5 * far()
+    assert far(blur=(3.0, 3.0)) > 1.5 * far()
+
+
+def test_jpeg_of_high_quality_changes_little():
+    for channels in (1, 3):
+        image = scene(32, channels)
+        assert (jpeg(image, 95) - image).abs().mean() < 0.02
+        assert (jpeg(image, 5) - image).abs().mean() > 0.02
