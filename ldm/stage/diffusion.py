@@ -45,7 +45,7 @@ def train(
         print(f"this run is done: {folder}\n{summary(done)}")
         return done.get(cfg.optimize)
     make_score, baselines = judge.scorer(cfg, cfg.metrics)
-    data = build.degraded(cfg, "train")
+    data = build.dataset(cfg, "train")
     autoencoder, space, reconstruction = first_stage.load(cfg, data.channels)
     with opened(cfg, folder) as run:
         goes_on(run, space)
@@ -53,7 +53,8 @@ def train(
         if run.chief:
             DataCard.of(data).write(folder)
             durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
-        lit = LitDiffusion(model, instantiate(cfg.objective), optimizer, drop, clip, cfg.seed)
+        objective = instantiate(cfg.objective)
+        lit = LitDiffusion(model, objective, optimizer, drop, clip, cfg.seed)
         ema = PowerEMA(model, sigma_rel)
         told = Told(data.classes, data.captions)
         sampler, guidance, grid = (instantiate(cfg[name]) for name in ("sampler", "guidance", "grid"))
@@ -70,7 +71,8 @@ def train(
             Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume, space.metadata),
             Pictures(draw, grid_every, ema),
         ]
-        latents = Latents(data, moments(autoencoder, space, data))
+        image = "image" in getattr(objective, "keys", ())
+        latents = Latents(data, moments(autoencoder, space, data), image)
         run.say(f"diffusion   {sum(p.numel() for p in model.denoiser.parameters()):,} parameters, {steps} steps of {batch_size}")
         instantiate(cfg.trainer)(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)
 
