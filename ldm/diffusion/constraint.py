@@ -23,7 +23,7 @@ def keep_known(denoise: Denoise, schedule: Schedule, mask: Tensor, x0: Tensor) -
 
 
 def clip(denoise: Denoise, schedule: Schedule, lo: float = -1.0, hi: float = 1.0) -> Denoise:
-    """x0 held to [lo, hi], for pixels (Ho et al. 2020, section 3.2 and their code)."""
+    """x0 held to [lo, hi], for pixels (Ho et al. 2020, their code)."""
     return _on_x0(denoise, schedule, lambda estimate: estimate.clamp(lo, hi))
 
 

@@ -58,7 +58,7 @@ class Flow(_Unscaled):
 
 @dataclass(frozen=True)
 class EDM(_Unscaled):
-    """The preconditioned target F (Karras et al. 2022, eq. 7, table 1) of data with standard deviation sigma_data.
+    """The preconditioned target F (Karras et al. 2022, eq. 7-8, table 1) of data with standard deviation sigma_data.
 
     Written for any alpha by applying the paper's alpha = 1 to x_t / alpha; with sigma_data = 1 and alpha^2 + sigma^2 = 1 it is -v.
     """

@@ -148,8 +148,8 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise:
     for t, s in steps(ts):
         x0 = denoise(x, t).x0
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
-        h = (schedule.log_snr(s) - schedule.log_snr(t)) / 2
-        ratio = alpha_t * sigma_s / (sigma_t * alpha_s)  # exp(-h), also where h is infinite
+        h = schedule.log_snr(s) - schedule.log_snr(t)  # twice theirs: only its ratio r counts
+        ratio = alpha_t * sigma_s / (sigma_t * alpha_s)  # their exp(-h), also where h is infinite
         D = x0
         if x0_before is not None and s > 0:
             r = h_before / h
@@ -197,7 +197,7 @@ def _unic(base: Tensor, scale: Tensor, known: Tensor, rho: Tensor, x0: Tensor, x
 
 
 def interpolant_sde(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, strength: float = 1.0) -> Tensor:
-    """Euler-Maruyama on the reverse SDE of a stochastic interpolant, w = strength sigma (Ma et al. 2024 (SiT), section 3).
+    """Euler-Maruyama on the reverse SDE of a stochastic interpolant, w = strength sigma (Ma et al. 2024 (SiT), eq. 4, section 2.4).
 
     Time is measured in sigma, which on a flow is its own. The step to s = 0 has neither score nor noise.
     """

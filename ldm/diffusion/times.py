@@ -80,7 +80,7 @@ def linspace(schedule: Schedule, n: int) -> Tensor:
 
 
 def log_snr(schedule: Schedule, n: int, start: float = 1.0, end: float = 1e-3) -> Tensor:
-    """n - 1 steps from t = start to end, even in log_snr (Lu et al. 2022a, section 4.1), then one to 0: (n + 1,) float64.
+    """n - 1 steps from t = start to end, even in log_snr (Lu et al. 2022a), then one to 0: (n + 1,) float64.
 
     Raises ValueError where the schedule has no signal at `start`.
     """

@@ -19,13 +19,13 @@ Decoder = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def forward_variance(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
-    """Variance of q(x_t | x_s), s < t: sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 (Kingma et al. 2021, appendix A.1); DDPM's beta_t."""
+    """Variance of q(x_t | x_s), s < t: sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 (Kingma et al. 2021, eq. 22); DDPM's beta_t."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
     return sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
 
 
 def q_posterior(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (B, ...) and variance () or (B,) of q(x_s | x_t, x0), s < t (Ho et al. 2020, eq. 7; any alpha: Kingma et al. 2021, A.2)."""
+    """Mean (B, ...) and variance () or (B,) of q(x_s | x_t, x0), s < t (Ho et al. 2020, eq. 7; else Kingma et al. 2021, eq. 24-25)."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
     beta = forward_variance(schedule, t, s)
     of_x0, of_x_t = alpha_s * beta / sigma_t**2, alpha_t / alpha_s * (sigma_s / sigma_t) ** 2

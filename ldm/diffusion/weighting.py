@@ -35,7 +35,7 @@ def v(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
 
 
 def flow(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
-    """Plain error of eps - x0: (1 + sqrt(SNR))^2 (Esser et al. 2024, section 3)."""
+    """Plain error of eps - x0: (1 + sqrt(SNR))^2 (Liu et al. 2022, eq. 1)."""
     return gain(Flow().row(alpha, sigma), alpha, sigma)
 
 
@@ -45,13 +45,13 @@ def min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> Tenso
 
 
 def soft_min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> Tensor:
-    """SNR gamma / (SNR + gamma), Min-SNR without the kink (Crowson et al. 2024 (HDiT), where gamma is 4)."""
+    """SNR gamma / (SNR + gamma), Min-SNR without the kink (Crowson et al. 2024 (HDiT), eq. 5, where gamma is 4)."""
     snr = (alpha / sigma) ** 2
     return snr * gamma / (snr + gamma)
 
 
 def p2(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 1.0, k: float = 1.0) -> Tensor:
-    """SNR / (k + SNR)^gamma: the error of eps over (k + SNR)^gamma (Choi et al. 2022, eq. 8)."""
+    """SNR / (k + SNR)^gamma: the error of eps over (k + SNR)^gamma (Choi et al. 2022)."""
     snr = (alpha / sigma) ** 2
     return snr / (k + snr) ** gamma
 
@@ -62,7 +62,7 @@ def edm(alpha: Tensor, sigma: Tensor, row: Row, sigma_data: float = 0.5) -> Tens
 
 
 def vlb(alpha: Tensor, sigma: Tensor, row: Row, schedule: Schedule, T: int = 1000) -> Tensor:
-    """T / 2 (SNR(t - 1/T) - SNR(t)): the diffusion loss of T steps, t uniform (Kingma et al. 2021, section 4.1; Ho et al. 2020, eq. 12).
+    """T / 2 (SNR(t - 1/T) - SNR(t)): the diffusion loss of T steps, t uniform (Kingma et al. 2021, eq. 13; Ho et al. 2020, eq. 12).
 
     t = 1/T, whose own term is the decoder's, weighs what 2/T weighs.
     """

@@ -1,6 +1,7 @@
 """The schedules, predictions and shapes that every test of the mathematics runs over."""
 
 import torch
+from torch import Tensor, nn
 
 from ldm.diffusion import prediction, schedule
 
@@ -36,3 +37,17 @@ SHAPES = [(3, 5), (3, 2, 6), (3, 2, 4, 4), (3, 2, 2, 4, 4)]
 
 def f64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=F64)
+
+
+class Net(nn.Module):
+    """Not linear, bounded, and different at every time."""
+
+    def forward(self, x: Tensor, time: Tensor, cond=None) -> Tensor:
+        time = time.reshape(-1, *[1] * (x.ndim - 1)) if time.ndim else time
+        return torch.tanh(0.7 * x + 0.3 * torch.cos(time / 150)) + 0.2 * x.flip(-1)
+
+
+def draw(k: int, shape: tuple[int, ...] = (2, 4)) -> Tensor:
+    """The k-th of some numbers that stand for noise, float64, the same wherever they are made."""
+    n = torch.Size(shape).numel()
+    return 1.4 * torch.sin(torch.arange(1, n + 1, dtype=F64) * (k + 1) * 1.7).reshape(shape)

@@ -1,4 +1,4 @@
-"""Samplers against diffusers' schedulers: the same network function, noise and grid give the same end point.
+"""Samplers against diffusers' schedulers, and k-diffusion's as recorded: the same network function, noise and grid give the same end point.
 
 Their quirks, and what reproduces each here:
 | theirs | here |
@@ -13,18 +13,22 @@ Their quirks, and what reproduces each here:
 | final_sigmas_type="sigma_min" | times.ending_at(ts, 1/T), where the last step keeps its order |
 | PNDM, skip_prk_steps: the first timestep's step is made twice, averaging eps | plms' improved Euler start |
 | Euler, Heun and ancestral work on x / alpha, and give the network that over sqrt(sigma^2 + 1) | any schedule; x is VP |
-| k-diffusion: the same in its own symbols, and churn | the three functions at the end, from Karras et al. 2022, algorithm 2 |
+| k-diffusion: x / alpha too; get_sigmas(n) is even in i from T - 1 to 0, then 0 | times.linspace, where n - 1 divides T - 1 |
+| k-diffusion: between entries log(sigma / alpha) is linear in i, and so is the time that the network sees | grids on the entries |
+| k-diffusion: get_sigmas_karras is float32 | times.karras, to that |
+| k-diffusion: Euler and Heun draw noise in every step, also where s_churn adds none | drawn where it is added; the test skips theirs |
+| k-diffusion: the last step, to sigma = 0, is of first order; Euler-ancestral | a step to t = 0; DDIM at eta |
 Tables are float32 there; ours, in float64, are put in their place.
 """
 
-import itertools
-import math
+import json
 from functools import partial
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from cases import F64
+from cases import F64, Net, draw, f64
 from torch import nn
 
 from ldm.condition import Condition
@@ -34,14 +38,6 @@ from ldm.diffusion.denoiser import Denoiser
 TABLE = schedule.scaled_linear()
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PREDICT = {"epsilon": prediction.Eps(), "v_prediction": prediction.V(), "sample": prediction.X0()}
-
-
-class Net(nn.Module):
-    """Not linear, bounded, and different at every time."""
-
-    def forward(self, x, time, cond=None):
-        time = time.reshape(-1, *[1] * (x.ndim - 1)) if time.ndim else time
-        return torch.tanh(0.7 * x + 0.3 * torch.cos(time / 150)) + 0.2 * x.flip(-1)
 
 
 NET = Net()
@@ -172,61 +168,47 @@ def test_euler_heun_and_ancestral(spacing, n):
         close(ours(run, ts), x)
 
 
-# k-diffusion's three, in sigma and from Karras et al. 2022, algorithm 2 (with `ancestral` as in Crowson's sampling.py), as float64 loops.
-def sigmas(ts):
+RECORDED = json.loads(Path(__file__).with_name("k_diffusion.json").read_text())  # by record_k_diffusion.py
+CHURN = {"churn": 5.0, "churn_range": (0.1, 10.0), "churn_noise": 1.01}
+RUNS = {
+    "euler": sampler.euler,
+    "heun": sampler.heun,
+    "ancestral": partial(sampler.ddim, eta=1.0),
+    "ancestral_eta": partial(sampler.ddim, eta=0.6),
+    "dpmpp_2m": sampler.dpmpp_2m,
+    "dpmpp_2m_sde": partial(sampler.dpmpp_2m, eta=1.0),
+    "dpmpp_2m_sde_eta": partial(sampler.dpmpp_2m, eta=0.6),
+    "euler_churn": partial(sampler.euler, **CHURN),
+    "heun_churn": partial(sampler.heun, **CHURN),
+}
+
+
+def k_diffusion(run, sched, ts, sigmas):
+    """Ours from k-diffusion's start, sigmas[0] draws of x / alpha, with its noise: the k-th draw in its k-th step that draws."""
+    lo, hi = CHURN["churn_range"]
+    drawn = (k for k, sigma in enumerate(sigmas[:-1], 1) if "churn" not in run or lo <= sigma <= hi)
+    denoiser = Denoiser(NET, sched, prediction.Eps())
+    x = sched.alpha_sigma(ts[0])[0] * sigmas[0] * draw(0)
+    return RUNS[run](lambda x, t: denoiser(x, t, Condition()), sched, x, ts, lambda x: draw(next(drawn)))
+
+
+@pytest.mark.parametrize("n", RECORDED["table"])
+@pytest.mark.parametrize("run", [run for run in RUNS if "churn" not in run])
+def test_k_diffusion_on_a_table(run, n):
+    """DiscreteEpsDDPMDenoiser and its own get_sigmas(n), on Stable Diffusion's table."""
+    ts = times.linspace(TABLE, int(n))
     alpha, sigma = TABLE.alpha_sigma(ts)
-    return sigma / alpha
+    close(k_diffusion(run, TABLE, ts, sigma / alpha), f64(*RECORDED["table"][n][run]), 1e-9)
 
 
-def D(x, sigma):
-    """The denoiser of sigma-space states, through the eps network of the VP one."""
-    t = TABLE.t_at(-2 * sigma.log())
-    alpha = TABLE.alpha_sigma(t)[0]
-    return x - sigma * NET(x * alpha, TABLE.net_time(t))
-
-
-def algorithm_2(x, sigma, second_order, churn, s_min, s_max, s_noise, noise):
-    n = len(sigma) - 1
-    for i in range(n):
-        gamma = min(churn / n, math.sqrt(2) - 1) if s_min <= sigma[i] <= s_max else 0.0
-        hat = sigma[i] * (1 + gamma)
-        if gamma:
-            x = x + (hat**2 - sigma[i] ** 2).sqrt() * s_noise * noise(x)
-        d = (x - D(x, hat)) / hat
-        new = x + (sigma[i + 1] - hat) * d
-        if second_order and sigma[i + 1] > 0:
-            d_new = (new - D(new, sigma[i + 1])) / sigma[i + 1]
-            new = x + (sigma[i + 1] - hat) * (d + d_new) / 2
-        x = new
-    return x
-
-
-def ancestral(x, sigma, eta, noise):
-    for here, there in itertools.pairwise(sigma):
-        up = torch.minimum(there, eta * (there**2 * (here**2 - there**2) / here**2).sqrt())
-        down = (there**2 - up**2).sqrt()
-        x = x + (x - D(x, here)) / here * (down - here)
-        if there > 0:
-            x = x + noise(x) * up
-    return x
-
-
-@pytest.mark.parametrize("n", [6, 25])
-def test_k_diffusion(n):
-    ts = times.karras(TABLE, n, sigma_min=0.03, sigma_max=14.0)
-    start = TABLE.alpha_sigma(ts[0])[0]
-
-    def noise():
-        generator = torch.Generator().manual_seed(1)
-        return lambda x: torch.randn(x.shape, generator=generator, dtype=F64)
-
-    churn = {"churn": 5.0, "churn_range": (0.1, 10.0), "churn_noise": 1.01}
-    for run, second in [(sampler.euler, False), (sampler.heun, True)]:
-        close(ours(run, ts), algorithm_2(X / start, sigmas(ts), second, 0.0, 0, 99, 1, None), 1e-9)
-        want = algorithm_2(X / start, sigmas(ts), second, 5.0, 0.1, 10.0, 1.01, noise())
-        close(ours(partial(run, **churn), ts), want, 1e-9)
-    for eta in (1.0, 0.6):
-        close(ours(partial(sampler.ddim, eta=eta), ts), ancestral(X / start, sigmas(ts), eta, noise()), 1e-9)
+@pytest.mark.parametrize("n", RECORDED["vp"])
+@pytest.mark.parametrize("run", RUNS)
+def test_k_diffusion_on_its_karras_grid(run, n):
+    """A denoiser of sigma that is Song's continuous VP process, on get_sigmas_karras(n, 0.03, 14), which is float32 there."""
+    sched, sigmas = schedule.VP(), f64(*RECORDED["vp"][n]["sigmas"])
+    ts = sched.t_at(-2 * sigmas.log())
+    assert torch.allclose(ts, times.karras(sched, int(n), 0.03, 14.0), rtol=1e-5)
+    close(k_diffusion(run, sched, ts, sigmas), f64(*RECORDED["vp"][n][run]), 1e-9)
 
 
 def test_flow_euler_and_heun():
