@@ -57,10 +57,12 @@ class Recipe:
         return Layer(res, self.attention(width, depth) if depth else None)
 
     def attention(self, width: int, depth: int) -> nn.Module:
-        each = self.head_channels if self.heads is None else width // self.heads
-        if width % each:
-            raise ValueError(f"head_channels={each} does not divide a level's {width} channels; choose another, or set heads")
-        return self.block(width, width // each, context_dim=self.context_dim, depth=depth, attend=self.attend, groups=self.groups)
+        divisor = self.heads or self.head_channels
+        if width % divisor:
+            option = "heads" if self.heads else "head_channels"
+            raise ValueError(f"{option}={divisor} does not divide a level's {width} channels; choose another")
+        heads = self.heads or width // self.head_channels
+        return self.block(width, heads, context_dim=self.context_dim, depth=depth, attend=self.attend, groups=self.groups)
 
     def down(self, width: int) -> nn.Module:
         return self._resized(width, halve) if self.resblock_updown else self.downsample(width)
@@ -172,7 +174,7 @@ class UNet(HalfUNet):
     scale_shift, resblock_updown: ADM's residual blocks, and such blocks to change the resolution.  groups, eps: of their normalisations.
     block: SpatialTransformer or QKVAttention, its options bound.  downsample, sinusoid, vector: what halves a level where no block does,
     what t is read as, and by what cond.vector reaches the time embedding.  checkpoint: recompute activations in the backward pass.
-    Raises ValueError for head_channels that do not divide, or depths of another number than levels.
+    Raises ValueError for heads or head_channels that do not divide, or depths of another number than levels.
     """
 
     def __init__(

@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from ldm.net.attention import CrossAttention, FeedForward, SelfAttention, SpatialTransformer, TransformerBlock, sdpa, softmax
+from ldm.net.attention import (
+    CrossAttention,
+    FeedForward,
+    QKVAttention,
+    SelfAttention,
+    SpatialTransformer,
+    TransformerBlock,
+    sdpa,
+    softmax,
+)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -81,3 +90,71 @@ def test_spatial_transformer_keeps_places():
     torch.nn.init.normal_(layer.proj_out.weight)
     x = torch.randn(1, 8, 3, 5)
     torch.testing.assert_close(layer(x.transpose(2, 3)), layer(x).transpose(2, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_project_as_linear_layers_do():
+    torch.manual_seed(0)
+    linear = SpatialTransformer(8, heads=2, context_dim=6, groups=4)
+    conv = SpatialTransformer(8, heads=2, context_dim=6, groups=4, conv=True)
+    torch.nn.init.normal_(linear.proj_out.weight)
+    state = linear.state_dict()
+    for name in ("proj_in.weight", "proj_out.weight"):
+        assert conv.state_dict()[name].shape == (8, 8, 1, 1)
+        state[name] = state[name][:, :, None, None]
+    conv.load_state_dict(state)
+    x, memory = torch.randn(2, 8, 3, 5), linear.memory(torch.randn(2, 4, 6))
+    torch.testing.assert_close(conv(x, memory), linear(x, memory))
+
+
+@pytest.mark.parametrize("attend", [sdpa, softmax])
+@pytest.mark.parametrize("new_order", [False, True])
+def test_qkv_attention_is_softmax_written_out(new_order, attend):
+    """The projection's channels are (q, k, v) of heads, or heads of (q, k, v); every place attends to every place."""
+    torch.manual_seed(0)
+    heads, d = 3, 4
+    layer = QKVAttention(heads * d, heads, groups=4, new_order=new_order, attend=attend).double()
+    x = torch.randn(2, heads * d, 2, 3, dtype=torch.float64)
+    assert torch.equal(layer(x), x)
+    torch.nn.init.normal_(layer.out.weight)
+    h = layer.qkv(layer.norm(x).flatten(2).mT)  # (B, N, 3C)
+    found = []
+    for head in range(heads):
+        starts = [part * heads * d + head * d if new_order else head * 3 * d + part * d for part in range(3)]
+        q, k, v = (h[..., start : start + d] for start in starts)
+        found.append((q @ k.mT / d**0.5).softmax(-1) @ v)
+    expected = x + layer.out(torch.cat(found, dim=-1)).mT.reshape(x.shape)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_qkv_attention_hears_nothing_and_says_so():
+    assert QKVAttention(8, 2, groups=4).memory(torch.randn(1, 3, 6)) == ()
+    with pytest.raises(ValueError, match="context_dim=6: QKVAttention is one self-attention"):
+        QKVAttention(8, 2, context_dim=6)
+    with pytest.raises(ValueError, match="depth=2"):
+        QKVAttention(8, 2, depth=2)
+
+
+def test_qk_norm_bounds_the_scores():
+    """With queries and keys normalised, a thousandfold input gives the same weights: only the values grow."""
+    torch.manual_seed(0)
+    layer = SelfAttention(8, heads=2, bias=True, qk_norm=lambda d: torch.nn.RMSNorm(d, eps=1e-12)).double()
+    torch.nn.init.zeros_(layer.qkv.bias)
+    torch.nn.init.zeros_(layer.out.bias)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(1000 * x), 1000 * layer(x), rtol=1e-6, atol=1e-6)
+    assert layer.q_norm.weight.shape == (4,)
+    assert layer.q_norm is not layer.k_norm
+
+
+def test_rotation_reaches_queries_and_keys_but_not_values():
+    torch.manual_seed(0)
+    layer, seen = SelfAttention(8, heads=2), []
+    x = torch.randn(1, 3, 8)
+
+    def rotate(part):
+        seen.append(part)
+        return -part
+
+    torch.testing.assert_close(layer(x, rotate), layer(x))  # both turned round: the products stay
+    q, k, _ = layer.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(torch.stack(seen), torch.stack([q, k]))

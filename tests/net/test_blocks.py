@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm.net.blocks import Downsample, ResBlock, Upsample, norm, sinusoid, zeroed
+from ldm.net.blocks import Downsample, ResBlock, Upsample, added, call, ddpm_sinusoid, double, halve, mlp, norm, sinusoid, zeroed
 
 
 def test_sinusoid_is_cosines_then_sines_of_falling_rates():
@@ -72,3 +72,76 @@ def test_upsample_repeats_pixels_before_it_convolves():
 def test_zeroed_is_nothing():
     layer = zeroed(torch.nn.Linear(3, 2))
     assert torch.equal(layer(torch.randn(4, 3)), torch.zeros(4, 2))
+
+
+def test_ddpm_sinusoid_is_sines_then_cosines_down_to_the_slowest():
+    t = torch.tensor([0.0, 250.0])
+    rates = [10_000 ** (-k / 3) for k in range(4)]
+    assert rates[-1] == pytest.approx(1e-4)
+    torch.testing.assert_close(ddpm_sinusoid(t, 8)[0], torch.tensor([0.0] * 4 + [1.0] * 4))
+    torch.testing.assert_close(ddpm_sinusoid(t, 8)[1], torch.tensor([f(250 * r) for f in (math.sin, math.cos) for r in rates]))
+
+
+def test_a_vector_is_projected_or_added_as_it_is():
+    assert mlp(6, 8)(torch.randn(2, 6)).shape == (2, 8)
+    x = torch.randn(2, 8)
+    assert torch.equal(added(8, 8)(x), x)
+    with pytest.raises(ValueError, match=r"conditioner\.dim=8"):
+        added(6, 8)
+
+
+def test_halve_is_means_and_double_repeats():
+    x = torch.arange(12.0).reshape(1, 1, 2, 6)
+    torch.testing.assert_close(halve(x)[0, 0], torch.tensor([[3.5, 5.5, 7.5]]))
+    assert torch.equal(halve(double(x)), x)
+    assert halve(torch.zeros(1, 1, 5, 1)).shape == (1, 1, 3, 1)
+    assert double(torch.zeros(1, 1, 3, 1), torch.Size((5, 1))).shape == (1, 1, 5, 1)
+    assert torch.equal(double(x, torch.Size((4, 12))), double(x))
+
+
+@pytest.mark.parametrize(("resize", "size"), [(halve, (2, 3)), (double, (8, 12))])
+def test_a_res_block_may_change_the_size(resize, size):
+    """Both branches: the skip alone at first, and the normalised one before its convolution."""
+    torch.manual_seed(0)
+    block = ResBlock(8, 8, groups=4, resize=resize)
+    x = torch.randn(2, 8, 4, 6)
+    assert torch.equal(block(x), resize(x))
+    torch.nn.init.normal_(block.conv2.weight)
+    silu = torch.nn.functional.silu
+    expected = resize(x) + block.conv2(silu(block.norm2(block.conv1(resize(silu(block.norm1(x)))))))
+    assert block(x).shape == (2, 8, *size)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_an_asymmetric_downsample_looks_right_and_down():
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 0, 0], x[0, 0, 3, 3] = 1.0, 100.0
+    for asymmetric, corner, end in ((False, 5, 9), (True, 1, 5)):  # which of the 9 weights, counted from 1, meets the first and last pixel
+        down = Downsample(1, asymmetric)
+        with torch.no_grad():
+            down.conv.weight.copy_(torch.arange(1.0, 10.0).reshape(1, 1, 3, 3))
+            down.conv.bias.zero_()
+        assert down(x).shape == (1, 1, 2, 2)
+        assert down(x)[0, 0, 0, 0] == corner
+        assert down(x)[0, 0, 1, 1] == 100 * end
+
+
+def test_activations_not_kept_are_computed_again():
+    calls = []
+    layer = torch.nn.Linear(3, 3)
+    layer.register_forward_pre_hook(lambda *seen: calls.append(1))
+    x = torch.randn(2, 3, requires_grad=True)
+    for keep, expected in ((True, 1), (False, 2)):
+        calls.clear()
+        call(layer, x, keep=keep).sum().backward()
+        assert len(calls) == expected
+    with torch.no_grad():
+        calls.clear()
+        call(layer, x, keep=False)
+        assert len(calls) == 1
+
+
+def test_normalisation_has_the_eps_it_is_given():
+    assert (norm(8).eps, norm(8, 4, 1e-6).eps) == (1e-5, 1e-6)
+    block = ResBlock(8, 8, eps=1e-6)
+    assert block.norm1.eps == block.norm2.eps == 1e-6

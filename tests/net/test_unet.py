@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ldm.condition import Condition
-from ldm.net.attention import SpatialTransformer, softmax
-from ldm.net.blocks import Downsample, Upsample
+from ldm.net.attention import QKVAttention, SpatialTransformer, softmax
+from ldm.net.blocks import Downsample, ResBlock, Upsample, added
 from ldm.net.unet import Layer, UNet
 
 
@@ -20,18 +20,22 @@ def told(b: int = 2, length: int = 4, mask: torch.Tensor | None = None, **other)
     return Condition(context=torch.randn(b, length, 6, generator=torch.Generator().manual_seed(5)), mask=mask, **other)
 
 
+SMALL = dict(channels=8, context_dim=6, head_channels=8, groups=4)
 SHAPES = {
     "plain": dict(mult=(1, 2), blocks=1, attention=(2,)),
     "deep": dict(mult=(1, 2, 2), blocks=2, attention=(1, 4)),
     "flat": dict(mult=(1,), blocks=1, attention=(1,)),
     "no attention": dict(mult=(1, 2), blocks=1, attention=()),
     "heads": dict(mult=(1, 2), blocks=1, attention=(2,), heads=4, depth=2, scale_shift=True, attend=softmax),
+    "depths": dict(mult=(1, 2, 2), blocks=1, attention=(2, 4), depth=(1, 2, 3), checkpoint=True),
+    "ADM": dict(mult=(1, 2), blocks=1, attention=(2,), scale_shift=True, resblock_updown=True),
+    "QKV": dict(mult=(1, 2), blocks=1, attention=(2,), context_dim=None, block=QKVAttention),
 }
 
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
 def test_answers_in_its_shape_and_begins_as_nothing(options):
-    net = UNet(3, 5, channels=8, context_dim=6, head_channels=8, groups=4, **options)
+    net = UNet(3, 5, **{**SMALL, **options})
     x, t = torch.randn(2, 3, 8, 12), torch.tensor([1.0, 500.0])
     assert torch.equal(net(x, t, told()), torch.zeros(2, 5, 8, 12))
     assert lively(net)(x, t, told()).std() > 0.01
@@ -39,7 +43,7 @@ def test_answers_in_its_shape_and_begins_as_nothing(options):
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
 def test_embedding_and_memory_computed_before_give_the_plain_call(options):
-    net = lively(UNet(3, 3, channels=8, context_dim=6, vector_dim=5, head_channels=8, groups=4, **options))
+    net = lively(UNet(3, 3, **{**SMALL, "vector_dim": 5, **options}))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
     cond = told(mask=mask, vector=torch.randn(2, 5))
@@ -160,3 +164,71 @@ def test_each_transformer_is_given_its_own_keys_and_values(attention):
         module.register_forward_pre_hook(look)
     net(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), cond)
     assert not wrong
+
+
+@pytest.mark.parametrize("size", [(7, 5), (9, 12), (1, 3)])
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
+def test_sizes_may_be_odd(options, size):
+    net = lively(UNet(3, 3, **{**SMALL, **options}))
+    out = net(torch.randn(2, 3, *size), torch.tensor([1.0, 500.0]), told())
+    assert out.shape == (2, 3, *size)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", ["deep", "ADM", "depths", "QKV"])
+def test_recomputing_activations_gives_the_same_gradients(name):
+    x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0]), told()
+    grads = []
+    for checkpoint in (False, True):
+        net = lively(UNet(3, 3, dropout=0.5, **{**SMALL, **SHAPES[name], "checkpoint": checkpoint})).train()
+        torch.manual_seed(3)
+        net(x, t, cond).square().sum().backward()
+        grads.append([p.grad for p in net.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_depth_is_by_level_and_the_middle_has_the_last():
+    net = UNet(3, 3, **{**SMALL, **SHAPES["depths"]})
+
+    def depths(levels):
+        return [len(level.layers[0].attention.blocks) if level.layers[0].attention else 0 for level in levels]
+
+    assert depths(net.down) == [0, 2, 3]
+    assert depths(net.up) == [3, 2, 0]
+    assert len(net.middle1.attention.blocks) == 3
+    with pytest.raises(ValueError, match="3, one for each level"):
+        UNet(3, 3, **{**SMALL, **SHAPES["depths"], "depth": (1, 2)})
+
+
+def test_factors_that_no_level_has_leave_attention_in_the_middle():
+    net = UNet(3, 3, mult=(1, 2), blocks=1, attention=(32, 16, 8), **SMALL)
+    assert net.middle1.attention is not None
+    assert [m for m in net.modules() if isinstance(m, SpatialTransformer)] == [net.middle1.attention]
+
+
+def test_res_blocks_change_the_size_and_hear_the_time():
+    net = lively(UNet(3, 3, mult=(1, 2), blocks=1, attention=(), resblock_updown=True, **SMALL))
+    resized = [level.resample for level in (*net.down, *net.up) if level.resample]
+    assert len(resized) == 2
+    assert all(isinstance(m, ResBlock) and m.emb is not None for m in resized)
+    assert not any(isinstance(m, Downsample | Upsample) for m in net.modules())
+    seen = []
+    resized[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    net(torch.ones(2, 3, 8, 8), torch.tensor([1.0, 500.0]), told())
+    assert seen[0].shape[2:] == (4, 4)
+    assert (seen[0][0] - seen[0][1]).abs().max() > 1e-3
+
+
+def test_a_class_row_is_added_to_the_time():
+    net = lively(UNet(3, 3, vector_dim=32, vector=added, **SMALL))
+    t, row = torch.tensor([1.0, 500.0]), torch.randn(2, 32)
+    torch.testing.assert_close(net.embed(t, Condition(vector=row)), net.embed(t, Condition(vector=0 * row)) + row)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="head_channels=8 does not divide a level's 12 channels"):
+        UNet(3, 3, channels=12, attention=(1,), head_channels=8, groups=4)
+    with pytest.raises(ValueError, match="heads=3 does not divide a level's 8 channels"):
+        UNet(3, 3, channels=8, attention=(1,), heads=3, groups=4)
+    assert UNet(3, 3, channels=8, attention=(1,), heads=1, groups=4).middle1.attention.blocks[0].self_attention.heads == 1

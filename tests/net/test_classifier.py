@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from ldm.net.attention import SpatialTransformer, sdpa, softmax
+from ldm.net.classifier import AttentionPool, NoisyClassifier
+
+
+def lively(net: torch.nn.Module, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
+    return net.eval()
+
+
+SMALL = dict(channels=8, mult=(1, 2), blocks=1, attention=(2,), head_channels=4, groups=4)
+
+
+@pytest.mark.parametrize("attend", [sdpa, softmax])
+def test_pooling_is_the_mean_token_s_attention(attend):
+    pool = AttentionPool(3, 8, heads=2, out=5, attend=attend).double()
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    h = x.flatten(2).mT
+    h = torch.cat([h.mean(1, keepdim=True), h], 1) + pool.positions
+    q, k, v = pool.qkv(h).chunk(3, -1)
+    parts = [slice(0, 4), slice(4, 8)]
+    found = [((q[:, 0, p][:, None] @ k[..., p].mT) / 2).softmax(-1) @ v[..., p] for p in parts]
+    torch.testing.assert_close(pool(x), pool.out(torch.cat(found, -1)[:, 0]), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="has learned 3 x 3 places"):
+        pool(x[..., :2])
+
+
+def test_logits_depend_on_state_and_time_and_guide():
+    net = lively(NoisyClassifier(3, 5, size=8, **SMALL))
+    x, t = torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([1.0, 500.0])
+    logits = net(x, t)
+    assert logits.shape == (2, 5)
+    assert (net(x, t + 100) - logits).abs().max() > 1e-3
+    (grad,) = torch.autograd.grad(logits.log_softmax(-1)[:, 0].sum(), x)
+    assert torch.isfinite(grad).all()
+    assert grad.abs().max() > 1e-4
+    assert not torch.equal(logits[0], logits[1])
+
+
+def test_checkpointing_gives_the_same_gradients():
+    grads = []
+    for checkpoint in (False, True):
+        net = lively(NoisyClassifier(3, 5, size=8, checkpoint=checkpoint, **SMALL)).train()
+        net(torch.ones(2, 3, 8, 8), torch.tensor([1.0, 500.0])).square().sum().backward()
+        grads.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_its_blocks_are_adms():
+    net = NoisyClassifier(3, 5, size=8, **SMALL)
+    assert net.down[0].resample.scale_shift
+    assert net.down[0].layers[0].attention is None
+    assert net.down[1].layers[0].attention.heads == net.middle1.attention.heads == 4
+    assert not any(isinstance(m, SpatialTransformer) for m in net.modules())
+    with pytest.raises(ValueError, match="4 x 4 places"):
+        net(torch.randn(1, 3, 12, 12), torch.tensor([1.0]))
