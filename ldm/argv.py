@@ -109,6 +109,22 @@ def rewrite(override: str, tree: Tree, text: Collection[str], paths: Collection[
     return override
 
 
+def several(override: str, tree: Tree) -> list[str]:
+    """`group=[a,b]`, of a group with an option `compose`, as the overrides that put a and b into that option by their names.
+
+    Raises UserError for an option that is not there.
+    """
+    found = re.fullmatch(r"(\w+)=\[([\w, ]+)\]", override)
+    options = tree.groups().get(found[1], []) if found else []
+    if found is None or "compose" not in options:
+        return [override]
+    group, names = found[1], [name.strip() for name in found[2].split(",") if name.strip()]
+    for name in names:
+        if name not in options:
+            raise UserError(f"{override}: no such option {name!r}{nearest(name, options)}{one_of(options)}")
+    return [f"{group}=compose", *(f"+{group}@{group}.{name}={name}" for name in dict.fromkeys(names))]
+
+
 def keys(config: Any, above: str = "") -> list[str]:
     """Every dotted path of a plain config, inner nodes included."""
     if not isinstance(config, dict):

@@ -16,6 +16,10 @@ SUPPLIED = {  # what the builders pass themselves, which a config need not hold
     "ldm.autoencoder.identity.Identity": ("channels",),
     "ldm.conditioner.label.Label": ("num_classes",),
     "ldm.conditioner.label.LabelVector": ("num_classes",),
+    "ldm.conditioner.spatial.SemanticMap": ("factor",),
+    "ldm.conditioner.spatial.Picture": ("factor",),
+    "ldm.conditioner.spatial.LowRes": ("factor", "channels"),
+    "ldm.conditioner.spatial.MaskedImage": ("factor", "z_channels", "encode"),
     "ldm.stage.diffusion.train": ("cfg",),
     "ldm.stage.autoencoder.train": ("cfg",),
     "ldm.stage.judge.train": ("cfg",),
@@ -47,9 +51,35 @@ def autoencoder(node: Any, channels: int):
     """A first stage for images of `channels` channels, not trained."""
     from hydra.utils import instantiate
 
-    asked = {"channels": channels}
-    parts = {name: asked for name in ("encoder", "decoder") if "channels" in needs(node.get(name, {}))}
-    return instantiate(node, **parts, **(asked if "channels" in needs(node) else {}))
+    return instantiate(node, **wanted(node, {"channels": channels}))
+
+
+def conditioner(node: Any, autoencoder, data):
+    """A conditioner, whole or composed of several, for a first stage and a data set."""
+    from hydra.utils import instantiate
+
+    known = {
+        "num_classes": len(data.classes),
+        "channels": data.channels,
+        "factor": autoencoder.factor,
+        "z_channels": autoencoder.z_channels,
+        "encode": lambda image: autoencoder.encode(image),  # not the bound method: Hydra copies what it is given, the first stage with it
+    }
+    return instantiate(node, **wanted(node, known))
+
+
+def net(cfg: Any, autoencoder, told):
+    """A config's network for the latents of a first stage, told by a conditioner."""
+    from hydra.utils import instantiate
+
+    return instantiate(
+        cfg.net,
+        in_channels=autoencoder.z_channels,
+        out_channels=autoencoder.z_channels * (2 if cfg.get("learned_variance") else 1),
+        context_dim=told.context_dim,
+        vector_dim=told.vector_dim,
+        concat_channels=told.concat_channels,
+    )
 
 
 def model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
@@ -62,18 +92,17 @@ def model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
     from ldm.tensors import key
 
     torch.manual_seed(key(cfg.seed, "weights"))
-    conditioner = instantiate(cfg.conditioner, **({"num_classes": len(data.classes)} if "num_classes" in needs(cfg.conditioner) else {}))
-    net = instantiate(
-        cfg.net,
-        in_channels=autoencoder.z_channels,
-        out_channels=autoencoder.z_channels * (2 if cfg.get("learned_variance") else 1),
-        context_dim=conditioner.context_dim,
-        vector_dim=conditioner.vector_dim,
-    )
-    denoiser = Denoiser(net, instantiate(cfg.schedule), instantiate(cfg.prediction))
-    return LatentDiffusion(autoencoder, conditioner, denoiser, (data.size, data.size))
+    told = conditioner(cfg.conditioner, autoencoder, data)
+    denoiser = Denoiser(net(cfg, autoencoder, told), instantiate(cfg.schedule), instantiate(cfg.prediction))
+    return LatentDiffusion(autoencoder, told, denoiser, (data.size, data.size))
 
 
 def needs(node: Any) -> tuple[str, ...]:
     """The parameters of a node's target that the builders supply."""
     return SUPPLIED.get(node.get("_target_", ""), ())
+
+
+def wanted(node: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """Of what is known, what the targets of a node and of those within it need: keywords for instantiate."""
+    inner = {name: wanted(child, known) for name, child in node.items() if hasattr(child, "items")}
+    return {name: known[name] for name in needs(node)} | {name: found for name, found in inner.items() if found}

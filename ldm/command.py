@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import launch
-from ldm.argv import Tree, describe, escape, explain, quote, rewrite
+from ldm.argv import Tree, describe, escape, explain, quote, rewrite, several
 from ldm.errors import UserError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # full, or not ours to write
@@ -121,9 +121,8 @@ def _start(task: Callable, script: Path, config_name: str, text: Collection[str]
         raise UserError(f"--config-dir {args.config_dir}: no such folder")
     extra = (Path(args.config_dir).absolute(),) if args.config_dir else ()
     tree = Tree((folder, *extra), script.parent)
-    plan = Plan(
-        tree, args.config_name or config_name, args.multirun, [rewrite(one, tree, text, paths, args.multirun) for one in args.overrides]
-    )
+    typed = [rewrite(one, tree, text, paths, args.multirun) for one in args.overrides]
+    plan = Plan(tree, args.config_name or config_name, args.multirun, [one for override in typed for one in several(override, tree)])
     job = Job(task, script)
     flags = [f"--{name.replace('_', '-')}" for name in ("resolve", "shell_completion", "hydra_help") if getattr(args, name)]
     flags += [part for name in ("cfg", "package", "info") if getattr(args, name) for part in (f"--{name}", getattr(args, name))]
@@ -163,7 +162,10 @@ class Plan:
 
         for overrides in self.jobs():
             config = self.compose(overrides)
-            chosen = [f"{group}={option}" for group, option in config.hydra.runtime.choices.items() if _plain(group, option)]
+            added = [override for override in overrides if re.match(r"\+\w+@", override)]  # what `several` made
+            known = {override[1:].partition("=")[0] for override in added}
+            choices = config.hydra.runtime.choices.items()
+            chosen = added + [f"{group}={option}" for group, option in choices if _plain(group, option) and group not in known]
             validate(_composed(config), _composed(self.compose(chosen), missing=True) if overrides else None, supplied)
 
     def jobs(self) -> list[list[str]]:

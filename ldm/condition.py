@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ class Condition:
     """What the network is told; a field that is None (or an empty tuple) is not used.
 
     context: (B, L, D) tokens for cross-attention.  mask: (B, L) bool, True = a real token.  vector: (B, D) added to the time embedding.
-    concat: (B, C, h, w) stacked on x_t's channels.  hint: (B, 3, H, W) each, one per ControlNet.
+    concat: (B, C, h, w) stacked on x_t's channels; h = w = 1 says the same of every place.  hint: (B, 3, H, W) each, one per ControlNet.
+    label: (B,) int64, the class, for a classifier that guides; networks do not read it.
     """
 
     context: Tensor | None = None
@@ -21,10 +23,11 @@ class Condition:
     vector: Tensor | None = None
     concat: Tensor | None = None
     hint: tuple[Tensor, ...] = ()
+    label: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
         """The Condition with f applied to every tensor in it."""
-        values = {x.name: getattr(self, x.name) for x in fields(self)}
+        values: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(self)}
         return replace(self, **{k: tuple(map(f, v)) if isinstance(v, tuple) else f(v) for k, v in values.items() if v is not None})
 
     def to(self, *args, **kwargs) -> "Condition":
@@ -41,12 +44,26 @@ class Condition:
         Raises ValueError if the fields in use differ.
         """
         a, b = aligned(self, other)
+
+        def choose(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(keep.to(mine.device).reshape(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+
         chosen = {}
         for name in ("context", "mask", "vector", "concat"):
             if (mine := getattr(a, name)) is not None:
-                chosen[name] = torch.where(keep.reshape(-1, *[1] * (mine.ndim - 1)), mine, getattr(b, name))
-        hint = tuple(torch.where(keep[:, None, None, None], x, y) for x, y in zip(a.hint, b.hint, strict=True))
-        return Condition(**chosen, hint=hint)
+                chosen[name] = choose(mine, getattr(b, name))
+        return Condition(**chosen, hint=tuple(map(choose, a.hint, b.hint)), label=a.label)
+
+    def over(self, height: int, width: int) -> "Condition":
+        """Its concat spread over that many places if it says the same of every place. Raises ValueError if it is of another size."""
+        if self.concat is None or self.concat.shape[-2:] == (height, width):
+            return self
+        if self.concat.shape[-2:] != (1, 1):
+            here = "x".join(map(str, self.concat.shape[-2:]))
+            raise ValueError(
+                f"the condition is for latents of {here}, those to be drawn are {height}x{width}; give both one size in pixels"
+            )
+        return replace(self, concat=self.concat.expand(-1, -1, height, width))
 
     def cat(self, *others: "Condition") -> "Condition":
         """Stack batches; shorter contexts are padded with masked tokens. Raises ValueError if the fields in use differ."""
@@ -55,21 +72,27 @@ class Condition:
         def stack(values: Sequence[Tensor | None]) -> Tensor | None:
             return None if values[0] is None else torch.cat([v for v in values if v is not None])
 
+        labels = [p.label for p in parts]
+
         return Condition(
             stack([p.context for p in parts]),
             stack([p.mask for p in parts]),
             stack([p.vector for p in parts]),
             stack([p.concat for p in parts]),
             tuple(torch.cat(h) for h in zip(*(p.hint for p in parts), strict=True)),
+            None if any(label is None for label in labels) else stack(labels),
         )
 
 
 def aligned(*parts: Condition) -> list[Condition]:
-    """The conditions with contexts padded to the longest and, where lengths differ or any has one, masks. Raises ValueError if the fields
-    in use differ."""
+    """The conditions with contexts padded to the longest and, where lengths differ or any has one, masks; concat spread to the largest.
+
+    Raises ValueError if the fields in use differ.
+    """
     used = [tuple(bool(v) if isinstance(v, tuple) else v is not None for v in (p.context, p.vector, p.concat, p.hint)) for p in parts]
     if len(set(used)) > 1:
         raise ValueError(f"conditions with different fields cannot be joined (context, vector, concat, hint in use: {used})")
+    parts = tuple(replace(p, concat=concat) for p, concat in zip(parts, spread([p.concat for p in parts]), strict=True))
     lengths = {p.context.shape[1] for p in parts if p.context is not None}
     if not lengths or (len(lengths) == 1 and all(p.mask is None for p in parts)):
         return list(parts)
@@ -87,3 +110,9 @@ def padded(cond: Condition, length: int) -> Condition:
         if not more and cond.mask is not None
         else replace(cond, context=pad(cond.context, (0, 0, 0, more)), mask=pad(mask, (0, more), value=False))
     )
+
+
+def spread(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Those (B, C, h, w) that say the same of every place, h = w = 1, expanded to the size of the largest."""
+    size = max((part.shape[-2:] for part in parts if part is not None), default=None)
+    return [part.expand(-1, -1, *size) if part is not None and size and part.shape[-2:] == (1, 1) else part for part in parts]

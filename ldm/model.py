@@ -1,11 +1,13 @@
 """A latent diffusion model: a first stage, a conditioner and a denoiser."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.conditioner.compose import tell
 from ldm.diffusion.denoiser import Denoiser
 
 
@@ -15,6 +17,9 @@ class LatentDiffusion(nn.Module):
     autoencoder: frozen; has posterior, normalise, encode, decode.  conditioner: batch -> Condition.  denoiser: works on z (B, C, h, w).
     size: (height, width) of the images it was trained on, in pixels.
     """
+
+    autoencoder: Any
+    conditioner: Any
 
     def __init__(self, autoencoder: nn.Module, conditioner: nn.Module, denoiser: Denoiser, size: tuple[int, int]):
         super().__init__()
@@ -30,10 +35,15 @@ class LatentDiffusion(nn.Module):
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    def latent_shape(self, num: int) -> tuple[int, int, int, int]:
-        """Shape of z for `num` images."""
-        f = self.autoencoder.factor
-        return num, self.autoencoder.z_channels, self.size[0] // f, self.size[1] // f
+    def latent_shape(self, num: int, size: Sequence[int] | None = None) -> tuple[int, int, int, int]:
+        """Shape of z for `num` images of a size in pixels, by default that of the training images.
+
+        Raises ValueError for a size that the first stage's factor does not divide.
+        """
+        f, (height, width) = self.autoencoder.factor, size or self.size
+        if height < f or width < f or height % f or width % f:
+            raise ValueError(f"size=[{height},{width}]: height and width must be multiples of {f}, the first stage's factor")
+        return num, self.autoencoder.z_channels, height // f, width // f
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -44,7 +54,8 @@ class LatentDiffusion(nn.Module):
         return self.autoencoder.decode(z).clamp(-1, 1)
 
     def condition(self, batch: dict[str, Any]) -> Condition:
-        return self.conditioner(batch)
+        """What the network is told; the null condition where the batch says nothing."""
+        return tell(self.conditioner, batch)
 
     def uncondition(self, batch: dict[str, Any]) -> Condition:
         return self.conditioner.null(batch)

@@ -13,7 +13,7 @@ from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.times import trailing
 from ldm.metrics.distribution import FrechetDistance, Score
 from ldm.model import LatentDiffusion
-from ldm.task import draw
+from ldm.task import Task, draw, generate
 from ldm.tensors import key
 from ldm.training.fit import precision_here, world
 
@@ -68,6 +68,8 @@ def samples(
     sampler: Sampler,
     guidance: Guidance,
     precision: str = "32",
+    task: Task = generate,
+    hold: Sequence[str] = (),
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Images (B, C, H, W) in [-1, 1] of the given rows, row i with seed + i, and what they were told."""
     low = precision_here(precision) == "bf16"
@@ -75,7 +77,7 @@ def samples(
         part = rows[start : start + batch_size]
         batch = told(part)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
-            image = draw(model, batch, [seed + i for i in part], ts, sampler, guidance)
+            image = draw(model, batch, [seed + i for i in part], ts, sampler, guidance, task, hold)
         yield image.float(), batch
 
 

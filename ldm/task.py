@@ -1,41 +1,180 @@
-"""What one does with a trained model. A task is a few choices: where to start, which grid, what to be told; samplers know of none of it."""
+"""What one does with a trained model. A task is five choices: start, grid, condition, constraint, finish; samplers know of none of them.
 
-from collections.abc import Sequence
+A task is a function (model, batch, noise, ts, options) -> Choices: batch holds what the person gave, a row for each image; noise is keyed
+by the images' seeds; ts is the sampler's grid.  Images are (B, C, H, W) in [-1, 1], masks (B, 1, H, W) with 1 = to be drawn.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ldm.conditioner.spatial import any_of
+from ldm.diffusion import times
+from ldm.diffusion.constraint import keep_known
+from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance import Guidance, cfg
-from ldm.diffusion.sampler import Sampler, ddim
+from ldm.diffusion.sampler import Sampler, ddim, ddim_invert
 from ldm.diffusion.schedule import Schedule
-from ldm.diffusion.times import trailing
 from ldm.model import LatentDiffusion
-from ldm.tensors import Noise
+from ldm.tensors import Noise, expand
+
+Batch = dict[str, Any]
 
 
-def prior(schedule: Schedule, t: Tensor, noise: Tensor) -> Tensor:
-    """The state at time t () where nothing is known of the data but its unit variance: noise times sqrt(alpha^2 + sigma^2)."""
-    alpha, sigma = schedule.alpha_sigma(t)
-    return torch.hypot(alpha, sigma).to(noise) * noise
+@dataclass(frozen=True)
+class Choices:
+    """All that makes a task, settled before the first step.
+
+    start: the state (B, C, h, w) at ts[0].  ts: descending grid (N + 1,).  told: the condition, as a batch.  finish: the drawn z at ts[-1]
+    into images.  constraint: what wraps the denoise function.
+    """
+
+    start: Tensor
+    ts: Tensor
+    told: Batch
+    finish: Callable[[Tensor], Tensor]
+    constraint: Callable[[Denoise], Denoise] = lambda denoise: denoise
+
+
+Task = Callable[[LatentDiffusion, Batch, Noise, Tensor], Choices]
+
+
+def generate(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, size: Sequence[int] | None = None) -> Choices:
+    """From noise alone, told all that the batch holds: words, a class, a map, boxes; size: (height, width), by default the training's."""
+    return Choices(prior(model.denoiser.schedule, ts[0], white(model, noise, size)), ts, batch, model.decode)
+
+
+def unconditional(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, size: Sequence[int] | None = None) -> Choices:
+    """From noise alone, told nothing: every condition is the null."""
+    return generate(model, {"noise": noise}, noise, ts, size)
+
+
+def img2img(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, strength: float = 0.6) -> Choices:
+    """batch["image"] with noise up to time `strength`, drawn anew from there: restyled by what is told (Meng et al. 2022, algorithm 1)."""
+    z, ts = encoded(model, batch["image"]), times.strength(ts, strength)
+    return Choices(noised(model.denoiser.schedule, z, ts[0], noise.normal("start", z)), ts, batch, model.decode)
+
+
+def edit(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, strength: float = 1.0, source: str = "") -> Choices:
+    """batch["image"] followed back to its own noise at time `strength` under the caption `source`, then drawn as told (DDIM inversion).
+
+    Song et al. 2021a, section 4.3; told `source` again, without guidance, it comes back but for the error of the steps.
+    """
+    z, schedule, ts = encoded(model, batch["image"]), model.denoiser.schedule, times.strength(ts, strength)
+    first = 1 / times.entries(schedule) if hasattr(schedule, "T") else 1e-3  # where z stands for the state
+    up = torch.cat([ts[ts > first], ts.new_tensor([first])])
+    cond = model.condition({**batch, "caption": [source] * len(z)}).to(z).over(*z.shape[-2:])
+    start = ddim_invert(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, z, up, noise.stream("inversion"))
+    return Choices(start, ts, batch, model.decode)
+
+
+def inpaint(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor) -> Choices:
+    """batch["image"] drawn anew where batch["mask"] is 1; a model that is told masked images is told this one.
+
+    What is known is kept exactly: at every step and at the end as z, in the finished image as pixels.  A latent cell is known if all its
+    pixels are; the encoder does not see what the mask covers.
+    """
+    image, drawn = (batch[name].to(like(model)) for name in ("image", "mask"))
+    hole = drawn > 0.5
+    if hole.shape != (len(image), 1, *image.shape[-2:]):
+        raise ValueError(f"mask of {tuple(hole.shape)}: expected {(len(image), 1, *image.shape[-2:])}, the image's size and one channel")
+    z = encoded(model, filled(image, hole))
+    known = any_of(hole.to(z), model.autoencoder.factor) == 0
+    keep = partial(keep_known, schedule=model.denoiser.schedule, mask=known, x0=z)
+
+    def finish(new: Tensor) -> Tensor:
+        return torch.where(hole, model.decode(torch.where(known, z, new)), image)
+
+    whole = generate(model, batch, noise, ts, image.shape[-2:])
+    return replace(whole, constraint=keep, finish=finish)
+
+
+def outpaint(
+    model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0
+) -> Choices:
+    """batch["image"] with so many pixels drawn on each side; the image itself stays as it is. Raises ValueError where nothing is asked."""
+    margins = (left, right, top, bottom)
+    if min(margins) < 0 or not any(margins):
+        raise ValueError(f"left, right, top, bottom = {margins}: expected pixels to add, on one side or more")
+    image = batch["image"].to(like(model))
+    wider = F.pad(image, margins, mode="replicate")
+    mask = F.pad(torch.zeros_like(image[:, :1]), margins, value=1.0)
+    return inpaint(model, {**batch, "image": wider, "mask": mask}, noise, ts)
+
+
+def super_resolve(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, scale: int = 4, level: float = 0.0) -> Choices:
+    """batch["low_res"] (B, C, H, W) drawn `scale` times as large; level: of the noise mixed into it, for models trained with some."""
+    height, width = (scale * side for side in batch["low_res"].shape[-2:])
+    return generate(model, {**batch, "level": level}, noise, ts, (height, width))
+
+
+def interpolate(
+    model: LatentDiffusion,
+    batch: Batch,
+    noise: Noise,
+    ts: Tensor,
+    first: int = 0,
+    last: int = 1,
+    frames: int = 16,
+    size: Sequence[int] | None = None,
+) -> Choices:
+    """Image batch["index"] of `frames` on the way from seed `first` to seed `last` (Song et al. 2021a, section 5.3)."""
+    part = torch.tensor([index / max(frames - 1, 1) for index in batch["index"]], dtype=torch.float64)
+    a, b = (white(model, Noise(noise.seed, [seed] * len(noise)), size) for seed in (first, last))
+    start = slerp(a, b, part)
+    return replace(generate(model, batch, noise, ts, size), start=prior(model.denoiser.schedule, ts[0], start))
+
+
+def vary(
+    model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, of: int = 0, amount: float = 0.2, size: Sequence[int] | None = None
+) -> Choices:
+    """Variations of the image of seed `of`: its noise, turned towards each image's own by `amount`, 0 nothing and 1 all the way."""
+    if not 0 <= amount <= 1:
+        raise ValueError(f"amount={amount}: expected 0 (the image of seed {of} itself) to 1 (another image)")
+    part = torch.full((len(noise),), amount, dtype=torch.float64)
+    start = slerp(white(model, Noise(noise.seed, [of] * len(noise)), size), white(model, noise, size), part)
+    return replace(generate(model, batch, noise, ts, size), start=prior(model.denoiser.schedule, ts[0], start))
 
 
 @torch.inference_mode()
 def draw(
-    model: LatentDiffusion, batch: dict[str, Any], seeds: Sequence[int], ts: Tensor, sampler: Sampler = ddim, guidance: Guidance = cfg
+    model: LatentDiffusion,
+    batch: Batch,
+    seeds: Sequence[int],
+    ts: Tensor,
+    sampler: Sampler = ddim,
+    guidance: Guidance = cfg,
+    task: Task = generate,
+    hold: Sequence[str] = (),
 ) -> Tensor:
-    """One image (B, C, H, W) in [-1, 1] for each seed, told what `batch` says: the same image for a seed at any batch size or rank.
+    """One image (B, C, H, W) in [-1, 1] for each seed: the same image for a seed at any batch size or rank.
 
-    ts: descending grid (N + 1,).  sampler and guidance with their options bound.
+    batch: what the task needs and what the model is told; what it lacks is the null condition.  batch["negative"]: captions that guidance
+    leads away from; by default from the null of everything but the keys to `hold`.  ts: descending grid (N + 1,).
+    sampler, guidance and task with their options bound.
     """
     model.eval()
     noise = Noise(0, list(seeds))
-    like = next(model.denoiser.parameters()).new_empty(model.latent_shape(len(seeds)))
-    denoise = guidance(model.denoiser, model.condition(batch).to(like), model.uncondition(batch).to(like))
-    x = prior(model.denoiser.schedule, ts[0], noise.normal("start", like))
-    z = sampler(denoise, model.denoiser.schedule, x, ts, noise.stream("sampler"))
-    return model.decode(z)
+    return carried_out(model, task(model, {**batch, "noise": noise}, noise, ts), noise, sampler, guidance, hold)
+
+
+def carried_out(
+    model: LatentDiffusion, choices: Choices, noise: Noise, sampler: Sampler, guidance: Guidance, hold: Sequence[str] = ()
+) -> Tensor:
+    """The images (B, C, H, W) that a task's choices come to."""
+    told = choices.told
+    untold = {name: told[name] for name in ("noise", *hold) if name in told}
+    if "negative" in told:
+        untold["caption"] = told["negative"]
+    x = choices.start
+    cond, uncond = (model.condition(one).to(x).over(*x.shape[-2:]) for one in (told, untold))
+    denoise = choices.constraint(guidance(model.denoiser, replace(cond, label=told.get("label")), uncond))
+    return choices.finish(sampler(denoise, model.denoiser.schedule, x, choices.ts, noise.stream("sampler")))
 
 
 def txt2img(
@@ -47,9 +186,64 @@ def txt2img(
     scale: float = 2.0,
     sampler: Sampler = ddim,
     guidance: Guidance = cfg,
+    task: Task = generate,
+    **given: Tensor,
 ) -> Tensor:
-    """`num` images of each prompt, (num * prompts, C, H, W) in [-1, 1], with seeds seed, seed + 1, ...; scale is the guidance scale."""
+    """`num` images of each prompt, (num * prompts, C, H, W) in [-1, 1], with seeds seed, seed + 1, ...; scale is the guidance scale.
+
+    given: what another task needs, one for all: task=partial(img2img, strength=0.5), image=(1, C, H, W).
+    """
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num)]
-    seeds = range(seed, seed + len(prompts))
-    ts = trailing(model.denoiser.schedule, steps)
-    return draw(model, {"caption": prompts}, seeds, ts, sampler, partial(guidance, scale=scale))
+    seeds, rows = range(seed, seed + len(prompts)), list(range(len(prompts)))
+    batch = {"caption": prompts, "index": rows, **{name: one.expand(len(prompts), *one.shape[1:]) for name, one in given.items()}}
+    guided = partial(cast(Any, guidance), scale=scale)
+    return draw(model, batch, seeds, times.trailing(model.denoiser.schedule, steps), sampler, guided, task)
+
+
+def prior(schedule: Schedule, t: Tensor, noise: Tensor) -> Tensor:
+    """The state at time t () where nothing is known of the data but its unit variance: noise times sqrt(alpha^2 + sigma^2)."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return torch.hypot(alpha, sigma).to(noise) * noise
+
+
+def noised(schedule: Schedule, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """alpha z + sigma noise at time t ()."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return alpha.to(z) * z + sigma.to(z) * noise
+
+
+def slerp(a: Tensor, b: Tensor, part: Tensor) -> Tensor:
+    """From a to b (B, ...) along the great circle, each row by its part (B,) of the way (Shoemake 1985): as long as they are."""
+    x, y = a.flatten(1).double(), b.flatten(1).double()
+    angle = torch.arccos(F.cosine_similarity(x, y).clamp(-1, 1))
+    part = part.to(angle)
+    near = angle.sin() < 1e-6
+    u, v = (torch.where(near, line, (line * angle).sin() / angle.sin()) for line in (1 - part, part))
+    return (expand(u, a) * a + expand(v, a) * b).to(a)
+
+
+def filled(image: Tensor, hole: Tensor) -> Tensor:
+    """The image (B, C, H, W) with its hole (B, 1, H, W) bool filled from the edge inwards by the mean of what is next to it."""
+    known, image = (~hole).to(image), image.masked_fill(hole, 0)
+    while True:
+        weight = F.avg_pool2d(known, 3, 1, 1)
+        fresh = (known == 0) & (weight > 0)
+        if not fresh.any():
+            return image
+        image = torch.where(fresh, F.avg_pool2d(image, 3, 1, 1) / weight.clamp(min=1 / 18), image)
+        known = known + fresh.to(known)
+
+
+def white(model: LatentDiffusion, noise: Noise, size: Sequence[int] | None = None) -> Tensor:
+    """Standard normal noise (B, C, h, w), one a seed."""
+    return noise.normal("start", like(model).new_empty(model.latent_shape(len(noise), size)))
+
+
+def encoded(model: LatentDiffusion, image: Tensor) -> Tensor:
+    """z of images, in the denoiser's place and precision."""
+    return model.encode(image.to(like(model))).to(like(model))
+
+
+def like(model: LatentDiffusion) -> Tensor:
+    """A tensor of the denoiser's device and dtype."""
+    return next(model.denoiser.parameters())

@@ -37,6 +37,10 @@ class Noise:
     position: Sequence[int] | None = None
     total: int | None = None
 
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.index)
+
     def normal(self, purpose: str, x: Tensor) -> Tensor:
         """Standard normal shaped, typed and placed like x (B, ...)."""
         return self._draw(torch.randn, purpose, x)

@@ -145,11 +145,12 @@ def composed(*typed: str, name: str = "train") -> Any:
 def plan_of(*typed: str, name: str = "train") -> Any:
     """What a command is about to run."""
     import ldm.studies  # noqa: F401
-    from ldm.argv import Tree, rewrite
+    from ldm.argv import Tree, rewrite, several
     from ldm.command import Plan
 
     tree, sweep = Tree((ROOT / "conf",), ROOT), "-m" in typed
-    return Plan(tree, name, sweep, [rewrite(one, tree, ("prompt",), ("run",), sweep) for one in typed if one != "-m"])
+    written = [rewrite(one, tree, ("prompt",), ("run",), sweep) for one in typed if one != "-m"]
+    return Plan(tree, name, sweep, [one for override in written for one in several(override, tree)])
 
 
 def first_job(*typed: str) -> tuple[str, ...]:

@@ -31,6 +31,8 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for
     **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("times=uniform", "grid=uniform")),
     "objective/repa": ("objective.encoder._target_=test_conf.Features", "objective.channels=32", "objective.features=2"),
     "sampler/ddpm_learned": ("objective=hybrid",),
+    "conditioner/wordpiece": ("conditioner.dim=16", "conditioner.layers=1"),
+    "conditioner/layout": ("conditioner.dim=16", "conditioner.layers=1"),
     "sampler/repaint": ("sampler.jump=1", "sampler.repeats=1"),
 }
 PAPER = [  # first stages at a paper's scale: looked at on the meta device
@@ -77,6 +79,11 @@ def batch(n: int = 4) -> dict:
         "image": image,
         "caption": [f"a thing {i}" for i in rows],
         "label": label,
+        "map": torch.ones(n, 16, 16, dtype=torch.long),
+        "relief": image,
+        "low_res": image[:, :, ::4, ::4],
+        "mask": (image > 0).float(),
+        "boxes": [[(1, 0.0, 0.0, 0.5, 1.0)]] * n,
         "index": rows,
         "place": [0] * n,
         "position": rows,
@@ -93,7 +100,7 @@ def model_of(cfg):
         cause = error.__cause__ or error
         assert isinstance(cause, AssetError | ValueError), cause
         assert "\n" not in str(cause)
-        assert "weights" in str(cause) or "missing" in str(cause)
+        assert "weights" in str(cause) or "missing" in str(cause) or "at least one conditioner" in str(cause)
         return None
 
 
@@ -131,6 +138,17 @@ def test_a_first_stage_of_paper_scale_goes_there_and_back(option):
         z = autoencoder.encode(torch.empty(1, 3, size, size))
         assert z.shape == (1, autoencoder.z_channels, 2, 2)
         assert autoencoder.decode(z).shape == (1, 3, size, size)
+
+
+@pytest.mark.parametrize("some", ["label,relief", "label_vector,semantic_map,low_res"])
+def test_conditioners_are_composed_by_a_list(some):
+    drop = "{relief: 0.5}" if "relief" in some else "null"
+    cfg = composed("budget=smoke", f"conditioner=[{some}]", f"conditioner.drop={drop}")
+    model = model_of(cfg)
+    assert list(model.conditioner.conditioners) == some.split(",")
+    assert model.conditioner.drop == ({"relief": 0.5} if "relief" in some else {})
+    assert all(torch.isfinite(term) for term in trained(cfg, model).values())
+    assert torch.isfinite(drawn(cfg, model)).all()
 
 
 def trained(cfg, model) -> dict:

@@ -1,19 +1,37 @@
 """Drawing with a model whose answer is known: where it starts, what it is told, and that only the seed decides."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 
 from ldm.condition import Condition
-from ldm.diffusion.denoiser import Denoiser
+from ldm.conditioner.rows import rows
+from ldm.diffusion.denoiser import Denoised, Denoiser
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.prediction import X0
 from ldm.diffusion.sampler import ddim, ddpm
 from ldm.diffusion.schedule import EDM, Flow, cosine, linear
 from ldm.diffusion.times import trailing
 from ldm.model import LatentDiffusion
-from ldm.task import draw, prior, txt2img
+from ldm.task import (
+    draw,
+    edit,
+    filled,
+    generate,
+    img2img,
+    inpaint,
+    interpolate,
+    outpaint,
+    prior,
+    slerp,
+    super_resolve,
+    txt2img,
+    unconditional,
+    vary,
+)
+from ldm.tensors import Noise
 
 
 class Names(torch.nn.Module):
@@ -25,7 +43,7 @@ class Names(torch.nn.Module):
         return Condition(vector=torch.tensor([[float(len(caption))] for caption in batch["caption"]]))
 
     def null(self, batch):
-        return Condition(vector=torch.zeros(len(batch["caption"]), 1))
+        return Condition(vector=torch.zeros(rows(batch), 1))
 
 
 class Echo(torch.nn.Module):
@@ -122,3 +140,224 @@ def test_the_first_stage_is_never_trained():
 def test_latents_have_the_first_stages_shape():
     assert model().latent_shape(5) == (5, 1, 4, 6)
     assert model().encode(torch.zeros(2, 1, 8, 12)).shape == (2, 1, 4, 6)
+
+
+class Gauss(torch.nn.Module):
+    """The exact x0 of Gaussian data N(0.3, 0.5^2): a net for X0 whose every task has a known answer."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.weight, self.schedule = torch.nn.Parameter(torch.zeros(())), schedule
+
+    def forward(self, x, t, cond, **kept):
+        (t,) = set(t.tolist())
+        alpha, sigma = self.schedule.alpha_sigma(torch.tensor((t + 1) / self.schedule.T, dtype=torch.float64))
+        gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
+        return self.weight + 0.3 + gain.float() * (x - alpha.float() * 0.3)
+
+
+def gaussian(size=(8, 12)) -> LatentDiffusion:
+    schedule = linear()
+    return LatentDiffusion(Doubling(), Names(), Denoiser(Gauss(schedule), schedule, X0()), size)
+
+
+class Patches(torch.nn.Module):
+    """A first stage of factor 2 that keeps all: 2 x 2 pixels are four channels."""
+
+    z_channels, factor = 4, 2
+
+    def encode(self, image):
+        return torch.nn.functional.pixel_unshuffle(image, 2) * 1.7
+
+    def decode(self, z):
+        return torch.nn.functional.pixel_shuffle(z / 1.7, 2)
+
+
+def patched() -> LatentDiffusion:
+    made = gaussian()
+    return LatentDiffusion(Patches(), Names(), made.denoiser, (8, 12))
+
+
+def images(n: int, *size: int) -> torch.Tensor:
+    return torch.rand(n, 1, *size, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
+
+
+def chosen(made, task, batch, n=2, steps=5):
+    noise = Noise(0, list(range(n)))
+    return task(
+        made, {"caption": [""] * n, "index": list(range(n)), **batch, "noise": noise}, noise, trailing(made.denoiser.schedule, steps)
+    )
+
+
+def test_the_choices_of_image_to_image():
+    made, image = gaussian(), images(2, 8, 12)
+    choices = chosen(made, partial(img2img, strength=0.5), {"image": image})
+    assert choices.ts.tolist() == [0.5, 0.4, 0.2, 0.0]
+    alpha, sigma = made.denoiser.schedule.alpha_sigma(torch.tensor(0.5, dtype=torch.float64))
+    start = Noise(0, [0, 1]).normal("start", torch.empty(2, 1, 4, 6))
+    torch.testing.assert_close(choices.start, alpha.float() * made.encode(image) + sigma.float() * start)
+    assert choices.told["caption"] == ["", ""]
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.1, 1.1])
+def test_a_strength_that_is_none_is_refused(strength):
+    with pytest.raises(ValueError, match=f"strength {strength}"):
+        chosen(gaussian(), partial(img2img, strength=strength), {"image": images(2, 8, 12)})
+
+
+def test_a_weaker_image_to_image_stays_nearer():
+    made, image = patched(), images(4, 8, 12)
+    batch, ts = {"caption": [""] * 4, "image": image}, trailing(linear(), 50)
+    far = [float((draw(made, batch, range(4), ts, task=partial(img2img, strength=s)) - image).abs().mean()) for s in (0.02, 0.3, 1.0)]
+    assert far == sorted(far)
+    assert far[0] < 0.05
+
+
+def test_inversion_leads_back():
+    """Followed to its noise and drawn from there as its source, an image is itself but for the steps' error, which falls with them."""
+    made, image = patched(), images(2, 8, 12)
+    batch = {"caption": ["", ""], "image": image}
+    error = [float((draw(made, batch, [0, 1], trailing(linear(), n), task=edit) - image).abs().max()) for n in (50, 200)]
+    assert error[1] < 0.35 * error[0] < 0.05
+    start = chosen(made, edit, {"image": image}, steps=500).start
+    mean, std = 0.3, 0.5  # the ODE keeps the number of standard deviations from the mean
+    torch.testing.assert_close(start, (made.encode(image) - mean) / std, atol=0.05, rtol=0)
+
+
+def test_inpainting_keeps_what_is_known_to_the_bit():
+    made, image = patched(), images(2, 8, 12)
+    mask = torch.zeros(2, 1, 8, 12)
+    mask[0, 0, 2:5, 3:9] = 1
+    mask[1] = 1
+    decoded = []
+    decode = made.autoencoder.decode
+    made.autoencoder.decode = lambda z: decoded.append(z) or decode(z)
+    out = draw(made, {"caption": ["", ""], "image": image, "mask": mask}, [0, 1], trailing(linear(), 5), task=inpaint)
+    (z,), hole = decoded, mask > 0.5
+    cells = torch.nn.functional.max_pool2d(mask, 2).bool().expand(2, 4, 4, 6)
+    assert torch.equal(z[~cells], made.encode(image)[~cells])
+    assert torch.equal(out[~hole], image[~hole])
+    assert (out[hole] != image[hole]).all()
+    assert out[1].std() > 0.1
+
+
+def test_inpainting_constrains_every_step_and_never_sees_the_hole():
+    made, image = patched(), images(2, 8, 12)
+    mask = torch.zeros(2, 1, 8, 12)
+    mask[..., 2:4, 2:6] = 1
+    seen = []
+    made.autoencoder.encode = lambda x: seen.append(x) or torch.nn.functional.pixel_unshuffle(x, 2)
+    other = torch.where(mask > 0.5, 0.77, image)
+    one, two = (chosen(made, inpaint, {"image": x, "mask": mask}) for x in (image, other))
+    assert torch.equal(*seen)
+    bound = one.constraint(lambda x_t, t: Denoised(torch.full_like(x_t, 9.0), x_t))
+    x0 = bound(one.start, one.ts[0]).x0
+    assert (x0[:, :, 1, 1:3] == 9).all()
+    assert torch.equal(x0[:, :, 0], torch.nn.functional.pixel_unshuffle(image, 2)[:, :, 0])
+    assert torch.equal(two.told["mask"], mask)
+
+
+def test_a_hole_is_filled_from_its_edge():
+    image = torch.zeros(1, 1, 5, 7)
+    image[..., 3:] = 1
+    hole = torch.zeros(1, 1, 5, 7, dtype=torch.bool)
+    hole[..., 1:4, 1:6] = True
+    full = filled(image, hole)
+    assert torch.equal(full[~hole], image[~hole])
+    assert 0 <= float(full.min()) <= float(full.max()) <= 1
+    assert full[0, 0, 2, 1] < 0.2 < 0.8 < full[0, 0, 2, 5]
+    assert not filled(image, torch.ones_like(hole)).any()
+
+
+@pytest.mark.parametrize("sides", [{"left": 4}, {"right": 2}, {"top": 6}, {"bottom": 2}, {"left": 2, "right": 4, "top": 2, "bottom": 4}])
+def test_outpainting_keeps_the_original(sides):
+    made, image = patched(), images(2, 8, 12)
+    out = draw(made, {"caption": ["", ""], "image": image}, [0, 1], trailing(linear(), 5), task=partial(outpaint, **sides))
+    left, right, top, bottom = (sides.get(side, 0) for side in ("left", "right", "top", "bottom"))
+    assert out.shape == (2, 1, 8 + top + bottom, 12 + left + right)
+    assert torch.equal(out[:, :, top : top + 8, left : left + 12], image)
+    frame = torch.ones_like(out, dtype=torch.bool)
+    frame[:, :, top : top + 8, left : left + 12] = False
+    assert out[frame].std() > 0.1
+
+
+@pytest.mark.parametrize("sides", [{}, {"left": -2, "right": 4}])
+def test_outpainting_nowhere_is_refused(sides):
+    with pytest.raises(ValueError, match="expected pixels to add"):
+        chosen(patched(), partial(outpaint, **sides), {"image": images(2, 8, 12)})
+
+
+def test_super_resolution_has_the_size_it_is_asked_for():
+    choices = chosen(gaussian(), partial(super_resolve, scale=4, level=0.3), {"low_res": images(2, 2, 3)})
+    assert choices.start.shape == (2, 1, 4, 6)
+    assert choices.told["level"] == 0.3
+
+
+def test_sizes_other_than_the_training_images():
+    choices = chosen(gaussian(), partial(generate, size=[16, 4]), {})
+    assert choices.start.shape == (2, 1, 8, 2)
+    for size in ([15, 4], [0, 4], [16, 1]):
+        with pytest.raises(ValueError, match=rf"size=\[{size[0]},{size[1]}\]: height and width must be multiples of 2"):
+            chosen(gaussian(), partial(generate, size=size), {})
+
+
+def test_interpolation_goes_from_seed_to_seed_on_the_sphere():
+    made = gaussian()
+    frames = chosen(made, partial(interpolate, first=7, last=9, frames=5), {}, n=5).start.double()
+    ends = [draw_start(made, seed) for seed in (7, 9)]
+    torch.testing.assert_close(frames[0], ends[0])
+    torch.testing.assert_close(frames[4], ends[1])
+    angles = [float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).arccos()) for a, b in pairwise(frames)]
+    torch.testing.assert_close(torch.tensor(angles), torch.full((4,), sum(angles) / 4), rtol=0.2, atol=0)
+    long = torch.stack([frame.norm() for frame in frames])
+    assert long.min() > 0.9 * min(end.norm() for end in ends)
+
+
+def draw_start(made, seed: int) -> torch.Tensor:
+    alpha, sigma = made.denoiser.schedule.alpha_sigma(torch.ones((), dtype=torch.float64))
+    return Noise(0, [seed]).normal("start", torch.empty(1, 1, 4, 6))[0].double() * torch.hypot(alpha, sigma).float()
+
+
+def test_slerp_by_hand():
+    a, b = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    half = slerp(a, b, torch.tensor([1 / 3, 0.5]))
+    torch.testing.assert_close(half, torch.tensor([[0.75**0.5, 0.5], [2.0, 0.0]]))
+
+
+def test_variations_lie_between_the_image_and_another():
+    made = gaussian()
+    starts = [chosen(made, partial(vary, of=5, amount=a), {}).start.double() for a in (0.0, 0.2, 1.0)]
+    torch.testing.assert_close(starts[0], torch.stack([draw_start(made, 5)] * 2))
+    torch.testing.assert_close(starts[2], torch.stack([draw_start(made, s) for s in (0, 1)]))
+    assert 0 < (starts[1] - starts[0]).norm() < (starts[2] - starts[0]).norm()
+    with pytest.raises(ValueError, match=r"amount=1\.5"):
+        chosen(made, partial(vary, amount=1.5), {})
+
+
+def test_a_negative_prompt_is_what_guidance_leaves():
+    """x0 = 0.1 length: at scale 3 it is negative + 3 (prompt - negative), the image half of it."""
+    ts, guided = trailing(cosine(), 5), partial(cfg, scale=3.0)
+    image = draw(model(), {"caption": ["four"], "negative": ["xx"]}, [0], ts, ddim, guided)
+    torch.testing.assert_close(image, torch.full((1, 1, 8, 12), 0.5 * (0.2 + 3 * 0.2)), rtol=1e-4, atol=1e-4)
+    held = draw(model(), {"caption": ["four"]}, [0], ts, ddim, guided, hold=("caption",))
+    torch.testing.assert_close(held, torch.full((1, 1, 8, 12), 0.5 * 0.4), rtol=1e-4, atol=1e-4)
+
+
+def test_unconditional_is_told_nothing():
+    ts = trailing(cosine(), 5)
+    assert draw(model(), {"caption": ["four"]}, [0], ts, task=unconditional).abs().max() < 1e-6
+    assert draw(model(), {}, [0], ts).abs().max() < 1e-6  # as is a batch that says nothing
+
+
+@pytest.mark.parametrize("name", ["img2img", "edit", "inpaint", "outpaint", "generate", "vary"])
+def test_a_seed_is_an_image_in_any_company_in_every_task(name):
+    task = {"img2img": img2img, "edit": edit, "inpaint": inpaint, "generate": generate, "vary": vary}.get(name, partial(outpaint, right=2))
+    made, ts = patched(), trailing(linear(), 4)
+    mask = torch.zeros(4, 1, 8, 12)
+    mask[..., :4, :4] = 1
+
+    def told(rows):
+        return {"caption": [""] * len(rows), "image": images(4, 8, 12)[rows], "mask": mask[rows], "index": rows}
+
+    whole = draw(made, told([0, 1, 2, 3]), [7, 8, 9, 10], ts, partial(ddim, eta=1.0), task=task)
+    assert torch.equal(draw(made, told([2, 0]), [9, 7], ts, partial(ddim, eta=1.0), task=task), whole[[2, 0]])

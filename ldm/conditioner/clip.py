@@ -35,21 +35,9 @@ class CLIP(nn.Module):
         random: bool = False,
     ):
         super().__init__()
-        if random and weights is not None:
-            raise ValueError(f"weights={weights} and random=true: choose one")
-        file = None if random else local(model, weights)  # before open_clip is imported, which takes seconds
+        self.clip, config = network(model, weights, hub, random)
         import open_clip
 
-        config = open_clip.get_model_config(model)
-        if config is None:
-            raise ValueError(f"model={model}: open_clip has no such model; open_clip.list_models() names them")
-        if other := {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
-            raise ValueError(f"model={model} has another text model or tokenizer ({min(other)}); expected one with CLIP's own, as ViT-L-14")
-        if not random and file is None:
-            file = tagged(model, str(weights), hub)
-        with torch.random.fork_rng(devices=[]):  # the weights of other networks do not depend on what is drawn here and replaced
-            torch.manual_seed(0)
-            self.clip = opened(model, file)
         self.clip.visual = None
         self.eval().requires_grad_(False)
         tower = getattr(self.clip, "text", self.clip)
@@ -89,6 +77,25 @@ class CLIP(nn.Module):
             )
         context = out["text_intermediates"][0][:, :limit]  # (B, L, D): the first of the last ones
         return Features(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device), out["text_features"])
+
+
+def network(model: str, weights: str | None, hub: bool, random: bool) -> tuple[Any, dict[str, Any]]:
+    """open_clip's model, both towers, on the CPU in float32, and its config; options and errors as CLIP's."""
+    if random and weights is not None:
+        raise ValueError(f"weights={weights} and random=true: choose one")
+    file = None if random else local(model, weights)  # before open_clip is imported, which takes seconds
+    import open_clip
+
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise ValueError(f"model={model}: open_clip has no such model; open_clip.list_models() names them")
+    if other := {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
+        raise ValueError(f"model={model} has another text model or tokenizer ({min(other)}); expected one with CLIP's own, as ViT-L-14")
+    if not random and file is None:
+        file = tagged(model, str(weights), hub)
+    with torch.random.fork_rng(devices=[]):  # the weights of other networks do not depend on what is drawn here and replaced
+        torch.manual_seed(0)
+        return opened(model, file), config
 
 
 def local(model: str, weights: str | None) -> Path | None:

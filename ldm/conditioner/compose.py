@@ -1,40 +1,54 @@
-"""Several conditions at once."""
+"""Several conditions at once, and the one place where conditions are dropped in training."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ldm.condition import Condition
+from ldm.condition import Condition, spread
+from ldm.tensors import Noise
 
 
 class Compose(nn.Module):
     """The conditions of all its conditioners, joined field by field; the null is that of the nulls.
 
     Contexts follow one another along L, in the widest's dimension, to which a learned linear map takes the others; vectors are joined
-    along D, concat along C.  Raises ValueError without any conditioner.
+    along D, concat along C.  A conditioner of whose keys a batch lacks one gives its null.
+    drop: conditioner -> the probability with which, while training, a row's condition by it gives way to its null, one by one; drawn from
+    batch["noise"].  Raises ValueError without any conditioner, and for a rate that is none or of no conditioner.
     """
 
-    def __init__(self, **conditioners: nn.Module):
+    def __init__(self, drop: Mapping[str, float] | None = None, **conditioners: nn.Module):
         super().__init__()
         if not conditioners:
             raise ValueError("a composed conditioner needs at least one conditioner, name=conditioner")
+        self.drop = dict(drop or {})
+        for name, rate in self.drop.items():
+            if name not in conditioners:
+                raise ValueError(f"drop.{name}={rate}: expected a rate for one of {', '.join(conditioners)}")
+            if not 0 <= rate <= 1:
+                raise ValueError(f"drop.{name}={rate}: expected a probability")
         self.conditioners = nn.ModuleDict(conditioners)
         parts: list[Any] = list(conditioners.values())
         self.keys = tuple(dict.fromkeys(key for part in parts for key in part.keys))
         self.context_dim = max((part.context_dim for part in parts if part.context_dim), default=None)
         self.vector_dim = sum(part.vector_dim or 0 for part in parts) or None
+        self.concat_channels = sum(part.concat_channels for part in parts)
         dims = {name: part.context_dim for name, part in zip(conditioners, parts, strict=True)}
         widest = self.context_dim or 0
         narrow = {name: dim for name, dim in dims.items() if dim and dim < widest}
         self.widen = nn.ModuleDict({name: nn.Linear(dim, widest) for name, dim in narrow.items()})
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        return self._join({name: part(batch) for name, part in self.conditioners.items()})
+        return self._join({name: self._told(name, part, batch) for name, part in self.conditioners.items()})
 
     def null(self, batch: dict[str, Any]) -> Condition:
         return self._join({name: cast(Any, part).null(batch) for name, part in self.conditioners.items()})
+
+    def _told(self, name: str, part: nn.Module, batch: dict[str, Any]) -> Condition:
+        cond, rate = tell(part, batch), self.drop.get(name, 0.0) if self.training else 0.0
+        return dropped(cond, cast(Any, part).null(batch), batch["noise"], f"drop/{name}", rate) if rate else cond
 
     def _join(self, conds: dict[str, Condition]) -> Condition:
         contexts = {name: cond.context for name, cond in conds.items() if cond.context is not None}
@@ -45,9 +59,19 @@ class Compose(nn.Module):
             context=joined([self.widen[name](c) if name in self.widen else c for name, c in contexts.items()]),  # (B, L1 + L2 + ..., D)
             mask=joined(masks.values()),
             vector=joined([cond.vector for cond in conds.values()]),
-            concat=joined([cond.concat for cond in conds.values()]),
+            concat=joined(spread([cond.concat for cond in conds.values()])),
             hint=tuple(hint for cond in conds.values() for hint in cond.hint),
         )
+
+
+def tell(conditioner: Any, batch: dict[str, Any]) -> Condition:
+    """The conditioner's Condition of a batch; its null where the batch lacks one of its keys."""
+    return conditioner(batch) if all(key in batch for key in conditioner.keys) else conditioner.null(batch)
+
+
+def dropped(cond: Condition, null: Condition, noise: Noise, purpose: str, rate: float) -> Condition:
+    """cond, row by row the null with probability `rate` (Ho & Salimans 2022, algorithm 1); which rows is noise's to say."""
+    return cond.where(noise.uniform(purpose, torch.empty(len(noise))) >= rate, null)
 
 
 def joined(parts: Iterable[Tensor | None]) -> Tensor | None:

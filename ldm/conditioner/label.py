@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.conditioner.rows import rows
 
 
 class Label(nn.Module):
@@ -15,7 +16,7 @@ class Label(nn.Module):
     """
 
     keys = ("label",)
-    vector_dim = None
+    vector_dim, concat_channels = None, 0
 
     def __init__(self, num_classes: int, dim: int = 64):
         super().__init__()
@@ -26,14 +27,14 @@ class Label(nn.Module):
         return Condition(context=embedded(self.embedding, batch["label"])[:, None])  # (B, 1, D)
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return Condition(context=nulls(self.embedding, batch["label"])[:, None])
+        return Condition(context=nulls(self.embedding, rows(batch))[:, None])
 
 
 class LabelVector(nn.Module):
     """As Label, but a vector (B, dim) for the time embedding (Dhariwal & Nichol 2021; DiT): for networks without cross-attention."""
 
     keys = ("label",)
-    context_dim = None
+    context_dim, concat_channels = None, 0
 
     def __init__(self, num_classes: int, dim: int = 64):
         super().__init__()
@@ -44,7 +45,7 @@ class LabelVector(nn.Module):
         return Condition(vector=embedded(self.embedding, batch["label"]))  # (B, D)
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return Condition(vector=nulls(self.embedding, batch["label"]))
+        return Condition(vector=nulls(self.embedding, rows(batch)))
 
 
 def embedded(embedding: nn.Embedding, label: Tensor) -> Tensor:
@@ -56,6 +57,6 @@ def embedded(embedding: nn.Embedding, label: Tensor) -> Tensor:
     return embedding(label.to(embedding.weight.device))
 
 
-def nulls(embedding: nn.Embedding, label: Tensor) -> Tensor:
-    """The null class's row for each of labels (B,): (B, dim)."""
-    return embedding(torch.full_like(label, embedding.num_embeddings - 1, device=embedding.weight.device))
+def nulls(embedding: nn.Embedding, num: int) -> Tensor:
+    """The null class's row, num times: (num, dim)."""
+    return embedding(torch.full((num,), embedding.num_embeddings - 1, device=embedding.weight.device))

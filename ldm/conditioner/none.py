@@ -12,6 +12,7 @@ class Nothing(nn.Module):
 
     keys = ()
     context_dim = vector_dim = None
+    concat_channels = 0
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         return Condition()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ldm.condition import Condition
+from ldm.conditioner.rows import rows
 from ldm.conditioner.tokens import Encoder
 
 MOST = 1 << 28  # numbers kept in the table of tokens (1 GiB); when it is full it starts anew
@@ -23,6 +24,7 @@ class Text(nn.Module):
     """
 
     keys = ("caption",)
+    concat_channels = 0
     here: Tensor  # empty, goes where the model goes
 
     def __init__(self, encoder: Encoder, length: int = 32):
@@ -37,7 +39,7 @@ class Text(nn.Module):
         return self.kept.condition(texts(batch["caption"]), self.here.device)
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return self.kept.condition([""] * len(batch["caption"]), self.here.device)
+        return self.kept.condition([""] * rows(batch), self.here.device)
 
     def tokens(self, prompt: str) -> list[str]:
         """The pieces of the prompt that the encoder reads."""

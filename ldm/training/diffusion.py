@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioner.compose import dropped
 from ldm.model import LatentDiffusion
 from ldm.tensors import Noise
 
@@ -41,10 +42,9 @@ class LitDiffusion(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         noise = noise_of(self.seed, batch)
         z = self.latent(batch, noise)  # (B, C, h, w)
-        cond = self.model.condition(batch)
+        cond = self.model.condition({**batch, "noise": noise})
         if self.drop:
-            keep = noise.uniform("drop", z.new_empty(len(z), dtype=torch.float32)) >= self.drop
-            cond = cond.where(keep, self.model.uncondition(batch))
+            cond = dropped(cond, self.model.uncondition(batch), noise, "drop", self.drop)
         terms = self.objective(self.model.denoiser, z, cond.to(z.dtype), noise, batch)
         return {name: term.mean() for name, term in terms.items()}
 

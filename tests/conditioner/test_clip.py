@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from ldm.conditioner import clip
 from ldm.conditioner.clip import CLIP
+from ldm.conditioner.clip_image import CLIPImage
 from ldm.fetch import AssetError
 
 TINY = {
@@ -177,3 +178,23 @@ def test_a_tag_is_fetched_when_asked(monkeypatch):
 def test_a_bad_option_is_named(options, said):
     with pytest.raises(ValueError, match=said):
         CLIP(**{"model": "tiny", "random": True} | options)
+
+
+def test_an_images_embedding_is_open_clips_own():
+    from open_clip import image_transform
+    from torchvision.transforms.functional import to_pil_image
+
+    conditioner = CLIPImage("tiny", random=True)
+    visual = conditioner.kept[0]
+    pixels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    own = image_transform(8, is_train=False, mean=visual.image_mean, std=visual.image_std)(to_pil_image(pixels))
+    with torch.no_grad():
+        expected = visual(own[None])
+    cond = conditioner({"image": pixels[None] / 127.5 - 1})
+    torch.testing.assert_close(cond.vector, 4 * expected / expected.norm(), atol=1e-5, rtol=0)
+    assert cond.vector.shape == (1, conditioner.vector_dim) == (1, 16)
+    assert torch.equal(cond.context[:, 0], cond.vector)
+    assert not conditioner.null({"image": pixels[None]}).vector.any()
+    assert not list(conditioner.parameters())
+    grey = conditioner({"image": torch.zeros(2, 1, 20, 30)})
+    assert grey.vector.shape == (2, 16)

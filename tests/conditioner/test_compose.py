@@ -11,7 +11,7 @@ class Fixed(nn.Module):
     """Tells two tokens of width 6, the second masked, a vector of width 2, a map and a hint; zeros for null."""
 
     keys = ("caption",)
-    context_dim, vector_dim = 6, 2
+    context_dim, vector_dim, concat_channels = 6, 2, 1
 
     def forward(self, batch):
         return Condition(
@@ -22,13 +22,13 @@ class Fixed(nn.Module):
         return self(batch).map(torch.zeros_like)
 
 
-BATCH = {"label": torch.tensor([1, 2])}
+BATCH = {"label": torch.tensor([1, 2]), "caption": ["a", "b"]}
 
 
 def test_fields_are_joined():
     both = Compose(label=Label(3, dim=4), fixed=Fixed(), style=LabelVector(3, dim=5))
     assert both.keys == ("label", "caption")
-    assert (both.context_dim, both.vector_dim) == (6, 7)
+    assert (both.context_dim, both.vector_dim, both.concat_channels) == (6, 7, 1)
     cond, label = both(BATCH), both.conditioners["label"]
     assert torch.equal(cond.context[:, :1], both.widen["label"](label(BATCH).context))
     assert torch.equal(cond.context[:, 1:], torch.ones(2, 2, 6))

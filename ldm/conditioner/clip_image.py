@@ -1,0 +1,48 @@
+"""CLIP's embedding of an image as the condition: variations of a picture (Ramesh et al. 2022)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize
+
+from ldm.condition import Condition
+from ldm.conditioner.clip import network
+from ldm.conditioner.rows import rows
+
+
+class CLIPImage(nn.Module):
+    """batch["image"] (B, C, H, W) in [-1, 1]: context (B, 1, V) and vector (B, V), CLIP's embedding with norm sqrt(V); the null is zero.
+
+    Options are those of CLIP.  The encoder is frozen and no part of this module's parameters or state.
+    """
+
+    keys = ("image",)
+    concat_channels = 0
+    here: Tensor  # empty, goes where the model goes
+
+    def __init__(self, model: str = "ViT-L-14-quickgelu", weights: str | None = None, hub: bool = False, random: bool = False):
+        super().__init__()
+        clip, config = network(model, weights, hub, random)
+        self.kept = [clip.visual.eval().requires_grad_(False)]  # in a list: not to be trained, saved or averaged
+        self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (clip.visual.image_mean, clip.visual.image_std))
+        self.context_dim = self.vector_dim = config["embed_dim"]
+        self.register_buffer("here", torch.empty(0), persistent=False)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        vector = self.embedding(batch["image"].to(self.here))
+        return Condition(context=vector[:, None], vector=vector)
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        vector = self.here.new_zeros(rows(batch), self.vector_dim)
+        return Condition(context=vector[:, None], vector=vector)
+
+    @torch.no_grad()
+    def embedding(self, image: Tensor) -> Tensor:
+        """(B, V) with norm sqrt(V)."""
+        device = self.here.device
+        visual = self.kept[0].to(device)
+        image = interpolate(image.float(), visual.image_size, mode="bicubic", antialias=True).clamp(-1, 1).expand(-1, 3, -1, -1)
+        with torch.autocast(device.type, enabled=False):
+            vector = visual((image / 2 + 0.5 - self.mean.to(device)) / self.std.to(device))
+        return normalize(vector, dim=1) * self.vector_dim**0.5

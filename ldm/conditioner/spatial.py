@@ -1,0 +1,169 @@
+"""Pictures as the condition: maps, low resolution, masks, brought to the latent's size and stacked on its channels (LDM sec. 3.3)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.condition import Condition
+from ldm.conditioner.rows import rows
+
+
+class SemanticMap(nn.Module):
+    """batch["map"], classes (B, H, W) int64 or their shares (B, classes, H, W): concat (B, channels, H/factor, W/factor).
+
+    Each cell gets the share of every class in it, then a learned 1x1 convolution without bias (LDM's SpatialRescaler).  The null is zero,
+    a cell of no class.  Raises ValueError for a class out of range or a size that the factor does not divide.
+    """
+
+    keys = ("map",)
+    context_dim = vector_dim = None
+
+    def __init__(self, factor: int, classes: int, channels: int = 4):
+        super().__init__()
+        self.factor, self.classes, self.concat_channels = factor, classes, channels
+        self.mix = nn.Conv2d(classes, channels, 1, bias=False)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        return Condition(concat=self.mix(means(self.shares(batch["map"]).to(self.mix.weight), self.factor, "map")))
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        return Condition(concat=self.mix.weight.new_zeros(rows(batch), self.concat_channels, *cells_of(batch.get("map"), self.factor)))
+
+    def shares(self, map: Tensor) -> Tensor:
+        """A map as shares (B, classes, H, W)."""
+        if map.ndim == 4 and map.is_floating_point() and map.shape[1] == self.classes:
+            return map
+        if map.ndim != 3 or map.is_floating_point():
+            raise ValueError(f"map of {tuple(map.shape)} {map.dtype}: expected classes (B, H, W) or shares (B, {self.classes}, H, W)")
+        if map.numel() and not 0 <= int(map.min()) <= int(map.max()) < self.classes:
+            raise ValueError(f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}")
+        return F.one_hot(map.long(), self.classes).movedim(-1, 1).float()
+
+
+class Picture(nn.Module):
+    """batch[key] (B, channels, H, W), a relief, a depth, a sketch: concat (B, channels + 1, H/factor, W/factor).
+
+    Each cell gets the mean over it; the last channel is 1, and 0 in the null, which is zero throughout.
+    """
+
+    context_dim = vector_dim = None
+    here: Tensor  # empty, goes where the model goes
+
+    def __init__(self, factor: int, key: str = "relief", channels: int = 1):
+        super().__init__()
+        self.keys, self.factor, self.concat_channels = (key,), factor, channels + 1
+        self.register_buffer("here", torch.empty(0), persistent=False)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        mean = means(batch[self.keys[0]].to(self.here), self.factor, self.keys[0])
+        return Condition(concat=torch.cat([mean, torch.ones_like(mean[:, :1])], 1))
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        size = cells_of(batch.get(self.keys[0]), self.factor)
+        return Condition(concat=self.here.new_zeros(rows(batch), self.concat_channels, *size))
+
+
+class LowRes(nn.Module):
+    """batch["low_res"] (B, C, H/scale, W/scale) in [-1, 1]: concat (B, C r^2 + 1, H/factor, W/factor), r = factor / scale or 1.
+
+    Where it is finer than the latent its r x r pixels become channels, where it is coarser they are repeated.  With `augment` noise is
+    mixed in at a level l up to it, sqrt(1 - l^2) x + l eps, keyed by batch["noise"] (Ho et al. 2022, sec. 4.2); the last channel is l.
+    While training l is uniform in [0, augment], else batch["level"] if there, else 0.  The null is zero at level 1.
+    Raises ValueError where scale and factor do not divide one another, and for an augment outside [0, 1).
+    """
+
+    keys = ("low_res",)
+    context_dim = vector_dim = None
+    here: Tensor
+
+    def __init__(self, factor: int, channels: int, scale: int = 4, augment: float = 0.0):
+        super().__init__()
+        if factor % scale and scale % factor:
+            raise ValueError(f"scale={scale}: expected a divisor or a multiple of the first stage's factor, {factor}")
+        if not 0 <= augment < 1:
+            raise ValueError(f"augment={augment}: expected a level of noise from 0 up to, not with, 1")
+        self.scale, self.augment, self.channels = scale, augment, channels
+        self.fold, self.repeat = max(factor // scale, 1), max(scale // factor, 1)
+        self.concat_channels = channels * self.fold**2 + 1
+        self.register_buffer("here", torch.empty(0), persistent=False)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        image = batch["low_res"].to(self.here)
+        if image.shape[1] != self.channels or image.shape[-2] % self.fold or image.shape[-1] % self.fold:
+            raise ValueError(
+                f"low_res of {tuple(image.shape)}: expected {self.channels} channels, height and width in multiples of {self.fold}"
+            )
+        level = self.level(batch, image)
+        if level.any():
+            image = (1 - level**2).sqrt() * image + level * batch["noise"].normal("low_res", image)
+        return Condition(concat=self.folded(image, level))
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        size = [side * self.fold // self.fold for side in batch["low_res"].shape[-2:]] if "low_res" in batch else [self.fold] * 2
+        nothing = self.here.new_zeros(rows(batch), self.channels, *size)
+        concat = self.folded(nothing, torch.ones_like(nothing[:, :1, :1, :1]))
+        return Condition(concat=concat if "low_res" in batch else concat[:, :, :1, :1])
+
+    def level(self, batch: dict[str, Any], image: Tensor) -> Tensor:
+        """The level of noise for each row, (B, 1, 1, 1)."""
+        one = image[:, 0, 0, 0]
+        level = torch.zeros_like(one) + torch.as_tensor(batch.get("level", 0.0)).to(one)
+        if self.training and self.augment:
+            level = self.augment * batch["noise"].uniform("low_res/level", one)
+        return level[:, None, None, None]
+
+    def folded(self, image: Tensor, level: Tensor) -> Tensor:
+        """The image and its level on the latent's grid."""
+        image = F.pixel_unshuffle(image, self.fold)
+        image = torch.cat([image, level.expand(-1, 1, *image.shape[-2:])], 1)
+        return image.repeat_interleave(self.repeat, -2).repeat_interleave(self.repeat, -1)
+
+
+class MaskedImage(nn.Module):
+    """batch["image"] (B, C, H, W) in [-1, 1] and batch["mask"] (B, 1, H, W), 1 = to be drawn: concat (B, 1 + z_channels, h, w).
+
+    First the mask, 1 where any pixel of a cell is to be drawn, then the latent of the image with those pixels grey (LDM sec. 4.5; the
+    order is Stable Diffusion's).  encode: the first stage, image -> z.  The null says that all is to be drawn: mask 1, latent 0.
+    """
+
+    keys = ("image", "mask")
+    context_dim = vector_dim = None
+    here: Tensor
+
+    def __init__(self, factor: int, z_channels: int, encode: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.factor, self.encode, self.concat_channels = factor, encode, 1 + z_channels
+        self.register_buffer("here", torch.empty(0), persistent=False)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        image, mask = batch["image"].to(self.here), (batch["mask"] > 0.5).to(self.here)
+        if mask.shape != (len(image), 1, *image.shape[-2:]):
+            raise ValueError(f"mask of {tuple(mask.shape)}: expected {(len(image), 1, *image.shape[-2:])}, the image's size, one channel")
+        with torch.no_grad():
+            z = self.encode(image * (1 - mask))
+        return Condition(concat=torch.cat([any_of(mask, self.factor), z.to(mask)], 1))
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        concat = self.here.new_zeros(rows(batch), self.concat_channels, *cells_of(batch.get("mask"), self.factor))
+        concat[:, 0] = 1
+        return Condition(concat=concat)
+
+
+def means(x: Tensor, factor: int, name: str) -> Tensor:
+    """The mean of x (B, C, H, W) over cells of factor x factor pixels. Raises ValueError for a size that the factor does not divide."""
+    if x.shape[-2] % factor or x.shape[-1] % factor:
+        raise ValueError(f"{name} of {x.shape[-2]}x{x.shape[-1]}: height and width must be multiples of {factor}")
+    return F.avg_pool2d(x, factor)
+
+
+def any_of(mask: Tensor, factor: int) -> Tensor:
+    """1 for every cell of factor x factor pixels in which the mask (B, 1, H, W) is 1 anywhere, else 0."""
+    return F.max_pool2d(mask, factor)
+
+
+def cells_of(picture: Tensor | None, factor: int) -> Sequence[int]:
+    """Height and width in cells of a picture (..., H, W); 1 and 1 without one."""
+    return (1, 1) if picture is None else [cast(int, side) // factor for side in picture.shape[-2:]]

@@ -1,0 +1,174 @@
+"""LDM's own transformer over tokens, trained with the denoiser (Rombach et al. 2022, app. E.2.1): captions and layouts."""
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ldm.condition import Condition
+from ldm.conditioner.rows import rows
+from ldm.conditioner.text import texts
+from ldm.conditioner.tokens import Truncation
+from ldm.fetch import AssetError, minilm
+
+log = logging.getLogger(__name__)
+
+
+class Attention(nn.Module):
+    """Self-attention x (B, L, D) -> (B, L, D) over all tokens, padding too; q, k, v without bias."""
+
+    def __init__(self, dim: int, heads: int, head_channels: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(dim, heads * head_channels, bias=False) for _ in range(3))
+        self.out = nn.Linear(heads * head_channels, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, L, D/H)
+        return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """One pre-norm encoder layer: x (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim: int, heads: int, head_channels: int):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads, head_channels)
+        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """ids (B, L) int64 -> (B, L, dim): token and position embeddings, pre-norm layers, a last norm.
+
+    tokens: size of the vocabulary.  length: the most tokens.  logits: whether to carry the head over the vocabulary that LDM's published
+    weights hold and nothing reads.
+    """
+
+    def __init__(self, tokens: int, length: int, dim: int, layers: int, heads: int = 8, head_channels: int = 64, logits: bool = False):
+        super().__init__()
+        self.token, self.position = nn.Embedding(tokens, dim), nn.Embedding(length, dim)
+        self.layers = nn.ModuleList(Layer(dim, heads, head_channels) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.logits = nn.Linear(dim, tokens) if logits else None
+        for table in (self.token, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids) + self.position.weight[: ids.shape[1]]  # (B, L, D)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class WordPiece(nn.Module):
+    """batch["caption"], B texts, as BERT's word pieces through a transformer that learns with the denoiser: context (B, length, dim).
+
+    Texts are padded to `length` with a token that is read like any other; a longer one is cut with a warning.  The null is the empty
+    text's.  vocabulary: a tokenizer.json; null is BERT's uncased list of 30,522, found or fetched.  Raises AssetError without it.
+    """
+
+    keys = ("caption",)
+    vector_dim, concat_channels = None, 0
+
+    def __init__(
+        self,
+        dim: int = 1280,
+        layers: int = 32,
+        heads: int = 8,
+        head_channels: int = 64,
+        length: int = 77,
+        logits: bool = False,
+        vocabulary: str | None = None,
+    ):
+        from tokenizers import Tokenizer
+
+        super().__init__()
+        file = Path(vocabulary).expanduser() if vocabulary else minilm() / "tokenizer.json"
+        if not file.is_file():
+            raise AssetError(f"vocabulary={vocabulary}: no such file; expected a tokenizer.json, or null for BERT's own list")
+        self.tokenizer, self.truncation = Tokenizer.from_file(str(file)), Truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.length, self.context_dim = length, dim
+        self.transformer = Transformer(self.tokenizer.get_vocab_size(), length, dim, layers, heads, head_channels, logits)
+        self.ids = lru_cache(maxsize=1 << 20)(self._ids)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        return self.read(texts(batch["caption"]))
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        return self.read([""] * rows(batch))
+
+    def read(self, captions: Sequence[str]) -> Condition:
+        ids = torch.tensor([self.ids(text) for text in captions], device=self.transformer.norm.weight.device)
+        return Condition(context=self.transformer(ids))
+
+    def tokens(self, prompt: str) -> list[str]:
+        """The pieces of the prompt that become tokens, each as it stands there."""
+        return [prompt[start:end] for start, end in self.tokenizer.encode(prompt, add_special_tokens=False).offsets]
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        ids = self.truncation(text, self.tokenizer.encode(text).ids, self.length)
+        return (*ids, *[0] * (self.length - len(ids)))  # 0 is [PAD]
+
+
+class Layout(nn.Module):
+    """batch["boxes"], for each of B images rows (class, left, top, right, bottom): context (B, 3 objects + 2, dim) (LDM app. D.1 and G).
+
+    Coordinates are parts of width and height in [0, 1], from the top left.  Each box is three tokens, its class and the places of two
+    corners on a grid of isqrt(tokens)^2; the last two are the crop, the whole image.  Boxes past `objects` are dropped with a warning.
+    The null has no box.  Raises ValueError for a class or a coordinate out of range.
+    """
+
+    keys = ("boxes",)
+    vector_dim, concat_channels = None, 0
+
+    def __init__(
+        self,
+        tokens: int = 8192,
+        objects: int = 30,
+        dim: int = 512,
+        layers: int = 16,
+        heads: int = 8,
+        head_channels: int = 64,
+        logits: bool = False,
+    ):
+        super().__init__()
+        self.none, self.objects, self.context_dim = tokens - 1, objects, dim
+        self.sections = int(tokens**0.5)
+        self.transformer = Transformer(tokens, 3 * objects + 2, dim, layers, heads, head_channels, logits)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        ids = [self.ids([[float(x) for x in box] for box in boxes]) for boxes in batch["boxes"]]
+        return Condition(context=self.transformer(torch.tensor(ids, device=self.transformer.norm.weight.device)))
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        return self({"boxes": [[]] * rows(batch)})
+
+    def ids(self, boxes: Sequence[Sequence[float]]) -> list[int]:
+        """The tokens of one layout."""
+        if len(boxes) > self.objects:
+            log.warning("layout of %d boxes cut to %d, %d boxes dropped", len(boxes), self.objects, len(boxes) - self.objects)
+        found = []
+        for box in boxes[: self.objects]:
+            if len(box) != 5 or not (0 <= box[0] < self.none and box[0] == int(box[0])):
+                raise ValueError(f"box {list(box)}: expected (class, left, top, right, bottom), a class from 0 to {self.none - 1}")
+            found += [int(box[0]), self.place(box[1], box[2]), self.place(box[3], box[4])]
+        whole = [self.place(0.0, 0.0), self.place(1.0, 1.0)]
+        return found + [self.none] * (3 * self.objects - len(found)) + whole
+
+    def place(self, x: float, y: float) -> int:
+        """The token of a place."""
+        if not (0 <= x <= 1 and 0 <= y <= 1):
+            raise ValueError(f"corner ({x:g}, {y:g}) of a box: expected parts of width and height in [0, 1]")
+        column, row = round(x * (self.sections - 1)), round(y * (self.sections - 1))
+        return row * self.sections + column

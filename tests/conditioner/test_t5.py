@@ -1,0 +1,82 @@
+"""T5 through transformers: the features of its own forward, by a folder alone, and one line where it is not to be had."""
+
+import logging
+
+import pytest
+import torch
+
+from ldm.conditioner.t5 import T5
+from ldm.conditioner.text import Text
+from ldm.fetch import AssetError
+
+WORDS = ["<pad>", "</s>", "<unk>", "▁a", "▁bag", "▁photo", "▁of", "▁ankle", "▁boot"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A T5 of two small layers that knows nine words, as transformers saves one."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    place = tmp_path_factory.mktemp("t5")
+    words = Tokenizer(Unigram([(word, -float(i)) for i, word in enumerate(WORDS)], unk_id=2))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(place)
+    torch.manual_seed(0)
+    T5EncoderModel(T5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).save_pretrained(place)
+    return place
+
+
+def test_features_are_those_of_its_own_forward(folder):
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    texts = ["a photo of a bag", "boot"]
+    context, mask, vector = T5(str(folder))(texts)
+    theirs, words = T5EncoderModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = words(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).last_hidden_state
+    assert mask.tolist() == ids["attention_mask"].bool().tolist() == [[True] * 6, [True] * 2 + [False] * 4]
+    torch.testing.assert_close(context[mask], expected[mask], atol=1e-6, rtol=0)
+    torch.testing.assert_close(vector[1], expected[1, :2].mean(0), atol=1e-6, rtol=0)
+
+
+def test_through_text(folder, caplog):
+    text = Text(T5(str(folder)), length=4)
+    with caplog.at_level(logging.WARNING):
+        cond = text({"caption": ["a photo of a bag", "boot"]})
+    assert "text of 6 tokens cut to 4, 2 tokens dropped" in caplog.text
+    assert cond.context.shape == (2, 4, text.context_dim)
+    assert cond.mask.tolist() == [[True] * 4, [True, True, False, False]]
+    assert text.null({"label": torch.zeros(2)}).mask[0, 0]
+    assert text.tokens("a photo of") == ["a", "photo", "of"]
+    assert len(text.identity) == 64
+    assert not list(text.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "said"),
+    [
+        (None, AssetError, "model=null"),
+        ("no/such/folder", AssetError, "no/such/folder: no such folder"),
+        ("google/flan-t5-none", AssetError, "is not in the Hugging Face hub's cache"),
+    ],
+)
+def test_without_weights_one_line_says_what_to_do(model, error, said):
+    with pytest.raises(error, match=said) as found:
+        T5(model)
+    assert "\n" not in str(found.value)
+
+
+def test_a_damaged_folder_is_named(folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"copy: damaged, or not T5's") as found:
+        T5(str(copy))
+    assert "\n" not in str(found.value)

@@ -1,0 +1,102 @@
+"""LDM's own transformer: the published sizes, the published layout of boxes, captions in BERT's words, and nulls."""
+
+import logging
+
+import pytest
+import torch
+
+from ldm.conditioner.transformer import Layout, Transformer, WordPiece
+from ldm.fetch import AssetError
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count"),
+    [
+        ((30522, 77, 1280, 32), 581_994_042),  # LDM-8 text to image: 872.30M + this = the paper's 1.45B
+        ((30522, 77, 640, 32), 186_154_682),
+        ((8192, 92, 512, 16), 58_858_496),  # layout to image
+    ],
+)
+def test_the_published_sizes(sizes, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Transformer(*sizes, logits=True).parameters()) == count
+
+
+def test_it_is_the_stack_by_hand():
+    torch.manual_seed(0)
+    net = Transformer(50, 6, 16, 2, heads=2, head_channels=4)
+    ids = torch.randint(0, 50, (3, 5))
+    x = net.token.weight[ids] + net.position.weight[:5]
+    for layer in net.layers:
+        y, heads = layer.norm1(x), []
+        for head in range(2):
+            part = slice(4 * head, 4 * head + 4)
+            q, k, v = (y @ f.weight[part].T for f in (layer.attention.q, layer.attention.k, layer.attention.v))
+            heads.append((q @ k.transpose(1, 2) / 4**0.5).softmax(-1) @ v)
+        x = x + layer.attention.out(torch.cat(heads, -1))
+        x = x + layer.mlp(layer.norm2(x))
+    torch.testing.assert_close(net(ids), net.norm(x), atol=1e-6, rtol=1e-5)
+    assert net(ids).shape == (3, 5, 16)
+
+
+@pytest.fixture(scope="module")
+def words(minilm):
+    return WordPiece(dim=8, layers=1, heads=1, head_channels=4, length=12)
+
+
+def test_captions_are_berts_words_padded(words):
+    assert words.transformer.token.num_embeddings == 30522
+    assert words.ids("a bag") == (101, 1037, 4524, 102, *[0] * 8)
+    cond = words({"caption": ["a bag", "an ankle boot"]})
+    assert cond.context.shape == (2, 12, words.context_dim)
+    assert cond.mask is None
+    assert torch.equal(words.null({"label": torch.zeros(2)}).context, words({"caption": ["", ""]}).context)
+    assert not torch.allclose(cond.context, words.null({"caption": ["a"] * 2}).context)
+    assert words.tokens("Ankle-boot!") == ["Ankle", "-", "boot", "!"]
+    cond.context.sum().backward()
+    assert words.transformer.token.weight.grad[4524].any()
+
+
+def test_a_long_caption_is_cut_and_told(words, caplog):
+    with caplog.at_level(logging.WARNING):
+        words({"caption": ["bag " * 10]})
+        assert not caplog.text
+        words({"caption": ["bag " * 13]})
+    assert "text of 15 tokens cut to 12, 3 tokens dropped" in caplog.text
+    assert words.ids("bag " * 13)[-1] == 102
+
+
+def test_a_vocabulary_that_is_not_there():
+    with pytest.raises(AssetError, match=r"vocabulary=nowhere\.json: no such file"):
+        WordPiece(8, 1, vocabulary="nowhere.json")
+
+
+@pytest.fixture
+def layout():
+    return Layout(dim=8, layers=1, heads=1, head_channels=4)
+
+
+def test_boxes_are_ninety_two_tokens(layout):
+    """Grid of 90 x 90, row by row; 8191 is nothing; the crop is the whole image."""
+    ids = layout.ids([(3, 0.0, 0.0, 1.0, 0.5)])
+    assert len(ids) == 92
+    assert ids[:3] == [3, 0, 44 * 90 + 89]
+    assert set(ids[3:90]) == {8191}
+    assert ids[90:] == [0, 8099]
+    cond = layout({"boxes": [[(3, 0.0, 0.0, 1.0, 0.5)], torch.tensor([[1.0, 0.2, 0.2, 0.4, 0.4]])]})
+    assert cond.context.shape == (2, 92, 8)
+    assert torch.equal(layout.null({"caption": ["a"]}).context, layout({"boxes": [[]]}).context)
+
+
+def test_too_many_boxes_are_told(layout, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert len(layout.ids([(0, 0, 0, 1, 1)] * 33)) == 92
+    assert "layout of 33 boxes cut to 30, 3 boxes dropped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "box", [(8191, 0, 0, 1, 1), (-1, 0, 0, 1, 1), (0.5, 0, 0, 1, 1), (0, 0, 0, 1), (0, 0, 0, 1, 1.1), (0, -0.1, 0, 1, 1)]
+)
+def test_a_box_that_is_none_is_refused(layout, box):
+    with pytest.raises(ValueError, match=r"expected (\(class|parts of)"):
+        layout({"boxes": [[box]]})
