@@ -10,7 +10,7 @@ from ldm.interop.keymap import count
 
 @dataclass(frozen=True)
 class Layout:
-    """levels, blocks: of the U-Net.  attended: the stages of its way up, coarsest first, that have attention.  depth: the most blocks of one."""
+    """levels, blocks: of the U-Net.  attended: the stages of its way up, coarsest first, with attention.  depth: the most blocks of one."""
 
     levels: int
     blocks: int

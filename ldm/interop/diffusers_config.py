@@ -1,0 +1,196 @@
+"""diffusers' config.json of U-Net, first stage and scheduler, into nodes of ours and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.interop import nodes
+from ldm.interop.nodes import Node
+from ldm.interop.pipeline import refuse_unless
+
+NET = {  # what a UNet2DConditionModel must be for ours to compute the same
+    **{"act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
+    **{"mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1, "only_cross_attention": False, "encoder_hid_dim": None},
+    **{"dual_cross_attention": False, "class_embed_type": None, "num_class_embeds": None, "resnet_skip_time_act": False},
+    **{"resnet_out_scale_factor": 1.0, "time_embedding_type": "positional", "time_embedding_dim": None, "timestep_post_act": None},
+    **{"time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default", "cross_attention_norm": None},
+    **{"time_embedding_act_fn": None, "class_embeddings_concat": False, "mid_block_only_cross_attention": None},
+    **{"reverse_transformer_layers_per_block": None, "addition_embed_type": None},
+}
+STAGE = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "latents_mean": None, "latents_std": None}
+SCHEDULE = {"thresholding": False, "trained_betas": None}
+BETAS = {"linear": "linear", "scaled_linear": "scaled_linear"}
+PREDICTION = {"epsilon": "Eps", "v_prediction": "V", "sample": "X0"}
+ATTENDED = "CrossAttnDownBlock2D"
+ENCODER_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
+
+
+def net(given: Mapping[str, Any]) -> Node:
+    """ldm.net.unet.UNet of a UNet2DConditionModel's config. Raises UserError naming an option that ours has no counterpart for."""
+    what = "unet/config.json"
+    refuse_unless(given, NET, what)
+    widths, kinds = given["block_out_channels"], given["down_block_types"]
+    if set(kinds) - {ATTENDED, "DownBlock2D"}:
+        raise UserError(f"{what}: down_block_types={kinds}: expected {ATTENDED} and DownBlock2D")
+    heads, each = heads_of(given, widths)
+    depth = given.get("transformer_layers_per_block", 1)
+    return nodes.unet(
+        widths[0],
+        mult_of(widths, what),
+        given["layers_per_block"],
+        [2**level for level, kind in enumerate(kinds) if kind == ATTENDED],
+        nodes.transformer(not given.get("use_linear_projection", False)),
+        heads=heads,
+        head_channels=each,
+        depth=depth if isinstance(depth, int) else list(depth),
+        dropout=float(given.get("dropout", 0.0)),
+        scale_shift=given.get("resnet_time_scale_shift", "default") == "scale_shift",
+        groups=given.get("norm_num_groups", 32),
+        eps=given.get("norm_eps", 1e-5),
+    )
+
+
+def heads_of(given: Mapping[str, Any], widths: list[int]) -> tuple[int | None, int]:
+    """(heads, channels of each): diffusers calls the number of heads attention_head_dim. Raises UserError where neither is one number."""
+    heads = given.get("num_attention_heads") or given.get("attention_head_dim", 8)
+    if isinstance(heads, int):
+        return heads, 64
+    each = {width // number for width, number in zip(widths, heads, strict=True)}
+    if len(each) > 1:
+        raise UserError(f"unet/config.json: attention_head_dim={heads} at widths {widths}; expected one number of channels for each head")
+    return None, each.pop()
+
+
+def mult_of(widths: list[int], what: str) -> list[int]:
+    if any(width % widths[0] for width in widths):
+        raise UserError(f"{what}: block_out_channels={widths}; expected multiples of the first")
+    return [width // widths[0] for width in widths]
+
+
+def first_stage(given: Mapping[str, Any]) -> Node:
+    """AutoencoderKL, or AutoencoderVQ where the config is a VQModel's. Raises UserError naming an option ours has no counterpart for."""
+    what = "vae/config.json"
+    refuse_unless(given, STAGE, what)
+    quantised = "num_vq_embeddings" in given
+    if quantised:
+        refuse_unless(given, {"norm_type": "group", "lookup_from_codebook": False}, what)
+    kinds = given["down_block_types"]
+    if unknown := set(kinds) - ENCODER_BLOCKS.keys():
+        raise UserError(f"{what}: down_block_types has {min(unknown)}; expected {' and '.join(ENCODER_BLOCKS)}")
+    return nodes.first_stage(
+        given["latent_channels"],
+        given["block_out_channels"][0],
+        mult_of(given["block_out_channels"], what),
+        given["layers_per_block"],
+        attention=[2**level for level, kind in enumerate(kinds) if ENCODER_BLOCKS[kind]],
+        middle_attention=given.get("mid_block_add_attention", True),
+        groups=given.get("norm_num_groups", 32),
+        num_codes=given.get("num_vq_embeddings"),
+    )
+
+
+def schedule(given: Mapping[str, Any]) -> Node:
+    """Our schedule of any scheduler's config that is made of betas. Raises UserError for other ones."""
+    refuse_unless(given, SCHEDULE, "scheduler/scheduler_config.json")
+    kind, T = given.get("beta_schedule", "linear"), given.get("num_train_timesteps", 1000)
+    if kind == "squaredcos_cap_v2":
+        node = nodes.cosine(T)
+    elif kind in BETAS:
+        node = nodes.betas(BETAS[kind], T, given.get("beta_start", 1e-4), given.get("beta_end", 0.02))
+    else:
+        raise UserError(f"scheduler/scheduler_config.json: beta_schedule={kind}: expected {', '.join(BETAS)} or squaredcos_cap_v2")
+    return nodes.zero_terminal_snr(node) if given.get("rescale_betas_zero_snr") else node
+
+
+def prediction(given: Mapping[str, Any]) -> Node:
+    name = given.get("prediction_type", "epsilon")
+    if name not in PREDICTION:
+        raise UserError(f"scheduler/scheduler_config.json: prediction_type={name}: expected one of {', '.join(PREDICTION)}")
+    return nodes.prediction(PREDICTION[name])
+
+
+def export_net(node: Mapping[str, Any], in_channels: int, out_channels: int, context_dim: int | None, size: int) -> dict[str, Any]:
+    """A UNet2DConditionModel's config of ours; size: of z. Raises UserError for a network that diffusers has no counterpart for."""
+    if not str(node["_target_"]).endswith(".UNet") or not str(node["block"]["_target_"]).endswith(".SpatialTransformer") or not context_dim:
+        raise UserError(f"net={node['_target_']}: to=diffusers expects a UNet of transformer blocks that hear a context")
+    refuse_unless(node, {"resblock_updown": False}, "net")
+    widths = [factor * node["channels"] for factor in node["mult"]]
+    if odd := [width for width in widths if width % node["groups"]]:
+        raise UserError(f"net: groups={node['groups']} does not divide a level's {odd[0]} channels, which diffusers wants")
+    attended = [2**level in node["attention"] for level in range(len(widths))]
+    heads = [node["heads"] or width // node["head_channels"] for width in widths]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "sample_size": size,
+        "block_out_channels": widths,
+        "layers_per_block": node["blocks"],
+        "down_block_types": [ATTENDED if one else "DownBlock2D" for one in attended],
+        "up_block_types": ["CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attended)],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "cross_attention_dim": context_dim,
+        "attention_head_dim": heads[0] if node["heads"] else heads,
+        "transformer_layers_per_block": node["depth"],
+        "use_linear_projection": not node["block"].get("conv", False),
+        "dropout": node["dropout"],
+        "resnet_time_scale_shift": "scale_shift" if node["scale_shift"] else "default",
+        "norm_num_groups": node["groups"],
+        "norm_eps": node["eps"],
+    }
+
+
+def export_first_stage(node: Mapping[str, Any], channels: int, scale: float, size: int) -> dict[str, Any]:
+    """An AutoencoderKL's or VQModel's config of ours; size: of an image. Raises UserError for another kind of first stage."""
+    kind = str(node["_target_"]).rpartition(".")[2]
+    if kind not in ("AutoencoderKL", "AutoencoderVQ") or not str(node["encoder"]["_target_"]).endswith(".Encoder"):
+        raise UserError(f"autoencoder={node['_target_']}: to=diffusers expects the convolutional encoder and decoder of latent diffusion")
+    part = node["encoder"]
+    same = {name: value for name, value in part.items() if name not in ("_target_", "double")}
+    refuse_unless({name: value for name, value in node["decoder"].items() if name != "_target_"}, same, "autoencoder.decoder")
+    levels = range(len(part["mult"]))
+    attended = [2**level in part["attention"] for level in levels]
+    quantised = kind == "AutoencoderVQ"
+    return {
+        "_class_name": "VQModel" if quantised else "AutoencoderKL",
+        "in_channels": channels,
+        "out_channels": channels,
+        "sample_size": size,
+        "block_out_channels": [factor * part["width"] for factor in part["mult"]],
+        "layers_per_block": part["blocks"],
+        "down_block_types": ["AttnDownEncoderBlock2D" if one else "DownEncoderBlock2D" for one in attended],
+        "up_block_types": ["AttnUpDecoderBlock2D" if one else "UpDecoderBlock2D" for one in reversed(attended)],
+        "latent_channels": node["z_channels"],
+        "norm_num_groups": part["groups"],
+        "mid_block_add_attention": part["middle_attention"],
+        "scaling_factor": scale,
+        **({"num_vq_embeddings": node["num_codes"]} if quantised else {}),
+    }
+
+
+def export_schedule(node: Mapping[str, Any], prediction: Mapping[str, Any], betas: list[float]) -> dict[str, Any]:
+    """A DDIMScheduler's config with Stable Diffusion's own spacing; betas: of the schedule, said where diffusers has no name for it.
+
+    Raises UserError for a prediction that diffusers has no counterpart for.
+    """
+    kinds = {ours: theirs for theirs, ours in PREDICTION.items()}
+    name = str(prediction["_target_"]).rpartition(".")[2]
+    if name not in kinds:
+        raise UserError(f"prediction={prediction['_target_']}: to=diffusers expects one of {', '.join(kinds)}")
+    kind = str(node["_target_"]).rpartition(".")[2]
+    said: dict[str, Any] = {"beta_schedule": "linear", "trained_betas": betas}
+    if kind == "cosine" and node["s"] == 0.008:
+        said = {"beta_schedule": "squaredcos_cap_v2"}
+    if kind in BETAS:
+        start, end = (node[part] * 1000 / node["T"] for part in ("beta_start", "beta_end"))
+        said = {"beta_schedule": kind, "beta_start": start, "beta_end": end}
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": len(betas),
+        **said,
+        "prediction_type": kinds[name],
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }

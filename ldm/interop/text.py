@@ -1,0 +1,65 @@
+"""CLIP's text tower: transformers' CLIPTextModel and open_clip's names, both ways. Ours is open_clip's, without the image tower."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.interop.keymap import Row, State, count, exported, imported, layers
+
+POSITIONS = "embeddings.position_ids"  # 0, 1, 2, ...: a buffer of transformers before 4.31
+NOT_TEXT = ("logit_scale", "attn_mask")  # of open_clip: the temperature of its training, and the causal mask
+LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+PREFIX = "text_model."  # of every name but the projection's, until transformers 5
+
+
+def import_text(state: State) -> dict[str, Tensor]:
+    """open_clip's names of transformers' CLIPTextModel, with or without projection. Raises UserError for names it does not have."""
+    bare = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    bare.pop(POSITIONS, None)
+    return imported(tower(count(r"(?m)^encoder\.layers\.(\d+)\.", bare)), bare, "CLIP text model")
+
+
+def export_text(state: State, depth: int | None = None, projection: bool = False) -> dict[str, Tensor]:
+    """transformers' names of open_clip's text tower.
+
+    depth: layers to keep: Stable Diffusion 2 reads the last but one, and its folder holds 23 of 24.  projection: of the pooled vector, with
+    CLIPTextModelWithProjection (SDXL's second tower).  Raises UserError for what transformers has no name for, and for too large a depth.
+    """
+    bare = {name.removeprefix("text."): value for name, value in state.items()}
+    there = count(r"(?m)^transformer\.resblocks\.(\d+)\.", bare)
+    if not 0 < (depth or there) <= there:
+        raise UserError(f"depth={depth}: the text tower has {there} layers")
+    beyond = tuple(f"transformer.resblocks.{n}." for n in range(depth or there, there))
+    left_out = (*NOT_TEXT, *(() if projection else ("text_projection",)))
+    kept = {name: value for name, value in bare.items() if name not in left_out and not name.startswith(beyond)}
+    found = exported(tower(there), kept, "CLIP text model")
+    return {name if name == "text_projection.weight" else f"{PREFIX}{name}": value for name, value in found.items()}
+
+
+def import_open_clip(state: State) -> dict[str, Tensor]:
+    """The text tower in open_clip's weights, those of a CustomTextCLIP too. Raises UserError if there is none."""
+    bare = {name.removeprefix("text."): value for name, value in state.items() if not name.startswith("visual.")}
+    if "token_embedding.weight" not in bare:
+        raise UserError("these are not the weights of an open_clip text tower: no token_embedding.weight")
+    return {name: value for name, value in bare.items() if name not in NOT_TEXT}
+
+
+def tower(depth: int) -> Iterator[Row]:
+    """Every name that a text tower of so many layers may have."""
+    yield Row("token_embedding.weight", ("embeddings.token_embedding.weight",))
+    yield Row("positional_embedding", ("embeddings.position_embedding.weight",))
+    yield from layers({"ln_final": "final_layer_norm"}, "", "")
+    yield Row("text_projection", ("text_projection.weight",), turned=True)
+    for n in range(depth):
+        ours, theirs = f"transformer.resblocks.{n}.", f"encoder.layers.{n}."
+        yield from layers(LAYER, ours, theirs)
+        for leaf in ("weight", "bias"):
+            parts = (f"{theirs}self_attn.{part}_proj.{leaf}" for part in ("q", "k", "v"))
+            yield Row(f"{ours}attn.in_proj_{leaf}", tuple(parts))
