@@ -1,8 +1,8 @@
-"""Does a test fail when the mathematics is wrong?  python tests/mutate.py [file ...]
+"""Does a test fail when the mathematics is wrong?  python tests/mutate.py [file[:function] ...]
 
 Every function of ldm/diffusion is broken in one place at a time: a sign flipped, a term or a factor dropped, a product made a quotient, a
 comparison or a condition turned round. For each the quick tests of tests/diffusion run until one fails. Writes tests/mutation.csv (the rows
-of the files named) and names the survivors; exit code 1 if there is one that EQUIVALENT does not explain.
+of what is named) and lists the survivors; exit code 1 if there is one that EQUIVALENT does not explain.
 """
 
 import ast
@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[1]
 SOURCE, TESTS = ROOT / "ldm/diffusion", ROOT / "tests/diffusion"
 # Where to look first: the test files that know most of a module, and the tests of a function, where the names differ.
-FILES = {"denoiser": ["prediction"], "correction": ["constraint"], "sampler": ["reference", "sampler"]}
+FILES = {"denoiser": ["prediction"], "correction": ["constraint", "recursion"], "sampler": ["reference", "recursion", "sampler"]}
 TESTS_OF = {
     "check": "refuses",
     "steps": "refuses",
@@ -170,24 +170,31 @@ def warm_up() -> None:
     assert not [m for m in sys.modules if m.startswith("ldm.diffusion")]
 
 
-def save(name: str, rows: list[list[str]]) -> None:
-    """Put a file's rows in place of those that tests/mutation.csv has for it."""
+def save(name: str, only: str, rows: list[list[str]]) -> None:
+    """Put the rows of a file, or of one function in it, in place of those that tests/mutation.csv has."""
     table = ROOT / "tests/mutation.csv"
     old = list(csv.reader(table.open()))[1:] if table.exists() else []
-    rows = sorted([*(r for r in old if r[0] != name), *(r for r in rows if r[0] == name)], key=lambda r: r[0])
+    rows = sorted([*(r for r in old if r[0] != name or not chosen(r[1], only)), *rows], key=lambda r: r[0])
     with table.open("w", newline="") as out:
         csv.writer(out, lineterminator="\n").writerows([["file", "function", "mutant", "result", "why"], *rows])
 
 
-def main(files: list[str]) -> int:
+def chosen(function: str, only: str) -> bool:
+    return not only or function.split(".")[0] == only
+
+
+def main(names: list[str]) -> int:
     warm_up()
-    rows = []
-    for file in [SOURCE / f for f in files] or sorted(SOURCE.glob("[!_]*.py")):
-        tree = ast.parse(file.read_text())
+    rows: list[list[str]] = []
+    for name in names or [file.name for file in sorted(SOURCE.glob("[!_]*.py"))]:
+        file, only = SOURCE / name.partition(":")[0], name.partition(":")[2]
+        tree, before = ast.parse(file.read_text()), len(rows)
         if not survives(file, tree):
             print(f"the tests fail before anything is broken ({file.name}); run pytest tests/diffusion first")
             return 2
         for function, path in places(tree):
+            if not chosen(function, only):
+                continue
             node = at(tree, path)
             for new in mutants(node):
                 text = f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
@@ -197,8 +204,8 @@ def main(files: list[str]) -> int:
                 rows.append([file.name, function, text, result, why])
                 if alive:
                     print(f"{result}: {file.name}:{node.lineno} {function}: {text} {why}", flush=True)
-        print(f"{file.name}: {sum(r[0] == file.name for r in rows)} mutants", flush=True)
-        save(file.name, rows)
+        print(f"{name}: {len(rows) - before} mutants", flush=True)
+        save(file.name, only, rows[before:])
     killed, equivalent = (sum(r[3] == kind for r in rows) for kind in ("killed", "equivalent"))
     print(f"{len(rows)} mutants, {killed} killed, {equivalent} equivalent, {len(rows) - killed - equivalent} survived")
     return int(killed + equivalent < len(rows))
