@@ -1,6 +1,6 @@
 """Self- and cross-attention, and the spatial transformer of latent diffusion (LDM, app. E.2.1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.condition import Condition
 from ldm.net.blocks import norm, zeroed
 
 Attend = Callable[
@@ -22,6 +23,18 @@ class Memory(NamedTuple):
 
     layers: tuple[tuple[KeyValue, ...], ...]
     mask: Tensor | None
+
+
+def heard(cond: Condition, context_dim: int | None) -> Tensor | None:
+    """The context of a condition. Raises ValueError if there is one and the network was built without cross-attention."""
+    if cond.context is not None and not context_dim:
+        raise ValueError("the condition has a context, which a network without cross-attention cannot hear; build it with context_dim")
+    return cond.context
+
+
+def looked_up(layers: Iterable[tuple[KeyValue, ...]], cond: Condition) -> Memory:
+    """The Memory of these keys and values, with the condition's mask in the shape that attention takes."""
+    return Memory(tuple(layers), None if cond.mask is None else cond.mask[:, None, None, :])
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -140,7 +153,7 @@ class SpatialTransformer(nn.Module):
 
     def memory(self, context: Tensor) -> tuple[KeyValue, ...]:
         """Keys and values of the context (B, L, D) for each block."""
-        return tuple(b.cross_attention.memory(context) for b in self.blocks)
+        return tuple(m.memory(context) for m in self.modules() if isinstance(m, CrossAttention))
 
     def forward(self, x: Tensor, memory: tuple[KeyValue, ...] | None = None, mask: Tensor | None = None) -> Tensor:
         height, h = x.shape[2], self.norm(x)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ldm.condition import Condition
 from ldm.net.attention import Attend, QKVAttention, sdpa, tokens
 from ldm.net.blocks import Downsample, norm
-from ldm.net.unet import HalfUNet, Lookup, Recipe, depths_of
+from ldm.net.unet import Attention, HalfUNet, Lookup, Recipe, depths_of
 
 
 class AttentionPool(nn.Module):
@@ -53,7 +53,7 @@ class NoisyClassifier(HalfUNet):
         dropout: float = 0.0,
         groups: int = 32,
         eps: float = 1e-5,
-        block: Callable[..., nn.Module] = QKVAttention,
+        block: Callable[..., Attention] = QKVAttention,
         attend: Attend = sdpa,
         checkpoint: bool = False,
     ):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.condition import Condition
-from ldm.net.attention import Attend, CrossAttention, KeyValue, Memory, Rotate, SelfAttention, sdpa, tokens
+from ldm.net.attention import Attend, CrossAttention, KeyValue, Memory, Rotate, SelfAttention, heard, looked_up, sdpa, tokens
 from ldm.net.blocks import added, call, mlp, sinusoid, zeroed
 from ldm.net.positions import sincos_2d
 
@@ -119,7 +119,7 @@ class DiT(nn.Module):
         super().__init__()
         if channels % heads:
             raise ValueError(f"heads={heads} does not divide channels={channels}")
-        self.size, self.channels, self.heads, self.frequencies = patch, channels, heads, frequencies
+        self.size, self.channels, self.heads, self.frequencies, self.context_dim = patch, channels, heads, frequencies, context_dim
         self.positions, self.rotary, self.sinusoid, self.checkpoint = positions, rotary, sinusoid, checkpoint
         self.time = mlp(frequencies, channels)
         self.vector = vector(vector_dim, channels) if vector_dim else None
@@ -135,14 +135,15 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in (self.time[0], self.time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for block in self.blocks:
-            zeroed(block.modulation)
-            if block.cross_attention is not None:
-                zeroed(block.cross_attention.out)
-        zeroed(self.head.modulation)
+        for module in self.modules():
+            if isinstance(module, DiTBlock | Head):
+                zeroed(module.modulation)
+            elif isinstance(module, CrossAttention):
+                zeroed(module.out)
         zeroed(self.head.out)
+        for module in self.time:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
 
     def embed(self, t: Tensor, cond: Condition) -> Tensor:
         """Embedding (B, channels) of the network's time t (B,) and of cond.vector."""
@@ -150,11 +151,14 @@ class DiT(nn.Module):
         return emb if self.vector is None else emb + self.vector(cond.vector)
 
     def memory(self, cond: Condition) -> Memory | None:
-        """Keys and values of cond.context for every block, to be computed once per prompt; None without a context."""
-        if cond.context is None:
+        """Keys and values of cond.context for every block, to be computed once per prompt; None without a context.
+
+        Raises ValueError for a context that no block could hear.
+        """
+        context = heard(cond, self.context_dim)
+        if context is None:
             return None
-        layers = tuple((block.cross_attention.memory(cond.context),) for block in self.blocks)
-        return Memory(layers, None if cond.mask is None else cond.mask[:, None, None, :])
+        return looked_up(((m.memory(context),) for m in self.modules() if isinstance(m, CrossAttention)), cond)
 
     def forward(
         self,
@@ -167,17 +171,16 @@ class DiT(nn.Module):
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         if x.shape[2] % self.size or x.shape[3] % self.size:
-            raise ValueError(
-                f"a height and width of {x.shape[2]} x {x.shape[3]} cannot be cut into patches of {self.size}; choose another size"
-            )
+            raise ValueError(f"{x.shape[2]} x {x.shape[3]} cannot be cut into patches of {self.size}; choose another size of image")
         told = F.silu(self.embed(t, cond) if emb is None else emb)
         memory = self.memory(cond) if memory is None else memory
         h = self.patch(x if cond.concat is None else torch.cat([x, cond.concat], dim=1))  # (B, C, h, w)
         rows, columns = h.shape[2:]
         rotate = self.rotary(rows, columns, self.channels // self.heads, h.device) if self.rotary else None
         h = tokens(h) + self.positions(rows, columns, self.channels, h.device).to(h.dtype)  # (B, N, C)
-        looked = memory.layers if memory else [None] * len(self.blocks)
-        for block, kv, residual in zip(self.blocks, looked, residuals or [None] * len(self.blocks), strict=True):
+        looked: Sequence[tuple[KeyValue, ...] | None] = memory.layers if memory else [None] * len(self.blocks)
+        more: Sequence[Tensor | None] = residuals if residuals is not None else [None] * len(self.blocks)
+        for block, kv, residual in zip(self.blocks, looked, more, strict=True):
             h = call(block, h, told, kv, memory.mask if memory else None, rotate, keep=not self.checkpoint)
             h = h if residual is None else h + residual
         return rearrange(self.head(h, told), "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.size, q=self.size)

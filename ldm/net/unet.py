@@ -5,19 +5,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from ldm.condition import Condition
-from ldm.net.attention import Attend, KeyValue, Memory, SpatialTransformer, sdpa
+from ldm.net.attention import Attend, KeyValue, Memory, QKVAttention, SpatialTransformer, heard, looked_up, sdpa
 from ldm.net.blocks import Downsample, ResBlock, Upsample, call, double, halve, mlp, norm, sinusoid, zeroed
 
+Attention = SpatialTransformer | QKVAttention
 Looked = tuple[KeyValue, ...] | None
 
 
 class Layer(nn.Module):
     """A residual block, then attention if there is any."""
 
-    def __init__(self, res: ResBlock, attention: nn.Module | None):
+    def __init__(self, res: ResBlock, attention: Attention | None):
         super().__init__()
         self.res, self.attention = res, attention
 
@@ -26,12 +27,43 @@ class Layer(nn.Module):
         return h if self.attention is None else self.attention(h, memory, mask)
 
 
-class Level(nn.Module):
-    """The layers of one resolution, then, but for the last level, what changes it."""
+class Lookup:
+    """Hands each layer its part of a Memory, in the order of the forward pass."""
+
+    def __init__(self, memory: Memory | None):
+        self.layers: Iterator[tuple[KeyValue, ...]] = iter(memory.layers if memory else ())
+        self.mask = memory.mask if memory else None
+
+    def __call__(self, layer: nn.Module) -> tuple[Looked, Tensor | None]:
+        return (next(self.layers, None) if layer.attention is not None else None), self.mask
+
+
+class Down(nn.Module):
+    """The layers of one resolution, then, but for the last, what halves it: h (B, C, H, W) -> every state on the way, the skips."""
 
     def __init__(self, layers: Sequence[Layer], resample: nn.Module | None):
         super().__init__()
         self.layers, self.resample = nn.ModuleList(layers), resample
+
+    def forward(self, h: Tensor, emb: Tensor, look: Lookup, keep: bool) -> list[Tensor]:
+        states = []
+        for layer in self.layers:
+            h = call(layer, h, emb, *look(layer), keep=keep)
+            states.append(h)
+        return states if self.resample is None else [*states, call(self.resample, h, emb, keep=keep)]
+
+
+class Up(nn.Module):
+    """The layers of one resolution, each with a skip taken off the end of `skips`, then, but for the last, what doubles it."""
+
+    def __init__(self, layers: Sequence[Layer], resample: nn.Module | None):
+        super().__init__()
+        self.layers, self.resample = nn.ModuleList(layers), resample
+
+    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor, look: Lookup, keep: bool) -> Tensor:
+        for layer in self.layers:
+            h = call(layer, torch.cat([h, skips.pop()], dim=1), emb, *look(layer), keep=keep)
+        return h if self.resample is None else call(self.resample, h, emb, skips[-1].shape[2:], keep=keep)
 
 
 @dataclass(frozen=True)
@@ -47,7 +79,7 @@ class Recipe:
     resblock_updown: bool
     groups: int
     eps: float
-    block: Callable[..., nn.Module]
+    block: Callable[..., Attention]
     downsample: Callable[[int], nn.Module]
     attend: Attend
 
@@ -56,7 +88,7 @@ class Recipe:
         res = ResBlock(inputs, width, self.emb_dim, self.dropout, self.scale_shift, self.groups, self.eps)
         return Layer(res, self.attention(width, depth) if depth else None)
 
-    def attention(self, width: int, depth: int) -> nn.Module:
+    def attention(self, width: int, depth: int) -> Attention:
         divisor = self.heads or self.head_channels
         if width % divisor:
             option = "heads" if self.heads else "head_channels"
@@ -106,7 +138,7 @@ class HalfUNet(nn.Module):
         checkpoint: bool = False,
     ):
         super().__init__()
-        self.channels, self.sinusoid, self.checkpoint = channels, sinusoid, checkpoint
+        self.channels, self.context_dim, self.sinusoid, self.checkpoint = channels, recipe.context_dim, sinusoid, checkpoint
         self.time = mlp(channels, recipe.emb_dim)
         self.vector = vector(vector_dim, recipe.emb_dim) if vector_dim else None
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -117,7 +149,7 @@ class HalfUNet(nn.Module):
             widths = [width, *[factor * channels] * blocks]
             layers = [recipe.layer(a, b, attended[level]) for a, b in pairwise(widths)]
             width = widths[-1]
-            self.down.append(Level(layers, None if last else recipe.down(width)))
+            self.down.append(Down(layers, None if last else recipe.down(width)))
             self.skips += [*widths[1:], *[width] * (not last)]
         self.middle1 = recipe.layer(width, width, attended[-1])
         self.middle2 = recipe.layer(width, width, 0)
@@ -128,40 +160,22 @@ class HalfUNet(nn.Module):
         return emb if self.vector is None else emb + self.vector(cond.vector)
 
     def memory(self, cond: Condition) -> Memory | None:
-        """Keys and values of cond.context for every attention, to be computed once per prompt; None without a context."""
-        if cond.context is None:
+        """Keys and values of cond.context for every attention, to be computed once per prompt; None without a context.
+
+        Raises ValueError for a context that no layer could hear.
+        """
+        context = heard(cond, self.context_dim)
+        if context is None:
             return None
-        layers = tuple(m.attention.memory(cond.context) for m in self.modules() if isinstance(m, Layer) and m.attention is not None)
-        return Memory(layers, None if cond.mask is None else cond.mask[:, None, None, :])
+        return looked_up((m.attention.memory(context) for m in self.modules() if isinstance(m, Layer) and m.attention is not None), cond)
 
-    def contract(self, x: Tensor, emb: Tensor, look: "Lookup") -> tuple[Tensor, list[Tensor]]:
+    def contract(self, x: Tensor, emb: Tensor, look: Lookup) -> tuple[Tensor, list[Tensor]]:
         """The middle's answer (B, C, h, w) and the skips, first to last."""
-        h = self.stem(x)
-        skips = [h]
+        skips, keep = [self.stem(x)], not self.checkpoint
         for level in self.down:
-            for layer in level.layers:
-                h = self.run(layer, h, emb, *look(layer))
-                skips.append(h)
-            if level.resample is not None:
-                h = self.run(level.resample, h, emb)
-                skips.append(h)
-        h = self.run(self.middle1, h, emb, *look(self.middle1))
-        return self.run(self.middle2, h, emb, *look(self.middle2)), skips
-
-    def run(self, module: nn.Module, *args: Tensor | Looked | Size) -> Tensor:
-        """module(*args), its activations kept or not."""
-        return call(module, *args, keep=not self.checkpoint)
-
-
-class Lookup:
-    """Hands each layer its part of a Memory, in the order of the forward pass."""
-
-    def __init__(self, memory: Memory | None):
-        self.layers: Iterator[tuple[KeyValue, ...]] = iter(memory.layers if memory else ())
-        self.mask = memory.mask if memory else None
-
-    def __call__(self, layer: Layer) -> tuple[Looked, Tensor | None]:
-        return (next(self.layers, None) if layer.attention is not None else None), self.mask
+            skips += level(skips[-1], emb, look, keep)
+        h = call(self.middle1, skips[-1], emb, *look(self.middle1), keep=keep)
+        return call(self.middle2, h, emb, *look(self.middle2), keep=keep), skips
 
 
 class UNet(HalfUNet):
@@ -196,7 +210,7 @@ class UNet(HalfUNet):
         resblock_updown: bool = False,
         groups: int = 32,
         eps: float = 1e-5,
-        block: Callable[..., nn.Module] = SpatialTransformer,
+        block: Callable[..., Attention] = SpatialTransformer,
         downsample: Callable[[int], nn.Module] = Downsample,
         sinusoid: Callable[[Tensor, int], Tensor] = sinusoid,
         vector: Callable[[int, int], nn.Module] = mlp,
@@ -214,7 +228,7 @@ class UNet(HalfUNet):
             for _ in range(blocks + 1):
                 layers.append(recipe.layer(width + skips.pop(), factor * channels, attended[level]))
                 width = factor * channels
-            self.up.append(Level(layers, recipe.up(width) if level else None))
+            self.up.append(Up(layers, recipe.up(width) if level else None))
         self.out = nn.Sequential(norm(width, groups, eps), nn.SiLU(), zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
 
     def forward(
@@ -234,8 +248,5 @@ class UNet(HalfUNet):
             *of_skips, of_middle = residuals
             h, skips = h + of_middle, [s + r for s, r in zip(skips, of_skips, strict=True)]
         for level in self.up:
-            for layer in level.layers:
-                h = self.run(layer, torch.cat([h, skips.pop()], dim=1), emb, *look(layer))
-            if level.resample is not None:
-                h = self.run(level.resample, h, emb, skips[-1].shape[2:])
+            h = level(h, skips, emb, look, not self.checkpoint)
         return self.out(h)

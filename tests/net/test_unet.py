@@ -20,6 +20,10 @@ def told(b: int = 2, length: int = 4, mask: torch.Tensor | None = None, **other)
     return Condition(context=torch.randn(b, length, 6, generator=torch.Generator().manual_seed(5)), mask=mask, **other)
 
 
+def told_to(net: UNet, **other) -> Condition:
+    return told(**other) if net.context_dim else Condition(vector=other.get("vector"))
+
+
 SMALL = dict(channels=8, context_dim=6, head_channels=8, groups=4)
 SHAPES = {
     "plain": dict(mult=(1, 2), blocks=1, attention=(2,)),
@@ -37,8 +41,8 @@ SHAPES = {
 def test_answers_in_its_shape_and_begins_as_nothing(options):
     net = UNet(3, 5, **{**SMALL, **options})
     x, t = torch.randn(2, 3, 8, 12), torch.tensor([1.0, 500.0])
-    assert torch.equal(net(x, t, told()), torch.zeros(2, 5, 8, 12))
-    assert lively(net)(x, t, told()).std() > 0.01
+    assert torch.equal(net(x, t, told_to(net)), torch.zeros(2, 5, 8, 12))
+    assert lively(net)(x, t, told_to(net)).std() > 0.01
 
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
@@ -46,7 +50,7 @@ def test_embedding_and_memory_computed_before_give_the_plain_call(options):
     net = lively(UNet(3, 3, **{**SMALL, "vector_dim": 5, **options}))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
-    cond = told(mask=mask, vector=torch.randn(2, 5))
+    cond = told_to(net, mask=mask, vector=torch.randn(2, 5))
     plain = net(x, t, cond)
     assert torch.equal(plain, net(x, t, cond, emb=net.embed(t, cond), memory=net.memory(cond)))
     assert torch.equal(plain, net(x, t, Condition(), emb=net.embed(t, cond), memory=net.memory(cond)))
@@ -170,19 +174,19 @@ def test_each_transformer_is_given_its_own_keys_and_values(attention):
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
 def test_sizes_may_be_odd(options, size):
     net = lively(UNet(3, 3, **{**SMALL, **options}))
-    out = net(torch.randn(2, 3, *size), torch.tensor([1.0, 500.0]), told())
+    out = net(torch.randn(2, 3, *size), torch.tensor([1.0, 500.0]), told_to(net))
     assert out.shape == (2, 3, *size)
     assert torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("name", ["deep", "ADM", "depths", "QKV"])
 def test_recomputing_activations_gives_the_same_gradients(name):
-    x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0]), told()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
     grads = []
     for checkpoint in (False, True):
         net = lively(UNet(3, 3, dropout=0.5, **{**SMALL, **SHAPES[name], "checkpoint": checkpoint})).train()
         torch.manual_seed(3)
-        net(x, t, cond).square().sum().backward()
+        net(x, t, told_to(net)).square().sum().backward()
         grads.append([p.grad for p in net.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
@@ -232,3 +236,10 @@ def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="heads=3 does not divide a level's 8 channels"):
         UNet(3, 3, channels=8, attention=(1,), heads=3, groups=4)
     assert UNet(3, 3, channels=8, attention=(1,), heads=1, groups=4).middle1.attention.blocks[0].self_attention.heads == 1
+
+
+@pytest.mark.parametrize("block", [SpatialTransformer, QKVAttention])
+def test_a_context_that_cannot_be_heard_is_refused(block):
+    net = UNet(3, 3, channels=8, attention=(2,), head_channels=8, groups=4, block=block)
+    with pytest.raises(ValueError, match="without cross-attention cannot hear"):
+        net(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), told())
