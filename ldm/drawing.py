@@ -1,108 +1,24 @@
-"""What sample.py does: a request from a config, images one by one by seed, files, scores, and the words to do it again."""
+"""What sample.py does with a request: images one by one by seed, files, scores, and in each file the words to make it again."""
 
-import csv
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import durable, runs
 from ldm.build import plain
 from ldm.errors import UserError
-from ldm.load import DataCard, config_of, run_folder
+from ldm.load import config_of
+from ldm.request import Request
 from ldm.space import Space
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-
-
-@dataclass(frozen=True)
-class Request:
-    """Who is told what: image i, with seed + i, is told told[i] = (caption, class)."""
-
-    cfg: Any
-    folder: Path
-    card: DataCard
-    told: Sequence[tuple[str, int]]
-
-    @staticmethod
-    def of(cfg: Any) -> "Request":
-        """Check what was asked before anything is loaded. Raises UserError."""
-        folder = run_folder(cfg.run)
-        card = DataCard.read(folder)
-        for name in ("num", "steps", "batch_size"):
-            if cfg[name] < 1:
-                raise UserError(f"{name}={cfg[name]}: expected 1 or more")
-        if cfg.save not in ("all", "grid", "none"):
-            raise UserError(f"save={cfg.save}: expected all, grid or none")
-        asked = [name for name in ("prompt", "prompts", "label") if cfg[name] is not None]
-        if len(asked) > 1:
-            raise UserError(f"{' and '.join(asked)} were given: expected one of them")
-        return Request(cfg, folder, card, told(cfg, card))
-
-    @property
-    def out(self) -> Path:
-        """Where files go: cfg.out, or a folder in the run's, named by what was asked."""
-        if self.cfg.out is not None:
-            return Path(self.cfg.out)
-        asked = runs.without(plain(self.cfg), ("run", "num", "batch_size", "save", "trainer", "out", "metrics"))
-        return self.folder / "samples" / f"{self.cfg.seed}-{runs.fingerprint(asked)[:8]}"
-
-    @property
-    def in_words(self) -> str | None:
-        """The option by which words and nothing else were asked for, or None."""
-        words = {"prompt": self.cfg.prompt, "prompts": None if str(self.cfg.prompts).endswith(".csv") else self.cfg.prompts}
-        return next((f"{name}={value}" for name, value in words.items() if value is not None), None)
-
-    @property
-    def seeds(self) -> list[int]:
-        return [self.cfg.seed + i for i in range(len(self.told))]
-
-    def batch(self, rows: Sequence[int]) -> dict[str, Any]:
-        import torch
-
-        return {"caption": [self.told[i][0] for i in rows], "label": torch.tensor([self.told[i][1] for i in rows]), "index": list(rows)}
-
-
-def told(cfg: Any, card: DataCard) -> list[tuple[str, int]]:
-    """(caption, class) for each image; the class is 0 where a prompt says none."""
-    from ldm.tensors import key
-
-    if cfg.prompt is not None:
-        return [(cfg.prompt, 0)] * cfg.num
-    if cfg.prompts is not None:
-        return [(prompt, label) for prompt, label in read_prompts(Path(cfg.prompts), card) for _ in range(cfg.num)]
-    labels = [i % len(card.classes) for i in range(cfg.num)] if cfg.label is None else [class_of(cfg.label, card)] * cfg.num
-    return [(card.captions[k][key(0, "told", i) % len(card.captions[k])], k) for i, k in enumerate(labels)]
-
-
-def read_prompts(path: Path, card: DataCard) -> list[tuple[str, int]]:
-    """Prompts of a text file, one a line, or of a csv with the columns prompt and label (a class). Raises UserError naming the file."""
-    if not path.is_file():
-        raise UserError(f"prompts={path}: no such file; expected one prompt a line, or a csv with the columns label,prompt")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
-        if not rows or not {"label", "prompt"} <= rows[0].keys():
-            raise UserError(f"prompts={path}: expected the columns label,prompt and at least one row")
-        return [(row["prompt"], class_of(row["label"], card)) for row in rows]
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"prompts={path}: the file is empty; expected one prompt a line")
-    return [(line, 0) for line in lines]
-
-
-def class_of(label: str, card: DataCard) -> int:
-    """The number of a class given by name or number. Raises UserError listing the classes."""
-    if label in card.classes:
-        return list(card.classes).index(label)
-    if str(label).isdigit() and int(label) < len(card.classes):
-        return int(label)
-    raise UserError(f"label={label}: expected one of {', '.join(card.classes)}, or 0..{len(card.classes) - 1}")
 
 
 @contextmanager
@@ -121,7 +37,7 @@ def world() -> Iterator[None]:
 
 
 def draw(model: "LatentDiffusion", request: Request) -> "dict[int, Tensor]":
-    """This process's share of the images: seed -> (C, H, W) uint8; saved as they come."""
+    """This process's share of the images: seed -> (C, H, W) uint8; saved as they come. Raises UserError before any is drawn."""
     from hydra.utils import instantiate
 
     from ldm import picture
@@ -130,42 +46,76 @@ def draw(model: "LatentDiffusion", request: Request) -> "dict[int, Tensor]":
     from ldm.score import mine, samples
 
     cfg = request.cfg
-    if request.in_words and "caption" not in model.conditioner.keys:
-        other = "label=..." if "label" in model.conditioner.keys else "no prompt"
-        raise UserError(f"{request.in_words}: this model is not told words; expected {other}")
+    heard(model, request)
+    weights = fingerprint(model)
+    if request.carried and request.carried["weights"] != weights:
+        raise UserError(f"again={cfg.again} was drawn with other weights than run={cfg.run} has now; run=... says where they are")
+    config = runs.fingerprint([plain(config_of(request.folder)), weights])[:16]
     ts = instantiate(cfg.grid)(model.denoiser.schedule, cfg.steps)
-    rows = list(mine(len(request.told)))
+    choices = [instantiate(cfg[name]) for name in ("sampler", "guidance")]
+    rows = [request.rows[i] for i in mine(len(request.rows))]
     images: dict[int, Tensor] = {}
     bar = Bar("sampling", len(rows), unit="images")
     drawn = samples(
-        model, request.batch, rows, cfg.seed, cfg.batch_size, ts, instantiate(cfg.sampler), instantiate(cfg.guidance), str(cfg.precision)
+        model, request.batch, rows, cfg.seed, cfg.batch_size, ts, *choices, str(cfg.precision), instantiate(cfg.task), list(cfg.hold)
     )
     for image, batch in drawn:
-        for i, one in zip(batch["index"], to_uint8(image).cpu(), strict=True):
+        memory = request.memory(batch, weights) if cfg.save == "all" else {}
+        for place, (i, one) in enumerate(zip(batch["index"], to_uint8(image).cpu(), strict=True)):
+            if i not in request.kept:
+                continue
             images[cfg.seed + i] = one
             if cfg.save == "all":
-                text = {"prompt": request.told[i][0], "seed": str(cfg.seed + i), "run": str(cfg.run)}
-                picture.save(request.out / f"{cfg.seed + i:06d}.png", one, text)
+                text = {"prompt": batch["caption"][place] if "caption" in batch else "", "seed": str(cfg.seed + i), "run": str(cfg.run)}
+                carried = {"config": config, "again": json.dumps({**memory, "row": i}, ensure_ascii=False)}
+                picture.save(request.out / f"{cfg.seed + i:06d}.png", one, text | carried)
         bar.at(len(images))
     return images
 
 
+def heard(model: "LatentDiffusion", request: Request) -> None:
+    """Raises UserError for words, negative words or a class that this model is not told."""
+    keys, label = model.conditioner.keys, request.cfg.label
+    asked = {"caption": request.in_words, "label": None if label is None else f"label={label}"}
+    if request.cfg.negative is not None and asked["caption"] is None:
+        asked["caption"] = f"negative={request.cfg.negative}"
+    if asked["caption"] and "caption" not in keys:
+        raise UserError(f"{asked['caption']}: this model is not told words; expected {'label=...' if 'label' in keys else 'no prompt'}")
+    if missing := [name for name in request.cfg.hold if name not in keys]:
+        raise UserError(f"hold={missing[0]}: this model is told {', '.join(keys) or 'nothing'}")
+
+
+def fingerprint(model: "LatentDiffusion") -> str:
+    """sha256 (hex) of everything in a model that a file of weights may change."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def score(request: Request, images: "dict[int, Tensor]") -> dict[str, Any]:
-    """The numbers of cfg.metrics over all processes; empty for metrics=none."""
+    """The numbers of cfg.metrics over all processes, and of held-out images how near they were come to; empty for metrics=none."""
     import torch
 
     if "_target_" not in request.cfg.metrics:
         return {}
+    from ldm.metrics.paired import Reconstruction
     from ldm.stage import judge
 
     make, _ = judge.scorer(config_of(request.folder), request.cfg.metrics)
-    scores = make()
+    scores, pairs = make(), Reconstruction()
     rows = [seed - request.cfg.seed for seed in images]
+    paired = request.held_out is not None and "image" not in request.inputs
     for start in range(0, len(rows), 500):
         part = rows[start : start + 500]
+        batch = request.batch(part)
         image = torch.stack([images[request.cfg.seed + i] for i in part]).float() / 127.5 - 1
-        scores.update(image, torch.tensor([request.told[i][1] for i in part]))
-    return {**scores.compute(), **{f"score/{name}": value for name, value in scores.provenance.items()}}
+        scores.update(image, batch.get("label", torch.zeros(len(part), dtype=torch.long)))
+        if paired and batch["image"].shape == image.shape:
+            pairs.update(batch["image"], image)
+    near = pairs.compute() if paired else {}
+    return {**scores.compute(), **near, **{f"score/{name}": value for name, value in scores.provenance.items()}}
 
 
 def gathered(images: "dict[int, Tensor]", most: int) -> "dict[int, Tensor]":
@@ -201,5 +151,19 @@ def keep(request: Request, images: "dict[int, Tensor]", score: dict[str, Any]) -
     durable.write_json(out / "metrics.json", record)
     for name, value in score.items():
         print(f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value}")
-    print(f"{len(request.told)} images, seeds {cfg.seed}..{cfg.seed + len(request.told) - 1}, in {out}")
+    if cfg.again is not None:
+        print(f"{cfg.again}: made again, {difference(Path(cfg.again).expanduser(), next(iter(images.values())))}")
+    print(f"{len(request.kept)} images, seeds {cfg.seed + request.kept[0]}..{cfg.seed + request.kept[-1]}, in {out}")
     return next((value for name, value in score.items() if name.startswith("fd_")), None)
+
+
+def difference(path: Path, image: "Tensor") -> str:
+    """How an image (C, H, W) uint8 compares with a file, in words."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    with Image.open(path) as file:
+        before = torch.from_numpy(np.array(file)).reshape(*image.shape[1:], -1).permute(2, 0, 1)
+    largest = int((before.int() - image.int()).abs().max())
+    return "bit for bit the same" if largest == 0 else f"the largest difference is {largest} of 255 grey levels"

@@ -137,16 +137,19 @@ def first_stage(node: Any, path: Path, channels: int) -> "tuple[nn.Module, Space
 
 
 def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
-    """The model of a run folder, ready to draw, on the GPU if there is one.
+    """The model of a run folder, ready to draw, on the GPU if there is one; of a diffusers folder or a checkpoint as well (ldm.foreign).
 
     run: the folder, or a step or weights file in it.  weights: ema or raw.  Raises UserError or DamagedError naming the file, also for
     weights that were trained with another first stage than the one beside them.
     """
     import torch
 
-    from ldm import build
+    from ldm import build, foreign
     from ldm.training.callbacks import load_trained
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if foreign.is_foreign(run):
+        return foreign.model_of(foreign.opened(run, weights)).to(device)
     folder = run_folder(run)
     cfg, card = config_of(folder), DataCard.read(folder)
     found = kept(run, weights)
@@ -154,4 +157,4 @@ def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
     space.admit(found.metadata, found.path, "each was trained for its own: draw from the run that the weights come from")
     model = build.model(cfg, autoencoder, card)
     load_trained(model, found.tensors)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(device)

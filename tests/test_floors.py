@@ -27,7 +27,7 @@ LIBRARIES = {  # besides the standard library and torch
     "ema": {"numpy"},
     "autoencoder": {"timm"},
     "conditioner": {"huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},
-    "interop": {"safetensors"},
+    "interop": {"open_clip", "safetensors"},
     "training": {"lightning"},
 }
 ON_THE_ROOF = {"PIL", "einops", "filelock", "gradio", "hydra", "omegaconf", "numpy", "rich", "wandb", "yaml"}

@@ -17,10 +17,11 @@ from ldm.fetch import AssetError
 class CLIP(nn.Module):
     """texts -> Features: hidden state (B, L, D) after ln_final, mask all True, pooled and projected vector (B, V); float32, no gradient.
 
-    model: an open_clip name with CLIP's own tokenizer.  weights: a file (.pt, .safetensors) or an open_clip tag.  hub: whether a tag that
-    is not in the hub's local cache may be fetched.  layer: -1 the last hidden state (SD 1), -2 the penultimate (SD 2).  pad: the token
-    after the end: 0 as open_clip and SD 2 have it, 49407 as SD 1.  Padding is read like any token, which is how those networks were
-    trained.  random: no weights, drawn with seed 0, for tests.  Raises AssetError without weights, ValueError for a bad option or file.
+    model: an open_clip name with CLIP's own tokenizer, or the .json file of a config.  weights: a file (.pt, .safetensors) or an open_clip
+    tag.  hub: whether a tag that is not in the hub's local cache may be fetched.  layer: -1 the last hidden state (SD 1), -2 the
+    penultimate (SD 2).  pad: the token after the end: 0 as open_clip and SD 2 have it, 49407 as SD 1.  Padding is read like any token,
+    which is how those networks were trained.  random: no weights, drawn with seed 0, for tests.
+    Raises AssetError without weights, ValueError for a bad option or file.
     """
 
     clip: Any  # open_clip's model, without its image tower
@@ -35,6 +36,7 @@ class CLIP(nn.Module):
         random: bool = False,
     ):
         super().__init__()
+        model = named(model)
         self.clip, config = network(model, weights, hub, random)
         import open_clip
 
@@ -77,6 +79,18 @@ class CLIP(nn.Module):
             )
         context = out["text_intermediates"][0][:, :limit]  # (B, L, D): the first of the last ones
         return Features(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device), out["text_features"])
+
+
+def named(model: str) -> str:
+    """open_clip's name of a model; of a .json file with a config, open_clip is told first. Raises AssetError if there is no such file."""
+    if not model.endswith(".json"):
+        return model
+    if not (file := Path(model).expanduser()).is_file():
+        raise AssetError(f"model={model}: no such file; expected one of open_clip's names or the .json of a model's config")
+    from open_clip import add_model_config
+
+    add_model_config(file)
+    return file.stem
 
 
 def network(model: str, weights: str | None, hub: bool, random: bool) -> tuple[Any, dict[str, Any]]:

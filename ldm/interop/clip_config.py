@@ -2,9 +2,13 @@
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+from ldm import durable
 from ldm.errors import UserError
+from ldm.fetch import cache_dir
 from ldm.interop.pipeline import refuse_unless
 
 NAMED = ("ViT-L-14-quickgelu", "ViT-H-14", "ViT-bigG-14")  # of Stable Diffusion 1, 2 and XL
@@ -14,7 +18,9 @@ END = 49407  # the end-of-text token, whose state is pooled
 
 
 def open_clip_config(model: str) -> dict[str, Any]:
-    """open_clip's config of a model by name. Raises UserError for a name that it does not have."""
+    """open_clip's config of a model, by name or of a .json file. Raises UserError for a name that it does not have."""
+    if model.endswith(".json"):
+        return dict(json.loads(Path(model).read_text(encoding="utf-8")))
     import open_clip
 
     config = open_clip.get_model_config(model)
@@ -83,6 +89,14 @@ def named(config: Mapping[str, Any]) -> tuple[str, int] | None:
         if {**one, "embed_dim": 0, "layers": one["layers"] - 1} == {**wanted, "embed_dim": 0}:
             return name, -2
     return None
+
+
+def written(config: Mapping[str, Any]) -> str:
+    """The file in the cache that holds this open_clip config, named by what it says: what `model` of our CLIP may be."""
+    text = json.dumps(config, indent=1, sort_keys=True)
+    path = cache_dir() / "clip" / f"clip-{sha256(text.encode()).hexdigest()[:12]}.json"
+    durable.write_text(path, text)
+    return str(path)
 
 
 def tokenizer_files(pad: int, length: int) -> dict[str, str]:

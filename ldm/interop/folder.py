@@ -72,7 +72,7 @@ def text_of(folder: Path, tokenizer: Path) -> tuple[nodes.Node, dict[str, Any]]:
     config, state = clip_config.of_transformers(given.get("text_config", given)), text.import_text(read.weights(folder))
     special = config_in(tokenizer, "special_tokens_map.json").get("pad_token", "<|endoftext|>")
     pad = clip_config.END if (special["content"] if isinstance(special, dict) else special) == "<|endoftext|>" else 0
-    name, layer = clip_config.named(config) or (clip_config.registered(config), -1)
+    name, layer = clip_config.named(config) or (clip_config.written(config), -1)
     return nodes.clip(name, layer, pad, config["text_cfg"]["context_length"]), state
 
 

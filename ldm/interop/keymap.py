@@ -1,11 +1,11 @@
 """A table of names read both ways: from a published layout's state dict to ours, and back to the identical one."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from re import findall
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 
@@ -59,7 +59,8 @@ def imported(table: Iterable[Row], state: State, what: str) -> dict[str, Tensor]
 
     Raises UserError for a name that the table does not have, and for a part that is missing beside another.
     """
-    made, used = {}, set()
+    made: dict[str, Tensor] = {}
+    used: set[str] = set()
     for row in table:
         there = [name for name in row.theirs if name in state]
         if not there:
@@ -74,7 +75,8 @@ def imported(table: Iterable[Row], state: State, what: str) -> dict[str, Tensor]
 
 def exported(table: Iterable[Row], state: State, what: str) -> dict[str, Tensor]:
     """Their state dict of ours. Raises UserError for a tensor of ours that the layout has no name for."""
-    made, used = {}, set()
+    made: dict[str, Tensor] = {}
+    used: set[str] = set()
     for row in table:
         if row.ours in state:
             made.update(zip(row.theirs, row.split(state[row.ours]), strict=True))
@@ -93,6 +95,22 @@ def refuse(names: Iterable[str], what: str) -> None:
 def count(pattern: str, names: Iterable[str]) -> int:
     """One more than the largest number that the pattern's group finds in the names; 0 where it finds none."""
     return max((int(found) + 1 for found in findall(pattern, "\n".join(names))), default=0)
+
+
+def fit(module: nn.Module, state: State, what: str, optional: Collection[str] = ()) -> None:
+    """Load a state dict into a module whose every weight it must hold, in its shape, but for optional names.
+
+    Raises UserError naming the first that does not fit.
+    """
+    live = module.state_dict()
+    if missing := sorted(live.keys() - state.keys() - set(optional)):
+        raise UserError(f"{what}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if other := sorted(state.keys() - live.keys()):
+        raise UserError(f"{what}: {len(other)} weights belong to another architecture than the config's, the first is {other[0]}")
+    for name, value in state.items():
+        if live[name].shape != value.shape:
+            raise UserError(f"{what}: {name} is {list(value.shape)}, the config makes it {list(live[name].shape)}")
+    module.load_state_dict({**live, **state})
 
 
 def under(prefix: str, state: State) -> dict[str, Tensor]:

@@ -1,0 +1,103 @@
+"""Write a trained model in another project's layout: python -m ldm.export run=RUN to=diffusers out=PLACE [weights=ema] [config=FILE.yaml]
+
+run: a run folder, a step or weights file in it, a diffusers folder, or a checkpoint.  config: CompVis' yaml of a checkpoint.
+to=diffusers     a folder that diffusers.StableDiffusionPipeline opens
+to=compvis       one .ckpt or .safetensors with CompVis' and Stability's names
+to=safetensors   one file of ours with the composed config inside; sample.py takes it as run=
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.interop.pipeline import Pipeline
+
+NEEDED, KEYS = ("run", "to", "out"), ("run", "to", "out", "weights", "config")
+
+
+def diffusers(pipeline: "Pipeline", out: Path) -> None:
+    """A pipeline folder of diffusers. Raises UserError for a model that has no counterpart there."""
+    from hydra.utils import instantiate
+
+    from ldm.interop import folder
+
+    schedule = instantiate(pipeline.config["schedule"])
+    if not hasattr(schedule, "alpha_bar"):
+        raise UserError(f"schedule={pipeline.config['schedule']['_target_']}: to=diffusers expects one that is a table of betas")
+    bar = schedule.alpha_bar.double()
+    betas = (1 - bar / bar.roll(1)).tolist()
+    folder.save(pipeline, out, [float(1 - bar[0]), *betas[1:]])
+
+
+def compvis(pipeline: "Pipeline", out: Path) -> None:
+    """One file in CompVis' layout: .safetensors, or a .ckpt with its state_dict. Raises UserError for another ending."""
+    import torch
+
+    from ldm import durable
+    from ldm.interop import checkpoint
+
+    if out.suffix not in (".safetensors", ".ckpt"):
+        raise UserError(f"out={out}: expected a name that ends in .safetensors or .ckpt")
+    state = checkpoint.save(pipeline)
+    if out.suffix == ".safetensors":
+        durable.write_tensors(out, state, {"format": "pt"})
+        return
+    import io
+
+    buffer = io.BytesIO()
+    torch.save({"state_dict": {name: value.contiguous().clone() for name, value in state.items()}}, buffer)
+    durable.write_bytes(out, buffer.getvalue())
+
+
+def safetensors(pipeline: "Pipeline", out: Path) -> None:
+    """One file of ours. Raises UserError for another ending."""
+    from ldm.interop import single
+
+    if out.suffix != ".safetensors":
+        raise UserError(f"out={out}: expected a name that ends in .safetensors")
+    single.save(pipeline, out)
+
+
+TO: Mapping[str, Callable[["Pipeline", Path], None]] = {"diffusers": diffusers, "compvis": compvis, "safetensors": safetensors}
+
+
+def asked(argv: Sequence[str]) -> dict[str, str]:
+    """What was typed, checked. Raises UserError."""
+    given = {}
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if not equals or name not in KEYS:
+            raise UserError(f"{word}: expected {', '.join(f'{key}=...' for key in KEYS)}")
+        given[name] = value
+    if missing := [name for name in NEEDED if not given.get(name)]:
+        raise UserError(f"{missing[0]}=... must be given (see --help)")
+    if given["to"] not in TO:
+        raise UserError(f"to={given['to']}: expected one of {', '.join(TO)}")
+    if Path(given["out"]).exists():
+        raise UserError(f"out={given['out']} exists; name another place, or remove it")
+    return given
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    from ldm.foreign import pipeline_of
+
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        given = asked(argv)
+        TO[given["to"]](pipeline_of(given["run"], given.get("weights", "ema"), given.get("config")), Path(given["out"]))
+    except (UserError, FileNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{given['run']} as {given['to']} in {given['out']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""Models that train.py did not make: pipelines of diffusers, checkpoints of CompVis and Stability, and our own exported files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import build
+from ldm.errors import UserError
+from ldm.interop import checkpoint, config, folder, read, single
+from ldm.interop import text as text_names
+from ldm.interop.keymap import fit
+from ldm.interop.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from ldm.model import LatentDiffusion
+
+FILES = (".safetensors", ".ckpt", ".pt", ".bin")
+UNREAD = ("logit_scale", "attn_mask", "text_projection")  # of a text tower, by those who hear its tokens
+
+
+def is_foreign(run: str | Path) -> bool:
+    """Whether `run` names a pipeline folder of diffusers, or a weights file outside a run folder."""
+    path = Path(run).expanduser()
+    if path.is_dir():
+        return folder.is_folder(path)
+    inside = any((above / "config.yaml").is_file() and (above / "data.json").is_file() for above in path.absolute().parents)
+    return path.is_file() and path.suffix in FILES and not inside
+
+
+def opened(run: str | Path, kind: str = "ema", yaml: str | Path | None = None) -> Pipeline:
+    """The pipeline in a folder of diffusers or in a file; its config is checked as one from the command line is.
+
+    kind: ema or raw, where a checkpoint holds both.  yaml: CompVis' config of a checkpoint; by default the .yaml of the same name beside
+    it; Stable Diffusion 1 needs none.  Raises UserError, DamagedError naming the file.
+    """
+    from ldm.validate import validate
+
+    path = Path(run).expanduser()
+    pipeline = folder.load(path) if path.is_dir() else of_file(path, kind, yaml)
+    validate(pipeline.config, None, build.SUPPLIED)
+    return pipeline
+
+
+def of_file(path: Path, kind: str, yaml: str | Path | None) -> Pipeline:
+    """As opened, for a single file."""
+    state, said = read.weights(path, kind), read.metadata(path)
+    if single.KEY in said:
+        return single.load(state, said[single.KEY], path)
+    beside = Path(yaml).expanduser() if yaml else path.with_suffix(".yaml")
+    try:
+        if yaml or beside.is_file():
+            given = of_yaml(beside)
+            found: dict[str, Any] | None = config.from_compvis(given)
+            size = int(given["model"]["params"].get("image_size", 64))
+        else:
+            found, size = checkpoint.sd1(state), 64
+        if found is None:
+            raise UserError(f"nothing says what model it is; put its yaml beside it as {beside.name}, or name it, config=FILE.yaml")
+        if found["autoencoder"] is None:
+            raise UserError(f"{beside} has no first_stage_config; expected a whole pipeline")
+        return checkpoint.load(state, found, size * found["autoencoder"]["factor"], kind)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def of_yaml(path: Path) -> dict[str, Any]:
+    """A yaml file as plain data. Raises UserError for one that is not there or no model config of CompVis."""
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"config={path}: no such file; expected the yaml of a CompVis model")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"config={path} is no yaml ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(given, dict) or not isinstance(given.get("model"), dict) or "params" not in given["model"]:
+        raise UserError(f"config={path} has no model.params; expected the yaml of a CompVis model")
+    return given
+
+
+def model_of(pipeline: Pipeline) -> "LatentDiffusion":
+    """The model of a pipeline, on the CPU. Raises UserError for weights that are not of the config's architecture."""
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.create(pipeline.config)
+    if pipeline.text:
+        cfg.conditioner.encoder.update({"weights": None, "random": True})  # they come with the pipeline
+    autoencoder = build.autoencoder(cfg.autoencoder, channels_of(pipeline))
+    fit(autoencoder, pipeline.autoencoder, "first stage")
+    model = build.model(cfg, autoencoder, card_of(pipeline))
+    fit(model.denoiser.net, pipeline.net, "U-Net")
+    if pipeline.text:
+        load_text(tower_of(model), pipeline)
+    else:
+        fit(model.conditioner, pipeline.conditioner, "conditioner")
+    return model.eval()
+
+
+def tower_of(model: "LatentDiffusion") -> Any:
+    """The module of a model's CLIP text tower, under open_clip's names; None where it has none."""
+    encoder: Any = getattr(getattr(model.conditioner, "kept", None), "encoder", None)
+    clip = getattr(encoder, "clip", None)
+    return getattr(clip, "text", clip)
+
+
+def load_text(tower: Any, pipeline: Pipeline) -> None:
+    """Load a pipeline's text tower; the layers behind the one that is read may be missing, as the last of Stable Diffusion 2's is."""
+    last = len(tower.transformer.resblocks) + 1 + pipeline.config["conditioner"]["encoder"]["layer"]
+    beyond = tuple(f"transformer.resblocks.{n}." for n in range(last, len(tower.transformer.resblocks)))
+    unread = [name for name in tower.state_dict() if name.startswith(beyond)] if beyond else []
+    fit(tower, {name: value.float() for name, value in pipeline.text.items()}, "text tower", (*UNREAD, *unread))
+
+
+def channels_of(pipeline: Pipeline) -> int:
+    """Channels of the images."""
+    stem = pipeline.autoencoder.get("encoder.stem.weight")
+    if stem is None:
+        raise UserError("the first stage has no encoder.stem; expected the convolutional encoder of latent diffusion")
+    return int(stem.shape[1])
+
+
+def card_of(pipeline: Pipeline) -> Any:
+    """What a model must know of data that nobody has here: classes by number where it is told one, captions that say nothing."""
+    from ldm.load import DataCard
+
+    rows = pipeline.conditioner.get("embedding.weight")
+    classes = [str(n) for n in range(len(rows) - 1)] if rows is not None else ["image"]
+    return DataCard("", classes, [[""]] * len(classes), channels_of(pipeline), pipeline.size)
+
+
+def pipeline_of(run: str | Path, kind: str = "ema", yaml: str | Path | None = None) -> Pipeline:
+    """The pipeline that `run` names: a run folder of train.py, or anything that `opened` takes."""
+    if is_foreign(run):
+        return opened(run, kind, yaml)
+    from ldm import load
+
+    model = load.load(run, kind).cpu()
+    given = build.plain(load.config_of(load.run_folder(run)))
+    nodes = {name: given[name] for name in ("net", "autoencoder", "conditioner", "schedule", "prediction", "seed")}
+    nodes |= {"learned_variance": True} if given.get("learned_variance") else {}
+    tower = tower_of(model)
+    text = {} if tower is None else {name: value for name, value in tower.state_dict().items() if name not in text_names.NOT_TEXT}
+    state = model.autoencoder.state_dict()
+    return Pipeline(nodes, model.denoiser.net.state_dict(), state, model.size[0], text, model.conditioner.state_dict())
