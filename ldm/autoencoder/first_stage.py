@@ -61,10 +61,14 @@ class FirstStage(nn.Module):
 
     def posterior(self, image: Tensor) -> Posterior | Point:
         """q(z | image) before shift and scale. Raises ValueError for a size the factor does not divide."""
-        if image.shape[-1] % self.factor or image.shape[-2] % self.factor:
-            height, width = image.shape[-2:]
-            raise ValueError(f"image is {height}x{width}: height and width must be multiples of {self.factor}; pad or resize it")
+        self.require_size(image)
         return self.posterior_of(self.encoder(image))
+
+    def require_size(self, image: Tensor) -> None:
+        """Raise ValueError unless the factor divides height and width of image (B, C, H, W)."""
+        height, width = image.shape[-2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"image is {height}x{width}: height and width must be multiples of {self.factor}; pad or resize it")
 
     def normalise(self, raw: Tensor) -> Tensor:
         """From the posterior's units to z: (raw - shift) * scale."""

@@ -28,9 +28,9 @@ class Latents(Dataset):
         return {**batch, "moments": self.moments[batch["flip"].long(), torch.as_tensor(batch["index"])].float()}
 
 
-def batches(dataset, size: int = 500) -> Iterator[Tensor]:
-    """All images of a data set, in order and not flipped, as batches (B, C, H, W) in [-1, 1]."""
-    for start in range(0, len(dataset), size):
+def batches(dataset, size: int = 500, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
+    """All images of a data set, in order and not flipped, as batches (B, C, H, W) in [-1, 1]; of several processes, this one's share."""
+    for start in range(rank * size, len(dataset), ranks * size):
         yield dataset.pixels(range(start, min(start + size, len(dataset))))
 
 

@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from ldm import build, durable, picture, runs
+from ldm.autoencoder.calibration import Calibration
 from ldm.data.latents import batches
 from ldm.ema import PowerEMA
 from ldm.errors import UserError
@@ -20,7 +21,8 @@ from ldm.stage.run import opened
 from ldm.tensors import Noise, key
 from ldm.training.autoencoder import LitAutoencoder
 from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
-from ldm.training.parallel import disband
+from ldm.training.fit import world
+from ldm.training.parallel import disband, sum_over_ranks
 
 
 def train(
@@ -37,20 +39,29 @@ def train(
     discriminator_start: int,
     discriminator_ramp: int,
     discriminator_weight: float,
+    calibration: Calibration,
     sigma_rel: float,
     log_every: int,
     grid_every: int,
     save_every: int,
 ) -> float:
-    """Train, average the weights, calibrate shift and scale, write weights.safetensors; returns the PSNR of test images in dB."""
+    """Train, average the weights, calibrate shift and scale, write weights.safetensors; returns the PSNR of test images in dB.
+
+    Raises UserError for a first stage without weights, and where the network that is to measure it is also in its loss.
+    """
     folder = cache.first_stage_folder(cfg)
     if done := runs.finished(folder):
         return done["psnr"]
     make_score, _ = judge.scorer(cfg, cfg.metrics)
+    score = make_score() if make_score else None
+    if score and score.net.name == getattr(loss.perceptual, "name", None):
+        raise UserError(f"{score.net.name} is in the training loss and cannot measure what it trained: choose another metrics= or loss")
     with opened(cfg, folder) as run:
         data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
         torch.manual_seed(key(seed, "weights"))
         autoencoder = build.autoencoder(cfg.autoencoder, data.channels)
+        if weightless(autoencoder):
+            raise UserError(f"{type(autoencoder).__name__} has no weights to train: use it as it is, or choose another autoencoder=")
         lit = LitAutoencoder(
             autoencoder,
             loss,
@@ -63,12 +74,16 @@ def train(
             seed,
         )
         ema = PowerEMA(autoencoder, sigma_rel)
-        some = test.batch([(0, i) for i in range(min(16, len(test)))])["image"]
+        some = test.batch([(0, i) for i in range(min(64, len(test)))])["image"]
 
         @torch.no_grad()
         def draw(step: int) -> None:
-            pairs = torch.cat([some, autoencoder.decode(autoencoder.encode(some.to(autoencoder.shift))).to(some)])
-            run.picture(step, f"grids/step-{step:06d}", picture.grid(to_uint8(pairs.float()), columns=len(some), zoom=2))
+            again = autoencoder.decode(autoencoder.encode(some.to(autoencoder.shift))).to(some)
+            pairs = torch.cat([some[:16], again[:16]])
+            run.picture(step, f"grids/step-{step:06d}", picture.grid(to_uint8(pairs.float()), columns=len(pairs) // 2, zoom=2))
+            scores = Reconstruction()
+            scores.update(some, again)
+            run.write(step, {f"val/{name}": value for name, value in scores.compute().items()})
 
         callbacks = [
             LearningRate(lr_schedule, steps),
@@ -79,15 +94,16 @@ def train(
             Pictures(draw, grid_every, ema),
         ]
         instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed)
-        disband()
-        if not run.chief:
-            return 0.0
         with ema.applied():
             autoencoder.eval().requires_grad_(False).to("cpu", torch.float32)
-            autoencoder.calibrate(autoencoder.posterior(image).moments for image in batches(data))
+            moments = (autoencoder.posterior(image).moments for image in batches(data, 500, *world()))
+            autoencoder.calibrate(moments, calibration, sum_over_ranks)
+            disband()
+            if not run.chief:
+                return 0.0
             space = Space.of(autoencoder, build.plain(cfg.autoencoder), data.fingerprint)
             metrics: dict[str, Any] = {
-                **reconstruct(autoencoder, test, make_score() if make_score else None),
+                **reconstruct(autoencoder, test, score),
                 "identity": space.identity,
             }
             durable.write_tensors(folder / "weights.safetensors", autoencoder.state_dict(), space.metadata)
@@ -101,6 +117,10 @@ def load(cfg: Any, channels: int) -> tuple[nn.Module, Space, dict[str, Any]]:
 
     Raises UserError naming both autoencoders when the weights in the cache are not those that were measured there.
     """
+    untrained = build.autoencoder(cfg.autoencoder, channels)
+    if weightless(untrained):
+        space = Space.of(untrained, build.plain(cfg.autoencoder))
+        return untrained.eval(), space, {"identity": space.identity}
     folder = cache.first_stage(cfg)
     autoencoder, space = first_stage(cfg.autoencoder, folder / "weights.safetensors", channels)
     measured = runs.finished(folder) or {}
@@ -111,6 +131,11 @@ def load(cfg: Any, channels: int) -> tuple[nn.Module, Space, dict[str, Any]]:
             f"put it back, or remove {folder} and the same command trains it again"
         )
     return autoencoder, space, measured
+
+
+def weightless(autoencoder: nn.Module) -> bool:
+    """Whether there is nothing to train and nothing to load, as in pixel space."""
+    return next(autoencoder.parameters(), None) is None
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""The parameter counts of LDM's first stages, from our configs, on the meta device."""
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from smoke import ROOT
+
+from ldm import build
+
+TABLE = {  # Rombach et al. 2022, tab. 8 and their released configs
+    "kl_f4": 55_312_063,
+    "kl_f8": 83_653_863,
+    "kl_f16": 69_610_963,
+    "kl_f32": 103_880_131,
+    "vq_f4": 55_322_782,
+    "vq_f4_noattn": 53_219_486,
+    "vq_f8": 67_717_295,
+    "vq_f8_n256": 67_652_783,
+    "vq_f16": 69_593_371,
+    "VA-VAE f16d32": None,  # Yao et al. 2025 print no count
+}
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_first_stage_has_the_papers_parameters(name):
+    if TABLE[name] is None:
+        pytest.skip(f"{name}: no count was published")
+    with torch.device("meta"):
+        autoencoder = build.autoencoder(OmegaConf.load(ROOT / f"conf/autoencoder/{name}.yaml"), 3)
+    assert count(autoencoder) == TABLE[name]
+    assert len(autoencoder.encoder.down) == len(autoencoder.decoder.up) == autoencoder.factor.bit_length()
+
+
+def test_kl_f8_divides_its_parameters_as_published():
+    with torch.device("meta"):
+        autoencoder = build.autoencoder(OmegaConf.load(ROOT / "conf/autoencoder/kl_f8.yaml"), 3)
+    assert count(autoencoder.encoder) == 34_163_664
+    assert count(autoencoder.decoder) == 49_490_199
+
+
+def test_the_discriminator_has_the_papers_parameters():
+    node = OmegaConf.load(ROOT / "conf/training/autoencoder.yaml").discriminator
+    with torch.device("meta"):
+        assert count(instantiate(node, width=64, layers=3, groups=32)()) == 2_765_633

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+
+from ldm.autoencoder.kl import AutoencoderKL
+from ldm.autoencoder.posterior import Posterior
+from ldm.autoencoder.tiled import Tiled, ramp, starts, tiled
+from ldm.autoencoder.vq import AutoencoderVQ
+
+
+class Patches(nn.Module):
+    """Each place of the latent from its own patch of pixels, so that tiles change nothing."""
+
+    def __init__(self, f: int, z: int, double: bool):
+        super().__init__()
+        self.net = nn.Conv2d(3, 2 * z if double else z, f, stride=f)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Pixels(nn.Module):
+    def __init__(self, f: int, z: int):
+        super().__init__()
+        self.net = nn.ConvTranspose2d(z, 3, f, stride=f)
+
+    def forward(self, z):
+        return self.net(z)
+
+
+def local(cls=AutoencoderKL, f: int = 2):
+    torch.manual_seed(0)
+    return cls(Patches(f, 4, cls is AutoencoderKL), Pixels(f, 4), 4, f).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("cls", [AutoencoderKL, AutoencoderVQ])
+@pytest.mark.parametrize("size", [(16, 16), (34, 18), (46, 66)])
+def test_tiles_of_a_local_first_stage_make_the_plain_image(cls, size):
+    plain, image = local(cls), torch.rand(2, 3, *size, dtype=torch.float64) * 2 - 1
+    plain.calibrate([plain.posterior(image).moments])
+    pieces = Tiled(plain, tile=8, overlap=3)
+    z = plain.encode(image)
+    torch.testing.assert_close(pieces.encode(image), z)
+    torch.testing.assert_close(pieces.posterior(image).moments, plain.posterior(image).moments)
+    torch.testing.assert_close(pieces.decode(z), plain.decode(z))
+
+
+def test_what_fits_one_tile_is_the_plain_result_bit_for_bit():
+    plain, image = local(), torch.rand(1, 3, 16, 14, dtype=torch.float64)
+    pieces = Tiled(plain, tile=8, overlap=2)
+    assert torch.equal(pieces.encode(image), plain.encode(image))
+    assert torch.equal(pieces.decode(plain.encode(image)), plain.decode(plain.encode(image)))
+
+
+def test_no_call_sees_more_than_a_tile_and_seams_stay_near_them():
+    """A convolution that looks one place further: equal wherever its neighbours are in the same tile."""
+    seen = []
+    conv = nn.Conv2d(1, 1, 3, padding=1).requires_grad_(False)
+
+    def look(x):
+        seen.append(x.shape[-2:])
+        return conv(x)
+
+    x = torch.randn(1, 1, 20, 12)
+    got, plain = tiled(look, x, 12, 4, 1, 1), conv(x)
+    assert seen == [(12, 12), (12, 12)]
+    off = (got - plain).abs().amax((0, 1, 3)) > 1e-6
+    assert off.nonzero().flatten().tolist() == [8, 11]  # the last row of the upper tile, the first of the lower one
+
+
+@pytest.mark.parametrize(("side", "tile", "overlap", "grain"), [(20, 8, 3, 1), (64, 16, 4, 4), (9, 8, 0, 1), (16, 8, 0, 1), (8, 8, 2, 1)])
+def test_tiles_cover_and_overlap(side, tile, overlap, grain):
+    at = starts(side, tile, overlap, grain)
+    assert at[0] == 0
+    assert at[-1] + tile == max(side, tile)
+    assert all(0 < b - a <= tile - overlap for a, b in zip(at, at[1:], strict=False))
+    assert all(a % grain == 0 for a in at)
+
+
+def test_blending_is_linear():
+    assert ramp(7, 2, torch.zeros(1)).tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 2 / 3, 1 / 3])
+    ends = iter((torch.zeros(1, 1, 1, 6), torch.ones(1, 1, 1, 6)))
+    faded = tiled(lambda part: next(ends), torch.zeros(1, 1, 1, 9), 6, 3, 1, 1)
+    assert faded.flatten().tolist() == pytest.approx([0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1])
+
+
+def test_it_stands_in_for_what_it_wraps():
+    plain = local()
+    pieces = Tiled(plain, 8, 2)
+    assert (pieces.factor, pieces.z_channels, pieces.identity()) == (2, 4, plain.identity())
+    assert torch.equal(pieces.normalise(torch.ones(1, 4, 2, 2).double()), plain.normalise(torch.ones(1, 4, 2, 2).double()))
+    assert isinstance(pieces.posterior(torch.zeros(1, 3, 32, 32, dtype=torch.float64)), Posterior)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = pieces.nothing
+    with pytest.raises(ValueError, match="17x32.*multiples of 2"):
+        pieces.posterior(torch.zeros(1, 3, 17, 32, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("overlap", [-1, 8, 9])
+def test_an_overlap_that_does_not_fit_is_refused(overlap):
+    with pytest.raises(ValueError, match=rf"tile=8 overlap={overlap}"):
+        Tiled(local(), 8, overlap)

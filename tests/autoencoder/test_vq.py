@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+
+from ldm.autoencoder.conv import Decoder, Encoder
+from ldm.autoencoder.identity import Identity
+from ldm.autoencoder.posterior import Point
+from ldm.autoencoder.vq import AutoencoderVQ, Codebook
+
+
+def vq(codes: int = 7, **options) -> AutoencoderVQ:
+    """Encoder and decoder leave everything as it is: image, latent and codes are one space."""
+    torch.manual_seed(0)
+    model = AutoencoderVQ(nn.Identity(), nn.Identity(), 2, 1, num_codes=codes, **options)
+    nn.init.normal_(model.codebook.weight)
+    return model.double()
+
+
+def test_the_nearest_code_is_the_one_of_all_distances():
+    torch.manual_seed(0)
+    book = Codebook(11, 3).double()
+    nn.init.normal_(book.weight)
+    raw = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    index = book.nearest(raw)
+    wanted = torch.cdist(raw.movedim(1, -1).reshape(-1, 3), book.weight).argmin(1)
+    assert torch.equal(index, wanted.view(2, 4, 5))
+    assert torch.equal(book(index)[1, :, 2, 3], book.weight[index[1, 2, 3]])
+
+
+def test_autocast_does_not_choose_another_code():
+    raw = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    book = Codebook(500, 3)
+    plain = book.nearest(raw)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(book.nearest(raw), plain)
+
+
+def test_it_encodes_what_is_not_quantised_and_quantises_when_it_decodes():
+    model, image = vq(), torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    posterior = model.posterior(image)
+    assert torch.equal(model.encode(image), image)
+    assert torch.equal(posterior.sample(torch.randn_like(image)), image)
+    assert torch.equal(model.posterior_of(posterior.moments).mode, image)
+    codes = model.codebook(model.codebook.nearest(image))
+    assert torch.equal(model.decode(model.encode(image)), codes)
+    model.calibrate([posterior.moments])
+    torch.testing.assert_close(model.decode(model.encode(image)), codes)
+    torch.testing.assert_close(model.encode(image).var((0, 2, 3), correction=0), torch.ones(2).double())
+
+
+def test_gradients_go_straight_through_and_each_part_of_the_penalty_to_its_own():
+    model = vq(codebook_weight=3.0, commitment_weight=0.5)
+    image = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    reconstruction, penalties, _ = model.training_pass(image, torch.randn_like)
+    codes = model.codebook(model.codebook.nearest(image))
+    torch.testing.assert_close(reconstruction, codes)
+    (through,) = torch.autograd.grad(reconstruction.square().sum(), image, retain_graph=True)
+    torch.testing.assert_close(through, 2 * codes)  # as if nothing had been quantised
+    penalty = penalties["codebook"]
+    torch.testing.assert_close(penalty, 3.5 * (codes - image).square().mean((1, 2, 3)))
+    to_encoder, to_book = torch.autograd.grad(penalty.sum(), (image, model.codebook.weight))
+    size = image[0].numel()
+    torch.testing.assert_close(to_encoder, 2 * 0.5 * (image - codes) / size)
+    expected = torch.zeros_like(model.codebook.weight)
+    expected.index_add_(0, model.codebook.nearest(image).flatten(), (2 * 3.0 * (codes - image) / size).movedim(1, -1).flatten(0, 2))
+    torch.testing.assert_close(to_book, expected)
+
+
+def test_perplexity_and_dead_codes():
+    model = vq(codes=4)
+    with torch.no_grad():
+        model.codebook.weight.copy_(torch.tensor([[0.0, 0], [10, 0], [0, 10], [99, 99]]))
+    image = torch.tensor([[0.1, 9.0, 0.2, 0.0], [0.1, 0.0, 0.0, 9.5]], dtype=torch.float64).view(1, 2, 2, 2)  # codes 0, 1, 0, 2
+    told = model.diagnose(model.training_pass(image, torch.randn_like).vitals)
+    assert told["dead_codes"] == 1
+    assert told["perplexity"].item() == pytest.approx(2**1.5)  # entropy of (1/2, 1/4, 1/4)
+
+
+def test_shapes_of_a_convolutional_one():
+    options = dict(z_channels=3, width=8, mult=(1, 2), blocks=1, groups=4)
+    model = AutoencoderVQ(Encoder(1, **options, double=False), Decoder(1, **options), 3, 2, num_codes=16)
+    image = torch.randn(2, 1, 8, 12)
+    assert model.posterior(image).moments.shape == (2, 3, 4, 6)
+    assert model.decode(model.encode(image)).shape == image.shape
+    reconstruction, penalties, vitals = model.training_pass(image, torch.randn_like)
+    (reconstruction.abs().sum() + penalties["codebook"].sum()).backward()
+    assert vitals.sum() == 1
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_pixel_space_is_the_image_itself():
+    space, image = Identity(3), torch.rand(2, 3, 4, 6) * 2 - 1
+    assert torch.equal(space.encode(image), image)
+    assert torch.equal(space.decode(image), image)
+    posterior = space.posterior(image)
+    assert isinstance(posterior, Point)
+    assert torch.equal(posterior.moments, image)
+    assert not posterior.variance.any()
+    assert torch.equal(posterior.sample(torch.randn_like(image)), image)
+    assert (space.factor, space.z_channels) == (1, 3)
+    assert not list(space.parameters())
+    assert space.identity() == Identity(3).identity()
