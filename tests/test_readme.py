@@ -1,5 +1,6 @@
 """Everything in the README that can be typed is typed."""
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def commands(text: str) -> list[list[str]]:
 
 TEXT = README.read_text()
 TYPED = commands(TEXT)
-TRAIN = [words[2:] for words in TYPED if words[:2] == ["python", "train.py"]]
+TRAIN = [words[2:] for words in TYPED if words[:2] == ["python", "train.py"] and "--config-dir" not in words]
+OWN = [words[2:] for words in TYPED if words[:2] == ["python", "train.py"] and "--config-dir" in words]
 SAMPLE = [words[2:] for words in TYPED if words[:2] == ["python", "sample.py"]]
 
 
@@ -115,6 +117,21 @@ def test_train_command_runs(typed, smoke, tmp_path, capfd):
         typed = [word for word in typed if not word.startswith("data.path=")] + [*NEEDS[study]]
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         assert command("train.py", *of_training(typed)) == 0
+
+
+@pytest.mark.parametrize("typed", OWN, ids=" ".join)
+def test_command_with_code_of_your_own_runs(typed, smoke, tmp_path, monkeypatch):
+    """The blocks that begin with a file's name are those files."""
+    for block in blocks(TEXT):
+        if match := re.match(r"# (paper/\S+)\n", block.text):
+            path = tmp_path / match[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        assert command("train.py", *typed, *SMALL) == 0
+        (run,) = (tmp_path / "runs").iterdir()
+        assert json.loads((run / "metrics.json").read_text())["n"] == 20  # trained, drawn and scored
 
 
 @pytest.mark.parametrize("typed", SAMPLE, ids=" ".join)
