@@ -1,0 +1,61 @@
+"""A whole small model of Stable Diffusion's shape, drawn at random: ADM U-Net, conventional KL-f4, CLIP-layout text tower."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from seeded import fill, numbers
+
+from ldm import build
+from ldm.diffusion import times
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.sampler import ddim
+from ldm.foreign import tower_of
+from ldm.interop import nodes
+from ldm.interop.pipeline import Pipeline
+from ldm.interop.text import NOT_TEXT
+
+IMAGE = {"image_size": 16, "layers": 1, "width": 16, "patch_size": 16, "head_width": 16}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
+PROMPT = "a photo of a sneaker, isn't it? (v2)"
+START = numbers("start", (1, 4, 8, 8))
+
+
+@dataclass
+class Card:
+    classes = ("image",)
+    channels, size = 3, 32
+
+
+def whole(folder: Path, layer: int = -1, pad: int = 49407, per_channel: bool = True) -> Pipeline:
+    """A pipeline whose every weight is drawn by its name; folder: where the tower's config goes."""
+    tower = folder / f"tower{-layer}.json"
+    tower.write_text(json.dumps({"embed_dim": 8, "vision_cfg": IMAGE, "text_cfg": TEXT, "quick_gelu": layer == -1}))
+    config = {
+        "net": nodes.unet(32, (1, 2), 1, (1, 2), nodes.transformer(layer == -1), heads=4, groups=16),
+        "autoencoder": nodes.first_stage(4, 16, (1, 2, 2), 1, groups=8),
+        "conditioner": nodes.clip(str(tower), layer, pad),
+        "schedule": nodes.betas("scaled_linear", 1000, 0.00085, 0.012),
+        "prediction": nodes.prediction("Eps" if layer == -1 else "V"),
+        "seed": 0,
+    }
+    built = OmegaConf.create(config)
+    built.conditioner.encoder.random = True
+    stage = fill(build.autoencoder(built.autoencoder, 3))
+    stage.scale.copy_(torch.tensor([0.9, 1.1, 0.7, 1.3]) if per_channel else torch.full((4,), 0.18215))
+    stage.shift.copy_(torch.tensor([0.1, -0.2, 0.0, 0.3]) * per_channel)
+    model = build.model(built, stage, Card)
+    text = {name: value for name, value in fill(tower_of(model)).state_dict().items() if name not in NOT_TEXT}
+    return Pipeline(config, fill(model.denoiser.net).state_dict(), stage.state_dict(), 32, text, {})
+
+
+@torch.inference_mode()
+def drawn(model, steps: int = 8, scale: float = 3.0) -> torch.Tensor:
+    """Our image in [0, 1] from START, with diffusers' DDIM grid for Stable Diffusion."""
+    denoiser = model.denoiser
+    told, untold = model.condition({"caption": [PROMPT]}), model.uncondition({"caption": [PROMPT]})
+    ts = times.ending_at(times.leading(denoiser.schedule, steps, offset=1), 1 / 1000)
+    z = ddim(cfg(denoiser, told, untold, scale=scale), denoiser.schedule, START, ts, lambda x: x)
+    return (model.decode(z) + 1) / 2
