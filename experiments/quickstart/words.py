@@ -1,6 +1,6 @@
-"""Words the model was never told: python experiments/quickstart/words.py [RUN] [prompts|prompts_dev].
+"""Words the model was never told: python experiments/quickstart/words.py [RUN] [prompts|prompts_more|prompts_dev].
 
-Twenty held-out prompts, 16 draws each, beside what the nearest training caption tells.
+Held-out prompts, 16 draws each, beside what the nearest training caption tells.
 """
 
 import csv
