@@ -45,6 +45,11 @@ def ddpm_sinusoid(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def toward_data(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
+    """As `sinusoid`, of 1 - t / 1000: time as SiT's and LightningDiT's networks are told it, from noise at 0 to data at 1."""
+    return sinusoid(1 - t / 1000, dim, longest)
+
+
 def mlp(inputs: int, width: int) -> nn.Sequential:
     """Two linear layers and a SiLU between: (B, inputs) -> (B, width), for a time embedding or for a vector added to it (SDXL)."""
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
