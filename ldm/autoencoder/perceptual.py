@@ -1,8 +1,10 @@
-"""Perceptual distance through a frozen ImageNet network."""
+"""Perceptual distances through frozen ImageNet networks.  The network of a loss (`name`) never measures what it trained."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ldm.pretrained import efficientnet, lpips_weights, vgg
 
 
 class EfficientNetDistance(nn.Module):
@@ -13,20 +15,12 @@ class EfficientNetDistance(nn.Module):
     the published ones.  Raises AssetError where those are not to be had.
     """
 
+    name = "effnet"
+
     def __init__(self, size: int = 64, scale: float = 1.0, weights: str | None = None):
         super().__init__()
-        import timm
-
-        from ldm.fetch import efficientnet_lite0
-
-        state = torch.load(weights or efficientnet_lite0(), map_location="cpu", weights_only=True)
-        whole = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        names = list(whole.state_dict())
-        whole.load_state_dict(dict(zip(names, state.values(), strict=True)))  # the file has timm's order and other names
-        net = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True)
-        net.load_state_dict({name: value for name, value in whole.state_dict().items() if name in net.state_dict()})
         self.size, self.scale = size, scale
-        self.net = net.eval().requires_grad_(False)
+        self.net = efficientnet(weights)
 
     def train(self, mode: bool = True) -> "EfficientNetDistance":
         return super().train(False)
@@ -41,4 +35,54 @@ class EfficientNetDistance(nn.Module):
     def features(self, image: Tensor) -> list[Tensor]:
         """Feature maps (B, C_k, h_k, w_k) of the five stages, each of unit length over its channels."""
         x = F.interpolate(image.expand(-1, 3, -1, -1), size=(self.size, self.size), mode="bilinear", align_corners=False)
-        return [F.normalize(f, dim=1, eps=1e-6) for f in self.net(x)]
+        return [F.normalize(f, dim=1, eps=1e-6) for f in self.net.forward_intermediates(x, intermediates_only=True)]
+
+
+class LPIPS(nn.Module):
+    """The learned perceptual distance of VGG-16's five stages (Zhang et al. 2018, eq. 1), times `scale` and the number of pixels and
+    channels: LDM adds it to the error of every pixel before it sums.
+
+    An Error: reconstruction, image (B, 1 or 3, H, W) in [-1, 1], of 16 px or more -> (B,).  weights: a file of torchvision's VGG-16, None
+    for the published one.  Raises AssetError where that is not to be had, ValueError for smaller images.
+    """
+
+    name = "vgg16"
+    LAST = (3, 8, 15, 22, 29)  # the activation that ends each stage
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, scale: float = 1.0, weights: str | None = None):
+        super().__init__()
+        self.scale, self.net = scale, vgg(weights)[: self.LAST[-1] + 1]
+        for stage, learned in enumerate(lpips_weights()):
+            self.register_buffer(f"weight{stage}", learned, persistent=False)
+        for layer in self.net:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # the stages are looked at after the next layer has run
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        return super().train(False)
+
+    def forward(self, reconstruction: Tensor, image: Tensor) -> Tensor:
+        return self.scale * image[0].numel() * self.distance(reconstruction, image)
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """LPIPS (B,) of images (B, 1 or 3, H, W) in [-1, 1]."""
+        if min(b.shape[-2:]) < 16:
+            raise ValueError(f"images are {tuple(b.shape[-2:])}: LPIPS halves them four times and needs 16 px or more")
+        with torch.no_grad():
+            wanted = self.features(b)
+        pairs = zip(self.features(a), wanted, strict=True)
+        stages = [((x - y).square().mean((2, 3)) * getattr(self, f"weight{k}")).sum(1) for k, (x, y) in enumerate(pairs)]
+        return torch.stack(stages).sum(0)
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Feature maps (B, C_k, h_k, w_k) of the five stages, each of unit length over its channels."""
+        h, found = (image.expand(-1, 3, -1, -1) - self.mean) / self.std, []
+        for i, layer in enumerate(self.net):
+            h = layer(h)
+            if i in self.LAST:
+                found.append(h / (h.square().sum(1, keepdim=True) + 1e-8).sqrt())
+        return found

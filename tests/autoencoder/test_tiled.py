@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -73,7 +75,7 @@ def test_tiles_cover_and_overlap(side, tile, overlap, grain):
     at = starts(side, tile, overlap, grain)
     assert at[0] == 0
     assert at[-1] + tile == max(side, tile)
-    assert all(0 < b - a <= tile - overlap for a, b in zip(at, at[1:], strict=False))
+    assert all(0 < b - a <= tile - overlap for a, b in pairwise(at))
     assert all(a % grain == 0 for a in at)
 
 
@@ -92,7 +94,7 @@ def test_it_stands_in_for_what_it_wraps():
     assert isinstance(pieces.posterior(torch.zeros(1, 3, 32, 32, dtype=torch.float64)), Posterior)
     with pytest.raises(AttributeError, match="nothing"):
         _ = pieces.nothing
-    with pytest.raises(ValueError, match="17x32.*multiples of 2"):
+    with pytest.raises(ValueError, match=r"17x32.*multiples of 2"):
         pieces.posterior(torch.zeros(1, 3, 17, 32, dtype=torch.float64))
 
 
