@@ -8,6 +8,7 @@ of what is named) and lists the survivors; exit code 1 if there is one that EQUI
 import ast
 import copy
 import csv
+import gc
 import os
 import resource
 import sys
@@ -15,7 +16,10 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 
 ROOT = Path(__file__).parents[1]
 SOURCE, TESTS = ROOT / "ldm/diffusion", ROOT / "tests/diffusion"
@@ -33,6 +37,7 @@ TESTS_OF = {
     "bound": "fair",
     "bin_of": "bins",
 }
+PLUGINS = ("cacheprovider", "unraisableexception", "threadexception", "warnings")  # which a mutant's few seconds have no use for
 MEMORY = 5 << 30  # bytes of address space, most of it shared libraries: a mutant that fills it is dead
 SECONDS = 10, 90, 300  # of CPU time, by the end of each round of tests: a mutant that does not end is dead
 
@@ -130,8 +135,6 @@ def survives(file: Path, tree: ast.Module, function: str = "") -> bool:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        import pytest
-
         import ldm.diffusion
 
         name = f"ldm.diffusion.{file.stem}"
@@ -143,7 +146,7 @@ def survives(file: Path, tree: ast.Module, function: str = "") -> bool:
         near = [str(TESTS / f"test_{name}.py") for name in FILES.get(file.stem, [file.stem])]
         every = [str(f) for f in sorted(TESTS.glob("test_*.py")) if f.name != "test_house.py"]
         named = function.split(".")[0]
-        options = ["-x", "-q", "-p", "no:cacheprovider"]
+        options = ["-x", "-q", "--assert=plain", *(word for name in PLUGINS for word in ("-p", f"no:{name}"))]
         rounds = zip(SECONDS, ([*near, "-k", TESTS_OF.get(named, named)], near, every), strict=True)
         for seconds, tests in rounds if function else [(SECONDS[-1], every)]:
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
@@ -162,6 +165,7 @@ def warm_up() -> None:
     import scipy.stats  # noqa: F401
     import torch
 
+    gc.freeze()
     torch.set_num_threads(1)
     for name in ("DDIM", "DDPM", "PNDM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete"):
         getattr(diffusers, f"{name}Scheduler")
