@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.autoencoder.conv import Decoder, Encoder
+from ldm.autoencoder.conv import Decoder, Encoder, PaddedDownsample
 from ldm.autoencoder.kl import AutoencoderKL
 from ldm.autoencoder.patch import PatchDecoder, PatchEncoder
 from ldm.autoencoder.posterior import Posterior
@@ -156,3 +156,62 @@ def test_shift_and_scale_travel_with_the_weights():
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.scale, model.scale)
     assert isinstance(other.posterior(torch.randn(1, 2, 4, 4)), Posterior)
+
+
+def test_channels_that_say_nothing_are_counted():
+    model = exact()
+    image = torch.randn(40, 2, 8, 8)
+
+    class Encoder(torch.nn.Module):
+        """The first channel tells of the image, the second is noise."""
+
+        def forward(self, x):
+            mean = x * torch.tensor([2.0, 0.0])[:, None, None]
+            return torch.cat([mean, torch.zeros_like(mean)], 1)
+
+    model.encoder = Encoder()
+    seen = model.training_pass(image, torch.randn_like)
+    told = model.diagnose(seen.vitals)
+    assert told["dead_channels"] == 1
+    assert told["kl_channel_min"] == 0
+    assert told["kl_channel_max"].item() == pytest.approx(0.5 * 4 * image[:, 0].square().mean().item())
+    torch.testing.assert_close(seen.penalties["kl"].mean(), 64 * seen.vitals.sum())
+
+
+def test_training_decodes_a_sample_and_not_the_mode():
+    model, image = exact(), torch.randn(3, 2, 8, 8)
+    noise = torch.randn(3, 2, 8, 8)
+    posterior = model.posterior(image)
+    seen = model.training_pass(image, lambda like: noise)
+    torch.testing.assert_close(seen.reconstruction, model.decoder(posterior.sample(noise)))
+    torch.testing.assert_close(seen.penalties["kl"], posterior.kl())
+
+
+def test_attention_stands_at_the_factors_it_was_asked_for():
+    options = dict(z_channels=2, width=8, mult=(1, 2, 2), blocks=2, groups=4, attention=(4,), middle_attention=False)
+    encoder, decoder = Encoder(1, **options), Decoder(1, **options)
+    assert [len(level.attention) for level in encoder.down] == [0, 0, 2]
+    assert [len(level.attention) for level in decoder.up] == [0, 0, 3]
+    assert [len(level.blocks) for level in decoder.up] == [3, 3, 3]
+    seen = []
+    for module in (*encoder.modules(), *decoder.modules()):
+        if type(module).__name__ == "SpatialAttention":
+            module.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape[-2:])))
+    decoder(encoder(torch.randn(1, 1, 16, 16))[:, :2])
+    assert seen == [(4, 4)] * 5
+
+
+def test_downsampling_looks_right_and_down():
+    """An even input has no place left over at its left and upper edge: pixel 0 moves output 0 alone, as in LDM."""
+    down = PaddedDownsample(1)
+    image = torch.zeros(1, 1, 8, 8)
+    other = image.clone()
+    other[..., 0, 0] = 1
+    assert (down(other) - down(image)).nonzero().tolist() == [[0, 0, 0, 0]]
+    torch.testing.assert_close((down(other) - down(image))[0, 0, 0, 0], down.conv.weight[0, 0, 0, 0])
+    assert down(image).shape == (1, 1, 4, 4)
+
+
+def test_normalisation_has_the_first_stages_epsilon():
+    for module in (Encoder(1, width=8, groups=4), Decoder(1, width=8, groups=4)):
+        assert {m.eps for m in module.modules() if isinstance(m, torch.nn.GroupNorm)} == {1e-6}

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ldm.autoencoder.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
-from ldm.autoencoder.loss import ReconstructionLoss, gradient, l1, l2
+from ldm.autoencoder.loss import ReconstructionLoss, gradient, kl_weight_of_means, l1, l2
+from ldm.autoencoder.posterior import Posterior
 
 
 def test_pixel_errors_are_summed_over_an_image():
@@ -63,3 +64,50 @@ def test_discriminator_judges_each_image_alone():
     net = PatchDiscriminator(1, width=8, layers=2, groups=4)
     images = torch.randn(3, 1, 32, 32)
     torch.testing.assert_close(net(images)[1:2], net(images[1:2]))
+
+
+def gradient_of(loss: ReconstructionLoss, size: int) -> torch.Tensor:
+    """Of the loss of an affine first stage with respect to its few weights, which trade the reconstruction for the divergence."""
+    torch.manual_seed(1)
+    image, noise = torch.randn(5, 3, size, size, dtype=torch.float64), torch.randn(5, 2, 2, 2, dtype=torch.float64)
+    weights = torch.randn(2 * 3 * size * size, 4, dtype=torch.float64).mul(0.1).requires_grad_()
+    inward, outward = weights.chunk(2)
+    mean = (image.flatten(1) @ inward).unflatten(1, (1, 2, 2)).expand(-1, 2, -1, -1)
+    posterior = Posterior(mean, torch.full_like(mean, -1.0))
+    reconstruction = (posterior.sample(noise)[:, 0].flatten(1) @ outward.T).view_as(image)
+    terms = loss(reconstruction, image, {"kl": posterior.kl()})
+    return torch.autograd.grad(terms["loss"].mean(), weights)[0]
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_reductions_trade_reconstruction_for_divergence_at_the_same_rate(size):
+    """The mean's gradient is the sum's over the number of pixels: the same minimum; with kl_weight left as it was it would not be."""
+    under_sum = gradient_of(ReconstructionLoss(l2, kl_weight=0.7, reduction="sum"), size)
+    under_mean = gradient_of(ReconstructionLoss(l2, kl_weight=0.7, reduction="mean"), size)
+    torch.testing.assert_close(under_mean, under_sum / (3 * size**2))
+    other = gradient_of(ReconstructionLoss(l2, kl_weight=0.7 * 3 * size**2, reduction="mean"), size)  # the trap
+    assert torch.cosine_similarity(other.flatten(), under_sum.flatten(), dim=0) < 0.95
+
+
+def test_the_weight_that_means_need():
+    """rec / D_x + w' kl / D_z is the sum over D_x for w' = w D_z / D_x; at f = 8, 256 px LDM's 1e-6 becomes 2.1e-8 (of D_x alike)."""
+    weight = kl_weight_of_means(1e-6, 4 * 32 * 32, 3 * 256 * 256)
+    assert weight == pytest.approx(2.1e-8, rel=0.01)
+    image, penalties = torch.randn(2, 3, 8, 8), {"kl": torch.rand(2)}
+    terms = ReconstructionLoss(l1, kl_weight=0.3, reduction="mean")(0.5 * image, image, penalties)
+    means = l1(0.5 * image, image) / 192 + kl_weight_of_means(0.3, 12, 192) * penalties["kl"] / 12
+    torch.testing.assert_close(terms["loss"], means)
+    torch.testing.assert_close(terms["rec"], l1(0.5 * image, image) / 192)
+
+
+def test_the_codebook_is_weighed_as_among_means():
+    image, penalties = torch.randn(2, 3, 4, 4), {"codebook": torch.rand(2)}
+    mean = ReconstructionLoss(l1, codebook_weight=2.0, reduction="mean")(0 * image, image, penalties)
+    torch.testing.assert_close(mean["loss"], image.abs().mean((1, 2, 3)) + 2 * penalties["codebook"])
+    total = ReconstructionLoss(l1, codebook_weight=2.0)(0 * image, image, penalties)
+    torch.testing.assert_close(total["loss"], 48 * mean["loss"])
+
+
+def test_a_reduction_is_named():
+    with pytest.raises(ValueError, match="reduction=average: expected sum"):
+        ReconstructionLoss(reduction="average")

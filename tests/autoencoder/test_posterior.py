@@ -30,3 +30,11 @@ def test_kl_is_the_closed_form_summed_over_the_image():
     expected = kl_divergence(Normal(posterior.mean, (0.5 * posterior.logvar).exp()), Normal(0 * one, one)).sum((1, 2, 3))
     torch.testing.assert_close(posterior.kl(), expected)
     assert torch.equal(Posterior(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).kl(), torch.zeros(1))
+
+
+def test_kl_per_channel_is_a_mean_over_places():
+    torch.manual_seed(0)
+    posterior = Posterior.of(torch.randn(3, 4, 2, 5, dtype=torch.float64))
+    torch.testing.assert_close(posterior.kl_per_channel().sum() * 10, posterior.kl().mean())
+    assert posterior.kl_per_channel().shape == (2,)
+    assert torch.equal(posterior.variance, posterior.logvar.exp())
