@@ -1,4 +1,4 @@
-"""Draw from a trained model: python sample.py run=FOLDER prompt="a photo of a sneaker" num=16 [key=value ...]"""
+"""Draw from a trained model: python sample.py run=FOLDER prompt="a photo of a sneaker" num=16 [task=...] [key=value ...]"""
 
 from ldm.command import command
 
@@ -7,13 +7,15 @@ def sample(cfg):
     """Load the model, draw one image a seed, save them with a grid, score them if asked, and write down how to do it again."""
     from ldm import drawing
     from ldm.load import load
+    from ldm.request import Request
 
-    request = drawing.Request.of(cfg)
+    request = Request.of(cfg)
     with drawing.world():
-        model = load(cfg.run, cfg.weights)
+        model = load(request.cfg.run, request.cfg.weights)
         images = drawing.draw(model, request)
         return drawing.keep(request, images, score=drawing.score(request, images))
 
 
 if __name__ == "__main__":
-    command(sample, "sample", text=("prompt",), paths=("run", "prompts", "out", "label"))
+    files = ("run", "prompts", "out", "label", "again", "image", "mask", "low_res", "map", "boxes", "guidance.classifier")
+    command(sample, "sample", text=("prompt", "negative", "source"), paths=files)

@@ -52,13 +52,11 @@ def draw(model: "LatentDiffusion", request: Request) -> "dict[int, Tensor]":
         raise UserError(f"again={cfg.again} was drawn with other weights than run={cfg.run} has now; run=... says where they are")
     config = runs.fingerprint([plain(config_of(request.folder)), weights])[:16]
     ts = instantiate(cfg.grid)(model.denoiser.schedule, cfg.steps)
-    choices = [instantiate(cfg[name]) for name in ("sampler", "guidance")]
+    sampler, guidance, task = (instantiate(cfg[name]) for name in ("sampler", "guidance", "task"))
     rows = [request.rows[i] for i in mine(len(request.rows))]
     images: dict[int, Tensor] = {}
     bar = Bar("sampling", len(rows), unit="images")
-    drawn = samples(
-        model, request.batch, rows, cfg.seed, cfg.batch_size, ts, *choices, str(cfg.precision), instantiate(cfg.task), list(cfg.hold)
-    )
+    drawn = samples(model, request.batch, rows, cfg.seed, cfg.batch_size, ts, sampler, guidance, str(cfg.precision), task, list(cfg.hold))
     for image, batch in drawn:
         memory = request.memory(batch, weights) if cfg.save == "all" else {}
         for place, (i, one) in enumerate(zip(batch["index"], to_uint8(image).cpu(), strict=True)):
@@ -98,12 +96,12 @@ def score(request: Request, images: "dict[int, Tensor]") -> dict[str, Any]:
     """The numbers of cfg.metrics over all processes, and of held-out images how near they were come to; empty for metrics=none."""
     import torch
 
-    if "_target_" not in request.cfg.metrics:
-        return {}
     from ldm.metrics.paired import Reconstruction
     from ldm.stage import judge
 
     make, _ = judge.scorer(config_of(request.folder), request.cfg.metrics)
+    if make is None:
+        return {}
     scores, pairs = make(), Reconstruction()
     rows = [seed - request.cfg.seed for seed in images]
     paired = request.held_out is not None and "image" not in request.inputs

@@ -17,7 +17,7 @@ def png(image: Tensor, text: Mapping[str, str] | None = None) -> bytes:
 
     info = PngInfo()
     for name, value in (text or {}).items():
-        info.add_itxt(name, value)
+        info.add_itxt(name, value, zip=len(value) > 500)
     pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()  # (H, W, C)
     buffer = BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG", pnginfo=info)

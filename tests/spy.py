@@ -20,6 +20,3 @@ class Spy(Label):
             with open(place, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(caption) + "\n" for caption in batch["caption"])
         return super().forward({"label": torch.zeros(len(batch["caption"]), dtype=torch.long)})
-
-    def null(self, batch: dict[str, Any]) -> Condition:
-        return super().null({"label": torch.zeros(len(batch["caption"]), dtype=torch.long)})

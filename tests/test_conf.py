@@ -41,7 +41,7 @@ PAPER = [  # first stages at a paper's scale: looked at on the meta device
 PAPER_NETS = [  # and networks, which tests/net/test_counts.py builds and calls there; who derives from one says no width
     o for o in OPTIONS if o.startswith("net/") and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
 ]
-ALONE = ("budget", "data", "degrade", "trainer", "training", "logger", "metrics", "guidance")  # no part of the model or of its training step
+ALONE = ("budget", "data", "degrade", "trainer", "training", "logger", "metrics", "guidance", "task")  # no part of the model or of its step
 
 
 def typed(option: str) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ def offline(monkeypatch):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_composes(option):
     group = option.split("/")[0]
-    config = composed(*typed(option))
+    config = composed(option.replace("/", "=", 1), name="sample") if group == "task" else composed(*typed(option))
     assert group == "budget" or group == "process" or group in config
 
 

@@ -1,0 +1,225 @@
+"""What was asked of sample.py: which images, told what, made of what; and the same from an image that it made before."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm import runs
+from ldm.argv import escape
+from ldm.build import SUPPLIED, dataset, degraded, plain
+from ldm.errors import UserError
+from ldm.load import DataCard, config_of, run_folder
+from ldm.source import Source, Wanted
+from ldm.validate import validate
+
+NOT_ASKED = ("run", "num", "batch_size", "save", "trainer", "out", "metrics", "again")  # what the default folder's name leaves out
+
+
+@dataclass(frozen=True)
+class Request:
+    """Image i, for i of rows, has seed + i; those of `kept` are kept.
+
+    told[i]: (caption, class), the class None where the words say none.  inputs: name in the batch -> what reads it.  held_out: the run's
+    held-out data, or None.  carried: what the image to be made again says of itself.
+    """
+
+    cfg: Any
+    folder: Path
+    card: DataCard
+    told: Mapping[int, tuple[str, int | None]]
+    inputs: Mapping[str, Source]
+    held_out: Any
+    rows: Sequence[int]
+    kept: Sequence[int]
+    carried: Mapping[str, Any] | None = None
+
+    @staticmethod
+    def of(cfg: Any) -> "Request":
+        """Check what was asked before a model is loaded. Raises UserError."""
+        return anew(cfg) if cfg.again is None else again(cfg)
+
+    @property
+    def out(self) -> Path:
+        """Where files go: cfg.out; or beside the image made again; or a folder in the run's, named by what was asked."""
+        if self.cfg.out is not None:
+            return Path(self.cfg.out)
+        if self.cfg.again is not None:
+            return Path(self.cfg.again).with_suffix("").with_name(f"{Path(self.cfg.again).stem}-again")
+        return self.folder / "samples" / f"{self.cfg.seed}-{runs.fingerprint(runs.without(plain(self.cfg), NOT_ASKED))[:8]}"
+
+    @property
+    def in_words(self) -> str | None:
+        """The option by which words and nothing else were asked for, or None."""
+        words = {"prompt": self.cfg.prompt, "prompts": None if str(self.cfg.prompts).endswith(".csv") else self.cfg.prompts}
+        return next((f"{name}={value}" for name, value in words.items() if value is not None), None)
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Any]:
+        """What these images are told and made of."""
+        import torch
+
+        batch: dict[str, Any] = {"index": list(rows)}
+        if self.held_out is not None:
+            batch |= self.held_out.batch([(0, i) for i in rows])
+        if self.told:
+            batch["caption"] = [self.told[i][0] for i in rows]
+            labels = [self.told[i][1] for i in rows]
+            if None not in labels:
+                batch["label"] = torch.tensor(labels)
+        if self.cfg.negative is not None:
+            batch["negative"] = [self.cfg.negative] * len(rows)
+        return batch | {name: source(rows) for name, source in self.inputs.items()}
+
+    def memory(self, batch: Mapping[str, Any], weights: str) -> dict[str, Any]:
+        """All that is needed to make the images of one batch again: a file carries it, with its own `row`."""
+        config = plain(self.cfg)
+        given = [config["run"], *(config[name] for name in self.inputs)]
+        places = {path: str(Path(path).expanduser().absolute()) for path in given if path is not None}
+        return {
+            "request": mapped(runs.without(config, ("again", "out", "save", "trainer")), lambda text: places.get(text, text)),
+            "rows": batch["index"],
+            "told": [self.told[i] for i in batch["index"]] if self.told else [],
+            "inputs": {name: source.digest for name, source in self.inputs.items()},
+            "weights": weights,
+        }
+
+
+def anew(cfg: Any) -> Request:
+    """The request of a command line. Raises UserError."""
+    if cfg.run is None:
+        raise UserError("run=... must be given (see --help)")
+    folder = run_folder(cfg.run)
+    card = DataCard.read(folder)
+    for name in ("num", "steps", "batch_size"):
+        if cfg[name] < 1:
+            raise UserError(f"{name}={cfg[name]}: expected 1 or more")
+    if cfg.save not in ("all", "grid", "none"):
+        raise UserError(f"save={cfg.save}: expected all, grid or none")
+    asked = [name for name in ("prompt", "prompts", "label") if cfg[name] is not None]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} were given: expected one of them")
+    data = held_out(folder) if cfg.held_out else None
+    if data is not None and cfg.num > len(data):
+        raise UserError(f"num={cfg.num}: expected at most {len(data)}, the held-out images of the run's data")
+    pairs = [] if data is not None and not asked else told(cfg, card)
+    rows = range(len(pairs) or cfg.num)
+    return Request(cfg, folder, card, dict(enumerate(pairs)), inputs(cfg, card), data, rows, rows)
+
+
+def again(cfg: Any) -> Request:
+    """The request that made the image cfg.again, for its batch, of which it alone is kept; cfg.run, if given, is where the run is now.
+
+    Raises UserError for a file that is none of ours, and for inputs that are not what they were.
+    """
+    from omegaconf import OmegaConf
+
+    carried = memory_of(Path(cfg.again).expanduser())
+    config = carried["request"] | {name: plain(cfg[name]) for name in ("again", "out", "save", "trainer")}
+    config["run"] = cfg.run or config["run"]
+    validate(config, None, SUPPLIED)
+    new = OmegaConf.create(mapped(config, escape))
+    folder = run_folder(new.run)
+    card = DataCard.read(folder)
+    sources = inputs(new, card)
+    for name, source in sources.items():
+        if source.digest != carried["inputs"].get(name):
+            raise UserError(f"{name}={new[name]} is not what it was when {cfg.again} was drawn: put it back")
+    pairs = {row: (pair[0], pair[1]) for row, pair in zip(carried["rows"], carried["told"], strict=False)}
+    new.batch_size = len(carried["rows"])
+    data = held_out(folder) if new.held_out else None
+    return Request(new, folder, card, pairs, sources, data, carried["rows"], [carried["row"]], carried)
+
+
+def memory_of(path: Path) -> dict[str, Any]:
+    """What Request.memory put into a PNG, with its `row`. Raises UserError."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            carried = json.loads(image.text["again"])  # type: ignore[attr-defined]
+        if {"request", "rows", "row", "told", "inputs", "weights"} <= carried.keys() and carried["row"] in carried["rows"]:
+            return carried
+    except FileNotFoundError:
+        raise UserError(f"again={path}: no such file; expected an image that sample.py made") from None
+    except Exception as error:  # Pillow's plugins raise what they please
+        raise UserError(
+            f"again={path}: {' '.join(str(error).split()) or 'unreadable'}; expected an image that sample.py made, whole and unedited"
+        ) from None
+    raise UserError(f"again={path} does not say how it was made; expected an image that sample.py made, whole and unedited")
+
+
+def inputs(cfg: Any, card: DataCard) -> dict[str, Source]:
+    """Readers of the files that the task needs, unless held-out images stand for them. Raises UserError."""
+    from hydra.utils import instantiate
+
+    size = tuple(cfg.size or (card.size, card.size))
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise UserError(f"size={cfg.size}: expected [height,width] in pixels")
+    wanted, found = Wanted((size[0], size[1]), card.channels, card.classes), {}
+    for name, node in cfg.inputs.items():
+        if cfg[name] is not None:
+            found[name] = instantiate(node)(wanted)
+        elif not cfg.held_out:
+            raise UserError(f"{name}=FILE must be given for this task, or held_out=true for the held-out images of the run's data")
+    return found
+
+
+def held_out(folder: Path) -> Any:
+    """The held-out images of a run's data, with the low resolution and the masks that it was trained with."""
+    config = config_of(folder)
+    return degraded(config, "test") if "degrade" in config else dataset(config, "test")
+
+
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain data with every text in it changed."""
+    if isinstance(value, Mapping):
+        return {key: mapped(one, change) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [mapped(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def told(cfg: Any, card: DataCard) -> list[tuple[str, int | None]]:
+    """(caption, class) for each image."""
+    from ldm.tensors import key
+
+    if cfg.prompt is not None:
+        return [(cfg.prompt, None)] * cfg.num
+    if cfg.prompts is not None:
+        return [pair for pair in read_prompts(Path(cfg.prompts), card) for _ in range(cfg.num)]
+    labels = [i % len(card.classes) for i in range(cfg.num)] if cfg.label is None else [class_of(cfg.label, card)] * cfg.num
+    return [(card.captions[k][key(0, "told", i) % len(card.captions[k])], k) for i, k in enumerate(labels)]
+
+
+def read_prompts(path: Path, card: DataCard) -> list[tuple[str, int | None]]:
+    """Prompts of a text file, one a line, or of a csv with the columns prompt and label (a class). Raises UserError naming the file."""
+    if not path.is_file():
+        raise UserError(f"prompts={path}: no such file; expected one prompt a line, or a csv with the columns label,prompt")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"prompts={path} is not text in UTF-8; expected one prompt a line") from None
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(text.splitlines()))
+        if not rows or not {"label", "prompt"} <= rows[0].keys():
+            raise UserError(f"prompts={path}: expected the columns label,prompt and at least one row")
+        for number, row in enumerate(rows, 2):
+            if row["label"] is None or row["prompt"] is None:
+                raise UserError(f"prompts={path}, line {number}: expected a label and a prompt")
+        return [(row["prompt"], class_of(row["label"], card)) for row in rows]
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"prompts={path}: the file is empty; expected one prompt a line")
+    return [(line, None) for line in lines]
+
+
+def class_of(label: str, card: DataCard) -> int:
+    """The number of a class given by name or number. Raises UserError listing the classes."""
+    if label in card.classes:
+        return list(card.classes).index(label)
+    if str(label).isdigit() and int(label) < len(card.classes):
+        return int(label)
+    raise UserError(f"label={label}: expected one of {', '.join(card.classes)}, or 0..{len(card.classes) - 1}")

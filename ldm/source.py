@@ -1,0 +1,179 @@
+"""What a person gives to sample.py beside words: images, masks, maps, layouts, from files and folders.
+
+A source is made of a path and what is Wanted, looks at its files at once, and is then called with rows, the numbers of images to be drawn.
+A folder's files are taken in turn, by name; a single file serves every row.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.folder import MAX_PIXELS, OPENED, eight_bit
+from ldm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the model takes. size: (height, width) in pixels.  channels: of its images.  classes: of its data."""
+
+    size: tuple[int, int]
+    channels: int
+    classes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """files: what was given, in turn.  read: one file -> its row."""
+
+    files: Sequence[Path]
+    read: Callable[[Path], Any]
+    join: Callable[[list[Any]], Any]
+
+    def __call__(self, rows: Sequence[int]) -> Any:
+        """The rows (B, ...) of these images."""
+        return self.join([self.read(self.files[row % len(self.files)]) for row in rows])
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the files' names and contents."""
+        total = hashlib.sha256()
+        for file in self.files:
+            total.update(file.name.encode() + file.read_bytes())
+        return total.hexdigest()
+
+
+def image(wanted: Wanted, path: str, key: str = "image", whole: bool = False) -> Source:
+    """Images (C, H, W) in [-1, 1] at the wanted size, the middle cut out; as they are with whole=True. Raises UserError naming the file."""
+
+    def read(file: Path) -> Tensor:
+        picture = flat(opened(key, file)).convert("RGB" if wanted.channels == 3 else "L")
+        return pixels(picture if whole else fitted(picture, wanted.size)) / 127.5 - 1
+
+    return checked(key, path, read)
+
+
+def mask(wanted: Wanted, path: str, image: str | None, key: str = "mask") -> Source:
+    """Masks (1, H, W), 1 where the file is white: to be drawn; cut and scaled as the image is.
+
+    Raises UserError for a mask of another size than its image's, and for one without any white.
+    """
+    beside = [] if image is None else found("image", image)
+
+    def read(file: Path) -> Tensor:
+        picture = flat(opened(key, file), "black").convert("L")
+        for other in beside if len(beside) == 1 else [one for one in beside if one.stem == file.stem]:
+            if (size := opened("image", other).size) != picture.size:
+                said = f"{key}={file} is {picture.size[0]}x{picture.size[1]} (width x height), image={other} is {size[0]}x{size[1]}"
+                raise UserError(f"{said}: expected one size")
+        white = (pixels(fitted(picture, wanted.size)) > 127).float()
+        if not white.any():
+            raise UserError(f"{key}={file} has no white in it, and white is what is to be drawn: expected some")
+        return white
+
+    return checked(key, path, read)
+
+
+def label_map(wanted: Wanted, path: str, key: str = "map") -> Source:
+    """Maps (H, W) int64 of class numbers, which are the file's grey levels or palette indices, at the wanted size."""
+
+    def read(file: Path) -> Tensor:
+        picture = opened(key, file)
+        if picture.mode not in ("L", "P", "1"):
+            raise UserError(f"{key}={file} is of mode {picture.mode}: expected a grey or palette image whose values are class numbers")
+        return pixels(fitted(picture, wanted.size, nearest=True))[0].long()
+
+    return checked(key, path, read)
+
+
+def boxes(wanted: Wanted, path: str, key: str = "boxes") -> Source:
+    """Layouts from json files [[class, left, top, right, bottom], ...], a class by name or number, coordinates in [0, 1]."""
+
+    def read(file: Path) -> list[tuple[float, ...]]:
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))
+            layout = []
+            for name, *corners in rows:
+                kind = wanted.classes.index(name) if name in wanted.classes else int(name)
+                layout.append((float(kind), *(float(x) for x in corners)))
+            return layout
+        except (ValueError, TypeError) as error:
+            what = f"expected [[class, left, top, right, bottom], ...] in json ({' '.join(str(error).split())})"
+            raise UserError(f"{key}={file}: {what}") from None
+
+    return checked(key, path, read, (".json",), list)
+
+
+def stacked(rows: list[Tensor]) -> Tensor:
+    """(B, ...) of rows (...)."""
+    return torch.stack(rows)
+
+
+def checked(
+    key: str, path: str, read: Callable[[Path], Any], endings: Sequence[str] = OPENED, join: Callable[[list[Any]], Any] = stacked
+) -> Source:
+    """A Source whose first file was read, so that a mistake is found before a model is loaded."""
+    source = Source(found(key, path, endings), lru_cache(maxsize=256)(read), join)
+    source([0])
+    return source
+
+
+def found(key: str, path: str, endings: Sequence[str] = OPENED) -> list[Path]:
+    """The file, or the files of a folder by name. Raises UserError naming key and path."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(file for file in place.iterdir() if file.suffix.lower() in endings)
+        if not files:
+            raise UserError(f"{key}={path}: a folder without files of the kinds {', '.join(endings)}")
+        return files
+    if not place.is_file():
+        raise UserError(f"{key}={path}: no such file or folder")
+    return [place]
+
+
+def opened(key: str, file: Path) -> Any:
+    """The Pillow image of a file, turned as its EXIF says, 16 bits scaled to 8. Raises UserError naming key and file."""
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pixel counts, which are checked, and of odd metadata
+        try:
+            with Image.open(file) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(f"{width}x{height} is above {MAX_PIXELS // 10**6} megapixels")
+                return eight_bit(ImageOps.exif_transpose(picture))
+        except Exception as error:  # Pillow's many plugins raise what they please at a broken file
+            reason = " ".join(str(error).replace(repr(str(file)), "").split()) or repr(error)
+            raise UserError(f"{key}={file} cannot be read as an image: {reason}") from None
+
+
+def flat(picture: Any, ground: str = "white") -> Any:
+    """The picture laid on a ground where it is transparent."""
+    from PIL import Image
+
+    if not picture.has_transparency_data:
+        return picture
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
+
+
+def fitted(picture: Any, size: tuple[int, int], nearest: bool = False) -> Any:
+    """The picture scaled to cover size (height, width) and cut in the middle; nearest: for values that must not be mixed."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS)
+
+
+def pixels(picture: Any) -> Tensor:
+    """(C, H, W) float32, 0 to 255, of a Pillow image."""
+    array = torch.from_numpy(np.array(picture).astype(np.float32))
+    return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
