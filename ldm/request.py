@@ -160,10 +160,8 @@ def inputs(cfg: Any, card: DataCard) -> dict[str, Source]:
         raise UserError(f"size={cfg.size}: expected [height,width] in pixels")
     wanted, found = Wanted((size[0], size[1]), card.channels, card.classes), {}
     for name, node in cfg.inputs.items():
-        if cfg[name] is not None:
+        if cfg[name] is not None or not cfg.held_out:
             found[name] = instantiate(node)(wanted)
-        elif not cfg.held_out:
-            raise UserError(f"{name}=FILE must be given for this task, or held_out=true for the held-out images of the run's data")
     return found
 
 

@@ -51,7 +51,7 @@ class Source:
         return total.hexdigest()
 
 
-def image(wanted: Wanted, path: str, key: str = "image", whole: bool = False) -> Source:
+def image(wanted: Wanted, path: str | None, key: str = "image", whole: bool = False) -> Source:
     """Images (C, H, W) in [-1, 1] at the wanted size, the middle cut out; as they are with whole=True. Raises UserError naming the file."""
 
     def read(file: Path) -> Tensor:
@@ -61,7 +61,7 @@ def image(wanted: Wanted, path: str, key: str = "image", whole: bool = False) ->
     return checked(key, path, read)
 
 
-def mask(wanted: Wanted, path: str, image: str | None, key: str = "mask") -> Source:
+def mask(wanted: Wanted, path: str | None, image: str | None, key: str = "mask") -> Source:
     """Masks (1, H, W), 1 where the file is white: to be drawn; cut and scaled as the image is.
 
     Raises UserError for a mask of another size than its image's, and for one without any white.
@@ -82,7 +82,7 @@ def mask(wanted: Wanted, path: str, image: str | None, key: str = "mask") -> Sou
     return checked(key, path, read)
 
 
-def label_map(wanted: Wanted, path: str, key: str = "map") -> Source:
+def label_map(wanted: Wanted, path: str | None, key: str = "map") -> Source:
     """Maps (H, W) int64 of class numbers, which are the file's grey levels or palette indices, at the wanted size."""
 
     def read(file: Path) -> Tensor:
@@ -94,7 +94,7 @@ def label_map(wanted: Wanted, path: str, key: str = "map") -> Source:
     return checked(key, path, read)
 
 
-def boxes(wanted: Wanted, path: str, key: str = "boxes") -> Source:
+def boxes(wanted: Wanted, path: str | None, key: str = "boxes") -> Source:
     """Layouts from json files [[class, left, top, right, bottom], ...], a class by name or number, coordinates in [0, 1]."""
 
     def read(file: Path) -> list[tuple[float, ...]]:
@@ -118,7 +118,7 @@ def stacked(rows: list[Tensor]) -> Tensor:
 
 
 def checked(
-    key: str, path: str, read: Callable[[Path], Any], endings: Sequence[str] = OPENED, join: Callable[[list[Any]], Any] = stacked
+    key: str, path: str | None, read: Callable[[Path], Any], endings: Sequence[str] = OPENED, join: Callable[[list[Any]], Any] = stacked
 ) -> Source:
     """A Source whose first file was read, so that a mistake is found before a model is loaded."""
     source = Source(found(key, path, endings), lru_cache(maxsize=256)(read), join)
@@ -126,8 +126,10 @@ def checked(
     return source
 
 
-def found(key: str, path: str, endings: Sequence[str] = OPENED) -> list[Path]:
+def found(key: str, path: str | None, endings: Sequence[str] = OPENED) -> list[Path]:
     """The file, or the files of a folder by name. Raises UserError naming key and path."""
+    if path is None:
+        raise UserError(f"{key}=FILE must be given for this task, or held_out=true for the held-out images of the run's data")
     place = Path(path).expanduser()
     if place.is_dir():
         files = sorted(file for file in place.iterdir() if file.suffix.lower() in endings)
