@@ -178,7 +178,7 @@ def test_bound_stays_in_float32():
     x0 = data()[0].float().clamp(-1, 1)
     assert {v.dtype for v in run(d, x0, Condition(), NOISE, {}).values()} == {torch.float32}
     assert all(v.isfinite().all() for v in run(d, x0, Condition(), NOISE, {}).values())
-    with pytest.raises(ValueError, match="twice as many output channels"):
+    with pytest.raises(ValueError, match="twice the channels of x_t"):
         run(make("eps", "linear").float(), x0, Condition(), NOISE, {})
 
 
