@@ -189,13 +189,15 @@ def chosen(function: str, only: str) -> bool:
 
 def main(names: list[str]) -> int:
     warm_up()
+    names = names or [file.name for file in sorted(SOURCE.glob("[!_]*.py"))]
+    whole = SOURCE / names[0].partition(":")[0]
+    if not survives(whole, ast.parse(whole.read_text())):
+        print("the tests fail before anything is broken; run pytest tests/diffusion first")
+        return 2
     rows: list[list[str]] = []
-    for name in names or [file.name for file in sorted(SOURCE.glob("[!_]*.py"))]:
+    for name in names:
         file, only = SOURCE / name.partition(":")[0], name.partition(":")[2]
         tree, before = ast.parse(file.read_text()), len(rows)
-        if not survives(file, tree):
-            print(f"the tests fail before anything is broken ({file.name}); run pytest tests/diffusion first")
-            return 2
         for function, path in places(tree):
             if not chosen(function, only):
                 continue
