@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ldm import durable, runs
 from ldm.build import plain
 from ldm.errors import UserError
-from ldm.load import config_of
+from ldm.load import config_of, space_of
 from ldm.request import Request
-from ldm.space import Space
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,9 +142,7 @@ def keep(request: Request, images: "dict[int, Tensor]", score: dict[str, Any]) -
         columns = 16 if len(shown) > 64 else max(1, round(len(shown) ** 0.5))
         picture.save(out / "grid.png", picture.grid(shown, columns, zoom=2))
     asked = {name: value for name, value in plain(cfg).items() if name not in ("trainer", "out", "save")}
-    first_stage = request.folder / "first_stage.safetensors"
-    space = Space.carried(durable.read_metadata(first_stage), first_stage)
-    record = {**score, "autoencoder": space.name, "request": asked, "provenance": runs.provenance(Path(__file__).parent)}
+    record = {**score, "autoencoder": space_of(request.folder), "request": asked, "provenance": runs.provenance(Path(__file__).parent)}
     durable.write_json(out / "metrics.json", record)
     for name, value in score.items():
         print(f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value}")

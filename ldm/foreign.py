@@ -1,7 +1,11 @@
 """Models that train.py did not make: pipelines of diffusers, checkpoints of CompVis and Stability, and our own exported files."""
 
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from omegaconf import OmegaConf
 
 from ldm import build
 from ldm.errors import UserError
@@ -9,8 +13,10 @@ from ldm.interop import checkpoint, config, folder, read, single
 from ldm.interop import text as text_names
 from ldm.interop.keymap import fit
 from ldm.interop.pipeline import Pipeline
+from ldm.space import Space
 
 if TYPE_CHECKING:
+    from ldm.load import DataCard
     from ldm.model import LatentDiffusion
 
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -79,20 +85,53 @@ def of_yaml(path: Path) -> dict[str, Any]:
 
 def model_of(pipeline: Pipeline) -> "LatentDiffusion":
     """The model of a pipeline, on the CPU. Raises UserError for weights that are not of the config's architecture."""
-    from omegaconf import OmegaConf
-
     cfg = OmegaConf.create(pipeline.config)
     if pipeline.text:
         cfg.conditioner.encoder.update({"weights": None, "random": True})  # they come with the pipeline
-    autoencoder = build.autoencoder(cfg.autoencoder, channels_of(pipeline))
+    card = card_of(pipeline.data)
+    autoencoder = build.autoencoder(cfg.autoencoder, card.channels)
     fit(autoencoder, pipeline.autoencoder, "first stage")
-    model = build.model(cfg, autoencoder, card_of(pipeline))
+    model = build.model(cfg, autoencoder, card)
     fit(model.denoiser.net, pipeline.net, "U-Net")
     if pipeline.text:
         load_text(tower_of(model), pipeline)
     else:
         fit(model.conditioner, pipeline.conditioner, "conditioner")
     return model.eval()
+
+
+def card_of(data: dict[str, Any]) -> "DataCard":
+    """A pipeline's data. Raises UserError for fields that are not a DataCard's."""
+    from ldm.load import DataCard
+
+    try:
+        return DataCard(**data)
+    except TypeError as error:
+        raise UserError(f"the file's header does not describe its data ({error}); export it again") from None
+
+
+class Described(NamedTuple):
+    """What may be known of a pipeline without its weights.  space: the name of its latent space."""
+
+    config: dict[str, Any]
+    card: "DataCard"
+    space: str
+
+
+def described(run: str | Path, kind: str = "ema") -> Described:
+    """The description of what `opened` gives; read once as long as the files do not change."""
+    path = Path(run).expanduser().absolute()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path, path.with_suffix(".yaml")]
+    return _described(path, kind, tuple(file.stat().st_mtime_ns for file in files if file.is_file()))
+
+
+@lru_cache(maxsize=4)
+def _described(path: Path, kind: str, changed: tuple[int, ...]) -> Described:
+    pipeline = opened(path, kind)
+    card = card_of(pipeline.data)
+    autoencoder = build.autoencoder(OmegaConf.create(pipeline.config["autoencoder"]), card.channels)
+    fit(autoencoder, pipeline.autoencoder, "first stage")
+    return Described(pipeline.config, card, Space.of(autoencoder, pipeline.config["autoencoder"]).name)
 
 
 def tower_of(model: "LatentDiffusion") -> Any:
@@ -110,23 +149,6 @@ def load_text(tower: Any, pipeline: Pipeline) -> None:
     fit(tower, {name: value.float() for name, value in pipeline.text.items()}, "text tower", (*UNREAD, *unread))
 
 
-def channels_of(pipeline: Pipeline) -> int:
-    """Channels of the images."""
-    stem = pipeline.autoencoder.get("encoder.stem.weight")
-    if stem is None:
-        raise UserError("the first stage has no encoder.stem; expected the convolutional encoder of latent diffusion")
-    return int(stem.shape[1])
-
-
-def card_of(pipeline: Pipeline) -> Any:
-    """What a model must know of data that nobody has here: classes by number where it is told one, captions that say nothing."""
-    from ldm.load import DataCard
-
-    rows = pipeline.conditioner.get("embedding.weight")
-    classes = [str(n) for n in range(len(rows) - 1)] if rows is not None else ["image"]
-    return DataCard("", classes, [[""]] * len(classes), channels_of(pipeline), pipeline.size)
-
-
 def pipeline_of(run: str | Path, kind: str = "ema", yaml: str | Path | None = None) -> Pipeline:
     """The pipeline that `run` names: a run folder of train.py, or anything that `opened` takes."""
     if is_foreign(run):
@@ -140,4 +162,5 @@ def pipeline_of(run: str | Path, kind: str = "ema", yaml: str | Path | None = No
     tower = tower_of(model)
     text = {} if tower is None else {name: value for name, value in tower.state_dict().items() if name not in text_names.NOT_TEXT}
     state = model.autoencoder.state_dict()
-    return Pipeline(nodes, model.denoiser.net.state_dict(), state, model.size[0], text, model.conditioner.state_dict())
+    data = asdict(load.DataCard.read(load.run_folder(run)))
+    return Pipeline(nodes, model.denoiser.net.state_dict(), state, data, text, model.conditioner.state_dict())

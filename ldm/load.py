@@ -35,7 +35,11 @@ class DataCard:
 
     @staticmethod
     def read(folder: Path) -> "DataCard":
-        """The card of a run folder. Raises DamagedError naming the file."""
+        """The card of a run folder, or of what is foreign. Raises DamagedError naming the file."""
+        from ldm import foreign
+
+        if foreign.is_foreign(folder):
+            return foreign.described(folder).card
         path = folder / "data.json"
         try:
             return DataCard(**json.loads(path.read_text(encoding="utf-8")))
@@ -44,8 +48,15 @@ class DataCard:
 
 
 def run_folder(run: str | Path) -> Path:
-    """The run folder that `run` names: itself, by a file or step in it, or as the newest in it. Raises UserError with what was expected."""
+    """The run folder that `run` names: itself, by a file or step in it, or as the newest in it; what is foreign (ldm.foreign) is its own.
+
+    Raises UserError with what was expected.
+    """
+    from ldm import foreign
+
     path = Path(run).expanduser()
+    if foreign.is_foreign(path):
+        return path
     if not path.exists():
         near = sorted(str(p.parent) for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
         raise UserError(f"run={run}: no such folder{'; there are ' + ', '.join(near[:5]) if near else ''}; expected one that train.py made")
@@ -108,9 +119,12 @@ def config_of(folder: Path) -> Any:
     """A run's config, checked as one from the command line is: only targets that a config may name."""
     from omegaconf import OmegaConf
 
+    from ldm import foreign
     from ldm.build import SUPPLIED
     from ldm.validate import validate
 
+    if foreign.is_foreign(folder):
+        return OmegaConf.create(foreign.described(folder).config)
     plain = runs.load_config(folder / "config.yaml")
     validate(plain, None, SUPPLIED)
     return OmegaConf.create(plain)
@@ -134,6 +148,16 @@ def first_stage(node: Any, path: Path, channels: int) -> "tuple[nn.Module, Space
     space = Space.of(autoencoder, build.plain(node), said.data)
     space.admit(metadata, path, "the file or its config was changed since it was written: put the right one back")
     return autoencoder.eval().requires_grad_(False), space
+
+
+def space_of(folder: Path) -> str:
+    """The name of the latent space of a run folder, or of what is foreign. Raises UserError for a file that does not say its own."""
+    from ldm import foreign
+
+    if foreign.is_foreign(folder):
+        return foreign.described(folder).space
+    path = folder / "first_stage.safetensors"
+    return Space.carried(durable.read_metadata(path), path).name
 
 
 def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":

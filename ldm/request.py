@@ -11,6 +11,7 @@ from ldm import runs
 from ldm.argv import escape
 from ldm.build import SUPPLIED, dataset, degraded, plain
 from ldm.errors import UserError
+from ldm.foreign import is_foreign
 from ldm.load import DataCard, config_of, run_folder
 from ldm.source import Source, Wanted
 from ldm.validate import validate
@@ -48,7 +49,8 @@ class Request:
             return Path(self.cfg.out)
         if self.cfg.again is not None:
             return Path(self.cfg.again).with_suffix("").with_name(f"{Path(self.cfg.again).stem}-again")
-        return self.folder / "samples" / f"{self.cfg.seed}-{runs.fingerprint(runs.without(plain(self.cfg), NOT_ASKED))[:8]}"
+        home = self.folder if self.folder.is_dir() else self.folder.with_suffix("")  # a checkpoint's samples lie beside it
+        return home / "samples" / f"{self.cfg.seed}-{runs.fingerprint(runs.without(plain(self.cfg), NOT_ASKED))[:8]}"
 
     @property
     def in_words(self) -> str | None:
@@ -100,6 +102,8 @@ def anew(cfg: Any) -> Request:
     asked = [name for name in ("prompt", "prompts", "label") if cfg[name] is not None]
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} were given: expected one of them")
+    if is_foreign(folder) and (cfg.held_out or "_target_" in cfg.metrics):
+        raise UserError(f"run={cfg.run} was not trained here, its data are not known: expected metrics=none held_out=false")
     data = held_out(folder) if cfg.held_out else None
     if data is not None and cfg.num > len(data):
         raise UserError(f"num={cfg.num}: expected at most {len(data)}, the held-out images of the run's data")

@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.interop import compvis, nodes, text
 from ldm.interop.keymap import State, refuse, under
-from ldm.interop.pipeline import Pipeline, one_scale, with_scale
+from ldm.interop.pipeline import Pipeline, one_scale, unseen, with_scale
 
 NET, STAGE, TOLD, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
 TRANSFORMERS, OPEN_CLIP, CLASSES = f"{TOLD}transformer.", f"{TOLD}model.", f"{TOLD}embedding.weight"
@@ -103,7 +103,9 @@ def load(state: State, config: Mapping[str, Any], size: int, kind: str = "ema") 
     weights = first_stage(parts.stage, kind)
     kept = {name: value for name, value in config.items() if name != "scale"}
     stage = with_scale(weights, scale, config["autoencoder"]["z_channels"])
-    return Pipeline(kept, compvis.import_unet(parts.net), stage, size, tower, own)
+    classes = len(own["embedding.weight"]) - 1 if own else 1
+    data = unseen(weights["encoder.stem.weight"].shape[1], size, classes)
+    return Pipeline(kept, compvis.import_unet(parts.net), stage, data, tower, own)
 
 
 def told_of(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

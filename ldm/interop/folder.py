@@ -8,7 +8,7 @@ from typing import Any
 from ldm import durable
 from ldm.errors import UserError
 from ldm.interop import clip_config, diffusers, diffusers_config, nodes, read, text
-from ldm.interop.pipeline import Pipeline, one_scale, with_scale
+from ldm.interop.pipeline import Pipeline, one_scale, unseen, with_scale
 
 INDEX = "model_index.json"
 MADE_WITH = "0.35.0"  # of diffusers: whose layout this is
@@ -57,7 +57,7 @@ def load(folder: Path) -> Pipeline:
     }
     first_stage = diffusers.import_autoencoder(read.weights(stage))
     scaled = with_scale(first_stage, vae.get("scaling_factor", 0.18215), vae["latent_channels"], vae.get("shift_factor") or 0.0)
-    return Pipeline(config, diffusers.import_unet(read.weights(net)), scaled, size, tower, {})
+    return Pipeline(config, diffusers.import_unet(read.weights(net)), scaled, unseen(vae.get("in_channels", 3), size), tower, {})
 
 
 def vae_size(unet: Mapping[str, Any], factor: int) -> int:
@@ -89,17 +89,16 @@ def save(pipeline: Pipeline, folder: Path, betas: list[float]) -> None:
     stem, last = pipeline.net["stem.weight"], pipeline.net["out.2.weight"]
     open_clip = clip_config.open_clip_config(clip["model"])
     depth = open_clip["text_cfg"]["layers"] + clip["layer"] + 1
-    z = pipeline.size // config["autoencoder"]["factor"]
-    channels = int(weights["encoder.stem.weight"].shape[1])
+    size, channels = pipeline.data["size"], pipeline.data["channels"]
     width = int(open_clip["text_cfg"]["width"])
     parts: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "unet": (
-            diffusers_config.export_net(config["net"], stem.shape[1], last.shape[0], width, z),
+            diffusers_config.export_net(config["net"], stem.shape[1], last.shape[0], width, size // config["autoencoder"]["factor"]),
             "diffusion_pytorch_model.safetensors",
             diffusers.export_unet(pipeline.net),
         ),
         "vae": (
-            diffusers_config.export_first_stage(config["autoencoder"], channels, scale, pipeline.size),
+            diffusers_config.export_first_stage(config["autoencoder"], channels, scale, size),
             "diffusion_pytorch_model.safetensors",
             diffusers.export_autoencoder(weights),
         ),

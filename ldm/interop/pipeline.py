@@ -15,16 +15,22 @@ STATISTICS = ("shift", "scale", "calibrated_on")  # a first stage's, which other
 @dataclass(frozen=True)
 class Pipeline:
     """config: plain nodes net, autoencoder, conditioner, schedule, prediction and seed.  net, autoencoder: our state dicts, the latter with
-    shift and scale.  text: the text tower in open_clip's names, empty where the conditioner is none.  conditioner: its own weights.
-    size: height and width of an image in pixels.
+    shift and scale.  data: what a model must know of the images it was trained on (DataCard's fields).
+    text: the text tower in open_clip's names, empty where the conditioner is none.  conditioner: its own weights.
     """
 
     config: dict[str, Any]
     net: dict[str, Tensor]
     autoencoder: dict[str, Tensor]
-    size: int
+    data: dict[str, Any]
     text: Mapping[str, Tensor]
     conditioner: Mapping[str, Tensor]
+
+
+def unseen(channels: int, size: int, classes: int = 1) -> dict[str, Any]:
+    """What is known of data that nobody has here: classes by number, captions that say nothing.  size: in pixels."""
+    names = [str(n) for n in range(classes)] if classes > 1 else ["image"]
+    return {"fingerprint": "", "classes": names, "captions": [[""]] * len(names), "channels": channels, "size": size}
 
 
 def with_scale(weights: Mapping[str, Tensor], scale: float, z_channels: int, shift: float = 0.0) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ def save(pipeline: Pipeline, path: Path, metadata: Mapping[str, str] | None = No
     state: dict[str, Tensor] = {}
     for part in PARTS:
         state |= {f"{part}.{name}": value for name, value in getattr(pipeline, part).items()}
-    header = json.dumps({"config": pipeline.config, "size": pipeline.size})
+    header = json.dumps({"config": pipeline.config, "data": pipeline.data})
     durable.write_tensors(path, state, {**(metadata or {}), KEY: header, "format": "pt"})
 
 
@@ -28,11 +28,11 @@ def load(state: Mapping[str, Tensor], header: str, path: Path) -> Pipeline:
     """The pipeline of a file's tensors and its header. Raises DamagedError for a header that is not ours, UserError for unknown names."""
     try:
         said = json.loads(header)
-        config, size = dict(said["config"]), int(said["size"])
+        config, data = dict(said["config"]), dict(said["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise durable.DamagedError(f"{path}: its header is damaged ({error}); export it again") from None
     refuse([name for name in state if not name.startswith(tuple(f"{part}." for part in PARTS))], str(path))
     parts = {part: under(f"{part}.", state) for part in PARTS}
     if not parts["net"] or not parts["autoencoder"]:
         raise UserError(f"{path} holds no net or no autoencoder; expected a whole model")
-    return Pipeline(config, size=size, **parts)
+    return Pipeline(config, data=data, **parts)

@@ -44,12 +44,17 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @cache
+def on_meta(kind: str, name: str) -> dict[str, torch.Tensor]:
+    """Our network's names and shapes."""
+    options = SDKIT[kind][name]["options"]
+    with torch.device("meta"):
+        return weights(net_of(options) if "unet" in kind else stage_of(options))
+
+
+@cache
 def shapes(kind: str, name: str) -> dict[str, tuple[int, ...]]:
     """CompVis' names and shapes: ours translated, and proven to be theirs by the recorded digest."""
-    case = SDKIT[kind][name]
-    with torch.device("meta"):
-        unet = "unet" in kind
-        ours = weights(net_of(case["options"]) if unet else stage_of(case["options"]))
+    case, ours, unet = SDKIT[kind][name], on_meta(kind, name), "unet" in kind
     made = {n: tuple(v.shape) for n, v in (compvis.export_unet if unet else compvis.export_autoencoder)(ours).items()}
     assert (len(made), digest(made)) == (case["tensors"], case["digest"])
     return made
@@ -61,10 +66,8 @@ def test_every_name_and_shape_is_theirs(kind, name):
     there = shapes(kind, name)
     assert sum(torch.Size(shape).numel() for shape in there.values()) == case["parameters"]
     fake = {n: torch.empty(shape, device="meta") for n, shape in there.items()}
-    with torch.device("meta"):
-        ours = net_of(case["options"]) if "unet" in kind else stage_of(case["options"])
     back = compvis.import_unet(fake) if "unet" in kind else compvis.import_autoencoder(fake)
-    assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in weights(ours).items()}
+    assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in on_meta(kind, name).items()}
 
 
 def there_and_back(given, read, write):

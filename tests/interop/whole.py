@@ -14,7 +14,7 @@ from ldm.diffusion.guidance import cfg
 from ldm.diffusion.sampler import ddim
 from ldm.foreign import tower_of
 from ldm.interop import nodes
-from ldm.interop.pipeline import Pipeline
+from ldm.interop.pipeline import Pipeline, unseen
 from ldm.interop.text import NOT_TEXT
 
 IMAGE = {"image_size": 16, "layers": 1, "width": 16, "patch_size": 16, "head_width": 16}
@@ -48,11 +48,11 @@ def whole(folder: Path, layer: int = -1, pad: int = 49407, per_channel: bool = T
     stage.shift.copy_(torch.tensor([0.1, -0.2, 0.0, 0.3]) * per_channel)
     model = build.model(built, stage, Card)
     text = {name: value for name, value in fill(tower_of(model)).state_dict().items() if name not in NOT_TEXT}
-    return Pipeline(config, fill(model.denoiser.net).state_dict(), stage.state_dict(), 32, text, {})
+    return Pipeline(config, fill(model.denoiser.net).state_dict(), stage.state_dict(), unseen(3, 32), text, {})
 
 
 @torch.inference_mode()
-def drawn(model, steps: int = 8, scale: float = 3.0) -> torch.Tensor:
+def drawn(model, steps: int = 5, scale: float = 3.0) -> torch.Tensor:
     """Our image in [0, 1] from START, with diffusers' DDIM grid for Stable Diffusion."""
     denoiser = model.denoiser
     told, untold = model.condition({"caption": [PROMPT]}), model.uncondition({"caption": [PROMPT]})
