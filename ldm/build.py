@@ -23,6 +23,7 @@ SUPPLIED = {  # what the builders pass themselves, which a config need not hold
     "ldm.stage.diffusion.train": ("cfg",),
     "ldm.stage.autoencoder.train": ("cfg",),
     "ldm.stage.judge.train": ("cfg",),
+    "ldm.stage.classifier.train": ("cfg",),
 }
 
 

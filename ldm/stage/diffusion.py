@@ -18,7 +18,7 @@ from ldm.metrics.features import to_uint8
 from ldm.score import Protocol, Told, evaluate, samples
 from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
-from ldm.stage import judge
+from ldm.stage import begin, judge
 from ldm.stage.run import Run, opened
 from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
 from ldm.training.diffusion import LitDiffusion
@@ -46,10 +46,15 @@ def train(
         return done.get(cfg.optimize)
     make_score, baselines = judge.scorer(cfg, cfg.metrics)
     data = build.dataset(cfg, "train")
-    autoencoder, space, reconstruction = first_stage.load(cfg, data.channels)
+    source = begin.source(cfg)
+    autoencoder, space, reconstruction = (
+        first_stage.load(cfg, data.channels) if source is None else begin.first_stage(cfg, source, data.channels)
+    )
     with opened(cfg, folder) as run:
         goes_on(run, space)
         model = build.model(cfg, autoencoder, data)
+        if source is not None:
+            run.say(begin.take(model, source, cfg.init))
         if run.chief:
             DataCard.of(data).write(folder)
             durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
@@ -71,7 +76,7 @@ def train(
             Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume, space.metadata),
             Pictures(draw, grid_every, ema),
         ]
-        image = "image" in getattr(objective, "keys", ())
+        image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys}
         latents = Latents(data, moments(autoencoder, space, data), image)
         run.say(f"diffusion   {sum(p.numel() for p in model.denoiser.parameters()):,} parameters, {steps} steps of {batch_size}")
         instantiate(cfg.trainer)(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)

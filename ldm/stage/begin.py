@@ -1,0 +1,59 @@
+"""A training that begins with the weights of another model: fine-tuning, domain adaptation, new classes, more conditions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm import build
+from ldm.errors import UserError
+from ldm.load import load
+from ldm.space import Space
+from ldm.training.callbacks import trained
+
+
+def source(cfg: Any) -> Any:
+    """The model that cfg.init names, on the CPU: a run, a step, a weights file or a whole pipeline; None without one."""
+    return load(cfg.init).cpu() if cfg.get("init") else None
+
+
+def first_stage(cfg: Any, model: Any, channels: int) -> tuple[nn.Module, Space, dict[str, Any]]:
+    """The model's own first stage, in whose latent space alone its weights mean something; nothing was measured of it.
+
+    Raises UserError if the config names one of another architecture.
+    """
+    autoencoder = build.autoencoder(cfg.autoencoder, channels)
+    try:
+        autoencoder.load_state_dict(model.autoencoder.state_dict())
+    except RuntimeError:
+        said = f"init={cfg.init} has a first stage of another architecture, or for images of other channels, than this config"
+        raise UserError(f"{said}; choose autoencoder=... as it was trained with") from None
+    return autoencoder.eval().requires_grad_(False), Space.of(autoencoder, build.plain(cfg.autoencoder)), {}
+
+
+@torch.no_grad()
+def take(model: nn.Module, other: nn.Module, init: str) -> str:
+    """Copy other's trained weights into model; returns what was not taken, in words.
+
+    A layer that reads more channels than before, as of a new condition, reads nothing of them at first.  A conditioner's parts that are new
+    or of another size stay fresh.  Raises UserError if the denoiser is of another architecture.
+    """
+    old = trained(other)
+    fresh: list[str] = []
+    wrong: list[str] = []
+    for name, p in trained(model).items():
+        if name not in old or not fits(old[name], p):
+            (fresh if name.startswith("conditioner.") else wrong).append(name)
+        else:
+            p.zero_()
+            p[:, : old[name].shape[1]].copy_(old[name]) if p.ndim > 1 else p.copy_(old[name])
+    if wrong:
+        raise UserError(f"init={init} is of another architecture: {', '.join(wrong[:3])} differ; choose net=... as it was trained with")
+    return f"begun from {init}" + (f"; new: {', '.join(fresh)}" if fresh else "")
+
+
+def fits(old: Tensor, new: Tensor) -> bool:
+    """Whether old's numbers have a place in new: the same shape, or more input channels of a convolution."""
+    return old.shape == new.shape or (
+        old.ndim == new.ndim == 4 and old.shape[1] < new.shape[1] and old.shape[:1] + old.shape[2:] == new.shape[:1] + new.shape[2:]
+    )
