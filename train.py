@@ -8,7 +8,9 @@ def train(cfg):
     """Stage one and the judge are found by their recipes or trained first; then the chosen stage is trained, drawn from and scored."""
     from hydra.utils import instantiate
 
-    return instantiate(cfg.training)(cfg)
+    from ldm.build import settled
+
+    return instantiate(cfg.training)(settled(cfg))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,24 @@ def dataset(cfg: Any, split: str = "train"):
     return instantiate(cfg.data, split=split)
 
 
+def settled(cfg: Any) -> Any:
+    """The config with what its data set chooses and says of itself on sight of the files, so that the names of runs depend on them.
+
+    The process that a person started, which finds the config without, prints what the data set says.
+    """
+    import os
+
+    from hydra.utils import get_object
+
+    if hasattr(get_object(cfg.data["_target_"]), "settled"):
+        data = dataset(cfg)
+        if cfg.data.content is None and os.environ.get("RANK", "0") == "0":
+            print(data.summary, flush=True)
+        for name, value in data.settled.items():
+            cfg.data[name] = value
+    return cfg
+
+
 def degraded(cfg: Any, split: str = "train"):
     """The data set as a diffusion model sees it: with the low resolution and the masks of the config's `degrade` node."""
     from hydra.utils import instantiate

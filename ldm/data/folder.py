@@ -1,20 +1,22 @@
-"""A folder of one's own images: read once, whatever state they are in, captioned by what lies beside them, their folders or their names."""
+"""A folder of one's own images: read once, whatever state they are in, captioned by a list, files beside them, folders or names."""
 
 import json
 import os
-import re
+import statistics
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ldm.data.captions import shown, some, tell
 from ldm.data.kept import kept
-from ldm.data.memory import InMemory, read_captions
+from ldm.data.memory import InMemory
 from ldm.errors import UserError
 from ldm.progress import Bar
 from ldm.tensors import key
@@ -23,54 +25,94 @@ OPENED = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".p
 HOPED = (".avif", ".heic", ".heif", ".jxl")  # by some Pillows only: where it cannot, they are named as unreadable, not passed over
 MAX_PIXELS = 100_000_000  # of one file; a picture of 48 kB can unpack to gigabytes
 READER = 1  # raise when `square` comes to give other pixels, so that packs made before are not used
-TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
-CAMERA = {"img", "image", "dsc", "dscn", "dscf", "pxl", "mvi", "gopr", "photo", "picture", "pic", "screenshot", "untitled", "wa", "copy"}
-SHOWN = 500  # captions that speak for the whole folder where there are no classes
+LARGEST = {True: 256, False: 64}  # size chosen where none is given: with a GPU, without
+LOOKED_AT = 200  # files whose headers decide on size and channels
+GREY = ("1", "L", "LA", "I", "I;16", "F")
 EXPECTED = "expected images in it: in a subfolder for each class, or with captions beside them (x.jpg, x.txt), or named by what they show"
 
 
 class Folder(InMemory):
     """The images under `path`, hidden ones aside, scaled and cropped at the centre to size x size: image (channels, size, size) in [-1, 1].
 
-    A caption is a line of the .txt, or "caption" in the .json, of the image's name and place; else, where all images lie in subfolders,
-    that of its class, the uppermost folder's name in a few templates or as in `captions`, a JSON file {class: [caption, ...]}; else the
-    words of the file name.  Without classes all are of one, `image`.  held_out: the part that split=test gets, chosen by each file's name
-    alone; where that leaves a split without an image, both have all.  Raises UserError naming the path.
+    size: by default a power of two from 32 to 64, with a GPU to 256, that half of the images have.  channels: 3, or 1 for grey, by default
+    as most images are.  captions: see ldm.data.captions.tell.  held_out: the part that split=test gets, chosen by each file's name alone;
+    where that leaves a split without an image, both have all.  content: the digest of images and captions that are expected.
+    Raises UserError naming the path.
     """
 
     def __init__(
         self,
         path: str | Path,
         split: str = "train",
-        size: int = 64,
-        channels: int = 3,
+        size: int | None = None,
+        channels: int | None = None,
         captions: str | Path | None = None,
         held_out: float = 0.02,
+        content: str | None = None,
         seed: int = 0,
         flip: bool = True,
     ):
         if split not in ("train", "test"):
             raise UserError(f"split={split!r}: expected train or test")
-        if channels not in (1, 3):
+        if channels not in (None, 1, 3):
             raise UserError(f"channels={channels}: expected 3 for colour or 1 for grey")
-        if size < 16:
+        if size is not None and size < 16:
             raise UserError(f"size={size}: expected 16 pixels or more")
         if not 0 <= held_out < 1:
             raise UserError(f"held_out={held_out}: expected a part from 0 up to, not with, 1")
         root = Path(path).expanduser()
-        pack = packed(root, scan(root), size, channels)
+        files = scan(root)
+        if size is None or channels is None:
+            usual = look(root, [file.name for file in files])
+            size, channels = size or usual[0], channels or usual[1]
+        pack = packed(root, files, size, channels)
         told = tell(root, pack.names, captions)
         part, rows = shares(pack.names, held_out)[split]
         self.texts = [told.texts[i] for i in rows]
         super().__init__(f"folder-{split}", pack.images[rows], torch.tensor(told.labels)[rows], told.classes, seed, flip)
-        self.summary = ", ".join([f"{root}: {len(pack.names):,} images", *told.notes, f"{part} held out", *pack.notes])
-        if split == "train" and os.environ.get("RANK", "0") == "0":
-            print(self.summary, flush=True)
+        self.content = digest(pack.images, told.texts, told.labels)
+        if content not in (None, self.content):
+            raise UserError(
+                f"path={root}: its images or captions are not those that this run was made with (digest {self.content}, then {content}); "
+                "put them back, or start a new run by its command"
+            )
+        kept_in_memory = f"{size} px{'' if channels == 3 else ', grey'}, fits in memory"
+        self.summary = ", ".join([f"{root}: {len(pack.names):,} images", *told.notes, kept_in_memory, f"{part} held out", *pack.notes])
+
+    @property
+    def settled(self) -> dict[str, int | str]:
+        """What a config that left it open gets by these files; content makes names of runs depend on images and captions."""
+        return {"size": self.size, "channels": self.channels, "content": self.content}
 
     def caption(self, place: int, index: int) -> str:
         """One of the image's captions."""
         texts = self.texts[index]
         return texts[key(self.seed, "caption", place, index) % len(texts)]
+
+
+def digest(images: Tensor, texts: Sequence[Sequence[str]], labels: Sequence[int]) -> str:
+    """16 hex digits that depend on every pixel, caption and label."""
+    total = sha256(json.dumps([list(images.shape), list(map(list, texts)), list(labels)]).encode())
+    total.update(images.numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def look(root: Path, names: Sequence[str]) -> tuple[int, int]:
+    """Size and channels that suit the images, by the headers of some."""
+    from PIL import Image
+
+    sides, colour = [], 0
+    for name in names[:: -(-len(names) // LOOKED_AT)]:
+        try:
+            with warnings.catch_warnings(), Image.open(root / name) as file:
+                warnings.simplefilter("ignore")
+                sides.append(min(file.size))
+                colour += 1 if file.mode not in GREY else -1
+        except Exception:  # said of when they are read
+            continue
+    largest = LARGEST[torch.cuda.is_available()]
+    size = max(32, min(largest, 2 ** int(statistics.median(sides)).bit_length() // 2)) if sides else largest
+    return size, 3 if colour >= 0 else 1
 
 
 class File(NamedTuple):
@@ -158,7 +200,7 @@ def read(root: Path, names: Sequence[str], size: int, channels: int) -> tuple[Te
     kept = [place for place in range(len(names)) if place not in faults]
     small = [names[place] for place in kept if sides[place] < size]
     notes = [f"{len(small):,} smaller than {size} px and enlarged: {some(small)}"] if small else []
-    notes += [f"{len(faults):,} unreadable: {some([names[place] for place in faults])} ({faults[first]})"] if faults else []
+    notes += [f"{len(faults):,} skipped: {some([names[place] for place in faults])} ({faults[first]})"] if faults else []
     return (images[kept] if faults else images), {"kept": kept, "notes": notes}
 
 
@@ -200,73 +242,6 @@ def eight_bit(image):
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
-@dataclass(frozen=True)
-class Told:
-    """What is said of N images: captions of each, labels, {class: captions}, remarks."""
-
-    texts: Sequence[Sequence[str]]
-    labels: Sequence[int]
-    classes: dict[str, list[str]]
-    notes: Sequence[str]
-
-
-def tell(root: Path, names: Sequence[str], captions: str | Path | None = None) -> Told:
-    """Captions and classes of the named images, as Folder says. Raises UserError for a `captions` file that does not fit."""
-    beside = [lines_beside(root / name) for name in names]
-    folders = [shown(name.split("/")[0]) if "/" in name else "" for name in names]
-    if captions is not None and (any(beside) or not all(folders)):
-        raise UserError(f"captions={captions} gives captions to classes, but {root} holds no class subfolders alone; leave it null")
-    if not any(beside) and all(folders):
-        classes = _classes(sorted(set(folders)), captions)
-        label = {name: i for i, name in enumerate(classes)}
-        return Told([classes[name] for name in folders], [label[name] for name in folders], classes, [f"{len(classes):,} classes"])
-    texts = [lines or [words(Path(name).stem)] for name, lines in zip(names, beside, strict=True)]
-    bare = [name for name, one in zip(names, texts, strict=True) if one == [""]]
-    notes = ["captions beside them" if any(beside) else "captions from their names"]
-    notes += [f"{len(bare):,} without caption: {some(bare)}"] if bare else []
-    every = list(dict.fromkeys(text for one in texts for text in one if text)) or [""]
-    return Told(texts, [0] * len(names), {"image": every[:: -(-len(every) // SHOWN)]}, notes)
-
-
-def _classes(names: Sequence[str], captions: str | Path | None) -> dict[str, list[str]]:
-    if captions is None:
-        return {name: [text.format(words(name) or name) for text in TEMPLATES] for name in names}
-    try:
-        given = read_captions(Path(captions).expanduser())
-    except (OSError, ValueError) as error:
-        raise UserError(f"captions={captions}: {error}") from None
-    if missing := [name for name in names if not given.get(name)]:
-        raise UserError(f"captions={captions}: nothing on {some(missing)}; expected a caption or more on each of {len(names)} subfolders")
-    return {name: given[name] for name in names}
-
-
-def lines_beside(path: Path) -> list[str]:
-    """The captions beside an image, one a line of its .txt, else those of "caption" in its .json; empty without any."""
-    for suffix, parse in ((".txt", str.splitlines), (".json", _caption)):
-        try:
-            lines = parse(path.with_suffix(suffix).read_text(encoding="utf-8-sig", errors="replace"))
-        except OSError:
-            continue
-        if lines := [line for line in (" ".join(line.split()) for line in lines) if line]:
-            return lines
-    return []
-
-
-def _caption(text: str) -> list[str]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return []
-    value = value.get("caption") if isinstance(value, dict) else None
-    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
-
-
-def words(name: str) -> str:
-    """What a file's name says: its words, without numbers, codes and what cameras write; "red_car-2 (copy)" is "red car"."""
-    parts = (re.fullmatch(r"([^\W\d_]+)\d*", part) for part in re.split(r"[\W_]+", shown(name)))
-    return " ".join(part[1] for part in parts if part and part[1].lower() not in CAMERA)
-
-
 def shares(names: Sequence[str], held_out: float) -> dict[str, tuple[int, list[int]]]:
     """split -> (number of images held out, its places in names); a name's split does not depend on the others, save where one is empty."""
     aside = [key("held out", shown(name)) < held_out * 2**63 for name in names]
@@ -274,14 +249,3 @@ def shares(names: Sequence[str], held_out: float) -> dict[str, tuple[int, list[i
     if not all(rows.values()):
         return {split: (0, list(range(len(names)))) for split in rows}
     return {split: (len(rows["test"]), places) for split, places in rows.items()}
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first few names."""
-    names = [shown(name) for name in names]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-def shown(name: str) -> str:
-    """A file's name as text that can be printed and encoded, whatever bytes it has."""
-    return os.fsencode(name).decode("utf-8", "replace")

@@ -19,6 +19,7 @@ from ldm.score import Protocol, Told, evaluate, samples
 from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
 from ldm.stage import begin, judge
+from ldm.stage.estimate import announce
 from ldm.stage.run import Run, opened
 from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
 from ldm.training.diffusion import LitDiffusion
@@ -45,7 +46,8 @@ def train(
         print(f"this run is done: {folder}\n{summary(done)}")
         return done.get(cfg.optimize)
     make_score, baselines = judge.scorer(cfg, cfg.metrics)
-    data = build.dataset(cfg, "train")
+    data = build.degraded(cfg, "train")
+    announce(cfg, data)
     source = begin.source(cfg)
     autoencoder, space, reconstruction = (
         first_stage.load(cfg, data.channels) if source is None else begin.first_stage(cfg, source, data.channels)

@@ -9,8 +9,9 @@ import torch
 import yaml
 from PIL import Image
 
-from ldm.data import folder
-from ldm.data.folder import Folder, lines_beside, shares, square, words
+from ldm.data import captions, folder
+from ldm.data.captions import lines_beside, words
+from ldm.data.folder import Folder, shares, square
 from ldm.errors import UserError
 from ldm.load import DataCard
 
@@ -69,7 +70,10 @@ def test_captions_of_classes_from_a_file(pictures, tmp_path):
         Folder(pictures, captions=file)
 
 
-def test_captions_beside_the_images(tmp_path, capsys):
+SMALL = ", 5 smaller than 32 px and enlarged: IMG_1234.png, a.png, b.png, ..."
+
+
+def test_captions_beside_the_images(tmp_path):
     root = tmp_path / "pictures"
     for name in ("a", "b", "sub/c", "red_car-2 (copy)", "IMG_1234"):
         paint(root / f"{name}.png")
@@ -82,13 +86,15 @@ def test_captions_beside_the_images(tmp_path, capsys):
     assert data.classes == ["image"]
     assert data.captions == [["un café, l'été", "at night", "one", "two", "red car", "c"]]
     assert [data.caption(p, 2) for p in range(9)] == [Folder(root, held_out=0).caption(p, 2) for p in range(9)]
-    assert "5 images, captions beside them, 1 without caption: IMG_1234.png, 0 held out" in capsys.readouterr().out
+    assert data.summary.endswith(
+        "5 images, captions beside them, 1 without caption: IMG_1234.png, 32 px, fits in memory, 0 held out" + SMALL
+    )
     with pytest.raises(UserError, match="captions to classes"):
         Folder(root, captions=tmp_path / "captions.json")
 
 
 def test_file_names_as_captions_and_their_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "SHOWN", 4)
+    monkeypatch.setattr(captions, "SHOWN", 4)
     for name in "abcdefghij":
         paint(tmp_path / "pictures" / f"{name}.png")
     data = Folder(tmp_path / "pictures", held_out=0)
@@ -109,7 +115,7 @@ def test_order_and_fingerprint_do_not_depend_on_the_disk(pictures, tmp_path):
         target.write_bytes(path.read_bytes())
     first, second = Folder(pictures), Folder(tmp_path / "again")
     assert torch.equal(first.images, second.images)
-    assert first.fingerprint == second.fingerprint != Folder(pictures, size=32).fingerprint
+    assert first.fingerprint == second.fingerprint != Folder(pictures, size=16).fingerprint
 
 
 def test_images_added_later_move_no_other(pictures):
@@ -194,7 +200,7 @@ def test_a_large_jpeg_is_the_same_picture(tmp_path):
     assert pixels[0].double().mean(0).numpy() == pytest.approx(centres / 999 * 255, abs=3)  # a pixel is 11 apart
 
 
-def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch, capsys):
+def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch):
     whole = (pictures / "sports-car" / "000.jpg").read_bytes()
     bad = pictures / "sports-car"
     paint(bad / "noise.jpg").write_bytes(whole[: len(whole) * 2 // 3])
@@ -208,9 +214,9 @@ def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch, capsys)
     monkeypatch.setattr(folder, "MAX_PIXELS", 300 * 300 - 1)
     data = Folder(pictures, size=32, held_out=0)
     assert len(data) == 40
-    out = capsys.readouterr().out
-    assert "40 images, 2 classes, 0 held out, 40 smaller than 32 px and enlarged: golden_retriever/000.png, " in out
-    assert "5 unreadable: sports-car/empty.png, sports-car/giant.png, sports-car/gone.webp, ... (cannot identify image file)" in out
+    out = data.summary
+    assert "40 images, 2 classes, 32 px, fits in memory, 0 held out, 40 smaller than 32 px and enlarged: golden_retriever/000.png, " in out
+    assert "5 skipped: sports-car/empty.png, sports-car/giant.png, sports-car/gone.webp, ... (cannot identify image file)" in out
     assert Folder(pictures, size=32, held_out=0).summary == data.summary  # from the cache
 
 
@@ -244,13 +250,39 @@ def test_the_second_start_decodes_nothing(pictures, tmp_path, monkeypatch):
     assert calls["read"] == 80
 
 
-def test_one_rank_speaks(pictures, monkeypatch, capsys):
-    Folder(pictures)
-    capsys.readouterr()
-    monkeypatch.setenv("RANK", "1")
-    Folder(pictures)
-    Folder(pictures, "test")
-    assert capsys.readouterr().out == ""
+def test_size_and_channels_are_those_of_most_images(tmp_path, monkeypatch):
+    root = tmp_path / "pictures"
+    for i, (side, mode) in enumerate([(40, "L"), (130, "L"), (150, "RGB"), (900, "L"), (70, "1")]):
+        paint(root / f"{i}.png", (9, 9, 9), (side, side + 30), mode)
+    data = Folder(root, held_out=0)
+    assert (data.size, data.channels) == (64, 1)
+    assert "64 px, grey, fits in memory" in data.summary
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Folder(root, held_out=0).size == 128
+    assert (Folder(root, size=48).size, Folder(root, channels=3).channels) == (48, 3)
+    for path in root.iterdir():
+        paint(path, size=(20, 20))
+    assert Folder(root).settled.items() >= {"size": 32, "channels": 3}.items()
+
+
+def test_content_depends_on_images_captions_and_classes_and_on_nothing_else(pictures, tmp_path):
+    first = Folder(pictures).content
+    assert Folder(pictures, "test", seed=3, flip=False, held_out=0.5, content=first).content == first
+    for path in pictures.rglob("*.png"):
+        os.utime(path, (1, 1))
+    assert Folder(pictures).content == first, "touched, not changed"
+    with pytest.raises(UserError, match=f"not those that this run was made with .digest {first}, then 0123"):
+        Folder(pictures, content="0123")
+    seen = {first}
+    (pictures / "sports-car" / "000.txt").write_text("a car")
+    seen.add(Folder(pictures).content)
+    (pictures / "sports-car" / "000.txt").write_text("a blue car")
+    seen.add(Folder(pictures).content)
+    paint(pictures / "golden_retriever" / "000.png", BLUE)
+    seen.add(Folder(pictures).content)
+    (pictures / "golden_retriever" / "001.png").unlink()
+    seen.add(Folder(pictures).content)
+    assert len(seen) == 5
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):

@@ -1,0 +1,78 @@
+"""What a training on one's own images will take, said before it starts and measured, not guessed."""
+
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from ldm import build, runs
+from ldm.data.latents import Latents
+from ldm.stage import cache
+from ldm.training.autoencoder import LitAutoencoder
+from ldm.training.clock import Clock
+from ldm.training.diffusion import LitDiffusion
+from ldm.training.fit import world
+
+STEPS = 3  # of each kind that are timed; the fastest counts, the first ones warm up
+
+
+def announce(cfg: Any, data) -> None:
+    """Print how long the training will take, for data that said of itself what it is."""
+    if hasattr(data, "summary") and world()[1] == 1 and cfg.trainer.devices == 1:  # several cannot be timed before they are there
+        print(said(*(part for part in measured(cfg, data) if part[1])), flush=True)
+
+
+def said(*parts: tuple[str, int, float]) -> str:
+    """The estimate in words; parts: what, steps, seconds a step."""
+    total = sum(steps * seconds for _, steps, seconds in parts)
+    each = ", ".join(f"{steps:,} steps of {name} at {1000 * seconds:.0f} ms" for name, steps, seconds in parts)
+    return f"about {length(total)} of training: {each} (timed now)"
+
+
+def length(seconds: float) -> str:
+    """A duration as one says it."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def measured(cfg: Any, data) -> list[tuple[str, int, float]]:
+    """(what, steps, seconds a step) of the first stage, unless it is kept already, and of the diffusion model, with fresh weights."""
+    autoencoder = build.autoencoder(cfg.autoencoder, data.channels)
+    parts = []
+    config = {**build.plain(cfg), "training": build.plain(cfg.first_stage)}
+    given = cfg.get("init") or not any(True for _ in autoencoder.parameters())
+    if not given and runs.finished(cache.first_stage_folder(config)) is None:
+        first = instantiate(cfg.first_stage).keywords
+        without = min(first["discriminator_start"], first["steps"])
+        seconds = timed(cfg, adversarial(autoencoder, first, data), data, first["batch_size"], 2 * STEPS)
+        parts.append(("the autoencoder", without, min(seconds[1:STEPS])))
+        parts.append(("it with its adversary", first["steps"] - without, min(seconds[STEPS + 1 :])))
+    with torch.no_grad():
+        moments = autoencoder.eval().posterior(data.pixels([0]).to(autoencoder.shift)).moments.cpu()
+    every = moments[None].expand(2 if data.flip else 1, len(data), *moments.shape[1:])
+    second = instantiate(cfg.training).keywords
+    lit = LitDiffusion(build.model(cfg, autoencoder, data), instantiate(cfg.objective), second["optimizer"], second["drop"])
+    seconds = timed(cfg, lit, Latents(data, every), second["batch_size"], STEPS)
+    return [*parts, ("the diffusion model", second["steps"], min(seconds[1:]))]
+
+
+def adversarial(autoencoder, options: dict[str, Any], data) -> LitAutoencoder:
+    """The first stage's training, its adversary coming in at step STEPS."""
+    names = ("discriminator_ramp", "discriminator_weight")
+    discriminator = options["discriminator"](channels=data.channels)
+    return LitAutoencoder(
+        autoencoder,
+        options["loss"],
+        options["optimizer"],
+        discriminator,
+        options["discriminator_optimizer"],
+        STEPS,
+        *(options[name] for name in names),
+    )
+
+
+def timed(cfg: Any, lit, data, batch_size: int, steps: int) -> list[float]:
+    """Seconds of each of some training steps."""
+    clock = Clock()
+    instantiate(cfg.trainer)(lit, data, [clock], batch_size=batch_size, steps=steps, start=0, seed=0)
+    return clock.seconds

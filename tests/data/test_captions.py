@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from ldm.data.captions import match, read_list, tell
+from ldm.errors import UserError
+
+NAMES = ["a.png", "b.png", "sub/c.png", "sub/red car.png"]
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.csv", '\ufefffile_name,caption\r\na.png,"one, two"\r\n./sub/c.png,l\'été 3\r\n'),
+        ("x.csv", "Caption;text\tImage\n\n".replace(";text", "") + "one, two\ta.png\nl'été 3\tsub\\c.png\n"),
+        ("x.tsv", "path\tprompt\na.png\tone, two\nc.png\tl'été 3\n"),
+        ("x.jsonl", '{"file": "a.png", "text": "one, two"}\n\n{"file": "sub/c.png", "text": ["l\'été 3"]}\n'),
+    ],
+)
+def test_lists_are_read_in_every_usual_form(tmp_path, name, text):
+    told = tell(tmp_path, NAMES, write(tmp_path / name, text))
+    assert told.texts == [["one, two"], ["b"], ["l'été 3"], ["red car"]]
+    assert told.notes == [f"captions from {name}", "2 not in it: b.png, sub/red car.png"]
+    assert told.classes == {"image": ["one, two", "b", "l'été 3", "red car"]}
+
+
+def test_a_list_that_lies_in_the_folder_is_used_unasked_and_before_what_lies_beside(tmp_path):
+    write(tmp_path / "a.txt", "beside")
+    assert tell(tmp_path, ["a.png"]).texts == [["beside"]]
+    write(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "listed"}))
+    assert tell(tmp_path, ["a.png"]).texts == [["listed"]]
+    assert tell(tmp_path, ["a.png"], write(tmp_path / "mine.csv", "file,caption\na.png,mine\n")).texts == [["mine"]]
+
+
+def test_several_rows_and_empty_ones():
+    rows = [("a.png", ["one"]), ("a.png", ["two"]), ("b.png", []), ("gone.png", ["x"]), ("c.png", ["by its bare name"])]
+    texts, notes = match(Path("x.csv"), rows, NAMES)
+    assert texts == [["one", "two"], [], ["by its bare name"], []]
+    assert notes == ["captions from x.csv", "2 not in it: b.png, sub/red car.png", "1 of its rows without an image: gone.png"]
+    texts, _ = match(
+        Path("x.csv"), [("c.png", ["?"]), ("sub/c.png", ["!"]), ("1/x", ["which?"])], ["other/c.png", "sub/c.png", "1/x", "2/x"]
+    )
+    assert texts == [[], ["!"], ["which?"], []], "a bare name that two have says nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("x.csv", "", "no rows"),
+        ("x.csv", "file,words\na.png,x\n", "row 2 has file, words; expected columns one of file_name"),
+        ("x.csv", "caption\nx\n", "row 2 has caption; expected"),
+        ("x.jsonl", '{"file": "a.png", "caption": "x"}\n[1]\n', "row 2 is not a JSON object"),
+        ("x.jsonl", "{broken", "row 1 is not a JSON object"),
+        ("x.csv", "file,caption\nz.png,x\n", "none of 1 rows names an image, z.png; the images are a.png, b.png, sub/c.png, ..."),
+    ],
+)
+def test_a_list_that_does_not_fit_is_one_line(tmp_path, name, text, said):
+    with pytest.raises(UserError, match=said) as error:
+        tell(tmp_path, NAMES, write(tmp_path / name, text))
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+def test_a_list_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"captions=.*x\.csv: No such file"):
+        tell(tmp_path, NAMES, tmp_path / "x.csv")
+    assert read_list(write(tmp_path / "x.csv", "file,caption\na.png\n")) == [("a.png", [])], "a row cut short has no caption"
