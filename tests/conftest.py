@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from smoke import process
+from smoke import enliven, process
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,9 @@ def smoke(tmp_path_factory) -> Smoke:
 @pytest.fixture(scope="session")
 def lively(smoke, tmp_path_factory) -> Path:
     """The shared run with weights drawn at random: two steps leave a network nearly deaf to what it is told, this one hears all."""
-    import torch
-
-    from ldm import build, durable
-    from ldm.load import config_of
-    from ldm.space import Space
-
     run = tmp_path_factory.mktemp("lively") / "run"
     shutil.copytree(smoke.run, run)
-    generator = torch.Generator().manual_seed(0)
-    for file in (run / "first_stage.safetensors", run / "weights.safetensors"):
-        state = durable.read_tensors(file)
-        for name, value in state.items():
-            if name not in ("shift", "scale", "calibrated_on"):
-                size = value[0].numel() ** -0.5 if value.ndim > 1 else 0.3
-                state[name] = torch.randn(value.shape, generator=generator) * size + float("norm" in name and name.endswith("weight"))
-        if file.stem == "first_stage":
-            node = config_of(run).autoencoder
-            autoencoder = build.autoencoder(node, channels=1)
-            autoencoder.load_state_dict(state)
-            space = Space.of(autoencoder, build.plain(node))
-        durable.write_tensors(file, state, space.metadata)
+    enliven(run)
     return run
 
 

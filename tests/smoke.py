@@ -63,6 +63,29 @@ def train(*typed: str) -> Path:
     return made.pop().absolute()
 
 
+def enliven(run: Path) -> None:
+    """Give a run weights drawn at random, its first stage too, so that its network hears all that it is told."""
+    import torch
+
+    from ldm import build, durable
+    from ldm.load import config_of
+    from ldm.space import Space
+
+    generator = torch.Generator().manual_seed(0)
+    for file in (run / "first_stage.safetensors", run / "weights.safetensors"):
+        state = durable.read_tensors(file)
+        for name, value in state.items():
+            if name not in ("shift", "scale", "calibrated_on"):
+                size = value[0].numel() ** -0.5 if value.ndim > 1 else 0.3
+                state[name] = torch.randn(value.shape, generator=generator) * size + float("norm" in name and name.endswith("weight"))
+        if file.stem == "first_stage":
+            node = config_of(run).autoencoder
+            autoencoder = build.autoencoder(node, channels=1)
+            autoencoder.load_state_dict(state)
+            space = Space.of(autoencoder, build.plain(node))
+        durable.write_tensors(file, state, space.metadata)
+
+
 def process(script: str, *typed: str, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
     """`python SCRIPT TYPED` as a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "LDM_CACHE": str(cwd / "cache"), "LDM_OFFLINE": "1", **env}
