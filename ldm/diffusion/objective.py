@@ -166,8 +166,8 @@ class LossSecondMoment(nn.Module):
     def __init__(self, objective: Objective, T: int = 1000, history: int = 10, floor: float = 0.001):
         super().__init__()
         self.objective, self.T, self.floor = objective, T, floor
-        self.register_buffer("losses", torch.zeros(T, history))
-        self.register_buffer("count", torch.zeros(T, dtype=torch.long))
+        self.register_buffer("losses", torch.zeros(T, history), persistent=False)
+        self.register_buffer("count", torch.zeros(T, dtype=torch.long), persistent=False)
 
     def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The wrapped objective's terms (B,), `loss` being unbiased for uniform t; in training mode they are remembered."""
@@ -188,6 +188,15 @@ class LossSecondMoment(nn.Module):
         rms = self.losses.double().square().mean(1).sqrt()
         p = (1 - self.floor) * rms / rms.sum().clamp(min=1e-30) + self.floor / self.T
         return torch.where((self.count >= self.losses.shape[1]).all(), p, torch.full_like(p, 1 / self.T))
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """What a training that goes on must find again."""
+        return {"losses": self.losses, "count": self.count}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Remember what get_extra_state gave."""
+        self.losses.copy_(state["losses"])
+        self.count.copy_(state["count"])
 
     def remember(self, i: Tensor, loss: Tensor) -> None:
         """Write losses (B,) of bins i (B,) over the oldest ones."""

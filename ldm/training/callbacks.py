@@ -100,8 +100,13 @@ def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
         p.copy_(state[name])
 
 
+def extra(module: nn.Module) -> dict[str, Any]:
+    """What modules keep besides parameters, by name: the extra state of those that have one, as torch means it."""
+    return {name: m.get_extra_state() for name, m in module.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state}
+
+
 class Checkpoints(L.Callback):
-    """Keeps step folders of a module's trained weights, its average and the optimisers; begins from `resume` when there is one.
+    """Keeps step folders of a module's weights and extra state, its average and the optimisers; begins from `resume` if there is one.
 
     every: steps between two.  metadata: goes into the files of weights.
     """
@@ -123,6 +128,8 @@ class Checkpoints(L.Callback):
         if self.resume is None:
             return
         load_trained(lit, self.resume.tensors["model"])
+        for name, state in self.resume.state.get("extra", {}).items():
+            lit.get_submodule(name).set_extra_state(state)
         if self.ema is not None:
             self.ema.load(self.resume.tensors["ema"])
         for optimizer, state in zip(trainer.optimizers, self.resume.state["optimizers"], strict=True):
@@ -132,7 +139,7 @@ class Checkpoints(L.Callback):
         step = batch["step"] + 1
         if (step % self.every == 0 or step == self.total) and trainer.is_global_zero:
             average = {} if self.ema is None else {"ema": self.ema.shadow}
-            state = {"optimizers": [o.state_dict() for o in trainer.optimizers]}
+            state = {"optimizers": [o.state_dict() for o in trainer.optimizers], "extra": extra(lit)}
             durable.save_step(self.folder, step, {"model": trained(lit), **average}, state, self.config, metadata=self.metadata)
 
 
