@@ -18,7 +18,16 @@ from ldm.training.diffusion import LitDiffusion
 
 CONF = ROOT / "conf"
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/**/*.yaml"))
-PARTNERS = {  # what an option needs beside it, or what it leaves no room for
+SMALL = ("net.channels=16", "net.mult=[1,2]", "net.blocks=1", "net.attention=[2]", "net.groups=8")
+PARTNERS = {  # what an option needs beside it, or what it leaves no room for; of each kind of large network one, made small
+    "net/sd1": (*SMALL, "net.heads=2"),
+    "net/sdxl": (*SMALL, "net.head_channels=16", "net.depth=[1,2]"),
+    "net/ddpm_cifar": (*SMALL, "conditioner=none"),
+    "net/adm_64": (*SMALL, "net.head_channels=16", "conditioner=label_vector", "conditioner.dim=64", "objective=hybrid"),
+    **dict.fromkeys(
+        ("net/dit_xl2", "net/lightningdit_xl1"),
+        ("net.channels=32", "net.depth=2", "net.heads=2", "conditioner=label_vector", "conditioner.dim=32", "objective=hybrid"),
+    ),
     "data/folder": ("data.path=here",),
     "schedule/edm": ("process=edm",),
     "prediction/edm": ("process=edm",),
@@ -39,8 +48,8 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for
 PAPER = [  # first stages at a paper's scale: looked at on the meta device
     o for o in OPTIONS if o.startswith("autoencoder/") and OmegaConf.load(CONF / f"{o}.yaml").get("encoder", {}).get("width", 0) >= 128
 ]
-PAPER_NETS = [  # and networks, which tests/net/test_counts.py builds and calls there; who derives from one says no width
-    o for o in OPTIONS if o.startswith("net/") and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
+PAPER_NETS = [  # and networks, which tests/net/test_counts.py builds there; an option that derives from another may say no width
+    o for o in OPTIONS if o.startswith("net/") and o not in PARTNERS and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
 ]
 ALONE = ("budget", "data", "degrade", "trainer", "training", "logger", "metrics", "guidance", "task")  # no part of the model or of its step
 

@@ -60,7 +60,7 @@ class NoisyClassifier(HalfUNet):
         recipe = Recipe(4 * channels, None, None, head_channels, dropout, True, True, groups, eps, block, Downsample, attend)
         attended = depths_of(1, attention, len(mult))
         super().__init__(recipe, in_channels, channels, mult, blocks, attended, checkpoint=checkpoint)
-        width, factor = self.skips[-1], 2 ** (len(mult) - 1)
+        width, factor = self.skip_widths[-1], 2 ** (len(mult) - 1)
         self.out = nn.Sequential(
             norm(width, groups, eps), nn.SiLU(), AttentionPool(-(-size // factor), width, width // head_channels, classes, attend)
         )

@@ -143,14 +143,14 @@ class HalfUNet(nn.Module):
         self.vector = vector(vector_dim, recipe.emb_dim) if vector_dim else None
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down = nn.ModuleList()
-        width, self.skips = channels, [channels]  # the width of each skip
+        width, self.skip_widths = channels, [channels]  # the width of each skip
         for level, factor in enumerate(mult):
             last = level == len(mult) - 1
             widths = [width, *[factor * channels] * blocks]
             layers = [recipe.layer(a, b, attended[level]) for a, b in pairwise(widths)]
             width = widths[-1]
             self.down.append(Down(layers, None if last else recipe.down(width)))
-            self.skips += [*widths[1:], *[width] * (not last)]
+            self.skip_widths += [*widths[1:], *[width] * (not last)]
         self.middle1 = recipe.layer(width, width, attended[-1])
         self.middle2 = recipe.layer(width, width, 0)
 
@@ -221,7 +221,7 @@ class UNet(HalfUNet):
         recipe, attended = Recipe(4 * channels, *how), depths_of(depth, attention, len(mult))
         inputs = in_channels + concat_channels
         super().__init__(recipe, inputs, channels, mult, blocks, attended, vector_dim, vector, sinusoid, checkpoint)
-        width, skips = self.skips[-1], list(self.skips)
+        width, skips = self.skip_widths[-1], list(self.skip_widths)
         self.up = nn.ModuleList()  # after the middle: `memory` goes through the modules in the order of the forward pass
         for level, factor in reversed(list(enumerate(mult))):
             layers = []
