@@ -163,6 +163,9 @@ class LossSecondMoment(nn.Module):
     The losses of all ranks are remembered, so that all draw alike. Raises ValueError if T is not the schedule's.
     """
 
+    losses: Tensor
+    count: Tensor
+
     def __init__(self, objective: Objective, T: int = 1000, history: int = 10, floor: float = 0.001):
         super().__init__()
         self.objective, self.T, self.floor = objective, T, floor

@@ -124,7 +124,8 @@ def plms(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
 
     Adams-Bashforth 4 with the weights of equal steps in a straight frame's u: order 2 on a general grid, 3 (by its start) on an even one.
     """
-    frame, past = straight(schedule), []
+    frame = straight(schedule)
+    past: list[Tensor] = []
     for t, s in steps(ts):
         (m_t, u_t), (m_s, u_s) = frame(t), frame(s)
         y = x / m_t
@@ -134,7 +135,7 @@ def plms(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
             y_s = y + (u_s - u_t) * d
             mixed = (d + (y_s - denoise(m_s * y_s, s).x0) / u_s) / 2
         else:
-            mixed = sum(w * p for w, p in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True))
+            mixed = torch.stack([w * p for w, p in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True)]).sum(0)
         x = m_s * (y + (u_s - u_t) * mixed)
     return x
 
@@ -144,21 +145,22 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise:
 
     Data prediction; the first step, and one to s = 0, are of first order.
     """
-    x0_before = h_before = None
+    before: tuple[Tensor, Tensor] | None = None
     for t, s in steps(ts):
         x0 = denoise(x, t).x0
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         h = schedule.log_snr(s) - schedule.log_snr(t)  # twice theirs: only its ratio r counts
         ratio = alpha_t * sigma_s / (sigma_t * alpha_s)  # their exp(-h), also where h is infinite
         D = x0
-        if x0_before is not None and s > 0:
+        if before is not None and s > 0:
+            x0_before, h_before = before
             r = h_before / h
             D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
         std = sigma_s * (1 - ratio ** (2 * eta)).sqrt()
         x = sigma_s / sigma_t * ratio**eta * x + alpha_s * (1 - ratio ** (1 + eta)) * D
         if std > 0:
             x = x + std * noise(x)
-        x0_before, h_before = x0, h
+        before = x0, h
     return x
 
 
@@ -168,7 +170,10 @@ def unipc(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dr
     Each step is predicted (UniP), then, once x0 is known at its end, made again (UniC). The first, and one to s = 0, are of
     first order.
     """
-    correct = x0_before = h_before = None
+    correct: Callable[[Tensor], Tensor] | None = None
+    before: tuple[Tensor, Tensor] | None = None
+    known: Tensor | float
+    rho: Tensor | float
     for t, s in steps(ts):
         x0 = denoise(x, t).x0
         if correct is not None:
@@ -177,22 +182,23 @@ def unipc(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dr
         h = (schedule.log_snr(s) - schedule.log_snr(t)) / 2
         B = 1 - alpha_t * sigma_s / (sigma_t * alpha_s)  # 1 - exp(-h), also where h is infinite
         base = sigma_s / sigma_t * x + alpha_s * B * x0
-        if x0_before is None or s == 0:
-            x, slope, rho_1, rho_2 = base, 0.0, 0.0, 1 / 2
+        if before is None or s == 0:
+            x, known, rho = base, 0.0, 1 / 2
         else:
+            x0_before, h_before = before
             r = -h_before / h
             slope = (x0_before - x0) / r
             phi_2 = 1 - B / h
             phi_3 = phi_2 / h - 1 / 2
             b_1, b_2 = phi_2 / B, -2 * phi_3 / B
             rho_1, x = (b_1 - b_2) / (1 - r), base + alpha_s * B / 2 * slope  # UniP
-            rho_2 = b_1 - rho_1
-        correct = partial(_unic, base, alpha_s * B, rho_1 * slope, rho_2, x0)
-        x0_before, h_before = x0, h
+            known, rho = rho_1 * slope, b_1 - rho_1
+        correct = partial(_unic, base, alpha_s * B, known, rho, x0)
+        before = x0, h
     return x
 
 
-def _unic(base: Tensor, scale: Tensor, known: Tensor, rho: Tensor, x0: Tensor, x0_s: Tensor) -> Tensor:
+def _unic(base: Tensor, scale: Tensor, known: Tensor | float, rho: Tensor | float, x0: Tensor, x0_s: Tensor) -> Tensor:
     return base + scale * (known + rho * (x0_s - x0))
 
 

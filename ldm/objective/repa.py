@@ -20,6 +20,7 @@ class REPA(nn.Module):
     """
 
     keys = ("image",)  # of the batch: with it, images stay beside cached latents
+    encoder: Any  # a module with `features`
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class REPA(nn.Module):
             nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, features)
         )
 
-    def forward(self, denoiser: nn.Module, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, denoiser: Any, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The objective's terms (B,) with `loss` joined by the alignment, and `similarity` in [-1, 1]."""
         if "image" not in batch:
             raise ValueError("REPA compares with pixels and the batch has no `image`; give it one beside the cached latents")
