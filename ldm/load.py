@@ -11,8 +11,7 @@ from ldm.errors import UserError
 from ldm.space import Space
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from ldm.autoencoder.first_stage import FirstStage
     from ldm.model import LatentDiffusion
 
 
@@ -130,7 +129,7 @@ def config_of(folder: Path) -> Any:
     return OmegaConf.create(plain)
 
 
-def first_stage(node: Any, path: Path, channels: int) -> "tuple[nn.Module, Space]":
+def first_stage(node: Any, path: Path, channels: int) -> "tuple[FirstStage, Space]":
     """The autoencoder of a config's node with the weights of a file, frozen, and the latent space that is its.
 
     Raises DamagedError, or UserError if the file's weights, under this config, are not the autoencoder that it says it is.

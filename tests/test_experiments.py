@@ -15,7 +15,12 @@ TINY = (  # as budget=smoke has them, so that the judge and the first stages of 
     *("training.steps=1", "training.batch_size=4", "training.grid_every=1", "training.save_every=1", "net=smoke", "trainer=cpu"),
     *("first_stage.steps=2", "first_stage.batch_size=8", "first_stage.discriminator_start=1", "judge.steps=2", "judge.batch_size=8"),
 )
-NEEDS = {"own_images": ("data.path=images",)}  # what its README asks of the person
+STAGE_ONE = ("~training.score", "data=synthetic", "training.discriminator_start=0")
+NEEDS = {  # what its README asks of the person, or what a budget for the second stage has too much
+    "own_images": ("data.path=images",),
+    "first_stage": STAGE_ONE,
+    "first_stage/emoji": (*STAGE_ONE, "training.seed=1"),  # else it is the same job
+}
 
 
 def some_images(folder: Path) -> None:
@@ -25,13 +30,20 @@ def some_images(folder: Path) -> None:
         picture.save(folder / f"kind {i % 2}" / f"{i}.png", image)
 
 
+def finished(cache: Path, folder: Path) -> set[Path]:
+    """The marks of runs, and of first stages that are a study of their own, that came to their end."""
+    return {*folder.glob("runs/*/metrics.json"), *cache.glob("cache/first_stage/*/metrics.json")}
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_study_runs_its_first_job(study, smoke, tmp_path):
     some_images(tmp_path / "images")
+    before = finished(smoke.folder, tmp_path)
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         assert command("train.py", *first_job("budget=smoke", f"experiment={study}", *TINY, *NEEDS.get(study, ()))) == 0
-        (done,) = tmp_path.glob("runs/*/metrics.json")
-        assert json.loads(done.read_text())["seconds"] > 0
+        made = finished(smoke.folder, tmp_path) - before
+    assert made
+    assert all(json.loads(done.read_text())["seconds"] > 0 for done in made)
 
 
 def test_a_study_keeps_its_findings_beside_it():

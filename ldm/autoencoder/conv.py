@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -159,4 +160,4 @@ class Decoder(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """The weight whose gradients balance reconstruction and adversary."""
-        return self.out[-1].weight
+        return cast(Tensor, self.out[-1].weight)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from hashlib import sha256
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,11 @@ class FirstStage(nn.Module):
     def render(self, raw: Tensor) -> Tensor:
         """Image (B, C, H, W) of a latent (B, z_channels, h, w) in the posterior's units."""
         return self.decoder(raw)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The decoder's last weight, whose gradients balance reconstruction and adversary."""
+        return cast(Tensor, self.decoder.last_layer)
 
     def posterior(self, image: Tensor) -> Posterior | Point:
         """q(z | image) before shift and scale. Raises ValueError for a size the factor does not divide."""

@@ -1,5 +1,7 @@
 """A small, fast encoder and decoder that work at the latent's resolution: space-to-depth, residual blocks and a linear shortcut."""
 
+from typing import cast
+
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
@@ -18,7 +20,7 @@ class PatchEncoder(nn.Module):
         self.blocks = nn.Sequential(*(ResBlock(width, width, groups=groups) for _ in range(blocks)))
         self.out = nn.Sequential(norm(width, groups), nn.SiLU(), zeroed(nn.Conv2d(width, 2 * z_channels, 3, padding=1)))
         self.shortcut = nn.Conv2d(patch, z_channels, 1)
-        nn.init.constant_(self.out[-1].bias[z_channels:], -4.0)  # begin with a narrow posterior, not with unit noise
+        nn.init.constant_(cast(Tensor, self.out[-1].bias)[z_channels:], -4.0)  # begin with a narrow posterior, not with unit noise
 
     def forward(self, image: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(image, self.factor)  # (B, C f f, h, w)
@@ -45,4 +47,4 @@ class PatchDecoder(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """The weight whose gradients balance reconstruction and adversary."""
-        return self.out[-1].weight
+        return cast(Tensor, self.out[-1].weight)

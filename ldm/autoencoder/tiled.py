@@ -54,18 +54,16 @@ def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, dow
     rows, columns = (starts(side, tile, overlap, down) for side in x.shape[-2:])
     if len(rows) == len(columns) == 1:
         return f(x)
-    total, weights = None, None
-    for top in rows:
-        for left in columns:
-            part = f(x[..., top : top + tile, left : left + tile])
-            at = (..., slice(top * up // down, None), slice(left * up // down, None))
-            if total is None:
-                height, width = (side * up // down for side in x.shape[-2:])
-                total, weights = part.new_zeros(*part.shape[:-2], height, width), part.new_zeros(height, width)
-            weight = ramp(part.shape[-2], overlap * up // down, part)[:, None] * ramp(part.shape[-1], overlap * up // down, part)
-            inside = (..., slice(part.shape[-2]), slice(part.shape[-1]))
-            total[at][inside] += weight * part
-            weights[at[1:]][inside[1:]] += weight
+    parts = [(top, left, f(x[..., top : top + tile, left : left + tile])) for top in rows for left in columns]
+    first = parts[0][2]
+    total = first.new_zeros(*first.shape[:-2], *(side * up // down for side in x.shape[-2:]))
+    weights = first.new_zeros(total.shape[-2:])
+    for top, left, part in parts:
+        height, width = part.shape[-2:]
+        place = (..., slice(top * up // down, top * up // down + height), slice(left * up // down, left * up // down + width))
+        weight = ramp(height, overlap * up // down, part)[:, None] * ramp(width, overlap * up // down, part)
+        total[place] += weight * part
+        weights[place] += weight
     return total / weights
 
 

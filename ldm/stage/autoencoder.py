@@ -8,6 +8,7 @@ from torch import nn
 
 from ldm import build, durable, picture, runs
 from ldm.autoencoder.calibration import Calibration
+from ldm.autoencoder.first_stage import FirstStage
 from ldm.data.latents import batches
 from ldm.ema import PowerEMA
 from ldm.errors import UserError
@@ -112,7 +113,7 @@ def train(
         return metrics["psnr"]
 
 
-def load(cfg: Any, channels: int) -> tuple[nn.Module, Space, dict[str, Any]]:
+def load(cfg: Any, channels: int) -> tuple[FirstStage, Space, dict[str, Any]]:
     """The config's first stage, trained now if it is not there, its latent space, and what was measured of it.
 
     Raises UserError naming both autoencoders when the weights in the cache are not those that were measured there.
@@ -133,13 +134,13 @@ def load(cfg: Any, channels: int) -> tuple[nn.Module, Space, dict[str, Any]]:
     return autoencoder, space, measured
 
 
-def weightless(autoencoder: nn.Module) -> bool:
+def weightless(autoencoder: FirstStage) -> bool:
     """Whether there is nothing to train and nothing to load, as in pixel space."""
     return next(autoencoder.parameters(), None) is None
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: nn.Module, test, score: Score | None, num: int = 5000) -> dict[str, float]:
+def reconstruct(autoencoder: FirstStage, test, score: Score | None, num: int = 5000) -> dict[str, float]:
     """PSNR, SSIM and, with a feature network, rFD of test images from a posterior sample, as the second stage sees them."""
     scores = Reconstruction(score.net, score.reference) if score else Reconstruction()
     for start in range(0, min(num, len(test)), 500):

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.discriminator import adaptive_weight, hinge_loss
+from ldm.autoencoder.first_stage import FirstStage
 from ldm.training.diffusion import noise_of
 from ldm.training.parallel import mean_over_ranks
 
@@ -25,7 +26,7 @@ class LitAutoencoder(L.LightningModule):
 
     def __init__(
         self,
-        autoencoder: nn.Module,
+        autoencoder: FirstStage,
         loss: nn.Module,
         optimizer: OptimizerOf,
         discriminator: nn.Module,
@@ -43,7 +44,7 @@ class LitAutoencoder(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         image = batch["image"]
-        generator, discriminator = self.optimizers()
+        generator, discriminator = cast(list, self.optimizers())
         adversarial = self.weight > 0 and batch["step"] >= self.start
 
         self.toggle_optimizer(generator)
@@ -80,9 +81,9 @@ class LitAutoencoder(L.LightningModule):
 
     def balance(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         """The adaptive weight, from gradients averaged over all processes so that each has the same."""
-        last = self.autoencoder.decoder.last_layer
-        gradients = (torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction, adversarial))
-        return adaptive_weight(*(mean_over_ranks(g) for g in gradients))
+        last = self.autoencoder.last_layer
+        rec, adv = (torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction, adversarial))
+        return adaptive_weight(mean_over_ranks(rec), mean_over_ranks(adv))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [self.optimizer(self.autoencoder.parameters()), self.discriminator_optimizer(self.discriminator.parameters())]
