@@ -146,8 +146,8 @@ def export_first_stage(node: Mapping[str, Any], channels: int, scale: float, siz
     if kind not in ("AutoencoderKL", "AutoencoderVQ") or not str(node["encoder"]["_target_"]).endswith(".Encoder"):
         raise UserError(f"autoencoder={node['_target_']}: to=diffusers expects the convolutional encoder and decoder of latent diffusion")
     part = node["encoder"]
-    same = {name: value for name, value in part.items() if name not in ("_target_", "double")}
-    refuse_unless({name: value for name, value in node["decoder"].items() if name != "_target_"}, same, "autoencoder.decoder")
+    same = {name: value for name, value in part.items() if name not in ("_target_", "double", "attend")}
+    refuse_unless(node["decoder"], same, "autoencoder.decoder")
     levels = range(len(part["mult"]))
     attended = [2**level in part["attention"] for level in levels]
     quantised = kind == "AutoencoderVQ"

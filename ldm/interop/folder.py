@@ -85,6 +85,10 @@ def save(pipeline: Pipeline, folder: Path, betas: list[float]) -> None:
     clip = config["conditioner"].get("encoder", {})
     if not pipeline.text or not str(clip.get("_target_")).endswith(".CLIP"):
         raise UserError(f"conditioner={config['conditioner'].get('_target_')}: to=diffusers expects a CLIP text tower")
+    if "vector.0.weight" in pipeline.net:
+        raise UserError(
+            "the net is told a vector beside the tokens, which to=diffusers has no place for; train with conditioner=clip_context"
+        )
     weights, scale = one_scale(pipeline.autoencoder)
     stem, last = pipeline.net["stem.weight"], pipeline.net["out.2.weight"]
     open_clip = clip_config.open_clip_config(clip["model"])

@@ -50,7 +50,7 @@ def one_scale(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     if not shift.any() and bool((scale == scale[0]).all()):
         return weights, float(state["scale"][0])
     if "encoder.moments.weight" not in weights or "decoder.latent.weight" not in weights or "codebook.weight" in weights:
-        raise UserError("this first stage has a scale for each channel and no convolution to put it into; calibrate it to one scale")
+        raise UserError("this first stage has a scale for each channel, and no convolutions to put it into; calibrate it to one scale")
     z = len(scale)
     double = {name: weights[name].double() for name in weights if name.startswith(("encoder.moments.", "decoder.latent."))}
     gain = torch.cat([scale, torch.ones_like(scale)])  # means are scaled, log-variances moved

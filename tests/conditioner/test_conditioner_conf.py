@@ -13,7 +13,9 @@ CONF = Path(__file__).parents[2] / "conf" / "conditioner"
 KNOWN = {"num_classes": 10, "factor": 2, "channels": 3, "z_channels": 3, "encode": lambda image: image[..., ::2, ::2]}
 OPTIONS = sorted(path.stem for path in CONF.glob("*.yaml"))
 SMALL = {"wordpiece": {"dim": 16, "layers": 1}, "layout": {"dim": 16, "layers": 1}, "semantic_map": {"classes": 3}}
-ELSEWHERE = ("clip", "clip_image", "t5", "compose")  # without weights here, or without a part: test_clip.py, test_t5.py, test_compose.py
+ELSEWHERE = (  # without weights here, or without a part: test_clip.py, test_t5.py, test_compose.py, interop/test_pipelines.py
+    *("clip", "clip_context", "clip_image", "t5", "compose"),
+)
 
 
 def batch() -> dict:
