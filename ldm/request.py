@@ -77,8 +77,10 @@ class Request:
     def memory(self, batch: Mapping[str, Any], weights: str) -> dict[str, Any]:
         """All that is needed to make the images of one batch again: a file carries it, with its own `row`."""
         config = plain(self.cfg)
-        given = [config["run"], *(config[name] for name in self.inputs)]
+        given = [config["run"], config["guidance"].get("classifier"), *(config[name] for name in self.inputs)]
         places = {path: str(Path(path).expanduser().absolute()) for path in given if path is not None}
+        if not Path(places[config["run"]]).is_relative_to(self.folder.absolute()):
+            places[config["run"]] = str(self.folder.absolute())  # the newest of a folder of runs, today
         return {
             "request": mapped(runs.without(config, ("again", "out", "save", "trainer")), lambda text: places.get(text, text)),
             "rows": batch["index"],

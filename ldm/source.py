@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.folder import MAX_PIXELS, OPENED, eight_bit
+from ldm.data.decode import MAX_PIXELS, eight_bit
+from ldm.data.folder import OPENED
 from ldm.errors import UserError
 
 
