@@ -188,6 +188,7 @@ class UNet(HalfUNet):
     scale_shift, resblock_updown: ADM's residual blocks, and such blocks to change the resolution.  groups, eps: of their normalisations.
     block: SpatialTransformer or QKVAttention, its options bound.  downsample, sinusoid, vector: what halves a level where no block does,
     what t is read as, and by what cond.vector reaches the time embedding.  checkpoint: recompute activations in the backward pass.
+    residuals: a tensor for each skip, first to last, and one for the middle, added to them (ControlNet).
     Raises ValueError for heads or head_channels that do not divide, or depths of another number than levels.
     """
 
@@ -217,10 +218,11 @@ class UNet(HalfUNet):
         attend: Attend = sdpa,
         checkpoint: bool = False,
     ):
-        how = (context_dim, heads, head_channels, dropout, scale_shift, resblock_updown, groups, eps, block, downsample, attend)
-        recipe, attended = Recipe(4 * channels, *how), depths_of(depth, attention, len(mult))
-        inputs = in_channels + concat_channels
-        super().__init__(recipe, inputs, channels, mult, blocks, attended, vector_dim, vector, sinusoid, checkpoint)
+        recipe = Recipe(
+            4 * channels, context_dim, heads, head_channels, dropout, scale_shift, resblock_updown, groups, eps, block, downsample, attend
+        )
+        attended = depths_of(depth, attention, len(mult))
+        super().__init__(recipe, in_channels + concat_channels, channels, mult, blocks, attended, vector_dim, vector, sinusoid, checkpoint)
         width, skips = self.skip_widths[-1], list(self.skip_widths)
         self.up = nn.ModuleList()  # after the middle: `memory` goes through the modules in the order of the forward pass
         for level, factor in reversed(list(enumerate(mult))):
