@@ -22,7 +22,7 @@ LIBRARIES = {  # besides the standard library and torch
     "fetch": {"filelock", "torchvision"},
     "durable": {"safetensors"},
     "net": {"einops"},
-    "data": {"PIL", "filelock", "numpy", "torchvision", "webdataset", "datasets"},
+    "data": {"PIL", "filelock", "numpy", "torchvision", "datasets"},
     "metrics": {"numpy", "torchmetrics", "torch_fidelity", "torchvision"},
     "ema": {"numpy"},
     "pretrained": {"timm", "torchmetrics", "torchvision"},

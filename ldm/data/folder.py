@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.captions import shown, some, tell
+from ldm.data.decode import square
 from ldm.data.kept import kept
 from ldm.data.memory import InMemory
 from ldm.errors import UserError
@@ -23,7 +24,6 @@ from ldm.tensors import key
 
 OPENED = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 HOPED = (".avif", ".heic", ".heif", ".jxl")  # by some Pillows only: where it cannot, they are named as unreadable, not passed over
-MAX_PIXELS = 100_000_000  # of one file; a picture of 48 kB can unpack to gigabytes
 READER = 1  # raise when `square` comes to give other pixels, so that packs made before are not used
 LARGEST = {True: 256, False: 64}  # size chosen where none is given: with a GPU, without
 LOOKED_AT = 200  # files whose headers decide on size and channels
@@ -202,44 +202,6 @@ def read(root: Path, names: Sequence[str], size: int, channels: int) -> tuple[Te
     notes = [f"{len(small):,} smaller than {size} px and enlarged: {some(small)}"] if small else []
     notes += [f"{len(faults):,} skipped: {some([names[place] for place in faults])} ({faults[first]})"] if faults else []
     return (images[kept] if faults else images), {"kept": kept, "notes": notes}
-
-
-def square(path: Path, size: int, channels: int) -> tuple[Tensor, int]:
-    """An image file as (channels, size, size) uint8, its shorter side scaled and its middle cut out, and that side in pixels.
-
-    Turned as its EXIF says, laid on white where transparent, 16 bits scaled to 8. Raises what Pillow raises, and ValueError for what it
-    would get wrong.
-    """
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        width, height = file.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}x{height} is above {MAX_PIXELS // 10**6} megapixels")
-        file.draft(None, (2 * size, 2 * size))  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
-        image = eight_bit(ImageOps.exif_transpose(file))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if channels == 3 else "L")
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1), min(width, height)
-
-
-def eight_bit(image):
-    """A Pillow image of 16-bit grey as 8-bit grey, any other as it is. Raises ValueError for floats and wider numbers."""
-    import numpy as np
-    from PIL import Image
-
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError("floating-point or 32-bit values, whose white is anyone's guess; save it with 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def shares(names: Sequence[str], held_out: float) -> dict[str, tuple[int, list[int]]]:

@@ -9,9 +9,10 @@ import torch
 import yaml
 from PIL import Image
 
-from ldm.data import captions, folder
+from ldm.data import captions, decode, folder
 from ldm.data.captions import lines_beside, words
-from ldm.data.folder import Folder, shares, square
+from ldm.data.decode import square
+from ldm.data.folder import Folder, shares
 from ldm.errors import UserError
 from ldm.load import DataCard
 
@@ -211,7 +212,7 @@ def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch):
     (bad / "Thumbs.db").write_bytes(b"x")
     paint(pictures / ".hidden" / "x.png")
     paint(bad / "giant.png", size=(300, 300))
-    monkeypatch.setattr(folder, "MAX_PIXELS", 300 * 300 - 1)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 300 * 300 - 1)
     data = Folder(pictures, size=32, held_out=0)
     assert len(data) == 40
     out = data.summary

@@ -1,0 +1,138 @@
+"""Data sets larger than memory: images decoded as they are asked for, every random choice keyed by (pass, index)."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data.captions import TEMPLATES
+from ldm.data.decode import square
+from ldm.data.memory import flipped
+from ldm.errors import UserError
+from ldm.tensors import key
+
+log = logging.getLogger(__name__)
+TRIED = 20  # images in a row of which one must be readable
+
+
+class Source(Protocol):
+    """Where samples 0..N-1 are. identity: text that changes when they do. classes: {class: captions} of the labels."""
+
+    @property
+    def identity(self) -> str: ...
+    @property
+    def classes(self) -> Mapping[str, Sequence[str]]: ...
+    def __len__(self) -> int: ...
+    def image(self, i: int) -> Path | BinaryIO: ...
+    def texts(self, i: int) -> Sequence[str]: ...  # none: the class's captions are the sample's
+    def label(self, i: int) -> int: ...
+    def name(self, i: int) -> str: ...
+
+
+class Lazy(Dataset):
+    """The samples `rows` of a source as a data set, with the methods of an InMemory: image (channels, size, size) in [-1, 1].
+
+    Each image is scaled and cropped at the centre.  A sample is a function of (pass, index) alone, for any number of workers and ranks; in
+    the place of one that cannot be read stands the next that can, and the log says so.  content: the digest of the files that are expected.
+    Raises UserError naming what does not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        rows: Sequence[int],
+        size: int,
+        channels: int,
+        content: str | None,
+        seed: int = 0,
+        flip: bool = True,
+    ):
+        if channels not in (1, 3) or size < 16:
+            raise UserError(f"size={size} channels={channels}: expected 16 pixels or more, and 3 channels for colour or 1 for grey")
+        if not len(rows):
+            raise UserError(f"{name}: no sample in this split")
+        self.name, self.source, self.rows, self.seed, self.flip = name, source, torch.as_tensor(rows), seed, flip
+        self.size, self.channels = size, channels
+        self.classes, self.captions = list(source.classes), [list(texts) for texts in source.classes.values()]
+        self.content = sha256(source.identity.encode()).hexdigest()[:16]
+        if content not in (None, self.content):
+            raise UserError(f"{name}: its files are not those that this run was made with (digest {self.content}, then {content})")
+        self.summary = (
+            f"{name}: {len(self):,} of {len(source):,} samples, {len(self.classes):,} classes, {size} px, read as they are needed"
+        )
+
+    @property
+    def settled(self) -> dict[str, str]:
+        """content makes the names of runs depend on the files."""
+        return {"content": self.content}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the pixels."""
+        parts = (self.source.identity, self.size, self.channels, self.rows.tolist())
+        return f"{self.name}-{sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        """One sample of the first pass: image, caption, label, index."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} images, asked for {index}")
+        batch = self.batch([(0, index % len(self))])
+        return {"image": batch["image"][0], "caption": batch["caption"][0], "label": int(batch["label"][0]), "index": batch["index"][0]}
+
+    def batch(self, at: Sequence[tuple[int, int]]) -> dict:
+        """The samples at (place, index) pairs: what `about` says of them, and image (B, C, H, W) float32 in [-1, 1]."""
+        batch = self.about(at)
+        return {"image": flipped(self.pixels(batch["index"]), batch["flip"]), **batch}
+
+    def pixels(self, index: Sequence[int]) -> Tensor:
+        """Images (B, C, H, W) float32 in [-1, 1], never flipped."""
+        return torch.stack([self.decoded(int(i)) for i in index]).float().div_(127.5).sub_(1)
+
+    def decoded(self, index: int) -> Tensor:
+        """An image (C, H, W) uint8. Raises UserError where neither it nor the next ones can be read."""
+        for place in range(index, index + min(TRIED, len(self))):
+            row = int(self.rows[place % len(self)])
+            try:
+                return square(self.source.image(row), self.size, self.channels)[0]
+            except Exception as error:  # Pillow's many plugins raise what they please at a broken file
+                log.warning("%s cannot be read (%s); the next image stands for it", self.source.name(row), " ".join(str(error).split()))
+        raise UserError(f"{self.name}: {TRIED} images in a row cannot be read, from {self.source.name(int(self.rows[index]))} on")
+
+    def about(self, at: Sequence[tuple[int, int]]) -> dict:
+        """Everything but the pixels: label (B,) int64, flip (B,) bool; caption, index and place are lists."""
+        index = [i for _, i in at]
+        return {
+            "caption": [self.caption(place, i) for place, i in at],
+            "label": torch.tensor([self.source.label(int(self.rows[i])) for i in index], dtype=torch.long),
+            "flip": torch.tensor([self.flip and bool(key(self.seed, "flip", place, i) & 1) for place, i in at], dtype=torch.bool),
+            "index": index,
+            "place": [place for place, _ in at],
+        }
+
+    def caption(self, place: int, index: int) -> str:
+        """The caption that goes with the sample at index in pass place."""
+        row = int(self.rows[index])
+        texts = self.source.texts(row) or self.captions[self.source.label(row)]
+        return texts[key(self.seed, "caption", place, index) % len(texts)]
+
+
+def named(classes: Sequence[str]) -> dict[str, list[str]]:
+    """{class: captions} for bare names."""
+    return {name: [text.format(name.replace("_", " ")) for text in TEMPLATES] for name in classes}
+
+
+def parted(keys: Sequence[int], held_out: float, split: str) -> list[int]:
+    """The samples of a split, chosen by their 63-bit keys alone: whether others are there makes no difference."""
+    if split not in ("train", "test"):
+        raise UserError(f"split={split!r}: expected train or test")
+    return [i for i, one in enumerate(keys) if (one < held_out * 2**63) == (split == "test")]

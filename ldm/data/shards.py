@@ -1,0 +1,186 @@
+"""Tar shards in webdataset's layout, indexed once and then read by offset, so that any sample can be had at once."""
+
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from urllib.request import urlopen
+
+import torch
+from torch import Tensor
+
+from ldm.data.captions import SHOWN
+from ldm.data.kept import kept
+from ldm.data.lazy import Lazy, named, parted
+from ldm.errors import UserError
+from ldm.fetch import cache_dir
+from ldm.tensors import key
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+COLUMNS = ("key", "shard", "image", "image_bytes", "text", "text_bytes", "label")  # of the index; -1 where a sample has none
+
+
+class Shards(Lazy):
+    """The samples of webdataset shards: files of one name and several endings that follow one another in a tar.
+
+    path: a tar, a folder of tars, or a pattern with numbers, `train-{000..146}.tar`, of files or of URLs, which are fetched once into the
+    cache.  An image's caption is its .txt, a line a caption, or "caption" in its .json; its label the number in its .cls.
+    names: a text file with the classes' names, one a line.  held_out: the part that split=test gets, chosen by each sample's name.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        size: int = 256,
+        channels: int = 3,
+        names: str | Path | None = None,
+        held_out: float = 0.02,
+        content: str | None = None,
+        seed: int = 0,
+        flip: bool = True,
+    ):
+        source = Tars(tuple(local(one) for one in expanded(str(path))), names)
+        rows = parted(source.keys, held_out, split)
+        super().__init__(f"{path} ({split})", source, rows, size, channels, content, seed, flip)
+
+
+class Tars:
+    """The source of Shards: tar files and the index of what lies where in them."""
+
+    def __init__(self, paths: tuple[Path, ...], names: str | Path | None = None):
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        self.paths, self.identity = paths, repr([(Path(name).name, *rest) for name, *rest in files])
+        table, _ = kept("shards", files, lambda: (index(paths), {}))
+        self.keys, self.table = table[:, 0].tolist(), table
+        labels = int(table[:, COLUMNS.index("label")].max()) + 1
+        if names is not None:
+            told = [line.strip() for line in Path(names).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+            if len(told) < labels:
+                raise UserError(f"names={names}: {len(told)} classes, but labels reach to {labels - 1}")
+            self.classes = named(told)
+        else:
+            some = [text for i in range(0, len(self), -(-len(self) // SHOWN)) for text in self.texts(i)]
+            self.classes = named([str(i) for i in range(labels)]) if labels else {"image": list(dict.fromkeys(some)) or [""]}
+        if not labels and not any(self.table[:, 5] >= 0):
+            self.classes = {"image": [""]}
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def image(self, i: int) -> io.BytesIO:
+        """The image's file."""
+        return io.BytesIO(self._read(i, "image"))
+
+    def texts(self, i: int) -> list[str]:
+        """The sample's captions."""
+        text = self._read(i, "text").decode("utf-8", "replace")
+        if text.lstrip().startswith("{"):
+            try:
+                value = json.loads(text).get("caption")
+            except ValueError:
+                value = None
+            lines = value if isinstance(value, list) else [value]
+        else:
+            lines = text.splitlines()
+        return [" ".join(line.split()) for line in lines if isinstance(line, str) and line.strip()]
+
+    def label(self, i: int) -> int:
+        """The sample's class, 0 without one."""
+        return max(0, int(self.table[i, COLUMNS.index("label")]))
+
+    def name(self, i: int) -> str:
+        """Where the image is."""
+        return f"{self.paths[int(self.table[i, 1])]} at byte {int(self.table[i, 2])}"
+
+    def _read(self, i: int, what: str) -> bytes:
+        column = COLUMNS.index(what)
+        shard, offset, size = (int(self.table[i, c]) for c in (1, column, column + 1))
+        return os.pread(_opened(self.paths[shard], os.getpid()), size, offset) if size > 0 else b""
+
+
+@lru_cache(maxsize=512)
+def _opened(path: Path, process: int) -> int:
+    """A file descriptor of this process."""
+    return os.open(path, os.O_RDONLY)
+
+
+def expanded(pattern: str) -> list[str]:
+    """The shards that a path stands for, in order. Raises UserError without any."""
+    ranged = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
+    if ranged:
+        before, low, high, after = ranged.groups()
+        return [f"{before}{i:0{len(low)}d}{after}" for i in range(int(low), int(high) + 1)]
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = sorted(map(str, path.glob("*.tar")))
+        if not found:
+            raise UserError(f"path={pattern}: no .tar in this folder; expected webdataset shards")
+        return found
+    return [pattern]
+
+
+def local(shard: str) -> Path:
+    """The file of a shard, fetched into the cache if it is a URL and not there yet. Raises UserError naming it."""
+    if "://" not in shard:
+        path = Path(shard).expanduser()
+        if not path.is_file():
+            raise UserError(f"path={shard}: no such file; expected a tar, a folder of tars, or a pattern like train-{{000..146}}.tar")
+        return path
+    from filelock import FileLock
+
+    path = cache_dir() / "shards" / sha256(shard.encode()).hexdigest()[:16] / shard.rsplit("/", 1)[1].partition("?")[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            beside = path.with_suffix(".part")
+            try:
+                with urlopen(shard, timeout=30) as answer, open(beside, "wb") as file:
+                    shutil.copyfileobj(answer, file, 1 << 20)
+            except OSError as error:
+                raise UserError(f"path={shard}: cannot be fetched ({error})") from None
+            os.replace(beside, path)
+    return path
+
+
+def index(paths: Sequence[Path]) -> Tensor:
+    """Where everything is: (N, 7) int64, a row a sample, in the shards' order. Raises UserError naming a damaged shard."""
+    rows = []
+    for shard, path in enumerate(paths):
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if member.isfile() and not Path(member.name).name.startswith("."):
+                        stem, _, ending = member.name.rpartition("/")[2].partition(".")
+                        place = found.setdefault(f"{member.name.rpartition('/')[0]}/{stem}", {})
+                        place[ending.lower()] = (member.offset_data, member.size)
+            end = max((sum(part) for parts in found.values() for part in parts.values()), default=0)
+            if path.stat().st_size < -(-end // 512) * 512 + 512:  # a whole one ends with an empty block
+                raise tarfile.ReadError("cut short")
+        except tarfile.TarError as error:
+            raise UserError(f"path={path}: not a whole, uncompressed tar ({error})") from None
+        for name, parts in found.items():
+            image = next((parts[ending] for ending in IMAGES if ending in parts), None)
+            if image is not None:
+                rows.append([key("held out", name), shard, *image, *parts.get("txt", parts.get("json", (-1, -1))), _label(path, parts)])
+    if not rows:
+        raise UserError(f"path={paths[0]}: no image in {len(paths)} shards; expected files like 000123.jpg beside 000123.txt or 000123.cls")
+    return torch.tensor(rows)
+
+
+def _label(path: Path, parts: dict[str, tuple[int, int]]) -> int:
+    """The number in a sample's .cls, -1 without one. Raises UserError for anything else."""
+    if "cls" not in parts:
+        return -1
+    offset, size = parts["cls"]
+    text = os.pread(_opened(path, os.getpid()), size, offset).strip()
+    if not text.isdigit():
+        raise UserError(f"path={path}: a .cls holds {text[:20]!r}, not a number")
+    return int(text)

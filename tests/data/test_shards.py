@@ -1,0 +1,192 @@
+import io
+import json
+import logging
+import os
+import pickle
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ldm.data import shards
+from ldm.data.shards import Shards, expanded
+from ldm.data.stream import Batched, Stream
+from ldm.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+
+
+def png(colour, size=(20, 20), kind="png"):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def shard(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample(i, **others):
+    return {f"{i:06d}.png": png((i, 0, 0)), **{f"{i:06d}.{ending}": text for ending, text in others.items()}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three shards of ten captioned samples."""
+    for s in range(3):
+        files = {}
+        for i in range(10 * s, 10 * s + 10):
+            files |= sample(i, txt=f"picture {i}\nnumber {i}".encode(), json=b'{"caption": "not this"}')
+        shard(tmp_path / "data" / f"x-{s:03d}.tar", files)
+    return tmp_path / "data"
+
+
+def red(batch):
+    return ((batch["image"][:, 0] + 1) * 127.5).mean((1, 2)).round().int().tolist()
+
+
+def test_any_sample_can_be_had_at_once(folder):
+    data = Shards(folder, size=16, held_out=0.0)
+    assert len(data) == 30
+    batch = data.batch([(0, 25), (3, 0), (3, 11)])
+    assert red(batch) == [25, 0, 11]
+    assert batch["image"].shape == (3, 3, 16, 16)
+    assert all(text in (f"picture {i}", f"number {i}") for text, i in zip(batch["caption"], (25, 0, 11), strict=True))
+    assert {data.caption(place, 7) for place in range(20)} == {"picture 7", "number 7"}
+    assert data.classes == ["image"]
+    assert "picture 7" in data.captions[0]
+    assert set(data.about([(0, 1)])) == set(batch) - {"image"}
+
+
+def test_a_sample_is_a_function_of_pass_and_index_for_any_workers_and_ranks(folder):
+    data, stream = Shards(folder, size=16, held_out=0.0), Stream(30, 8, steps=5)
+    plain = [Batched(data)[part] for part in stream]
+    loader = DataLoader(Batched(Shards(folder, size=16, held_out=0.0)), sampler=stream, batch_size=None, num_workers=2)
+    for one, other in zip(plain, loader, strict=True):
+        assert torch.equal(one["image"], other["image"])
+        assert one["caption"] == other["caption"]
+    halves = [Batched(data)[Stream(30, 8, 5, rank=r, world=2).at(3)] for r in range(2)]
+    assert torch.equal(torch.cat([half["image"] for half in halves]), plain[3]["image"])
+    assert sorted(i for part in Stream(30, 10, 3) for _, i in part.at) == list(range(30))
+    again = pickle.loads(pickle.dumps(data))
+    assert torch.equal(again.batch([(2, 9)])["image"], data.batch([(2, 9)])["image"])
+    flips = data.batch([(place, 3) for place in range(40)])["flip"]
+    assert 5 < flips.sum() < 35
+
+
+def test_splits_are_by_name_and_do_not_depend_on_the_others(folder):
+    train, test = (Shards(folder, split, size=16, held_out=0.3) for split in ("train", "test"))
+    seen = [set(red(data.batch([(0, i) for i in range(len(data))]))) for data in (train, test)]
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == set(range(30))
+    assert train.fingerprint != test.fingerprint
+    assert train.content == test.content
+    part = Shards(folder / "x-{001..002}.tar", "test", size=16, held_out=0.3)
+    assert set(red(part.batch([(0, i) for i in range(len(part))]))) == {i for i in seen[1] if i >= 10}
+
+
+def test_classes_by_number_and_by_name(tmp_path):
+    files = {}
+    for i in range(6):
+        files |= sample(i, cls=str(i % 3).encode())
+    path = shard(tmp_path / "c.tar", files)
+    data = Shards(path, size=16, held_out=0.0)
+    assert data.batch([(0, i) for i in range(6)])["label"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert data.classes == ["0", "1", "2"]
+    (tmp_path / "names.txt").write_text("cat\nsea_lion\ndog\n")
+    data = Shards(path, size=16, held_out=0.0, names=tmp_path / "names.txt")
+    assert {data.caption(place, 1) for place in range(20)} == {"sea lion", "a photo of sea lion", "a picture of sea lion"}
+    (tmp_path / "names.txt").write_text("cat\n")
+    with pytest.raises(UserError, match="1 classes, but labels reach to 2"):
+        Shards(path, names=tmp_path / "names.txt")
+
+
+def test_captions_in_json_and_samples_without_any(tmp_path):
+    files = {**sample(0, json=json.dumps({"caption": ["a", " b  c "]}).encode()), **sample(1), **sample(2, json=b"{broken")}
+    data = Shards(shard(tmp_path / "j.tar", files), size=16, held_out=0.0)
+    assert [data.source.texts(i) for i in range(3)] == [["a", "b c"], [], []]
+    assert {data.caption(place, 0) for place in range(20)} == {"a", "b c"}
+    bare = Shards(shard(tmp_path / "bare.tar", sample(1)), size=16, held_out=0.0)
+    assert bare.caption(0, 0) == ""
+
+
+def test_in_the_place_of_a_damaged_image_stands_the_next(tmp_path, caplog):
+    files = {**sample(0), "000001.png": b"no image", **sample(2)}
+    data = Shards(shard(tmp_path / "d.tar", files), size=16, held_out=0.0)
+    with caplog.at_level(logging.WARNING):
+        assert red(data.batch([(0, 0), (0, 1), (0, 2)])) == [0, 2, 2]
+    assert "d.tar at byte" in caplog.text
+    broken = Shards(shard(tmp_path / "e.tar", {"1.png": b"", "2.png": b""}), size=16, held_out=0.0)
+    with pytest.raises(UserError, match=r"images in a row cannot be read, from .*e\.tar"):
+        broken.batch([(0, 0)])
+
+
+def test_an_index_is_made_once(folder, monkeypatch):
+    first = Shards(folder, size=16)
+    monkeypatch.setattr(shards, "index", None)
+    assert len(Shards(folder, size=32)) == len(first)
+    os.utime(folder / "x-001.tar", (1, 1))
+    with pytest.raises(TypeError):
+        Shards(folder)
+
+
+def test_other_shards_are_refused_and_named_otherwise(folder):
+    content = Shards(folder, size=16).settled["content"]
+    assert Shards(folder, "test", size=16, held_out=0.5, content=content)
+    shard(folder / "x-000.tar", sample(99))
+    with pytest.raises(UserError, match=f"not those that this run was made with .*then {content}"):
+        Shards(folder, size=16, content=content)
+
+
+def test_urls_are_fetched_once(folder, tmp_path):
+    pattern = f"file://{folder}/x-{{000..001}}.tar"
+    data = Shards(pattern, size=16, held_out=0.0)
+    assert red(data.batch([(0, 19)])) == [19]
+    for path in folder.iterdir():
+        path.unlink()
+    assert red(Shards(pattern, size=16, held_out=0.0).batch([(0, 4)])) == [4]
+    assert not list((tmp_path / "cache").rglob("*.part"))
+    with pytest.raises(UserError, match=r"path=file://.*x-002\.tar: cannot be fetched"):
+        Shards(f"file://{folder}/x-002.tar")
+
+
+def test_patterns():
+    assert expanded("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expanded("https://host/a.tar") == ["https://host/a.tar"]
+
+
+def test_mistakes_are_one_line(folder, tmp_path):
+    whole = (folder / "x-000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "no.tar").write_text("not a tar at all")
+    (tmp_path / "empty").mkdir()
+    shard(tmp_path / "text.tar", {"1.txt": b"x"})
+    shard(tmp_path / "label.tar", sample(1, cls=b"cat"))
+    said = {
+        "cut.tar": "not a whole",
+        "no.tar": "not a whole",
+        "empty": "no .tar",
+        "text.tar": "no image in",
+        "label.tar": "b'cat', not a number",
+    }
+    for name, why in {**said, "gone.tar": "no such file"}.items():
+        with pytest.raises(UserError, match=why) as error:
+            Shards(tmp_path / name)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+    for option in ({"split": "val"}, {"size": 8}, {"channels": 2}):
+        with pytest.raises(UserError, match=next(iter(option))):
+            Shards(folder, **option)
+    with pytest.raises(UserError, match="no sample in this split"):
+        Shards(folder, "test", held_out=0.0)
