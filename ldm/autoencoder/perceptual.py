@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.fetch import AssetError
 from ldm.pretrained import efficientnet, lpips_weights, vgg
 
 
@@ -53,7 +54,13 @@ class LPIPS(nn.Module):
 
     def __init__(self, scale: float = 1.0, weights: str | None = None):
         super().__init__()
-        self.scale, self.net = scale, vgg(weights)[: self.LAST[-1] + 1]
+        try:
+            self.scale, self.net = scale, vgg(weights)[: self.LAST[-1] + 1]
+        except AssetError as error:
+            remedy = (
+                "training.loss.perceptual._target_=ldm.autoencoder.perceptual.EfficientNetDistance is another, of 18 MB"
+            )
+            raise AssetError(f"LPIPS needs VGG-16's weights; {remedy}. {error}") from None
         for stage, learned in enumerate(lpips_weights()):
             self.register_buffer(f"weight{stage}", learned, persistent=False)
         for layer in self.net:

@@ -60,6 +60,6 @@ def test_small_images_and_missing_weights_are_one_line(lpips, tmp_path, monkeypa
     for name in ("LDM_CACHE", "TORCH_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetError, match=r"vgg16 is missing.*vgg16-397923af\.pth into") as error:
+    with pytest.raises(AssetError, match=r"LPIPS needs.*EfficientNetDistance.*vgg16 is missing.*vgg16-397923af\.pth into") as error:
         LPIPS()
     assert "\n" not in str(error.value)
