@@ -17,7 +17,7 @@ from ldm.task import draw
 from ldm.training.diffusion import LitDiffusion
 
 CONF = ROOT / "conf"
-OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/**/*.yaml"))
+OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/**/*.yaml") if p.parent.name != "preset")
 SMALL = ("net.channels=16", "net.mult=[1,2]", "net.blocks=1", "net.attention=[2]", "net.groups=8")
 PARTNERS = {  # what an option needs beside it, or what it leaves no room for; of each kind of large network one, made small
     "net/sd1": (*SMALL, "net.heads=2"),
@@ -35,6 +35,7 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
     "times/log_normal": ("process=edm",),
     "grid/karras": ("process=edm",),
     "training/autoencoder": ("~training.score",),
+    "training/autoencoder_ldm": ("~training.score", "training.loss.perceptual=null"),  # LPIPS wants half a gigabyte
     "training/judge": ("~training.score", "~training.grid_every"),
     "training/classifier": ("~training.score", "~training.grid_every"),
     **dict.fromkeys(("schedule/flow", "schedule/flow_3", "schedule/flow_at"), ("process=sit",)),
