@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.interop import compvis, nodes, text
+from ldm.interop import bert, compvis, nodes, text
 from ldm.interop.keymap import State, refuse, under
 from ldm.interop.pipeline import Pipeline, one_scale, unseen, with_scale
 
@@ -103,7 +103,7 @@ def load(state: State, config: Mapping[str, Any], size: int, kind: str = "ema") 
     weights = first_stage(parts.stage, kind)
     kept = {name: value for name, value in config.items() if name != "scale"}
     stage = with_scale(weights, scale, config["autoencoder"]["z_channels"])
-    classes = len(own["embedding.weight"]) - 1 if own else 1
+    classes = len(own["embedding.weight"]) - 1 if "embedding.weight" in own else 1
     data = unseen(weights["encoder.stem.weight"].shape[1], size, classes)
     return Pipeline(kept, compvis.import_unet(parts.net), stage, data, tower, own)
 
@@ -112,6 +112,8 @@ def told_of(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(text tower in open_clip's names, the conditioner's own weights) of what is under cond_stage_model. Raises UserError."""
     if not state:
         return {}, {}
+    if f"{TRANSFORMERS}token_emb.weight" in state:
+        return {}, bert.import_bert(under(TRANSFORMERS, state))
     if all(name.startswith(TRANSFORMERS) for name in state):
         return text.import_text(under(TRANSFORMERS, state)), {}
     if all(name.startswith(OPEN_CLIP) for name in state):
@@ -136,10 +138,13 @@ def save(pipeline: Pipeline) -> dict[str, Tensor]:
         told = text.export_text(pipeline.text) if last else dict(pipeline.text)
         prefix = TRANSFORMERS if last else OPEN_CLIP
         made |= {f"{prefix}{name}": value for name, value in told.items()}
-    if pipeline.conditioner:
-        if pipeline.conditioner.keys() != {"embedding.weight"}:
-            raise UserError(f"conditioner={pipeline.config['conditioner'].get('_target_')}: to=compvis has no name for its weights")
-        made[CLASSES] = pipeline.conditioner["embedding.weight"]
+    own = pipeline.conditioner
+    if "transformer.token.weight" in own:
+        made |= {f"{TRANSFORMERS}{name}": value for name, value in bert.export_bert(own).items()}
+    elif own.keys() == {"embedding.weight"}:
+        made[CLASSES] = own["embedding.weight"]
+    elif own:
+        raise UserError(f"conditioner={pipeline.config['conditioner'].get('_target_')}: to=compvis has no name for its weights")
     return made
 
 

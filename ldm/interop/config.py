@@ -150,7 +150,7 @@ def _classes(given: Mapping[str, Any]) -> Node:
 def _bert(given: Mapping[str, Any]) -> Node:
     known(
         given,
-        ("n_embed", "n_layer", "vocab_size", "max_seq_len", "device", "use_tokenizer", "embedding_dropout"),
+        ("n_embed", "n_layer", "vocab_size", "max_seq_len", "device", "use_tokenizer"),
         "cond_stage_config.params",
     )
     return {

@@ -337,7 +337,7 @@ def test_what_diffusers_has_no_counterpart_for(pipeline, tmp_path):
 
     net = pipeline.config["net"]
     for broken, said in (
-        (replace(pipeline, text={}), "to=diffusers expects a CLIP text tower"),
+        (with_(conditioner={"_target_": "ldm.conditioner.label.Label"}), "to=diffusers expects a CLIP text tower or LDM's WordPiece"),
         (with_(net={**net, "resblock_updown": True}), "resblock_updown=True has no counterpart"),
         (with_(net={**net, "groups": 24}), "groups=24 does not divide"),
         (with_(net={**net, "_target_": "ldm.net.dit.DiT"}), "expects a UNet of transformer blocks"),

@@ -1,0 +1,145 @@
+"""The text tower of a diffusers pipeline, with the words it cuts prompts into: CLIP's, or the transformer of LDM's own text-to-image."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.durable import DamagedError
+from ldm.errors import UserError
+from ldm.fetch import minilm
+from ldm.interop import bert, clip_config, nodes, read, text
+from ldm.interop.pipeline import Pipeline, refuse_unless
+
+BERT = {"activation_function": "gelu", "scale_embedding": False}  # what an LDMBertModel must be for ours to compute the same
+UNCASED = 30_522  # words of BERT's own list
+
+
+@dataclass(frozen=True)
+class Told:
+    """A text tower as diffusers keeps it. config, state: of its folder.  words: files of the tokenizer's.  dim: of a token.  listed: what
+    model_index.json says of tower and tokenizer."""
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    words: dict[str, str]
+    dim: int
+    listed: tuple[list[str], list[str]]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A text tower as ours: the conditioner's node, and its weights, those of CLIP's tower apart."""
+
+    node: nodes.Node
+    text: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+
+
+def config_in(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A part's config. Raises UserError for a part that is not there, DamagedError for one that is no JSON object."""
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a whole pipeline folder of diffusers")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+def clip(pipeline: Pipeline) -> Told:
+    """transformers' CLIPTextModel and CLIPTokenizer."""
+    given = pipeline.config["conditioner"]["encoder"]
+    config = clip_config.open_clip_config(given["model"])
+    depth = config["text_cfg"]["layers"] + given["layer"] + 1
+    said = clip_config.to_transformers(config, depth, given["pad"])
+    words = clip_config.tokenizer_files(given["pad"], config["text_cfg"]["context_length"])
+    listed = ["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]
+    return Told(said, text.export_text(pipeline.text, depth), words, config["text_cfg"]["width"], listed)
+
+
+def clip_of(folder: Path, tokenizer: Path) -> Heard:
+    """Our conditioner of a CLIPTextModel and its tokenizer."""
+    given = config_in(folder)
+    config, state = clip_config.of_transformers(given.get("text_config", given)), text.import_text(read.weights(folder))
+    special = config_in(tokenizer, "special_tokens_map.json").get("pad_token", "<|endoftext|>")
+    pad = clip_config.END if (special["content"] if isinstance(special, dict) else special) == "<|endoftext|>" else 0
+    name, layer = clip_config.named(config) or (clip_config.written(config), -1)
+    return Heard(nodes.clip(name, layer, pad, config["text_cfg"]["context_length"]), text=state)
+
+
+def wordpiece(pipeline: Pipeline) -> Told:
+    """diffusers' LDMBertModel and transformers' BertTokenizer."""
+    given = pipeline.config["conditioner"]
+    file = Path(given["vocabulary"]).expanduser() if given["vocabulary"] else minilm() / "tokenizer.json"
+    cut = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = cut["model"]["vocab"]
+    said = {
+        **{"_class_name": "LDMBertModel", "architectures": ["LDMBertModel"], "model_type": "ldmbert", **BERT},
+        **{"vocab_size": len(vocabulary), "max_position_embeddings": given["length"], "d_model": given["dim"], "pad_token_id": 0},
+        **{"encoder_layers": given["layers"], "encoder_ffn_dim": 4 * given["dim"]},
+        **{"encoder_attention_heads": given["heads"], "head_dim": given["head_channels"]},
+    }
+    options = {"tokenizer_class": "BertTokenizer", "model_max_length": given["length"], "do_lower_case": True}
+    words = {
+        "vocab.txt": "\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n",
+        "tokenizer.json": json.dumps({**cut, "padding": None, "truncation": None}, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(options, indent=1),
+    }
+    state = bert.export_ldmbert(pipeline.conditioner)
+    if "to_logits.weight" not in state:  # which nothing reads, and diffusers' model has all the same
+        state |= {
+            "to_logits.weight": state["model.embed_tokens.weight"] * 0,
+            "to_logits.bias": state["model.embed_tokens.weight"][:, 0] * 0,
+        }
+    return Told(said, state, words, given["dim"], (["latent_diffusion", "LDMBertModel"], ["transformers", "BertTokenizer"]))
+
+
+def wordpiece_of(folder: Path, tokenizer: Path) -> Heard:
+    """Our conditioner of an LDMBertModel and its tokenizer, whose list is BERT's own or in a tokenizer.json. Raises UserError else."""
+    given = config_in(folder)
+    refuse_unless(given, BERT, "bert/config.json")
+    dim, tokens = given["d_model"], given.get("vocab_size", UNCASED)
+    refuse_unless(given, {"encoder_ffn_dim": 4 * dim}, "bert/config.json")
+    own = tokenizer / "tokenizer.json"
+    if tokens != UNCASED and not own.is_file():
+        raise UserError(f"{own}: no such file; expected one for a list of {tokens} words, which is not BERT's own of {UNCASED}")
+    node = {
+        "_target_": "ldm.conditioner.transformer.WordPiece",
+        **{"dim": dim, "layers": given["encoder_layers"], "heads": given["encoder_attention_heads"], "head_channels": given["head_dim"]},
+        **{"length": given.get("max_position_embeddings", 77), "logits": True, "vocabulary": None if tokens == UNCASED else str(own)},
+    }
+    return Heard(node, own=bert.import_ldmbert(read.weights(folder)))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A pipeline class of diffusers. stage, told: the folders of first stage and text tower.  write, read: the tower's.  more: what
+    model_index.json also lists."""
+
+    name: str
+    stage: str
+    told: str
+    write: Callable[[Pipeline], Told]
+    read: Callable[[Path, Path], Heard]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+NONE = [None, None]
+SAFETY = {"feature_extractor": NONE, "image_encoder": NONE, "safety_checker": NONE, "requires_safety_checker": False}
+KINDS = {  # by the class of our conditioner, or of the encoder in it
+    "ldm.conditioner.clip.CLIP": Kind("StableDiffusionPipeline", "vae", "text_encoder", clip, clip_of, SAFETY),
+    "ldm.conditioner.transformer.WordPiece": Kind("LDMTextToImagePipeline", "vqvae", "bert", wordpiece, wordpiece_of),
+}
+
+
+def kind_of(conditioner: Mapping[str, Any]) -> Kind:
+    """The pipeline class for a conditioner's node. Raises UserError for one that none has a place for."""
+    targets = conditioner.get("_target_"), (conditioner.get("encoder") or {}).get("_target_")
+    found = next((KINDS[target] for target in targets if target in KINDS), None)
+    if found is None:
+        raise UserError(f"conditioner={targets[0]}: to=diffusers expects a CLIP text tower or LDM's WordPiece")
+    return found
