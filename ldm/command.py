@@ -44,7 +44,7 @@ def command(
     """
     script = Path(task.__code__.co_filename).resolve()
     with _rank():
-        sys.exit(_guarded(lambda: _start(task, script, config_name, text, paths, supplied or {})))
+        sys.exit(guarded(lambda: _start(task, script, config_name, text, paths, supplied or {})))
 
 
 def choices() -> dict[str, str]:
@@ -58,7 +58,7 @@ def choices() -> dict[str, str]:
     return {group: option for group, option in runtime.choices.items() if option is not None and not group.startswith("hydra/")}
 
 
-def _guarded(run: Callable[[], Any]) -> int:
+def guarded(run: Callable[[], Any]) -> int:
     """The exit code of run(), its mistakes printed in one line."""
     try:
         return int(run() or 0)

@@ -26,7 +26,8 @@ from ldm.argv import escape, unescape
 from ldm.errors import UserError
 from ldm.validate import module_of
 
-RUN_ONLY = ("seed", "name", "runs", "trainer", "logger", "cache", "optimize")  # what does not change the result, or is shown in the name
+# what does not change the result, or is shown in the name
+RUN_ONLY = ("seed", "name", "runs", "trainer", "logger", "cache", "optimize", "published")
 
 
 def run_id(config: Mapping[str, Any], words: Sequence[str] = (), ignore: Collection[str] = RUN_ONLY) -> str:

@@ -318,7 +318,7 @@ def _kinds(value: Any, base: Any, path: str) -> None:
 
 def _like(value: Any, base: Any) -> bool:
     if isinstance(base, Mapping):
-        return value is None
+        return value is None or isinstance(value, Mapping)
     if isinstance(base, list):
         return isinstance(value, list) and (not base or all(_like(one, base[0]) for one in value if base[0] is not None))
     return bool(_named(type(base).__name__, value))

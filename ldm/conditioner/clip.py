@@ -165,11 +165,15 @@ def asking(online: bool) -> Iterator[None]:
 
 
 def opened(model: str, file: Path | None) -> Any:
-    """open_clip's model with the file's weights, on the CPU in float32; random ones without a file. Raises ValueError for another file."""
+    """open_clip's model with the file's weights, in float32 on the device that is the default; random ones without a file.
+
+    Raises ValueError for another file.
+    """
     from open_clip import create_model
 
     try:
-        return create_model(model, pretrained=str(file) if file else None, require_pretrained=file is not None)
+        place = torch.get_default_device()
+        return create_model(model, pretrained=str(file) if file else None, require_pretrained=file is not None, device=place)
     except Exception as error:
         if file is None:
             raise

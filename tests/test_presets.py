@@ -1,0 +1,110 @@
+"""Every preset composes, passes the strict check, and has the number of parameters that its paper prints."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from smoke import ROOT, plan_of
+from test_conf import Card as Small
+from test_conf import drawn, trained
+
+from ldm import build, meter, plan
+from ldm.build import SUPPLIED
+from ldm.validate import validate
+
+PRESETS = sorted(file.stem for file in (ROOT / "conf" / "preset").glob("*.yaml"))
+MISSING = {
+    "sdxl": "no conditioner yet joins two text encoders along their channels and tells sizes: 2,567,463,684",
+}
+NARROW = {  # preset -> what makes it small; its process, objective, conditioner, sampler and grid stay
+    "ldm4_cin256": ("net.channels=32", "net.mult=[1,2]"),
+    "ldm8_churches256": ("net.channels=32", "net.mult=[1,2]"),
+    "dit_s2": ("net.channels=32", "net.heads=2", "net.depth=1", "conditioner.dim=32"),
+    "sit_xl2": ("net.channels=32", "net.heads=2", "net.depth=1", "conditioner.dim=32"),
+    "ddpm_cifar10": ("net.channels=32", "net.mult=[1,2]"),
+    "iddpm_cifar10": ("net.channels=32", "net.mult=[1,2]"),
+    "adm_imagenet64": ("net.channels=64", "net.mult=[1,2]", "conditioner.dim=256"),
+}
+
+
+def composed(preset: str, *typed: str):
+    """The config of `train.py preset=... data.path=.` after the strict check."""
+    of_folder = "override /data: folder" in (ROOT / "conf/preset" / f"{preset}.yaml").read_text()
+    path = ("data.path=.",) if of_folder and not any(word.startswith("data=") for word in typed) else ()
+    job = plan_of(f"preset={preset}", *path, *typed)
+    config = job.compose(job.overrides)
+    bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    validate(OmegaConf.to_container(bare, resolve=True), None, SUPPLIED)
+    return bare
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, *MISSING])
+def test_parameters_are_the_papers(preset):
+    if preset in MISSING:
+        pytest.skip(MISSING[preset])
+    cfg = composed(preset)
+    said = cfg.published
+    card = plan.Card(said.data, range(said.classes), said.channels, cfg.data.get("size", 32), said.images, 1)
+    plan.weightless(cfg.conditioner)
+    with meter.on_meta():
+        autoencoder = build.autoencoder(cfg.autoencoder, card.channels)
+        conditioner = build.conditioner(cfg.conditioner, autoencoder, card)
+        parts = {"network": build.net(cfg, autoencoder, conditioner), "conditioner": conditioner}
+    count = sum(p.numel() for name in said.parts for p in parts[name].parameters())
+    assert plan.agree(count + said.beside, said.parameters), f"{count + said.beside:,} {said.parameters}"
+
+
+def test_a_preset_is_checked_as_a_command_line_is():
+    """Against its own values too: of another kind, or misspelt, they are refused, and every preset's pass."""
+    job = plan_of("preset=ldm4_inpaint_big", "data.path=.", "schedule.beta_end=0.02")
+    job.check(SUPPLIED)
+    with pytest.raises(ValueError, match="beta_end=high"):
+        plan_of("preset=ldm4_inpaint_big", "data.path=.", "schedule.beta_end=high").check(SUPPLIED)
+
+
+@pytest.mark.parametrize(
+    ("preset", "key", "value"),
+    [
+        ("ldm8_churches256", "schedule.beta_end", 0.0155),
+        ("ldm4_sr_x4", "schedule.beta_end", 0.0155),
+        ("ldm4_layout256", "schedule.beta_end", 0.0205),
+        ("ldm4_inpaint_big", "schedule.beta_end", 0.0205),
+        ("ldm4_semantic256", "schedule.beta_end", 0.0205),
+        ("ldm4_ffhq256", "schedule.beta_end", 0.0195),
+        ("ldm8_txt2img", "schedule.beta_end", 0.012),
+        ("sd1", "schedule.beta_start", 0.00085),
+        ("ldm8_churches256", "objective.error._target_", "ldm.diffusion.objective.l1"),
+        ("ldm4_sr_x4", "objective.error._target_", "ldm.diffusion.objective.l2"),
+        ("ldm8_churches256", "net.scale_shift", True),
+        ("ldm8_churches256", "training.lr_schedule.warmup", 10000),
+        ("ldm4_cin256", "training.batch_size", 1200),
+        ("ldm4_ffhq256", "training.optimizer.lr", 8.4e-5),
+        ("ldm4_inpaint_big", "autoencoder.encoder.middle_attention", False),
+        ("ablation_imagenet_f32", "autoencoder.encoder.z_channels", 32),
+        ("adm_imagenet64", "schedule._target_", "ldm.diffusion.schedule.cosine"),
+        ("adm_imagenet256", "schedule._target_", "ldm.diffusion.schedule.linear"),
+        ("dit_xl2", "learned_variance", True),
+        ("ddpm_cifar10", "training.optimizer.weight_decay", 0.0),
+    ],
+)
+def test_what_is_special_is_there(preset, key, value):
+    assert OmegaConf.select(composed(preset), key) == value
+
+
+@pytest.mark.parametrize("preset", NARROW)
+def test_a_narrow_one_trains_a_step_and_draws(preset, monkeypatch):
+    torch.manual_seed(0)
+    first_stage = () if "identity" in (ROOT / "conf/preset" / f"{preset}.yaml").read_text() else ("autoencoder=patch_f4",)
+    cfg = composed(preset, "data=synthetic", "data.size=16", *first_stage, *NARROW[preset])
+    cfg.pop("published")
+    monkeypatch.setattr(Small, "size", 16)
+    model = build.model(cfg, build.autoencoder(cfg.autoencoder, 1), Small)
+    assert all(torch.isfinite(term) for term in trained(cfg, model).values())
+    assert torch.isfinite(drawn(cfg, model)).all()
+
+
+def test_every_preset_names_its_paper_in_its_header():
+    for preset in PRESETS:
+        first, second = (ROOT / "conf/preset" / f"{preset}.yaml").read_text().splitlines()[:2]
+        assert first == "# @package _global_"
+        assert second.startswith("# ")
+        assert len(second) > 40
