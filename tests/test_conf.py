@@ -283,6 +283,12 @@ def test_a_network_that_learns_its_variance_serves_every_other_choice():
     assert torch.isfinite(drawn(cfg, model)).all()
 
 
+@pytest.mark.parametrize("option", ["cfg", "cfg_interval", "cfg_channels", "clip", "dynamic_threshold"])
+def test_guidance_options_draw(option):
+    cfg = composed("budget=smoke", f"guidance={option}", "guidance.scale=3.0")
+    assert torch.isfinite(drawn(cfg, model_of(cfg))).all()
+
+
 def test_every_group_is_a_choice_of_a_command():
     named = set(re.findall(r"^  - (\w+)", (CONF / "train.yaml").read_text() + (CONF / "sample.yaml").read_text(), re.MULTILINE))
     assert {p.name for p in CONF.iterdir() if p.is_dir()} <= named

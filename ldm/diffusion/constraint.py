@@ -1,11 +1,16 @@
-"""Constraints: denoise -> denoise. What they change is x0; eps follows from x_t, so that (x0, eps) still make x_t."""
+"""Constraints: denoise -> denoise. What they change is x0; eps follows from x_t, so that (x0, eps) still make x_t.
+
+They come after guidance, whose results they hold; `guided` is the two as one guidance.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise, Denoised, eps_at
+from ldm.condition import Condition
+from ldm.diffusion.denoiser import Denoise, Denoised, Denoiser, eps_at
+from ldm.diffusion.guidance import Guidance, cfg
 from ldm.diffusion.schedule import Schedule
 from ldm.tensors import expand
 
@@ -35,6 +40,18 @@ def dynamic_threshold(denoise: Denoise, schedule: Schedule, quantile: float = 0.
         return x0.clamp(-s, s) * (bound / s)
 
     return _on_x0(denoise, schedule, threshold)
+
+
+def guided(
+    denoiser: Denoiser,
+    cond: Condition,
+    uncond: Condition | None,
+    constraint: Callable[[Denoise, Schedule], Denoise],
+    guidance: Guidance = cfg,
+    scale: float = 1.0,
+) -> Denoise:
+    """A guidance at `scale` with its x0 under a constraint, as Imagen holds what a large scale drives out of range."""
+    return constraint(guidance(denoiser, cond, uncond, scale=scale), denoiser.schedule)
 
 
 def _on_x0(denoise: Denoise, schedule: Schedule, change: Callable[[Tensor], Tensor]) -> Denoise:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoise, Denoised, Denoiser, eps_at
 
-Guidance = Callable[[Denoiser, Condition, Condition | None], Denoise]
+Guidance = Callable[..., Denoise]  # (denoiser, cond, uncond, options), and most have a scale
 
 
 def cfg(

@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_the_known_part_comes_out_known(run):
     got = run(denoise, sched, noise(known), times.trailing(sched, 20), noise)
     assert torch.allclose(got[:, 0], known[:, 0])
     assert not torch.isclose(got[:, 1], known[:, 1]).any()
+
+
+def test_guided_holds_what_guidance_gives():
+    sched, x = schedule.cosine(), torch.linspace(-2, 2, 12, dtype=F64).view(3, 4)
+    denoiser = SimpleNamespace(schedule=sched)
+
+    def guidance(denoiser, cond, uncond, scale):
+        assert (cond, uncond, scale) == ("cond", "uncond", 7.0)
+        return wide(denoiser.schedule)
+
+    got = constraint.guided(denoiser, "cond", "uncond", partial(constraint.clip, hi=0.5), guidance, scale=7.0)(x, T)
+    assert torch.allclose(got.x0, wide(sched)(x, T).x0.clamp(-1, 0.5))
 
 
 def test_up_and_down():
