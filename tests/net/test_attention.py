@@ -158,3 +158,34 @@ def test_rotation_reaches_queries_and_keys_but_not_values():
     torch.testing.assert_close(layer(x, rotate), layer(x))  # both turned round: the products stay
     q, k, _ = layer.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(torch.stack(seen), torch.stack([q, k]))
+
+
+def test_cross_attention_is_softmax_written_out():
+    torch.manual_seed(0)
+    layer = CrossAttention(8, 6, heads=2).double()
+    x, context = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+    q, (k, v) = layer.q(x), layer.kv(context).split(8, dim=-1)
+    parts = [slice(0, 4), slice(4, 8)]
+    expected = layer.out(torch.cat([(q[..., p] @ k[..., p].mT / 2).softmax(-1) @ v[..., p] for p in parts], dim=-1))
+    torch.testing.assert_close(layer(x, layer.memory(context), None), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_transformer_block_adds_three_things_to_its_tokens():
+    torch.manual_seed(0)
+    block = TransformerBlock(8, 2, context_dim=6)
+    for layer in (block.norm1, block.norm2, block.norm3):
+        torch.nn.init.normal_(layer.weight)
+    x, memory = torch.randn(2, 4, 8), block.cross_attention.memory(torch.randn(2, 5, 6))
+    h = x + block.self_attention(block.norm1(x))
+    h = h + block.cross_attention(block.norm2(h), memory, None)
+    torch.testing.assert_close(block(x, memory), h + block.feed_forward(block.norm3(h)))
+
+
+def test_a_spatial_transformer_adds_what_its_blocks_made_of_the_normalised():
+    torch.manual_seed(0)
+    layer = SpatialTransformer(8, heads=2, groups=4)
+    torch.nn.init.normal_(layer.proj_out.weight)
+    x = torch.randn(2, 8, 3, 5)
+    h = layer.proj_out(layer.blocks[0](layer.proj_in(layer.norm(x).flatten(2).mT)))
+    torch.testing.assert_close(layer(x), x + h.mT.reshape(x.shape))
+    assert layer.norm.eps == 1e-6

@@ -6,7 +6,7 @@ from torch import nn
 
 from ldm.condition import Condition
 from ldm.net.attention import softmax
-from ldm.net.blocks import mlp
+from ldm.net.blocks import mlp, sinusoid
 from ldm.net.dit import MLP, DiT, SwiGLU
 from ldm.net.positions import rope_2d, sincos_2d
 
@@ -65,6 +65,27 @@ def test_a_block_is_shift_scale_and_gate_in_dits_order():
     h = x + six[2] * block.attention(nn.functional.layer_norm(x, (16,), eps=1e-6) * (1 + six[1]) + six[0])
     expected = h + six[5] * block.feed_forward(nn.functional.layer_norm(h, (16,), eps=1e-6) * (1 + six[4]) + six[3])
     torch.testing.assert_close(block(x, emb, None, None, None), expected)
+
+
+def test_a_context_is_added_between_the_two():
+    net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"]))
+    block, memory, x, emb = net.blocks[0], net.memory(told(net)).layers[0], torch.randn(2, 6, 16), torch.randn(2, 16)
+    with torch.no_grad():
+        block.modulation.weight.zero_()
+        block.modulation.bias.zero_()
+    torch.testing.assert_close(block(x, emb, memory, None, None), x + block.cross_attention(x, memory[0], None))
+
+
+def test_the_head_shifts_and_scales_and_the_time_is_told_with_the_vector():
+    net, seen = lively(DiT(3, 3, **SMALL, vector_dim=16)), []
+    net.head.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    row = torch.randn(2, 16)
+    out = net(X, T, Condition(vector=row))
+    told = nn.functional.silu(net.time(sinusoid(T, 8)) + row)
+    torch.testing.assert_close(seen[1], told)
+    shift, scale = net.head.modulation(told)[:, None].split(16, dim=-1)
+    patches = net.head.out(nn.functional.layer_norm(seen[0], (16,), eps=1e-6) * (1 + scale) + shift)
+    torch.testing.assert_close(out[:, :, 2:4, :2], patches[:, 2].reshape(2, 2, 2, 3).permute(0, 3, 1, 2))  # row 1, column 0
 
 
 @pytest.mark.parametrize("patch", [1, 2])

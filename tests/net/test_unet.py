@@ -3,7 +3,7 @@ import torch
 
 from ldm.condition import Condition
 from ldm.net.attention import QKVAttention, SpatialTransformer, softmax
-from ldm.net.blocks import Downsample, ResBlock, Upsample, added
+from ldm.net.blocks import Downsample, ResBlock, Upsample, added, sinusoid
 from ldm.net.unet import Layer, UNet
 
 
@@ -243,3 +243,26 @@ def test_a_context_that_cannot_be_heard_is_refused(block):
     net = UNet(3, 3, channels=8, attention=(2,), head_channels=8, groups=4, block=block)
     with pytest.raises(ValueError, match="without cross-attention cannot hear"):
         net(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), told())
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_the_whole_is_its_parts(odd):
+    net = lively(UNet(3, 3, mult=(1, 2), blocks=1, attention=(2,), vector_dim=5, **SMALL))
+    x, t, cond = torch.randn(2, 3, 8 - odd, 8), torch.tensor([1.0, 500.0]), told(vector=torch.randn(2, 5))
+    emb = net.time(sinusoid(t, 8)) + net.vector(cond.vector)
+    first, middle, second, third = ((m.memory(cond.context), None) for m in net.modules() if isinstance(m, SpatialTransformer))
+    none = (None, None)
+    a = net.stem(x)
+    b = net.down[0].layers[0](a, emb, *none)
+    c = net.down[0].resample(b)
+    d = net.down[1].layers[0](c, emb, *first)
+    nudges = [torch.randn_like(part) for part in (a, b, c, d, d)]
+    for residuals in (None, nudges):
+        of_a, of_b, of_c, of_d, of_middle = residuals or [torch.zeros_like(part) for part in nudges]
+        h = net.middle2(net.middle1(d, emb, *middle), emb, *none) + of_middle
+        h = net.up[0].layers[0](torch.cat([h, d + of_d], 1), emb, *second)
+        h = net.up[0].layers[1](torch.cat([h, c + of_c], 1), emb, *third)
+        h = net.up[0].resample(h, None, b.shape[2:])
+        h = net.up[1].layers[0](torch.cat([h, b + of_b], 1), emb, *none)
+        h = net.up[1].layers[1](torch.cat([h, a + of_a], 1), emb, *none)
+        torch.testing.assert_close(net(x, t, cond, residuals=residuals), net.out(h))
