@@ -70,6 +70,13 @@ def test_every_name_and_shape_is_theirs(kind, name):
     assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in on_meta(kind, name).items()}
 
 
+def same_shapes(read: dict[str, torch.Tensor], node: dict, **supplied: int) -> None:
+    """What was read is the state dict of what the node makes."""
+    with torch.device("meta"):
+        made = weights(instantiate(node, **supplied))
+    assert {n: v.shape for n, v in read.items()} == {n: v.shape for n, v in made.items()}
+
+
 def there_and_back(given, read, write):
     """Our state dict of theirs, after it was written again to the bit."""
     ours = read(given)
