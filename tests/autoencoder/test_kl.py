@@ -163,10 +163,10 @@ def test_channels_that_say_nothing_are_counted():
     image = torch.randn(40, 2, 8, 8)
 
     class Encoder(torch.nn.Module):
-        """The first channel tells of the image, the second is noise."""
+        """Two channels tell of the image, the third is noise."""
 
         def forward(self, x):
-            mean = x * torch.tensor([2.0, 0.0])[:, None, None]
+            mean = torch.cat([2 * x[:, :1], 3 * x[:, :1], 0 * x[:, :1]], 1)
             return torch.cat([mean, torch.zeros_like(mean)], 1)
 
     model.encoder = Encoder()
@@ -174,7 +174,7 @@ def test_channels_that_say_nothing_are_counted():
     told = model.diagnose(seen.vitals)
     assert told["dead_channels"] == 1
     assert told["kl_channel_min"] == 0
-    assert told["kl_channel_max"].item() == pytest.approx(0.5 * 4 * image[:, 0].square().mean().item())
+    assert told["kl_channel_max"].item() == pytest.approx(0.5 * 9 * image[:, 0].square().mean().item())
     torch.testing.assert_close(seen.penalties["kl"].mean(), 64 * seen.vitals.sum())
 
 
