@@ -123,7 +123,7 @@ def again(cfg: Any) -> Request:
 
     carried = memory_of(Path(cfg.again).expanduser())
     config = carried["request"] | {name: plain(cfg[name]) for name in ("again", "out", "save", "trainer")}
-    config["run"] = cfg.run or config["run"]
+    config |= {"run": cfg.run or config["run"], "metrics": {}}
     validate(config, None, SUPPLIED)
     new = OmegaConf.create(mapped(config, escape))
     folder = run_folder(new.run)

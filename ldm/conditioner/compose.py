@@ -19,6 +19,8 @@ class Compose(nn.Module):
     batch["noise"].  Raises ValueError without any conditioner, and for a rate that is none or of no conditioner.
     """
 
+    needs = ()  # keys without which it is the null: none, as each of its conditioners sees to its own
+
     def __init__(self, drop: Mapping[str, float] | None = None, **conditioners: nn.Module):
         super().__init__()
         if not conditioners:
@@ -65,8 +67,8 @@ class Compose(nn.Module):
 
 
 def tell(conditioner: Any, batch: dict[str, Any]) -> Condition:
-    """The conditioner's Condition of a batch; its null where the batch lacks one of its keys."""
-    return conditioner(batch) if all(key in batch for key in conditioner.keys) else conditioner.null(batch)
+    """The conditioner's Condition of a batch; its null where the batch lacks one of its keys, or of those it `needs` if it says so."""
+    return conditioner(batch) if all(key in batch for key in getattr(conditioner, "needs", conditioner.keys)) else conditioner.null(batch)
 
 
 def dropped(cond: Condition, null: Condition, noise: Noise, purpose: str, rate: float) -> Condition:

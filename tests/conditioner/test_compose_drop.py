@@ -75,6 +75,14 @@ def test_what_a_batch_does_not_say_is_the_null():
     assert cond.over(5, 6).concat.shape == (3, 2, 5, 6)
 
 
+def test_a_composed_conditioner_tells_what_it_can():
+    conditioner, told = model().eval(), batch(3)
+    cond = tell(conditioner, {"label": told["label"] + 1})
+    assert torch.equal(cond.vector, conditioner({"label": told["label"] + 1}).vector)
+    assert not torch.equal(cond.vector, conditioner.null(told).vector)
+    assert torch.equal(tell(conditioner, {"noise": told["noise"]}).vector, conditioner.null(told).vector)
+
+
 def test_a_null_of_no_size_is_spread_over_the_others():
     two = Compose(map=SemanticMap(2, 3, channels=1), relief=Picture(2)).eval()
     cond = two({"map": torch.ones(2, 4, 6, dtype=torch.long)})
