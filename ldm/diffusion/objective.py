@@ -124,9 +124,14 @@ class Likelihood(nn.Module):
 
 
 def bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Denoised, variance: Variance, decoder: Decoder) -> Tensor:
-    """T times the bound's term at each t (B,) in 1/T, 2/T, ..., 1: an unbiased estimate of the bound, bits per dimension."""
+    """T times the bound's term at each t (B,) in 1/T, 2/T, ..., 1: an unbiased estimate of the bound, bits per dimension.
+
+    Raises ValueError for other times.
+    """
     T = entries(schedule)
     i = (t.double() * T).round()
+    if ((t * T - i).abs() > 0.01).any():
+        raise ValueError(f"the bound is a sum over the schedule's {T} entries, and times lie between them; draw them with density discrete")
     return T * vlb_term(schedule, x0, x_t, i / T, (i - 1) / T, estimate, variance, decoder)
 
 

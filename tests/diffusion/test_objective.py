@@ -182,6 +182,16 @@ def test_bound_stays_in_float32():
         run(make("eps", "linear").float(), x0, Condition(), NOISE, {})
 
 
+def test_the_bound_refuses_times_between_entries():
+    d, (x0, eps) = make("eps", "linear", factor=2), data()
+    run = objective.Likelihood(DISCRETE)
+    entry = torch.tensor([0.001, 0.333, 1.0])  # float32, as drawn
+    assert run.at(d, x0, Condition(), entry, eps)["loss"].isfinite().all()
+    for between in (0.0003, 0.3334, 0.99985):
+        with pytest.raises(ValueError, match="sum over the schedule's 1000 entries"):
+            run.at(d, x0, Condition(), torch.tensor([0.001, between, 1.0]), eps)
+
+
 def test_likelihood_objective():
     d, (x0, eps), t = make("eps", "linear", factor=2), data(), f64(0.001, 0.5, 0.9)
     run = objective.Likelihood(DISCRETE)
