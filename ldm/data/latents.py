@@ -1,16 +1,21 @@
 """A data set seen through a first stage: cached posterior moments instead of images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ldm.data.mapped import mapped, written
+from ldm.progress import Bar
+
 
 class Latents(Dataset):
     """dataset with `moments` (B, 2C, h, w) float32 in place of `image`, or beside it with image=True.
 
-    moments: (flips, N, 2C, h, w), flips = 2 where the data set flips at random, row 1 that of the mirrored image; else 1.
+    moments: (flips, N, 2C, h, w), as encode_all or read_all give them, float16, in memory or mapped from the disk; flips = 2 where the data
+    set flips at random, row 1 that of the mirrored image; else 1.
     """
 
     def __init__(self, dataset, moments: Tensor, image: bool = False):
@@ -34,11 +39,47 @@ def batches(dataset, size: int = 500, rank: int = 0, ranks: int = 1) -> Iterator
         yield dataset.pixels(range(start, min(start + size, len(dataset))))
 
 
+def encode_all(autoencoder, dataset) -> Tensor:
+    """The moments of every image, and of its mirror image where the data set flips: (flips, N, M, h, w) float16."""
+    moments = torch.empty(shape_of(autoencoder, dataset), dtype=torch.float16)
+    fill(moments, autoencoder, dataset)
+    return moments
+
+
+def write_all(path: Path, autoencoder, dataset, metadata: Mapping[str, str]) -> None:
+    """As encode_all, into the safetensors file `path`, a batch in memory at a time."""
+    with written(path, "moments", "F16", shape_of(autoencoder, dataset), metadata) as moments:
+        fill(moments, autoencoder, dataset)
+
+
+def read_all(path: Path) -> Tensor:
+    """What write_all wrote, mapped from the disk. Raises DamagedError naming the file."""
+    return mapped(path, "moments")
+
+
 @torch.no_grad()
-def encode_all(autoencoder: nn.Module, dataset) -> Tensor:
-    """The moments of every image, and of its mirror image where the data set flips: (flips, N, 2C, h, w) float16."""
-    plain = torch.cat([autoencoder.posterior(image).moments.half() for image in batches(dataset)])
-    if not dataset.flip:
-        return plain[None]
-    mirrored = torch.cat([autoencoder.posterior(image.flip(-1)).moments.half() for image in batches(dataset)])
-    return torch.stack([plain, mirrored])
+def shape_of(autoencoder, dataset) -> tuple[int, ...]:
+    """(flips, N, M, h, w) of a data set's moments."""
+    one = autoencoder.posterior(dataset.pixels([0]).to(place_of(autoencoder))).moments
+    return (2 if dataset.flip else 1, len(dataset), *one.shape[1:])
+
+
+@torch.no_grad()
+def fill(moments: Tensor, autoencoder, dataset, size: int = 500) -> None:
+    """Write every image's moments, and its mirror image's, into (flips, N, M, h, w); raises ValueError where they are not finite."""
+    bar = Bar("encoding", len(dataset), unit="images")
+    place, start = place_of(autoencoder), 0
+    for image in batches(dataset, size):
+        image = image.to(place)
+        for flip, rows in enumerate(moments[:, start : start + len(image)]):
+            rows.copy_(autoencoder.posterior(image.flip(-1) if flip else image).moments)
+            if not rows.isfinite().all():
+                last = start + len(image) - 1
+                raise ValueError(f"latents of images {start} to {last} are not finite in float16; train the first stage anew")
+        start += len(image)
+        bar.at(start)
+
+
+def place_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are."""
+    return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))

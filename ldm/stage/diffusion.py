@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 
 from ldm import build, durable, picture, runs
 from ldm.command import choices
-from ldm.data.latents import Latents, encode_all
+from ldm.data.latents import Latents, read_all, write_all
 from ldm.ema import PowerEMA
 from ldm.errors import UserError
 from ldm.fetch import cache_dir
@@ -119,12 +119,14 @@ def moments(autoencoder, space: Space, data) -> torch.Tensor:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
-            durable.write_tensors(path, {"moments": encode_all(autoencoder, data)}, {**space.metadata, "data": data.fingerprint})
+            autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
+            write_all(path, autoencoder, data, {**space.metadata, "data": data.fingerprint})
+            autoencoder.to("cpu")
     metadata, remedy = durable.read_metadata(path), "remove it, and the same command computes the right ones"
     space.admit(metadata, path, remedy)
     if metadata.get("data") != data.fingerprint:
         raise UserError(f"{path} holds latents of the data {metadata.get('data')}, not of {data.fingerprint}; {remedy}")
-    return durable.read_tensors(path)["moments"]
+    return read_all(path)
 
 
 def gallery(model, told: Told, ts, sampler, guidance, each: int = 10) -> torch.Tensor:

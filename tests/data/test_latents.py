@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ldm.autoencoder.posterior import Posterior
-from ldm.data.latents import Latents, batches, encode_all
+from ldm.data.latents import Latents, batches, encode_all, fill, read_all, write_all
 from ldm.data.stream import Batched, Stream
 from ldm.data.synthetic import Synthetic
 
@@ -77,3 +77,38 @@ def test_moments_of_another_data_set_are_refused():
         Latents(flipped, moments)
     with pytest.raises(ValueError, match=r"do not fit a data set of \(1, 6\)"):
         Latents(Synthetic(num=6, size=16), moments)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_on_the_disk_they_are_those_in_memory(tmp_path, flip):
+    from safetensors import safe_open
+
+    data = Synthetic(num=30, size=16, flip=flip)
+    write_all(tmp_path / "x.safetensors", Halves(), data, {"autoencoder": "it"})
+    whole, moments = encode_all(Halves(), data), read_all(tmp_path / "x.safetensors")
+    assert moments.dtype == torch.float16
+    assert torch.equal(moments, whole)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"autoencoder": "it"}
+        assert torch.equal(file.get_tensor("moments"), whole), "a file that anything can read"
+    at = [(place, i) for place in (0, 3) for i in (8, 0, 29)]
+    assert torch.equal(Latents(data, moments).batch(at)["moments"], Latents(data, whole).batch(at)["moments"])
+    moments[0, 0] = 7
+    assert torch.equal(read_all(tmp_path / "x.safetensors"), whole), "writing to what was read leaves the file alone"
+
+
+def test_a_batch_at_a_time_in_any_size():
+    data = Synthetic(num=30, size=16, flip=True)
+    parts = torch.zeros(2, 30, 2, 8, 8, dtype=torch.float16)
+    fill(parts, Halves(), data, size=7)
+    assert torch.equal(parts, encode_all(Halves(), data))
+
+
+def test_latents_that_half_precision_cannot_hold_are_refused_and_nothing_is_left(tmp_path):
+    class Loud(Halves):
+        def posterior(self, image):
+            return Posterior(image * 1e6, image)
+
+    with pytest.raises(ValueError, match="latents of images 0 to 4 are not finite in float16"):
+        write_all(tmp_path / "x.safetensors", Loud(), Synthetic(num=5, size=16), {})
+    assert not list(tmp_path.iterdir())
