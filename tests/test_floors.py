@@ -29,6 +29,7 @@ LIBRARIES = {  # besides the standard library and torch
     "conditioner": {"huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},
     "interop": {"open_clip", "safetensors"},
     "training": {"lightning"},
+    "animate": {"imageio", "imageio_ffmpeg", "matplotlib"},
 }
 ON_THE_ROOF = {"PIL", "einops", "filelock", "gradio", "hydra", "omegaconf", "numpy", "rich", "wandb", "yaml"}
 HEAVY = {"open_clip", "timm", "torch_fidelity", "torchmetrics", "torchvision", "transformers", "tokenizers", "wandb", "gradio"}

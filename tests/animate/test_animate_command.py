@@ -1,0 +1,56 @@
+"""python -m ldm.animate: what a person types, without torch until something is drawn."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from smoke import ROOT
+
+from ldm.animate.__main__ import main, names
+from ldm.command import guarded
+
+
+def test_help_is_quick_and_complete():
+    code = "import sys, runpy; sys.argv = ['animate', '--help']\ntry: runpy.run_module('ldm.animate', run_name='__main__')\n"
+    code += "except SystemExit: assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name in ("forward", "schedules", "reverse", "brownian", "density", "interpolate", "guidance", "attention", "loss"):
+        assert f"  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(names()))
+def test_every_animation_explains_its_keys(name, capsys):
+    assert main([name, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "out=..." in said
+    for option, one in names()[name].options.items():
+        assert f"  {option}=" in said
+        assert one.about, f"{name}.{option} has no comment"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["brownain"], "NAME=brownain: no such animation; did you mean 'brownian'?"),
+        (["density", "stpes=3"], "stpes=3: no key 'stpes'; did you mean 'steps'?"),
+        (["density", "steps=many"], "steps=many: expected a whole number"),
+        (["reverse"], "run=... must be given"),
+        (["density", "out=a.jpg"], "out=a.jpg: expected a name that ends in"),
+        (["reverse", "run=nowhere"], "run=nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, said, capsys):
+    assert guarded(lambda: main(words)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+def test_it_says_what_it_wrote(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["brownian", "num=3", "frames=2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("brownian.gif: 3 frames, ")
+    assert main(["brownian", "num=3", "frames=2", "out=some/b.png"]) == 0
+    assert Image.open("some/b.png").size == (2 * 644 + 4, 3 * 254 + 4)
+    assert [file.name for file in (tmp_path / "some").iterdir()] == ["b.png"]

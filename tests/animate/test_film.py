@@ -1,0 +1,93 @@
+"""Frames into files: as many, of that size, in those colours, for that long; and nothing half written."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.animate import plot
+from ldm.animate.film import Film, write
+from ldm.errors import UserError
+
+
+def frames(n: int, height: int = 6, width: int = 10):
+    for k in range(n):
+        frame = torch.full((height, width, 3), 255, dtype=torch.uint8)
+        frame[:, k] = torch.tensor([0, 114, 178], dtype=torch.uint8)
+        frame[0, :] = torch.tensor([213, 94, 0], dtype=torch.uint8)
+        yield frame
+
+
+def test_a_gif_holds_every_frame(tmp_path):
+    said = []
+    write(tmp_path / "a.gif", Film(frames(5), 5, seconds=0.1, hold=1.0), said.append)
+    assert said == [1, 2, 3, 4, 5]
+    with Image.open(tmp_path / "a.gif") as file:
+        assert (file.n_frames, file.size, file.info["loop"]) == (5, (10, 6), 0)
+        times = []
+        for k, frame in enumerate(frames(5)):
+            file.seek(k)
+            times.append(file.info["duration"])
+            assert torch.equal(torch.tensor(list(file.convert("RGB").getdata()), dtype=torch.uint8).reshape(6, 10, 3), frame)
+    assert times == [100, 100, 100, 100, 1000]
+
+
+def test_a_png_is_the_figure_or_six_frames(tmp_path):
+    write(tmp_path / "one.png", Film(frames(1), 1))
+    write(tmp_path / "film.png", Film(frames(9), 9))
+    assert Image.open(tmp_path / "one.png").size == (10, 6)
+    assert Image.open(tmp_path / "film.png").size == (2 * 14 + 4, 3 * 10 + 4)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a", "a.GIF "])
+def test_another_ending_is_refused_before_anything_is_drawn(tmp_path, name):
+    def never():
+        raise AssertionError("drawn")
+        yield
+
+    with pytest.raises(UserError, match=r"expected a name that ends in \.gif, \.mp4, \.png"):
+        write(tmp_path / name, Film(never(), 1))
+
+
+def test_mp4_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(UserError, match=r"MP4 needs imageio with its ffmpeg"):
+        write(tmp_path / "a.mp4", Film(frames(2), 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_mp4_gets_even_frames_and_holds_the_last(tmp_path, monkeypatch):
+    given = {}
+
+    def mimwrite(path, images, **options):
+        given.update(options, shapes=[image.shape for image in images])
+        path.write_bytes(b"film")
+
+    imageio, ffmpeg = ModuleType("imageio"), ModuleType("imageio_ffmpeg")
+    imageio.mimwrite, ffmpeg.get_ffmpeg_exe = mimwrite, lambda: "ffmpeg"
+    monkeypatch.setitem(sys.modules, "imageio", imageio)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", ffmpeg)
+    write(tmp_path / "a.mp4", Film(frames(3, 7, 11), 3, seconds=0.5, hold=2.0))
+    assert given["shapes"] == [(6, 10, 3)] * 7
+    assert given["fps"] == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_an_image_stands_where_it_was_put_pixel_for_pixel():
+    figure = plot.canvas(40, 30)
+    pixels = torch.linspace(-1, 1, 3 * 4 * 5).reshape(3, 4, 5)
+    plot.image(figure, pixels, 7, 9, 3)
+    seen = plot.frame(figure)
+    assert seen.shape == (30, 40, 3)
+    wanted = ((pixels + 1) * 127.5).round().byte().repeat_interleave(3, 1).repeat_interleave(3, 2).permute(1, 2, 0)
+    assert torch.equal(seen[9 : 9 + 12, 7 : 7 + 15], wanted)
+    seen[9 : 9 + 12, 7 : 7 + 15] = 255
+    assert (seen == 255).all()
+
+
+def test_without_matplotlib_one_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="pictures need matplotlib"):
+        plot.canvas(10, 10)

@@ -1,0 +1,297 @@
+"""What the pictures show is what the mathematics says: closed forms, and the very tensors that the tasks return."""
+
+from functools import partial
+
+import pytest
+import torch
+from oracle import Gaussian
+from PIL import Image
+from test_task import model as echo
+
+from ldm import task
+from ldm.animate import attention, chosen, plot
+from ldm.animate.brownian import brownian, paths, spread
+from ldm.animate.density import carried, density
+from ldm.animate.forward import alpha_bar, forward, process
+from ldm.animate.guidance import guidance
+from ldm.animate.interpolate import interpolate
+from ldm.animate.loss import loss, terms
+from ldm.animate.mixture import Mixture, ring
+from ldm.animate.reverse import reverse
+from ldm.animate.schedules import schedules
+from ldm.animate.watch import states
+from ldm.condition import Condition
+from ldm.conditioner.rows import rows
+from ldm.diffusion import sampler, times
+from ldm.diffusion.denoiser import Denoised, Denoiser
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.prediction import V
+from ldm.diffusion.schedule import cosine, linear
+from ldm.errors import UserError
+from ldm.model import LatentDiffusion
+from ldm.net.attention import CrossAttention, sdpa, softmax
+from ldm.net.unet import UNet
+from ldm.tensors import Noise
+
+PROMPT = "a red sneaker"
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.new("RGB", (40, 24), (255, 0, 0)).save(tmp_path / "a.png")
+    return str(tmp_path / "a.png")
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """tests/test_task.py's model, whose answer is 0.1 times the length of what it is told, in place of any run's."""
+    model = echo()
+    monkeypatch.setattr(chosen, "model_of", lambda run: model)
+    monkeypatch.setattr(chosen, "told", lambda run, prompt, num: {"index": list(range(num)), "caption": [prompt or "abc"] * num})
+    return model
+
+
+def drawn(film):
+    frames = list(film.frames)
+    assert len(frames) == film.count
+    assert len({frame.shape for frame in frames}) == 1
+    assert all(frame.dtype == torch.uint8 and frame.shape[2] == 3 for frame in frames)
+    return frames
+
+
+@pytest.mark.parametrize("schedule", [linear(), cosine()])
+def test_the_forward_process_has_its_mean_and_variance(schedule):
+    x0 = torch.full((1, 64, 64), 0.7, dtype=torch.float64)
+    ts = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64)
+    states = process(x0, schedule, ts)
+    for state, t in zip(states, ts, strict=True):
+        alpha, sigma = schedule.alpha_sigma(t)
+        assert float(state.mean()) == pytest.approx(0.7 * float(alpha), abs=5 * float(sigma) / 64 + 1e-9)
+        assert float(state.std()) == pytest.approx(float(sigma), rel=0.05, abs=1e-9)
+    eps = (states[2] - schedule.alpha_sigma(ts[2])[0] * x0) / schedule.alpha_sigma(ts[2])[1]
+    again = schedule.alpha_sigma(ts[1])[0] * x0 + schedule.alpha_sigma(ts[1])[1] * eps
+    torch.testing.assert_close(states[1], again)  # one noise at every time
+    torch.testing.assert_close(alpha_bar(schedule, ts), schedule.alpha_sigma(ts)[0] ** 2, atol=1e-9, rtol=1e-6)
+
+
+def test_forward_and_schedules_are_drawn(photo):
+    film = forward(photo, frames=2, size=16)
+    first, last = drawn(film)
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    assert (first == red).all(-1).sum() == 2 * 128 * 128  # both images, without noise, eight pixels for each of theirs
+    assert (last == red).all(-1).sum() < 128 * 128
+    (still,) = drawn(schedules(photo, stages=3, size=16, crop=(0, 0, 24, 24)))
+    assert still.shape[0] == 2 * 68 + 46
+
+
+def test_what_cannot_be_shown_is_refused(photo, tmp_path):
+    (tmp_path / "b.png").write_text("no image")
+    for call, said in [
+        (
+            lambda: forward(photo, schedules=("linear", "cosin")).frames.__next__(),
+            "schedules=cosin: no such schedule; did you mean 'cosine'",
+        ),
+        (lambda: forward(photo, schedules=("linear",)), "schedules=linear: expected two names"),
+        (lambda: forward(photo, frames=1), "frames=1: expected 2 or more"),
+        (lambda: forward(photo, crop=(30, 0, 20, 20)), "crop=30,0,20,20: expected left,top,width,height within 40 x 24 pixels"),
+        (lambda: forward(str(tmp_path / "c.png")), "no such file"),
+        (lambda: forward(str(tmp_path / "b.png")), "expected an image file"),
+        (lambda: density(num=0), "num=0: expected 1 or more"),
+    ]:
+        with pytest.raises(UserError) as error:
+            call()
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_brownian_spread_grows_as_the_dimension_times_time(dim):
+    walk = paths(4000, 8, dim)
+    time = torch.linspace(0, 1, 9, dtype=torch.float64)
+    torch.testing.assert_close(spread(walk), dim * time, rtol=0.06, atol=0)
+    steps = walk.diff(dim=0)
+    assert abs(float((steps[3] * steps[5]).mean())) < 0.01 * float(steps.square().mean()) * 10  # what comes next owes nothing to what was
+    torch.testing.assert_close(walk[:, :10], paths(10, 8, dim))  # a particle's path is its own
+
+
+def test_brownian_is_drawn():
+    assert len(drawn(brownian(num=5, frames=2))) == 3
+
+
+def test_one_gaussian_is_the_oracle():
+    schedule, x = cosine(), torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one = Mixture(schedule, torch.full((1, 2), 0.6, dtype=torch.float64), 0.35)
+    for t in torch.tensor([0.1, 0.6, 1.0], dtype=torch.float64):
+        for mine, exact in zip(one(x, t)[:2], Gaussian(schedule)(x, t)[:2], strict=True):
+            torch.testing.assert_close(mine, exact)
+
+
+def test_the_score_is_the_gradient_of_the_log_density():
+    data, t = ring(cosine(), 5), torch.tensor(0.4, dtype=torch.float64)
+    x = torch.randn(7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    (grad,) = torch.autograd.grad(data.density(x, t).log().sum(), x)
+    torch.testing.assert_close(data.score(x.detach(), t), grad)
+    x0, eps, _ = data(x.detach(), t)
+    alpha, sigma = data.schedule.alpha_sigma(t)
+    torch.testing.assert_close(alpha * x0 + sigma * eps, x.detach())
+    line = torch.linspace(-6, 6, 121, dtype=torch.float64)
+    assert float(data.density(torch.cartesian_prod(line, line), t).sum()) * 0.01 == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("draw", [sampler.ddpm, sampler.ddim])
+def test_noise_is_carried_to_the_data(draw):
+    data = ring(cosine())
+    ts = times.trailing(data.schedule, 30)
+    walk = carried(data, ts, 160, 0, draw)
+    assert walk.shape == (31, 160, 2)
+    assert float(walk[0].std()) == pytest.approx(1, abs=0.1)
+    nearest = torch.cdist(walk[-1], data.means).min(1)
+    assert (nearest.values < 0.5).double().mean() > 0.95
+    assert len(nearest.indices.unique()) == 8  # no Gaussian is forgotten
+    torch.testing.assert_close(walk[0], carried(data, ts, 160, 0, sampler.euler)[0])  # every sampler starts there
+
+
+def test_density_is_drawn():
+    assert len(drawn(density(num=6, steps=2))) == 3
+
+
+def test_a_sampler_of_second_order_is_watched_on_the_grid_alone():
+    data = ring(cosine())
+    ts = times.uniform_grid(data.schedule, 4)
+    x = torch.ones(1, 2, dtype=torch.float64)
+    assert len(states(lambda denoise: sampler.heun(denoise, data.schedule, x, ts, torch.zeros_like), data, ts)) == 5
+
+
+def region(frame, images, left):
+    sheet = plot.sheet(images, plot.columns_of(len(images)))
+    zoom = max(1, round(200 / sheet.shape[-1]))
+    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    place = frame[24 : 24 + pixels.shape[1], left : left + pixels.shape[2]]
+    return place, pixels.expand(3, -1, -1).permute(1, 2, 0), pixels.shape[2]
+
+
+def test_reverse_begins_with_the_prior_and_ends_with_the_sample(run):
+    frames = drawn(reverse("run", prompt="some words", num=3, steps=4, seed=5))
+    assert len(frames) == 5
+    noise = Noise(0, [5, 6, 7])
+    ts = times.trailing(run.denoiser.schedule, 4)
+    seen, wanted, wide = region(frames[0], run.decode(task.prior(run.denoiser.schedule, ts[0], task.white(run, noise))), 12)
+    assert torch.equal(seen, wanted)
+    batch = {"index": [0, 1, 2], "caption": ["some words"] * 3}
+    sample = task.draw(run, batch, range(5, 8), ts, sampler.ddim, partial(cfg, scale=3.0))
+    for left in (12, 24 + wide):
+        seen, wanted, _ = region(frames[-1], sample, left)
+        assert torch.equal(seen, wanted)
+
+
+def test_interpolate_begins_and_ends_at_its_seeds(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr("ldm.animate.interpolate.torch.stack", lambda ways: shown.extend(ways) or torch.cat([w[None] for w in ways]))
+    run.denoiser.net.forward = lambda x, t, cond, **kept: 0.3 * x  # an answer that depends on the noise
+    assert len(drawn(interpolate("run", num=2, frames=3, steps=2, seed=4))) == 3
+    ts = times.trailing(run.denoiser.schedule, 2)
+    ends = task.draw(run, {"index": [0] * 4, "caption": ["abc"] * 4}, range(4, 8), ts, sampler.ddim, partial(cfg, scale=3.0))
+    for row, way in enumerate(shown[:2]):
+        torch.testing.assert_close(way[0], ends[2 * row])
+        torch.testing.assert_close(way[-1], ends[2 * row + 1])
+
+
+def test_guidance_is_drawn_a_column_a_scale(run):
+    (one,) = drawn(guidance("run", num=2, scales=(1.0, 3.0), steps=2))
+    (two,) = drawn(guidance("run", num=2, scales=(1.0, 3.0, 5.0), steps=2))
+    assert two.shape[1] - one.shape[1] == 60 + 4  # 12 pixels wide, five for each
+    grey = [int(one[30, 190 + 2 + column * 64, 0]) for column in range(2)]
+    assert grey[1] - grey[0] == pytest.approx(127.5 * 0.5 * 0.1 * 3 * 2, abs=1)  # decoded x0 = 0.5 * 0.1 * length * scale
+
+
+class Told(torch.nn.Module):
+    """Three words and two marks as tokens of their own, the rest padding."""
+
+    keys, context_dim, vector_dim, concat_channels = ("caption",), 6, None, 0
+
+    def forward(self, batch):
+        n = rows(batch)
+        context = torch.randn(1, 8, 6, generator=torch.Generator().manual_seed(2)).expand(n, 8, 6)
+        return Condition(context=context, mask=torch.arange(8).expand(n, 8) < 6)
+
+    null = forward
+
+    def tokens(self, prompt):
+        return ["a", "red", "sneak", "er"]
+
+
+@pytest.fixture(params=[sdpa, softmax])
+def reader(request):
+    net = UNet(2, 2, channels=8, mult=(1, 2), blocks=1, attention=(1, 2), context_dim=6, heads=2, groups=4, attend=request.param)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    first = echo().autoencoder
+    first.z_channels = 2
+    first.decode = lambda z: z[:, :1].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return LatentDiffusion(first, Told(), Denoiser(net, cosine(), V()), (12, 16))
+
+
+def test_attention_of_all_words_is_one_everywhere(reader, monkeypatch):
+    ts = times.trailing(reader.denoiser.schedule, 2)
+    found = attention.maps(reader, PROMPT, ts, 3.0, seed=1)
+    assert found.words == ["(start)", "a", "red", "sneaker", "(end)"]
+    assert found.maps.shape == (5, 6, 8)
+    torch.testing.assert_close(found.maps.sum(0), torch.ones(6, 8))
+    assert float(found.maps.std()) > 0.01
+    plain = task.draw(reader, {"index": [0], "caption": [PROMPT]}, [1], ts, sampler.ddim, partial(cfg, scale=3.0))[0]
+    assert torch.equal(found.image, plain)  # looking on changes nothing, and nothing looks on afterwards
+    assert {place.attend for place in reader.denoiser.net.modules() if isinstance(place, CrossAttention)} <= {sdpa, softmax}
+    monkeypatch.setattr(chosen, "model_of", lambda run: reader)
+    drawn(attention.attention("run", PROMPT, steps=1))
+
+
+def test_attention_maps_lie_where_the_places_are():
+    share = torch.zeros(12, 2)  # 3 x 4 places of a 6 x 8 latent
+    share[:, 0], share[5] = 1.0, torch.tensor([0.0, 1.0])  # row 1, column 1
+    maps = attention.on(share, (6, 8))
+    assert maps[1].argmax() in (2 * 8 + 2, 2 * 8 + 3, 3 * 8 + 2, 3 * 8 + 3)
+    torch.testing.assert_close(maps.sum(0), torch.ones(6, 8))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces", "words"),
+    [
+        ("A red sneaker", ["a", "red", "sneak", "er"], ["a", "red", "sneaker"]),
+        ("t-shirt, red", ["t", "-", "shirt", ",", "red"], ["t", "-", "shirt", ",", "red"]),
+        ("in in", ["in", "in"], ["in", "in"]),
+        ("", [], []),
+    ],
+)
+def test_pieces_are_joined_into_words(prompt, pieces, words):
+    names, groups = attention.of_words(prompt, pieces, len(pieces) + 3)
+    assert names == ["(start)", *words, "(end)"]
+    assert sorted(place for group in groups for place in group) == list(range(len(pieces) + 3))
+
+
+def test_a_model_without_words_is_told_so(run):
+    with pytest.raises(UserError, match="attends to no words"):
+        attention.maps(run, PROMPT, times.trailing(run.denoiser.schedule, 2), 1.0)
+
+
+def test_the_loss_is_zero_for_who_knows_the_data_and_not_for_who_does_not():
+    schedule, x0 = cosine(), torch.randn(3, 1, 2, 2, dtype=torch.float64)
+
+    def knows(x_t, t):
+        alpha, sigma = schedule.alpha_sigma(t)
+        return Denoised(x0, (x_t - alpha * x0) / sigma)
+
+    noise = Noise(0, range(3))
+    found = terms(knows, schedule, x0, 12, noise)
+    assert found.kl.shape == found.eps.shape == (len(found.ts), 3)
+    assert float(found.kl.abs().max()) < 1e-9
+    assert float(found.eps.max()) < 1e-9
+    assert (float(found.ts[0]), float(found.ts[-1])) == (2 / 1000, 1.0)
+    wrong = terms(lambda x_t, t: Denoised(x0 + 0.1, x_t), schedule, x0, 12, noise)
+    i, (alpha, sigma) = 5, schedule.alpha_sigma(found.ts)
+    (alpha_s, sigma_s) = schedule.alpha_sigma(found.ts - 1 / 1000)
+    snr = (alpha_s / sigma_s) ** 2 - (alpha / sigma) ** 2
+    wanted = 0.5 * snr[i] * 0.01 / torch.log(torch.tensor(2.0))  # Kingma et al. 2021, eq. 13
+    torch.testing.assert_close(wrong.kl[i], wanted.expand(3).double(), rtol=1e-6, atol=0)
+
+
+def test_loss_is_drawn():
+    drawn(loss(num=3, points=3))
