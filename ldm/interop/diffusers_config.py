@@ -1,6 +1,6 @@
 """diffusers' config.json of U-Net, first stage and scheduler, into nodes of ours and back."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ldm.errors import UserError
@@ -18,6 +18,19 @@ NET = {  # what a UNet2DConditionModel must be for ours to compute the same
     **{"reverse_transformer_layers_per_block": None, "addition_embed_type": None},
 }
 STAGE = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "latents_mean": None, "latents_std": None}
+NAMES = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
+SIZES = (
+    *("sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types"),
+    *("norm_num_groups",),
+)
+NET_READ = (  # options that are read below, or change no number
+    *(*NAMES, *SIZES, "cross_attention_dim", "attention_head_dim", "num_attention_heads", "transformer_layers_per_block"),
+    *("use_linear_projection", "dropout", "resnet_time_scale_shift", "norm_eps", "upcast_attention", "addition_embed_type_num_heads"),
+)
+STAGE_READ = (
+    *(*NAMES, *SIZES, "latent_channels", "mid_block_add_attention", "scaling_factor", "shift_factor", "force_upcast"),
+    *("num_vq_embeddings", "norm_type", "lookup_from_codebook"),
+)
 SCHEDULE = {"thresholding": False, "trained_betas": None}
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear"}
 PREDICTION = {"epsilon": "Eps", "v_prediction": "V", "sample": "X0"}
@@ -29,9 +42,11 @@ def net(given: Mapping[str, Any]) -> Node:
     """ldm.net.unet.UNet of a UNet2DConditionModel's config. Raises UserError naming an option that ours has no counterpart for."""
     what = "unet/config.json"
     refuse_unless(given, NET, what)
-    widths, kinds = given["block_out_channels"], given["down_block_types"]
-    if set(kinds) - {ATTENDED, "DownBlock2D"}:
-        raise UserError(f"{what}: down_block_types={kinds}: expected {ATTENDED} and DownBlock2D")
+    refuse_others(given, (*NET, *NET_READ), what)
+    widths, kinds = given["block_out_channels"], list(given["down_block_types"])
+    mirrored = [{ATTENDED: "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}.get(kind) for kind in reversed(kinds)]
+    if None in mirrored or list(given.get("up_block_types", mirrored)) != mirrored:
+        raise UserError(f"{what}: down_block_types={kinds}: expected {ATTENDED} and DownBlock2D, and the same on the way up")
     heads, each = heads_of(given, widths)
     depth = given.get("transformer_layers_per_block", 1)
     return nodes.unet(
@@ -48,6 +63,13 @@ def net(given: Mapping[str, Any]) -> Node:
         groups=given.get("norm_num_groups", 32),
         eps=given.get("norm_eps", 1e-5),
     )
+
+
+def refuse_others(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """Raises UserError for an option that is set and that ours does not know of."""
+    for name, value in given.items():
+        if name not in known and value not in (None, False):
+            raise UserError(f"{what}: {name}={value!r:.60} has no counterpart in ours")
 
 
 def heads_of(given: Mapping[str, Any], widths: list[int]) -> tuple[int | None, int]:
@@ -71,6 +93,7 @@ def first_stage(given: Mapping[str, Any]) -> Node:
     """AutoencoderKL, or AutoencoderVQ where the config is a VQModel's. Raises UserError naming an option ours has no counterpart for."""
     what = "vae/config.json"
     refuse_unless(given, STAGE, what)
+    refuse_others(given, (*STAGE, *STAGE_READ), what)
     quantised = "num_vq_embeddings" in given
     if quantised:
         refuse_unless(given, {"norm_type": "group", "lookup_from_codebook": False}, what)

@@ -15,6 +15,7 @@ from ldm.condition import Condition
 from ldm.errors import UserError
 from ldm.interop import compvis, config, diffusers, diffusers_config
 from ldm.interop.pipeline import STATISTICS
+from ldm.net.blocks import sinusoid
 from ldm.net.unet import UNet
 
 SDKIT = json.loads((Path(__file__).parent / "sdkit.json").read_text())
@@ -164,6 +165,23 @@ def test_unet_answers_as_diffusers(name, precision):
     x, context = numbers("x", (2, 4, 8, 8)).to(dtype), numbers("context", (2, 5, 24)).to(dtype)
     expected = net(x, TIMES.to(dtype), context).sample
     assert relative(ours(x, TIMES.to(dtype), Condition(context=context)), expected) <= TOLERANCE[precision]
+
+
+@torch.no_grad()
+def test_the_vector_of_stable_diffusion_xl():
+    """SDXL adds the pooled text and six embedded sizes to the time; the U-Net alone is ours, who hears both is told one vector."""
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 58}
+    net = fill(theirs.UNet2DConditionModel(**UNETS["sd2"], **more))
+    node = diffusers_config.net({**net.config, "addition_embed_type": None, **dict.fromkeys(list(more)[1:])})
+    ours = instantiate(node, in_channels=4, out_channels=4, context_dim=24, vector_dim=58).eval()
+    ours.load_state_dict(there_and_back(net.state_dict(), diffusers.import_unet, diffusers.export_unet))
+    there_and_back(compvis.export_unet(ours.state_dict()), compvis.import_unet, compvis.export_unet)
+    assert "label_emb.0.2.weight" in compvis.export_unet(ours.state_dict())
+    x, context, pooled = numbers("x", (2, 4, 8, 8)), numbers("context", (2, 5, 24)), numbers("pooled", (2, 10))
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64], [32, 48, 5, 9, 64, 64]])
+    expected = net(x, TIMES, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+    vector = torch.cat([pooled, sinusoid(sizes.flatten(), 8).view(2, 48)], dim=1)
+    assert relative(ours(x, TIMES, Condition(context=context, vector=vector)), expected) <= TOLERANCE["float32"]
 
 
 VAE = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 16}
