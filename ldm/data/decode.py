@@ -10,7 +10,12 @@ MAX_PIXELS = 100_000_000  # of one file; a picture of 48 kB can unpack to gigaby
 
 
 def square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
-    """An image file as (channels, size, size) uint8, its shorter side scaled and its middle cut out, and that side in pixels.
+    """As rectangle, of size x size pixels."""
+    return rectangle(source, size, size, channels)
+
+
+def rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
+    """An image file as (channels, height, width) uint8, scaled to cover that and its middle cut out, and its shorter side in pixels.
 
     Turned as its EXIF says, laid on white where transparent, 16 bits scaled to 8. Raises what Pillow raises, and ValueError for what it
     would get wrong.
@@ -19,19 +24,20 @@ def square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, i
     from PIL import Image, ImageOps
 
     with Image.open(source) as file:
-        width, height = file.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}x{height} is above {MAX_PIXELS // 10**6} megapixels")
-        file.draft(None, (2 * size, 2 * size))  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
+        shorter = min(file.size)
+        if file.size[0] * file.size[1] > MAX_PIXELS:
+            raise ValueError(f"{file.size[0]}x{file.size[1]} is above {MAX_PIXELS // 10**6} megapixels")
+        file.draft(None, (2 * max(height, width),) * 2)  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
         image = eight_bit(ImageOps.exif_transpose(file))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB" if channels == 3 else "L")
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1), min(width, height)
+    scale = min(image.size[0] / width, image.size[1] / height)
+    part = [max(1, round(scale * length)) for length in (width, height)]
+    left, top = ((whole - length) // 2 for whole, length in zip(image.size, part, strict=True))
+    image = image.crop((left, top, left + part[0], top + part[1])).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1), shorter
 
 
 def eight_bit(image):

@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import lightning as L
 import torch
@@ -52,7 +53,8 @@ def fit(
     rank, ranks = world()
     if batch_size % ranks:
         raise ValueError(f"batch_size={batch_size} cannot be split into {ranks} equal parts; choose a multiple of {ranks}")
-    stream = Stream(len(dataset), batch_size, steps, seed, start, rank, ranks)
+    stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
+    stream = stream_of(batch_size, steps, seed, start, rank, ranks)
     loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers)
     if precision_here(precision) != "64":
         lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
