@@ -71,7 +71,7 @@ def draw(model: "LatentDiffusion", request: Request) -> "dict[int, Tensor]":
 
 
 def heard(model: "LatentDiffusion", request: Request) -> None:
-    """Raises UserError for words, negative words or a class that this model is not told."""
+    """Raises UserError for words or keys that this model is not told, and for a guiding classifier of another latent space."""
     keys, label = model.conditioner.keys, request.cfg.label
     asked = {"caption": request.in_words, "label": None if label is None else f"label={label}"}
     if request.cfg.negative is not None and asked["caption"] is None:
@@ -80,6 +80,10 @@ def heard(model: "LatentDiffusion", request: Request) -> None:
         raise UserError(f"{asked['caption']}: this model is not told words; expected {'label=...' if 'label' in keys else 'no prompt'}")
     if missing := [name for name in request.cfg.hold if name not in keys]:
         raise UserError(f"hold={missing[0]}: this model is told {', '.join(keys) or 'nothing'}")
+    if (run := request.cfg.guidance.get("classifier")) is not None:
+        from ldm.stage import classifier
+
+        classifier.admit(run, space_of(request.folder))
 
 
 def fingerprint(model: "LatentDiffusion") -> str:

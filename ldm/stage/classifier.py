@@ -16,6 +16,7 @@ from ldm.diffusion import guidance as guiding
 from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.errors import UserError
 from ldm.load import DataCard, config_of, run_folder
+from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
 from ldm.stage.diffusion import moments
 from ldm.stage.run import opened
@@ -104,6 +105,23 @@ def guidance(denoiser: Denoiser, cond: Condition, uncond: Condition | None, clas
     return guiding.classifier(denoiser, cond, uncond, log_prob, scale)
 
 
+def admit(run: str, space: str) -> None:
+    """Raises UserError if the classifier of a run was trained in another latent space than the one of that name."""
+    weights = finished_weights(run)
+    if (own := Space.carried(durable.read_metadata(weights), weights).name) != space:
+        raise UserError(f"guidance.classifier={run} was trained in the latent space {own}, the model's is {space}: train one in that")
+
+
+def finished_weights(run: str) -> Path:
+    """The weights file of a classifier's run. Raises UserError for a run of another kind, or one that has not ended."""
+    folder = run_folder(run)
+    if config_of(folder).training._target_ != f"{__name__}.train":
+        raise UserError(f"guidance.classifier={run}: that run trained no classifier; expected one made by train.py training=classifier")
+    if not (folder / "weights.safetensors").is_file():
+        raise UserError(f"guidance.classifier={run} has no weights yet: the same train.py command goes on with it")
+    return folder / "weights.safetensors"
+
+
 def alike(one: Any, other: Any) -> bool:
     """Whether two schedules are one: the same noise, and the same time for the network, everywhere."""
     t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
@@ -112,14 +130,10 @@ def alike(one: Any, other: Any) -> bool:
 
 @lru_cache(maxsize=2)
 def load(run: str) -> tuple[nn.Module, Any]:
-    """The classifier of a run and its schedule. Raises UserError for a run of another kind."""
-    folder = run_folder(run)
-    cfg, card = config_of(folder), DataCard.read(folder)
-    if cfg.training._target_ != f"{__name__}.train":
-        raise UserError(f"guidance.classifier={run}: that run trained no classifier; expected one made by train.py training=classifier")
-    if not (folder / "weights.safetensors").is_file():
-        raise UserError(f"guidance.classifier={run} has no weights yet: the same train.py command goes on with it")
+    """The classifier of a run and its schedule. Raises UserError as `finished_weights` does."""
+    weights = finished_weights(run)
+    cfg, card = config_of(weights.parent), DataCard.read(weights.parent)
     with torch.inference_mode(False):  # or its weights could not be differentiated through
         net = make(instantiate(cfg.training.net), build.autoencoder(cfg.autoencoder, card.channels), card)
-        net.load_state_dict(durable.read_tensors(folder / "weights.safetensors"))
+        net.load_state_dict(durable.read_tensors(weights))
     return net.eval().requires_grad_(False), instantiate(cfg.schedule)
