@@ -21,7 +21,7 @@ from ldm.stage.autoencoder import reconstruct
 from ldm.training.callbacks import load_trained
 
 HERE = Path(__file__).parent
-NUM = 5000  # test images, or as many as there are
+NUM = 2560  # test images, or as many as there are: twice the features, below which the distance is biased upwards
 HEALTH = ("adversarial_weight", "logits_real", "logits_fake", "discriminator_accuracy", "kl_channel_min", "kl_channel_max", "dead_channels")
 SHOWN = 10
 

@@ -1,0 +1,47 @@
+"""autoencoder=identity: diffusion in pixels, with nothing to train before it and nothing to load beside it."""
+
+import pytest
+import torch
+from smoke import command, here, train
+
+from ldm.load import load
+
+
+@pytest.fixture
+def folder(smoke, tmp_path):
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        yield tmp_path
+
+
+def test_pixel_space_trains_and_draws_without_a_first_stage(smoke, folder):
+    kept = sorted((smoke.folder / "cache" / "first_stage").iterdir())
+    run = train("autoencoder=identity", "metrics=none")
+    assert sorted((smoke.folder / "cache" / "first_stage").iterdir()) == kept
+    model = load(run)
+    assert model.latent_shape(2) == (2, 1, 32, 32)
+    image = torch.rand(1, 1, 32, 32) * 2 - 1
+    assert torch.equal(model.encode(image), image)
+    assert command("sample.py", f"run={run}", "num=2", "steps=2", "out=drawn") == 0
+    assert len(list((folder / "drawn").rglob("*.png"))) >= 2
+
+
+def test_pixel_space_is_not_to_be_trained(folder, capsys):
+    assert command("train.py", "budget=smoke", "training=autoencoder", "~training.score", "autoencoder=identity", "metrics=none") == 2
+    assert "Identity has no weights to train" in capsys.readouterr().err
+
+
+def test_a_network_does_not_measure_what_it_helped_to_train(folder, capsys, monkeypatch):
+    from ldm.autoencoder import loss
+
+    monkeypatch.setattr(loss.ReconstructionLoss, "__init__", shares_its_network(loss.ReconstructionLoss.__init__))
+    assert command("train.py", "budget=smoke", "training=autoencoder", "~training.score", "training.seed=5") == 2
+    assert "fashion is in the training loss and cannot measure" in capsys.readouterr().err
+
+
+def shares_its_network(build):
+    def init(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.perceptual = torch.nn.Identity()
+        self.perceptual.name = "fashion"
+
+    return init
