@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,8 @@ from ldm.space import Space
 
 if TYPE_CHECKING:
     from ldm.autoencoder.first_stage import FirstStage
+    from ldm.condition import Condition
+    from ldm.diffusion.denoiser import Denoise, Denoiser
     from ldm.model import LatentDiffusion
 
 
@@ -181,3 +184,22 @@ def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
     model = build.model(cfg, autoencoder, card)
     load_trained(model, found.tensors)
     return model.eval().to(device)
+
+
+@lru_cache(maxsize=1)
+def _weak(run: str) -> "LatentDiffusion":
+    return load(run)
+
+
+def autoguidance(
+    denoiser: "Denoiser", cond: "Condition", uncond: "Condition | None", weak: str | None = None, scale: float = 1.0
+) -> "Denoise":
+    """Away from the model of the run, or the step of a run, that `weak` names (Karras et al. 2024a); it is told the same Condition.
+
+    Raises UserError without one.
+    """
+    from ldm.diffusion import guidance
+
+    if weak is None:
+        raise UserError("guidance=autoguidance needs a weaker model: guidance.weak=RUN, a run or a step folder in it")
+    return guidance.autoguidance(denoiser, cond, uncond, _weak(str(Path(weak).expanduser().absolute())).denoiser, scale)

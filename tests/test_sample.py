@@ -56,6 +56,22 @@ def test_one_image_a_seed_a_grid_and_the_record(lively, drawn):
     assert Image.open(drawn / "grid.png").size == (3 * 66 + 2, 4 * 66 + 2)
 
 
+def test_autoguidance_leads_away_from_another_run(smoke, lively):
+    """weak + s (model - weak): itself as the weak one changes nothing; another one does, and more at a larger scale."""
+    plain = draw(lively, *FEW, "guidance=cfg", "guidance.scale=1")
+    itself = draw(lively, *FEW, "guidance=autoguidance", f"guidance.weak={lively}", "guidance.scale=3", out="itself")
+    assert (pixels(plain) - pixels(itself)).abs().max() <= 1
+    far = [
+        (
+            pixels(draw(lively, *FEW, "guidance=autoguidance", f"guidance.weak={smoke.run}", f"guidance.scale={scale}", out="far"))
+            - pixels(plain)
+        )
+        for scale in (1, 1.5, 2)
+    ]
+    assert far[0].abs().max() <= 1
+    assert 1 < far[1].float().abs().mean() < far[2].float().abs().mean()
+
+
 def test_it_is_bit_equal_after_a_reload(lively, drawn):
     again = draw(lively, *FEW, out="again")
     for file in drawn.glob("*.png"):
