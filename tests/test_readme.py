@@ -4,10 +4,14 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 from smoke import ROOT, command, first_job, here
 from test_experiments import NEEDS, TINY, some_images
+
+from ldm import picture
 
 README = ROOT / "README.md"
 SMALL = ("budget=smoke", "training.grid_every=500", "trainer.devices=1")  # no grid: not every stage draws one
@@ -92,10 +96,11 @@ def test_command_is_one_we_know_and_its_file_is_there(words):
 
 def of_training(typed: list[str]) -> tuple[str, ...]:
     """What a person typed, made small; the first job of a sweep."""
-    alone = {"training=autoencoder": ("~training.score",), "training=judge": ("~training.score", "~training.grid_every")}
+    judged = ("~training.score", "~training.grid_every")
+    alone = {"training=autoencoder": judged[:1], "training=judge": judged, "training=classifier": judged}
     extra = tuple(x for choice, more in alone.items() if choice in typed for x in more)
     sizes = () if extra else TINY[:4] + TINY[6:]
-    small = SMALL[:1] + SMALL[2:] if "training=judge" in typed else SMALL
+    small = SMALL[:1] + SMALL[2:] if {"training=judge", "training=classifier"} & {*typed} else SMALL
     sized = [word for word in typed if not re.match(r"(training|first_stage|judge)\.(steps|batch_size)=|logger=wandb|logger\.", word)]
     return (
         *first_job(*[word for word in sized if not word.startswith(("-h", "--"))], *small, "logger=none"),
@@ -134,9 +139,20 @@ def test_command_with_code_of_your_own_runs(typed, smoke, tmp_path, monkeypatch)
         assert json.loads((run / "metrics.json").read_text())["n"] == 20  # trained, drawn and scored
 
 
+def some_files(run: Path, typed: list[str]) -> None:
+    """What a person has who types this: pictures, a mask, a map, boxes, an image drawn before."""
+    for name, size in {"photo.png": 32, "small.png": 8, "map.png": 32}.items():
+        picture.save(Path(name), torch.randint(0, 2, (1, size, size), dtype=torch.uint8))
+    picture.save(Path("mask.png"), torch.arange(32).ge(16).byte().mul(255).expand(1, 32, 32))
+    Path("boxes.json").write_text("[[0, 0, 0, 0.5, 1]]")
+    if any(word.startswith("again=") for word in typed):
+        assert command("sample.py", f"run={run}", "prompt=a bag", "num=4", "steps=2", "out=drawn") == 0
+
+
 @pytest.mark.parametrize("typed", SAMPLE, ids=" ".join)
 def test_sample_command_runs(typed, smoke, prompted, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        some_files(prompted, typed)
         own = [f"run={prompted}" if word.startswith("run=") else word for word in typed if not word.startswith("trainer.devices=")]
         assert command("sample.py", *own, "num=20", "steps=2", "out=drawn") == 0
         assert (tmp_path / "drawn" / "metrics.json").is_file()
