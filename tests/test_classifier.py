@@ -104,3 +104,45 @@ def test_a_new_condition_starts_unheard(smoke):
 def test_weights_of_another_architecture_are_refused(typed, said, smoke, capfd):
     own = (typed,) if typed.startswith("init=") else (f"init={smoke.run}", typed)
     one_line(capfd, said, "train.py", "budget=smoke", *own, "metrics=none")
+
+
+def test_guidance_is_towards_the_class_that_was_asked_for(monkeypatch):
+    """A classifier whose log odds are the mean of x_t: told class 1 it raises x0, told class 0 it lowers it, by as much."""
+    from ldm.condition import Condition
+    from ldm.diffusion.denoiser import Denoiser
+    from ldm.diffusion.prediction import X0
+    from ldm.diffusion.schedule import cosine
+    from ldm.stage import classifier as stage
+
+    class Odds(torch.nn.Module):
+        def forward(self, x, t):
+            return torch.stack([0 * x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
+
+    class Half(torch.nn.Module):
+        def forward(self, x, t, cond):
+            return torch.full_like(x, 0.5)
+
+    monkeypatch.setattr(stage, "load", lambda run: (Odds(), cosine()))
+    cond = Condition(label=torch.tensor([1, 0]))
+    denoise = stage.guidance(Denoiser(Half(), cosine(), X0()), cond, None, "some", scale=2.0)
+    with torch.inference_mode():
+        x0 = denoise(torch.zeros(2, 1, 4, 4), torch.tensor(0.5, dtype=torch.float64)).x0 - 0.5
+    assert x0[0].min() > 0 > x0[1].max()
+    torch.testing.assert_close(x0[0], -x0[1])
+
+
+def test_a_classifier_reads_the_noised_latent_at_the_schedules_time():
+    from ldm.diffusion.schedule import cosine
+    from ldm.training.classifier import noisy_logits
+
+    seen = {}
+
+    def net(x, t):
+        seen.update(x=x, t=t)
+        return x.flatten(1)[:, :2]
+
+    z, eps, t = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 3.0), torch.tensor([0.25, 1.0])
+    alpha, sigma = cosine().alpha_sigma(t)
+    noisy_logits(net, cosine(), z, t, eps)
+    torch.testing.assert_close(seen["x"][:, 0, 0, 0], alpha + 3 * sigma)
+    assert seen["t"].tolist() == [249.0, 999.0]
