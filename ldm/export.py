@@ -84,13 +84,13 @@ def asked(argv: Sequence[str]) -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    from ldm.foreign import pipeline_of
-
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
     try:
         given = asked(argv)
+        from ldm.foreign import pipeline_of  # heavy, and not needed to see a mistake
+
         TO[given["to"]](pipeline_of(given["run"], given.get("weights", "ema"), given.get("config")), Path(given["out"]))
     except (UserError, FileNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

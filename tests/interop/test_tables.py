@@ -61,7 +61,17 @@ def shapes(kind: str, name: str) -> dict[str, tuple[int, ...]]:
     return made
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, cases in SDKIT.items() for name in cases])
+QUICK = ("sd1", "kl_f8")  # of those at paper scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=[pytest.mark.slow] if "paper" in kind and name not in QUICK else [])
+        for kind, cases in SDKIT.items()
+        for name in cases
+    ],
+)
 def test_every_name_and_shape_is_theirs(kind, name):
     case = SDKIT[kind][name]
     there = shapes(kind, name)
