@@ -145,3 +145,13 @@ def test_normalisation_has_the_eps_it_is_given():
     assert (norm(8).eps, norm(8, 4, 1e-6).eps) == (1e-5, 1e-6)
     block = ResBlock(8, 8, eps=1e-6)
     assert block.norm1.eps == block.norm2.eps == 1e-6
+
+
+def test_an_embedding_is_added_before_the_second_normalisation():
+    torch.manual_seed(0)
+    block = ResBlock(4, 4, emb_dim=6, groups=2)
+    torch.nn.init.normal_(block.conv2.weight)
+    x, emb = torch.randn(2, 4, 5, 5), torch.randn(2, 6)
+    silu = torch.nn.functional.silu
+    h = block.norm2(block.conv1(silu(block.norm1(x))) + block.emb(silu(emb))[:, :, None, None])
+    torch.testing.assert_close(block(x, emb), x + block.conv2(silu(h)))
