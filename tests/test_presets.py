@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from smoke import ROOT, plan_of
 from test_conf import Card as Small
@@ -49,6 +50,8 @@ def test_parameters_are_the_papers(preset):
         autoencoder = build.autoencoder(cfg.autoencoder, card.channels)
         conditioner = build.conditioner(cfg.conditioner, autoencoder, card)
         parts = {"network": build.net(cfg, autoencoder, conditioner), "conditioner": conditioner}
+        if "classifier" in said.parts:
+            parts["classifier"] = instantiate(cfg.training.net)(in_channels=card.channels, classes=said.classes, size=card.size)
     count = sum(p.numel() for name in said.parts for p in parts[name].parameters())
     assert plan.agree(count + said.beside, said.parameters), f"{count + said.beside:,} {said.parameters}"
 
