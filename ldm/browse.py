@@ -215,7 +215,7 @@ def _curves(shown: Sequence[Run], names: Sequence[str], points: int) -> str:
     for number, run in enumerate(shown):
         for name, line in curves(run.journal, points).items():
             lines.setdefault(name, {})[number] = line
-    order = sorted(lines, key=lambda name: ("loss" not in name, name))
+    order = sorted(lines, key=lambda name: (name != "train/loss", name.startswith("perf/"), name))
     picks = "".join(
         f'<label>{swatch(i)} <input type="checkbox" data-run="{i}" checked> {text(name)}</label>' for i, name in enumerate(names)
     )

@@ -23,7 +23,8 @@ th, td { padding: 5px 14px 5px 0; text-align: left; border-bottom: 1px solid var
 th, td { font-weight: 400; vertical-align: top; white-space: nowrap; }
 thead th { color: var(--soft); font-size: 13px; vertical-align: bottom; }
 .number { text-align: right; }
-td.other { background: var(--mark); padding-left: 8px; }
+td { padding-left: 8px; }
+td.other { background: var(--mark); }
 th button { all: unset; cursor: pointer; }
 th button:hover, th button:focus-visible { color: var(--ink); text-decoration: underline; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
@@ -42,10 +43,10 @@ polyline.off { display: none; }
 .end { text-anchor: end; }
 .mid { text-anchor: middle; }
 .samples { display: flex; flex-wrap: wrap; gap: 32px; align-items: flex-start; }
-.grids { max-width: 100%; }
-.grids img { max-width: min(100%, 560px); image-rendering: pixelated; display: block; }
+.grids { width: min(100%, 420px); }
+.grids img { width: 100%; image-rendering: pixelated; display: block; }
 .grids img[hidden] { display: none; }
-.grids input { width: 100%; max-width: 560px; display: block; margin: 6px 0; }
+.grids input { width: 100%; display: block; margin: 6px 0; }
 output { color: var(--soft); }
 """
 
@@ -92,6 +93,13 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten whose logarithms are within [low, high]; the powers alone where those would be many."""
+    powers = [10.0**k for k in range(math.floor(low), math.ceil(high) + 1)]
+    marks = [factor * power for power in powers for factor in (1, 2, 5)] if high - low < 2.5 else powers
+    return [mark for mark in marks if low <= math.log10(mark) <= high]
+
+
 def chart(name: str, lines: Mapping[int, Sequence[tuple[float, float]]], names: Sequence[str]) -> str:
     """One SVG: the curves of a value in the runs (numbers into `names`) that have it, over the step; log where it is a loss."""
     xs, ys = zip(*(point for line in lines.values() for point in line), strict=True)
@@ -107,7 +115,7 @@ def chart(name: str, lines: Mapping[int, Sequence[tuple[float, float]]], names: 
         return LEFT + across * (WIDTH - LEFT - 12), HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - 10)
 
     parts = []
-    marks = [10**value for value in ticks(low, high)] if logged else ticks(low, high)
+    marks = decades(low, high) if logged else ticks(low, high)
     for value in marks:
         y = at(left, value)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')

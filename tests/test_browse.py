@@ -11,7 +11,7 @@ from ldm import picture
 from ldm.browse import curves, differing, found, main, page, read
 from ldm.command import guarded
 from ldm.errors import UserError
-from ldm.page import chart, ticks
+from ldm.page import chart, decades, ticks
 
 EVIL = "<script>alert('x')</script>&\"><img src=x onerror=alert(1)>"
 
@@ -146,6 +146,8 @@ def test_ticks_are_round_and_within():
     assert ticks(0.03, 1.02) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(0, 2100, 6) == pytest.approx([0, 500, 1000, 1500, 2000])
     assert ticks(1.0, 1.0) == [1.0]
+    assert decades(-0.5, 0.8) == pytest.approx([0.5, 1, 2, 5])
+    assert decades(-4.2, 0.1) == pytest.approx([1e-4, 1e-3, 1e-2, 0.1, 1])
 
 
 def test_only_what_differs_is_compared(tmp_path):

@@ -32,7 +32,7 @@ def density(
     """
     chosen.at_least(num_1=num, steps_1=steps, modes_1=modes)
     data = ring(chosen.option("schedule", schedule), modes)
-    return Film(_frames(data, times.trailing(data.schedule, steps), num, seed), steps + 1, seconds=0.1, colours=64)
+    return Film(_frames(data, times.trailing(data.schedule, steps), num, seed), steps + 1, seconds=0.1, colours=48)
 
 
 def carried(data: Mixture, ts: Tensor, num: int, seed: int, draw: sampler.Sampler) -> Tensor:
