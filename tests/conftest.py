@@ -32,7 +32,7 @@ class Smoke:
 def smoke(tmp_path_factory) -> Smoke:
     """`python train.py budget=smoke` with nothing there yet: the judge, the first stage, the diffusion model, samples and scores."""
     folder = tmp_path_factory.mktemp("smoke")
-    done = process("train.py", "budget=smoke", cwd=folder)
+    done = process("train.py", "budget=smoke", cwd=folder, timeout=400)
     assert done.returncode == 0, done.stderr
     (run,) = (folder / "runs").iterdir()
     return Smoke(folder, run, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
