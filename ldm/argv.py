@@ -92,7 +92,7 @@ def rewrite(override: str, tree: Tree, text: Collection[str], paths: Collection[
     key, sign, value = override.partition("=")
     if not sign and not key.startswith("~"):
         raise UserError(f"{override!r} is not key=value (see --help)")
-    if key.startswith("+"):
+    if key.startswith("+") and "@" not in key:  # `+group@place=option` is what `several` writes
         raise UserError(f"{override}: keys are not added from the command line, nothing would read them; write {override.lstrip('+')}")
     if key == "experiments":
         raise UserError(f"experiments is the folder; type experiment={value.removesuffix('/sweep')}")

@@ -12,6 +12,7 @@ from smoke import ROOT, command, composed, here
 
 from ldm import build
 from ldm.ema import PowerEMA
+from ldm.errors import UserError
 from ldm.fetch import AssetError
 from ldm.task import draw
 from ldm.training.diffusion import LitDiffusion
@@ -160,6 +161,11 @@ def test_conditioners_are_composed_by_a_list(some):
     assert model.conditioner.drop == ({"relief": 0.5} if "relief" in some else {})
     assert all(torch.isfinite(term) for term in trained(cfg, model).values())
     assert torch.isfinite(drawn(cfg, model)).all()
+
+
+def test_a_list_with_no_such_option_is_named():
+    with pytest.raises(UserError, match=r"conditioner=\[label,lowres\]: no such option 'lowres'; did you mean 'low_res'"):
+        composed("budget=smoke", "conditioner=[label,lowres]")
 
 
 def trained(cfg, model) -> dict:
