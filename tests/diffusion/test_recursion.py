@@ -24,11 +24,20 @@ def test_mean_and_variance_are_exact(name, sched, end):
     assert got == pytest.approx(recursion(step(g, t, s) for t, s in itertools.pairwise(ts)), rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_noise_is_added(name):
+    """And not taken away, which has the same distribution but is another image."""
+    run, step = STOCHASTIC[name]
+    g, ts, x = Gaussian(schedule.cosine()), torch.tensor([0.7, 0.4], dtype=F64), torch.zeros(1, 1, dtype=F64)
+    moved = run(g, g.schedule, x, ts, torch.ones_like) - run(g, g.schedule, x, ts, torch.zeros_like)
+    assert float(moved) == pytest.approx(math.sqrt(step(g, *ts)[2]))
+
+
 @pytest.mark.parametrize("sched", ["linear", "cosine", "flow", "edm"])
 @pytest.mark.parametrize(("run", "second"), [(sampler.euler, False), (sampler.heun, True)])
 def test_churn_is_exact(run, second, sched):
     g = Gaussian(ORDERED[sched])
-    ts, within = torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, 0.0], dtype=F64), (0.2, 10.0)
+    ts, within = torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, 0.0], dtype=F64), (0.2, 15.0)
     steps, draws = [], 0
     for t, s in itertools.pairwise(ts):
         alpha, sigma = g.schedule.alpha_sigma(t)
