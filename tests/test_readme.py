@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ TEXT = README.read_text()
 TYPED = commands(TEXT)
 TRAIN = [words[2:] for words in TYPED if words[:2] == ["python", "train.py"] and "--config-dir" not in words]
 OWN = [words[2:] for words in TYPED if words[:2] == ["python", "train.py"] and "--config-dir" in words]
+LOOK = [words[2:] for words in TYPED if words[:2] == ["python", "-m"] and words[2] in ("ldm.animate", "ldm.browse")]
 SAMPLE = [words[2:] for words in TYPED if words[:2] == ["python", "sample.py"]]
 
 
@@ -156,6 +158,20 @@ def test_sample_command_runs(typed, smoke, prompted, tmp_path):
         own = [f"run={prompted}" if word.startswith("run=") else word for word in typed if not word.startswith("trainer.devices=")]
         assert command("sample.py", *own, "num=20", "steps=2", "out=drawn") == 0
         assert (tmp_path / "drawn" / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize("typed", LOOK, ids=" ".join)
+def test_command_to_look_runs(typed, smoke, prompted, tmp_path):
+    """Pictures with as few frames as there can be."""
+    tool, *words = typed
+    small = {"density": ("steps=2", "num=5"), "reverse": ("steps=2",), "guidance": ("steps=2", "num=2")}.get(words[0], ())
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        (tmp_path / "runs").symlink_to(smoke.folder / "runs")
+        own = [f"run={prompted}" if word.startswith("run=") else word for word in words]
+        assert import_module(f"{tool}.__main__" if tool == "ldm.animate" else tool).main([*own, *small]) == 0
+        for word in words:
+            if word.startswith("out="):
+                assert (tmp_path / word.removeprefix("out=")).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("block", [b for b in blocks(TEXT) if b.language == "python"], ids=lambda b: f"line {b.line}")
