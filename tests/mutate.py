@@ -146,7 +146,8 @@ def survives(file: Path, tree: ast.Module, function: str = "") -> bool:
         near = [str(TESTS / f"test_{name}.py") for name in FILES.get(file.stem, [file.stem])]
         every = [str(f) for f in sorted(TESTS.glob("test_*.py")) if f.name != "test_house.py"]
         named = function.split(".")[0]
-        options = ["-x", "-q", "-n0", "--assert=plain", *(word for name in PLUGINS for word in ("-p", f"no:{name}"))]
+        options = ["-x", "-q", "-o", "addopts=", "-m", "not slow", "--assert=plain"]
+        options += [word for name in PLUGINS for word in ("-p", f"no:{name}")]
         rounds = zip(SECONDS, ([*near, "-k", TESTS_OF.get(named, named)], near, every), strict=True)
         for seconds, tests in rounds if function else [(SECONDS[-1], every)]:
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
