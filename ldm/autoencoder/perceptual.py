@@ -57,9 +57,7 @@ class LPIPS(nn.Module):
         try:
             self.scale, self.net = scale, vgg(weights)[: self.LAST[-1] + 1]
         except AssetError as error:
-            remedy = (
-                "training.loss.perceptual._target_=ldm.autoencoder.perceptual.EfficientNetDistance is another, of 18 MB"
-            )
+            remedy = "training.loss.perceptual._target_=ldm.autoencoder.perceptual.EfficientNetDistance is another, of 18 MB"
             raise AssetError(f"LPIPS needs VGG-16's weights; {remedy}. {error}") from None
         for stage, learned in enumerate(lpips_weights()):
             self.register_buffer(f"weight{stage}", learned, persistent=False)
