@@ -63,11 +63,18 @@ def run_folder(run: str | Path) -> Path:
         near = sorted(str(p.parent) for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
         raise UserError(f"run={run}: no such folder{'; there are ' + ', '.join(near[:5]) if near else ''}; expected one that train.py made")
     for folder in (path, *path.parents):
-        if (folder / "config.yaml").is_file() and (folder / "data.json").is_file():
+        if is_run(folder):
             return folder
+    if inside := [folder for folder in path.glob("*") if is_run(folder)]:
+        return max(inside, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
     raise UserError(
-        f"run={run}: not a run folder (no config.yaml and data.json in it); expected one that train.py made for a diffusion model"
+        f"run={run}: not a run folder (no config.yaml and data.json in it), nor a folder of such; expected one that train.py made for a diffusion model"
     )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether train.py made this folder, for a diffusion model."""
+    return (folder / "config.yaml").is_file() and (folder / "data.json").is_file()
 
 
 class Kept(NamedTuple):
@@ -152,13 +159,13 @@ def first_stage(node: Any, path: Path, channels: int) -> "tuple[FirstStage, Spac
     return autoencoder.eval().requires_grad_(False), space
 
 
-def space_of(folder: Path) -> str:
-    """The name of the latent space of a run folder, or of what is foreign. Raises UserError for a file that does not say its own."""
+def space_of(run: str | Path) -> str:
+    """The name of the latent space of what `run` names. Raises UserError for a file that does not say its own."""
     from ldm import foreign
 
-    if foreign.is_foreign(folder):
-        return foreign.described(folder).space
-    path = folder / "first_stage.safetensors"
+    if foreign.is_foreign(run):
+        return foreign.described(run).space
+    path = run_folder(run) / "first_stage.safetensors"
     return Space.carried(durable.read_metadata(path), path).name
 
 
