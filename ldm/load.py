@@ -68,7 +68,8 @@ def run_folder(run: str | Path) -> Path:
     if inside := [folder for folder in path.glob("*") if is_run(folder)]:
         return max(inside, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
     raise UserError(
-        f"run={run}: not a run folder (no config.yaml and data.json in it), nor a folder of such; expected one that train.py made for a diffusion model"
+        f"run={run}: not a run folder (no config.yaml and data.json in it), nor a folder of such; "
+        "expected one that train.py made for a diffusion model"
     )
 
 

@@ -12,7 +12,11 @@ from ldm.data.fashion_mnist import CAPTIONS
 from ldm.data.memory import read_captions
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "quickstart"
-FILES = {"prompts.csv": 2, "prompts_more.csv": 4, "prompts_dev.csv": 2}  # prompts a class; the captions were worked on with the last in view
+FILES = {
+    "prompts.csv": 2,
+    "prompts_more.csv": 4,
+    "prompts_dev.csv": 2,
+}  # a class; the captions were made with the last in view
 STOP = frozenset(re.findall("[a-z]+", "a an and at by for from in is it its my of off on or that the to with you your"))
 ENDINGS = ("s", "es", "ed", "d", "er", "ers", "ing", "y", "ly")
 
