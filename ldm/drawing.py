@@ -71,7 +71,7 @@ def draw(model: "LatentDiffusion", request: Request) -> "dict[int, Tensor]":
 
 
 def heard(model: "LatentDiffusion", request: Request) -> None:
-    """Raises UserError for words or keys that this model is not told, and for a guiding classifier of another latent space."""
+    """Raises UserError for words or keys that this model is not told, and for a classifier or weak model of another latent space."""
     keys, label = model.conditioner.keys, request.cfg.label
     asked = {"caption": request.in_words, "label": None if label is None else f"label={label}"}
     if request.cfg.negative is not None and asked["caption"] is None:
@@ -84,6 +84,10 @@ def heard(model: "LatentDiffusion", request: Request) -> None:
         from ldm.stage import classifier
 
         classifier.admit(run, space_of(request.folder))
+    if (run := request.cfg.guidance.get("weak")) is not None:
+        own, here = space_of(run), space_of(request.folder)
+        if own != here:
+            raise UserError(f"guidance.weak={run} belongs to autoencoder {own}, this model to {here}: choose one trained in its latents")
 
 
 def fingerprint(model: "LatentDiffusion") -> str:

@@ -103,7 +103,8 @@ def composed(typed: Sequence[str]) -> tuple[Any, dict[str, Any] | None]:
 def card_of(cfg: Any, published: Mapping[str, Any] | None) -> Card:
     if published is not None:
         classes = [str(i) for i in range(published["classes"])]
-        return Card(published["data"], classes, published["channels"], cfg.data.size, published["images"], 1 + bool(cfg.data.flip))
+        size = cfg.data.get("size") or published["size"]
+        return Card(published["data"], classes, published["channels"], size, published["images"], 1 + bool(cfg.data.flip))
     from ldm import build
 
     data = build.dataset(cfg, "train")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from smoke import command, here, processes
 
-from ldm import launch
+from ldm import durable, launch
 from ldm.load import weights_of
 
 FEW = ("num=10", "steps=3")
@@ -56,14 +56,17 @@ def test_one_image_a_seed_a_grid_and_the_record(lively, drawn):
     assert Image.open(drawn / "grid.png").size == (3 * 66 + 2, 4 * 66 + 2)
 
 
-def test_autoguidance_leads_away_from_another_run(smoke, lively):
+def test_autoguidance_leads_away_from_another_run(smoke, lively, place):
     """weak + s (model - weak): itself as the weak one changes nothing; another one does, and more at a larger scale."""
+    other = broken(lively, place, "weak")
+    metadata = durable.read_metadata(lively / "weights.safetensors")
+    durable.write_tensors(other / "weights.safetensors", durable.read_tensors(smoke.run / "weights.safetensors"), metadata)
     plain = draw(lively, *FEW, "guidance=cfg", "guidance.scale=1")
     itself = draw(lively, *FEW, "guidance=autoguidance", f"guidance.weak={lively}", "guidance.scale=3", out="itself")
     assert (pixels(plain) - pixels(itself)).abs().max() <= 1
     far = [
         (
-            pixels(draw(lively, *FEW, "guidance=autoguidance", f"guidance.weak={smoke.run}", f"guidance.scale={scale}", out="far"))
+            pixels(draw(lively, *FEW, "guidance=autoguidance", f"guidance.weak={other}", f"guidance.scale={scale}", out="far"))
             - pixels(plain)
         )
         for scale in (1, 1.5, 2)

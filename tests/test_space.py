@@ -181,6 +181,12 @@ def test_a_step_of_another_run_is_refused(kind, copy, capfd):
         refused(capfd, f"run={one}", "weights=raw", "num=1", "out=nothing", names=(name_of(one), name_of(two)), script="sample.py")
 
 
+def test_a_weak_model_of_another_space_is_refused(copy, capfd):
+    _, one, two = copy
+    typed = (f"run={one}", "num=1", "out=nothing", "guidance=autoguidance")
+    refused(capfd, *typed, f"guidance.weak={two}", names=(name_of(one), name_of(two)), script="sample.py")
+
+
 def test_changed_weights_and_a_changed_config_do_not_keep_their_name(copy, capfd):
     """Nobody replaced the file: a value in it was changed, or the config beside it that says how to read it."""
     _, one, _ = copy

@@ -1,0 +1,58 @@
+"""The README's table of parity is the one in experiments/parity, whose figures keep what they promise and whose commands can be typed."""
+
+import csv
+import importlib.util
+import re
+import shlex
+
+import pytest
+from smoke import ROOT, plan_of
+
+from ldm.build import SUPPLIED
+
+FOLDER = ROOT / "experiments" / "parity"
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with open(FOLDER / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def table():
+    spec = importlib.util.spec_from_file_location("parity_table", FOLDER / "table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_it_first(table):
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"<!-- parity -->\n(.*?)\n<!-- /parity -->", readme, re.DOTALL)[1]
+    assert shown == table.markdown(rows("parity"))
+    assert readme.index("|---") > readme.index("<!-- parity -->")
+
+
+def test_every_model_is_there_and_equals_its_original(table):
+    found = rows("parity")
+    assert [row["model"] for row in found] == [row.model for row in table.ROWS]
+    for row in found:
+        assert row["published"] == "the same"
+        low, high = (float(number) for number in re.findall(r"([\d.]+e[+-]\d+) in", row["difference"]))
+        assert low <= 1e-4
+        assert high <= 1e-5
+        assert row["ours"].startswith("not run: needs")
+
+
+@pytest.mark.parametrize("row", rows("parity"), ids=lambda row: row["model"])
+def test_its_command_composes(row):
+    _, script, *typed = shlex.split(row["command"])
+    if script == "train.py":
+        typed = [re.sub("IMAGENET|OPENIMAGES", ".", word) for word in typed]
+    plan_of(*typed, name=script.removesuffix(".py")).check(SUPPLIED)
+
+
+def test_memory_was_within_15_percent_of_the_plan():
+    found = rows("memory")
+    assert [row["batch"] for row in found] == ["1", "2"]
+    assert all(abs(int(row["measured_MiB"]) / int(row["plan_MiB"]) - 1) <= 0.15 for row in found)
