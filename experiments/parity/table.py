@@ -5,6 +5,7 @@ tests/net hold the originals, or what was recorded of them), reckons what an eva
 """
 
 import csv
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -171,14 +172,15 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    with open(HERE / "parity.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        for row in ROWS:
-            found = row_of(row)
-            table.writerow(found)
-            print(found, flush=True)
-    rows = list(csv.DictReader((HERE / "parity.csv").open(newline="")))
+    rows = []
+    for row in ROWS:
+        rows.append(row_of(row))
+        print(rows[-1], flush=True)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, COLUMNS)
+    table.writeheader()
+    table.writerows(rows)
+    durable.write_text(HERE / "parity.csv", text.getvalue())
     readme = ROOT / "README.md"
     pattern = r"(<!-- parity -->\n).*?(<!-- /parity -->)"
     durable.write_text(readme, re.sub(pattern, lambda m: m[1] + markdown(rows) + "\n" + m[2], readme.read_text(), flags=re.DOTALL))
