@@ -61,7 +61,7 @@ def test_autoguidance_leads_away_from_another_run(smoke, lively, place):
     other = broken(lively, place, "weak")
     metadata = durable.read_metadata(lively / "weights.safetensors")
     durable.write_tensors(other / "weights.safetensors", durable.read_tensors(smoke.run / "weights.safetensors"), metadata)
-    plain = draw(lively, *FEW, "guidance=cfg", "guidance.scale=1")
+    plain = draw(lively, *FEW, "guidance=cfg", "guidance.scale=1", out="plain")
     itself = draw(lively, *FEW, "guidance=autoguidance", f"guidance.weak={lively}", "guidance.scale=3", out="itself")
     assert (pixels(plain) - pixels(itself)).abs().max() <= 1
     far = [
