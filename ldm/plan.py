@@ -229,12 +229,14 @@ def batch_of(rows: int, card: Card, conditioner: "torch.nn.Module") -> dict[str,
     }
     part: Any
     for part in conditioner.modules():
-        if "map" in getattr(part, "keys", ()):
+        keys = getattr(part, "keys", None)
+        if not isinstance(keys, tuple):  # no conditioner: a container's keys are a method
+            continue
+        if "map" in keys:
             batch["map"] = torch.empty(rows, part.classes, *size)
-        if "low_res" in getattr(part, "keys", ()):
-            low = card.size // part.scale
-            batch["low_res"] = torch.empty(rows, card.channels, low, low)
-        if "relief" in getattr(part, "keys", ()):
+        if "low_res" in keys:
+            batch["low_res"] = torch.empty(rows, card.channels, card.size // part.scale, card.size // part.scale)
+        if "relief" in keys:
             batch["relief"] = torch.empty(rows, part.concat_channels - 1, *size)
     return batch
 
