@@ -127,10 +127,7 @@ def figures(cfg: Any, card: Card, batches: Sequence[int] = ()) -> Figures:
         net = build.net(cfg, autoencoder, conditioner)
         image = torch.empty(1, card.channels, card.size, card.size)
         z = (autoencoder.z_channels, *(card.size // autoencoder.factor,) * 2)
-        encoders = [told.kept.encoder for told in conditioner.modules() if hasattr(told, "kept")]
-        for told in conditioner.modules():
-            if hasattr(told, "kept"):
-                told.kept = Unread(told.kept)
+        encoders = unread(conditioner)
 
         def answer(batch: int, training: bool = False) -> "torch.Tensor":
             with torch.no_grad() if not training else torch.enable_grad(), meter.on_meta():
@@ -187,6 +184,17 @@ def figures(cfg: Any, card: Card, batches: Sequence[int] = ()) -> Figures:
 def counted(modules: Sequence["torch.nn.Module"]) -> dict[str, int]:
     every = [p for module in modules for p in module.parameters()]
     return {"parameters": sum(p.numel() for p in every), "trained": sum(p.numel() for p in every if p.requires_grad)}
+
+
+def unread(conditioner: "torch.nn.Module") -> list["torch.nn.Module"]:
+    """Let no text be read; returns the encoders that would have read them."""
+    told: Any
+    encoders = []
+    for told in conditioner.modules():
+        if hasattr(told, "kept"):
+            encoders.append(told.kept.encoder)
+            told.kept = Unread(told.kept)
+    return encoders
 
 
 class Unread:

@@ -1,5 +1,8 @@
 """Every preset composes, passes the strict check, and has the number of parameters that its paper prints."""
 
+import re
+from functools import cache
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -27,8 +30,9 @@ NARROW = {  # preset -> what makes it small; its process, objective, conditioner
 }
 
 
+@cache
 def composed(preset: str, *typed: str):
-    """The config of `train.py preset=... data.path=.` after the strict check."""
+    """The config of `train.py preset=... data.path=.` after the strict check; not to be changed."""
     of_folder = "override /data: folder" in (ROOT / "conf/preset" / f"{preset}.yaml").read_text()
     path = ("data.path=.",) if of_folder and not any(word.startswith("data=") for word in typed) else ()
     job = plan_of(f"preset={preset}", *path, *typed)
@@ -38,11 +42,14 @@ def composed(preset: str, *typed: str):
     return bare
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, *MISSING])
+ALIKE = re.compile("ablation_.*|ldm4_(bedrooms|celebahq)256|dit_[bl]2|small|base")  # others of their kind are in the quick suite
+
+
+@pytest.mark.parametrize("preset", [pytest.param(p, marks=pytest.mark.slow) if ALIKE.fullmatch(p) else p for p in (*PRESETS, *MISSING)])
 def test_parameters_are_the_papers(preset):
     if preset in MISSING:
         pytest.skip(MISSING[preset])
-    cfg = composed(preset)
+    cfg = composed(preset).copy()
     said = cfg.published
     card = plan.Card(said.data, range(said.classes), said.channels, cfg.data.get("size", 32), said.images, 1)
     plan.weightless(cfg.conditioner)
@@ -52,6 +59,10 @@ def test_parameters_are_the_papers(preset):
         parts = {"network": build.net(cfg, autoencoder, conditioner), "conditioner": conditioner}
         if "classifier" in said.parts:
             parts["classifier"] = instantiate(cfg.training.net)(in_channels=card.channels, classes=said.classes, size=card.size)
+        plan.unread(conditioner)
+        told = conditioner(plan.batch_of(2, card, conditioner))  # a plan can make a batch for it
+    assert (told.context is None) == (conditioner.context_dim is None)
+    assert (told.concat is None) == (not conditioner.concat_channels)
     count = sum(p.numel() for name in said.parts for p in parts[name].parameters())
     assert plan.agree(count + said.beside, said.parameters), f"{count + said.beside:,} {said.parameters}"
 
@@ -97,7 +108,7 @@ def test_what_is_special_is_there(preset, key, value):
 def test_a_narrow_one_trains_a_step_and_draws(preset, monkeypatch):
     torch.manual_seed(0)
     first_stage = () if "identity" in (ROOT / "conf/preset" / f"{preset}.yaml").read_text() else ("autoencoder=patch_f4",)
-    cfg = composed(preset, "data=synthetic", "data.size=16", *first_stage, *NARROW[preset])
+    cfg = composed(preset, "data=synthetic", "data.size=16", *first_stage, *NARROW[preset]).copy()
     cfg.pop("published")
     monkeypatch.setattr(Small, "size", 16)
     model = build.model(cfg, build.autoencoder(cfg.autoencoder, 1), Small)
