@@ -24,6 +24,7 @@ SUPPLIED = {  # what the builders pass themselves, which a config need not hold
     "ldm.stage.autoencoder.train": ("cfg",),
     "ldm.stage.judge.train": ("cfg",),
     "ldm.stage.classifier.train": ("cfg",),
+    "ldm.stage.clip.train": ("cfg",),
 }
 
 

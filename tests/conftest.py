@@ -17,9 +17,13 @@ from smoke import enliven, process
 
 @dataclass(frozen=True)
 class Smoke:
-    """folder: where the command ran and its cache lies.  run: the run folder.  said: what it printed."""
+    """folder: where the command ran and its cache lies, which other tests add to.  kept: the cache as that command left it.
+
+    run: the run folder.  said: what it printed.
+    """
 
     folder: Path
+    kept: Path
     run: Path
     said: str
 
@@ -35,7 +39,8 @@ def smoke(tmp_path_factory) -> Smoke:
     done = process("train.py", "budget=smoke", cwd=folder, timeout=400)
     assert done.returncode == 0, done.stderr
     (run,) = (folder / "runs").iterdir()
-    return Smoke(folder, run, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
+    kept = shutil.copytree(folder / "cache", folder / "kept")
+    return Smoke(folder, kept, run, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
     "training/autoencoder": ("~training.score",),
     "training/autoencoder_ldm": ("~training.score", "training.loss.perceptual=null"),  # LPIPS wants half a gigabyte
     "training/judge": ("~training.score", "~training.grid_every"),
-    "training/classifier": ("~training.score", "~training.grid_every"),
+    **dict.fromkeys(("training/classifier", "training/clip"), ("~training.score", "~training.grid_every")),
     **dict.fromkeys(("schedule/flow", "schedule/flow_3", "schedule/flow_at"), ("process=sit",)),
     **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("times=uniform", "grid=uniform")),
     "objective/repa": ("objective.encoder._target_=test_conf.Features", "objective.channels=32", "objective.features=2"),

@@ -40,7 +40,7 @@ def test_two_processes_have_the_losses_of_one(stage, precision, smoke, tmp_path)
     for ranks, trainer in ((1, "trainer=cpu"), (2, "trainer=ddp")):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        shutil.copytree(smoke.folder / "cache", folder / "cache")
+        shutil.copytree(smoke.kept, folder / "cache")
         job = (*typed, trainer, "trainer.accelerator=cpu", f"trainer.precision='{precision}'")
         done = processes(*[job] * ranks, cwd=folder)
         assert not any(one.returncode for one in done), done
@@ -65,7 +65,7 @@ def test_20_steps_launched_as_a_person_does(stage, precision, smoke, tmp_path):
     for trainer in ("trainer=cpu", "trainer=ddp"):
         folder = tmp_path / trainer
         folder.mkdir()
-        shutil.copytree(smoke.folder / "cache", folder / "cache")
+        shutil.copytree(smoke.kept, folder / "cache")
         typed = (*STAGES[stage], "training.steps=20", trainer, "trainer.accelerator=cpu", f"trainer.precision={precision}")
         done = process("train.py", *typed, cwd=folder, timeout=300)
         assert done.returncode == 0, done.stderr

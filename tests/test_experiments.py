@@ -20,6 +20,9 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "own_images": ("data.path=images",),
     "first_stage": STAGE_ONE,
     "first_stage/emoji": (*STAGE_ONE, "training.seed=1"),  # else it is the same job
+    "emoji": ("data=synthetic", "conditioner=label"),
+    "blue_marble": ("data=synthetic",),
+    "cifar10": ("data=synthetic",),
 }
 
 

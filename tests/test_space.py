@@ -64,7 +64,7 @@ def test_a_file_carries_the_space_and_is_admitted_by_it_alone(tmp_path):
 def place(smoke, tmp_path_factory):
     """A cache with two first stages of one architecture, and a run of each; what a test changes, it changes in a copy."""
     folder = tmp_path_factory.mktemp("spaces")
-    shutil.copytree(smoke.folder / "cache", folder / "cache")
+    shutil.copytree(smoke.kept, folder / "cache")
     with here(folder):
         train("metrics=none", "name=one")
         train("metrics=none", "name=two", "first_stage.seed=1")

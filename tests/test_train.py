@@ -93,8 +93,9 @@ def test_another_seed_gives_others_and_shares_the_first_stage(smoke, again, plac
     assert all(not torch.equal(a[name], b[name]) for name in a if name.endswith("weight") and a[name].ndim > 1)
 
 
-def test_another_first_stage_is_trained_for_another_recipe(place, smoke):
-    cache = smoke.folder / "cache" / "first_stage"
+def test_another_first_stage_is_trained_for_another_recipe(place, smoke, tmp_path, monkeypatch):
+    cache = shutil.copytree(smoke.kept, tmp_path / "cache") / "first_stage"
+    monkeypatch.setenv("LDM_CACHE", str(cache.parent))
     before = {p.name for p in cache.iterdir() if p.is_dir()}
     other = train("autoencoder.z_channels=3", "metrics=none")
     (made,) = {p.name for p in cache.iterdir() if p.is_dir()} - before
@@ -104,8 +105,7 @@ def test_another_first_stage_is_trained_for_another_recipe(place, smoke):
 
 def test_changed_source_trains_again_only_when_asked(place, smoke, tmp_path, monkeypatch, capfd):
     """The recipe's digest of the source is beside the weights: `trust` takes them, `rebuild` sets them aside and trains."""
-    cache = tmp_path / "cache"
-    shutil.copytree(smoke.folder / "cache", cache)
+    cache = shutil.copytree(smoke.kept, tmp_path / "cache")
     monkeypatch.setenv("LDM_CACHE", str(cache))
     whole = (smoke.run / "first_stage.safetensors").read_bytes()
     (folder,) = [p.parent for p in (cache / "first_stage").glob("*/weights.safetensors") if p.read_bytes() == whole]
@@ -133,7 +133,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(typed, smoke, tm
     for name, kills in (("whole", ()), ("killed", (5,))):
         folder = tmp_path / name
         folder.mkdir()
-        shutil.copytree(smoke.folder / "cache", folder / "cache")
+        shutil.copytree(smoke.kept, folder / "cache")
         for step in kills:
             (killed,) = processes(("train.py", *typed), cwd=folder, kill_at=step)
             assert killed.returncode == -signal.SIGKILL, killed.stdout
@@ -149,13 +149,13 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(typed, smoke, tm
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["terminated", "Ctrl-C"])
 def test_a_stopped_run_is_not_done(number, code, smoke, tmp_path):
     """It says so by its exit code, by which a sweep ends too, and leaves nothing that passes for a result."""
-    shutil.copytree(smoke.folder / "cache", tmp_path / "cache")
+    shutil.copytree(smoke.kept, tmp_path / "cache")
     (stopped,) = processes(("train.py", *AUTOENCODER), cwd=tmp_path, kill_at=3, kill=number)
     assert stopped.returncode == code, stopped.stdout
     assert "Traceback" not in stopped.stdout
-    before = list((smoke.folder / "cache").rglob("metrics.json"))
+    before = list(smoke.kept.rglob("metrics.json"))
     assert len(list(tmp_path.rglob("metrics.json"))) == len(before)
-    assert len(list(tmp_path.rglob("weights.safetensors"))) == len(list((smoke.folder / "cache").rglob("weights.safetensors")))
+    assert len(list(tmp_path.rglob("weights.safetensors"))) == len(list(smoke.kept.rglob("weights.safetensors")))
 
 
 def timeless(journal: Path) -> list[dict]:
@@ -164,7 +164,7 @@ def timeless(journal: Path) -> list[dict]:
 
 def test_a_damaged_checkpoint_is_passed_over(smoke, tmp_path):
     """The newest step's file was cut short: the run goes on from the one before, and says which it skipped and why."""
-    shutil.copytree(smoke.folder / "cache", tmp_path / "cache")
+    shutil.copytree(smoke.kept, tmp_path / "cache")
     assert processes(("train.py", *DIFFUSION), cwd=tmp_path, kill_at=5)[0].returncode == -signal.SIGKILL
     (step,) = tmp_path.glob("runs/*/checkpoints/step-00000004")
     (step / "model.safetensors").write_bytes((step / "model.safetensors").read_bytes()[:1000])

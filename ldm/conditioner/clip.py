@@ -1,14 +1,14 @@
 """CLIP's text tower (Radford et al. 2021), frozen, through open_clip: what Stable Diffusion reads its prompts with."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.conditioner.tokens import Features, Truncation
 from ldm.fetch import AssetError
@@ -110,6 +110,14 @@ def network(model: str, weights: str | None, hub: bool, random: bool) -> tuple[A
     with torch.random.fork_rng(devices=[]):  # the weights of other networks do not depend on what is drawn here and replaced
         torch.manual_seed(0)
         return opened(model, file), config
+
+
+def fresh(model: str) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
+    """open_clip's model, both towers, with weights drawn now, and what makes ids (B, length) int64 of texts; model as CLIP's."""
+    from open_clip import get_tokenizer
+
+    model = named(model)
+    return opened(model, None), get_tokenizer(model)
 
 
 def local(model: str, weights: str | None) -> Path | None:

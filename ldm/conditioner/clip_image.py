@@ -25,7 +25,6 @@ class CLIPImage(nn.Module):
         super().__init__()
         clip, config = network(model, weights, hub, random)
         self.kept = [clip.visual.eval().requires_grad_(False)]  # in a list: not to be trained, saved or averaged
-        self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (clip.visual.image_mean, clip.visual.image_std))
         self.context_dim = self.vector_dim = config["embed_dim"]
         self.register_buffer("here", torch.empty(0), persistent=False)
 
@@ -42,7 +41,13 @@ class CLIPImage(nn.Module):
         """(B, V) with norm sqrt(V)."""
         device = self.here.device
         visual = self.kept[0].to(device)
-        image = interpolate(image.float(), visual.image_size, mode="bicubic", antialias=True).clamp(-1, 1).expand(-1, 3, -1, -1)
         with torch.autocast(device.type, enabled=False):
-            vector = visual((image / 2 + 0.5 - self.mean.to(device)) / self.std.to(device))
+            vector = visual(seen(visual, image))
         return normalize(vector, dim=1) * self.vector_dim**0.5
+
+
+def seen(visual: Any, image: Tensor) -> Tensor:
+    """Images (B, 1 or 3, H, W) in [-1, 1] as an open_clip image tower takes them: (B, 3, S, S) float32, by its own mean and deviation."""
+    mean, std = (torch.tensor(x, device=image.device)[:, None, None] for x in (visual.image_mean, visual.image_std))
+    image = interpolate(image.float(), visual.image_size, mode="bicubic", antialias=True).clamp(-1, 1).expand(-1, 3, -1, -1)
+    return (image / 2 + 0.5 - mean) / std
