@@ -66,7 +66,7 @@ def guarded(run: Callable[[], Any]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        said = _mistake(error)
+        said = mistake(error)
         if said is None or "LDM_TRACEBACK" in os.environ:
             trace = error.__traceback__
             while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
@@ -79,13 +79,13 @@ def guarded(run: Callable[[], Any]) -> int:
         return 2
 
 
-def _mistake(error: BaseException) -> str | None:
+def mistake(error: BaseException) -> str | None:
     """The text of an error a person can mend, None for a bug."""
     if isinstance(error, UserError | FileNotFoundError) or (isinstance(error, OSError) and error.errno in DISK):
         return str(error)
     cause = error.__cause__
     if type(error).__name__ == "InstantiationException" and cause is not None:  # Hydra's, around what a constructor raised
-        said = _mistake(cause)
+        said = mistake(cause)
         key = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
         return f"{said} (in {key[1]})" if said and key else said
     trace = error.__traceback__

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ldm.request import Request
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ldm.diffusion.sampler import Sampler
     from ldm.model import LatentDiffusion
 
 
@@ -35,8 +36,13 @@ def world() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def draw(model: "LatentDiffusion", request: Request) -> "dict[int, Tensor]":
-    """This process's share of the images: seed -> (C, H, W) uint8; saved as they come. Raises UserError before any is drawn."""
+def draw(
+    model: "LatentDiffusion", request: Request, around: "Callable[[Sampler], Sampler]" = lambda sampler: sampler
+) -> "dict[int, Tensor]":
+    """This process's share of the images: seed -> (C, H, W) uint8; saved as they come. Raises UserError before any is drawn.
+
+    around: what wraps the sampler, to look at it.
+    """
     from hydra.utils import instantiate
 
     from ldm import picture
@@ -55,7 +61,8 @@ def draw(model: "LatentDiffusion", request: Request) -> "dict[int, Tensor]":
     rows = [request.rows[i] for i in mine(len(request.rows))]
     images: dict[int, Tensor] = {}
     bar = Bar("sampling", len(rows), unit="images")
-    drawn = samples(model, request.batch, rows, cfg.seed, cfg.batch_size, ts, sampler, guidance, str(cfg.precision), task, list(cfg.hold))
+    looked = around(sampler)
+    drawn = samples(model, request.batch, rows, cfg.seed, cfg.batch_size, ts, looked, guidance, str(cfg.precision), task, list(cfg.hold))
     for image, batch in drawn:
         memory = request.memory(batch, weights) if cfg.save == "all" else {}
         for place, (i, one) in enumerate(zip(batch["index"], to_uint8(image).cpu(), strict=True)):
