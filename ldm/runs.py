@@ -27,7 +27,7 @@ from ldm.errors import UserError
 from ldm.validate import module_of
 
 # what does not change the result, or is shown in the name
-RUN_ONLY = ("seed", "name", "runs", "trainer", "logger", "cache", "optimize", "published")
+RUN_ONLY = ("seed", "name", "runs", "trainer", "logger", "cache", "optimize", "published", "resume", "resume_with", "skips")
 
 
 def run_id(config: Mapping[str, Any], words: Sequence[str] = (), ignore: Collection[str] = RUN_ONLY) -> str:
