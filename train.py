@@ -14,4 +14,4 @@ def train(cfg):
 
 
 if __name__ == "__main__":
-    command(train, "train", paths=("runs", "init", "data.path", "data.captions"), supplied=SUPPLIED)
+    command(train, "train", paths=("runs", "init", "resume", "data.path", "data.captions"), supplied=SUPPLIED)

@@ -1,6 +1,7 @@
 """How train.py and sample.py start: Hydra composes, a mistake is one line and exit code 2, and every job of a sweep is its own process.
 
-Exit codes: 0 done, 1 a bug or a failed job of a sweep, 2 a mistake the person can mend, 130 interrupted; the task's own sys.exit stays.
+Exit codes: 0 done, 1 a bug or a failed job of a sweep, 2 a mistake the person can mend, 3 numbers no longer finite, 85 preempted (the same
+command goes on), 130 interrupted; the task's own sys.exit stays.
 """
 
 import errno
@@ -8,6 +9,7 @@ import json
 import linecache
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -21,9 +23,9 @@ from typing import Any
 
 from ldm import launch
 from ldm.argv import Tree, describe, escape, explain, quote, rewrite, several
-from ldm.errors import UserError
+from ldm.errors import NonFiniteError, UserError
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # full, or not ours to write
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)  # full, or not ours to write
 STOPPED = (85, 130, 143)  # preempted, Ctrl-C, terminated: a sweep ends instead of going on to its next job
 QUIET = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.run.dir=.", "hydra.output_subdir=null")  # nothing on disk
 
@@ -43,7 +45,7 @@ def command(
     The task must import what is heavy inside itself: it runs after the config was found right.
     """
     script = Path(task.__code__.co_filename).resolve()
-    with _rank():
+    with _preemptible(), _rank():
         sys.exit(guarded(lambda: _start(task, script, config_name, text, paths, supplied or {})))
 
 
@@ -66,7 +68,7 @@ def guarded(run: Callable[[], Any]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        said = mistake(error)
+        said, code = (str(error), 3) if isinstance(error, NonFiniteError) else (mistake(error), 2)
         if said is None or "LDM_TRACEBACK" in os.environ:
             trace = error.__traceback__
             while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
@@ -76,7 +78,7 @@ def guarded(run: Callable[[], Any]) -> int:
             return 1
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {' '.join(said.split())}", file=sys.stderr)
-        return 2
+        return code
 
 
 def mistake(error: BaseException) -> str | None:
@@ -323,6 +325,22 @@ def _devices(cfg: Any) -> int:
 
     devices = OmegaConf.select(cfg, "trainer.devices")
     return devices if isinstance(devices, int) and not isinstance(devices, bool) else 1
+
+
+@contextmanager
+def _preemptible():
+    """SIGTERM and SIGUSR1 end a command with exit code 85, to be started again; within a training, which sees to them itself, in order."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(85)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)} if main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

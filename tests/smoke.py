@@ -7,9 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,17 @@ def process(script: str, *typed: str, cwd: Path, timeout: float = 120, **env: st
 
 
 def processes(
-    *jobs: tuple[str, ...], cwd: Path, kill_at: int | None = None, kill: int = signal.SIGKILL, **env: str
+    *jobs: tuple[str, ...],
+    cwd: Path,
+    kill_at: int | None = None,
+    kill: int = signal.SIGKILL,
+    harm: Callable[[int], None] | None = None,
+    **env: str,
 ) -> list[subprocess.CompletedProcess]:
     """Commands (script, *typed) run at once, as the ranks of one world if there are several; what they print is all in stdout.
 
     Each is a process of its own, forked from one that has imported everything.
-    kill_at: the training step after which the signal `kill` comes.
+    kill_at: the training step after which the signal `kill` comes.  harm: called with each one's rank before its command runs.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ldm.stage.diffusion", "ldm.drawing", "ldm.score", "hydra", "torchmetrics.image"])
@@ -110,7 +115,7 @@ def processes(
         own = {"LDM_CACHE": str(cwd / "cache"), **env}
         if len(jobs) > 1:
             own |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        children.append(context.Process(target=_child, args=(job, cwd, own, kill_at, kill, cwd / f"said-{rank}.txt")))
+        children.append(context.Process(target=_child, args=(job, cwd, own, kill_at, kill, harm and partial(harm, rank))))
         children[-1].start()
     for child in children:
         child.join(100)
@@ -128,9 +133,9 @@ def port() -> int:
         return probe.getsockname()[1]
 
 
-def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | None, kill: int, said: Path) -> None:
+def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | None, kill: int, harm: Callable[[], None] | None) -> None:
     os.environ.update(env)
-    with open(said, "wb") as file:
+    with open(cwd / f"said-{env.get('RANK', 0)}.txt", "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
@@ -146,6 +151,8 @@ def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | 
                     os.kill(os.getpid(), kill)
 
             Record.on_train_batch_end = record
+        if harm is not None:
+            harm()
         sys.exit(command(*job))
 
 

@@ -146,13 +146,14 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(typed, smoke, tm
     assert ends[0][1] == ends[1][1]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["terminated", "Ctrl-C"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)], ids=["terminated", "Ctrl-C"])
 def test_a_stopped_run_is_not_done(number, code, smoke, tmp_path):
-    """It says so by its exit code, by which a sweep ends too, and leaves nothing that passes for a result."""
+    """It says so by its exit code, by which a sweep ends too, keeps the step it was told at, and leaves no result."""
     shutil.copytree(smoke.kept, tmp_path / "cache")
     (stopped,) = processes(("train.py", *AUTOENCODER), cwd=tmp_path, kill_at=3, kill=number)
     assert stopped.returncode == code, stopped.stdout
     assert "Traceback" not in stopped.stdout
+    assert durable.latest_valid(next(tmp_path.rglob("checkpoints/step-00000003")).parent)[1] == []
     before = list(smoke.kept.rglob("metrics.json"))
     assert len(list(tmp_path.rglob("metrics.json"))) == len(before)
     assert len(list(tmp_path.rglob("weights.safetensors"))) == len(list(smoke.kept.rglob("weights.safetensors")))

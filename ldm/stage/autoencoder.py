@@ -18,10 +18,10 @@ from ldm.metrics.features import to_uint8
 from ldm.metrics.paired import Reconstruction
 from ldm.space import Space
 from ldm.stage import cache, judge
+from ldm.stage.resume import finished
 from ldm.stage.run import opened
 from ldm.tensors import Noise, key
 from ldm.training.autoencoder import LitAutoencoder
-from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
 from ldm.training.fit import world
 from ldm.training.parallel import disband, sum_over_ranks
 
@@ -51,13 +51,13 @@ def train(
     Raises UserError for a first stage without weights, and where the network that is to measure it is also in its loss.
     """
     folder = cache.first_stage_folder(cfg)
-    if done := runs.finished(folder):
+    if done := finished(cfg, folder):
         return done["psnr"]
     make_score, _ = judge.scorer(cfg, cfg.metrics)
     score = make_score() if make_score else None
     if score and score.net.name == getattr(loss.perceptual, "name", None):
         raise UserError(f"{score.net.name} is in the training loss and cannot measure what it trained: choose another metrics= or loss")
-    with opened(cfg, folder) as run:
+    with opened(cfg, folder, cache.FIRST_STAGE) as run:
         data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
         torch.manual_seed(key(seed, "weights"))
         autoencoder = build.autoencoder(cfg.autoencoder, data.channels)
@@ -86,14 +86,8 @@ def train(
             scores.update(some, again)
             run.write(step, {f"val/{name}": value for name, value in scores.compute().items()})
 
-        callbacks = [
-            LearningRate(lr_schedule, steps),
-            Average(ema),
-            Record(run.write, log_every, steps),
-            Progress("autoencoder", run.start, steps),
-            Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume),
-            Pictures(draw, grid_every, ema),
-        ]
+        often = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
+        callbacks = run.callbacks("autoencoder", steps=steps, lr_schedule=lr_schedule, ema=ema, draw=draw, **often)
         instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed)
         with ema.applied():
             autoencoder.eval().requires_grad_(False).to("cpu", torch.float32)

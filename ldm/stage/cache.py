@@ -12,16 +12,17 @@ from ldm.errors import UserError
 from ldm.fetch import cache_dir
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+JUDGE, FIRST_STAGE = ("data", "training"), ("data", "autoencoder", "training")  # the parts of a config that determine them
 
 
 def judge_recipe(cfg: Any) -> runs.Recipe:
     """Data and training of the judge that cfg trains: cfg.training is the judge's."""
-    return runs.recipe({"data": plain(cfg["data"]), "training": plain(cfg["training"])})
+    return runs.recipe({name: plain(cfg[name]) for name in JUDGE})
 
 
 def first_stage_recipe(cfg: Any) -> runs.Recipe:
     """Data, architecture and training of the first stage that cfg trains: cfg.training is the first stage's."""
-    return runs.recipe({name: plain(cfg[name]) for name in ("data", "autoencoder", "training")})
+    return runs.recipe({name: plain(cfg[name]) for name in FIRST_STAGE})
 
 
 def judge_folder(cfg: Any) -> Path:
@@ -60,7 +61,8 @@ def ensured(cfg: Any, folder: Path, recipe: runs.Recipe, config: Mapping[str, An
             if cfg.cache == "trust":
                 return folder
             folder.rename(folder.with_name(f"{folder.name}-{source.read_text()}"))
-        config = {**config, "trainer": {**config["trainer"], "devices": devices}, "logger": {"_target_": "ldm.report.Silent"}}
+        config = {**config, "trainer": {**config["trainer"], "devices": devices}}
+        config |= {"logger": {"_target_": "ldm.report.Silent"}, "resume": "auto"}
         config["trainer"]["strategy"] = config["trainer"]["strategy"] if devices > 1 else "auto"
         launch.write_config(config, folder)
         code = launch.run_config(TRAIN, folder, devices)

@@ -19,9 +19,9 @@ from ldm.load import DataCard, config_of, run_folder
 from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
 from ldm.stage.diffusion import moments
+from ldm.stage.resume import finished
 from ldm.stage.run import opened
 from ldm.tensors import Noise, key
-from ldm.training.callbacks import Checkpoints, LearningRate, Progress, Record
 from ldm.training.classifier import LitClassifier, noisy_logits
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which it is measured
@@ -30,7 +30,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which it is measured
 def train(cfg: Any, *, steps: int, batch_size: int, net, optimizer, lr_schedule, log_every: int, save_every: int, num: int = 2000) -> float:
     """Train on cached latents with noise at the config's times; returns the mean accuracy on `num` held-out images over LEVELS."""
     folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), ["classifier", choices().get("data", "data"), cfg.name])
-    if done := runs.finished(folder):
+    if done := finished(cfg, folder):
         print(f"this run is done: {folder}")
         return done["accuracy"]
     data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
@@ -44,12 +44,8 @@ def train(cfg: Any, *, steps: int, batch_size: int, net, optimizer, lr_schedule,
         if run.chief:
             DataCard.of(data).write(folder)
         lit = LitClassifier(network, autoencoder, schedule, instantiate(cfg.times), optimizer, cfg.seed)
-        callbacks = [
-            LearningRate(lr_schedule, steps),
-            Record(run.write, log_every, steps),
-            Progress("classifier", run.start, steps),
-            Checkpoints(run.checkpoints, None, save_every, steps, run.config_text(), run.resume, space.metadata),
-        ]
+        often = {"log_every": log_every, "save_every": save_every}
+        callbacks = run.callbacks("classifier", steps=steps, lr_schedule=lr_schedule, metadata=space.metadata, **often)
         latents = Latents(data, moments(autoencoder, space, data))
         instantiate(cfg.trainer)(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)
         if run.chief:

@@ -20,8 +20,8 @@ from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
 from ldm.stage import begin, judge
 from ldm.stage.estimate import announce
+from ldm.stage.resume import finished
 from ldm.stage.run import Run, opened
-from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
 from ldm.training.diffusion import LitDiffusion
 
 
@@ -42,7 +42,7 @@ def train(
 ) -> float | None:
     """Train on cached latents, average the weights, choose the guidance, draw and score; returns the metric named by cfg.optimize."""
     folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), [choices().get("data", "data"), cfg.name])
-    if done := runs.finished(folder):
+    if done := finished(cfg, folder):
         print(f"this run is done: {folder}\n{summary(done)}")
         return done.get(cfg.optimize)
     make_score, baselines = judge.scorer(cfg, cfg.metrics)
@@ -70,14 +70,9 @@ def train(
             sheet = gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance)
             run.picture(step, f"grids/step-{step:06d}", sheet)
 
-        callbacks = [
-            LearningRate(lr_schedule, steps),
-            Average(ema),
-            Record(run.write, log_every, steps),
-            Progress("diffusion", run.start, steps),
-            Checkpoints(run.checkpoints, ema, save_every, steps, run.config_text(), run.resume, space.metadata),
-            Pictures(draw, grid_every, ema),
-        ]
+        often = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
+        beside = {"ema": ema, "draw": draw, "metadata": space.metadata}
+        callbacks = run.callbacks("diffusion", steps=steps, lr_schedule=lr_schedule, **beside, **often)
         image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys}
         latents = Latents(data, moments(autoencoder, space, data), image)
         run.say(f"diffusion   {sum(p.numel() for p in model.denoiser.parameters()):,} parameters, {steps} steps of {batch_size}")

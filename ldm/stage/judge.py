@@ -15,9 +15,9 @@ from ldm.metrics.baseline import PCAGaussian, noisy
 from ldm.metrics.distribution import ClassAccuracy, FrechetDistance, PrecisionRecall, Score
 from ldm.metrics.features import extract, to_uint8
 from ldm.stage import cache
+from ldm.stage.resume import finished
 from ldm.stage.run import opened
 from ldm.tensors import Noise, key
-from ldm.training.callbacks import Checkpoints, LearningRate, Progress, Record
 from ldm.training.judge import LitJudge
 from ldm.training.parallel import disband
 
@@ -37,19 +37,14 @@ def train(
 ) -> float:
     """Train the judge, standardise its features over the training set, keep them as the reference, measure the baselines."""
     folder = cache.judge_folder(cfg)
-    if done := runs.finished(folder):
+    if done := finished(cfg, folder):
         return done["accuracy"]
     torch.manual_seed(key(seed, "weights"))
     net = net()
-    with opened(cfg, folder) as run:
+    with opened(cfg, folder, cache.JUDGE) as run:
         data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
         lit = LitJudge(net, optimizer, label_smoothing)
-        callbacks = [
-            LearningRate(lr_schedule, steps),
-            Record(run.write, log_every, steps),
-            Progress("judge", run.start, steps),
-            Checkpoints(run.checkpoints, None, save_every, steps, run.config_text(), run.resume),
-        ]
+        callbacks = run.callbacks("judge", steps=steps, lr_schedule=lr_schedule, log_every=log_every, save_every=save_every)
         instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed)
         disband()
         if not run.chief:

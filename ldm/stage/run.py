@@ -1,8 +1,7 @@
 """A run in progress: its folder, and whatever is written there and to the logger."""
 
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,19 @@ from torch import Tensor
 from ldm import durable, picture, runs
 from ldm.build import plain
 from ldm.command import choices
+from ldm.ema import PowerEMA
 from ldm.report import Logger, Silent
+from ldm.stage import resume
+from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
 from ldm.training.fit import world
+from ldm.training.gradients import Gradients
+from ldm.training.parallel import Agreement
+from ldm.training.stop import Stop
 
 
 @dataclass
 class Run:
-    """folder: all that the run writes.  resume: the newest valid checkpoint, or None.  chief: whether this process writes."""
+    """folder: all that the run writes.  resume: the checkpoint it goes on from, or None.  chief: whether this process writes."""
 
     folder: Path
     config: dict[str, Any]
@@ -58,6 +63,34 @@ class Run:
             self.logger.picture(step, name, path)
         return path
 
+    def callbacks(
+        self,
+        name: str,
+        *,
+        steps: int,
+        lr_schedule: Callable[[int, int], float],
+        log_every: int,
+        save_every: int,
+        ema: PowerEMA | None = None,
+        metadata: dict[str, str] | None = None,
+        draw: Callable[[int], None] | None = None,
+        grid_every: int = 0,
+    ) -> list[Any]:
+        """What goes on around each step of a training shown as `name`, in this order: what looks, what writes, what ends it."""
+        gradients = Gradients(self.folder, self.config.get("skips", 10))
+        saving = Checkpoints(self.checkpoints, ema, save_every, steps, self.config_text(), self.resume, metadata)
+        return [
+            Agreement({"config": runs.fingerprint(self.config), "first step": self.start}),
+            LearningRate(lr_schedule, steps),
+            gradients,
+            *([Average(ema)] if ema else []),
+            Record(self.write, log_every, steps, gradients),
+            Progress(name, self.start, steps),
+            saving,
+            *([Pictures(draw, grid_every, ema)] if draw else []),
+            Stop(saving.save),
+        ]
+
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write metrics.json, the mark of a finished run."""
         whole = {**metrics, "seconds": round(time.monotonic() - self.since, 1)}
@@ -69,26 +102,25 @@ class Run:
 
 
 @contextmanager
-def opened(cfg: Any, folder: Path) -> Iterator[Run]:
-    """The run of this config in `folder`, taken up where its newest valid checkpoint left it. Raises UserError if another holds it."""
+def opened(cfg: Any, folder: Path, parts: Collection[str] | None = None) -> Iterator[Run]:
+    """The run of this config in `folder`, taken up as its `resume` says; parts: the top keys that decide its steps, None for all.
+
+    Raises UserError if another process holds the folder, or as resume.checkpoint does.
+    """
     config, chief = plain(cfg), world()[0] == 0
     since = time.monotonic()
     with ExitStack() as stack:
         if chief:
             stack.enter_context(runs.lock(folder))
+        found = resume.checkpoint(config, folder, chief, parts)
+        if chief:
             runs.save_config(config, folder / "config.yaml")
             durable.write_json(folder / "choices.json", choices())
             durable.write_json(folder / "provenance.json", runs.provenance(Path(__file__).parent))
             print(f"writing to {folder}", flush=True)
-        step, skipped = durable.latest_valid(folder / "checkpoints")
-        for path, reason in skipped if chief else []:
-            print(f"skipping checkpoint {path}: {reason}", file=sys.stderr)
-        resume = durable.load_step(step) if step else None
-        if resume and chief:
-            print(f"resuming from step {resume.step} ({step})", flush=True)
-        journal = runs.Journal(folder / "metrics.jsonl", resume.step if resume else 0) if chief else None
+        journal = runs.Journal(folder / "metrics.jsonl", found.step if found else 0) if chief else None
         logger: Logger = instantiate(cfg.logger) if chief else Silent()
         logger.start(folder, config, choices())
-        yield Run(folder, config, resume, chief, journal, logger, since)
+        yield Run(folder, config, found, chief, journal, logger, since)
         if journal is not None:
             journal.close()

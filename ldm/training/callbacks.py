@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ldm import durable
 from ldm.ema import PowerEMA
+from ldm.errors import NonFiniteError
 from ldm.progress import Bar
+from ldm.training.gradients import Gradients
 from ldm.training.parallel import mean_over_ranks
 
 
@@ -42,20 +44,24 @@ class Average(L.Callback):
 class Record(L.Callback):
     """Writes the mean of each term since the last record, over steps and ranks, every `every` steps: write(step, {"train/loss": ...}).
 
-    Raises FloatingPointError, with the last checkpoint intact, when the loss is no longer finite.
+    gradients: what saw their norm; the terms of a step that it skipped are left out, and `train/skipped` counts such steps.
+    Raises NonFiniteError, with the last checkpoint intact, when the loss is not finite though its gradients were.
     """
 
-    def __init__(self, write: Callable[[int, dict[str, float]], None], every: int, total: int):
-        self.write, self.every, self.total = write, every, total
+    def __init__(self, write: Callable[[int, dict[str, float]], None], every: int, total: int, gradients: Gradients | None = None):
+        self.write, self.every, self.total, self.gradients = write, every, total, gradients
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.images, self.since = 0, time.monotonic()
+        self.images, self.skipped, self.since = 0, 0, time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        for name, value in outputs.items():
-            value = value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        if self.gradients is not None and self.gradients.skipped:
+            self.skipped += 1
+        else:
+            for name, value in (outputs | (self.gradients.norms if self.gradients else {})).items():
+                value = value.detach()
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+                self.counts[name] = self.counts.get(name, 0) + 1
         self.images += batch["total"]
         step = batch["step"] + 1
         if step % self.every == 0 or step == self.total:
@@ -63,9 +69,11 @@ class Record(L.Callback):
             now = time.monotonic()
             means["perf/images_per_s"] = self.images / (now - self.since)
             means["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            self.sums, self.counts, self.images, self.since = {}, {}, 0, now
-            if not math.isfinite(means["train/loss"]):
-                raise FloatingPointError(f"the loss is not finite at step {step}; lower the learning rate, or train in float32")
+            if self.skipped:
+                means["train/skipped"] = self.skipped
+            self.sums, self.counts, self.images, self.skipped, self.since = {}, {}, 0, 0, now
+            if not math.isfinite(means.get("train/loss", 0.0)):
+                raise NonFiniteError(f"the loss is not finite at step {step}; lower the learning rate, or train in float32")
             if trainer.is_global_zero:
                 self.write(step, means)
 
@@ -123,8 +131,9 @@ class Checkpoints(L.Callback):
     ):
         self.folder, self.ema, self.every, self.total, self.config, self.resume = folder, ema, every, total, config, resume
         self.metadata = metadata
+        self.saved = -1
 
-    def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:  # also called where no step is left to train
         if self.resume is None:
             return
         load_trained(lit, self.resume.tensors["model"])
@@ -132,15 +141,28 @@ class Checkpoints(L.Callback):
             lit.get_submodule(name).set_extra_state(state)
         if self.ema is not None:
             self.ema.load(self.resume.tensors["ema"])
+        trainer.precision_plugin.load_state_dict(self.resume.state.get("precision", {}))
         for optimizer, state in zip(trainer.optimizers, self.resume.state["optimizers"], strict=True):
+            asked = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
+            for group, options in zip(optimizer.param_groups, asked, strict=True):
+                group.pop("base_lr", None)
+                group.update(options)  # of its options the config decides, not the file
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         step = batch["step"] + 1
-        if (step % self.every == 0 or step == self.total) and trainer.is_global_zero:
-            average = {} if self.ema is None else {"ema": self.ema.shadow}
-            state = {"optimizers": [o.state_dict() for o in trainer.optimizers], "extra": extra(lit)}
-            durable.save_step(self.folder, step, {"model": trained(lit), **average}, state, self.config, metadata=self.metadata)
+        if step % self.every == 0 or step == self.total:
+            self.save(trainer, lit, step)
+
+    def save(self, trainer: L.Trainer, lit: L.LightningModule, step: int) -> None:
+        """Keep the state after `step` steps, unless that was done."""
+        if step == self.saved or not trainer.is_global_zero:
+            return
+        average = {} if self.ema is None else {"ema": self.ema.shadow}
+        state = {"optimizers": [o.state_dict() for o in trainer.optimizers], "extra": extra(lit)}
+        state["precision"] = trainer.precision_plugin.state_dict()  # the scale of the loss in float16
+        durable.save_step(self.folder, step, {"model": trained(lit), **average}, state, self.config, metadata=self.metadata)
+        self.saved = step
 
 
 class Pictures(L.Callback):

@@ -2,15 +2,20 @@
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from ldm.data.stream import Batched, Stream
+from ldm.errors import UserError
 
 PRECISION = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -27,7 +32,9 @@ def precision_here(wanted: str | int) -> str:
 
 
 def world() -> tuple[int, int]:
-    """(rank, number of processes) as the launcher says."""
+    """(rank, number of processes) as torch's launcher or Slurm says."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -45,17 +52,19 @@ def fit(
     strategy: str = "auto",
     precision: str | int = "auto",
     workers: int = 0,
+    timeout: float = 30.0,
 ) -> None:
     """Train lit on steps start..steps-1, batch_size rows a step over all ranks together.
 
-    Raises ValueError if the rows cannot be shared out equally.
+    timeout: minutes that a rank waits for the others before it gives up.
+    Raises ValueError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
     if batch_size % ranks:
         raise ValueError(f"batch_size={batch_size} cannot be split into {ranks} equal parts; choose a multiple of {ranks}")
     stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
-    loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers)
+    loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers, worker_init_fn=deaf)
     if precision_here(precision) != "64":
         lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
@@ -64,7 +73,7 @@ def fit(
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=devices,
-        strategy="ddp_find_unused_parameters_true" if strategy == "ddp" or (strategy == "auto" and ranks > 1) else strategy,
+        strategy=strategy_of("ddp" if strategy == "auto" and ranks > 1 else strategy, timedelta(minutes=timeout)),
         precision=PRECISION[precision_here(precision)],
         max_epochs=1,
         callbacks=list(callbacks),
@@ -76,5 +85,22 @@ def fit(
     )
     try:
         trainer.fit(lit, loader)
-    except SystemExit as end:  # Lightning's answer to SIGTERM (without a code) and to Ctrl-C (1): neither is the end of the training
-        raise SystemExit(130 if end.code else 143) from None
+    except SystemExit as end:  # before the first step Lightning answers Ctrl-C with 1, SIGTERM without a code
+        raise SystemExit({1: 130, None: 85}.get(end.code, end.code)) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = " ".join(str(error).split())
+        remedy = "the same command goes on from the last checkpoint, lower trainer.workers if memory is short"
+        raise UserError(f"a process that reads data is gone ({what}); {remedy}") from None
+
+
+def strategy_of(name: str, timeout: timedelta) -> Any:
+    """Lightning's strategy of a name; DDP with a time-out, and with parameters that a step leaves out."""
+    return DDPStrategy(find_unused_parameters=True, timeout=timeout) if name == "ddp" else name
+
+
+def deaf(worker: int) -> None:
+    """A process that reads data leaves signals to the one that trains, which ends it in its time."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

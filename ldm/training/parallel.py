@@ -1,7 +1,14 @@
 """The few collectives that training needs; each is the identity in a single process."""
 
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
 import torch.distributed as dist
 from torch import Tensor
+
+from ldm.errors import UserError
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -26,3 +33,42 @@ def disband() -> None:
     """End the process group: from here on each process is alone, and what one of them measures waits for no other."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def most_of_ranks(x: Tensor) -> Tensor:
+    """The largest x of all processes, elementwise."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def all_ranks(value: Any) -> list[Any]:
+    """A plain value of every process, in the order of the ranks."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+class Agreement(L.Callback):
+    """Lets a training begin only if all ranks are of one world and would do the same; facts: what must be equal, by name.
+
+    Raises UserError naming what differs.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]):
+        self.facts = dict(facts)
+
+    def on_fit_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        facts = {"number of processes": os.environ.get("WORLD_SIZE", str(trainer.world_size)), **self.facts}
+        for rank, other in enumerate(all_ranks(facts)):
+            for name, value in other.items():
+                if value != facts[name]:
+                    mine = trainer.global_rank
+                    raise UserError(f"ranks {mine} and {rank} differ in the {name} ({facts[name]}, {value}): start all alike")
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if trainer.world_size != ranks:
+            raise UserError(f"a trainer for {trainer.world_size} processes, but {ranks} are there: start as many as trainer.devices says")

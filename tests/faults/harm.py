@@ -1,0 +1,75 @@
+"""Harm done to a training from within its own process, each at a step and on a rank; for smoke.processes(harm=...)."""
+
+import os
+import shutil
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import Any
+
+
+def after_step(step: int, act: Callable[[], None], ranks: Collection[int], rank: int) -> None:
+    """Call act() when training step `step` has been recorded, before anybody asks whether to stop."""
+    from ldm.training.callbacks import Record
+
+    record = Record.on_train_batch_end
+
+    @wraps(record)
+    def then(self, trainer, lit, outputs, batch, batch_idx):
+        record(self, trainer, lit, outputs, batch, batch_idx)
+        if batch["step"] + 1 == step and rank in ranks:
+            act()
+
+    Record.on_train_batch_end = then
+
+
+def signals(numbers: Collection[int]) -> None:
+    """Send this process signals, one after the other."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def not_a_number(steps: Collection[int], ranks: Collection[int], rank: int) -> None:
+    """The loss of these steps is not a number, on these ranks."""
+    from ldm.training.autoencoder import LitAutoencoder
+    from ldm.training.diffusion import LitDiffusion
+
+    for owner in (LitAutoencoder, LitDiffusion):
+        _poison(owner, steps, rank in ranks)
+
+
+def _poison(owner: Any, steps: Collection[int], here: bool) -> None:
+    name = "balance" if hasattr(owner, "balance") else "latent"
+    whole = getattr(owner, name)
+    step = owner.training_step
+
+    def training_step(self, batch, batch_idx):
+        self.poisoned = here and batch["step"] + 1 in steps
+        return step(self, batch, batch_idx)
+
+    def poisoned(self, *args):
+        found = whole(self, *args)
+        return found * float("nan") if self.poisoned else found
+
+    owner.training_step = training_step
+    setattr(owner, name, poisoned)
+
+
+def full_disk(step: int, rank: int) -> None:
+    """From the checkpoint of this step on, the disk has no room."""
+    from ldm import durable
+
+    save = durable.save_step
+
+    def saved(folder, at, *args, **kwargs):
+        if at >= step:
+            shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+        return save(folder, at, *args, **kwargs)
+
+    durable.save_step = saved
+
+
+def nobody(rank: int) -> None:
+    """The process may write only where everybody may."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
