@@ -1,0 +1,88 @@
+"""A small CLIP trained on the data's own captions, kept as files that everything reads which reads open_clip's published ones."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from ldm import build, durable, runs
+from ldm.command import choices
+from ldm.conditioner.clip import fresh
+from ldm.conditioner.clip_image import seen
+from ldm.stage.run import opened
+from ldm.tensors import key
+from ldm.training.callbacks import Checkpoints, LearningRate, Progress, Record
+from ldm.training.clip import LitCLIP
+from ldm.training.parallel import disband
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+def train(
+    cfg: Any,
+    *,
+    steps: int,
+    batch_size: int,
+    model: Mapping[str, Any],
+    crop: float,
+    optimizer,
+    lr_schedule,
+    log_every: int,
+    save_every: int,
+    among: int = 100,
+) -> float:
+    """Train open_clip's towers as `model` describes them; returns the part of held-out images whose caption is found among `among`.
+
+    The run folder gets model.json and weights.safetensors, a `model` and `weights` for conditioner=clip.
+    """
+    folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), ["clip", choices().get("data", "data"), cfg.name])
+    if done := runs.finished(folder):
+        print(f"this run is done: {folder}")
+        return done["image_to_text"]
+    data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
+    with opened(cfg, folder) as run:
+        durable.write_json(folder / "model.json", build.plain(model))
+        torch.manual_seed(key(cfg.seed, "weights"))
+        net, tokenize = fresh(str(folder / "model.json"))
+        callbacks = [
+            LearningRate(lr_schedule, steps),
+            Record(run.write, log_every, steps),
+            Progress("clip", run.start, steps),
+            Checkpoints(run.checkpoints, None, save_every, steps, run.config_text(), run.resume),
+        ]
+        lit = LitCLIP(net, tokenize, optimizer, crop, cfg.seed)
+        instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)
+        disband()
+        if not run.chief:
+            return 0.0
+        net.eval().to("cpu", torch.float32)
+        durable.write_tensors(folder / "weights.safetensors", net.state_dict())
+        metrics = retrieval(net, tokenize, test, among)
+        run.finish(metrics)
+        run.say(f"clip        {'  '.join(f'{name} {value:.3f}' for name, value in metrics.items())}\nin {folder}")
+        return metrics["image_to_text"]
+
+
+@torch.no_grad()
+def retrieval(net: nn.Module, tokenize: Tokenize, test: Any, among: int) -> dict[str, float]:
+    """Part of held-out images whose own caption is the nearest of `among`, of captions whose image is, and what chance would find."""
+    rows = groups(len(test), among)
+    found = {"image_to_text": 0, "text_to_image": 0}
+    for part in rows:
+        batch = test.batch([(0, i) for i in part])
+        ids = tokenize(batch["caption"])
+        image, text, _ = net(seen(net.visual, batch["image"]), ids)
+        same = (ids[:, None] == ids).all(-1)
+        for name, cosine in (("image_to_text", image @ text.T), ("text_to_image", text @ image.T)):
+            found[name] += int(same.gather(1, cosine.argmax(1, keepdim=True)).sum())
+    total = sum(map(len, rows))
+    return {**{name: count / total for name, count in found.items()}, "chance": 1 / len(rows[0]), "n": float(total)}
+
+
+def groups(total: int, among: int) -> list[list[int]]:
+    """As many groups of `among` rows as `total` has room for, each spread over all of them; one of all where there are fewer."""
+    apart = max(1, total // among)
+    return [list(range(first, total, apart))[:among] for first in range(apart)]

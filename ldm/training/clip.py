@@ -1,0 +1,71 @@
+"""CLIP: images and their captions brought to one space (Radford et al. 2021)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.conditioner.clip_image import seen
+from ldm.tensors import Noise
+from ldm.training.diffusion import noise_of
+
+MOST = 100.0  # the largest factor on cosines (Radford et al. 2021, sec. 2.5)
+
+
+class LitCLIP(L.LightningModule):
+    """The symmetric cross-entropy of a batch's images against its captions (Radford et al. 2021, fig. 3), over this process's rows.
+
+    net: open_clip's model.  tokenize: B texts -> ids (B, L) int64.  crop: the least part of a side that a random square crop keeps.
+    Rows with the same caption are each other's right answer, in equal parts.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        tokenize: Callable[[Sequence[str]], Tensor],
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        crop: float = 1.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.net, self.tokenize, self.optimizer, self.crop, self.seed = net, tokenize, optimizer, crop, seed
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        ids = self.tokenize(batch["caption"]).to(self.device)
+        image, text, scale = self.net(seen(self.net.visual, cropped(batch["image"], noise_of(self.seed, batch), self.crop)), ids)
+        return contrast(image, text, scale.clamp(max=MOST), (ids[:, None] == ids).all(-1))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters())
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """What is learned beside parameters: the statistics of a ResNet's batch normalisation."""
+        return dict(self.net.named_buffers())
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        for name, buffer in self.net.named_buffers():
+            buffer.copy_(state[name])
+
+
+def contrast(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> dict[str, Tensor]:
+    """loss () and accuracy () of embeddings (B, D) of norm 1; same (B, B) bool: which texts are right for which images."""
+    with torch.autocast(image.device.type, enabled=False):
+        logits = scale.float() * image.float() @ text.float().T  # (B, B)
+        right = same.float() / same.sum(1, keepdim=True)
+        loss = 0.5 * (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right))
+    found = same.gather(1, logits.argmax(1, keepdim=True))
+    return {"loss": loss, "accuracy": found.float().mean(), "scale": scale.detach()}
+
+
+def cropped(image: Tensor, noise: Noise, least: float) -> Tensor:
+    """A random square crop of each image (B, C, H, W), from `least` to all of its side, at its own size again."""
+    if least == 1:
+        return image
+    side, x, y = noise.uniform("crop", torch.empty(len(image), 3, device=image.device)).unbind(1)
+    side = least + (1 - least) * side
+    zero = torch.zeros_like(side)
+    theta = torch.stack([side, zero, (1 - side) * (2 * x - 1), zero, side, (1 - side) * (2 * y - 1)], 1).unflatten(1, (2, 3))
+    return F.grid_sample(image, F.affine_grid(theta, list(image.shape), align_corners=False), "bilinear", "border", align_corners=False)

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from ldm.metrics.interval import bootstrap, wilson
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (1, 100, 0.0018, 0.0545)],
+)
+def test_wilson_is_as_tabled(hits, total, low, high):
+    assert wilson(hits, total) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_bootstrap_of_many_is_the_normal_interval():
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(0)) + 3
+    low, high = bootstrap(values)
+    reach = 1.96 * values.std().item() / 2000**0.5
+    assert (low, high) == pytest.approx((values.mean().item() - reach, values.mean().item() + reach), abs=0.1 * reach)
+    assert bootstrap(torch.ones(5)) == (1.0, 1.0)
+
+
+def test_what_is_no_count_or_no_list_is_refused():
+    with pytest.raises(ValueError, match="3 hits of 2"):
+        wilson(3, 2)
+    with pytest.raises(ValueError, match="expected one number for each"):
+        bootstrap(torch.ones(2, 2))

@@ -1,0 +1,141 @@
+"""training=clip: its loss against numbers by hand, its files read by the code that reads published ones, taken up where it stopped."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from smoke import command, here, process, train
+
+from ldm import durable
+from ldm.conditioner.clip import CLIP, network
+from ldm.conditioner.clip_image import CLIPImage
+from ldm.stage.clip import groups
+from ldm.tensors import Noise
+from ldm.training.clip import LitCLIP, contrast, cropped
+
+MODEL = (
+    "training.model.embed_dim=16",
+    "training.model.vision_cfg={image_size: 16, layers: 1, width: 32, head_width: 32, patch_size: 8}",
+    "training.model.text_cfg={context_length: 8, width: 32, heads: 2, layers: 1}",
+)
+SMALL = ("training=clip", "~training.score", "~training.grid_every", "metrics=none", *MODEL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(smoke, tmp_path_factory):
+    with here(tmp_path_factory.mktemp("clip"), LDM_CACHE=str(smoke.folder / "cache")):
+        yield Path.cwd()
+
+
+@pytest.fixture(scope="module")
+def made(place) -> Path:
+    return train(*SMALL)
+
+
+def test_loss_is_the_mean_over_both_directions():
+    angles = torch.tensor([0.0, 2.0]), torch.tensor([0.3, 1.4])
+    image, text = (torch.stack([a.cos(), a.sin()], 1) for a in angles)
+    cosines = [[math.cos(a - b) for b in (0.3, 1.4)] for a in (0.0, 2.0)]
+
+    def cross(logits: list[float], right: int) -> float:
+        return math.log(sum(math.exp(x) for x in logits)) - logits[right]
+
+    rows = [cross([5 * x for x in row], i) for i, row in enumerate(cosines)]
+    columns = [cross([5 * row[j] for row in cosines], j) for j in range(2)]
+    terms = contrast(image, text, torch.tensor(5.0), torch.eye(2, dtype=torch.bool))
+    assert terms["loss"].item() == pytest.approx((sum(rows) + sum(columns)) / 4, rel=1e-5)
+    assert terms["accuracy"] == 1
+
+
+def test_equal_captions_are_each_others_answer():
+    """Two images of one caption and one of another, all embeddings right: the loss is that of a choice between two equals."""
+    image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    terms = contrast(image, image, torch.tensor(100.0), same)
+    assert terms["loss"].item() == pytest.approx(2 * math.log(2) / 3, rel=1e-5)
+    assert terms["accuracy"] == 1
+
+
+def test_a_crop_is_a_part_of_the_image_keyed_by_its_row():
+    x = torch.linspace(-1, 1, 16)
+    image = torch.stack([x.expand(16, 16), x[:, None].expand(16, 16)])[None].repeat(3, 1, 1, 1)  # the coordinates themselves
+    noise = Noise(0, [(0, 3), (0, 5), (1, 3)])
+    out = cropped(image, noise, 0.5)
+    step = out[:, 0, 0].diff(dim=1)[:, 2:-2].mean(1) / x.diff()[0]  # the side that was kept
+    assert ((step > 0.5) & (step < 1)).all()
+    torch.testing.assert_close(out[:, 0, 0].diff(dim=1).mean(1), out[:, 1, :, 0].diff(dim=1).mean(1), atol=0.03, rtol=0)
+    assert out.abs().max() <= 1
+    assert len({round(one, 4) for one in out[:, 0, 8, 8].tolist()}) == 3
+    assert torch.equal(cropped(image[1:2], Noise(0, [(0, 5)]), 0.5), out[1:2])
+    assert torch.equal(cropped(image, noise, 1.0), image)
+
+
+@pytest.mark.parametrize(("total", "sizes"), [(740, [100] * 7), (100, [100]), (60, [60]), (199, [100])])
+def test_groups_are_spread_over_all(total, sizes):
+    found = groups(total, 100)
+    assert [len(one) for one in found] == sizes
+    assert len({row for one in found for row in one}) == sum(sizes)
+    assert all(0 <= row < total for one in found for row in one)
+
+
+def test_its_files_are_read_as_published_ones_are(made):
+    """Both towers, the text as a condition and the image as one, with no other code than a user's ViT-L/14 has."""
+    model, weights = str(made / "model.json"), str(made / "weights.safetensors")
+    encoder = CLIP(model, weights)
+    context, mask, vector = encoder(["a photo of a ring", ""])
+    assert (context.shape, vector.shape) == ((2, 8, 32), (2, 16))
+    assert mask.all()
+    assert encoder.identity != CLIP(model, random=True).identity
+    net, _ = network("model", weights, False, False)
+    saved = durable.read_tensors(made / "weights.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
+    assert CLIPImage("model", weights)({"image": torch.zeros(2, 1, 32, 32)}).vector.shape == (2, 16)
+
+
+def test_retrieval_is_said_beside_chance(made):
+    found = json.loads((made / "metrics.json").read_text())
+    assert found["chance"] == 0.01
+    assert 0 <= found["image_to_text"] <= 1
+    assert 0 <= found["text_to_image"] <= 1
+
+
+def test_a_diffusion_model_is_told_by_it(made):
+    typed = (f"conditioner.encoder.model={made / 'model.json'}", f"conditioner.encoder.weights={made / 'weights.safetensors'}")
+    run = train("conditioner=clip", *typed, "conditioner.length=8", "metrics=none", "training.steps=1")
+    assert command("sample.py", f"run={run}", "prompt=a ring", "num=2", "steps=2", "out=drawn") == 0
+    assert len(list(Path("drawn").glob("0*.png"))) == 2
+
+
+def test_what_a_resnet_learns_beside_its_parameters_is_kept():
+    from ldm.training.callbacks import extra
+
+    def lit() -> LitCLIP:
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+        return LitCLIP(net, lambda texts: torch.zeros(len(texts), 1), torch.optim.SGD)
+
+    one, other = lit(), lit()
+    one.net(torch.randn(8, 3, 4, 4))
+    for name, state in extra(one).items():
+        other.get_submodule(name).set_extra_state(state)
+    assert one.net[1].running_mean.abs().min() > 0
+    assert all(torch.equal(a, b) for a, b in zip(one.net.buffers(), other.net.buffers(), strict=True))
+
+
+@pytest.mark.slow
+def test_taken_up_where_it_stopped(place):
+    """Steps 1 and 2 in two processes come to the weights of both in one, to the bit."""
+    typed = (*SMALL, "training.steps=2", "training.save_every=1", "name=resumed")
+    whole = train(*typed)
+    (step,) = (whole / "checkpoints").glob("step-00000001")
+    before = durable.read_tensors(whole / "weights.safetensors")
+    (whole / "metrics.json").unlink()
+    (whole / "weights.safetensors").unlink()
+    shutil.rmtree(whole / "checkpoints" / "step-00000002")
+    done = process("train.py", "budget=smoke", *typed, cwd=place)
+    assert done.returncode == 0, done.stderr
+    after = durable.read_tensors(whole / "weights.safetensors")
+    assert step.is_dir()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
