@@ -194,7 +194,9 @@ def test_option_is_built(option):
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("trainer/")])
 def test_trainer_options_take_every_precision(option, precision):
     trainer = composed(*typed(option), f"trainer.precision={precision}").trainer
-    assert instantiate(trainer).keywords.keys() == {"accelerator", "devices", "strategy", "precision", "workers"}
+    assert instantiate(trainer).keywords.keys() == {
+        *("accelerator", "devices", "strategy", "precision", "workers", "accumulate", "nodes", "timeout")
+    }
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("data/")])

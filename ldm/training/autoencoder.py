@@ -40,11 +40,13 @@ class LitAutoencoder(L.LightningModule):
         self.automatic_optimization = False
         self.autoencoder, self.loss, self.discriminator = autoencoder, loss, discriminator
         self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
+        self.parts = 1  # batches that a step is made of
         self.start, self.ramp, self.weight, self.seed = discriminator_start, discriminator_ramp, discriminator_weight, seed
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         image = batch["image"]
         generator, discriminator = cast(list, self.optimizers())
+        first, last = batch_idx % self.parts == 0, (batch_idx + 1) % self.parts == 0
         adversarial = self.weight > 0 and batch["step"] >= self.start
 
         self.toggle_optimizer(generator)
@@ -57,18 +59,22 @@ class LitAutoencoder(L.LightningModule):
             weight = self.balance(terms["rec"], fake) * self.weight * min(1.0, (batch["step"] - self.start + 1) / self.ramp)
             loss = loss + weight * fake
             terms |= {"adversarial": fake, "adversarial_weight": weight}
-        generator.zero_grad()
-        self.manual_backward(loss)
-        generator.step()
+        if first:
+            generator.zero_grad()
+        self.manual_backward(loss / self.parts)
+        if last:
+            generator.step()
         self.untoggle_optimizer(generator)
 
         if adversarial:
             self.toggle_optimizer(discriminator)
             real, fake = (self.discriminator(x).to(image.dtype) for x in (image, reconstruction.detach()))
             discriminator_loss = hinge_loss(real, fake)
-            discriminator.zero_grad()
-            self.manual_backward(discriminator_loss)
-            discriminator.step()
+            if first:
+                discriminator.zero_grad()
+            self.manual_backward(discriminator_loss / self.parts)
+            if last:
+                discriminator.step()
             self.untoggle_optimizer(discriminator)
             right = 0.5 * ((real > 0).to(real.dtype).mean() + (fake < 0).to(fake.dtype).mean())
             terms |= {

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ldm.data.stream import Batched, Stream
 from ldm.errors import UserError
+from ldm.training.accumulate import Accumulated, Parted
 
 PRECISION = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -52,18 +53,26 @@ def fit(
     strategy: str = "auto",
     precision: str | int = "auto",
     workers: int = 0,
+    accumulate: int = 1,
+    nodes: int = 1,
     timeout: float = 30.0,
 ) -> None:
     """Train lit on steps start..steps-1, batch_size rows a step over all ranks together.
 
+    devices: of each of `nodes` machines.  accumulate: batches that a step is made of, one after the other.
     timeout: minutes that a rank waits for the others before it gives up.
     Raises ValueError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
-    if batch_size % ranks:
-        raise ValueError(f"batch_size={batch_size} cannot be split into {ranks} equal parts; choose a multiple of {ranks}")
+    if batch_size % (ranks * accumulate):
+        parts = f"{ranks * accumulate} equal parts ({ranks} processes, accumulate={accumulate})"
+        raise ValueError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
     stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
+    if accumulate > 1:
+        stream, callbacks = Parted(stream, accumulate), [Accumulated(callbacks, accumulate)]
+    if not lit.automatic_optimization:
+        lit.parts = accumulate
     loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers, worker_init_fn=deaf)
     if precision_here(precision) != "64":
         lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
@@ -73,6 +82,8 @@ def fit(
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=devices,
+        num_nodes=nodes,
+        accumulate_grad_batches=accumulate if lit.automatic_optimization else 1,
         strategy=strategy_of("ddp" if strategy == "auto" and ranks > 1 else strategy, timedelta(minutes=timeout)),
         precision=PRECISION[precision_here(precision)],
         max_epochs=1,

@@ -34,14 +34,12 @@ class Stop(L.Callback):
 
     def told(self, number: int, frame: FrameType | None) -> None:
         """The handler of a signal."""
-        if self.code and (number == signal.SIGINT or time.monotonic() - self.since > ECHO):
+        if not self.code:
+            self.code, self.since = CODE[signal.Signals(number)], time.monotonic()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C from here on ends even a process that waits for another rank
+        elif time.monotonic() - self.since > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        elif not self.code:
-            self.since = time.monotonic()
-        self.code = max(self.code, CODE[signal.Signals(number)])
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)  # the second one ends even a process that waits for another rank
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: object, batch: dict, batch_idx: int) -> None:
         code = int(most_of_ranks(torch.tensor(self.code, device=lit.device)))

@@ -1,0 +1,33 @@
+"""A step made of several batches is the step of one."""
+
+import pytest
+from rows import Line, Rows, Seen, train
+
+from ldm.data.stream import Stream
+from ldm.training.accumulate import Parted
+
+
+def test_the_parts_of_a_stream_are_its_batches_cut():
+    whole, parts = Stream(10, 6, 3, seed=1), Parted(Stream(10, 6, 3, seed=1), 3)
+    assert len(parts) == 9
+    for step, one in enumerate(whole):
+        cut = list(parts)[3 * step : 3 * step + 3]
+        assert [key for part in cut for key in part.at] == one.at
+        assert [place for part in cut for place in part.position] == one.position
+        assert {(part.step, part.total, len(part.at)) for part in cut} == {(step, 6, 2)}
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_losses_and_weights_are_those_of_whole_batches(parts):
+    seen = [Seen(), Seen()]
+    for one, accumulate in zip(seen, (1, parts), strict=True):
+        train(Line(), Rows(), [one], steps=5, accumulate=accumulate)
+    assert len(seen[1].terms) == 5
+    assert seen[1].weights == pytest.approx(seen[0].weights, rel=1e-5)
+    for whole, cut in zip(seen[0].terms, seen[1].terms, strict=True):
+        assert cut == pytest.approx(whole, rel=1e-5)
+
+
+def test_rows_that_cannot_be_shared_out_are_refused():
+    with pytest.raises(ValueError, match=r"batch_size=4 cannot be split into 3 equal parts \(1 processes, accumulate=3\)"):
+        train(Line(), Rows(), [], steps=1, accumulate=3)
