@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from smoke import enliven, process
 
 
@@ -33,14 +34,23 @@ class Smoke:
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory) -> Smoke:
-    """`python train.py budget=smoke` with nothing there yet: the judge, the first stage, the diffusion model, samples and scores."""
-    folder = tmp_path_factory.mktemp("smoke")
-    done = process("train.py", "budget=smoke", cwd=folder, timeout=400)
-    assert done.returncode == 0, done.stderr
+def smoke(tmp_path_factory, worker_id) -> Smoke:
+    """`python train.py budget=smoke` with nothing there yet: the judge, the first stage, the diffusion model, samples and scores.
+
+    The first test process that asks for it runs the command; each has a copy of its own.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "first"
+    with FileLock(f"{shared}.lock"):
+        if not shared.is_dir():
+            made = tmp_path_factory.mktemp("made")
+            done = process("train.py", "budget=smoke", cwd=made, timeout=400)
+            assert done.returncode == 0, done.stderr
+            (made / "said.txt").write_text(re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
+            made.rename(shared)
+    folder = shutil.copytree(shared, tmp_path_factory.mktemp("smoke") / "here")
     (run,) = (folder / "runs").iterdir()
-    kept = shutil.copytree(folder / "cache", folder / "kept")
-    return Smoke(folder, kept, run, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
+    return Smoke(folder, shutil.copytree(folder / "cache", folder / "kept"), run, (folder / "said.txt").read_text())
 
 
 @pytest.fixture(scope="session")
