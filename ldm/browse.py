@@ -22,6 +22,7 @@ from ldm.argv import nearest
 from ldm.command import guarded
 from ldm.errors import UserError
 from ldm.page import STYLE, TABLE, WATCH, chart, swatch
+from ldm.parse import json_of
 from ldm.progress import Bar
 
 KEYS = ("out", "points")
@@ -75,7 +76,7 @@ def read(folder: Path) -> Run:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json_of(path.read_text(encoding="utf-8"))
 
 
 def _grids(folder: Path, faults: list[str]) -> list[tuple[str, bytes]]:

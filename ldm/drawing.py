@@ -173,7 +173,7 @@ def difference(path: Path, image: "Tensor") -> str:
     import torch
     from PIL import Image
 
-    with Image.open(path) as file:
+    with Image.open(path, formats=("PNG",)) as file:
         before = torch.from_numpy(np.array(file)).reshape(*image.shape[1:], -1).permute(2, 0, 1)
     largest = int((before.int() - image.int()).abs().max())
     return "bit for bit the same" if largest == 0 else f"the largest difference is {largest} of 255 grey levels"

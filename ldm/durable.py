@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.errors import UserError
+from ldm.parse import json_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,7 +154,7 @@ def _complete(step: Path) -> dict[str, Any]:
     if not step.is_dir():
         raise DamagedError(f"{step} is not there")
     try:
-        manifest = json.loads((step / MANIFEST).read_text())
+        manifest = json_of((step / MANIFEST).read_text())
         sizes = {
             name: int(entry["bytes"]) for name, entry in manifest["files"].items() if str(entry["sha256"]) and int(manifest["step"]) >= 0
         }

@@ -5,14 +5,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omegaconf import OmegaConf
-
-from ldm import build
+from ldm import admit, build
 from ldm.errors import UserError
 from ldm.interop import checkpoint, config, folder, read, single
 from ldm.interop import text as text_names
 from ldm.interop.keymap import fit
 from ldm.interop.pipeline import Pipeline
+from ldm.parse import yaml_of
 from ldm.space import Space
 
 if TYPE_CHECKING:
@@ -38,11 +37,9 @@ def opened(run: str | Path, kind: str = "ema", yaml: str | Path | None = None) -
     kind: ema or raw, where a checkpoint holds both.  yaml: CompVis' config of a checkpoint; by default the .yaml of the same name beside
     it; Stable Diffusion 1 needs none.  Raises UserError, DamagedError naming the file.
     """
-    from ldm.validate import validate
-
     path = Path(run).expanduser()
     pipeline = folder.load(path) if path.is_dir() else of_file(path, kind, yaml)
-    validate(pipeline.config, None, build.SUPPLIED)
+    admit.config(pipeline.config, path)
     return pipeline
 
 
@@ -70,14 +67,12 @@ def of_file(path: Path, kind: str, yaml: str | Path | None) -> Pipeline:
 
 def of_yaml(path: Path) -> dict[str, Any]:
     """A yaml file as plain data. Raises UserError for one that is not there or no model config of CompVis."""
-    import yaml
-
     if not path.is_file():
         raise UserError(f"config={path}: no such file; expected the yaml of a CompVis model")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"config={path} is no yaml ({' '.join(str(error).split())[:120]})") from None
+        given = yaml_of(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"config={path} is no yaml ({str(error)[:120]})") from None
     if not isinstance(given, dict) or not isinstance(given.get("model"), dict) or "params" not in given["model"]:
         raise UserError(f"config={path} has no model.params; expected the yaml of a CompVis model")
     return given
@@ -85,13 +80,14 @@ def of_yaml(path: Path) -> dict[str, Any]:
 
 def model_of(pipeline: Pipeline) -> "LatentDiffusion":
     """The model of a pipeline, on the CPU. Raises UserError for weights that are not of the config's architecture."""
-    cfg = OmegaConf.create(pipeline.config)
+    cfg = admit.config(pipeline.config, "the pipeline")
     if pipeline.text:
         cfg.conditioner.encoder.update({"weights": None, "random": True})  # they come with the pipeline
     card = card_of(pipeline.data)
-    autoencoder = build.autoencoder(cfg.autoencoder, card.channels)
-    fit(autoencoder, pipeline.autoencoder, "first stage")
-    model = build.model(cfg, autoencoder, card)
+    with admit.building("the pipeline"):
+        autoencoder = build.autoencoder(cfg.autoencoder, card.channels)
+        fit(autoencoder, pipeline.autoencoder, "first stage")
+        model = build.model(cfg, autoencoder, card)
     fit(model.denoiser.net, pipeline.net, "U-Net")
     if pipeline.text:
         load_text(tower_of(model), pipeline)
@@ -105,8 +101,8 @@ def card_of(data: dict[str, Any]) -> "DataCard":
     from ldm.load import DataCard
 
     try:
-        return DataCard(**data)
-    except TypeError as error:
+        return DataCard.described(data)
+    except ValueError as error:
         raise UserError(f"the file's header does not describe its data ({error}); export it again") from None
 
 
@@ -129,8 +125,9 @@ def described(run: str | Path, kind: str = "ema") -> Described:
 def _described(path: Path, kind: str, changed: tuple[int, ...]) -> Described:
     pipeline = opened(path, kind)
     card = card_of(pipeline.data)
-    autoencoder = build.autoencoder(OmegaConf.create(pipeline.config["autoencoder"]), card.channels)
-    fit(autoencoder, pipeline.autoencoder, "first stage")
+    with admit.building(path):
+        autoencoder = build.autoencoder(admit.config(pipeline.config, path).autoencoder, card.channels)
+        fit(autoencoder, pipeline.autoencoder, "first stage")
     return Described(pipeline.config, card, Space.of(autoencoder, pipeline.config["autoencoder"]).name)
 
 

@@ -1,6 +1,5 @@
 """A trained model from a run folder, with nothing else needed than the folder (and the text encoder's published weights)."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm import durable, runs
 from ldm.errors import UserError
+from ldm.parse import json_of
 from ldm.space import Space
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ldm.condition import Condition
     from ldm.diffusion.denoiser import Denoise, Denoiser
     from ldm.model import LatentDiffusion
+
+
+LARGEST = 1 << 16  # pixels on a side of anybody's images
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,24 @@ class DataCard:
     def of(data) -> "DataCard":
         return DataCard(data.fingerprint, data.classes, data.captions, data.channels, data.size)
 
+    @staticmethod
+    def described(said: Any) -> "DataCard":
+        """The card that plain data describe. Raises ValueError for what is none."""
+        names = {"fingerprint", "classes", "captions", "channels", "size"}
+        if not isinstance(said, dict) or said.keys() != names:
+            raise ValueError(f"expected {', '.join(sorted(names))}")
+        classes, captions = said["classes"], said["captions"]
+        told = isinstance(captions, list) and all(
+            isinstance(one, list) and one and all(isinstance(x, str) for x in one) for one in captions
+        )
+        if not isinstance(said["fingerprint"], str) or not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+            raise ValueError("expected a fingerprint and the names of classes")
+        if not told or not classes or len(captions) != len(classes):
+            raise ValueError("expected captions of each class")
+        if said["channels"] not in (1, 3) or type(said["size"]) is not int or not 1 <= said["size"] <= LARGEST:
+            raise ValueError(f"expected 1 or 3 channels and a size of 1 to {LARGEST} pixels")
+        return DataCard(**said)
+
     def write(self, folder: Path) -> None:
         durable.write_json(folder / "data.json", asdict(self))
 
@@ -44,8 +65,8 @@ class DataCard:
             return foreign.described(folder).card
         path = folder / "data.json"
         try:
-            return DataCard(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            return DataCard.described(json_of(path.read_text(encoding="utf-8")))
+        except ValueError as error:
             raise durable.DamagedError(f"{path} is damaged ({error}); the same train.py command writes it again") from None
 
 
@@ -126,18 +147,12 @@ def of_step(path: Path, kind: str) -> Kept:
 
 
 def config_of(folder: Path) -> Any:
-    """A run's config, checked as one from the command line is: only targets that a config may name."""
-    from omegaconf import OmegaConf
-
-    from ldm import foreign
-    from ldm.build import SUPPLIED
-    from ldm.validate import validate
+    """A run's config, with no target but what a config that came with a file may name. Raises UserError."""
+    from ldm import admit, foreign
 
     if foreign.is_foreign(folder):
-        return OmegaConf.create(foreign.described(folder).config)
-    plain = runs.load_config(folder / "config.yaml")
-    validate(plain, None, SUPPLIED)
-    return OmegaConf.create(plain)
+        return admit.config(foreign.described(folder).config, folder)
+    return admit.config(runs.load_config(folder / "config.yaml"), folder / "config.yaml")
 
 
 def first_stage(node: Any, path: Path, channels: int) -> "tuple[FirstStage, Space]":
@@ -178,7 +193,7 @@ def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
     """
     import torch
 
-    from ldm import build, foreign
+    from ldm import admit, build, foreign
     from ldm.training.callbacks import load_trained
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,9 +202,10 @@ def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
     folder = run_folder(run)
     cfg, card = config_of(folder), DataCard.read(folder)
     found = kept(run, weights)
-    autoencoder, space = first_stage(cfg.autoencoder, folder / "first_stage.safetensors", card.channels)
+    with admit.building(folder):
+        autoencoder, space = first_stage(cfg.autoencoder, folder / "first_stage.safetensors", card.channels)
+        model = build.model(cfg, autoencoder, card)
     space.admit(found.metadata, found.path, "each was trained for its own: draw from the run that the weights come from")
-    model = build.model(cfg, autoencoder, card)
     load_trained(model, found.tensors)
     return model.eval().to(device)
 

@@ -1,20 +1,18 @@
 """What was asked of sample.py: which images, told what, made of what; and the same from an image that it made before."""
 
 import csv
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm import runs
-from ldm.argv import escape
-from ldm.build import SUPPLIED, dataset, degraded, plain
+from ldm import admit, runs
+from ldm.build import dataset, degraded, plain
 from ldm.errors import UserError
 from ldm.foreign import is_foreign
 from ldm.load import DataCard, config_of, run_folder
+from ldm.parse import json_of
 from ldm.source import Source, Wanted
-from ldm.validate import validate
 
 NOT_ASKED = ("run", "num", "batch_size", "save", "trainer", "out", "metrics", "again")  # what the default folder's name leaves out
 
@@ -82,7 +80,7 @@ class Request:
         if not Path(places[config["run"]]).is_relative_to(self.folder.absolute()):
             places[config["run"]] = str(self.folder.absolute())  # the newest of a folder of runs, today
         return {
-            "request": mapped(runs.without(config, ("again", "out", "save", "trainer")), lambda text: places.get(text, text)),
+            "request": runs.mapped(runs.without(config, ("again", "out", "save", "trainer")), lambda text: places.get(text, text)),
             "rows": batch["index"],
             "told": [self.told[i] for i in batch["index"]] if self.told else [],
             "inputs": {name: source.digest for name, source in self.inputs.items()},
@@ -119,16 +117,16 @@ def again(cfg: Any) -> Request:
 
     Raises UserError for a file that is none of ours, and for inputs that are not what they were.
     """
-    from omegaconf import OmegaConf
-
     carried = memory_of(Path(cfg.again).expanduser())
+    if missing := plain(cfg).keys() - carried["request"].keys() - {"again", "out", "save", "trainer"}:
+        raise UserError(f"again={cfg.again}: its request does not say {min(missing)}; expected an image that this version made")
     config = carried["request"] | {name: plain(cfg[name]) for name in ("again", "out", "save", "trainer")}
     config |= {"run": cfg.run or config["run"], "metrics": {}}
-    validate(config, None, SUPPLIED)
-    new = OmegaConf.create(mapped(config, escape))
-    folder = run_folder(new.run)
-    card = DataCard.read(folder)
-    sources = inputs(new, card)
+    new = admit.config(config, f"again={cfg.again}")
+    with admit.building(f"again={cfg.again}"):
+        folder = run_folder(new.run)
+        card = DataCard.read(folder)
+        sources = inputs(new, card)
     for name, source in sources.items():
         if source.digest != carried["inputs"].get(name):
             raise UserError(f"{name}={new[name]} is not what it was when {cfg.again} was drawn: put it back")
@@ -143,9 +141,9 @@ def memory_of(path: Path) -> dict[str, Any]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             image.load()
-            carried = json.loads(image.text["again"])  # type: ignore[attr-defined]
+            carried = json_of(image.text["again"])  # type: ignore[attr-defined]
         if {"request", "rows", "row", "told", "inputs", "weights"} <= carried.keys() and carried["row"] in carried["rows"]:
             return carried
     except FileNotFoundError:
@@ -175,15 +173,6 @@ def held_out(folder: Path) -> Any:
     """The held-out images of a run's data, with the low resolution and the masks that it was trained with."""
     config = config_of(folder)
     return degraded(config, "test") if "degrade" in config else dataset(config, "test")
-
-
-def mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Plain data with every text in it changed."""
-    if isinstance(value, Mapping):
-        return {key: mapped(one, change) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [mapped(one, change) for one in value]
-    return change(value) if isinstance(value, str) else value
 
 
 def told(cfg: Any, card: DataCard) -> list[tuple[str, int | None]]:

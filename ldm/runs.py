@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from ldm import durable
 from ldm.argv import escape, unescape
 from ldm.errors import UserError
+from ldm.parse import json_of, yaml_of
 from ldm.validate import module_of
 
 # what does not change the result, or is shown in the name
@@ -93,7 +94,7 @@ def _targets(value: Any) -> Iterator[str]:
 def source_digest(targets: Iterable[str]) -> str:
     """sha256 over the source files behind dotted names and all that these import in turn, libraries left out.  Nothing is imported."""
     files: dict[str, bytes] = {}
-    waiting = [target for target in targets if _ours(target.split(".")[0])]
+    waiting = [target for target in targets if is_own(target.split(".")[0])]
     while waiting:
         target = waiting.pop()
         file, _ = module_of(target)
@@ -104,7 +105,7 @@ def source_digest(targets: Iterable[str]) -> str:
             found = [one.name for one in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found = [f"{node.module}.{one.name}" for one in node.names]
-            waiting += [name for name in found if _ours(name.split(".")[0])]
+            waiting += [name for name in found if is_own(name.split(".")[0])]
     total = hashlib.sha256()
     for digest in sorted(
         hashlib.sha256(source).hexdigest() for source in files.values()
@@ -113,7 +114,7 @@ def source_digest(targets: Iterable[str]) -> str:
     return total.hexdigest()
 
 
-def _ours(package: str) -> bool:
+def is_own(package: str) -> bool:
     """Whether a top package is this one or a person's own, not an installed library or the standard one."""
     if package in sys.stdlib_module_names:
         return False
@@ -128,30 +129,29 @@ def save_config(config: Mapping[str, Any], path: Path | str) -> None:
     """Write resolved plain data as yaml that Hydra and load_config read back to the same values."""
     from omegaconf import OmegaConf  # its yaml quotes text that its reader, unlike yaml's own, takes for a number: 1e-3
 
-    durable.write_text(path, OmegaConf.to_yaml(OmegaConf.create(_mapped(dict(config), escape))))
+    durable.write_text(path, OmegaConf.to_yaml(OmegaConf.create(mapped(dict(config), escape))))
 
 
 def load_config(path: Path | str) -> dict[str, Any]:
     """The plain data of a saved config; nothing in it is resolved or called.  Raises UserError naming the file."""
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not there: {path.parent} is not a run folder")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = yaml_of(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no config")
-    return _mapped(config, unescape)
+    return mapped(config, unescape)
 
 
-def _mapped(value: Any, change: Any) -> Any:
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain data with every text in it changed."""
     if isinstance(value, Mapping):
-        return {key: _mapped(one, change) for key, one in value.items()}
+        return {key: mapped(one, change) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_mapped(one, change) for one in value]
+        return [mapped(one, change) for one in value]
     return change(value) if isinstance(value, str) else value
 
 
@@ -190,7 +190,7 @@ def read_journal(path: Path | str) -> list[dict[str, Any]]:
         return []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
+            row = json_of(line)
         except ValueError:  # torn by a kill
             continue
         if "resume" in row:
@@ -210,7 +210,7 @@ def finish(folder: Path | str, metrics: Mapping[str, Any]) -> None:
 def finished(folder: Path | str) -> dict[str, Any] | None:
     """The final metrics of a finished run, None for one that is not."""
     file = Path(folder) / "metrics.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return json_of(file.read_text()) if file.is_file() else None
 
 
 def _mapped_values(value: Any) -> Any:

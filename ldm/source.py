@@ -5,7 +5,6 @@ A folder's files are taken in turn, by name; a single file serves every row.
 """
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.decode import MAX_PIXELS, eight_bit
+from ldm.data import decode
+from ldm.data.decode import eight_bit
 from ldm.data.folder import OPENED
 from ldm.errors import UserError
+from ldm.parse import json_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def boxes(wanted: Wanted, path: str | None, key: str = "boxes") -> Source:
 
     def read(file: Path) -> list[tuple[float, ...]]:
         try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
+            rows = json_of(file.read_text(encoding="utf-8"))
             layout = []
             for name, *corners in rows:
                 kind = wanted.classes.index(name) if name in wanted.classes else int(name)
@@ -144,15 +145,12 @@ def found(key: str, path: str | None, endings: Sequence[str] = OPENED) -> list[P
 
 def opened(key: str, file: Path) -> Any:
     """The Pillow image of a file, turned as its EXIF says, 16 bits scaled to 8. Raises UserError naming key and file."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pixel counts, which are checked, and of odd metadata
         try:
-            with Image.open(file) as picture:
-                width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    raise ValueError(f"{width}x{height} is above {MAX_PIXELS // 10**6} megapixels")
+            with decode.opened(file) as picture:
                 return eight_bit(ImageOps.exif_transpose(picture))
         except Exception as error:  # Pillow's many plugins raise what they please at a broken file
             reason = " ".join(str(error).replace(repr(str(file)), "").split()) or repr(error)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm import durable, runs
 from ldm.errors import UserError
+from ldm.parse import json_of
 
 KEY = "latent_space"  # in the metadata of safetensors files
 
@@ -35,7 +36,7 @@ class Space:
     def carried(metadata: Mapping[str, str], where: Path | str) -> "Space":
         """The space that a file's metadata names. Raises UserError naming the file for one without a name."""
         try:
-            return Space(**json.loads(metadata[KEY]))
+            return Space(**json_of(metadata[KEY]))
         except (KeyError, ValueError, TypeError):
             said = f"{where} does not say which autoencoder it belongs to; make it again with this version, or remove it"
             raise UserError(said) from None

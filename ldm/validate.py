@@ -31,21 +31,22 @@ def validate(
     supplied: a node's dotted path, or a `_target_` -> the parameters that code passes, so that the config need not.
     Raises UserError with the key, the value and what was expected.
     """
-    for path, node in _nodes(config, ""):
+    for path, node in nodes(config):
         if "_target_" in node:
             _node(path, node, {*(supplied or {}).get(path, ()), *(supplied or {}).get(str(node["_target_"]), ())})
     if base is not None:
         _kinds(config, base, "")
 
 
-def _nodes(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def nodes(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every node of plain data with its dotted path, the whole first."""
     if isinstance(value, Mapping):
         yield path, value
         for key, inner in value.items():
-            yield from _nodes(inner, f"{path}.{key}" if path else str(key))
+            yield from nodes(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
         for place, inner in enumerate(value):
-            yield from _nodes(inner, f"{path}[{place}]")
+            yield from nodes(inner, f"{path}[{place}]")
 
 
 def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None:
@@ -236,6 +237,19 @@ def _source(file: Path) -> Source:
             case ast.ImportFrom(module=str(origin), names=found, level=0):
                 imports |= {one.asname or one.name: f"{origin}.{one.name}" for one in found}
     return Source(definitions, aliases, imports)
+
+
+def definition(target: str) -> str | None:
+    """The dotted name under which a function or class is defined, that or one that its package imports it from; None for anything else."""
+    module, names = module_of(target)
+    if module is None or not names:
+        return None
+    source = _source(module)
+    if names[0] in source.definitions:
+        return target
+    origin = source.imports.get(names[0], "")
+    same = origin.split(".")[0] == target.split(".")[0] and origin != target
+    return definition(".".join([origin, *names[1:]])) if same else None
 
 
 def _defined(file: Path, names: list[str]) -> Signature | None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "ldm").rglob("*.py"))
 
 FLOOR = {
-    **dict.fromkeys(("tensors", "condition", "errors", "fetch", "pretrained", "durable", "progress"), 0),
+    **dict.fromkeys(("tensors", "condition", "errors", "fetch", "pretrained", "durable", "progress", "parse"), 0),
     **dict.fromkeys(("diffusion", "net", "data", "metrics", "ema"), 1),
     **dict.fromkeys(("autoencoder", "conditioner", "objective", "adapter", "interop"), 2),
     "model": 3,
@@ -21,6 +21,7 @@ ROOF = 6  # every room not named above
 LIBRARIES = {  # besides the standard library and torch
     "fetch": {"filelock", "torchvision"},
     "durable": {"safetensors"},
+    "parse": {"yaml"},
     "net": {"einops"},
     "data": {"PIL", "filelock", "numpy", "torchvision", "datasets"},
     "metrics": {"numpy", "torchmetrics", "torch_fidelity", "torchvision"},
@@ -30,6 +31,7 @@ LIBRARIES = {  # besides the standard library and torch
     "interop": {"open_clip", "safetensors"},
     "training": {"lightning"},
     "animate": {"imageio", "imageio_ffmpeg", "matplotlib"},
+    "app": {"starlette"},
 }
 ON_THE_ROOF = {"PIL", "einops", "filelock", "gradio", "hydra", "omegaconf", "numpy", "rich", "wandb", "yaml"}
 HEAVY = {"open_clip", "timm", "torch_fidelity", "torchmetrics", "torchvision", "transformers", "tokenizers", "wandb", "gradio"}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm.data.decode import opened
 from ldm.errors import UserError
 from ldm.typed import pick
 
@@ -38,7 +39,7 @@ def picture(path: str, size: int, crop: Sequence[float] | None = None) -> Tensor
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(Path(path).expanduser()) as file:
+        with opened(Path(path).expanduser()) as file:
             whole = file.convert("L" if file.mode in ("1", "L", "I", "F", "I;16") else "RGB")
             if crop is not None:
                 whole = whole.crop(_box(crop, whole.size))

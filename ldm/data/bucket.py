@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.decode import rectangle
+from ldm.data.decode import opened, rectangle
 from ldm.data.lazy import Lazy
 from ldm.data.memory import flipped
 from ldm.data.stream import Slice
@@ -145,11 +145,9 @@ class Bucketed(Dataset):
 
 def sizes_of(dataset: Lazy) -> list[tuple[int, int]]:
     """(height, width) of every image's file, by its header, turned as its EXIF says."""
-    from PIL import Image
-
     found = []
     for row in dataset.rows.tolist():
-        with Image.open(dataset.source.image(row)) as file:
+        with opened(dataset.source.image(row)) as file:
             turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             found.append(file.size if turned else file.size[::-1])
     return found

@@ -1,7 +1,6 @@
 """What is said of a folder's images: beside them, in a list, by their subfolders or by their names."""
 
 import csv
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -10,9 +9,11 @@ from pathlib import Path
 
 from ldm.data.memory import read_captions
 from ldm.errors import UserError
+from ldm.parse import json_of
 
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 CAMERA = {"img", "image", "dsc", "dscn", "dscf", "pxl", "mvi", "gopr", "photo", "picture", "pic", "screenshot", "untitled", "wa", "copy"}
+MOST = 1 << 20  # characters of captions of one image that are read
 SHOWN = 500  # captions that speak for the whole folder where there are no classes
 LISTS = (".csv", ".tsv", ".jsonl")
 FOUND = ("metadata.csv", "metadata.jsonl")  # a list that lies in the folder under one of these names is used unasked
@@ -86,7 +87,10 @@ def read_list(path: Path) -> list[tuple[str, list[str]]]:
         rows = [(place, _object(path, place, line)) for place, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
         delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in text.partition("\n")[0] else ","
-        rows = list(enumerate(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter), 2))
+        try:
+            rows = list(enumerate(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter), 2))
+        except csv.Error as error:
+            raise UserError(f"captions={path} is no list of captions ({error})") from None
     if not rows:
         raise UserError(f"captions={path}: no rows in it; expected a file name and a caption in each")
     return [_row(path, place, row) for place, row in rows]
@@ -94,7 +98,7 @@ def read_list(path: Path) -> list[tuple[str, list[str]]]:
 
 def _object(path: Path, place: int, line: str) -> dict:
     try:
-        value = json.loads(line)
+        value = json_of(line)
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -141,7 +145,8 @@ def lines_beside(path: Path) -> list[str]:
     """The captions beside an image, one a line of its .txt, else those of "caption" in its .json; empty without any."""
     for suffix, parse in ((".txt", str.splitlines), (".json", _caption)):
         try:
-            lines = parse(path.with_suffix(suffix).read_text(encoding="utf-8-sig", errors="replace"))
+            with open(path.with_suffix(suffix), encoding="utf-8-sig", errors="replace") as file:
+                lines = parse(file.read(MOST))
         except OSError:
             continue
         if lines := [line for line in (" ".join(line.split()) for line in lines) if line]:
@@ -151,7 +156,7 @@ def lines_beside(path: Path) -> list[str]:
 
 def _caption(text: str) -> list[str]:
     try:
-        value = json.loads(text)
+        value = json_of(text)
     except ValueError:
         return []
     return _texts(value.get("caption")) if isinstance(value, dict) else []

@@ -1,5 +1,6 @@
 """Any image file as a square of bytes, whatever its mode, size, orientation and depth."""
 
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -7,6 +8,30 @@ import torch
 from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # of one file; a picture of 48 kB can unpack to gigabytes
+
+
+# never EPS, for which Pillow starts Ghostscript, nor the rare formats whose readers nobody attacks in earnest
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JXL")
+
+
+def opened(source: Path | BinaryIO):
+    """An image file of one of FORMATS, its header read. Raises what Pillow raises, ValueError above MAX_PIXELS."""
+    from PIL import Image
+
+    file = Image.open(source, formats=_known())
+    if file.size[0] * file.size[1] > MAX_PIXELS:
+        file.close()
+        raise ValueError(f"{file.size[0]}x{file.size[1]} is above {MAX_PIXELS // 10**6} megapixels")
+    return file
+
+
+@cache
+def _known() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow reads."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(one for one in FORMATS if one in Image.OPEN)
 
 
 def square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
@@ -23,10 +48,8 @@ def rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -
     import numpy as np
     from PIL import Image, ImageOps
 
-    with Image.open(source) as file:
+    with opened(source) as file:
         shorter = min(file.size)
-        if file.size[0] * file.size[1] > MAX_PIXELS:
-            raise ValueError(f"{file.size[0]}x{file.size[1]} is above {MAX_PIXELS // 10**6} megapixels")
         file.draft(None, (2 * max(height, width),) * 2)  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
         image = eight_bit(ImageOps.exif_transpose(file))
     if image.has_transparency_data:

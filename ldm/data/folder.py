@@ -4,7 +4,7 @@ import json
 import os
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.captions import shown, some, tell
-from ldm.data.decode import square
+from ldm.data.decode import opened, square
 from ldm.data.kept import kept
 from ldm.data.memory import InMemory
 from ldm.errors import UserError
@@ -24,7 +24,7 @@ from ldm.tensors import key
 
 OPENED = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 HOPED = (".avif", ".heic", ".heif", ".jxl")  # by some Pillows only: where it cannot, they are named as unreadable, not passed over
-READER = 1  # raise when `square` comes to give other pixels, so that packs made before are not used
+READER = 2  # raise when `square` comes to give other pixels, so that packs made before are not used
 LARGEST = {True: 256, False: 64}  # size chosen where none is given: with a GPU, without
 LOOKED_AT = 200  # files whose headers decide on size and channels
 GREY = ("1", "L", "LA", "I", "I;16", "F")
@@ -36,7 +36,8 @@ class Folder(InMemory):
 
     size: by default a power of two from 32 to 64, with a GPU to 256, that half of the images have.  channels: 3, or 1 for grey, by default
     as most images are.  captions: see ldm.data.captions.tell.  held_out: the part that split=test gets, chosen by each file's name alone;
-    where that leaves a split without an image, both have all.  content: the digest of images and captions that are expected.
+    where that leaves a split without an image, both have all.  bad: the part of the files that may be unreadable.
+    content: the digest of images and captions that are expected.
     Raises UserError naming the path.
     """
 
@@ -48,6 +49,7 @@ class Folder(InMemory):
         channels: int | None = None,
         captions: str | Path | None = None,
         held_out: float = 0.02,
+        bad: float = 0.2,
         content: str | None = None,
         seed: int = 0,
         flip: bool = True,
@@ -66,6 +68,12 @@ class Folder(InMemory):
             usual = look(root, [file.name for file in files])
             size, channels = size or usual[0], channels or usual[1]
         pack = packed(root, files, size, channels)
+        self.skipped = pack.skipped
+        if len(self.skipped) > bad * len(files):
+            raise UserError(
+                f"path={root}: {len(self.skipped):,} of {len(files):,} images cannot be read, more than data.bad={bad}: "
+                f"{some(self.skipped)} ({next(iter(self.skipped.values()))}); mend or remove them, or allow more"
+            )
         told = tell(root, pack.names, captions)
         part, rows = shares(pack.names, held_out)[split]
         self.texts = [told.texts[i] for i in rows]
@@ -99,12 +107,10 @@ def digest(images: Tensor, texts: Sequence[Sequence[str]], labels: Sequence[int]
 
 def look(root: Path, names: Sequence[str]) -> tuple[int, int]:
     """Size and channels that suit the images, by the headers of some."""
-    from PIL import Image
-
     sides, colour = [], 0
     for name in names[:: -(-len(names) // LOOKED_AT)]:
         try:
-            with warnings.catch_warnings(), Image.open(root / name) as file:
+            with warnings.catch_warnings(), opened(root / name) as file:
                 warnings.simplefilter("ignore")
                 sides.append(min(file.size))
                 colour += 1 if file.mode not in GREY else -1
@@ -151,11 +157,12 @@ def _file(root: Path, path: Path) -> File:
 
 @dataclass(frozen=True)
 class Pack:
-    """What was read of a folder: names of the readable images, images (N, C, size, size) uint8, remarks on the rest."""
+    """What was read of a folder: names of the readable images, images (N, C, size, size) uint8, remarks; name -> fault of the rest."""
 
     names: Sequence[str]
     images: Tensor
     notes: Sequence[str]
+    skipped: Mapping[str, str]
 
 
 def packed(root: Path, files: Sequence[File], size: int, channels: int) -> Pack:
@@ -169,11 +176,12 @@ def packed(root: Path, files: Sequence[File], size: int, channels: int) -> Pack:
         raise UserError(f"path={root}: {len(files):,} images of {size} px take {need:.0f} GiB of memory, not {have:.0f}; lower size")
     made_of = (READER, size, channels, os.path.realpath(root), *map(tuple, files))
     images, said = kept("folders", made_of, lambda: read(root, [file.name for file in files], size, channels))
-    return Pack([files[i].name for i in said["kept"]], images, said["notes"])
+    skipped = {files[int(i)].name: fault for i, fault in said["skipped"].items()}
+    return Pack([files[i].name for i in said["kept"]], images, said["notes"], skipped)
 
 
 def read(root: Path, names: Sequence[str], size: int, channels: int) -> tuple[Tensor, dict]:
-    """Images (N, channels, size, size) uint8 of the readable ones; {"kept": their places in names, "notes": [remark, ...]}.
+    """Images (N, channels, size, size) uint8 of the readable ones; {"kept": their places, "notes": [remark], "skipped": {place: fault}}.
 
     Raises UserError if there is none.
     """
@@ -201,7 +209,7 @@ def read(root: Path, names: Sequence[str], size: int, channels: int) -> tuple[Te
     small = [names[place] for place in kept if sides[place] < size]
     notes = [f"{len(small):,} smaller than {size} px and enlarged: {some(small)}"] if small else []
     notes += [f"{len(faults):,} skipped: {some([names[place] for place in faults])} ({faults[first]})"] if faults else []
-    return (images[kept] if faults else images), {"kept": kept, "notes": notes}
+    return (images[kept] if faults else images), {"kept": kept, "notes": notes, "skipped": faults}
 
 
 def shares(names: Sequence[str], held_out: float) -> dict[str, tuple[int, list[int]]]:

@@ -49,7 +49,7 @@ class Rows:
             if column is not None and column not in table.features:
                 raise UserError(f"{name}: no column {column!r}; it has {', '.join(table.features)}")
         self.table = table.cast_column(image, type(table.features[image])(decode=False))
-        self.columns, self.named = (image, caption, label), name
+        self.columns, self.named, self.place = (image, caption, label), name, name
         self.identity = repr((name, table._fingerprint, len(table), self.columns))
         names = getattr(table.features[label], "names", None) if label is not None else None
         some = [text for i in range(0, len(table), -(-len(table) // SHOWN)) for text in self.texts(i)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.captions import TEMPLATES
+from ldm.data.check import quarantined
 from ldm.data.decode import square
 from ldm.data.memory import flipped
 from ldm.errors import UserError
@@ -19,11 +20,18 @@ from ldm.tensors import key
 
 log = logging.getLogger(__name__)
 TRIED = 20  # images in a row of which one must be readable
+UNKNOWN = 0.01  # the part that may turn out unreadable in training
+KNOWN = 0.2  # and the part that may be quarantined
 
 
 class Source(Protocol):
-    """Where samples 0..N-1 are. identity: text that changes when they do. classes: {class: captions} of the labels."""
+    """Where samples 0..N-1 are. identity: text that changes when they do. classes: {class: captions} of the labels.
 
+    place: the path by which ldm.data.check knows them.
+    """
+
+    @property
+    def place(self) -> str: ...
     @property
     def identity(self) -> str: ...
     @property
@@ -38,8 +46,9 @@ class Source(Protocol):
 class Lazy(Dataset):
     """The samples `rows` of a source as a data set, with the methods of an InMemory: image (channels, size, size) in [-1, 1].
 
-    Each image is scaled and cropped at the centre.  A sample is a function of (pass, index) alone, for any number of workers and ranks; in
-    the place of one that cannot be read stands the next that can, and the log says so.  content: the digest of the files that are expected.
+    Each image is scaled and cropped at the centre.  A sample is a function of (pass, index) alone, for any number of workers and ranks.
+    What ldm.data.check has quarantined is left out, and in the place of another that cannot be read stands the next that can, until they
+    are too many.  content: the digest of the files that are expected.
     Raises UserError naming what does not fit.
     """
 
@@ -58,15 +67,21 @@ class Lazy(Dataset):
             raise UserError(f"size={size} channels={channels}: expected 16 pixels or more, and 3 channels for colour or 1 for grey")
         if not len(rows):
             raise UserError(f"{name}: no sample in this split")
+        faults = quarantined(source.place)
+        if faults:
+            every, rows = len(rows), [row for row in rows if source.name(int(row)) not in faults]
+            if len(rows) < (1 - KNOWN) * every:
+                raise UserError(f"{name}: {every - len(rows):,} of {every:,} images are quarantined, more than {KNOWN:.0%}; mend them")
+        self.unreadable: set[int] = set()
         self.name, self.source, self.rows, self.seed, self.flip = name, source, torch.as_tensor(rows), seed, flip
         self.size, self.channels = size, channels
         self.classes, self.captions = list(source.classes), [list(texts) for texts in source.classes.values()]
-        self.content = sha256(source.identity.encode()).hexdigest()[:16]
+        self.content = sha256((source.identity + (repr(sorted(faults)) if faults else "")).encode()).hexdigest()[:16]
         if content not in (None, self.content):
             raise UserError(f"{name}: its files are not those that this run was made with (digest {self.content}, then {content})")
         self.summary = (
             f"{name}: {len(self):,} of {len(source):,} samples, {len(self.classes):,} classes, {size} px, read as they are needed"
-        )
+        ) + (f", {len(faults):,} quarantined" if faults else "")
 
     @property
     def settled(self) -> dict[str, str]:
@@ -105,7 +120,15 @@ class Lazy(Dataset):
             try:
                 return square(self.source.image(row), self.size, self.channels)[0]
             except Exception as error:  # Pillow's many plugins raise what they please at a broken file
-                log.warning("%s cannot be read (%s); the next image stands for it", self.source.name(row), " ".join(str(error).split()))
+                if row not in self.unreadable:
+                    self.unreadable.add(row)
+                    said = " ".join(str(error).split())
+                    log.warning("%s cannot be read (%s); the next image stands for it", self.source.name(row), said)
+                if len(self.unreadable) > max(TRIED, UNKNOWN * len(self)):
+                    raise UserError(
+                        f"{self.name}: {len(self.unreadable)} of {len(self):,} images could not be read so far, the last is "
+                        f"{self.source.name(row)}; `python -m ldm.data.check {self.source.place}` finds and quarantines them all"
+                    ) from None
         raise UserError(f"{self.name}: {TRIED} images in a row cannot be read, from {self.source.name(int(self.rows[index]))} on")
 
     def about(self, at: Sequence[tuple[int, int]]) -> dict:

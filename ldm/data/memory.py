@@ -1,6 +1,5 @@
 """Captioned, labelled images held in memory as bytes, with every random choice keyed by (pass, index)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.parse import json_of
 from ldm.tensors import key
 
 
@@ -87,7 +87,7 @@ def flipped(x: Tensor, flip: Tensor) -> Tensor:
 
 def read_captions(path: str | Path) -> dict[str, list[str]]:
     """Captions by class, in the order of the labels, from a JSON file {class: [caption, ...]}. Raises ValueError for anything else."""
-    captions = json.loads(Path(path).read_text(encoding="utf-8"))
+    captions = json_of(Path(path).read_text(encoding="utf-8"))
     if not isinstance(captions, dict) or not all(isinstance(v, list) and all(isinstance(x, str) for x in v) for v in captions.values()):
         raise ValueError(f"{path}: expected a JSON object of the form {{class: [caption, ...]}}")
     return captions

@@ -1,13 +1,13 @@
 """ImageNet, COCO and LSUN as they are published, unpacked."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.data.lazy import Lazy, named
 from ldm.errors import UserError
+from ldm.parse import json_of
 
 FOLDERS = {"train": "train", "test": "val"}
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -25,6 +25,7 @@ class Files:
 
     def __post_init__(self):
         names = [path.relative_to(self.root).as_posix() for path in self.paths]
+        self.place = str(self.root)
         self.identity = repr((names, list(self.captions), list(self.labels), list(self.classes)))
 
     def __len__(self) -> int:
@@ -83,9 +84,12 @@ class ImageNet(Published):
         solution = root / "LOC_val_solution.csv"
         if split == "test" and not any(one.is_dir() for one in folder.iterdir()):
             _file(solution, "it says which class the loose images of val are of")
-            with solution.open(newline="") as file:
-                told = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-            found = [(one, told[one.stem]) for one in _images(folder) if one.stem in told]
+            try:
+                with solution.open(newline="", encoding="utf-8") as file:
+                    told = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+            except (csv.Error, ValueError, LookupError, AttributeError) as error:
+                raise UserError(f"{solution} is not Kaggle's list of classes ({error}); fetch it again") from None
+            found = [(one, told[one.stem]) for one in _images(folder) if told.get(one.stem) in place]
         else:
             found = [(one, one.parent.name) for code in codes for one in _images(folder / code)]
         mapping = root / "LOC_synset_mapping.txt"
@@ -118,11 +122,17 @@ class COCO(Published):
         root = Path(path).expanduser()
         part = f"{_named(split)}{year}"
         folder = _folder(root / part, "the images")
-        listed = json.loads(_file(root / "annotations" / f"captions_{part}.json", "the captions").read_text(encoding="utf-8"))
+        file = _file(root / "annotations" / f"captions_{part}.json", "the captions")
         told: dict[int, list[str]] = {}
-        for one in listed["annotations"]:
-            told.setdefault(one["image_id"], []).append(" ".join(one["caption"].split()))
-        images = sorted((one["file_name"], told[one["id"]]) for one in listed["images"] if one["id"] in told)
+        try:
+            listed = json_of(file.read_text(encoding="utf-8"))
+            for one in listed["annotations"]:
+                told.setdefault(one["image_id"], []).append(" ".join(one["caption"].split()))
+            images = sorted((str(one["file_name"]), told[one["id"]]) for one in listed["images"] if one["id"] in told)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is not COCO's list of captions ({error}); fetch it again") from None
+        if outside := [name for name, _ in images if Path(name).name != name]:
+            raise UserError(f"{file} names a file outside its folder: {outside[0]!r}")
         some = [texts[0] for _, texts in images[:: max(1, len(images) // 500)]]
         files = Files(
             [folder / name for name, _ in images], [texts for _, texts in images], [0] * len(images), {"image": some or [""]}, root

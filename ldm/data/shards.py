@@ -1,10 +1,10 @@
 """Tar shards in webdataset's layout, indexed once and then read by offset, so that any sample can be had at once."""
 
 import io
-import json
 import os
 import re
 import shutil
+import struct
 import tarfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,9 +20,12 @@ from ldm.data.kept import kept
 from ldm.data.lazy import Lazy, named, parted
 from ldm.errors import UserError
 from ldm.fetch import cache_dir
+from ldm.parse import json_of
 from ldm.tensors import key
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+MOST = {"image": 1 << 30, "text": 1 << 20}  # bytes that are read of one
+CLASSES = 1 << 20  # a label at or above it is a mistake
 COLUMNS = ("key", "shard", "image", "image_bytes", "text", "text_bytes", "label")  # of the index; -1 where a sample has none
 
 
@@ -46,7 +49,7 @@ class Shards(Lazy):
         seed: int = 0,
         flip: bool = True,
     ):
-        source = Tars(tuple(local(one) for one in expanded(str(path))), names)
+        source = Tars(tuple(local(one) for one in expanded(str(path))), names, str(path))
         rows = parted(source.keys, held_out, split)
         super().__init__(f"{path} ({split})", source, rows, size, channels, content, seed, flip)
 
@@ -54,9 +57,9 @@ class Shards(Lazy):
 class Tars:
     """The source of Shards: tar files and the index of what lies where in them."""
 
-    def __init__(self, paths: tuple[Path, ...], names: str | Path | None = None):
+    def __init__(self, paths: tuple[Path, ...], names: str | Path | None = None, place: str = ""):
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        self.paths, self.identity = paths, repr([(Path(name).name, *rest) for name, *rest in files])
+        self.paths, self.place, self.identity = paths, place, repr([(Path(name).name, *rest) for name, *rest in files])
         table, _ = kept("shards", files, lambda: (index(paths), {}))
         self.keys, self.table = table[:, 0].tolist(), table
         labels = int(table[:, COLUMNS.index("label")].max()) + 1
@@ -80,10 +83,13 @@ class Tars:
 
     def texts(self, i: int) -> list[str]:
         """The sample's captions."""
-        text = self._read(i, "text").decode("utf-8", "replace")
+        try:
+            text = self._read(i, "text").decode("utf-8", "replace")
+        except ValueError:  # nobody's caption
+            return []
         if text.lstrip().startswith("{"):
             try:
-                value = json.loads(text).get("caption")
+                value = json_of(text).get("caption")
             except ValueError:
                 value = None
             lines = value if isinstance(value, list) else [value]
@@ -102,6 +108,8 @@ class Tars:
     def _read(self, i: int, what: str) -> bytes:
         column = COLUMNS.index(what)
         shard, offset, size = (int(self.table[i, c]) for c in (1, column, column + 1))
+        if size > MOST[what]:
+            raise ValueError(f"{what} of {size:,} bytes")
         return os.pread(_opened(self.paths[shard], os.getpid()), size, offset) if size > 0 else b""
 
 
@@ -157,14 +165,14 @@ def index(paths: Sequence[Path]) -> Tensor:
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    if member.isfile() and not Path(member.name).name.startswith("."):
+                    if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not Path(member.name).name.startswith("."):
                         stem, _, ending = member.name.rpartition("/")[2].partition(".")
                         place = found.setdefault(f"{member.name.rpartition('/')[0]}/{stem}", {})
                         place[ending.lower()] = (member.offset_data, member.size)
             end = max((sum(part) for parts in found.values() for part in parts.values()), default=0)
             if path.stat().st_size < -(-end // 512) * 512 + 512:  # a whole one ends with an empty block
                 raise tarfile.ReadError("cut short")
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, ArithmeticError, EOFError, RecursionError, struct.error) as error:  # of headers made up
             raise UserError(f"path={path}: not a whole, uncompressed tar ({error})") from None
         for name, parts in found.items():
             image = next((parts[ending] for ending in IMAGES if ending in parts), None)
@@ -180,7 +188,7 @@ def _label(path: Path, parts: dict[str, tuple[int, int]]) -> int:
     if "cls" not in parts:
         return -1
     offset, size = parts["cls"]
-    text = os.pread(_opened(path, os.getpid()), size, offset).strip()
-    if not text.isdigit():
-        raise UserError(f"path={path}: a .cls holds {text[:20]!r}, not a number")
+    text = os.pread(_opened(path, os.getpid()), min(size, 20), offset).strip()
+    if not text.isdigit() or int(text) >= CLASSES:
+        raise UserError(f"path={path}: a .cls holds {text!r}, not a number below {CLASSES:,}")
     return int(text)

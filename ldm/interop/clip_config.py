@@ -10,6 +10,7 @@ from ldm import durable
 from ldm.errors import UserError
 from ldm.fetch import cache_dir
 from ldm.interop.pipeline import refuse_unless
+from ldm.parse import json_of
 
 NAMED = ("ViT-L-14-quickgelu", "ViT-H-14", "ViT-bigG-14")  # of Stable Diffusion 1, 2 and XL
 SAME = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0}  # what transformers' config must say for open_clip's tower to compute the same
@@ -20,7 +21,7 @@ END = 49407  # the end-of-text token, whose state is pooled
 def open_clip_config(model: str) -> dict[str, Any]:
     """open_clip's config of a model, by name or of a .json file. Raises UserError for a name that it does not have."""
     if model.endswith(".json"):
-        return dict(json.loads(Path(model).read_text(encoding="utf-8")))
+        return dict(json_of(Path(model).read_text(encoding="utf-8")))
     import open_clip
 
     config = open_clip.get_model_config(model)

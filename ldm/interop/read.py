@@ -1,6 +1,5 @@
 """Weights from files of any kind: safetensors, torch's pickles of both formats, folders of shards. Nothing in a file is ever executed."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ldm.durable import DamagedError
 from ldm.errors import UserError
 from ldm.interop import torchfile
 from ldm.interop.pickled import Name, Stored, Stub
+from ldm.parse import json_of
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # of the weights in a folder of diffusers or transformers
 ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
@@ -116,7 +116,7 @@ def shards(folder: Path, kind: str) -> dict[str, Tensor]:
 def of_index(index: Path, kind: str) -> dict[str, Tensor]:
     """The weights that an index of shards names, each where it says. Raises UserError, DamagedError."""
     try:
-        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        places = dict(json_of(index.read_text(encoding="utf-8"))["weight_map"])
         files = {str(name) for name in places.values()}
     except (ValueError, KeyError, TypeError):
         raise DamagedError(f"{index} is not an index of shards (a JSON object with weight_map); fetch it again") from None

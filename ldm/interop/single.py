@@ -10,6 +10,7 @@ from ldm import durable
 from ldm.errors import UserError
 from ldm.interop.keymap import refuse, under
 from ldm.interop.pipeline import Pipeline
+from ldm.parse import json_of
 
 KEY = "ldm"  # in the header
 PARTS = ("net", "autoencoder", "text", "conditioner")
@@ -27,7 +28,7 @@ def save(pipeline: Pipeline, path: Path, metadata: Mapping[str, str] | None = No
 def load(state: Mapping[str, Tensor], header: str, path: Path) -> Pipeline:
     """The pipeline of a file's tensors and its header. Raises DamagedError for a header that is not ours, UserError for unknown names."""
     try:
-        said = json.loads(header)
+        said = json_of(header)
         config, data = dict(said["config"]), dict(said["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise durable.DamagedError(f"{path}: its header is damaged ({error}); export it again") from None

@@ -13,6 +13,7 @@ from ldm.errors import UserError
 from ldm.fetch import minilm
 from ldm.interop import bert, clip_config, nodes, read, text
 from ldm.interop.pipeline import Pipeline, refuse_unless
+from ldm.parse import json_of
 
 BERT = {"activation_function": "gelu", "scale_embedding": False}  # what an LDMBertModel must be for ours to compute the same
 UNCASED = 30_522  # words of BERT's own list
@@ -45,7 +46,7 @@ def config_in(folder: Path, name: str = "config.json") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a whole pipeline folder of diffusers")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json_of(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise DamagedError(f"{path} is damaged ({error}); fetch it again") from None
 

@@ -1,0 +1,74 @@
+"""Configs that came with a file, of a run, a checkpoint or an image: they may make a model, and nothing else.
+
+What a person types may call any library (ldm.validate). What a file says may have been written by anybody.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldm import runs
+from ldm.argv import escape
+from ldm.build import SUPPLIED
+from ldm.errors import UserError
+from ldm.validate import allowed, definition, module_of, nodes, validate
+
+OURS = re.compile(  # what makes models, data and samples; not what writes files, fetches or starts processes
+    r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net|objective|score|source|task)\..+"
+    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|stage\.\w+\.(train|guidance)|training\.(fit|lr)\.\w+|report\.[A-Z]\w*|load\.autoguidance)"
+)
+LIBRARIES = ("torch.nn", "torch.optim")
+SCRIPTS = ("conf", "experiments", "sample", "tests", "train")  # of the repository: commands, not parts
+
+
+def config(given: Mapping[str, Any], where: Path | str) -> Any:
+    """The config as OmegaConf's, every text in it literal. Raises UserError naming the file `where` for one that may not be built."""
+    from omegaconf import OmegaConf
+
+    try:
+        for path, node in nodes(given):
+            if "_target_" in node:
+                target(node["_target_"], path)
+        validate(given, None, SUPPLIED)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return OmegaConf.create(runs.mapped(dict(given), escape))
+
+
+def target(name: str, path: str = "") -> None:
+    """Raises UserError unless a found config may name this target."""
+    allowed(name, path)
+    top, *inner = name.split(".")
+    known = OURS.fullmatch(definition(name) or "") or _listed(name) or _own(name) or top in os.environ.get("LDM_TRUST", "").split(",")
+    if not known or any(part.startswith("_") for part in inner):
+        raise UserError(
+            f"{path}._target_={name} is refused: what comes with a file may name parts of ldm's models, {', '.join(LIBRARIES)} and your "
+            f"own packages; if you trust it with more, LDM_TRUST={top} says so"
+        )
+
+
+def _listed(name: str) -> bool:
+    """Whether a target is something that a module of the listed libraries itself gives: no way through it to what it imports."""
+    return name.startswith(tuple(f"{library}." for library in LIBRARIES)) and len(module_of(name)[1]) == 1
+
+
+def _own(name: str) -> bool:
+    """Whether a target is defined in a person's own package."""
+    top = name.split(".")[0]
+    return top != "ldm" and top not in SCRIPTS and runs.is_own(top) and definition(name) is not None
+
+
+@contextmanager
+def building(where: Path | str) -> Iterator[None]:
+    """Within it, whatever goes wrong in making what a file describes is that file's fault: UserError naming it."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError | FileNotFoundError):  # says itself what is wrong, a text encoder's missing weights for one
+            raise
+        said = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"{where}: no model can be made of its config ({said:.200})") from error

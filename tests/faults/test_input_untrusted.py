@@ -1,0 +1,339 @@
+"""What anybody may have written is refused in one line: nothing in it runs, nothing is written, nothing grows without end."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from smoke import command, composed, here
+
+from ldm import admit, foreign, picture
+from ldm.data.folder import Folder
+from ldm.data.published import COCO
+from ldm.data.shards import Shards
+from ldm.errors import UserError
+from ldm.load import DataCard, config_of
+from ldm.parse import json_of, yaml_of
+from ldm.request import Request
+from ldm.source import Wanted, image
+
+HOSTILE = [  # all of these can be called from a config that a person types, or by Hydra, or both
+    *(
+        "os.system",
+        "builtins.eval",
+        "torch.load",
+        "torch.hub.load",
+        "torch.save",
+        "torch.utils.collect_env.run",
+        "torch.distributed.run.main",
+    ),
+    *("numpy.save", "numpy.f2py.main", "pip.main", "pip._internal.main", "safetensors.torch.save_file", "lightning.Trainer", "wandb.init"),
+    *("torch.optim.optimizer.torch.utils.collect_env.run", "torch.nn.modules.module.torch.save", "torch.nn._reduction.warnings.warn"),
+    *(
+        "ldm.durable.write_text",
+        "ldm.data.kept.write_tensors",
+        "ldm.data.latents.write_all",
+        "ldm.data.shards.local",
+        "ldm.stage.cache.ensured",
+    ),
+    *("ldm.metrics.features.fetch", "ldm.browse.main", "ldm.picture.save", "ldm.interop.single.save", "ldm.training.callbacks.Checkpoints"),
+    *(
+        "ldm.net.unet.UNet.forward.__globals__.clear",
+        "ldm.load.load",
+        "train.train",
+        "sample.sample",
+        "spy.torch.save",
+        "spy.__loader__.exec_module",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list:
+    """Whatever was run or opened for writing by a file's order."""
+    calls: list = []
+    monkeypatch.setattr(os, "system", lambda *a: calls.append(a))
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr(torch, "save", lambda *a, **k: calls.append(a))
+    return calls
+
+
+def run_with(folder: Path, config: object) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    (folder / "data.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("target", HOSTILE)
+def test_a_run_s_config_may_name_no_more_than_models(tmp_path, target, ran):
+    for place, node in enumerate(({"net": {"_target_": target, "_partial_": True}}, {"a": [{"b": {"_target_": target, "_args_": ["x"]}}]})):
+        with pytest.raises(UserError, match=r"_target_") as error:
+            config_of(run_with(tmp_path / str(place), node))
+        assert "\n" not in str(error.value)
+    assert not ran
+
+
+def test_what_models_are_made_of_is_let_in(monkeypatch):
+    for name in ("ldm.net.unet.UNet", "ldm.data.folder.Folder", "ldm.data.degrade.bicubic", "ldm.stage.diffusion.train", "spy.Spy"):
+        admit.target(name)
+    for name in ("torch.optim.AdamW", "torch.nn.LayerNorm", "torch.nn.functional.silu", "ldm.load.autoguidance", "ldm.training.lr.cosine"):
+        admit.target(name)
+    with pytest.raises(UserError, match="LDM_TRUST=lightning says so"):
+        admit.target("lightning.pytorch.callbacks.EarlyStopping")
+    monkeypatch.setenv("LDM_TRUST", "timm,lightning")
+    admit.target("lightning.pytorch.callbacks.EarlyStopping")
+
+
+def test_every_target_of_ours_is_let_in():
+    for file in (Path(admit.__file__).parents[1] / "conf").rglob("*.yaml"):
+        for line in file.read_text().splitlines():
+            if "_target_: " in line and "{" not in line.partition("_target_: ")[2]:
+                admit.target(line.partition("_target_: ")[2].split("#")[0].split(",")[0].strip("} "))
+
+
+def test_text_in_a_run_s_config_stays_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "told")
+    planted = "${oc.create:{_target_:os.system}}"
+    cfg = config_of(run_with(tmp_path / "run", {"name": "${oc.env:SECRET}", "net": planted, "prompt": "a ${ b", "missing": "???"}))
+    assert (cfg.name, cfg.net, cfg.prompt, cfg.missing) == ("${oc.env:SECRET}", planted, "a ${ b", "???")
+
+
+def test_a_hostile_run_as_a_command(smoke, tmp_path, capsys, ran):
+    config = (smoke.run / "config.yaml").read_text()
+    run = run_with(tmp_path / "run", config.replace("ldm.net.unet.UNet", "torch.utils.collect_env.run"))
+    (run / "data.json").write_text((smoke.run / "data.json").read_text())
+    with here(tmp_path):
+        assert command("sample.py", f"run={run}", "num=1") == 2
+    assert "is refused" in capsys.readouterr().err
+    assert not ran
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "data.json"]
+
+
+def test_a_checkpoint_s_header(tmp_path, ran):
+    header = {"config": {"net": {"_target_": "torch.utils.collect_env.run", "command": "x"}}, "data": {}}
+    save_file({"net.w": torch.ones(1), "autoencoder.w": torch.ones(1)}, tmp_path / "a.safetensors", {"ldm": json.dumps(header)})
+    with pytest.raises(UserError, match=r"collect_env\.run.* is refused"):
+        foreign.opened(tmp_path / "a.safetensors")
+    assert not ran
+
+
+def test_an_image_that_says_how_to_make_it_again(tmp_path, ran):
+    cfg = composed(name="sample")
+    told = {"request": {**dict(cfg), "task": {"_target_": "torch.utils.collect_env.run"}, "run": "x"}, "rows": [0], "row": 0}
+    told |= {"told": [], "inputs": {}, "weights": ""}
+    from ldm.build import plain
+
+    for change, why in (({}, "is refused"), ({"inputs": 3, "task": None}, "again="), ({"run": {"a": 1}, "task": None}, "again=")):
+        text = json.dumps(told | {"request": {key: plain(one) for key, one in (told["request"] | change).items()}})
+        picture.save(tmp_path / "a.png", torch.zeros(1, 4, 4, dtype=torch.uint8), {"again": text})
+        asked = cfg.copy()
+        asked.again = str(tmp_path / "a.png")
+        with pytest.raises(UserError, match=why):
+            Request.of(asked)
+    assert not ran
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (LAUGHS, "alias"),
+        ("a: &a [*a]", "alias"),
+        ("[" * 100_000, "nested deeper"),
+        ("a: " + "{a: " * 200 + "1" + "}" * 200, "nested deeper"),
+        ("a: !!python/object/apply:os.system [x]", "could not determine a constructor"),
+        ("a: !!binary aGk=", "bytes"),
+        ("1: x", "the key 1 is not text"),
+        ("a: " + "9" * 5000, "limit"),
+        ("- x", "holds no config"),
+        ("\x00", "special characters"),
+    ],
+)
+def test_a_yaml_bomb_is_one_error(tmp_path, text, why):
+    with pytest.raises(UserError, match=why) as error:
+        config_of(run_with(tmp_path / "run", text))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_dates_are_text():
+    assert yaml_of("a: 2001-99-99\nb: 2001-01-01") == {"a": "2001-99-99", "b": "2001-01-01"}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5000, "[" * 200 + "]" * 200, "9" * 5000, "nan", ""])
+def test_a_json_bomb_is_one_error(tmp_path, text):
+    with pytest.raises(ValueError, match=r"nested|limit|Expecting"):
+        json_of(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"classes": 3}, {"classes": [3]}, {"captions": [[]]}, {"captions": []}, {"size": 10**9}, {"size": "32"}, {"channels": 2}, {"more": 1}],
+)
+def test_a_data_card_says_what_it_must(change, tmp_path):
+    card = {"fingerprint": "", "classes": ["a"], "captions": [["a"]], "channels": 1, "size": 32}
+    assert DataCard.described(card).size == 32
+    (tmp_path / "data.json").write_text(json.dumps(card | change))
+    with pytest.raises(UserError, match=r"data\.json is damaged \(expected"):
+        DataCard.read(tmp_path)
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG that says it is that large, with more chunks before its few bytes of picture."""
+    every = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+        *chunks,
+        (b"IDAT", zlib.compress(bytes(100))),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in every
+    )
+
+
+def good() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), (200, 0, 0)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+BAD_IMAGES = {
+    "giant.png": png(20_000, 20_000),
+    "wide.png": png(2**31 - 1, 2**31 - 1),
+    "words.png": png(20, 20, (b"zTXt", b"a\0\0" + zlib.compress(bytes(100 << 20)))),
+    "profile.png": png(20, 20, (b"iCCP", b"a\0\0" + zlib.compress(bytes(100 << 20)))),
+    "script.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n(touch) run\nshowpage\n",
+    "page.png": b"<svg xmlns='http://www.w3.org/2000/svg'><script/></svg>",
+    "list.jpg": b"#EXTM3U\nhttp://localhost/\n",
+}
+
+
+def test_bombs_and_programs_among_images(tmp_path, ran):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for name, data in {**BAD_IMAGES, "good.png": good()}.items():
+        (root / name).write_bytes(data)
+    with pytest.raises(UserError, match="more than data.bad=0.2: giant.png"):
+        Folder(root, size=16, channels=3, held_out=0)
+    data = Folder(root, size=16, channels=3, held_out=0, bad=1.0)
+    assert len(data) <= 3, "two may be read after all: their words or profile were left out"
+    assert {"giant.png", "list.jpg", "page.png", "script.jpg", "wide.png"} <= set(data.skipped)
+    for name in ("giant.png", "wide.png", "script.jpg"):
+        with pytest.raises(UserError, match=name):
+            image(Wanted((16, 16), 3), str(root / name))
+    assert not ran
+
+
+def tarred(path: Path, *members: tuple[str, bytes, dict]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data, options in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for key, value in options.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_members_of_a_shard_that_lead_elsewhere(tmp_path):
+    """Shards are read where they lie, by offset: nothing is unpacked, and a link is no image."""
+    (tmp_path / "secret.png").write_bytes(good())
+    path = tarred(
+        tmp_path / "x.tar",
+        ("../../outside.png", good(), {}),
+        ("/etc/absolute.png", good(), {}),
+        ("link.png", b"", {"type": tarfile.SYMTYPE, "linkname": str(tmp_path / "secret.png")}),
+        ("hard.png", b"", {"type": tarfile.LNKTYPE, "linkname": "../secret.png"}),
+        ("device.png", b"", {"type": tarfile.CHRTYPE}),
+        ("pipe.png", b"", {"type": tarfile.FIFOTYPE}),
+    )
+    before = sorted(tmp_path.rglob("*"))
+    data = Shards(path, size=16, held_out=0)
+    assert len(data) == 2
+    assert data.batch([(0, 0), (0, 1)])["image"].shape == (2, 3, 16, 16)
+    assert [one for one in sorted(tmp_path.rglob("*")) if one not in before and "cache" not in one.parts] == []
+
+
+@pytest.mark.parametrize(
+    ("members", "why"),
+    [
+        ([("1.png", good(), {}), ("1.cls", b"9" * 18, {})], "not a number below"),
+        ([("1.png", good(), {}), ("1.cls", b"9" * 100_000, {})], "not a number below"),
+        ([("1.png", good(), {}), ("1.cls", b"-1", {})], "not a number below"),
+    ],
+)
+def test_labels_that_would_fill_the_memory(tmp_path, members, why):
+    with pytest.raises(UserError, match=why):
+        Shards(tarred(tmp_path / "x.tar", *members), size=16, held_out=0)
+
+
+def test_headers_of_headers_of_headers(tmp_path):
+    """Ten thousand long names, one for the other: Python's tarfile calls itself for each."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 5
+    (tmp_path / "x.tar").write_bytes((info.tobuf() + b"name\0".ljust(512, b"\0")) * 10_000)
+    with pytest.raises(UserError, match="not a whole, uncompressed tar"):
+        Shards(tmp_path / "x.tar", size=16, held_out=0)
+
+
+def test_captions_without_end(tmp_path):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for name, text in {
+        "deep.json": "[" * 100_000,
+        "long.txt": "word " * 1_000_000,
+        "list.json": '{"caption": [[[["a"]]], {}, 3, null]}',
+    }.items():
+        (root / name).write_text(text)
+        (root / Path(name).with_suffix(".png")).write_bytes(good())
+    data = Folder(root, size=16, held_out=0)
+    assert max(len(text) for texts in data.texts for text in texts) <= 1 << 20
+    path = tarred(
+        tmp_path / "x.tar",
+        ("1.png", good(), {}),
+        ("1.json", b'{"caption": ' + b"[" * 100_000, {}),
+        ("2.png", good(), {}),
+        ("2.txt", b"a " * (1 << 20), {}),
+    )
+    data = Shards(path, size=16, held_out=0)
+    assert data.batch([(0, 0), (0, 1)])["caption"] == ["", ""]
+
+
+def test_lists_that_name_files_elsewhere(tmp_path):
+    (tmp_path / "secret.png").write_bytes(good())
+    root = tmp_path / "pictures"
+    root.mkdir()
+    (root / "a.png").write_bytes(good())
+    (root / "metadata.csv").write_text(f"file_name,caption\na.png,red\n../secret.png,out\n{tmp_path}/secret.png,out\n")
+    data = Folder(root, size=16, held_out=0)
+    assert (len(data), data.texts) == (1, [["red"]])
+    (root / "metadata.csv").write_text('file_name,caption\na.png,"' + "x" * 200_000 + '"\n')
+    with pytest.raises(UserError, match="is no list of captions"):
+        Folder(root, size=16, held_out=0)
+
+    for name in ("../../secret.png", str(tmp_path / "secret.png")):
+        listed = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
+        (tmp_path / "coco" / "train2017").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "coco" / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "coco" / "annotations" / "captions_train2017.json").write_text(json.dumps(listed))
+        with pytest.raises(UserError, match="names a file outside its folder"):
+            COCO(tmp_path / "coco", size=16)
