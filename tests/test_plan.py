@@ -9,21 +9,23 @@ import pytest
 import torch
 from smoke import ROOT, process
 
-from ldm import plan
 from ldm.errors import UserError
+from ldm.plan.__main__ import main, plan
+from ldm.plan.config import composed, differences
+from ldm.plan.table import agree, table
 
 SMALL = ("data=synthetic", "conditioner=label", "net=smoke", "autoencoder=kl_f4_small", "training.batch_size=8", "training.steps=100")
 
 
 @pytest.fixture(scope="module")
 def small():
-    return plan.plan([*SMALL, "throughput=50"])
+    return plan([*SMALL, "throughput=50"])
 
 
 def test_parts_and_what_is_trained(small):
     from ldm import build
 
-    cfg, _ = plan.composed(SMALL)
+    cfg, _ = composed(SMALL)
     data = build.dataset(cfg)
     model = build.model(cfg, build.autoencoder(cfg.autoencoder, 1), data)
     for name, part in (("network", model.denoiser.net), ("conditioner", model.conditioner), ("first stage", model.autoencoder)):
@@ -57,7 +59,7 @@ def test_latents_images_and_hours(small):
 
 
 def test_several_devices_share_the_batch_and_flips_double_the_cache(small):
-    found = plan.plan([*SMALL, "trainer=ddp", "trainer.devices=4", "data.flip=true"])
+    found = plan([*SMALL, "trainer=ddp", "trainer.devices=4", "data.flip=true"])
     assert found.disk["cached latents"] == 2 * small.disk["cached latents"]
     assert found.devices == 4
     assert set(found.activations["32"]) == {1, 2}
@@ -66,7 +68,7 @@ def test_several_devices_share_the_batch_and_flips_double_the_cache(small):
 
 def test_the_table_and_the_file_say_the_same(small, tmp_path, capsys):
     file = tmp_path / "plan.json"
-    assert plan.main([*SMALL, "throughput=50", f"json={file}", "batches=2,4"]) == 0
+    assert main([*SMALL, "throughput=50", f"json={file}", "batches=2,4"]) == 0
     said, kept = capsys.readouterr().out, json.loads(file.read_text())
     assert kept["parts"] == small.parts
     assert set(kept["activations"]["bf16"]) == {"2", "4", "8"}
@@ -79,18 +81,18 @@ def test_the_table_and_the_file_say_the_same(small, tmp_path, capsys):
 
 def test_a_preset_is_planned_without_its_data_and_compared_with_its_paper():
     typed = ["preset=dit_s2", "net.depth=2", "training.batch_size=2", "batches=2"]
-    found = plan.plan(typed)
+    found = plan(typed)
     assert found.data.images == 1281167
     assert found.images == 2 * 400000
     assert sorted(found.differences) == ["net.depth: 12 -> 2", "training.batch_size: 256 -> 2"]
-    assert "DiT tab. 4, S/2 (network + conditioner): 32,963,360, ours has" in plan.table(found)
+    assert "DiT tab. 4, S/2 (network + conditioner): 32,963,360, ours has" in table(found)
 
 
 def test_a_config_differs_from_another_papers_and_not_from_its_own():
-    cfg, said = plan.composed(["preset=dit_s2"])
+    cfg, said = composed(["preset=dit_s2"])
     assert said["images"] == 1281167
-    assert plan.differences(cfg, "dit_s2") == []
-    assert plan.differences(cfg, "dit_b2") == ["conditioner.dim: 768 -> 384", "net.channels: 768 -> 384", "net.heads: 12 -> 6"]
+    assert differences(cfg, "dit_s2") == []
+    assert differences(cfg, "dit_b2") == ["conditioner.dim: 768 -> 384", "net.channels: 768 -> 384", "net.heads: 12 -> 6"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_config_differs_from_another_papers_and_not_from_its_own():
 )
 def test_a_mistake_is_one_line(typed, expected):
     with pytest.raises(UserError) as error:
-        plan.plan(typed)
+        plan(typed)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -120,14 +122,14 @@ def test_a_mistake_is_one_line(typed, expected):
     ("count", "printed", "same"), [(5, 5, True), (5, 6, False), (390_888_578, "390.89M", True), (390_884_999, "390.89M", False)]
 )
 def test_a_count_agrees_with_what_is_printed(count, printed, same):
-    assert plan.agree(count, printed) == same
+    assert agree(count, printed) == same
 
 
 @pytest.mark.slow
 def test_stable_diffusion_is_planned_in_little_memory(tmp_path):
     """As a process of its own, of whose memory torch itself is most."""
     code = (  # not ru_maxrss, which a process inherits from the one that started it
-        "import sys; from ldm import plan; code = plan.main(['preset=sd1', 'json=sd1.json']);"
+        "import sys; from ldm.plan.__main__ import main; code = main(['preset=sd1', 'json=sd1.json']);"
         "(peak,) = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')];"
         "assert int(peak) < 1.5e6, peak; sys.exit(code)"
     )

@@ -11,8 +11,11 @@ from smoke import ROOT, plan_of
 from test_conf import Card as Small
 from test_conf import drawn, trained
 
-from ldm import build, meter, plan
+from ldm import build, meter
 from ldm.build import SUPPLIED
+from ldm.plan.blank import batch_of, unread, weightless
+from ldm.plan.cost import Card
+from ldm.plan.table import agree
 from ldm.validate import validate
 
 PRESETS = sorted(file.stem for file in (ROOT / "conf" / "preset").glob("*.yaml"))
@@ -51,20 +54,20 @@ def test_parameters_are_the_papers(preset):
         pytest.skip(MISSING[preset])
     cfg = composed(preset).copy()
     said = cfg.published
-    card = plan.Card(said.data, range(said.classes), said.channels, cfg.data.get("size", 32), said.images, 1)
-    plan.weightless(cfg.conditioner)
+    card = Card(said.data, range(said.classes), said.channels, cfg.data.get("size", 32), said.images, 1)
+    weightless(cfg.conditioner)
     with meter.on_meta():
         autoencoder = build.autoencoder(cfg.autoencoder, card.channels)
         conditioner = build.conditioner(cfg.conditioner, autoencoder, card)
         parts = {"network": build.net(cfg, autoencoder, conditioner), "conditioner": conditioner}
         if "classifier" in said.parts:
             parts["classifier"] = instantiate(cfg.training.net)(in_channels=card.channels, classes=said.classes, size=card.size)
-        plan.unread(conditioner)
-        told = conditioner(plan.batch_of(2, card, conditioner))  # a plan can make a batch for it
+        unread(conditioner)
+        told = conditioner(batch_of(2, card, conditioner))  # a plan can make a batch for it
     assert (told.context is None) == (conditioner.context_dim is None)
     assert (told.concat is None) == (not conditioner.concat_channels)
     count = sum(p.numel() for name in said.parts for p in parts[name].parameters())
-    assert plan.agree(count + said.beside, said.parameters), f"{count + said.beside:,} {said.parameters}"
+    assert agree(count + said.beside, said.parameters), f"{count + said.beside:,} {said.parameters}"
 
 
 def test_a_preset_is_checked_as_a_command_line_is():

@@ -23,14 +23,17 @@ def measured(batch: int) -> int:
     """Bytes by which this process grew to build the network and to run it once."""
     import torch
 
-    from ldm import build, meter, plan
+    from ldm import build, meter
     from ldm.condition import Condition
+    from ldm.plan.blank import weightless
+    from ldm.plan.config import composed
+    from ldm.plan.cost import card_of
 
-    cfg, said = plan.composed([f"preset={PRESET}"])
-    plan.weightless(cfg.conditioner)
+    cfg, said = composed([f"preset={PRESET}"])
+    weightless(cfg.conditioner)
     with meter.on_meta():
         autoencoder = build.autoencoder(cfg.autoencoder, said["channels"])
-        conditioner = build.conditioner(cfg.conditioner, autoencoder, plan.card_of(cfg, said))
+        conditioner = build.conditioner(cfg.conditioner, autoencoder, card_of(cfg, said))
         net = build.net(cfg, autoencoder, conditioner).to(torch.bfloat16)
     size = cfg.data.size // autoencoder.factor
     torch.nn.Conv2d(8, 8, 3).bfloat16()(torch.zeros(1, 8, 8, 8, dtype=torch.bfloat16))  # the library is loaded with its first use
@@ -49,9 +52,9 @@ def measured(batch: int) -> int:
 
 
 def main(batches: list[int]) -> int:
-    from ldm import plan
+    from ldm.plan.__main__ import plan
 
-    found = plan.plan([f"preset={PRESET}"]).memory
+    found = plan([f"preset={PRESET}"]).memory
     rows = []
     for batch in batches:
         code = [sys.executable, str(Path(__file__).resolve()), "measure", str(batch)]

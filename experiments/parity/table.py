@@ -14,7 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ldm import durable, plan
+from ldm import durable
+from ldm.build import plain
+from ldm.plan.config import composed
+from ldm.plan.cost import card_of, figures
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -138,9 +141,9 @@ ROWS = (
 
 
 def row_of(row: Row) -> dict[str, str]:
-    cfg, said = plan.composed([f"preset={row.preset}"])
-    published = plan.plain(cfg.published)
-    found = plan.figures(cfg, plan.card_of(cfg, said or published))
+    cfg, said = composed([f"preset={row.preset}"])
+    published = plain(cfg.published)
+    found = figures(cfg, card_of(cfg, said or published))
     count = sum(found.parts[name]["parameters"] for name in row.parts) + (published["beside"] if row.published is None else 0)
     expected = row.published or published["parameters"]
     differences = row.differences()
