@@ -1,19 +1,24 @@
 """Where numbers and pictures go besides the run folder."""
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ldm.errors import UserError
+from ldm.runs import read_journal
+
 
 class Logger(Protocol):
-    """A mirror of what a run writes to its folder."""
+    """A mirror of what a run writes to its folder; `close` is the last call, also of a run that does not come to `finish`."""
 
     def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None: ...
     def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
     def picture(self, step: int, name: str, path: Path) -> None: ...
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def finish(self, summary: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class Silent:
@@ -24,6 +29,7 @@ class Silent:
     def picture(self, step: int, name: str, path: Path) -> None: ...
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def finish(self, summary: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class WandB:
@@ -80,6 +86,11 @@ class WandB:
             run.finish()
 
         self._send(send)
+        self.run = None
+
+    def close(self) -> None:
+        self._send(lambda run: run.finish(exit_code=1))  # what has not finished by now was broken off
+        self.run = None
 
     def _send(self, send: Callable[[Any], None]) -> None:
         if self.run is not None:
@@ -88,6 +99,58 @@ class WandB:
             except Exception as error:
                 print(f"W&B stopped taking records: {one_line(error)}")
                 self.run = None
+
+
+class TensorBoard:
+    """Curves, pictures, config and scores as TensorBoard's event files in the run folder: tensorboard --logdir runs.
+
+    Raises UserError without the package.  Its failures never end a run.
+    """
+
+    def __init__(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("logger=tensorboard needs the package tensorboard: pip install tensorboard") from None
+        self.open, self.writer = SummaryWriter, None
+
+    def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
+        steps = [row["step"] for row in read_journal(folder / "metrics.jsonl")]
+        purge = max(steps) + 1 if steps else None  # of a run that goes on: what an earlier start wrote beyond its checkpoint
+        self._send(lambda: setattr(self, "writer", self.open(str(folder / "tensorboard"), purge_step=purge)))
+        self._send(lambda: self.writer.add_text("config", f"```\n{json.dumps({**config, 'choice': dict(choices)}, indent=1)}\n```"))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._send(lambda: [self.writer.add_scalar(name, value, step) for name, value in values.items()])
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        def send() -> None:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(path) as image:
+                self.writer.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
+
+        self._send(send)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if rows:
+            lines = ["|".join(rows[0]), "|".join("-" for _ in rows[0]), *("|".join(map(str, row.values())) for row in rows)]
+            self._send(lambda: self.writer.add_text(name, "\n".join(lines)))
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        self._send(lambda: self.writer.close())
+        self.writer = None
+
+    def _send(self, send: Callable[[], Any]) -> None:
+        try:
+            send()
+        except Exception as error:
+            if self.writer is not None:
+                print(f"TensorBoard stopped taking records: {one_line(error)}")
+            self.writer = None
 
 
 def one_line(error: Exception) -> str:

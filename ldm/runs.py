@@ -16,10 +16,11 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from ldm import durable
 from ldm.argv import escape, unescape
@@ -266,6 +267,46 @@ def provenance(root: Path | str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "packages": packages,
     }
+
+
+def write_origin(folder: Path | str, root: Path | str) -> None:
+    """Write where a run comes from: provenance.json, changes.diff against the commit of the folder `root`, every package's version."""
+    folder = Path(folder)
+    durable.write_json(folder / "provenance.json", provenance(root))
+    durable.write_text(folder / "changes.diff", uncommitted(root))
+    packages = {f"{one.metadata['Name']}=={one.version}" for one in importlib.metadata.distributions()}
+    durable.write_text(folder / "environment.txt", "\n".join(sorted(packages, key=str.lower)) + "\n")
+
+
+@contextmanager
+def logged(path: Path | str) -> Iterator[None]:
+    """Within it, what this process prints is appended to a file as well, lines redrawn on a terminal aside, and at last what ended it."""
+    before = sys.stdout, sys.stderr
+    with open(path, "a", encoding="utf-8", buffering=1) as file:
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()}\n")
+        sys.stdout, sys.stderr = (_Copied(stream, file) for stream in before)  # type: ignore[assignment]
+        try:
+            yield
+        except BaseException as error:
+            file.write("".join(traceback.format_exception(error)))
+            raise
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+class _Copied:
+    """A text stream whose whole lines are written to a file too."""
+
+    def __init__(self, stream: Any, file: TextIO):
+        self.stream, self.file = stream, file
+
+    def write(self, text: str) -> int:
+        if "\r" not in text and "\x1b" not in text and not self.file.closed:
+            self.file.write(text)
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def uncommitted(root: Path | str) -> str:

@@ -1,4 +1,4 @@
-"""Loggers: W&B writes a run with no key and no network, a W&B that fails ends nothing, and Silent is silent."""
+"""Loggers: W&B and TensorBoard write a run with no key and no network, one that fails ends nothing, and Silent is silent."""
 
 import sys
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ldm import picture
-from ldm.report import Silent, WandB, has_key
+from ldm.errors import UserError
+from ldm.report import Silent, TensorBoard, WandB, has_key
+from ldm.runs import Journal
 
 CONFIG, CHOICES = {"seed": 3, "net": {"channels": 16}}, {"schedule": "cosine"}
 
@@ -31,6 +33,7 @@ def everything(logger, folder):
     logger.table("scores", [{"fd": 3.0, "n": 20}])
     logger.table("empty", [])
     logger.finish({"fd": 3.0})
+    logger.close()
 
 
 def test_silent_leaves_nothing(tmp_path):
@@ -69,10 +72,10 @@ class Fake:
             raise OSError("disk\nfrom there")
         self.said.append(("log", values, step))
 
-    def finish(self):
+    def finish(self, exit_code=0):
         if "finish" in self.fail:
             raise OSError("disk\nfrom there")
-        self.said.append(("finish",))
+        self.said.append(("finish", exit_code))
 
 
 @pytest.fixture
@@ -105,7 +108,7 @@ def test_everything_is_passed_on_once(fake, tmp_path):
         ("log", {"train/loss": 0.25}, 2),
         ("log", {"grids/step-2": ("image", str(tmp_path / "grid.png"))}, 2),
         ("log", {"scores": (["fd", "n"], [[3.0, 20]])}, None),
-        ("finish",),
+        ("finish", 0),
     ]
     assert fake.summary == {"fd": 3.0}
 
@@ -117,6 +120,53 @@ def test_a_failing_service_ends_no_run(fake, monkeypatch, capsys, tmp_path):
     said = capsys.readouterr().out
     assert "W&B" in said
     assert "from there" not in said
+
+
+def test_what_is_broken_off_is_said_to_be(fake, tmp_path):
+    logger = WandB()
+    logger.start(tmp_path, CONFIG, CHOICES)
+    logger.close()
+    logger.close()
+    assert fake.said[1:] == [("finish", 1)]
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard"))
+    found.Reload()
+    return found
+
+
+def test_tensorboard_has_curves_pictures_and_words(tmp_path):
+    everything(TensorBoard(), tmp_path)
+    found = events(tmp_path)
+    assert [(one.step, one.value) for one in found.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(one.step, one.width, one.height) for one in found.Images("grids/step-2")] == [(2, 4, 4)]
+    words = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert '"choice"' in words
+    assert "fd|n" in found.Tensors("scores/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
+    for value, resume in ((0.5, 0), (0.75, 2)):
+        journal, logger = Journal(tmp_path / "metrics.jsonl", resume), TensorBoard()
+        logger.start(tmp_path, CONFIG, CHOICES)
+        for step in range(resume + 1, 5):
+            journal.write(step, {"train/loss": value})
+            logger.metrics(step, {"train/loss": value})
+        journal.close()
+        logger.close()
+    assert [(one.step, one.value) for one in events(tmp_path).Scalars("train/loss")] == [(1, 0.5), (2, 0.5), (3, 0.75), (4, 0.75)]
+
+
+def test_a_tensorboard_that_fails_ends_no_run(tmp_path, capsys, monkeypatch):
+    logger = TensorBoard()
+    logger.open = lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
+    everything(logger, tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        TensorBoard()
 
 
 @pytest.mark.slow

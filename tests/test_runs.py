@@ -148,3 +148,24 @@ def test_provenance_in_and_out_of_git(tmp_path):
     assert runs.provenance(tmp_path)["changed"] is True
     assert "+2" in runs.uncommitted(tmp_path)
     assert "torch" in json.loads(json.dumps(told))["packages"]
+    runs.write_origin(tmp_path / "run", tmp_path)
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["commit"] == told["commit"]
+    assert "+2" in (tmp_path / "run" / "changes.diff").read_text()
+    assert any(line.startswith("torch==") for line in (tmp_path / "run" / "environment.txt").read_text().splitlines())
+
+
+def test_what_is_printed_is_kept_and_what_ended_it(tmp_path, capsys):
+    with pytest.raises(KeyError), runs.logged(tmp_path / "log.txt"):
+        print("a word")
+        print("\rredrawn", end="")
+        print("a warning", file=sys.stderr)
+        raise KeyError("gone")
+    print("outside")
+    kept = (tmp_path / "log.txt").read_text()
+    assert "a word\na warning\nTraceback" in kept
+    assert kept.endswith("KeyError: 'gone'\n")
+    assert "redrawn" not in kept
+    assert capsys.readouterr().out == "a word\n\rredrawnoutside\n"
+    with runs.logged(tmp_path / "log.txt"):
+        print("again")
+    assert "gone" in (tmp_path / "log.txt").read_text()

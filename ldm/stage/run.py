@@ -112,15 +112,17 @@ def opened(cfg: Any, folder: Path, parts: Collection[str] | None = None) -> Iter
     with ExitStack() as stack:
         if chief:
             stack.enter_context(runs.lock(folder))
+            stack.enter_context(runs.logged(folder / "log.txt"))
         found = resume.checkpoint(config, folder, chief, parts)
         if chief:
             runs.save_config(config, folder / "config.yaml")
             durable.write_json(folder / "choices.json", choices())
-            durable.write_json(folder / "provenance.json", runs.provenance(Path(__file__).parent))
+            runs.write_origin(folder, Path(__file__).parent)
             print(f"writing to {folder}", flush=True)
         journal = runs.Journal(folder / "metrics.jsonl", found.step if found else 0) if chief else None
+        if journal is not None:
+            stack.callback(journal.close)
         logger: Logger = instantiate(cfg.logger) if chief else Silent()
         logger.start(folder, config, choices())
+        stack.callback(logger.close)
         yield Run(folder, config, found, chief, journal, logger, since)
-        if journal is not None:
-            journal.close()
