@@ -125,7 +125,7 @@ def offline(monkeypatch):
 def test_option_composes(option):
     group = option.split("/")[0]
     config = composed(option.replace("/", "=", 1), name="sample") if group == "task" else composed(*typed(option))
-    assert group == "budget" or group == "process" or group in config
+    assert group in ("budget", "process", "optimizer") or group in config
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] not in ALONE and o not in (*PAPER, *PAPER_NETS)])

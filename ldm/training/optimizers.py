@@ -1,0 +1,77 @@
+"""Optimisers that treat a network's parameters by their kind."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    lr: float = 1e-4,
+    betas: Sequence[float] = (0.9, 0.999),
+    weight_decay: float = 0.01,
+    fused: bool = True,
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) that decays matrices and kernels, not biases, gains and other vectors."""
+    heavy, light = parted(parameters, lambda p: p.ndim > 1)
+    groups = [{"params": heavy, "weight_decay": weight_decay}, {"params": light, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr, (betas[0], betas[1]), weight_decay=weight_decay, fused=fused
+    )
+
+
+def muon(
+    parameters: Iterable[nn.Parameter],
+    lr: float = 1e-4,
+    betas: Sequence[float] = (0.9, 0.999),
+    weight_decay: float = 0.01,
+    fused: bool = True,
+    matrix_lr: float = 0.02,
+    momentum: float = 0.95,
+) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024) on matrices, at its own rate, and `adamw` on the rest: kernels, vectors; adamw alone without a matrix."""
+    matrices, rest = parted(parameters, lambda p: p.ndim == 2)
+    if not matrices:
+        return adamw(rest, lr, betas, weight_decay, fused)
+    first = torch.optim.Muon(matrices, lr=matrix_lr, momentum=momentum, weight_decay=weight_decay)
+    return Joined([first, *([adamw(rest, lr, betas, weight_decay, fused)] if rest else [])])
+
+
+def parted(parameters: Iterable[nn.Parameter], first: Callable[[Tensor], bool]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Those that are of the first kind, and the others."""
+    found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for p in parameters:
+        found[not first(p)].append(p)
+    return found
+
+
+class Joined(torch.optim.Optimizer):
+    """Several optimisers that step as one; its groups are theirs."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
+        self.optimizers = list(optimizers)
+        super().__init__([{"params": group["params"]} for one in self.optimizers for group in one.param_groups], {})
+        self._link()
+
+    def _link(self) -> None:
+        self.param_groups = [group for one in self.optimizers for group in one.param_groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Each takes its step, after closure() if there is one, whose value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for one in self.optimizers:
+            one.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [one.state_dict() for one in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for one, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            one.load_state_dict(state)
+        self._link()

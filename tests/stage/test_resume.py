@@ -1,0 +1,136 @@
+"""Where a run begins: what `resume` takes, passes over, sets aside and refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm import durable, runs
+from ldm.errors import UserError
+from ldm.stage.resume import checkpoint, finished
+
+CONFIG = {
+    "seed": 0,
+    "net": {"width": 8},
+    "data": {"path": "here"},
+    "training": {"batch_size": 4, "optimizer": {"lr": 1e-3}, "log_every": 1},
+}
+
+
+def run(folder: Path, config: dict, *steps: int) -> Path:
+    """A run folder with checkpoints of these steps."""
+    runs.save_config(config, folder / "config.yaml")
+    for step in steps:
+        text = (folder / "config.yaml").read_text()
+        durable.save_step(folder / "checkpoints", step, {"model": {"w": torch.full((3,), float(step))}}, {}, text, keep=0)
+    return folder
+
+
+def resumed(folder: Path, wanted: str | None, config: dict = CONFIG, **more) -> int | None:
+    found = checkpoint({**config, "resume": wanted, **more}, folder, chief=True)
+    return found and found.step
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("wanted", ["auto", "must", None])
+def test_the_newest_that_is_whole(wanted, tmp_path, capfd):
+    folder = run(tmp_path / "run", CONFIG, 2, 4)
+    assert resumed(folder, wanted) == 4
+    (folder / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"")
+    assert resumed(folder, wanted) == 2
+    said = capfd.readouterr()
+    assert "step-00000004: " in said.err
+    assert "has 0 bytes" in said.err
+    assert "resuming from step 2 (" in said.out
+
+
+def test_none_to_go_on_from(tmp_path):
+    folder = run(tmp_path / "run", CONFIG, 2)
+    durable_file = folder / "checkpoints" / "step-00000002" / "model.safetensors"
+    durable_file.write_bytes(durable_file.read_bytes()[:-1] + b"x")
+    assert resumed(folder, "auto") is None
+    with pytest.raises(UserError, match=r"resume=must: no valid checkpoint in .*run/checkpoints; resume=auto begins anew"):
+        resumed(folder, "must")
+
+
+def test_must_names_what_differs_from_the_most_similar_run(tmp_path):
+    run(tmp_path / "far", {**CONFIG, "seed": 3, "net": {"width": 9}, "data": {"path": "there"}}, 2)
+    run(tmp_path / "near", {**CONFIG, "data": {"path": "there"}}, 2)
+    run(tmp_path / "new", CONFIG)
+    with pytest.raises(UserError, match=r"; near has, and differs from what is asked in data.path: there -> here$"):
+        resumed(tmp_path / "new", "must")
+
+
+def test_never_sets_aside_what_was_there(tmp_path):
+    folder = run(tmp_path / "run", CONFIG, 2)
+    runs.finish(folder, {"fd": 1.0})
+    assert finished({"resume": "auto"}, folder) == {"fd": 1.0}
+    assert finished({"resume": "never"}, folder) is None
+    with runs.lock(folder):
+        assert resumed(folder, "never") is None
+        assert names(folder / "before-1") == ["checkpoints", "config.yaml", "metrics.json"]
+        run(folder, CONFIG, 3)
+        assert resumed(folder, "never") is None
+    assert names(folder) == [".lock", "before-1", "before-2"] or names(folder) == ["before-1", "before-2"]
+    assert durable.load_step(folder / "before-2" / "checkpoints" / "step-00000003").step == 3
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step-00000004"])
+def test_a_path(place, tmp_path):
+    other = run(tmp_path / "other", CONFIG, 2, 4)
+    new = run(tmp_path / "new", CONFIG)
+    assert resumed(new, str(other / place)) == 4
+    run(new, CONFIG, 6)  # the same command again, after its own checkpoint
+    assert resumed(new, str(other / place)) == 6
+
+
+def test_a_path_back_in_the_run_itself_sets_aside_what_it_overtakes(tmp_path):
+    folder = run(tmp_path / "run", CONFIG, 2, 4, 6)
+    assert resumed(folder, str(folder / "checkpoints" / "step-00000004")) == 4
+    assert names(folder / "checkpoints") == ["step-00000002", "step-00000004"]
+    assert names(folder / "before-1") == ["step-00000006"]
+    assert resumed(folder, "auto") == 4
+
+
+CHANGES = {
+    "net.width: 8 -> 9": {"net": {"width": 9}},
+    "data.path: here -> there": {"data": {"path": "there"}},
+    "training.batch_size: 4 -> 8": {"training": {**CONFIG["training"], "batch_size": 8}},
+    "training.optimizer.lr: 0.001 -> 0.002": {"training": {**CONFIG["training"], "optimizer": {"lr": 2e-3}}},
+    "seed: 0 -> 1": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_path_of_another_training_is_refused_with_its_keys_unless_they_are_named(said, tmp_path):
+    other, new = run(tmp_path / "other", CONFIG, 2), run(tmp_path / "new", CONFIG)
+    changed = {**CONFIG, **CHANGES[said]}
+    with pytest.raises(UserError, match=said.replace(".", r"\.")) as caught:
+        resumed(new, str(other), changed)
+    assert caught.value.args[0].count(" -> ") == 1
+    assert resumed(new, str(other), changed, resume_with=[said.split(":")[0]]) == 2
+
+
+def test_what_changes_no_step_may_differ(tmp_path):
+    other, new = run(tmp_path / "other", CONFIG, 2), run(tmp_path / "new", CONFIG)
+    changed = {**CONFIG, "trainer": {"devices": 2}, "sampler": {"eta": 1}, "training": {**CONFIG["training"], "log_every": 5}}
+    assert resumed(new, str(other), changed) == 2
+    assert checkpoint({**CONFIG, "net": {"width": 9}, "resume": str(other)}, new, True, ("data", "training")).step == 2
+
+
+def test_a_path_to_nothing(tmp_path):
+    new = run(tmp_path / "new", CONFIG)
+    with pytest.raises(UserError, match=r"resume=.*nowhere: no valid checkpoint there; expected auto, must, never, a step folder"):
+        resumed(new, str(tmp_path / "nowhere"))
+    with pytest.raises(durable.DamagedError, match="step-00000009 is not there"):
+        resumed(new, str(tmp_path / "step-00000009"))
+
+
+def test_a_rank_that_does_not_write_moves_nothing(tmp_path):
+    folder = run(tmp_path / "run", CONFIG, 2, 4)
+    assert checkpoint({**CONFIG, "resume": "never"}, folder, chief=False) is None
+    assert checkpoint({**CONFIG, "resume": str(folder / "checkpoints/step-00000002")}, folder, chief=False).step == 2
+    assert names(folder / "checkpoints") == ["step-00000002", "step-00000004"]

@@ -1,0 +1,61 @@
+"""Which parameters decay, which go to Muon, and that two optimisers which step as one are two."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.training.optimizers import Joined, adamw, muon
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 3))
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    x = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        optimizer.step(lambda: (optimizer.zero_grad(), model(x).square().sum().backward()))
+
+
+def test_vectors_do_not_decay():
+    groups = adamw(net().parameters(), weight_decay=0.3).param_groups
+    assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [(0.3, {2, 4}), (0.0, {1})]
+    assert [group["weight_decay"] for group in adamw(nn.GroupNorm(1, 4).parameters()).param_groups] == [0.0]
+
+
+def test_muon_has_the_matrices_and_adamw_the_rest():
+    model = net()
+    both = muon(model.parameters(), lr=1e-3, matrix_lr=0.1)
+    first, second = both.optimizers
+    assert [p.shape for group in first.param_groups for p in group["params"]] == [(3, 16)]
+    assert {p.ndim for group in second.param_groups for p in group["params"]} == {1, 4}
+    assert [group["lr"] for group in both.param_groups] == [0.1, 1e-3, 1e-3]
+    assert isinstance(muon(nn.GroupNorm(1, 4).parameters()), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_a_training_that_goes_on_is_the_one_that_never_stopped(make):
+    whole, model = net(), net()
+    stepped(whole, make(whole.parameters(), lr=1e-2), 6)
+    before = make(model.parameters(), lr=1e-2)
+    stepped(model, before)
+    after = make(model.parameters(), lr=1e-2)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    stepped(model, after)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+
+
+def test_a_rate_set_from_outside_reaches_both():
+    model = net()
+    both = muon(model.parameters())
+    state = both.state_dict()
+    both.load_state_dict(state)
+    for group in both.param_groups:
+        group["lr"] = 0.0
+    before = copy.deepcopy(model.state_dict())
+    stepped(model, both)
+    assert isinstance(both, Joined)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
