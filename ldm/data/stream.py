@@ -1,14 +1,19 @@
 """An endless stream of batches that is a pure function of the step: resumable anywhere, equal for any number of workers or ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.tensors import key
+
+LISTED = 1 << 20  # samples whose order is a list; that of more is computed where it is needed, and takes no memory
+ROUNDS = 6
 
 
 class Slice(NamedTuple):
@@ -25,7 +30,7 @@ class Stream:
     """Batches for steps start to steps - 1, as Slices; sampler of DataLoader(Batched(dataset), sampler=Stream(...), batch_size=None).
 
     length: samples in the data set.  batch: the GLOBAL batch size, which need not divide length: batches run on into the next pass.
-    Pass e is the permutation drawn with key(seed, "order", e).  Rank r of world takes a contiguous slice.  Raises ValueError.
+    Pass e is a permutation of key(seed, "order", e).  Rank r of world takes a contiguous slice.  Raises ValueError.
     """
 
     length: int
@@ -53,8 +58,37 @@ class Stream:
     def at(self, step: int) -> Slice:
         """This rank's slice of the batch of any step >= 0."""
         low, high = (self.batch * r // self.world for r in (self.rank, self.rank + 1))
-        where = (divmod(step * self.batch + i, self.length) for i in range(low, high))
-        return Slice([(e, _order(self.seed, e, self.length)[i]) for e, i in where], list(range(low, high)), self.batch, step)
+        at: list[tuple[int, int]] = []
+        for e, run in groupby(range(step * self.batch + low, step * self.batch + high), lambda i: i // self.length):
+            at += ((e, i) for i in self._drawn(e, [i - e * self.length for i in run]))
+        return Slice(at, list(range(low, high)), self.batch, step)
+
+    def _drawn(self, place: int, at: list[int]) -> list[int]:
+        """What stands at these positions of a pass."""
+        if self.length <= LISTED:
+            order = _order(self.seed, place, self.length)
+            return [order[i] for i in at]
+        return shuffled(torch.tensor(at), self.length, [key(self.seed, "order", place, turn) for turn in range(ROUNDS)]).tolist()
+
+
+def shuffled(at: Tensor, length: int, keys: Sequence[int]) -> Tensor:
+    """The values at positions `at` (N,) int64 of a permutation of 0..length-1, which is computed for these alone.
+
+    A Feistel network (Luby & Rackoff 1988) on a power of four that holds length, walked on until it is below length (Black & Rogaway
+    2002); the keys are 63 bits each, one a round.
+    """
+    half = max(1, ((length - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    found, left_out = at.clone(), torch.ones_like(at, dtype=torch.bool)
+    while left_out.any():
+        left, right = found[left_out] >> half, found[left_out] & mask
+        for one in keys:
+            mixed = (right ^ one) * 0x1E3779B97F4A7C15
+            mixed = (mixed ^ (mixed >> 32)) * 0x3F58476D1CE4E5B9
+            left, right = right, left ^ ((mixed >> 28) & mask)
+        found[left_out] = (left << half) | right
+        left_out = found >= length
+    return found
 
 
 @lru_cache(maxsize=4)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from ldm.data import stream
 from ldm.data.stream import Batched, Stream
 from ldm.data.synthetic import Synthetic
+from ldm.tensors import key
 
 
 def rows(stream):
@@ -68,3 +70,43 @@ def test_a_loader_gives_the_streams_batches_whatever_its_workers(workers):
         assert (batch["position"], batch["total"], batch["step"]) == (part.position, 8, part.step)
         assert torch.equal(batch["image"], data.batch(part.at)["image"])
         assert batch["caption"] == data.batch(part.at)["caption"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_a_computed_order_is_a_permutation(length):
+    keys = [key(0, "order", turn) for turn in range(stream.ROUNDS)]
+    assert sorted(stream.shuffled(torch.arange(length), length, keys).tolist()) == list(range(length))
+    some = torch.randperm(length)[:7]
+    assert torch.equal(stream.shuffled(some, length, keys), stream.shuffled(torch.arange(length), length, keys)[some])
+
+
+def test_a_computed_order_looks_drawn():
+    """Neighbours come from anywhere, other keys give another order, and a value is no likelier in one half than in the other."""
+    length = 1 << 16
+    orders = [stream.shuffled(torch.arange(length), length, [key(seed, turn) for turn in range(stream.ROUNDS)]).double() for seed in (0, 1)]
+    places = torch.arange(length).double()
+    for one, other in ((orders[0], orders[1]), (orders[0], places), (orders[0][1:], orders[0][:-1])):
+        assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 4 / length**0.5
+    steps = (orders[0][1:] - orders[0][:-1]).abs()
+    assert steps.mean() == pytest.approx(length / 3, rel=0.02)
+    assert (orders[0] == places).sum() < 10
+
+
+def test_a_large_set_is_streamed_as_a_small_one(monkeypatch):
+    """Every sample once a pass, on any number of ranks, resumed anywhere."""
+    monkeypatch.setattr(stream, "LISTED", 10)
+    whole = [part.at for part in Stream(1000, 30, 100, seed=3)]
+    flat = [pair for at in whole for pair in at]
+    for place in range(3):
+        assert sorted(i for e, i in flat if e == place) == list(range(1000))
+    assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
+    shared = [Stream(1000, 30, 100, seed=3, rank=r, world=4).at(33).at for r in range(4)]
+    assert [pair for at in shared for pair in at] == whole[33]
+    assert next(iter(Stream(1000, 30, 100, seed=3, start=50))).at == whole[50]
+
+
+def test_a_billion_samples_take_no_memory():
+    stream_of_all = Stream(10**9, 4096, 10**6, rank=7, world=1024)
+    at = stream_of_all.at(244_141).at
+    assert len(at) == 4
+    assert all(0 <= i < 10**9 and e in (0, 1) for e, i in at)
