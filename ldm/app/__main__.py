@@ -1,0 +1,58 @@
+"""A page to draw in: python -m ldm.app run=RUN [key=value ...]
+
+It loads the run once, serves who comes one after another, and keeps what is drawn in the run's folder; it asks no network for anything.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.command import guarded
+from ldm.errors import UserError
+from ldm.typed import signature
+
+
+def app(
+    run: str,  # a run folder, or a folder of runs: all of them, the newest first
+    beside: str | None = None,  # another run, drawn from with the same seeds
+    host: str = "127.0.0.1",  # whom it answers: this machine; 0.0.0.0 is everybody who reaches it
+    port: int = 7860,
+    most_num: int = 64,  # images of one request
+    most_steps: int = 500,  # of the sampler
+    most_side: int = 1024,  # pixels, of a drawn image
+    most_megapixels: float = 16.0,  # of a picture that is given
+) -> None:
+    """Serve the page until Ctrl-C."""
+    from ldm.app.desk import Desk
+    from ldm.app.limits import Limits
+    from ldm.app.serve import serve
+    from ldm.app.session import Sessions, runs_of
+
+    runs = runs_of([run, *([] if beside is None else [beside])])
+    desk = Desk(Sessions(runs), Limits(most_num, most_steps, most_side, most_megapixels))
+    other = None if beside is None else runs_of([beside])[0]
+    with serve(desk, host, port, other) as address:
+        print(f"{Path(runs[0]).name}: {address}  (Ctrl-C ends it)", flush=True)
+        while True:
+            time.sleep(3600)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit code. Raises UserError."""
+    asked = signature(Path(__file__), "app")
+    if asked is None or {"--help", "-h"} & set(argv):
+        print((__doc__ or "").strip(), asked.describe() if asked else "", sep="\n\n")
+        return 0
+    given = asked.read(list(argv))
+    if not 0 <= given.get("port", 0) < 2**16:
+        raise UserError(f"port={given['port']}: expected 0 (any that is free) to 65535")
+    try:
+        app(**given)
+    except KeyboardInterrupt:
+        print("ended")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(sys.argv[1:])))
