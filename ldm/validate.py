@@ -2,10 +2,11 @@
 
 import ast
 import importlib.util
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ def validate(
         if "_target_" in node:
             _node(path, node, {*(supplied or {}).get(path, ()), *(supplied or {}).get(str(node["_target_"]), ())})
     if base is not None:
-        _kinds(config, base, "")
+        for key, value in base.items():
+            if config.get(key) is None and isinstance(value, Mapping):
+                raise UserError(f"{key}=null: a command needs one; leave it as it is, or choose another")
+            if key not in config:
+                raise UserError(f"~{key}: a command needs this key; leave it as it is")
+        _kinds(config, base, "", base)
 
 
 def nodes(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -52,6 +58,9 @@ def nodes(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]
 def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None:
     target = node["_target_"]
     allowed(target, path)
+    for name, kind, said in (("_partial_", bool, "true or false"), ("_recursive_", bool, "true or false"), ("_args_", list, "a list")):
+        if name in node and not isinstance(node[name], kind):
+            raise UserError(f"{path}.{name}={_shown(node[name])}: expected {said}")
     try:
         signature = signature_of(target)
     except UserError as error:
@@ -316,8 +325,14 @@ def _called(node: ast.Call, name: str) -> bool:
     return ast.unparse(node.func).split(".")[-1] == name
 
 
-def _kinds(value: Any, base: Any, path: str) -> None:
-    """Compare a node with its default: the same kind of value, where source does not say more."""
+def _kinds(value: Any, base: Any, path: str, root: Mapping[str, Any]) -> None:
+    """Compare a node with its default: the same kind of value, where source does not say more; root: the whole that base is of."""
+    named = re.fullmatch(r"\$\{([\w.]+)\}", base) if isinstance(base, str) else None
+    if named:  # of what it refers to, whether that is a node is all that counts
+        base = reduce(lambda node, name: node.get(name) if isinstance(node, Mapping) else None, named[1].split("."), root)
+        base = base if isinstance(base, Mapping) else None
+    if isinstance(base, Mapping) and "_target_" in base and isinstance(value, Mapping) and "_target_" not in value:
+        raise UserError(f"{path}: a node needs its _target_, as in {path}._target_={base['_target_']}")
     if isinstance(base, Mapping) and isinstance(value, Mapping):
         target = value.get("_target_")
         signature = signature_of(target) if isinstance(target, str) else None
@@ -325,7 +340,7 @@ def _kinds(value: Any, base: Any, path: str) -> None:
             known = signature.parameters.get(key) if signature else None
             told = signature.fits(known.annotation, value[key]) if signature and known and known.annotation is not None else None
             if key not in HYDRA and told is None:
-                _kinds(value[key], base[key], f"{path}.{key}" if path else key)
+                _kinds(value[key], base[key], f"{path}.{key}" if path else key, root)
     elif base is not None and not (isinstance(base, str) and ("${" in base or base in ("???", "auto"))) and not _like(value, base):
         raise UserError(f"{path}={_shown(value)}: expected {_kind(base)}, as in {path}={_shown(base)}")
 

@@ -166,14 +166,17 @@ KINDS = {
     "devices": "auto",
     "same": "${seed}",
     "node": {"a": 1},
+    "made": {"_target_": "torch.nn.Identity", "_partial_": True},
+    "again": {"made": "${made}"},
 }
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 3}, {"lr": 1}, {"sizes": []}, {"sizes": [5]}, {"free": "any"}, {"devices": 2}, {"same": 0}, {"node": None}]
+    "change",
+    [{"seed": 3}, {"lr": 1}, {"sizes": []}, {"sizes": [5]}, {"free": "any"}, {"devices": 2}, {"same": 0}, {"again": {"made": None}}],
 )
 def test_values_of_the_default_s_kind_pass(change):
-    validate({**KINDS, "same": 0, **change}, KINDS)
+    validate({**KINDS, "same": 0, "again": {"made": KINDS["made"]}, **change}, KINDS)
 
 
 @pytest.mark.parametrize(
@@ -189,12 +192,22 @@ def test_values_of_the_default_s_kind_pass(change):
         ({"sizes": ["a"]}, "sizes=[a]: expected a list"),
         ({"node": 3}, "node=3: expected a node"),
         ({"node": {"a": "x"}}, "node.a=x: expected a whole number"),
+        ({"again": {"made": -0.5}}, "again.made=-0.5: expected a node"),
+        ({"made": {"_partial_": True}}, "made: a node needs its _target_, as in made._target_=torch.nn.Identity"),
+        ({"made": {**KINDS["made"], "_partial_": 3}}, "made._partial_=3: expected true or false"),
+        ({"made": {**KINDS["made"], "_args_": "x"}}, "made._args_=x: expected a list"),
+        ({"node": None}, "node=null: a command needs one"),
     ],
 )
 def test_values_of_another_kind_are_refused(change, said):
     with pytest.raises(UserError) as caught:
-        validate({**KINDS, "same": 0, **change}, KINDS)
+        validate({**KINDS, "same": 0, "again": {"made": KINDS["made"]}, **change}, KINDS)
     assert said in str(caught.value)
+
+
+def test_what_a_command_needs_is_there():
+    with pytest.raises(UserError, match="~seed: a command needs this key"):
+        validate({key: 0 if key == "same" else value for key, value in KINDS.items() if key != "seed"}, KINDS)
 
 
 def test_a_signature_says_more_than_the_default():
