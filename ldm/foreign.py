@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm import admit, build
 from ldm.errors import UserError
-from ldm.interop import checkpoint, config, folder, read, single
+from ldm.interop import checkpoint, config, folder, nodes, read, single
 from ldm.interop import text as text_names
 from ldm.interop.keymap import fit
 from ldm.interop.pipeline import Pipeline
@@ -82,7 +82,7 @@ def model_of(pipeline: Pipeline) -> "LatentDiffusion":
     """The model of a pipeline, on the CPU. Raises UserError for weights that are not of the config's architecture."""
     cfg = admit.config(pipeline.config, "the pipeline")
     if pipeline.text:
-        cfg.conditioner.encoder.update({"weights": None, "random": True})  # they come with the pipeline
+        nodes.encoder_of(cfg.conditioner).update({"weights": None, "random": True})  # they come with the pipeline
     card = card_of(pipeline.data)
     with admit.building("the pipeline"):
         autoencoder = build.autoencoder(cfg.autoencoder, card.channels)
@@ -133,14 +133,16 @@ def _described(path: Path, kind: str, changed: tuple[int, ...]) -> Described:
 
 def tower_of(model: "LatentDiffusion") -> Any:
     """The module of a model's CLIP text tower, under open_clip's names; None where it has none."""
-    encoder: Any = getattr(getattr(model.conditioner, "kept", None), "encoder", None)
-    clip = getattr(encoder, "clip", None)
-    return getattr(clip, "text", clip)
+    for part in model.conditioner.modules():
+        clip = getattr(getattr(getattr(part, "kept", None), "encoder", None), "clip", None)
+        if clip is not None:
+            return getattr(clip, "text", clip)
+    return None
 
 
 def load_text(tower: Any, pipeline: Pipeline) -> None:
     """Load a pipeline's text tower; the layers behind the one that is read may be missing, as the last of Stable Diffusion 2's is."""
-    last = len(tower.transformer.resblocks) + 1 + pipeline.config["conditioner"]["encoder"]["layer"]
+    last = len(tower.transformer.resblocks) + 1 + nodes.encoder_of(pipeline.config["conditioner"])["layer"]
     beyond = tuple(f"transformer.resblocks.{n}." for n in range(last, len(tower.transformer.resblocks)))
     unread = [name for name in tower.state_dict() if name.startswith(beyond)] if beyond else []
     fit(tower, {name: value.float() for name, value in pipeline.text.items()}, "text tower", (*UNREAD, *unread))

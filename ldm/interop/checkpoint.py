@@ -134,7 +134,7 @@ def save(pipeline: Pipeline) -> dict[str, Tensor]:
     made |= {f"{STAGE}{name}": value for name, value in compvis.export_autoencoder(weights).items()}
     made[SCALE] = pipeline.autoencoder["scale"].new_tensor(scale)
     if pipeline.text:
-        last = pipeline.config["conditioner"]["encoder"]["layer"] == -1
+        last = nodes.encoder_of(pipeline.config["conditioner"])["layer"] == -1
         told = text.export_text(pipeline.text) if last else dict(pipeline.text)
         prefix = TRANSFORMERS if last else OPEN_CLIP
         made |= {f"{prefix}{name}": value for name, value in told.items()}
@@ -149,16 +149,23 @@ def save(pipeline: Pipeline) -> dict[str, Tensor]:
 
 
 def sd1(state: State) -> dict[str, Any] | None:
-    """The config of Stable Diffusion 1, whose yaml everybody has mislaid, where a file's names and shapes are its; None for another."""
-    shapes = {f"{NET}time_embed.0.weight": [1280, 320], f"{NET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [320, 768]}
+    """The config of Stable Diffusion 1, whose yaml everybody has mislaid, or of its inpainting model, by a file's names and shapes.
+
+    None for another file.
+    """
+    shapes = {
+        f"{NET}input_blocks.0.0.bias": [320],
+        f"{NET}time_embed.0.weight": [1280, 320],
+        f"{NET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [320, 768],
+    }
     tower = f"{TRANSFORMERS}text_model.final_layer_norm.weight"
     if any(name not in state or list(state[name].shape) != shape for name, shape in {**shapes, tower: [768]}.items()):
         return None
-    net = nodes.unet(320, (1, 2, 4, 4), 2, (4, 2, 1), nodes.transformer(conv=True), heads=8)
+    told = nodes.clip("ViT-L-14-quickgelu", layer=-1, pad=49407)
     return {
-        "net": net,
+        "net": nodes.unet(320, (1, 2, 4, 4), 2, (4, 2, 1), nodes.transformer(conv=True), heads=8),
         "autoencoder": nodes.first_stage(4, 128, (1, 2, 4, 4), 2),
-        "conditioner": nodes.clip("ViT-L-14-quickgelu", layer=-1, pad=49407),
+        "conditioner": nodes.inpainting(told) if state[f"{NET}input_blocks.0.0.weight"].shape[1] == 9 else told,
         "schedule": nodes.betas("scaled_linear", 1000, 0.00085, 0.012),
         "prediction": nodes.prediction("Eps"),
         "seed": 0,

@@ -36,10 +36,15 @@ def from_compvis(config: Mapping[str, Any]) -> Node:
     known(params, (*TRAINING, *IS), "model.params")
     if params.get("parameterization", "eps") not in PREDICTION:
         raise UserError(f"model.params.parameterization={params['parameterization']}: expected one of {', '.join(PREDICTION)}")
+    given = part(params, "unet_config")
+    told, z = conditioner(params.get("cond_stage_config", "__is_unconditional__")), given["out_channels"]
+    inpaints = params.get("conditioning_key") == "hybrid" and given["in_channels"] == 2 * z + 1  # x_t, mask, masked image
+    if given["in_channels"] != z and not inpaints:
+        raise UserError(f"unet_config.params.in_channels={given['in_channels']}: expected {z}, or {2 * z + 1} of a hybrid that inpaints")
     return {
-        "net": net(part(params, "unet_config")),
+        "net": net(given),
         "autoencoder": first_stage(params["first_stage_config"]) if "first_stage_config" in params else None,
-        "conditioner": conditioner(params.get("cond_stage_config", "__is_unconditional__")),
+        "conditioner": nodes.inpainting(told) if inpaints else told,
         "schedule": schedule(params),
         "prediction": nodes.prediction(PREDICTION[params.get("parameterization", "eps")]),
         "seed": 0,

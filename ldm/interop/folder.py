@@ -21,7 +21,7 @@ def is_folder(path: Path) -> bool:
 
 
 def load(folder: Path) -> Pipeline:
-    """A text-to-image pipeline of diffusers as ours. Raises UserError, DamagedError naming the file."""
+    """A text-to-image or inpainting pipeline of diffusers as ours. Raises UserError, DamagedError naming the file."""
     named = {kind.name: kind for kind in KINDS.values()}
     name = config_in(folder, INDEX).get("_class_name")
     if name not in named:
@@ -31,8 +31,10 @@ def load(folder: Path) -> Pipeline:
     scheduler = config_in(folder / "scheduler", "scheduler_config.json")
     node = diffusers_config.first_stage(vae)
     heard = named[name].read(folder / named[name].told, folder / "tokenizer")
-    if unet["in_channels"] != vae["latent_channels"]:
-        raise UserError(f"{net / 'config.json'}: in_channels={unet['in_channels']}; expected the first stage's {vae['latent_channels']}")
+    z = vae["latent_channels"]
+    expected = 2 * z + 1 if "masked_image" in heard.node else z
+    if unet["in_channels"] != expected:
+        raise UserError(f"{net / 'config.json'}: in_channels={unet['in_channels']}; expected {expected} for a first stage of {z} channels")
     config = {
         "net": diffusers_config.net(unet),
         "autoencoder": node,
@@ -42,7 +44,7 @@ def load(folder: Path) -> Pipeline:
         "seed": 0,
     }
     first_stage = diffusers.import_autoencoder(read.weights(stage))
-    scaled = with_scale(first_stage, vae.get("scaling_factor", 0.18215), vae["latent_channels"], vae.get("shift_factor") or 0.0)
+    scaled = with_scale(first_stage, vae.get("scaling_factor", 0.18215), z, vae.get("shift_factor") or 0.0)
     data = unseen(vae.get("in_channels", 3), pixels(unet, node["factor"]))
     return Pipeline(config, diffusers.import_unet(read.weights(net)), scaled, data, heard.text, heard.own)
 
@@ -54,7 +56,7 @@ def pixels(unet: Mapping[str, Any], factor: int) -> int:
 
 
 def save(pipeline: Pipeline, folder: Path, betas: list[float]) -> None:
-    """Write a folder that diffusers' StableDiffusionPipeline or LDMTextToImagePipeline opens; betas: of the schedule.
+    """Write a folder that diffusers' StableDiffusionPipeline, its Inpaint one or LDMTextToImagePipeline opens; betas: of the schedule.
 
     Everything is checked before anything is written.  Raises UserError for a model that diffusers has no counterpart for.
     """

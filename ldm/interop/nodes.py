@@ -1,6 +1,6 @@
 """Nodes of our config from the numbers that other projects' configs hold, every option written out as in conf/."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Node = dict[str, Any]
@@ -90,6 +90,23 @@ def clip(model: str, layer: int, pad: int, length: int = 77) -> Node:
         "encoder": {"_target_": "ldm.conditioner.clip.CLIP", **encoder},
         "length": length,
     }
+
+
+def inpainting(told: Node) -> Node:
+    """A prompt, the mask and the masked image's latent: what Stable Diffusion's inpainting models are told."""
+    masked = {"_target_": "ldm.conditioner.spatial.MaskedImage"}
+    return {"_target_": "ldm.conditioner.compose.Compose", "drop": None, "clip_context": told, "masked_image": masked}
+
+
+def parts_of(conditioner: Mapping[str, Any]) -> list[Any]:
+    """The nodes that a conditioner is composed of; itself alone where it is not."""
+    inside = [part for part in conditioner.values() if isinstance(part, Mapping)]
+    return inside if str(conditioner["_target_"]).endswith(".Compose") else [conditioner]
+
+
+def encoder_of(conditioner: Mapping[str, Any]) -> Any:
+    """The node of a conditioner's text encoder. Raises StopIteration for one without."""
+    return next(part["encoder"] for part in parts_of(conditioner) if "encoder" in part)
 
 
 def label(classes: int, dim: int) -> Node:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def config_in(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 def clip(pipeline: Pipeline) -> Told:
     """transformers' CLIPTextModel and CLIPTokenizer."""
-    given = pipeline.config["conditioner"]["encoder"]
+    given = nodes.encoder_of(pipeline.config["conditioner"])
     config = clip_config.open_clip_config(given["model"])
     depth = config["text_cfg"]["layers"] + given["layer"] + 1
     said = clip_config.to_transformers(config, depth, given["pad"])
@@ -70,6 +70,12 @@ def clip_of(folder: Path, tokenizer: Path) -> Heard:
     pad = clip_config.END if (special["content"] if isinstance(special, dict) else special) == "<|endoftext|>" else 0
     name, layer = clip_config.named(config) or (clip_config.written(config), -1)
     return Heard(nodes.clip(name, layer, pad, config["text_cfg"]["context_length"]), text=state)
+
+
+def inpainting_of(folder: Path, tokenizer: Path) -> Heard:
+    """As clip_of, for a model that is told mask and masked image as well."""
+    heard = clip_of(folder, tokenizer)
+    return replace(heard, node=nodes.inpainting(heard.node))
 
 
 def wordpiece(pipeline: Pipeline) -> Told:
@@ -131,16 +137,18 @@ class Kind:
 
 NONE = [None, None]
 SAFETY = {"feature_extractor": NONE, "image_encoder": NONE, "safety_checker": NONE, "requires_safety_checker": False}
-KINDS = {  # by the class of our conditioner, or of the encoder in it
-    "ldm.conditioner.clip.CLIP": Kind("StableDiffusionPipeline", "vae", "text_encoder", clip, clip_of, SAFETY),
-    "ldm.conditioner.transformer.WordPiece": Kind("LDMTextToImagePipeline", "vqvae", "bert", wordpiece, wordpiece_of),
+CLIP, MASKED = "ldm.conditioner.clip.CLIP", "ldm.conditioner.spatial.MaskedImage"
+KINDS = {  # by the classes of our conditioners, or of the encoders in them
+    (CLIP,): Kind("StableDiffusionPipeline", "vae", "text_encoder", clip, clip_of, SAFETY),
+    (CLIP, MASKED): Kind("StableDiffusionInpaintPipeline", "vae", "text_encoder", clip, inpainting_of, SAFETY),
+    ("ldm.conditioner.transformer.WordPiece",): Kind("LDMTextToImagePipeline", "vqvae", "bert", wordpiece, wordpiece_of),
 }
 
 
 def kind_of(conditioner: Mapping[str, Any]) -> Kind:
     """The pipeline class for a conditioner's node. Raises UserError for one that none has a place for."""
-    targets = conditioner.get("_target_"), (conditioner.get("encoder") or {}).get("_target_")
-    found = next((KINDS[target] for target in targets if target in KINDS), None)
-    if found is None:
-        raise UserError(f"conditioner={targets[0]}: to=diffusers expects a CLIP text tower or LDM's WordPiece")
-    return found
+    targets = sorted(str((part.get("encoder") or part).get("_target_")) for part in nodes.parts_of(conditioner))
+    if tuple(targets) not in KINDS:
+        told = ", ".join(targets)
+        raise UserError(f"conditioner={told}: to=diffusers expects a CLIP text tower, alone or with a masked image, or WordPiece")
+    return KINDS[tuple(targets)]

@@ -6,7 +6,7 @@ from seeded import fill, state
 from test_tables import same_shapes, shapes
 
 from ldm.errors import UserError
-from ldm.interop import checkpoint, compvis
+from ldm.interop import checkpoint, compvis, nodes
 from ldm.interop.checkpoint import EMA, FOUNDATION, LOSS, NET, STAGE, TOLD
 
 
@@ -71,7 +71,9 @@ def test_stable_diffusion_1_is_known_by_its_shapes():
     parts = checkpoint.apart({**named, **{name: torch.empty(0, device="meta") for name in checkpoint.TABLES}})
     same_shapes(compvis.import_unet(parts.net), found["net"], in_channels=4, out_channels=4, context_dim=768)
     same_shapes(compvis.import_autoencoder(parts.stage), found["autoencoder"])
-    small = f"{NET}time_embed.0.weight"
+    stem, small = f"{NET}input_blocks.0.0.weight", f"{NET}time_embed.0.weight"
+    inpaints = checkpoint.sd1({**named, stem: torch.empty(320, 9, 3, 3, device="meta")})
+    assert inpaints == {**found, "conditioner": nodes.inpainting(found["conditioner"])}
     assert checkpoint.sd1({**named, small: torch.empty(64, 32)}) is None
     assert checkpoint.sd1({}) is None
 

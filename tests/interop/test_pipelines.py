@@ -74,6 +74,54 @@ def test_the_folder_comes_back(exported, pipeline, image):
     assert far(drawn(foreign.model_of(back)), image) <= 1e-5
 
 
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory):
+    """Stable Diffusion's inpainting model: told a mask and the masked image's latent as well."""
+    return whole(tmp_path_factory.mktemp("whole"), inpaints=True)
+
+
+@pytest.fixture(scope="module")
+def hole():
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 8:24, 4:20] = 1
+    return {"image": numbers("photo", (1, 3, 32, 32)).clamp(-1, 1), "mask": mask}
+
+
+def test_diffusers_inpaints_the_same_image(inpainting, hole, tmp_path):
+    from diffusers import StableDiffusionInpaintPipeline
+
+    image = drawn(foreign.model_of(inpainting), **hole)
+    export.diffusers(inpainting, tmp_path / "out")
+    theirs = StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "out")
+    theirs.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0, "height": 32, "width": 32, "output_type": "pt", "strength": 1.0}
+    found = theirs(PROMPT, hole["image"], hole["mask"], latents=START.clone(), **options).images
+    assert far(found, image) <= 2e-3
+    assert far(drawn(foreign.model_of(inpainting), image=hole["image"], mask=1 - hole["mask"]), image) > 0.01
+    back = foreign.opened(tmp_path / "out")
+    same(back.net, inpainting.net)
+    assert far(drawn(foreign.model_of(back), **hole), image) <= 1e-5
+
+
+def test_a_checkpoint_that_inpaints_is_read(inpainting, tmp_path, monkeypatch, small_tower):
+    from ldm.interop import config, nodes
+
+    (told, _) = nodes.parts_of(inpainting.config["conditioner"])
+    monkeypatch.setitem(config.CONDITIONERS, "FrozenCLIPEmbedder", lambda given: told)
+    save_file(checkpoint.save(inpainting), tmp_path / "inpaint.safetensors")
+    said = yaml(inpainting)
+    said["model"]["params"] |= {"conditioning_key": "hybrid", "finetune_keys": None}
+    said["model"]["params"]["unet_config"]["params"]["in_channels"] = 9
+    (tmp_path / "inpaint.yaml").write_text(json.dumps(said))
+    found = foreign.opened(tmp_path / "inpaint.safetensors")
+    assert found.config == inpainting.config
+    same(found.net, inpainting.net)
+    said["model"]["params"]["unet_config"]["params"]["in_channels"] = 5
+    (tmp_path / "inpaint.yaml").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"in_channels=5: expected 4, or 9"):
+        foreign.opened(tmp_path / "inpaint.safetensors")
+
+
 def test_a_scale_for_each_channel_goes_into_the_weights(pipeline):
     weights, scale = one_scale(pipeline.autoencoder)
     assert scale == 1.0
@@ -252,7 +300,7 @@ def changed(path, **options):
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, "_class_name=FluxPipeline: expected one of StableDiffusionPipeline"),
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn='gelu' has no counterpart in ours; expected 'silu'"),
-        ("unet/config.json", {"in_channels": 9}, "in_channels=9; expected the first stage's 4"),
+        ("unet/config.json", {"in_channels": 9}, "in_channels=9; expected 4 for a first stage of 4"),
         ("unet/config.json", {"block_out_channels": [32, 48]}, r"block_out_channels=\[32, 48\]; expected multiples"),
         ("unet/config.json", {"attention_head_dim": [8, 8]}, "expected one number of channels for each head"),
         ("unet/config.json", {"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "down_block_types="),
@@ -340,7 +388,7 @@ def test_what_diffusers_has_no_counterpart_for(pipeline, tmp_path):
 
     net = pipeline.config["net"]
     for broken, said in (
-        (with_(conditioner={"_target_": "ldm.conditioner.label.Label"}), "to=diffusers expects a CLIP text tower or LDM's WordPiece"),
+        (with_(conditioner={"_target_": "ldm.conditioner.label.Label"}), "to=diffusers expects a CLIP text tower"),
         (with_(net={**net, "resblock_updown": True}), "resblock_updown=True has no counterpart"),
         (with_(net={**net, "groups": 24}), "groups=24 does not divide"),
         (with_(net={**net, "_target_": "ldm.net.dit.DiT"}), "expects a UNet of transformer blocks"),

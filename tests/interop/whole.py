@@ -29,7 +29,7 @@ class Card:
     channels, size = 3, 32
 
 
-def whole(folder: Path, layer: int = -1, pad: int = 49407, per_channel: bool = True) -> Pipeline:
+def whole(folder: Path, layer: int = -1, pad: int = 49407, per_channel: bool = True, inpaints: bool = False) -> Pipeline:
     """A pipeline whose every weight is drawn by its name; folder: where the tower's config goes."""
     tower = folder / f"tower{-layer}.json"
     tower.write_text(json.dumps({"embed_dim": 8, "vision_cfg": IMAGE, "text_cfg": TEXT, "quick_gelu": layer == -1}))
@@ -41,9 +41,13 @@ def whole(folder: Path, layer: int = -1, pad: int = 49407, per_channel: bool = T
         "prediction": nodes.prediction("Eps" if layer == -1 else "V"),
         "seed": 0,
     }
+    config["conditioner"] = nodes.inpainting(config["conditioner"]) if inpaints else config["conditioner"]
     built = OmegaConf.create(config)
-    built.conditioner.encoder.random = True
+    nodes.encoder_of(built.conditioner).random = True
     stage = fill(build.autoencoder(built.autoencoder, 3))
+    if inpaints:  # diffusers draws the masked image's latent from its posterior: here a point
+        torch.nn.init.zeros_(stage.encoder.moments.weight[4:].data)
+        stage.encoder.moments.bias.data[4:] = -30.0
     stage.scale.copy_(torch.tensor([0.9, 1.1, 0.7, 1.3]) if per_channel else torch.full((4,), 0.18215))
     stage.shift.copy_(torch.tensor([0.1, -0.2, 0.0, 0.3]) * per_channel)
     model = build.model(built, stage, Card)
@@ -52,10 +56,10 @@ def whole(folder: Path, layer: int = -1, pad: int = 49407, per_channel: bool = T
 
 
 @torch.inference_mode()
-def drawn(model, steps: int = 5, scale: float = 3.0) -> torch.Tensor:
-    """Our image in [0, 1] from START, with diffusers' DDIM grid for Stable Diffusion."""
+def drawn(model, steps: int = 5, scale: float = 3.0, **hole: torch.Tensor) -> torch.Tensor:
+    """Our image in [0, 1] from START, with diffusers' DDIM grid for Stable Diffusion. hole: image and mask, for a model that inpaints."""
     denoiser = model.denoiser
-    told, untold = model.condition({"caption": [PROMPT]}), model.uncondition({"caption": [PROMPT]})
+    told, untold = model.condition({"caption": [PROMPT], **hole}), model.condition({"caption": [""], **hole})
     ts = times.ending_at(times.leading(denoiser.schedule, steps, offset=1), 1 / 1000)
     z = ddim(cfg(denoiser, told, untold, scale=scale), denoiser.schedule, START, ts, lambda x: x)
     return (model.decode(z) + 1) / 2
