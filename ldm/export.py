@@ -1,7 +1,8 @@
 """Write a trained model in another project's layout: python -m ldm.export run=RUN to=diffusers out=PLACE [weights=ema] [config=FILE.yaml]
 
 run: a run folder, a step or weights file in it, a diffusers folder, or a checkpoint.  config: CompVis' yaml of a checkpoint.
-to=diffusers     a folder that diffusers' StableDiffusionPipeline (CLIP), its Inpaint one (with masked_image) or LDMTextToImagePipeline (WordPiece) opens
+to=diffusers     a folder that diffusers' StableDiffusionPipeline (CLIP), StableDiffusionInpaintPipeline (with a masked image)
+                 or LDMTextToImagePipeline (WordPiece) opens
 to=compvis       one .ckpt or .safetensors with CompVis' and Stability's names
 to=safetensors   one file of ours with the composed config inside; sample.py takes it as run=
 """
