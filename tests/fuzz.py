@@ -1,8 +1,9 @@
-"""Whatever is typed and whatever is read, nothing breaks: python tests/fuzz.py [overrides=500] [files=500] [commands=20] [seed=0]
+"""Whatever is typed and whatever is read, nothing breaks: python tests/fuzz.py [overrides=500] [trained=100] [files=500] [commands=20]
 
-Random overrides of train.py; random damage to images, captions, shards, checkpoints and run folders. Each ends in a result or in one
-line that says what is wrong: no traceback, no hang, no file half written. In this process; `commands` of either also as whole commands.
-Writes tests/fuzz.csv and lists what broke; exit code 1 if anything did.
+Random overrides of train.py; random damage to images, captions, shards, checkpoints and run folders. Each ends in a result or in one line
+that says what is wrong: no traceback, no hang, no file half written. In this process overrides are composed and checked, and `trained` of
+those that pass are trained; `commands` of either are given to whole commands. seed=0 draws others. Writes tests/fuzz.csv and lists what
+broke; exit code 1 if anything did.
 """
 
 import csv
@@ -25,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from smoke import ROOT, command, composed, here, process
+from smoke import ROOT, command, composed, here, plan_of, process
 
 from ldm.argv import Tree, keys
 
@@ -402,15 +403,39 @@ class Tally:
         return [[kind, sum(self.counts[kind, end] for end in ends), *(self.counts[kind, end] for end in ends)] for kind in kinds]
 
 
-def fuzz_overrides(every: list[tuple[str, ...]], folder: Path, tally: Tally, whole: bool = False) -> None:
-    """Run each command line; folder: where the cache of a smoke run is."""
+def fuzz_overrides(every: list[tuple[str, ...]], folder: Path, tally: Tally) -> list[tuple[str, ...]]:
+    """Compose and check each command line as a command does before it starts; returns those that passed."""
+    from types import SimpleNamespace
+
+    from ldm.build import SUPPLIED
+    from ldm.command import guarded
+
+    def check(words: tuple[str, ...]) -> None:
+        plan = plan_of(*typed(words))
+        with plan.explained(SimpleNamespace(started=False)):
+            plan.check(SUPPLIED)
+
+    passed = []
     for words in every:
-        if whole:
-            done = process("train.py", *typed(words), cwd=folder, timeout=600)
-            how = Outcome("traceback" if done.returncode not in (0, 2, 3) or "Traceback" in done.stderr else "done", done.stderr[-300:])
-            tally.add("overrides, whole commands", " ".join(words), how if not halves(folder) else Outcome("left", str(halves(folder)[0])))
-        else:
-            tally.add("overrides", " ".join(words), outcome(lambda words=words: command("train.py", *typed(words)), folder))
+        how = outcome(lambda words=words: guarded(lambda: check(words)), folder)
+        tally.add("overrides, checked", " ".join(words), how)
+        passed += [words] if how.kind == "done" else []
+    return passed
+
+
+def train_overrides(every: list[tuple[str, ...]], folder: Path, tally: Tally) -> None:
+    """Train each; folder: where the cache of a smoke run is."""
+    for words in every:
+        tally.add("overrides, trained", " ".join(words), outcome(lambda words=words: command("train.py", *typed(words)), folder))
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+
+
+def whole_commands(every: list[tuple[str, ...]], folder: Path, tally: Tally) -> None:
+    """Each as a process of its own."""
+    for words in every:
+        done = process("train.py", *typed(words), cwd=folder, timeout=600)
+        how = Outcome("traceback" if done.returncode not in (0, 2, 3) or "Traceback" in done.stderr else "done", done.stderr[-300:])
+        tally.add("overrides, whole commands", " ".join(words), how if not halves(folder) else Outcome("left", str(halves(folder)[0])))
         shutil.rmtree(folder / "runs", ignore_errors=True)
 
 
@@ -442,7 +467,9 @@ def checkpoint_of(run: Path, path: Path) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    asked = {"overrides": 500, "files": 500, "commands": 20, "seed": 0} | {k: int(v) for k, _, v in (word.partition("=") for word in argv)}
+    asked = {"overrides": 500, "trained": 100, "files": 500, "commands": 20, "seed": 0} | {
+        k: int(v) for k, _, v in (word.partition("=") for word in argv)
+    }
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     tally = Tally(Counter(), [])
     with tempfile.TemporaryDirectory(prefix="ldm-fuzz-") as name:
@@ -452,9 +479,10 @@ def main(argv: list[str]) -> int:
             run = shutil.copytree(next((folder / "runs").iterdir()), folder / "good" / "run")
             every = cases(run, checkpoint_of(run, folder / "good" / "whole.safetensors"))
             fuzz_files(every, asked["files"], asked["seed"], folder, tally)
-            fuzz_overrides(overrides(asked["overrides"], asked["seed"]), folder, tally)
+            passed = fuzz_overrides(overrides(asked["overrides"], asked["seed"]), folder, tally)
+            train_overrides(passed[: asked["trained"]], folder, tally)
         fuzz_files(every, asked["commands"], asked["seed"], folder, tally, whole=True)
-        fuzz_overrides(overrides(asked["commands"], asked["seed"] + 1), folder, tally, whole=True)
+        whole_commands(overrides(asked["commands"], asked["seed"] + 1), folder, tally)
     with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(
             [["what", "cases", "done", "refused", "traceback", "hang", "half written"], *tally.rows()]

@@ -110,13 +110,27 @@ class Tars:
         shard, offset, size = (int(self.table[i, c]) for c in (1, column, column + 1))
         if size > MOST[what]:
             raise ValueError(f"{what} of {size:,} bytes")
-        return os.pread(_opened(self.paths[shard], os.getpid()), size, offset) if size > 0 else b""
+        return _opened(self.paths[shard], os.getpid()).read(size, offset) if size > 0 else b""
 
 
-@lru_cache(maxsize=512)
-def _opened(path: Path, process: int) -> int:
-    """A file descriptor of this process."""
-    return os.open(path, os.O_RDONLY)
+class _Open:
+    """A file open for reading, as long as anyone holds this."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self.descriptor, size, offset)
+
+
+@lru_cache(maxsize=256)
+def _opened(path: Path, process: int) -> _Open:
+    """A shard of this process; of many thousands those read last stay open."""
+    return _Open(path)
 
 
 def expanded(pattern: str) -> list[str]:
@@ -188,7 +202,7 @@ def _label(path: Path, parts: dict[str, tuple[int, int]]) -> int:
     if "cls" not in parts:
         return -1
     offset, size = parts["cls"]
-    text = os.pread(_opened(path, os.getpid()), min(size, 20), offset).strip()
+    text = _opened(path, os.getpid()).read(min(size, 20), offset).strip()
     if not text.isdigit() or int(text) >= CLASSES:
         raise UserError(f"path={path}: a .cls holds {text!r}, not a number below {CLASSES:,}")
     return int(text)

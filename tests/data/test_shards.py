@@ -132,6 +132,16 @@ def test_in_the_place_of_a_damaged_image_stands_the_next(tmp_path, caplog):
         broken.batch([(0, 0)])
 
 
+def test_no_more_shards_are_open_than_may_be(tmp_path):
+    """A thousand shards and more, where a process may open a thousand files: those read last stay open."""
+    for i in range(300):
+        shard(tmp_path / "many" / f"{i:03d}.tar", sample(i % 200))
+    data = Shards(tmp_path / "many", size=16, held_out=0.0)
+    before = len(os.listdir("/proc/self/fd"))
+    assert len({data.caption(0, i) for i in range(300)} | {data.source.image(i).getbuffer().nbytes for i in range(300)}) > 1
+    assert len(os.listdir("/proc/self/fd")) - before <= 256
+
+
 def test_an_index_is_made_once(folder, monkeypatch):
     first = Shards(folder, size=16)
     monkeypatch.setattr(shards, "index", None)
