@@ -392,15 +392,19 @@ class Tally:
     def add(self, kind: str, name: str, how: Outcome) -> None:
         self.counts[kind, how.kind] += 1
         if sum(self.counts.values()) % 25 == 0:
-            print(f"{sum(self.counts.values())} cases, {len(self.broken)} broke", flush=True)
+            self.write()
         if how.kind not in ("done", "refused"):
             self.broken.append(f"{kind}: {name}: {how.kind}: {how.said}"[:400])
             print(self.broken[-1], flush=True)
 
-    def rows(self) -> list[list]:
-        kinds = list(dict.fromkeys(kind for kind, _ in self.counts))
-        ends = ("done", "refused", "traceback", "hang", "left")
-        return [[kind, sum(self.counts[kind, end] for end in ends), *(self.counts[kind, end] for end in ends)] for kind in kinds]
+    def write(self) -> None:
+        """Write tests/fuzz.csv as far as it is."""
+        kinds, ends = list(dict.fromkeys(kind for kind, _ in self.counts)), ("done", "refused", "traceback", "hang", "left")
+        rows = [[kind, sum(self.counts[kind, end] for end in ends), *(self.counts[kind, end] for end in ends)] for kind in kinds]
+        with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
+            head = ["what", "cases", "done", "refused", "traceback", "hang", "half written"]
+            csv.writer(file, lineterminator="\n").writerows([head, *rows])
+        print(f"{sum(self.counts.values())} cases, {len(self.broken)} broke", flush=True)
 
 
 def fuzz_overrides(every: list[tuple[str, ...]], folder: Path, tally: Tally) -> list[tuple[str, ...]]:
@@ -483,10 +487,7 @@ def main(argv: list[str]) -> int:
             train_overrides(passed[: asked["trained"]], folder, tally)
         fuzz_files(every, asked["commands"], asked["seed"], folder, tally, whole=True)
         whole_commands(overrides(asked["commands"], asked["seed"] + 1), folder, tally)
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [["what", "cases", "done", "refused", "traceback", "hang", "half written"], *tally.rows()]
-        )
+    tally.write()
     print(*tally.broken, f"{len(tally.broken)} of {sum(tally.counts.values())} broke", sep="\n")
     return 1 if tally.broken else 0
 

@@ -184,5 +184,5 @@ def _file(path: Path, what: str) -> Path:
 
 
 def _images(folder: Path) -> list[Path]:
-    """The images below a folder, by name."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    """The images below a folder, by name, hidden ones aside."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith("."))

@@ -138,7 +138,11 @@ def test_an_image_that_says_how_to_make_it_again(tmp_path, ran):
     told |= {"told": [], "inputs": {}, "weights": ""}
     from ldm.build import plain
 
-    for change, why in (({}, "is refused"), ({"inputs": 3, "task": None}, "again=|no such folder"), ({"run": {"a": 1}, "task": None}, "again=")):
+    for change, why in (
+        ({}, "is refused"),
+        ({"inputs": 3, "task": None}, "again=|no such folder"),
+        ({"run": {"a": 1}, "task": None}, "again="),
+    ):
         text = json.dumps(told | {"request": {key: plain(one) for key, one in (told["request"] | change).items()}})
         picture.save(tmp_path / "a.png", torch.zeros(1, 4, 4, dtype=torch.uint8), {"again": text})
         asked = cfg.copy()
