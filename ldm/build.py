@@ -67,6 +67,14 @@ def degraded(cfg: Any, split: str = "train"):
     return instantiate(cfg.degrade)(dataset(cfg, split))
 
 
+def undegraded(cfg: Any) -> None:
+    """Raises UserError for a config with a `degrade` node: only a denoiser is told what it makes, all else sees the images as they are."""
+    from ldm.errors import UserError
+
+    if cfg.get("degrade") and cfg.degrade["_target_"] != "ldm.data.degrade.none":
+        raise UserError("degrade= is for training=diffusion alone, this one sees the images as they are: leave it out, or degrade=none")
+
+
 def autoencoder(node: Any, channels: int):
     """A first stage for images of `channels` channels, not trained."""
     from hydra.utils import instantiate

@@ -15,14 +15,17 @@ TINY = (  # as budget=smoke has them, so that the judge and the first stages of 
     *("training.steps=1", "training.batch_size=4", "training.grid_every=1", "training.save_every=1", "net=smoke", "trainer=cpu"),
     *("first_stage.steps=2", "first_stage.batch_size=8", "first_stage.discriminator_start=1", "judge.steps=2", "judge.batch_size=8"),
 )
-STAGE_ONE = ("~training.score", "data=synthetic", "training.discriminator_start=0")
+FIRST = ("~training.score",)  # a budget for the second stage has too much
+STAGE_ONE = (*FIRST, "data=synthetic", "training.discriminator_start=0")
 NEEDS = {  # what its README asks of the person, or what a budget for the second stage has too much
     "own_images": ("data.path=images",),
     "first_stage": STAGE_ONE,
     "first_stage/emoji": (*STAGE_ONE, "training.seed=1"),  # else it is the same job
     "emoji": ("data=synthetic", "conditioner=label"),
-    "blue_marble": ("data=synthetic",),
+    "blue_marble": ("data=synthetic", "~data.stride", "~data.land", "~data.band"),
     "cifar10": ("data=synthetic",),
+    "emoji/clip": (*FIRST, "~training.grid_every", "data=synthetic"),
+    "classifier_guidance": (*FIRST, "~training.grid_every"),
 }
 
 

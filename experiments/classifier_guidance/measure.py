@@ -15,7 +15,7 @@ from ldm.metrics.interval import wilson
 
 HERE = Path(__file__).parent
 SAMPLE = HERE.parents[1] / "sample.py"
-NUM, NFE = 2000, 24
+NUM, NFE = 1000, 24
 
 
 def ways(classifier: str) -> list[tuple[str, float, int, tuple[str, ...]]]:
@@ -23,10 +23,10 @@ def ways(classifier: str) -> list[tuple[str, float, int, tuple[str, ...]]]:
     guided = ("guidance=classifier", f"guidance.classifier={classifier}")
     return [
         ("none", 1.0, 1, ("guidance=cfg",)),
-        *(("cfg", scale, 2, ("guidance=cfg",)) for scale in (1.5, 3.0)),
-        *(("cfg in an interval", scale, 2, ("guidance=cfg_interval",)) for scale in (3.0, 5.0)),
-        *(("classifier", scale, 2, guided) for scale in (1.0, 3.0, 10.0)),
-        *(("classifier, the network's evaluations alone counted", scale, 1, guided) for scale in (3.0,)),
+        *(("cfg", scale, 2, ("guidance=cfg",)) for scale in (2.0,)),
+        *(("cfg in an interval", scale, 2, ("guidance=cfg_interval",)) for scale in (5.0,)),
+        *(("classifier", scale, 2, guided) for scale in (1.0, 4.0)),
+        ("classifier, the network's evaluations alone counted", 4.0, 1, guided),
     ]
 
 

@@ -50,6 +50,7 @@ def train(
 
     Raises UserError for a first stage without weights, and where the network that is to measure it is also in its loss.
     """
+    build.undegraded(cfg)
     folder = cache.first_stage_folder(cfg)
     if done := finished(cfg, folder):
         return done["psnr"]

@@ -29,6 +29,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which it is measured
 
 def train(cfg: Any, *, steps: int, batch_size: int, net, optimizer, lr_schedule, log_every: int, save_every: int, num: int = 2000) -> float:
     """Train on cached latents with noise at the config's times; returns the mean accuracy on `num` held-out images over LEVELS."""
+    build.undegraded(cfg)
     folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), ["classifier", choices().get("data", "data"), cfg.name])
     if done := finished(cfg, folder):
         print(f"this run is done: {folder}")

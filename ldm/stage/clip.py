@@ -38,6 +38,7 @@ def train(
 
     The run folder gets model.json and weights.safetensors, a `model` and `weights` for conditioner=clip.
     """
+    build.undegraded(cfg)
     folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), ["clip", choices().get("data", "data"), cfg.name])
     if done := runs.finished(folder):
         print(f"this run is done: {folder}")

@@ -139,3 +139,11 @@ def test_taken_up_where_it_stopped(place):
     after = durable.read_tensors(whole / "weights.safetensors")
     assert step.is_dir()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("training", ["autoencoder", "classifier", "clip"])
+def test_what_is_told_nothing_takes_no_degraded_images(training, capfd):
+    capfd.readouterr()
+    typed = ("~training.score", "degrade=mask", *(() if training == "autoencoder" else ("~training.grid_every",)))
+    assert command("train.py", "budget=smoke", f"training={training}", *typed) == 2
+    assert "degrade= is for training=diffusion alone" in capfd.readouterr().err
