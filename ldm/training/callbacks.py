@@ -16,6 +16,7 @@ from ldm.errors import NonFiniteError
 from ldm.progress import Bar
 from ldm.training.gradients import Gradients
 from ldm.training.parallel import mean_over_ranks
+from ldm.training.shares import like, states_like, whole
 
 
 class LearningRate(L.Callback):
@@ -105,7 +106,7 @@ def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
     if other:
         raise ValueError(f"the weights are of another architecture: {', '.join(other[:4])}{' ...' if len(other) > 4 else ''} do not match")
     for name, p in live.items():
-        p.copy_(state[name])
+        p.copy_(like(state[name], p))
 
 
 def extra(module: nn.Module) -> dict[str, Any]:
@@ -140,11 +141,11 @@ class Checkpoints(L.Callback):
         for name, state in self.resume.state.get("extra", {}).items():
             lit.get_submodule(name).set_extra_state(state)
         if self.ema is not None:
-            self.ema.load(self.resume.tensors["ema"])
+            self.ema.load({name: like(value, self.ema.shadow[name]) for name, value in self.resume.tensors["ema"].items()})
         trainer.precision_plugin.load_state_dict(self.resume.state.get("precision", {}))
         for optimizer, state in zip(trainer.optimizers, self.resume.state["optimizers"], strict=True):
             asked = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(states_like(state, optimizer))
             for group, options in zip(optimizer.param_groups, asked, strict=True):
                 group.pop("base_lr", None)
                 group.update(options)  # of its options the config decides, not the file
@@ -156,13 +157,15 @@ class Checkpoints(L.Callback):
 
     def save(self, trainer: L.Trainer, lit: L.LightningModule, step: int) -> None:
         """Keep the state after `step` steps, unless that was done."""
-        if step == self.saved or not trainer.is_global_zero:
+        if step == self.saved:
             return
-        average = {} if self.ema is None else {"ema": self.ema.shadow}
+        self.saved = step
+        tensors = {"model": trained(lit)} | ({} if self.ema is None else {"ema": self.ema.shadow})
         state = {"optimizers": [o.state_dict() for o in trainer.optimizers], "extra": extra(lit)}
         state["precision"] = trainer.precision_plugin.state_dict()  # the scale of the loss in float16
-        durable.save_step(self.folder, step, {"model": trained(lit), **average}, state, self.config, metadata=self.metadata)
-        self.saved = step
+        tensors, state = whole(tensors), whole(state)
+        if trainer.is_global_zero:
+            durable.save_step(self.folder, step, tensors, state, self.config, metadata=self.metadata)
 
 
 class Pictures(L.Callback):

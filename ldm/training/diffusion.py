@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.conditioner.compose import dropped
 from ldm.model import LatentDiffusion
 from ldm.tensors import Noise
+from ldm.training.sharded import shard
 
 
 def noise_of(seed: int, batch: dict[str, Any]) -> Noise:
@@ -58,6 +59,10 @@ class LitDiffusion(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.clip is not None:  # here and not in the trainer, which refuses to clip for a fused optimiser under autocast
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.clip)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # trainer.strategy=fsdp
+            shard((self.model.denoiser.net, self.model.conditioner, self.objective), self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([p for p in self.parameters() if p.requires_grad])

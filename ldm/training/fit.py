@@ -5,18 +5,20 @@ import os
 import signal
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from ldm.data.stream import Batched, Stream
 from ldm.errors import UserError
 from ldm.training.accumulate import Accumulated, Parted
+from ldm.training.sharded import twin
 
 PRECISION = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -70,11 +72,11 @@ def fit(
     stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
     if accumulate > 1:
-        stream, callbacks = Parted(stream, accumulate), [Accumulated(callbacks, accumulate)]
+        stream = Parted(stream, accumulate)
     if not lit.automatic_optimization:
         lit.parts = accumulate
     loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers, worker_init_fn=deaf)
-    if precision_here(precision) != "64":
+    if precision_here(precision) != "64" and strategy != "fsdp":  # which takes weights only as they are
         lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)  # its advice is for other ways of working
@@ -87,7 +89,6 @@ def fit(
         strategy=strategy_of("ddp" if strategy == "auto" and ranks > 1 else strategy, timedelta(minutes=timeout)),
         precision=PRECISION[precision_here(precision)],
         max_epochs=1,
-        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -95,7 +96,9 @@ def fit(
         use_distributed_sampler=False,
     )
     try:
-        trainer.fit(lit, loader)
+        with twin(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (trainee, around):
+            trainer.callbacks = [Accumulated(around, accumulate)] if accumulate > 1 else list(around)
+            trainer.fit(trainee, loader)
     except SystemExit as end:  # before the first step Lightning answers Ctrl-C with 1, SIGTERM without a code
         raise SystemExit({1: 130, None: 85}.get(end.code, end.code)) from None
     except RuntimeError as error:
@@ -107,8 +110,12 @@ def fit(
 
 
 def strategy_of(name: str, timeout: timedelta) -> Any:
-    """Lightning's strategy of a name; DDP with a time-out, and with parameters that a step leaves out."""
-    return DDPStrategy(find_unused_parameters=True, timeout=timeout) if name == "ddp" else name
+    """Lightning's strategy of a name; DDP with a time-out, and with parameters that a step leaves out; fsdp as FSDP2 over all processes."""
+    made = {
+        "ddp": lambda: DDPStrategy(find_unused_parameters=True, timeout=timeout),
+        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world()[1], tensor_parallel_size=1, timeout=timeout),
+    }
+    return made[name]() if name in made else name
 
 
 def deaf(worker: int) -> None:

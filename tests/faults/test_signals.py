@@ -1,4 +1,4 @@
-"""A training told to stop keeps its step, says so by its exit code, and the same command goes on at the next: one process, two, one of two."""
+"""Told to stop, a training keeps its step, says so by its exit code, and the same command goes on: one process, two, one of two."""
 
 import os
 import shutil

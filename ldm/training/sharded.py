@@ -1,0 +1,65 @@
+"""Training with weights, gradients and optimiser states shared out among the processes (FSDP2, Zhao et al. 2023)."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from ldm.training.callbacks import Average, Pictures, trained
+from ldm.training.shares import like, whole
+
+METHODS = ("null", "embed", "memory", "at")  # besides forward, through which parameters of ours are used
+
+
+def shard(modules: Iterable[nn.Module], mesh: Any) -> None:
+    """Share out the parameters of each module that has any over the processes of a mesh; it is put together while it is used."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views changed in place, which no module of ours does to another's
+    for module in modules:
+        if any(p.requires_grad for p in module.parameters()):
+            fully_shard(module, mesh=mesh)
+            for name in METHODS:
+                if hasattr(module, name):
+                    register_fsdp_forward_method(module, name)
+
+
+@contextmanager
+def twin(lit: L.LightningModule, callbacks: Sequence[L.Callback]) -> Iterator[tuple[L.LightningModule, list[L.Callback]]]:
+    """A copy of lit to be sharded and trained, and the callbacks for it; at the end lit, and its averages, are what it became.
+
+    No pictures are drawn meanwhile: they are drawn by one process, and the weights lie with all.
+    """
+    other = copy.deepcopy(lit)
+    averages = [one.ema for one in callbacks if isinstance(one, Average)]
+    names = {id(module): name for name, module in lit.named_modules()}
+    modules = [one.module for one in averages]
+    for one in averages:
+        one.module = other.get_submodule(names[id(one.module)])
+    try:
+        yield other, [Shares(averages), *(one for one in callbacks if not isinstance(one, Pictures))]
+        with torch.no_grad():
+            for name, value in whole(trained(other)).items():
+                lit.get_parameter(name).copy_(value)
+        for one in averages:
+            one.shadow = {name: value.cpu() for name, value in whole(one.shadow).items()}
+    finally:
+        for one, module in zip(averages, modules, strict=True):
+            one.module = module
+
+
+class Shares(L.Callback):
+    """Shares out averages as the weights that they are of."""
+
+    def __init__(self, averages: Sequence[Any]):
+        self.averages = averages
+
+    def on_fit_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        for one in self.averages:
+            live = trained(one.module)
+            one.shadow = {name: like(value, live[name]) for name, value in one.shadow.items()}

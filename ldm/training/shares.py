@@ -1,0 +1,41 @@
+"""Tensors that lie with several processes, a share with each: put together, and shared out."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_share(value: Any) -> bool:
+    """Whether a value is a tensor of which each process holds a share (a DTensor)."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Any) -> Any:
+    """Nested plain data with every sharded tensor put together; all processes must call it."""
+    if is_share(value):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {key: whole(one) for key, one in value.items()}
+    return [whole(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def like(value: Tensor, p: Any) -> Tensor:
+    """A whole tensor, shared out as p is."""
+    if not is_share(p):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+
+
+def states_like(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's saved state, what belongs to a sharded parameter shared out as that is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(map(is_share, parameters)):
+        return state
+    held = {
+        place: {name: like(one, parameters[place]) if one.shape == parameters[place].shape else one for name, one in kept.items()}
+        for place, kept in state["state"].items()
+    }
+    return {**state, "state": held}

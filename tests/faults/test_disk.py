@@ -1,0 +1,75 @@
+"""Disks that are full, folders that are held or not ours, readers that are killed."""
+
+import os
+import shutil
+import socket
+import stat
+from functools import partial
+
+import harm
+import pytest
+from smoke import command, here, process, processes
+
+from ldm import durable, runs
+
+DIFFUSION = ("train.py", "budget=smoke", "metrics=none", "training.steps=6", "training.save_every=2", "training.grid_every=100")
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_the_checkpoint_before_it_is_whole(smoke, tmp_path):
+    shutil.copytree(smoke.kept, tmp_path / "cache")
+    (done,) = processes((*DIFFUSION, "trainer=cpu"), cwd=tmp_path, harm=partial(harm.full_disk, 4))
+    assert done.returncode == 2, done.stdout
+    assert "no space for a checkpoint" in done.stdout
+    assert "MiB free in" in done.stdout
+    (folder,) = tmp_path.glob("runs/*/checkpoints")
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+    assert durable.load_step(folder / "step-00000002").step == 2
+
+
+def test_two_runs_in_one_folder_the_second_is_refused(smoke, tmp_path, capfd):
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")), runs.lock(tmp_path / "runs" / smoke.run.name):
+        assert command("train.py", "budget=smoke") == 2
+    assert "is in use by process" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_ours_to_write_is_named(smoke, tmp_path):
+    """The process has given up its rights, which a test run by root would else have."""
+    shutil.copytree(smoke.kept, tmp_path / "cache")
+    (tmp_path / "runs").mkdir(mode=0o555)
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_uid == os.getuid():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o055)
+    for path in [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]:
+        path.chmod(0o777)
+    (done,) = processes((*DIFFUSION, "trainer=cpu"), cwd=tmp_path, harm=harm.nobody)
+    assert done.returncode == 2, done.stdout
+    assert "Permission denied" in done.stdout
+    assert "runs" in done.stdout.splitlines()[-1]
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_reader_ends_the_run_in_one_line_and_the_run_goes_on(smoke, tmp_path):
+    shutil.copytree(smoke.kept, tmp_path / "cache")
+    job = (*DIFFUSION, "trainer=cpu", "trainer.workers=2")
+    (done,) = processes(job, cwd=tmp_path, harm=partial(harm.after_step, 3, harm.end_readers, (0,)))
+    assert done.returncode == 2, done.stdout
+    assert "a process that reads data is gone" in done.stdout
+    assert "Traceback" not in done.stdout
+    (done,) = processes(job, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "resuming from step 2 " in done.stdout
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_hinders_no_training(smoke, tmp_path):
+    """Of torch's own default port, by two processes as a person starts them."""
+    shutil.copytree(smoke.kept, tmp_path / "cache")
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("0.0.0.0", 29500))
+        taken.listen()
+        done = process(*DIFFUSION, "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32", cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,63 @@
+"""Two processes of which one dies, ones that were started differently, and a training that goes on with another number of them."""
+
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import harm
+import pytest
+import torch
+from smoke import processes
+
+from ldm import durable, runs
+
+DIFFUSION = ("train.py", "budget=smoke", "metrics=none", "training.steps=6", "training.save_every=2", "training.grid_every=100")
+ONE = ("trainer=cpu",)
+TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32")
+
+
+def ended(folder: Path) -> tuple[list[dict], durable.Step]:
+    """The losses and the last step of the one run in a folder."""
+    (run,) = (folder / "runs").iterdir()
+    rows = [{key: row[key] for key in row if key.startswith("train/")} for row in runs.read_journal(run / "metrics.jsonl")]
+    return rows, durable.load_step(run / "checkpoints" / "step-00000006")
+
+
+@pytest.fixture(scope="module")
+def whole(smoke, tmp_path_factory):
+    """A training by two processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(smoke.kept, folder / "cache")
+    done = processes(*[(*DIFFUSION, *TWO)] * 2, cwd=folder)
+    assert [one.returncode for one in done] == [0, 0], done
+    return ended(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [2, 1])
+def test_a_killed_rank_ends_the_other_and_nothing_is_lost(again, whole, smoke, tmp_path):
+    """Taken up by two processes it is bit for bit the training never killed; by one, the same samples and to rounding the same losses."""
+    shutil.copytree(smoke.kept, tmp_path / "cache")
+    killed = partial(harm.after_step, 5, partial(harm.signals, (signal.SIGKILL,)), (1,))
+    done = processes(*[(*DIFFUSION, *TWO)] * 2, cwd=tmp_path, harm=killed)
+    assert done[1].returncode == -signal.SIGKILL
+    assert done[0].returncode == 1, done[0].stdout
+    done = processes(*[(*DIFFUSION, *(TWO if again == 2 else ONE))] * again, cwd=tmp_path)
+    assert [one.returncode for one in done] == [0] * again, done
+    assert "resuming from step 4 " in done[0].stdout
+    (losses, step), (expected, last) = ended(tmp_path), whole
+    for row, other in zip(losses, expected, strict=True):
+        assert row == (other if again == 2 else pytest.approx(other, rel=1e-5))
+    if again == 2:
+        assert all(torch.equal(step.tensors[kind][name], value) for kind, held in last.tensors.items() for name, value in held.items())
+
+
+@pytest.mark.slow
+def test_ranks_that_were_started_differently_do_not_begin(smoke, tmp_path):
+    shutil.copytree(smoke.kept, tmp_path / "cache")
+    jobs = [(*DIFFUSION, *TWO, f"training.optimizer.lr={lr}") for lr in (1e-3, 2e-3)]
+    done = processes(*jobs, cwd=tmp_path)
+    assert [one.returncode for one in done] == [2, 2], done
+    assert "differ in the config" in done[0].stdout
+    assert "differ in the config" in done[1].stdout

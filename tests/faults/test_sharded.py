@@ -1,0 +1,47 @@
+"""FSDP2 on processors: two processes that share out a model train it as one does, are killed, and go on as two or as one."""
+
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import harm
+import pytest
+from smoke import processes
+
+from ldm import durable, runs
+
+DIFFUSION = ("train.py", "budget=smoke", "metrics=none", "training.steps=6", "training.save_every=2", "training.grid_every=100")
+ONE = ("trainer=cpu",)
+TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32")
+
+
+def ended(folder: Path) -> tuple[list[dict], dict]:
+    """The losses and the final averaged weights of the one run in a folder."""
+    (run,) = (folder / "runs").iterdir()
+    rows = [{key: row[key] for key in row if key.startswith("train/")} for row in runs.read_journal(run / "metrics.jsonl")]
+    return rows, durable.read_tensors(run / "weights.safetensors")
+
+
+@pytest.mark.slow
+def test_a_model_shared_out_is_trained_as_one_and_goes_on_in_any_number(smoke, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two", "then one")]
+    for folder in folders:
+        shutil.copytree(smoke.kept, folder / "cache")
+    assert processes((*DIFFUSION, *ONE), cwd=folders[0])[0].returncode == 0
+    killed = partial(harm.after_step, 5, partial(harm.signals, (signal.SIGKILL,)), (1,))
+    done = processes(*[(*DIFFUSION, *TWO)] * 2, cwd=folders[1], harm=killed)
+    assert done[1].returncode == -signal.SIGKILL, done
+    assert done[0].returncode != 0
+    shutil.copytree(folders[1] / "runs", folders[2] / "runs")
+    for folder, job in ((folders[1], TWO), (folders[2], ONE)):
+        done = processes(*[(*DIFFUSION, *job)] * (2 if job is TWO else 1), cwd=folder)
+        assert not any(one.returncode for one in done), done
+        assert "resuming from step 4 " in done[0].stdout
+    expected, weights = ended(folders[0])
+    for folder in folders[1:]:
+        rows, other = ended(folder)
+        for row, wanted in zip(rows, expected, strict=True):
+            assert row == pytest.approx(wanted, rel=1e-5)
+        assert weights.keys() == other.keys()
+        assert max(float((other[name] - value).abs().max()) for name, value in weights.items()) < 1e-5
