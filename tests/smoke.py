@@ -135,6 +135,7 @@ def port() -> int:
 
 def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | None, kill: int, harm: Callable[[], None] | None) -> None:
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # of those that read data, as where a person starts the command
     with open(cwd / f"said-{env.get('RANK', 0)}.txt", "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

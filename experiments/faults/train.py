@@ -43,6 +43,7 @@ def run(typed: tuple[str, ...], folder: Path, world: int = 1, after: After | Non
 def _rank(typed: tuple[str, ...], folder: Path, env: dict[str, str], rank: int, after: After | None) -> None:
     os.environ.update(env)
     os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # of those that read data, as where a person starts the command
     with open(folder / f"said-{rank}.txt", "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -20,7 +20,7 @@ def shard(modules: Iterable[nn.Module], mesh: Any) -> None:
     """Share out the parameters of each module that has any over the processes of a mesh; it is put together while it is used."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views changed in place, which no module of ours does to another's
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # views changed in place: ours are not
     for module in modules:
         if any(p.requires_grad for p in module.parameters()):
             fully_shard(module, mesh=mesh)
