@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,11 +101,13 @@ def save_step(
     config: str = "",
     keep: int = 2,
     metadata: Mapping[str, str] | None = None,
+    spared: Callable[[int], bool] = lambda step: False,
 ) -> Path:
     """Write folder/step-00012000 with <name>.safetensors per entry of tensors, train_state.pt, config.yaml and last a manifest of sha256.
 
     state: tensors and plain values only (it is read back with weights_only=True).  keep: newest steps left on the disk, at least 2, so that
     one good older step outlives a newest one that turns out damaged; 0 keeps all.  metadata: goes into every safetensors file.
+    spared: whether an older step stays all the same.
     Raises ValueError for weights that are not finite, OSError for a disk too full, in both cases before anything was changed.
     """
     folder = Path(folder)
@@ -135,7 +137,7 @@ def save_step(
         else:
             os.replace(temporary, final)
     _sync(folder)
-    prune(folder, keep)
+    prune(folder, keep, spared)
     return final
 
 
@@ -222,10 +224,11 @@ def load_step(step: Path | str) -> Step:
     return Step(manifest["step"], weights, state, (step / "config.yaml").read_text(encoding="utf-8"), metadata)
 
 
-def prune(folder: Path | str, keep: int) -> None:
-    """Remove all but the newest `keep` steps (at least 2; 0 keeps all), and never one of the newest two that are complete."""
+def prune(folder: Path | str, keep: int, spared: Callable[[int], bool] = lambda step: False) -> None:
+    """Remove all but the newest `keep` steps (at least 2; 0 keeps all) and those spared; never one of the newest two that are complete."""
     found = steps(folder)
-    kept = set(found[: max(2, keep)] if keep else found) | set([step for step in found if _is_complete(step)][:2])
+    kept = {step for step in found if spared(step_of(step))}
+    kept |= set(found[: max(2, keep)] if keep else found) | set([step for step in found if _is_complete(step)][:2])
     for step in found:
         if step not in kept:
             os.replace(step, gone := step.with_name(f".{step.name}.{os.getpid()}.gone.tmp"))  # at once: no half of it keeps the name

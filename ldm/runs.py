@@ -29,7 +29,10 @@ from ldm.parse import json_of, yaml_of
 from ldm.validate import module_of
 
 # what does not change the result, or is shown in the name
-RUN_ONLY = ("seed", "name", "runs", "trainer", "logger", "cache", "optimize", "published", "resume", "resume_with", "skips")
+RUN_ONLY = (
+    *("seed", "name", "runs", "trainer", "logger", "cache", "optimize", "published", "resume", "resume_with", "skips"),
+    *("keep_last", "keep_every", "keep_best"),
+)
 
 
 def run_id(config: Mapping[str, Any], words: Sequence[str] = (), ignore: Collection[str] = RUN_ONLY) -> str:

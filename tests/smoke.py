@@ -118,7 +118,7 @@ def processes(
         children.append(context.Process(target=_child, args=(job, cwd, own, kill_at, kill, harm and partial(harm, rank))))
         children[-1].start()
     for child in children:
-        child.join(100)
+        child.join(200)
         if child.is_alive():
             child.kill()
             child.join()

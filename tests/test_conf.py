@@ -53,7 +53,9 @@ PAPER = [  # first stages at a paper's scale: looked at on the meta device
 PAPER_NETS = [  # and networks, which tests/net/test_counts.py builds there; an option that derives from another may say no width
     o for o in OPTIONS if o.startswith("net/") and o not in PARTNERS and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
 ]
-ALONE = ("budget", "data", "degrade", "trainer", "training", "logger", "metrics", "guidance", "task")  # no part of the model or of its step
+ALONE = (
+    *("budget", "debug", "data", "degrade", "trainer", "training", "logger", "metrics", "guidance", "task"),
+)  # no part of the model or of its step
 
 
 def typed(option: str) -> tuple[str, ...]:
@@ -125,7 +127,7 @@ def offline(monkeypatch):
 def test_option_composes(option):
     group = option.split("/")[0]
     config = composed(option.replace("/", "=", 1), name="sample") if group == "task" else composed(*typed(option))
-    assert group in ("budget", "process", "optimizer") or group in config
+    assert group in ("budget", "process", "optimizer") or option == "debug/smoke" or group in config
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] not in ALONE and o not in (*PAPER, *PAPER_NETS)])

@@ -11,7 +11,7 @@ from ldm.errors import UserError
 
 FREE = {  # what may differ from the checkpoint's config: it changes no step
     *("sampler", "guidance", "grid", "metrics", "judge", "training.log_every", "training.grid_every", "training.save_every"),
-    *("training.score", *runs.RUN_ONLY),
+    *("training.score", "debug", *runs.RUN_ONLY),
 } - {"seed"}
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ldm.command import choices
 from ldm.ema import PowerEMA
 from ldm.report import Logger, Silent
 from ldm.stage import resume
-from ldm.training.callbacks import Average, Checkpoints, LearningRate, Pictures, Progress, Record
+from ldm.training.callbacks import Average, Checkpoints, Keep, LearningRate, Pictures, Progress, Record
 from ldm.training.fit import world
 from ldm.training.gradients import Gradients
 from ldm.training.parallel import Agreement
@@ -34,6 +34,7 @@ class Run:
     journal: runs.Journal | None
     logger: Logger
     since: float
+    latest: dict[str, float] = field(default_factory=dict)  # of each number that was written
 
     @property
     def start(self) -> int:
@@ -51,6 +52,7 @@ class Run:
             print(text, flush=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.latest |= values
         if self.journal is not None:
             self.journal.write(step, values)
             self.logger.metrics(step, values)
@@ -78,9 +80,12 @@ class Run:
     ) -> list[Any]:
         """What goes on around each step of a training shown as `name`, in this order: what looks, what writes, what ends it."""
         gradients = Gradients(self.folder, self.config.get("skips", 10))
-        saving = Checkpoints(self.checkpoints, ema, save_every, steps, self.config_text(), self.resume, metadata)
+        keep = Keep(self.config.get("keep_last", 2), self.config.get("keep_every"), self.worth)
+        saving = Checkpoints(self.checkpoints, ema, save_every, steps, self.config_text(), self.resume, metadata, keep)
+        debug = [instantiate(self.config["debug"])(self.folder)] if self.config.get("debug") else []
         return [
             Agreement({"config": runs.fingerprint(self.config), "first step": self.start}),
+            *debug,
             LearningRate(lr_schedule, steps),
             gradients,
             *([Average(ema)] if ema else []),
@@ -90,6 +95,12 @@ class Run:
             *([Pictures(draw, grid_every, ema)] if draw else []),
             Stop(saving.save),
         ]
+
+    def worth(self) -> float | None:
+        """The latest of the number that keep_best names, its sign turned for -name; None before the first."""
+        name = self.config.get("keep_best") or ""
+        value = self.latest.get(name.removeprefix("-"))
+        return None if value is None else float(-value if name.startswith("-") else value)
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write metrics.json, the mark of a finished run."""

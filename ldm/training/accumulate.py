@@ -44,6 +44,10 @@ class Accumulated(L.Callback):
         for one in self.callbacks:
             one.on_train_start(trainer, lit)
 
+    def on_train_end(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        for one in self.callbacks:
+            one.on_train_end(trainer, lit)
+
     def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.parts == 0:
             self.outputs, self.keys = [], {name: [] for name in self.keys}
@@ -51,6 +55,14 @@ class Accumulated(L.Callback):
                 one.on_train_batch_start(trainer, lit, batch, batch_idx)
         for name, held in self.keys.items():
             held.extend(batch[name])
+
+    def on_before_backward(self, trainer: L.Trainer, lit: L.LightningModule, loss: Tensor) -> None:
+        for one in self.callbacks:
+            one.on_before_backward(trainer, lit, loss)
+
+    def on_after_backward(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        for one in self.callbacks:
+            one.on_after_backward(trainer, lit)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, lit: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         for one in self.callbacks:

@@ -1,8 +1,10 @@
 """What happens around a training step: learning rate, weight average, records, pictures, checkpoints."""
 
+import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +116,22 @@ def extra(module: nn.Module) -> dict[str, Any]:
     return {name: m.get_extra_state() for name, m in module.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state}
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the newest `last`, at least 2; every one whose step is a multiple of `every`; the best.
+
+    value: the number, if there is one yet, of which the lowest is the best.
+    """
+
+    last: int = 2
+    every: int | None = None
+    value: Callable[[], float | None] = lambda: None
+
+
 class Checkpoints(L.Callback):
     """Keeps step folders of a module's weights and extra state, its average and the optimisers; begins from `resume` if there is one.
 
-    every: steps between two.  metadata: goes into the files of weights.
+    every: steps between two.  metadata: goes into the files of weights.  The best one's step and value are in best.json beside them.
     """
 
     def __init__(
@@ -129,7 +143,9 @@ class Checkpoints(L.Callback):
         config: str,
         resume: durable.Step | None = None,
         metadata: dict[str, str] | None = None,
+        keep: Keep = Keep(),
     ):
+        self.keep = keep
         self.folder, self.ema, self.every, self.total, self.config, self.resume = folder, ema, every, total, config, resume
         self.metadata = metadata
         self.saved = -1
@@ -165,7 +181,16 @@ class Checkpoints(L.Callback):
         state["precision"] = trainer.precision_plugin.state_dict()  # the scale of the loss in float16
         tensors, state = whole(tensors), whole(state)
         if trainer.is_global_zero:
-            durable.save_step(self.folder, step, tensors, state, self.config, metadata=self.metadata)
+            spared = self.spared(step)
+            durable.save_step(self.folder, step, tensors, state, self.config, self.keep.last, self.metadata, spared)
+
+    def spared(self, step: int) -> Callable[[int], bool]:
+        """Which older checkpoints stay beside that of `step`."""
+        place, value = self.folder / "best.json", self.keep.value()
+        best = json.loads(place.read_text()) if place.is_file() else None
+        if value is not None and (best is None or value < best["value"]):
+            durable.write_json(place, best := {"step": step, "value": value})
+        return lambda old: bool(self.keep.every and old % self.keep.every == 0) or (best is not None and old == best["step"])
 
 
 class Pictures(L.Callback):

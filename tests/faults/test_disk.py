@@ -1,9 +1,7 @@
 """Disks that are full, folders that are held or not ours, readers that are killed."""
 
-import os
 import shutil
 import socket
-import stat
 from functools import partial
 
 import harm
@@ -35,18 +33,12 @@ def test_two_runs_in_one_folder_the_second_is_refused(smoke, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_a_folder_that_is_not_ours_to_write_is_named(smoke, tmp_path):
-    """The process has given up its rights, which a test run by root would else have."""
     shutil.copytree(smoke.kept, tmp_path / "cache")
     (tmp_path / "runs").mkdir(mode=0o555)
-    for path in (tmp_path, *tmp_path.parents):
-        if path.stat().st_uid == os.getuid():
-            path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o055)
-    for path in [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]:
-        path.chmod(0o777)
-    (done,) = processes((*DIFFUSION, "trainer=cpu"), cwd=tmp_path, harm=harm.nobody)
+    (done,) = processes((*DIFFUSION, "trainer=cpu"), cwd=tmp_path, harm=harm.powerless)
     assert done.returncode == 2, done.stdout
-    assert "Permission denied" in done.stdout
-    assert "runs" in done.stdout.splitlines()[-1]
+    assert "Permission denied: 'runs/" in done.stdout
+    assert "Traceback" not in done.stdout
     assert not list((tmp_path / "runs").iterdir())
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def test_a_killed_rank_ends_the_other_and_nothing_is_lost(again, whole, smoke, t
         assert row == (other if again == 2 else pytest.approx(other, rel=1e-5))
     if again == 2:
         assert all(torch.equal(step.tensors[kind][name], value) for kind, held in last.tensors.items() for name, value in held.items())
+
+
+@pytest.mark.slow
+def test_a_killed_training_leaves_no_process_that_reads_for_it(smoke, tmp_path):
+    shutil.copytree(smoke.kept, tmp_path / "cache")
+    (killed,) = processes((*DIFFUSION, *ONE, "trainer.workers=2"), cwd=tmp_path, harm=partial(harm.after_step, 3, harm.killed_beside, (0,)))
+    assert killed.returncode == -signal.SIGKILL
+    readers = [int(word) for word in (tmp_path / "readers.txt").read_text().split()]
+    assert len(readers) == 2
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{reader}").exists() for reader in readers):
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -1,0 +1,89 @@
+"""A training looked at: where numbers stop being finite, whether it can learn one batch by heart, where its time goes."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ldm.errors import NonFiniteError
+
+
+class FirstNonFinite(L.Callback):
+    """Ends a training by NonFiniteError where the first number that is not finite appears, naming the module, the loss or the gradient."""
+
+    def __init__(self, folder: Path):
+        self.step, self.hooks = 0, list[Any]()
+
+    def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        for name, module in lit.named_modules():
+            if name:
+                self.hooks.append(module.register_forward_hook(self._named(name)))
+
+    def _named(self, name: str) -> Any:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if not finite(output):  # a module's parts come before it
+                given = "its input was finite" if finite(args) else "so was its input already"
+                broken = [key for key, p in module.named_parameters() if not finite(p)]
+                held = f", and its {', '.join(broken[:3])}" if broken else ""
+                raise NonFiniteError(f"step {self.step}: {name} ({type(module).__name__}) gives numbers that are not finite; {given}{held}")
+
+        return look
+
+    def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+        self.step = batch["step"] + 1
+
+    def on_before_backward(self, trainer: L.Trainer, lit: L.LightningModule, loss: Tensor) -> None:
+        if not finite(loss):
+            raise NonFiniteError(f"step {self.step}: every module's answer is finite, the loss made of them is not")
+
+    def on_after_backward(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        for name, p in lit.named_parameters():
+            if not finite(p.grad):
+                raise NonFiniteError(f"step {self.step}: the loss is finite, its gradient by {name} is not")
+
+    def on_train_end(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class Overfit(L.Callback):
+    """Every step has the first step's batch, its noise and times included: a network that can learn at all learns it by heart."""
+
+    def __init__(self, folder: Path):
+        self.first: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+        self.first = self.first or dict(batch)
+        batch.update({**self.first, "step": batch["step"]})
+
+
+class Profile(L.Callback):
+    """Writes a trace of `steps` steps from `first` on, for chrome://tracing, and a table of what took longest, into folder/profile."""
+
+    def __init__(self, folder: Path, first: int = 3, steps: int = 3):
+        self.folder, self.first, self.steps = folder / "profile", first, steps
+        self.profile: Any = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+        if trainer.is_global_zero and batch_idx + 1 == self.first:
+            self.profile = torch.profiler.profile(record_shapes=True)
+            self.profile.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.profile is None or batch_idx + 1 < self.first + self.steps - 1:
+            return
+        self.profile.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.profile.export_chrome_trace(str(self.folder / "trace.json"))
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        (self.folder / "table.txt").write_text(self.profile.key_averages().table(sort_by=by, row_limit=30))
+        print(f"\nprofile     {self.folder / 'table.txt'}, {self.folder / 'trace.json'}", flush=True)
+        self.profile = None
+
+
+def finite(value: Any) -> bool:
+    """Whether every number in every tensor of nested data is finite."""
+    return all(bool(one.isfinite().all()) for one in tree_leaves(value) if isinstance(one, Tensor) and one.is_floating_point())

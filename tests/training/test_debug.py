@@ -1,0 +1,77 @@
+"""What looks at a training finds what is there."""
+
+import pytest
+from rows import Line, Rows, Seen, train
+from torch import nn
+
+from ldm.data.stream import Stream
+from ldm.errors import NonFiniteError
+from ldm.training.debug import FirstNonFinite, Overfit, Profile
+
+
+class Deep(Line):
+    """A line behind two layers, the second of which may divide by nothing; `harm` says where what is not finite comes from."""
+
+    def __init__(self, harm):
+        super().__init__()
+        self.before, self.inner, self.harm = nn.Sequential(nn.Linear(1, 1), nn.Identity()), Root(), harm
+
+    def training_step(self, batch, batch_idx):
+        at = batch["step"] == 2
+        self.inner.by = 0.0 if at and self.harm == "module" else 1.0
+        if at and self.harm == "weight":
+            self.line.weight.data.fill_(float("inf"))
+        answer = self.line(self.inner(self.before(batch["x"])))
+        loss = (answer - 1).square().mean()
+        if at and self.harm == "loss":
+            loss = loss / 0
+        if at and self.harm == "gradient":
+            loss = loss + (self.line.bias - self.line.bias.detach()).abs().sqrt().sum()
+        return {"loss": loss}
+
+
+class Root(nn.Module):
+    by = 1.0
+
+    def forward(self, x):
+        return x / self.by
+
+
+SAID = {
+    "module": r"step 3: inner \(Root\) gives numbers that are not finite; its input was finite$",
+    "weight": r"step 3: line \(Linear\) gives .*; its input was finite, and its weight$",
+    "loss": "step 3: every module's answer is finite, the loss made of them is not",
+    "gradient": "step 3: the loss is finite, its gradient by line.bias is not",
+}
+
+
+@pytest.mark.parametrize("harm", SAID)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_first_that_is_not_finite_is_named(harm, accumulate, tmp_path):
+    with pytest.raises(NonFiniteError, match=SAID[harm]):
+        train(Deep(harm), Rows(), [FirstNonFinite(tmp_path)], steps=5, accumulate=accumulate)
+
+
+def test_nothing_is_named_where_all_is_finite(tmp_path):
+    lit = Deep(None)
+    train(lit, Rows(), [FirstNonFinite(tmp_path)], steps=3)
+    assert not any(module._forward_hooks for module in lit.modules())
+
+
+def test_one_batch_over_and_over(tmp_path):
+    keys, losses = [], Seen()
+
+    class Keys(Seen):
+        def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
+            keys.append((batch["step"], list(zip(batch["place"], batch["index"], strict=True))))
+
+    train(Line(), Rows(), [Overfit(tmp_path), losses, Keys()], steps=40)
+    first = Stream(16, 4, 1).at(0).at
+    assert keys == [(step, first) for step in range(40)]
+    assert losses.terms[-1]["loss"] < 0.1 * losses.terms[0]["loss"]
+
+
+def test_a_profile_is_written(tmp_path):
+    train(Line(), Rows(), [Profile(tmp_path, 2, 2)], steps=4)
+    assert "aten::addmm" in (tmp_path / "profile" / "table.txt").read_text()
+    assert (tmp_path / "profile" / "trace.json").read_text().lstrip().startswith("{")
