@@ -13,10 +13,10 @@ RES = {
     **{"norm1": "norm1", "conv1": "conv1", "emb": "time_emb_proj"},
     **{"norm2": "norm2", "conv2": "conv2", "skip": "conv_shortcut"},
 }
-ENDS = {
+STEM = {
     **{"time.0": "time_embedding.linear_1", "time.2": "time_embedding.linear_2"},
     **{"vector.0": "add_embedding.linear_1", "vector.2": "add_embedding.linear_2"},
-    **{"stem": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"},
+    "stem": "conv_in",
 }
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # until diffusers 0.17
@@ -54,17 +54,23 @@ def renewed(state: State) -> dict[str, Tensor]:
 
 def unet(layout: Layout) -> Iterator[Row]:
     """Every name that a U-Net of this layout may have."""
-    yield from layers(ENDS, "", "")
+    yield from half(layout)
+    yield from layers({"out.0": "conv_norm_out", "out.2": "conv_out"}, "", "")
+    for stage in range(layout.levels):
+        for i in range(layout.blocks + 1):
+            yield from layer(f"up.{stage}.layers.{i}.", f"up_blocks.{stage}.", i, layout)
+        yield from resample(f"up.{stage}.resample.", f"up_blocks.{stage}.upsamplers.0.")
+
+
+def half(layout: Layout) -> Iterator[Row]:
+    """The names of its way down and its middle."""
+    yield from layers(STEM, "", "")
     for level in range(layout.levels):
         for i in range(layout.blocks):
             yield from layer(f"down.{level}.layers.{i}.", f"down_blocks.{level}.", i, layout)
         yield from resample(f"down.{level}.resample.", f"down_blocks.{level}.downsamplers.0.")
     yield from layer("middle1.", "mid_block.", 0, layout)
     yield from layers(RES, "middle2.res.", "mid_block.resnets.1.")
-    for stage in range(layout.levels):
-        for i in range(layout.blocks + 1):
-            yield from layer(f"up.{stage}.layers.{i}.", f"up_blocks.{stage}.", i, layout)
-        yield from resample(f"up.{stage}.resample.", f"up_blocks.{stage}.upsamplers.0.")
 
 
 def layer(ours: str, theirs: str, i: int, layout: Layout) -> Iterator[Row]:

@@ -66,5 +66,5 @@ class NoisyClassifier(HalfUNet):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        h, _ = self.contract(x, self.embed(t, Condition()), Lookup(None))
+        h, _ = self.contract(self.stem(x), self.embed(t, Condition()), Lookup(None))
         return self.out(h)

@@ -169,9 +169,9 @@ class HalfUNet(nn.Module):
             return None
         return looked_up((m.attention.memory(context) for m in self.modules() if isinstance(m, Layer) and m.attention is not None), cond)
 
-    def contract(self, x: Tensor, emb: Tensor, look: Lookup) -> tuple[Tensor, list[Tensor]]:
-        """The middle's answer (B, C, h, w) and the skips, first to last."""
-        skips, keep = [self.stem(x)], not self.checkpoint
+    def contract(self, h: Tensor, emb: Tensor, look: Lookup) -> tuple[Tensor, list[Tensor]]:
+        """The middle's answer (B, C, h, w) and the skips, first to last, of the stem's h (B, channels, H, W)."""
+        skips, keep = [h], not self.checkpoint
         for level in self.down:
             skips += level(skips[-1], emb, look, keep)
         h = call(self.middle1, skips[-1], emb, *look(self.middle1), keep=keep)
@@ -245,7 +245,7 @@ class UNet(HalfUNet):
     ) -> Tensor:
         emb = self.embed(t, cond) if emb is None else emb
         look = Lookup(self.memory(cond) if memory is None else memory)
-        h, skips = self.contract(x if cond.concat is None else torch.cat([x, cond.concat], dim=1), emb, look)
+        h, skips = self.contract(self.stem(x if cond.concat is None else torch.cat([x, cond.concat], dim=1)), emb, look)
         if residuals is not None:
             *of_skips, of_middle = residuals
             h, skips = h + of_middle, [s + r for s, r in zip(skips, of_skips, strict=True)]

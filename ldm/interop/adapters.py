@@ -1,0 +1,89 @@
+"""diffusers' names of what is added to a U-Net: its ControlNetModel, and LoRA factors as PEFT lays them out, both ways."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ldm.interop.diffusers import half, unet
+from ldm.interop.keymap import Row, State, count, exported, imported, layers, refuse
+from ldm.interop.layout import Layout
+
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+
+
+def import_controlnet(state: State) -> dict[str, Tensor]:
+    """Our ControlNet's weights of diffusers'. Raises UserError for names that it does not have."""
+    hints = count(r"(?m)^controlnet_cond_embedding\.blocks\.(\d+)\.", state)
+    return imported(controlnet(Layout.of_diffusers(state), hints), state, "diffusers ControlNet")
+
+
+def export_controlnet(state: State) -> dict[str, Tensor]:
+    """diffusers' ControlNet weights of ours. Raises UserError for what it has no name for."""
+    hints = count(r"(?m)^hint\.(\d+)\.", state) // 2 - 1
+    return exported(controlnet(Layout.of_ours(state), hints), state, "diffusers ControlNet")
+
+
+def controlnet(layout: Layout, hints: int) -> Iterator[Row]:
+    """Every name that a ControlNet of this layout may have; hints: convolutions between its encoder's first and last."""
+    yield from half(layout)
+    names = ["conv_in", *(f"blocks.{i}" for i in range(hints)), "conv_out"]
+    yield from layers({f"{2 * i}": name for i, name in enumerate(names)}, "hint.", "controlnet_cond_embedding.")
+    skips = layout.levels * (layout.blocks + 1)
+    yield from layers({f"{i}": f"{i}" for i in range(skips)}, "zeros.", "controlnet_down_blocks.")
+    yield from layers({"of_middle": "controlnet_mid_block"}, "", "")
+
+
+def import_lora(state: State, net: State, prefix: str = "unet.") -> dict[str, Tensor]:
+    """Our factors (LAYER.down, LAYER.up) of PEFT's; net: our U-Net's state dict.
+
+    Where ours is one layer and theirs are several, our rank is the sum of theirs: up is their blocks on its diagonal.
+    Raises UserError for names that the U-Net does not have.
+    """
+    given = {name.removeprefix(prefix): value for name, value in state.items()}
+    made: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for row in unet(Layout.of_ours(net)):
+        parts = [name.removesuffix(".weight") for name in row.theirs]
+        there = [part for part in parts if part + DOWN in given and part + UP in given]
+        if not there:
+            continue
+        weight = net[row.ours]
+        downs = [given[part + DOWN] for part in there]
+        narrow = [len(down) for down in downs]
+        up = weight.new_zeros(len(weight), sum(narrow))
+        rows = len(weight) // len(parts)
+        for part, first, rank in zip(there, starts(narrow), narrow, strict=True):
+            at = parts.index(part) * rows
+            up[at : at + rows, first : first + rank] = given[part + UP].reshape(rows, rank)
+        layer = row.ours.removesuffix(".weight")
+        made |= {f"{layer}.down": torch.cat(downs).reshape(sum(narrow), *weight.shape[1:]), f"{layer}.up": up}
+        used |= {part + end for part in there for end in (DOWN, UP)}
+    refuse(given.keys() - used, "LoRA")
+    return made
+
+
+def export_lora(factors: State, net: State, prefix: str = "unet.") -> dict[str, Tensor]:
+    """PEFT's factors of ours; net: our U-Net's state dict. Raises UserError for a layer that diffusers' U-Net has not."""
+    made: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for row in unet(Layout.of_ours(net)):
+        layer = row.ours.removesuffix(".weight")
+        if f"{layer}.up" not in factors:
+            continue
+        down, up = factors[f"{layer}.down"], factors[f"{layer}.up"]
+        ones = [1] * (down.ndim - 2 + row.ones)
+        for name, part in zip(row.theirs, up.chunk(len(row.theirs)), strict=True):
+            theirs = prefix + name.removesuffix(".weight")
+            made |= {
+                theirs + DOWN: down.reshape(*down.shape, *[1] * row.ones).clone(),
+                theirs + UP: part.reshape(*part.shape, *ones).clone(),
+            }
+        used |= {f"{layer}.down", f"{layer}.up"}
+    refuse(factors.keys() - used, "LoRA")
+    return made
+
+
+def starts(lengths: list[int]) -> list[int]:
+    """Where each of several pieces begins, laid end to end."""
+    return [sum(lengths[:i]) for i in range(len(lengths))]

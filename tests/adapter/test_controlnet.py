@@ -1,0 +1,114 @@
+"""ControlNet: nothing at first, the published count, diffusers' names and answers, and hints that do not fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.adapter.controlnet import Control, Controlled, hint_encoder
+from ldm.condition import Condition
+from ldm.interop.adapters import export_controlnet, import_controlnet
+from ldm.net.unet import UNet
+
+SHAPE = {"channels": 32, "mult": (1, 2), "blocks": 1, "attention": (1, 2), "context_dim": 16, "heads": 4, "groups": 8}
+
+
+def lively(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.1, generator=generator)
+    return module
+
+
+@pytest.fixture
+def net():
+    return lively(UNet(4, 4, **SHAPE))
+
+
+@pytest.fixture
+def told():
+    generator = torch.Generator().manual_seed(3)
+    hints = tuple(torch.rand(2, 3, 32, 32, generator=generator) for _ in range(2))
+    context = torch.randn(2, 5, 16, generator=generator)
+    return torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([10.0, 700.0]), Condition(context=context, hint=hints)
+
+
+def test_it_begins_as_the_network_and_changes_nothing(net, told):
+    control = Control(4, 4, **SHAPE).begin(net)
+    shared = [name for name in control.state_dict() if name in net.state_dict()]
+    assert all(torch.equal(control.state_dict()[name], net.state_dict()[name]) for name in shared)
+    assert {name.split(".")[0] for name in shared} == {"time", "stem", "down", "middle1", "middle2"}
+    assert torch.equal(Controlled(net, [control, control])(*told), net(*told))
+
+
+def test_residuals_are_weighted_and_added(net, told):
+    one, two = (lively(Control(4, 4, **SHAPE), seed) for seed in (1, 2))
+    x, t, cond = told
+    told_of = [0.5 * a - 2 * b for a, b in zip(one(x, t, cond, cond.hint[0]), two(x, t, cond, cond.hint[1]), strict=True)]
+    wrapped = Controlled(net, [one, two], [0.5, -2.0])
+    wanted = net(*told, residuals=told_of)
+    assert (wrapped(*told) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (wanted - net(*told)).abs().max() > 0.01
+    once = wrapped(x, t, cond, emb=wrapped.embed(t, cond), memory=wrapped.memory(cond))
+    assert (once - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    more = wrapped(*told, residuals=told_of)
+    assert (more - net(*told, residuals=[2 * r for r in told_of])).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_diffusers_has_the_same_names_and_residuals(net, told):
+    from diffusers import ControlNetModel
+
+    theirs = ControlNetModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        use_linear_projection=True,
+        conditioning_embedding_out_channels=(16, 32, 96),
+    )
+    control = lively(Control(4, 4, **SHAPE), 1)
+    state = export_controlnet(control.state_dict())
+    theirs.load_state_dict(state)
+    back = import_controlnet(state)
+    assert back.keys() == control.state_dict().keys()
+    assert all(torch.equal(back[name], value) for name, value in control.state_dict().items())
+    x, t, cond = told
+    ours = control(x, t, cond, cond.hint[0])
+    found = theirs(x, t, cond.context, cond.hint[0], return_dict=False)
+    for mine, yours in zip(ours, [*found[0], found[1]], strict=True):
+        assert (mine - yours).abs().max() <= 1e-5 * mine.abs().max()
+
+
+def test_stable_diffusions_has_the_published_count():
+    from smoke import composed
+
+    from ldm import build
+    from ldm.adapter import controlnet
+
+    node = build.plain(composed("net=sd1", "conditioner=clip_context", "autoencoder=kl_f8").net)
+    node = {name: value for name, value in node.items() if name not in ("_target_", "concat_channels")}
+    from hydra.utils import instantiate
+
+    with torch.device("meta"):
+        made = instantiate({"_target_": f"{controlnet.__name__}.Control", **node, "in_channels": 4, "factor": 8, "context_dim": 768})
+    assert sum(p.numel() for p in made.parameters()) == 361_279_120
+
+
+def test_what_does_not_fit_is_one_line(net, told):
+    x, t, cond = told
+    control = Control(4, 4, **SHAPE)
+    with pytest.raises(ValueError, match="a hint of 16x32: expected 32x32, the size of the image"):
+        control(x, t, cond, cond.hint[0][:, :, :16])
+    with pytest.raises(ValueError, match="2 hints for 1 ControlNets"):
+        Controlled(net, [control])(*told)
+    with pytest.raises(ValueError, match="0 hints for 1 ControlNets"):
+        Controlled(net, [control])(x, t, replace(cond, hint=()))
+    with pytest.raises(ValueError, match=r"weights=\[1.0\]: expected 2"):
+        Controlled(net, [control, control], [1.0])
+    with pytest.raises(ValueError, match=r"of another network: its time.0.weight is \[192, 48\], the network's \[128, 32\]"):
+        Control(4, 4, **{**SHAPE, "channels": 48}).begin(net)
+    with pytest.raises(ValueError, match="factor=3"):
+        hint_encoder(3, 32, 3)

@@ -1,0 +1,128 @@
+"""LoRA: nothing at first, merged as unmerged, reloaded to the bit, several at once, and diffusers' output through PEFT's names."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.adapter import lora
+from ldm.condition import Condition
+from ldm.errors import UserError
+from ldm.interop import diffusers
+from ldm.interop.adapters import export_lora, import_lora
+from ldm.net.unet import UNet
+
+EVERY = ("*attention*", "*conv1")
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    made = UNet(4, 4, channels=32, mult=(1, 2), blocks=1, attention=(1, 2), context_dim=16, heads=4, head_channels=8, groups=8)
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.1)
+    return made
+
+
+def told(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    return x, torch.tensor([10.0, 700.0]), Condition(context=context)
+
+
+def lively(net, which=-1, seed=1):
+    """Corrections that correct something."""
+    generator = torch.Generator().manual_seed(seed)
+    for corrections in lora.injected(net).values():
+        nn.init.normal_(corrections[which].up, std=0.1, generator=generator)
+    return net
+
+
+def test_it_begins_as_nothing_and_trains_alone(net):
+    before, names = net(*told()), set(net.state_dict())
+    lora.inject(net, rank=2, where=EVERY)
+    assert torch.equal(net(*told()), before)
+    net(*told()).square().mean().backward()
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in net.named_parameters() if p.grad is not None}
+    assert all(name.endswith((".down", ".up")) for name in trained)
+    assert len(trained) == 2 * sum("attention" in n or n.endswith("conv1") for n, m in net.named_modules() if isinstance(m, lora.LAYERS))
+    assert set(lora.merge(net).state_dict()) == names
+
+
+def test_merged_is_unmerged_and_the_scale_counts(net):
+    before = net(*told())
+    corrected = lively(lora.inject(net, rank=3, where=EVERY))(*told())
+    assert (corrected - before).abs().max() > 0.01
+    lora.rescale(net, 0.0)
+    assert torch.equal(net(*told()), before)
+    lora.rescale(net, 1.0)
+    assert (lora.merge(net)(*told()) - corrected).abs().max() <= 1e-5
+
+
+def test_the_correction_is_up_times_down(net):
+    layer = net.middle1.attention.blocks[0].cross_attention.kv
+    weight = layer.weight.detach().clone()
+    lively(lora.inject(net, rank=2, where=["middle1.*.kv"]))
+    (correction,) = lora.injected(net)["middle1.attention.blocks.0.cross_attention.kv"]
+    lora.rescale(net, 0.5)
+    assert torch.equal(layer.weight, weight + 0.5 * (correction.up @ correction.down))
+
+
+def test_saved_factors_reload_to_the_bit_several_at_once(net):
+    first = lora.factors(lively(lora.inject(net, rank=2, where=EVERY)))
+    alone = net(*told())
+    second = {name: value + 0.1 for name, value in first.items()}
+    lora.load(net, second, scale=0.3)
+    both = net(*told())
+    lora.rescale(net, 0.0, which=1)
+    assert torch.equal(net(*told()), alone)
+    for loaded, scale in (({name: value.clone() for name, value in first.items()}, 0.0), (second, 0.3)):
+        assert all(torch.equal(loaded[name], value) for name, value in lora.factors(net, which=0 if scale == 0.0 else 1).items())
+    lora.rescale(net, 0.3, which=1)
+    assert torch.equal(net(*told()), both)
+    assert (both - alone).abs().max() > 1e-3
+
+
+def test_another_networks_is_refused(net):
+    other = UNet(4, 4, channels=48, mult=(1, 2), blocks=1, attention=(1, 2), context_dim=16, heads=4, groups=8)
+    made = lora.factors(lora.inject(other, rank=2))
+    with pytest.raises(ValueError, match=r"of another network: .*factors .* and .* are not of a weight"):
+        lora.load(net, made)
+    with pytest.raises(ValueError, match="corrects nowhere, which is not here"):
+        lora.load(net, {"nowhere.down": torch.ones(1, 2), "nowhere.up": torch.ones(2, 1)})
+    with pytest.raises(ValueError, match=r"where=\['\*nothing\*'\]: no layer has such a name; there are"):
+        lora.inject(net, where=["*nothing*"])
+    with pytest.raises(ValueError, match="rank=0"):
+        lora.inject(net, rank=0)
+    assert not lora.injected(net)
+
+
+def test_diffusers_reads_it_and_answers_the_same(net):
+    from diffusers import UNet2DConditionModel
+
+    theirs = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        use_linear_projection=True,
+    )
+    plain = {name: value.clone() for name, value in net.state_dict().items()}
+    theirs.load_state_dict(diffusers.export_unet(plain))
+    lively(lora.inject(net, rank=2, where=EVERY))
+    made = export_lora(lora.factors(net), plain, prefix="")
+    theirs.load_lora_adapter(made, prefix=None)
+    x, t, cond = told()
+    ours = net(x, t, cond)
+    assert (ours - theirs(x, t, cond.context).sample).abs().max() <= 1e-4 * ours.abs().max()
+    back = lora.merge(net)
+    again = UNet(4, 4, channels=32, mult=(1, 2), blocks=1, attention=(1, 2), context_dim=16, heads=4, head_channels=8, groups=8)
+    again.load_state_dict(plain)
+    lora.load(again, import_lora(made, plain, prefix=""))  # of their several layers' ranks
+    assert (again(x, t, cond) - back(x, t, cond)).abs().max() <= 1e-5
+    with pytest.raises(UserError, match=r"LoRA: no place for elsewhere.lora_A"):
+        import_lora({"elsewhere.lora_A.weight": torch.ones(1, 2)}, plain, prefix="")
