@@ -77,7 +77,7 @@ def load(net: nn.Module, factors: Mapping[str, Tensor], scale: float = 1.0) -> n
 
 def factors(net: nn.Module, which: int = -1) -> dict[str, Tensor]:
     """The factors of a net's corrections, LAYER.down and LAYER.up; which: of several in a layer."""
-    made = {}
+    made: dict[str, Tensor] = {}
     for name, corrections in injected(net).items():
         made |= {f"{name}.down": corrections[which].down.detach(), f"{name}.up": corrections[which].up.detach()}
     return made
