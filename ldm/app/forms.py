@@ -34,8 +34,11 @@ def restyle(session: Session, limits: Limits, file: str | None, strength: float)
 
 def repaint(session: Session, limits: Limits, painted: Mapping[str, Any] | None) -> Asked:
     """What was painted over drawn anew. painted: the `background` and `layers`, Pillow images of one size."""
-    image = png(layer(painted, "background", "a picture").convert("RGB" if session.card.channels == 3 else "L"))
-    mask = png(covered(painted))
+    ground = layer(limits, painted, "background", "a picture")
+    image, mask = (
+        png(ground.convert("RGB" if session.card.channels == 3 else "L")),
+        png(covered(ground, (painted or {}).get("layers") or [])),
+    )
     values = {"image": str(keep.given(session.home, image, ".png")), "mask": str(keep.given(session.home, mask, ".png"))}
     return Asked("inpaint", values, square(session))
 
@@ -58,7 +61,7 @@ def enlarge(session: Session, limits: Limits, file: str | None) -> Asked:
 
 def colour_map(session: Session, limits: Limits, painted: Mapping[str, Any] | None) -> Asked:
     """From a map that was painted in the colours of the classes."""
-    shown = layer(painted, "composite", "a map")
+    shown = layer(limits, painted, "composite", "a map")
     values = classes_of(shown, palette(part(session, "map").classes))
     return Asked("semantic", {"map": str(keep.given(session.home, png(values), ".png"))}, square(session))
 
@@ -85,13 +88,12 @@ def picture(session: Session, limits: Limits, file: str | None) -> str:
     return str(keep.given(session.home, path.read_bytes(), path.suffix.lower() or ".png"))
 
 
-def covered(painted: Mapping[str, Any] | None) -> Any:
-    """The mask of all strokes, a Pillow image, white where there is any. Raises UserError without one."""
+def covered(ground: Any, strokes: Sequence[Any]) -> Any:
+    """The mask of all strokes over a picture, Pillow images, white where there is any. Raises UserError without one."""
     from PIL import Image, ImageChops
 
-    ground = layer(painted, "background", "a picture")
     mask = Image.new("L", ground.size, 0)
-    for stroke in (painted or {}).get("layers") or []:
+    for stroke in strokes:
         alpha = stroke.convert("RGBA").getchannel("A").point(lambda value: 255 if value > 127 else 0)
         mask = ImageChops.lighter(mask, alpha if alpha.size == mask.size else alpha.resize(mask.size, Image.Resampling.NEAREST))
     if mask.getbbox() is None:
@@ -99,12 +101,13 @@ def covered(painted: Mapping[str, Any] | None) -> Any:
     return mask
 
 
-def layer(painted: Mapping[str, Any] | None, name: str, what: str) -> Any:
-    """An image of what was painted, laid on white. Raises UserError where there is none."""
+def layer(limits: Limits, painted: Mapping[str, Any] | None, name: str, what: str) -> Any:
+    """An image of what was painted, laid on white. Raises UserError where there is none, or for one that is too large."""
     from ldm.source import flat
 
     if painted is None or painted.get(name) is None:
         raise UserError(f"{what} is missing: drop one into its field")
+    limits.area("the picture", *painted[name].size)
     return flat(painted[name])
 
 

@@ -47,10 +47,14 @@ class Limits:
                 width, height = image.size
         except Exception as error:  # Pillow's plugins raise what they please
             raise UserError(f"{name} cannot be read as an image ({' '.join(str(error).replace(str(path), name).split())})") from None
+        self.area(name, width, height)
+        return height, width
+
+    def area(self, name: str, width: int, height: int) -> None:
+        """Raises UserError for a picture that is too large."""
         if width * height > self.megapixels * 1e6:
             many = f"{name} of {width} x {height} pixels, {width * height / 1e6:.1f} megapixels"
             raise UserError(f"{many}: expected {self.megapixels:g} at most; {RAISED.format('most_megapixels=')}")
-        return height, width
 
 
 def whole(name: str, value: Any) -> int:

@@ -1,4 +1,4 @@
-"""The page without its looks: what is asked comes to the same images as sample.py's, one request after another, and a mistake to one line."""
+"""The page without its looks: what is asked comes to the same images as sample.py's, one request after another, a mistake to one line."""
 
 import json
 import shutil
@@ -117,7 +117,7 @@ def test_two_runs_are_drawn_from_the_same_seeds(desk, runs):
 
 
 def test_what_is_expected_is_shown_on_the_way(desk, runs):
-    views = list(desk.draw("me", [str(runs / "labels")], forms.words, (32, 32), Settings(steps=50, num=4)))
+    views = list(desk.draw("me", [str(runs / "labels")], forms.words, (32, 32), Settings(steps=50, num=1)))
     shown = [view.stage for view in views if "role='progressbar'" in view.stage]
     assert shown
     assert "of 50, 0:0" in shown[-1]
@@ -157,7 +157,7 @@ def test_a_drawing_is_stopped_and_leaves_nothing(desk, runs):
 
 def test_one_is_served_after_another(desk, runs):
     run, views = str(runs / "labels"), {}
-    settings = Settings(steps=30, num=4)
+    settings = Settings(steps=20, num=2)
 
     def come(who):
         views[who] = list(desk.draw(who, [run], forms.words, (32, 32), settings))
@@ -218,6 +218,10 @@ MISTAKES = {
     "nothing to add": ({"form": forms.widen, "fields": ("in.png", 0, 0, 0, 0)}, "expected pixels to add"),
     "much to add": ({"form": forms.widen, "fields": ("in.png", 64, 64, 0, 0)}, "images of 160 x 32 pixels: expected a side of 1 to 96"),
     "nothing painted": ({"form": forms.repaint, "fields": ({"background": Image.new("L", (8, 8)), "layers": []},)}, "nothing was painted"),
+    "painted megapixels": (
+        {"form": forms.repaint, "fields": ({"background": Image.new("L", (1000, 600)), "layers": []},)},
+        "the picture of 1000 x 600 pixels, 0.6 megapixels: expected 0.5",
+    ),
     "no ground": ({"form": forms.repaint, "fields": (None,)}, "a picture is missing"),
     "no such run": ({"run": "../elsewhere"}, "expected one of"),
 }
