@@ -102,6 +102,8 @@ def rewrite(override: str, tree: Tree, text: Collection[str], paths: Collection[
         return "experiments=" + ",".join(map(tree.study, value.split(",") if multirun else [value]))
     if multirun and re.fullmatch(r"choice\(.*\)", value, re.DOTALL):
         return override
+    if value == "nan" and key in tree.groups():  # else a number
+        return f"{key}={quote(value)}"
     if key in text:
         return f"{key}={quote(escape(value))}"
     if key in paths and value != "null":
