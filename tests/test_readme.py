@@ -103,7 +103,7 @@ def of_training(typed: list[str]) -> tuple[str, ...]:
     extra = tuple(x for choice, more in alone.items() if choice in typed for x in more)
     sizes = () if extra else TINY[:4] + TINY[6:]
     small = SMALL[:1] + SMALL[2:] if {"training=judge", "training=classifier"} & {*typed} else SMALL
-    sized = [word for word in typed if not re.match(r"(training|first_stage|judge)\.(steps|batch_size)=|logger=wandb|logger\.", word)]
+    sized = [word for word in typed if not re.match(r"(training|first_stage|judge)\.(steps|batch_size)=|logger=|logger\.", word)]
     return (
         *first_job(*[word for word in sized if not word.startswith(("-h", "--"))], *small, "logger=none"),
         *extra,
@@ -164,7 +164,7 @@ def test_sample_command_runs(typed, smoke, prompted, tmp_path):
 def test_command_to_look_runs(typed, smoke, prompted, tmp_path):
     """Pictures with as few frames as there can be."""
     tool, *words = typed
-    small = {"density": ("steps=2", "num=5"), "reverse": ("steps=2",), "guidance": ("steps=2", "num=2")}.get(words[0], ())
+    small = {"density": ("steps=2", "num=5", "training=2"), "reverse": ("steps=2",), "guidance": ("steps=2", "num=2")}.get(words[0], ())
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         (tmp_path / "runs").symlink_to(smoke.folder / "runs")
         own = [f"run={prompted}" if word.startswith("run=") else word for word in words]
