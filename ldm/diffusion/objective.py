@@ -77,7 +77,7 @@ class Objective(nn.Module):
         return self.times(noise, x0, schedule), self.draw_eps(noise, x0)
 
     def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """The terms (B,) at given t (B,) and eps: `loss`, `error` (before weighting), and `vlb` (bits per dimension) if it is added."""
+        """The terms (B,) at given t (B,) and eps: `loss`, `error` (before weighting), `t`, and `vlb` (bits per dimension) if added."""
         alpha, sigma = denoiser.schedule.alpha_sigma(t)
         row = denoiser.prediction.row(alpha, sigma)
         x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
@@ -86,10 +86,10 @@ class Objective(nn.Module):
         error = mean_per_sample(self.error(out, target(row, x0, eps)))
         loss = self.weighting(alpha, sigma, row) / gain(row, alpha, sigma) * error
         if not self.vlb:
-            return {"loss": loss, "error": error}
+            return {"loss": loss, "error": error, "t": t}
         estimate = Denoised(*solve(row, alpha, sigma, x_t, out.detach()), var_frac)
         bits = bound(denoiser.schedule, x0, x_t, t, estimate, learned_range, self.decoder)
-        return {"loss": loss + self.vlb * bits, "error": error, "vlb": bits}
+        return {"loss": loss + self.vlb * bits, "error": error, "t": t, "vlb": bits}
 
 
 class Likelihood(nn.Module):
@@ -117,10 +117,10 @@ class Likelihood(nn.Module):
         return self.times(noise, x0, schedule), self.draw_eps(noise, x0)
 
     def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """The terms (B,) at given t (B,) and eps: `loss`."""
+        """The terms (B,) at given t (B,) and eps: `loss`, and `t`."""
         alpha, sigma = denoiser.schedule.alpha_sigma(t)
         x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
-        return {"loss": bound(denoiser.schedule, x0, x_t, t, denoiser(x_t, t, cond), self.variance, self.decoder)}
+        return {"loss": bound(denoiser.schedule, x0, x_t, t, denoiser(x_t, t, cond), self.variance, self.decoder), "t": t}
 
 
 def bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Denoised, variance: Variance, decoder: Decoder) -> Tensor:

@@ -44,9 +44,13 @@ class Average(L.Callback):
         self.ema.update(batch["step"] + 1)
 
 
+BY_TIME = "loss_by_time"  # the term that is a table: sums of losses and their numbers (2, parts), in equal parts of t in [0, 1]
+
+
 class Record(L.Callback):
     """Writes the mean of each term since the last record, over steps and ranks, every `every` steps: write(step, {"train/loss": ...}).
 
+    Of BY_TIME, the mean loss in each part that had any: "train/loss/t=0.25-0.5".
     gradients: what saw their norm; the terms of a step that it skipped are left out, and `train/skipped` counts such steps.
     Raises NonFiniteError, with the last checkpoint intact, when the loss is not finite though its gradients were.
     """
@@ -68,7 +72,14 @@ class Record(L.Callback):
         self.images += batch["total"]
         step = batch["step"] + 1
         if step % self.every == 0 or step == self.total:
-            means = {f"train/{name}": float(mean_over_ranks(total)) / self.counts[name] for name, total in self.sums.items()}
+            totals = {name: mean_over_ranks(total) for name, total in self.sums.items()}
+            table = totals.pop(BY_TIME, torch.zeros(2, 0))
+            means = {f"train/{name}": float(total) / self.counts[name] for name, total in totals.items()}
+            means |= {
+                f"train/loss/t={part / len(table[0]):g}-{(part + 1) / len(table[0]):g}": float(total / number)
+                for part, (total, number) in enumerate(table.T)
+                if number
+            }
             now = time.monotonic()
             means["perf/images_per_s"] = self.images / (now - self.since)
             means["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.conditioner.compose import dropped
 from ldm.model import LatentDiffusion
 from ldm.tensors import Noise
+from ldm.training.callbacks import BY_TIME
 from ldm.training.sharded import shard
 
 
@@ -47,7 +48,8 @@ class LitDiffusion(L.LightningModule):
         if self.drop:
             cond = dropped(cond, self.model.uncondition(batch), noise, "drop", self.drop)
         terms = self.objective(self.model.denoiser, z, cond.to(z.dtype), noise, batch)
-        return {name: term.mean() for name, term in terms.items()}
+        means = {name: term.mean() for name, term in terms.items() if name != "t"}
+        return means | {BY_TIME: by_time(terms["loss"].detach(), terms["t"])} if "t" in terms else means
 
     @torch.no_grad()
     def latent(self, batch: dict[str, Any], noise: Noise) -> Tensor:
@@ -66,3 +68,9 @@ class LitDiffusion(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+def by_time(loss: Tensor, t: Tensor, parts: int = 4) -> Tensor:
+    """(2, parts): in each of so many equal parts of [0, 1], the sum of the losses (B,) whose t (B,) lies in it, and their number."""
+    part = (t * parts).long().clamp(max=parts - 1)
+    return torch.stack([loss.new_zeros(parts).index_add(0, part, value) for value in (loss, torch.ones_like(loss))])

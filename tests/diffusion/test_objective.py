@@ -70,7 +70,7 @@ def test_forward_draws_keyed_times_and_noise():
     assert t.dtype == torch.float32
     one = run(d, x0[1:2], Condition(), Noise(0, [1]), {})
     assert torch.allclose(one["loss"], terms["loss"][1:2])
-    assert set(terms) == {"loss", "error"}
+    assert set(terms) == {"loss", "error", "t"}
     assert torch.equal(eps, NOISE.normal("eps", x0))
 
 

@@ -49,7 +49,7 @@ def test_loss_is_the_objectives_less_the_similarity():
     d, repa = make(weight=0.7)
     terms, plain = repa(d, Z, Condition(), Noise(0, range(4)), BATCH), PLAIN(d, Z, Condition(), Noise(0, range(4)), BATCH)
     assert torch.allclose(terms["loss"], plain["loss"] - 0.7 * terms["similarity"])
-    assert set(terms) == {"loss", "error", "similarity"}
+    assert set(terms) == {"loss", "error", "t", "similarity"}
     assert terms["similarity"].abs().max() <= 1
     assert not d.net.stem._forward_hooks
 
