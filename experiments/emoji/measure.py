@@ -1,6 +1,6 @@
 """Draw held-out captions with both arms, and have the drawings read.
 
-python experiments/emoji/measure.py TOLD_BY_MINILM TOLD_BY_CLIP CLIP, three run folders, the last that of the CLIP itself.  Writes
+python experiments/emoji/measure.py TOLD_BY_MINILM TOLD_BY_CLIP CLIP, a run or a step of one for each arm, and the run of the CLIP.  Writes
 captions.txt, results.csv, samples.png and restyled.png here; draws through sample.py, into the runs.
 """
 
@@ -23,7 +23,7 @@ from ldm import build, picture
 from ldm.conditioner.clip import fresh, named, network
 from ldm.conditioner.clip_image import seen
 from ldm.conditioner.minilm import MiniLM
-from ldm.load import config_of
+from ldm.load import config_of, run_folder
 from ldm.metrics.effnet import EfficientNet
 from ldm.metrics.features import extract, to_uint8
 from ldm.metrics.interval import bootstrap, wilson
@@ -33,19 +33,19 @@ SAMPLE = HERE.parents[1] / "sample.py"
 NUM, EACH = 100, 3  # captions, drawings of each
 HOW = ("sampler=dpmpp_2m", "steps=20", "guidance=cfg", "batch_size=50")
 SCALES = (1.0, 3.0)
-STRENGTHS = (0.5, 0.7, 0.9)
+STRENGTHS = (0.6, 0.8)
 
 
 def main(minilm: str, told_by_clip: str, clip: str) -> None:
     torch.set_num_threads(1)
-    config = config_of(Path(minilm))
+    config = config_of(run_folder(minilm))
     data, test = build.dataset(config), build.dataset(config, "test")
     readers = Readers(data, Path(clip))
     rows = chosen(len(test))
     captions = [test.texts[row][0] for row in rows]
     (HERE / "captions.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
     learned = chosen(len(data))
-    (work := Path(minilm) / "measured").mkdir(exist_ok=True)
+    (work := measured(minilm)).mkdir(parents=True, exist_ok=True)
     (work / "learned.txt").write_text("\n".join(data.texts[row][0] for row in learned) + "\n", encoding="utf-8")
 
     results, sheets = [], {"real": test.pixels(rows)}
@@ -90,9 +90,14 @@ def styles(rows: list[int]) -> Tensor:
     return torch.tensor([row % 2 for row in rows])
 
 
+def measured(run: str) -> Path:
+    """Where what is drawn from a run, or from a step of one, is kept."""
+    return run_folder(run) / "measured" / Path(run).name
+
+
 def drawn(run: str, *typed: str) -> Tensor:
     """What `python sample.py run=RUN TYPED` draws, (N, 3, H, W) in [-1, 1]; once."""
-    out = Path(run) / "measured" / "-".join(word.split("=")[1].replace("/", "_")[-12:] for word in typed)
+    out = measured(run) / "-".join(word.split("=")[1].replace("/", "_")[-12:] for word in typed)
     if not (out / "metrics.json").is_file():
         subprocess.run([sys.executable, str(SAMPLE), f"run={run}", f"out={out}", *HOW, *typed], check=True, stdout=subprocess.DEVNULL)
     files = sorted(out.glob("[0-9]*.png"))
