@@ -30,7 +30,7 @@ from smoke import ROOT, command, composed, here, plan_of, process
 
 from ldm.argv import Tree, keys
 
-SECONDS = 120  # of a case, on a busy machine: beyond it hangs
+BUSY, IDLE = 60, 900  # seconds of a case, of this process's time and of the wall's: beyond them it hangs
 MEMORY = 12 << 30  # of address space: what asks for more is told that it does not fit
 NUMBERS = (
     "0",
@@ -105,19 +105,22 @@ class Hang(BaseException):
 
 
 @contextmanager
-def limited(seconds: int = SECONDS) -> Iterator[None]:
-    """Raise Hang in whatever runs longer."""
+def limited(busy: int = BUSY, idle: int = IDLE) -> Iterator[None]:
+    """Raise Hang in whatever computes for `busy` seconds, or does not end in `idle`, which a machine with other work may take."""
 
     def late(number: int, frame: object) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    before = [signal.signal(number, late) for number in (signal.SIGPROF, signal.SIGALRM)]
+    signal.setitimer(signal.ITIMER_PROF, busy)
+    signal.setitimer(signal.ITIMER_REAL, idle)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip((signal.SIGPROF, signal.SIGALRM), before, strict=True):
+            signal.signal(number, handler)
 
 
 def outcome(run: Callable[[], int], folder: Path) -> Outcome:

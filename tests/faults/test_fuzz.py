@@ -47,7 +47,7 @@ def test_what_breaks_is_noticed(tmp_path):
     assert fuzz.outcome(lambda: fuzz.as_command(bug, tmp_path), tmp_path).kind == "traceback"
     assert fuzz.outcome(lambda: 2, tmp_path).kind == "refused"
     assert fuzz.outcome(left, tmp_path).kind == "left"
-    with pytest.raises(fuzz.Hang), fuzz.limited(1):
+    with pytest.raises(fuzz.Hang), fuzz.limited(idle=1):
         time.sleep(30)
 
 
