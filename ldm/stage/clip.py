@@ -12,9 +12,9 @@ from ldm import build, durable, runs
 from ldm.command import choices
 from ldm.conditioner.clip import fresh
 from ldm.conditioner.clip_image import seen
+from ldm.stage.resume import finished
 from ldm.stage.run import opened
 from ldm.tensors import key
-from ldm.training.callbacks import Checkpoints, LearningRate, Progress, Record
 from ldm.training.clip import LitCLIP
 from ldm.training.parallel import disband
 
@@ -40,7 +40,7 @@ def train(
     """
     build.undegraded(cfg)
     folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), ["clip", choices().get("data", "data"), cfg.name])
-    if done := runs.finished(folder):
+    if done := finished(cfg, folder):
         print(f"this run is done: {folder}")
         return done["image_to_text"]
     data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
@@ -48,12 +48,7 @@ def train(
         durable.write_json(folder / "model.json", build.plain(model))
         torch.manual_seed(key(cfg.seed, "weights"))
         net, tokenize = fresh(str(folder / "model.json"))
-        callbacks = [
-            LearningRate(lr_schedule, steps),
-            Record(run.write, log_every, steps),
-            Progress("clip", run.start, steps),
-            Checkpoints(run.checkpoints, None, save_every, steps, run.config_text(), run.resume),
-        ]
+        callbacks = run.callbacks("clip", steps=steps, lr_schedule=lr_schedule, log_every=log_every, save_every=save_every)
         lit = LitCLIP(net, tokenize, optimizer, crop, cfg.seed)
         instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)
         disband()

@@ -21,12 +21,12 @@ def whole(value: Any) -> Any:
 
 
 def like(value: Tensor, p: Any) -> Tensor:
-    """A whole tensor, shared out as p is."""
+    """A whole tensor that every process has, shared out as p is."""
     if not is_share(p):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # each takes its own: no message
 
 
 def states_like(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

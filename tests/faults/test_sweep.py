@@ -52,7 +52,7 @@ def test_each_job_is_a_world_of_its_own_whose_ranks_agree(script, tmp_path):
     assert "3 of 3 jobs done" in done.stdout
 
 
-SWEEP = ("-m", "budget=smoke", "metrics=none", "training.steps=40", "training.save_every=2", "training.grid_every=100", "trainer=cpu")
+SWEEP = ("-m", "budget=smoke", "metrics=none", "training.steps=20", "training.save_every=2", "training.grid_every=100", "trainer=cpu")
 
 
 def held_by(folder: Path, rows: int, seconds: float) -> int:
@@ -72,12 +72,12 @@ def test_a_killed_job_fails_alone_and_the_same_sweep_goes_on_with_it(smoke, tmp_
     env = {**os.environ, "OMP_NUM_THREADS": "1", "LDM_CACHE": str(tmp_path / "cache"), "LDM_OFFLINE": "1"}
     line = [sys.executable, str(ROOT / "train.py"), *SWEEP, "seed=0,1"]
     with subprocess.Popen(line, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as sweep:
-        os.kill(held_by(tmp_path, 3, 200), signal.SIGKILL)
-        said, _ = sweep.communicate(timeout=300)
+        os.kill(held_by(tmp_path, 3, 500), signal.SIGKILL)
+        said, _ = sweep.communicate(timeout=600)
     assert sweep.returncode == 1, said
     assert "job 1 failed with exit code 137" in said
     assert "1 of 2 jobs done, 1 failed" in said
-    again = process("train.py", *SWEEP, "seed=0,1", cwd=tmp_path, timeout=300)
+    again = process("train.py", *SWEEP, "seed=0,1", cwd=tmp_path, timeout=600)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("this run is done") == 1
     assert again.stdout.count("resuming from step") == 1
