@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +329,9 @@ def _kinds(value: Any, base: Any, path: str, root: Mapping[str, Any]) -> None:
     """Compare a node with its default: the same kind of value, where source does not say more; root: the whole that base is of."""
     named = re.fullmatch(r"\$\{([\w.]+)\}", base) if isinstance(base, str) else None
     if named:  # of what it refers to, whether that is a node is all that counts
-        base = reduce(lambda node, name: node.get(name) if isinstance(node, Mapping) else None, named[1].split("."), root)
+        base = root
+        for name in named[1].split("."):
+            base = base.get(name) if isinstance(base, Mapping) else None
         base = base if isinstance(base, Mapping) else None
     if isinstance(base, Mapping) and "_target_" in base and isinstance(value, Mapping) and "_target_" not in value:
         raise UserError(f"{path}: a node needs its _target_, as in {path}._target_={base['_target_']}")
