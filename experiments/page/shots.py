@@ -1,6 +1,7 @@
 """Pictures of the page at work, into this folder: python experiments/page/shots.py RUN [OTHER]
 
-RUN, and OTHER to be drawn beside it, are folders of the main job's runs; a Chromium of the system is driven by playwright.
+RUN is a folder of the main job's runs, and OTHER, to be drawn beside it, another or a step of it. The system's Chromium is driven by
+playwright.
 """
 
 import shutil
@@ -18,7 +19,7 @@ from ldm.command import guarded
 from ldm.errors import UserError
 
 HERE = Path(__file__).parent
-SIZE = {"width": 1180, "height": 860}
+SIZE = {"width": 1280, "height": 900}
 
 
 def shot(page, name: str) -> None:
@@ -51,8 +52,8 @@ def main(argv: list[str]) -> int:
         page.set_default_timeout(300_000)
         page.goto(address)
         page.wait_for_selector("#draw-words")
-        ask(page, prompt="a photo of an ankle boot", steps="400", num="16", seed="1")
-        page.wait_for_function("document.querySelector('[role=progressbar]')?.ariaValueNow > 120")
+        ask(page, prompt="a photo of an ankle boot", steps="100", num="16", seed="1")
+        page.wait_for_function("document.querySelector('[role=progressbar]')?.ariaValueNow > 20")
         shot(page, "progress")
         page.click("#stop")
         page.wait_for_selector("#stage >> text=Stopped")

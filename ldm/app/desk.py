@@ -25,10 +25,14 @@ Form = Callable[..., Asked]  # (session, limits, fields)
 
 @dataclass(frozen=True)
 class View:
-    """stage: HTML.  drawn: the files of each run that was asked, None while they are being made.  archive: all of them, zipped."""
+    """stage: HTML.  drawn: the files of each run that was asked, None while they are being made.  names: of the runs.
+
+    archive: all the files, zipped.
+    """
 
     stage: str
     drawn: Sequence[Sequence[Path]] | None = None
+    names: Sequence[str] = ()
     archive: Path | None = None
 
 
@@ -72,10 +76,11 @@ class Desk:
             if view.drawn is None:
                 yield view
                 continue
-            archive = keep.zipped(
-                [file for files in view.drawn for file in files], Path(self.scratch.name) / f"images-{time.time_ns()}.zip"
-            )
-            yield View(view.stage, view.drawn, archive)
+            names = [Path(run).name for run in runs]
+            if len(set(names)) < len(names):
+                names = [f"{name} {number}" for number, name in enumerate(names, 1)]
+            path = Path(self.scratch.name) / f"images-{time.time_ns()}.zip"
+            yield View(view.stage, view.drawn, names, keep.zipped(dict(zip(names, view.drawn, strict=True)), path))
 
     def again(self, who: str, run: str, file: Path) -> Iterator[View]:
         """An image of a run made once more: the drawn are what it was and what it is."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ldm import durable, request
-from ldm.errors import UserError
 
 
 def given(home: Path, data: bytes, suffix: str) -> Path:
@@ -48,11 +47,10 @@ def settings(file: Path) -> Mapping[str, Any]:
     return {name: value for name, value in shown.items() if value not in (None, "")}
 
 
-def zipped(files: Sequence[Path], path: Path) -> Path:
-    """The files in one archive, as they are. Raises UserError without any."""
-    if not files:
-        raise UserError("nothing was drawn yet")
+def zipped(drawn: Mapping[str, Sequence[Path]], path: Path) -> Path:
+    """Files by the names of their runs in one archive, as they are."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for file in files:
-            archive.write(file, f"{file.parents[2].name}/{file.name}")
+        for name, files in drawn.items():
+            for file in files:
+                archive.write(file, f"{name}/{file.name}")
     return path

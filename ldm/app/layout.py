@@ -69,8 +69,8 @@ def _shown(view: View) -> tuple[Any, ...]:
 
     if view.drawn is None:
         return view.stage, gr.update(), gr.update(), gr.update()
-    named = len(view.drawn) > 1
-    galleries = [gr.update(value=captioned(files, named)) for files in view.drawn] + [gr.update()]
+    names = view.names if len(view.names) > 1 else [""]
+    galleries = [gr.update(value=captioned(files, name)) for files, name in zip(view.drawn, names, strict=True)] + [gr.update()]
     return view.stage, galleries[0], galleries[1], gr.update(value=str(view.archive), visible=True)
 
 

@@ -31,8 +31,14 @@ class Session:
         return Session(run, home_of(folder), DataCard.read(folder), load(run))
 
     def request(self, choices: Mapping[str, str], values: Mapping[str, Any]) -> Request:
-        """The request of sample.py with these choices and values. Raises UserError."""
-        return Request.of(asked.config(choices, {"run": self.run, **values}))
+        """The request of sample.py with these choices and values. Raises UserError.
+
+        Images of a step within a run are kept apart from the run's own.
+        """
+        request = Request.of(asked.config(choices, {"run": self.run, **values}))
+        if self.home.absolute() in Path(self.run).expanduser().absolute().parents and "again" not in values:
+            request.cfg.out = f"{request.out}-{Path(self.run).stem}"
+        return request
 
     def draw(self, request: Request, watch: Watch) -> list[Path]:
         """The files of the images that were asked for. Raises UserError, and Stopped when it was."""

@@ -38,7 +38,7 @@ def runs(prompted, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(runs):
-    desk = Desk(Sessions([str(runs / name) for name in ("first", "second", "broken")]), Limits(num=16, steps=3000), looks=0.05)
+    desk = Desk(Sessions([str(runs / name) for name in ("first", "second", "broken")]), Limits(num=16, steps=3000))
     with serve(desk, port=0) as found:
         yield found
 
@@ -101,10 +101,10 @@ def drawn(run: Path) -> set[Path]:
 
 def test_a_prompt_becomes_a_png_in_the_runs_folder_and_progress_is_seen(page, runs, tmp_path):
     before = drawn(runs / "first")
-    told(page, prompt="it's a ring, ${x}", negative="a disc", steps="200", num="2", seed="11")
+    told(page, prompt="it's a ring, ${x}", negative="a disc", steps="400", num="2", seed="11")
     said = press(page, "draw-words")
     shown = said("progressbar")
-    assert re.search(r"step \d+ of 200, \d+:\d\d left", shown)
+    assert re.search(r"step \d+ of 400, \d+:\d\d left", shown)
     assert '<img class="expected"' in shown
     assert 'src="data:image/png;base64,' in shown
     said("2 images in ")
@@ -122,7 +122,7 @@ def test_a_prompt_becomes_a_png_in_the_runs_folder_and_progress_is_seen(page, ru
 
 def test_a_drawing_is_stopped(page, runs):
     before = drawn(runs / "first")
-    told(page, prompt="a ring", steps=LONG, num="16", seed="500")
+    told(page, prompt="a ring", steps=LONG, num="4", seed="500")
     press(page, "draw-words")("progressbar")
     press(page, "stop")("Stopped")
     assert drawn(runs / "first") == before
@@ -224,7 +224,7 @@ def test_two_people_are_served_one_after_the_other(page, come):
 
 def test_a_closed_tab_gives_way(page, come, runs):
     gone, stays = come(), page
-    told(gone, prompt="a ring", steps=LONG, num="16", seed="600")
+    told(gone, prompt="a ring", steps=LONG, num="4", seed="600")
     press(gone, "draw-words")("progressbar")
     gone.close()
     told(stays, prompt="a ring", steps="2", num="1")
