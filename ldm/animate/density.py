@@ -9,8 +9,10 @@ from torch import Tensor
 from ldm.animate import chosen, plot
 from ldm.animate.film import Film
 from ldm.animate.mixture import Mixture, ring
+from ldm.animate.plane import learned, score_of
 from ldm.animate.watch import states
 from ldm.diffusion import sampler, times
+from ldm.diffusion.denoiser import Denoise
 from ldm.task import prior
 from ldm.tensors import Noise
 
@@ -24,47 +26,58 @@ def density(
     steps: int = 40,  # of both samplers
     modes: int = 8,  # Gaussians of the data
     schedule: str = "cosine",  # an option of conf/schedule that is a table
-    seed: int = 0,  # of the start, which both samplers share, and of DDPM's noise
+    training: int = 1500,  # steps of a small network that learns the score from points of the data; 0: the exact score
+    seed: int = 0,  # of the start, which both samplers share, of DDPM's noise, and of the training
 ) -> Film:
-    """Particles carried from noise to a ring of Gaussians by DDPM and by DDIM, over the density and its score at each time.
+    """Particles carried from noise to a ring of Gaussians by DDPM and by DDIM, over the density and the score at each time.
 
-    The score is exact, in closed form, not learned: what is seen is the method, without a network's errors.
+    They go by the learned score; the exact one, in closed form, is shown under it. With training=0 they go by that: the method alone,
+    without a network's errors.
     """
-    chosen.at_least(num_1=num, steps_1=steps, modes_1=modes)
+    chosen.at_least(num_1=num, steps_1=steps, modes_1=modes, training_0=training)
     data = ring(chosen.option("schedule", schedule), modes)
-    return Film(_frames(data, times.trailing(data.schedule, steps), num, seed), steps + 1, seconds=0.1, colours=48)
+    denoise: Denoise = learned(data, training, seed) if training else data
+    return Film(_frames(data, denoise, times.trailing(data.schedule, steps), num, seed), steps + 1, seconds=0.1, colours=48)
 
 
-def carried(data: Mixture, ts: Tensor, num: int, seed: int, draw: sampler.Sampler) -> Tensor:
-    """The states (N + 1, num, 2) at each time of the grid under the exact denoise function; the seed's start is every sampler's."""
+def carried(data: Mixture, denoise: Denoise, ts: Tensor, num: int, seed: int, draw: sampler.Sampler) -> Tensor:
+    """The states (N + 1, num, 2) at each time of the grid under a denoise function; the seed's start is every sampler's."""
     noise = Noise(seed, list(range(num)))
     start = prior(data.schedule, ts[0], noise.normal("start", torch.empty(num, 2, dtype=torch.float64)))
-    return states(lambda denoise: draw(denoise, data.schedule, start, ts, noise.stream("sampler")), data, ts)
+    return states(lambda denoise: draw(denoise, data.schedule, start, ts, noise.stream("sampler")), denoise, ts)
 
 
-def _frames(data: Mixture, ts: Tensor, num: int, seed: int) -> Iterator[Tensor]:
+def _frames(data: Mixture, denoise: Denoise, ts: Tensor, num: int, seed: int) -> Iterator[Tensor]:
     both: dict[str, sampler.Sampler] = {
         "DDPM: the score and fresh noise": sampler.ddpm,
         "DDIM: the score alone": partial(sampler.ddim, eta=0.0),
     }
-    moved = {name: carried(data, ts, num, seed, draw) for name, draw in both.items()}
+    moved = {name: carried(data, denoise, ts, num, seed, draw) for name, draw in both.items()}
     line = torch.linspace(-EDGE, EDGE, 80, dtype=torch.float64)
     coarse = torch.linspace(-EDGE, EDGE, 15, dtype=torch.float64)[1:-1]
     fine, arrows = torch.cartesian_prod(line, line), torch.cartesian_prod(coarse, coarse)
     for k, t in enumerate(ts):
         figure = plot.canvas(560, 312)
         shown = data.density(fine, t).reshape(80, 80).T
-        score = data.score(arrows, t)
-        push = score / score.norm(dim=1, keepdim=True).clamp(min=1e-9) * (torch.log1p(score.norm(dim=1, keepdim=True)) / 8).clamp(max=0.3)
+        exact = data.score(arrows, t)
+        fields = [(plot.RED, exact), (plot.INK, score_of(denoise, data, arrows, t))] if denoise is not data else [(plot.SOFT, exact)]
         for j, (name, x) in enumerate(moved.items()):
             axes = plot.bare(plot.panel(figure, 12 + 274 * j, 24, 262, 262, name))
             axes.contourf(line, line, shown, [part * float(shown.max()) for part in LEVELS], colors=GREYS, extend="max")
-            axes.quiver(*arrows.T, *push.T, color=plot.SOFT, angles="xy", scale_units="xy", scale=1, width=0.004)
+            for colour, score in fields:
+                axes.quiver(*arrows.T, *_push(score).T, color=colour, angles="xy", scale_units="xy", scale=1, width=0.004)
             axes.scatter(*x[k].T, s=5, color=plot.BLUE, lw=0, alpha=0.8)
             for one in range(min(FOLLOWED, num)):
                 axes.plot(*x[max(k - TRAIL, 0) : k + 1, one].T, color=plot.RED, lw=0.9)
                 axes.plot(*x[k, one], "o", color=plot.RED, ms=3.5)
             axes.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE))
-        about = f"t = {float(t):.2f}     shade: density     arrows: exact score, length by log     red: four followed"
+        kind = "learned score (red: exact)" if denoise is not data else "exact score"
+        about = f"t = {float(t):.2f}     shade: density     arrows: {kind}, length by log     red lines: four followed"
         plot.words(figure, about, 14, 292, plot.INK, 11)
         yield plot.frame(figure)
+
+
+def _push(score: Tensor) -> Tensor:
+    """Arrows (B, 2) along scores, as long as their logarithm."""
+    size = score.norm(dim=1, keepdim=True)
+    return score / size.clamp(min=1e-9) * (torch.log1p(size) / 8).clamp(max=0.3)

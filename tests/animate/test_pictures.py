@@ -17,6 +17,7 @@ from ldm.animate.guidance import guidance
 from ldm.animate.interpolate import interpolate
 from ldm.animate.loss import loss, terms
 from ldm.animate.mixture import Mixture, ring
+from ldm.animate.plane import learned, score_of
 from ldm.animate.reverse import reverse
 from ldm.animate.schedules import schedules
 from ldm.animate.watch import states
@@ -141,17 +142,37 @@ def test_the_score_is_the_gradient_of_the_log_density():
 def test_noise_is_carried_to_the_data(draw):
     data = ring(cosine())
     ts = times.trailing(data.schedule, 30)
-    walk = carried(data, ts, 160, 0, draw)
+    walk = carried(data, data, ts, 160, 0, draw)
     assert walk.shape == (31, 160, 2)
     assert float(walk[0].std()) == pytest.approx(1, abs=0.1)
     nearest = torch.cdist(walk[-1], data.means).min(1)
     assert (nearest.values < 0.5).double().mean() > 0.95
     assert len(nearest.indices.unique()) == 8  # no Gaussian is forgotten
-    torch.testing.assert_close(walk[0], carried(data, ts, 160, 0, sampler.euler)[0])  # every sampler starts there
+    torch.testing.assert_close(walk[0], carried(data, data, ts, 160, 0, sampler.euler)[0])  # every sampler starts there
 
 
-def test_density_is_drawn():
-    assert len(drawn(density(num=6, steps=2))) == 3
+@pytest.mark.parametrize("training", [0, 2])
+def test_density_is_drawn(training):
+    assert len(drawn(density(num=6, steps=2, training=training))) == 3
+
+
+def test_the_score_is_learned_from_points_alone():
+    """After 400 steps the network's score is near the exact one, before any it is not, and it carries noise to the data."""
+    data = ring(cosine())
+    some = data.draw(Noise(7, range(500)))
+    eps = torch.randn(500, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    off = {}
+    for steps in (0, 400):
+        found = learned(data, steps)
+        for t in torch.tensor([0.2, 0.5], dtype=torch.float64):
+            alpha, sigma = data.schedule.alpha_sigma(t)
+            x = alpha * some + sigma * eps
+            exact = data.score(x, t)
+            off[steps, float(t)] = float((score_of(found, data, x, t) - exact).square().sum() / exact.square().sum())
+    assert off[400, 0.2] < 0.25 < off[0, 0.2]
+    assert off[400, 0.5] < 0.02 < off[0, 0.5]
+    last = carried(data, found, times.trailing(data.schedule, 20), 80, 0, sampler.ddim)[-1]
+    assert (torch.cdist(last, data.means).min(1).values < 0.5).double().mean() > 0.9
 
 
 def test_a_sampler_of_second_order_is_watched_on_the_grid_alone():
