@@ -75,11 +75,12 @@ def told(page, **fields):
 
 def press(page, button):
     """Press a button; what waits until the stage has said, since then, something in which a pattern is found, and gives its HTML."""
-    since = page.evaluate("said.length")
+    since = page.evaluate("() => (document.querySelectorAll('#stage p').forEach(one => one.dataset.old = ''), said.length)")
     page.click(f"#{button}")
 
     def said(pattern):
-        look = "([since, pattern]) => said.slice(since).find(text => new RegExp(pattern).test(text)) ?? false"
+        fresh = "said.slice(since).filter(text => !text.includes('data-old'))"
+        look = f"([since, pattern]) => {fresh}.find(text => new RegExp(pattern).test(text)) ?? false"
         return page.wait_for_function(look, arg=[since, pattern]).json_value()
 
     return said
