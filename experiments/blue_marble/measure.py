@@ -206,7 +206,7 @@ def sheet(path: Path, rows: dict[str, Tensor]) -> None:
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name.strip(), fontsize=7)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=60)
     plt.close(figure)
 
 
