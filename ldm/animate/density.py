@@ -71,8 +71,8 @@ def _frames(data: Mixture, denoise: Denoise, ts: Tensor, num: int, seed: int) ->
                 axes.plot(*x[max(k - TRAIL, 0) : k + 1, one].T, color=plot.RED, lw=0.9)
                 axes.plot(*x[k, one], "o", color=plot.RED, ms=3.5)
             axes.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE))
-        kind = "learned score (red: exact)" if denoise is not data else "exact score"
-        about = f"t = {float(t):.2f}     shade: density     arrows: {kind}, length by log     red lines: four followed"
+        kind = "learned score (exact: red)" if denoise is not data else "exact score"
+        about = f"t = {float(t):.2f}    shade: density    arrows: {kind}, length by log    lines: four"
         plot.words(figure, about, 14, 292, plot.INK, 11)
         yield plot.frame(figure)
 

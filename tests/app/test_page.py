@@ -38,7 +38,7 @@ def runs(prompted, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(runs):
-    desk = Desk(Sessions([str(runs / name) for name in ("first", "second", "broken")]), Limits(num=16, steps=3000))
+    desk = Desk(Sessions([str(runs / name) for name in ("first", "second", "broken")]), Limits(num=16, steps=3000), looks=0.1)
     with serve(desk, port=0) as found:
         yield found
 
@@ -102,10 +102,10 @@ def drawn(run: Path) -> set[Path]:
 
 def test_a_prompt_becomes_a_png_in_the_runs_folder_and_progress_is_seen(page, runs, tmp_path):
     before = drawn(runs / "first")
-    told(page, prompt="it's a ring, ${x}", negative="a disc", steps="400", num="2", seed="11")
+    told(page, prompt="it's a ring, ${x}", negative="a disc", steps="150", num="2", seed="11")
     said = press(page, "draw-words")
     shown = said("progressbar")
-    assert re.search(r"step \d+ of 400, \d+:\d\d left", shown)
+    assert re.search(r"step \d+ of 150, \d+:\d\d left", shown)
     assert '<img class="expected"' in shown
     assert 'src="data:image/png;base64,' in shown
     said("2 images in ")
