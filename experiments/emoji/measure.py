@@ -207,7 +207,7 @@ def sheet(path: Path, rows: dict[str, Tensor], captions: list[str], columns: int
                 axis.set_title(textwrap.fill(captions[place].removeprefix("a "), 20), fontsize=5)
         line[0].set_ylabel(name, fontsize=6)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=70)
     plt.close(figure)
 
 
