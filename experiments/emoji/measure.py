@@ -203,7 +203,7 @@ def sheet(path: Path, rows: dict[str, Tensor], captions: list[str], columns: int
         for axis, place in zip(line, places, strict=True):
             axis.imshow(to_uint8(images[place : place + 1])[0].permute(1, 2, 0), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            if line is axes[0]:
+            if name == next(iter(rows)):
                 axis.set_title(textwrap.fill(captions[place].removeprefix("a "), 20), fontsize=5)
         line[0].set_ylabel(name, fontsize=6)
     figure.tight_layout(pad=0.3)
