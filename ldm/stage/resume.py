@@ -29,7 +29,7 @@ def checkpoint(config: Mapping[str, Any], folder: Path, chief: bool, parts: Coll
     wanted = config.get("resume") or "auto"
     if wanted == "never":
         if chief:
-            set_aside(folder, [path for path in folder.iterdir() if not path.name.startswith((".lock", "before-"))])
+            set_aside(folder, [path for path in folder.iterdir() if not path.name.startswith((".lock", "before-", "log.txt"))])
         return None
     if wanted in ("auto", "must"):
         step = newest(folder / "checkpoints", chief)

@@ -1,5 +1,6 @@
 """A run in progress: its folder, and whatever is written there and to the logger."""
 
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from ldm import durable, picture, runs
 from ldm.build import plain
 from ldm.command import choices
 from ldm.ema import PowerEMA
+from ldm.errors import UserError
 from ldm.report import Logger, Silent
 from ldm.stage import resume
 from ldm.training.callbacks import Average, Checkpoints, Keep, LearningRate, Pictures, Progress, Record
@@ -119,12 +121,17 @@ def opened(cfg: Any, folder: Path, parts: Collection[str] | None = None) -> Iter
     Raises UserError if another process holds the folder, or as resume.checkpoint does.
     """
     config, chief = plain(cfg), world()[0] == 0
-    since = time.monotonic()
+    since, new = time.monotonic(), not folder.exists()
     with ExitStack() as stack:
         if chief:
             stack.enter_context(runs.lock(folder))
             stack.enter_context(runs.logged(folder / "log.txt"))
-        found = resume.checkpoint(config, folder, chief, parts)
+        try:
+            found = resume.checkpoint(config, folder, chief, parts)
+        except UserError:
+            if chief and new:  # with nothing in it but our own lock and log
+                shutil.rmtree(folder)
+            raise
         if chief:
             runs.save_config(config, folder / "config.yaml")
             durable.write_json(folder / "choices.json", choices())

@@ -30,12 +30,19 @@ def like(value: Tensor, p: Any) -> Tensor:
 
 
 def states_like(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's saved state, what belongs to a sharded parameter shared out as that is."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(map(is_share, parameters)):
+    """An optimiser's saved state, each tensor shaped as a parameter shared out as that is and laid out in memory as that is.
+
+    Fused optimisers go through the memory of parameter and moments side by side, whatever their strides.
+    """
+    if "state" not in state:  # of several joined, whose parameters are not sharded
         return state
-    held = {
-        place: {name: like(one, parameters[place]) if one.shape == parameters[place].shape else one for name, one in kept.items()}
-        for place, kept in state["state"].items()
-    }
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = {place: {name: moment_like(one, parameters[place]) for name, one in kept.items()} for place, kept in state["state"].items()}
     return {**state, "state": held}
+
+
+def moment_like(one: Any, p: Tensor) -> Any:
+    """A value of a parameter's state as the parameter is, if it is a tensor of its shape."""
+    if not isinstance(one, Tensor) or one.shape != p.shape:
+        return one
+    return like(one, p) if is_share(p) else torch.empty_like(p, dtype=one.dtype).copy_(one)
