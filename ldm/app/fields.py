@@ -64,7 +64,8 @@ def restyle(session: Session) -> Tab:
 
 def inpaint(session: Session) -> Tab:
     """A picture, painted over."""
-    painted = _editor("inpaint-editor", "Paint over what is to be drawn anew", [ORANGE], "auto", height=420)
+    brush = max(2, session.card.size // 8)  # pixels of the picture: `auto` covers a small one whole
+    painted = _editor("inpaint-editor", "Paint over what is to be drawn anew", [ORANGE], brush, height=420)
     return Tab(_button("inpaint"), forms.repaint, [painted])
 
 
