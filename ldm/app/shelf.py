@@ -95,7 +95,7 @@ def gallery(name: str, columns: int = 4, visible: bool = True) -> Any:
 
 def captioned(files: Sequence[Path], name: str = "") -> list[tuple[str, str]]:
     """Images with their seeds, and the name of their run where there are several."""
-    return [(str(file), f"{name}{', ' if name else ''}seed {int(file.stem)}") for file in files]
+    return [(str(file), f"seed {int(file.stem)}{', ' if name else ''}{name}") for file in files]
 
 
 def _pair(files: Sequence[Path]) -> list[tuple[str, str]]:
