@@ -15,7 +15,7 @@ from ldm.metrics.interval import wilson
 
 HERE = Path(__file__).parent
 SAMPLE = HERE.parents[1] / "sample.py"
-NUM, NFE = 1000, 24
+NUM, NFE = 500, 24
 
 
 def ways(classifier: str) -> list[tuple[str, float, int, tuple[str, ...]]]:
