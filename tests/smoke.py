@@ -1,5 +1,6 @@
 """The commands as a person types them, in this process where that is enough: a fresh one spends seconds on importing."""
 
+import logging
 import multiprocessing
 import os
 import runpy
@@ -45,6 +46,9 @@ def command(script: str, *typed: str) -> int:
             return int(end.code or 0)
         finally:
             whole.hydra, config.cfg = kept
+            for one in logging.root.manager.loggerDict.values():  # Hydra silences those that exist already
+                if isinstance(one, logging.Logger):
+                    one.disabled = False
     raise AssertionError(f"{script} did not end by sys.exit")
 
 

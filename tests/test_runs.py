@@ -155,7 +155,7 @@ def test_provenance_in_and_out_of_git(tmp_path):
 
 
 def test_what_is_printed_is_kept_and_what_ended_it(tmp_path, capsys):
-    with pytest.raises(KeyError), runs.logged(tmp_path / "log.txt"):
+    with pytest.raises(KeyError), runs.logged(tmp_path / "log.txt"):  # noqa: PT012
         print("a word")
         print("\rredrawn", end="")
         print("a warning", file=sys.stderr)

@@ -64,10 +64,10 @@ def main(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    logging.disable(logging.WARNING)  # that weights are missing: here they are to be
     print(table(plan(argv)))
     return 0
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # that weights are missing: here they are to be
     sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -87,7 +87,7 @@ def train(
             scores.update(some, again)
             run.write(step, {f"val/{name}": value for name, value in scores.compute().items()})
 
-        often = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
+        often: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
         callbacks = run.callbacks("autoencoder", steps=steps, lr_schedule=lr_schedule, ema=ema, draw=draw, **often)
         instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed)
         with ema.applied():

@@ -45,7 +45,7 @@ def train(cfg: Any, *, steps: int, batch_size: int, net, optimizer, lr_schedule,
         if run.chief:
             DataCard.of(data).write(folder)
         lit = LitClassifier(network, autoencoder, schedule, instantiate(cfg.times), optimizer, cfg.seed)
-        often = {"log_every": log_every, "save_every": save_every}
+        often: dict[str, Any] = {"log_every": log_every, "save_every": save_every}
         callbacks = run.callbacks("classifier", steps=steps, lr_schedule=lr_schedule, metadata=space.metadata, **often)
         latents = Latents(data, moments(autoencoder, space, data))
         instantiate(cfg.trainer)(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)

@@ -70,8 +70,8 @@ def train(
             sheet = gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance)
             run.picture(step, f"grids/step-{step:06d}", sheet)
 
-        often = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
-        beside = {"ema": ema, "draw": draw, "metadata": space.metadata}
+        often: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
+        beside: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
         callbacks = run.callbacks("diffusion", steps=steps, lr_schedule=lr_schedule, **beside, **often)
         image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys}
         latents = Latents(data, moments(autoencoder, space, data), image)

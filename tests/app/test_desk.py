@@ -120,6 +120,7 @@ def test_a_step_of_a_run_is_drawn_beside_the_run(runs):
     step = str(runs / "labels" / "checkpoints" / "step-00000002")
     desk = Desk(Sessions(runs_of([str(runs / "labels"), step])), looks=0.01)
     *_, view = desk.draw("me", desk.sessions.runs, forms.words, (32, 32), Settings(label="ring", steps=2, num=1, seed=9))
+    assert view.drawn, view.stage
     (ours,), (theirs,) = view.drawn
     assert theirs.parent.name == f"{ours.parent.name}-step-00000002"
     assert not torch.equal(pixels(ours), pixels(theirs))

@@ -77,7 +77,7 @@ def test_bad_options_are_named(options, message):
 class Pictures:
     """Twelve pictures, tall, square and wide in turn, the left half red."""
 
-    identity, classes = "pictures", {"image": ["x"]}
+    identity, place, classes = "pictures", "pictures", {"image": ["x"]}
 
     def __len__(self):
         return 12
