@@ -116,14 +116,15 @@ def test_two_runs_are_drawn_from_the_same_seeds(desk, runs):
     assert len(zipfile.ZipFile(view.archive).namelist()) == 4
 
 
-def test_a_step_of_a_run_is_drawn_beside_the_run(runs):
-    step = str(runs / "labels" / "checkpoints" / "step-00000002")
-    desk = Desk(Sessions(runs_of([str(runs / "labels"), step])), looks=0.01)
+def test_a_step_of_a_run_is_drawn_beside_the_run(smoke, tmp_path):
+    run = shutil.copytree(smoke.run, tmp_path / "run")
+    step = str(run / "checkpoints" / "step-00000002")
+    desk = Desk(Sessions(runs_of([str(run), step])), looks=0.01)
     *_, view = desk.draw("me", desk.sessions.runs, forms.words, (32, 32), Settings(label="ring", steps=2, num=1, seed=9))
     assert view.drawn, view.stage
     (ours,), (theirs,) = view.drawn
     assert theirs.parent.name == f"{ours.parent.name}-step-00000002"
-    assert not torch.equal(pixels(ours), pixels(theirs))
+    assert torch.equal(pixels(ours), pixels(theirs))  # it is the run's last
     *_, again = desk.again("me", step, theirs)
     assert "bit for bit the same" in again.stage
 

@@ -18,7 +18,7 @@ from ldm.app.serve import serve
 from ldm.app.session import Sessions
 
 pytestmark = pytest.mark.slow
-LONG = "3000"  # steps that outlast a click
+LONG = "1000"  # steps that outlast a click; all that the schedule has
 SAID = """() => {
   window.said = [];
   const stage = document.querySelector("#stage");
