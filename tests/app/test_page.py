@@ -140,6 +140,7 @@ def test_a_painted_mask_is_drawn_anew_and_the_rest_kept(page, runs, tmp_path):
     page.wait_for_selector("#inpaint-editor canvas")
     page.set_input_files("#inpaint-editor input[type=file]", tmp_path / "in.png")
     page.wait_for_selector("#inpaint-editor >> text=1000%")  # the picture is there, and as large as it gets
+    page.locator("#inpaint-editor").scroll_into_view_if_needed()
     box = page.locator("#inpaint-editor canvas").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 40, y - 20)
