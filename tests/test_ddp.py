@@ -32,7 +32,7 @@ def assert_same(one: list[dict], two: list[dict], limit: float) -> None:
             assert abs(a[name] - b[name]) <= limit * max(abs(a[name]), 1e-3), (step, name, a[name], b[name])
 
 
-@pytest.mark.parametrize("precision", ["64", "32"])
+@pytest.mark.parametrize("precision", ["64", pytest.param("32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_have_the_losses_of_one(stage, precision, smoke, tmp_path):
     typed = ("train.py", *STAGES[stage], "training.steps=4")

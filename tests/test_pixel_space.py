@@ -13,6 +13,7 @@ def folder(smoke, tmp_path):
         yield tmp_path
 
 
+@pytest.mark.slow
 def test_pixel_space_trains_and_draws_without_a_first_stage(smoke, folder):
     kept = sorted((smoke.folder / "cache" / "first_stage").iterdir())
     run = train("autoencoder=identity", "metrics=none")

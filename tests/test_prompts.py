@@ -54,6 +54,7 @@ def test_prompt_arrives(prompt, prompted, tmp_path):
     assert json.loads((tmp_path / "drawn" / "metrics.json").read_text())["request"]["prompt"] == prompt
 
 
+@pytest.mark.slow
 def test_prompt_arrives_in_a_process_of_its_own(prompted, tmp_path):
     prompt = "".join(PROMPTS[:9])
     env = {"PYTHONPATH": str(ROOT / "tests"), "LDM_SPY": str(tmp_path / "told.jsonl")}

@@ -108,6 +108,7 @@ def refused(capfd, *typed: str, names: tuple[str, str], script: str = "train.py"
     return error
 
 
+@pytest.mark.slow
 def test_all_that_a_run_keeps_carries_its_space(copy):
     folder, one, two = copy
     assert name_of(one) != name_of(two)
@@ -121,6 +122,7 @@ def test_all_that_a_run_keeps_carries_its_space(copy):
     assert {named(file) for file in (folder / "cache" / "latents").glob("*.safetensors")} >= {name_of(one), name_of(two)}
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_in_another_space(copy, capfd):
     """Stopped after its last checkpoint; then its first stage was replaced: in the cache, all of it, or the run's own copy alone."""
     folder, one, two = copy
@@ -140,6 +142,7 @@ def test_a_run_does_not_go_on_in_another_space(copy, capfd):
     assert (one / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_latents_of_another_autoencoder_are_refused(copy, capfd):
     folder, one, two = copy
     files = {named(file): file for file in (folder / "cache" / "latents").glob("*.safetensors")}
@@ -149,6 +152,7 @@ def test_latents_of_another_autoencoder_are_refused(copy, capfd):
     assert str(mine) in error
 
 
+@pytest.mark.slow
 def test_latents_of_other_data_are_refused(copy, capfd):
     folder, one, _ = copy
     (mine,) = [file for file in (folder / "cache" / "latents").glob("*.safetensors") if named(file) == name_of(one)]
@@ -158,6 +162,7 @@ def test_latents_of_other_data_are_refused(copy, capfd):
 
 
 @pytest.mark.parametrize("what", ["weights", "first_stage"])
+@pytest.mark.slow
 def test_weights_beside_another_first_stage_are_refused(what, copy, capfd):
     """Either of the two was taken from the other run, and the weights are named as a run, as a file, or as a step."""
     _, one, two = copy
@@ -169,6 +174,7 @@ def test_weights_beside_another_first_stage_are_refused(what, copy, capfd):
 
 
 @pytest.mark.parametrize("kind", ["ema", "raw"])
+@pytest.mark.slow
 def test_a_step_of_another_run_is_refused(kind, copy, capfd):
     _, one, two = copy
     shutil.rmtree(one / "checkpoints")
@@ -179,12 +185,14 @@ def test_a_step_of_another_run_is_refused(kind, copy, capfd):
         refused(capfd, f"run={one}", "weights=raw", "num=1", "out=nothing", names=(name_of(one), name_of(two)), script="sample.py")
 
 
+@pytest.mark.slow
 def test_a_weak_model_of_another_space_is_refused(copy, capfd):
     _, one, two = copy
     typed = (f"run={one}", "num=1", "out=nothing", "guidance=autoguidance")
     refused(capfd, *typed, f"guidance.weak={two}", names=(name_of(one), name_of(two)), script="sample.py")
 
 
+@pytest.mark.slow
 def test_changed_weights_and_a_changed_config_do_not_keep_their_name(copy, capfd):
     """Nobody replaced the file: a value in it was changed, or the config beside it that says how to read it."""
     _, one, _ = copy
@@ -203,12 +211,14 @@ def test_changed_weights_and_a_changed_config_do_not_keep_their_name(copy, capfd
     refused(capfd, f"run={one}", "num=1", "out=nothing", names=(name_of(one), "architecture"), script="sample.py")
 
 
+@pytest.mark.slow
 def test_a_file_without_a_name_is_refused(copy, capfd):
     _, one, _ = copy
     durable.write_tensors(one / "weights.safetensors", durable.read_tensors(one / "weights.safetensors"))
     refused(capfd, f"run={one}", "num=1", "out=nothing", names=("weights.safetensors", "does not say which"), script="sample.py")
 
 
+@pytest.mark.slow
 def test_samples_say_whose_latents_they_were(copy):
     _, one, _ = copy
     assert command("sample.py", f"run={one}", "num=1", "steps=1", "out=drawn") == 0

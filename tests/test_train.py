@@ -103,6 +103,7 @@ def test_another_first_stage_is_trained_for_another_recipe(place, smoke, tmp_pat
     assert len(weights(other / "first_stage.safetensors")["scale"]) == 3
 
 
+@pytest.mark.slow
 def test_changed_source_trains_again_only_when_asked(place, smoke, tmp_path, monkeypatch, capfd):
     """The recipe's digest of the source is beside the weights: `trust` takes them, `rebuild` sets them aside and trains."""
     cache = shutil.copytree(smoke.kept, tmp_path / "cache")
@@ -127,6 +128,7 @@ AUTOENCODER = (
 
 
 @pytest.mark.parametrize("typed", [DIFFUSION, AUTOENCODER], ids=["diffusion", "autoencoder with its GAN"])
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_weights(typed, smoke, tmp_path):
     """SIGKILL after step 5, the last checkpoint being step 4's: the second start takes that up and ends bit-equal to a run never killed."""
     ends = []
@@ -163,6 +165,7 @@ def timeless(journal: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("wall", "perf/images_per_s")} for row in runs.read_journal(journal)]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(smoke, tmp_path):
     """The newest step's file was cut short: the run goes on from the one before, and says which it skipped and why."""
     shutil.copytree(smoke.kept, tmp_path / "cache")
