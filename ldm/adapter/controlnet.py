@@ -1,84 +1,46 @@
 """ControlNet: a trainable copy of a U-Net's way down reads a hint and adds to the skips of the frozen one (Zhang et al. 2023, sec. 3)."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
-from ldm.net.attention import Attend, Memory, SpatialTransformer, sdpa
-from ldm.net.blocks import Downsample, mlp, sinusoid, zeroed
-from ldm.net.unet import Attention, HalfUNet, Lookup, Recipe, depths_of
+from ldm.net.attention import Memory
+from ldm.net.blocks import zeroed
+from ldm.net.unet import Lookup, UNet, stacked
 
 WIDTHS = (16, 32, 96, 256)  # of the hint's encoder, as its own code and diffusers have it
 
 
-class Control(HalfUNet):
-    """Residuals for each skip of a U-Net, first to last, and for its middle, of x_t (B, in_channels, h, w), t, a Condition and a hint.
+class Control(nn.Module):
+    """Residuals for each skip of a U-Net, first to last, and for its middle, of x_t (B, C, h, w), t, a Condition and a hint.
 
-    hint: (B, hint_channels, h * factor, w * factor) in [0, 1]; factor: the first stage's, 1 to 8.  The other options are UNet's, and
-    must be those of the U-Net that is controlled.  All residuals begin as zero.
+    net: the U-Net that is to be controlled; its way down is copied, weights included (sec. 3.1), and all residuals begin as zero.
+    factor: the first stage's, 1 to 8.  hint: (B, hint_channels, h * factor, w * factor) in [0, 1].
     Raises ValueError for another factor, or a hint of another size.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        factor: int,
-        channels: int = 64,
-        mult: Sequence[int] = (1, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (2,),
-        context_dim: int | None = None,
-        vector_dim: int | None = None,
-        heads: int | None = None,
-        head_channels: int = 32,
-        depth: int | Sequence[int] = 1,
-        dropout: float = 0.0,
-        scale_shift: bool = False,
-        resblock_updown: bool = False,
-        groups: int = 32,
-        eps: float = 1e-5,
-        block: Callable[..., Attention] = SpatialTransformer,
-        downsample: Callable[[int], nn.Module] = Downsample,
-        sinusoid: Callable[[Tensor, int], Tensor] = sinusoid,
-        vector: Callable[[int, int], nn.Module] = mlp,
-        attend: Attend = sdpa,
-        checkpoint: bool = False,
-        hint_channels: int = 3,
-    ):
-        recipe = Recipe(
-            4 * channels, context_dim, heads, head_channels, dropout, scale_shift, resblock_updown, groups, eps, block, downsample, attend
-        )
-        attended = depths_of(depth, attention, len(mult))
-        super().__init__(recipe, in_channels, channels, mult, blocks, attended, vector_dim, vector, sinusoid, checkpoint)
+    def __init__(self, net: UNet, factor: int, hint_channels: int = 3):
+        super().__init__()
         self.factor = factor
-        self.hint = hint_encoder(hint_channels, channels, factor)
-        self.zeros = nn.ModuleList(zeroed(nn.Conv2d(width, width, 1)) for width in self.skip_widths)
-        self.of_middle = zeroed(nn.Conv2d(self.skip_widths[-1], self.skip_widths[-1], 1))
+        self.copied = copy.deepcopy(net).requires_grad_()  # the controlled network is frozen, its copy learns
+        del self.copied.up, self.copied.out  # the way up stays the controlled network's
+        widths = net.skip_widths
+        self.hint = hint_encoder(hint_channels, net.channels, factor)
+        self.zeros = nn.ModuleList(zeroed(nn.Conv2d(width, width, 1)) for width in widths)
+        self.of_middle = zeroed(nn.Conv2d(widths[-1], widths[-1], 1))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition, hint: Tensor) -> list[Tensor]:
         height, width = (self.factor * side for side in x.shape[2:])
         if hint.shape[2:] != (height, width):
             raise ValueError(f"a hint of {hint.shape[2]}x{hint.shape[3]}: expected {height}x{width}, the size of the image")
-        h = self.stem(x) + self.hint(hint)
-        h, skips = self.contract(h, self.embed(t, cond), Lookup(self.memory(cond)))
+        copied = self.copied
+        h = copied.stem(stacked(x, cond)) + self.hint(hint)
+        h, skips = copied.contract(h, copied.embed(t, cond), Lookup(copied.memory(cond)))
         return [*(zero(skip) for zero, skip in zip(self.zeros, skips, strict=True)), self.of_middle(h)]
-
-    @torch.no_grad()
-    def begin(self, net: nn.Module) -> "Control":
-        """Take the weights of the U-Net that is to be controlled (sec. 3.1). Raises ValueError for one of another architecture."""
-        state = net.state_dict()
-        for name, mine in self.state_dict().items():
-            if name.startswith(("hint.", "zeros.", "of_middle.")):
-                continue
-            if name not in state or state[name].shape != mine.shape:
-                theirs = list(state[name].shape) if name in state else "absent"
-                raise ValueError(f"this ControlNet is of another network: its {name} is {list(mine.shape)}, the network's {theirs}")
-            mine.copy_(state[name])
-        return self
 
 
 def hint_encoder(channels: int, out: int, factor: int) -> nn.Sequential:

@@ -1,14 +1,16 @@
 """diffusers' names of what is added to a U-Net: its ControlNetModel, and LoRA factors as PEFT lays them out, both ways."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ldm.interop.diffusers import half, unet
-from ldm.interop.keymap import Row, State, count, exported, imported, layers, refuse
+from ldm.interop.keymap import Row, State, count, exported, imported, layers, refuse, under
 from ldm.interop.layout import Layout
 
+HALF = "copied."  # of ours: the copied way down
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -21,12 +23,12 @@ def import_controlnet(state: State) -> dict[str, Tensor]:
 def export_controlnet(state: State) -> dict[str, Tensor]:
     """diffusers' ControlNet weights of ours. Raises UserError for what it has no name for."""
     hints = count(r"(?m)^hint\.(\d+)\.", state) // 2 - 1
-    return exported(controlnet(Layout.of_ours(state), hints), state, "diffusers ControlNet")
+    return exported(controlnet(Layout.of_ours(under(HALF, state)), hints), state, "diffusers ControlNet")
 
 
 def controlnet(layout: Layout, hints: int) -> Iterator[Row]:
     """Every name that a ControlNet of this layout may have; hints: convolutions between its encoder's first and last."""
-    yield from half(layout)
+    yield from (replace(row, ours=HALF + row.ours) for row in half(layout))
     names = ["conv_in", *(f"blocks.{i}" for i in range(hints)), "conv_out"]
     yield from layers({f"{2 * i}": name for i, name in enumerate(names)}, "hint.", "controlnet_cond_embedding.")
     skips = layout.levels * (layout.blocks + 1)

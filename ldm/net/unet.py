@@ -106,6 +106,11 @@ class Recipe:
         return ResBlock(width, width, self.emb_dim, self.dropout, self.scale_shift, self.groups, self.eps, resize)
 
 
+def stacked(x: Tensor, cond: Condition) -> Tensor:
+    """x_t (B, C, h, w) with cond.concat, if there is any, on its channels."""
+    return x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
+
+
 def depths_of(depth: int | Sequence[int], attention: Sequence[int], levels: int) -> list[int]:
     """Transformer blocks at each level, and last in the middle; 0 where there is no attention.
 
@@ -245,7 +250,7 @@ class UNet(HalfUNet):
     ) -> Tensor:
         emb = self.embed(t, cond) if emb is None else emb
         look = Lookup(self.memory(cond) if memory is None else memory)
-        h, skips = self.contract(self.stem(x if cond.concat is None else torch.cat([x, cond.concat], dim=1)), emb, look)
+        h, skips = self.contract(self.stem(stacked(x, cond)), emb, look)
         if residuals is not None:
             *of_skips, of_middle = residuals
             h, skips = h + of_middle, [s + r for s, r in zip(skips, of_skips, strict=True)]

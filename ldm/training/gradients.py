@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm import durable
 from ldm.errors import NonFiniteError
 from ldm.training.parallel import all_ranks
+from ldm.training.shares import whole
 
 EVIDENCE = "nonfinite.json"
 
@@ -67,5 +68,4 @@ class Gradients(L.Callback):
 
 def norm_of(grads: list[Tensor]) -> Tensor:
     """The norm of all gradients together, on the whole of those that are sharded."""
-    norm = nn.utils.get_total_norm(grads)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole(nn.utils.get_total_norm(grads))

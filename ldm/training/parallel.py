@@ -11,9 +11,14 @@ from torch import Tensor
 from ldm.errors import UserError
 
 
+def alone() -> bool:
+    """Whether this process is the only one."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """Mean of x over all processes, without gradient."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if alone():
         return x.detach()
     x = x.detach().clone()
     dist.all_reduce(x)
@@ -22,7 +27,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum of x over all processes, without gradient, where x is."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if alone():
         return x.detach()
     total = x.detach().to("cuda" if dist.get_backend() == "nccl" else x.device, copy=True)
     dist.all_reduce(total)
@@ -37,7 +42,7 @@ def disband() -> None:
 
 def most_of_ranks(x: Tensor) -> Tensor:
     """The largest x of all processes, elementwise."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if alone():
         return x
     x = x.clone()
     dist.all_reduce(x, dist.ReduceOp.MAX)
@@ -46,7 +51,7 @@ def most_of_ranks(x: Tensor) -> Tensor:
 
 def all_ranks(value: Any) -> list[Any]:
     """A plain value of every process, in the order of the ranks."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if alone():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)

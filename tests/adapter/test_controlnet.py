@@ -35,15 +35,17 @@ def told():
 
 
 def test_it_begins_as_the_network_and_changes_nothing(net, told):
-    control = Control(4, 4, **SHAPE).begin(net)
-    shared = [name for name in control.state_dict() if name in net.state_dict()]
-    assert all(torch.equal(control.state_dict()[name], net.state_dict()[name]) for name in shared)
-    assert {name.split(".")[0] for name in shared} == {"time", "stem", "down", "middle1", "middle2"}
+    control = Control(net.requires_grad_(False), 4)
+    assert all(p.requires_grad for p in control.parameters())
+    copied = control.copied.state_dict()
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in copied.items())
+    assert {name.split(".")[0] for name in copied} == {"time", "stem", "down", "middle1", "middle2"}
+    assert not {id(p) for p in control.parameters()} & {id(p) for p in net.parameters()}
     assert torch.equal(Controlled(net, [control, control])(*told), net(*told))
 
 
 def test_residuals_are_weighted_and_added(net, told):
-    one, two = (lively(Control(4, 4, **SHAPE), seed) for seed in (1, 2))
+    one, two = (lively(Control(net, 4), seed) for seed in (1, 2))
     x, t, cond = told
     told_of = [0.5 * a - 2 * b for a, b in zip(one(x, t, cond, cond.hint[0]), two(x, t, cond, cond.hint[1]), strict=True)]
     wrapped = Controlled(net, [one, two], [0.5, -2.0])
@@ -69,7 +71,7 @@ def test_diffusers_has_the_same_names_and_residuals(net, told):
         use_linear_projection=True,
         conditioning_embedding_out_channels=(16, 32, 96),
     )
-    control = lively(Control(4, 4, **SHAPE), 1)
+    control = lively(Control(net, 4), 1)
     state = export_controlnet(control.state_dict())
     theirs.load_state_dict(state)
     back = import_controlnet(state)
@@ -83,23 +85,20 @@ def test_diffusers_has_the_same_names_and_residuals(net, told):
 
 
 def test_stable_diffusions_has_the_published_count():
+    from hydra.utils import instantiate
     from smoke import composed
 
     from ldm import build
-    from ldm.adapter import controlnet
 
-    node = build.plain(composed("net=sd1", "conditioner=clip_context", "autoencoder=kl_f8").net)
-    node = {name: value for name, value in node.items() if name not in ("_target_", "concat_channels")}
-    from hydra.utils import instantiate
-
+    node = {**build.plain(composed("net=sd1", "conditioner=clip_context", "autoencoder=kl_f8").net), "context_dim": 768}
     with torch.device("meta"):
-        made = instantiate({"_target_": f"{controlnet.__name__}.Control", **node, "in_channels": 4, "factor": 8, "context_dim": 768})
+        made = Control(instantiate(node, in_channels=4, out_channels=4), factor=8)
     assert sum(p.numel() for p in made.parameters()) == 361_279_120
 
 
 def test_what_does_not_fit_is_one_line(net, told):
     x, t, cond = told
-    control = Control(4, 4, **SHAPE)
+    control = Control(net, 4)
     with pytest.raises(ValueError, match="a hint of 16x32: expected 32x32, the size of the image"):
         control(x, t, cond, cond.hint[0][:, :, :16])
     with pytest.raises(ValueError, match="2 hints for 1 ControlNets"):
@@ -108,7 +107,5 @@ def test_what_does_not_fit_is_one_line(net, told):
         Controlled(net, [control])(x, t, replace(cond, hint=()))
     with pytest.raises(ValueError, match=r"weights=\[1.0\]: expected 2"):
         Controlled(net, [control, control], [1.0])
-    with pytest.raises(ValueError, match=r"of another network: its time.0.weight is \[192, 48\], the network's \[128, 32\]"):
-        Control(4, 4, **{**SHAPE, "channels": 48}).begin(net)
     with pytest.raises(ValueError, match="factor=3"):
         hint_encoder(3, 32, 3)

@@ -140,7 +140,7 @@ def test_an_image_that_says_how_to_make_it_again(tmp_path, ran):
 
     for change, why in (
         ({}, "is refused"),
-        ({"inputs": 3, "task": None}, "again=|no such folder"),
+        ({"inputs": 3, "task": None}, "run=x: no such folder"),
         ({"run": {"a": 1}, "task": None}, "again="),
     ):
         text = json.dumps(told | {"request": {key: plain(one) for key, one in (told["request"] | change).items()}})
