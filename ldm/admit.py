@@ -18,16 +18,20 @@ from ldm.validate import allowed, definition, module_of, nodes, validate
 
 OURS = re.compile(  # what makes models, data and samples; not what writes files, fetches or starts processes
     r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net|objective|score|source|task)\..+"
-    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|stage\.\w+\.(train|guidance)|training\.(fit|lr|debug|optimizers)\.\w+|report\.[A-Z]\w*|load\.autoguidance)"
+    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|stage\.\w+\.(train|guidance)|training\.(fit|lr|debug|optimizers)\.\w+|load\.autoguidance)"
 )
 LIBRARIES = ("torch.nn", "torch.optim")
 SCRIPTS = ("conf", "experiments", "sample", "tests", "train")  # of the repository: commands, not parts
 
 
 def config(given: Mapping[str, Any], where: Path | str) -> Any:
-    """The config as OmegaConf's, every text in it literal. Raises UserError naming the file `where` for one that may not be built."""
+    """The config as OmegaConf's, every text in it literal, less its logger: who was told of a run makes no model.
+
+    Raises UserError naming the file `where` for one that may not be built.
+    """
     from omegaconf import OmegaConf
 
+    given = {key: value for key, value in given.items() if key != "logger"}
     try:
         for path, node in nodes(given):
             if "_target_" in node:
@@ -35,7 +39,7 @@ def config(given: Mapping[str, Any], where: Path | str) -> Any:
         validate(given, None, SUPPLIED)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return OmegaConf.create(runs.mapped(dict(given), escape))
+    return OmegaConf.create(runs.mapped(given, escape))
 
 
 def target(name: str, path: str = "") -> None:

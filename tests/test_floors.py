@@ -123,7 +123,7 @@ def test_a_file_can_be_held_in_the_head(file):
         ("ldm/stage/diffusion.py", "import lightning"),
         ("ldm/tensors.py", "import einops"),
         ("ldm/errors.py", "from ldm.ema import PowerEMA"),
-        ("ldm/report.py", "import wandb"),
+        ("ldm/logger.py", "import wandb"),
         ("ldm/metrics/paired.py", "from torchmetrics.image import PeakSignalNoiseRatio"),
         ("ldm/net/unet.py", "from .blocks import norm"),
         ("train.py", "import lightning"),
@@ -140,7 +140,7 @@ def test_a_violation_is_found(path, source):
         ("ldm/autoencoder/conv.py", "from ldm.net.blocks import norm"),
         ("ldm/training/fit.py", "import lightning as L\nfrom ldm.model import LatentDiffusion"),
         ("ldm/stage/run.py", "from hydra.utils import instantiate\nfrom ldm import durable, runs"),
-        ("ldm/report.py", "def start():\n    import wandb"),
+        ("ldm/logger.py", "def start():\n    import wandb"),
     ],
 )
 def test_what_is_allowed_is_not_a_violation(path, source):

@@ -62,7 +62,7 @@ def ensured(cfg: Any, folder: Path, recipe: runs.Recipe, config: Mapping[str, An
                 return folder
             folder.rename(folder.with_name(f"{folder.name}-{source.read_text()}"))
         config = {**config, "trainer": {**config["trainer"], "devices": devices}}
-        config |= {"logger": {"_target_": "ldm.report.Silent"}, "resume": "auto"}
+        config |= {"logger": {"_target_": "ldm.logger.Silent"}, "resume": "auto"}
         config |= {"degrade": {"_target_": "ldm.data.degrade.none", "_partial_": True}}  # which is the second stage's
         config["trainer"]["strategy"] = config["trainer"]["strategy"] if devices > 1 else "auto"
         launch.write_config(config, folder)

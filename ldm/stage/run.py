@@ -16,7 +16,7 @@ from ldm.build import plain
 from ldm.command import choices
 from ldm.ema import PowerEMA
 from ldm.errors import UserError
-from ldm.report import Logger, Silent
+from ldm.logger import Logger, Silent
 from ldm.stage import resume
 from ldm.training.callbacks import Average, Checkpoints, Keep, LearningRate, Pictures, Progress, Record
 from ldm.training.fit import world

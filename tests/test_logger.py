@@ -7,7 +7,7 @@ import torch
 
 from ldm import picture
 from ldm.errors import UserError
-from ldm.report import Silent, TensorBoard, WandB, has_key
+from ldm.logger import Silent, TensorBoard, WandB, has_key
 from ldm.runs import Journal
 
 CONFIG, CHOICES = {"seed": 3, "net": {"channels": 16}}, {"schedule": "cosine"}
