@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm import durable, runs
+from ldm import durable, protocol, runs
 from ldm.build import plain
 from ldm.errors import UserError
 from ldm.load import config_of, space_of
@@ -127,7 +127,21 @@ def score(request: Request, images: "dict[int, Tensor]") -> dict[str, Any]:
         if paired and batch["image"].shape == image.shape:
             pairs.update(batch["image"], image)
     near = pairs.compute() if paired else {}
-    return {**scores.compute(), **near, **{f"score/{name}": value for name, value in scores.provenance.items()}}
+    values = scores.compute()
+    return {**values, **near, **protocol.stated({**scores.provenance, "n": values["n"], **how(request)})}
+
+
+def how(request: Request) -> dict[str, Any]:
+    """What the protocol of a score says of its samples."""
+    from ldm.training.fit import precision_here
+
+    cfg = plain(request.cfg)
+    told = next((f"{name}={cfg[name]}" for name in ("prompt", "prompts", "label") if cfg[name] is not None), "balanced")
+    sigma_rel = config_of(request.folder).training.sigma_rel if cfg["weights"] == "ema" else None
+    scale, arithmetic = float(cfg["guidance"].get("scale", 1.0)), precision_here(str(cfg["precision"]))
+    said = {"data": request.card.fingerprint, "labels": "held out" if request.held_out is not None else told}
+    said |= {"autoencoder": space_of(request.folder), "task": protocol.spelled(cfg["task"])}
+    return said | protocol.drawn(cfg, steps=cfg["steps"], scale=scale, sigma_rel=sigma_rel, arithmetic=arithmetic)
 
 
 def gathered(images: "dict[int, Tensor]", most: int) -> "dict[int, Tensor]":

@@ -113,7 +113,7 @@ def evaluate(
     drawn = draws(mine(protocol.num), protocol.seed, guidance=partial(guidance, scale=scale))
     values = measure(score, drawn)
     how = {"guidance": scale, "guidance_tried": tried, "steps": protocol.steps, "arithmetic": precision_here(protocol.precision)}
-    return values | how | {"seed": protocol.seed}
+    return values | how | {"seed": protocol.seed} | {f"score/{name}": value for name, value in score.provenance.items()}
 
 
 def frechet_of(values: dict[str, float]) -> float:

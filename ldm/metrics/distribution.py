@@ -204,8 +204,9 @@ class Score:
 
     @property
     def provenance(self) -> dict[str, str | int]:
-        """What must be equal for two scores to be compared, besides n: the network, its weights, the reference's size."""
-        return {"network": self.net.name, "identity": self.net.identity, "reference": len(self.reference)}
+        """What must be equal for two scores to be compared, besides n: network, weights, how images reach it, size of the reference."""
+        taken = {"resize": getattr(self.net, "resize", "none"), "quantisation": "clamped and rounded to 256 levels"}
+        return {"network": self.net.name, "identity": self.net.identity, **taken, "reference": len(self.reference)}
 
     @torch.no_grad()
     def update(self, image: Tensor, label: Tensor | None = None) -> None:

@@ -23,6 +23,7 @@ class EfficientNet(nn.Module):
     def __init__(self, size: int = 96, weights: str | Path | None = None):
         super().__init__()
         self.size, self.net = size, efficientnet(weights)
+        self.resize = f"{size} px, bilinear, antialias=True"
         self.net.reset_classifier(0)
         self.identity = f"{hash_weights(self.net)}-{size}px"
 

@@ -20,6 +20,7 @@ class FeatureNet(Protocol):
 
     name: str
     num_features: int
+    resize: str  # how it fits images to its size, "none" for one that takes them as they are
 
     @property
     def identity(self) -> str: ...
@@ -81,6 +82,7 @@ class Inception(nn.Module):
 
     name = "inception"
     num_features = 2048
+    resize = "299 px, bilinear of TensorFlow 1, antialias=False"
     FILE = "weights-inception-2015-12-05-6726825d.pth"
     SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
     ROOT = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"

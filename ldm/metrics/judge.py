@@ -13,6 +13,7 @@ class FashionNet(nn.Module):
     """
 
     name = "fashion"
+    resize = "none"
     mean: Tensor
     std: Tensor
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
-from ldm import build, durable, picture, runs
+from ldm import build, durable, picture, protocol, runs
 from ldm.command import choices
 from ldm.data.latents import Latents, read_all, write_all
 from ldm.ema import PowerEMA
@@ -75,7 +75,6 @@ def train(
         callbacks = run.callbacks("diffusion", steps=steps, lr_schedule=lr_schedule, **beside, **often)
         image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys}
         latents = Latents(data, moments(autoencoder, space, data), image)
-        run.say(f"diffusion   {sum(p.numel() for p in model.denoiser.parameters()):,} parameters, {steps} steps of {batch_size}")
         instantiate(cfg.trainer)(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)
 
         with ema.applied():
@@ -86,10 +85,22 @@ def train(
                 sheet = gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, chosen)
                 run.picture(steps, "samples", sheet)
         beside = {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
+        if make_score:
+            values |= protocol.stated(said(run.config, score, values, data.fingerprint, space.name))
         metrics = run.finish(values | beside | {f"first_stage/{name}": value for name, value in reconstruction.items()})
         run.say(f"\n{summary(metrics)}\n\nsamples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
                 f"next     python sample.py run={folder} prompt=\"{data.captions[-1][0]}\" num=16")  # fmt: skip
         return metrics.get(cfg.optimize)
+
+
+def said(config: Any, score: Protocol, values: dict[str, Any], data: str, autoencoder: str) -> dict[str, Any]:
+    """What the protocol of the numbers that `evaluate` gave says: of the network that measured, of the data and of the samples."""
+    network = {name.removeprefix("score/"): value for name, value in values.items() if name.startswith("score/")}
+    tried = [f"{one:g}" for one in score.guidances]
+    scale = float(values["guidance"]) if len(tried) < 2 else f"best of {', '.join(tried)} on {score.guidance_num}"
+    sigma_rel = config["training"]["sigma_rel"]
+    drawn = protocol.drawn(config, steps=score.steps, scale=scale, sigma_rel=sigma_rel, arithmetic=values["arithmetic"])
+    return {**network, "n": values["n"], "data": data, "labels": "balanced", "autoencoder": autoencoder, "task": "generate()", **drawn}
 
 
 def goes_on(run: Run, space: Space) -> None:

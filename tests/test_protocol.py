@@ -1,0 +1,41 @@
+"""The protocol of a score: what is said of it, that a train run and sample.py say it alike, and that what differs is named."""
+
+import json
+
+from smoke import command, here
+
+from ldm import protocol
+
+
+def test_a_node_in_short():
+    ddim = {"_target_": "ldm.diffusion.sampler.ddim", "_partial_": True, "eta": 0.0}
+    assert protocol.spelled(ddim) == "ddim(eta=0)"
+    inner = {
+        "_target_": "a.b.guided",
+        "guidance": {"_target_": "a.cfg", "scale": 3.0, "interval": [0, 1.0]},
+        "weak": "/runs/a-1-s0",
+        "size": None,
+    }
+    assert protocol.spelled(inner) == "guided(guidance=cfg(interval=[0, 1]), weak=a-1-s0)"
+    assert protocol.spelled({"interval": [0.0, 1]}) == protocol.spelled({"interval": [0, 1.0]})
+
+
+def test_the_hash_tells_and_the_keys_say_why():
+    one, other = protocol.stated({"n": 5000, "grid": "leading"}), protocol.stated({"n": 5000, "grid": "trailing"})
+    assert one["protocol"] != other["protocol"]
+    assert protocol.stated({"grid": "leading", "n": 5000}) == one
+    assert protocol.differing(one, other) == ["score/grid"]
+    assert protocol.differing(one, one | {"fd_fashion": 3.0}) == []
+    assert protocol.differing(one, {"score/n": 5000}) == ["score/grid"]
+
+
+def test_training_and_drawing_say_the_same_of_the_same(smoke, tmp_path):
+    told = smoke.metrics
+    assert {"score/identity", "score/autoencoder", "score/data"} <= told.keys()
+    with here(tmp_path, LDM_CACHE=str(smoke.kept)):
+        how = ("sampler=dpmpp_2m", "steps=2", "num=20", "seed=1000000", "metrics=full", "save=none", "out=drawn")
+        assert command("sample.py", f"run={smoke.run}", *how, f"guidance.scale={told['guidance']}", "batch_size=10") == 0
+        drawn = json.loads((tmp_path / "drawn" / "metrics.json").read_text())
+    assert protocol.differing(told, drawn) == ["score/scale"]  # training chose among several
+    assert told["score/scale"] == "best of 1, 2 on 10"
+    assert drawn["fd_fashion"] == told["fd_fashion"]
