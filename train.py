@@ -13,5 +13,13 @@ def train(cfg):
     return instantiate(cfg.training)(settled(cfg))
 
 
+def ahead(cfg):
+    """Whether a config's run is done, what it needs, how long it may take; nothing is trained."""
+    from ldm.build import settled
+    from ldm.stage.ahead import known
+
+    return known(settled(cfg))
+
+
 if __name__ == "__main__":
-    command(train, "train", paths=("runs", "init", "resume", "data.path", "data.captions"), supplied=SUPPLIED)
+    command(train, "train", paths=("runs", "init", "resume", "data.path", "data.captions"), supplied=SUPPLIED, ahead=ahead)

@@ -13,15 +13,14 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm import launch
+from ldm import gpus, launch
 from ldm.argv import Tree, describe, escape, explain, quote, rewrite, several
 from ldm.errors import NonFiniteError, UserError
 
@@ -37,16 +36,18 @@ def command(
     text: Collection[str] = ("prompt",),
     paths: Collection[str] = ("run",),
     supplied: Mapping[str, Collection[str]] | None = None,
+    ahead: Callable[[Any], Any] | None = None,
 ) -> None:
     """Run the script that defines task(cfg) as a command with the config conf/<config_name>.yaml beside it; does not return.
 
     text: keys whose value arrives as typed, whatever it is.  paths: the same, but `null` is null.
     supplied: `_target_` -> the parameters that the task passes itself, which a config need not hold.
+    ahead: the ldm.sweep.Known of a composed config, so that a sweep can skip what is done and train first what its jobs share.
     The task must import what is heavy inside itself: it runs after the config was found right.
     """
     script = Path(task.__code__.co_filename).resolve()
     with _preemptible(), _rank():
-        sys.exit(guarded(lambda: _start(task, script, config_name, text, paths, supplied or {})))
+        sys.exit(guarded(lambda: _start(task, script, config_name, text, paths, supplied or {}, ahead)))
 
 
 def choices() -> dict[str, str]:
@@ -71,7 +72,8 @@ def guarded(run: Callable[[], Any]) -> int:
         said, code = (str(error), 3) if isinstance(error, NonFiniteError) else (mistake(error), 2)
         if said is None or "LDM_TRACEBACK" in os.environ:
             trace = error.__traceback__
-            while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
+            ours = (__file__, str(Path(__file__).with_name("sweep.py")))
+            while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in ours:
                 trace = trace.tb_next  # from the task on
             traceback.print_exception(type(error), error, trace)
         if said is None:
@@ -101,7 +103,15 @@ def mistake(error: BaseException) -> str | None:
     return None
 
 
-def _start(task: Callable, script: Path, config_name: str, text: Collection[str], paths: Collection[str], supplied: Mapping) -> int:
+def _start(
+    task: Callable,
+    script: Path,
+    config_name: str,
+    text: Collection[str],
+    paths: Collection[str],
+    supplied: Mapping,
+    ahead: Callable[[Any], Any] | None,
+) -> int:
     argv = sys.argv[1:]
     if {"--help", "-h"} & set(argv):
         print(describe(script.parent / "conf", config_name, sys.modules["__main__"].__doc__ or ""))
@@ -112,6 +122,7 @@ def _start(task: Callable, script: Path, config_name: str, text: Collection[str]
     from hydra._internal.utils import get_args_parser
 
     import ldm.studies  # noqa: F401  makes experiments/ a group
+    from ldm import sweep
 
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[assignment, method-assign]
@@ -125,16 +136,40 @@ def _start(task: Callable, script: Path, config_name: str, text: Collection[str]
     tree = Tree((folder, *extra), script.parent)
     typed = [rewrite(one, tree, text, paths, args.multirun) for one in args.overrides]
     plan = Plan(tree, args.config_name or config_name, args.multirun, [one for override in typed for one in several(override, tree)])
-    job = Job(task, script)
+    job = sweep.Job(task, script)
     flags = [f"--{name.replace('_', '-')}" for name in ("resolve", "shell_completion", "hydra_help") if getattr(args, name)]
     flags += [part for name in ("cfg", "package", "info") if getattr(args, name) for part in (f"--{name}", getattr(args, name))]
     with plan.explained(job), tempfile.TemporaryDirectory(prefix="ldm-sweep-") as scratch:
-        if not flags:
-            plan.check(supplied)
-        hydra_overrides = plan.hydra(script, scratch)
-        sys.argv = [str(script), *flags, *(["--multirun"] if args.multirun else []), *plan.overrides, *hydra_overrides]
-        hydra.main(config_path=str(folder), config_name=plan.name, version_base="1.3")(job)()
-    return job.end()
+        configs = [] if flags else plan.check(supplied)
+        if any(config.get("dry") for config in configs):
+            print(sweep.forecast(plan.names, [_known(config, ahead) for config in configs]))
+            return 0
+        if plan.multirun and not flags:
+            job.rows, job.names, job.learning, job.gpus = plan.place(scratch) / "rows", plan.names, not plan.listed, plan.gpus
+            job.sweep = plan.title
+            job.settled = sweep.prepared(plan.names, [_known(config, ahead) for config in configs], train=plan.near)
+        sys.argv = [str(script), *flags, *(["--multirun"] if args.multirun else []), *plan.overrides, *plan.hydra(script, scratch)]
+        try:
+            hydra.main(config_path=str(folder), config_name=plan.name, version_base="1.3")(job)()
+        except Exception as error:
+            if job.rows is None or not job.rows.is_dir():
+                raise
+            print(f"the sweep was broken off: {' '.join(str(error).split())}", file=sys.stderr)
+        return job.end()
+
+
+def _known(config: Any, ahead: Callable[[Any], Any] | None) -> Any:
+    """What `ahead` says of a composed config, which it finds as the task would."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from ldm.sweep import Known
+
+    if ahead is None:
+        return Known()
+    HydraConfig.instance().set_config(config)
+    bare = _bare(config)
+    with redirect_stdout(None):
+        return ahead(bare)
 
 
 def _refuse(message: str) -> None:
@@ -149,7 +184,12 @@ class Plan:
     name: str
     multirun: bool
     overrides: list[str]
-    basic: bool = True
+    listed: bool = True  # the jobs are known before the first runs
+    near: bool = True  # they run on this machine
+    alone: bool = True  # one after another, called by this process
+    names: list[str] = field(default_factory=list)
+    gpus: tuple[str, ...] = ()
+    first: Any = None
 
     def compose(self, overrides: list[str]) -> Any:
         """The composed config, its `hydra` node included."""
@@ -158,17 +198,20 @@ class Plan:
         with initialize_config_dir(str(self.tree.folders[0]), version_base="1.3"):
             return compose(self.name, [*overrides, *self._search()], return_hydra_config=True)
 
-    def check(self, supplied: Mapping[str, Collection[str]]) -> None:
-        """Compose and validate each job before the first starts.  Raises UserError."""
+    def check(self, supplied: Mapping[str, Collection[str]]) -> list[Any]:
+        """Each job's config, composed and validated before the first starts.  Raises UserError."""
         from ldm.validate import validate
 
+        configs = []
         for overrides in self.jobs():
             config = self.compose(overrides)
             added = [override for override in overrides if re.match(r"\+\w+@", override)]  # what `several` made
             known = {override[1:].partition("=")[0] for override in added}
             choices = config.hydra.runtime.choices.items()
             chosen = added + [f"{group}={option}" for group, option in choices if _plain(group, option) and group not in known]
-            validate(_composed(config), _composed(self.compose(chosen), missing=True) if overrides else None, supplied)
+            validate(composed(config), composed(self.compose(chosen), missing=True) if overrides else None, supplied)
+            configs.append(config)
+        return configs
 
     def jobs(self) -> list[list[str]]:
         """The overrides of each job; none for a sweep that draws its values as it goes, whose jobs check themselves."""
@@ -179,13 +222,32 @@ class Plan:
         typed = parse(self.overrides)
         first = self.compose([one for one in map(_settled, typed) if one])
         self.multirun = self.multirun or (first.hydra.mode is not None and first.hydra.mode.name == "MULTIRUN")
-        self.basic = all("basic" in part._target_ for part in (first.hydra.sweeper, first.hydra.launcher))
+        self.listed = "basic" in first.hydra.sweeper._target_
+        self.near, self.alone = "submitit_folder" not in first.hydra.launcher, "basic" in first.hydra.launcher._target_
+        self.first = first
         if not self.multirun:
+            self.names = [" ".join(self.overrides)]
             return [self._single(typed)]
-        if not self.basic:
+        if first.hydra.runtime.choices.get("hydra/launcher") == "gpus":
+            self.gpus = gpus.free()
+        if not self.listed:
             return []
         params = [f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()]
-        return BasicSweeper.split_arguments([one for one in parse([*params, *self.overrides]) if not one.is_hydra_override()], None)[0]
+        swept = [one for one in parse([*params, *self.overrides]) if not one.is_hydra_override()]
+        jobs = BasicSweeper.split_arguments(swept, None)[0]
+        self.names = [" ".join(one for one in job if not one.startswith("dry=")) for job in jobs]
+        return jobs
+
+    @property
+    def title(self) -> str:
+        """The sweep's name: its study's, the one that name= gives, or what it is over."""
+        study = self.first.hydra.runtime.choices.get("experiments") or ""
+        over = [one.partition("=")[0] for one in self.overrides if not one.startswith("hydra.")]
+        return study.removesuffix("/sweep") or self.first.get("name") or ",".join(over)
+
+    def place(self, scratch: str) -> Path:
+        """Where Hydra's own files of a sweep go: nowhere that lasts, unless other machines are to see them."""
+        return Path(scratch) if self.near else Path(self.first.hydra.sweep.dir).absolute()
 
     def _single(self, typed: list[Any]) -> list[str]:
         for override in typed:
@@ -195,8 +257,11 @@ class Plan:
 
     def hydra(self, script: Path, scratch: str) -> list[str]:
         """Overrides that keep Hydra's own files and logs off the disk, unless the person set them."""
-        sweep = [f"hydra.sweep.dir={quote(scratch)}", "hydra.sweep.subdir=."] if self.basic else []
-        ours = [*QUIET, f"hydra.job.name={script.stem}", *sweep, *self._search()]
+        ours = [*QUIET, f"hydra.job.name={script.stem}", *self._search()]
+        if self.multirun and self.first is not None:
+            ours += [f"hydra.sweep.dir={quote(escape(str(self.place(scratch))))}", "hydra.sweep.subdir=."]
+            ours += [f"hydra.launcher.n_jobs={len(self.gpus)}"] * bool(self.gpus)
+            ours += ["hydra.sweeper.max_failure_rate=1.0"] * ("max_failure_rate" in self.first.hydra.sweeper)  # a failed job stops no other
         typed = {override.partition("=")[0] for override in self.overrides}
         return [override for override in ours if override.partition("=")[0] not in typed]
 
@@ -205,17 +270,17 @@ class Plan:
         return [f"hydra.searchpath=[{','.join(quote(escape(place)) for place in places)}]"]
 
     @contextmanager
-    def explained(self, job: "Job"):
+    def explained(self, job: Any):
         """Turn what is raised before the task runs into one UserError."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
-            if job.started or (self.multirun and not self.basic):
+            if job.started or (self.multirun and not self.alone):
                 raise
             raise UserError(
-                explain(error, self.overrides, self.tree, lambda some: _composed(self.compose(some), missing=True), self.multirun)
+                explain(error, self.overrides, self.tree, lambda some: composed(self.compose(some), missing=True), self.multirun)
             ) from error
 
 
@@ -230,101 +295,21 @@ def _plain(group: str, option: Any) -> bool:
     return isinstance(option, str) and group != "experiments" and not group.startswith("hydra/")
 
 
-def _composed(config: Any, missing: bool = False) -> dict[str, Any]:
+def _bare(config: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
+def composed(config: Any, missing: bool = False) -> dict[str, Any]:
     """The config as resolved plain data without Hydra's node.  Raises UserError for a value that must be given, unless missing."""
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue
 
-    bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     try:
-        return OmegaConf.to_container(bare, resolve=not missing, throw_on_missing=not missing)  # type: ignore[return-value]
+        return OmegaConf.to_container(_bare(config), resolve=not missing, throw_on_missing=not missing)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}=... must be given (see --help)") from None
-
-
-@dataclass
-class Job:
-    """What Hydra calls with each composed config: the task itself, or the job of a sweep or of several devices as its own process."""
-
-    task: Callable[..., Any]
-    script: Path
-    started: bool = False
-    swept: bool = False
-    failure: BaseException | None = None
-    rows: list[tuple[str, int, Any, float]] = field(default_factory=list)  # overrides, exit code, result, seconds
-
-    def __post_init__(self) -> None:
-        self.__name__, self.__module__ = self.script.stem, __name__
-
-    def __call__(self, cfg: Any) -> Any:
-        from hydra.core.hydra_config import HydraConfig
-
-        self.started = True
-        now = HydraConfig.get()
-        devices = _devices(cfg)
-        if now.mode is not None and now.mode.name == "MULTIRUN":
-            here = all("basic" in part._target_ for part in (now.sweeper, now.launcher))
-            return self.task(cfg) if launch.launched() else self._sweep(cfg, " ".join(now.overrides.task), devices, here)
-        if launch.launched():
-            return self._run(cfg)
-        if devices > 1:
-            self.failure = SystemExit(self._process(cfg, devices)[0])
-            return None
-        return self._run(cfg)
-
-    def _run(self, cfg: Any) -> Any:
-        try:
-            result = self.task(cfg)
-            place = os.environ.get("LDM_RESULT")
-            if place and os.environ.get("RANK", "0") == "0":
-                Path(place).write_text(json.dumps(result if isinstance(result, int | float) else None))
-            return result
-        except Exception as error:
-            self.failure = error  # raised by end(): on the way through Hydra it would be printed a second time
-            return None
-
-    def _process(self, cfg: Any, devices: int) -> tuple[int, Any]:
-        with tempfile.TemporaryDirectory(prefix="ldm-job-") as folder:
-            launch.write_config(_composed(cfg), Path(folder), choices())
-            result = Path(folder) / "result.json"
-            code = launch.run_config(self.script, Path(folder), devices, {"LDM_RESULT": str(result)})
-            return code, json.loads(result.read_text()) if result.is_file() else None
-
-    def _sweep(self, cfg: Any, overrides: str, devices: int, here: bool) -> Any:
-        self.swept = True
-        print(f"\njob {len(self.rows) + 1}: {overrides}", flush=True)
-        start = time.monotonic()
-        code, result = self._process(cfg, devices)
-        self.rows.append((overrides, code, result, time.monotonic() - start))
-        if code in STOPPED:
-            raise SystemExit(code)
-        if code:
-            print(f"job {len(self.rows)} failed with exit code {code}: {overrides}", file=sys.stderr)
-            if not here:  # a launcher in another process, or a sweeper that learns from results, must be told
-                raise RuntimeError(f"exit code {code}")
-        return result
-
-    def end(self) -> int:
-        """Raise what the task raised; after a sweep print its table and return 1 if a job failed."""
-        if self.failure is not None:
-            raise self.failure
-        if not self.swept:
-            return 0
-        width = max((len(row[0]) for row in self.rows), default=0)
-        print()
-        for overrides, code, result, seconds in self.rows:
-            shown = f"failed ({code})" if code else "" if result is None else f"{result:.6g}"
-            print(f"  {overrides:<{width}}  {shown:>12}  {seconds:8.1f} s")
-        failed = sum(1 for row in self.rows if row[1])
-        print(f"{len(self.rows) - failed} of {len(self.rows)} jobs done" + (f", {failed} failed" if failed else ""))
-        return 1 if failed else 0
-
-
-def _devices(cfg: Any) -> int:
-    from omegaconf import OmegaConf
-
-    devices = OmegaConf.select(cfg, "trainer.devices")
-    return devices if isinstance(devices, int) and not isinstance(devices, bool) else 1
 
 
 @contextmanager

@@ -184,10 +184,15 @@ def step_of(path: Path | str) -> int:
     return int(Path(path).name.removeprefix("step-"))
 
 
-def latest_valid(folder: Path | str) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest step folder that verifies (None when there is none), and each newer one that was skipped with the reason."""
+def latest_valid(folder: Path | str, before: int | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest step folder that verifies (None when there is none), and each newer one that was skipped with the reason.
+
+    before: only those of earlier steps.
+    """
     skipped = []
     for step in steps(folder):
+        if before is not None and step_of(step) >= before:
+            continue
         try:
             verify(step)
         except DamagedError as error:

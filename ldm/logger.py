@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,11 +36,16 @@ class Silent:
 class WandB:
     """Weights & Biases: config (flat by group choice too), curves, pictures, tables; one run a folder, taken up again on resume.
 
+    group: by default the sweep's name, where the run is of one.  tags: beside the study and the paper, where the config names them.
     mode: online, offline, or None: online where there is a key, else offline, for W&B would ask or wait.  Its failures never end a run.
+    patience: seconds that it may send for when the run has ended; what is left by then is on disk.
     """
+
+    patience = 60.0
 
     def __init__(self, project: str = "ldm", group: str | None = None, tags: Sequence[str] = (), mode: str | None = None):
         self.project, self.group, self.tags, self.mode = project, group, list(tags), mode
+        self.folder = Path()
         self.run: Any = None
 
     def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
@@ -48,8 +54,12 @@ class WandB:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        settings = wandb.Settings(init_timeout=20, console="off", x_disable_stats=True)
-        options: dict[str, Any] = dict(project=self.project, group=self.group, tags=self.tags, dir=str(folder), name=folder.name)
+        self.folder = folder
+        limits = {"init_timeout": 20, "finish_timeout": self.patience, "finish_timeout_raises": True}
+        settings = wandb.Settings(console="off", x_disable_stats=True, **limits)
+        group = self.group or os.environ.get("LDM_SWEEP")
+        tags = [*self.tags, *about(config, choices)]
+        options: dict[str, Any] = dict(project=self.project, group=group, tags=tags, dir=str(folder), name=folder.name)
         options |= dict(id=folder.name, resume="allow", config={**config, "choice": dict(choices)}, settings=settings)
         try:
             self.run = wandb.init(mode=mode, **options)
@@ -85,11 +95,20 @@ class WandB:
             run.summary.update(dict(summary))
             run.finish()
 
-        self._send(send)
-        self.run = None
+        self._end(send)
 
     def close(self) -> None:
-        self._send(lambda run: run.finish(exit_code=1))  # what has not finished by now was broken off
+        self._end(lambda run: run.finish(exit_code=1))  # what has not finished by now was broken off
+
+    def _end(self, send: Callable[[Any], None]) -> None:
+        if self.run is not None:
+            last = threading.Thread(target=self._send, args=(send,), daemon=True)
+            last.start()
+            last.join(2 * self.patience)  # its own limit comes first
+            if last.is_alive():
+                self.run = None
+            if self.run is None:
+                print(f"W&B was not sent all of this run; `wandb sync {self.folder / 'wandb' / '*run-*'}` sends it later", flush=True)
         self.run = None
 
     def _send(self, send: Callable[[Any], None]) -> None:
@@ -151,6 +170,13 @@ class TensorBoard:
             if self.writer is not None:
                 print(f"TensorBoard stopped taking records: {one_line(error)}")
             self.writer = None
+
+
+def about(config: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]:
+    """The study, the preset and the paper's table that a config names."""
+    study = choices.get("experiments", "").removesuffix("/sweep")
+    table = (config.get("published") or {}).get("table")
+    return [str(word)[:64] for word in (study, choices.get("preset"), config.get("paper") or table) if word]  # no tag may be longer
 
 
 def one_line(error: Exception) -> str:

@@ -4,6 +4,12 @@ import sys
 import time
 
 
+def length(seconds: float) -> str:
+    """A duration as one says it."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
 class Bar:
     """Progress towards `total` from `start`; `at(done)` as often as one likes."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -275,11 +276,9 @@ def test_interruption_and_the_task_s_own_exit_code(here):
 def test_one_failed_job_does_not_stop_a_sweep(here):
     done = here("-m", "fail=bug,none", "seed=1")
     assert done.returncode == 1
-    table = [line.split("  ") for line in done.stdout.splitlines() if line.startswith("  fail")]
-    assert [[word.strip() for word in line if word][:2] for line in table] == [
-        ["fail=bug seed=1", "failed (1)"],
-        ["fail=none seed=1", "1.5"],
-    ]
+    bad, good = (re.split("  +", line.strip()) for line in done.stdout.splitlines() if line.startswith("  fail"))
+    assert (*bad[:2], bad[-1]) == ("fail=bug seed=1", "failed (1)", "RuntimeError: a bug")
+    assert good[:3] == ["fail=none seed=1", "done", "1.5"]
     assert "1 of 2 jobs done, 1 failed" in done.stdout
 
 

@@ -1,5 +1,6 @@
 """Stage one: an autoencoder trained against its discriminator, calibrated over the training set, and measured."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def train(
     Raises UserError for a first stage without weights, and where the network that is to measure it is also in its loss.
     """
     build.undegraded(cfg)
-    folder = cache.first_stage_folder(cfg)
+    folder = place(cfg)
     if done := finished(cfg, folder):
         return done["psnr"]
     make_score, _ = judge.scorer(cfg, cfg.metrics)
@@ -106,6 +107,23 @@ def train(
         run.finish(metrics)
         run.say("autoencoder " + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if isinstance(value, float)))
         return metrics["psnr"]
+
+
+def place(cfg: Any) -> Path:
+    """Where the first stage that cfg trains is kept."""
+    return cache.first_stage_folder(cfg)
+
+
+def needs(cfg: Any) -> list[cache.Kept]:
+    """What must be there before a first stage: who measures it."""
+    return judge.wanted(cfg)
+
+
+def wanted(cfg: Any) -> list[cache.Kept]:
+    """The first stage that a config names, unless it has no weights."""
+    with torch.device("meta"):
+        untrained = build.autoencoder(cfg.autoencoder, channels=3)
+    return [] if weightless(untrained) else [cache.kept_first_stage(cfg)]
 
 
 def load(cfg: Any, channels: int) -> tuple[FirstStage, Space, dict[str, Any]]:

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm import launch, runs
 from ldm.build import plain
-from ldm.command import STOPPED
+from ldm.command import STOPPED, choices
 from ldm.errors import UserError
 from ldm.fetch import cache_dir
 
@@ -33,25 +33,54 @@ def first_stage_folder(cfg: Any) -> Path:
     return cache_dir() / "first_stage" / first_stage_recipe(cfg).key
 
 
+def run_folder(cfg: Any, *words: str) -> Path:
+    """The folder of a run that nothing else is made from; words: its name begins with them."""
+    return Path(cfg.runs) / runs.run_id(plain(cfg), [*words, choices().get("data", "data"), cfg.name])
+
+
+class Kept(NamedTuple):
+    """What belongs in a folder of the cache, and the config that trains it there."""
+
+    folder: Path
+    recipe: runs.Recipe
+    config: Mapping[str, Any]
+    devices: int
+
+    @property
+    def finished(self) -> bool:
+        return runs.finished(self.folder) is not None
+
+
+def kept_judge(cfg: Any) -> Kept:
+    """The judge that a config names."""
+    config = {**plain(cfg), "training": plain(cfg.judge)}
+    return Kept(judge_folder(config), judge_recipe(config), config, 1)
+
+
+def kept_first_stage(cfg: Any) -> Kept:
+    """The first stage that a diffusion model's config names."""
+    config = {**plain(cfg), "training": plain(cfg.first_stage)}
+    return Kept(first_stage_folder(config), first_stage_recipe(config), config, config.get("trainer", {}).get("devices", 1))
+
+
 def judge(cfg: Any) -> Path:
     """The folder of the judge that a diffusion model's config names, trained now if it is not there."""
-    config = {**plain(cfg), "training": plain(cfg.judge)}
-    return ensured(cfg, judge_folder(config), judge_recipe(config), config, devices=1)
+    return ensured(cfg, kept_judge(cfg))
 
 
 def first_stage(cfg: Any) -> Path:
     """The folder of the first stage that a diffusion model's config names, trained now if it is not there."""
-    config = {**plain(cfg), "training": plain(cfg.first_stage)}
-    return ensured(cfg, first_stage_folder(config), first_stage_recipe(config), config, config.get("trainer", {}).get("devices", 1))
+    return ensured(cfg, kept_first_stage(cfg))
 
 
-def ensured(cfg: Any, folder: Path, recipe: runs.Recipe, config: Mapping[str, Any], devices: int) -> Path:
+def ensured(cfg: Any, kept: Kept) -> Path:
     """The folder, after a process of its own has trained what belongs there, unless it is finished.
 
     Any number of processes may ask at once: the first trains, the others wait. With cache=rebuild a change of source alone trains again.
     """
     from filelock import FileLock
 
+    folder, recipe, config, devices = kept
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.asked")):
         source = folder / "source.txt"
@@ -63,6 +92,7 @@ def ensured(cfg: Any, folder: Path, recipe: runs.Recipe, config: Mapping[str, An
             folder.rename(folder.with_name(f"{folder.name}-{source.read_text()}"))
         config = {**config, "trainer": {**config["trainer"], "devices": devices}}
         config |= {"logger": {"_target_": "ldm.logger.Silent"}, "resume": "auto"}
+        config.pop("debug", None)  # which is of the one run that is looked at
         config |= {"degrade": {"_target_": "ldm.data.degrade.none", "_partial_": True}}  # which is the second stage's
         config["trainer"]["strategy"] = config["trainer"]["strategy"] if devices > 1 else "auto"
         launch.write_config(config, folder)

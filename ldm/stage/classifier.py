@@ -8,8 +8,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from ldm import build, durable, runs
-from ldm.command import choices
+from ldm import build, durable
 from ldm.condition import Condition
 from ldm.data.latents import Latents
 from ldm.diffusion import guidance as guiding
@@ -18,6 +17,7 @@ from ldm.errors import UserError
 from ldm.load import DataCard, config_of, run_folder
 from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
+from ldm.stage import cache
 from ldm.stage.diffusion import moments
 from ldm.stage.resume import finished
 from ldm.stage.run import opened
@@ -30,7 +30,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which it is measured
 def train(cfg: Any, *, steps: int, batch_size: int, net, optimizer, lr_schedule, log_every: int, save_every: int, num: int = 2000) -> float:
     """Train on cached latents with noise at the config's times; returns the mean accuracy on `num` held-out images over LEVELS."""
     build.undegraded(cfg)
-    folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), ["classifier", choices().get("data", "data"), cfg.name])
+    folder = place(cfg)
     if done := finished(cfg, folder):
         print(f"this run is done: {folder}")
         return done["accuracy"]
@@ -56,6 +56,16 @@ def train(cfg: Any, *, steps: int, batch_size: int, net, optimizer, lr_schedule,
         run.finish(metrics)
         run.say(f"classifier  {'  '.join(f'{name} {value:.3f}' for name, value in metrics.items())}\nin {folder}")
         return metrics["accuracy"]
+
+
+def place(cfg: Any) -> Path:
+    """The folder of the run."""
+    return cache.run_folder(cfg, "classifier")
+
+
+def needs(cfg: Any) -> list[cache.Kept]:
+    """What must be there before a classifier: the first stage whose latents it reads."""
+    return first_stage.wanted(cfg)
 
 
 def make(net: Any, autoencoder: nn.Module, data: Any) -> nn.Module:

@@ -8,10 +8,10 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from ldm import build, durable, runs
-from ldm.command import choices
+from ldm import build, durable
 from ldm.conditioner.clip import fresh
 from ldm.conditioner.clip_image import seen
+from ldm.stage import cache
 from ldm.stage.resume import finished
 from ldm.stage.run import opened
 from ldm.tensors import key
@@ -39,7 +39,7 @@ def train(
     The run folder gets model.json and weights.safetensors, a `model` and `weights` for conditioner=clip.
     """
     build.undegraded(cfg)
-    folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), ["clip", choices().get("data", "data"), cfg.name])
+    folder = place(cfg)
     if done := finished(cfg, folder):
         print(f"this run is done: {folder}")
         return done["image_to_text"]
@@ -60,6 +60,16 @@ def train(
         run.finish(metrics)
         run.say(f"clip        {'  '.join(f'{name} {value:.3f}' for name, value in metrics.items())}\nin {folder}")
         return metrics["image_to_text"]
+
+
+def place(cfg: Any) -> Path:
+    """The folder of the run."""
+    return cache.run_folder(cfg, "clip")
+
+
+def needs(cfg: Any) -> list[cache.Kept]:
+    """Nothing must be there before a CLIP."""
+    return []
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
-from ldm import build, durable, picture, protocol, runs
-from ldm.command import choices
+from ldm import build, durable, picture, protocol
 from ldm.data.latents import Latents, read_all, write_all
 from ldm.ema import PowerEMA
 from ldm.errors import UserError
@@ -18,7 +17,7 @@ from ldm.metrics.features import to_uint8
 from ldm.score import Protocol, Told, evaluate, samples
 from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
-from ldm.stage import begin, judge
+from ldm.stage import begin, cache, judge
 from ldm.stage.estimate import announce
 from ldm.stage.resume import finished
 from ldm.stage.run import Run, opened
@@ -41,7 +40,7 @@ def train(
     score: Protocol,
 ) -> float | None:
     """Train on cached latents, average the weights, choose the guidance, draw and score; returns the metric named by cfg.optimize."""
-    folder = Path(cfg.runs) / runs.run_id(build.plain(cfg), [choices().get("data", "data"), cfg.name])
+    folder = place(cfg)
     if done := finished(cfg, folder):
         print(f"this run is done: {folder}\n{summary(done)}")
         return done.get(cfg.optimize)
@@ -101,6 +100,16 @@ def said(config: Any, score: Protocol, values: dict[str, Any], data: str, autoen
     sigma_rel = config["training"]["sigma_rel"]
     drawn = protocol.drawn(config, steps=score.steps, scale=scale, sigma_rel=sigma_rel, arithmetic=values["arithmetic"])
     return {**network, "n": values["n"], "data": data, "labels": "balanced", "autoencoder": autoencoder, "task": "generate()", **drawn}
+
+
+def place(cfg: Any) -> Path:
+    """The folder of the run."""
+    return cache.run_folder(cfg)
+
+
+def needs(cfg: Any) -> list[cache.Kept]:
+    """What must be there before a diffusion model: who measures it, and the first stage, unless it begins from a model that has one."""
+    return [*judge.wanted(cfg), *([] if cfg.get("init") else first_stage.wanted(cfg))]
 
 
 def goes_on(run: Run, space: Space) -> None:

@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 
 from ldm import build, runs
 from ldm.data.latents import Latents
+from ldm.progress import length
 from ldm.stage import cache
 from ldm.training.autoencoder import LitAutoencoder
 from ldm.training.clock import Clock
@@ -27,12 +28,6 @@ def said(*parts: tuple[str, int, float]) -> str:
     total = sum(steps * seconds for _, steps, seconds in parts)
     each = ", ".join(f"{steps:,} steps of {name} at {1000 * seconds:.0f} ms" for name, steps, seconds in parts)
     return f"about {length(total)} of training: {each} (timed now)"
-
-
-def length(seconds: float) -> str:
-    """A duration as one says it."""
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def measured(cfg: Any, data) -> list[tuple[str, int, float]]:

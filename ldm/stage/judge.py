@@ -36,7 +36,7 @@ def train(
     save_every: int,
 ) -> float:
     """Train the judge, standardise its features over the training set, keep them as the reference, measure the baselines."""
-    folder = cache.judge_folder(cfg)
+    folder = place(cfg)
     if done := finished(cfg, folder):
         return done["accuracy"]
     torch.manual_seed(key(seed, "weights"))
@@ -59,6 +59,21 @@ def train(
         run.finish(metrics)
         run.say(f"judge       accuracy {metrics['accuracy']:.3f} on the test images")
         return metrics["accuracy"]
+
+
+def place(cfg: Any) -> Path:
+    """Where the judge that cfg trains is kept."""
+    return cache.judge_folder(cfg)
+
+
+def needs(cfg: Any) -> list[cache.Kept]:
+    """Nothing must be there before a judge."""
+    return []
+
+
+def wanted(cfg: Any) -> list[cache.Kept]:
+    """The judge, where the config's metrics are measured by it."""
+    return [cache.kept_judge(cfg)] if "_target_" in cfg.metrics and "net" not in cfg.metrics else []
 
 
 def load(cfg: Any, folder: Path) -> tuple[nn.Module, Tensor]:

@@ -36,7 +36,7 @@ def checkpoint(config: Mapping[str, Any], folder: Path, chief: bool, parts: Coll
         if step is None and wanted == "must":
             raise UserError(f"resume=must: no valid checkpoint in {folder / 'checkpoints'}{nearest(config, folder)}")
         return said(step, chief)
-    step = named(wanted, chief)
+    step = named(wanted, chief, (config.get("debug") or {}).get("step"))
     if step.parent != (folder / "checkpoints").absolute():
         own, _ = durable.latest_valid(folder / "checkpoints")  # of an earlier start of the same command
         if own is not None and durable.step_of(own) > durable.step_of(step):
@@ -58,20 +58,22 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any], parts: Collection[
     return runs.differences(one, two)
 
 
-def newest(folder: Path, chief: bool) -> Path | None:
-    step, skipped = durable.latest_valid(folder)
+def newest(folder: Path, chief: bool, before: int | None = None) -> Path | None:
+    step, skipped = durable.latest_valid(folder, before)
     for path, reason in skipped if chief else []:
         print(f"skipping checkpoint {path}: {reason}", file=sys.stderr)
     return step
 
 
-def named(wanted: str, chief: bool) -> Path:
-    """The step folder that a path names: itself, or the newest valid one of a run. Raises UserError."""
+def named(wanted: str, chief: bool, before: int | None = None) -> Path:
+    """The step folder that a path names: itself, or the newest valid one of a run, of an earlier step than `before`. Raises UserError."""
     path = Path(wanted).expanduser().absolute()
     if path.name.startswith("step-"):
         durable.verify(path)
         return path
-    step = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path, chief)
+    step = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path, chief, before)
+    if step is None and before is not None and durable.steps(path / "checkpoints"):
+        raise UserError(f"resume={wanted}: none of its valid checkpoints is before step {before}; without resume= it begins with the first")
     if step is None:
         raise UserError(f"resume={wanted}: no valid checkpoint there; expected auto, must, never, a step folder, or a run with one")
     return step

@@ -18,6 +18,7 @@ from ldm.ema import PowerEMA
 from ldm.errors import UserError
 from ldm.logger import Logger, Silent
 from ldm.stage import resume
+from ldm.training.announce import Announce
 from ldm.training.callbacks import Average, Checkpoints, Keep, LearningRate, Pictures, Progress, Record
 from ldm.training.fit import world
 from ldm.training.gradients import Gradients
@@ -88,6 +89,7 @@ class Run:
         return [
             Agreement({"config": runs.fingerprint(self.config), "first step": self.start}),
             *debug,
+            Announce(name, steps, lr_schedule, self.config["trainer"].get("accumulate", 1)),
             LearningRate(lr_schedule, steps),
             gradients,
             *([Average(ema)] if ema else []),

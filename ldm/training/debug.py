@@ -8,14 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ldm.errors import NonFiniteError
+from ldm.errors import NonFiniteError, UserError
 
 
 class FirstNonFinite(L.Callback):
-    """Ends a training by NonFiniteError where the first number that is not finite appears, naming the module, the loss or the gradient."""
+    """Ends a training by NonFiniteError where the first number that is not finite appears, naming the module, the loss or the gradient.
 
-    def __init__(self, folder: Path):
-        self.step, self.hooks = 0, list[Any]()
+    step: the one that is looked at, counted from 1, and the last; None for all.  Raises UserError where that one is past.
+    """
+
+    def __init__(self, folder: Path, step: int | None = None):
+        self.only, self.step, self.hooks = step, 0, list[Any]()
+
+    @property
+    def looks(self) -> bool:
+        return self.only in (None, self.step)
 
     def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
         for name, module in lit.named_modules():
@@ -24,7 +31,7 @@ class FirstNonFinite(L.Callback):
 
     def _named(self, name: str) -> Any:
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            if not finite(output):  # a module's parts come before it
+            if self.looks and not finite(output):  # a module's parts come before it
                 given = "its input was finite" if finite(args) else "so was its input already"
                 broken = [key for key, p in module.named_parameters() if not finite(p)]
                 held = f", and its {', '.join(broken[:3])}" if broken else ""
@@ -34,15 +41,23 @@ class FirstNonFinite(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
         self.step = batch["step"] + 1
+        if self.only is not None and self.only < self.step:
+            raise UserError(f"debug.step={self.only}: this begins with step {self.step}; choose an earlier checkpoint by resume=")
 
     def on_before_backward(self, trainer: L.Trainer, lit: L.LightningModule, loss: Tensor) -> None:
-        if not finite(loss):
+        if self.looks and not finite(loss):
             raise NonFiniteError(f"step {self.step}: every module's answer is finite, the loss made of them is not")
 
     def on_after_backward(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
-        for name, p in lit.named_parameters():
+        for name, p in lit.named_parameters() if self.looks else ():
             if not finite(p.grad):
                 raise NonFiniteError(f"step {self.step}: the loss is finite, its gradient by {name} is not")
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.only == self.step:
+            if trainer.is_global_zero:
+                print(f"\nstep {self.step}: every module's answer, the loss and its gradient are finite", flush=True)
+            raise SystemExit(0)
 
     def on_train_end(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
         for hook in self.hooks:

@@ -1,0 +1,47 @@
+"""What a training says when it begins: how large it is, how it learns, how fast it will go."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+
+from ldm.progress import length
+from ldm.training.clock import now
+
+TIMED = 3  # steps that are timed, after one that warms up
+WORTH = 10  # steps still to go for which it is worth saying how long they take
+
+
+class Announce(L.Callback):
+    """Prints parameters, steps, effective batch and peak learning rate; after a few steps the images per second to expect."""
+
+    def __init__(self, name: str, total: int, schedule: Callable[[int, int], float], accumulate: int = 1):
+        self.name, self.total, self.schedule, self.accumulate = name, total, schedule, accumulate
+        self.ends: list[float] = []
+        self.said = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.said or not trainer.is_global_zero:
+            return
+        self.said = True
+        parameters = sum(p.numel() for p in lit.parameters() if p.requires_grad)
+        some = range(batch["step"], self.total, max(1, (self.total - batch["step"]) // 1000))
+        peak = max(self.schedule(step, self.total) for step in some)
+        rates = sorted({group.get("base_lr", group["lr"]) * peak for one in trainer.optimizers for group in one.param_groups})
+        parts = [(trainer.world_size, "processes"), (self.accumulate, "batches")]
+        shared = " x ".join(f"{number} {what}" for number, what in parts if number > 1)
+        each = f" ({shared} x {batch['total'] // (trainer.world_size * self.accumulate)})" if shared else ""
+        print(
+            f"{self.name:<12}{parameters:,} parameters, {self.total:,} steps of {batch['total']} images{each}, "
+            f"learning rate up to {', '.join(f'{rate:.3g}' for rate in rates)}",
+            flush=True,
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        left = self.total - batch["step"] - 1
+        if len(self.ends) > TIMED or not trainer.is_global_zero:
+            return
+        self.ends.append(now(lit.device))
+        if len(self.ends) > TIMED and left >= WORTH:
+            step = max((self.ends[-1] - self.ends[0]) / TIMED, 1e-9)
+            print(f"\n{self.name:<12}about {batch['total'] / step:,.3g} images/s to expect, {length(left * step)} to go", flush=True)
