@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.errors import UserError
 
+ABOUT = ("study", "points")  # a study's yaml files that say what it asks and where it looks: no configs
 MISSING = "${oc.decode:\"'???'\"}"  # the text ??? itself, which OmegaConf takes for a value not given yet
 
 
@@ -66,6 +67,8 @@ class Tree:
         for folder in (self.root, *self.folders):
             for file in sorted(folder.glob("experiments/*/*.yaml")):
                 option = file.relative_to(folder / "experiments").with_suffix("").as_posix()
+                if file.stem in ABOUT:
+                    continue
                 found[option.removesuffix("/sweep")] = found[option] = option
         return found
 

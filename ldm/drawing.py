@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.diffusion.sampler import Sampler
+    from ldm.metrics.distribution import Score
     from ldm.model import LatentDiffusion
 
 
@@ -108,15 +109,20 @@ def fingerprint(model: "LatentDiffusion") -> str:
 
 def score(request: Request, images: "dict[int, Tensor]") -> dict[str, Any]:
     """The numbers of cfg.metrics over all processes, and of held-out images how near they were come to; empty for metrics=none."""
-    import torch
-
-    from ldm.metrics.paired import Reconstruction
     from ldm.stage import judge
 
     make, _ = judge.scorer(config_of(request.folder), request.cfg.metrics)
-    if make is None:
-        return {}
-    scores, pairs = make(), Reconstruction()
+    return {} if make is None else measured(request, images, make())
+
+
+def measured(request: Request, images: "dict[int, Tensor]", scores: "Score") -> dict[str, Any]:
+    """As score, by a Score that may have measured others before."""
+    import torch
+
+    from ldm.metrics.paired import Reconstruction
+
+    scores.reset()
+    pairs = Reconstruction()
     rows = [seed - request.cfg.seed for seed in images]
     paired = request.held_out is not None and "image" not in request.inputs
     for start in range(0, len(rows), 500):
@@ -173,7 +179,7 @@ def keep(request: Request, images: "dict[int, Tensor]", score: dict[str, Any]) -
     asked = {name: value for name, value in plain(cfg).items() if name not in ("trainer", "out", "save")}
     record = {**score, "autoencoder": space_of(request.folder), "request": asked, "provenance": runs.provenance(Path(__file__).parent)}
     durable.write_json(out / "metrics.json", record)
-    for name, value in score.items():
+    for name, value in (pair for pair in score.items() if not pair[0].startswith("score/")):
         print(f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value}")
     if cfg.again is not None:
         print(f"{cfg.again}: made again, {difference(Path(cfg.again).expanduser(), next(iter(images.values())))}")

@@ -272,6 +272,12 @@ def provenance(root: Path | str) -> dict[str, Any]:
     }
 
 
+def commit(root: Path | str) -> str:
+    """The git commit of the folder `root`, 12 hex digits and a + where files differ from it; nothing where there is no git."""
+    found = provenance(root)
+    return f"{found['commit'][:12]}{'+' if found['changed'] else ''}" if found["commit"] else ""
+
+
 def write_origin(folder: Path | str, root: Path | str) -> None:
     """Write where a run comes from: provenance.json, changes.diff against the commit of the folder `root`, every package's version."""
     folder = Path(folder)

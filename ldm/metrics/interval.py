@@ -1,5 +1,8 @@
 """How far a number may be from the truth for having been taken on so few."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,3 +24,36 @@ def bootstrap(values: Tensor, level: float = 0.95, rounds: int = 2000, seed: int
     rows = torch.randint(len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(seed))
     low, high = values.double()[rows].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
+
+
+def paired(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The interval of the mean of differences between pairs, normal and of a variance that is not known (Student 1908). Two or more."""
+    n = len(differences)
+    if n < 2:
+        raise ValueError(f"{n} difference{'s' * (n != 1)}: expected two or more; one pair says nothing of its own spread")
+    mean = sum(differences) / n
+    deviation = math.sqrt(sum((one - mean) ** 2 for one in differences) / (n - 1))
+    reach = student(level, n - 1) * deviation / math.sqrt(n)
+    return mean - reach, mean + reach
+
+
+def student(level: float, freedom: int) -> float:
+    """The t that Student's distribution of so many degrees of freedom stays within, on both sides, with probability `level`."""
+    low, high = 0.0, 1.0
+    while within(high, freedom) < level:
+        low, high = high, 2 * high
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle, freedom) < level else (low, middle)
+    return high
+
+
+def within(t: float, freedom: int) -> float:
+    """P(|T| <= t) of Student's distribution (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = (math.cos(angle), 0.0) if odd else (1.0, 0.0)
+    for k in range(1, freedom // 2 + 1):
+        total += term
+        term *= math.cos(angle) ** 2 * ((2 * k) / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total

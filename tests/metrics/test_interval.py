@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.metrics.interval import bootstrap, wilson
+from ldm.metrics.interval import bootstrap, paired, student, wilson
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,15 @@ def test_what_is_no_count_or_no_list_is_refused():
         wilson(3, 2)
     with pytest.raises(ValueError, match="expected one number for each"):
         bootstrap(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)])
+def test_student_is_as_tabled(freedom, t):
+    assert student(0.95, freedom) == pytest.approx(t, abs=1e-4)
+
+
+def test_a_paired_interval_by_hand():
+    low, high = paired([1.0, 2.0, 3.0])  # mean 2, deviation 1, 4.3027 / sqrt(3) to either side
+    assert (low, high) == pytest.approx((2 - 2.4842, 2 + 2.4842), abs=1e-3)
+    with pytest.raises(ValueError, match="1 difference: expected two or more"):
+        paired([1.0])

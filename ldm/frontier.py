@@ -1,0 +1,141 @@
+"""Trained runs measured at many points of sampling: python -m ldm.frontier [experiments/STUDY] run=RUN[,RUN] [key=value,value] [out=FILE]
+
+A point is what sample.py draws and scores with the same words: sampler, steps, eta, guidance, weights. All have the same seeds, so they
+begin at the same noise.  The points are those of the study's points.yaml, every combination of what stands in one of its entries, or of
+what is typed; what is typed also takes the place of what the file says.  A row of the csv is added as soon as its point is done, and a
+command started again draws what is missing.
+
+  run=RUN,RUN      run folders that train.py made; the table tells them apart by their seeds
+  out=FILE         the csv; by default the study's results.csv, or frontier.csv in the (first) run's folder
+  key=value,value  of sample.py, as in: python -m ldm.frontier run=runs/a guidance.scale=1,2,4 sampler=ddim,dpmpp_2m steps=8,16
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import jobs, runs
+from ldm.command import guarded
+from ldm.errors import UserError
+from ldm.parse import yaml_of
+from ldm.report import rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+GIVEN = {"num": "1000", "seed": "3000000", "batch_size": "250", "metrics": "full", "save": "none"}  # unless a study or a person says else
+SAME = ("run", "out", "save", "batch_size", "trainer")  # of a request: what changes no image and no number
+
+
+def words_of(entry: Mapping[str, Any]) -> dict[str, str]:
+    """key -> value as one types it, of plain yaml data."""
+    return {key: "null" if value is None else rows.text(value) for key, value in entry.items()}
+
+
+def points(place: Path | None, typed: Mapping[str, str]) -> tuple[list[jobs.Composed], list[str]]:
+    """The points of a points.yaml, None for what is typed alone, and the keys that tell them apart. Raises UserError."""
+    said: Any = {} if place is None else yaml_of(place.read_text(encoding="utf-8"))
+    entries = said.pop("points", [{}]) if isinstance(said, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
+        raise UserError(f"{place}: expected keys of sample.py and `points`, a list of such keys with their values: steps: 5,10,20")
+    every = [{**GIVEN, **words_of(said), **words_of(entry), **typed} for entry in entries]
+    keys = list(dict.fromkeys(key for entry in (*entries, typed) for key in entry if key not in GIVEN))
+    found = [job for words in every for job in jobs.composed("sample", [f"{key}={value}" for key, value in words.items()])]
+    return found, keys
+
+
+def name_of(job: jobs.Composed) -> str:
+    """What a point is known by, wherever it is drawn: 12 hex digits."""
+    return runs.fingerprint(runs.without(job.config, SAME))[:12]
+
+
+@contextmanager
+def counted(net: "nn.Module") -> Iterator[list[int]]:
+    """Within it, a list grows by the images of each evaluation of a network."""
+    seen: list[int] = []
+    hook = net.register_forward_hook(lambda net, given, out: seen.append(len(given[0])))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def measure(run: str, wanted: Sequence[jobs.Composed], keys: Sequence[str], out: Path) -> int:
+    """Draw and score a run's points that are not in the csv yet; returns how many that were. Raises UserError."""
+    from ldm import drawing
+    from ldm.load import config_of, load
+    from ldm.request import Request
+    from ldm.stage import judge
+
+    requests = []
+    for job in wanted:
+        job.cfg.run, job.cfg.save = run, "none"
+        requests.append(Request.of(job.cfg))
+        if "_target_" not in job.cfg.metrics:
+            raise UserError("metrics=none: a point is measured; expected metrics=full or another")
+    folder, done = requests[0].folder, 0
+    config, made = config_of(folder), {}
+    for kind in dict.fromkeys(str(job.cfg.weights) for job in wanted):
+        model = load(run, kind)
+        identity = drawing.fingerprint(model)[:12]
+        for job, request in zip(wanted, requests, strict=True):
+            point = {"point": name_of(job), "model": identity}
+            if str(job.cfg.weights) != kind or any(point.items() <= row.items() for row in rows.read(out)):
+                continue
+            start = time.monotonic()
+            with counted(model.denoiser.net) as seen:
+                images = drawing.draw(model, request)
+            measured = runs.fingerprint(job.config["metrics"])
+            if measured not in made:
+                made[measured] = judge.scorer(config, job.cfg.metrics)[0]()
+            values = drawing.measured(request, images, made[measured])
+            row = {"run": folder.name, "seed": config.seed, **{key: job.value(key) for key in keys}, "nfe": sum(seen) / len(images)}
+            row |= {**values, "seconds": time.monotonic() - start, "commit": runs.commit(Path(__file__).parent), **point}
+            rows.add(out, row)
+            done += 1
+            print("  ".join(f"{key} {rows.text(row[key])}" for key in ("run", *keys, "nfe")) + f"  {said(values)}", flush=True)
+    return done
+
+
+def said(values: Mapping[str, Any]) -> str:
+    """The numbers for people."""
+    numbers = {name: value for name, value in values.items() if isinstance(value, float) and "/" not in name}
+    return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit code. Raises UserError."""
+    if {"--help", "-h"} & set(argv) or not argv:
+        print(__doc__)
+        return 0 if argv else 2
+    typed: dict[str, str] = {}
+    given: list[str] = []
+    place = None
+    for word in argv:
+        key, sign, value = word.partition("=")
+        if not sign:
+            place = Path(word).expanduser()
+            place = place / "points.yaml" if place.is_dir() else place
+            if not place.is_file():
+                raise UserError(f"{word}: no points.yaml there; expected a study's folder, or key=value (see --help)")
+        elif key == "run":
+            given += value.split(",")
+        else:
+            typed[key] = value
+    if not given:
+        raise UserError("run=... must be given (see --help)")
+    home = typed.pop("out", None)
+    out = Path(home).expanduser() if home else place.parent / "results.csv" if place else Path(given[0]).expanduser() / "frontier.csv"
+    wanted, keys = points(place, typed)
+    drawn = [measure(run, wanted, keys, out) for run in given]
+    total = len(wanted) * len(given)
+    print(f"{out}: {total} points, {sum(drawn)} of them drawn now, {total - sum(drawn)} before")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -1,0 +1,108 @@
+"""A study's results beside the paper's: python -m ldm.report [experiments/STUDY | all | compare RUN RUN ...] [key=value ...]
+
+experiments/STUDY  reads the run folders of the study's jobs, wherever `runs=` says they are, and of those that are not here the study's
+                   results.csv; writes results.csv, the README's table between its marks, and figure.png
+all                the same of every study; without anything, the table of studies in experiments/LOG.md alone
+compare RUN RUN    config differences, curves and numbers side by side, and as a page that opens without a server (out=compare.html)
+
+  wandb=PROJECT    read a Weights & Biases project instead of run folders
+  key=value        of train.py, for every job of the sweep, as runs=PLACE
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import durable, jobs
+from ldm.command import guarded
+from ldm.errors import UserError
+from ldm.report import collect, rows, study, table
+
+STUDIES = jobs.ROOT / "experiments"
+README = """# {title}
+
+{question}
+
+```sh
+{command}
+python -m ldm.report experiments/{name}
+```
+
+<!-- table -->
+<!-- /table -->
+
+![{title}](figure.png)
+
+## Verdict
+
+Not written yet.
+"""
+
+
+def report(one: study.Study, typed: Sequence[str], project: str | None) -> None:
+    """Write a study's results.csv, table and figure. Raises UserError."""
+    from ldm.report import figure
+
+    found, missing = collect.collected(one, typed, project)
+    shown = table.lines(one, found, list(dict.fromkeys(one.arm({axis: job.value(axis) for axis in one.axes}) for job in missing)))
+    if found:
+        rows.write(one.folder / "results.csv", found)
+        figure.write(one, found, one.folder / "figure.png")
+    readme = one.folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else new(one)
+    durable.write_text(readme, table.between(text, "table", table.markdown(one, shown)))
+    print(f"{one.folder}: {len(found)} rows, {len(missing)} jobs without a result; the paper's differences that show: {table.tally(shown)}")
+
+
+def new(one: study.Study) -> str:
+    """The README of a study that has none."""
+    command = (
+        f"python -m ldm.frontier experiments/{one.name} run=RUN,RUN,RUN" if one.of_points else f"python train.py experiment={one.name}"
+    )
+    return README.format(title=one.title, question=one.question, command=command, name=one.name)
+
+
+def overview(root: Path) -> None:
+    """Write the table of studies. Raises UserError."""
+    kept = {one.name: (one, table.lines(one, rows.read(one.folder / "results.csv"))) for one in study.every(root)}
+    log = root / "LOG.md"
+    durable.write_text(log, table.between(log.read_text(encoding="utf-8"), "studies", table.overview(kept)))
+    print(f"{log}: {len(kept)} studies")
+
+
+def compare(words: Sequence[str]) -> None:
+    """Show runs side by side. Raises UserError."""
+    from ldm import browse
+    from ldm.report.compare import terminal
+
+    out = next((Path(word[4:]).expanduser() for word in words if word.startswith("out=")), Path("compare.html"))
+    folders = browse.found([word for word in words if not word.startswith("out=")])
+    if len(folders) < 2:
+        raise UserError("compare: expected two runs or more; python -m ldm.report compare RUN RUN (see --help)")
+    shown = [browse.read(folder) for folder in folders]
+    print(terminal(shown))
+    durable.write_text(out, browse.page(shown))
+    print(f"{out}: the same as a page; open it in a browser")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit code. Raises UserError."""
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    if argv and argv[0] == "compare":
+        compare(argv[1:])
+        return 0
+    places = [word for word in argv if "=" not in word]
+    typed = [word for word in argv if "=" in word and not word.startswith("wandb=")]
+    project = next((word.removeprefix("wandb=") for word in argv if word.startswith("wandb=")), None)
+    chosen = study.every(STUDIES) if places == ["all"] else [study.read(Path(place).expanduser()) for place in places]
+    for one in chosen:
+        report(one, typed, project)
+    if places in ([], ["all"]) or {one.folder.absolute().parent for one in chosen} == {STUDIES}:
+        overview(STUDIES)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -1,0 +1,103 @@
+"""The figure of a study: its arms side by side, or one number over another along lines."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ldm.animate import plot
+from ldm.errors import UserError
+from ldm.report import rows
+from ldm.report.study import Arm, Study
+from ldm.report.table import by_seed
+
+COLOURS = (plot.BLUE, plot.RED, plot.GREEN, plot.YELLOW, "#CC79A7", "#56B4E9", "#767676", "#222222")
+FAMILY = ("fd_", "kid_", "nfe", "rfd_", "train/", "val/", "bits")  # of which less is better
+
+
+def write(study: Study, found: Sequence[rows.Row], path: Path) -> bool:
+    """Draw the figure of a study's rows into a PNG; False where there is nothing to draw. Raises UserError without matplotlib."""
+    if not any(rows.number(row.get(metric)) is not None for row in found for metric in study.metrics):
+        return False
+    figure = along(study, found) if study.figure else beside(study, found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=plot.DPI, metadata={"Software": None})
+    return True
+
+
+def beside(study: Study, found: Sequence[rows.Row]) -> Any:
+    """A panel a metric, a line an arm: a dot a seed, a bar at their mean."""
+    arms = list(dict.fromkeys(study.arm(row) for row in found))
+    metrics = [metric for metric in study.metrics if any(by_seed(study, arm, metric, found) for arm in arms)]
+    labels = [" · ".join(cell or "–" for cell in arm) for arm in arms]
+    left, wide, high = 12 + 7 * max(map(len, labels)), 250, 26 * len(arms)
+    figure = plot.canvas(left + (wide + 24) * len(metrics), high + 78)
+    for i, metric in enumerate(metrics):
+        axes = plot.panel(figure, left + (wide + 24) * i, 28, wide, high, metric)
+        for place, arm in enumerate(arms):
+            values = list(by_seed(study, arm, metric, found).values())
+            axes.plot(values, [-place] * len(values), "o", color=plot.BLUE, ms=3.2, alpha=0.55, mew=0)
+            if values:
+                axes.plot([mean(values)] * 2, [-place - 0.28, -place + 0.28], color=plot.INK, lw=1.4)
+        axes.set(yticks=[-place for place in range(len(arms))], yticklabels=labels if i == 0 else [], ylim=(-len(arms) + 0.4, 0.6))
+        axes.grid(axis="x", color=plot.PALE, lw=0.5)
+        axes.set_axisbelow(True)
+    plot.words(figure, "a dot a seed, a bar at the mean", left, high + 66, plot.SOFT, 11)
+    return figure
+
+
+def along(study: Study, found: Sequence[rows.Row]) -> Any:
+    """y over x as study.yaml's figure has it, means over seeds; a ring where no other point is better in both (Pareto)."""
+    x, y, key = study.figure["x"], study.figure["y"], study.figure.get("line")
+    arms: dict[Arm, Sequence[rows.Row]] = {}
+    for row in found:
+        arms[study.arm(row)] = [*arms.get(study.arm(row), ()), row]
+    points = {arm: (_mean(some, x), _mean(some, y)) for arm, some in arms.items()}
+    if None in (value for point in points.values() for value in point):
+        raise UserError(f"{study.folder}: figure: a row has no number {x} or {y}")
+    lines: dict[str, list[Arm]] = {}
+    for arm, some in arms.items():
+        name = ", ".join(rows.text(some[0].get(one)) or "–" for one in key.split(",")) if key else ""
+        lines.setdefault(name, []).append(arm)
+    figure = plot.canvas(620, 380)
+    axes = plot.panel(figure, 62, 26, 380, 290, study.title, x=f"{x} (log)" if _logged(points, 0) else x, y=y)
+    for colour, (name, some) in zip(COLOURS * 4, lines.items(), strict=False):
+        some = some if x in study.metrics else sorted(some, key=lambda arm: points[arm][0])  # type: ignore[arg-type, return-value]
+        axes.plot([points[arm][0] for arm in some], [points[arm][1] for arm in some], "-o", color=colour, lw=1.3, ms=3.4, label=name)
+    front = pareto(points, _less(x), _less(y)) if study.figure.get("front", x) and (_less(x) or x in study.metrics) else []
+    axes.plot([points[arm][0] for arm in front], [points[arm][1] for arm in front], "o", ms=8.5, mfc="none", mec=plot.INK, mew=0.9)
+    axes.set(xscale="log" if _logged(points, 0) else "linear", yscale="log" if _logged(points, 1) else "linear")
+    axes.grid(color=plot.PALE, lw=0.5)
+    if _logged(points, 0):
+        ticks = sorted({point[0] for point in points.values()})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    if any(lines):
+        legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=12 * plot.POINT, title=key)
+        legend.get_title().set_fontsize(11 * plot.POINT)
+    plot.words(figure, "means over seeds" + ("; ringed: no other point is better in both" if front else ""), 62, 372, plot.SOFT, 11)
+    return figure
+
+
+def pareto(points: dict[Arm, Any], less_x: bool, less_y: bool) -> list[Arm]:
+    """The arms that no other is at least as good as in both numbers and better in one; less: whether less is better."""
+    signed = {arm: ((1 if less_x else -1) * x, (1 if less_y else -1) * y) for arm, (x, y) in points.items()}
+    return [
+        arm
+        for arm, (x, y) in signed.items()
+        if not any(a <= x and b <= y and (a, b) != (x, y) for other, (a, b) in signed.items() if other != arm)
+    ]
+
+
+def _less(name: str) -> bool:
+    return name.startswith(FAMILY)
+
+
+def _mean(some: Sequence[rows.Row], name: str) -> float | None:
+    values = [value for row in some if (value := rows.number(row.get(name))) is not None]
+    return mean(values) if values else None
+
+
+def _logged(points: dict[Arm, Any], axis: int) -> bool:
+    values = [point[axis] for point in points.values()]
+    return min(values) > 0 and max(values) / min(values) >= 6
