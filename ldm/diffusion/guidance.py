@@ -87,17 +87,24 @@ def autoguidance(
 
 
 def classifier(
-    denoiser: Denoiser, cond: Condition, uncond: Condition | None, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0
+    denoiser: Denoiser,
+    cond: Condition,
+    uncond: Condition | None,
+    log_prob: Callable[[Tensor, Tensor], Tensor],
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> Denoise:
     """eps - scale sigma grad log p(y | x_t) (Dhariwal & Nichol 2021, algorithm 2); uncond is not used.
 
     log_prob: (x_t, net_time (B,)) -> log p(y | x_t) (B,), of a classifier trained on noisy states. Where x_t has no signal it is not asked.
+    interval: the (lo, hi) of t, inclusive, in which it acts: x0 moves by scale sigma^2 / alpha of the gradient, which is boundless at the noise end.
     """
+    lo, hi = interval
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         estimate = denoiser(x_t, t, cond)
         alpha, sigma = denoiser.schedule.alpha_sigma(t)
-        if alpha == 0:
+        if alpha == 0 or not lo <= t <= hi:
             return estimate
         with torch.inference_mode(False), torch.enable_grad():
             x_in = x_t.clone().detach().requires_grad_()

@@ -91,7 +91,14 @@ def accuracies(net: nn.Module, autoencoder: Any, schedule: Any, test: Any, num: 
     return {"accuracy": sum(found.values()) / len(found), **found}
 
 
-def guidance(denoiser: Denoiser, cond: Condition, uncond: Condition | None, classifier: str | None = None, scale: float = 1.0) -> Denoise:
+def guidance(
+    denoiser: Denoiser,
+    cond: Condition,
+    uncond: Condition | None,
+    classifier: str | None = None,
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Denoise:
     """Classifier guidance towards cond.label by the network that the run `classifier` trained; uncond is not used.
 
     Raises UserError without a class or a classifier, and for one of another schedule.
@@ -109,7 +116,7 @@ def guidance(denoiser: Denoiser, cond: Condition, uncond: Condition | None, clas
         logits = net.to(x_t.device)(x_t, time.clone()).float()  # a copy, as what was made in inference mode has no gradient
         return logits.log_softmax(1)[torch.arange(len(x_t)), label.to(x_t.device)]
 
-    return guiding.classifier(denoiser, cond, uncond, log_prob, scale)
+    return guiding.classifier(denoiser, cond, uncond, log_prob, scale, interval)
 
 
 def admit(run: str, space: str) -> None:

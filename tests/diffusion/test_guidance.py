@@ -171,6 +171,15 @@ def test_classifier_is_not_asked_where_there_is_no_signal():
     assert got.x0.isfinite().all()
 
 
+def test_classifier_acts_within_its_interval():
+    d, x = make(), states()
+    denoise = guidance.classifier(d, COND, None, lambda x_t, time: x_t.flatten(1).sum(1), interval=(0.3, 0.7))
+    for t, acts in ((0.2, False), (0.3, True), (0.7, True), (0.8, False)):
+        moved = denoise(x, f64(t)[0]).eps - d(x, f64(t)[0], COND).eps
+        sigma = d.schedule.alpha_sigma(f64(t)[0])[1]
+        assert torch.allclose(moved, -sigma.to(moved) * acts), t  # the gradient is 1 everywhere
+
+
 def test_guided_samples_move_towards_the_condition():
     """End to end: scale 2 on two exact denoisers of N(0.5, s^2) and N(-0.5, s^2) overshoots the first's mean."""
 
