@@ -182,7 +182,9 @@ def explain(error: Exception, overrides: Sequence[str], tree: Tree, compose: Cal
         if there and name not in there and not text.startswith("experiments="):
             return f"{text.removeprefix('~')}: no key {name!r}{nearest(name, [*there, *groups, 'experiment'])}"
     said = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
-    return re.split("(?:Config s|S)earch path:", " ".join(" ".join(line for line in said if line).split()))[0].strip()
+    line = re.split("(?:Config s|S)earch path:", " ".join(" ".join(line for line in said if line).split()))[0].strip()
+    plugin = re.search("Could not find 'hydra/(launcher|sweeper)/", line)
+    return line + ("; pip install -e '.[sweep]' brings joblib, submitit_local, submitit_slurm and optuna" if plugin else "")
 
 
 def describe(folder: Path, config_name: str, about: str) -> str:

@@ -155,6 +155,7 @@ def _start(
             if job.rows is None or not job.rows.is_dir():
                 raise
             print(f"the sweep was broken off: {' '.join(str(error).split())}", file=sys.stderr)
+            return job.end() or 1
         return job.end()
 
 

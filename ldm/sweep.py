@@ -17,6 +17,7 @@ from typing import Any
 from ldm import durable, gpus, launch
 from ldm.command import STOPPED, choices, composed, mistake
 from ldm.errors import UserError
+from ldm.parse import yaml_of
 from ldm.progress import length
 
 
@@ -180,17 +181,20 @@ class Job:
             code, told = 0, {"result": self.task(cfg)}
         else:
             code, told = self._process(cfg, devices)
+        result = told.get("result")
         reason = why(code, told) if code else ""
-        state, result = f"failed ({code})" if code else "done", told.get("result")
+        if self.learning and not code and result is None:
+            reason = "no number for the search to go by: optimize= must name one of the run's metrics.json"
+        state = f"failed ({code})" if code else "failed" if reason else "done"
         row = Row(number, overrides, state, result, time.monotonic() - start, reason)
         if self.rows is not None and os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")) == "0":
             durable.write_json(self.rows / f"{number}.json", asdict(row))
         if code in STOPPED:
             raise SystemExit(code)
-        if code:
+        if reason:
             print(red(f"job {number + 1} failed: {reason}"), file=sys.stderr)
-        if self.learning and (code or result is None):
-            raise RuntimeError(reason or "no number to go by: name in optimize= one that the run's metrics.json has")
+            if self.learning:
+                raise RuntimeError(reason)
         return result
 
     def end(self) -> int:
@@ -205,7 +209,11 @@ class Job:
             found[row.job] = row
         for number, overrides in enumerate(self.names):
             found.setdefault(number, Row(number, overrides, "failed", reason="it never came to its end"))
-        return report([found[number] for number in sorted(found)])
+        code = report([found[number] for number in sorted(found)])
+        if (best := self.rows.with_name("optimization_results.yaml")).is_file():  # a search's
+            found_best = yaml_of(best.read_text())
+            print(f"best: {' '.join(f'{key}={value}' for key, value in found_best['best_params'].items())}  {found_best['best_value']:.6g}")
+        return code
 
 
 def report(rows: Sequence[Row]) -> int:

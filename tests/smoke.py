@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -52,10 +52,13 @@ def command(script: str, *typed: str) -> int:
     raise AssertionError(f"{script} did not end by sys.exit")
 
 
-def in_process(script: Path, folder: Path, devices: int = 1, env: object = None) -> int:
+def in_process(script: Path, folder: Path, devices: int = 1, env: Mapping[str, str] | None = None) -> int:
     """As ldm.launch.run_config, but for one device and without a process of its own."""
     assert devices == 1
-    return command(script.name, "--config-path", str(folder), "--config-name", "config")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        return command(script.name, "--config-path", str(folder), "--config-name", "config")
 
 
 def train(*typed: str) -> Path:

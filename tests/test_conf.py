@@ -18,7 +18,8 @@ from ldm.task import draw
 from ldm.training.diffusion import LitDiffusion
 
 CONF = ROOT / "conf"
-OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/**/*.yaml") if p.parent.name != "preset")
+FILES = (p for p in CONF.glob("*/**/*.yaml") if p.parent.name not in ("preset", "launcher"))  # tests/test_presets.py; tests/test_sweeps.py
+OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in FILES)
 SMALL = ("net.channels=16", "net.mult=[1,2]", "net.blocks=1", "net.attention=[2]", "net.groups=8")
 PARTNERS = {  # what an option needs beside it, or what it leaves no room for; of each kind of large network one, made small
     "net/sd1": (*SMALL, "net.heads=2"),
