@@ -34,7 +34,8 @@ def test_training_and_drawing_say_the_same_of_the_same(smoke, tmp_path):
     assert {"score/identity", "score/autoencoder", "score/data"} <= told.keys()
     with here(tmp_path, LDM_CACHE=str(smoke.kept)):
         how = ("sampler=dpmpp_2m", "steps=2", "num=20", "seed=1000000", "metrics=full", "save=none", "out=drawn")
-        assert command("sample.py", f"run={smoke.run}", *how, f"guidance.scale={told['guidance']}", "batch_size=10") == 0
+        as_then = (f"guidance.scale={told['guidance']}", f"precision={told['score/arithmetic']}", "batch_size=10")
+        assert command("sample.py", f"run={smoke.run}", *how, *as_then) == 0
         drawn = json.loads((tmp_path / "drawn" / "metrics.json").read_text())
     assert protocol.differing(told, drawn) == ["score/scale"]  # training chose among several
     assert told["score/scale"] == "best of 1, 2 on 10"
