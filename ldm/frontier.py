@@ -49,8 +49,8 @@ def points(place: Path | None, typed: Mapping[str, str]) -> tuple[list[jobs.Comp
 
 
 def name_of(job: jobs.Composed) -> str:
-    """What a point is known by, wherever it is drawn: 12 hex digits."""
-    return runs.fingerprint(runs.without(job.config, SAME))[:12]
+    """What a point is known by, wherever it is drawn: the hash of its words, 12 hex digits."""
+    return runs.fingerprint(sorted(word for word in job.overrides if word.partition("=")[0] not in SAME))[:12]
 
 
 @contextmanager

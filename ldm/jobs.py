@@ -11,7 +11,7 @@ from ldm.argv import Tree, rewrite, several
 from ldm.build import plain
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = ("prompt", "negative", "source")
+TEXT = ("prompt", "negative", "source", "precision")
 PATHS = ("run", "runs", "out", "init", "resume", "label", "prompts", "data.path", "data.captions", "guidance.classifier")
 
 
