@@ -68,9 +68,11 @@ def degraded(cfg: Any, split: str = "train"):
 
 
 def undegraded(cfg: Any) -> None:
-    """Raises UserError for a config with a `degrade` node: only a denoiser is told what it makes, all else sees the images as they are."""
+    """Raises UserError for a config with a `degrade` node, or an adapter: only a denoiser is told what the one makes, or has the other."""
     from ldm.errors import UserError
 
+    if cfg.get("adapter"):
+        raise UserError("adapter= is for training=diffusion alone: leave it out")
     if cfg.get("degrade") and cfg.degrade["_target_"] != "ldm.data.degrade.none":
         raise UserError("degrade= is for training=diffusion alone, this one sees the images as they are: leave it out, or degrade=none")
 

@@ -14,7 +14,8 @@ class Condition:
     """What the network is told; a field that is None (or an empty tuple) is not used.
 
     context: (B, L, D) tokens for cross-attention.  mask: (B, L) bool, True = a real token.  vector: (B, D) added to the time embedding.
-    concat: (B, C, h, w) stacked on x_t's channels; h = w = 1 says the same of every place.  hint: (B, 3, H, W) each, one per ControlNet.
+    concat: (B, C, h, w) stacked on x_t's channels; h = w = 1 says the same of every place.  hint: (B, 3, H, W) each, one per ControlNet,
+    in [0, 1]; H = W = 1 likewise.
     label: (B,) int64, the class, for a classifier that guides; networks do not read it.
     """
 
@@ -85,14 +86,16 @@ class Condition:
 
 
 def aligned(*parts: Condition) -> list[Condition]:
-    """The conditions with contexts padded to the longest and, where lengths differ or any has one, masks; concat spread to the largest.
+    """The conditions with contexts padded to the longest and, where lengths differ or any has one, masks; concat and hints spread.
 
     Raises ValueError if the fields in use differ.
     """
     used = [tuple(bool(v) if isinstance(v, tuple) else v is not None for v in (p.context, p.vector, p.concat, p.hint)) for p in parts]
     if len(set(used)) > 1:
         raise ValueError(f"conditions with different fields cannot be joined (context, vector, concat, hint in use: {used})")
-    parts = tuple(replace(p, concat=concat) for p, concat in zip(parts, spread([p.concat for p in parts]), strict=True))
+    hints = zip(*(spread(each) for each in zip(*(p.hint for p in parts), strict=True)), strict=True) if parts[0].hint else [()] * len(parts)
+    concats = spread([p.concat for p in parts])
+    parts = tuple(replace(p, concat=concat, hint=tuple(hint)) for p, concat, hint in zip(parts, concats, hints, strict=True))
     lengths = {p.context.shape[1] for p in parts if p.context is not None}
     if not lengths or (len(lengths) == 1 and all(p.mask is None for p in parts)):
         return list(parts)

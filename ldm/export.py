@@ -5,12 +5,14 @@ to=diffusers     a folder that diffusers' StableDiffusionPipeline (CLIP), Stable
                  or LDMTextToImagePipeline (WordPiece) opens
 to=compvis       one .ckpt or .safetensors with CompVis' and Stability's names
 to=safetensors   one file of ours with the composed config inside; sample.py takes it as run=
+to=peft          of adapter=lora: one .safetensors that diffusers' load_lora_weights reads; the rest writes such a run merged, as one model
+to=controlnet    of adapter=controlnet: the weights of diffusers' ControlNetModel, one .safetensors
 """
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
 
@@ -63,6 +65,46 @@ def safetensors(pipeline: "Pipeline", out: Path) -> None:
     single.save(pipeline, out)
 
 
+def peft(run: str, weights: str, out: Path) -> None:
+    """The factors of a LoRA run, in float32, with their alpha in them. Raises UserError for another kind of run."""
+    from ldm.adapter import lora
+    from ldm.interop.adapters import export_lora
+
+    config, net, found = adapter_of(run, weights, "lora.LoRA")
+    strength = lora.LoRA(**{name: value for name, value in config.items() if not name.startswith("_")}).strength
+    factors = {name: strength * value if name.endswith(".up") else value for name, value in found.items()}
+    write(out, export_lora(factors, lora.plain(net)))
+
+
+def controlnet(run: str, weights: str, out: Path) -> None:
+    """The weights of a ControlNet run. Raises UserError for another kind of run."""
+    from ldm.interop.adapters import export_controlnet
+
+    write(out, export_controlnet(adapter_of(run, weights, "controlnet.ControlNet")[2]))
+
+
+def adapter_of(run: str, weights: str, kind: str) -> tuple[dict, Any, dict]:
+    """The config of an adapter run, its network and what was trained, by the adapter's names. Raises UserError for another kind."""
+    from ldm import adapted, load
+    from ldm.build import plain
+
+    config = plain(load.config_of(adapted.adapter_folder(run)).adapter)
+    if config["_target_"] != f"ldm.adapter.{kind}":
+        raise UserError(f"run={run} is of {config['_target_']}: expected one of ldm.adapter.{kind}")
+    found = {adapted.own(name): value for name, value in load.weights_of(run, weights).items()}
+    return config, load.load(run, weights).cpu().denoiser.net, found
+
+
+def write(out: Path, state: Mapping[str, Any]) -> None:
+    """One .safetensors. Raises UserError for another ending."""
+    from ldm import durable
+
+    if out.suffix != ".safetensors":
+        raise UserError(f"out={out}: expected a name that ends in .safetensors")
+    durable.write_tensors(out, state, {"format": "pt"})
+
+
+OF_ADAPTERS: Mapping[str, Callable[[str, str, Path], None]] = {"peft": peft, "controlnet": controlnet}
 TO: Mapping[str, Callable[["Pipeline", Path], None]] = {"diffusers": diffusers, "compvis": compvis, "safetensors": safetensors}
 
 
@@ -76,8 +118,8 @@ def asked(argv: Sequence[str]) -> dict[str, str]:
         given[name] = value
     if missing := [name for name in NEEDED if not given.get(name)]:
         raise UserError(f"{missing[0]}=... must be given (see --help)")
-    if given["to"] not in TO:
-        raise UserError(f"to={given['to']}: expected one of {', '.join(TO)}")
+    if given["to"] not in {*TO, *OF_ADAPTERS}:
+        raise UserError(f"to={given['to']}: expected one of {', '.join([*TO, *OF_ADAPTERS])}")
     if Path(given["out"]).exists():
         raise UserError(f"out={given['out']} exists; name another place, or remove it")
     return given
@@ -90,9 +132,13 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         given = asked(argv)
+        out, weights = Path(given["out"]), given.get("weights", "ema")
         from ldm.foreign import pipeline_of  # heavy, and not needed to see a mistake
 
-        TO[given["to"]](pipeline_of(given["run"], given.get("weights", "ema"), given.get("config")), Path(given["out"]))
+        if given["to"] in OF_ADAPTERS:
+            OF_ADAPTERS[given["to"]](given["run"], weights, out)
+        else:
+            TO[given["to"]](pipeline_of(given["run"], weights, given.get("config")), out)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

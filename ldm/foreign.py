@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm import admit, build
+from ldm.adapter import lora
 from ldm.errors import UserError
 from ldm.interop import checkpoint, config, folder, nodes, read, single
 from ldm.interop import text as text_names
@@ -155,6 +156,9 @@ def pipeline_of(run: str | Path, kind: str = "ema", yaml: str | Path | None = No
     from ldm import load
 
     model = load.load(run, kind).cpu()
+    if hasattr(model.denoiser.net, "controls"):
+        raise UserError(f"run={run} has a ControlNet, which no pipeline holds: expected to=controlnet, or its base")
+    net = lora.merge(model.denoiser.net)
     given = build.plain(load.config_of(load.run_folder(run)))
     nodes = {name: given[name] for name in ("net", "autoencoder", "conditioner", "schedule", "prediction", "seed")}
     nodes |= {"learned_variance": True} if given.get("learned_variance") else {}
@@ -162,4 +166,4 @@ def pipeline_of(run: str | Path, kind: str = "ema", yaml: str | Path | None = No
     text = {} if tower is None else {name: value for name, value in tower.state_dict().items() if name not in text_names.NOT_TEXT}
     state = model.autoencoder.state_dict()
     data = asdict(load.DataCard.read(load.run_folder(run)))
-    return Pipeline(nodes, model.denoiser.net.state_dict(), state, data, text, model.conditioner.state_dict())
+    return Pipeline(nodes, net.state_dict(), state, data, text, model.conditioner.state_dict())

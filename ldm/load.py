@@ -177,10 +177,12 @@ def first_stage(node: Any, path: Path, channels: int) -> "tuple[FirstStage, Spac
 
 def space_of(run: str | Path) -> str:
     """The name of the latent space of what `run` names. Raises UserError for a file that does not say its own."""
-    from ldm import foreign
+    from ldm import adapted, foreign
 
     if foreign.is_foreign(run):
         return foreign.described(run).space
+    if config_of(run_folder(run)).get("adapter"):
+        return space_of(adapted.Base.read(run_folder(run)).path)
     path = run_folder(run) / "first_stage.safetensors"
     return Space.carried(durable.read_metadata(path), path).name
 
@@ -193,7 +195,7 @@ def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
     """
     import torch
 
-    from ldm import admit, build, foreign
+    from ldm import adapted, admit, build, foreign
     from ldm.training.callbacks import load_trained
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -201,6 +203,8 @@ def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
         return foreign.model_of(foreign.opened(run, weights)).to(device)
     folder = run_folder(run)
     cfg, card = config_of(folder), DataCard.read(folder)
+    if cfg.get("adapter"):
+        return adapted.load_adapted(run, weights).eval().to(device)
     found = kept(run, weights)
     with admit.building(folder):
         autoencoder, space = first_stage(cfg.autoencoder, folder / "first_stage.safetensors", card.channels)

@@ -2,11 +2,11 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm import admit, runs
+from ldm import admit, hinted, runs
 from ldm.build import dataset, degraded, plain
 from ldm.errors import UserError
 from ldm.foreign import is_foreign
@@ -22,7 +22,7 @@ class Request:
     """Image i, for i of rows, has seed + i; those of `kept` are kept.
 
     told[i]: (caption, class), the class None where the words say none.  inputs: name in the batch -> what reads it.  held_out: the run's
-    held-out data, or None.  carried: what the image to be made again says of itself.
+    held-out data, or None.  carried: what the image to be made again says of itself.  hints: name -> what makes it of the rest.
     """
 
     cfg: Any
@@ -34,6 +34,7 @@ class Request:
     rows: Sequence[int]
     kept: Sequence[int]
     carried: Mapping[str, Any] | None = None
+    hints: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(cfg: Any) -> "Request":
@@ -70,12 +71,14 @@ class Request:
                 batch["label"] = torch.tensor(labels)
         if self.cfg.negative is not None:
             batch["negative"] = [self.cfg.negative] * len(rows)
-        return batch | {name: source(rows) for name, source in self.inputs.items()}
+        batch |= {name: source(rows) for name, source in self.inputs.items()}
+        return {name: make(batch[make.reads]) for name, make in self.hints.items()} | batch
 
     def memory(self, batch: Mapping[str, Any], weights: str) -> dict[str, Any]:
         """All that is needed to make the images of one batch again: a file carries it, with its own `row`."""
         config = plain(self.cfg)
-        given = [config["run"], config["guidance"].get("classifier"), *(config[name] for name in self.inputs)]
+        given = [config["run"], config["guidance"].get("classifier"), *(config[name] for name in self.inputs if name in config["inputs"])]
+        given += [*(one["run"] for one in config["adapters"]), *hinted.given(self.cfg)]
         places = {path: str(Path(path).expanduser().absolute()) for path in given if path is not None}
         if not Path(places[config["run"]]).is_relative_to(self.folder.absolute()):
             places[config["run"]] = str(self.folder.absolute())  # the newest of a folder of runs, today
@@ -109,7 +112,8 @@ def anew(cfg: Any) -> Request:
         raise UserError(f"num={cfg.num}: expected at most {len(data)}, the held-out images of the run's data")
     pairs = [] if data is not None and not asked else told(cfg, card)
     rows = range(len(pairs) or cfg.num)
-    return Request(cfg, folder, card, dict(enumerate(pairs)), inputs(cfg, card), data, rows, rows)
+    given = inputs(cfg, card)
+    return Request(cfg, folder, card, dict(enumerate(pairs)), given, data, rows, rows, None, hinted.makers(cfg, given))
 
 
 def again(cfg: Any) -> Request:
@@ -129,11 +133,12 @@ def again(cfg: Any) -> Request:
         sources = inputs(new, card)
     for name, source in sources.items():
         if source.digest != carried["inputs"].get(name):
-            raise UserError(f"{name}={new[name]} is not what it was when {cfg.again} was drawn: put it back")
+            raise UserError(f"{name}={new.get(name, new.hints)} is not what it was when {cfg.again} was drawn: put it back")
     pairs = {row: (pair[0], pair[1]) for row, pair in zip(carried["rows"], carried["told"], strict=False)}
     new.batch_size = len(carried["rows"])
     data = held_out(folder) if new.held_out else None
-    return Request(new, folder, card, pairs, sources, data, carried["rows"], [carried["row"]], carried)
+    made = hinted.makers(new, sources)
+    return Request(new, folder, card, pairs, sources, data, carried["rows"], [carried["row"]], carried, made)
 
 
 def memory_of(path: Path) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def inputs(cfg: Any, card: DataCard) -> dict[str, Source]:
     for name, node in cfg.inputs.items():
         if cfg[name] is not None or not cfg.held_out:
             found[name] = instantiate(node)(wanted)
-    return found
+    return found | hinted.sources(cfg, wanted)
 
 
 def held_out(folder: Path) -> Any:

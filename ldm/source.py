@@ -114,6 +114,18 @@ def boxes(wanted: Wanted, path: str | None, key: str = "boxes") -> Source:
     return checked(key, path, read, (".json",), list)
 
 
+def points(path: str | None, key: str = "points") -> Source:
+    """Keypoints from json files [[x, y], null, ...], coordinates in [0, 1], null for what is not seen."""
+
+    def read(file: Path) -> list[tuple[float, float] | None]:
+        try:
+            return [None if point is None else (float(point[0]), float(point[1])) for point in json_of(file.read_text(encoding="utf-8"))]
+        except (ValueError, TypeError, IndexError, KeyError) as error:
+            raise UserError(f"{key}={file}: expected [[x, y], null, ...] in json ({' '.join(str(error).split())})") from None
+
+    return checked(key, path, read, (".json",), list)
+
+
 def stacked(rows: list[Tensor]) -> Tensor:
     """(B, ...) of rows (...)."""
     return torch.stack(rows)

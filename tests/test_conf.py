@@ -55,7 +55,7 @@ PAPER_NETS = [  # and networks, which tests/net/test_counts.py builds there; an 
     o for o in OPTIONS if o.startswith("net/") and o not in PARTNERS and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
 ]
 ALONE = (
-    *("budget", "debug", "data", "degrade", "trainer", "training", "logger", "metrics", "guidance", "task"),
+    *("budget", "debug", "data", "degrade", "trainer", "training", "logger", "metrics", "guidance", "task", "adapter", "hint"),
 )  # no part of the model or of its step
 
 

@@ -1,12 +1,14 @@
 """ControlNet: a trainable copy of a U-Net's way down reads a hint and adds to the skips of the frozen one (Zhang et al. 2023, sec. 3)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
+from ldm.adapter import lora
 from ldm.condition import Condition
 from ldm.net.attention import Memory
 from ldm.net.blocks import zeroed
@@ -15,11 +17,39 @@ from ldm.net.unet import Lookup, UNet, stacked
 WIDTHS = (16, 32, 96, 256)  # of the hint's encoder, as its own code and diffusers have it
 
 
+@dataclass(frozen=True)
+class ControlNet:
+    """The adapter that lets a hint draw along; hint: wraps the conditioner, so that it tells one hint more.
+
+    Raises ValueError without a hint, and for a network that is no U-Net.
+    """
+
+    hint: Callable[[nn.Module], nn.Module]
+
+    def __post_init__(self) -> None:
+        if self.hint is None:
+            raise ValueError("adapter=controlnet needs a hint: hint=canny, or another of conf/hint")
+
+    def put_on(self, model: Any, scale: float = 1.0) -> None:
+        """Add a fresh ControlNet, whose residuals count `scale`, to a model's network, all else frozen."""
+        net = copy.deepcopy(lora.innermost(model.denoiser.net))
+        if not hasattr(net, "contract"):
+            raise ValueError(f"adapter=controlnet: expected a U-Net, this network is a {type(net).__name__}")
+        model.requires_grad_(False)
+        control = Control(lora.merge(net), model.autoencoder.factor)  # its weights come without corrections: these may change
+        wrapped = model.denoiser.net
+        if not hasattr(wrapped, "controls"):
+            model.denoiser.net = wrapped = Controlled(wrapped, [])
+        wrapped.controls.append(control)
+        wrapped.weights.append(scale)
+        model.conditioner = self.hint(model.conditioner)
+
+
 class Control(nn.Module):
     """Residuals for each skip of a U-Net, first to last, and for its middle, of x_t (B, C, h, w), t, a Condition and a hint.
 
     net: the U-Net that is to be controlled; its way down is copied, weights included (sec. 3.1), and all residuals begin as zero.
-    factor: the first stage's, 1 to 8.  hint: (B, hint_channels, h * factor, w * factor) in [0, 1].
+    factor: the first stage's, 1 to 8.  hint: (B, hint_channels, h * factor, w * factor) in [0, 1], or (B, hint_channels, 1, 1).
     Raises ValueError for another factor, or a hint of another size.
     """
 
@@ -35,6 +65,8 @@ class Control(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition, hint: Tensor) -> list[Tensor]:
         height, width = (self.factor * side for side in x.shape[2:])
+        if hint.shape[2:] == (1, 1):
+            hint = hint.expand(-1, -1, height, width)
         if hint.shape[2:] != (height, width):
             raise ValueError(f"a hint of {hint.shape[2]}x{hint.shape[3]}: expected {height}x{width}, the size of the image")
         copied = self.copied

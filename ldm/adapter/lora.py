@@ -4,6 +4,7 @@ The network stays the object it is, with its signature; what it computes with is
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
@@ -12,6 +13,29 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 LAYERS = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """The adapter of factors: `inject` with corrections that count alpha / rank (Hu et al. 2021, sec. 4.1).
+
+    alpha: null for rank.  Raises ValueError as `inject` does.
+    """
+
+    rank: int = 4
+    alpha: float | None = None
+    where: Sequence[str] = ("*attention*",)
+
+    def put_on(self, model: Any, scale: float = 1.0) -> None:
+        """Add fresh corrections, `scale` times as strong, to a model's network, all else frozen."""
+        net = innermost(model.denoiser.net)
+        inject(net, self.rank, self.where)
+        rescale(net, scale * self.strength)
+
+    @property
+    def strength(self) -> float:
+        """What the product of the factors counts."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class LowRank(nn.Module):
@@ -109,6 +133,20 @@ def injected(net: nn.Module) -> dict[str, list[LowRank]]:
 def layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of each layer that can be corrected."""
     return ((name, module) for name, module in net.named_modules() if isinstance(module, LAYERS))
+
+
+def plain(net: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network by the names that they have without corrections."""
+    original = ".parametrizations.weight.original"
+    state = {name.replace(original, ".weight"): value for name, value in net.state_dict().items()}
+    return {name: value for name, value in state.items() if ".parametrizations." not in name}
+
+
+def innermost(net: Any) -> Any:
+    """The network within all that wraps it."""
+    while hasattr(net, "net"):
+        net = net.net
+    return net
 
 
 def add(layer: nn.Module, correction: LowRank) -> None:

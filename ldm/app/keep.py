@@ -40,7 +40,7 @@ def settings(file: Path) -> Mapping[str, Any]:
         "steps": asked["steps"],
         "guidance": asked["guidance"].get("scale"),
         "batch": len(carried["rows"]),
-        **{name: Path(asked[name]).name for name in carried["inputs"] if asked[name]},
+        **{name: Path(asked[name]).name for name in carried["inputs"] if isinstance(asked.get(name), str)},
         "run": Path(asked["run"]).name,
         "file": str(file),
     }

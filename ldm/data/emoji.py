@@ -11,6 +11,7 @@ from ldm.tensors import key
 TEMPLATES = {
     "3d": ("a 3d render of {}", "{}, 3d render", "a glossy 3d emoji: {}"),
     "flat": ("a flat illustration of {}", "{}, flat illustration", "a flat drawing: {}"),
+    "pencil": ("a pencil drawing of {}", "{}, pencil drawing", "a drawing in pencil: {}"),
 }
 TAGS = 3  # of them in a caption
 

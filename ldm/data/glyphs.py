@@ -137,7 +137,25 @@ def noto() -> Artist:
     return picture
 
 
-ARTISTS: Mapping[str, Callable[[], Artist]] = {"3d": fluent, "flat": noto}
+def pencil() -> Artist:
+    """Outlines of Noto's flat drawings, as a soft pencil would draw them. Raises AssetError."""
+    from PIL import Image, ImageChops, ImageFilter, ImageOps
+
+    flat = noto()
+
+    def picture(glyph: Glyph) -> "Image.Image | None":
+        drawn = flat(glyph)
+        if drawn is None:
+            return None
+        grey = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("L").filter(ImageFilter.GaussianBlur(1.0))
+        thick, thin = grey.filter(ImageFilter.MaxFilter(5)), grey.filter(ImageFilter.MinFilter(3))
+        lines = ImageChops.difference(thick, thin).point(lambda value: min(255, 3 * value))
+        return ImageOps.invert(lines).convert("RGBA")
+
+    return picture
+
+
+ARTISTS: Mapping[str, Callable[[], Artist]] = {"3d": fluent, "flat": noto, "pencil": pencil}
 
 
 def opened(archive: Path, ending: str) -> dict[str, bytes]:

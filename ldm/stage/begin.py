@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm import build
+from ldm import adapted, build
 from ldm.errors import UserError
 from ldm.load import load
 from ldm.space import Space
+from ldm.stage.run import Run
 from ldm.training.callbacks import trained
 
 
@@ -29,6 +30,25 @@ def first_stage(cfg: Any, model: Any, channels: int) -> tuple[nn.Module, Space, 
         said = f"init={cfg.init} has a first stage of another architecture, or for images of other channels, than this config"
         raise UserError(f"{said}; choose autoencoder=... as it was trained with") from None
     return autoencoder.eval().requires_grad_(False), Space.of(autoencoder, build.plain(cfg.autoencoder)), {}
+
+
+def model(cfg: Any, run: Run, autoencoder: Any, data: Any, source: Any) -> Any:
+    """The model that a run trains: with fresh weights, with those of `source`, or `source` itself, frozen, with an adapter on it.
+
+    Raises UserError if the run goes on from an adapter of another base.
+    """
+    if not cfg.get("adapter"):
+        made = build.model(cfg, autoencoder, data)
+        if source is not None:
+            run.say(take(made, source, cfg.init))
+        return made
+    base, said = adapted.begun(cfg, source, data)
+    run.say(said)
+    if run.resume is not None:
+        adapted.Base.read(run.folder).admit(base.weights, run.folder)
+    elif run.chief:
+        base.write(run.folder)
+    return source
 
 
 @torch.no_grad()

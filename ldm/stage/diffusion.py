@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
-from ldm import build, durable, picture, protocol
+from ldm import adapted, build, durable, picture, protocol
 from ldm.data.latents import Latents, read_all, write_all
 from ldm.ema import PowerEMA
 from ldm.errors import UserError
@@ -40,6 +40,7 @@ def train(
     score: Protocol,
 ) -> float | None:
     """Train on cached latents, average the weights, choose the guidance, draw and score; returns the metric named by cfg.optimize."""
+    cfg = adapted.settled(cfg)
     folder = place(cfg)
     if done := finished(cfg, folder):
         print(f"this run is done: {folder}\n{summary(done)}")
@@ -53,12 +54,11 @@ def train(
     )
     with opened(cfg, folder) as run:
         goes_on(run, space)
-        model = build.model(cfg, autoencoder, data)
-        if source is not None:
-            run.say(begin.take(model, source, cfg.init))
+        model, adapter = begin.model(cfg, run, autoencoder, data, source), cfg.get("adapter")
         if run.chief:
             DataCard.of(data).write(folder)
-            durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
+            if not adapter:  # whose first stage is its base's
+                durable.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
         objective = instantiate(cfg.objective)
         lit = LitDiffusion(model, objective, optimizer, drop, clip, cfg.seed)
         ema = PowerEMA(model, sigma_rel)
@@ -72,14 +72,16 @@ def train(
         often: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
         beside: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
         callbacks = run.callbacks("diffusion", steps=steps, lr_schedule=lr_schedule, **beside, **often)
-        image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys}
+        reads = getattr(model.conditioner, "reads", ())
+        image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
         latents = Latents(data, moments(autoencoder, space, data), image)
         instantiate(cfg.trainer)(lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed)
 
         with ema.applied():
             values = evaluate(model, score, told, make_score, sampler, guidance, grid, run.say) if make_score else {}
             if run.chief:
-                durable.write_tensors(folder / "weights.safetensors", ema.shadow, space.metadata)
+                found = {adapted.own(name): value for name, value in ema.shadow.items()} if adapter else ema.shadow
+                durable.write_tensors(folder / "weights.safetensors", found, space.metadata)
                 chosen = partial(guidance, scale=values["guidance"]) if make_score else guidance
                 sheet = gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, chosen)
                 run.picture(steps, "samples", sheet)

@@ -1,0 +1,125 @@
+"""Hints, the pictures that a ControlNet reads (Zhang et al. 2023): what they are made of, and how they join what a model is told."""
+
+from collections.abc import Callable, Sequence
+from colorsys import hsv_to_rgb
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+from ldm.conditioner.compose import dropped, tell
+from ldm.conditioner.rows import rows
+
+
+class Hinted(nn.Module):
+    """What `told` tells, and one hint (B, 3, H, W) in [0, 1] more: batch[name], else made of batch[make.reads].
+
+    make: value -> hint; `reads` is what it is made of.  untold: the probability with which, while training, a row is told the hint alone
+    (Zhang et al. 2023, sec. 3.4).  name: hint for the first, then hint2, hint3, ...  The null hint, also of a batch without, is black.
+    Raises ValueError for a hint that is no such picture.
+    """
+
+    needs = ()  # it sees to it itself
+    here: Tensor
+
+    def __init__(self, told: Any, make: Callable[[Any], Tensor], untold: float = 0.5):
+        super().__init__()
+        if not 0 <= untold <= 1:
+            raise ValueError(f"untold={untold}: expected a probability")
+        self.told, self.make, self.untold = told, make, untold
+        number = getattr(told, "number", 0) + 1
+        self.number, self.name = number, "hint" if number == 1 else f"hint{number}"
+        self.keys = (*told.keys, self.name)
+        self.reads = (*getattr(told, "reads", ()), make.reads)  # type: ignore[attr-defined]
+        self.context_dim, self.vector_dim, self.concat_channels = told.context_dim, told.vector_dim, told.concat_channels
+        self.register_buffer("here", torch.empty(0), persistent=False)
+
+    @property
+    def conditioners(self) -> Any:
+        """The parts of what is told besides, by name."""
+        return getattr(self.told, "conditioners", {"told": self.told})
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        cond = tell(self.told, batch)
+        if self.training and self.untold:
+            cond = dropped(cond, self.told.null(batch), batch["noise"], f"untold/{self.name}", self.untold)
+        return replace(cond, hint=(*cond.hint, self.hint(batch)))
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        cond = self.told.null(batch)
+        return replace(cond, hint=(*cond.hint, self.black(batch)))
+
+    def hint(self, batch: dict[str, Any]) -> Tensor:
+        """The hint of a batch."""
+        reads = self.make.reads  # type: ignore[attr-defined]
+        if self.name not in batch and reads not in batch:
+            return self.black(batch)
+        hint = batch[self.name] if self.name in batch else self.make(batch[reads])
+        if hint.ndim != 4 or hint.shape[1] != 3:
+            raise ValueError(f"{self.name} of {tuple(hint.shape)}: expected (B, 3, H, W)")
+        return hint.to(self.here)
+
+    def black(self, batch: dict[str, Any]) -> Tensor:
+        """Nothing, (B, 3, 1, 1)."""
+        return self.here.new_zeros(rows(batch), 3, 1, 1)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Maps (B, H, W) of classes -> a colour for each class, (B, 3, H, W) in [0, 1]. Raises ValueError for a class out of range."""
+
+    classes: int = 9
+    reads = "map"
+
+    def __call__(self, map: Tensor) -> Tensor:
+        if map.numel() and not 0 <= int(map.min()) <= int(map.max()) < self.classes:
+            raise ValueError(f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}")
+        return colours(self.classes).to(map.device)[map.long()].movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Relief:
+    """Reliefs, depths (B, 1, H, W) in [-1, 1] -> (B, 3, H, W) in [0, 1], grey."""
+
+    reads = "relief"
+
+    def __call__(self, relief: Tensor) -> Tensor:
+        return (relief / 2 + 0.5).expand(-1, 3, -1, -1)
+
+
+@dataclass(frozen=True)
+class Keypoints:
+    """Lists of points, each (x, y) in [0, 1] or None where it is not seen -> round dots on black, (B, 3, H, W) in [0, 1].
+
+    Point k of every list has the k-th colour.  size: height and width in pixels.  radius: of the dots, in pixels.
+    Raises ValueError for what is no list of points.
+    """
+
+    size: Sequence[int] = (64, 64)
+    radius: float = 2.0
+    reads = "points"
+
+    def __call__(self, points: Sequence[Sequence[Sequence[float] | None]]) -> Tensor:
+        return torch.stack([self.drawn(one) for one in points])
+
+    def drawn(self, points: Sequence[Sequence[float] | None]) -> Tensor:
+        """(3, H, W) of one list."""
+        height, width = self.size
+        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        picture = torch.zeros(3, height, width)
+        for point, colour in zip(points, colours(len(points) + 1)[1:], strict=True):
+            if point is None:
+                continue
+            if len(point) != 2 or not all(0 <= one <= 1 for one in point):
+                raise ValueError(f"point {point}: expected [x, y] in [0, 1], or null")
+            inside = torch.hypot(x - point[0] * width, y - point[1] * height) <= self.radius
+            picture = torch.where(inside, colour[:, None, None], picture)
+        return picture
+
+
+def colours(number: int) -> Tensor:
+    """(number, 3) colours in [0, 1] that are far from one another, the first black."""
+    ring = [hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.5)[i % 2], (1.0, 1.0, 0.6)[i % 3]) for i in range(number - 1)]
+    return torch.tensor([(0.0, 0.0, 0.0), *ring])

@@ -1,0 +1,85 @@
+"""Canny's edges against outlines that are known, and each of its steps."""
+
+import pytest
+import torch
+
+from ldm.conditioner.edges import Canny, Scribble, blurred, followed, slopes, thinned
+
+
+def square(low=-1.0, high=1.0, size=40, start=10, end=30):
+    image = torch.full((1, 3, size, size), low)
+    image[:, :, start:end, start:end] = high
+    return image
+
+
+def outline(size=40, start=10, end=30):
+    ring = torch.zeros(size, size)
+    ring[start:end, start:end] = 1
+    ring[start + 1 : end - 1, start + 1 : end - 1] = 0
+    return ring
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 1.4])
+def test_the_edge_of_a_square_is_its_outermost_row_of_pixels(sigma):
+    found = Canny(sigma=sigma)(square())
+    assert found.shape == (1, 3, 40, 40)
+    assert torch.equal(found[0, 0], found[0, 2])
+    wrong = (found[0, 0] != outline()).nonzero()
+    corners = torch.tensor([[y, x] for y in (10, 29) for x in (10, 29)])
+    assert torch.cdist(wrong.float(), corners.float(), p=float("inf")).min(1).values.le(2).all()  # a blur rounds the corners, nothing else
+    dark = Canny(sigma=sigma)(-square())[0, 0]  # a dark square on bright ground: the brighter side is outside
+    assert torch.equal(dark[9, 16:24], torch.ones(8))
+    assert dark[10, 16:24].sum() == 0
+
+
+def test_a_picture_without_edges_has_none_and_a_faint_one_only_below_its_threshold():
+    assert Canny()(torch.full((2, 1, 16, 16), 0.3)).sum() == 0
+    faint = square(0.0, 0.2)
+    assert Canny(low=0.05, high=0.1)(faint).sum() == 0  # the slope of a step of 0.1, blurred, is 0.048
+    assert Canny(low=0.02, high=0.04)(faint).sum() > 100
+
+
+def test_a_diagonal_edge_is_one_step_of_a_staircase():
+    y, x = torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")
+    found = Canny()((x + y < 40).float()[None, None] * 2 - 1)[0, 0]
+    assert torch.equal(found[5:35], ((x + y == 39) | (x + y == 40)).float()[5:35])
+
+
+def test_weak_pixels_count_where_a_strong_one_leads():
+    weak = torch.zeros(1, 1, 5, 12, dtype=torch.bool)
+    weak[0, 0, 2, 1:6] = weak[0, 0, 3, 6] = weak[0, 0, 0, 9:] = True
+    strong = torch.zeros_like(weak)
+    strong[0, 0, 2, 1] = True
+    reached = followed(weak, strong)
+    assert reached.sum() == 6
+    assert reached[0, 0, 3, 6]
+    assert not reached[0, 0, 0].any()
+
+
+def test_a_ramp_has_its_slope_and_a_blur_keeps_the_mean():
+    ramp = torch.arange(16.0).expand(1, 1, 16, 16) * 0.1
+    across, down = slopes(ramp)
+    assert torch.allclose(across[..., 1:-1], torch.full((1, 1, 16, 14), 0.2))
+    assert down.abs().max() < 1e-6
+    x = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    flat = torch.nn.functional.pad(x, (9, 9, 9, 9))
+    assert blurred(flat, 1.0).sum() == pytest.approx(float(flat.sum()), rel=1e-5)
+    assert thinned(*slopes(blurred(flat, 1.0))).count_nonzero() > 0
+
+
+def test_a_scribble_is_thicker_and_fewer():
+    generator = torch.Generator().manual_seed(0)
+    image = square() + 0.6 * torch.randn(1, 1, 40, 40, generator=generator)
+    fine, coarse = Canny()(image), Scribble()(image)
+    assert Scribble(pen=1)(image)[0, 0].sum() < fine[0, 0].sum()
+    near = torch.nn.functional.max_pool2d(coarse, 3, 1, 1)[0, 0]
+    assert near[outline() > 0].mean() > 0.9
+    assert set(coarse.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("bad", [{"sigma": 0.0}, {"low": 0.3}, {"low": 0.0}])
+def test_thresholds_that_make_no_sense_are_refused(bad):
+    with pytest.raises(ValueError, match="expected sigma > 0 and 0 < low <= high"):
+        Canny(**bad)
+    with pytest.raises(ValueError, match="pen=2"):
+        Scribble(pen=2)
