@@ -107,10 +107,25 @@ def outpaint(
     return inpaint(model, {**batch, "image": wider, "mask": mask}, noise, ts)
 
 
-def super_resolve(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, scale: int = 4, level: float = 0.0) -> Choices:
-    """batch["low_res"] (B, C, H, W) drawn `scale` times as large; level: of the noise mixed into it, for models trained with some."""
-    height, width = (scale * side for side in batch["low_res"].shape[-2:])
-    return generate(model, {**batch, "level": level}, noise, ts, (height, width))
+def super_resolve(
+    model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, scale: int = 4, level: float = 0.0, rounds: int = 0
+) -> Choices:
+    """batch["low_res"] (B, C, H, W) drawn `scale` times as large; level: of the noise mixed into it, for models trained with some.
+
+    rounds: of back-projection, after which the drawn image, shrunk, is low_res; for one that was shrunk bicubically and is clean.
+    """
+    low_res = batch["low_res"]
+    height, width = (scale * side for side in low_res.shape[-2:])
+    whole = generate(model, {**batch, "level": level}, noise, ts, (height, width))
+    return replace(whole, finish=lambda z: back_projected(model.decode(z), low_res, rounds))
+
+
+def back_projected(image: Tensor, low_res: Tensor, rounds: int) -> Tensor:
+    """The image (B, C, H, W) with what low_res (B, C, h, w) has and the image, shrunk bicubically, has not, `rounds` times (Irani & Peleg 1991)."""
+    for _ in range(rounds):
+        lacking = low_res.to(image) - F.interpolate(image, low_res.shape[-2:], mode="bicubic", antialias=True, align_corners=False)
+        image = image + F.interpolate(lacking, image.shape[-2:], mode="bicubic", align_corners=False)
+    return image
 
 
 def interpolate(

@@ -293,6 +293,19 @@ def test_super_resolution_has_the_size_it_is_asked_for():
     assert choices.told["level"] == 0.3
 
 
+def test_what_is_drawn_may_be_made_to_agree_with_the_low_resolution():
+    def shrunk(image):
+        return torch.nn.functional.interpolate(image, (4, 6), mode="bicubic", antialias=True, align_corners=False)
+
+    low_res = shrunk(images(2, 16, 24))
+    drawn, loose = (chosen(gaussian(), partial(super_resolve, rounds=n), {"low_res": low_res}) for n in (20, 0))
+    z = torch.randn(2, 1, 8, 12, generator=torch.Generator().manual_seed(1))
+    apart, near = ((shrunk(one.finish(z)) - low_res).abs().max() for one in (loose, drawn))
+    assert apart > 0.2
+    assert near < 1e-3
+    assert torch.equal(loose.finish(z), gaussian().decode(z))
+
+
 def test_sizes_other_than_the_training_images():
     choices = chosen(gaussian(), partial(generate, size=[16, 4]), {})
     assert choices.start.shape == (2, 1, 8, 2)
