@@ -121,7 +121,7 @@ def super_resolve(
 
 
 def back_projected(image: Tensor, low_res: Tensor, rounds: int) -> Tensor:
-    """The image (B, C, H, W) with what low_res (B, C, h, w) has and the image, shrunk bicubically, has not, `rounds` times (Irani & Peleg 1991)."""
+    """The image (B, C, H, W) plus what it lacks of low_res (B, C, h, w) when shrunk bicubically, `rounds` times (Irani & Peleg 1991)."""
     for _ in range(rounds):
         lacking = low_res.to(image) - F.interpolate(image, low_res.shape[-2:], mode="bicubic", antialias=True, align_corners=False)
         image = image + F.interpolate(lacking, image.shape[-2:], mode="bicubic", align_corners=False)

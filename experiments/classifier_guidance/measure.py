@@ -37,9 +37,10 @@ def main(run: str, classifier: str) -> None:
     for name, scales, each, typed in ways(classifier):
         if name in {row["guidance"] for row in rows}:
             continue
-        tried = {scale: drawn(run, name, scale, each, typed, DEV, 6_000_000)["fd_fashion"] for scale in scales[: len(scales) * (len(scales) > 1)]}
+        way = (run, name, each, typed)
+        tried = {scale: drawn(*way, scale, DEV, 6_000_000)["fd_fashion"] for scale in (scales if len(scales) > 1 else ())}
         scale = min(tried, key=tried.__getitem__) if tried else scales[0]
-        found = drawn(run, name, scale, each, typed, NUM, 5_000_000)
+        found = drawn(*way, scale, NUM, 5_000_000)
         low, high = wilson(round(found["accuracy"] * NUM), NUM)
         numbers = {key: round(found[key], 4) for key in ("fd_fashion", "kid_fashion", "precision", "recall", "accuracy")}
         row: dict[str, Any] = {"guidance": name, "scale": scale, "steps": NFE // each, "n": NUM, **numbers}
@@ -53,7 +54,7 @@ def main(run: str, classifier: str) -> None:
             writer.writerows(rows)
 
 
-def drawn(run: str, name: str, scale: float, each: int, typed: tuple[str, ...], num: int, seed: int) -> dict[str, Any]:
+def drawn(run: str, name: str, each: int, typed: tuple[str, ...], scale: float, num: int, seed: int) -> dict[str, Any]:
     """The numbers of `num` images drawn one way."""
     out = Path(run) / "guided" / f"{name.replace(' ', '_')}-{scale:g}-{num}"
     how = ("sampler=dpmpp_2m", f"steps={NFE // each}", f"num={num}", f"seed={seed}", "batch_size=250", "save=none", "metrics=full")
