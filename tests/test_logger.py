@@ -1,6 +1,7 @@
 """Loggers: W&B and TensorBoard write a run with no key and no network, one that fails ends nothing, and Silent is silent."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -120,6 +121,29 @@ def test_a_failing_service_ends_no_run(fake, monkeypatch, capsys, tmp_path):
     said = capsys.readouterr().out
     assert "W&B" in said
     assert "from there" not in said
+
+
+def test_an_end_that_never_comes_is_not_waited_for(fake, monkeypatch, capsys, tmp_path):
+    begun, let_go = threading.Event(), threading.Event()
+    monkeypatch.setattr(fake, "finish", lambda exit_code=0: (begun.set(), let_go.wait()))
+    monkeypatch.setattr(WandB, "patience", 0.01)
+    everything(WandB(), tmp_path)
+    assert begun.is_set()
+    let_go.set()
+    said = capsys.readouterr().out
+    assert said.count("W&B was not sent all of this run") == 1
+    assert f"`wandb sync {tmp_path / 'wandb' / '*run-*'}`" in said
+    assert fake.said[0][2]["settings"]["finish_timeout"] == 0.01
+
+
+def test_a_run_is_of_its_sweep_and_has_its_study_and_paper_for_tags(fake, monkeypatch, tmp_path):
+    config, choices = {**CONFIG, "published": {"table": "LDM tab. 3"}}, {"experiments": "schedules/sweep", "preset": "tiny"}
+    monkeypatch.setenv("LDM_SWEEP", "schedules")
+    for logger in (WandB(tags=["mine"]), WandB(group="other")):
+        logger.start(tmp_path, config, choices)
+    (_, _, first), (_, _, second) = fake.said
+    assert (first["group"], first["tags"]) == ("schedules", ["mine", "schedules", "tiny", "LDM tab. 3"])
+    assert second["group"] == "other"
 
 
 def test_what_is_broken_off_is_said_to_be(fake, tmp_path):

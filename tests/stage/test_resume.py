@@ -87,6 +87,18 @@ def test_a_path(place, tmp_path):
     assert resumed(new, str(other / place)) == 6
 
 
+@pytest.mark.parametrize(("step", "begins"), [(3, 2), (4, 2), (5, 4), (9, 6)])
+def test_a_step_that_is_looked_at_is_come_to_from_the_checkpoint_before(step, begins, tmp_path):
+    other = run(tmp_path / "other", CONFIG, 2, 4, 6)
+    assert resumed(run(tmp_path / "new", CONFIG), str(other), debug={"step": step}) == begins
+
+
+def test_a_step_before_all_checkpoints_is_come_to_from_the_first(tmp_path):
+    other = run(tmp_path / "other", CONFIG, 2)
+    with pytest.raises(UserError, match="none of its valid checkpoints is before step 2; without resume= it begins with the first"):
+        resumed(run(tmp_path / "new", CONFIG), str(other), debug={"step": 2})
+
+
 def test_a_path_back_in_the_run_itself_sets_aside_what_it_overtakes(tmp_path):
     folder = run(tmp_path / "run", CONFIG, 2, 4, 6)
     assert resumed(folder, str(folder / "checkpoints" / "step-00000004")) == 4

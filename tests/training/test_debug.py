@@ -5,7 +5,7 @@ from rows import Line, Rows, Seen, train
 from torch import nn
 
 from ldm.data.stream import Stream
-from ldm.errors import NonFiniteError
+from ldm.errors import NonFiniteError, UserError
 from ldm.training.debug import FirstNonFinite, Overfit, Profile
 
 
@@ -56,6 +56,21 @@ def test_nothing_is_named_where_all_is_finite(tmp_path):
     lit = Deep(None)
     train(lit, Rows(), [FirstNonFinite(tmp_path)], steps=3)
     assert not any(module._forward_hooks for module in lit.modules())
+
+
+@pytest.mark.parametrize(("step", "said"), [(2, None), (3, r"step 3: inner"), (4, r"step 4: before.0 .* and its weight, bias$")])
+def test_one_step_is_looked_at_and_is_the_last(step, said, tmp_path, capfd):
+    """The third is harmed, and the weights after it."""
+    seen = Seen()
+    with pytest.raises(NonFiniteError if said else SystemExit, match=said or "^0$"):
+        train(Deep("module"), Rows(), [FirstNonFinite(tmp_path, step), seen], steps=6)
+    assert ("every module's answer, the loss and its gradient are finite" in capfd.readouterr().out) == (said is None)
+    assert len(seen.terms) == step - 1
+
+
+def test_a_step_that_is_past_cannot_be_looked_at(tmp_path):
+    with pytest.raises(UserError, match=r"debug.step=2: this begins with step 4; choose an earlier checkpoint by resume="):
+        train(Line(), Rows(), [FirstNonFinite(tmp_path, 2)], steps=6, start=3)
 
 
 def test_one_batch_over_and_over(tmp_path):

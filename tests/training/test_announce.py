@@ -1,0 +1,31 @@
+"""What a training says of itself when it begins."""
+
+import re
+from functools import partial
+
+import pytest
+from rows import Line, Rows, train
+
+from ldm.training.announce import TIMED, WORTH, Announce
+from ldm.training.callbacks import LearningRate
+from ldm.training.lr import cosine
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_size_batch_and_peak_rate_are_said_once(accumulate, capfd):
+    steps, schedule = TIMED + 1 + WORTH, partial(cosine, warmup=4, end=0.5)
+    around = [Announce("a line", steps, schedule, accumulate), LearningRate(schedule, steps)]
+    train(Line(), Rows(), around, steps=steps, accumulate=accumulate)
+    first, *others = [line for line in capfd.readouterr().out.splitlines() if line.startswith("a line")]
+    peak = 0.1 * max(schedule(step, steps) for step in range(steps))
+    parts = " (2 batches x 2)" if accumulate == 2 else ""
+    assert first == f"a line      2 parameters, 14 steps of 4 images{parts}, learning rate up to {peak:.3g}"
+    assert len(others) == 1
+    assert re.fullmatch(r"a line      about [\d,.e+]+ images/s to expect, 0 s to go", others[0])
+
+
+def test_of_what_is_left_of_a_resumed_one(capfd):
+    schedule = partial(cosine, end=0.0)
+    train(Line(), Rows(), [Announce("a line", 8, schedule)], steps=8, start=4)
+    (said,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("a line")]  # too little for an estimate
+    assert said.endswith(f"learning rate up to {0.1 * schedule(4, 8):.3g}")
