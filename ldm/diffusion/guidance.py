@@ -97,7 +97,7 @@ def classifier(
     """eps - scale sigma grad log p(y | x_t) (Dhariwal & Nichol 2021, algorithm 2); uncond is not used.
 
     log_prob: (x_t, net_time (B,)) -> log p(y | x_t) (B,), of a classifier trained on noisy states. Where x_t has no signal it is not asked.
-    interval: the (lo, hi) of t, inclusive, in which it acts: x0 moves by scale sigma^2 / alpha of the gradient, without bound at the noise end.
+    interval: the (lo, hi) of t, inclusive, in which it acts: x0 moves by scale sigma^2 / alpha grad, without bound at the noise end.
     """
     lo, hi = interval
 
