@@ -66,7 +66,7 @@ def counted(net: "nn.Module") -> Iterator[list[int]]:
 
 def measure(run: str, wanted: Sequence[jobs.Composed], keys: Sequence[str], out: Path) -> int:
     """Draw and score a run's points that are not in the csv yet; returns how many that were. Raises UserError."""
-    from ldm import drawing
+    from ldm import adapted, drawing
     from ldm.load import config_of, load
     from ldm.request import Request
     from ldm.stage import judge
@@ -79,12 +79,13 @@ def measure(run: str, wanted: Sequence[jobs.Composed], keys: Sequence[str], out:
             raise UserError("metrics=none: a point is measured; expected metrics=full or another")
     folder, done = requests[0].folder, 0
     config, made = config_of(folder), {}
-    for kind in dict.fromkeys(str(job.cfg.weights) for job in wanted):
-        model = load(run, kind)
+    for worn in dict.fromkeys(_worn(job) for job in wanted):  # a model is loaded once, and its points are drawn one after another
+        some = [(job, request) for job, request in zip(wanted, requests, strict=True) if _worn(job) == worn]
+        model = adapted.worn(load(run, some[0][0].cfg.weights), some[0][1].cfg)
         identity = drawing.fingerprint(model)[:12]
-        for job, request in zip(wanted, requests, strict=True):
+        for job, request in some:
             point = {"point": name_of(job), "model": identity}
-            if str(job.cfg.weights) != kind or any(point.items() <= row.items() for row in rows.read(out)):
+            if any(point.items() <= row.items() for row in rows.read(out)):
                 continue
             start = time.monotonic()
             with counted(model.denoiser.net) as seen:
@@ -99,6 +100,11 @@ def measure(run: str, wanted: Sequence[jobs.Composed], keys: Sequence[str], out:
             done += 1
             print("  ".join(f"{key} {rows.text(row[key])}" for key in ("run", *keys, "nfe")) + f"  {said(values)}", flush=True)
     return done
+
+
+def _worn(job: jobs.Composed) -> str:
+    """Which weights a point is drawn with, and which adapters."""
+    return rows.text([job.config["weights"], *(rows.text(list(one.values())) for one in job.config["adapters"])])
 
 
 def said(values: Mapping[str, Any]) -> str:

@@ -19,14 +19,16 @@ from ldm.errors import UserError
 from ldm.report import collect, rows, study, table
 
 STUDIES = jobs.ROOT / "experiments"
-README = """# {title}
+HEAD = """# {title}
 
 {question}
 
 ```sh
 {command}
-python -m ldm.report experiments/{name}
 ```
+"""
+RESULT = """
+`python -m ldm.report experiments/{name}` writes what follows anew.
 
 <!-- table -->
 <!-- /table -->
@@ -49,17 +51,18 @@ def report(one: study.Study, typed: Sequence[str], project: str | None) -> None:
         rows.write(one.folder / "results.csv", found)
         figure.write(one, found, one.folder / "figure.png")
     readme = one.folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else new(one)
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else HEAD.format(**words(one))
+    if table.shown_between(text, "table") is None:
+        text += RESULT.format(**words(one))
     durable.write_text(readme, table.between(text, "table", table.markdown(one, shown)))
     print(f"{one.folder}: {len(found)} rows, {len(missing)} jobs without a result; the paper's differences that show: {table.tally(shown)}")
 
 
-def new(one: study.Study) -> str:
-    """The README of a study that has none."""
-    command = (
-        f"python -m ldm.frontier experiments/{one.name} run=RUN,RUN,RUN" if one.of_points else f"python train.py experiment={one.name}"
-    )
-    return README.format(title=one.title, question=one.question, command=command, name=one.name)
+def words(one: study.Study) -> dict[str, str]:
+    """What the README of a study that has none says."""
+    trained = "\n".join(f"python train.py experiment={one.name}/{sweep}".removesuffix("/sweep") for sweep in one.sweeps)
+    command = f"python -m ldm.frontier experiments/{one.name} run=RUN,RUN,RUN" if one.of_points else trained
+    return {"title": one.title, "question": one.question, "command": command, "name": one.name}
 
 
 def overview(root: Path) -> None:

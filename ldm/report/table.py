@@ -65,11 +65,14 @@ def _of(study: Study, row: rows.Row) -> str:
 
 
 def lines(study: Study, found: Sequence[rows.Row], planned: Sequence[Arm] = ()) -> list[Line]:
-    """Every metric of every arm: the baseline first, then as planned, as measured and as published. Raises UserError as admitted does."""
+    """Each metric of each arm, the baseline first, then as planned, as measured and as published; of the first metric all, of others what
+    has a number.  Raises UserError as admitted does.
+    """
     admitted(study, found)
     base = study.arm(study.baseline)
     known = [base, *planned, *map(study.arm, found), *map(study.arm, study.published)]
-    return [_line(study, arm, metric, found) for metric in study.metrics for arm in dict.fromkeys(known)]
+    every = [_line(study, arm, metric, found) for metric in study.metrics for arm in dict.fromkeys(known)]
+    return [line for line in every if line.seeds or line.published is not None or line.metric == next(iter(study.metrics))]
 
 
 def _line(study: Study, arm: Arm, metric: str, found: Sequence[rows.Row]) -> Line:
@@ -144,8 +147,8 @@ def between(text: str, name: str, inside: str) -> str:
 
 def shown_between(text: str, name: str) -> str | None:
     """What stands between the marks, or None."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.DOTALL)
-    return found[1] if found else None
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
+    return found[1].removesuffix("\n") if found else None
 
 
 def overview(studies: Mapping[str, tuple[Study, Sequence[Line]]]) -> str:
@@ -154,6 +157,6 @@ def overview(studies: Mapping[str, tuple[Study, Sequence[Line]]]) -> str:
     for name, (study, shown) in studies.items():
         arms = {line.arm for line in shown if line.seeds}
         seeds = max((line.seeds for line in shown), default=0)
-        cells = (f"[{name}]({name}/README.md)", study.paper or NONE, study.question, str(len(arms)), str(seeds))
+        cells = (f"[{name}]({name}/README.md)", study.paper.partition(":")[0] or NONE, study.question, str(len(arms)), str(seeds))
         out.append("| " + " | ".join((*cells, study.scale if arms else "not run", tally(shown))) + " |")
     return "\n".join(out)
