@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 FILE = "base.json"
 TAKEN = ("autoencoder", "conditioner", "net", "schedule", "prediction", "learned_variance")  # what the base decides
-WITHIN = re.compile(r"^denoiser\.(net\.)+|^controls\.\d+\.|parametrizations\.weight\.\d+\.")  # where in a model a part happens to be
+WITHIN = re.compile(  # where in a model a part happens to be
+    r"^denoiser\.(net\.)+|^controls\.\d+\.|^conditioner\.(told\.)*|parametrizations\.weight\.\d+\."
+)
 
 
 class Adapter(Protocol):

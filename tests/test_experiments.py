@@ -26,7 +26,10 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "cifar10": ("data=synthetic",),
     "emoji/clip": (*FIRST, "~training.grid_every", "data=synthetic"),
     "classifier_guidance": (*FIRST, "~training.grid_every"),
+    "lora": ("data=synthetic", "~data.styles"),
+    "controlnet": ("data=synthetic",),
 }
+ON_TOP = ("lora", "controlnet")  # of a run that is trained
 
 
 def some_images(folder: Path) -> None:
@@ -44,9 +47,9 @@ def finished(cache: Path, folder: Path) -> set[Path]:
 @pytest.mark.parametrize("study", [s if s in ("quickstart", "schedules") else pytest.param(s, marks=pytest.mark.slow) for s in STUDIES])
 def test_study_runs_its_first_job(study, smoke, tmp_path):
     some_images(tmp_path / "images")
-    before = finished(smoke.folder, tmp_path)
+    before, base = finished(smoke.folder, tmp_path), [f"init={smoke.run}"] * (study in ON_TOP)
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        assert command("train.py", *first_job("budget=smoke", f"experiment={study}", *TINY, *NEEDS.get(study, ()))) == 0
+        assert command("train.py", *first_job("budget=smoke", f"experiment={study}", *TINY, *NEEDS.get(study, ()), *base)) == 0
         made = finished(smoke.folder, tmp_path) - before
     assert made
     assert all(json.loads(done.read_text())["seconds"] > 0 for done in made)

@@ -64,8 +64,21 @@ class CLIP(nn.Module):
         """The words of the text that are cut into tokens, in CLIP's lower case."""
         return self.tokenizer.pat.findall(self.tokenizer.clean_fn(text))
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        """What gives ids (B, L) their vectors."""
+        return getattr(self.clip, "text", self.clip).token_embedding
+
+    def pieces(self, text: str) -> list[int]:
+        """The ids of a text, without marks."""
+        return list(self.tokenizer.encode(text))
+
     @torch.no_grad()
     def forward(self, texts: Sequence[str], length: int | None = None) -> Features:
+        return self.features(texts, length)
+
+    def features(self, texts: Sequence[str], length: int | None = None) -> Features:
+        """As forward, with gradients."""
         limit = min(length or self.length, self.length)
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         device = self.clip.logit_scale.device

@@ -111,8 +111,21 @@ class MiniLM(nn.Module):
         """The pieces of the text that become tokens, each as it stands in the text."""
         return [text[start:end] for start, end in self.tokenizer.encode(text, add_special_tokens=False).offsets]
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        """What gives ids (B, L) their vectors."""
+        return self.bert.word
+
+    def pieces(self, text: str) -> list[int]:
+        """The ids of a text, without marks."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
     @torch.no_grad()
     def forward(self, texts: Sequence[str], length: int | None = None) -> Features:
+        return self.features(texts, length)
+
+    def features(self, texts: Sequence[str], length: int | None = None) -> Features:
+        """As forward, with gradients."""
         limit = min(length or self.length, self.length)
         cut = [self.truncation(t, e.ids, limit) for t, e in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True)]
         device = self.bert.norm.weight.device

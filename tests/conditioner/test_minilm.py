@@ -72,3 +72,21 @@ def test_other_files_are_refused_in_one_line(tmp_path, minilm):
     save_file({name: torch.ones(7) for name in load_file(minilm.weights)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"not all-MiniLM-L6-v2: .*shape"):
         MiniLM(tmp_path)
+
+
+def test_a_word_may_learn_its_vectors(minilm):
+    """Gradients reach what the embedding gives, through features and not through forward; nothing else is different."""
+    told = []
+
+    def marked(module, args, out):
+        told.append(out.detach().requires_grad_())
+        return told[-1]
+
+    hook = minilm.embedding.register_forward_hook(marked)
+    try:
+        minilm.features(["a bag"]).context.sum().backward()
+        assert told[0].grad.abs().sum() > 0
+        assert not minilm(["a bag"]).context.requires_grad
+    finally:
+        hook.remove()
+    assert minilm.pieces("a bag") == minilm.tokenizer.encode("a bag").ids[1:-1]

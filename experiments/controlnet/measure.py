@@ -1,0 +1,129 @@
+"""How well drawings keep to the edges that they were told: python experiments/controlnet/measure.py RUN
+
+RUN: a run of experiment=controlnet, or a step of one.  Writes results.csv, a row as soon as it is known, and figure.png here; what was
+drawn is kept in the run and not drawn again.
+"""
+
+import csv
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm import build, durable
+from ldm.adapted import Base
+from ldm.build import plain
+from ldm.conditioner.edges import Canny
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.sampler import dpmpp_2m
+from ldm.diffusion.times import trailing
+from ldm.load import config_of, load, run_folder
+from ldm.metrics.features import to_uint8
+from ldm.metrics.interval import bootstrap
+from ldm.task import draw
+
+HERE = Path(__file__).parent
+NUM, STEPS, NEAR, SHOWN = 96, 20, 1, 12  # held-out pictures, of the sampler, pixels that an edge may be off, columns
+WAYS: dict[str, dict[str, Any]] = {  # scale: of guidance.  hold: what it does not lead away from.  words, hint: whether they are told
+    "base, words": {"model": "base", "scale": 1.0},
+    "base, words, guided": {"model": "base", "scale": 3.0},
+    "hint and words": {"model": "own", "scale": 1.0, "hint": True},
+    "hint and words, guided by both": {"model": "own", "scale": 3.0, "hint": True},
+    "hint and words, guided by words": {"model": "own", "scale": 3.0, "hint": True, "hold": ("hint",)},
+    "hint alone": {"model": "own", "scale": 1.0, "hint": True, "words": False},
+    "hint alone, guided": {"model": "own", "scale": 3.0, "hint": True, "words": False},
+}
+
+
+def main(run: str) -> None:
+    torch.set_num_threads(1)
+    folder = run_folder(run)
+    config = config_of(folder)
+    edges = Canny(**{name: value for name, value in plain(config.adapter.hint.make).items() if name != "_target_"})
+    test = build.dataset(config, "test")
+    rows = [2 * (place * (len(test) // 2) // NUM) + place % 2 for place in range(NUM)]  # either style by turns
+    images = test.pixels(rows)
+    hints, captions = edges(images), [test.texts[row][0] for row in rows]
+    models = {"base": load(Base.read(folder).path), "own": load(run)}
+    work = folder / "measured" / Path(run).name
+    results, shown = [], {"hint": 2 * hints - 1, "the picture it is of": images}
+
+    def add(way: str, drawn: Tensor, against: Tensor = hints, beside: Tensor | None = None) -> Tensor:
+        values = f1(edges(drawn)[:, :1], against[:, :1])
+        low, high = bootstrap(values)
+        found = {"way": way, "n": NUM, "f1": values.mean().item(), "f1_low": low, "f1_high": high}
+        if beside is not None:
+            less, more = bootstrap(values - beside)
+            found |= {"gain": (values - beside).mean().item(), "gain_low": less, "gain_high": more}
+        results.append({name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()})
+        write(HERE / "results.csv", results)
+        print(results[-1], flush=True)
+        return values
+
+    with torch.no_grad():
+        add("first stage alone", models["own"].decode(models["own"].encode(images)))
+    plainly = None
+    for way, how in WAYS.items():
+        shown[way] = drawn(work / f"{way}.safetensors", models[how["model"]], hints, captions, how)
+        values = add(way, shown[way], beside=plainly)
+        plainly = values if plainly is None else plainly
+    add("hint and words, against another's hint", shown["hint and words"], hints.roll(1, 0))
+    sheet(HERE / "figure.png", shown)
+
+
+def drawn(path: Path, model: Any, hints: Tensor, captions: list[str], how: dict[str, Any]) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1], picture i with seed i; once."""
+    if not path.is_file():
+        parts = []
+        for start in range(0, NUM, 32):
+            part = list(range(start, min(start + 32, NUM)))
+            batch: dict[str, Any] = {"index": part, "caption": [captions[i] if how.get("words", True) else "" for i in part]}
+            batch |= {"hint": hints[part]} if how.get("hint") else {}
+            ts = trailing(model.denoiser.schedule, STEPS)
+            guidance = partial(cfg, scale=how["scale"])
+            parts.append(draw(model, batch, part, ts, dpmpp_2m, guidance, hold=how.get("hold", ())))
+        durable.write_tensors(path, {"images": to_uint8(torch.cat(parts))})
+    return durable.read_tensors(path)["images"].float() / 127.5 - 1
+
+
+def f1(found: Tensor, wanted: Tensor) -> Tensor:
+    """The harmonic mean (N,) of the shares of edge pixels (N, 1, H, W) that lie within NEAR pixels of the other's, both ways."""
+    around = [F.max_pool2d(one, 2 * NEAR + 1, 1, NEAR) for one in (wanted, found)]
+    precision, recall = (
+        (one * other).sum((1, 2, 3)) / one.sum((1, 2, 3)).clamp(min=1) for one, other in zip((found, wanted), around, strict=True)
+    )
+    return 2 * precision * recall / (precision + recall).clamp(min=1e-8)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sheet(path: Path, rows: dict[str, Tensor]) -> None:
+    """A row for each kind of image, named at its left."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(rows), SHOWN, figsize=(0.9 * SHOWN + 1.2, 0.9 * len(rows)), squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, to_uint8(images[:: NUM // SHOWN][:SHOWN]), strict=True):
+            axis.imshow(image.permute(1, 2, 0), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name.replace(", ", ",\n"), fontsize=6, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,34 @@
+"""Prior preservation: the sum of two means, whatever their numbers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.objective.prior import PriorPreservation
+
+
+class Given(nn.Module):
+    keys = ("image",)
+
+    def forward(self, denoiser, x0, cond, noise, batch):
+        return {"loss": batch["loss"], "t": batch["loss"]}
+
+
+@pytest.mark.parametrize("label", [[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
+def test_the_loss_is_the_instances_mean_and_the_priors_weighted(label):
+    loss, label = torch.tensor([1.0, 2.0, 4.0, 9.0]), torch.tensor(label)
+    made = PriorPreservation(Given(), prior=1, weight=0.5)
+    assert made.keys == ("image",)
+    terms = made(SimpleNamespace(), torch.zeros(4, 1), None, None, {"loss": loss, "label": label})
+    wanted = sum(w * loss[label == k].mean() for k, w in ((0, 1.0), (1, 0.5)) if (label == k).any())
+    assert terms["loss"].mean() == pytest.approx(float(wanted))
+    assert torch.equal(terms["t"], loss)
+
+
+def test_what_it_cannot_do_is_one_line():
+    with pytest.raises(ValueError, match="weight=-1"):
+        PriorPreservation(Given(), 0, -1)
+    with pytest.raises(ValueError, match="by label, and the batch has none"):
+        PriorPreservation(Given(), 0)(SimpleNamespace(), torch.zeros(4, 1), None, None, {"loss": torch.ones(4)})
