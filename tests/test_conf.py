@@ -46,6 +46,7 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
     "sampler/ddpm_learned": ("objective=hybrid",),
     "conditioner/wordpiece": ("conditioner.dim=16", "conditioner.layers=1"),
     "conditioner/layout": ("conditioner.dim=16", "conditioner.layers=1"),
+    "adapter/textual_inversion": ("adapter.word=zorbo",),
     "sampler/repaint": ("sampler.jump=1", "sampler.repeats=1"),
 }
 PAPER = [  # first stages at a paper's scale: looked at on the meta device
