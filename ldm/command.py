@@ -9,6 +9,7 @@ import json
 import linecache
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -141,12 +142,14 @@ def _start(
     flags += [part for name in ("cfg", "package", "info") if getattr(args, name) for part in (f"--{name}", getattr(args, name))]
     with plan.explained(job), tempfile.TemporaryDirectory(prefix="ldm-sweep-") as scratch:
         configs = [] if flags else plan.check(supplied)
-        if any(config.get("dry") for config in configs):
-            print(sweep.forecast(plan.names, [_known(config, ahead) for config in configs]))
+        if not flags and plan.first.get("dry"):
+            known = [_known(config, ahead) for config in configs]
+            print(sweep.forecast(plan.names, known) if plan.listed else "a search chooses its jobs as it goes")
             return 0
         if plan.multirun and not flags:
             job.rows, job.names, job.learning, job.gpus = plan.place(scratch) / "rows", plan.names, not plan.listed, plan.gpus
             job.sweep = plan.title
+            shutil.rmtree(job.rows, ignore_errors=True)  # of an earlier start in the same hydra.sweep.dir
             job.settled = sweep.prepared(plan.names, [_known(config, ahead) for config in configs], train=plan.near)
         sys.argv = [str(script), *flags, *(["--multirun"] if args.multirun else []), *plan.overrides, *plan.hydra(script, scratch)]
         try:
@@ -244,7 +247,7 @@ class Plan:
         """The sweep's name: its study's, the one that name= gives, or what it is over."""
         study = self.first.hydra.runtime.choices.get("experiments") or ""
         over = [one.partition("=")[0] for one in self.overrides if not one.startswith("hydra.")]
-        return study.removesuffix("/sweep") or self.first.get("name") or ",".join(over)
+        return str(study.removesuffix("/sweep") or self.first.get("name") or ",".join(over))[:128]
 
     def place(self, scratch: str) -> Path:
         """Where Hydra's own files of a sweep go: nowhere that lasts, unless other machines are to see them."""

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ldm import durable, runs
+from ldm import adapted, durable, runs
 from ldm.build import plain
 from ldm.errors import UserError
 from ldm.stage import cache
@@ -19,6 +19,7 @@ ALIKE = ("data", "degrade", "autoencoder", "net", "conditioner", "metrics")  # p
 
 def known(cfg: Any) -> Known:
     """Whether the run of a config is done, how far it is, what it needs, how long it may take."""
+    cfg = adapted.settled(cfg)
     stage: Any = import_module(cfg.training["_target_"].rpartition(".")[0])
     if not hasattr(stage, "place"):  # a person's own
         return Known()

@@ -84,7 +84,7 @@ def test_a_run_folder_says_what_made_it(smoke):
 
 @pytest.mark.slow
 def test_a_sweep_trains_its_first_stage_once_and_before_all_else(tmp_path, monkeypatch):
-    """In a process of its own, which the first job asks for: no diffusion model has begun by then, and the second job trains none."""
+    """As a job of its own, before the first: no diffusion model has begun by then, and no job trains one."""
     from smoke import command, here, in_process
 
     from ldm import launch
@@ -100,6 +100,6 @@ def test_a_sweep_trains_its_first_stage_once_and_before_all_else(tmp_path, monke
         monkeypatch.setattr(launch, "run_config", noted)
         assert command("train.py", "-m", "budget=smoke", "metrics=none", "seed=1,2") == 0
     job, first = ("ldm.stage.diffusion.train", "ldm.stage.autoencoder.train")
-    assert [target for target, _ in begun] == [job, first, job]
-    assert begun[1] == (first, 0)
+    assert [target for target, _ in begun] == [first, job, job]
+    assert begun[0] == (first, 0)
     assert len(list(tmp_path.glob("runs/*/metrics.json"))) == 2
