@@ -92,7 +92,8 @@ def measure(run: str, wanted: Sequence[jobs.Composed], keys: Sequence[str], out:
                 images = drawing.draw(model, request)
             measured = runs.fingerprint(job.config["metrics"])
             if measured not in made:
-                made[measured] = judge.scorer(config, job.cfg.metrics)[0]()
+                make, _ = judge.scorer(config, job.cfg.metrics)
+                made[measured] = make()  # type: ignore[misc]
             values = drawing.measured(request, images, made[measured])
             row = {"run": folder.name, "seed": config.seed, **{key: job.value(key) for key in keys}, "nfe": sum(seen) / len(images)}
             row |= {**values, "seconds": time.monotonic() - start, "commit": runs.commit(Path(__file__).parent), **point}

@@ -81,7 +81,9 @@ def collected(study: Study, typed: Sequence[str] = (), place: str | None = None)
     kept = rows.read(study.folder / "results.csv")
     if study.of_points:
         return list(kept), []
-    by_job, found, missing = {row["job"]: row for row in kept if "job" in row}, [], []
+    by_job = {row["job"]: row for row in kept if "job" in row}
+    found: list[rows.Row] = []
+    missing = []
     remote = wandb_rows(study, place) if place else {}
     for job in wanted(study, typed):
         folder = folder_of(job) if not place else None

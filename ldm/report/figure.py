@@ -52,18 +52,16 @@ def along(study: Study, found: Sequence[rows.Row]) -> Any:
     arms: dict[Arm, Sequence[rows.Row]] = {}
     for row in found:
         arms[study.arm(row)] = [*arms.get(study.arm(row), ()), row]
-    points = {arm: (_mean(some, x), _mean(some, y)) for arm, some in arms.items()}
-    if None in (value for point in points.values() for value in point):
-        raise UserError(f"{study.folder}: figure: a row has no number {x} or {y}")
+    points = {arm: (_mean(study, some, x), _mean(study, some, y)) for arm, some in arms.items()}
     lines: dict[str, list[Arm]] = {}
     for arm, some in arms.items():
         name = ", ".join(rows.text(some[0].get(one)) or "–" for one in key.split(",")) if key else ""
         lines.setdefault(name, []).append(arm)
     figure = plot.canvas(620, 380)
     axes = plot.panel(figure, 62, 26, 380, 290, study.title, x=f"{x} (log)" if _logged(points, 0) else x, y=y)
-    for colour, (name, some) in zip(COLOURS * 4, lines.items(), strict=False):
-        some = some if x in study.metrics else sorted(some, key=lambda arm: points[arm][0])  # type: ignore[arg-type, return-value]
-        axes.plot([points[arm][0] for arm in some], [points[arm][1] for arm in some], "-o", color=colour, lw=1.3, ms=3.4, label=name)
+    for colour, (name, line) in zip(COLOURS * 4, lines.items(), strict=False):
+        drawn = [points[arm] for arm in line] if x in study.metrics else sorted(points[arm] for arm in line)
+        axes.plot(*zip(*drawn, strict=True), "-o", color=colour, lw=1.3, ms=3.4, label=name)
     front = pareto(points, _less(x), _less(y)) if study.figure.get("front", x) and (_less(x) or x in study.metrics) else []
     axes.plot([points[arm][0] for arm in front], [points[arm][1] for arm in front], "o", ms=8.5, mfc="none", mec=plot.INK, mew=0.9)
     axes.set(xscale="log" if _logged(points, 0) else "linear", yscale="log" if _logged(points, 1) else "linear")
@@ -79,7 +77,7 @@ def along(study: Study, found: Sequence[rows.Row]) -> Any:
     return figure
 
 
-def pareto(points: dict[Arm, Any], less_x: bool, less_y: bool) -> list[Arm]:
+def pareto(points: dict[Arm, tuple[float, float]], less_x: bool, less_y: bool) -> list[Arm]:
     """The arms that no other is at least as good as in both numbers and better in one; less: whether less is better."""
     signed = {arm: ((1 if less_x else -1) * x, (1 if less_y else -1) * y) for arm, (x, y) in points.items()}
     return [
@@ -93,11 +91,13 @@ def _less(name: str) -> bool:
     return name.startswith(FAMILY)
 
 
-def _mean(some: Sequence[rows.Row], name: str) -> float | None:
+def _mean(study: Study, some: Sequence[rows.Row], name: str) -> float:
     values = [value for row in some if (value := rows.number(row.get(name))) is not None]
-    return mean(values) if values else None
+    if not values:
+        raise UserError(f"{study.folder}: figure: {', '.join(study.arm(some[0]))} has no number {name}")
+    return mean(values)
 
 
-def _logged(points: dict[Arm, Any], axis: int) -> bool:
+def _logged(points: dict[Arm, tuple[float, float]], axis: int) -> bool:
     values = [point[axis] for point in points.values()]
     return min(values) > 0 and max(values) / min(values) >= 6
