@@ -7,7 +7,8 @@ if TYPE_CHECKING:  # torch is slow to import, and train.py reads SUPPLIED before
 
 SUPPLIED = {  # what the builders pass themselves, which a config need not hold
     **dict.fromkeys(
-        ("ldm.net.unet.UNet", "ldm.net.dit.DiT"), ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")
+        ("ldm.net.unet.UNet", "ldm.net.dit.DiT", "ldm.net.told_scale.ToldScale"),
+        ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels"),
     ),
     "ldm.autoencoder.patch.PatchEncoder": ("channels",),
     "ldm.autoencoder.patch.PatchDecoder": ("channels",),

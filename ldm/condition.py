@@ -17,6 +17,7 @@ class Condition:
     concat: (B, C, h, w) stacked on x_t's channels; h = w = 1 says the same of every place.  hint: (B, 3, H, W) each, one per ControlNet,
     in [0, 1]; H = W = 1 likewise.
     label: (B,) int64, the class, for a classifier that guides; networks do not read it.
+    scale: (B,), the guidance scale, for a network that was distilled to be told it.
     """
 
     context: Tensor | None = None
@@ -25,6 +26,7 @@ class Condition:
     concat: Tensor | None = None
     hint: tuple[Tensor, ...] = ()
     label: Tensor | None = None
+    scale: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
         """The Condition with f applied to every tensor in it."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ldm.autoencoder.first_stage import FirstStage
     from ldm.condition import Condition
     from ldm.diffusion.denoiser import Denoise, Denoiser
+    from ldm.diffusion.distill import Teacher
     from ldm.model import LatentDiffusion
 
 
@@ -231,3 +232,13 @@ def autoguidance(
     if weak is None:
         raise UserError("guidance=autoguidance needs a weaker model: guidance.weak=RUN, a run or a step folder in it")
     return guidance.autoguidance(denoiser, cond, uncond, _weak(str(Path(weak).expanduser().absolute())).denoiser, scale)
+
+
+def teacher(run: str | None = None, scale: float = 1.0, interval: Sequence[float] = (0.0, 1.0)) -> "Teacher":
+    """The model of a run as a teacher, guided at `scale` within the interval of t. Raises UserError without one."""
+    from ldm.diffusion.distill import Teacher
+
+    if run is None:
+        raise UserError("distillation needs a teacher: objective.teacher.run=RUN, a run or a step folder in it")
+    lo, hi = interval
+    return Teacher(load(run), scale, (lo, hi))

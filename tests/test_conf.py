@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from smoke import ROOT, command, composed, here
 
 from ldm import build
+from ldm.diffusion.distill import Teacher
 from ldm.ema import PowerEMA
 from ldm.errors import UserError
 from ldm.fetch import AssetError
@@ -43,6 +44,8 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
     **dict.fromkeys(("schedule/flow", "schedule/flow_3", "schedule/flow_at"), ("process=sit",)),
     **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("times=uniform", "grid=uniform")),
     "objective/repa": ("objective.encoder._target_=test_conf.Features", "objective.channels=32", "objective.features=2"),
+    **{f"objective/{way}": ("objective.teacher._target_=test_conf.Taught",) for way in ("progressive", "consistency", "imitation")},
+    "objective/guidance_told": ("objective.teacher._target_=test_conf.Taught", "net=smoke_told_scale"),
     "sampler/ddpm_learned": ("objective=hybrid",),
     "conditioner/wordpiece": ("conditioner.dim=16", "conditioner.layers=1"),
     "conditioner/layout": ("conditioner.dim=16", "conditioner.layers=1"),
@@ -85,6 +88,13 @@ class Features(torch.nn.Module):
 
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
         return [image.repeat(1, 2, 1, 1)] * 5
+
+
+class Taught(Teacher):
+    """A teacher that is no run."""
+
+    def __init__(self, run: None, scale: float, interval: list[float]):
+        super().__init__(model_of(composed("budget=smoke")), scale, (interval[0], interval[1]))
 
 
 def batch(n: int = 4) -> dict:

@@ -1,6 +1,7 @@
 """Guidance: from a denoiser and its conditions to a denoise function (x_t, t) -> Denoised. Samplers never see it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -111,6 +112,15 @@ def classifier(
             grad = torch.autograd.grad(log_prob(x_in, denoiser.net_time(x_t, t)).sum(), x_in)[0]
         eps = estimate.eps - scale * sigma * grad
         return Denoised((x_t - sigma * eps) / alpha, eps, estimate.var_frac)
+
+    return denoise
+
+
+def told(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0) -> Denoise:
+    """One evaluation of a network that is told the scale itself (Meng et al. 2023, section 3.1); uncond is not used."""
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        return denoiser(x_t, t, replace(cond, scale=x_t.new_full((len(x_t),), scale)))
 
     return denoise
 

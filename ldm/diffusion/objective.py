@@ -79,17 +79,35 @@ class Objective(nn.Module):
     def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """The terms (B,) at given t (B,) and eps: `loss`, `error` (before weighting), `t`, and `vlb` (bits per dimension) if added."""
         alpha, sigma = denoiser.schedule.alpha_sigma(t)
-        row = denoiser.prediction.row(alpha, sigma)
         x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
-        out, var_frac = denoiser.output(x_t, t, cond)
-        out = out.to(x_t.dtype)
-        error = mean_per_sample(self.error(out, target(row, x0, eps)))
-        loss = self.weighting(alpha, sigma, row) / gain(row, alpha, sigma) * error
+        terms, out, var_frac = towards(denoiser, x_t, t, cond, x0, eps, self.weighting, self.error)
         if not self.vlb:
-            return {"loss": loss, "error": error, "t": t}
-        estimate = Denoised(*solve(row, alpha, sigma, x_t, out.detach()), var_frac)
+            return terms
+        estimate = Denoised(*solve(denoiser.prediction.row(alpha, sigma), alpha, sigma, x_t, out.detach()), var_frac)
         bits = bound(denoiser.schedule, x0, x_t, t, estimate, learned_range, self.decoder)
-        return {"loss": loss + self.vlb * bits, "error": error, "t": t, "vlb": bits}
+        return {**terms, "loss": terms["loss"] + self.vlb * bits, "vlb": bits}
+
+
+def towards(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Condition,
+    x0: Tensor,
+    eps: Tensor,
+    weighting: Weighting,
+    error: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """The terms (B,) `loss`, `error` (before weighting) and `t` of the output at x_t (B, C, ...) and t (B,) against a x0 + b eps.
+
+    And the output itself, in x_t's dtype, and var_frac.
+    """
+    alpha, sigma = denoiser.schedule.alpha_sigma(t)
+    row = denoiser.prediction.row(alpha, sigma)
+    out, var_frac = denoiser.output(x_t, t, cond)
+    out = out.to(x_t.dtype)
+    far = mean_per_sample(error(out, target(row, x0, eps)))
+    return {"loss": weighting(alpha, sigma, row) / gain(row, alpha, sigma) * far, "error": far, "t": t}, out, var_frac
 
 
 class Likelihood(nn.Module):

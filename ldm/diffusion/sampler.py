@@ -54,6 +54,15 @@ def ddim(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
     return x
 
 
+def consistency(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): x0 at once, and fresh noise on it for another look."""
+    for t, s in steps(ts):
+        x0 = denoise(x, t).x0
+        alpha_s, sigma_s = schedule.alpha_sigma(s)
+        x = alpha_s * x0 + sigma_s * noise(x) if s > 0 else x0
+    return x
+
+
 def ddim_invert(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
     """DDIM run backwards (Song et al. 2021a, section 4.3): from the state x at ts[-1], which must be above 0, to the state at ts[0].
 

@@ -233,3 +233,9 @@ class Flow:
 def flow_at(dim: int, base_dim: int = 4096) -> Flow:
     """Flow shifted for data of `dim` numbers a sample where shift 1 suits base_dim: shift = sqrt(dim / base_dim) (Esser 2024, eq. 23)."""
     return Flow(math.sqrt(dim / base_dim))
+
+
+def alike(one: Schedule, other: Schedule) -> bool:
+    """Whether two schedules are one: the same noise, and the same time for the network, everywhere."""
+    t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    return torch.equal(one.log_snr(t), other.log_snr(t)) and torch.equal(one.net_time(t), other.net_time(t))

@@ -3,14 +3,19 @@
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldm import adapted, build
+from ldm.diffusion.schedule import alike
 from ldm.errors import UserError
-from ldm.load import load
+from ldm.load import config_of, load, run_folder, space_of
+from ldm.net.told_scale import ToldScale
 from ldm.space import Space
 from ldm.stage.run import Run
 from ldm.training.callbacks import trained
+
+NEW = ("conditioner.", "denoiser.net.scale.")  # what another model need not have: these begin without effect, or are to be learned
 
 
 def source(cfg: Any) -> Any:
@@ -51,6 +56,18 @@ def model(cfg: Any, run: Run, autoencoder: Any, data: Any, source: Any) -> Any:
     return source
 
 
+def taught(cfg: Any, space: Space) -> None:
+    """Raises UserError if the objective has a teacher that belongs to another latent space, or looks at noise by another schedule."""
+    node = cfg.objective.get("teacher")
+    if not node or node.run is None:  # which load.teacher says
+        return
+    if (own := space_of(node.run)) != space.name:
+        remedy = "a teacher and its student share their first stage: begin from init= of a model that has the teacher's"
+        raise UserError(f"objective.teacher.run={node.run} belongs to the latent space {own}, this model to {space.name}; {remedy}")
+    if not alike(instantiate(config_of(run_folder(node.run)).schedule), instantiate(cfg.schedule)):
+        raise UserError(f"objective.teacher.run={node.run} was trained on another noise schedule; choose schedule=... as it was")
+
+
 @torch.no_grad()
 def take(model: nn.Module, other: nn.Module, init: str) -> str:
     """Copy other's trained weights into model; returns what was not taken, in words.
@@ -59,11 +76,13 @@ def take(model: nn.Module, other: nn.Module, init: str) -> str:
     or of another size stay fresh.  Raises UserError if the denoiser is of another architecture.
     """
     old = trained(other)
+    if isinstance(model.denoiser.net, ToldScale) and not isinstance(other.denoiser.net, ToldScale):
+        old = {name.replace("denoiser.net.", "denoiser.net.net.", 1): value for name, value in old.items()}
     fresh: list[str] = []
     wrong: list[str] = []
     for name, p in trained(model).items():
         if name not in old or not fits(old[name], p):
-            (fresh if name.startswith("conditioner.") else wrong).append(name)
+            (fresh if name.startswith(NEW) else wrong).append(name)
         else:
             p.zero_()
             p[:, : old[name].shape[1]].copy_(old[name]) if p.ndim > 1 else p.copy_(old[name])

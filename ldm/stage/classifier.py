@@ -13,6 +13,7 @@ from ldm.condition import Condition
 from ldm.data.latents import Latents
 from ldm.diffusion import guidance as guiding
 from ldm.diffusion.denoiser import Denoise, Denoiser
+from ldm.diffusion.schedule import alike
 from ldm.errors import UserError
 from ldm.load import DataCard, config_of, run_folder
 from ldm.space import Space
@@ -134,12 +135,6 @@ def finished_weights(run: str) -> Path:
     if not (folder / "weights.safetensors").is_file():
         raise UserError(f"guidance.classifier={run} has no weights yet: the same train.py command goes on with it")
     return folder / "weights.safetensors"
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Whether two schedules are one: the same noise, and the same time for the network, everywhere."""
-    t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
-    return torch.equal(one.log_snr(t), other.log_snr(t)) and torch.equal(one.net_time(t), other.net_time(t))
 
 
 @lru_cache(maxsize=2)

@@ -52,6 +52,7 @@ def train(
     autoencoder, space, reconstruction = (
         first_stage.load(cfg, data.channels) if source is None else begin.first_stage(cfg, source, data.channels)
     )
+    begin.taught(cfg, space)
     with opened(cfg, folder) as run:
         goes_on(run, space)
         model, adapter = begin.model(cfg, run, autoencoder, data, source), cfg.get("adapter")

@@ -1,0 +1,187 @@
+"""Distillation against exact teachers: those of Gaussian data, whose trajectories, consistency function and guidance are known."""
+
+from functools import partial
+
+import pytest
+import torch
+from cases import F64, SCHEDULES, f64
+from oracle import Gaussian
+from torch import nn
+
+from ldm.condition import Condition
+from ldm.diffusion import distill, guidance, objective, prediction, sampler, schedule, times, weighting
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.distill import Consistency, GuidanceTold, Imitation, Progressive, Teacher
+from ldm.tensors import Noise, expand
+
+NOISE = Noise(0, range(64))
+VP, COSINE = schedule.VP(), schedule.cosine()
+DISCRETE = partial(times.independent, density=times.discrete)
+
+
+class Known(nn.Module):
+    """A model of Gaussian data whose mean a condition's vector moves; with vector 0 it is untold."""
+
+    def __init__(self, sched=VP, mean=0.6, std=0.35):
+        super().__init__()
+        self.schedule, self.mean, self.std = sched, mean, std
+        self.denoiser = self.exact
+        self.exact.__func__.schedule = sched
+
+    def exact(self, x_t, t, cond):
+        seen = Gaussian(self.schedule, 0.0, self.std)
+        alpha, _ = self.schedule.alpha_sigma(t)
+        mean = cond.vector[:, :1].to(x_t)
+        x0, eps, _ = seen(x_t - expand(alpha, x_t) * mean, t)
+        return type(seen(x_t, t))(x0 + mean, eps)
+
+    def condition(self, batch):
+        return Condition(vector=torch.full((64, 1), self.mean, dtype=F64))
+
+    def uncondition(self, batch):
+        return Condition(vector=torch.zeros(64, 1, dtype=F64))
+
+
+class Constant(nn.Module):
+    """A network that answers one number everywhere, and may be told a scale."""
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(float(value), dtype=F64))
+
+    def forward(self, x, time, cond):
+        return self.value.expand_as(x) if cond.scale is None else self.value + 0 * x + cond.scale[:, None]
+
+
+def student(value=0.0, pred=None, sched=VP):
+    return Denoiser(Constant(value), sched, pred or prediction.X0())
+
+
+def data():
+    return 0.6 + 0.35 * torch.randn(64, 5, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["cosine", "vp", "flow"])
+def test_what_is_reached_is_reached_again(name):
+    sched, x_t, x_s, t, s = SCHEDULES[name], data()[:3], data()[3:6], f64(0.9, 0.5, 0.1), f64(0.8, 0.25, 0.0)
+    x0 = distill.reached(sched, x_t, t, x_s, s)
+    eps = distill.noise_of(sched, x_t, t, x0)
+    alpha, sigma = (c[:, None] for c in sched.alpha_sigma(s))
+    torch.testing.assert_close(alpha * x0 + sigma * eps, x_s)
+    alpha, sigma = (c[:, None] for c in sched.alpha_sigma(t))
+    torch.testing.assert_close(alpha * x0 + sigma * eps, x_t)
+
+
+def test_one_step_of_the_student_is_two_of_the_teacher():
+    """The error of a student that answers 0 is the wanted x0 squared, and DDIM's own two steps from x_t end where it points."""
+    found = Progressive(Teacher(Known()), 4, weighting.x0)(student(), data(), Condition(), NOISE, {})
+    assert set(found["t"].tolist()) == {0.25, 0.5, 0.75, 1.0}
+    eps = NOISE.normal("eps", data())
+    for row in range(0, 64, 9):
+        t = found["t"][row].double()
+        x_t = distill.noised(VP, data()[row : row + 1], t[None], Noise(0, [row]))
+        torch.testing.assert_close(
+            x_t, VP.alpha_sigma(t)[0] * data()[row] + VP.alpha_sigma(t)[1] * eps[row : row + 1], rtol=1e-5, atol=1e-5
+        )
+        end = sampler.ddim(Gaussian(VP), VP, x_t, torch.stack([t, t - 0.125, t - 0.25]), lambda x: x)
+        x0 = distill.reached(VP, x_t, t[None], end, t[None] - 0.25)
+        torch.testing.assert_close(found["error"][row], x0.square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_has_arrived_has_no_loss():
+    """x0 of data without spread is the mean for teacher and student alike, at every step."""
+    sharp = Teacher(Known(std=0.0))
+    at = student(0.6)
+    for made in (Progressive(sharp, 4, weighting.x0), Consistency(sharp, 4)):
+        assert made(at, data(), Condition(), NOISE, {})["loss"].abs().max() < 1e-5
+        assert made(student(0.5), data(), Condition(), NOISE, {})["loss"].mean() > 1e-3
+
+
+class Solved(nn.Module):
+    """x0 by the exact flow to the data: the consistency function itself, as the network of an x0-prediction."""
+
+    def __init__(self, drift=0.0):
+        super().__init__()
+        self.known, self.drift = Gaussian(VP), drift
+
+    def forward(self, x, time, cond):
+        t = (time / VP.net_time(torch.ones(()))).to(x)[:, None]
+        mean, variance = self.known.moments(t)
+        return self.known.mean + (1 + self.drift * t) * self.known.std / variance.sqrt() * (x - mean)
+
+
+def test_the_exact_consistency_function_has_the_loss_of_one_ddim_step():
+    """Which falls with the square of its length; that of one which drifts is larger."""
+
+    def loss(steps, drift=0.0):
+        at = Denoiser(Solved(drift), VP, prediction.X0())
+        return Consistency(Teacher(Known()), steps, objective.l1)(at, data(), Condition(), NOISE, {})["loss"].mean().item()
+
+    assert loss(10) > 3 * loss(20) > 9 * loss(40)
+    assert loss(40, drift=0.5) > 5 * loss(40)
+
+
+def test_consistency_sampling_with_the_exact_function_gives_the_data():
+    known = Gaussian(VP)
+
+    def denoise(x, t):
+        return known(x, t)._replace(x0=known.flow(x, t, torch.zeros_like(t)))
+
+    draws = torch.Generator().manual_seed(0)
+    start = torch.randn(200_000, 1, dtype=F64, generator=draws)
+    for ts in (f64(1, 0), f64(1, 0.5, 0)):
+        image = sampler.consistency(denoise, VP, start, ts, lambda x: torch.randn(x.shape, dtype=F64, generator=draws))
+        assert image.mean().item() == pytest.approx(0.6, abs=0.01)
+        assert image.std().item() == pytest.approx(0.35, abs=0.01)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
+def test_a_teacher_guides_each_row_as_sampling_does(interval):
+    model = Known()
+    told = (model.condition({}), model.uncondition({}))
+    t = torch.linspace(0.1, 0.9, 64, dtype=F64)
+    seen = Teacher(model, 3.0, interval)(data(), t, told)
+    for row in (0, 20, 40, 63):
+        cond, uncond = (one.index([row]) for one in told)
+        denoise = guidance.cfg(model.denoiser, cond, uncond, 3.0, interval)
+        want = denoise(data()[row : row + 1], t[row])
+        torch.testing.assert_close(seen.x0[row : row + 1], want.x0)
+        torch.testing.assert_close(seen.eps[row : row + 1], want.eps)
+
+
+def test_a_student_told_the_scale_is_shown_that_guidance():
+    """For data without spread the guided x0 is scale x mean, so a student that answers its scale times the mean has no loss."""
+
+    class Answers(nn.Module):
+        def forward(self, x, time, cond):
+            return 0.6 * cond.scale.to(x)[:, None] + 0 * x
+
+    teach = Teacher(Known(std=0.0))
+    made = GuidanceTold(teach, DISCRETE, weighting.x0, (1.0, 5.0))
+    assert made(Denoiser(Answers(), COSINE, prediction.X0()), data(), Condition(), NOISE, {})["loss"].max() < 1e-5
+    assert made(student(0.6, sched=COSINE), data(), Condition(), NOISE, {})["loss"].mean() > 0.1
+
+
+def test_imitation_goes_from_the_data_to_the_teacher():
+    x0, made = data(), partial(Imitation, Teacher(Known(std=0.0)), DISCRETE, weighting.x0)
+    plain = objective.Objective(DISCRETE, weighting.x0)(student(0.2, sched=COSINE), x0, Condition(), NOISE, {})
+    torch.testing.assert_close(made(part=0.0)(student(0.2, sched=COSINE), x0, Condition(), NOISE, {})["loss"], plain["loss"])
+    assert made(part=1.0)(student(0.6, sched=COSINE), x0, Condition(), NOISE, {})["loss"].max() < 1e-10
+
+
+def test_the_teacher_stays_as_it_is():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.denoiser = student()
+
+    model = Model()
+    teach = Teacher(model)
+    assert not any(p.requires_grad for p in teach.parameters())
+    assert not teach.train().training
+    assert not model.training
+
+
+def test_guidance_that_is_told_is_one_evaluation():
+    seen = guidance.told(student(pred=prediction.X0()), Condition(), None, 4.0)(data(), f64(0.5)[0])
+    torch.testing.assert_close(seen.x0, torch.full_like(seen.x0, 4.0))

@@ -1,0 +1,49 @@
+"""Students trained from a run by the command, drawn from with its own samplers, and teachers that do not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from smoke import command, here, train
+
+from ldm import durable
+from ldm.load import load
+
+TAUGHT = ("metrics=none", "training.drop=0.0")
+WAYS = {
+    "progressive": (("objective.steps=4", "grid=uniform"), ("sampler=ddim", "grid=uniform", "steps=4", "guidance=cfg")),
+    "consistency": (("objective.steps=8", "grid=uniform"), ("sampler=consistency", "grid=uniform", "steps=2", "guidance=cfg")),
+    "guidance_told": (("net=smoke_told_scale", "guidance=told"), ("guidance=told", "guidance.scale=3", "steps=3")),
+    "imitation": (("net.channels=32",), ("steps=3",)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(smoke, tmp_path_factory):
+    with here(tmp_path_factory.mktemp("distillation"), LDM_CACHE=str(smoke.folder / "cache")):
+        yield Path.cwd()
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way == "guidance_told" else pytest.mark.slow) for way in WAYS])
+def test_a_student_is_trained_and_drawn_from(way, lively, smoke):
+    typed, asked = WAYS[way]
+    teacher, begun = (smoke.run, ()) if way == "imitation" else (lively, (f"init={lively}",))
+    run = train(f"objective={way}", f"objective.teacher.run={teacher}", *TAUGHT, *begun, *typed)
+    assert not [name for name in durable.read_tensors(run / "weights.safetensors") if "teacher" in name], "a teacher is named, not kept"
+    before, after = (list(load(one).denoiser.state_dict().values()) for one in (lively, run))
+    assert way == "imitation" or not all(map(torch.equal, before, after[: len(before)]))
+    assert command("sample.py", f"run={run}", "num=2", *asked) == 0
+
+
+@pytest.mark.slow
+def test_a_teacher_of_other_latents_or_another_schedule_is_refused(lively, smoke, capfd):
+    def refused(expected, *typed):
+        capfd.readouterr()
+        assert command("train.py", "budget=smoke", *TAUGHT, "objective=progressive", *typed) == 2
+        assert expected in (error := capfd.readouterr().err.strip()), error
+        assert "\n" not in error
+
+    refused("distillation needs a teacher: objective.teacher.run=RUN")
+    refused("run=nowhere: no such folder", "objective.teacher.run=nowhere")
+    refused("belongs to the latent space", f"objective.teacher.run={lively}", f"init={smoke.run}")
+    refused("was trained on another noise schedule", f"objective.teacher.run={smoke.run}", f"init={smoke.run}", "schedule=linear")
