@@ -212,7 +212,7 @@ class Plan:
             added = [override for override in overrides if re.match(r"\+\w+@", override)]  # what `several` made
             known = {override[1:].partition("=")[0] for override in added}
             choices = config.hydra.runtime.choices.items()
-            chosen = added + [f"{group}={option}" for group, option in choices if _plain(group, option) and group not in known]
+            chosen = added + [f"{group}={quote(option)}" for group, option in choices if _plain(group, option) and group not in known]
             validate(composed(config), composed(self.compose(chosen), missing=True) if overrides else None, supplied)
             configs.append(config)
         return configs

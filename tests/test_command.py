@@ -63,6 +63,7 @@ FILES = {
     "conf/schedule/linear.yaml": "beta: 1.0",
     "conf/schedule/cosine.yaml": "s: 0.008",
     "conf/net/unet.yaml": "{width: 32, mult: [1, 2], lr: 1.0e-3}",
+    "conf/net/nan.yaml": "{width: 1, mult: [1, 2], lr: 1.0e-3}",
     "experiments/noise/sweep.yaml": """
         # @package _global_
         defaults:
@@ -203,6 +204,10 @@ def test_paths_are_text_but_null_is_null(here, tree):
     assert rewrite("run=null", tree, (), ("run",), False) == "run=null"
     row = rows(here("run=runs/a=1,b 'c'", "runs=/elsewhere"))[0]  # `runs` is also a folder beside the script, and no group
     assert (row["run"], row["runs"]) == ("runs/a=1,b 'c'", "/elsewhere")
+
+
+def test_an_option_may_be_called_nan(here):
+    assert rows(here("net=nan"))[0]["net"] == 1
 
 
 def test_studies_from_any_folder(root, here, tmp_path):

@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,17 @@ def records(path: Path) -> Iterator[object]:
             parts = b""
 
 
+def nested(items: Iterable) -> dict:
+    """Values by their keys, which may be several, one within the other."""
+    found: dict = {}
+    for item in items:
+        place, keys = found, list(item.nested_key) or [item.key]
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = json.loads(item.value_json)
+    return found
+
+
 def read(path: Path) -> dict:
     """A run: its group, id and tags, its config, the rows of its history, its summary and its exit code."""
     found: dict = {"history": [], "config": {}, "summary": {}}
@@ -48,9 +59,9 @@ def read(path: Path) -> dict:
             found |= {"group": record.run.run_group, "id": record.run.run_id, "tags": list(record.run.tags)}
             found["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         elif kind == "history":
-            found["history"].append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            found["history"].append(nested(record.history.item))
         elif kind == "summary":
-            found["summary"] |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
+            found["summary"] |= nested(record.summary.update)
         elif kind == "exit":
             found["exit"] = record.exit.exit_code
     return found
