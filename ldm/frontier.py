@@ -6,7 +6,7 @@ what is typed; what is typed also takes the place of what the file says.  A row 
 command started again draws what is missing.
 
   run=RUN,RUN      run folders that train.py made; the table tells them apart by their seeds
-  out=FILE         the csv; by default the study's results.csv, or frontier.csv in the (first) run's folder
+  out=FILE         the csv; by default the study's results.csv, or frontier.csv in the (first) run's folder, a figure beside it
   key=value,value  of sample.py, as in: python -m ldm.frontier run=runs/a guidance.scale=1,2,4 sampler=ddim,dpmpp_2m steps=8,16
 """
 
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import jobs, runs
 from ldm.command import guarded
 from ldm.errors import UserError
+from ldm.load import run_folder
 from ldm.parse import yaml_of
 from ldm.report import rows
 
@@ -114,6 +115,23 @@ def said(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
+def draw(keys: Sequence[str], path: Path) -> None:
+    """The distance of the points in a csv over their evaluations, or over recall where these are the same, as a PNG beside it."""
+    from ldm.report import figure
+    from ldm.report.study import Study
+
+    found = rows.read(path)
+    distance = next((name for name in found[0] if name.startswith("fd_")), None)
+    if distance is None:
+        return
+    same = len({row["nfe"] for row in found}) == 1
+    named = [key for key in keys if any(rows.number(row.get(key)) is None for row in found)]
+    shown = {"x": "recall" if same and "recall" in found[0] else "nfe", "y": distance, "line": ",".join(named)}
+    metrics = dict.fromkeys((distance, "recall"))
+    figure.write(Study(path.parent, path.stem, "", keys, metrics, {}, "reduced", figure=shown), found, path.with_suffix(".png"))
+    print(path.with_suffix(".png"))
+
+
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code. Raises UserError."""
     if {"--help", "-h"} & set(argv) or not argv:
@@ -136,10 +154,13 @@ def main(argv: Sequence[str]) -> int:
     if not given:
         raise UserError("run=... must be given (see --help)")
     home = typed.pop("out", None)
-    out = Path(home).expanduser() if home else place.parent / "results.csv" if place else Path(given[0]).expanduser() / "frontier.csv"
     wanted, keys = points(place, typed)
+    own = place.parent / "results.csv" if place else run_folder(given[0]) / "frontier.csv"
+    out = Path(home).expanduser() if home else own
     drawn = [measure(run, wanted, keys, out) for run in given]
     total = len(wanted) * len(given)
+    if place is None:
+        draw(keys, out)
     print(f"{out}: {total} points, {sum(drawn)} of them drawn now, {total - sum(drawn)} before")
     return 0
 

@@ -73,6 +73,7 @@ def test_guidance_is_counted_and_weights_are_a_choice(place, smoke, lively):
     typed = ("guidance.scale=1,3", "guidance.interval=[0,1]", "sampler=ddim", *SMALL[:3], "steps=2")
     assert run(f"run={lively}", f"out={place / 'a.csv'}", *typed) == 0
     assert [float(row["nfe"]) for row in rows.read(place / "a.csv")] == [2, 4]
+    assert 1000 < (place / "a.png").stat().st_size < 100_000
     assert run(f"run={smoke.run}", f"out={place / 'b.csv'}", "weights=ema,raw", *SMALL) == 0
     ema, raw = rows.read(place / "b.csv")
     assert (ema["weights"], raw["weights"]) == ("ema", "raw")
@@ -101,3 +102,11 @@ def test_a_study_s_points_compose(study):
     assert len({frontier.name_of(job) for job in found}) == len(found)
     assert all(job.config["num"] == 1000 for job in found)
     assert keys
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*biased")
+@pytest.mark.parametrize("study", sorted(file.parent.name for file in ROOT.glob("experiments/*/points.yaml")))
+def test_a_study_s_first_point_is_drawn(study, place, lively):
+    found, keys = frontier.points(ROOT / "experiments" / study / "points.yaml", dict(word.split("=") for word in SMALL[:3]))
+    assert frontier.measure(str(lively), found[:1], keys, place / "a.csv") == 1

@@ -4,6 +4,7 @@ experiments/STUDY  reads the run folders of the study's jobs, wherever `runs=` s
                    results.csv; writes results.csv, the README's table between its marks, and figure.png
 all                the same of every study; without anything, the table of studies in experiments/LOG.md alone
 compare RUN RUN    config differences, curves and numbers side by side, and as a page that opens without a server (out=compare.html)
+levels RUN         loss and errors by bin of log-SNR on num=256 held-out images, bins=10, into levels.csv and levels.png in the run's folder
 
   wandb=PROJECT    read a Weights & Biases project instead of run folders
   key=value        of train.py, for every job of the sweep, as runs=PLACE
@@ -17,6 +18,7 @@ from ldm import durable, jobs
 from ldm.command import guarded
 from ldm.errors import UserError
 from ldm.report import collect, rows, study, table
+from ldm.typed import signature
 
 STUDIES = jobs.ROOT / "experiments"
 HEAD = """# {title}
@@ -49,12 +51,12 @@ def report(one: study.Study, typed: Sequence[str], project: str | None) -> None:
     shown = table.lines(one, found, list(dict.fromkeys(one.arm({axis: job.value(axis) for axis in one.axes}) for job in missing)))
     if found:
         rows.write(one.folder / "results.csv", found)
-        figure.write(one, found, one.folder / "figure.png")
     readme = one.folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else HEAD.format(**words(one))
     if table.shown_between(text, "table") is None:
         text += RESULT.format(**words(one))
     durable.write_text(readme, table.between(text, "table", table.markdown(one, shown)))
+    figure.write(one, found, one.folder / "figure.png")
     print(f"{one.folder}: {len(found)} rows, {len(missing)} jobs without a result; the paper's differences that show: {table.tally(shown)}")
 
 
@@ -88,6 +90,23 @@ def compare(words: Sequence[str]) -> None:
     print(f"{out}: the same as a page; open it in a browser")
 
 
+def levels(
+    run: str,  # a run folder that train.py made
+    num: int = 256,  # held-out images
+    bins: int = 10,  # of log-SNR
+) -> None:
+    """Measure a run's errors along the noise. Raises UserError."""
+    from ldm.load import run_folder
+    from ldm.report import levels as along
+
+    if num < 1 or bins < 1:
+        raise UserError(f"num={num} bins={bins}: expected 1 or more")
+    found, folder = along.of_run(run, num, bins), run_folder(run)
+    rows.write(folder / "levels.csv", found)
+    along.draw(found, folder / "levels.png")
+    print(f"{along.text(found)}\n{folder / 'levels.csv'}, {folder / 'levels.png'}")
+
+
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code. Raises UserError."""
     if {"--help", "-h"} & set(argv):
@@ -95,6 +114,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if argv and argv[0] == "compare":
         compare(argv[1:])
+        return 0
+    if argv and argv[0] == "levels":
+        told = signature(Path(__file__), "levels")
+        levels(**told.read([*(word if "=" in word else f"run={word}" for word in argv[1:])]))  # type: ignore[union-attr]
         return 0
     places = [word for word in argv if "=" not in word]
     typed = [word for word in argv if "=" in word and not word.startswith("wandb=")]
