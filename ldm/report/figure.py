@@ -57,7 +57,7 @@ def along(study: Study, found: Sequence[rows.Row]) -> Any:
     for arm, some in arms.items():
         name = ", ".join(rows.text(some[0].get(one)) or "–" for one in key.split(",")) if key else ""
         lines.setdefault(name, []).append(arm)
-    figure = plot.canvas(620, 380)
+    figure = plot.canvas(640, 376)
     axes = plot.panel(figure, 62, 26, 380, 290, study.title, x=f"{x} (log)" if _logged(points, 0) else x, y=y)
     for colour, (name, line) in zip(COLOURS * 4, lines.items(), strict=False):
         drawn = [points[arm] for arm in line] if x in study.metrics else sorted(points[arm] for arm in line)
@@ -70,10 +70,13 @@ def along(study: Study, found: Sequence[rows.Row]) -> Any:
         ticks = sorted({point[0] for point in points.values()})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
+    named = ", ".join(one.split(".")[-1] for one in (key or "").split(","))
     if any(lines):
-        legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=12 * plot.POINT, title=key)
+        legend = axes.legend(
+            loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=12 * plot.POINT, title=named, alignment="left"
+        )
         legend.get_title().set_fontsize(11 * plot.POINT)
-    plot.words(figure, "means over seeds" + ("; ringed: no other point is better in both" if front else ""), 62, 372, plot.SOFT, 11)
+    plot.words(figure, "means over seeds" + ("; ringed: no other point is better in both" if front else ""), 62, 354, plot.SOFT, 11)
     return figure
 
 
