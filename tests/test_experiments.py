@@ -29,7 +29,7 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "lora": ("data=synthetic", "~data.styles"),
     "controlnet": ("data=synthetic",),
 }
-ON_TOP = ("lora", "controlnet")  # of a run that is trained
+ON_TOP = ("lora", "controlnet", "distillation")  # of a run that is trained
 
 
 def some_images(folder: Path) -> None:
@@ -48,6 +48,7 @@ def finished(cache: Path, folder: Path) -> set[Path]:
 def test_study_runs_its_first_job(study, smoke, tmp_path):
     some_images(tmp_path / "images")
     before, base = finished(smoke.folder, tmp_path), [f"init={smoke.run}"] * (study in ON_TOP)
+    base += [f"objective.teacher.run={smoke.run}"] * (study == "distillation")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         assert command("train.py", *first_job("budget=smoke", f"experiment={study}", *TINY, *NEEDS.get(study, ()), *base)) == 0
         made = finished(smoke.folder, tmp_path) - before
