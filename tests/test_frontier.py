@@ -69,6 +69,7 @@ def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypa
     assert alone["protocol"] == table[0]["protocol"]
 
 
+@pytest.mark.slow
 def test_guidance_is_counted_and_weights_are_a_choice(place, smoke, lively):
     typed = ("guidance.scale=1,3", "guidance.interval=[0,1]", "sampler=ddim", *SMALL[:3], "steps=2")
     assert run(f"run={lively}", f"out={place / 'a.csv'}", *typed) == 0
@@ -95,6 +96,7 @@ def test_what_is_refused(place, typed, said, capsys):
     assert not (place / "frontier.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", sorted(file.parent.name for file in ROOT.glob("experiments/*/points.yaml")))
 def test_a_study_s_points_compose(study):
     found, keys = frontier.points(ROOT / "experiments" / study / "points.yaml", {})

@@ -31,6 +31,7 @@ def test_of_gaussian_data_they_are_the_posterior_s(schedule):
     assert share == sorted(share)
 
 
+@pytest.mark.slow
 def test_a_run_s_are_written_beside_it(smoke, lively, capsys):
     with here(smoke.folder):
         assert guarded(lambda: report.main(["levels", str(lively), "num=8", "bins=3"])) == 0
