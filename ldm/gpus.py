@@ -33,12 +33,15 @@ def free() -> tuple[str, ...]:
 
 @contextmanager
 def held(gpus: Sequence[str], number: int = 1, every: float = 0.2) -> Iterator[dict[str, str]]:
-    """Wait for `number` of the GPUs, and hold them; gives the environment that pins a process to them.
+    """Wait for `number` of the GPUs, and hold them; gives the environment that pins a process to them, for no GPUs at all nothing.
 
     Raises UserError for more than there are.
     """
     from filelock import FileLock, Timeout
 
+    if not gpus:
+        yield {}
+        return
     if number > len(gpus):
         raise UserError(f"trainer.devices={number}: hydra/launcher=gpus has {len(gpus)} free here")
     folder = Path(tempfile.gettempdir()) / f"ldm-gpus-{getpass.getuser()}"

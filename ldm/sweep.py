@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,7 @@ class Job:
             launch.write_config(composed(cfg), Path(folder), choices())
             told = Path(folder) / "told.json"
             env = {"LDM_RESULT": str(told)} | ({"LDM_SWEEP": self.sweep} if self.sweep else {})
-            with gpus.held(self.gpus, devices) if self.gpus else nullcontext({}) as pinned:
+            with gpus.held(self.gpus, devices) as pinned:
                 code = launch.run_config(self.script, Path(folder), devices, env | pinned)
             return code, json.loads(told.read_text()) if told.is_file() else {}
 

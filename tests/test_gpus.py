@@ -68,6 +68,8 @@ def test_each_is_held_by_one(machine):
 
 
 def test_more_than_there_are(machine):
+    with gpus.held(()) as pinned:
+        assert pinned == {}
     with pytest.raises(UserError, match=r"trainer.devices=3: hydra/launcher=gpus has 2 free here"), gpus.held(("a", "b"), 3):
         pass
 
