@@ -117,7 +117,7 @@ class DiT(nn.Module):
         checkpoint: bool = False,
     ):
         super().__init__()
-        if channels % heads:
+        if heads < 1 or channels % heads:
             raise ValueError(f"heads={heads} does not divide channels={channels}")
         self.size, self.channels, self.heads, self.frequencies, self.context_dim = patch, channels, heads, frequencies, context_dim
         self.positions, self.rotary, self.sinusoid, self.checkpoint = positions, rotary, sinusoid, checkpoint

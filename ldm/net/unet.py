@@ -90,7 +90,7 @@ class Recipe:
 
     def attention(self, width: int, depth: int) -> Attention:
         divisor = self.heads or self.head_channels
-        if width % divisor:
+        if divisor < 1 or width % divisor:
             option = "heads" if self.heads else "head_channels"
             raise ValueError(f"{option}={divisor} does not divide a level's {width} channels; choose another")
         heads = self.heads or width // self.head_channels

@@ -233,6 +233,8 @@ def test_a_class_row_is_added_to_the_time():
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="head_channels=8 does not divide a level's 12 channels"):
         UNet(3, 3, channels=12, attention=(1,), head_channels=8, groups=4)
+    with pytest.raises(ValueError, match="head_channels=0 does not divide"):
+        UNet(1, 1, channels=12, head_channels=0, groups=4)
     with pytest.raises(ValueError, match="heads=3 does not divide a level's 8 channels"):
         UNet(3, 3, channels=8, attention=(1,), heads=3, groups=4)
     assert UNet(3, 3, channels=8, attention=(1,), heads=1, groups=4).middle1.attention.blocks[0].self_attention.heads == 1
