@@ -40,14 +40,18 @@ class Base:
 
     @staticmethod
     def read(folder: Path) -> "Base":
-        """The base of an adapter run. Raises DamagedError naming the file."""
+        """The base of an adapter run. Raises DamagedError naming the file, UserError where the base is not there any more."""
+        place = folder / FILE
         try:
-            said = json_of((folder / FILE).read_text(encoding="utf-8"))
-            return Base(str(said["path"]), str(said["weights"]))
+            said = json_of(place.read_text(encoding="utf-8"))
+            base = Base(str(said["path"]), str(said["weights"]))
         except (ValueError, KeyError, TypeError, FileNotFoundError):
             raise durable.DamagedError(
-                f'{folder / FILE} is damaged or gone; expected {{"path": RUN, "weights": HASH}}, as the same train.py command writes it'
+                f'{place} is damaged or gone; expected {{"path": RUN, "weights": HASH}}, as the same train.py command writes it'
             ) from None
+        if not Path(base.path).exists():
+            raise UserError(f"{folder} is an adapter on {base.path}, which is not there: put it back, or name in {place} where it is")
+        return base
 
     def admit(self, weights: str, where: Path) -> None:
         """Raises UserError if the weights there are now are not those that the run in `where` was trained on."""
@@ -69,8 +73,7 @@ def settled(cfg: Any) -> Any:
         raise UserError("adapter= is trained on top of a trained model: init=RUN says which")
     base = config_of(run_folder(cfg.init))
     for name in TAKEN:
-        if name in base:
-            cfg[name] = base[name]
+        cfg[name] = base.get(name, False)  # a pipeline of another project does not say that its variance is not learned
     return cfg
 
 
@@ -96,9 +99,9 @@ def begun(cfg: Any, model: "LatentDiffusion", data: Any) -> tuple[Base, str]:
     model.requires_grad_(False)
     instantiate(cfg.adapter).put_on(model)
     model.size = (data.size, data.size)
-    own, every = (sum(p.numel() for p in some) for some in (fresh(model).values(), model.parameters()))
-    frozen = every - own
-    return base, f"adapter     {own:,} parameters on {frozen:,} frozen ones of {cfg.init}: {100 * own / frozen:.2f}%"
+    trained, every = (sum(p.numel() for p in some) for some in (fresh(model).values(), model.parameters()))
+    frozen = every - trained
+    return base, f"adapter     {trained:,} parameters on {frozen:,} frozen ones of {cfg.init}: {100 * trained / frozen:.2f}%"
 
 
 def load_adapted(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
@@ -107,12 +110,7 @@ def load_adapted(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
 
     folder = run_folder(run)
     base, card = Base.read(folder), DataCard.read(folder)
-    try:
-        model = load(base.path)
-    except UserError as error:
-        raise UserError(
-            f"{folder} is an adapter on {base.path}, which cannot be loaded ({error}); name in {folder / FILE} where it is"
-        ) from None
+    model = load(base.path)
     base.admit(fingerprint(model), folder)
     put_on(model, run, 1.0, weights)
     model.size = (card.size, card.size)
@@ -197,11 +195,12 @@ def put_on_file(model: "LatentDiffusion", path: Path, scale: float) -> None:
     from ldm.adapter import lora
     from ldm.interop import adapters, read
 
-    net = lora.innermost(model.denoiser.net)
+    net, header = lora.innermost(model.denoiser.net), read.metadata(path)
     try:
-        lora.load(net, adapters.import_lora(read.weights(path), lora.plain(net)), scale)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        factors = adapters.import_lora(read.weights(path), lora.plain(net))
+        lora.load(net, factors, scale * adapters.strength(header.get("lora_adapter_metadata")))
+    except (ValueError, RuntimeError, UserError) as error:
+        raise UserError(f"{path} is no LoRA of this network, or none in diffusers' layout: {' '.join(str(error).split())[:200]}") from None
     model.requires_grad_(False)
 
 

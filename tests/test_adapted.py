@@ -1,18 +1,27 @@
 """Adapters as commands: trained on a run that stays as it is, drawn with, several at once, exported, imported, refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from smoke import command, here, train
+from smoke import command, composed, here, train
 
-from ldm import durable
+from ldm import adapted, build, durable, picture
+from ldm.app import forms
+from ldm.app.limits import Limits
+from ldm.app.session import Session
+from ldm.conditioner.edges import Canny
+from ldm.errors import UserError
+from ldm.export import main as export
+from ldm.load import DataCard, config_of
+from ldm.request import held_out
 
 FEW = ("num=4", "steps=2", "guidance.scale=1")
-STEP = ("metrics=none", "training.steps=2", "training.optimizer.lr=0.05", "training.grid_every=500")
+STEP = ("metrics=none", "training.steps=2", "training.optimizer.lr=0.05", "training.lr_schedule.warmup=1", "training.grid_every=500")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,6 +57,7 @@ def test_a_run_holds_the_factors_and_names_its_base(lively, factors):
     assert "of" in (factors / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_at_scale_zero_it_is_the_base_and_at_one_the_run(lively, factors):
     base = pixels(draw(f"run={lively}"))
     assert torch.equal(pixels(draw(f"run={lively}", f"adapters=[{{run: {factors}, scale: 0.0}}]")), base)
@@ -64,6 +74,7 @@ def test_at_scale_zero_it_is_the_base_and_at_one_the_run(lively, factors):
     assert (pixels(both) - base).abs().max() > 1
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped(lively, factors):
     whole = durable.read_tensors(factors / "weights.safetensors")
     (factors / "metrics.json").rename(factors / "done.json")
@@ -76,20 +87,20 @@ def test_it_goes_on_where_it_was_stopped(lively, factors):
     assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
+@pytest.mark.slow
 def test_diffusers_layout_goes_out_and_comes_in(lively, factors, place):
-    from ldm.export import main
-
-    assert main([f"run={factors}", "to=peft", "out=lora.safetensors"]) == 0
+    assert export([f"run={factors}", "to=peft", "out=lora.safetensors"]) == 0
     file = place / "lora.safetensors"
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in durable.read_tensors(file))
     own = pixels(draw(f"run={factors}", out="own"))
     assert (pixels(draw(f"run={lively}", f"adapters=[{{run: {file}}}]")) - own).abs().max() <= 1
-    assert main([f"run={factors}", "to=safetensors", "out=whole.safetensors"]) == 0  # merged, a model by itself
+    assert export([f"run={factors}", "to=safetensors", "out=whole.safetensors"]) == 0  # merged, a model by itself
     assert (pixels(draw("run=whole.safetensors")) - own).abs().max() <= 1
-    assert main([f"run={lively}", "to=peft", "out=none.safetensors"]) == 2
+    assert export([f"run={lively}", "to=peft", "out=none.safetensors"]) == 2
 
 
-def test_a_controlnet_is_told_hints(lively, place):
+@pytest.mark.slow
+def test_a_controlnet_is_told_hints(lively, place, capsys):
     run = train("adapter=controlnet", f"init={lively}", *STEP)
     state = durable.read_tensors(run / "weights.safetensors")
     assert {name.split(".")[0] for name in state} == {"copied", "hint", "zeros", "of_middle"}
@@ -101,11 +112,6 @@ def test_a_controlnet_is_told_hints(lively, place):
     told = pixels(draw(f"run={run}", "held_out=true", out="told"))
     assert (told - base).abs().max() > 1
     assert torch.equal(pixels(draw(f"run={lively}", "held_out=true", f"adapters=[{{run: {run}, scale: 0}}]")), base)
-    from ldm import picture
-    from ldm.conditioner.edges import Canny
-    from ldm.load import config_of
-    from ldm.request import held_out
-
     size = config_of(run).data.size
     edges = Canny()(held_out(run).batch([(0, i) for i in range(4)])["image"])
     for i, one in enumerate(edges):
@@ -117,9 +123,24 @@ def test_a_controlnet_is_told_hints(lively, place):
     )
     assert command("sample.py", f"again={twice / '000001.png'}", "out=again") == 0
     assert torch.equal(pixels(Path("again"))[0], pixels(twice)[1])
-    assert size == Image.open("hints/0.png").size[0]
+    picture.save(place / "small.png", torch.zeros(3, size // 2, size, dtype=torch.uint8))
+    capsys.readouterr()
+    assert command("sample.py", f"run={run}", "hints=small.png", "out=refused", *FEW) == 2
+    said = capsys.readouterr().err
+    assert f"hints=small.png is {size}x{size // 2} (width x height): expected {size}x{size}, the size of the images" in said
+    assert command("sample.py", f"run={run}", "out=refused", *FEW) == 2
+    assert "hints=FILE must be given for the ControlNet of canny" in capsys.readouterr().err
+    assert command("sample.py", f"run={run}", "hints=[small.png,small.png]", "out=refused", *FEW) == 2
+    assert "expected 1 files" in capsys.readouterr().err
+    draw(f"run={run}", "hints=small.png", "extract=true")
+    session = Session.open(str(run))
+    asked = forms.hinted(session, Limits(), "small.png", True)
+    assert list(session.request({"task": asked.task}, {**asked.values, "num": 1, "steps": 2}).inputs) == ["hint"]
+    assert export(["run=" + str(run), "to=controlnet", "out=controlnet.safetensors"]) == 0
+    assert "conv_in.weight" in durable.read_tensors(place / "controlnet.safetensors")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_one_line(smoke, lively, factors, place, capsys):
     def refused(*typed: str, script: str = "sample.py") -> str:
         assert command(script, *typed) == 2
@@ -131,11 +152,44 @@ def test_what_does_not_fit_is_one_line(smoke, lively, factors, place, capsys):
     assert "expected {run: RUN, scale: 1.0}" in refused(*put, f"adapters=[{{run: {factors}, weight: 1}}]")
     assert "scale=much" in refused(*put, f"adapters=[{{run: {factors}, scale: much}}]")
     assert "expected 0 files" in refused(*put, "hints=some.png")
+    assert re.search("belongs to autoencoder .*, run=.* to", refused(f"run={smoke.run}", *put[1:], f"adapters=[{{run: {factors}}}]"))
     assert "init=RUN says which" in refused("budget=smoke", "adapter=lora", script="train.py")
-    other = train("net.channels=48", "name=other", "metrics=none")
-    said = refused(f"run={other}", "out=refused", *FEW, f"adapters=[{{run: {factors}}}]")
-    assert "another network" in said or "belongs to autoencoder" in said
     shutil.copytree(factors, place / "moved")
     (place / "moved" / "base.json").write_text(json.dumps({"path": str(smoke.run), "weights": "0" * 64}))
-    assert "was trained on other weights" in refused(f"run={place / 'moved'}", "out=refused", *FEW)
+    assert "was trained on other weights" in refused(f"run={place / 'moved'}", *put[1:])
+    (place / "moved" / "base.json").write_text(json.dumps({"path": "nowhere", "weights": "0" * 64}))
+    assert "an adapter on nowhere, which is not there" in refused(f"run={place / 'moved'}", *put[1:])
+    (place / "moved" / "base.json").write_text("{")
+    assert "is damaged or gone" in refused(f"run={place / 'moved'}", *put[1:])
     assert not Path("refused").exists()
+
+
+def test_an_adapter_of_another_network_is_one_line(factors):
+    cfg = composed("budget=smoke", "net.channels=48")
+    model = build.model(cfg, build.autoencoder(cfg.autoencoder, 1), DataCard("", ["a"], [["a"]], 1, 16))
+    with pytest.raises(UserError, match=f"{factors} is an adapter of another network: .* do not match"):
+        adapted.put_on(model, factors)
+
+
+def test_a_file_of_another_networks_factors_is_one_line(place):
+    cfg = composed("budget=smoke")
+    model = build.model(cfg, build.autoencoder(cfg.autoencoder, 1), DataCard("", ["a"], [["a"]], 1, 16))
+    names = ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "unet.mid_block.attentions.0.proj_in.lora_B.weight")
+    for file, state in {
+        "narrow": dict(zip(names, (torch.ones(1, 7), torch.ones(7, 1)), strict=True)),
+        "elsewhere": {"unet.elsewhere.lora_A.weight": torch.ones(1, 2)},
+    }.items():
+        durable.write_tensors(place / f"{file}.safetensors", state)
+        with pytest.raises(UserError, match=f"{file}.safetensors is no LoRA of this network"):
+            adapted.put_on(model, place / f"{file}.safetensors")
+
+
+def test_an_adapters_names_do_not_depend_on_what_else_is_put_on():
+    for name in (
+        "denoiser.net.middle1.res.conv1.parametrizations.weight.0.down",
+        "denoiser.net.net.middle1.res.conv1.parametrizations.weight.3.down",
+    ):
+        assert adapted.own(name) == "middle1.res.conv1.down"
+    assert adapted.own("denoiser.net.controls.2.copied.stem.weight") == "copied.stem.weight"
+    assert adapted.own("conditioner.told.told.vectors") == adapted.own("conditioner.vectors") == "vectors"
+    assert adapted.own(adapted.own("denoiser.net.net.out.2.parametrizations.weight.1.up")) == "out.2.up"

@@ -27,9 +27,9 @@ from ldm.metrics.interval import bootstrap
 from ldm.task import draw
 
 HERE = Path(__file__).parent
-NUM, STEPS, SCALE, LEARNED, SHOWN = 96, 20, 3.0, 500, 12  # captions, of the sampler, of guidance, images a style for the reader, columns
+NUM, STEPS, SCALE, LEARNED, SHOWN = 48, 12, 3.0, 200, 12  # captions, of the sampler, of guidance, images a style for the reader, columns
 STYLES = ("3d", "flat", "pencil")
-STRENGTHS = (0.0, 0.5, 1.0)
+STRENGTHS = (0.0, 1.0)
 
 
 def main(run: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,12 +55,18 @@ class Inverted(nn.Module):
     def forward(self, batch: dict[str, Any]) -> Condition:
         captions = list(batch["caption"])
         if not any(word in caption.lower() for caption in captions for word in self.words):
-            return self.told(batch)
+            return self.linked(self.told(batch))
         encoder = self.kept.encoder.to(self.vectors.device)
         with self.heard(encoder.embedding):
             features = encoder.features(captions, self.kept.length)
         vector = None if self.vector_dim is None else normalize(features.vector, dim=1) * self.vector_dim**0.5
-        return Condition(context=features.context, mask=features.mask, vector=vector)
+        return self.linked(Condition(context=features.context, mask=features.mask, vector=vector))
+
+    def linked(self, cond: Condition) -> Condition:
+        """The condition with the vectors in its graph, while training: of a batch without the word their gradient is 0, not absent."""
+        if not self.training or cond.context is None:
+            return cond
+        return replace(cond, context=cond.context + 0 * self.vectors.sum())
 
     def null(self, batch: dict[str, Any]) -> Condition:
         return self.told.null(batch)
@@ -74,10 +80,10 @@ class Inverted(nn.Module):
         """Within it the embedding of ids gives the pieces of the word, and of those learned before, their vectors."""
         vectors = self.began + self.scale * (self.vectors - self.began)
 
-        def replace(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        def hear(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             return replaced(out, args[0], self.pieces, vectors)
 
-        hook = embedding.register_forward_hook(replace)
+        hook = embedding.register_forward_hook(hear)
         try:
             with self.told.heard(embedding) if hasattr(self.told, "heard") else nullcontext():
                 yield

@@ -98,6 +98,14 @@ def colour_map(session: Session) -> Tab:
     return Tab(_button("map"), forms.colour_map, [canvas])
 
 
+def hint(session: Session) -> Tab:
+    """From noise, along a hint of a ControlNet."""
+    import gradio as gr
+
+    file = _picture("hint-file")
+    return Tab(_button("hint"), forms.hinted, [file, gr.Checkbox(True, label="Make the hint of this picture", elem_id="extract")])
+
+
 TABS: dict[str, tuple[str, str | None, Callable[[Session], Tab]]] = {  # id -> (title, the key that a model must listen to, its fields)
     "words": ("From noise", None, words),
     "restyle": ("Image to image", None, restyle),
@@ -105,6 +113,7 @@ TABS: dict[str, tuple[str, str | None, Callable[[Session], Tab]]] = {  # id -> (
     "outpaint": ("Outpaint", None, outpaint),
     "enlarge": ("Enlarge", "low_res", enlarge),
     "map": ("Map", "map", colour_map),
+    "hint": ("Hint", "hint", hint),
 }
 
 

@@ -66,6 +66,11 @@ def colour_map(session: Session, limits: Limits, painted: Mapping[str, Any] | No
     return Asked("semantic", {"map": str(keep.given(session.home, png(values), ".png"))}, square(session))
 
 
+def hinted(session: Session, limits: Limits, file: str | None, extract: bool) -> Asked:
+    """From noise, along a hint; extract: the picture is what the hint is made of, at any size."""
+    return Asked("generate", {"hints": picture(session, limits, file), "extract": bool(extract)}, square(session))
+
+
 def told(session: Session, prompt: str | None, negative: str | None, label: str | None) -> dict[str, Any]:
     """What the model is told, of what it listens to. Raises UserError for an empty prompt where it listens to nothing else."""
     keys = session.model.conditioner.keys

@@ -9,9 +9,10 @@ from torch import Tensor
 from ldm.interop.diffusers import half, unet
 from ldm.interop.keymap import Row, State, count, exported, imported, layers, refuse, under
 from ldm.interop.layout import Layout
+from ldm.parse import json_of
 
 HALF = "copied."  # of ours: the copied way down
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
 
 
 def import_controlnet(state: State) -> dict[str, Tensor]:
@@ -57,12 +58,19 @@ def import_lora(state: State, net: State, prefix: str = "unet.") -> dict[str, Te
         rows = len(weight) // len(parts)
         for part, first, rank in zip(there, starts(narrow), narrow, strict=True):
             at = parts.index(part) * rows
-            up[at : at + rows, first : first + rank] = given[part + UP].reshape(rows, rank)
+            up[at : at + rows, first : first + rank] = given[part + UP].reshape(rows, rank) * float(given.get(part + ALPHA, rank)) / rank
         layer = row.ours.removesuffix(".weight")
         made |= {f"{layer}.down": torch.cat(downs).reshape(sum(narrow), *weight.shape[1:]), f"{layer}.up": up}
-        used |= {part + end for part in there for end in (DOWN, UP)}
+        used |= {part + end for part in there for end in (DOWN, UP, ALPHA)}
     refuse(given.keys() - used, "LoRA")
     return made
+
+
+def strength(said: str | None, prefix: str = "unet.") -> float:
+    """What alpha and rank in the header of a LoRA file of diffusers make of its factors; 1 where it says neither."""
+    told = json_of(said) if said else {}
+    alpha, rank = told.get(f"{prefix}lora_alpha"), told.get(f"{prefix}r")
+    return float(alpha) / float(rank) if alpha and rank else 1.0
 
 
 def export_lora(factors: State, net: State, prefix: str = "unet.") -> dict[str, Tensor]:

@@ -96,6 +96,17 @@ def test_stable_diffusions_has_the_published_count():
     assert sum(p.numel() for p in made.parameters()) == 361_279_120
 
 
+def test_its_encoder_hears_thin_lines():
+    """Two pictures of a line apart: what tells them from one another is not lost on the way."""
+    torch.manual_seed(0)
+    encoder = hint_encoder(3, 32, 8)
+    hint = torch.zeros(2, 3, 64, 64)
+    hint[0, :, 20], hint[1, :, :, 40] = 1, 1
+    features = encoder[:-1](hint)
+    assert (features[0] - features[1]).abs().mean() > 0.3 * features.abs().mean()
+    assert torch.equal(encoder(hint), torch.zeros(2, 32, 8, 8))
+
+
 def test_what_does_not_fit_is_one_line(net, told):
     x, t, cond = told
     control = Control(net, 4)

@@ -8,7 +8,7 @@ from ldm.adapter import lora
 from ldm.condition import Condition
 from ldm.errors import UserError
 from ldm.interop import diffusers
-from ldm.interop.adapters import export_lora, import_lora
+from ldm.interop.adapters import export_lora, import_lora, strength
 from ldm.net.unet import UNet
 
 EVERY = ("*attention*", "*conv1")
@@ -126,3 +126,8 @@ def test_diffusers_reads_it_and_answers_the_same(net):
     assert (again(x, t, cond) - back(x, t, cond)).abs().max() <= 1e-5
     with pytest.raises(UserError, match=r"LoRA: no place for elsewhere.lora_A"):
         import_lora({"elsewhere.lora_A.weight": torch.ones(1, 2)}, plain, prefix="")
+    weaker = {**made, "mid_block.attentions.0.proj_in.alpha": torch.tensor(1.0)}  # of rank 2
+    half, whole = (import_lora(one, plain, prefix="")["middle1.attention.proj_in.up"] for one in (weaker, made))
+    assert torch.equal(half, whole / 2)
+    assert strength('{"unet.lora_alpha": 8, "unet.r": 4}') == 2
+    assert strength(None) == strength("{}") == 1
