@@ -5,6 +5,7 @@ import json
 from smoke import command, here
 
 from ldm import protocol
+from ldm.report.collect import restated
 
 
 def test_a_node_in_short():
@@ -40,3 +41,14 @@ def test_training_and_drawing_say_the_same_of_the_same(smoke, tmp_path):
     assert protocol.differing(told, drawn) == ["score/scale"]  # training chose among several
     assert told["score/scale"] == "best of 1, 2 on 10"
     assert drawn["fd_fashion"] == told["fd_fashion"]
+
+
+def test_an_older_run_s_is_told_from_what_is_there(smoke, tmp_path):
+    told = smoke.metrics
+    bare = {name: value for name, value in told.items() if name != "protocol" and not name.startswith("score/")}
+    with here(tmp_path, LDM_CACHE=str(smoke.kept)):
+        again = restated(smoke.run, bare)
+    assert protocol.differing(told, again) == []
+    assert again["protocol"] == told["protocol"]
+    with here(tmp_path):  # without the judge
+        assert restated(smoke.run, bare) == {}

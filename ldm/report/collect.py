@@ -58,12 +58,37 @@ def agree(one: Any, other: Any) -> bool:
 def row_of(study: Study, job: jobs.Composed, folder: Path) -> dict[str, Any]:
     """The row of a finished run: job, axes, seed, numbers, protocol, cost and commit."""
     found = runs.finished(folder) or {}
+    found |= {} if "protocol" in found else restated(folder, found)
     plain = {name: value for name, value in found.items() if "/" not in name or name in study.metrics}
     numbers = {name: value for name, value in plain.items() if isinstance(value, int | float) and name not in ("seed", "seconds")}
     row = {"job": name_of(job), **{axis: job.value(axis) for axis in study.axes}, "seed": job.config["seed"]}
     row |= {name: numbers[name] for name in study.metrics if name in numbers} | numbers
     row |= {"seconds": found.get("seconds"), "commit": commit_of(folder), "protocol": found.get("protocol")}
     return row | {name: value for name, value in found.items() if name.startswith("score/")}
+
+
+def restated(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol of a run that does not state its own, as those did not at first: what its folder and the judge in the cache say.
+
+    Nothing where the judge is not in the cache, or is not what measured it.
+    """
+    from ldm import protocol
+    from ldm.load import DataCard, config_of, space_of
+    from ldm.metrics.distribution import Score
+    from ldm.score import Protocol
+    from ldm.stage import cache as kept
+    from ldm.stage import diffusion, judge
+
+    if "arithmetic" not in found:  # not scored
+        return {}
+    cfg, config = config_of(folder), runs.load_config(folder / "config.yaml")
+    place = kept.kept_judge(cfg).folder
+    if runs.finished(place) is None or "net" in config["metrics"]:
+        return {}
+    network = Score(*judge.load(cfg, place), {}).provenance
+    score = Protocol(**{name: value for name, value in config["training"]["score"].items() if name != "_target_"})
+    values = {**found, **{f"score/{name}": value for name, value in network.items()}}
+    return protocol.stated(diffusion.said(config, score, values, DataCard.read(folder).fingerprint, space_of(folder)))
 
 
 def commit_of(folder: Path) -> str:
