@@ -25,6 +25,7 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "blue_marble": ("data=synthetic", "~data.stride", "~data.land", "~data.band"),
     "cifar10": ("data=synthetic",),
     "emoji/clip": (*FIRST, "~training.grid_every", "data=synthetic"),
+    "schedules/full": ("data=synthetic", "metrics=fd"),
     "classifier_guidance": (*FIRST, "~training.grid_every"),
     "lora": ("data=synthetic", "~data.styles"),
     "controlnet": ("data=synthetic",),
