@@ -90,7 +90,7 @@ def mistake(error: BaseException) -> str | None:
         return str(error)
     cause = error.__cause__
     if type(error).__name__ == "InstantiationException" and cause is not None:  # Hydra's, around what a constructor raised
-        said = mistake(cause)
+        said = "a number is too large" if "verflow" in str(cause) else mistake(cause)
         key = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
         return f"{said} (in {key[1]})" if said and key else said
     trace = error.__traceback__

@@ -77,7 +77,7 @@ def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None
         expected = signature.parameters[key].annotation
         if expected is not None and signature.fits(expected, value) is False:
             raise UserError(f"{path}.{key}={_shown(value)}: {target} expects {ast.unparse(expected)}")
-    if node.get("_partial_") or "_args_" in node:
+    if (node.get("_partial_") and not supplied) or "_args_" in node:  # of a partial one only where it is known what code adds
         return
     missing = [name for name, one in signature.parameters.items() if one.required and name not in node and name not in supplied]
     if missing:
@@ -153,7 +153,7 @@ class Signature:
         if name in ("dict", "Mapping"):
             return isinstance(value, Mapping)
         if name not in SHAPES:
-            return None
+            return False if value is None else None
         if not isinstance(value, list | tuple):
             return False
         many = name != "tuple" or (isinstance(inner[-1], ast.Constant) and inner[-1].value is Ellipsis)
@@ -176,7 +176,8 @@ def _named(name: str, value: Any) -> bool | None:
         "Mapping": isinstance(value, Mapping),
         **dict.fromkeys(SHAPES, isinstance(value, list | tuple)),
     }
-    return known.get(name)
+    unknown = None if value is not None or name in ("Any", "object") else False  # a class or a type's name, which null is not
+    return known.get(name, unknown)
 
 
 def _any(verdicts: list[bool | None]) -> bool | None:

@@ -10,7 +10,8 @@ from ldm.validate import allowed, signature_of, validate
 
 MODULE = """
 from dataclasses import dataclass, field
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from elsewhere import Shape
 from typing import Any, ClassVar, Literal, NamedTuple, Optional, Union
 import raised_if_imported
 from sample_pkg.other import elsewhere
@@ -26,6 +27,9 @@ class Net:
 
 class Child(Net):
     def forward(self): ...
+
+class Shaped:
+    def __init__(self, made: Shape = 1, call: Callable[[int], int] = abs, rest: Any = 1): ...
 
 @dataclass(frozen=True)
 class Schedule:
@@ -70,6 +74,7 @@ FINE = [
     node("Net", width=8, sizes=None),
     node("Net.small", width=8),
     node("Child", width=8),
+    node("Shaped", rest=None),
     node("Schedule", beta=1, table=[1]),
     node("Zero", beta=0.5, shift=None, either="x"),
     node("Protocol", num=5),
@@ -99,6 +104,8 @@ WRONG = [
     (node("Net", width=8, sizes=[None]), "node.sizes=[null]"),
     (node("Net", width=8, on=1), "expects bool"),
     (node("Net", width=None), "node.width=null"),
+    (node("Shaped", made=None), "node.made=null: sample_pkg.one.Shaped expects Shape"),
+    (node("Shaped", call=None), "node.call=null: sample_pkg.one.Shaped expects Callable[[int], int]"),
     (node("Net.small", width="8"), "expects int"),
     (node("Child"), "also needs width"),
     (node("Schedule", beta=1, hidden=1), "takes no 'hidden'"),
@@ -129,6 +136,8 @@ def test_wrong_configs_are_refused_in_one_line(config, said):
 def test_what_code_supplies_need_not_be_there():
     validate(node("solve", x=1), supplied={"node": ("y",)})
     validate(node("solve", x=1), supplied={"sample_pkg.one.solve": ("y",)})
+    with pytest.raises(UserError, match=r"node: sample_pkg\.one\.solve also needs x"):
+        validate(node("solve", partial=True), supplied={"sample_pkg.one.solve": ("y",)})  # nobody else will pass it
 
 
 REFUSED = [

@@ -8,12 +8,20 @@ from torch.nn import functional as F
 from ldm.net.blocks import ResBlock, norm, zeroed
 
 
+def positive(**sizes: int) -> None:
+    """Raises ValueError for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: expected 1 or more")
+
+
 class PatchEncoder(nn.Module):
     """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f): patches of f x f pixels as channels, `blocks` residual blocks of
     `width` channels, and a linear map of the patch straight to the mean, so that training starts from a linear code."""
 
     def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 2, groups: int = 4):
         super().__init__()
+        positive(factor=factor, width=width)
         self.factor, self.z_channels = factor, z_channels
         patch = channels * factor**2
         self.stem = nn.Conv2d(patch, width, 3, padding=1)
@@ -34,6 +42,7 @@ class PatchDecoder(nn.Module):
 
     def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 3, groups: int = 4):
         super().__init__()
+        positive(factor=factor, width=width)
         self.factor = factor
         patch = channels * factor**2
         self.stem = nn.Conv2d(z_channels, width, 3, padding=1)

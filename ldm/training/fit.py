@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.utils.data import DataLoader
 
 from ldm.data.stream import Batched, Stream
@@ -68,6 +68,9 @@ def fit(
     Raises ValueError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
+    for name, number, least in (("workers", workers, 0), ("accumulate", accumulate, 1), ("nodes", nodes, 1), ("batch_size", batch_size, 1)):
+        if number < least:
+            raise ValueError(f"{name}={number}: expected {least} or more")
     if batch_size % (ranks * accumulate):
         parts = f"{ranks * accumulate} equal parts ({ranks} processes, accumulate={accumulate})"
         raise ValueError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
@@ -112,12 +115,19 @@ def fit(
 
 
 def strategy_of(name: str, timeout: timedelta) -> Any:
-    """Lightning's strategy of a name; DDP with a time-out, and with parameters that a step leaves out; fsdp as FSDP2 over all processes."""
+    """Lightning's strategy of a name; DDP with a time-out, and with parameters that a step leaves out; fsdp as FSDP2 over all processes.
+
+    Raises ValueError for a name that Lightning does not know.
+    """
     made = {
         "ddp": lambda: DDPStrategy(find_unused_parameters=True, timeout=timeout),
         "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world()[1], tensor_parallel_size=1, timeout=timeout),
     }
-    return made[name]() if name in made else name
+    if name in made:
+        return made[name]()
+    if name != "auto" and name not in StrategyRegistry.available_strategies():
+        raise ValueError(f"strategy={name!r}: expected auto, {', '.join(made)}, or one of Lightning's own names")
+    return name
 
 
 def deaf(worker: int) -> None:

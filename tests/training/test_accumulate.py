@@ -31,3 +31,12 @@ def test_losses_and_weights_are_those_of_whole_batches(parts):
 def test_rows_that_cannot_be_shared_out_are_refused():
     with pytest.raises(ValueError, match=r"batch_size=4 cannot be split into 3 equal parts \(1 processes, accumulate=3\)"):
         train(Line(), Rows(), [], steps=1, accumulate=3)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [({"workers": -1}, "workers=-1: expected 0"), ({"accumulate": 0}, "accumulate=0: expected 1"), ({"strategy": "0x10"}, "expected auto")],
+)
+def test_numbers_and_names_that_cannot_be_are_refused(typed, said):
+    with pytest.raises(ValueError, match=said):
+        train(Line(), Rows(), [], steps=1, **typed)
