@@ -70,7 +70,7 @@ def test_the_config_is_the_one_that_is_typed():
     assert plain(ours) == plain(theirs) | {"prompt": words, "image": "a=b.png", "inputs": plain(ours)["inputs"]}
     assert plain(ours)["inputs"]["image"]["path"] == "a=b.png"
     for choices, values, said in [
-        ({"sampler": "../x"}, {}, "sampler=../x: expected one of ddim"),
+        ({"sampler": "../x"}, {}, "sampler=../x: expected one of consistency, ddim"),
         ({}, {"steps": "many"}, "steps=many: expected a whole number"),
     ]:
         with pytest.raises(UserError, match=said):

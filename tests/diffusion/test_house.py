@@ -68,6 +68,8 @@ def test_every_option_is_built_with_every_default_written_out(path):
     check(config)
     if "encoder" in config:  # whose weights are an asset, and not needed to see that the option fits
         config.encoder = {"_target_": "torch.nn.Identity"}
+    if "teacher" in config:  # a run that has to be there
+        config.teacher = {"_target_": "torch.nn.Identity"}
     assert instantiate(config) is not None
 
 
