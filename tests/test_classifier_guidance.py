@@ -71,6 +71,7 @@ def test_one_of_another_schedule_or_latent_space_is_refused(classifier, smoke, l
     one_line(capfd, "was trained in the latent space f4", "sample.py", f"run={lively}", *typed, f"guidance.classifier={classifier}")
 
 
+@pytest.mark.slow
 def test_a_training_begins_from_the_weights_of_another(smoke):
     typed = ("training.steps=1", "training.optimizer.lr=0", "training.sigma_rel=0.2", "metrics=none")
     made = train(f"init={smoke.run}", "data.seed=3", *typed)

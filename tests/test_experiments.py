@@ -46,7 +46,7 @@ def finished(cache: Path, folder: Path) -> set[Path]:
     return {*folder.glob("runs/*/metrics.json"), *cache.glob("cache/first_stage/*/metrics.json")}
 
 
-@pytest.mark.parametrize("study", [s if s in ("quickstart", "schedules") else pytest.param(s, marks=pytest.mark.slow) for s in STUDIES])
+@pytest.mark.parametrize("study", [s if s == "quickstart" else pytest.param(s, marks=pytest.mark.slow) for s in STUDIES])
 def test_study_runs_its_first_job(study, smoke, tmp_path):
     some_images(tmp_path / "images")
     before, base = finished(smoke.folder, tmp_path), [f"init={smoke.run}"] * (study in ON_TOP)

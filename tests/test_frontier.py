@@ -22,6 +22,7 @@ def run(*typed: object) -> int:
     return guarded(lambda: frontier.main([str(word) for word in typed]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*biased")
 def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypatch, capsys):
     drawn: list = []

@@ -31,6 +31,8 @@ def main(cfg):
         signal.signal(signal.SIGUSR1, leave)
         Path(cfg.out, f"{rank}.ready").touch()
         time.sleep(60)
+    while cfg.do == "fail" and rank == 1 and not Path(cfg.out, "0.json").is_file():
+        time.sleep(0.05)
     if cfg.do == "fail" and rank == 1:
         raise RuntimeError("rank one fails")
     if cfg.do == "fail":

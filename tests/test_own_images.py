@@ -35,6 +35,7 @@ def place(tmp_path):
         yield tmp_path
 
 
+@pytest.mark.slow
 def test_it_says_first_what_there_is_and_how_long_it_will_take(place, capsys, monkeypatch):
     assert command("train.py", *SMALL, "data.path=images") == 0
     out = re.sub(r"reading .*\n?", "", capsys.readouterr().out)

@@ -56,6 +56,7 @@ def test_one_image_a_seed_a_grid_and_the_record(lively, drawn):
     assert Image.open(drawn / "grid.png").size == (3 * 66 + 2, 4 * 66 + 2)
 
 
+@pytest.mark.slow
 def test_autoguidance_leads_away_from_another_run(smoke, lively, place):
     """weak + s (model - weak): itself as the weak one changes nothing; another one does, and more at a larger scale."""
     other = broken(lively, place, "weak")

@@ -178,6 +178,7 @@ def test_a_plugin_that_is_not_there(script, capfd):
     assert "pip install -e '.[sweep]' brings joblib" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_training_is_known_by_its_folder_and_by_runs_like_it(smoke, capfd):
     with here(smoke.folder, LDM_CACHE=str(smoke.kept)):
         assert command("train.py", "-m", "budget=smoke", "seed=0,1", "autoencoder.z_channels=8,3", "dry=true") == 0

@@ -179,6 +179,7 @@ def test_a_damaged_checkpoint_is_passed_over(smoke, tmp_path):
     assert "1000 bytes" in done.stdout
 
 
+@pytest.mark.slow
 def test_stage_one_trained_alone_is_found_by_its_recipe(place, smoke, capfd):
     """`training=autoencoder` keeps what it trains under its own options, and a run that names the same options finds it."""
     alone = ("~training.score", "training.steps=3", "training.discriminator_start=1", "training.grid_every=500", "metrics=none")

@@ -1,8 +1,10 @@
 """`resume` as a person types it."""
 
+import pytest
 from smoke import command, here, train
 
 
+@pytest.mark.slow
 def test_a_run_taken_up_with_another_rate_only_where_that_is_said(smoke, tmp_path, capfd):
     typed = ("budget=smoke", "metrics=none", f"resume={smoke.run}", "training.steps=3", "training.optimizer.lr=1e-3")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):

@@ -63,6 +63,7 @@ def test_told_twice_by_ctrl_c_it_is_out_at_once(world, smoke, tmp_path):
     assert steps(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_training_ended_after_its_last_step_goes_on_with_what_it_learned(smoke, tmp_path):
     """Nothing is left to train, and the weights that are drawn from and kept are the checkpoint's, not fresh ones."""
     shutil.copytree(smoke.run, run := tmp_path / "runs" / smoke.run.name)
