@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.net.blocks import norm
+from ldm.net.blocks import norm, positive
 
 
 class PatchDiscriminator(nn.Module):
@@ -14,6 +14,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 3, width: int = 64, layers: int = 3, groups: int = 32):
         super().__init__()
+        positive(width=width, layers=layers)
         net: list[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level in range(1, layers + 1):
             inside, outside = width * min(2 ** (level - 1), 8), width * min(2**level, 8)

@@ -5,14 +5,7 @@ from typing import cast
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
-from ldm.net.blocks import ResBlock, norm, zeroed
-
-
-def positive(**sizes: int) -> None:
-    """Raises ValueError for a size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size}: expected 1 or more")
+from ldm.net.blocks import ResBlock, norm, positive, zeroed
 
 
 class PatchEncoder(nn.Module):

@@ -24,6 +24,13 @@ def call(module: nn.Module, *args: Any, keep: bool = True) -> Tensor:
     return module(*args) if keep or not torch.is_grad_enabled() else checkpoint(module, *args, use_reentrant=False)
 
 
+def positive(**sizes: int) -> None:
+    """Raises ValueError for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: expected 1 or more")
+
+
 def norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
     """Group normalisation with `groups` groups, or their largest common divisor with `channels`."""
     return nn.GroupNorm(math.gcd(channels, groups), channels, eps=eps)

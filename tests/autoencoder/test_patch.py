@@ -1,0 +1,21 @@
+"""Sizes that no network and no image can have."""
+
+import pytest
+
+from ldm.autoencoder.discriminator import PatchDiscriminator
+from ldm.autoencoder.patch import PatchDecoder, PatchEncoder
+from ldm.data.synthetic import Synthetic
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: PatchEncoder(1, 2, factor=0), "factor=0: expected 1 or more"),
+        (lambda: PatchDecoder(1, 2, factor=2, width=-1), "width=-1"),
+        (lambda: PatchDiscriminator(1, width=0), "width=0"),
+        (lambda: Synthetic(size=0), "size=0: expected one image or more, of 8 pixels or more"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
