@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 
 def power_of(sigma_rel: float) -> float:
-    """The exponent gamma of the power-function average whose relative width is sigma_rel, below 0.28 (EDM2 eq. 126, algorithm 2)."""
+    """The exponent gamma of the power-function average whose relative width is sigma_rel, below 0.28 (EDM2 eq. 126, algorithm 2).
+
+    Raises ValueError for another width.
+    """
+    if not 0 < sigma_rel < 0.28:
+        raise ValueError(f"sigma_rel={sigma_rel}: expected a part of the training above 0 and below 0.28")
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 

@@ -13,6 +13,12 @@ def test_exponents_of_the_paper(sigma_rel, gamma):
     assert abs((g + 1) ** 0.5 * (g + 2) ** -1 * (g + 3) ** -0.5 - sigma_rel) < 1e-9
 
 
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.28, 1.0])
+def test_a_width_that_no_exponent_has_is_refused(sigma_rel):
+    with pytest.raises(ValueError, match="sigma_rel="):
+        power_of(sigma_rel)
+
+
 def averaged(steps: int, sigma_rel: float) -> tuple[PowerEMA, torch.Tensor]:
     """An average over weights that are a unit vector of their own at every step: its entries are the weights of the steps."""
     module = nn.Linear(1, steps + 1, bias=False, dtype=torch.float64)

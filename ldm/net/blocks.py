@@ -37,7 +37,12 @@ def norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
 
 
 def sinusoid(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of t (B,), in the network's time units, as (B, dim) float: cosines, then sines (ADM; DDPM, sec. B)."""
+    """Sinusoidal embedding of t (B,), in the network's time units, as (B, dim) float: cosines, then sines (ADM; DDPM, sec. B).
+
+    Raises ValueError for a period `longest` that is none.
+    """
+    if longest <= 0:
+        raise ValueError(f"longest={longest}: expected a period above 0")
     half = dim // 2
     rates = torch.exp(-math.log(longest) / half * torch.arange(half, device=t.device, dtype=t.dtype))
     angles = t[:, None] * rates

@@ -155,3 +155,8 @@ def test_an_embedding_is_added_before_the_second_normalisation():
     silu = torch.nn.functional.silu
     h = block.norm2(block.conv1(silu(block.norm1(x))) + block.emb(silu(emb))[:, :, None, None])
     torch.testing.assert_close(block(x, emb), x + block.conv2(silu(h)))
+
+
+def test_a_period_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="longest=0"):
+        sinusoid(torch.ones(1), 4, longest=0)
