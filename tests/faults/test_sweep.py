@@ -77,7 +77,7 @@ def test_a_killed_job_fails_alone_and_the_same_sweep_goes_on_with_it(smoke, tmp_
         os.kill(held_by(tmp_path, 3, 500), signal.SIGKILL)
         said, _ = sweep.communicate(timeout=600)
     assert sweep.returncode == 1, said
-    assert "job 1 failed with exit code 137" in said
+    assert "job 1 failed: killed (SIGKILL)" in said, said
     assert "1 of 2 jobs done, 1 failed" in said
     again = process("train.py", *SWEEP, "seed=0,1", cwd=tmp_path, timeout=600)
     assert again.returncode == 0, again.stderr
