@@ -84,13 +84,21 @@ def guarded(run: Callable[[], Any]) -> int:
         return code
 
 
+def too_large(error: BaseException) -> str | None:
+    """What torch says in many words of a size beyond its numbers or this machine's memory, in few; None of anything else."""
+    said = str(error)
+    if isinstance(error, MemoryError) or "allocate memory" in said or "not enough memory" in said:
+        return "too large for this machine's memory"
+    return "a number is too large" if "verflow" in said else None
+
+
 def mistake(error: BaseException) -> str | None:
     """The text of an error a person can mend, None for a bug."""
     if isinstance(error, UserError | FileNotFoundError) or (isinstance(error, OSError) and error.errno in DISK):
         return str(error)
     cause = error.__cause__
     if type(error).__name__ == "InstantiationException" and cause is not None:  # Hydra's, around what a constructor raised
-        said = "a number is too large" if "verflow" in str(cause) else mistake(cause)
+        said = too_large(cause) or mistake(cause)
         key = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
         return f"{said} (in {key[1]})" if said and key else said
     trace = error.__traceback__

@@ -313,7 +313,7 @@ def test_a_folder_of_one_s_own_configs(here, tmp_path):
 def test_our_own_checks_are_mistakes_and_others_are_bugs():
     import torch
 
-    from ldm.command import mistake
+    from ldm.command import mistake, too_large
     from ldm.durable import write_tensors
 
     def caught(call):
@@ -324,6 +324,9 @@ def test_our_own_checks_are_mistakes_and_others_are_bugs():
 
     assert mistake(caught(lambda: write_tensors("/nowhere", {"w": torch.tensor(float("nan"))}))).startswith("/nowhere w: 1 of 1 values")
     assert mistake(caught(lambda: int("x"))) is None
+    assert too_large(caught(lambda: torch.empty(10**40))) == "a number is too large"
+    assert too_large(caught(lambda: torch.empty(2**60))) == "too large for this machine's memory"
+    assert too_large(ValueError("x")) is None
     assert mistake(caught(lambda: rewrite("x", None, (), (), False))) == "'x' is not key=value (see --help)"
     assert mistake(caught(lambda: Path("/nowhere").read_text())) is not None
     assert mistake(caught(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))) is not None
