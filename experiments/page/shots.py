@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         file = page.locator("#settings td").last.inner_text()
         page.get_by_role("tab", name="Draw", exact=True).click()
         page.get_by_role("tab", name="Inpaint").click()
-        page.set_input_files("#inpaint-editor input[type=file]", file)
+        page.set_input_files("#inpaint-editor input[type=file]", Path(file).absolute())
         page.wait_for_selector("#inpaint-editor >> text=1000%")
         page.locator("#inpaint-editor").scroll_into_view_if_needed()
         box = page.locator("#inpaint-editor canvas").first.bounding_box()
