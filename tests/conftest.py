@@ -15,6 +15,8 @@ import pytest
 from filelock import FileLock
 from smoke import enliven, process
 
+from ldm.launch import WORLD
+
 
 @dataclass(frozen=True)
 class Smoke:
@@ -72,3 +74,13 @@ def prompted(smoke, tmp_path_factory) -> Path:
     assert spied != config
     (run / "config.yaml").write_text(spied)
     return run
+
+
+@pytest.fixture(autouse=True)
+def no_rank_left():
+    """Lightning leaves LOCAL_RANK in the environment after a test of ddp, and the next one in this process would be taken for a rank."""
+    before = dict(os.environ)
+    yield
+    for name in WORLD:
+        if name not in before:
+            os.environ.pop(name, None)
