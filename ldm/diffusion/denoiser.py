@@ -62,6 +62,6 @@ class Denoiser(nn.Module):
 
 
 def eps_at(schedule: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """The eps that makes x_t of x0: (x_t - alpha x0) / sigma, at t () in (0, 1]."""
+    """The eps that makes x_t of x0: (x_t - alpha x0) / sigma, at t () or (B,) in (0, 1]."""
     alpha, sigma = schedule.alpha_sigma(t)
-    return (x_t - alpha * x0) / sigma
+    return (x_t - expand(alpha, x_t) * x0) / expand(sigma, x_t)

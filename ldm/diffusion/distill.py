@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
-from ldm.diffusion.denoiser import Denoised, Denoiser
+from ldm.diffusion.denoiser import Denoised, Denoiser, eps_at
 from ldm.diffusion.guidance import pair
 from ldm.diffusion.objective import gaussian, l1, l2, towards
 from ldm.diffusion.schedule import Schedule
@@ -79,7 +79,7 @@ class Progressive(nn.Module):
         half = jump(schedule, self.teacher(x_t, t, told), middle)
         whole = jump(schedule, self.teacher(half, middle, told), end)
         wanted = reached(schedule, x_t, t, whole, end)
-        return towards(denoiser, x_t, t, cond, wanted, noise_of(schedule, x_t, t, wanted), self.weighting, self.error)[0]
+        return towards(denoiser, x_t, t, cond, wanted, eps_at(schedule, x_t, t, wanted), self.weighting, self.error)[0]
 
 
 class Consistency(nn.Module):
@@ -185,9 +185,3 @@ def reached(schedule: Schedule, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor) 
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
     ratio = sigma_s / sigma_t
     return (x_s - expand(ratio, x_t) * x_t) / expand(alpha_s - ratio * alpha_t, x_t)
-
-
-def noise_of(schedule: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """The eps that makes x_t of x0 at t (B,) above 0."""
-    alpha, sigma = schedule.alpha_sigma(t)
-    return (x_t - expand(alpha, x_t) * x0) / expand(sigma, x_t)

@@ -1,5 +1,6 @@
 """A training that begins with the weights of another model: fine-tuning, domain adaptation, new classes, more conditions."""
 
+import re
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from ldm import adapted, build
 from ldm.diffusion.schedule import alike
 from ldm.errors import UserError
 from ldm.load import config_of, load, run_folder, space_of
-from ldm.net.told_scale import ToldScale
 from ldm.space import Space
 from ldm.stage.run import Run
 from ldm.training.callbacks import trained
@@ -75,12 +75,10 @@ def take(model: nn.Module, other: nn.Module, init: str) -> str:
     A layer that reads more channels than before, as of a new condition, reads nothing of them at first.  A conditioner's parts that are new
     or of another size stay fresh.  Raises UserError if the denoiser is of another architecture.
     """
-    old = trained(other)
-    if isinstance(model.denoiser.net, ToldScale) and not isinstance(other.denoiser.net, ToldScale):
-        old = {name.replace("denoiser.net.", "denoiser.net.net.", 1): value for name, value in old.items()}
+    old = {unwrapped(name): value for name, value in trained(other).items()}
     fresh: list[str] = []
     wrong: list[str] = []
-    for name, p in trained(model).items():
+    for name, p in ((unwrapped(name), p) for name, p in trained(model).items()):
         if name not in old or not fits(old[name], p):
             (fresh if name.startswith(NEW) else wrong).append(name)
         else:
@@ -89,6 +87,11 @@ def take(model: nn.Module, other: nn.Module, init: str) -> str:
     if wrong:
         raise UserError(f"init={init} is of another architecture: {', '.join(wrong[:3])} differ; choose net=... as it was trained with")
     return f"begun from {init}" + (f"; new: {', '.join(fresh)}" if fresh else "")
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name as it is where no other network is around its own."""
+    return re.sub(r"^denoiser\.(net\.)+", "denoiser.net.", name)
 
 
 def fits(old: Tensor, new: Tensor) -> bool:

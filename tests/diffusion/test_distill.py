@@ -10,7 +10,7 @@ from torch import nn
 
 from ldm.condition import Condition
 from ldm.diffusion import distill, guidance, objective, prediction, sampler, schedule, times, weighting
-from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoiser, eps_at
 from ldm.diffusion.distill import Consistency, GuidanceTold, Imitation, Progressive, Teacher
 from ldm.tensors import Noise, expand
 
@@ -65,7 +65,7 @@ def data():
 def test_what_is_reached_is_reached_again(name):
     sched, x_t, x_s, t, s = SCHEDULES[name], data()[:3], data()[3:6], f64(0.9, 0.5, 0.1), f64(0.8, 0.25, 0.0)
     x0 = distill.reached(sched, x_t, t, x_s, s)
-    eps = distill.noise_of(sched, x_t, t, x0)
+    eps = eps_at(sched, x_t, t, x0)
     alpha, sigma = (c[:, None] for c in sched.alpha_sigma(s))
     torch.testing.assert_close(alpha * x0 + sigma * eps, x_s)
     alpha, sigma = (c[:, None] for c in sched.alpha_sigma(t))
