@@ -5,7 +5,6 @@ way's scale is the one of lowest distance on DEV images of other seeds.  An eval
 its gradient.
 """
 
-import csv
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.metrics.interval import wilson
+from ldm.report import rows
 
 HERE = Path(__file__).parent
 SAMPLE = HERE.parents[1] / "sample.py"
@@ -33,9 +33,8 @@ def ways(classifier: str) -> list[tuple[str, tuple[float, ...], int, tuple[str, 
 
 def main(run: str, classifier: str) -> None:
     file = HERE / "results.csv"
-    rows = list(csv.DictReader(file.open())) if file.is_file() else []
     for name, scales, each, typed in ways(classifier):
-        if name in {row["guidance"] for row in rows}:
+        if name in {row["guidance"] for row in rows.read(file)}:
             continue
         way = (run, name, each, typed)
         tried = {scale: drawn(*way, scale, DEV, 6_000_000)["fd_fashion"] for scale in (scales if len(scales) > 1 else ())}
@@ -47,11 +46,7 @@ def main(run: str, classifier: str) -> None:
         row |= {"accuracy_low": round(low, 4), "accuracy_high": round(high, 4)}
         row |= {"fd_dev": " ".join(f"{scale:g}:{distance:.2f}" for scale, distance in tried.items())}
         print(row, flush=True)
-        rows.append(row)
-        with file.open("w", newline="") as out:
-            writer = csv.DictWriter(out, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        rows.add(file, row)
 
 
 def drawn(run: str, name: str, each: int, typed: tuple[str, ...], scale: float, num: int, seed: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ RUN: a run of experiment=controlnet, or a step of one.  Writes results.csv, a ro
 drawn is kept in the run and not drawn again.
 """
 
-import csv
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from ldm import build, durable
 from ldm.adapted import Base
+from ldm.animate import plot
 from ldm.build import plain
 from ldm.conditioner.edges import Canny
 from ldm.diffusion.guidance import cfg
@@ -24,6 +24,7 @@ from ldm.diffusion.times import trailing
 from ldm.load import config_of, load, run_folder
 from ldm.metrics.features import to_uint8
 from ldm.metrics.interval import bootstrap
+from ldm.report import rows as table
 from ldm.task import draw
 
 HERE = Path(__file__).parent
@@ -58,7 +59,7 @@ def main(run: str) -> None:
             less, more = bootstrap(values - beside)
             found |= {"gain": (values - beside).mean().item(), "gain_low": less, "gain_high": more}
         results.append({name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()})
-        write(HERE / "results.csv", results)
+        table.write(HERE / "results.csv", results)
         print(results[-1], flush=True)
         return values
 
@@ -70,7 +71,7 @@ def main(run: str) -> None:
         values = add(way, shown[way], beside=plainly)
         plainly = values if plainly is None else plainly
     add("hint and words, against another's hint", shown["hint and words"], hints.roll(1, 0))
-    sheet(HERE / "figure.png", shown)
+    plot.strips(shown, SHOWN).savefig(HERE / "figure.png", metadata={"Software": None})
 
 
 def drawn(path: Path, model: Any, hints: Tensor, captions: list[str], how: dict[str, Any]) -> Tensor:
@@ -95,32 +96,6 @@ def f1(found: Tensor, wanted: Tensor) -> Tensor:
         (one * other).sum((1, 2, 3)) / one.sum((1, 2, 3)).clamp(min=1) for one, other in zip((found, wanted), around, strict=True)
     )
     return 2 * precision * recall / (precision + recall).clamp(min=1e-8)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def sheet(path: Path, rows: dict[str, Tensor]) -> None:
-    """A row for each kind of image, named at its left."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(rows), SHOWN, figsize=(0.9 * SHOWN + 1.2, 0.9 * len(rows)), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, to_uint8(images[:: NUM // SHOWN][:SHOWN]), strict=True):
-            axis.imshow(image.permute(1, 2, 0), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name.replace(", ", ",\n"), fontsize=6, rotation=0, ha="right", va="center")
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=70)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ Trains progressive students (32 steps of the guided teacher to 16, 8, 4, 2) and 
 of them. Goes on where it stopped; a row of results.csv a way of drawing, figure.png of them all. NUM: images each (2,000).
 """
 
-import csv
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from ldm.report import rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -29,7 +30,7 @@ def main(run: str, num: str = "2000") -> None:
     student = trained(teacher, "consistency", teacher, "objective=consistency", "objective.steps=32", "sampler=consistency", *shown(True))
     for steps in (1, 2, 4):
         drawn(student, "consistency", steps, int(num), "sampler=consistency", "grid=uniform", "guidance=cfg", of=teacher)
-    figure(list(csv.DictReader((HERE / "results.csv").open())))
+    figure(rows.read(HERE / "results.csv"))
 
 
 def shown(first: bool) -> tuple[str, ...]:
@@ -50,9 +51,8 @@ def trained(teacher: Path, name: str, begun: Path, *typed: str) -> Path:
 def drawn(run: Path, way: str, steps: int, num: int, *typed: str, of: Path | None = None) -> None:
     """Draw and score `num` images, unless a row of results.csv has them."""
     table = HERE / "results.csv"
-    rows = list(csv.DictReader(table.open())) if table.is_file() else []
     seed = (of or run).name.rsplit("-s", 1)[-1]
-    if any((row["way"], row["steps"], row["seed"], row["n"]) == (way, str(steps), seed, str(num)) for row in rows):
+    if any((row["way"], row["steps"], row["seed"], row["n"]) == (way, str(steps), seed, str(num)) for row in rows.read(table)):
         return
     out = run / "distilled" / f"{way}-{steps}-{num}"
     asked = (f"run={run}", f"out={out}", f"steps={steps}", f"num={num}", "seed=5000000", "batch_size=250", "save=grid", "metrics=full")
@@ -63,13 +63,10 @@ def drawn(run: Path, way: str, steps: int, num: int, *typed: str, of: Path | Non
     row |= {name: round(found[name], 4) for name in ("fd_fashion", "kid_fashion", "precision", "recall", "accuracy")}
     row |= {"seconds": round(time.monotonic() - start, 1)}
     print(row, flush=True)
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        writer.writeheader()
-        writer.writerows([*rows, row])
+    rows.add(table, row)
 
 
-def figure(rows: list[dict[str, str]]) -> None:
+def figure(found: list[dict[str, str]]) -> None:
     """Distance against evaluations an image, a line a way, its seeds as points."""
     import matplotlib
 
@@ -77,8 +74,8 @@ def figure(rows: list[dict[str, str]]) -> None:
     import matplotlib.pyplot as plt
 
     plot, axis = plt.subplots(figsize=(5, 3.4))
-    for way in dict.fromkeys(row["way"] for row in rows):
-        points = sorted((int(row["evaluations"]), float(row["fd_fashion"])) for row in rows if row["way"] == way)
+    for way in dict.fromkeys(row["way"] for row in found):
+        points = sorted((int(row["evaluations"]), float(row["fd_fashion"])) for row in found if row["way"] == way)
         xs = sorted({x for x, _ in points})
         line = axis.plot(xs, [sum(y for a, y in points if a == x) / sum(a == x for a, _ in points) for x in xs], label=way)[0]
         axis.plot(*zip(*points, strict=True), ".", color=line.get_color())

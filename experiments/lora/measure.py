@@ -4,7 +4,6 @@ RUN: a run of experiment=lora, or a step of one.  Writes results.csv, a row as s
 is kept in the run and not drawn again.
 """
 
-import csv
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ldm import durable
 from ldm.adapted import Base, put_on
+from ldm.animate import plot
 from ldm.data.emoji import Emoji
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.sampler import dpmpp_2m
@@ -24,6 +24,7 @@ from ldm.metrics.distribution import frechet
 from ldm.metrics.effnet import EfficientNet
 from ldm.metrics.features import extract, to_uint8
 from ldm.metrics.interval import bootstrap
+from ldm.report import rows as table
 from ldm.task import draw
 
 HERE = Path(__file__).parent
@@ -47,7 +48,7 @@ def main(run: str) -> None:
         found = {"asked": asked, "way": way, "n": NUM, "style": right.mean().item(), "style_low": low, "style_high": high}
         found |= {"rfd_effnet": distance, "moved": float("nan") if before is None else rms(images, before)}
         results.append({name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()})
-        write(HERE / "results.csv", results)
+        table.write(HERE / "results.csv", results)
         print(results[-1], flush=True)
 
     rows = {style: [place * len(test) // NUM for place in range(NUM)] for style, test in tests.items()}
@@ -69,7 +70,7 @@ def main(run: str) -> None:
             add(style, f"LoRA at {strength}", drawings, before.get(style))
             shown[f"{style}, LoRA at {strength:g}"] = drawings
             before.setdefault(style, drawings)
-    sheet(HERE / "figure.png", shown)
+    plot.strips(shown, SHOWN).savefig(HERE / "figure.png", metadata={"Software": None})
 
 
 class Reader:
@@ -116,31 +117,6 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
 def rms(a: Tensor, b: Tensor) -> float:
     """The root mean square difference of images, in [-1, 1] units."""
     return float((a - b).square().mean().sqrt())
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def sheet(path: Path, rows: dict[str, Tensor]) -> None:
-    """A row for each kind of image, named at its left."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(rows), SHOWN, figsize=(0.9 * SHOWN + 1.2, 0.9 * len(rows)), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, to_uint8(images[:: NUM // SHOWN][:SHOWN]), strict=True):
-            axis.imshow(image.permute(1, 2, 0), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name.replace(", ", ",\n"), fontsize=6, rotation=0, ha="right", va="center")
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=70)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Figures measured in pixels: what all pictures here share of matplotlib, their type, colours and frames."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,17 @@ def sheet(images: Tensor, columns: int, gap: int = 1) -> Tensor:
         top, left = i // columns * (h + gap), i % columns * (w + gap)
         out[:, top : top + h, left : left + w] = one
     return out
+
+
+def strips(rows: Mapping[str, Tensor], columns: int, left: int = 110) -> Any:
+    """A figure with a row for each name: `columns` of its images (N, C, H, W) in [-1, 1], evenly spaced; one height for all, gaps of 2."""
+    shown = {name: sheet(images[:: len(images) // columns][:columns], columns, 2) for name, images in rows.items()}
+    height, width = next(iter(shown.values())).shape[-2:]
+    figure = canvas(left + width, len(shown) * (height + 2))
+    for i, (name, strip) in enumerate(shown.items()):
+        words(figure, name.replace(", ", ",\n"), left - 6, (i + 0.5) * (height + 2), size=10, ha="right", va="center")
+        image(figure, strip, left, i * (height + 2))
+    return figure
 
 
 def cut(text: str, most: int) -> str:

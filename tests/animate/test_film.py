@@ -91,3 +91,12 @@ def test_without_matplotlib_one_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pictures need matplotlib"):
         plot.canvas(10, 10)
+
+
+def test_strips_are_named_rows_of_evenly_spaced_images():
+    rows = {name: torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 3, 8, 8) * sign for name, sign in (("up", 1), ("down", -1))}
+    seen = plot.frame(plot.strips(rows, 3, left=40)).float()
+    assert seen.shape == (20, 40 + 3 * 8 + 2 * 2, 3)
+    up, down = (seen[top + 4, [44, 54, 64], 0] / 127.5 - 1 for top in (0, 10))
+    torch.testing.assert_close(up, torch.tensor([-1.0, -0.2, 0.6]), atol=0.02, rtol=0)
+    torch.testing.assert_close(down, -up, atol=0.02, rtol=0)
