@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm import durable, protocol, runs
+from ldm import adm, durable, protocol, runs
 from ldm.build import plain
 from ldm.errors import UserError
 from ldm.load import config_of, space_of
@@ -129,7 +129,7 @@ def measured(request: Request, images: "dict[int, Tensor]", scores: "Score") -> 
         part = rows[start : start + 500]
         batch = request.batch(part)
         image = torch.stack([images[request.cfg.seed + i] for i in part]).float() / 127.5 - 1
-        scores.update(image, batch.get("label", torch.zeros(len(part), dtype=torch.long)))
+        scores.update(image, batch.get("label", torch.zeros(len(part), dtype=torch.long)), batch.get("caption"))
         if paired and batch["image"].shape == image.shape:
             pairs.update(batch["image"], image)
     near = pairs.compute() if paired else {}
@@ -142,7 +142,7 @@ def how(request: Request) -> dict[str, Any]:
     from ldm.training.fit import precision_here
 
     cfg = plain(request.cfg)
-    told = next((f"{name}={cfg[name]}" for name in ("prompt", "prompts", "label") if cfg[name] is not None), "balanced")
+    told = next((f"{name}={cfg[name]}" for name in ("prompt", "prompts", "label") if cfg[name] is not None), cfg["labels"])
     sigma_rel = config_of(request.folder).training.sigma_rel if cfg["weights"] == "ema" else None
     scale, arithmetic = float(cfg["guidance"].get("scale", 1.0)), precision_here(str(cfg["precision"]))
     said = {"data": request.card.fingerprint, "labels": "held out" if request.held_out is not None else told}
@@ -170,6 +170,10 @@ def keep(request: Request, images: "dict[int, Tensor]", score: dict[str, Any]) -
 
     cfg, out = request.cfg, request.out
     first = gathered(images, 400) if cfg.save != "none" else {}
+    if cfg.save == "npz":
+        height, width = next(iter(first.values())).shape[1:]
+        place = {cfg.seed + i: row for row, i in enumerate(request.kept)}
+        adm.write(out / "samples.npz", {place[seed]: one for seed, one in images.items()}, (len(place), height, width))
     if int(os.environ.get("RANK", 0)):
         return None
     if cfg.save != "none":

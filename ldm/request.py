@@ -100,8 +100,10 @@ def anew(cfg: Any) -> Request:
     for name in ("num", "steps", "batch_size"):
         if cfg[name] < 1:
             raise UserError(f"{name}={cfg[name]}: expected 1 or more")
-    if cfg.save not in ("all", "grid", "none"):
-        raise UserError(f"save={cfg.save}: expected all, grid or none")
+    if cfg.save not in ("all", "grid", "npz", "none"):
+        raise UserError(f"save={cfg.save}: expected all, grid, npz or none")
+    if cfg.labels not in ("balanced", "random"):
+        raise UserError(f"labels={cfg.labels}: expected balanced, the same number of each class, or random")
     asked = [name for name in ("prompt", "prompts", "label") if cfg[name] is not None]
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} were given: expected one of them")
@@ -188,7 +190,11 @@ def told(cfg: Any, card: DataCard) -> list[tuple[str, int | None]]:
         return [(cfg.prompt, None)] * cfg.num
     if cfg.prompts is not None:
         return [pair for pair in read_prompts(Path(cfg.prompts), card) for _ in range(cfg.num)]
-    labels = [i % len(card.classes) for i in range(cfg.num)] if cfg.label is None else [class_of(cfg.label, card)] * cfg.num
+    classes = len(card.classes)
+    if cfg.label is not None:
+        labels = [class_of(cfg.label, card)] * cfg.num
+    else:
+        labels = [key(cfg.seed + i, "label") % classes if cfg.labels == "random" else i % classes for i in range(cfg.num)]
     return [(card.captions[k][key(0, "told", i) % len(card.captions[k])], k) for i, k in enumerate(labels)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.adapter.prepared import prepared
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.times import trailing
@@ -73,19 +74,20 @@ def samples(
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Images (B, C, H, W) in [-1, 1] of the given rows, row i with seed + i, and what they were told."""
     low = precision_here(precision) == "bf16"
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        batch = told(part)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
-            image = draw(model, batch, [seed + i for i in part], ts, sampler, guidance, task, hold)
-        yield image.float(), batch
+    with prepared(model, torch.bfloat16 if low else torch.float32):
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            batch = told(part)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+                image = draw(model, batch, [seed + i for i in part], ts, sampler, guidance, task, hold)
+            yield image.float(), batch
 
 
 def measure(score: Score, drawn: Iterator[tuple[Tensor, dict[str, Any]]]) -> dict[str, float]:
     """Every metric of the drawn samples, over all processes."""
     score.reset()
     for image, batch in drawn:
-        score.update(image, batch["label"])
+        score.update(image, batch["label"], batch.get("caption"))
     return score.compute()
 
 

@@ -24,7 +24,7 @@ LIBRARIES = {  # besides the standard library and torch
     "parse": {"yaml"},
     "net": {"einops"},
     "data": {"PIL", "filelock", "numpy", "torchvision", "datasets"},
-    "metrics": {"numpy", "torchmetrics", "torch_fidelity", "torchvision"},
+    "metrics": {"numpy", "timm", "torchmetrics", "torch_fidelity", "torchvision"},
     "ema": {"numpy"},
     "pretrained": {"timm", "torchmetrics", "torchvision"},
     "conditioner": {"huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},

@@ -203,7 +203,7 @@ def test_a_broken_run_is_one_line(name, smoke, place, capfd):
         (("label=sneaker",), "label=sneaker: expected one of disc"),
         (("label=10",), "label=10: expected"),
         (("num=0",), "num=0: expected 1 or more"),
-        (("save=some",), "save=some: expected all, grid or none"),
+        (("save=some",), "save=some: expected all, grid, npz or none"),
         (("prompts=nowhere.txt",), "prompts=nowhere.txt: no such file"),
         (("prompt=a ring", "label=disc"), "prompt and label were given"),
         (("prompt=a ring",), "prompt=a ring: this model is not told words; expected label="),

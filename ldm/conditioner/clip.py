@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,22 @@ def network(model: str, weights: str | None, hub: bool, random: bool) -> tuple[A
     with torch.random.fork_rng(devices=[]):  # the weights of other networks do not depend on what is drawn here and replaced
         torch.manual_seed(0)
         return opened(model, file), config
+
+
+class Towers(NamedTuple):
+    """open_clip's model, and what makes ids (B, length) int64 of texts."""
+
+    clip: Any
+    tokens: Callable[[Sequence[str]], Tensor]
+
+
+def towers(model: str = "ViT-L-14-quickgelu", weights: str | None = None, hub: bool = False, random: bool = False) -> Towers:
+    """Both of CLIP's towers, for metrics; options and errors as CLIP's."""
+    model = named(model)
+    clip, _ = network(model, weights, hub, random)
+    from open_clip import get_tokenizer
+
+    return Towers(clip, get_tokenizer(model))
 
 
 def fresh(model: str) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:

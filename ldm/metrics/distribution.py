@@ -1,7 +1,7 @@
 """Distances between the distributions of two sets of features, and the Score that feeds them all from one pass of the feature network."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -69,18 +69,32 @@ def precision_recall(x: Tensor, reference: Tensor, k: int = 3) -> tuple[Tensor, 
     return covered(x, reference, radii(reference, k)), covered(reference, x, radii(x, k))
 
 
+def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0) -> Tensor:
+    """Squared maximum mean discrepancy () of x (N, D) and y (M, D) under k(a, b) = exp(-|a - b|^2 / (2 sigma^2)), in float64.
+
+    Jayasumana et al. 2024, eq. 2, by the estimator of their code, which leaves each row's distance to itself in: 0 for equal sets.
+    """
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([(-d / (2 * sigma**2)).exp().sum() for d in squared_distances(a, b)]).sum() / (len(a) * len(b))
+
+    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
+
+
 def spread(x: Tensor, size: int) -> Tensor:
     """At most size rows of x (N, D), evenly spaced."""
     return x if len(x) <= size else x[torch.arange(size, device=x.device) * len(x) // size]
 
 
 class Metric(Protocol):
-    """What Score feeds: built from (net, reference features), then features (B, D) float32 and class labels (B,) or None, batch by batch.
+    """What Score feeds: built from (net, reference features), then features (B, D) float32, labels (B,) and captions, batch by batch.
+
+    Labels and captions are what the samples were asked for, None where that is not known.
 
     compute: {key: number} over all processes, called on each of them; reset: forget the samples, keep the reference.
     """
 
-    def update(self, features: Tensor, label: Tensor | None) -> None: ...
+    def update(self, features: Tensor, label: Tensor | None, caption: Sequence[str] | None) -> None: ...
     def compute(self) -> dict[str, float]: ...
     def reset(self) -> None: ...
 
@@ -106,8 +120,8 @@ class FrechetDistance:
         self.reference = {name: getattr(self.fid, name) for name in names}
         self.fid.reset()
 
-    def update(self, features: Tensor, label: Tensor | None = None) -> None:
-        self.fid.update(features, real=False)
+    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
+        self.fid.update(features.double(), real=False)  # torchmetrics answers in the type it was last given
 
     def compute(self) -> dict[str, float]:
         # torchmetrics adds the states up over the processes: one of them brings the reference
@@ -131,7 +145,7 @@ class KernelDistance:
         self.reference = spread(reference, reference_size)
         self.samples = gathered(reference.device)
 
-    def update(self, features: Tensor, label: Tensor | None = None) -> None:
+    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         self.samples.update(features)
 
     def compute(self) -> dict[str, float]:
@@ -148,7 +162,7 @@ class PrecisionRecall:
         self.k, self.reference = k, spread(reference, reference_size)
         self.samples = gathered(reference.device)
 
-    def update(self, features: Tensor, label: Tensor | None = None) -> None:
+    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         self.samples.update(features)
 
     def compute(self) -> dict[str, float]:
@@ -168,7 +182,7 @@ class ClassAccuracy:
         self.classify = net.classify
         self.right = MeanMetric(nan_strategy="error").to(reference.device)
 
-    def update(self, features: Tensor, label: Tensor | None = None) -> None:
+    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         if label is None:
             raise ValueError(
                 "class accuracy needs the label each sample was drawn for, got None; pass label, or leave accuracy out of the metrics"
@@ -180,6 +194,24 @@ class ClassAccuracy:
 
     def reset(self) -> None:
         self.right.reset()
+
+
+class GaussianDistance:
+    """`cmmd_<net>`, with CLIP's image tower the CMMD of Jayasumana et al. 2024: the Gaussian MMD of all samples times 1,000."""
+
+    def __init__(self, net: FeatureNet, reference: Tensor, sigma: float = 10.0, reference_size: int = 30000):
+        self.key, self.sigma = f"cmmd_{net.name}", sigma
+        self.reference = spread(reference, reference_size)
+        self.samples = gathered(reference.device)
+
+    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
+        self.samples.update(features)
+
+    def compute(self) -> dict[str, float]:
+        return {self.key: 1000 * gaussian_mmd(self.samples.compute(), self.reference, self.sigma).item()}
+
+    def reset(self) -> None:
+        self.samples.reset()
 
 
 class Score:
@@ -209,12 +241,12 @@ class Score:
         return {"network": self.net.name, "identity": self.net.identity, **taken, "reference": len(self.reference)}
 
     @torch.no_grad()
-    def update(self, image: Tensor, label: Tensor | None = None) -> None:
-        """Take in images (B, C, H, W) in [-1, 1] and, for the class accuracy, labels (B,). Raises ValueError for NaN."""
+    def update(self, image: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
+        """Take in images (B, C, H, W) in [-1, 1] and what they were asked for: labels (B,), captions. Raises ValueError for NaN."""
         features = self.net(to_uint8(image))
         require_finite(features, "features")
         for metric in self.metrics.values():
-            metric.update(features, label)
+            metric.update(features, label, caption)
         self.count.update(float(len(features)))
 
     def compute(self) -> dict[str, float]:

@@ -95,6 +95,10 @@ class Inception(nn.Module):
         self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
         self.identity = hash_weights(self.net)
 
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, 1008) of features (B, 2048), without the bias: what the inception score of the literature is made of."""
+        return features @ self.net.fc.weight.T
+
     @classmethod
     def find(cls, weights: str | Path | None = None) -> Path:
         """The file of weights, downloaded if need be."""
@@ -119,3 +123,30 @@ class Inception(nn.Module):
         require_uint8(images, (1, 3))
         with torch.autocast(images.device.type, enabled=False):
             return self.net(images.expand(-1, 3, -1, -1))[0]
+
+
+class SpatialInception(Inception):
+    """Inception with ADM's spatial features beside pool3: (B, 2048 + 2023), for the sFID of Dhariwal & Nichol 2021 (Nash et al. 2021).
+
+    Those are 7 of the 192 channels of TensorFlow's `mixed_6/conv`, after its activation, at 17 x 17 places, flattened place by place as
+    TensorFlow lays them out; in torch-fidelity's port that is the output of Mixed_6d.branch1x1.
+    """
+
+    name = "inception_spatial"
+    pooled = Inception.num_features
+    num_features = Inception.num_features + 7 * 17 * 17
+
+    def __init__(self, weights: str | Path | None = None):
+        super().__init__(weights)
+        self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        self.places = out[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17, 17, 7), so 2023 in a row
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 4071) float32, pool3 first, of images (B, 1 or 3, H, W) uint8. Raises ValueError for anything else."""
+        return torch.cat([super().forward(images), self.places], 1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """As Inception's, of pool3 alone."""
+        return super().classify(features[:, : self.pooled])

@@ -1,0 +1,75 @@
+"""Samples among their nearest real images: density and coverage, and how many repeat what was trained on."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.metrics.distribution import gathered, radii, spread, squared_distances
+from ldm.metrics.features import FeatureNet
+
+
+def density_coverage(x: Tensor, reference: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+    """How many k-NN balls of reference (M, D) a row of x (N, D) lies in, over k, and the share of balls with a row in: (), ().
+
+    Naeem et al. 2020, eq. 4 and 5; density may be above 1. Raises ValueError if M is not above k.
+    """
+    if len(reference) <= k or not len(x):
+        raise ValueError(f"{len(x)} samples and {len(reference)} references: density and coverage need one and more than k={k}; draw more")
+    radius = radii(reference, k)
+    inside = torch.zeros(len(reference), dtype=torch.long, device=x.device)
+    for d in squared_distances(x, reference):
+        inside += (d <= radius).sum(0)
+    return inside.sum() / (k * len(x)), (inside > 0).double().mean()
+
+
+def memorised(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """How far samples x (N, D) keep from the training images (M, D), of which each has its own nearest neighbour among the others: (), ().
+
+    authenticity: the share of samples that are further from the nearest training image than that image is from the rest of the training
+    set (Alaa et al. 2022, section 3.2).  copies: the share at least as near as only 1% of the training images are to another.  Held-out
+    images give what is normal.  Raises ValueError for fewer than 2 training images, or no sample.
+    """
+    if len(reference) < 2 or not len(x):
+        raise ValueError(f"{len(x)} samples and {len(reference)} training images: memorisation needs one and two; draw more")
+    own = radii(reference, 1)
+    found = [d.min(1) for d in squared_distances(x, reference)]
+    distance, index = (torch.cat([getattr(one, part) for one in found]) for part in ("values", "indices"))
+    close = own.sort().values[len(own) // 100]
+    return (distance > own[index]).double().mean(), (distance <= close).double().mean()
+
+
+class DensityCoverage:
+    """`density` and `coverage` of all samples against reference_size evenly spaced references, by k nearest neighbours."""
+
+    def __init__(self, net: FeatureNet, reference: Tensor, k: int = 5, reference_size: int = 5000):
+        self.k, self.reference = k, spread(reference, reference_size)
+        self.samples = gathered(reference.device)
+
+    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
+        self.samples.update(features)
+
+    def compute(self) -> dict[str, float]:
+        density, coverage = density_coverage(self.samples.compute(), self.reference, self.k)
+        return {"density": density.item(), "coverage": coverage.item()}
+
+    def reset(self) -> None:
+        self.samples.reset()
+
+
+class Memorisation:
+    """`authenticity` and `copies` of all samples against the whole training set, whose neighbours are found once."""
+
+    def __init__(self, net: FeatureNet, reference: Tensor):
+        self.reference = reference
+        self.samples = gathered(reference.device)
+
+    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
+        self.samples.update(features)
+
+    def compute(self) -> dict[str, float]:
+        authenticity, copies = memorised(self.samples.compute(), self.reference)
+        return {"authenticity": authenticity.item(), "copies": copies.item()}
+
+    def reset(self) -> None:
+        self.samples.reset()

@@ -1,0 +1,228 @@
+"""ADM's evaluation of two npz files: every number is that of a plain numpy computation from the same features."""
+
+import json
+import os
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from smoke import command, here
+from torch import Tensor, nn
+
+from ldm import adm
+from ldm.command import guarded
+from ldm.errors import UserError
+from ldm.fetch import AssetError
+from ldm.metrics import features
+from ldm.request import told
+
+
+class Toy(nn.Module):
+    """Five features that stand for pool3, four for the spatial ones, of (B, 3, 4, 4) pictures; its classes are the first three."""
+
+    name, pooled, num_features, resize, identity = "toy", 5, 9, "none", "0"
+
+    def __init__(self, weights=None):
+        super().__init__()
+        self.mix = torch.randn(48, 9, generator=torch.Generator().manual_seed(0)) / 48**0.5
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8
+        assert images.shape[1:] == (3, 4, 4)
+        return (images.flatten(1).float() / 64 - 2) @ self.mix
+
+    def classify(self, features: Tensor) -> Tensor:
+        return 3 * features[:, :3]
+
+
+def pictures(n: int, seed: int, low: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(low, 256, (n, 4, 4, 3), dtype=np.uint8)
+
+
+def seen(images: np.ndarray) -> np.ndarray:
+    return Toy()(torch.as_tensor(images).permute(0, 3, 1, 2)).double().numpy()
+
+
+def fid(mu1, sigma1, mu2, sigma2) -> float:
+    return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
+
+
+def statistics(x: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        **{"mu": x[:, :5].mean(0), "sigma": np.cov(x[:, :5], rowvar=False)},
+        **{"mu_s": x[:, 5:].mean(0), "sigma_s": np.cov(x[:, 5:], rowvar=False)},
+    }
+
+
+def manifold(x: np.ndarray, centres: np.ndarray) -> float:
+    """The share of x in a ball around a centre that reaches its third nearest other one."""
+    radius = [np.sort(np.linalg.norm(centres - one, axis=1))[3] for one in centres]
+    return np.mean([(np.linalg.norm(centres - one, axis=1) <= radius).any() for one in x])
+
+
+def by_numpy(samples: np.ndarray, reference: np.ndarray, given: dict[str, np.ndarray]) -> dict[str, float]:
+    x, y = seen(samples), seen(reference)
+    mine = statistics(x)
+    scores = []
+    for start in range(0, len(x), 5000):
+        e = np.exp(3 * x[start : start + 5000, :3])
+        p = e / e.sum(1, keepdims=True)
+        scores.append(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
+    return {
+        "fid": fid(mine["mu"], mine["sigma"], given["mu"], given["sigma"]),
+        "sfid": fid(mine["mu_s"], mine["sigma_s"], given["mu_s"], given["sigma_s"]),
+        "inception_score": np.mean(scores),
+        "precision": manifold(x[:, :5], y[:, :5]),
+        "recall": manifold(y[:, :5], x[:, :5]),
+    }
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A reference like VIRTUAL_imagenet256_labeled.npz, whose statistics are of more images than it holds, and samples."""
+    everything, samples = pictures(400, 1), pictures(150, 2, 40)
+    np.savez(tmp_path / "VIRTUAL_toy.npz", arr_0=everything[:120], arr_1=np.arange(120), **statistics(seen(everything)))
+    np.savez(tmp_path / "samples.npz", arr_0=samples, arr_1=np.arange(150))
+    return tmp_path, samples, everything
+
+
+def evaluated(folder, **options) -> dict[str, float]:
+    return adm.evaluate(adm.Batch.of(folder / "VIRTUAL_toy.npz"), adm.Batch.of(folder / "samples.npz"), Toy(), **options)
+
+
+def test_every_number_is_numpy_s(whole):
+    folder, samples, everything = whole
+    expected = by_numpy(samples, everything[:120], statistics(seen(everything)))
+    assert 0 < expected["recall"] < 1
+    assert evaluated(folder) == pytest.approx(expected, rel=1e-6)
+    assert evaluated(folder, batch_size=7) == pytest.approx(expected, rel=1e-6)
+    own = by_numpy(samples, everything[:120], statistics(seen(everything[:120])))
+    assert abs(own["fid"] - expected["fid"]) > 1e-3  # it is the file's statistics that count
+    np.savez(folder / "VIRTUAL_toy.npz", arr_0=everything[:120])
+    assert evaluated(folder) == pytest.approx(own, rel=1e-6)
+    np.savez_compressed(folder / "samples.npz", arr_0=samples)
+    assert evaluated(folder) == pytest.approx(own, rel=1e-6)
+
+
+def test_the_inception_score_is_of_blocks_in_order(whole):
+    from ldm.metrics.inception import inception_score
+
+    logits = torch.randn(130, 4, generator=torch.Generator().manual_seed(0)).double() + torch.arange(130)[:, None] * torch.eye(4)[0] / 20
+    p = logits.softmax(1).numpy()
+    blocks = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in (p[:50], p[50:100], p[100:])]
+    assert inception_score(logits, 50).item() == pytest.approx(np.mean(blocks), rel=1e-12)
+    assert inception_score(logits.flip(0), 50).item() != pytest.approx(np.mean(blocks), rel=1e-6)
+    assert inception_score(torch.tensor([[300.0, -300.0]] * 3 + [[-300.0, 300.0]] * 3)).item() == pytest.approx(2)  # no log of zero
+
+
+def test_it_is_one_command(whole, monkeypatch, capsys):
+    folder, _, _ = whole
+    monkeypatch.setattr(features, "SpatialInception", Toy)
+    typed = [str(folder / name) for name in ("VIRTUAL_toy.npz", "samples.npz")]
+    assert adm.main(typed) == 0
+    kept = json.loads((folder / "samples.json").read_text())
+    assert {name: kept[name] for name in ("fid", "recall")} == pytest.approx(
+        {k: v for k, v in evaluated(folder).items() if k in kept and k in ("fid", "recall")}
+    )
+    assert kept["score/n"] == 150
+    assert kept["score/reference"]
+    assert kept["protocol"]
+    assert "fid" in capsys.readouterr().out
+
+
+def test_without_weights_and_with_wrong_files_it_is_one_line(whole, tmp_path, monkeypatch, capsys):
+    folder, samples, _ = whole
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("LDM_INCEPTION", raising=False)
+    typed = [str(folder / name) for name in ("VIRTUAL_toy.npz", "samples.npz")]
+    with pytest.raises(AssetError, match=r"FID needs .*weights-inception"):
+        adm.main(typed)
+    assert guarded(lambda: adm.main(typed)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    for words, said in (
+        (typed[:1], "expected REFERENCE.npz"),
+        ([*typed, "batch=3"], "expected REFERENCE.npz"),
+        ([*typed, "batch_size=0"], "batch_size=0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            adm.main(words)
+    bad = folder / "bad.npz"
+    for arrays, said in (
+        ({"images": samples}, "expected arr_0"),
+        ({"arr_0": samples.astype(np.float32)}, "arr_0 is float32"),
+        ({"arr_0": samples[..., :1]}, r"expected images uint8 \(N, height, width, 3\)"),
+        ({"arr_0": samples[:3]}, "3 images, expected at least 4"),
+        ({"arr_0": samples, "mu": np.zeros(5)}, "has mu, but no sigma, mu_s, sigma_s"),
+        (
+            {"arr_0": samples, "mu": np.zeros(5), "sigma": np.eye(4), "mu_s": np.zeros(4), "sigma_s": np.eye(4)},
+            r"sigma is \(4, 4\), expected \(5, 5\)",
+        ),
+        ({"arr_0": samples, "mu": np.zeros(5), "sigma": np.eye(5) * np.nan, "mu_s": np.zeros(4), "sigma_s": np.eye(4)}, "all finite"),
+    ):
+        np.savez(bad, **arrays)
+        with pytest.raises(UserError, match=said):
+            adm.evaluate(adm.Batch.of(bad), adm.Batch.of(typed[1]), Toy())
+    with pytest.raises(UserError, match="no such file"):
+        adm.Batch.of(folder / "none.npz")
+    bad.write_bytes((folder / "samples.npz").read_bytes()[:-300])
+    with pytest.raises(UserError, match="cannot be read as an"):
+        adm.Batch.of(bad)
+
+
+def test_a_pickle_in_a_file_is_not_opened(tmp_path):
+    np.savez(tmp_path / "bad.npz", arr_0=np.array([{}], dtype=object))
+    with pytest.raises(UserError, match="arr_0 is object"):
+        adm.Batch.of(tmp_path / "bad.npz")
+
+
+def share(rank: int, ranks: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    images = {row: torch.full((1, 2, 4), row, dtype=torch.uint8) for row in range(7) if (row > 4) == bool(rank)}
+    adm.write(adm.Path(folder, "made.npz"), images, (7, 2, 4))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_write_one_file(tmp_path):
+    torch.multiprocessing.spawn(share, (2, str(tmp_path)), nprocs=2)
+    made = np.load(tmp_path / "made.npz")["arr_0"]
+    assert made.shape == (7, 2, 4, 3)
+    assert (made == np.arange(7)[:, None, None, None]).all()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_samples_are_written_as_the_evaluators_read_them(lively, smoke, tmp_path):
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=all", "out=a") == 0
+        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=npz", "out=c") == 0
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["grid.png", "metrics.json", "samples.npz"]
+    with zipfile.ZipFile(tmp_path / "c" / "samples.npz") as archive:
+        assert archive.namelist() == ["arr_0.npy"]
+    made = np.load(tmp_path / "c" / "samples.npz")["arr_0"]
+    for i, image in enumerate(made):
+        assert (image == np.asarray(Image.open(tmp_path / "a" / f"{i:06d}.png"))[..., None]).all()
+    batch = adm.Batch.of(tmp_path / "c" / "samples.npz")
+    assert batch.shape == made.shape
+    assert torch.equal(torch.cat(list(batch.images(4))), torch.as_tensor(made).permute(0, 3, 1, 2))
+
+
+def test_labels_are_balanced_or_random_by_seed():
+    card = SimpleNamespace(classes=["a", "b", "c"], captions=[["a"], ["b"], ["c"]])
+
+    def labels(**asked) -> list:
+        return [k for _, k in told(SimpleNamespace(prompt=None, prompts=None, label=None, num=600, seed=0, **asked), card)]
+
+    assert labels(labels="balanced")[:5] == [0, 1, 2, 0, 1]
+    drawn = labels(labels="random")
+    counts = np.bincount(drawn)
+    assert drawn[:12] != labels(labels="balanced")[:12]
+    assert len(counts) == 3
+    assert counts.min() > 160
+    assert len(set(counts)) > 1
