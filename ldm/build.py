@@ -62,10 +62,24 @@ def settled(cfg: Any) -> Any:
 
 
 def degraded(cfg: Any, split: str = "train"):
-    """The data set as a diffusion model sees it: with the low resolution and the masks of the config's `degrade` node."""
+    """The data set as a diffusion model sees it: with the low resolution and the masks of the config's `degrade` node.
+
+    To train on, in the images' own shapes where it has these.
+    """
     from hydra.utils import instantiate
 
-    return instantiate(cfg.degrade)(dataset(cfg, split))
+    data = dataset(cfg, split)
+    if split == "train" and hasattr(data, "shaped"):
+        data = data.shaped(divisor(cfg))
+    return instantiate(cfg.degrade)(data)
+
+
+def divisor(cfg: Any) -> int:
+    """What must divide height and width of an image: the first stage's factor times the network's patch, or what it shrinks by."""
+    net = cfg.net
+    while hasattr(net.get("net"), "items"):  # one around another
+        net = net["net"]
+    return cfg.autoencoder.get("factor", 1) * net.get("patch", 2 ** (len(net.get("mult", [1])) - 1))
 
 
 def undegraded(cfg: Any) -> None:

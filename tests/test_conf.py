@@ -31,7 +31,7 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
         ("net/dit_xl2", "net/lightningdit_xl1"),
         ("net.channels=32", "net.depth=2", "net.heads=2", "conditioner=label_vector", "conditioner.dim=32", "objective=hybrid"),
     ),
-    **{f"data/{name}": ("data.path=here",) for name in ("folder", "webdataset", "hf", "imagenet", "coco", "lsun")},
+    **{f"data/{name}": ("data.path=here",) for name in ("folder", "buckets", "webdataset", "hf", "imagenet", "coco", "lsun")},
     "schedule/edm": ("process=edm",),
     "prediction/edm": ("process=edm",),
     "weighting/edm": ("process=edm",),

@@ -1,19 +1,24 @@
 """Images of many shapes: each scaled to the nearest of a few shapes of one area, and batches of one shape each."""
 
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.decode import opened, rectangle
-from ldm.data.lazy import Lazy
-from ldm.data.memory import flipped
+from ldm.data.decode import opened
+from ldm.data.folder import File, Folder, packed
+from ldm.data.kept import kept
+from ldm.data.memory import InMemory, flipped
 from ldm.data.stream import Slice
+from ldm.errors import UserError
 from ldm.tensors import key
 
 
@@ -109,45 +114,128 @@ def _order(seed: int, bucket: int, place: int, length: int) -> list[int]:
     return torch.randperm(length, generator=torch.Generator().manual_seed(key(seed, "order", bucket, place))).tolist()
 
 
-class Bucketed(Dataset):
-    """A Lazy data set whose images keep their shape as far as `shapes` allows: image (B, channels, height, width), one shape a batch.
+class Buckets(Folder):
+    """A Folder whose images a diffusion model sees in their own shapes (`shaped`); their middle squares are what all else sees.
 
-    sizes: (height, width) of each image's file.  `stream` gives batches that can be stacked.
+    size: the shapes are of about its square in pixels.  widest: no shape's sides are further apart than this to 1.
+    Raises UserError as Folder does.
     """
 
-    def __init__(self, dataset: Lazy, sizes: Sequence[tuple[int, int]], shapes: Sequence[tuple[int, int]]):
-        if len(sizes) != len(dataset):
-            raise ValueError(f"{len(sizes)} sizes do not fit a data set of {len(dataset)} images")
-        self.dataset, self.shapes = dataset, list(shapes)
-        self.buckets = tuple(nearest(size, shapes) for size in sizes)
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        size: int | None = None,
+        channels: int | None = None,
+        captions: str | Path | None = None,
+        held_out: float = 0.02,
+        bad: float = 0.2,
+        widest: float = 2.0,
+        content: str | None = None,
+        seed: int = 0,
+        flip: bool = True,
+    ):
+        if widest < 1:
+            raise UserError(f"widest={widest}: expected 1, for squares alone, or more")
+        super().__init__(path, split, size, channels, captions, held_out, bad, content, seed, flip)
+        self.widest = widest
+
+    def shaped(self, multiple: int) -> "Bucketed":
+        """The samples in shapes whose sides are multiples of `multiple`. Raises UserError for a size below that."""
+        if self.size < multiple:
+            raise UserError(f"size={self.size}: expected {multiple} or more, what the first stage and the net divide sides by")
+        made_of = (os.path.realpath(self.root), *map(tuple, self.files))
+        sizes, _ = kept("sizes", made_of, lambda: (torch.tensor(sizes_of(self.root, self.files)), None))
+        options = shapes(self.size, multiple, self.widest)
+        buckets = [nearest((height, width), options) for height, width in sizes.tolist()]
+        parts = []
+        for bucket in sorted(set(buckets)):
+            files = [file for file, own in zip(self.files, buckets, strict=True) if own == bucket]
+            pack = packed(self.root, files, options[bucket], self.channels)
+            if pack.skipped:
+                raise UserError(f"path={self.root}: {next(iter(pack.skipped))} could be read before and cannot be now; put it back")
+            parts.append(InMemory("shape", pack.images, torch.zeros(len(files)), {"image": [""]}, self.seed, self.flip))
+        return Bucketed(self, parts, [sorted(set(buckets)).index(bucket) for bucket in buckets])
+
+
+class Bucketed(Dataset):
+    """dataset with images of several shapes: image (B, channels, height, width), one shape a batch, as `stream` gives them.
+
+    parts: the images of each shape.  buckets: of each sample, the part whose next image is its.  All else is the data set's own.
+    """
+
+    def __init__(self, dataset: Any, parts: Sequence[InMemory], buckets: Sequence[int]):
+        counted = torch.tensor(buckets).bincount(minlength=len(parts)).tolist()
+        if counted != [len(part) for part in parts]:
+            raise ValueError(f"parts of {[len(part) for part in parts]} images do not fit buckets of {counted}")
+        self.dataset, self.parts, self.buckets = dataset, list(parts), tuple(buckets)
+        self.bucket = torch.tensor(buckets)
+        self.place = torch.zeros(len(buckets), dtype=torch.long)  # of each sample in its part
+        for bucket, count in enumerate(counted):
+            self.place[self.bucket == bucket] = torch.arange(count)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.buckets)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":  # asked for by pickle before there is a data set
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of each part's images."""
+        return [(part.stored.shape[2], part.stored.shape[3]) for part in self.parts]
 
     def stream(self, batch: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> BucketStream:
         """The batches of a training."""
         return BucketStream(self.buckets, batch, steps, seed, start, rank, world)
 
     def batch(self, at: Sequence[tuple[int, int]]) -> dict:
-        """The samples at (place, index) pairs, all of one bucket. Raises ValueError for others."""
-        found = {self.buckets[i] for _, i in at}
-        if len(found) != 1:
-            raise ValueError(f"a batch of {len(found)} buckets cannot be stacked; take batches from `stream`")
+        """The samples at (place, index) pairs, all of one shape. Raises ValueError for others."""
         batch = self.dataset.about(at)
         return {"image": flipped(self.pixels(batch["index"]), batch["flip"]), **batch}
 
     def pixels(self, index: Sequence[int]) -> Tensor:
-        """Images (B, channels, height, width) float32 in [-1, 1] of one bucket, never flipped."""
-        source, rows = self.dataset.source, self.dataset.rows
-        images = [rectangle(source.image(int(rows[i])), *self.shapes[self.buckets[i]], self.dataset.channels)[0] for i in index]
-        return torch.stack(images).float().div_(127.5).sub_(1)
+        """Images (B, channels, height, width) float32 in [-1, 1] of one shape, never flipped."""
+        bucket, places = self.within(index)
+        return self.parts[bucket].pixels(places)
+
+    def within(self, index: Sequence[int] | Tensor) -> tuple[int, Tensor]:
+        """The part in which samples are, and where in it. Raises ValueError unless they are all in one."""
+        at = torch.as_tensor(index)
+        found = self.bucket[at].unique().tolist()
+        if len(found) != 1:
+            raise ValueError(f"a batch of {len(found)} shapes cannot be stacked; take batches from `stream`")
+        return found[0], self.place[at]
+
+    def joined(self, moments: Sequence[Tensor]) -> "Joined":
+        """What was made of each part's images (flips, N_b, ...), looked up by sample."""
+        return Joined(self, moments)
 
 
-def sizes_of(dataset: Lazy) -> list[tuple[int, int]]:
-    """(height, width) of every image's file, by its header, turned as its EXIF says."""
+@dataclass(frozen=True)
+class Joined:
+    """Tensors of several shapes (flips, N_b, ...) as one (flips, N, ...), looked up by [flip, index], rows of one shape at a time."""
+
+    data: Bucketed
+    parts: Sequence[Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape[0], len(self.data)
+
+    def __getitem__(self, at: tuple[Tensor, Tensor]) -> Tensor:
+        flip, index = at
+        bucket, places = self.data.within(index)
+        return self.parts[bucket][flip, places]
+
+
+def sizes_of(root: Path, files: Sequence[File]) -> list[tuple[int, int]]:
+    """(height, width) of each file's image, by its header, turned as its EXIF says."""
     found = []
-    for row in dataset.rows.tolist():
-        with opened(dataset.source.image(row)) as file:
+    for name in (file.name for file in files):
+        with opened(root / name) as file:
             turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             found.append(file.size if turned else file.size[::-1])
     return found

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from ldm.data.captions import shown, some, tell
-from ldm.data.decode import opened, square
-from ldm.data.kept import kept
-from ldm.data.memory import InMemory
+from ldm.data.decode import opened, rectangle
+from ldm.data.kept import filled
+from ldm.data.memory import InMemory, parts
 from ldm.errors import UserError
 from ldm.progress import Bar
 from ldm.tensors import key
 
 OPENED = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 HOPED = (".avif", ".heic", ".heif", ".jxl")  # by some Pillows only: where it cannot, they are named as unreadable, not passed over
-READER = 2  # raise when `square` comes to give other pixels, so that packs made before are not used
+READER = 3  # raise when `rectangle` comes to give other pixels, so that packs made before are not used
 LARGEST = {True: 256, False: 64}  # size chosen where none is given: with a GPU, without
 LOOKED_AT = 200  # files whose headers decide on size and channels
 GREY = ("1", "L", "LA", "I", "I;16", "F")
@@ -67,25 +67,26 @@ class Folder(InMemory):
         if size is None or channels is None:
             usual = look(root, [file.name for file in files])
             size, channels = size or usual[0], channels or usual[1]
-        pack = packed(root, files, size, channels)
-        self.skipped = pack.skipped
+        pack = packed(root, files, (size, size), channels)
+        self.root, self.skipped = root, pack.skipped
         if len(self.skipped) > bad * len(files):
             raise UserError(
                 f"path={root}: {len(self.skipped):,} of {len(files):,} images cannot be read, more than data.bad={bad}: "
                 f"{some(self.skipped)} ({next(iter(self.skipped.values()))}); mend or remove them, or allow more"
             )
-        told = tell(root, pack.names, captions)
-        part, rows = shares(pack.names, held_out)[split]
-        self.texts = [told.texts[i] for i in rows]
-        super().__init__(f"folder-{split}", pack.images[rows], torch.tensor(told.labels)[rows], told.classes, seed, flip)
-        self.content = digest(pack.images, told.texts, told.labels)
+        names = [file.name for file in pack.files]
+        told = tell(root, names, captions)
+        part, rows = shares(names, held_out)[split]
+        self.files, self.texts = [pack.files[i] for i in rows], [told.texts[i] for i in rows]
+        super().__init__(f"folder-{split}", pack.images, torch.tensor(told.labels)[rows], told.classes, seed, flip, pack.rows[rows])
+        self.content = digest(pack, told.texts, told.labels)
         if content not in (None, self.content):
             raise UserError(
                 f"path={root}: its images or captions are not those that this run was made with (digest {self.content}, then {content}); "
                 "put them back, or start a new run by its command"
             )
-        kept_in_memory = f"{size} px{'' if channels == 3 else ', grey'}, fits in memory"
-        self.summary = ", ".join([f"{root}: {len(pack.names):,} images", *told.notes, kept_in_memory, f"{part} held out", *pack.notes])
+        seen = f"{size} px{'' if channels == 3 else ', grey'}, {'fits in memory' if fits(pack.images) else 'read from the disk'}"
+        self.summary = ", ".join([f"{root}: {len(names):,} images", *told.notes, seen, f"{part} held out", *pack.notes])
 
     @property
     def settled(self) -> dict[str, int | str]:
@@ -98,11 +99,19 @@ class Folder(InMemory):
         return texts[key(self.seed, "caption", place, index) % len(texts)]
 
 
-def digest(images: Tensor, texts: Sequence[Sequence[str]], labels: Sequence[int]) -> str:
+def digest(pack: "Pack", texts: Sequence[Sequence[str]], labels: Sequence[int]) -> str:
     """16 hex digits that depend on every pixel, caption and label."""
-    total = sha256(json.dumps([list(images.shape), list(map(list, texts)), list(labels)]).encode())
-    total.update(images.numpy().tobytes())
+    shape = [len(pack.files), *pack.images.shape[1:]]
+    total = sha256(json.dumps([shape, list(map(list, texts)), list(labels)]).encode())
+    for part in parts(pack.images, pack.rows):
+        total.update(part)
     return total.hexdigest()[:16]
+
+
+def fits(images: Tensor) -> bool:
+    """Whether this machine's memory has room for what lies on its disk."""
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
+    return images.nbytes < have
 
 
 def look(root: Path, names: Sequence[str]) -> tuple[int, int]:
@@ -157,39 +166,45 @@ def _file(root: Path, path: Path) -> File:
 
 @dataclass(frozen=True)
 class Pack:
-    """What was read of a folder: names of the readable images, images (N, C, size, size) uint8, remarks; name -> fault of the rest."""
+    """What was read of a folder.
 
-    names: Sequence[str]
+    files: the readable ones.  images: (N, C, height, width) uint8, mapped from the disk, of all.  rows: those of the readable ones in it.
+    notes: remarks.  skipped: name -> fault of the others.
+    """
+
+    files: Sequence[File]
     images: Tensor
+    rows: Tensor
     notes: Sequence[str]
     skipped: Mapping[str, str]
 
 
-def packed(root: Path, files: Sequence[File], size: int, channels: int) -> Pack:
-    """The images of these files, read now or, where they are the same as then, from the cache.
+def packed(root: Path, files: Sequence[File], shape: tuple[int, int], channels: int) -> Pack:
+    """The images of these files at (height, width), read now or, where they are the same as then, from the cache.
 
-    Raises UserError if none can be read, or if they do not fit in memory.
+    Raises UserError if none can be read, or if there is no room for them.
     """
-    need = 2 * len(files) * channels * size**2 / 2**30  # twice: whole, and as this split's rows
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else float("inf")
-    if need > have:
-        raise UserError(f"path={root}: {len(files):,} images of {size} px take {need:.0f} GiB of memory, not {have:.0f}; lower size")
-    made_of = (READER, size, channels, os.path.realpath(root), *map(tuple, files))
-    images, said = kept("folders", made_of, lambda: read(root, [file.name for file in files], size, channels))
-    skipped = {files[int(i)].name: fault for i, fault in said["skipped"].items()}
-    return Pack([files[i].name for i in said["kept"]], images, said["notes"], skipped)
+    made_of = (READER, *shape, channels, os.path.realpath(root), *map(tuple, files))
+    names = [file.name for file in files]
+    try:
+        images, said = filled("folders", made_of, (len(files), channels, *shape), lambda images: read(root, names, images))
+    except UserError as error:
+        raise UserError(f"path={root}: {error}") from None
+    skipped = {names[int(i)]: fault for i, fault in said["skipped"].items()}
+    return Pack([files[i] for i in said["kept"]], images, torch.tensor(said["kept"]), said["notes"], skipped)
 
 
-def read(root: Path, names: Sequence[str], size: int, channels: int) -> tuple[Tensor, dict]:
-    """Images (N, channels, size, size) uint8 of the readable ones; {"kept": their places, "notes": [remark], "skipped": {place: fault}}.
+def read(root: Path, names: Sequence[str], images: Tensor) -> dict:
+    """Fill images (N, channels, height, width) uint8 but for the unreadable ones.
 
-    Raises UserError if there is none.
+    Returns {"kept": places of the others, "notes": [remark], "skipped": {place: fault}}; raises UserError if there is none.
     """
-    images = torch.empty(len(names), channels, size, size, dtype=torch.uint8)
+    _, channels, height, width = images.shape
+    size = min(height, width)
 
     def one(place: int) -> tuple[int, str]:
         try:
-            images[place], shorter = square(root / names[place], size, channels)
+            images[place], shorter = rectangle(root / names[place], height, width, channels)
         except Exception as error:  # Pillow's many plugins raise what they please at a broken file
             return 0, " ".join(str(error).replace(repr(os.fspath(root / names[place])), "").split()) or repr(error)
         return shorter, ""
@@ -204,12 +219,12 @@ def read(root: Path, names: Sequence[str], size: int, channels: int) -> tuple[Te
                 faults[place] = fault
     first = next(iter(faults), 0)
     if len(faults) == len(names):
-        raise UserError(f"path={root}: none of {len(names):,} images can be read; {shown(names[first])}: {faults[first]}")
+        raise UserError(f"none of {len(names):,} images can be read; {shown(names[first])}: {faults[first]}")
     kept = [place for place in range(len(names)) if place not in faults]
     small = [names[place] for place in kept if sides[place] < size]
     notes = [f"{len(small):,} smaller than {size} px and enlarged: {some(small)}"] if small else []
     notes += [f"{len(faults):,} skipped: {some([names[place] for place in faults])} ({faults[first]})"] if faults else []
-    return (images[kept] if faults else images), {"kept": kept, "notes": notes, "skipped": faults}
+    return {"kept": kept, "notes": notes, "skipped": faults}
 
 
 def shares(names: Sequence[str], held_out: float) -> dict[str, tuple[int, list[int]]]:

@@ -1,16 +1,22 @@
-"""Images that were decoded once and are read back from the cache."""
+"""Images that were decoded once and are mapped from the cache."""
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.durable import DamagedError, read_tensors, write_tensors
+from ldm.data.mapped import mapped, written
+from ldm.durable import DamagedError, write_json, write_tensors
+from ldm.errors import UserError
 from ldm.fetch import cache_dir
+from ldm.parse import json_of
 
 
 def kept(room: str, made_of: object, make: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
@@ -18,15 +24,40 @@ def kept(room: str, made_of: object, make: Callable[[], tuple[Tensor, Any]]) -> 
 
     made_of: something whose repr says all that determines the result.  Any number of processes may ask at once: the first makes it.
     """
+    with _place(room, made_of) as path:
+        try:
+            return mapped(path, "images"), json.loads(bytes(mapped(path, "said").tolist()))
+        except (FileNotFoundError, DamagedError):
+            images, said = make()
+            write_tensors(path, {"images": images, "said": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)})
+            return images, json.loads(json.dumps(said))
+
+
+def filled(room: str, made_of: object, shape: Sequence[int], fill: Callable[[Tensor], Any]) -> tuple[Tensor, Any]:
+    """As kept, for uint8 images of a known shape (N, C, H, W), which never lie in memory: fill(images) writes them, and says what it says.
+
+    Raises UserError where the disk has no room for them.
+    """
+    with _place(room, made_of) as path:
+        said = path.with_suffix(".json")
+        try:
+            return mapped(path, "images"), json_of(said.read_text(encoding="utf-8"))
+        except (FileNotFoundError, DamagedError, ValueError):
+            need, free = (one / 2**30 for one in (torch.Size(shape).numel(), shutil.disk_usage(path.parent).free))
+            if need > free:
+                which = f"{shape[0]:,} images of {shape[2]}x{shape[3]}"
+                raise UserError(f"{which} take {need:,.1f} GiB, {path.parent} has {free:,.1f}; lower size") from None
+            with written(path, "images", "U8", shape, {}) as images:
+                write_json(said, fill(images))
+            return mapped(path, "images"), json_of(said.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _place(room: str, made_of: object) -> Iterator[Path]:
+    """Where in the cache something is kept, held against other processes within the block."""
     from filelock import FileLock
 
     path = cache_dir() / room / f"{sha256(os.fsencode(repr(made_of))).hexdigest()[:32]}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        try:
-            state = read_tensors(path)
-        except (FileNotFoundError, DamagedError):
-            images, said = make()
-            state = {"images": images, "said": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)}
-            write_tensors(path, state)
-    return state["images"], json.loads(bytes(state["said"].tolist()))
+        yield path

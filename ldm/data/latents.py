@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,10 @@ class Latents(Dataset):
     """dataset with `moments` (B, 2C, h, w) float32 in place of `image`, or beside it with image=True.
 
     moments: (flips, N, 2C, h, w), as encode_all or read_all give them, float16, in memory or mapped from the disk; flips = 2 where the data
-    set flips at random, row 1 that of the mirrored image; else 1.
+    set flips at random, row 1 that of the mirrored image; else 1.  Of images of several shapes, what looks them up as such a tensor would.
     """
 
-    def __init__(self, dataset, moments: Tensor, image: bool = False):
+    def __init__(self, dataset, moments: Any, image: bool = False):
         flips = 2 if dataset.flip else 1
         if moments.shape[:2] != (flips, len(dataset)):
             raise ValueError(f"moments of {tuple(moments.shape[:2])} (flips, images) do not fit a data set of ({flips}, {len(dataset)})")
@@ -26,6 +27,11 @@ class Latents(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def stream(self) -> Any:
+        """The data set's own batches; AttributeError where it has none."""
+        return self.dataset.stream
 
     def batch(self, at: Sequence[tuple[int, int]]) -> dict:
         """The samples at (place, index) pairs, as the data set gives them but for what stands for their pixels."""

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ldm.durable import DamagedError
 
-DTYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8}
+DTYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I64": np.int64}
 
 
 @contextmanager
 def written(path: Path, name: str, dtype: str, shape: Sequence[int], metadata: Mapping[str, str]) -> Iterator[Tensor]:
     """An empty tensor on the disk, to be filled within the block; then, unless that raised, it is the file `path`, all of it.
 
-    dtype: F16, F32 or U8.
+    dtype: one of DTYPES.
     """
     count = int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize
     header = {"__metadata__": dict(metadata), name: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, count]}}

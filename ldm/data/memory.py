@@ -1,6 +1,6 @@
 """Captioned, labelled images held in memory as bytes, with every random choice keyed by (pass, index)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -16,12 +16,22 @@ from ldm.tensors import key
 class InMemory(Dataset):
     """Images (N, C, H, W) uint8 with one class label each and several captions a class.
 
+    rows: which of the images the samples are, None for all in turn.  Images that were mapped from the disk stay there until they are read.
     A sample's caption, and its left-right flip if flips are on, depend on (seed, place, index) alone, place being the pass over the data:
     the same at any batch size, worker count or rank.  Raises ValueError for labels or captions that do not fit.
     """
 
-    def __init__(self, name: str, images: Tensor, labels: Tensor, captions: Mapping[str, Sequence[str]], seed: int = 0, flip: bool = False):
-        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+    def __init__(
+        self,
+        name: str,
+        images: Tensor,
+        labels: Tensor,
+        captions: Mapping[str, Sequence[str]],
+        seed: int = 0,
+        flip: bool = False,
+        rows: Tensor | None = None,
+    ):
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images if rows is None else rows) != len(labels):
             raise ValueError(
                 f"{name}: expected uint8 images (N, C, H, W) and N labels, got {images.dtype} {tuple(images.shape)}, {len(labels)}"
             )
@@ -29,12 +39,17 @@ class InMemory(Dataset):
             raise ValueError(f"{name}: no caption for {', '.join(missing)}; each class needs one or more")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(captions):
             raise ValueError(f"{name}: labels reach from {labels.min()} to {labels.max()} but {len(captions)} classes have captions")
-        self.name, self.images, self.labels, self.seed, self.flip = name, images, labels.long(), seed, flip
+        self.name, self.stored, self.rows, self.labels, self.seed, self.flip = name, images, rows, labels.long(), seed, flip
         self.classes, self.captions = list(captions), [list(texts) for texts in captions.values()]
         self.channels, self.size = images.shape[1], images.shape[-1]
 
+    @property
+    def images(self) -> Tensor:
+        """The samples' images (N, C, H, W) uint8."""
+        return self.stored if self.rows is None else self.stored[self.rows]
+
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
         """One sample of the first pass: image (C, H, W) in [-1, 1], caption, label, index."""
@@ -51,9 +66,10 @@ class InMemory(Dataset):
             image = flipped(image, batch["flip"])
         return {"image": image, **batch}
 
-    def pixels(self, index: Sequence[int]) -> Tensor:
+    def pixels(self, index: Sequence[int] | Tensor) -> Tensor:
         """Images (B, C, H, W) float32 in [-1, 1], never flipped."""
-        return self.images[torch.as_tensor(index, dtype=torch.long)].float().div_(127.5).sub_(1)
+        at = torch.as_tensor(index, dtype=torch.long)
+        return self.stored[at if self.rows is None else self.rows[at]].float().div_(127.5).sub_(1)
 
     def about(self, at: Sequence[tuple[int, int]]) -> dict:
         """Everything but the pixels: label (B,) int64, flip (B,) bool; caption, index and place are lists."""
@@ -74,10 +90,17 @@ class InMemory(Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the pixels and labels (a change of captions, seed or flip leaves it as it is)."""
-        digest = sha256(repr((tuple(self.images.shape), self.classes)).encode())
-        digest.update(self.images.numpy().tobytes())
+        digest = sha256(repr(((len(self), *self.stored.shape[1:]), self.classes)).encode())
+        for part in parts(self.stored, self.rows):
+            digest.update(part)
         digest.update(self.labels.numpy().tobytes())
         return f"{self.name}-{digest.hexdigest()[:16]}"
+
+
+def parts(images: Tensor, rows: Tensor | None = None, size: int = 1 << 12) -> Iterator[bytes]:
+    """The bytes of some rows of a tensor, in turn and a few at a time."""
+    for start in range(0, len(images if rows is None else rows), size):
+        yield (images[start : start + size] if rows is None else images[rows[start : start + size]]).numpy().tobytes()
 
 
 def flipped(x: Tensor, flip: Tensor) -> Tensor:

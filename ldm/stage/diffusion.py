@@ -70,6 +70,8 @@ def train(
             sheet = gallery(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance)
             run.picture(step, f"grids/step-{step:06d}", sheet)
 
+        if shapes := getattr(data, "shapes", None):
+            run.say(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
         often: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
         beside: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
         callbacks = run.callbacks("diffusion", steps=steps, lr_schedule=lr_schedule, **beside, **often)
@@ -126,13 +128,15 @@ def goes_on(run: Run, space: Space) -> None:
         space.admit_file(kept, "remove it, and the same command writes the run's own")
 
 
-def moments(autoencoder, space: Space, data) -> torch.Tensor:
-    """The data set's cached moments (flips, N, 2C, h, w), computed now and kept if they are not there.
+def moments(autoencoder, space: Space, data) -> Any:
+    """The data set's cached moments (flips, N, 2C, h, w), computed now and kept if they are not there; of several shapes, joined.
 
     Raises UserError for a file that holds another autoencoder's latents, or another data set's.
     """
     from filelock import FileLock
 
+    if hasattr(data, "joined"):
+        return data.joined([moments(autoencoder, space, part) for part in data.parts])
     path = cache_dir() / "latents" / f"{data.fingerprint}-{space.identity[:16]}-{'both' if data.flip else 'plain'}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):

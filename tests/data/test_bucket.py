@@ -1,14 +1,19 @@
-import io
+import inspect
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.data.bucket import Bucketed, BucketStream, nearest, shapes, sizes_of
-from ldm.data.lazy import Lazy
+from ldm.data import bucket
+from ldm.data.bucket import Bucketed, Buckets, BucketStream, nearest, shapes
+from ldm.data.latents import Latents, encode_all
 from ldm.data.stream import Batched
+from ldm.errors import UserError
 
 
 def test_shapes_are_multiples_of_about_one_area():
@@ -74,47 +79,81 @@ def test_bad_options_are_named(options, message):
         BucketStream(**{"buckets": BUCKETS, "batch": 2, "steps": 8, **options})
 
 
-class Pictures:
-    """Twelve pictures, tall, square and wide in turn, the left half red."""
-
-    identity, place, classes = "pictures", "pictures", {"image": ["x"]}
-
-    def __len__(self):
-        return 12
-
-    def image(self, i):
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Twelve pictures, tall, square and wide in turn, the left half red and each of its own level, and one that lies on its side."""
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for i in range(12):
         size = [(40, 80), (60, 60), (90, 40)][i % 3]
-        picture, buffer = Image.new("RGB", size), io.BytesIO()
-        picture.paste((200 + i, 0, 0), (0, 0, size[0] // 2, size[1]))
-        picture.save(buffer, "png")
-        buffer.seek(0)
-        return buffer
-
-    def texts(self, i):
-        return [str(i)]
-
-    def label(self, i):
-        return 0
-
-    def name(self, i):
-        return str(i)
+        picture = Image.new("RGB", size)
+        picture.paste((100 + 10 * i, 0, 0), (0, 0, size[0] // 2, size[1]))
+        picture.save(root / f"{i:02d}.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(root / "lying.jpg", exif=exif)
+    return root
 
 
-def test_images_keep_their_shape():
-    lazy = Lazy("pictures", Pictures(), range(12), 32, 3, None, 0, True)
-    assert sizes_of(lazy)[:3] == [(80, 40), (60, 60), (40, 90)]
-    data = Bucketed(lazy, sizes_of(lazy), shapes(32, 8))
+def test_images_keep_their_shape(pictures):
+    square = Buckets(pictures, size=32, held_out=0)
+    data = square.shaped(8)
+    assert square.batch([(0, 0), (0, 1)])["image"].shape == (2, 3, 32, 32), "a first stage is trained on squares"
+    assert data.shapes == [(40, 24), (32, 32), (24, 40)]
+    assert data.buckets == (*[0, 1, 2] * 4, 0), "the last is wide in its file, and tall as it is to be seen"
     loader = DataLoader(Batched(data), sampler=data.stream(4, 9), batch_size=None, num_workers=0)
     seen = set()
     for batch in loader:
         height, width = batch["image"].shape[2:]
         seen.add((height, width))
-        assert batch["caption"] == [str(i) for i in batch["index"]]
+        assert (height, width) == data.shapes[data.buckets[batch["index"][0]]]
         for image, i, flip in zip(batch["image"], batch["index"], batch["flip"], strict=True):
-            left = image[0, :, : width // 2 - 1] if not flip else image[0, :, -(width // 2 - 1) :]
-            assert torch.allclose(left, torch.tensor((200 + i) / 127.5 - 1), atol=0.2)
-    assert seen == {(40, 24), (32, 32), (24, 40)}
-    with pytest.raises(ValueError, match="2 buckets cannot be stacked"):
+            if i < 12:
+                left = image[0, :, : width // 2 - 1] if not flip else image[0, :, -(width // 2 - 1) :]
+                assert torch.allclose(left, torch.tensor((100 + 10 * i) / 127.5 - 1), atol=0.03)
+    assert seen == set(data.shapes)
+    with pytest.raises(ValueError, match="2 shapes cannot be stacked"):
         data.batch([(0, 0), (0, 1)])
-    with pytest.raises(ValueError, match="3 sizes do not fit"):
-        Bucketed(lazy, [(1, 1)] * 3, [(8, 8)])
+
+
+def test_each_image_is_in_one_shape_and_once_in_a_pass(pictures):
+    data = Buckets(pictures, size=32, held_out=0).shaped(8)
+    assert sum(len(part) for part in data.parts) == len(data) == 13
+    found = [(bucket, place) for i in range(13) for bucket, (place,) in [(lambda one: (one[0], one[1].tolist()))(data.within([i]))]]
+    assert len(set(found)) == 13
+    passes = Counter(one for step in range(40) for one in data.stream(2, 40).at(step).at)
+    assert max(passes.values()) == 1, "no (pass, index) comes twice"
+    assert {i for e, i in passes if e == 0} == set(range(13))
+
+
+def test_moments_go_with_their_images(pictures):
+    """A first stage whose moments are the pixels: what a training gets is what the batch of images holds."""
+
+    class Whole(torch.nn.Module):
+        def posterior(self, image):
+            return SimpleNamespace(moments=image)
+
+    data = Buckets(pictures, size=32, held_out=0).shaped(8)
+    latents = Latents(data, data.joined([encode_all(Whole(), part) for part in data.parts]))
+    for step in range(6):
+        at = latents.stream(4, 6).at(step).at
+        assert torch.allclose(latents.batch(at)["moments"], data.batch(at)["image"], atol=1e-3)
+    with pytest.raises(ValueError, match="2 shapes"):
+        latents.batch([(0, 0), (0, 1)])
+
+
+def test_mistakes_are_named(pictures):
+    with pytest.raises(UserError, match=r"widest=0\.5"):
+        Buckets(pictures, widest=0.5)
+    with pytest.raises(UserError, match="size=16: expected 64 or more"):
+        Buckets(pictures, size=16).shaped(64)
+    with pytest.raises(ValueError, match=r"parts of \[1\] images do not fit buckets of \[2\]"):
+        Bucketed(None, [[0]], [0, 0])
+
+
+def test_the_option_names_every_default():
+    option = yaml.safe_load((Path(bucket.__file__).parents[2] / "conf" / "data" / "buckets.yaml").read_text())
+    parameters = inspect.signature(Buckets).parameters
+    assert (option.pop("_target_"), option.pop("path")) == ("ldm.data.bucket.Buckets", "???")
+    assert option == {name: one.default for name, one in parameters.items() if name != "path"}
