@@ -20,7 +20,7 @@ def density_coverage(x: Tensor, reference: Tensor, k: int = 5) -> tuple[Tensor, 
     inside = torch.zeros(len(reference), dtype=torch.long, device=x.device)
     for d in squared_distances(x, reference):
         inside += (d <= radius).sum(0)
-    return inside.sum() / (k * len(x)), (inside > 0).double().mean()
+    return inside.sum().double() / (k * len(x)), (inside > 0).double().mean()
 
 
 def memorised(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from ldm.metrics import distribution
 from ldm.metrics.distribution import (
     ClassAccuracy,
     FrechetDistance,
+    GaussianDistance,
     KernelDistance,
     PrecisionRecall,
     Score,
@@ -19,6 +20,10 @@ from ldm.metrics.distribution import (
     precision_recall,
     spread,
 )
+from ldm.metrics.features import to_uint8
+from ldm.metrics.foundation import CLIPScore
+from ldm.metrics.inception import InceptionScore, Part
+from ldm.metrics.neighbours import DensityCoverage, Memorisation
 
 D = 6
 
@@ -26,7 +31,7 @@ D = 6
 class Toy(nn.Module):
     """Features of (B, 1, 2, 3) pictures: their pixels, centred and scaled; the brightest of the first three is the class."""
 
-    name, num_features, identity = "toy", D, "0"
+    name, num_features, identity, resize = "toy", D, "0", "none"
 
     def __init__(self):
         super().__init__()
@@ -39,6 +44,9 @@ class Toy(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         return features[:, :3]
+
+    def embed(self, captions: list[str]) -> Tensor:
+        return torch.tensor([[len(one) / 10] * D for one in captions])
 
 
 def features(n: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -60,8 +68,14 @@ def score(reference: Tensor, **metrics) -> Score:
     return Score(Toy(), reference, metrics or {"fd": FrechetDistance})
 
 
+def to_features(image: Tensor) -> Tensor:
+    return Toy()(to_uint8(image))
+
+
 def fd(reference: Tensor, x: Tensor) -> float:
-    metric = FrechetDistance(Toy(), reference)
+    net = Toy()
+    net.num_features = reference.shape[1]
+    metric = FrechetDistance(net, reference)
     for batch in x.split(37):
         metric.update(batch)
     return metric.compute()["fd_toy"]
@@ -154,8 +168,12 @@ def test_precision_and_recall_know_too_narrow_from_too_wide():
 
 
 EVERYTHING = {"fd": FrechetDistance, "kid": partial(KernelDistance, reference_size=90), "pr": partial(PrecisionRecall, reference_size=90)}
-EVERYTHING["accuracy"] = ClassAccuracy
-KEYS = {"n", "fd_toy", "kid_toy", "precision", "recall", "accuracy"}
+EVERYTHING |= {"accuracy": ClassAccuracy, "clip_score": CLIPScore, "cmmd": GaussianDistance, "memory": Memorisation}
+EVERYTHING |= {"density": DensityCoverage, "is": partial(InceptionScore, block=20)}
+EVERYTHING["part"] = partial(Part, metric=FrechetDistance, name="half", start=2, stop=5)
+KEYS = {"n", "fd_toy", "kid_toy", "precision", "recall", "accuracy", "clip_score", "cmmd_toy", "authenticity", "copies"}
+KEYS |= {"density", "coverage", "inception_score", "fd_half"}
+CAPTIONS = ["a" * (i % 7) for i in range(90)]
 
 
 def test_score_runs_the_network_once_a_batch_and_resets_to_the_reference():
@@ -165,8 +183,9 @@ def test_score_runs_the_network_once_a_batch_and_resets_to_the_reference():
 
     def run(size):
         metrics.reset()
-        for a, b in zip(image.split(size), label.split(size), strict=True):
-            metrics.update(a, b)
+        for start in range(0, 64, size):
+            rows = slice(start, start + size)
+            metrics.update(image[rows], label[rows], CAPTIONS[:64][rows])
         with pytest.warns(UserWarning, match="64 samples with 6 features: distances are biased"):
             return metrics.compute()
 
@@ -176,6 +195,7 @@ def test_score_runs_the_network_once_a_batch_and_resets_to_the_reference():
     assert first["n"] == 64
     seen = (image.flatten(1)[:, :3].argmax(1) == label).double().mean().item()
     assert first["accuracy"] == pytest.approx(seen, abs=1e-6)
+    assert first["fd_half"] == pytest.approx(fd(reference[:, 2:5], to_features(image)[:, 2:5]), rel=1e-6)
     again = run(10)
     assert metrics.net.calls == 1 + 7
     assert again == pytest.approx(first, rel=1e-6)
@@ -219,22 +239,23 @@ def share(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    cut = {1: [0, 90], 2: [0, 31, 90]}[world]
-    rows = slice(cut[rank], cut[rank + 1])
+    cut = {1: [0, 90], 2: [0, 31, 90], 3: [0, 40, 41, 90]}[world]
     metrics = score(features(120, 1), **EVERYTHING)
-    for a, b in zip(pictures(90, 2)[rows].split(20), (torch.arange(90) % 3)[rows].split(20), strict=True):
-        metrics.update(a, b)
+    for start in range(cut[rank], cut[rank + 1], 20):
+        rows = slice(start, min(start + 20, cut[rank + 1]))
+        metrics.update(pictures(90, 2)[rows], (torch.arange(90) % 3)[rows], CAPTIONS[rows])
     torch.save(metrics.compute(), f"{folder}/{world}-{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(tmp_path):
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_give_the_numbers_of_one(world, tmp_path):
     share(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(share, (2, str(tmp_path)), nprocs=2)
-    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    torch.multiprocessing.spawn(share, (world, str(tmp_path)), nprocs=world)
+    one = torch.load(tmp_path / "1-0.pt")
     assert one.keys() == KEYS
-    for other in two:
-        assert other == pytest.approx(one, rel=1e-6)  # float32 at the end of torchmetrics
+    for rank in range(world):
+        assert torch.load(tmp_path / f"{world}-{rank}.pt") == pytest.approx(one, rel=1e-9)
     assert distribution.rank() == 0

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ldm.fetch import AssetError
-from ldm.metrics.features import Inception, extract, hash_weights, require_uint8, to_uint8
+from ldm.metrics.features import Inception, SpatialInception, extract, hash_weights, require_uint8, to_uint8
 from ldm.metrics.judge import FashionNet
 
 
@@ -132,3 +132,16 @@ def test_inception_is_torch_fidelitys_network(tmp_path):
     assert features.shape == (2, net.num_features)
     assert torch.equal(features, theirs(x.expand(-1, 3, -1, -1))[0])
     assert net.identity == hash_weights(theirs)
+    wide, places = SpatialInception(path), []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: places.append(out.clone()))
+    theirs(x.expand(-1, 3, -1, -1))
+    both = wide(x)
+    assert both.shape == (2, 2048 + 2023)
+    assert torch.equal(both[:, :2048], features)
+    flat = [places[0][:, channel, row, column] for row in range(17) for column in range(17) for channel in range(7)]
+    assert torch.equal(both[:, 2048:], torch.stack(flat, 1))
+    assert both[:, 2048:].min() == 0  # after its activation
+    torch.testing.assert_close(wide.classify(both), net.classify(features))
+    unbiased = Empty("inception-v3-compat", ["logits_unbiased"], feature_extractor_weights_path=str(path))
+    nn.Module.load_state_dict(unbiased, theirs.state_dict())
+    torch.testing.assert_close(net.classify(features), unbiased(x.expand(-1, 3, -1, -1))[0])

@@ -6,10 +6,11 @@ from omegaconf import OmegaConf
 
 from ldm.metrics.judge import FashionNet
 
+KEYS = {"fd": ["fd_fashion"], "full": ["fd_fashion", "accuracy"], "diversity": ["recall", "density", "coverage", "authenticity", "copies"]}
 CONF = Path(__file__).parents[2] / "conf" / "metrics"
 
 
-@pytest.mark.parametrize("option", ["fd", "full"])
+@pytest.mark.parametrize("option", ["fd", "full", "diversity"])
 def test_every_option_scores_what_the_judge_sees(option):
     from hydra.utils import instantiate
 
@@ -17,13 +18,27 @@ def test_every_option_scores_what_the_judge_sees(option):
     score = instantiate(OmegaConf.load(CONF / f"{option}.yaml"))(net=net, reference=torch.randn(20, 4))
     score.update(torch.rand(8, 1, 32, 32) * 2 - 1, torch.arange(8))
     with pytest.warns(UserWarning, match="biased"):
-        assert {"n", "fd_fashion"} <= score.compute().keys()
+        assert {"n", *KEYS[option]} <= score.compute().keys()
 
 
-def test_fid_asks_for_inception(monkeypatch):
+@pytest.mark.parametrize("option", ["fid", "adm"])
+def test_fid_asks_for_inception(option, monkeypatch):
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     monkeypatch.setenv("LDM_INCEPTION", "/nowhere.pth")
     with pytest.raises(InstantiationException, match=r"/nowhere\.pth is not a file"):
-        instantiate(OmegaConf.load(CONF / "fid.yaml"))
+        instantiate(OmegaConf.load(CONF / f"{option}.yaml"))
+
+
+@pytest.mark.parametrize(("option", "said"), [("clip", "CLIP ViT-L-14-336"), ("dinov2", "DINOv2")])
+def test_others_say_which_weights_are_missing(option, said, monkeypatch):
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    config = OmegaConf.load(CONF / f"{option}.yaml")
+    if option == "clip":
+        config.net.towers.weights = None
+    with pytest.raises(InstantiationException, match=said):
+        instantiate(config)

@@ -1,0 +1,108 @@
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ldm.conditioner.clip import towers
+from ldm.errors import UserError
+from ldm.fetch import AssetError
+from ldm.metrics.distribution import GaussianDistance, gaussian_mmd
+from ldm.metrics.features import Inception
+from ldm.metrics.foundation import CLIP, CLIPScore, DINOv2
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 8, "layers": 1, "width": 64, "patch_size": 4},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """CLIP of a small config, with random weights."""
+    from open_clip import factory
+
+    known = factory._MODEL_CONFIGS.copy()
+    file = tmp_path_factory.mktemp("clip") / "seen.json"
+    file.write_text(json.dumps(TINY))
+    yield CLIP(towers(str(file), random=True))
+    factory._MODEL_CONFIGS.clear()
+    factory._MODEL_CONFIGS.update(known)
+
+
+def pictures(n: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+
+
+def test_clip_sees_what_its_own_transform_shows(clip):
+    """To the rounding of Pillow, which resizes in 8 bits."""
+    from open_clip.transform import image_transform
+    from PIL import Image
+
+    images = pictures(4)
+    shown = image_transform(8, is_train=False, mean=clip.stats[0], std=clip.stats[1])
+    theirs = torch.stack([shown(Image.fromarray(one.permute(1, 2, 0).numpy())) for one in images])
+    with torch.no_grad():
+        expected = F.normalize(clip.clip.visual(theirs), dim=1)
+    found = clip.train()(images)
+    assert found.shape == (4, clip.num_features)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
+    assert (clip(images[:1]) - clip(images[1:2])).abs().max() > 0.05
+    assert torch.equal(clip(images[:, :1]), clip(images[:, :1].expand(-1, 3, -1, -1)))
+
+
+def test_clip_score_is_the_mean_cosine_times_100(clip):
+    images, captions = pictures(6), ["a cat", "two dogs", "a cat", "rain", "the sea", "a red bag"]
+    expected = 100 * (clip(images) * clip.embed(captions)).sum(1).clamp(min=0)
+    metric = CLIPScore(clip, clip(images))
+    for i in range(0, 6, 4):
+        metric.update(clip(images[i : i + 4]), None, captions[i : i + 4])
+    assert metric.compute()["clip_score"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="needs the caption"):
+        metric.update(clip(images))
+
+
+def test_cmmd_is_the_written_out_sum(clip):
+    x, y = clip(pictures(5)), clip(pictures(7))
+    k = lambda a, b: torch.stack([torch.stack([(-(p - q).square().sum() / 200).exp() for q in b]) for p in a]).mean()  # noqa: E731
+    x, y = x.double(), y.double()
+    expected = k(x, x) + k(y, y) - 2 * k(x, y)
+    assert gaussian_mmd(x, y).item() == pytest.approx(expected.item(), rel=1e-9)
+    assert gaussian_mmd(x, x).item() == pytest.approx(0, abs=1e-15)
+    metric = GaussianDistance(clip, y.float())
+    metric.update(x.float())
+    assert metric.compute() == {"cmmd_clip": pytest.approx(1000 * expected.item(), rel=1e-6)}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_dinov2_is_timm_s_class_token(tmp_path):
+    import timm
+
+    tag = "vit_small_patch14_dinov2.lvd142m"
+    torch.manual_seed(0)
+    theirs = timm.create_model(tag, pretrained=False, img_size=28, num_classes=0).eval()
+    torch.save(theirs.state_dict(), tmp_path / "dino.pth")
+    net, images = DINOv2(tag, tmp_path / "dino.pth", size=28).train(), pictures(2)
+    x = F.interpolate(images.float(), size=(28, 28), mode="bicubic", antialias=True).clamp(0, 255) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(net(images), theirs((x - mean[:, None, None]) / std[:, None, None]), atol=1e-5, rtol=1e-5)
+    assert net(images).shape == (2, net.num_features)
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="does not hold timm's weights"):
+        DINOv2(tag, tmp_path / "other.pth", size=28)
+
+
+def test_missing_weights_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    for make, said in (
+        (DINOv2, "LDM_OFFLINE is set"),
+        (lambda: DINOv2(weights=tmp_path / "no.pth"), "is not a file"),
+        (lambda: Inception(tmp_path / "no.pth"), "is not a file"),
+        (lambda: CLIP(towers(weights=None)), "has no weights"),
+    ):
+        with pytest.raises(AssetError, match=said) as error:
+            make()
+        assert "\n" not in str(error.value)
