@@ -25,6 +25,7 @@ class Protocol:
 
     guidances: the scales among which the lowest distance of guidance_num samples with seeds from guidance_seed on decides.
     precision: of the network while it draws: auto, 32 or bf16.
+    every: steps of training between two scores of every_num samples, None for none before the end.
     """
 
     num: int = 5000
@@ -35,6 +36,8 @@ class Protocol:
     guidance_num: int = 1000
     guidance_seed: int = 2_000_000
     precision: str = "auto"
+    every: int | None = None
+    every_num: int = 1000
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,23 @@ def evaluate(
     values = measure(score, drawn)
     how = {"guidance": scale, "guidance_tried": tried, "steps": protocol.steps, "arithmetic": precision_here(protocol.precision)}
     return values | how | {"seed": protocol.seed} | {f"score/{name}": value for name, value in score.provenance.items()}
+
+
+def watch(
+    model: LatentDiffusion, protocol: Protocol, told: Told, score: Score, sampler: Sampler, guidance: Guidance, grid: Callable[..., Tensor]
+) -> dict[str, float]:
+    """Every number of every_num samples at the first guidance scale, said with network and number: {"val/fd_fashion_1k": ...}."""
+    scale = next(iter(protocol.guidances), 1.0)
+    ts, rows = grid(model.denoiser.schedule, protocol.steps), mine(protocol.every_num)
+    part = partial(guidance, scale=scale)
+    drawn = samples(model, told.batch, rows, protocol.guidance_seed, protocol.batch_size, ts, sampler, part, protocol.precision)
+    values = measure(score, drawn)
+    return {f"val/{name}_{short(int(values['n']))}": value for name, value in values.items() if name != "n"}
+
+
+def short(n: int) -> str:
+    """A number of samples as papers write it: 5k, 250."""
+    return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
 
 
 def frechet_of(values: dict[str, float]) -> float:

@@ -14,13 +14,14 @@ from ldm.errors import UserError
 from ldm.fetch import cache_dir
 from ldm.load import DataCard
 from ldm.metrics.features import to_uint8
-from ldm.score import Protocol, Told, evaluate, samples
+from ldm.score import Protocol, Told, evaluate, samples, watch
 from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
 from ldm.stage import begin, cache, judge
 from ldm.stage.estimate import announce
 from ldm.stage.resume import finished
 from ldm.stage.run import Run, opened
+from ldm.training.callbacks import Scores
 from ldm.training.diffusion import LitDiffusion
 
 
@@ -74,6 +75,10 @@ def train(
             run.say(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
         often: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
         beside: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
+        if make_score and score.every:
+            beside["watch"] = [
+                Scores(partial(watch, model, score, told, make_score(), sampler, guidance, grid), run.write, score.every, ema)
+            ]
         callbacks = run.callbacks("diffusion", steps=steps, lr_schedule=lr_schedule, **beside, **often)
         reads = getattr(model.conditioner, "reads", ())
         image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}

@@ -80,8 +80,12 @@ class Run:
         metadata: dict[str, str] | None = None,
         draw: Callable[[int], None] | None = None,
         grid_every: int = 0,
+        watch: Collection[Any] = (),
     ) -> list[Any]:
-        """What goes on around each step of a training shown as `name`, in this order: what looks, what writes, what ends it."""
+        """What goes on around each step of a training shown as `name`, in this order: what looks, what writes, what ends it.
+
+        watch: more of what looks, before a checkpoint is kept.
+        """
         gradients = Gradients(self.folder, self.config.get("skips", 10))
         keep = Keep(self.config.get("keep_last", 2), self.config.get("keep_every"), self.worth)
         saving = Checkpoints(self.checkpoints, ema, save_every, steps, self.config_text(), self.resume, metadata, keep)
@@ -95,6 +99,7 @@ class Run:
             *([Average(ema)] if ema else []),
             Record(self.write, log_every, steps, gradients),
             Progress(name, self.start, steps),
+            *watch,
             saving,
             *([Pictures(draw, grid_every, ema)] if draw else []),
             Stop(saving.save),

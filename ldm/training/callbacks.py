@@ -204,6 +204,24 @@ class Checkpoints(L.Callback):
         return lambda old: bool(self.keep.every and old % self.keep.every == 0) or (best is not None and old == best["step"])
 
 
+class Scores(L.Callback):
+    """Writes measure()'s numbers every `every` steps, taken on all processes with the averaged weights in place."""
+
+    def __init__(self, measure: Callable[[], dict[str, float]], write: Callable[[int, dict[str, float]], None], every: int, ema: PowerEMA):
+        self.measure, self.write, self.every, self.ema = measure, write, every, ema
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        step = batch["step"] + 1
+        if step % self.every:
+            return
+        lit.eval()
+        with self.ema.applied():
+            values = self.measure()
+        lit.train()
+        if trainer.is_global_zero:
+            self.write(step, values)
+
+
 class Pictures(L.Callback):
     """Calls draw(step) every `every` steps, with the averaged weights in place if there is an average."""
 

@@ -1,0 +1,37 @@
+"""Scores while a model trains: of averaged weights, named by network and number, and without a trace in the training."""
+
+import json
+
+import pytest
+import torch
+from smoke import command, here
+
+from ldm import durable, runs
+from ldm.ema import PowerEMA
+from ldm.score import short
+
+
+@pytest.mark.parametrize(("n", "said"), [(5000, "5k"), (50000, "50k"), (250, "250"), (1500, "1500"), (0, "0")])
+def test_numbers_of_samples_are_said_as_papers_do(n, said):
+    assert short(n) == said
+
+
+def test_scores_on_the_way_are_named_and_leave_no_trace(smoke, tmp_path, monkeypatch):
+    lent = []
+    applied = PowerEMA.applied
+    monkeypatch.setattr(PowerEMA, "applied", lambda self: lent.append(self) or applied(self))
+    often = ("training.score.every=1", "training.score.every_num=20", "keep_best=val/fd_fashion_20")
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        assert command("train.py", "budget=smoke", "name=watched", *often) == 0
+        (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.rsplit("-", 2)[1:] == smoke.run.name.rsplit("-", 2)[1:]  # the same training, by its name
+    rows = [row for row in runs.read_journal(run / "metrics.jsonl") if any(name.startswith("val/") for name in row)]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row.keys() >= {"val/fd_fashion_20", "val/kid_fashion_20", "val/recall_20", "val/accuracy_20"} for row in rows)
+    assert rows[0]["val/fd_fashion_20"] != rows[1]["val/fd_fashion_20"]
+    assert len(lent) == 4  # and for the pictures, and at the end
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best["value"] == min(row["val/fd_fashion_20"] for row in rows)
+    one, other = (durable.read_tensors(place / "weights.safetensors") for place in (run, smoke.run))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
