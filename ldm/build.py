@@ -23,6 +23,8 @@ SUPPLIED = {  # what the builders pass themselves, which a config need not hold
     "ldm.conditioner.spatial.MaskedImage": ("factor", "z_channels", "encode"),
     "ldm.stage.diffusion.train": ("cfg",),
     "ldm.stage.autoencoder.train": ("cfg",),
+    "ldm.stage.published.train": ("cfg",),
+    "ldm.fitted.chosen": ("cfg",),
     "ldm.stage.judge.train": ("cfg",),
     "ldm.stage.classifier.train": ("cfg",),
     "ldm.stage.clip.train": ("cfg",),
@@ -46,18 +48,25 @@ def dataset(cfg: Any, split: str = "train"):
 def settled(cfg: Any) -> Any:
     """The config with what its data set chooses and says of itself on sight of the files, so that the names of runs depend on them.
 
-    The process that a person started, which finds the config without, prints what the data set says.
+    Then comes its `choose` node, where it has one: a function that changes the config and says so.
+    The process that a person started, which finds the config without, prints what they say.
     """
     import os
 
-    from hydra.utils import get_object
+    from hydra.utils import get_object, instantiate
 
+    said = []
     if hasattr(get_object(cfg.data["_target_"]), "settled"):
         data = dataset(cfg)
-        if cfg.data.content is None and os.environ.get("RANK", "0") == "0":
-            print(data.summary, flush=True)
+        if cfg.data.content is None:
+            said.append(data.summary)
         for name, value in data.settled.items():
             cfg.data[name] = value
+    if cfg.get("choose"):
+        said.append(instantiate(cfg.choose, _recursive_=False)(cfg))
+        cfg.choose = None
+    if said and os.environ.get("RANK", "0") == "0":
+        print(*said, sep="\n", flush=True)
     return cfg
 
 

@@ -4,10 +4,13 @@ import json
 import re
 
 import pytest
+import torch
 from PIL import Image
 from smoke import command, composed, here
 
 from ldm import build, runs
+from ldm.errors import UserError
+from ldm.stage import autoencoder as first_stage
 from ldm.stage import cache, estimate
 from ldm.stage.estimate import length, said
 
@@ -39,7 +42,8 @@ def place(tmp_path):
 def test_it_says_first_what_there_is_and_how_long_it_will_take(place, capsys, monkeypatch):
     assert command("train.py", *SMALL, "data.path=images") == 0
     out = re.sub(r"reading .*\n?", "", capsys.readouterr().out)
-    first, second = [line for line in re.split(r"[\r\n]+", out) if line.strip()][:2]
+    first, chosen, second = [line for line in re.split(r"[\r\n]+", out) if line.strip()][:3]
+    assert chosen == "first stage as typed"
     assert first.startswith("images: 40 images, captions from their names, 64 px, grey, fits in memory, ")
     assert "1 skipped: empty.png" in first
     first_stage = r"1 steps of the autoencoder at \d+ ms, 1 steps of it with its adversary at \d+ ms"
@@ -90,3 +94,92 @@ def test_a_first_stage_that_is_kept_costs_nothing(place):
     folder = cache.first_stage_folder({**build.plain(cfg), "training": build.plain(cfg.first_stage)})
     runs.finish(folder, {})
     assert [name for name, *_ in estimate.measured(cfg, data)] == ["the diffusion model"]
+
+
+@pytest.fixture
+def weights(place):
+    """A tiny AutoencoderKL with weights, as diffusers saves one, of factor 8 and for grey images."""
+    import diffusers
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    widths = {"block_out_channels": (8, 8, 8, 16), "norm_num_groups": 4, "layers_per_block": 1, "scaling_factor": 0.5}
+    theirs = diffusers.AutoencoderKL(in_channels=1, out_channels=1, latent_channels=4, **blocks, **widths).eval()
+    theirs.save_pretrained(place / "cache" / "autoencoder" / "tiny")
+    return theirs
+
+
+def chosen(*typed):
+    cfg = composed("experiment=own_images", "budget=smoke", "conditioner=label", "data.path=images", *typed).copy()
+    return build.settled(cfg)
+
+
+def test_a_pretrained_first_stage_is_taken_where_its_weights_are(weights, place, capsys):
+    cfg = chosen()
+    said = capsys.readouterr().out
+    assert f"first stage pretrained, {place / 'cache' / 'autoencoder' / 'tiny'}, factor 8, 4 channels" in said
+    assert said.index("40 images") < said.index("first stage")
+    assert (cfg.first_stage["_target_"], cfg.autoencoder.z_channels) == ("ldm.stage.published.train", 4)
+    data = build.dataset(cfg)
+    assert next((name, steps) for name, steps, _ in estimate.measured(cfg, data)) == ("encoding an image", 2 * len(data))
+    ours, space, measured = first_stage.load(cfg, 1)
+    image = data.pixels([0, 7])
+    with torch.no_grad():
+        assert torch.allclose(ours.encode(image), 0.5 * weights.encode(image).latent_dist.mean, atol=1e-5)
+        assert torch.allclose(ours.decode(ours.encode(image)), weights.decode(weights.encode(image).latent_dist.mean).sample, atol=1e-4)
+    assert measured["psnr"] > 0
+    assert space.identity == measured["identity"]
+    (place / "cache" / "autoencoder" / "tiny" / "config.json").write_text("{}")
+    assert chosen().first_stage["_target_"] == "ldm.stage.autoencoder.train", "and what is broken is passed over"
+
+
+def test_why_a_first_stage_is_its_own(weights, place, capsys, monkeypatch):
+    def why(*typed):
+        cfg = chosen(*typed)
+        assert cfg.first_stage["_target_"] == "ldm.stage.autoencoder.train"
+        return re.search(r"first stage (.*)", capsys.readouterr().out)[1]
+
+    assert "tiny: for images of 1 channels, these have 3)" in why("data.channels=3")
+    assert "tiny: of factor 8, images of 32 px give latents of 4 on a side)" in why("data.size=32")
+    assert why("choose.pretrained=never") == "its own (choose.pretrained=never)"
+    with pytest.raises(UserError, match=r"choose\.pretrained=images/config.json: no such file"):
+        chosen("choose.pretrained=images")
+    (place / "cache" / "autoencoder" / "tiny").rename(place / "elsewhere")
+    assert why().startswith(f"its own, trained now (no pretrained one in {place / 'cache' / 'autoencoder'}/*, nor among")
+    assert chosen("choose.pretrained=elsewhere").autoencoder.factor == 8
+    hub = place / "hub" / "models--stabilityai--sd-vae-ft-mse" / "snapshots" / "0"
+    hub.parent.mkdir(parents=True)
+    (place / "elsewhere").rename(hub)
+    monkeypatch.setenv("HF_HUB_CACHE", str(place / "hub"))
+    assert chosen().autoencoder.factor == 8
+    (hub / "diffusion_pytorch_model.safetensors").unlink()
+    capsys.readouterr()
+    assert "no weights in it" in why()
+
+
+def test_what_is_typed_stays(weights, place, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.stage.diffusion.train", lambda cfg, **options: print(cfg.autoencoder["factor"], cfg.first_stage["_target_"]))
+        assert command("train.py", *SMALL, "data.path=images", "autoencoder.factor=4") == 0
+    assert "first stage as typed\n4 ldm.stage.autoencoder.train" in capsys.readouterr().out
+
+
+def test_a_gpu_and_large_latents_have_a_larger_net(place, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen("data.size=256").net.channels == 128
+    assert "net         small, for latents of 32 x 32" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"choose\.large=huge"):
+        chosen("data.size=256", "choose.large=huge")
+    assert chosen("data.size=128").net.channels == 16, "the budget's own"
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_on_a_pretrained_first_stage(weights, place, capsys):
+    typed = [word for word in SMALL if not word.startswith("first_stage")]
+    assert command("train.py", *typed, "data.path=images") == 0
+    (run,) = (place / "runs").iterdir()
+    out = capsys.readouterr().out
+    assert "steps of encoding an image at" in out
+    assert json.loads((run / "metrics.json").read_text())["first_stage/psnr"] > 0
+    assert command("sample.py", f"run={run}", "num=1", "steps=2", "out=drawn") == 0
+    assert Image.open("drawn/000000.png").size == (64, 64)
