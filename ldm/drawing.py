@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import adm, durable, protocol, runs
 from ldm.build import plain
 from ldm.errors import UserError
-from ldm.load import config_of, space_of
+from ldm.load import config_of, length_of, space_of
 from ldm.request import Request
 
 if TYPE_CHECKING:
@@ -143,7 +143,8 @@ def how(request: Request) -> dict[str, Any]:
 
     cfg = plain(request.cfg)
     told = next((f"{name}={cfg[name]}" for name in ("prompt", "prompts", "label") if cfg[name] is not None), cfg["labels"])
-    sigma_rel = config_of(request.folder).training.sigma_rel if cfg["weights"] == "ema" else None
+    lengths = {"ema": config_of(request.folder).training.get("sigma_rel"), "raw": None}
+    sigma_rel = lengths[cfg["weights"]] if cfg["weights"] in lengths else length_of(cfg["weights"])
     scale, arithmetic = float(cfg["guidance"].get("scale", 1.0)), precision_here(str(cfg["precision"]))
     said = {"data": request.card.fingerprint, "labels": "held out" if request.held_out is not None else told}
     said |= {"autoencoder": space_of(request.folder), "task": protocol.spelled(cfg["task"])}

@@ -1,11 +1,13 @@
-"""Averages of weights over training."""
+"""Averages of weights over training, and averages of any length made afterwards of two that were kept."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+LENGTHS = (0.05, 0.10)  # of the averages that are kept along a training, where snapshots are asked for (EDM2, section 3.2)
 
 
 def power_of(sigma_rel: float) -> float:
@@ -17,6 +19,30 @@ def power_of(sigma_rel: float) -> float:
         raise ValueError(f"sigma_rel={sigma_rel}: expected a part of the training above 0 and below 0.28")
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+def overlap(gamma_a, t_a, gamma_b, t_b):
+    """The integral over time of the product of two averages' densities (gamma + 1) t^gamma / T^(gamma + 1), T = t_a and t_b > 0, as arrays
+    that broadcast (EDM2, algorithm 3, p_dot_p)."""
+    exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
+    return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** exponent / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
+
+
+def mixture(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> tuple[list[float], float]:
+    """What each kept average, of length and step (sigma_rel, t), weighs in the average of length sigma_rel at `step` that comes nearest in
+    the least squares of densities over time (EDM2, algorithm 3), and how far off it is, as a part of that one's own norm.
+
+    The parts are held to a sum of 1, which the paper leaves to the number of snapshots: what stands still in training stays as it is.
+    Raises ValueError for a length that no average has.
+    """
+    gamma, t = np.array([power_of(length) for length, _ in kept]), np.array([at / step for _, at in kept])
+    wanted = power_of(sigma_rel)
+    gram, towards = overlap(gamma[:, None], t[:, None], gamma, t), overlap(gamma, t, wanted, 1.0)
+    n = len(kept)
+    held = np.block([[gram, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])  # with Lagrange's multiplier
+    x = np.linalg.lstsq(held, np.append(towards, 1.0), rcond=None)[0][:n]
+    whole = overlap(wanted, 1.0, wanted, 1.0)
+    return x.tolist(), float(np.sqrt(max(0.0, whole - 2 * x @ towards + x @ gram @ x) / whole))
 
 
 class PowerEMA:

@@ -114,13 +114,13 @@ def weights_of(run: str | Path, kind: str = "ema") -> dict[str, Any]:
 
 
 def kept(run: str | Path, kind: str = "ema") -> Kept:
-    """The trained weights that `run` names: a weights file, a step folder, or the run's final or newest ones; kind: ema or raw.
+    """The trained weights that `run` names: a weights file, a step folder, or the run's final or newest ones; kind: ema, raw, or ema:0.15.
 
     Raises UserError if there are none, DamagedError for a broken file.
     """
-    if kind not in ("ema", "raw"):
-        raise UserError(f"weights={kind}: expected ema or raw")
     path, folder = Path(run).expanduser(), run_folder(run)
+    if kind not in ("ema", "raw"):
+        return of_averages(folder / "averages", length_of(kind))
     if path.is_file() and path.suffix == ".safetensors":
         return of_file(path)
     if path.name.startswith("step-"):
@@ -145,6 +145,46 @@ def of_step(path: Path, kind: str) -> Kept:
         return Kept(path, step.tensors["ema"], step.metadata)
     model = {name.removeprefix("model."): value for name, value in step.tensors["model"].items() if name.startswith("model.")}
     return Kept(path, model, step.metadata)
+
+
+def length_of(kind: str) -> float:
+    """The length in `ema:0.15`, a part of the training. Raises UserError for anything else."""
+    from ldm.ema import power_of
+
+    try:
+        name, _, length = kind.partition(":")
+        if name == "ema":
+            power_of(float(length))
+            return float(length)
+    except ValueError:
+        pass
+    raise UserError(f"weights={kind}: expected ema, raw, or ema:0.15, an average of any length below 0.28 made of a run's snapshots")
+
+
+def of_averages(folder: Path, sigma_rel: float) -> Kept:
+    """The average of any length at the end of a run that kept averages of two (post-hoc EMA: EDM2, section 3.2).
+
+    Raises UserError where there are none, or too few for this length.
+    """
+    from ldm.ema import mixture
+
+    named = {path: path.stem.removeprefix("ema_").split("-") for path in sorted(folder.glob("ema_*-*.safetensors"))}
+    if not named:
+        raise UserError(
+            f"weights=ema:{sigma_rel:g}: {folder.parent} holds no snapshots; train with training.snapshot_every=N, or choose ema"
+        )
+    kept = [(float(length), int(step)) for length, step in named.values()]
+    last = max(step for _, step in kept)
+    parts, off = mixture(kept, sigma_rel, last)
+    if off > 0.1:
+        said = f"the nearest that its {len(kept)} snapshots make is {off:.0%} off"
+        raise UserError(f"weights=ema:{sigma_rel:g}: {said}, expected 10% or less; choose a length nearer to 0.05..0.1, or train with more")
+    found: dict[str, Any] = {}
+    for part, path in zip(parts, named, strict=True):
+        if abs(part) > 1e-9:  # a length that was kept is that file and no other
+            for name, value in durable.read_tensors(path).items():
+                found[name] = found[name].add_(value, alpha=part) if name in found else value * part
+    return Kept(path, found, durable.read_metadata(path))
 
 
 def config_of(folder: Path) -> Any:

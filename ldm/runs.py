@@ -31,7 +31,7 @@ from ldm.validate import module_of
 # what does not change the result, or is shown in the name
 RUN_ONLY = (
     *("seed", "name", "runs", "trainer", "logger", "cache", "optimize", "published", "resume", "resume_with", "skips", "dry"),
-    *("keep_last", "keep_every", "keep_best", "training.score.every", "training.score.every_num"),
+    *("keep_last", "keep_every", "keep_best", "training.snapshot_every", "training.score.every", "training.score.every_num"),
 )
 
 

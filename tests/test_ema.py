@@ -1,8 +1,15 @@
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from smoke import command, here
 from torch import nn
 
-from ldm.ema import PowerEMA, power_of
+from ldm import durable
+from ldm.ema import LENGTHS, PowerEMA, mixture, overlap, power_of
+from ldm.errors import UserError
+from ldm.load import length_of, weights_of
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.6)])
@@ -100,3 +107,84 @@ def test_the_average_follows_its_module_to_another_type():
     assert ema.shadow["weight"].dtype == torch.float64
     assert torch.equal(ema.shadow["weight"], module.weight.detach())
     assert ema.shadow["weight"] is not module.weight
+
+
+def test_overlap_is_the_integral():
+    t = (np.arange(200_000) + 0.5) / 200_000
+
+    def density(gamma, end):
+        return np.where(t < end, (gamma + 1) * t**gamma / end ** (gamma + 1), 0)
+
+    for a, b in (((17.0, 0.4), (7.0, 0.9)), ((7.0, 0.9), (17.0, 0.4)), ((3.0, 0.5), (3.0, 0.5))):
+        assert overlap(*a, *b) == pytest.approx((density(*a) * density(*b)).mean(), rel=1e-4)
+
+
+def snapshots(steps: int, every: int) -> dict[tuple[float, int], torch.Tensor]:
+    """(length, step) -> the weights of steps 0..`steps` in the average kept then."""
+    kept = {}
+    for length in LENGTHS:
+        for step in range(every, steps + 1, every):
+            kept[length, step] = torch.zeros(steps + 1, dtype=torch.float64)
+            kept[length, step][: step + 1] = averaged(step, length)[1]
+    return kept
+
+
+@pytest.mark.parametrize("sigma_rel", [0.04, 0.07, 0.12, 0.15, 0.2])
+def test_a_length_made_afterwards_is_the_one_tracked_directly(sigma_rel):
+    """Of a toy sequence too: parameters that walk."""
+    steps = 320
+    kept, tracked = snapshots(steps, 20), averaged(steps, sigma_rel)[1]
+    parts, off = mixture(list(kept), sigma_rel, steps)
+    made = sum(part * one for part, one in zip(parts, kept.values(), strict=True))
+    assert off < 0.03
+    assert (made - tracked).norm() / tracked.norm() < 1.2 * off + 1e-3
+    walk = torch.randn(steps + 1, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
+    nearest_kept = min(((one @ walk - tracked @ walk).norm() for (_, step), one in kept.items() if step == steps))
+    assert (made @ walk - tracked @ walk).norm() < 0.06 * nearest_kept
+    assert sum(parts) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_length_that_was_kept_is_itself_and_more_snapshots_come_nearer():
+    for place, length in enumerate(LENGTHS):
+        parts, off = mixture([(one, step) for step in range(20, 320, 20) for one in LENGTHS], length, 300)
+        assert parts[28 + place] == pytest.approx(1, abs=1e-9)
+        assert np.abs(np.delete(parts, 28 + place)).max() < 1e-9
+        assert off < 1e-6
+    few, many = (mixture([(one, step) for step in range(320 // n, 321, 320 // n) for one in LENGTHS], 0.15, 320)[1] for n in (4, 16))
+    assert many < few / 5
+
+
+@pytest.mark.parametrize("kind", ["average", "ema:", "ema:long", "ema:0.3", "raw:0.1", "0.1"])
+def test_what_is_no_length_is_named(kind):
+    with pytest.raises(UserError, match=f"weights={kind}: expected ema, raw, or ema:0.15"):
+        length_of(kind)
+
+
+def test_a_run_keeps_two_and_gives_any(smoke, tmp_path):
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        typed = ("train.py", "budget=smoke", "metrics=none", "training.steps=3", "training.snapshot_every=1", "training.save_every=1")
+        assert command(*typed) == 0
+        (run,) = (tmp_path / "runs").iterdir()
+        first = {path.name: path.read_bytes() for path in (run / "averages").iterdir()}
+        assert sorted(first) == [f"ema_{length}-{step:08d}.safetensors" for length in ("0.05", "0.1") for step in (1, 2, 3)]
+        (run / "metrics.json").unlink()
+        for path in (run / "averages").glob("*3.safetensors"):
+            path.unlink()
+        shutil.rmtree(run / "checkpoints" / "step-00000003")
+        assert command(*typed) == 0  # goes on after step 2 as if it had not been stopped
+        assert {path.name: path.read_bytes() for path in (run / "averages").iterdir()} == first
+        kept = durable.read_tensors(run / "averages" / "ema_0.1-00000003.safetensors")
+        made = weights_of(run, "ema:0.1")
+        assert all(torch.equal(made[name], kept[name]) for name in kept)
+        own, near = weights_of(run), weights_of(run, "ema:0.06")
+        assert own.keys() == near.keys()
+
+        def apart(a: dict, b: dict) -> float:
+            return sum((a[name] - b[name]).square().sum().item() for name in a) ** 0.5
+
+        assert 0 < apart(near, own) < 1e-4 * apart(own, dict.fromkeys(own, torch.zeros(())))
+        assert command("sample.py", f"run={run}", "weights=ema:0.08", "num=2", "steps=1", "out=drawn") == 0
+        with pytest.raises(UserError, match=r"the nearest that its 6 snapshots make is \d+% off"):
+            weights_of(run, "ema:0.2")
+        with pytest.raises(UserError, match="holds no snapshots"):
+            weights_of(smoke.run, "ema:0.08")

@@ -42,25 +42,59 @@ def square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, i
 def rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
     """An image file as (channels, height, width) uint8, scaled to cover that and its middle cut out, and its shorter side in pixels.
 
-    Turned as its EXIF says, laid on white where transparent, 16 bits scaled to 8. Raises what Pillow raises, and ValueError for what it
-    would get wrong.
+    Raises as flat does.
     """
-    import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    with opened(source) as file:
-        shorter = min(file.size)
-        file.draft(None, (2 * max(height, width),) * 2)  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
-        image = eight_bit(ImageOps.exif_transpose(file))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if channels == 3 else "L")
+    image, shorter = flat(source, channels, 2 * max(height, width))
     scale = min(image.size[0] / width, image.size[1] / height)
     part = [max(1, round(scale * length)) for length in (width, height)]
     left, top = ((whole - length) // 2 for whole, length in zip(image.size, part, strict=True))
     image = image.crop((left, top, left + part[0], top + part[1])).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1), shorter
+    return pixels(image, channels), shorter
+
+
+def adm_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
+    """As square, by the pixels of ADM, DiT and their reference statistics: halved by box averages while twice the size fits in, scaled by
+    bicubic interpolation, and only then cut (Dhariwal & Nichol 2021, center_crop_arr of their code)."""
+    from PIL import Image
+
+    image, shorter = flat(source, channels)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), Image.Resampling.BICUBIC)
+    left, top = ((length - size) // 2 for length in image.size)
+    return pixels(image.crop((left, top, left + size, top + size)), channels), shorter
+
+
+CROPS = {"centre": square, "adm": adm_square}
+
+
+def flat(source: Path | BinaryIO, channels: int, enough: int | None = None):
+    """An image file as a Pillow image of 3 channels or of 1, and its shorter side in pixels; enough: a side that is as good as the whole.
+
+    Turned as its EXIF says, laid on white where transparent, 16 bits scaled to 8. Raises what Pillow raises, and ValueError for what it
+    would get wrong.
+    """
+    from PIL import Image, ImageOps
+
+    with opened(source) as file:
+        shorter = min(file.size)
+        if enough:  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
+            file.draft(None, (enough, enough))
+        image = eight_bit(ImageOps.exif_transpose(file))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB" if channels == 3 else "L"), shorter
+
+
+def pixels(image, channels: int) -> Tensor:
+    """A Pillow image as (channels, H, W) uint8."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(image)).reshape(image.size[1], image.size[0], channels).permute(2, 0, 1)
 
 
 def eight_bit(image):

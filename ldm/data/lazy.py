@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.captions import TEMPLATES
 from ldm.data.check import quarantined
-from ldm.data.decode import square
+from ldm.data.decode import CROPS
 from ldm.data.memory import flipped
 from ldm.errors import UserError
 from ldm.tensors import key
@@ -46,7 +46,8 @@ class Source(Protocol):
 class Lazy(Dataset):
     """The samples `rows` of a source as a data set, with the methods of an InMemory: image (channels, size, size) in [-1, 1].
 
-    Each image is scaled and cropped at the centre.  A sample is a function of (pass, index) alone, for any number of workers and ranks.
+    Each image is scaled and cropped at the centre; crop: adm as ADM does it, for its reference statistics.  A sample is a function of
+    (pass, index) alone, for any number of workers and ranks.
     What ldm.data.check has quarantined is left out, and in the place of another that cannot be read stands the next that can, until they
     are too many.  content: the digest of the files that are expected.
     Raises UserError naming what does not fit.
@@ -62,7 +63,10 @@ class Lazy(Dataset):
         content: str | None,
         seed: int = 0,
         flip: bool = True,
+        crop: str = "centre",
     ):
+        if crop not in CROPS:
+            raise UserError(f"crop={crop}: expected {' or '.join(CROPS)}")
         if channels not in (1, 3) or size < 16:
             raise UserError(f"size={size} channels={channels}: expected 16 pixels or more, and 3 channels for colour or 1 for grey")
         if not len(rows):
@@ -74,7 +78,7 @@ class Lazy(Dataset):
                 raise UserError(f"{name}: {every - len(rows):,} of {every:,} images are quarantined, more than {KNOWN:.0%}; mend them")
         self.unreadable: set[int] = set()
         self.name, self.source, self.rows, self.seed, self.flip = name, source, torch.as_tensor(rows), seed, flip
-        self.size, self.channels = size, channels
+        self.size, self.channels, self.crop = size, channels, crop
         self.classes, self.captions = list(source.classes), [list(texts) for texts in source.classes.values()]
         self.content = sha256((source.identity + (repr(sorted(faults)) if faults else "")).encode()).hexdigest()[:16]
         if content not in (None, self.content):
@@ -91,7 +95,7 @@ class Lazy(Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the pixels."""
-        parts = (self.source.identity, self.size, self.channels, self.rows.tolist())
+        parts = (self.source.identity, self.size, self.channels, self.rows.tolist(), *([] if self.crop == "centre" else [self.crop]))
         return f"{self.name}-{sha256(repr(parts).encode()).hexdigest()[:16]}"
 
     def __len__(self) -> int:
@@ -118,7 +122,7 @@ class Lazy(Dataset):
         for place in range(index, index + min(TRIED, len(self))):
             row = int(self.rows[place % len(self)])
             try:
-                return square(self.source.image(row), self.size, self.channels)[0]
+                return CROPS[self.crop](self.source.image(row), self.size, self.channels)[0]
             except Exception as error:  # Pillow's many plugins raise what they please at a broken file
                 if row not in self.unreadable:
                     self.unreadable.add(row)

@@ -51,8 +51,10 @@ class Files:
 class Published(Lazy):
     """All of a source of files."""
 
-    def __init__(self, name: str, source: Files, size: int, channels: int, content: str | None, seed: int, flip: bool):
-        super().__init__(name, source, range(len(source)), size, channels, content, seed, flip)
+    def __init__(
+        self, name: str, source: Files, size: int, channels: int, content: str | None, seed: int, flip: bool, crop: str = "centre"
+    ):
+        super().__init__(name, source, range(len(source)), size, channels, content, seed, flip, crop)
 
 
 class ImageNet(Published):
@@ -71,6 +73,7 @@ class ImageNet(Published):
         content: str | None = None,
         seed: int = 0,
         flip: bool = True,
+        crop: str = "centre",
     ):
         root = Path(path).expanduser()
         inner = root / "ILSVRC" / "Data" / "CLS-LOC"
@@ -99,7 +102,7 @@ class ImageNet(Published):
         if len(classes) < len(codes):  # "crane" and "maillot" are two classes each
             classes = named([f"{words[code]} {code}" if code in words else code for code in codes])
         files = Files([one for one, _ in found], (), [place[code] for _, code in found], classes, root)
-        super().__init__(f"{path} ({split})", files, size, channels, content, seed, flip)
+        super().__init__(f"{path} ({split})", files, size, channels, content, seed, flip, crop)
 
 
 class COCO(Published):
@@ -156,13 +159,14 @@ class LSUN(Published):
         content: str | None = None,
         seed: int = 0,
         flip: bool = True,
+        crop: str = "centre",
     ):
         root = Path(path).expanduser()
         name = f"{category}_{_named(split)}"
         folder = _folder(root / name, f"LSUN's `python data.py export {name}_lmdb --out_dir {name}` makes it")
         paths = _images(folder)
         files = Files(paths, (), [0] * len(paths), named([category]), root)
-        super().__init__(f"{path} ({category}, {split})", files, size, channels, content, seed, flip)
+        super().__init__(f"{path} ({category}, {split})", files, size, channels, content, seed, flip, crop)
 
 
 def _named(split: str) -> str:

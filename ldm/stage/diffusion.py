@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 
 from ldm import adapted, build, durable, picture, protocol
 from ldm.data.latents import Latents, read_all, write_all
-from ldm.ema import PowerEMA
+from ldm.ema import LENGTHS, PowerEMA
 from ldm.errors import UserError
 from ldm.fetch import cache_dir
 from ldm.load import DataCard
@@ -39,6 +39,7 @@ def train(
     grid_every: int,
     save_every: int,
     score: Protocol,
+    snapshot_every: int | None = None,
 ) -> float | None:
     """Train on cached latents, average the weights, choose the guidance, draw and score; returns the metric named by cfg.optimize."""
     cfg = adapted.settled(cfg)
@@ -75,6 +76,8 @@ def train(
             run.say(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
         often: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
         beside: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
+        if snapshot_every:
+            beside |= {"averages": {f"ema_{length:g}": PowerEMA(model, length) for length in LENGTHS}, "snapshot_every": snapshot_every}
         if make_score and score.every:
             beside["watch"] = [
                 Scores(partial(watch, model, score, told, make_score(), sampler, guidance, grid), run.write, score.every, ema)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hydra.utils import instantiate
@@ -19,7 +20,7 @@ from ldm.errors import UserError
 from ldm.logger import Logger, Silent
 from ldm.stage import resume
 from ldm.training.announce import Announce
-from ldm.training.callbacks import Average, Checkpoints, Keep, LearningRate, Pictures, Progress, Record
+from ldm.training.callbacks import Average, Checkpoints, Keep, LearningRate, Pictures, Progress, Record, Snapshots
 from ldm.training.fit import world
 from ldm.training.gradients import Gradients
 from ldm.training.parallel import Agreement
@@ -81,14 +82,16 @@ class Run:
         draw: Callable[[int], None] | None = None,
         grid_every: int = 0,
         watch: Collection[Any] = (),
+        averages: Mapping[str, PowerEMA] = MappingProxyType({}),
+        snapshot_every: int | None = None,
     ) -> list[Any]:
         """What goes on around each step of a training shown as `name`, in this order: what looks, what writes, what ends it.
 
-        watch: more of what looks, before a checkpoint is kept.
+        watch: more of what looks, before a checkpoint is kept.  averages: others than ema, by name, kept every snapshot_every steps.
         """
         gradients = Gradients(self.folder, self.config.get("skips", 10))
         keep = Keep(self.config.get("keep_last", 2), self.config.get("keep_every"), self.worth)
-        saving = Checkpoints(self.checkpoints, ema, save_every, steps, self.config_text(), self.resume, metadata, keep)
+        saving = Checkpoints(self.checkpoints, ema, save_every, steps, self.config_text(), self.resume, metadata, keep, averages)
         debug = [instantiate(self.config["debug"])(self.folder)] if self.config.get("debug") else []
         return [
             Agreement({"config": runs.fingerprint(self.config), "first step": self.start}),
@@ -97,9 +100,11 @@ class Run:
             LearningRate(lr_schedule, steps),
             gradients,
             *([Average(ema)] if ema else []),
+            *map(Average, averages.values()),
             Record(self.write, log_every, steps, gradients),
             Progress(name, self.start, steps),
             *watch,
+            *([Snapshots(self.folder / "averages", averages, snapshot_every, steps, metadata)] if snapshot_every else []),
             saving,
             *([Pictures(draw, grid_every, ema)] if draw else []),
             Stop(saving.save),

@@ -3,9 +3,10 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm import durable
 from ldm.ema import PowerEMA
-from ldm.errors import NonFiniteError
+from ldm.errors import NonFiniteError, UserError
 from ldm.progress import Bar
 from ldm.training.gradients import Gradients
 from ldm.training.parallel import mean_over_ranks
@@ -155,8 +156,9 @@ class Checkpoints(L.Callback):
         resume: durable.Step | None = None,
         metadata: dict[str, str] | None = None,
         keep: Keep = Keep(),
+        averages: Mapping[str, PowerEMA] = MappingProxyType({}),
     ):
-        self.keep = keep
+        self.keep, self.averages = keep, averages
         self.folder, self.ema, self.every, self.total, self.config, self.resume = folder, ema, every, total, config, resume
         self.metadata = metadata
         self.saved = -1
@@ -169,6 +171,13 @@ class Checkpoints(L.Callback):
             lit.get_submodule(name).set_extra_state(state)
         if self.ema is not None:
             self.ema.load({name: like(value, self.ema.shadow[name]) for name, value in self.resume.tensors["ema"].items()})
+        for name, average in self.averages.items():
+            if name not in self.resume.tensors:
+                raise UserError(
+                    f"training.snapshot_every: the checkpoint of step {self.resume.step} holds no {name}, so this run began without "
+                    "snapshots; leave it null, or begin anew with resume=never"
+                )
+            average.load({key: like(value, average.shadow[key]) for key, value in self.resume.tensors[name].items()})
         trainer.precision_plugin.load_state_dict(self.resume.state.get("precision", {}))
         for optimizer, state in zip(trainer.optimizers, self.resume.state["optimizers"], strict=True):
             asked = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
@@ -188,6 +197,7 @@ class Checkpoints(L.Callback):
             return
         self.saved = step
         tensors = {"model": trained(lit)} | ({} if self.ema is None else {"ema": self.ema.shadow})
+        tensors |= {name: average.shadow for name, average in self.averages.items()}
         state = {"optimizers": [o.state_dict() for o in trainer.optimizers], "extra": extra(lit)}
         state["precision"] = trainer.precision_plugin.state_dict()  # the scale of the loss in float16
         tensors, state = whole(tensors), whole(state)
@@ -220,6 +230,22 @@ class Scores(L.Callback):
         lit.train()
         if trainer.is_global_zero:
             self.write(step, values)
+
+
+class Snapshots(L.Callback):
+    """Keeps averages of several lengths, by name, every `every` steps and at the last, for ldm.load to make another length of."""
+
+    def __init__(self, folder: Path, averages: Mapping[str, PowerEMA], every: int, total: int, metadata: dict[str, str] | None = None):
+        self.folder, self.averages, self.every, self.total, self.metadata = folder, averages, every, total, metadata
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        step = batch["step"] + 1
+        if step % self.every and step != self.total:
+            return
+        found = whole({name: average.shadow for name, average in self.averages.items()})
+        if trainer.is_global_zero:
+            for name, tensors in found.items():
+                durable.write_tensors(self.folder / f"{name}-{step:08d}.safetensors", tensors, self.metadata)
 
 
 class Pictures(L.Callback):

@@ -1,9 +1,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.decode import adm_square, square
 from ldm.data.published import COCO, LSUN, ImageNet
 from ldm.errors import UserError
 
@@ -89,3 +91,28 @@ def test_splits_are_named(tmp_path):
     for data in (ImageNet, COCO, LSUN):
         with pytest.raises(UserError, match="split='val': expected train or test"):
             data(tmp_path, "val")
+
+
+def test_adm_crops_by_halves_then_bicubic_then_the_middle(tmp_path):
+    rng = np.random.default_rng(0)
+    noisy = rng.integers(0, 256, (96, 136, 3), dtype=np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "a.png")
+    half = noisy
+    while min(half.shape[:2]) >= 32:
+        tall, wide = half.shape[0] // 2, half.shape[1] // 2
+        half = np.floor(half[: 2 * tall, : 2 * wide].reshape(tall, 2, wide, 2, 3).mean((1, 3)) + 0.5).astype(np.uint8)
+    assert half.shape == (24, 34, 3)
+    small = np.asarray(Image.fromarray(half).resize((23, 16), Image.Resampling.BICUBIC))
+    made = adm_square(tmp_path / "a.png", 16, 3)[0].permute(1, 2, 0).numpy()
+    assert made.shape == (16, 16, 3)
+    assert np.abs(made.astype(int) - small[:, 3:19]).max() <= 2  # grey levels: Pillow's rounding of a half
+    other = square(tmp_path / "a.png", 16, 3)[0].permute(1, 2, 0).numpy()
+    assert np.abs(made.astype(int) - other).mean() > 3
+
+
+def test_crop_is_an_option_of_the_data(imagenet):
+    centre, adm = ImageNet(imagenet, size=16), ImageNet(imagenet, size=16, crop="adm")
+    assert adm.fingerprint != centre.fingerprint
+    assert reds(adm)[3] == pytest.approx(51, abs=3)
+    with pytest.raises(UserError, match="crop=middle: expected centre or adm"):
+        ImageNet(imagenet, size=16, crop="middle")
