@@ -75,7 +75,8 @@ class Accumulated(L.Callback):
         if len(self.outputs) == self.parts:
             means = mean_of(self.outputs)
             for one in self.callbacks:
-                one.on_train_batch_end(trainer, lit, means, {**batch, **self.keys}, batch_idx)
+                with trainer.profiler.profile(f"[Callback]{one.state_key}.on_train_batch_end"):
+                    one.on_train_batch_end(trainer, lit, means, {**batch, **self.keys}, batch_idx)
 
 
 def mean_of(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

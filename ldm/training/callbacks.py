@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -17,6 +17,7 @@ from ldm import durable
 from ldm.ema import PowerEMA
 from ldm.errors import NonFiniteError, UserError
 from ldm.progress import Bar
+from ldm.training.clock import Spent, peak
 from ldm.training.gradients import Gradients
 from ldm.training.parallel import mean_over_ranks
 from ldm.training.shares import like, states_like, whole
@@ -51,7 +52,8 @@ BY_TIME = "loss_by_time"  # the term that is a table: sums of losses and their n
 class Record(L.Callback):
     """Writes the mean of each term since the last record, over steps and ranks, every `every` steps: write(step, {"train/loss": ...}).
 
-    Of BY_TIME, the mean loss in each part that had any: "train/loss/t=0.25-0.5".
+    Of BY_TIME, the mean loss in each part that had any: "train/loss/t=0.25-0.5".  With them "perf/images_per_s"; "perf/data_wait", the part
+    of the time that this process waited for data; "perf/mfu", the arithmetic of a step in the time it took, as a part of the device's peak.
     gradients: what saw their norm; the terms of a step that it skipped are left out, and `train/skipped` counts such steps.
     Raises NonFiniteError, with the last checkpoint intact, when the loss is not finite though its gradients were.
     """
@@ -60,7 +62,11 @@ class Record(L.Callback):
         self.write, self.every, self.total, self.gradients = write, every, total, gradients
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.images, self.skipped, self.since = 0, 0, time.monotonic()
+        self.images, self.steps, self.skipped, self.since, self.waited = 0, 0, 0, time.monotonic(), 0.0
+
+    def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        self.peak = peak(str(trainer.precision), lit.device)
+        self.since, self.waited = time.monotonic(), waited(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         if self.gradients is not None and self.gradients.skipped:
@@ -71,6 +77,7 @@ class Record(L.Callback):
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
                 self.counts[name] = self.counts.get(name, 0) + 1
         self.images += batch["total"]
+        self.steps += 1
         step = batch["step"] + 1
         if step % self.every == 0 or step == self.total:
             totals = {name: mean_over_ranks(total) for name, total in self.sums.items()}
@@ -82,15 +89,27 @@ class Record(L.Callback):
                 if number
             }
             now = time.monotonic()
-            means["perf/images_per_s"] = self.images / (now - self.since)
+            means |= self.pace(trainer, now - self.since)
             means["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             if self.skipped:
                 means["train/skipped"] = self.skipped
-            self.sums, self.counts, self.images, self.skipped, self.since = {}, {}, 0, 0, now
+            self.sums, self.counts, self.images, self.steps, self.skipped = {}, {}, 0, 0, 0
+            self.since, self.waited = now, waited(trainer)
             if not math.isfinite(means.get("train/loss", 0.0)):
                 raise NonFiniteError(f"the loss is not finite at step {step}; lower the learning rate, or train in float32")
             if trainer.is_global_zero:
                 self.write(step, means)
+
+    def pace(self, trainer: L.Trainer, seconds: float) -> dict[str, float]:
+        """How fast it went since the last record."""
+        found = {"perf/images_per_s": self.images / seconds, "perf/data_wait": (waited(trainer) - self.waited) / seconds}
+        flops = cast(Spent, trainer.profiler).flops
+        return found if flops is None else found | {"perf/mfu": flops * self.steps / seconds / self.peak}
+
+
+def waited(trainer: L.Trainer) -> float:
+    """Seconds that this process waited for data so far."""
+    return cast(Spent, trainer.profiler).seconds["data"]
 
 
 class Progress(L.Callback):

@@ -1,9 +1,34 @@
-"""How long training steps take."""
+"""How long training steps take, what the time goes into, and how much arithmetic that is of what the device can do."""
 
 import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.profilers import Profiler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+KINDS = {  # of what Lightning says it is doing: the first of these that its words hold
+    **dict.fromkeys(("train_dataloader_next", "batch_to_device"), "data"),
+    **dict.fromkeys(("encode",), "encode"),
+    **dict.fromkeys(("]Average.",), "EMA"),
+    **dict.fromkeys(("]Record.", "]Progress.", "]Announce."), "logging"),
+    **dict.fromkeys(("]Checkpoints.", "]Pictures."), "saving"),
+    **dict.fromkeys(("optimizer_step", "optimizer_zero_grad"), "optimiser"),
+    **dict.fromkeys((".backward",), "backward"),
+    **dict.fromkeys(("training_step",), "forward"),
+}
+ORDER = ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging", "saving", "other")
+ATEN = torch.ops.aten
+COUNTED = flop_registry | {  # what torch leaves out of its own list, by what it has there
+    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[ATEN._scaled_dot_product_flash_attention_backward],
+}
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the product that a device's peak is measured with
 
 
 class Clock(L.Callback):
@@ -25,3 +50,96 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
+
+
+class Spent(Profiler):
+    """seconds: spent so far by kind (ORDER), each second in one of them.  flops: of this process's first step, None before its end.
+
+    parts: batches that a step is made of.  clock: what tells the time.
+    """
+
+    def __init__(self, parts: int = 1, clock: Callable[[], float] = time.monotonic):
+        super().__init__()
+        self.clock, self.parts = clock, parts
+        self.seconds = dict.fromkeys(ORDER, 0.0)
+        self.doing = ["other"]  # the innermost last
+        self.around: str | None = None  # what goes on around a backward pass, while there is one
+        self.since = clock()
+        self.counter, self.counted = Flops(), 0
+
+    @property
+    def flops(self) -> int | None:
+        return self.counter.flops if self.counted == self.parts else None
+
+    def start(self, action_name: str) -> None:
+        self._until_now()
+        if action_name.endswith("on_after_backward") and self.around is not None:
+            self.doing[-1], self.around = self.around, None
+        self.doing.append(next((kind for words, kind in KINDS.items() if words in action_name), "other"))
+        if action_name == "run_training_batch" and self.counted < self.parts:
+            self.counter.__enter__()
+
+    def stop(self, action_name: str) -> None:
+        if action_name == "run_training_batch" and self.counted < self.parts:
+            self.counter.__exit__(None, None, None)
+            self.counted += 1
+        self._until_now()
+        self.doing.pop()
+        if action_name.endswith("on_before_backward") and self.around is None:
+            self.around, self.doing[-1] = self.doing[-1], "backward"
+
+    def so_far(self) -> dict[str, float]:
+        """seconds, up to this moment."""
+        self._until_now()
+        return dict(self.seconds)
+
+    def describe(self) -> None:
+        """Nothing at the end: those who want to know ask before."""
+
+    def _until_now(self) -> None:
+        moment = self.clock()
+        self.seconds[self.doing[-1]] += moment - self.since
+        self.since = moment
+
+
+def during(lit: L.LightningModule, kind: str) -> AbstractContextManager:
+    """What is done within the block is of this kind, in a training."""
+    return nullcontext() if lit._trainer is None else lit._trainer.profiler.profile(kind)
+
+
+class Flops(TorchDispatchMode):
+    """flops: of the products, convolutions and attention done within it, a multiplication and an addition being two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := COUNTED.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def peak(precision: str, device: torch.device) -> float:
+    """FLOP/s of a product of two square matrices in the precision that Lightning names so: the fastest of three."""
+    kind = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}.get(precision.partition("-")[0], torch.float32)
+    return _peak(kind, device, torch.get_num_threads())
+
+
+@cache
+def _peak(dtype: torch.dtype, device: torch.device, threads: int) -> float:
+    side = SIDE.get(device.type, SIDE["cpu"])
+    a, seconds = torch.ones(side, side, dtype=dtype, device=device), []
+    for _ in range(3):
+        since = now(device)
+        a @ a
+        seconds.append(now(device) - since)
+    return 2 * side**3 / max(min(seconds), 1e-9)
+
+
+def table(spent: Mapping[str, float], steps: int) -> str:
+    """Seconds by kind as lines of milliseconds a step and shares, which add up to the whole."""
+    whole = max(sum(spent.values()), 1e-12)
+    rows = [*((kind, spent[kind]) for kind in ORDER), ("a step", whole)]
+    return "\n".join(f"{kind:<12}{1e3 * seconds / steps:>12.3f} ms{100 * seconds / whole:>10.2f} %" for kind, seconds in rows)

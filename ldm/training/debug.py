@@ -1,5 +1,6 @@
 """A training looked at: where numbers stop being finite, whether it can learn one batch by heart, where its time goes."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ldm.errors import NonFiniteError, UserError
+from ldm.training.clock import now, table
 
 
 class FirstNonFinite(L.Callback):
@@ -76,27 +78,52 @@ class Overfit(L.Callback):
 
 
 class Profile(L.Callback):
-    """Writes a trace of `steps` steps from `first` on, for chrome://tracing, and a table of what took longest, into folder/profile."""
+    """Where the time goes, in folder/profile: a trace of `traced` steps from `first` on (chrome://tracing), then a table of `steps` more.
 
-    def __init__(self, folder: Path, first: int = 3, steps: int = 3):
-        self.folder, self.first, self.steps = folder / "profile", first, steps
-        self.profile: Any = None
+    The table says what a step's time goes into, then which of torch's operators took longest in those traced.
+    """
+
+    def __init__(self, folder: Path, first: int = 3, traced: int = 3, steps: int = 20):
+        self.folder, self.first, self.timed, self.end = folder / "profile", first, first + traced, first + traced + steps
+        self.trace: Any = None
+        self.before: dict[str, float] = {}
+        self.operators, self.begun, self.seen = "", 0.0, 0
 
     def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
-        if trainer.is_global_zero and batch_idx + 1 == self.first:
-            self.profile = torch.profiler.profile(record_shapes=True)
-            self.profile.start()
-
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        if self.profile is None or batch_idx + 1 < self.first + self.steps - 1:
+        self.seen += 1  # steps, whatever batches they are made of
+        if not trainer.is_global_zero:
             return
-        self.profile.stop()
+        if self.seen == self.timed:
+            self.stop()
+            trainer.profiler.clock = partial(now, lit.device)
+            self.before = trainer.profiler.so_far()
+        if self.seen == self.end:
+            self.write(trainer, self.end - self.timed)
+        if self.seen == self.first:
+            self.trace = torch.profiler.profile(record_shapes=True)
+            self.trace.start()
+
+    def on_train_end(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        if trainer.is_global_zero and self.first <= self.seen < self.end:  # a training shorter than that
+            self.stop()
+            self.write(trainer, self.seen + 1 - self.timed)
+
+    def stop(self) -> None:
+        """End the trace, unless that was done."""
+        if self.trace is None:
+            return
+        self.trace.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.profile.export_chrome_trace(str(self.folder / "trace.json"))
+        self.trace.export_chrome_trace(str(self.folder / "trace.json"))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        (self.folder / "table.txt").write_text(self.profile.key_averages().table(sort_by=by, row_limit=30))
-        print(f"\nprofile     {self.folder / 'table.txt'}, {self.folder / 'trace.json'}", flush=True)
-        self.profile = None
+        self.operators, self.trace = self.trace.key_averages().table(sort_by=by, row_limit=30), None
+
+    def write(self, trainer: L.Trainer, steps: int) -> None:
+        """Write the table of so many steps, and say where it is."""
+        spent = {kind: seconds - self.before.get(kind, 0.0) for kind, seconds in trainer.profiler.so_far().items()}
+        said = table(spent, steps) if steps > 0 else "too few steps to time"
+        (self.folder / "table.txt").write_text(f"{said}\n\n{self.operators}")
+        print(f"\n{said}\nprofile     {self.folder / 'table.txt'}, {self.folder / 'trace.json'}", flush=True)
 
 
 def finite(value: Any) -> bool:

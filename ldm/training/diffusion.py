@@ -11,6 +11,7 @@ from ldm.conditioner.compose import dropped
 from ldm.model import LatentDiffusion
 from ldm.tensors import Noise
 from ldm.training.callbacks import BY_TIME
+from ldm.training.clock import during
 from ldm.training.sharded import shard
 
 
@@ -43,7 +44,8 @@ class LitDiffusion(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         noise = noise_of(self.seed, batch)
-        z = self.latent(batch, noise)  # (B, C, h, w)
+        with during(self, "encode"):
+            z = self.latent(batch, noise)  # (B, C, h, w)
         cond = self.model.condition({**batch, "noise": noise})
         if self.drop:
             cond = dropped(cond, self.model.uncondition(batch), noise, "drop", self.drop)

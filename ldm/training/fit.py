@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from ldm.data.stream import Batched, Stream
 from ldm.errors import UserError
 from ldm.training.accumulate import Accumulated, Parted
+from ldm.training.clock import Spent
 from ldm.training.sharded import twin
 
 PRECISION = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -99,6 +100,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        profiler=Spent(accumulate),
     )
     try:
         with twin(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (trainee, around):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ldm.training.callbacks import BY_TIME, Record
+from ldm.training.clock import Spent
 from ldm.training.diffusion import by_time
 
 
@@ -11,7 +12,7 @@ def test_losses_are_told_apart_by_the_noise_they_were_taken_at():
     """Over two steps: each part's mean is that of its rows, whatever their number; a part without one is not written."""
     rows = []
     record = Record(lambda step, values: rows.append(values), 2, 2)
-    trainer = SimpleNamespace(is_global_zero=True, optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])])
+    trainer = SimpleNamespace(is_global_zero=True, profiler=Spent(), optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])])
     steps = [([1.0, 2.0, 3.0], [0.0, 0.24, 0.6]), ([6.0, 5.0, 7.0], [0.1, 0.75, 1.0])]
     for step, (loss, t) in enumerate(steps):
         loss, t = torch.tensor(loss), torch.tensor(t)

@@ -6,6 +6,7 @@ from torch import nn
 
 from ldm.data.stream import Stream
 from ldm.errors import NonFiniteError, UserError
+from ldm.training.clock import ORDER
 from ldm.training.debug import FirstNonFinite, Overfit, Profile
 
 
@@ -86,7 +87,23 @@ def test_one_batch_over_and_over(tmp_path):
     assert losses.terms[-1]["loss"] < 0.1 * losses.terms[0]["loss"]
 
 
-def test_a_profile_is_written(tmp_path):
-    train(Line(), Rows(), [Profile(tmp_path, 2, 2)], steps=4)
-    assert "aten::addmm" in (tmp_path / "profile" / "table.txt").read_text()
+@pytest.mark.parametrize("steps", [4, 12])
+def test_a_profile_is_written(steps, tmp_path, capfd):
+    train(Line(), Rows(), [Profile(tmp_path, 2, 2, 5)], steps=steps)
+    text = (tmp_path / "profile" / "table.txt").read_text()
+    assert "aten::addmm" in text
     assert (tmp_path / "profile" / "trace.json").read_text().lstrip().startswith("{")
+    rows = {line[:12].strip(): (float(line[12:24]), float(line[27:37])) for line in text.split("\n\n")[0].splitlines()}
+    assert list(rows) == [*ORDER, "a step"]
+    *kinds, (whole, share) = rows.values()
+    assert sum(ms for ms, _ in kinds) == pytest.approx(whole, abs=0.01)
+    assert sum(part for _, part in kinds) == pytest.approx(share, abs=0.1)
+    assert share == 100
+    assert min(rows[kind][0] for kind in ("forward", "backward", "optimiser")) > 0
+    assert (rows["data"][0] > 0) == (steps > 4), "the last batch comes before the last step"
+    assert capfd.readouterr().out.count("backward") == 1
+
+
+def test_a_training_too_short_for_it_says_so(tmp_path):
+    train(Line(), Rows(), [Profile(tmp_path, 2, 3, 5)], steps=3)
+    assert (tmp_path / "profile" / "table.txt").read_text().startswith("too few steps to time")

@@ -1,0 +1,125 @@
+"""Every second of a step is in one kind, and every product is counted."""
+
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+from rows import Line, Rows, train
+from torch import nn
+
+from ldm.ema import PowerEMA
+from ldm.training import clock
+from ldm.training.callbacks import Average, Record
+from ldm.training.clock import ORDER, Flops, Spent, during, peak, table
+
+NAP = 0.02
+
+
+class Slow(Line):
+    """A line that naps where it is told to."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def nap(self, where):
+        if self.where == where:
+            time.sleep(NAP)
+
+    def training_step(self, batch, batch_idx):
+        with during(self, "encode"):
+            self.nap("encode")
+        self.nap("forward")
+        out = super().training_step(batch, batch_idx)
+        out["loss"].register_hook(lambda grad: self.nap("backward"))
+        return out
+
+    def on_before_optimizer_step(self, optimizer):
+        self.nap("optimiser")
+
+
+class Napping(Rows):
+    def __init__(self, lit):
+        self.lit = lit
+
+    def batch(self, at):
+        self.lit.nap("data")
+        return super().batch(at)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("where", ["data", "encode", "forward", "backward", "optimiser", "EMA", "logging"])
+def test_a_nap_is_found_where_it_was_taken(where, accumulate, monkeypatch):
+    peak("32-true", torch.device("cpu"))  # measured once in a process
+    lit, spent = Slow(where), []
+    made = clock.Spent.__init__
+    monkeypatch.setattr(clock.Spent, "__init__", lambda self, *args: (made(self, *args), spent.append(self))[0])
+    ema = PowerEMA(lit, 0.1)
+    update = ema.update
+    monkeypatch.setattr(ema, "update", lambda step: (lit.nap("EMA"), update(step))[1])
+    record = Record(lambda step, values: lit.nap("logging"), 1, 4)
+    train(lit, Napping(lit), [Average(ema), record], steps=4, accumulate=accumulate)
+    seconds = spent[0].seconds
+    naps = 4 * NAP * (accumulate if where in ("data", "encode", "forward", "backward") else 1)
+    assert naps <= seconds[where]
+    assert max(seconds, key=lambda kind: seconds[kind] if kind != "other" else 0) == where
+
+
+def test_each_second_is_of_one_kind():
+    """By a clock that ticks once each time that it is looked at."""
+    ticks = iter(range(100))
+    spent = Spent(clock=lambda: next(ticks))
+    spent.start("[Strategy]One.training_step")
+    spent.start("encode")
+    spent.stop("encode")
+    spent.stop("[Strategy]One.training_step")
+    spent.start("[Callback]Record.on_train_batch_end")
+    spent.stop("[Callback]Record.on_train_batch_end")
+    found = spent.so_far()
+    assert {kind: n for kind, n in found.items() if n} == {"forward": 2, "encode": 1, "logging": 1, "other": 3}
+    assert list(found) == list(ORDER)
+    said = table(found, 2).splitlines()
+    assert said[1].split() == ["encode", "500.000", "ms", "14.29", "%"]
+    assert said[-1].split() == ["a", "step", "3500.000", "ms", "100.00", "%"]
+
+
+def test_products_are_counted_forward_and_backward():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 5))
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with Flops() as counter:
+        net(x).sum().backward()
+    forward = 2 * 2 * (8 * 16 * 3 * 9 + 8 * 16 * 5)
+    assert counter.flops == 3 * forward
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_pace_is_always_recorded(accumulate):
+    rows = []
+    train(Line(), Rows(), [Record(lambda step, values: rows.append(values), 2, 6)], steps=6, accumulate=accumulate)
+    for row in rows:
+        assert {"perf/images_per_s", "perf/data_wait", "perf/mfu"} <= row.keys()
+        assert 0 < row["perf/data_wait"] < 1
+        flops = 4 * 2 * 2  # a weight, four rows, forward and its gradient; the data want none
+        assert row["perf/mfu"] * peak("32-true", torch.device("cpu")) == pytest.approx(flops * row["perf/images_per_s"] / 4)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_counting_changes_no_number(low):
+    """The kernels of what our networks are made of are the same with a counter around them."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1).to(memory_format=torch.channels_last)
+    norm, linear = nn.GroupNorm(2, 8), nn.Linear(8, 24)
+    x, ends = torch.randn(2, 8, 8, 8).to(memory_format=torch.channels_last), []
+    for counted in (False, True):
+        with Flops() if counted else nullcontext() as counter, torch.autocast("cpu", torch.bfloat16, enabled=low):
+            q, k, v = linear(norm(conv(x)).flatten(2).mT).unflatten(-1, (2, 12)).transpose(1, 2).chunk(3, -1)
+            loss = nn.functional.scaled_dot_product_attention(q, k, v).float().square().mean()
+            loss.backward()
+        ends.append([loss.detach(), *(p.grad for p in (*conv.parameters(), *norm.parameters(), *linear.parameters()))])
+        for p in (*conv.parameters(), *norm.parameters(), *linear.parameters()):
+            p.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    products = 2 * 2 * 64 * 8 * (8 * 9 + 24)
+    attention = 2 * 2 * 2 * 2 * 64 * 64 * 4
+    assert counter.flops == 3 * products - 2 * 2 * 64 * 8 * 8 * 9 + 3.5 * attention, "x wants no gradient; attention is done again backward"
