@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,7 +17,7 @@ from ldm import durable
 from ldm.ema import PowerEMA
 from ldm.errors import NonFiniteError, UserError
 from ldm.progress import Bar
-from ldm.training.clock import Spent, peak
+from ldm.training.clock import peak, spent_by
 from ldm.training.gradients import Gradients
 from ldm.training.parallel import mean_over_ranks
 from ldm.training.shares import like, states_like, whole
@@ -103,13 +103,13 @@ class Record(L.Callback):
     def pace(self, trainer: L.Trainer, seconds: float) -> dict[str, float]:
         """How fast it went since the last record."""
         found = {"perf/images_per_s": self.images / seconds, "perf/data_wait": (waited(trainer) - self.waited) / seconds}
-        flops = cast(Spent, trainer.profiler).flops
+        flops = spent_by(trainer).flops
         return found if flops is None else found | {"perf/mfu": flops * self.steps / seconds / self.peak}
 
 
 def waited(trainer: L.Trainer) -> float:
     """Seconds that this process waited for data so far."""
-    return cast(Spent, trainer.profiler).seconds["data"]
+    return spent_by(trainer).seconds["data"]
 
 
 class Progress(L.Callback):

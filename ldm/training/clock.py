@@ -104,7 +104,12 @@ class Spent(Profiler):
 
 def during(lit: L.LightningModule, kind: str) -> AbstractContextManager:
     """What is done within the block is of this kind, in a training."""
-    return nullcontext() if lit._trainer is None else lit._trainer.profiler.profile(kind)
+    return nullcontext() if lit._trainer is None else spent_by(lit._trainer).profile(kind)
+
+
+def spent_by(trainer: Any) -> Spent:
+    """What counts a trainer's seconds."""
+    return trainer.profiler
 
 
 class Flops(TorchDispatchMode):

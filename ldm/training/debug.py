@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ldm.errors import NonFiniteError, UserError
-from ldm.training.clock import now, table
+from ldm.training.clock import now, spent_by, table
 
 
 class FirstNonFinite(L.Callback):
@@ -95,8 +95,8 @@ class Profile(L.Callback):
             return
         if self.seen == self.timed:
             self.stop()
-            trainer.profiler.clock = partial(now, lit.device)
-            self.before = trainer.profiler.so_far()
+            spent_by(trainer).clock = partial(now, lit.device)
+            self.before = spent_by(trainer).so_far()
         if self.seen == self.end:
             self.write(trainer, self.end - self.timed)
         if self.seen == self.first:
@@ -120,7 +120,7 @@ class Profile(L.Callback):
 
     def write(self, trainer: L.Trainer, steps: int) -> None:
         """Write the table of so many steps, and say where it is."""
-        spent = {kind: seconds - self.before.get(kind, 0.0) for kind, seconds in trainer.profiler.so_far().items()}
+        spent = {kind: seconds - self.before.get(kind, 0.0) for kind, seconds in spent_by(trainer).so_far().items()}
         said = table(spent, steps) if steps > 0 else "too few steps to time"
         (self.folder / "table.txt").write_text(f"{said}\n\n{self.operators}")
         print(f"\n{said}\nprofile     {self.folder / 'table.txt'}, {self.folder / 'trace.json'}", flush=True)
