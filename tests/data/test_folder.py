@@ -16,6 +16,7 @@ from ldm.data.folder import Folder, shares
 from ldm.errors import UserError
 from ldm.load import DataCard
 
+DRAFT = (13, 3)  # grey levels by which a JPEG decoded small is another picture: at most, and on average
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
@@ -220,6 +221,51 @@ def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch):
     assert "40 images, 2 classes, 32 px, fits in memory, 0 held out, 40 smaller than 32 px and enlarged: golden_retriever/000.png, " in out
     assert "5 skipped: sports-car/empty.png, sports-car/giant.png, sports-car/gone.webp, ... (cannot identify image file)" in out
     assert Folder(pictures, size=32, held_out=0).summary == data.summary  # from the cache
+
+
+def test_packed_images_are_those_decoded_one_by_one_and_lie_on_the_disk(pictures, tmp_path, monkeypatch):
+    (pictures / "sports-car" / "broken.jpg").write_text("no")
+    data = Folder(pictures, size=16, held_out=0.3)
+    plain = torch.stack([square(pictures / file.name, 16, 3)[0] for file in data.files]).float() / 127.5 - 1
+    assert len(data) < 40
+    assert torch.equal(data.pixels(range(len(data))), plain)
+    assert torch.equal(data.pixels([5, 2]), plain[[5, 2]])
+    (pack,) = (tmp_path / "cache" / "folders").glob("*.safetensors")
+    assert data.stored.shape == (41, 3, 16, 16), "with a place for the broken one"
+    mapping = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(pack))]
+    assert mapping or not Path("/proc").is_dir()
+    monkeypatch.setattr(folder, "fits", lambda images: False)
+    assert "16 px, read from the disk, " in Folder(pictures, size=16).summary
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """A JPEG with something at every scale, 600 x 450."""
+    draw = np.random.default_rng(0)
+    image = np.zeros((450, 600, 3))
+    for scale in (4, 16, 64):
+        coarse = draw.normal(128, 24 * scale**0.25, (450 // scale + 2, 600 // scale + 2, 3)).clip(0, 255).astype(np.uint8)
+        image += np.asarray(Image.fromarray(coarse).resize((600, 450), Image.Resampling.BICUBIC)) / 3
+    Image.fromarray(image.astype(np.uint8)).save(tmp_path / "photograph.jpg", quality=90)
+    return tmp_path / "photograph.jpg"
+
+
+@pytest.mark.parametrize("size", [16, 64, 100, 200, 300])
+def test_a_jpeg_is_decoded_small_but_never_too_small(photograph, size, monkeypatch):
+    """And how far that is from decoding it whole: its texture is finer than most, and the mean stays."""
+    seen = []
+    monkeypatch.setattr(decode, "eight_bit", lambda image: (seen.append(image.size), image)[1])
+    fast = square(photograph, size, 3)[0].double()
+    monkeypatch.setattr(Image.Image, "draft", lambda self, mode, wanted: None)
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda self, mode, wanted: None)
+    whole = square(photograph, size, 3)[0].double()
+    assert seen[1] == (600, 450)
+    assert min(seen[0]) >= min(2 * size, 450)
+    assert (seen[0] == (600, 450)) == (size > 112), "at half the size or less where twice the target still fits"
+    difference = (fast - whole).abs()
+    assert float(difference.max()) <= DRAFT[0]
+    assert float(difference.mean()) <= DRAFT[1]
+    assert abs(float((fast - whole).mean())) < 0.2
 
 
 def test_links_are_followed_once(pictures):
