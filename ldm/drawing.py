@@ -118,11 +118,10 @@ def score(request: Request, images: "dict[int, Tensor]") -> dict[str, Any]:
 def measured(request: Request, images: "dict[int, Tensor]", scores: "Score") -> dict[str, Any]:
     """As score, by a Score that may have measured others before."""
     import torch
-
-    from ldm.metrics.paired import Reconstruction
+    from hydra.utils import instantiate
 
     scores.reset()
-    pairs = Reconstruction()
+    pairs = instantiate(request.cfg.paired)()
     rows = [seed - request.cfg.seed for seed in images]
     paired = request.held_out is not None and "image" not in request.inputs
     for start in range(0, len(rows), 500):

@@ -39,6 +39,12 @@ class Protocol:
     every: int | None = None
     every_num: int = 1000
 
+    def __post_init__(self):
+        if (self.every is not None and self.every < 1) or self.every_num < 2:
+            raise ValueError(
+                f"training.score: every={self.every} every_num={self.every_num}: expected null or a step or more, and 2 or more"
+            )
+
 
 @dataclass(frozen=True)
 class Told:

@@ -59,7 +59,7 @@ PAPER_NETS = [  # and networks, which tests/net/test_counts.py builds there; an 
     o for o in OPTIONS if o.startswith("net/") and o not in PARTNERS and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
 ]
 ALONE = (
-    *("budget", "debug", "data", "degrade", "trainer", "training", "logger", "metrics", "guidance", "task", "adapter", "hint"),
+    *("budget", "debug", "data", "degrade", "trainer", "training", "logger", "metrics", "paired", "guidance", "task", "adapter", "hint"),
 )  # no part of the model or of its step
 
 
@@ -138,7 +138,7 @@ def offline(monkeypatch):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_composes(option):
     group = option.split("/")[0]
-    config = composed(option.replace("/", "=", 1), name="sample") if group == "task" else composed(*typed(option))
+    config = composed(option.replace("/", "=", 1), name="sample") if group in ("task", "paired") else composed(*typed(option))
     assert group in ("budget", "process", "optimizer") or option == "debug/smoke" or group in config
 
 

@@ -1,10 +1,15 @@
 """autoencoder=identity: diffusion in pixels, with nothing to train before it and nothing to load beside it."""
 
+import json
+
 import pytest
 import torch
 from smoke import command, here, train
 
+from ldm.command import guarded
 from ldm.load import load
+from ldm.report import __main__ as report
+from ldm.report import bits
 
 
 @pytest.fixture
@@ -24,6 +29,12 @@ def test_pixel_space_trains_and_draws_without_a_first_stage(smoke, folder):
     assert torch.equal(model.encode(image), image)
     assert command("sample.py", f"run={run}", "num=2", "steps=2", "out=drawn") == 0
     assert len(list((folder / "drawn").rglob("*.png"))) >= 2
+    assert guarded(lambda: report.main(["bits", str(run), "num=6", "steps=20"])) == 0
+    found = json.loads((run / "bits.json").read_text())
+    assert {name: found[name] for name in ("of", "variance", "steps", "n")} == {"of": "pixels", "variance": "small", "steps": 20, "n": 6}
+    assert 0 <= found["prior"] < found["low"] <= found["bits_per_dim"] <= found["high"]
+    assert bits.of_run(str(run), 6, 20, "small", 4)["bits_per_dim"] == pytest.approx(found["bits_per_dim"], rel=1e-5)  # of any batch
+    assert guarded(lambda: report.main(["bits", str(run), "variance=learned"])) == 2
 
 
 def test_pixel_space_is_not_to_be_trained(folder, capsys):

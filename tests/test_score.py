@@ -1,6 +1,7 @@
 """Scores while a model trains: of averaged weights, named by network and number, and without a trace in the training."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +9,21 @@ from smoke import command, here
 
 from ldm import durable, runs
 from ldm.ema import PowerEMA
-from ldm.score import short
+from ldm.score import Protocol, short
+from ldm.training.callbacks import Snapshots
 
 
 @pytest.mark.parametrize(("n", "said"), [(5000, "5k"), (50000, "50k"), (250, "250"), (1500, "1500"), (0, "0")])
 def test_numbers_of_samples_are_said_as_papers_do(n, said):
     assert short(n) == said
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"every": -1}, {"every": 1, "every_num": 1}])
+def test_periods_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected null or a step or more"):
+        Protocol(**wrong)
+    with pytest.raises(ValueError, match="snapshot_every=0"):
+        Snapshots(Path(), {}, 0, 1)
 
 
 def test_scores_on_the_way_are_named_and_leave_no_trace(smoke, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ experiments/STUDY  reads the run folders of the study's jobs, wherever `runs=` s
 all                the same of every study; without anything, the table of studies in experiments/LOG.md alone
 compare RUN RUN    config differences, curves and numbers side by side, and as a page that opens without a server (out=compare.html)
 levels RUN         loss and errors by bin of log-SNR on num=256 held-out images, bins=10, into levels.csv and levels.png in the run's folder
+bits RUN           the variational bound in bits per dimension on num=256 held-out images, steps=1000, into bits.json in the run's folder
 
   wandb=PROJECT    read a Weights & Biases project instead of run folders
   key=value        of train.py, for every job of the sweep, as runs=PLACE
@@ -107,6 +108,23 @@ def levels(
     print(f"{along.text(found)}\n{folder / 'levels.csv'}, {folder / 'levels.png'}")
 
 
+def bits(
+    run: str,  # a run folder that train.py made
+    num: int = 256,  # held-out images
+    steps: int | None = None,  # of the chain, null for all of the schedule's
+    variance: str | None = None,  # of its steps: small, large or learned; null for learned where the model has it, else small
+) -> None:
+    """Measure a run's bound on the likelihood of images. Raises UserError."""
+    from ldm.load import run_folder
+    from ldm.report import bits as bound
+
+    if num < 1 or (steps is not None and steps < 1):
+        raise UserError(f"num={num} steps={steps}: expected 1 or more")
+    found = bound.of_run(run, num, steps, variance)
+    durable.write_json(run_folder(run) / "bits.json", found)
+    print("\n".join(f"{name:<16}{rows.text(value)}" for name, value in found.items()))
+
+
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code. Raises UserError."""
     if {"--help", "-h"} & set(argv):
@@ -115,9 +133,9 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "compare":
         compare(argv[1:])
         return 0
-    if argv and argv[0] == "levels":
-        told = signature(Path(__file__), "levels")
-        levels(**told.read([*(word if "=" in word else f"run={word}" for word in argv[1:])]))  # type: ignore[union-attr]
+    if argv and (measure := {"levels": levels, "bits": bits}.get(argv[0])):
+        told = signature(Path(__file__), argv[0])
+        measure(**told.read([*(word if "=" in word else f"run={word}" for word in argv[1:])]))  # type: ignore[union-attr]
         return 0
     places = [word for word in argv if "=" not in word]
     typed = [word for word in argv if "=" in word and not word.startswith("wandb=")]

@@ -76,9 +76,9 @@ def train(
             run.say(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
         often: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "grid_every": grid_every}
         beside: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
-        if snapshot_every:
+        if snapshot_every is not None:
             beside |= {"averages": {f"ema_{length:g}": PowerEMA(model, length) for length in LENGTHS}, "snapshot_every": snapshot_every}
-        if make_score and score.every:
+        if make_score and score.every is not None:
             beside["watch"] = [
                 Scores(partial(watch, model, score, told, make_score(), sampler, guidance, grid), run.write, score.every, ema)
             ]

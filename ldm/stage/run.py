@@ -104,7 +104,7 @@ class Run:
             Record(self.write, log_every, steps, gradients),
             Progress(name, self.start, steps),
             *watch,
-            *([Snapshots(self.folder / "averages", averages, snapshot_every, steps, metadata)] if snapshot_every else []),
+            *([Snapshots(self.folder / "averages", averages, snapshot_every, steps, metadata)] if snapshot_every is not None else []),
             saving,
             *([Pictures(draw, grid_every, ema)] if draw else []),
             Stop(saving.save),

@@ -255,6 +255,8 @@ class Snapshots(L.Callback):
     """Keeps averages of several lengths, by name, every `every` steps and at the last, for ldm.load to make another length of."""
 
     def __init__(self, folder: Path, averages: Mapping[str, PowerEMA], every: int, total: int, metadata: dict[str, str] | None = None):
+        if every < 1:
+            raise ValueError(f"training.snapshot_every={every}: expected a number of steps, or null")
         self.folder, self.averages, self.every, self.total, self.metadata = folder, averages, every, total, metadata
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:

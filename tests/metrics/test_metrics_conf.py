@@ -31,13 +31,15 @@ def test_fid_asks_for_inception(option, monkeypatch):
         instantiate(OmegaConf.load(CONF / f"{option}.yaml"))
 
 
-@pytest.mark.parametrize(("option", "said"), [("clip", "CLIP ViT-L-14-336"), ("dinov2", "DINOv2")])
-def test_others_say_which_weights_are_missing(option, said, monkeypatch):
+@pytest.mark.parametrize(("option", "said"), [("clip", "CLIP ViT-L-14-336"), ("dinov2", "DINOv2"), ("lpips", "LPIPS needs VGG-16")])
+def test_others_say_which_weights_are_missing(option, said, monkeypatch, tmp_path):
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    config = OmegaConf.load(CONF / f"{option}.yaml")
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    config = OmegaConf.load(CONF.parent / ("paired" if option == "lpips" else "metrics") / f"{option}.yaml")
     if option == "clip":
         config.net.towers.weights = None
     with pytest.raises(InstantiationException, match=said):

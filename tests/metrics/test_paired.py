@@ -56,3 +56,29 @@ def test_rfd_is_zero_for_the_originals_and_reset_forgets():
     assert values[0]["rfd_toy"] == pytest.approx(0, abs=1e-6) != values[1]["rfd_toy"]
     with pytest.raises(ValueError, match="both, or neither"):
         Reconstruction(net)
+
+
+class Brighter:
+    """The mean difference of two pictures, as a perceptual distance."""
+
+    name = "toy"
+
+    def distance(self, a, b):
+        return (a - b).flatten(1).mean(1)
+
+
+def test_lpips_is_the_mean_over_images_of_what_is_passed_in():
+    image = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.6
+    by = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.05])[:, None, None, None]
+    metric = Reconstruction(perceptual=Brighter())
+    for part in (slice(0, 2), slice(2, 5)):
+        metric.update(image[part], (image + by)[part])
+    assert metric.compute()["lpips_toy"] == pytest.approx(0.15, abs=1e-6)
+    metric.reset()
+    metric.update(image[:2], image[:2])
+    assert metric.compute()["lpips_toy"] == 0
+
+
+def test_nothing_compared_is_said():
+    with pytest.raises(ValueError, match="no image was compared"):
+        Reconstruction().compute()
