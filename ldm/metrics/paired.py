@@ -1,5 +1,6 @@
 """How well an autoencoder, or a task with one right answer, gives back what it was given."""
 
+import math
 from typing import Protocol
 
 import torch
@@ -32,45 +33,42 @@ class Reconstruction:
         device: str | torch.device = "cpu",
         perceptual: Perceptual | None = None,
     ):
-        from torchmetrics.aggregation import MeanMetric, SumMetric
-        from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+        from torchmetrics.aggregation import MeanMetric
 
         if (net is None) != (reference is None):
             raise ValueError("a feature network and its reference features go together: give both, or neither for psnr and ssim alone")
-        self.count = SumMetric(nan_strategy="error").to(device)
-        self.perceptual = perceptual
-        self.alike = MeanMetric(nan_strategy="error").to(device).set_dtype(torch.float64)
+        self.device, self.perceptual = torch.device(device), perceptual
         # per image and then averaged: the logarithm of a mean over all pixels would be ruled by the worst images
-        self.psnr = PeakSignalNoiseRatio(data_range=2.0, dim=(1, 2, 3)).to(device)
-        self.ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(device)
+        names = ("psnr", "ssim", *([f"lpips_{perceptual.name}"] if perceptual else []))
+        self.means = {name: MeanMetric(nan_strategy="error").to(device).set_dtype(torch.float64) for name in names}
         self.score = Score(net, reference, {"fd": FrechetDistance}) if net is not None and reference is not None else None
 
     @torch.no_grad()
     def update(self, image: Tensor, reconstruction: Tensor) -> None:
         """Take in images and their reconstructions (B, C, H, W), floating point in [-1, 1]."""
-        a, b = (x.float().clamp(-1, 1).to(self.psnr.device) for x in (reconstruction, image))
-        self.psnr.update(a, b)
-        self.ssim.update(a, b)
-        self.count.update(float(len(a)))
-        if self.perceptual is not None:
-            self.alike.update(self.perceptual.distance(a, b).double())
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+        a, b = (x.float().clamp(-1, 1).to(self.device) for x in (reconstruction, image))
+        values = [
+            peak_signal_noise_ratio(a, b, data_range=2.0, dim=(1, 2, 3), reduction="none"),
+            structural_similarity_index_measure(a, b, data_range=2.0, reduction="none"),
+            *([self.perceptual.distance(a, b)] if self.perceptual else []),
+        ]
+        for mean, value in zip(self.means.values(), values, strict=True):
+            mean.update(torch.as_tensor(value).double())
         if self.score:
             self.score.update(reconstruction)
 
     def compute(self) -> dict[str, float]:
         """{key: number} over all processes. Raises ValueError for no images at all."""
-        if not int(self.count.compute()):
+        found = {name: mean.compute().item() for name, mean in self.means.items()}
+        if math.isnan(found["psnr"]):  # 0 / 0
             raise ValueError("no image was compared with its original: expected one or more; raise num")
-        distances = {f"r{key}": value for key, value in self.score.compute().items() if key != "n"} if self.score else {}
-        if self.perceptual is not None:
-            distances[f"lpips_{self.perceptual.name}"] = self.alike.compute().item()
-        return {"psnr": self.psnr.compute().item(), "ssim": torch.as_tensor(self.ssim.compute()).item()} | distances
+        return found | ({f"r{key}": value for key, value in self.score.compute().items() if key != "n"} if self.score else {})
 
     def reset(self) -> None:
         """Forget the images, keep the reference."""
-        self.psnr.reset()
-        self.ssim.reset()
-        self.count.reset()
-        self.alike.reset()
+        for mean in self.means.values():
+            mean.reset()
         if self.score:
             self.score.reset()

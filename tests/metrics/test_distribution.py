@@ -24,6 +24,7 @@ from ldm.metrics.features import to_uint8
 from ldm.metrics.foundation import CLIPScore
 from ldm.metrics.inception import InceptionScore, Part
 from ldm.metrics.neighbours import DensityCoverage, Memorisation
+from ldm.metrics.paired import Reconstruction
 
 D = 6
 
@@ -244,7 +245,10 @@ def share(rank: int, world: int, folder: str) -> None:
     for start in range(cut[rank], cut[rank + 1], 20):
         rows = slice(start, min(start + 20, cut[rank + 1]))
         metrics.update(pictures(90, 2)[rows], (torch.arange(90) % 3)[rows], CAPTIONS[rows])
-    torch.save(metrics.compute(), f"{folder}/{world}-{rank}.pt")
+    pairs, image = Reconstruction(), torch.rand(90, 1, 12, 12, generator=torch.Generator().manual_seed(0)) - 0.5
+    part = image[cut[rank] : cut[rank + 1]]
+    pairs.update(part, part * 0.9)
+    torch.save(metrics.compute() | pairs.compute(), f"{folder}/{world}-{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -255,7 +259,7 @@ def test_processes_give_the_numbers_of_one(world, tmp_path):
     share(0, 1, str(tmp_path))
     torch.multiprocessing.spawn(share, (world, str(tmp_path)), nprocs=world)
     one = torch.load(tmp_path / "1-0.pt")
-    assert one.keys() == KEYS
+    assert one.keys() == {*KEYS, "psnr", "ssim"}
     for rank in range(world):
         assert torch.load(tmp_path / f"{world}-{rank}.pt") == pytest.approx(one, rel=1e-9)
     assert distribution.rank() == 0
