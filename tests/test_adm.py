@@ -226,3 +226,33 @@ def test_labels_are_balanced_or_random_by_seed():
     assert len(counts) == 3
     assert counts.min() > 160
     assert len(set(counts)) > 1
+
+
+@pytest.mark.slow
+def test_with_inception_s_weights_it_is_one_command(tmp_path, capsys):
+    """Weights drawn at random, of the published file's shapes; a reference with statistics of 2,048 and 2,023 features."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Empty(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state, **options):
+            return None
+
+    torch.manual_seed(0)
+    torch.save({}, tmp_path / "inception.pth")
+    torch.save(
+        Empty("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(tmp_path / "inception.pth")).state_dict(),
+        tmp_path / "inception.pth",
+    )
+    statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    np.savez(tmp_path / "VIRTUAL.npz", arr_0=pictures(5, 1), **statistics)
+    np.savez(tmp_path / "samples.npz", arr_0=pictures(6, 2, 99))
+    assert adm.main([str(tmp_path / name) for name in ("VIRTUAL.npz", "samples.npz")] + [f"weights={tmp_path / 'inception.pth'}"]) == 0
+    found = json.loads((tmp_path / "samples.json").read_text())
+    assert found["score/network"] == "inception_spatial"
+    net = features.SpatialInception(tmp_path / "inception.pth")
+    x = net(torch.as_tensor(pictures(6, 2, 99)).permute(0, 3, 1, 2)).double().numpy()
+    for name, part in (("fid", x[:, :2048]), ("sfid", x[:, 2048:])):
+        roots = np.sqrt(np.linalg.eigvalsh((part - part.mean(0)) @ (part - part.mean(0)).T / 5).clip(0))  # of the covariance's few
+        expected = (part.mean(0) ** 2).sum() + part.var(0, ddof=1).sum() + part.shape[1] - 2 * roots.sum()
+        assert found[name] == pytest.approx(expected, rel=1e-6)
+    assert "inception_score" in capsys.readouterr().out
