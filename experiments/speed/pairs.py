@@ -55,9 +55,9 @@ def told(work: Work, threads: int, ours: list[float], theirs: list[float], equal
     return row | {name: round(shares.get(name, 0.0), 3) for name in ("ours_share", "theirs_share")} | more
 
 
-def keep(row: Mapping[str, Any], table: Path = TABLE) -> None:
+def keep(row: Mapping[str, Any]) -> None:
     """Say a row and write it, in the place of one of the same work."""
     same = ("what", "setting", "peer", "threads")
-    kept = [one for one in rows.read(table) if any(one[name] != str(row[name]) for name in same)]
-    rows.write(table, [*kept, dict(row)])
+    kept = [one for one in rows.read(TABLE) if any(one[name] != str(row[name]) for name in same)]
+    rows.write(TABLE, [*kept, dict(row)])
     print("  ".join(f"{name} {value}" for name, value in row.items() if value not in ("", 0.0)), flush=True)

@@ -12,7 +12,7 @@ from ldm.net.blocks import ResBlock, Upsample, double
 
 # overloads of an operator looked up at each call would cost more than a small product, so they are named here
 LINEAR, LINEAR_AND = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
-CONV, CONV_AND = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise.binary
+CONV_AND = torch.ops.mkldnn._convolution_pointwise.binary
 ALONE: Any = ("none", [], "")  # nothing is done to the product
 ADDED: Any = ("add", 1.0, None, [], None)
 
@@ -22,6 +22,9 @@ DOUBLED = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0,
 
 def packed(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The module with every layer in it that has a twin here replaced by it, which multiplies in dtype; a layer itself becomes its twin."""
+    if isinstance(module, Upsample) and (dtype != torch.float32 or module.conv.in_channels < 64):
+        module.conv = packed(module.conv, dtype)  # of few channels and in bfloat16 the transposed convolution takes longer
+        return module
     if (twin := TWINS.get(parametrize.type_before_parametrizations(module))) is not None:  # corrections are in the weights it is made of
         return twin(module, dtype)
     for name, child in module.named_children():
@@ -56,13 +59,11 @@ class Conv2d(nn.Module):
         self.weight = layer.weight.detach().to(dtype, memory_format=torch.channels_last)
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return CONV(x.to(self.weight.dtype), self.weight, self.bias, *self.how, *ALONE)
-
-    def shifted(self, x: Tensor, by: Tensor) -> Tensor:
-        """What forward answers plus `by` (C,) everywhere."""
-        bias = by.to(self.weight.dtype) if self.bias is None else self.bias + by
-        return CONV(x.to(self.weight.dtype), self.weight, bias, *self.how, *ALONE)
+    def forward(self, x: Tensor, by: Tensor | None = None) -> Tensor:
+        """by: (C,), added everywhere."""
+        bias = self.bias if by is None else by.to(self.weight.dtype) if self.bias is None else self.bias + by
+        padding, stride, dilation, groups = self.how
+        return F.conv2d(x.to(self.weight.dtype), self.weight, bias, stride, padding, dilation, groups)
 
     def onto(self, x: Tensor, other: Tensor) -> Tensor:
         """What forward answers plus another (B, C, H, W)."""
@@ -118,7 +119,7 @@ class Residual(nn.Module):
                 scale, shift = told[:, :, None, None].chunk(2, dim=1)
                 h = torch.addcmul(shift, self.norm2(self.conv1(h)), 1 + scale)
             elif len(told) == 1:
-                h = self.norm2(self.conv1.shifted(h, told[0]))
+                h = self.norm2(self.conv1(h, told[0]))
             else:
                 h = self.norm2(self.conv1(h) + told[:, :, None, None])
         return self.conv2.onto(F.silu(h, inplace=True), self.skip(x))

@@ -68,11 +68,11 @@ def test_an_odd_size_is_not_doubled():
     torch.testing.assert_close(Prepared(net)(x, torch.full((3,), 9.0), cond), net(x, torch.full((3,), 9.0), cond), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layer", [ResBlock(32, 64, 16), Upsample(32), FeedForward(32)], ids=("residual", "doubled", "geglu"))
+@pytest.mark.parametrize("layer", [ResBlock(64, 32, 16), Upsample(64), FeedForward(64)], ids=("residual", "doubled", "geglu"))
 @torch.inference_mode()
 def test_a_twin_answers_as_its_layer(layer):
     layer = lively(layer.double()).float()
-    given = (torch.randn(2, 9, 32),) if isinstance(layer, FeedForward) else (torch.randn(2, 32, 5, 5),)
+    given = (torch.randn(2, 9, 64),) if isinstance(layer, FeedForward) else (torch.randn(2, 64, 5, 5),)
     given += (torch.randn(1, 16),) if isinstance(layer, ResBlock) else ()
     twin = packed(layer)
     assert type(twin) in (Residual, Doubled, GEGLU)
