@@ -1,11 +1,13 @@
 """Images of many shapes: each scaled to the nearest of a few shapes of one area, and batches of one shape each."""
 
+import io
 import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -137,17 +139,20 @@ class Buckets(Folder):
     ):
         if widest < 1:
             raise UserError(f"widest={widest}: expected 1, for squares alone, or more")
-        super().__init__(path, split, size, channels, captions, held_out, bad, content, seed, flip)
-        self.widest = widest
+        super().__init__(path, split, size, channels, captions, held_out, bad, None, seed, flip)
+        made_of = (os.path.realpath(self.root), *map(tuple, self.readable))
+        seen, _ = kept("files", made_of, lambda: (seen_of(self.root, self.readable), None))
+        place = {file: i for i, file in enumerate(self.readable)}
+        self.widest, self.sizes = widest, seen[[place[file] for file in self.files], :2].tolist()
+        self.content = sha256(f"{self.content}{seen[:, 2].tolist()}".encode()).hexdigest()[:16]  # squares are not all that is seen
+        self.expect(content)
 
     def shaped(self, multiple: int) -> "Bucketed":
         """The samples in shapes whose sides are multiples of `multiple`. Raises UserError for a size below that."""
         if self.size < multiple:
             raise UserError(f"size={self.size}: expected {multiple} or more, what the first stage and the net divide sides by")
-        made_of = (os.path.realpath(self.root), *map(tuple, self.files))
-        sizes, _ = kept("sizes", made_of, lambda: (torch.tensor(sizes_of(self.root, self.files)), None))
         options = shapes(self.size, multiple, self.widest)
-        buckets = [nearest((height, width), options) for height, width in sizes.tolist()]
+        buckets = [nearest((height, width), options) for height, width in self.sizes]
         parts = []
         for bucket in sorted(set(buckets)):
             files = [file for file, own in zip(self.files, buckets, strict=True) if own == bucket]
@@ -231,11 +236,13 @@ class Joined:
         return self.parts[bucket][flip, places]
 
 
-def sizes_of(root: Path, files: Sequence[File]) -> list[tuple[int, int]]:
-    """(height, width) of each file's image, by its header, turned as its EXIF says."""
-    found = []
+def seen_of(root: Path, files: Sequence[File]) -> Tensor:
+    """(N, 3) int64: of each file height and width of its image, turned as its EXIF says, and a key of its bytes."""
+    rows = []
     for name in (file.name for file in files):
-        with opened(root / name) as file:
+        data = (root / name).read_bytes()
+        with opened(io.BytesIO(data)) as file:
             turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            found.append(file.size if turned else file.size[::-1])
-    return found
+            height, width = file.size if turned else file.size[::-1]
+        rows.append([height, width, key(sha256(data).hexdigest())])
+    return torch.tensor(rows)

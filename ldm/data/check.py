@@ -48,7 +48,8 @@ def look(name: str, read) -> Looked:
         data = read()
         looked = Looked(name, len(data), sha256=sha256(data).hexdigest())
         with opened(io.BytesIO(data)) as file:
-            looked = Looked(name, len(data), *file.size, looked.sha256)
+            width, height = file.size
+            looked = Looked(name, len(data), width, height, looked.sha256)
         square(io.BytesIO(data), 16, 3)
     except Exception as error:  # Pillow's many plugins raise what they please at a broken file
         said = " ".join(str(error).split())

@@ -68,7 +68,7 @@ class Folder(InMemory):
             usual = look(root, [file.name for file in files])
             size, channels = size or usual[0], channels or usual[1]
         pack = packed(root, files, (size, size), channels)
-        self.root, self.skipped = root, pack.skipped
+        self.root, self.readable, self.skipped = root, pack.files, pack.skipped
         if len(self.skipped) > bad * len(files):
             raise UserError(
                 f"path={root}: {len(self.skipped):,} of {len(files):,} images cannot be read, more than data.bad={bad}: "
@@ -80,11 +80,7 @@ class Folder(InMemory):
         self.files, self.texts = [pack.files[i] for i in rows], [told.texts[i] for i in rows]
         super().__init__(f"folder-{split}", pack.images, torch.tensor(told.labels)[rows], told.classes, seed, flip, pack.rows[rows])
         self.content = digest(pack, told.texts, told.labels)
-        if content not in (None, self.content):
-            raise UserError(
-                f"path={root}: its images or captions are not those that this run was made with (digest {self.content}, then {content}); "
-                "put them back, or start a new run by its command"
-            )
+        self.expect(content)
         seen = f"{size} px{'' if channels == 3 else ', grey'}, {'fits in memory' if fits(pack.images) else 'read from the disk'}"
         self.summary = ", ".join([f"{root}: {len(names):,} images", *told.notes, seen, f"{part} held out", *pack.notes])
 
@@ -92,6 +88,14 @@ class Folder(InMemory):
     def settled(self) -> dict[str, int | str]:
         """What a config that left it open gets by these files; content makes names of runs depend on images and captions."""
         return {"size": self.size, "channels": self.channels, "content": self.content}
+
+    def expect(self, content: str | None) -> None:
+        """Raises UserError for a digest, where one is given, that is not that of images and captions."""
+        if content not in (None, self.content):
+            raise UserError(
+                f"path={self.root}: its images or captions are not those that this run was made with (digest {self.content}, "
+                f"then {content}); put them back, or start a new run by its command"
+            )
 
     def caption(self, place: int, index: int) -> str:
         """One of the image's captions."""

@@ -1,4 +1,5 @@
 import inspect
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ldm.data import bucket
 from ldm.data.bucket import Bucketed, Buckets, BucketStream, nearest, shapes
+from ldm.data.folder import Folder
 from ldm.data.latents import Latents, encode_all
 from ldm.data.stream import Batched
 from ldm.errors import UserError
@@ -141,6 +143,19 @@ def test_moments_go_with_their_images(pictures):
         assert torch.allclose(latents.batch(at)["moments"], data.batch(at)["image"], atol=1e-3)
     with pytest.raises(ValueError, match="2 shapes"):
         latents.batch([(0, 0), (0, 1)])
+
+
+def test_a_run_is_named_by_all_that_its_images_show(pictures):
+    """Also by what lies outside their middle squares."""
+    before, square = Buckets(pictures, size=32), Folder(pictures, size=32).content
+    os.utime(pictures / "02.png", (1, 1))
+    assert Buckets(pictures, size=32, content=before.content).content == before.content, "touched, not changed"
+    image = Image.open(pictures / "02.png")
+    image.putpixel((89, 0), (1, 2, 3))
+    image.save(pictures / "02.png")
+    assert Folder(pictures, size=32).content == square, "it is not seen there"
+    with pytest.raises(UserError, match="not those that this run was made with"):
+        Buckets(pictures, size=32, content=before.content)
 
 
 def test_mistakes_are_named(pictures):
