@@ -160,7 +160,7 @@ def test_why_a_first_stage_is_its_own(weights, place, capsys, monkeypatch):
 def test_what_is_typed_stays(weights, place, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm.stage.diffusion.train", lambda cfg, **options: print(cfg.autoencoder["factor"], cfg.first_stage["_target_"]))
-        assert command("train.py", *SMALL, "data.path=images", "autoencoder.factor=4") == 0
+        assert command("train.py", *SMALL, "data.path=images", "autoencoder=kl_f4_small") == 0
     assert "first stage as typed\n4 ldm.stage.autoencoder.train" in capsys.readouterr().out
 
 
