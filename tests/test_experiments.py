@@ -27,7 +27,9 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "emoji/clip": (*FIRST, "~training.grid_every", "data=synthetic"),
     "schedules/full": ("data=synthetic", "metrics=fd"),
     "classifier_guidance": (*FIRST, "~training.grid_every"),
-    **dict.fromkeys(("schedules", "predictions", "predictions/flow", "weightings"), ("training.score.num=20",)),
+    **dict.fromkeys(
+        ("schedules", "predictions", "predictions/flow", "weightings", "downsampling", "kl_weight"), ("training.score.num=20",)
+    ),
     "conditioning": ("training.score.num=20", "conditioner=label"),
     "lora": ("data=synthetic", "~data.styles"),
     "controlnet": ("data=synthetic",),
