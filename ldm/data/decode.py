@@ -42,7 +42,8 @@ def square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, i
 def rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
     """An image file as (channels, height, width) uint8, scaled to cover that and its middle cut out, and its shorter side in pixels.
 
-    Raises as flat does.
+    A JPEG is decoded at the least scale that leaves twice these pixels or more: on fine texture another picture than one decoded whole by
+    13 grey levels at most, 2 on average (tests/data/test_folder.py).  Raises as flat does.
     """
     from PIL import Image
 
@@ -74,9 +75,8 @@ CROPS = {"centre": square, "adm": adm_square}
 def flat(source: Path | BinaryIO, channels: int, enough: int | None = None):
     """An image file as a Pillow image of 3 channels or of 1, and its shorter side in pixels; enough: a side that is as good as the whole.
 
-    Turned as its EXIF says, laid on white where transparent, 16 bits scaled to 8.  A JPEG is decoded at the least scale that leaves twice
-    these pixels or more: another picture by 13 grey levels at most, 2 on average, on fine texture (tests/data/test_folder.py).
-    Raises what Pillow raises, and ValueError for what it would get wrong.
+    Turned as its EXIF says, laid on white where transparent, 16 bits scaled to 8.  Raises what Pillow raises, and ValueError for what it
+    would get wrong.
     """
     from PIL import Image, ImageOps
 

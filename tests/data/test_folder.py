@@ -13,6 +13,7 @@ from ldm.data import captions, decode, folder
 from ldm.data.captions import lines_beside, words
 from ldm.data.decode import rectangle, square
 from ldm.data.folder import Folder, shares
+from ldm.data.memory import InMemory
 from ldm.errors import UserError
 from ldm.load import DataCard
 
@@ -230,6 +231,8 @@ def test_packed_images_are_those_decoded_one_by_one_and_lie_on_the_disk(pictures
     assert len(data) < 40
     assert torch.equal(data.pixels(range(len(data))), plain)
     assert torch.equal(data.pixels([5, 2]), plain[[5, 2]])
+    plainly = InMemory(data.name, (plain * 127.5 + 127.5).round().byte(), data.labels, dict(zip(data.classes, data.captions, strict=True)))
+    assert data.fingerprint == plainly.fingerprint
     (pack,) = (tmp_path / "cache" / "folders").glob("*.safetensors")
     assert data.stored.shape == (41, 3, 16, 16), "with a place for the broken one"
     mapping = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(pack))]
