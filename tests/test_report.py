@@ -53,6 +53,7 @@ def toy(tmp_path, monkeypatch) -> Path:
     (folder / "sweep.yaml").write_text(SWEEP)
     (folder / "study.yaml").write_text(STUDY)
     (tmp_path / "experiments" / "LOG.md").write_text("# Log\n\n<!-- studies -->\n<!-- /studies -->\n")
+    (tmp_path / "README.md").write_text("# Toy\n\n<!-- studies -->\n<!-- /studies -->\n")
     monkeypatch.setattr(jobs, "ROOT", tmp_path)
     monkeypatch.setattr(jobs, "composed", once)
     monkeypatch.setattr(report, "STUDIES", tmp_path / "experiments")
@@ -254,5 +255,6 @@ def test_a_readme_shows_what_its_csv_says(one):
 
 def test_the_table_of_studies_is_what_the_csvs_say():
     kept = {one.name: (one, table.lines(one, rows.read(one.folder / "results.csv"))) for one in STUDIES}
-    log = (ROOT / "experiments" / "LOG.md").read_text()
-    assert table.shown_between(log, "studies") == table.overview(kept), "python -m ldm.report writes it anew"
+    for file, base in (("experiments/LOG.md", ""), ("README.md", "experiments/")):
+        shown = table.shown_between((ROOT / file).read_text(), "studies")
+        assert shown == table.overview(kept, base), f"{file}: python -m ldm.report writes it anew"

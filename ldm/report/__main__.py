@@ -2,7 +2,7 @@
 
 experiments/STUDY  reads the run folders of the study's jobs, wherever `runs=` says they are, and of those that are not here the study's
                    results.csv; writes results.csv, the README's table between its marks, and figure.png
-all                the same of every study; without anything, the table of studies in experiments/LOG.md alone
+all                the same of every study; without anything, the table of studies in experiments/LOG.md and README.md alone
 compare RUN RUN    config differences, curves and numbers side by side, and as a page that opens without a server (out=compare.html)
 levels RUN         loss and errors by bin of log-SNR on num=256 held-out images, bins=10, into levels.csv and levels.png in the run's folder
 bits RUN           the variational bound in bits per dimension on num=256 held-out images, steps=1000, into bits.json in the run's folder
@@ -12,7 +12,7 @@ bits RUN           the variational bound in bits per dimension on num=256 held-o
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ldm import durable, jobs
@@ -69,11 +69,11 @@ def words(one: study.Study) -> dict[str, str]:
 
 
 def overview(root: Path) -> None:
-    """Write the table of studies. Raises UserError."""
+    """Write the table of studies, into the list of them and into the README. Raises UserError."""
     kept = {one.name: (one, table.lines(one, rows.read(one.folder / "results.csv"))) for one in study.every(root)}
-    log = root / "LOG.md"
-    durable.write_text(log, table.between(log.read_text(encoding="utf-8"), "studies", table.overview(kept)))
-    print(f"{log}: {len(kept)} studies")
+    for file, base in ((root / "LOG.md", ""), (root.parent / "README.md", f"{root.name}/")):
+        durable.write_text(file, table.between(file.read_text(encoding="utf-8"), "studies", table.overview(kept, base)))
+        print(f"{file}: {len(kept)} studies")
 
 
 def compare(words: Sequence[str]) -> None:
@@ -125,6 +125,9 @@ def bits(
     print("\n".join(f"{name:<16}{rows.text(value)}" for name, value in found.items()))
 
 
+MEASURES: Mapping[str, Callable[..., None]] = {"levels": levels, "bits": bits}
+
+
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code. Raises UserError."""
     if {"--help", "-h"} & set(argv):
@@ -133,9 +136,9 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "compare":
         compare(argv[1:])
         return 0
-    if argv and (measure := {"levels": levels, "bits": bits}.get(argv[0])):
+    if argv and argv[0] in MEASURES:
         told = signature(Path(__file__), argv[0])
-        measure(**told.read([*(word if "=" in word else f"run={word}" for word in argv[1:])]))  # type: ignore[union-attr]
+        MEASURES[argv[0]](**told.read([*(word if "=" in word else f"run={word}" for word in argv[1:])]))
         return 0
     places = [word for word in argv if "=" not in word]
     typed = [word for word in argv if "=" in word and not word.startswith("wandb=")]

@@ -32,8 +32,8 @@ def of_run(run: str, num: int, steps: int | None, variance: str | None, batch_si
         raise UserError(f"variance={variance}: expected small or large{', or learned' if learned else ': this model learned none'}")
     data, model = held_out(folder), load(run)
     schedule, denoiser = model.denoiser.schedule, model.denoiser
-    steps = steps or getattr(schedule, "T", 1000)
-    ts, num = trailing(schedule, steps), min(num, len(data))
+    chain = steps or int(getattr(schedule, "T", 1000))
+    ts, num = trailing(schedule, chain), min(num, len(data))
     totals, priors, pixels = [], [], True
     for start in range(0, num, batch_size):
         rows = list(range(start, min(start + batch_size, num)))
@@ -49,5 +49,5 @@ def of_run(run: str, num: int, steps: int | None, variance: str | None, batch_si
         priors.append(bits["prior"])
     total = torch.cat(totals).double().cpu()
     low, high = bootstrap(total)
-    said = {"of": "pixels" if pixels else "latents", "variance": variance, "steps": steps, "n": num}
+    said = {"of": "pixels" if pixels else "latents", "variance": variance, "steps": chain, "n": num}
     return {"bits_per_dim": float(total.mean()), "low": low, "high": high, "prior": float(torch.cat(priors).mean()), **said}

@@ -151,12 +151,12 @@ def shown_between(text: str, name: str) -> str | None:
     return found[1].removesuffix("\n") if found else None
 
 
-def overview(studies: Mapping[str, tuple[Study, Sequence[Line]]]) -> str:
-    """The table of studies."""
+def overview(studies: Mapping[str, tuple[Study, Sequence[Line]]], base: str = "") -> str:
+    """The table of studies; base: where they are, from where the table stands."""
     out = ["| study | paper | question | arms | seeds | scale | as in the paper? |", "|---|---|---|---|---|---|---|"]
     for name, (study, shown) in studies.items():
         arms = {line.arm for line in shown if line.seeds}
         seeds = max((line.seeds for line in shown), default=0)
-        cells = (f"[{name}]({name}/README.md)", study.paper.partition(":")[0] or NONE, study.question, str(len(arms)), str(seeds))
+        cells = (f"[{name}]({base}{name}/README.md)", study.paper.partition(":")[0] or NONE, study.question, str(len(arms)), str(seeds))
         out.append("| " + " | ".join((*cells, study.scale if arms else "not run", tally(shown))) + " |")
     return "\n".join(out)
