@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from smoke import command, here
 
 from ldm import protocol
@@ -40,7 +41,7 @@ def test_training_and_drawing_say_the_same_of_the_same(smoke, tmp_path):
         drawn = json.loads((tmp_path / "drawn" / "metrics.json").read_text())
     assert protocol.differing(told, drawn) == ["score/scale"]  # training chose among several
     assert told["score/scale"] == "best of 1, 2 on 10"
-    assert drawn["fd_fashion"] == told["fd_fashion"]
+    assert drawn["fd_fashion"] == pytest.approx(told["fd_fashion"], rel=1e-7)  # the judge looked at other batches
 
 
 def test_an_older_run_s_is_told_from_what_is_there(smoke, tmp_path):
