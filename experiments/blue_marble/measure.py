@@ -71,6 +71,7 @@ def main(run: str) -> None:
     bicubic = add("x4", "bicubic", F.interpolate(small, (64, 64), mode="bicubic", align_corners=False).clamp(-1, 1))
     told = ("task=super_resolution", f"low_res={work / 'low_res'}", "scale=4", "guidance.scale=1.0", f"num={num}")
     sharp = [add("x4", f"drawn, {steps} steps", drawn(run, *told, f"steps={steps}")) for steps in (5, 20)]
+    sharp += [add("x4", "drawn, 20 steps, back-projected", drawn(run, *told, "steps=20", "rounds=10"))]
     add("semantic synthesis", "real images", batch["image"][part])
     told = ("task=semantic", f"map={work / 'maps of a third'}", f"num={len(part)}", "steps=20")
     synthetic = [add("semantic synthesis", f"scale {s:g}", drawn(run, *told, f"guidance.scale={s}")) for s in (1.0, 2.0)]
@@ -98,6 +99,7 @@ def main(run: str) -> None:
         "a quarter": F.interpolate(small, (64, 64), mode="nearest"),
         "bicubic": bicubic,
         "drawn from it ": sharp[1],
+        "back-projected": sharp[2],
         "hole": batch["image"] * (1 - hole) + hole,
         "training-free": holes[0],
         "told the hole": holes[1],
