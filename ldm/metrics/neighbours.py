@@ -1,6 +1,7 @@
 """Samples among their nearest real images: density and coverage, and how many repeat what was trained on."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,16 +24,17 @@ def density_coverage(x: Tensor, reference: Tensor, k: int = 5) -> tuple[Tensor, 
     return inside.sum().double() / (k * len(x)), (inside > 0).double().mean()
 
 
-def memorised(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def memorised(x: Tensor, reference: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How far samples x (N, D) keep from the training images (M, D), of which each has its own nearest neighbour among the others: (), ().
 
     authenticity: the share of samples that are further from the nearest training image than that image is from the rest of the training
     set (Alaa et al. 2022, section 3.2).  copies: the share at least as near as only 1% of the training images are to another.  Held-out
-    images give what is normal.  Raises ValueError for fewer than 2 training images, or no sample.
+    images give what is normal.  own: radii(reference, 1), where that is known.
+    Raises ValueError for fewer than 2 training images, or no sample.
     """
     if len(reference) < 2 or not len(x):
         raise ValueError(f"{len(x)} samples and {len(reference)} training images: memorisation needs one and two; draw more")
-    own = radii(reference, 1)
+    own = radii(reference, 1) if own is None else own
     found = [d.min(1) for d in squared_distances(x, reference)]
     distance, index = (torch.cat([getattr(one, part) for one in found]) for part in ("values", "indices"))
     close = own.sort().values[len(own) // 100]
@@ -64,11 +66,16 @@ class Memorisation:
         self.reference = reference
         self.samples = gathered(reference.device)
 
+    @cached_property
+    def own(self) -> Tensor:
+        """How far each training image is from the rest."""
+        return radii(self.reference, 1)
+
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         self.samples.update(features)
 
     def compute(self) -> dict[str, float]:
-        authenticity, copies = memorised(self.samples.compute(), self.reference)
+        authenticity, copies = memorised(self.samples.compute(), self.reference, self.own)
         return {"authenticity": authenticity.item(), "copies": copies.item()}
 
     def reset(self) -> None:
