@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from ldm import durable
 from ldm.ema import LENGTHS, PowerEMA, mixture, overlap, power_of
 from ldm.errors import UserError
 from ldm.load import length_of, weights_of
+from ldm.training.callbacks import Checkpoints
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.6)])
@@ -188,3 +190,11 @@ def test_a_run_keeps_two_and_gives_any(smoke, tmp_path):
             weights_of(run, "ema:0.2")
         with pytest.raises(UserError, match="holds no snapshots"):
             weights_of(smoke.run, "ema:0.08")
+
+
+def test_a_run_that_began_without_snapshots_says_so():
+    module = nn.Linear(2, 2)
+    step = durable.Step(3, {"model": {name: value.detach() for name, value in module.named_parameters()}}, {}, "", {})
+    saving = Checkpoints(Path(), None, 1, 4, "", step, averages={"ema_0.1": PowerEMA(module)})
+    with pytest.raises(UserError, match=r"step 3 holds no ema_0\.1, so this run began without snapshots"):
+        saving.on_fit_start(None, module)
