@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from rows import Line, Rows, train
 from torch import nn
 
 from ldm.ema import PowerEMA
-from ldm.training import clock
+from ldm.training import callbacks, clock
 from ldm.training.callbacks import Average, Record
 from ldm.training.clock import ORDER, Flops, Spent, during, peak, table
 
@@ -82,6 +83,33 @@ def test_each_second_is_of_one_kind():
     said = table(found, 2).splitlines()
     assert said[1].split() == ["encode", "500.000", "ms", "14.29", "%"]
     assert said[-1].split() == ["a", "step", "3500.000", "ms", "100.00", "%"]
+
+
+def test_what_comes_between_two_hooks_is_the_backward_pass():
+    """However it was asked for: of a step with two optimisers too."""
+    ticks = iter(range(100))
+    spent = Spent(clock=lambda: next(ticks))
+    spent.start("[Strategy]One.training_step")
+    for _ in range(2):
+        for hook in ("on_before_backward", "on_after_backward"):
+            for owner in ("[Callback]Gradients", "[LightningModule]Lit"):
+                spent.start(f"{owner}.{hook}")
+                spent.stop(f"{owner}.{hook}")
+    spent.stop("[Strategy]One.training_step")
+    found = {kind: n for kind, n in spent.seconds.items() if n}
+    assert found == {"forward": 5, "backward": 4, "other": 9}, "the hooks are 8 of the others, and forward goes on behind them"
+
+
+def test_the_wait_is_that_since_the_last_record(monkeypatch):
+    ticks, rows, spent = iter(range(0, 1000, 10)), [], Spent()
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    record = Record(lambda step, values: rows.append(values), 1, 3)
+    trainer = SimpleNamespace(is_global_zero=True, profiler=spent, optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])])
+    for step, wait in enumerate((2.0, 5.0, 1.0)):
+        spent.seconds["data"] += wait
+        record.on_train_batch_end(trainer, None, {"loss": torch.ones(())}, {"step": step, "total": 4}, step)
+    assert [row["perf/data_wait"] for row in rows] == [0.2, 0.5, 0.1]
+    assert [row["perf/images_per_s"] for row in rows] == [0.4] * 3
 
 
 def test_products_are_counted_forward_and_backward():
