@@ -53,7 +53,7 @@ def net(given: Mapping[str, Any]) -> Node:
         widths[0],
         mult_of(widths, what),
         given["layers_per_block"],
-        [2**level for level, kind in enumerate(kinds) if kind == ATTENDED],
+        [2**level for level, kind in enumerate(kinds) if kind == ATTENDED] or [2 ** len(kinds)],  # the middle attends in any case
         nodes.transformer(not given.get("use_linear_projection", False)),
         heads=heads,
         head_channels=each,

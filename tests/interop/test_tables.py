@@ -161,6 +161,10 @@ UNETS = {
         **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
         **{"transformer_layers_per_block": (1, 2), "resnet_time_scale_shift": "scale_shift"},
     },
+    "the middle alone attends": {
+        **{**SMALL, "block_out_channels": (32, 64), "attention_head_dim": 4},
+        **{"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")},
+    },
 }
 
 
