@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if argv and argv[0] in MEASURES:
         told = signature(Path(__file__), argv[0])
-        MEASURES[argv[0]](**told.read([*(word if "=" in word else f"run={word}" for word in argv[1:])]))
+        MEASURES[argv[0]](**told.read([*(word if "=" in word else f"run={word}" for word in argv[1:])]))  # type: ignore[union-attr]
         return 0
     places = [word for word in argv if "=" not in word]
     typed = [word for word in argv if "=" in word and not word.startswith("wandb=")]
