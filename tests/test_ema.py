@@ -162,6 +162,7 @@ def test_what_is_no_length_is_named(kind):
         length_of(kind)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_two_and_gives_any(smoke, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         typed = ("train.py", "budget=smoke", "metrics=none", "training.steps=3", "training.snapshot_every=1", "training.save_every=1")
