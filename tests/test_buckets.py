@@ -24,6 +24,7 @@ def place(tmp_path):
         yield tmp_path
 
 
+@pytest.mark.slow
 def test_it_trains_and_draws_at_any_of_its_shapes(place, capfd, monkeypatch):
     seen = []
     step = diffusion.LitDiffusion.training_step
