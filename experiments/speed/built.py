@@ -34,6 +34,9 @@ class Pair(NamedTuple):
     ours: Any
     theirs: Any
 
+    def to(self, device: str) -> "Pair":
+        return Pair(self.ours.to(device), self.theirs.to(device))
+
 
 @torch.no_grad()
 def lively(module: nn.Module) -> nn.Module:
@@ -73,6 +76,9 @@ class Told(NamedTuple):
     x: Tensor
     both: Condition
     context: Tensor
+
+    def to(self, device: str) -> "Told":
+        return Told(self.x.to(device), self.both.to(device), self.context.to(device))
 
 
 def told(name: str, size: int, batch: int, tokens: int = 77) -> Told:

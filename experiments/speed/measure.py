@@ -1,7 +1,8 @@
-"""Speed beside its peers: python experiments/speed/measure.py [what ...] [threads=1] [pairs=5] [smoke=true]
+"""Speed beside its peers: python experiments/speed/measure.py [what ...] [threads=1] [pairs=5] [compiled=true] [device=cuda] [smoke=true]
 
 what: sampling, training, first_stage, startup, data, curves; all of them by default. Nothing else should run on the machine. Every row goes
-to results.csv when it is done (curves to curves.csv), and the README's table is made of it.
+to results.csv when it is done (curves to curves.csv), and the README's table is made of it.  compiled: sampling beside torch.compile too.
+device=cuda: Stable Diffusion 1's U-Net at 64x64, for sampling alone.
 """
 
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+KEYS = ("threads", "pairs", "compiled", "device", "smoke")
 WHATS = ("sampling", "training", "first_stage", "startup", "data", "curves")
 
 
@@ -18,8 +20,8 @@ def main(*words: str) -> None:
 
     said = dict(word.split("=", 1) for word in words if "=" in word)
     asked = [word for word in words if "=" not in word] or list(WHATS)
-    if unknown := [word for word in (*asked, *said) if word not in (*WHATS, "threads", "pairs", "smoke")]:
-        sys.exit(f"{unknown[0]}: expected {', '.join(WHATS)}, threads=, pairs= or smoke=true")
+    if unknown := [word for word in (*asked, *said) if word not in (*WHATS, *KEYS)]:
+        sys.exit(f"{unknown[0]}: expected {', '.join(WHATS)}, or {'=, '.join(KEYS)}=")
     threads, pairs = int(said.get("threads", 1)), int(said.get("pairs", 5))
     torch.set_num_threads(threads)
     tiny = said.get("smoke") == "true"
@@ -27,17 +29,21 @@ def main(*words: str) -> None:
         import pairs as kept
 
         kept.TABLE = Path("speed.csv")
+    if said.get("device", "cpu") != "cpu" or "compiled" in said:
+        asked = ["sampling"]
     for what in asked:
-        PARTS[what](pairs, threads, tiny)
+        more = (said.get("compiled") == "true", said.get("device", "cpu")) if what == "sampling" else ()
+        PARTS[what](pairs, threads, tiny, *more)
     if not tiny:
         table()
 
 
-def sampling(pairs: int, threads: int, tiny: bool) -> None:
+def sampling(pairs: int, threads: int, tiny: bool, compiled: bool, device: str) -> None:
     import sampling
 
-    for name, size in (("tiny", 8),) if tiny else (("small", 16), ("small", 32)):
-        sampling.measure(name, size, pairs, threads)
+    sizes = (("small", 16), ("small", 32)) if device == "cpu" else (("small", 32), ("sd1", 64))
+    for name, size in (("tiny", 8),) if tiny else sizes:
+        sampling.measure(name, size, pairs, threads, compiled, device)
 
 
 def training(pairs: int, threads: int, tiny: bool) -> None:

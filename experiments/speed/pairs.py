@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm.report import rows
 
 HERE = Path(__file__).parent
@@ -26,10 +28,18 @@ class Work:
 
 
 def seconds(way: Way, calls: int) -> float:
+    """Of one call, a GPU's work included."""
+    done()
     start = time.perf_counter()
     for _ in range(calls):
         way()
+    done()
     return (time.perf_counter() - start) / calls
+
+
+def done() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def paired(ours: Way, theirs: Way, pairs: int, at_least: float = 0.3) -> tuple[list[float], list[float]]:

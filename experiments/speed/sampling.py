@@ -62,9 +62,9 @@ def ours_loop(denoiser: Denoiser, given: Told) -> Tensor:
     return sampler.ddim(guided(denoiser, given), denoiser.schedule, given.x, grid, torch.randn_like)
 
 
-def in_bf16(call: Answer) -> Answer:
+def in_bf16(call: Answer, device: str = "cpu") -> Answer:
     def within() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return call()
 
     return within
@@ -82,10 +82,10 @@ def difference(ours: Answer, theirs: Answer, relative: bool) -> str:
     return f"{largest / float(b.abs().max()):.1e} of the largest" if relative else f"{largest:.1e}"
 
 
-def measure(name: str, size: int, pairs: int, threads: int, compiled: bool = False, batch: int = IMAGES) -> None:
-    """Every row of one network at one size."""
-    made, given = unet(name, size), told(name, size, batch)
-    setting = f"{name}, {size}x{size} latents, {batch} images"
+def measure(name: str, size: int, pairs: int, threads: int, compiled: bool = False, device: str = "cpu") -> None:
+    """Every row of one network at one size; compiled: theirs by inductor too, which takes minutes before it begins."""
+    made, given = unet(name, size).to(device), told(name, size, IMAGES).to(device)
+    setting = f"{name}, {size}x{size} latents, {IMAGES} images" + ("" if device == "cpu" else f", {torch.cuda.get_device_name()}")
     eager = partial(theirs_once, made.theirs, given)
     flops, version = flops_of(eager), f"diffusers {diffusers.__version__}"
     single, low = denoiser_of(made), denoiser_of(made, torch.bfloat16)
@@ -95,19 +95,20 @@ def measure(name: str, size: int, pairs: int, threads: int, compiled: bool = Fal
         ("guided evaluation", "eager", once, eager, torch.float32, 1),
         (f"DDIM-{STEPS}", "eager", loop, partial(theirs_loop, made.theirs, given), torch.float32, STEPS),
     ]
-    peers += [("guided evaluation, bf16", said, in_bf16(once_low), call, torch.bfloat16, 1) for said, call in halved(made, given).items()]
+    what, mine = "guided evaluation, bf16", in_bf16(once_low, device)
+    peers += [(what, said, mine, call, torch.bfloat16, 1) for said, call in halved(made, given, device).items()]
     if compiled:
-        whole = torch.compile(made.theirs, options={"freezing": True})
-        peers += [("guided evaluation", "compiled, freezing", once, partial(theirs_once, whole, given), torch.float32, 1)]
+        whole = torch.compile(made.theirs, options={"freezing": device == "cpu"})
+        peers += [("guided evaluation", "compiled, weights frozen", once, partial(theirs_once, whole, given), torch.float32, 1)]
     for what, how, ours, theirs, dtype, steps in peers:
         equal = difference(ours, theirs, relative=steps > 1 or dtype != torch.float32)
         times_of = paired(ours, theirs, pairs)
-        keep(row_of(Work(what, setting, f"{version}, {how}", steps * flops), threads, *times_of, equal, peak(dtype)))
+        keep(row_of(Work(what, setting, f"{version}, {how}", steps * flops), threads, *times_of, equal, peak(dtype, device)))
 
 
-def halved(made: Pair, given: Told) -> dict[str, Answer]:
+def halved(made: Pair, given: Told, device: str) -> dict[str, Answer]:
     """diffusers' two ways to bfloat16: autocast, and weights in it laid out channels last."""
-    cast = in_bf16(partial(theirs_once, made.theirs, given))
+    cast = in_bf16(partial(theirs_once, made.theirs, given), device)
     copied = copy.deepcopy(made.theirs).to(torch.bfloat16, memory_format=torch.channels_last)
     low = given._replace(x=given.x.to(torch.bfloat16), context=given.context.to(torch.bfloat16))
     return {"bf16 autocast": cast, "bf16 weights, channels_last": partial(theirs_once, copied, low)}
