@@ -22,4 +22,6 @@ def ahead(cfg):
 
 
 if __name__ == "__main__":
-    command(train, "train", paths=("runs", "init", "resume", "data.path", "data.captions"), supplied=SUPPLIED, ahead=ahead)
+    command(
+        train, "train", paths=("runs", "init", "resume", "data.path", "data.captions", "choose.pretrained"), supplied=SUPPLIED, ahead=ahead
+    )

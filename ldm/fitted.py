@@ -50,7 +50,7 @@ def _first_stage(cfg: Any, pretrained: str) -> str:
         else:
             return f"pretrained, {place}, factor {cfg.autoencoder.factor}, {cfg.autoencoder.z_channels} channels"
     nowhere = f"no pretrained one in {cache_dir() / 'autoencoder'}/*, nor among the Hugging Face hub's"
-    return f"its own, trained now ({'; '.join(reasons) or nowhere})"
+    return f"its own ({'; '.join(reasons) or nowhere})"
 
 
 def _net(option: str) -> Any:
@@ -81,6 +81,8 @@ def suiting(place: Path, size: int, channels: int) -> tuple[dict[str, Any], dict
     from ldm.interop.told import config_in
     from ldm.stage import published
 
+    if not (place / "config.json").is_file():
+        raise UserError(f"{place}: no config.json there; expected a folder with an AutoencoderKL as diffusers saves it")
     given = config_in(place)
     try:
         node = diffusers_config.first_stage(given)
