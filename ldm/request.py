@@ -124,9 +124,8 @@ def again(cfg: Any) -> Request:
     Raises UserError for a file that is none of ours, and for inputs that are not what they were.
     """
     carried = memory_of(Path(cfg.again).expanduser())
-    if missing := plain(cfg).keys() - carried["request"].keys() - {"again", "out", "save", "trainer"}:
-        raise UserError(f"again={cfg.again}: its request does not say {min(missing)}; expected an image that this version made")
-    config = carried["request"] | {name: plain(cfg[name]) for name in ("again", "out", "save", "trainer")}
+    since = plain(cfg)  # what a version of fewer options did not say was as it is by default
+    config = {**since, **carried["request"]} | {name: since[name] for name in ("again", "out", "save", "trainer")}
     config |= {"run": cfg.run or config["run"], "metrics": {}}
     new = admit.config(config, f"again={cfg.again}")
     with admit.building(f"again={cfg.again}"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from smoke import ROOT, command, enliven, here, processes, train
 
 TASKS = sorted(file.stem for file in (ROOT / "conf" / "task").glob("*.yaml"))
@@ -189,6 +189,19 @@ def test_an_image_is_made_again_when_its_run_was_moved(run, place):
     finally:
         kept.rename(run)
     assert torch.equal(of_file(place / "moved-again" / "000001.png"), of_file(file))
+
+
+def test_an_image_of_a_version_with_fewer_options_is_made_again(run, place):
+    file = draw(run, "num=2", "label=ring") / "000001.png"
+    with Image.open(file) as image:
+        said = json.loads(image.text["again"])
+        for name in ("labels", "paired"):
+            del said["request"][name]
+        carried = PngImagePlugin.PngInfo()
+        carried.add_text("again", json.dumps(said))
+        image.save("older.png", pnginfo=carried)
+    assert command("sample.py", "again=older.png", "out=older-again") == 0
+    assert torch.equal(of_file(place / "older-again" / "000001.png"), of_file(file))
 
 
 def wrong_weights(run: Path) -> None:
