@@ -30,6 +30,7 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     **dict.fromkeys(
         ("schedules", "predictions", "predictions/flow", "weightings", "downsampling", "kl_weight"), ("training.score.num=20",)
     ),
+    **dict.fromkeys(("terminal_snr", "text_encoder", "text_encoder/scratch", "ema_length"), ("training.score.num=20",)),
     "conditioning": ("training.score.num=20", "conditioner=label"),
     "lora": ("data=synthetic", "~data.styles"),
     "controlnet": ("data=synthetic",),

@@ -73,6 +73,21 @@ def extract(net: FeatureNet, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(features).clone()  # outside inference mode it is an ordinary tensor
 
 
+class Brightness(nn.Module):
+    """The mean grey level (B, 1) of images (B, C, H, W) uint8: what a schedule that leaves signal at t = 1 keeps near the middle.
+
+    Lin et al. 2023, section 3.1.
+    """
+
+    name = "brightness"
+    num_features = 1
+    resize = "none"
+    identity = "mean of all pixels"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).float().mean(1, keepdim=True)
+
+
 class Inception(nn.Module):
     """The Inception-v3 of the FID literature (torch-fidelity's port of the 2015-12-05 TensorFlow weights), pool3 features (B, 2048).
 
