@@ -1,0 +1,202 @@
+"""A VAE, a GAN and diffusion at equal CPU time: python experiments/families/measure.py RUN [seeds=0,1,2] [steps=300,700] [num=2000]
+
+RUN, a quickstart, lends data and judge.  Diffusion is the quickstart's recipe in so many steps of its first stage and of its denoiser; what
+its command took in CPU seconds, start included, is what the VAE and the GAN, class-conditional both, then train for.  A row of results.csv
+a family and seed; started again it goes on with what is missing.
+"""
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from ldm.report import rows
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TABLE = HERE / "results.csv"
+BATCH, DIM, WIDTH, CLASSES = 128, 64, 48, 10
+
+
+def main(run: str, *words: str) -> None:
+    torch.set_num_threads(1)
+    said = {"seeds": "0,1,2", "steps": "300,700", "num": "2000", **dict(word.split("=", 1) for word in words)}
+    from ldm import build
+    from ldm.load import config_of
+    from ldm.stage import judge
+
+    config = config_of(Path(run))
+    make, _ = judge.scorer(config, config.metrics)
+    score, data = make(), build.dataset(config)
+    batch = data.batch([(0, i) for i in range(len(data))])
+    images, labels = batch["image"], batch["label"]
+    first, second = map(int, said["steps"].split(","))
+    for seed in map(int, said["seeds"].split(",")):
+        budget = diffusion(Path(run).absolute(), first, second, seed, score, int(said["num"]))
+        for name, family in (("VAE", vae), ("GAN", gan)):
+            if known(name, seed) is None:
+                torch.manual_seed(seed)
+                draw, steps = family(images, labels, budget)
+                keep({"family": name, "seed": seed, "seconds": budget, "steps": steps, **measured(score, draw, int(said["num"]))})
+
+
+def known(family: str, seed: int) -> dict[str, str] | None:
+    """The row of results.csv, if there is one."""
+    return next((row for row in rows.read(TABLE) if (row["family"], row["seed"]) == (family, str(seed))), None)
+
+
+def keep(row: dict[str, Any]) -> None:
+    print("  ".join(f"{name} {rows.text(value)}" for name, value in row.items()), flush=True)
+    rows.add(TABLE, row)
+
+
+@torch.inference_mode()
+def measured(score: Any, draw: Callable[[Tensor], Tensor], num: int) -> dict[str, float]:
+    """The judge's numbers of `num` images, classes in turn."""
+    score.reset()
+    for part in torch.arange(num).split(250):
+        label = part % CLASSES
+        score.update(draw(label), label)
+    return {name: score.compute()[name] for name in ("fd_fashion", "precision", "recall", "accuracy")}
+
+
+def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: int) -> float:
+    """Train and score the quickstart's recipe; returns the CPU seconds that it took, both stages from nothing."""
+    if (row := known("diffusion", seed)) is not None:
+        return float(row["seconds"])
+    from functools import partial
+
+    from ldm.diffusion import sampler, times
+    from ldm.diffusion.guidance import cfg
+    from ldm.load import load
+    from ldm.score import Told, samples
+
+    place = run.parent / "families" / f"s{seed}"
+    words = (f"first_stage.steps={first}", f"first_stage.seed={seed}", f"training.steps={second}", f"seed={seed}", "metrics=none")
+    often = (f"training.grid_every={second}", f"training.save_every={second}", f"first_stage.grid_every={first}", f"runs={place}")
+    start = first * 4 // 5  # of the discriminator, as in the whole recipe
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, str(ROOT / "train.py"), *words, *often, f"first_stage.discriminator_start={start}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    (folder,) = (file.parent for file in place.glob("*/config.yaml"))
+    from ldm.load import DataCard
+
+    model, card = load(folder), DataCard.read(folder)
+    ts, guidance = times.trailing(model.denoiser.schedule, 12), partial(cfg, scale=4.0, interval=(0.2, 0.75))
+    score.reset()
+    told = Told(card.classes, card.captions).batch
+    for image, batch in samples(model, told, range(num), 0, 250, ts, sampler.dpmpp_2m, guidance, "32"):
+        score.update(image, batch["label"])
+    found = {name: score.compute()[name] for name in ("fd_fashion", "precision", "recall", "accuracy")}
+    keep({"family": "diffusion", "seed": seed, "seconds": round(spent, 1), "steps": second, **found})
+    return spent
+
+
+def up(inside: int, outside: int) -> list[nn.Module]:
+    return [nn.ConvTranspose2d(inside, outside, 4, 2, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
+
+
+class Generator(nn.Module):
+    """(z (B, DIM), class (B,)) -> image (B, 1, 32, 32): DCGAN's (Radford et al. 2016), the class beside z."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = nn.Embedding(CLASSES, DIM)
+        self.stem = nn.Linear(2 * DIM, 4 * WIDTH * 16)
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(4 * WIDTH), nn.ReLU(), *up(4 * WIDTH, 2 * WIDTH), *up(2 * WIDTH, WIDTH), nn.ConvTranspose2d(WIDTH, 1, 4, 2, 1)
+        )
+
+    def forward(self, z: Tensor, label: Tensor) -> Tensor:
+        h = self.stem(torch.cat([z, self.label(label)], 1))
+        return self.body(h.view(len(z), -1, 4, 4)).tanh()
+
+
+def down(inside: int, outside: int, wrap: Callable[[nn.Module], nn.Module]) -> list[nn.Module]:
+    return [wrap(nn.Conv2d(inside, outside, 4, 2, 1)), nn.LeakyReLU(0.2)]
+
+
+class Seen(nn.Module):
+    """(image (B, 1, 32, 32), class (B,)) -> `outputs` numbers, told the class as a plane beside the image."""
+
+    def __init__(self, outputs: int, wrap: Callable[[nn.Module], nn.Module] = lambda layer: layer):
+        super().__init__()
+        self.label = nn.Embedding(CLASSES, 32 * 32)
+        self.body = nn.Sequential(
+            *(*down(2, WIDTH, wrap), *down(WIDTH, 2 * WIDTH, wrap), *down(2 * WIDTH, 4 * WIDTH, wrap)),
+            *(nn.Flatten(), wrap(nn.Linear(4 * WIDTH * 16, outputs))),
+        )
+
+    def forward(self, image: Tensor, label: Tensor) -> Tensor:
+        return self.body(torch.cat([image, self.label(label).view(-1, 1, 32, 32)], 1))
+
+
+def some(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    at = torch.randint(len(images), (BATCH,))
+    return images[at], labels[at]
+
+
+def vae(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor], Tensor], int]:
+    """A class-conditional VAE (Kingma & Welling 2014) with a Gaussian of deviation 0.3 for pixels; drawn from the prior, the mean shown."""
+    encoder, decoder = Seen(2 * DIM), Generator()
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 1e-3)
+
+    def step() -> None:
+        image, label = some(images, labels)
+        mean, log_var = encoder(image, label).chunk(2, 1)
+        shown = decoder(mean + (log_var / 2).exp() * torch.randn_like(mean), label)
+        divergence = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean()
+        loss = (shown - image).square().flatten(1).sum(1).mean() / (2 * 0.3**2) + divergence
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    steps = until(budget, step)
+    decoder.eval()
+    return lambda label: decoder(torch.randn(len(label), DIM), label), steps
+
+
+def gan(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor], Tensor], int]:
+    """DCGAN with a hinge loss and spectral normalisation (Miyato et al. 2018)."""
+    generator, critic = Generator(), Seen(1, spectral_norm)
+    of_generator = torch.optim.Adam(generator.parameters(), 2e-4, (0.5, 0.9))
+    of_critic = torch.optim.Adam(critic.parameters(), 2e-4, (0.5, 0.9))
+
+    def step() -> None:
+        image, label = some(images, labels)
+        with torch.no_grad():
+            made = generator(torch.randn(BATCH, DIM), label)
+        (F.relu(1 - critic(image, label)).mean() + F.relu(1 + critic(made, label)).mean()).backward()
+        of_critic.step()
+        label = torch.randint(CLASSES, (BATCH,))
+        (-critic(generator(torch.randn(BATCH, DIM), label), label).mean()).backward()
+        of_generator.step()
+        of_generator.zero_grad()
+        of_critic.zero_grad()
+
+    steps = until(budget, step)
+    generator.eval()
+    return lambda label: generator(torch.randn(len(label), DIM), label), steps
+
+
+def until(budget: float, step: Callable[[], None]) -> int:
+    """Steps until the budget of CPU seconds is spent; returns how many."""
+    since, steps = time.process_time(), 0
+    while time.process_time() - since < budget:
+        step()
+        steps += 1
+    return steps
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
