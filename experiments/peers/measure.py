@@ -1,9 +1,9 @@
 """Quality at equal CPU minutes: python experiments/peers/measure.py RUN [minutes=2,4,8] [seeds=0,1] [num=2000] [rates=1e-4,5e-4,2e-3]
 
 RUN, a quickstart, lends its first stage, text encoder, data and judge; each side trains a U-Net in those latents for so many minutes of CPU
-time of its training loop, one thread, in bfloat16 where the CPU multiplies it.  Theirs is diffusers' UNet2DConditionModel with the layers of
-ours, trained as train_text_to_image.py trains (epsilon, AdamW, constant rate, clipped, EMAModel), at each of the rates; raw and averaged
-weights are scored.  Both are drawn alike.  A row of results.csv a model that was scored; started again it goes on with what is missing.
+time of its training loop, one thread, in bfloat16 where the CPU multiplies it.  Theirs is diffusers' UNet2DConditionModel with our layers,
+trained as train_text_to_image.py trains (epsilon, AdamW, constant rate, clipped, EMAModel), at each of the rates; raw and averaged weights
+are scored.  Both are drawn alike.  A row of results.csv a model that was scored; started again it goes on with what is missing.
 """
 
 import copy
