@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.adapter.packed import packed
 from ldm.condition import Condition
 
 KEPT = 4  # conditions: with and without guidance, of a network and of what guides it
@@ -70,5 +69,7 @@ def ready(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return module
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return module
+    from ldm.adapter.packed import packed  # which names operators that a torch without oneDNN lacks
+
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}  # a copy of the modules, not of the weights
     return packed(copy.deepcopy(module, shared).eval(), dtype)
