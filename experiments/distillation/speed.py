@@ -1,4 +1,6 @@
-"""Seconds an image, the guided teacher's 50 steps beside a student's 4: python experiments/distillation/speed.py TEACHER STUDENT [images=50]
+"""Seconds an image, the guided teacher's 50 steps beside a student's 4.
+
+python experiments/distillation/speed.py TEACHER STUDENT [images=50]
 
 Both draw the same number of images in turns, in one process, and one thread; five pairs. Writes speed.csv.
 """
