@@ -81,7 +81,7 @@ def told(run: str, prompt: str | None, num: int) -> dict[str, Any]:
     from ldm import request
     from ldm.load import DataCard, run_folder
 
-    asked: Any = SimpleNamespace(prompt=prompt, prompts=None, label=None, num=num)
+    asked: Any = SimpleNamespace(prompt=prompt, prompts=None, label=None, labels="balanced", num=num)
     pairs = request.told(asked, DataCard.read(run_folder(run)))
     batch: dict[str, Any] = {"index": list(range(num)), "caption": [caption for caption, _ in pairs]}
     labels = [label for _, label in pairs]
