@@ -30,8 +30,12 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     **dict.fromkeys(
         ("schedules", "predictions", "predictions/flow", "weightings", "downsampling", "kl_weight"), ("training.score.num=20",)
     ),
-    **dict.fromkeys(("terminal_snr", "text_encoder", "text_encoder/scratch", "ema_length"), ("training.score.num=20",)),
-    "conditioning": ("training.score.num=20", "conditioner=label"),
+    **dict.fromkeys(("terminal_snr", "ema_length"), ("training.score.num=20",)),
+    **dict.fromkeys(("conditioning", "text_encoder"), ("training.score.num=20", "conditioner=label")),
+    "text_encoder/scratch": (
+        *("training.score.num=20", "conditioner=label"),
+        *(f"~conditioner.{name}" for name in ("layers", "heads", "head_channels", "length")),
+    ),
     "lora": ("data=synthetic", "~data.styles"),
     "controlnet": ("data=synthetic",),
 }
