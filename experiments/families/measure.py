@@ -65,7 +65,12 @@ def measured(score: Any, draw: Callable[[Tensor], Tensor], num: int) -> dict[str
     for part in torch.arange(num).split(250):
         label = part % CLASSES
         score.update(draw(label), label)
-    return {name: score.compute()[name] for name in ("fd_fashion", "precision", "recall", "accuracy")}
+    return numbers(score)
+
+
+def numbers(score: Any) -> dict[str, float]:
+    found = score.compute()
+    return {name: found[name] for name in ("fd_fashion", "precision", "recall", "accuracy")}
 
 
 def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: int) -> float:
@@ -76,7 +81,7 @@ def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: in
 
     from ldm.diffusion import sampler, times
     from ldm.diffusion.guidance import cfg
-    from ldm.load import load
+    from ldm.load import DataCard, load
     from ldm.score import Told, samples
 
     place = run.parent / "families" / f"s{seed}"
@@ -89,16 +94,13 @@ def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: in
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     (folder,) = (file.parent for file in place.glob("*/config.yaml"))
-    from ldm.load import DataCard
-
     model, card = load(folder), DataCard.read(folder)
     ts, guidance = times.trailing(model.denoiser.schedule, 12), partial(cfg, scale=4.0, interval=(0.2, 0.75))
     score.reset()
     told = Told(card.classes, card.captions).batch
     for image, batch in samples(model, told, range(num), 0, 250, ts, sampler.dpmpp_2m, guidance, "32"):
         score.update(image, batch["label"])
-    found = {name: score.compute()[name] for name in ("fd_fashion", "precision", "recall", "accuracy")}
-    keep({"family": "diffusion", "seed": seed, "seconds": round(spent, 1), "steps": second, **found})
+    keep({"family": "diffusion", "seed": seed, "seconds": round(spent, 1), "steps": second, **numbers(score)})
     return spent
 
 

@@ -25,6 +25,8 @@ def packed(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     if isinstance(module, Upsample) and (dtype != torch.float32 or module.conv.in_channels < 64):
         module.conv = packed(module.conv, dtype)  # of few channels and in bfloat16 the transposed convolution takes longer
         return module
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return module  # nobody's here, but of somebody's own network
     if (twin := TWINS.get(parametrize.type_before_parametrizations(module))) is not None:  # corrections are in the weights it is made of
         return twin(module, dtype)
     for name, child in module.named_children():
@@ -46,14 +48,10 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """torch.nn.Conv2d. Raises ValueError for one that is padded with anything but so many zeros."""
+    """torch.nn.Conv2d, padded with so many zeros."""
 
     def __init__(self, layer: nn.Conv2d, dtype: torch.dtype):
         super().__init__()
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise ValueError(
-                f"a convolution with padding {layer.padding} of {layer.padding_mode} has no packed twin; draw with the plain net"
-            )
         self.how = (layer.padding, layer.stride, layer.dilation, layer.groups)
         # not packed: oneDNN's layout is for one shape of input, and of another it takes up to 40 times as long
         self.weight = layer.weight.detach().to(dtype, memory_format=torch.channels_last)

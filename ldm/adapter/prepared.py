@@ -53,9 +53,10 @@ class Prepared(nn.Module):
 
 @contextmanager
 def prepared(model: Any, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Within it a LatentDiffusion draws by a prepared network, and by a packed first stage."""
+    """Within it a LatentDiffusion draws by a prepared network, and by a packed first stage; a network without a memory draws as it is."""
     net, autoencoder = model.denoiser.net, model.autoencoder
-    model.denoiser.net, model.autoencoder = Prepared(net, dtype), ready(autoencoder, dtype)
+    model.denoiser.net = Prepared(net, dtype) if hasattr(net, "memory") else net
+    model.autoencoder = ready(autoencoder, dtype)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """Prepared for drawing: every network answers as before, keys and values are looked up once, and what was swapped is put back."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,9 @@ def test_what_was_swapped_is_put_back(smoke):
     assert model.autoencoder is stage
 
 
-def test_what_has_no_twin_is_said():
-    with pytest.raises(ValueError, match="circular"):
-        packed(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"))
+def test_somebody_s_own_network_draws_as_it_is():
+    odd = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+    assert packed(odd) is odd
+    model = SimpleNamespace(denoiser=SimpleNamespace(net=odd), autoencoder=nn.Identity())
+    with prepared(model):
+        assert model.denoiser.net is odd
