@@ -1,15 +1,15 @@
-"""A VAE, a GAN and diffusion at equal CPU time: python experiments/families/measure.py RUN [seeds=0,1,2] [steps=300,700] [num=2000]
+"""A VAE, a GAN and diffusion at equal CPU time: python experiments/families/measure.py RUN [seeds=0,1,2] [steps=300,700] [num=2000] ...
 
 RUN, a quickstart, lends data and judge.  Diffusion is the quickstart's recipe in so many steps of its first stage and of its denoiser; what
 its command took in CPU seconds, start included, is what the VAE and the GAN, class-conditional both, then train for.  A row of results.csv
-a family and seed; started again it goes on with what is missing.
+a family and seed; started again it goes on with what is missing. What else is typed goes to train.py.
 """
 
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ BATCH, DIM, WIDTH, CLASSES = 128, 64, 48, 10
 
 def main(run: str, *words: str) -> None:
     torch.set_num_threads(1)
-    said = {"seeds": "0,1,2", "steps": "300,700", "num": "2000", **dict(word.split("=", 1) for word in words)}
+    said = {"seeds": "0,1,2", "steps": "300,700", "num": "2000"}
+    more = [word for word in words if word.partition("=")[0] not in said]
+    said |= dict(word.split("=", 1) for word in words)
     from ldm import build
     from ldm.load import config_of
     from ldm.stage import judge
@@ -40,7 +42,7 @@ def main(run: str, *words: str) -> None:
     images, labels = batch["image"], batch["label"]
     first, second = map(int, said["steps"].split(","))
     for seed in map(int, said["seeds"].split(",")):
-        budget = diffusion(Path(run).absolute(), first, second, seed, score, int(said["num"]))
+        budget = diffusion(Path(run).absolute(), first, second, seed, score, int(said["num"]), more)
         for name, family in (("VAE", vae), ("GAN", gan)):
             if known(name, seed) is None:
                 torch.manual_seed(seed)
@@ -73,7 +75,7 @@ def numbers(score: Any) -> dict[str, float]:
     return {name: found[name] for name in ("fd_fashion", "precision", "recall", "accuracy")}
 
 
-def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: int) -> float:
+def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: int, more: Sequence[str] = ()) -> float:
     """Train and score the quickstart's recipe; returns the CPU seconds that it took, both stages from nothing."""
     if (row := known("diffusion", seed)) is not None:
         return float(row["seconds"])
@@ -89,7 +91,7 @@ def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: in
     often = (f"training.grid_every={second}", f"training.save_every={second}", f"first_stage.grid_every={first}", f"runs={place}")
     start = first * 4 // 5  # of the discriminator, as in the whole recipe
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, str(ROOT / "train.py"), *words, *often, f"first_stage.discriminator_start={start}"]
+    command = [sys.executable, str(ROOT / "train.py"), *more, *words, *often, f"first_stage.discriminator_start={start}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -8,22 +8,27 @@ import lightning as L
 from ldm.progress import length
 from ldm.training.clock import now
 
-TIMED = 3  # steps that are timed, after one that warms up
+TIMED = 3  # steps that are timed, after those that warm up
+WARM = {False: 1, True: 4}  # steps that warm up: one of a compiled network counts FLOPs, and each of the next may compile
 WORTH = 10  # steps still to go for which it is worth saying how long they take
 
 
 class Announce(L.Callback):
-    """Prints parameters, steps, effective batch and peak learning rate; after a few steps the images per second to expect."""
+    """Prints parameters, steps, effective batch and peak learning rate; after a few steps the images per second to expect.
+
+    Where a module is compiled it says how long that took.
+    """
 
     def __init__(self, name: str, total: int, schedule: Callable[[int, int], float], accumulate: int = 1):
         self.name, self.total, self.schedule, self.accumulate = name, total, schedule, accumulate
-        self.ends: list[float] = []
-        self.said = False
+        self.compiled = False
+        self.marks: list[float] = []  # when the first step began, and when each ended
 
     def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
-        if self.said or not trainer.is_global_zero:
+        if self.marks or not trainer.is_global_zero:
             return
-        self.said = True
+        self.compiled = any(module._compiled_call_impl is not None for module in lit.modules())
+        self.marks.append(now(lit.device))
         parameters = sum(p.numel() for p in lit.parameters() if p.requires_grad)
         some = range(batch["step"], self.total, max(1, (self.total - batch["step"]) // 1000))
         peak = max(self.schedule(step, self.total) for step in some)
@@ -38,10 +43,14 @@ class Announce(L.Callback):
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        left = self.total - batch["step"] - 1
-        if len(self.ends) > TIMED or not trainer.is_global_zero:
+        left, warm = self.total - batch["step"] - 1, WARM[self.compiled]
+        if len(self.marks) > warm + TIMED or not trainer.is_global_zero:
             return
-        self.ends.append(now(lit.device))
-        if len(self.ends) > TIMED and left >= WORTH:
-            step = max((self.ends[-1] - self.ends[0]) / TIMED, 1e-9)
-            print(f"\n{self.name:<12}about {batch['total'] / step:,.3g} images/s to expect, {length(left * step)} to go", flush=True)
+        self.marks.append(now(lit.device))
+        if len(self.marks) > warm + TIMED:
+            step = max((self.marks[-1] - self.marks[warm]) / TIMED, 1e-9)
+            if self.compiled:
+                spent = self.marks[warm] - self.marks[0] - warm * step
+                print(f"\n{self.name:<12}compiled in {length(max(spent, 0.0))}", flush=True)
+            if left >= WORTH:
+                print(f"\n{self.name:<12}about {batch['total'] / step:,.3g} images/s to expect, {length(left * step)} to go", flush=True)

@@ -44,6 +44,10 @@ class LitClassifier(L.LightningModule):
         right = (logits.argmax(1) == batch["label"]).float()
         return {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": right.mean()}
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module.compile, of the network."""
+        self.net.compile(*args, **kwargs)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([p for p in self.parameters() if p.requires_grad])
 

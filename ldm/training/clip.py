@@ -38,6 +38,10 @@ class LitCLIP(L.LightningModule):
         image, text, scale = self.net(seen(self.net.visual, cropped(batch["image"], noise_of(self.seed, batch), self.crop)), ids)
         return contrast(image, text, scale.clamp(max=MOST), (ids[:, None] == ids).all(-1))
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module.compile, of the network."""
+        self.net.compile(*args, **kwargs)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.parameters())
 

@@ -60,6 +60,10 @@ class LitDiffusion(L.LightningModule):
         posterior = autoencoder.posterior_of(batch["moments"]) if "moments" in batch else autoencoder.posterior(batch["image"])
         return autoencoder.normalise(posterior.sample(noise.normal("posterior", posterior.mean)))
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module.compile, of the network."""
+        self.model.denoiser.net.compile(*args, **kwargs)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.clip is not None:  # here and not in the trainer, which refuses to clip for a fused optimiser under autocast
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.clip)

@@ -61,11 +61,13 @@ def fit(
     accumulate: int = 1,
     nodes: int = 1,
     timeout: float = 30.0,
+    compile: bool = False,
 ) -> None:
     """Train lit on steps start..steps-1, batch_size rows a step over all ranks together.
 
     devices: of each of `nodes` machines.  accumulate: batches that a step is made of, one after the other.
     timeout: minutes that a rank waits for the others before it gives up.
+    compile: the network that lit.compile() names, by torch.compile.
     Raises ValueError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
@@ -75,6 +77,8 @@ def fit(
     if batch_size % (ranks * accumulate):
         parts = f"{ranks * accumulate} equal parts ({ranks} processes, accumulate={accumulate})"
         raise ValueError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
+    if compile and strategy == "fsdp":
+        raise ValueError("compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or compile=false")
     stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
     if accumulate > 1:
@@ -84,6 +88,8 @@ def fit(
     loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers, worker_init_fn=deaf)
     if precision_here(precision) != "64" and strategy != "fsdp":  # which takes weights only as they are
         lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
+    if compile:
+        lit.compile()
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)  # its advice is for other ways of working
     warnings.filterwarnings("ignore", module="lightning")

@@ -138,7 +138,7 @@ def test_taken_up_where_it_stopped(place):
     assert done.returncode == 0, done.stderr
     after = durable.read_tensors(whole / "weights.safetensors")
     assert step.is_dir()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert [name for name, value in before.items() if not torch.equal(value, after[name])] == []
 
 
 @pytest.mark.parametrize("training", ["autoencoder", "classifier", "clip"])

@@ -1,0 +1,63 @@
+"""Comparisons that are commands of their own, experiments/*/measure.py, begin: every part of them once, on the shared tiny run."""
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+import pytest
+from smoke import ROOT, here
+
+from ldm.report import rows
+
+ARMS = {  # what is typed, and the rows it leaves
+    "augmentation": (("drawn=4", "steps=2"), 6),
+    "families": (("seeds=0", "steps=2,2", "num=20", "budget=smoke"), 3),
+    "peers": (("minutes=0.01", "seeds=0", "rates=1e-3", "num=20", "budget=smoke"), 3),
+}
+
+
+@pytest.fixture
+def measure(request, monkeypatch, smoke, tmp_path):
+    """The module of a comparison, whose tables go to a folder of this test."""
+    folder = ROOT / "experiments" / request.param
+    monkeypatch.syspath_prepend(str(folder))
+    spec = spec_from_file_location(f"{request.param}_measure", folder / "measure.py")
+    made = module_from_spec(spec)
+    spec.loader.exec_module(made)
+    for name in ("TABLE", "TRIED"):
+        if hasattr(made, name):
+            monkeypatch.setattr(made, name, tmp_path / f"{name}.csv".lower())
+    monkeypatch.setattr(made, "HERE", tmp_path)
+    (tmp_path / "README.md").write_text((folder / "README.md").read_text())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with here(smoke.folder):
+        yield made
+    sys.modules.pop("told", None)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*biased")
+@pytest.mark.parametrize("measure", sorted(ARMS), indirect=True)
+def test_a_comparison_begins_and_is_not_done_twice(measure, smoke, request, capsys):
+    typed, wanted = ARMS[request.node.callspec.params["measure"]]
+    if hasattr(measure, "REAL"):
+        measure.REAL = (10, 20, 40)
+    if hasattr(measure, "DEV"):
+        measure.DEV = 10
+    measure.main(str(smoke.run), *typed)
+    found = rows.read(measure.TABLE)
+    assert len(found) == wanted
+    capsys.readouterr()
+    measure.main(str(smoke.run), *typed)
+    assert rows.read(measure.TABLE) == found
+
+
+def test_the_peers_table_is_of_what_is_above_the_reconstructions(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "peers"))
+    import told
+
+    rest = {"minutes": "2", "guided_fd_fashion": "3"}
+    found = [{"who": who, "fd_fashion": fd, **rest} for who, fd in (("ours", "4"), ("ours", "6"), ("diffusers", "9"))]
+    _, _, alone, guided = told.lines(found, 1.0)
+    assert alone == "| alone | 2 | 4.00, 6.00 | 9.00 | **0.50** |"
+    assert guided.endswith("**1.00** |")
+    sys.modules.pop("told")
