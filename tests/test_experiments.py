@@ -36,6 +36,8 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
         *("training.score.num=20", "conditioner=label"),
         *(f"~conditioner.{name}" for name in ("layers", "heads", "head_channels", "length")),
     ),
+    "text_encoder/clip": (*FIRST, "~training.grid_every"),
+    "text_encoder/small_clip": ("training.score.num=20", "conditioner=label", "~conditioner.length", "~conditioner.encoder"),
     "lora": ("data=synthetic", "~data.styles"),
     "controlnet": ("data=synthetic",),
 }
