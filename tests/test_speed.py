@@ -1,6 +1,8 @@
 """The benchmarks of experiments/speed start, and what they compare is the same network."""
 
 import csv
+import itertools
+import json
 import subprocess
 import sys
 
@@ -30,6 +32,21 @@ def test_what_is_timed_is_the_same_network(speed):
     torch.testing.assert_close(first_stage.decode(stages.ours, z), first_stage.decode(stages.theirs, z), rtol=1e-4, atol=1e-4)
 
 
+@torch.inference_mode()
+def test_a_dit_is_the_same_network_as_diffusers(speed):
+    import sampling
+    from built import drawing
+
+    made, given = drawing("tiny DiT", 8, 2)
+    x, t = torch.cat([given.x, given.x]), torch.full((4,), 500.0)
+    theirs = made.theirs(x, t, given.context).sample
+    assert (made.ours(x, t, given.both)[:, :4] - theirs).abs().max() <= 1e-4
+    assert (made.ours(x, t, given.both.index([2, 3, 0, 1]))[:, :4] - theirs).abs().max() > 0.1  # with the classes changed about
+    for row in (sampling.Asked(), sampling.Asked(sampling.STEPS)):
+        a, b = (call() for call in sampling.calls(row, made, given, "cpu"))
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
 def test_ratios_are_of_pairs_and_a_row_takes_the_place_of_its_like(speed, monkeypatch, tmp_path):
     import pairs
 
@@ -42,6 +59,45 @@ def test_ratios_are_of_pairs_and_a_row_takes_the_place_of_its_like(speed, monkey
     assert (row["ours_ms"], row["theirs_ms"], row["ours_share"], row["theirs_share"]) == ("2000", "4000", "0.25", "0.125")
 
 
+def test_a_row_says_its_unit_and_what_a_gpu_had_of_it(speed):
+    import measure
+    import pairs
+
+    work = pairs.Work("a", "b", "c")
+    memory = pairs.told(work, 1, [90.0], [100.0], "", unit="mib")
+    assert (memory["ours_mib"], memory["theirs_mib"], memory["ratio"]) == (90.0, 100.0, 1.111)
+    gpu = pairs.told(work, 1, [0.5], [1.0], "", images_per_s=8.0, gib=1.5, theirs_gib=2.0)
+    as_read = [{name: str(value) for name, value in row.items()} for row in (memory, gpu)]
+    assert measure.cells(as_read[0])[4:6] == ["90.0 MiB", "100.0 MiB"]
+    assert measure.cells({**as_read[1], "ours_mib": ""})[4:6] == ["500.0 ms", "1000.0 ms"]
+    assert measure.cells(as_read[1])[-1] == "8.0 images/s; 1.5, 2.0 GiB"
+
+
+def test_what_is_expected_of_a_gpu_names_the_rows_that_the_commands_make(speed):
+    import measure
+    import sampling
+    import training
+
+    made = []
+    for name, size, images in measure.SAMPLED["cuda"]:
+        made += [("sampling", row, sampling.setting(name, size, images)) for row in sampling.asked(size, "cuda")]
+    for name, size in measure.TRAINED["cuda"]:
+        made += [("training", row, sampling.setting(name, size, training.BATCH)) for row in training.asked("cuda")]
+    told = json.loads((SPEED / "expected.json").read_text())
+    command = "python experiments/speed/measure.py {} device=cuda"
+    assert [(row["command"], row["what"], row["setting"], row["peer"]) for row in told["rows"]] == [
+        (command.format(part), row.what, setting, row.peer) for part, row, setting in made
+    ]
+    for row in told["rows"]:
+        assert row["state"] == "not run"
+        assert row["ratio_at_least"] >= 1
+        assert (row["images_per_s"], row["mfu"], row["gib"]) == (None, None, None)
+    for _, rows in itertools.groupby(made, key=lambda one: (one[0], one[2])):  # networks are compiled where they are
+        compiled = [bool(row.compiled) for _, row, _ in rows]
+        assert compiled == sorted(compiled)
+        assert any(compiled)
+
+
 def test_the_exponent_of_a_power_is_found(speed):
     import curves
 
@@ -51,8 +107,15 @@ def test_the_exponent_of_a_power_is_found(speed):
 
 @pytest.mark.slow
 def test_every_benchmark_starts(tmp_path):
-    parts = ("sampling", "training", "first_stage", "data", "curves")
+    parts = ("sampling", "training", "memory", "first_stage", "data", "distance", "curves")
     done = subprocess.run([sys.executable, str(SPEED / "measure.py"), *parts, "smoke=true", "pairs=1"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    assert len(list(csv.DictReader((tmp_path / "speed.csv").open()))) >= 12
+    found = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    assert len(found) >= 24
+    whats = {row["what"] for row in found}
+    assert {"guided evaluation", "training step", "decode", "packed folder", "Frechet distance", "mean and covariance"} <= whats
+    assert "tiny DiT, 8x8 latents, 4 images" in {row["setting"] for row in found}
+    (memory,) = (row for row in found if row["what"] == "peak memory of a training step")
+    assert float(memory["ours_mib"]) > 0
+    assert float(memory["theirs_mib"]) > 0
     assert len(list(csv.DictReader((tmp_path / "curves.csv").open()))) == 5

@@ -1,18 +1,26 @@
 """Speed beside its peers: python experiments/speed/measure.py [what ...] [threads=1] [pairs=5] [compiled=true] [device=cuda] [smoke=true]
 
-what: sampling, training, first_stage, startup, data, curves; all of them by default. Nothing else should run on the machine. Every row goes
-to results.csv when it is done (curves to curves.csv), and the README's table is made of it.  compiled: sampling beside torch.compile too.
-device=cuda: Stable Diffusion 1's U-Net at 64x64, for sampling alone.
+what: sampling, training, memory, first_stage, startup, data, distance, curves; all of them by default. Nothing else should run on the
+machine. Every row goes to results.csv when it is done (curves to curves.csv), and the README's table is made of it.
+compiled: sampling beside torch.compile too.  device=cuda: the networks of SAMPLED and TRAINED for a GPU, sampling and training alone;
+expected.json names its rows.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 KEYS = ("threads", "pairs", "compiled", "device", "smoke")
-WHATS = ("sampling", "training", "first_stage", "startup", "data", "curves")
+WHATS = ("sampling", "training", "memory", "first_stage", "startup", "data", "distance", "curves")
+SAMPLED = {  # device -> network, side of its latents, images at once
+    "cpu": (("small", 16, 4), ("small", 32, 4)),
+    "cuda": (("small", 32, 4), ("sd1", 64, 4), ("DiT-XL/2", 32, 32)),
+}
+TRAINED = {"cpu": (("small", 16), ("small", 32)), "cuda": (("sd1", 64),)}  # device -> network, side of its latents
+ON_GPU = ("sampling", "training")
 
 
 def main(*words: str) -> None:
@@ -29,11 +37,18 @@ def main(*words: str) -> None:
         import pairs as kept
 
         kept.TABLE = Path("speed.csv")
-    if said.get("device", "cpu") != "cpu" or "compiled" in said:
+    device, compiled = said.get("device", "cpu"), said.get("compiled") == "true"
+    if device not in SAMPLED:
+        sys.exit(f"device={device}: expected {' or '.join(SAMPLED)}")
+    if device != "cpu":
+        asked = [what for what in asked if what in ON_GPU] or sys.exit(f"device={device}: expected {' or '.join(ON_GPU)}")
+        if not torch.cuda.is_available():
+            sys.exit(f"device={device}: torch finds no GPU here")
+    if compiled:
         asked = ["sampling"]
+    more = {"sampling": (compiled, device), "training": (device,)}
     for what in asked:
-        more = (said.get("compiled") == "true", said.get("device", "cpu")) if what == "sampling" else ()
-        PARTS[what](pairs, threads, tiny, *more)
+        PARTS[what](pairs, threads, tiny, *more.get(what, ()))
     if not tiny:
         table()
 
@@ -41,19 +56,26 @@ def main(*words: str) -> None:
 def sampling(pairs: int, threads: int, tiny: bool, compiled: bool, device: str) -> None:
     import sampling
 
-    sizes = (("small", 16), ("small", 32)) if device == "cpu" else (("small", 32), ("sd1", 64))
-    for name, size in (("tiny", 8),) if tiny else sizes:
-        sampling.measure(name, size, pairs, threads, compiled, device)
+    for name, size, images in (("tiny", 8, 4), ("tiny DiT", 8, 4)) if tiny else SAMPLED[device]:
+        sampling.measure(name, size, images, pairs, threads, compiled, device)
 
 
-def training(pairs: int, threads: int, tiny: bool) -> None:
+def training(pairs: int, threads: int, tiny: bool, device: str) -> None:
     import training
 
-    for name, size in (("tiny", 8),) if tiny else (("small", 16), ("small", 32)):
-        training.measure(name, size, pairs, threads)
+    for name, size in (("tiny", 8),) if tiny else TRAINED[device]:
+        training.measure(name, size, pairs, threads, device)
+    if device != "cpu":
+        return
     training.encoding(*(("tiny", "tiny", 8, 16) if tiny else ("small", "small", 16, 64)), pairs, threads)
     if not tiny:
         training.encoding("small", "sd1", 32, 256, pairs, threads)
+
+
+def memory(pairs: int, threads: int, tiny: bool) -> None:
+    import memory
+
+    memory.measure("tiny" if tiny else "small", 32, pairs, threads)
 
 
 def first_stage(pairs: int, threads: int, tiny: bool) -> None:
@@ -75,13 +97,19 @@ def data(pairs: int, threads: int, tiny: bool) -> None:
     data.measure(pairs, threads, images=64 if tiny else 2000)
 
 
+def distance(pairs: int, threads: int, tiny: bool) -> None:
+    import distance
+
+    distance.measure(pairs, threads, *((32, 200) if tiny else ()))
+
+
 def curves(pairs: int, threads: int, tiny: bool) -> None:
     import curves
 
     curves.measure(threads, *((1, Path("curves.csv")) if tiny else ()))
 
 
-PARTS = {part.__name__: part for part in (sampling, training, first_stage, startup, data, curves)}
+PARTS = {part.__name__: part for part in (sampling, training, memory, first_stage, startup, data, distance, curves)}
 
 
 def table() -> None:
@@ -93,16 +121,22 @@ def table() -> None:
     from ldm import durable
     from ldm.report import rows
 
-    head = "| what | setting | peer | threads | ours, ms | peer, ms | ratio (range) | pairs | equal | of the peak: ours, peer |"
+    head = "| what | setting | peer | threads | ours | peer's | ratio (range) | pairs | equal | of the peak: ours, peer |"
     lines = [head, "|" + "---|" * 10]
-    for row in rows.read(TABLE):
-        shares = f"{100 * float(row['ours_share']):.0f}%, {100 * float(row['theirs_share']):.0f}%" if float(row["ours_share"]) else ""
-        ratio = f"**{float(row['ratio']):.2f}** ({float(row['low']):.2f} to {float(row['high']):.2f})"
-        first = [row[name] for name in ("what", "setting", "peer", "threads", "ours_ms", "theirs_ms")]
-        lines.append("| " + " | ".join((*first, ratio, row["pairs"], row["equal"], shares)) + " |")
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows.read(TABLE)]
     readme = HERE / "README.md"
     marked = re.compile(r"(<!-- table -->\n).*?(\n<!-- /table -->)", re.DOTALL)
     durable.write_text(readme, marked.sub(lambda found: found[1] + "\n".join(lines) + found[2], readme.read_text()))
+
+
+def cells(row: Mapping[str, str]) -> list[str]:
+    """A row of results.csv as the table has it; images a second and GiB, which a GPU's rows alone have, beside the shares of the peak."""
+    name, unit = ("mib", "MiB") if row.get("ours_mib") else ("ms", "ms")
+    taken = [f"{row[f'{side}_{name}']} {unit}" for side in ("ours", "theirs")]
+    ratio = f"**{float(row['ratio']):.2f}** ({float(row['low']):.2f} to {float(row['high']):.2f})"
+    last = [f"{100 * float(row['ours_share']):.0f}%, {100 * float(row['theirs_share']):.0f}%"] if float(row["ours_share"]) else []
+    last += [f"{row['images_per_s']} images/s; {row['gib']}, {row['theirs_gib']} GiB"] if row.get("gib") else []
+    return [*(row[name] for name in ("what", "setting", "peer", "threads")), *taken, ratio, row["pairs"], row["equal"], "; ".join(last)]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """A training step, AdamW and average of weights included, from cached latents: ours against diffusers' U-Net as its script trains it."""
 
+import statistics
 from functools import partial
+from typing import NamedTuple
 
-import diffusers
 import torch
 from built import told, unet
 from ceilings import peak
 from pairs import Work, keep, paired
 from pairs import told as row_of
-from sampling import flops_of
+from sampling import flops_of, on_gpu, setting, versioned
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from ldm.diffusion.schedule import scaled_linear
 from ldm.ema import PowerEMA
 
 BATCH = 8
+HELD = 4  # times a network's weights: they, AdamW's two moments and the average
 
 
 class Theirs:
@@ -32,15 +34,15 @@ class Theirs:
         self.scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
         self.average = EMAModel(net.parameters(), decay=0.9999)
-        self.z = torch.randn(BATCH, 4, size, size)
+        self.z = torch.randn(BATCH, 4, size, size, device=context.device)
 
     def loss(self, t: Tensor, noise: Tensor) -> Tensor:
         noisy = self.scheduler.add_noise(self.z, noise, t)
         return F.mse_loss(self.net(noisy, t, self.context).sample.float(), noise)
 
     def step(self, low: bool) -> None:
-        t, noise = torch.randint(0, 1000, (BATCH,)), torch.randn_like(self.z)
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        t, noise = torch.randint(0, 1000, (BATCH,), device=self.z.device), torch.randn_like(self.z)
+        with torch.autocast(self.z.device.type, torch.bfloat16, enabled=low):
             loss = self.loss(t, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
@@ -57,7 +59,7 @@ class Ours:
         self.cond, self.count = Condition(context=context), 0
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
         self.average = PowerEMA(net, 0.1)
-        self.z = torch.randn(BATCH, 4, size, size)
+        self.z = torch.randn(BATCH, 4, size, size, device=context.device)
 
     def loss(self, t: Tensor, noise: Tensor) -> Tensor:
         alpha, sigma = (part.float()[:, None, None, None] for part in self.denoiser.schedule.alpha_sigma((t.double() + 1) / 1000))
@@ -65,8 +67,8 @@ class Ours:
         return F.mse_loss(out.float(), noise)
 
     def step(self, low: bool) -> None:
-        t, noise = torch.randint(0, 1000, (BATCH,)), torch.randn_like(self.z)
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        t, noise = torch.randint(0, 1000, (BATCH,), device=self.z.device), torch.randn_like(self.z)
+        with torch.autocast(self.z.device.type, torch.bfloat16, enabled=low):
             loss = self.loss(t, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
@@ -76,23 +78,51 @@ class Ours:
         self.average.update(self.count)
 
 
-def measure(name: str, size: int, pairs: int, threads: int) -> None:
-    """float32 and bfloat16 against the peer's, and ours in bfloat16 against ours in float32."""
-    made, context = unet(name, size), told(name, size, BATCH).context[:BATCH]
+class Asked(NamedTuple):
+    """A row: ours in float32 or bfloat16, against diffusers in the same or ours in float32, and whether both are compiled."""
+
+    low: bool = False
+    diffusers: bool = True
+    compiled: bool = False
+
+    @property
+    def what(self) -> str:
+        return "training step" + ", bf16" * self.low + ", compiled" * self.compiled
+
+    @property
+    def peer(self) -> str:
+        if not self.diffusers:
+            return "ours in float32"
+        return "diffusers, " + (", ".join(filter(None, ["bf16 autocast" * self.low, "compiled" * self.compiled])) or "eager")
+
+
+def asked(device: str) -> list[Asked]:
+    """The rows of a network; on a GPU compiled too, which comes last."""
+    rows = [Asked(), Asked(low=True), Asked(low=True, diffusers=False)]
+    return rows if device == "cpu" else [*rows, Asked(compiled=True), Asked(low=True, compiled=True)]
+
+
+def measure(name: str, size: int, pairs: int, threads: int, device: str = "cpu") -> None:
+    """Every row of one network at one size."""
+    made, context = unet(name, size).to(device), told(name, size, BATCH).to(device).context[:BATCH]
     ours, theirs = Ours(made.ours, size, context), Theirs(made.theirs, size, context)
     theirs.z = ours.z
-    t, noise = torch.arange(0, 1000, 125), torch.randn_like(ours.z)
+    t, noise = torch.arange(0, 1000, 125, device=device), torch.randn_like(ours.z)
     with torch.no_grad():
         equal = f"losses {abs(float(ours.loss(t, noise) / theirs.loss(t, noise)) - 1):.1e} apart"
-    setting, peer = f"{name}, {size}x{size} latents, {BATCH} images", f"diffusers {diffusers.__version__}"
+    where = setting(name, size, BATCH) + ("" if device == "cpu" else f", {torch.cuda.get_device_name()}")
     flops = flops_of(partial(theirs.step, False))
-    for what, mine, other, by, dtype in (
-        ("training step", partial(ours.step, False), partial(theirs.step, False), f"{peer}, eager", torch.float32),
-        ("training step, bf16", partial(ours.step, True), partial(theirs.step, True), f"{peer}, bf16 autocast", torch.bfloat16),
-        ("training step, bf16", partial(ours.step, True), partial(ours.step, False), "ours in float32", torch.bfloat16),
-    ):
+    for row in asked(device):
+        if row.compiled and made.ours._compiled_call_impl is None:
+            made.ours.compile()
+            made.theirs.compile()
+        peer, net = (theirs, made.theirs) if row.diffusers else (ours, made.ours)
+        mine, other = partial(ours.step, row.low), partial(peer.step, row.low and row.diffusers)
+        dtype = torch.bfloat16 if row.low else torch.float32
+        times = paired(mine, other, pairs)
+        more = {} if device == "cpu" else on_gpu(BATCH / statistics.median(times[0]), (mine, made.ours), (other, net), held=HELD)
         said = equal if dtype == torch.float32 else ""
-        keep(row_of(Work(what, setting, by, flops), threads, *paired(mine, other, pairs), said, peak(dtype)))
+        keep(row_of(Work(row.what, where, versioned(row.peer), flops), threads, *times, said, peak(dtype, device), **more))
 
 
 def encoding(name: str, first_stage: str, size: int, pixels: int, pairs: int, threads: int) -> None:
