@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -97,27 +98,31 @@ def _targets(value: Any) -> Iterator[str]:
 
 def source_digest(targets: Iterable[str]) -> str:
     """sha256 over the source files behind dotted names and all that these import in turn, libraries left out.  Nothing is imported."""
-    files: dict[str, bytes] = {}
+    files: dict[str, str] = {}
     waiting = [target for target in targets if is_own(target.split(".")[0])]
     while waiting:
-        target = waiting.pop()
-        file, _ = module_of(target)
+        file, _ = module_of(waiting.pop())
         if file is None or str(file) in files:
             continue
-        files[str(file)] = file.read_bytes()
-        for node in ast.walk(ast.parse(files[str(file)])):
-            found = [one.name for one in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found = [f"{node.module}.{one.name}" for one in node.names]
-            waiting += [name for name in found if is_own(name.split(".")[0])]
-    total = hashlib.sha256()
-    for digest in sorted(
-        hashlib.sha256(source).hexdigest() for source in files.values()
-    ):  # by content: the place of the clone is not in it
-        total.update(digest.encode())
-    return total.hexdigest()
+        files[str(file)], named = _read(file, file.stat().st_mtime_ns)
+        waiting += [name for name in named if is_own(name.split(".")[0])]
+    # by content: the place of the clone is not in it
+    return hashlib.sha256("".join(sorted(files.values())).encode()).hexdigest()
 
 
+@cache
+def _read(file: Path, changed: int) -> tuple[str, list[str]]:
+    """sha256 of a source file, last changed at that moment, and the dotted names that it imports."""
+    source, named = file.read_bytes(), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            named += [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            named += [f"{node.module}.{one.name}" for one in node.names]
+    return hashlib.sha256(source).hexdigest(), named
+
+
+@cache
 def is_own(package: str) -> bool:
     """Whether a top package is this one or a person's own, not an installed library or the standard one."""
     if package in sys.stdlib_module_names:

@@ -16,6 +16,8 @@ CONV_AND = torch.ops.mkldnn._convolution_pointwise.binary
 ALONE: Any = ("none", [], "")  # nothing is done to the product
 ADDED: Any = ("add", 1.0, None, [], None)
 
+PLACES = 1024  # from so many on, normalising bfloat16 as it is is sooner than by way of float32
+
 # nearest-neighbour doubling, then 3 taps, is 4 taps at stride 2 (rows: those taps, columns: the convolution's)
 DOUBLED = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 
@@ -69,14 +71,15 @@ class Conv2d(nn.Module):
 
 
 class Norm(nn.Module):
-    """torch.nn.GroupNorm in float32, in which it is also sooner: of bfloat16 laid out channels last torch's kernel is slow."""
+    """torch.nn.GroupNorm: its statistics in float32, as its kernel has them; of few places that of bfloat16 channels last is slow."""
 
     def __init__(self, layer: nn.GroupNorm, dtype: torch.dtype):
         super().__init__()
         self.layer, self.dtype = layer, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), self.layer.num_groups, self.layer.weight, self.layer.bias, self.layer.eps).to(self.dtype)
+        x = x if x.shape[2:].numel() >= PLACES else x.float()
+        return F.group_norm(x, self.layer.num_groups, self.layer.weight, self.layer.bias, self.layer.eps).to(self.dtype)
 
 
 class Doubled(nn.Module):

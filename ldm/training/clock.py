@@ -53,7 +53,8 @@ def now(device: torch.device) -> float:
 
 
 class Spent(Profiler):
-    """seconds: spent so far by kind (ORDER), each second in one of them.  flops: of this process's first step, None before its end.
+    """seconds: spent so far by kind (ORDER), each second in one of them.  flops: of this process's second step, None before its end: in
+    the first much is done once, as captions are read.
 
     parts: batches that a step is made of.  clock: what tells the time.
     """
@@ -65,7 +66,7 @@ class Spent(Profiler):
         self.doing = ["other"]  # the innermost last
         self.around: str | None = None  # what goes on around a backward pass, while there is one
         self.since = clock()
-        self.counter, self.counted = Flops(), 0
+        self.counter, self.counted = Flops(), -parts
 
     @property
     def flops(self) -> int | None:
@@ -76,12 +77,13 @@ class Spent(Profiler):
         if action_name.endswith("on_after_backward") and self.around is not None:
             self.doing[-1], self.around = self.around, None
         self.doing.append(next((kind for words, kind in KINDS.items() if words in action_name), "other"))
-        if action_name == "run_training_batch" and self.counted < self.parts:
+        if action_name == "run_training_batch" and 0 <= self.counted < self.parts:
             self.counter.__enter__()
 
     def stop(self, action_name: str) -> None:
         if action_name == "run_training_batch" and self.counted < self.parts:
-            self.counter.__exit__(None, None, None)
+            if self.counted >= 0:
+                self.counter.__exit__(None, None, None)
             self.counted += 1
         self._until_now()
         self.doing.pop()

@@ -94,6 +94,16 @@ def test_in_bfloat16_it_is_as_near_as_autocast():
     assert (ours - exact).abs().mean() <= 1.2 * (cast - exact).abs().mean()
 
 
+@pytest.mark.parametrize("side", [8, 32])
+@torch.inference_mode()
+def test_statistics_of_bfloat16_are_in_float32(side):
+    layer = nn.GroupNorm(4, 16)
+    x = (torch.randn(2, 16, side, side) + 30).bfloat16().contiguous(memory_format=torch.channels_last)
+    made, exact = packed(layer, torch.bfloat16)(x), layer(x.float())
+    assert made.dtype == torch.bfloat16
+    torch.testing.assert_close(made.float(), exact, rtol=2**-7, atol=2**-7)
+
+
 @torch.inference_mode()
 def test_a_condition_is_looked_up_once(monkeypatch):
     net = Prepared(lively(NETS["words"]()))

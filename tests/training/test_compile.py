@@ -1,0 +1,62 @@
+"""trainer.compile=true: the same training by torch.compile, with what it cost said."""
+
+from functools import partial
+
+import pytest
+import torch
+from rows import Line, Rows, Seen, train
+from smoke import command, here
+
+from ldm.training.announce import Announce
+from ldm.training.classifier import LitClassifier
+from ldm.training.clip import LitCLIP
+from ldm.training.diffusion import LitDiffusion
+from ldm.training.lr import cosine
+
+
+class Compiled(Line):
+    """Its line by the part of torch.compile that needs no compiler."""
+
+    def compile(self, *args, **kwargs):
+        self.line.compile(*args, backend="eager", **kwargs)
+
+
+def fitted(lit, steps, **given):
+    seen = Seen()
+    train(lit, Rows(), [Announce("a line", steps, partial(cosine, end=1.0)), seen], steps=steps, **given)
+    return seen.weights
+
+
+def test_it_learns_the_same_and_says_how_long_it_took(capfd):
+    plain = fitted(Line(), 20)
+    assert "compiled" not in capfd.readouterr().out
+    assert fitted(Compiled(), 20, compile=True) == pytest.approx(plain, rel=1e-6)
+    assert "a line      compiled in " in capfd.readouterr().out
+
+
+def test_sharded_it_is_refused():
+    with pytest.raises(ValueError, match="compile=true with strategy=fsdp: expected one of the two"):
+        train(Line(), Rows(), [], steps=1, compile=True, strategy="fsdp")
+
+
+@pytest.mark.parametrize("lit", [LitDiffusion, LitClassifier, LitCLIP])
+def test_what_is_compiled_is_the_network(lit):
+    net = torch.nn.Linear(1, 1)
+    one = lit.__new__(lit)
+    torch.nn.Module.__init__(one)
+    one.net = net
+    one.model = torch.nn.Module()
+    one.model.denoiser = torch.nn.Module()
+    one.model.denoiser.net = net
+    one.compile(backend="eager")
+    assert net._compiled_call_impl is not None
+    assert one._compiled_call_impl is None
+
+
+@pytest.mark.slow
+def test_a_diffusion_model_is_trained_by_it(smoke, tmp_path, monkeypatch, capfd):
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend="eager", **given))
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        assert command("train.py", "budget=smoke", "trainer.compile=true", "training.steps=12", "metrics=none") == 0
+    assert "diffusion   compiled in " in capfd.readouterr().out
