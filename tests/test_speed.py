@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -98,11 +99,49 @@ def test_what_is_expected_of_a_gpu_names_the_rows_that_the_commands_make(speed):
         assert any(compiled)
 
 
+def test_a_peak_on_a_gpu_is_what_a_call_adds_and_the_weights_that_are_held(speed, monkeypatch):
+    import sampling
+
+    gib = 2**30
+    for name, answer in {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": gib,
+        "max_memory_allocated": 3 * gib,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    net, halved = (torch.nn.Linear(2**13, 2**13, bias=False, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bfloat16))
+    calls: list[str] = []
+    told = sampling.on_gpu(4.0, (partial(calls.append, "ours"), net), (partial(calls.append, "theirs"), halved), held=4)
+    assert calls == ["ours", "theirs"]
+    assert told == {"images_per_s": 4.0, "gib": 3.0, "theirs_gib": 2.5}  # a quarter of a GiB four times, or half of that, and two more
+
+
 def test_the_exponent_of_a_power_is_found(speed):
     import curves
 
     xs = [2.0, 8.0, 32.0]
     assert curves.exponent(xs, [5 * x**1.5 for x in xs]) == pytest.approx(1.5)
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_gpu_run_and_compile_without_one(speed, monkeypatch, tmp_path):
+    import pairs
+    import sampling
+
+    def compiled(net: torch.nn.Module, **_: object) -> None:
+        net._compiled_call_impl = torch.compile(net._call_impl, backend="eager", fullgraph=True)
+
+    asked = sampling.asked
+    monkeypatch.setattr(pairs, "TABLE", tmp_path / "results.csv")
+    monkeypatch.setattr(sampling, "STEPS", 4)
+    monkeypatch.setattr(sampling, "asked", lambda size, device, compiled: asked(size, "cuda"))
+    monkeypatch.setattr("ldm.adapter.prepared.ready", lambda net, dtype: net)  # as on a GPU, where nothing is packed
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    sampling.measure("tiny DiT", 8, 2, 1, 1)
+    found = {(row["what"], row["peer"].split(", ", 1)[1]): row["equal"].split()[0] for row in csv.DictReader(pairs.TABLE.open())}
+    assert list(found) == [(row.what, row.peer.split(", ", 1)[1]) for row in asked(8, "cuda")]
+    assert all(float(equal) <= (0.1 if "bf16" in what else 1e-4) for (what, _), equal in found.items()), found
 
 
 @pytest.mark.slow
