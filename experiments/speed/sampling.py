@@ -24,6 +24,8 @@ from ldm.diffusion.schedule import scaled_linear
 
 SCALE, STEPS = 7.5, 50
 T = 500  # of one evaluation
+AUTOCAST, WEIGHTS = "bf16 autocast", "bf16 weights, channels_last"
+FROZEN, COMPILED = "compiled, weights frozen", "compiled"
 Answer = Callable[[], Tensor]
 
 
@@ -104,10 +106,6 @@ class Asked(NamedTuple):
     def both(self) -> str:
         """Said where ours is compiled too, which it is on a GPU: on a CPU its layers are packed."""
         return "compiled" if self.compiled == COMPILED else ""
-
-
-AUTOCAST, WEIGHTS = "bf16 autocast", "bf16 weights, channels_last"
-FROZEN, COMPILED = "compiled, weights frozen", "compiled"
 
 
 def asked(size: int, device: str, compiled: bool = False) -> list[Asked]:
