@@ -72,4 +72,6 @@ def cropped(image: Tensor, noise: Noise, least: float) -> Tensor:
     side = least + (1 - least) * side
     zero = torch.zeros_like(side)
     theta = torch.stack([side, zero, (1 - side) * (2 * x - 1), zero, side, (1 - side) * (2 * y - 1)], 1).unflatten(1, (2, 3))
-    return F.grid_sample(image, F.affine_grid(theta, list(image.shape), align_corners=False), "bilinear", "border", align_corners=False)
+    with torch.autocast(image.device.type, enabled=False):  # in bfloat16 a place would be a pixel off
+        places = F.affine_grid(theta, list(image.shape), align_corners=False)
+    return F.grid_sample(image, places, "bilinear", "border", align_corners=False)

@@ -71,6 +71,8 @@ def test_a_crop_is_a_part_of_the_image_keyed_by_its_row():
     assert len({round(one, 4) for one in out[:, 0, 8, 8].tolist()}) == 3
     assert torch.equal(cropped(image[1:2], Noise(0, [(0, 5)]), 0.5), out[1:2])
     assert torch.equal(cropped(image, noise, 1.0), image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cropped(image, noise, 0.5), out)
 
 
 @pytest.mark.parametrize(("total", "sizes"), [(740, [100] * 7), (100, [100]), (60, [60]), (199, [100])])
