@@ -146,7 +146,7 @@ def test_the_rows_of_a_gpu_run_and_compile_without_one(speed, monkeypatch, tmp_p
 
 @pytest.mark.slow
 def test_every_benchmark_starts(tmp_path):
-    parts = ("sampling", "training", "memory", "first_stage", "data", "distance", "curves")
+    parts = ("sampling", "training", "processes", "memory", "first_stage", "data", "distance", "curves")
     done = subprocess.run([sys.executable, str(SPEED / "measure.py"), *parts, "smoke=true", "pairs=1"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     found = list(csv.DictReader((tmp_path / "speed.csv").open()))

@@ -1,7 +1,7 @@
 """Speed beside its peers: python experiments/speed/measure.py [what ...] [threads=1] [pairs=5] [compiled=true] [device=cuda] [smoke=true]
 
-what: sampling, training, memory, first_stage, startup, data, distance, curves; all of them by default. Nothing else should run on the
-machine. Every row goes to results.csv when it is done (curves to curves.csv), and the README's table is made of it.
+what: sampling, training, processes, memory, first_stage, startup, data, distance, curves; all of them by default. Nothing else should run
+on the machine. Every row goes to results.csv when it is done (curves to curves.csv), and the README's table is made of it.
 compiled: sampling beside torch.compile too.  device=cuda: the networks of SAMPLED and TRAINED for a GPU, sampling and training alone;
 expected.json names its rows.
 """
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 KEYS = ("threads", "pairs", "compiled", "device", "smoke")
-WHATS = ("sampling", "training", "memory", "first_stage", "startup", "data", "distance", "curves")
+WHATS = ("sampling", "training", "processes", "memory", "first_stage", "startup", "data", "distance", "curves")
 SAMPLED = {  # device -> network, side of its latents, images at once
     "cpu": (("small", 16, 4), ("small", 32, 4)),
     "cuda": (("small", 32, 4), ("sd1", 64, 4), ("DiT-XL/2", 32, 32)),
@@ -72,6 +72,12 @@ def training(pairs: int, threads: int, tiny: bool, device: str) -> None:
         training.encoding("small", "sd1", 32, 256, pairs, threads)
 
 
+def processes(pairs: int, threads: int, tiny: bool) -> None:
+    import processes
+
+    processes.measure(pairs, threads, *((("budget=smoke", "training.steps=2"),) if tiny else ()))
+
+
 def memory(pairs: int, threads: int, tiny: bool) -> None:
     import memory
 
@@ -109,7 +115,7 @@ def curves(pairs: int, threads: int, tiny: bool) -> None:
     curves.measure(threads, *((1, Path("curves.csv")) if tiny else ()))
 
 
-PARTS = {part.__name__: part for part in (sampling, training, memory, first_stage, startup, data, distance, curves)}
+PARTS = {part.__name__: part for part in (sampling, training, processes, memory, first_stage, startup, data, distance, curves)}
 
 
 def table() -> None:
