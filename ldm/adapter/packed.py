@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ldm.net.attention import FeedForward
-from ldm.net.blocks import ResBlock, Upsample, double
+from ldm.net.blocks import GroupNorm, ResBlock, Upsample, double
 
 # overloads of an operator looked up at each call would cost more than a small product, so they are named here
 LINEAR, LINEAR_AND = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
@@ -146,6 +146,7 @@ TWINS: dict[type, Any] = {
     nn.Linear: Linear,
     nn.Conv2d: Conv2d,
     nn.GroupNorm: Norm,
+    GroupNorm: Norm,
     Upsample: Doubled,
     ResBlock: Residual,
     FeedForward: GEGLU,

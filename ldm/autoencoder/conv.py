@@ -1,7 +1,7 @@
 """The encoder and decoder of latent diffusion's first stages (LDM app. G; VQGAN, Esser et al. 2021, app. A)."""
 
-import math
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
@@ -9,11 +9,9 @@ from torch.nn import functional as F
 
 from ldm.net.attention import Attend, sdpa
 from ldm.net.blocks import Upsample
+from ldm.net.blocks import norm as by_groups
 
-
-def norm(channels: int, groups: int = 32) -> nn.GroupNorm:
-    """Group normalisation with `groups` groups, or their largest common divisor with `channels`; the first stages' eps is 1e-6."""
-    return nn.GroupNorm(math.gcd(channels, groups), channels, eps=1e-6)
+norm = partial(by_groups, eps=1e-6)  # the first stages' own
 
 
 class Residual(nn.Module):

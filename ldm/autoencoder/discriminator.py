@@ -1,9 +1,11 @@
 """The patch discriminator and its losses (Isola et al. 2017; VQGAN, Esser et al. 2021)."""
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.net.blocks import norm, positive
+from ldm.net.blocks import positive
 
 
 class PatchDiscriminator(nn.Module):
@@ -19,7 +21,8 @@ class PatchDiscriminator(nn.Module):
         for level in range(1, layers + 1):
             inside, outside = width * min(2 ** (level - 1), 8), width * min(2**level, 8)
             stride = 2 if level < layers else 1
-            net += [nn.Conv2d(inside, outside, 4, stride, padding=1, bias=False), norm(outside, groups), nn.LeakyReLU(0.2)]
+            net += [nn.Conv2d(inside, outside, 4, stride, padding=1, bias=False)]
+            net += [nn.GroupNorm(math.gcd(outside, groups), outside), nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*net, nn.Conv2d(width * min(2**layers, 8), 1, 4, padding=1))
         for m in self.net:
             if isinstance(m, nn.Conv2d):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ldm.condition import Condition
 from ldm.net.blocks import norm, zeroed
 
+FEW = 128  # keys
 Attend = Callable[
     [Tensor, Tensor, Tensor, Tensor | None], Tensor
 ]  # q, k, v (B, heads, N, d), mask (B, 1, 1, L) or None -> (B, heads, N, d)
@@ -38,16 +39,18 @@ def looked_up(layers: Iterable[tuple[KeyValue, ...]], cond: Condition) -> Memory
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention by torch's fused kernel: the choice for long sequences and for GPUs."""
+    """Attention by torch's fused kernel; training on a CPU it is written out for few keys, of which that kernel's gradients take longer."""
+    if q.device.type == "cpu" and k.shape[-2] <= FEW and torch.is_grad_enabled() and q.requires_grad:
+        return softmax(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention written out: the same result, and faster to train on a CPU when the sequence is a few dozen tokens."""
+    """Attention written out: the same result."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype) @ v
 
 
 class SelfAttention(nn.Module):

@@ -9,6 +9,7 @@ from torch import Size, Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+PLACES = 256  # of smaller maps bfloat16 is normalised sooner as it is
 Resize = Callable[[Tensor, Size | None], Tensor]  # (B, C, H, W) and, for the way up, the (height, width) to reach
 
 
@@ -31,9 +32,18 @@ def positive(**sizes: int) -> None:
             raise ValueError(f"{name}={size}: expected 1 or more")
 
 
-def norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's; maps of bfloat16 on a CPU go through it in the precision of its weights (ADM's GroupNorm32), in half the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype == self.weight.dtype or x.shape[2:].numel() < PLACES:
+            return super().forward(x)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def norm(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNorm:
     """Group normalisation with `groups` groups, or their largest common divisor with `channels`."""
-    return nn.GroupNorm(math.gcd(channels, groups), channels, eps=eps)
+    return GroupNorm(math.gcd(channels, groups), channels, eps=eps)
 
 
 def sinusoid(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:

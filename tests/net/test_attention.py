@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ldm.net.attention import (
+    FEW,
     CrossAttention,
     FeedForward,
     QKVAttention,
@@ -31,11 +32,26 @@ def test_softmax_attention_has_the_fused_kernels_gradients():
     g = torch.Generator().manual_seed(1)
     grads = []
     for attend in (sdpa, softmax):
-        q, k, v = (torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(s), requires_grad=True) for s in range(3))
-        (attend(q, k, v) * torch.randn(1, 2, 4, 8, generator=g.manual_seed(9))).sum().backward()
+        size = (1, 2, FEW + 1, 8)
+        q, k, v = (torch.randn(size, generator=torch.Generator().manual_seed(s), requires_grad=True) for s in range(3))
+        (attend(q, k, v) * torch.randn(size, generator=g.manual_seed(9))).sum().backward()
         grads.append([x.grad for x in (q, k, v)])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_of_few_keys_training_writes_attention_out(monkeypatch):
+    def fused(*_, **__):
+        raise AssertionError("the fused kernel")
+
+    q, k = torch.randn(1, 2, 300, 8, requires_grad=True), torch.randn(1, 2, FEW, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    monkeypatch.setattr("ldm.net.attention.F.scaled_dot_product_attention", fused)
+    torch.testing.assert_close(sdpa(q, k, k), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(AssertionError, match="fused"), torch.no_grad():
+        sdpa(q, k, k)
+    with pytest.raises(AssertionError, match="fused"):
+        sdpa(q, q, q)
 
 
 def test_self_attention_is_blind_to_the_order_of_tokens():

@@ -42,6 +42,15 @@ def test_res_block_hears_the_embedding(scale_shift):
     assert (block(x, emb) - block(x)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("side", [4, 16])
+def test_bfloat16_is_normalised_with_statistics_in_float32(side):
+    layer, x = norm(16, 4), (torch.randn(2, 16, side, side) + 30).bfloat16()
+    exact = torch.nn.functional.group_norm(x.float(), 4)
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x).float(), exact, rtol=2**-7, atol=2**-7)
+    assert norm(16, 4).double()(x.double()).dtype == torch.float64
+
+
 def test_scale_shift_is_scale_then_shift_of_the_normalised():
     torch.manual_seed(0)
     block = ResBlock(4, 4, emb_dim=6, scale_shift=True, groups=2)
