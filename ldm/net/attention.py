@@ -40,7 +40,7 @@ def looked_up(layers: Iterable[tuple[KeyValue, ...]], cond: Condition) -> Memory
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention by torch's fused kernel; training on a CPU it is written out for few keys, of which that kernel's gradients take longer."""
-    if q.device.type == "cpu" and k.shape[-2] <= FEW and torch.is_grad_enabled() and q.requires_grad:
+    if q.device.type == "cpu" and k.shape[-2] <= FEW and torch.is_grad_enabled():
         return softmax(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
