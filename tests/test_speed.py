@@ -33,6 +33,7 @@ def test_what_is_timed_is_the_same_network(speed):
     torch.testing.assert_close(first_stage.decode(stages.ours, z), first_stage.decode(stages.theirs, z), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_dit_is_the_same_network_as_diffusers(speed):
     import sampling

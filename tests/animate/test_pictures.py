@@ -156,6 +156,7 @@ def test_density_is_drawn(training):
     assert len(drawn(density(num=6, steps=2, training=training))) == 3
 
 
+@pytest.mark.slow
 def test_the_score_is_learned_from_points_alone():
     """After 400 steps the network's score is near the exact one, before any it is not, and it carries noise to the data."""
     data = ring(cosine())

@@ -168,6 +168,7 @@ def test_a_drawing_is_stopped_and_leaves_nothing(desk, runs):
     assert set((runs / "labels" / "samples").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_one_is_served_after_another(desk, runs):
     run, views = str(runs / "labels"), {}
     settings = Settings(steps=20, num=2)
