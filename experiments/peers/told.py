@@ -14,7 +14,7 @@ Row = Mapping[str, str]
 def write(found: Sequence[Row], place: Path) -> None:
     """Put the table of a results.csv into the README beside it, and draw figure.png."""
     floor = next(float(row["fd_fashion"]) for row in found if row["who"] == "reconstructions")
-    models = [row for row in found if row["who"] != "reconstructions"]
+    models = sorted((row for row in found if row["who"] != "reconstructions"), key=lambda row: int(row["seed"]))
     readme = place / "README.md"
     durable.write_text(readme, table.between(readme.read_text(), "table", "\n".join(lines(models, floor))))
     figure(models, floor, place / "figure.png")
