@@ -16,7 +16,7 @@ CONV_AND = torch.ops.mkldnn._convolution_pointwise.binary
 ALONE: Any = ("none", [], "")  # nothing is done to the product
 ADDED: Any = ("add", 1.0, None, [], None)
 
-PLACES = 1024  # from so many on, normalising bfloat16 as it is is sooner than by way of float32
+PLACES = 1024  # from so many on bfloat16 is normalised sooner as it is; with gradients, in ldm.net.blocks, it is the other way about
 
 # nearest-neighbour doubling, then 3 taps, is 4 taps at stride 2 (rows: those taps, columns: the convolution's)
 DOUBLED = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])

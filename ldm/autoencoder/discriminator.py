@@ -22,6 +22,7 @@ class PatchDiscriminator(nn.Module):
             inside, outside = width * min(2 ** (level - 1), 8), width * min(2**level, 8)
             stride = 2 if level < layers else 1
             net += [nn.Conv2d(inside, outside, 4, stride, padding=1, bias=False)]
+            # torch's own, by which the first stages of the committed results were trained, to the bit
             net += [nn.GroupNorm(math.gcd(outside, groups), outside), nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*net, nn.Conv2d(width * min(2**layers, 8), 1, 4, padding=1))
         for m in self.net:

@@ -91,5 +91,8 @@ class LitAutoencoder(L.LightningModule):
         rec, adv = (torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction, adversarial))
         return adaptive_weight(mean_over_ranks(rec), mean_over_ranks(adv))
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is: the adaptive weight goes back through one graph twice."""
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [self.optimizer(self.autoencoder.parameters()), self.discriminator_optimizer(self.discriminator.parameters())]

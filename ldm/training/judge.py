@@ -26,5 +26,8 @@ class LitJudge(L.LightningModule):
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is: it is small, and trained once."""
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.parameters())

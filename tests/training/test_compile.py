@@ -8,9 +8,11 @@ from rows import Line, Rows, Seen, train
 from smoke import command, here
 
 from ldm.training.announce import Announce
+from ldm.training.autoencoder import LitAutoencoder
 from ldm.training.classifier import LitClassifier
 from ldm.training.clip import LitCLIP
 from ldm.training.diffusion import LitDiffusion
+from ldm.training.judge import LitJudge
 from ldm.training.lr import cosine
 
 
@@ -50,6 +52,14 @@ def test_what_is_compiled_is_the_network(lit):
     one.model.denoiser.net = net
     one.compile(backend="eager")
     assert net._compiled_call_impl is not None
+    assert one._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("lit", [LitAutoencoder, LitJudge])
+def test_what_is_not_compiled_does_not_say_so(lit):
+    one = lit.__new__(lit)
+    torch.nn.Module.__init__(one)
+    one.compile()
     assert one._compiled_call_impl is None
 
 
