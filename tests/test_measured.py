@@ -11,7 +11,7 @@ from ldm.report import rows
 ARMS = {  # what is typed, and the rows it leaves
     "augmentation": (("drawn=4", "steps=2"), 6),
     "families": (("seeds=0", "steps=2,2", "num=20", "budget=smoke"), 3),
-    "peers": (("minutes=0.01", "seeds=0", "rates=1e-3", "num=20", "budget=smoke"), 3),
+    "peers": (("minutes=0.01", "pixels=0.01", "seeds=0", "rates=1e-3", "num=20", "budget=smoke"), 5),
 }
 
 
@@ -31,7 +31,8 @@ def measure(request, monkeypatch, smoke, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with here(smoke.folder):
         yield made
-    sys.modules.pop("told", None)
+    for name in ("told", "recipes"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.slow
@@ -57,7 +58,9 @@ def test_the_peers_table_is_of_what_is_above_the_reconstructions(monkeypatch):
 
     rest = {"minutes": "2", "guided_fd_fashion": "3"}
     found = [{"who": who, "fd_fashion": fd, **rest} for who, fd in (("ours", "4"), ("ours", "6"), ("diffusers", "9"))]
-    _, _, alone, guided = told.lines(found, 1.0)
-    assert alone == "| alone | 2 | 4.00, 6.00 | 9.00 | **0.50** |"
+    found.append({"who": "another", "fd_fashion": "17", "minutes": "2", "guided_fd_fashion": ""})
+    _, _, another, alone, guided = told.lines(found, 1.0)
+    assert alone == "| alone | 2 | diffusers | 4.00, 6.00 | 9.00 | **0.50** |"
+    assert another == "| alone | 2 | another | 4.00, 6.00 | 17.00 | **0.25** |"
     assert guided.endswith("**1.00** |")
     sys.modules.pop("told")

@@ -1,25 +1,24 @@
-"""Quality at equal CPU minutes: python experiments/peers/measure.py RUN [minutes=2,4,8] [seeds=0,1] [num=2000] [rates=1e-4,5e-4,2e-3] ...
+"""Quality at equal CPU minutes: python experiments/peers/measure.py RUN [minutes=2,4,8] [pixels=4] [seeds=0,1] [num=2000] [rates=...] ...
 
-RUN, a quickstart, lends its first stage, text encoder, data and judge; each side trains a U-Net in those latents for so many minutes of CPU
-time of its training loop, one thread, in bfloat16 where the CPU multiplies it.  Theirs is diffusers' UNet2DConditionModel with our layers,
-trained as train_text_to_image.py trains (epsilon, AdamW, constant rate, clipped, EMAModel): with the first seed at each of the rates, with
-the others at those that were best; of these, and of raw and averaged weights, the best on other noise (tried.csv) is scored.  Both are
-drawn alike.  A row of results.csv a model that was scored, and one of reconstructions; started again it goes on with what is missing.
+RUN, a quickstart, lends its first stage, text encoder, data and judge; each side trains a U-Net for so many minutes of CPU time of its
+training loop, one thread, in bfloat16 where the CPU multiplies it: ours and diffusers' in those latents, and for `pixels` minutes that of
+diffusers and of denoising-diffusion-pytorch in pixels (recipes.py).  A peer is trained with the first seed at each of the rates, with the
+others at those that were best; of these, and of raw and averaged weights, the best on other noise (tried.csv) is scored.  All are drawn
+alike.  A row of results.csv a model that was scored, and one of reconstructions; started again it goes on with what is missing.
 """
 
-import copy
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import recipes
 import told
 import torch
-from torch.nn import functional as F
+from recipes import WARMUP, DenoisingDiffusion, Diffusers, Recipe, Space
 
 from ldm import durable
 from ldm.report import rows
@@ -27,8 +26,7 @@ from ldm.report import rows
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TABLE, TRIED = HERE / "results.csv", HERE / "tried.csv"
-KEYS = ("minutes", "seeds", "num", "rates")  # of this command; what else is typed goes to train.py
-BATCH, WARMUP, DROP = 128, 100, 0.1
+KEYS = ("minutes", "pixels", "seeds", "num", "rates")  # of this command; what else is typed goes to train.py
 SCALES = (3.0, 5.0)  # of guidance in its interval; the better on other seeds is taken
 DEV, DEV_SEED, SEED, STEPS = 500, 6_000_000, 5_000_000, 16
 
@@ -42,41 +40,56 @@ def main(run: str, *words: str) -> None:
     shared = Shared(Path(run).absolute(), int(said.get("num", 2000)), more)
     if not known({"who": "reconstructions"}, TABLE):
         keep({"who": "reconstructions", "fd_fashion": shared.reconstructed()})
+    peers = [(recipe, minutes, ("alone", "guided")) for recipe in shared.latent()]
+    if pixels := [float(one) for one in said.get("pixels", "4").split(",") if one]:
+        peers += [(recipe, pixels, ("alone",)) for recipe in shared.pixels()]
+    best = {recipe.name: rates for recipe, *_ in peers}
     for seed in map(int, said.get("seeds", "0,1").split(",")):
         ours(shared, minutes, seed)
-        rates = theirs(shared, minutes, seed, rates)
+        for recipe, marks, ways in peers:
+            best[recipe.name] = theirs(recipe, shared, marks, seed, best[recipe.name], ways)
     told.write(rows.read(TABLE), HERE)
 
 
 class Shared:
-    """What both sides have: latents, captions, the encoder of these, the judge, and how a model is scored."""
+    """What all sides have: data, captions, first stage, the encoder of the captions, the judge, and how a model is scored."""
 
     def __init__(self, run: Path, num: int, more: Sequence[str] = ()):
         from ldm import build
-        from ldm.data.latents import Latents, encode_all
         from ldm.load import config_of, load
         from ldm.score import Told
         from ldm.stage import judge
 
         config = config_of(run)
         self.run, self.num, self.more, self.model = run, num, more, load(run)
-        data = build.dataset(config)
-        self.latents = Latents(data, encode_all(self.model.autoencoder, data))
+        self.data = build.dataset(config)
         make, _ = judge.scorer(config, config.metrics)
-        self.config, self.score, self.told = config, make(), Told(data.classes, data.captions)
+        self.config, self.score, self.told = config, make(), Told(self.data.classes, self.data.captions)
 
-    def scored(self, model: Any) -> dict[str, float]:
+    def latent(self) -> Iterator[Recipe]:
+        """The peers in our latents, of our size."""
+        space = Space(self.model.autoencoder, self.data)
+        yield Diffusers("diffusers", space, self.model.conditioner, self.model.size, (48, 96))
+
+    def pixels(self) -> Iterator[Recipe]:
+        """The peers in pixels, of about our size."""
+        from ldm.autoencoder.identity import Identity
+
+        space = Space(Identity(self.data.pixels([0]).shape[1]), self.data)
+        yield Diffusers("diffusers, pixels", space, self.model.conditioner, self.model.size, (32, 64, 96))
+        yield DenoisingDiffusion(space, len(self.data.classes), self.model.size)
+
+    def scored(self, model: Any, ways: Sequence[str] = ("alone", "guided")) -> dict[str, float]:
         """The numbers of a model without guidance and with it, the scale chosen on other seeds."""
-        plain = self.measured(model, 1.0, self.num, SEED)
-        tried = {scale: self.measured(model, scale, DEV, DEV_SEED)["fd_fashion"] for scale in SCALES}
-        best = min(tried, key=tried.__getitem__)
-        guided = self.measured(model, best, self.num, SEED)
         names = ("fd_fashion", "recall", "accuracy")
-        return {**{n: plain[n] for n in names}, "scale": best, **{f"guided_{n}": guided[n] for n in names}}
-
-    def net(self) -> Any:
-        """Theirs, for these latents and this encoder."""
-        return net(self.model.autoencoder.z_channels, self.model.conditioner.context_dim)
+        plain = self.measured(model, 1.0, self.num, SEED)
+        found = {name: plain[name] for name in names}
+        if "guided" in ways:
+            tried = {scale: self.measured(model, scale, DEV, DEV_SEED)["fd_fashion"] for scale in SCALES}
+            best = min(tried, key=tried.__getitem__)
+            guided = self.measured(model, best, self.num, SEED)
+            found |= {"scale": best, **{f"guided_{name}": guided[name] for name in names}}
+        return found
 
     def reconstructed(self) -> float:
         """The distance of as many held-out images, encoded and decoded: what nobody trained in these latents gets below."""
@@ -87,11 +100,13 @@ class Shared:
         return reconstruct(self.model.autoencoder, test, self.score, self.num)["rfd_fashion"]
 
     def measured(self, model: Any, scale: float, num: int, seed: int) -> dict[str, float]:
-        from ldm.diffusion import sampler, times
+        from ldm.diffusion import constraint, sampler, times
         from ldm.diffusion.guidance import cfg
         from ldm.score import measure, samples
 
         guidance = partial(cfg, scale=scale, interval=(0.2, 0.75)) if scale != 1 else cfg
+        if model.autoencoder.factor == 1:  # pixels, which both peers hold to their range
+            guidance = partial(constraint.guided, constraint=constraint.clip)
         ts = times.trailing(model.denoiser.schedule, STEPS)
         return measure(self.score, samples(model, self.told.batch, range(num), seed, 250, ts, sampler.dpmpp_2m, guidance, "auto"))
 
@@ -140,97 +155,30 @@ def trained(shared: Shared, steps: int, seed: int, name: str) -> tuple[Path, flo
     return folder, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def theirs(shared: Shared, minutes: Sequence[float], seed: int, rates: Sequence[float]) -> list[float]:
-    """diffusers' recipe at each rate, its weights kept at each of the minutes, raw and averaged, and the best scored; returns its rates."""
-    place = shared.run.parent / "peers" / f"theirs-s{seed}"
+def theirs(recipe: Recipe, shared: Shared, minutes: Sequence[float], seed: int, rates: Sequence[float], ways: Sequence[str]) -> list[float]:
+    """A peer's recipe at each rate, its weights kept at each of the minutes, raw and averaged, and the best scored; returns its rates."""
+    place = shared.run.parent / "peers" / f"{recipe.name.replace(', ', '-')}-s{seed}"
     for rate in rates:
-        wanted = [{"minutes": one, "seed": seed, "rate": rate} for one in minutes]
+        wanted = [{"who": recipe.name, "minutes": one, "seed": seed, "rate": rate} for one in minutes]
         if all(known({**row, "weights": "ema"}, TRIED) for row in wanted):
             continue
-        for row, (steps, weights) in zip(wanted, recipe(shared, rate, [60 * one for one in minutes], seed), strict=True):
+        for row, (steps, weights) in zip(wanted, recipes.trained(recipe, rate, [60 * one for one in minutes], seed), strict=True):
             for kind, state in weights.items():
                 file = place / f"{rate:g}-{row['minutes']:g}-{kind}.safetensors"
                 durable.write_tensors(file, state)
-                found = shared.measured(ours_of(shared, state), 1.0, DEV, DEV_SEED)
+                found = shared.measured(recipe.model(state), 1.0, DEV, DEV_SEED)
                 rows.add(TRIED, {**row, "weights": kind, "steps": steps, "fd_fashion": found["fd_fashion"], "file": file.name})
     won = []
     for one in minutes:
-        row = {"who": "diffusers", "minutes": one, "seed": seed}
-        tried = [some for some in rows.read(TRIED) if (float(some["minutes"]), some["seed"]) == (one, str(seed))]
-        best = min(tried, key=lambda some: float(some["fd_fashion"]))
+        row = {"who": recipe.name, "minutes": one, "seed": seed}
+        said = {name: rows.text(value) for name, value in row.items()}
+        best = min((some for some in rows.read(TRIED) if said.items() <= some.items()), key=lambda some: float(some["fd_fashion"]))
         won.append(float(best["rate"]))
         if not known(row, TABLE):
-            model = ours_of(shared, durable.read_tensors(place / best["file"]))
+            model = recipe.model(durable.read_tensors(place / best["file"]))
             more = {name: best[name] for name in ("rate", "weights", "steps")}
-            keep({**row, **more, "parameters": size(model.denoiser.net), **shared.scored(model)})
+            keep({**row, **more, "parameters": size(model.denoiser.net), **shared.scored(model, ways)})
     return sorted(set(won))
-
-
-def net(channels: int, dim: int) -> Any:
-    """UNet2DConditionModel with the layers of ours (conf/net/quick.yaml), for latents of so many channels told contexts (B, L, dim)."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        **{"sample_size": 8, "in_channels": channels, "out_channels": channels, "block_out_channels": (48, 96), "layers_per_block": 1},
-        **{"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")},
-        **{"cross_attention_dim": dim, "attention_head_dim": 3, "norm_num_groups": 3, "resnet_time_scale_shift": "scale_shift"},
-        use_linear_projection=True,
-    )
-
-
-def recipe(shared: Shared, rate: float, marks: Sequence[float], seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Train; at each mark, in seconds of CPU time, the step and the weights {"raw": ..., "ema": ...}. Scoring is not on the clock."""
-    from diffusers import DDPMScheduler
-    from diffusers.training_utils import EMAModel
-
-    torch.manual_seed(seed)
-    unet = shared.net().train()
-    scheduler, average = DDPMScheduler(), EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, weight_decay=1e-2)
-    autoencoder, conditioner = shared.model.autoencoder, shared.model.conditioner
-    low, spent, step = torch.cpu._is_amx_tile_supported(), 0.0, 0
-    null = conditioner.null({"index": [0]})
-    for mark in marks:
-        since = time.process_time()
-        while spent + time.process_time() - since < mark:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / WARMUP)
-            batch = shared.latents.batch([(0, int(i)) for i in torch.randint(len(shared.latents), (BATCH,))])
-            with torch.no_grad():
-                posterior = autoencoder.posterior_of(batch["moments"])
-                z = autoencoder.normalise(posterior.sample(torch.randn_like(posterior.mean)))
-                cond = conditioner(batch)
-                cond = cond.where(torch.rand(BATCH) >= DROP, null.index([0] * BATCH))
-            noise, t = torch.randn_like(z), torch.randint(0, 1000, (BATCH,))
-            with torch.autocast("cpu", torch.bfloat16, enabled=low):
-                out = unet(scheduler.add_noise(z, noise, t), t, cond.context, encoder_attention_mask=cond.mask).sample
-            F.mse_loss(out.float(), noise).backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            average.step(unet.parameters())
-            step += 1
-        spent += time.process_time() - since
-        averaged = copy.deepcopy(unet)
-        average.copy_to(averaged.parameters())
-        yield step, {"raw": unet.state_dict(), "ema": averaged.state_dict()}
-
-
-def ours_of(shared: Shared, state: Mapping[str, torch.Tensor]) -> Any:
-    """Their weights in our network, so that both are drawn by one code."""
-    from hydra.utils import instantiate
-
-    from ldm.diffusion.denoiser import Denoiser
-    from ldm.diffusion.prediction import Eps
-    from ldm.diffusion.schedule import linear
-    from ldm.interop import diffusers, diffusers_config
-    from ldm.model import LatentDiffusion
-
-    config = shared.net().config
-    made = instantiate(diffusers_config.net(dict(config)), in_channels=config.in_channels, out_channels=config.in_channels,
-                       context_dim=config.cross_attention_dim)  # fmt: skip
-    made.load_state_dict(diffusers.import_unet(dict(state)))
-    return LatentDiffusion(shared.model.autoencoder, shared.model.conditioner, Denoiser(made.eval(), linear(), Eps()), shared.model.size)
 
 
 def size(network: torch.nn.Module) -> int:

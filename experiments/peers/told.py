@@ -21,17 +21,24 @@ def write(found: Sequence[Row], place: Path) -> None:
 
 
 def lines(models: Sequence[Row], floor: float) -> Iterable[str]:
-    """Markdown: a line for each way of drawing and each of the minutes, distances by seed, and the ratio of what both have above floor."""
-    yield "| drawn | CPU minutes | ours, by seed | diffusers, by seed | above the reconstructions' " + f"{floor:.2f}: ours / diffusers |"
-    yield "|---|---|---|---|---|"
+    """Markdown: a line for each way of drawing, minutes and peer; distances by seed, and the ratio of what both have above floor."""
+    above = f"above the reconstructions' {floor:.2f}: ours / the peer's"
+    yield f"| drawn | CPU minutes | peer | ours, by seed | the peer's, by seed | {above} |"
+    yield "|---|---|---|---|---|---|"
     for name, way in WAYS.items():
-        for one in sorted({float(row["minutes"]) for row in models}):
-            sides = [[row for row in models if row["who"] == who and float(row["minutes"]) == one] for who in ("ours", "diffusers")]
-            if not all(sides):
-                continue
-            ours, theirs = ([float(row[name]) for row in side] for side in sides)
-            cells = (", ".join(f"{value:.2f}" for value in side) for side in (ours, theirs))
-            yield f"| {way} | {one:g} | {' | '.join(cells)} | **{(mean(ours) - floor) / (mean(theirs) - floor):.2f}** |"
+        shown = [row for row in models if row.get(name)]
+        for one in sorted({float(row["minutes"]) for row in shown}):
+            side = {who: [float(row[name]) for row in shown if (row["who"], float(row["minutes"])) == (who, one)] for who in names(shown)}
+            for peer, theirs in side.items():
+                if peer == "ours" or not theirs or not side.get("ours"):
+                    continue
+                cells = (", ".join(f"{value:.2f}" for value in values) for values in (side["ours"], theirs))
+                ratio = (mean(side["ours"]) - floor) / (mean(theirs) - floor)
+                yield f"| {way} | {one:g} | {peer} | {' | '.join(cells)} | **{ratio:.2f}** |"
+
+
+def names(models: Sequence[Row]) -> list[str]:
+    return sorted({row["who"] for row in models})
 
 
 def figure(models: Sequence[Row], floor: float, path: Path) -> None:
@@ -41,13 +48,15 @@ def figure(models: Sequence[Row], floor: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plot, axis = plt.subplots(figsize=(5, 3.4))
-    for who in ("ours", "diffusers"):
+    for who in names(models):
         for name, way in WAYS.items():
-            points = [(float(row["minutes"]), float(row[name])) for row in models if row["who"] == who]
+            points = [(float(row["minutes"]), float(row[name])) for row in models if row["who"] == who and row.get(name)]
+            if not points:
+                continue
             xs = sorted({x for x, _ in points})
             style = "-" if name == "fd_fashion" else "--"
             (line,) = axis.plot(xs, [mean(y for a, y in points if a == x) for x in xs], style, label=f"{who}, {way}")
-            axis.plot(*zip(*points, strict=True), ".", color=line.get_color())
+            axis.plot(*zip(*points, strict=True), "." if len(xs) > 1 else "o", color=line.get_color(), ms=4)
     axis.axhline(floor, color="gray", lw=0.8, label="reconstructions")
     axis.set(xscale="log", yscale="log", xlabel="CPU minutes of training", ylabel="fd_fashion")
     axis.legend(fontsize=7)

@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -168,23 +167,16 @@ def test_a_drawing_is_stopped_and_leaves_nothing(desk, runs):
     assert set((runs / "labels" / "samples").rglob("*")) == before
 
 
-@pytest.mark.slow
 def test_one_is_served_after_another(desk, runs):
-    run, views = str(runs / "labels"), {}
-    settings = Settings(steps=20, num=2)
-
-    def come(who):
-        views[who] = list(desk.draw(who, [run], forms.words, (32, 32), settings))
-
-    people = [threading.Thread(target=come, args=(who,)) for who in ("a", "b")]
-    for person in people:
-        person.start()
-        time.sleep(0.05)
-    for person in people:
-        person.join(60)
-    assert all(view[-1].drawn for view in views.values())
-    assert any("Waiting: 1 request before this one." in view.stage for view in views["b"])
-    assert not any("Waiting" in view.stage for view in views["a"])
+    go = threading.Event()
+    first = desk.line.start(lambda job: go.wait(60))
+    views = desk.draw("b", [str(runs / "labels")], forms.words, (32, 32), Settings(steps=2, num=1))
+    assert "Looking at the request" in next(views).stage
+    assert "Waiting: 1 request before this one." in next(views).stage
+    go.set()
+    *_, last = views
+    assert first.done.is_set()
+    assert last.drawn
 
 
 def test_a_closed_page_gives_way(desk, runs, ask):
