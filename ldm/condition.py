@@ -31,7 +31,8 @@ class Condition:
     def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
         """The Condition with f applied to every tensor in it."""
         values: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(self)}
-        return replace(self, **{k: tuple(map(f, v)) if isinstance(v, tuple) else f(v) for k, v in values.items() if v is not None})
+        changed: dict[str, Any] = {k: tuple(map(f, v)) if isinstance(v, tuple) else f(v) for k, v in values.items() if v is not None}
+        return replace(self, **changed)
 
     def to(self, *args, **kwargs) -> "Condition":
         """Move or cast as Tensor.to does; the boolean mask keeps its dtype."""

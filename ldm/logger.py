@@ -42,13 +42,13 @@ class WandB:
         self.run: Any = None
 
     def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
-        mode = self.mode or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        mode: Any = self.mode or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         os.environ["WANDB_MODE"] = mode  # before the import, so that nothing prompts
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
         self.folder = folder
-        limits = {"init_timeout": 20, "finish_timeout": self.patience, "finish_timeout_raises": True}
+        limits: dict[str, Any] = {"init_timeout": 20, "finish_timeout": self.patience, "finish_timeout_raises": True}
         settings = wandb.Settings(console="off", x_disable_stats=True, **limits)
         group = self.group or os.environ.get("LDM_SWEEP")
         tags = [*self.tags, *about(config, choices)]
@@ -124,7 +124,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("logger=tensorboard needs the package tensorboard: pip install tensorboard") from None
-        self.open, self.writer = SummaryWriter, None
+        self.open = SummaryWriter
+        self.writer: Any = None
 
     def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
         steps = [row["step"] for row in read_journal(folder / "metrics.jsonl")]

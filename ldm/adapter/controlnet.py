@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ class ControlNet:
         if not hasattr(net, "contract"):
             raise ValueError(f"adapter=controlnet: expected a U-Net, this network is a {type(net).__name__}")
         model.requires_grad_(False)
-        control = Control(lora.merge(net), model.autoencoder.factor)  # its weights come without corrections: these may change
+        control = Control(cast(UNet, lora.merge(net)), model.autoencoder.factor)  # its weights come without corrections: these may change
         wrapped = model.denoiser.net
         if not hasattr(wrapped, "controls"):
             model.denoiser.net = wrapped = Controlled(wrapped, [])

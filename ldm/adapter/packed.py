@@ -1,6 +1,6 @@
 """Layers for drawing on a CPU: the answers of the network's own by oneDNN's kernels, the weights laid out for them beforehand."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Size, Tensor, nn
@@ -25,7 +25,7 @@ DOUBLED = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0,
 def packed(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The module with every layer in it that has a twin here replaced by it, which multiplies in dtype; a layer itself becomes its twin."""
     if isinstance(module, Upsample) and (dtype != torch.float32 or module.conv.in_channels < 64):
-        module.conv = packed(module.conv, dtype)  # of few channels and in bfloat16 the transposed convolution takes longer
+        module.conv = cast(Any, packed(module.conv, dtype))  # of few channels and in bfloat16 the transposed convolution takes longer
         return module
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return module  # nobody's here, but of somebody's own network

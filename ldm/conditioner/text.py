@@ -25,6 +25,7 @@ class Text(nn.Module):
 
     keys = ("caption",)
     concat_channels = 0
+    vector_dim: int | None
     here: Tensor  # empty, goes where the model goes
 
     def __init__(self, encoder: Encoder, length: int = 32):

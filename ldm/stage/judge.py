@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import build, durable, runs
 from ldm.data.latents import batches
@@ -76,7 +76,7 @@ def wanted(cfg: Any) -> list[cache.Kept]:
     return [cache.kept_judge(cfg)] if "_target_" in cfg.metrics and "net" not in cfg.metrics else []
 
 
-def load(cfg: Any, folder: Path) -> tuple[nn.Module, Tensor]:
+def load(cfg: Any, folder: Path) -> tuple[Any, Tensor]:
     """The judge kept in a folder and its reference features (N, D)."""
     net = instantiate(cfg.judge.net)()
     net.load_state_dict(durable.read_tensors(folder / "weights.safetensors"))
@@ -98,7 +98,7 @@ def scorer(cfg: Any, metrics: Any) -> tuple[Callable[[], Score] | None, dict[str
     return partial(make, *load(cfg, folder)), runs.finished(folder) or {}
 
 
-def baselines(net: nn.Module, reference: Tensor, data, test, num: int = 5000) -> dict[str, float]:
+def baselines(net: Any, reference: Tensor, data, test, num: int = 5000) -> dict[str, float]:
     """Scores of what is no generative model worth the name: real test images, the same with noise, and a Gaussian per class."""
     num = min(num, len(test))
     rows = [(0, i) for i in range(num)]
@@ -107,7 +107,8 @@ def baselines(net: nn.Module, reference: Tensor, data, test, num: int = 5000) ->
     rank = min(50, int(train_images["label"].bincount().min()) - 1)
     gaussian = PCAGaussian.fit(train_images["image"], train_images["label"], rank)
     noise = Noise(0, list(range(num)))
-    score = Score(net, reference, {"fd": FrechetDistance, "accuracy": ClassAccuracy, "precision_recall": PrecisionRecall})
+    wanted: dict[str, Any] = {"fd": FrechetDistance, "accuracy": ClassAccuracy, "precision_recall": PrecisionRecall}
+    score = Score(net, reference, wanted)
     found: dict[str, float] = {}
     sets = {"test": batch["image"], "noisy": noisy(batch["image"], 0.05, noise), "pca": gaussian.sample(batch["label"], noise)}
     for name, image in sets.items():

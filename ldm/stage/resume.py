@@ -85,7 +85,8 @@ def nearest(config: Mapping[str, Any], folder: Path) -> str:
     for path in folder.parent.glob("*/config.yaml"):
         if path.parent != folder and durable.steps(path.parent / "checkpoints"):
             try:
-                found.append((runs.differences(*(runs.without(one, FREE) for one in (runs.load_config(path), config))), path.parent))
+                old, new = (runs.without(one, FREE) for one in (runs.load_config(path), config))
+                found.append((runs.differences(old, new), path.parent))
             except UserError:
                 continue
     if not found:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -23,7 +23,7 @@ from ldm.training.accumulate import Accumulated, Parted
 from ldm.training.clock import Spent
 from ldm.training.sharded import twin
 
-PRECISION = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+PRECISION: dict[str, Any] = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def precision_here(wanted: str | int) -> str:
@@ -84,7 +84,7 @@ def fit(
     if accumulate > 1:
         stream = Parted(stream, accumulate)
     if not lit.automatic_optimization:
-        lit.parts = accumulate
+        cast(Any, lit).parts = accumulate
     loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers, worker_init_fn=deaf)
     if precision_here(precision) != "64" and strategy != "fsdp":  # which takes weights only as they are
         lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
@@ -93,7 +93,7 @@ def fit(
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)  # its advice is for other ways of working
     warnings.filterwarnings("ignore", module="lightning")
-    trainer = L.Trainer(
+    trainer: Any = L.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=nodes,
@@ -113,7 +113,7 @@ def fit(
             trainer.callbacks = [Accumulated(around, accumulate)] if accumulate > 1 else list(around)
             trainer.fit(trainee, loader)
     except SystemExit as end:  # before the first step Lightning answers Ctrl-C with 1, SIGTERM without a code
-        raise SystemExit({1: 130, None: 85}.get(end.code, end.code)) from None
+        raise SystemExit({1: 130, None: 85}.get(cast(Any, end.code), end.code)) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -17,6 +17,8 @@ class LitJudge(L.LightningModule):
     shift: largest random translation in pixels, keyed by the step (0 for none).
     """
 
+    net: Any
+
     def __init__(self, net: nn.Module, optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer], label_smoothing: float = 0.0):
         super().__init__()
         self.net, self.optimizer, self.label_smoothing = net, optimizer, label_smoothing
