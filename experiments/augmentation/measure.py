@@ -3,11 +3,13 @@
 python experiments/augmentation/measure.py RUN[,RUN] [drawn=5000] [steps=600]
 
 Trains the judge's network on a few real images of each class, alone and with what a quickstart drew, whose label is what was asked for; the
-same number of steps for all. A row of results.csv an arm and seed; started again it goes on with what is missing.
+same number of steps for all. A row of results.csv an arm and seed, and the README's table; started again it goes on with what is missing.
 """
 
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.report import rows
+from ldm import durable
+from ldm.metrics.interval import paired
+from ldm.report import rows, table
 
 HERE = Path(__file__).parent
 TABLE = HERE / "results.csv"
@@ -28,6 +32,25 @@ def main(runs: str, *words: str) -> None:
     said = {"drawn": "5000", "steps": "600", **dict(word.split("=", 1) for word in words)}
     for run in runs.split(","):
         one(Path(run).absolute(), int(said["drawn"]), int(said["steps"]))
+    readme = HERE / "README.md"
+    durable.write_text(readme, table.between(readme.read_text(), "table", "\n".join(lines(rows.read(TABLE)))))
+
+
+def lines(found: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """Markdown: for each number of real images the accuracy alone and with drawn ones, by seed, and the difference, paired by seed."""
+    yield "| real images | alone, by seed | with drawn images | difference | 95% interval |"
+    yield "|---|---|---|---|---|"
+    for real in dict.fromkeys(row["real"] for row in found):
+        alone, more = (
+            {row["seed"]: float(row["accuracy"]) for row in found if row["real"] == real and (row["drawn"] == "0") == none}
+            for none in (True, False)
+        )
+        differences = [more[seed] - alone[seed] for seed in alone if seed in more]
+        if differences:
+            low, high = paired(differences) if len(differences) > 1 else (nan, nan)
+            cells = (", ".join(f"{value:.1%}" for value in side.values()) for side in (alone, more))
+            difference = sum(differences) / len(differences)
+            yield f"| {int(real):,} | {' | '.join(cells)} | {100 * difference:+.1f} points | {100 * low:+.1f} to {100 * high:+.1f} |"
 
 
 def one(run: Path, count: int, steps: int) -> None:

@@ -9,8 +9,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ldm.report import rows
+from ldm import durable
+from ldm.report import rows, table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TABLE = HERE / "results.csv"
+NAMES = ("fd_fashion", "precision", "recall", "accuracy")
 BATCH, DIM, WIDTH, CLASSES = 128, 64, 48, 10
 
 
@@ -48,6 +51,20 @@ def main(run: str, *words: str) -> None:
                 torch.manual_seed(seed)
                 draw, steps = family(images, labels, budget)
                 keep({"family": name, "seed": seed, "seconds": budget, "steps": steps, **measured(score, draw, int(said["num"]))})
+    readme = HERE / "README.md"
+    durable.write_text(readme, table.between(readme.read_text(), "table", "\n".join(lines(rows.read(TABLE)))))
+
+
+def lines(found: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """Markdown: each family's steps and numbers, their mean and, in brackets, their spread over seeds."""
+    yield f"| family | CPU seconds | steps | {' | '.join(NAMES)} | seeds |"
+    yield "|---|---|---|" + "---|" * (len(NAMES) + 1)
+    for family in dict.fromkeys(row["family"] for row in found):
+        mine = [row for row in found if row["family"] == family]
+        values = {name: [float(row[name]) for row in mine] for name in (*NAMES, "seconds", "steps")}
+        cells = [f"{mean(values[name]):.3g} ({min(values[name]):.3g} to {max(values[name]):.3g})" for name in NAMES]
+        spent = " | ".join(f"{mean(values[name]):,.0f}" for name in ("seconds", "steps"))
+        yield f"| {family} | {spent} | {' | '.join(cells)} | {len(mine)} |"
 
 
 def known(family: str, seed: int) -> dict[str, str] | None:
@@ -72,7 +89,7 @@ def measured(score: Any, draw: Callable[[Tensor], Tensor], num: int) -> dict[str
 
 def numbers(score: Any) -> dict[str, float]:
     found = score.compute()
-    return {name: found[name] for name in ("fd_fashion", "precision", "recall", "accuracy")}
+    return {name: found[name] for name in NAMES}
 
 
 def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: int, more: Sequence[str] = ()) -> float:

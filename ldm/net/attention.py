@@ -39,8 +39,8 @@ def looked_up(layers: Iterable[tuple[KeyValue, ...]], cond: Condition) -> Memory
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention by torch's fused kernel; training on a CPU it is written out for few keys, of which that kernel's gradients take longer."""
-    if q.device.type == "cpu" and k.shape[-2] <= FEW and torch.is_grad_enabled():
+    """Attention by torch's fused kernel, but training in bfloat16 on a CPU, where for few keys that kernel's gradients take longer."""
+    if v.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[-2] <= FEW and torch.is_grad_enabled():
         return softmax(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
