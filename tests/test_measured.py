@@ -4,6 +4,7 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
+import torch
 from smoke import ROOT, here
 
 from ldm.report import rows
@@ -64,3 +65,19 @@ def test_the_peers_table_is_of_what_is_above_the_reconstructions(monkeypatch):
     assert another == "| alone | 2 | another | 4.00, 6.00 | 17.00 | **0.25** |"
     assert guided.endswith("**1.00** |")
     sys.modules.pop("told")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["Diffusers", "DenoisingDiffusion"])
+def test_a_peers_average_follows_its_network(peer, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "peers"))
+    import recipes
+
+    net = torch.nn.Linear(1, 1, bias=False)
+    net.requires_grad_(False).weight.zero_()
+    follow, averaged = getattr(recipes, peer).average(None, net)
+    for _ in range(300):
+        net.weight.lerp_(torch.ones(1, 1), 0.05)
+        follow()
+    assert 0.7 < averaged()["weight"].item() < 1
+    sys.modules.pop("recipes")

@@ -1,7 +1,6 @@
 """The peers' recipes: a network, what it is trained on, its loss and its average, and how its weights are drawn from."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ class Diffusers:
 
         average = EMAModel(net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
         names = [name for name, _ in net.named_parameters()]
-        return partial(average.step, net.parameters()), lambda: dict(zip(names, average.shadow_params, strict=True))
+        return lambda: average.step(net.parameters()), lambda: dict(zip(names, average.shadow_params, strict=True))
 
     def loss(self, net: Any, z: Tensor, batch: dict[str, Any]) -> Tensor:
         with torch.no_grad():

@@ -92,7 +92,7 @@ def test_a_student_that_has_arrived_has_no_loss():
     """x0 of data without spread is the mean for teacher and student alike, at every step."""
     sharp = Teacher(Known(std=0.0))
     at = student(0.6)
-    for made in (Progressive(sharp, 4, weighting.x0), Consistency(sharp, 4)):
+    for made in (Progressive(sharp, 4, weighting.x0), Consistency(sharp, 4, weighting.x0)):
         assert made(at, data(), Condition(), NOISE, {})["loss"].abs().max() < 1e-5
         assert made(student(0.5), data(), Condition(), NOISE, {})["loss"].mean() > 1e-3
 
@@ -115,7 +115,7 @@ def test_the_exact_consistency_function_has_the_loss_of_one_ddim_step():
 
     def loss(steps, drift=0.0):
         at = Denoiser(Solved(drift), VP, prediction.X0())
-        return Consistency(Teacher(Known()), steps, objective.l1)(at, data(), Condition(), NOISE, {})["loss"].mean().item()
+        return Consistency(Teacher(Known()), steps, weighting.x0, objective.l1)(at, data(), Condition(), NOISE, {})["loss"].mean().item()
 
     assert loss(10) > 3 * loss(20) > 9 * loss(40)
     assert loss(40, drift=0.5) > 5 * loss(40)
