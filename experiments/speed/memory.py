@@ -1,6 +1,6 @@
 """Peak memory of a training step above what the imports took: ours against diffusers', every measurement in a process of its own.
 
-A side alone: python experiments/speed/memory.py ours|theirs NETWORK SIZE THREADS, which prints MiB.
+A side alone: python experiments/speed/memory.py ours|recomputed|theirs NETWORK SIZE THREADS, which prints MiB.
 """
 
 import gc
@@ -16,7 +16,15 @@ from pairs import Work, keep
 from pairs import told as row_of
 from sampling import setting, versioned
 
-SIDES = {"ours": (training.Ours, ours_unet), "theirs": (training.Theirs, theirs_unet)}
+
+def recomputed(name: str, size: int) -> torch.nn.Module:
+    """Ours with net.checkpoint=true: each block is evaluated again on the way back."""
+    net = ours_unet(name, size)
+    net.checkpoint = True
+    return net
+
+
+SIDES = {"ours": (training.Ours, ours_unet), "recomputed": (training.Ours, recomputed), "theirs": (training.Theirs, theirs_unet)}
 STEPS = 3  # AdamW has its moments after the first, and the second's gradients come on top
 
 
@@ -46,14 +54,15 @@ def peak(side: str, name: str, size: int) -> float:
 
 
 def measure(name: str, size: int, pairs: int, threads: int) -> None:
-    """A row: float32, from latents that are there, AdamW and the average of weights included."""
+    """Two rows, as it is and recomputing: float32, from latents that are there, AdamW and the average of weights included."""
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     for turn in range(pairs):
         for side in sorted(SIDES, reverse=bool(turn % 2)):
             line = [sys.executable, __file__, side, name, str(size), str(threads)]
             found[side].append(float(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout))
-    work = Work("peak memory of a training step", setting(name, size, training.BATCH), versioned("diffusers, eager"))
-    keep(row_of(work, threads, found["ours"], found["theirs"], "", unit="mib"))
+    for side, how in (("ours", ""), ("recomputed", ", net.checkpoint=true")):
+        work = Work(f"peak memory of a training step{how}", setting(name, size, training.BATCH), versioned("diffusers, eager"))
+        keep(row_of(work, threads, found[side], found["theirs"], "", unit="mib"))
 
 
 if __name__ == "__main__":

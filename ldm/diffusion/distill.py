@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoised, Denoiser, eps_at
 from ldm.diffusion.guidance import pair
-from ldm.diffusion.objective import gaussian, l1, l2, towards
+from ldm.diffusion.objective import gaussian, l2, towards
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.times import Times
 from ldm.diffusion.weighting import Weighting
@@ -87,22 +87,22 @@ class Consistency(nn.Module):
 
     The student's x0 is itself the consistency function, which at t = 0 is the state (cf. Lu & Song 2025, eq. 6).
     The nearer state is judged by the student without gradient, not by an average of it (Song & Dhariwal 2024, section 3.2).
-    steps: DDIM steps of the teacher from noise to data.  error: of x0.
+    steps: DDIM steps of the teacher from noise to data.  weighting, error: of x0, as Objective has them.
     """
 
-    def __init__(self, teacher: Teacher, steps: int, error: Callable[[Tensor, Tensor], Tensor] = l1):
+    def __init__(self, teacher: Teacher, steps: int, weighting: Weighting, error: Callable[[Tensor, Tensor], Tensor] = l2):
         super().__init__()
-        self.teacher, self.steps, self.error = teacher, steps, error
+        self.teacher, self.steps, self.weighting, self.error = teacher, steps, weighting, error
 
     def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Terms (B,) for data x0 (B, C, ...): `loss`, `t`."""
+        """Terms (B,) for data x0 (B, C, ...): `loss`, `error` before weighting, `t`."""
         schedule, told = denoiser.schedule, self.teacher.told(batch, noise, x0)
         t, (nearer,) = grid(noise, x0, self.steps, (1.0,))
         x_t = noised(schedule, x0, t, noise)
         x_s = jump(schedule, self.teacher(x_t, t, told), nearer)
         with torch.no_grad():
             wanted = torch.where(expand(nearer > 0, x_s), denoiser(x_s, nearer, cond).x0, x_s)
-        return {"loss": mean_per_sample(self.error(denoiser(x_t, t, cond).x0, wanted)), "t": t}
+        return towards(denoiser, x_t, t, cond, wanted, eps_at(schedule, x_t, t, wanted), self.weighting, self.error)[0]
 
 
 class GuidanceTold(nn.Module):

@@ -97,6 +97,14 @@ def test_a_student_that_has_arrived_has_no_loss():
         assert made(student(0.5), data(), Condition(), NOISE, {})["loss"].mean() > 1e-3
 
 
+def test_what_a_consistency_student_sees_near_the_data_counts_by_the_weighting():
+    plain, weighted = (
+        Consistency(Teacher(Known()), 8, way)(student(0.5), data(), Condition(), NOISE, {}) for way in (weighting.x0, weighting.v)
+    )
+    _, sigma = VP.alpha_sigma(plain["t"])
+    torch.testing.assert_close(weighted["loss"], plain["loss"] / sigma**2, rtol=1e-4, atol=1e-7)
+
+
 class Solved(nn.Module):
     """x0 by the exact flow to the data: the consistency function itself, as the network of an x0-prediction."""
 
