@@ -174,8 +174,8 @@ def vae(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor
 
     def step() -> None:
         image, label = some(images, labels)
-        mean, log_var = encoder(image, label).chunk(2, 1)
-        shown = decoder(mean + (log_var / 2).exp() * torch.randn_like(mean), label)
+        mean, log_var = encoder(image, label).float().chunk(2, 1)
+        shown = decoder(mean + (log_var / 2).exp() * torch.randn_like(mean), label).float()
         divergence = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean()
         loss = (shown - image).square().flatten(1).sum(1).mean() / (2 * 0.3**2) + divergence
         loss.backward()
@@ -197,10 +197,10 @@ def gan(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor
         image, label = some(images, labels)
         with torch.no_grad():
             made = generator(torch.randn(BATCH, DIM), label)
-        (F.relu(1 - critic(image, label)).mean() + F.relu(1 + critic(made, label)).mean()).backward()
+        (F.relu(1 - critic(image, label).float()).mean() + F.relu(1 + critic(made, label).float()).mean()).backward()
         of_critic.step()
         label = torch.randint(CLASSES, (BATCH,))
-        (-critic(generator(torch.randn(BATCH, DIM), label), label).mean()).backward()
+        (-critic(generator(torch.randn(BATCH, DIM), label), label).float().mean()).backward()
         of_generator.step()
         of_generator.zero_grad()
         of_critic.zero_grad()
@@ -211,10 +211,13 @@ def gan(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor
 
 
 def until(budget: float, step: Callable[[], None]) -> int:
-    """Steps until the budget of CPU seconds is spent; returns how many."""
-    since, steps = time.process_time(), 0
+    """Steps, in the precision that the quickstart trains in, until the budget of CPU seconds is spent; returns how many."""
+    from ldm.training.fit import precision_here
+
+    since, steps, low = time.process_time(), 0, precision_here("auto") == "bf16"
     while time.process_time() - since < budget:
-        step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            step()
         steps += 1
     return steps
 
