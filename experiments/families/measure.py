@@ -143,23 +143,35 @@ class Generator(nn.Module):
         return self.body(h.view(len(z), -1, 4, 4)).tanh()
 
 
-def down(inside: int, outside: int, wrap: Callable[[nn.Module], nn.Module]) -> list[nn.Module]:
+def down(inside: int, outside: int, wrap: Callable[[nn.Module], nn.Module] = lambda layer: layer) -> list[nn.Module]:
     return [wrap(nn.Conv2d(inside, outside, 4, 2, 1)), nn.LeakyReLU(0.2)]
 
 
 class Seen(nn.Module):
     """(image (B, 1, 32, 32), class (B,)) -> `outputs` numbers, told the class as a plane beside the image."""
 
-    def __init__(self, outputs: int, wrap: Callable[[nn.Module], nn.Module] = lambda layer: layer):
+    def __init__(self, outputs: int):
         super().__init__()
         self.label = nn.Embedding(CLASSES, 32 * 32)
-        self.body = nn.Sequential(
-            *(*down(2, WIDTH, wrap), *down(WIDTH, 2 * WIDTH, wrap), *down(2 * WIDTH, 4 * WIDTH, wrap)),
-            *(nn.Flatten(), wrap(nn.Linear(4 * WIDTH * 16, outputs))),
-        )
+        layers = [*down(2, WIDTH), *down(WIDTH, 2 * WIDTH), *down(2 * WIDTH, 4 * WIDTH)]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * WIDTH * 16, outputs))
 
     def forward(self, image: Tensor, label: Tensor) -> Tensor:
         return self.body(torch.cat([image, self.label(label).view(-1, 1, 32, 32)], 1))
+
+
+class Critic(nn.Module):
+    """(image (B, 1, 32, 32), class (B,)) -> (B,): how real it looks, as that class (Miyato & Koyama 2018, projection)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [*down(1, WIDTH, spectral_norm), *down(WIDTH, 2 * WIDTH, spectral_norm), *down(2 * WIDTH, 4 * WIDTH, spectral_norm)]
+        self.body = nn.Sequential(*layers)
+        self.out, self.label = spectral_norm(nn.Linear(4 * WIDTH, 1)), spectral_norm(nn.Embedding(CLASSES, 4 * WIDTH))
+
+    def forward(self, image: Tensor, label: Tensor) -> Tensor:
+        seen = self.body(image).float().sum((2, 3))
+        return self.out(seen)[:, 0] + (self.label(label) * seen).sum(1)
 
 
 def some(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,18 +201,18 @@ def vae(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor
 
 def gan(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor], Tensor], int]:
     """DCGAN with a hinge loss and spectral normalisation (Miyato et al. 2018)."""
-    generator, critic = Generator(), Seen(1, spectral_norm)
-    of_generator = torch.optim.Adam(generator.parameters(), 2e-4, (0.5, 0.9))
-    of_critic = torch.optim.Adam(critic.parameters(), 2e-4, (0.5, 0.9))
+    generator, critic = Generator(), Critic()
+    of_generator = torch.optim.Adam(generator.parameters(), 1e-3, (0.5, 0.9))
+    of_critic = torch.optim.Adam(critic.parameters(), 1e-3, (0.5, 0.9))
 
     def step() -> None:
         image, label = some(images, labels)
         with torch.no_grad():
             made = generator(torch.randn(BATCH, DIM), label)
-        (F.relu(1 - critic(image, label).float()).mean() + F.relu(1 + critic(made, label).float()).mean()).backward()
+        (F.relu(1 - critic(image, label)).mean() + F.relu(1 + critic(made, label)).mean()).backward()
         of_critic.step()
         label = torch.randint(CLASSES, (BATCH,))
-        (-critic(generator(torch.randn(BATCH, DIM), label), label).float().mean()).backward()
+        (-critic(generator(torch.randn(BATCH, DIM), label), label).mean()).backward()
         of_generator.step()
         of_generator.zero_grad()
         of_critic.zero_grad()
