@@ -47,19 +47,20 @@ def figure(models: Sequence[Row], floor: float, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plot, axis = plt.subplots(figsize=(5, 3.4))
-    for who in names(models):
+    plot, axis = plt.subplots(figsize=(7, 3.4))
+    for number, who in enumerate(names(models)):
         for name, way in WAYS.items():
             points = [(float(row["minutes"]), float(row[name])) for row in models if row["who"] == who and row.get(name)]
             if not points:
                 continue
             xs = sorted({x for x, _ in points})
             style = "-" if name == "fd_fashion" else "--"
-            (line,) = axis.plot(xs, [mean(y for a, y in points if a == x) for x in xs], style, label=f"{who}, {way}")
-            axis.plot(*zip(*points, strict=True), "." if len(xs) > 1 else "o", color=line.get_color(), ms=4)
+            axis.plot(xs, [mean(y for a, y in points if a == x) for x in xs], style, color=f"C{number}")
+            axis.plot(*zip(*points, strict=True), "." if len(xs) > 1 else "o", color=f"C{number}", ms=4)
+            axis.plot([], [], style if len(xs) > 1 else "o", color=f"C{number}", ms=4, label=f"{who}, {way}")
     axis.axhline(floor, color="gray", lw=0.8, label="reconstructions")
     axis.set(xscale="log", yscale="log", xlabel="CPU minutes of training", ylabel="fd_fashion")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     plot.tight_layout()
     plot.savefig(path, dpi=90)
     plt.close(plot)
