@@ -48,7 +48,8 @@ def report(one: study.Study, typed: Sequence[str], project: str | None) -> None:
     """Write a study's results.csv, table and figure. Raises UserError."""
     from ldm.report import figure
 
-    found, missing = collect.collected(one, typed, project)
+    measured, missing = collect.collected(one, typed, project)
+    found = [{name: rows.text(value) for name, value in row.items()} for row in measured]  # as the csv keeps them, digit for digit
     shown = table.lines(one, found, list(dict.fromkeys(one.arm({axis: job.value(axis) for axis in one.axes}) for job in missing)))
     if found:
         rows.write(one.folder / "results.csv", found)
