@@ -18,7 +18,7 @@ from ldm.diffusion.objective import gaussian, l2, towards
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.times import Times
 from ldm.diffusion.weighting import Weighting
-from ldm.tensors import Noise, expand, mean_per_sample
+from ldm.tensors import Noise, expand
 
 Told = tuple[Condition, Condition]
 
