@@ -10,7 +10,7 @@ alike.  A row of results.csv a model that was scored, and one of reconstructions
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,14 @@ def main(run: str, *words: str) -> None:
     shared = Shared(Path(run).absolute(), int(said.get("num", 2000)), more)
     if not known({"who": "reconstructions"}, TABLE):
         keep({"who": "reconstructions", "fd_fashion": shared.reconstructed()})
-    peers = [(recipe, minutes, ("alone", "guided")) for recipe in shared.latent()]
+    peers = [(recipe, minutes, shared.scored) for recipe in shared.latent()]
     if pixels := [float(one) for one in said.get("pixels", "4").split(",") if one]:
-        peers += [(recipe, pixels, ("alone",)) for recipe in shared.pixels()]
+        peers += [(recipe, pixels, shared.alone) for recipe in shared.pixels()]
     best = {recipe.name: rates for recipe, *_ in peers}
     for seed in map(int, said.get("seeds", "0,1").split(",")):
         ours(shared, minutes, seed)
-        for recipe, marks, ways in peers:
-            best[recipe.name] = theirs(recipe, shared, marks, seed, best[recipe.name], ways)
+        for recipe, marks, score in peers:
+            best[recipe.name] = theirs(recipe, shared, marks, seed, best[recipe.name], score)
     told.write(rows.read(TABLE), HERE)
 
 
@@ -79,17 +79,17 @@ class Shared:
         yield Diffusers("diffusers, pixels", space, self.model.conditioner, self.model.size, (32, 64, 96))
         yield DenoisingDiffusion(space, len(self.data.classes), self.model.size)
 
-    def scored(self, model: Any, ways: Sequence[str] = ("alone", "guided")) -> dict[str, float]:
+    def alone(self, model: Any, scale: float = 1.0) -> dict[str, float]:
+        """The numbers of a model, without guidance or at a scale."""
+        found = self.measured(model, scale, self.num, SEED)
+        return {name: found[name] for name in ("fd_fashion", "recall", "accuracy")}
+
+    def scored(self, model: Any) -> dict[str, float]:
         """The numbers of a model without guidance and with it, the scale chosen on other seeds."""
-        names = ("fd_fashion", "recall", "accuracy")
-        plain = self.measured(model, 1.0, self.num, SEED)
-        found = {name: plain[name] for name in names}
-        if "guided" in ways:
-            tried = {scale: self.measured(model, scale, DEV, DEV_SEED)["fd_fashion"] for scale in SCALES}
-            best = min(tried, key=tried.__getitem__)
-            guided = self.measured(model, best, self.num, SEED)
-            found |= {"scale": best, **{f"guided_{name}": guided[name] for name in names}}
-        return found
+        tried = {scale: self.measured(model, scale, DEV, DEV_SEED)["fd_fashion"] for scale in SCALES}
+        best = min(tried, key=tried.__getitem__)
+        guided = {f"guided_{name}": value for name, value in self.alone(model, best).items()}
+        return {**self.alone(model), "scale": best, **guided}
 
     def reconstructed(self) -> float:
         """The distance of as many held-out images, encoded and decoded: what nobody trained in these latents gets below."""
@@ -155,7 +155,9 @@ def trained(shared: Shared, steps: int, seed: int, name: str) -> tuple[Path, flo
     return folder, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def theirs(recipe: Recipe, shared: Shared, minutes: Sequence[float], seed: int, rates: Sequence[float], ways: Sequence[str]) -> list[float]:
+def theirs(
+    recipe: Recipe, shared: Shared, minutes: Sequence[float], seed: int, rates: Sequence[float], score: Callable[[Any], dict[str, float]]
+) -> list[float]:
     """A peer's recipe at each rate, its weights kept at each of the minutes, raw and averaged, and the best scored; returns its rates."""
     place = shared.run.parent / "peers" / f"{recipe.name.replace(', ', '-')}-s{seed}"
     for rate in rates:
@@ -177,7 +179,7 @@ def theirs(recipe: Recipe, shared: Shared, minutes: Sequence[float], seed: int, 
         if not known(row, TABLE):
             model = recipe.model(durable.read_tensors(place / best["file"]))
             more = {name: best[name] for name in ("rate", "weights", "steps")}
-            keep({**row, **more, "parameters": size(model.denoiser.net), **shared.scored(model, ways)})
+            keep({**row, **more, "parameters": size(model.denoiser.net), **score(model)})
     return sorted(set(won))
 
 

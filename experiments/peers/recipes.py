@@ -1,5 +1,6 @@
 """The peers' recipes: a network, what it is trained on, its loss and its average, and how its weights are drawn from."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -138,8 +139,6 @@ Recipe = Diffusers | DenoisingDiffusion
 
 def trained(recipe: Recipe, rate: float, marks: Sequence[float], seed: int) -> Iterator[tuple[int, dict[str, State]]]:
     """Train; at each mark, in seconds of CPU time, the step and the weights {"raw": ..., "ema": ...}. Scoring is not on the clock."""
-    import time
-
     torch.manual_seed(seed)
     net = recipe.net().train()
     optimizer, (follow, averaged) = recipe.optimizer(net, rate), recipe.average(net)
