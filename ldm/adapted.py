@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ldm import admit, durable
 from ldm.errors import UserError
-from ldm.load import DataCard, config_of, kept, load, run_folder, space_of
+from ldm.load import config_of, kept, load, load_data_card, run_folder, space_of
 from ldm.parse import json_of
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def begun(cfg: Any, model: "LatentDiffusion", data: Any) -> tuple[Base, str]:
     from ldm.drawing import fingerprint
     from ldm.tensors import key
 
-    card = DataCard.read(run_folder(cfg.init))
+    card = load_data_card(run_folder(cfg.init))
     if data.channels != card.channels or ("label" in model.conditioner.keys and len(data.classes) != len(card.classes)):
         was = f"{card.channels} channels and {len(card.classes)} classes"
         raise UserError(
@@ -109,7 +109,7 @@ def load_adapted(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
     from ldm.drawing import fingerprint
 
     folder = run_folder(run)
-    base, card = Base.read(folder), DataCard.read(folder)
+    base, card = Base.read(folder), load_data_card(folder)
     model = load(base.path)
     base.admit(fingerprint(model), folder)
     put_on(model, run, 1.0, weights)

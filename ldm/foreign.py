@@ -165,5 +165,5 @@ def pipeline_of(run: str | Path, kind: str = "ema", yaml: str | Path | None = No
     tower = tower_of(model)
     text = {} if tower is None else {name: value for name, value in tower.state_dict().items() if name not in text_names.NOT_TEXT}
     state = model.autoencoder.state_dict()
-    data = asdict(load.DataCard.read(load.run_folder(run)))
+    data = asdict(load.load_data_card(load.run_folder(run)))
     return Pipeline(nodes, net.state_dict(), state, data, text, model.conditioner.state_dict())

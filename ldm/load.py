@@ -57,18 +57,18 @@ class DataCard:
     def write(self, folder: Path) -> None:
         durable.write_json(folder / "data.json", asdict(self))
 
-    @staticmethod
-    def read(folder: Path) -> "DataCard":
-        """The card of a run folder, or of what is foreign. Raises DamagedError naming the file."""
-        from ldm import foreign
 
-        if foreign.is_foreign(folder):
-            return foreign.described(folder).card
-        path = folder / "data.json"
-        try:
-            return DataCard.described(json_of(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise durable.DamagedError(f"{path} is damaged ({error}); the same train.py command writes it again") from None
+def load_data_card(folder: Path) -> "DataCard":
+    """The card of a run folder, or of what is foreign. Raises DamagedError naming the file."""
+    from ldm import foreign
+
+    if foreign.is_foreign(folder):
+        return foreign.described(folder).card
+    path = folder / "data.json"
+    try:
+        return DataCard.described(json_of(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise durable.DamagedError(f"{path} is damaged ({error}); the same train.py command writes it again") from None
 
 
 def run_folder(run: str | Path) -> Path:
@@ -243,7 +243,7 @@ def load(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
     if foreign.is_foreign(run):
         return foreign.model_of(foreign.opened(run, weights)).to(device)
     folder = run_folder(run)
-    cfg, card = config_of(folder), DataCard.read(folder)
+    cfg, card = config_of(folder), load_data_card(folder)
     if cfg.get("adapter"):
         return adapted.load_adapted(run, weights).eval().to(device)
     found = kept(run, weights)

@@ -10,7 +10,7 @@ from ldm import admit, hinted, runs
 from ldm.build import dataset, degraded, plain
 from ldm.errors import UserError
 from ldm.foreign import is_foreign
-from ldm.load import DataCard, config_of, run_folder
+from ldm.load import DataCard, config_of, load_data_card, run_folder
 from ldm.parse import json_of
 from ldm.source import Source, Wanted
 
@@ -96,7 +96,7 @@ def anew(cfg: Any) -> Request:
     if cfg.run is None:
         raise UserError("run=... must be given (see --help)")
     folder = run_folder(cfg.run)
-    card = DataCard.read(folder)
+    card = load_data_card(folder)
     for name in ("num", "steps", "batch_size"):
         if cfg[name] < 1:
             raise UserError(f"{name}={cfg[name]}: expected 1 or more")
@@ -130,7 +130,7 @@ def again(cfg: Any) -> Request:
     new = admit.config(config, f"again={cfg.again}")
     with admit.building(f"again={cfg.again}"):
         folder = run_folder(new.run)
-        card = DataCard.read(folder)
+        card = load_data_card(folder)
         sources = inputs(new, card)
     for name, source in sources.items():
         if source.digest != carried["inputs"].get(name):

@@ -98,11 +98,11 @@ def drawn_by(run: Path, count: int) -> tuple[Tensor, Tensor]:
     """Images and the classes that were asked for, as the quickstart's evaluation draws them, from other seeds."""
     from ldm.diffusion import sampler, times
     from ldm.diffusion.guidance import cfg
-    from ldm.load import DataCard, load
+    from ldm.load import load, load_data_card
     from ldm.metrics.features import to_uint8
     from ldm.score import Told, samples
 
-    model, card = load(run), DataCard.read(run)
+    model, card = load(run), load_data_card(run)
     ts = times.trailing(model.denoiser.schedule, 12)
     guidance = partial(cfg, scale=4.0, interval=(0.2, 0.75))
     told = Told(card.classes, card.captions).batch

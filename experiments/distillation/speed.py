@@ -44,10 +44,10 @@ def main(teacher: str, student: str, *words: str) -> None:
 def drawing(run: str, steps: int, guidance: Any, images: int) -> Callable[[], None]:
     """What draws so many images of a run by DDIM."""
     from ldm.diffusion import sampler, times
-    from ldm.load import DataCard, load, run_folder
+    from ldm.load import load, load_data_card, run_folder
     from ldm.score import Told, samples
 
-    model, card = load(run), DataCard.read(run_folder(run))
+    model, card = load(run), load_data_card(run_folder(run))
     told, ts = Told(card.classes, card.captions).batch, times.uniform_grid(model.denoiser.schedule, steps)
 
     def draw() -> None:

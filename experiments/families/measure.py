@@ -100,7 +100,7 @@ def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: in
 
     from ldm.diffusion import sampler, times
     from ldm.diffusion.guidance import cfg
-    from ldm.load import DataCard, load
+    from ldm.load import load, load_data_card
     from ldm.score import Told, samples
 
     place = run.parent / "families" / f"s{seed}"
@@ -113,7 +113,7 @@ def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: in
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     (folder,) = (file.parent for file in place.glob("*/config.yaml"))
-    model, card = load(folder), DataCard.read(folder)
+    model, card = load(folder), load_data_card(folder)
     ts, guidance = times.trailing(model.denoiser.schedule, 12), partial(cfg, scale=4.0, interval=(0.2, 0.75))
     score.reset()
     told = Told(card.classes, card.captions).batch

@@ -12,7 +12,7 @@ import torch
 
 from ldm.conditioner.text import nearest_caption
 from ldm.diffusion.guidance import cfg
-from ldm.load import DataCard, config_of, load, run_folder
+from ldm.load import config_of, load, load_data_card, run_folder
 from ldm.metrics.features import to_uint8
 from ldm.stage import judge
 from ldm.task import txt2img
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 def main(run: str = str(HERE), name: str = "prompts", num: int = 16, scale: float = 4.0, low: float = 0.0, high: float = 1.0) -> None:
     """Write <name>_drawn.csv: for each prompt the share of draws that the judge calls right, and whether the nearest caption is."""
     folder = run_folder(run)
-    card, model = DataCard.read(folder), load(run)
+    card, model = load_data_card(folder), load(run)
     score, _ = judge.scorer(config_of(folder), config_of(folder).metrics)
     net = score().net
     rows = list(csv.DictReader((HERE / f"{name}.csv").read_text(encoding="utf-8").splitlines()))

@@ -79,10 +79,10 @@ def model_of(run: str) -> "LatentDiffusion":
 def told(run: str, prompt: str | None, num: int) -> dict[str, Any]:
     """The batch of `num` images that are told the prompt; without one, captions and classes of the run's data, class by class."""
     from ldm import request
-    from ldm.load import DataCard, run_folder
+    from ldm.load import load_data_card, run_folder
 
     asked: Any = SimpleNamespace(prompt=prompt, prompts=None, label=None, labels="balanced", num=num)
-    pairs = request.told(asked, DataCard.read(run_folder(run)))
+    pairs = request.told(asked, load_data_card(run_folder(run)))
     batch: dict[str, Any] = {"index": list(range(num)), "caption": [caption for caption, _ in pairs]}
     labels = [label for _, label in pairs]
     return batch if None in labels else batch | {"label": torch.tensor(labels)}

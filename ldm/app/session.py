@@ -10,7 +10,7 @@ from ldm import drawing
 from ldm.app import asked
 from ldm.app.watch import Watch
 from ldm.errors import UserError
-from ldm.load import DataCard, is_run, load, run_folder
+from ldm.load import DataCard, is_run, load, load_data_card, run_folder
 from ldm.model import LatentDiffusion
 from ldm.request import Request
 
@@ -28,7 +28,7 @@ class Session:
     def open(run: str) -> "Session":
         """Load a run. Raises UserError, DamagedError."""
         folder = run_folder(run)
-        return Session(run, home_of(folder), DataCard.read(folder), load(run))
+        return Session(run, home_of(folder), load_data_card(folder), load(run))
 
     def request(self, choices: Mapping[str, str], values: Mapping[str, Any]) -> Request:
         """The request of sample.py with these choices and values. Raises UserError.

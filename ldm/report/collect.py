@@ -73,7 +73,7 @@ def restated(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     Nothing where the judge is not in the cache, or is not what measured it.
     """
     from ldm import protocol
-    from ldm.load import DataCard, config_of, space_of
+    from ldm.load import config_of, load_data_card, space_of
     from ldm.metrics.distribution import Score
     from ldm.score import Protocol
     from ldm.stage import cache as kept
@@ -88,7 +88,7 @@ def restated(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     network = Score(*judge.load(cfg, place), {}).provenance
     score = Protocol(**{name: value for name, value in config["training"]["score"].items() if name != "_target_"})
     values = {**found, **{f"score/{name}": value for name, value in network.items()}}
-    return protocol.stated(diffusion.said(config, score, values, DataCard.read(folder).fingerprint, space_of(folder)))
+    return protocol.stated(diffusion.said(config, score, values, load_data_card(folder).fingerprint, space_of(folder)))
 
 
 def commit_of(folder: Path) -> str:

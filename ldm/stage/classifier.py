@@ -15,7 +15,7 @@ from ldm.diffusion import guidance as guiding
 from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.schedule import alike
 from ldm.errors import UserError
-from ldm.load import DataCard, config_of, run_folder
+from ldm.load import DataCard, config_of, load_data_card, run_folder
 from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
 from ldm.stage import cache
@@ -141,7 +141,7 @@ def finished_weights(run: str) -> Path:
 def load(run: str) -> tuple[nn.Module, Any]:
     """The classifier of a run and its schedule. Raises UserError as `finished_weights` does."""
     weights = finished_weights(run)
-    cfg, card = config_of(weights.parent), DataCard.read(weights.parent)
+    cfg, card = config_of(weights.parent), load_data_card(weights.parent)
     with torch.inference_mode(False):  # or its weights could not be differentiated through
         net = make(instantiate(cfg.training.net), build.autoencoder(cfg.autoencoder, card.channels), card)
         net.load_state_dict(durable.read_tensors(weights))

@@ -21,7 +21,7 @@ from ldm.data.folder import Folder
 from ldm.data.published import COCO
 from ldm.data.shards import Shards
 from ldm.errors import UserError
-from ldm.load import DataCard, config_of
+from ldm.load import DataCard, config_of, load_data_card
 from ldm.parse import json_of, yaml_of
 from ldm.request import Request
 from ldm.source import Wanted, image
@@ -204,7 +204,7 @@ def test_a_data_card_says_what_it_must(change, tmp_path):
     assert DataCard.described(card).size == 32
     (tmp_path / "data.json").write_text(json.dumps(card | change))
     with pytest.raises(UserError, match=r"data\.json is damaged \(expected"):
-        DataCard.read(tmp_path)
+        load_data_card(tmp_path)
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
