@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import ConfigError
+
 Error = Callable[[Tensor, Tensor], Tensor]  # reconstruction, image (B, C, H, W) -> (B,), summed over the image
 
 
@@ -46,7 +48,7 @@ class ReconstructionLoss(nn.Module):
     ):
         super().__init__()
         if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction={reduction}: expected sum (over the image) or mean")
+            raise ConfigError(f"reduction={reduction}: expected sum (over the image) or mean")
         self.pixel, self.perceptual = pixel, perceptual
         self.perceptual_weight, self.kl_weight, self.codebook_weight = perceptual_weight, kl_weight, codebook_weight
         self.reduction = reduction
