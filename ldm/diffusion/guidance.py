@@ -126,11 +126,6 @@ def told(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: f
     return denoise
 
 
-def scale_from_w(w: float) -> float:
-    """The scale of uncond + scale (cond - uncond) that is Ho & Salimans' (2022, eq. 6) strength w in (1 + w) cond - w uncond."""
-    return 1 + w
-
-
 def _null(uncond: Condition | None, why: str) -> Condition:
     if uncond is None:
         raise ConfigError(f"guidance with {why} needs a null condition and has none; train with condition dropout, or use scale 1")
