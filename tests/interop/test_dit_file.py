@@ -42,7 +42,7 @@ def folder(tmp_path):
 
 
 @torch.no_grad()
-def test_dit_file_is_a_model_that_sample_draws_from(state, folder, monkeypatch):
+def test_dit_file_is_a_model_with_learned_variance(state, folder):
     torch.save(state, folder / "DiT-S-2-32x32.pt")
     model = foreign.model_of(foreign.opened(folder / "DiT-S-2-32x32.pt"))
     plain = fill(net(8))
@@ -53,6 +53,11 @@ def test_dit_file_is_a_model_that_sample_draws_from(state, folder, monkeypatch):
     assert model.denoiser(x, t[:1], cond).var_frac is not None
     assert model.autoencoder.scale.tolist() == pytest.approx([0.18215] * 4)
     assert (model.size, model.denoiser.schedule.T) == ((32, 32), 1000)
+
+
+@pytest.mark.slow
+def test_sample_draws_from_a_dit_file(state, folder):
+    torch.save(state, folder / "DiT-S-2-32x32.pt")
     with here(folder):
         typed = (f"run={folder / 'DiT-S-2-32x32.pt'}", "label=2", "num=2", "steps=2", "out=drawn", "guidance=cfg_channels")
         assert command("sample.py", *typed, "sampler=ddpm_learned", "grid=linspace") == 0
