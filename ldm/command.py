@@ -6,7 +6,6 @@ command goes on), 130 interrupted; the task's own sys.exit stays.
 
 import errno
 import json
-import linecache
 import os
 import re
 import shutil
@@ -101,14 +100,6 @@ def mistake(error: BaseException) -> str | None:
         said = too_large(cause) or mistake(cause)
         key = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
         return f"{said} (in {key[1]})" if said and key else said
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if isinstance(error, ValueError) and trace is not None:  # raised on purpose by our own code, which says what to do
-        file = trace.tb_frame.f_code.co_filename
-        ours = Path(file).is_relative_to(Path(__file__).parent)
-        if ours and linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise"):
-            return str(error)
     return None
 
 

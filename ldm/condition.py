@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ldm.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -59,12 +61,12 @@ class Condition:
         return Condition(**chosen, hint=tuple(map(choose, a.hint, b.hint)), label=a.label)
 
     def over(self, height: int, width: int) -> "Condition":
-        """Its concat spread over that many places if it says the same of every place. Raises ValueError if it is of another size."""
+        """Its concat spread over that many places if it says the same of every place. Raises ConfigError if it is of another size."""
         if self.concat is None or self.concat.shape[-2:] == (height, width):
             return self
         if self.concat.shape[-2:] != (1, 1):
             here = "x".join(map(str, self.concat.shape[-2:]))
-            raise ValueError(
+            raise ConfigError(
                 f"the condition is for latents of {here}, those to be drawn are {height}x{width}; give both one size in pixels"
             )
         return replace(self, concat=self.concat.expand(-1, -1, height, width))

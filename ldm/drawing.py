@@ -47,7 +47,9 @@ def draw(
     from hydra.utils import instantiate
 
     from ldm import picture
+    from ldm.autoencoder.tiled import Tiled
     from ldm.metrics.features import to_uint8
+    from ldm.model import LatentDiffusion
     from ldm.progress import Bar
     from ldm.score import mine, samples
 
@@ -61,6 +63,8 @@ def draw(
     sampler, guidance, task = (instantiate(cfg[name]) for name in ("sampler", "guidance", "task"))
     rows = [request.rows[i] for i in mine(len(request.rows))]
     images: dict[int, Tensor] = {}
+    if cfg.tile is not None:
+        model = LatentDiffusion(Tiled(model.autoencoder, cfg.tile, cfg.tile // 4), model.conditioner, model.denoiser, model.size)
     bar = Bar("sampling", len(rows), unit="images")
     looked = around(sampler)
     drawn = samples(model, request.batch, rows, cfg.seed, cfg.batch_size, ts, looked, guidance, str(cfg.precision), task, list(cfg.hold))
@@ -147,6 +151,7 @@ def how(request: Request) -> dict[str, Any]:
     scale, arithmetic = float(cfg["guidance"].get("scale", 1.0)), precision_here(str(cfg["precision"]))
     said = {"data": request.card.fingerprint, "labels": "held out" if request.held_out is not None else told}
     said |= {"autoencoder": space_of(request.folder), "task": protocol.spelled(cfg["task"])}
+    said |= {} if cfg["tile"] is None else {"tile": cfg["tile"]}
     return said | protocol.drawn(cfg, steps=cfg["steps"], scale=scale, sigma_rel=sigma_rel, arithmetic=arithmetic)
 
 

@@ -108,7 +108,7 @@ def save_step(
     state: tensors and plain values only (it is read back with weights_only=True).  keep: newest steps left on the disk, at least 2, so that
     one good older step outlives a newest one that turns out damaged; 0 keeps all.  metadata: goes into every safetensors file.
     spared: whether an older step stays all the same.
-    Raises ValueError for weights that are not finite, OSError for a disk too full, in both cases before anything was changed.
+    Raises UserError for weights that are not finite, OSError for a disk too full, in both cases before anything was changed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -322,7 +322,7 @@ def _finite(state: "Mapping[str, Tensor]", name: str) -> None:
     for key, one in state.items():
         if one.is_floating_point() and not bool(one.isfinite().all()):
             bad = int((~one.isfinite()).sum())
-            raise ValueError(f"{name} {key}: {bad} of {one.numel()} values are not finite; nothing was written")
+            raise UserError(f"{name} {key}: {bad} of {one.numel()} values are not finite; nothing was written")
 
 
 def _bytes(value: Any) -> int:

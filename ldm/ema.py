@@ -7,16 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import ConfigError
+
 LENGTHS = (0.05, 0.10)  # of the averages that are kept along a training, where snapshots are asked for (EDM2, section 3.2)
 
 
 def power_of(sigma_rel: float) -> float:
     """The exponent gamma of the power-function average whose relative width is sigma_rel, below 0.28 (EDM2 eq. 126, algorithm 2).
 
-    Raises ValueError for another width.
+    Raises ConfigError for another width.
     """
     if not 0 < sigma_rel < 0.28:
-        raise ValueError(f"sigma_rel={sigma_rel}: expected a part of the training above 0 and below 0.28")
+        raise ConfigError(f"sigma_rel={sigma_rel}: expected a part of the training above 0 and below 0.28")
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
@@ -33,7 +35,7 @@ def mixture(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> t
     the least squares of densities over time (EDM2, algorithm 3), and how far off it is, as a part of that one's own norm.
 
     The parts are held to a sum of 1, which the paper leaves to the number of snapshots: what stands still in training stays as it is.
-    Raises ValueError for a length that no average has.
+    Raises ConfigError for a length that no average has.
     """
     gamma, t = np.array([power_of(length) for length, _ in kept]), np.array([at / step for _, at in kept])
     wanted = power_of(sigma_rel)

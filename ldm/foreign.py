@@ -1,4 +1,4 @@
-"""Models that train.py did not make: pipelines of diffusers, checkpoints of CompVis and Stability, and our own exported files."""
+"""Models that train.py did not make: pipelines of diffusers, checkpoints of CompVis and Stability, DiT and SiT, and our own files."""
 
 from dataclasses import asdict
 from functools import lru_cache
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ldm import admit, build
 from ldm.adapter import lora
 from ldm.errors import UserError
-from ldm.interop import checkpoint, config, folder, nodes, read, single
+from ldm.interop import checkpoint, config, dit_file, folder, nodes, read, single
 from ldm.interop import text as text_names
 from ldm.interop.keymap import fit
 from ldm.interop.pipeline import Pipeline
@@ -51,6 +51,8 @@ def of_file(path: Path, kind: str, yaml: str | Path | None) -> Pipeline:
         return single.load(state, said[single.KEY], path)
     beside = Path(yaml).expanduser() if yaml else path.with_suffix(".yaml")
     try:
+        if dit_file.is_dit(state):
+            return dit_file.load(state, path)
         if yaml or beside.is_file():
             given = of_yaml(beside)
             found: dict[str, Any] | None = config.from_compvis(given)
@@ -118,7 +120,8 @@ class Described(NamedTuple):
 def described(run: str | Path, kind: str = "ema") -> Described:
     """The description of what `opened` gives; read once as long as the files do not change."""
     path = Path(run).expanduser().absolute()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path, path.with_suffix(".yaml")]
+    beside = (path.parent / dit_file.STAGE).glob("*")
+    files = sorted(path.rglob("*")) if path.is_dir() else [path, path.with_suffix(".yaml"), *sorted(beside)]
     return _described(path, kind, tuple(file.stat().st_mtime_ns for file in files if file.is_file()))
 
 

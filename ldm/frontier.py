@@ -39,7 +39,10 @@ def words_of(entry: Mapping[str, Any]) -> dict[str, str]:
 
 def points(place: Path | None, typed: Mapping[str, str]) -> tuple[list[jobs.Composed], list[str]]:
     """The points of a points.yaml, None for what is typed alone, and the keys that tell them apart. Raises UserError."""
-    said: Any = {} if place is None else yaml_of(place.read_text(encoding="utf-8"))
+    try:
+        said: Any = {} if place is None else yaml_of(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{place} cannot be read: {error}") from None
     entries = said.pop("points", [{}]) if isinstance(said, dict) else None
     if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
         raise UserError(f"{place}: expected keys of sample.py and `points`, a list of such keys with their values: steps: 5,10,20")

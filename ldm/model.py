@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ldm.condition import Condition
 from ldm.conditioner.compose import tell
 from ldm.diffusion.denoiser import Denoiser
+from ldm.errors import ConfigError
 
 
 class LatentDiffusion(nn.Module):
@@ -38,11 +39,11 @@ class LatentDiffusion(nn.Module):
     def latent_shape(self, num: int, size: Sequence[int] | None = None) -> tuple[int, int, int, int]:
         """Shape of z for `num` images of a size in pixels, by default that of the training images.
 
-        Raises ValueError for a size that the first stage's factor does not divide.
+        Raises ConfigError for a size that the first stage's factor does not divide.
         """
         f, (height, width) = self.autoencoder.factor, size or self.size
         if height < f or width < f or height % f or width % f:
-            raise ValueError(f"size=[{height},{width}]: height and width must be multiples of {f}, the first stage's factor")
+            raise ConfigError(f"size=[{height},{width}]: height and width must be multiples of {f}, the first stage's factor")
         return num, self.autoencoder.z_channels, height // f, width // f
 
     @torch.no_grad()

@@ -100,6 +100,8 @@ def anew(cfg: Any) -> Request:
     for name in ("num", "steps", "batch_size"):
         if cfg[name] < 1:
             raise UserError(f"{name}={cfg[name]}: expected 1 or more")
+    if cfg.tile is not None and (not isinstance(cfg.tile, int) or isinstance(cfg.tile, bool) or cfg.tile < 1):
+        raise UserError(f"tile={cfg.tile}: expected null, or the side of a tile in latent cells, 1 or more")
     if cfg.save not in ("all", "grid", "npz", "none"):
         raise UserError(f"save={cfg.save}: expected all, grid, npz or none")
     if cfg.labels not in ("balanced", "random"):

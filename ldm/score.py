@@ -12,6 +12,7 @@ from ldm.adapter.prepared import prepared
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.times import trailing
+from ldm.errors import ConfigError
 from ldm.metrics.distribution import FrechetDistance, Score
 from ldm.model import LatentDiffusion
 from ldm.task import Task, draw, generate
@@ -41,7 +42,7 @@ class Protocol:
 
     def __post_init__(self):
         if (self.every is not None and self.every < 1) or self.every_num < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"training.score: every={self.every} every_num={self.every_num}: expected null or a step or more, and 2 or more"
             )
 

@@ -20,6 +20,7 @@ from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance import Guidance, cfg
 from ldm.diffusion.sampler import Sampler, ddim, ddim_invert
 from ldm.diffusion.schedule import Schedule
+from ldm.errors import ConfigError
 from ldm.model import LatentDiffusion
 from ldm.tensors import Noise, expand
 
@@ -97,10 +98,10 @@ def inpaint(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor) -> C
 def outpaint(
     model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0
 ) -> Choices:
-    """batch["image"] with so many pixels drawn on each side; the image itself stays as it is. Raises ValueError where nothing is asked."""
+    """batch["image"] with so many pixels drawn on each side; the image itself stays as it is. Raises ConfigError where nothing is asked."""
     margins = (left, right, top, bottom)
     if min(margins) < 0 or not any(margins):
-        raise ValueError(f"left, right, top, bottom = {margins}: expected pixels to add, on one side or more")
+        raise ConfigError(f"left, right, top, bottom = {margins}: expected pixels to add, on one side or more")
     image = batch["image"].to(like(model))
     wider = F.pad(image, margins, mode="replicate")
     mask = F.pad(torch.zeros_like(image[:, :1]), margins, value=1.0)
@@ -150,7 +151,7 @@ def vary(
 ) -> Choices:
     """Variations of the image of seed `of`: its noise, turned towards each image's own by `amount`, 0 nothing and 1 all the way."""
     if not 0 <= amount <= 1:
-        raise ValueError(f"amount={amount}: expected 0 (the image of seed {of} itself) to 1 (another image)")
+        raise ConfigError(f"amount={amount}: expected 0 (the image of seed {of} itself) to 1 (another image)")
     part = torch.full((len(noise),), amount, dtype=torch.float64)
     start = slerp(white(model, Noise(noise.seed, [of] * len(noise)), size), white(model, noise, size), part)
     return replace(generate(model, batch, noise, ts, size), start=prior(model.denoiser.schedule, ts[0], start))

@@ -30,6 +30,12 @@ def main(cfg):
                       "pid": os.getpid(), "choices": choices(), "torch": "torch" in sys.modules}, ensure_ascii=True))
     if cfg.fail == "bug":
         raise RuntimeError("a bug")
+    if cfg.fail == "contract":
+        from ldm.parse import shallow
+        shallow(object())
+    if cfg.fail == "config":
+        from hydra.utils import instantiate
+        instantiate({"ema": {"_target_": "ldm.ema.power_of", "sigma_rel": 3.0}})
     if cfg.fail == "user":
         from ldm.errors import UserError
         raise UserError("mend\\nthis")
@@ -244,6 +250,7 @@ MISTAKES = {
     ("--config-path", "/nowhere", "--config-name", "config"): "no config config.yaml in /nowhere",
     ("fail=user",): "mend this",
     ("fail=file",): "no weights: put them there",
+    ("fail=config",): "sigma_rel=3.0: expected a part of the training above 0 and below 0.28 (in ema)",
     ("--cfg", "job", "sed=3"): "did you mean 'seed'?",
 }
 
@@ -271,6 +278,13 @@ def test_torch_is_not_imported_before_the_task(root):
 def test_a_bug_keeps_its_traceback(root):
     done = typed(root, "fail=bug")
     assert (done.returncode, "Traceback" in done.stderr, "RuntimeError: a bug" in done.stderr) == (1, True, True)
+
+
+def test_value_error_of_a_contract_keeps_its_traceback(here):
+    done = here("fail=contract")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ValueError: holds object, expected text, numbers, lists and mappings" in done.stderr
 
 
 def test_interruption_and_the_task_s_own_exit_code(here):
@@ -315,6 +329,8 @@ def test_our_own_checks_are_mistakes_and_others_are_bugs():
 
     from ldm.command import mistake, too_large
     from ldm.durable import write_tensors
+    from ldm.ema import power_of
+    from ldm.tensors import Noise
 
     def caught(call):
         try:
@@ -324,6 +340,8 @@ def test_our_own_checks_are_mistakes_and_others_are_bugs():
 
     assert mistake(caught(lambda: write_tensors("/nowhere", {"w": torch.tensor(float("nan"))}))).startswith("/nowhere w: 1 of 1 values")
     assert mistake(caught(lambda: int("x"))) is None
+    assert mistake(caught(lambda: Noise(0, [0]).normal("eps", torch.zeros(2)))) is None  # a wrong call of our own function
+    assert mistake(caught(lambda: power_of(3.0))).startswith("sigma_rel=3.0: expected")
     assert too_large(caught(lambda: torch.empty(10**40))) == "a number is too large"
     assert too_large(caught(lambda: torch.empty(2**60))) == "too large for this machine's memory"
     assert too_large(ValueError("x")) is None

@@ -7,6 +7,7 @@ from smoke import ROOT, command, here
 
 from ldm import drawing, frontier
 from ldm.command import guarded
+from ldm.errors import UserError
 from ldm.report import rows
 
 SMALL = ("num=6", "batch_size=6", "metrics=fd", "steps=2")
@@ -95,6 +96,12 @@ def test_what_is_refused(place, typed, said, capsys):
     assert run(*typed) == 2
     assert said in capsys.readouterr().err
     assert not (place / "frontier.csv").exists()
+
+
+def test_damaged_points_file_is_refused(tmp_path):
+    (tmp_path / "points.yaml").write_text("points: [")
+    with pytest.raises(UserError, match=r"points\.yaml cannot be read"):
+        frontier.points(tmp_path / "points.yaml", {})
 
 
 @pytest.mark.slow

@@ -88,6 +88,14 @@ def test_another_batch_size_is_the_same_to_rounding(size, lively, drawn):
     assert (other - pixels(drawn)).abs().max() <= 1
 
 
+def test_tile_changes_only_images_larger_than_a_tile(lively, drawn):
+    assert torch.equal(pixels(draw(lively, *FEW, "tile=64", out="one_tile")), pixels(drawn))
+    tiled = draw(lively, *FEW, "tile=2", out="tiles")
+    assert (pixels(tiled) != pixels(drawn)).any()
+    weights = [{json.loads(one["again"])["weights"] for one in said(folder).values()} for folder in (drawn, tiled)]
+    assert weights[0] == weights[1]  # `again` finds the same model with and without tiles
+
+
 def test_two_processes_draw_the_same_to_rounding(smoke, lively, drawn, place):
     job = ("sample.py", f"run={lively}", f"out={place / 'two'}", *FEW)
     done = processes(job, job, cwd=place, LDM_CACHE=str(smoke.folder / "cache"))
@@ -203,6 +211,7 @@ def test_a_broken_run_is_one_line(name, smoke, place, capfd):
         (("label=sneaker",), "label=sneaker: expected one of disc"),
         (("label=10",), "label=10: expected"),
         (("num=0",), "num=0: expected 1 or more"),
+        (("tile=0",), "tile=0: expected null, or the side of a tile in latent cells"),
         (("save=some",), "save=some: expected all, grid, npz or none"),
         (("prompts=nowhere.txt",), "prompts=nowhere.txt: no such file"),
         (("prompt=a ring", "label=disc"), "prompt and label were given"),

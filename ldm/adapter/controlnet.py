@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.adapter import lora
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 from ldm.net.attention import Memory
 from ldm.net.blocks import zeroed
 from ldm.net.unet import Lookup, UNet, stacked
@@ -21,20 +22,20 @@ WIDTHS = (16, 32, 96, 256)  # of the hint's encoder, as its own code and diffuse
 class ControlNet:
     """The adapter that lets a hint draw along; hint: wraps the conditioner, so that it tells one hint more.
 
-    Raises ValueError without a hint, and for a network that is no U-Net.
+    Raises ConfigError without a hint, and for a network that is no U-Net.
     """
 
     hint: Callable[[nn.Module], nn.Module]
 
     def __post_init__(self) -> None:
         if self.hint is None:
-            raise ValueError("adapter=controlnet needs a hint: hint=canny, or another of conf/hint")
+            raise ConfigError("adapter=controlnet needs a hint: hint=canny, or another of conf/hint")
 
     def put_on(self, model: Any, scale: float = 1.0) -> None:
         """Add a fresh ControlNet, whose residuals count `scale`, to a model's network, all else frozen."""
         net = copy.deepcopy(lora.innermost(model.denoiser.net))
         if not hasattr(net, "contract"):
-            raise ValueError(f"adapter=controlnet: expected a U-Net, this network is a {type(net).__name__}")
+            raise ConfigError(f"adapter=controlnet: expected a U-Net, this network is a {type(net).__name__}")
         model.requires_grad_(False)
         control = Control(cast(UNet, lora.merge(net)), model.autoencoder.factor)  # its weights come without corrections: these may change
         wrapped = model.denoiser.net
@@ -50,7 +51,7 @@ class Control(nn.Module):
 
     net: the U-Net that is to be controlled; its way down is copied, weights included (sec. 3.1), and all residuals begin as zero.
     factor: the first stage's, 1 to 8.  hint: (B, hint_channels, h * factor, w * factor) in [0, 1], or (B, hint_channels, 1, 1).
-    Raises ValueError for another factor, or a hint of another size.
+    Raises ConfigError for another factor, or a hint of another size.
     """
 
     def __init__(self, net: UNet, factor: int, hint_channels: int = 3):
@@ -68,7 +69,7 @@ class Control(nn.Module):
         if hint.shape[2:] == (1, 1):
             hint = hint.expand(-1, -1, height, width)
         if hint.shape[2:] != (height, width):
-            raise ValueError(f"a hint of {hint.shape[2]}x{hint.shape[3]}: expected {height}x{width}, the size of the image")
+            raise ConfigError(f"a hint of {hint.shape[2]}x{hint.shape[3]}: expected {height}x{width}, the size of the image")
         copied = self.copied
         h = copied.stem(stacked(x, cond)) + self.hint(hint)
         h, skips = copied.contract(h, copied.embed(t, cond), Lookup(copied.memory(cond)))
@@ -76,14 +77,14 @@ class Control(nn.Module):
 
 
 def hint_encoder(channels: int, out: int, factor: int) -> nn.Sequential:
-    """(B, channels, H, W) -> (B, out, H / factor, W / factor), zero at first. Raises ValueError unless factor is 1, 2, 4 or 8.
+    """(B, channels, H, W) -> (B, out, H / factor, W / factor), zero at first. Raises ConfigError unless factor is 1, 2, 4 or 8.
 
     Weights keep the size of what passes (He et al. 2015): torch's own make edges fainter at each layer, 600 times in the end, and a
     ControlNet as good as deaf to them.
     """
     halvings = factor.bit_length() - 1
     if factor < 1 or factor != 2**halvings or halvings >= len(WIDTHS):
-        raise ValueError(f"factor={factor}: a hint's encoder expects 1, 2, 4 or 8")
+        raise ConfigError(f"factor={factor}: a hint's encoder expects 1, 2, 4 or 8")
     widths = WIDTHS[: halvings + 1]
     made: list[Any] = [nn.Conv2d(channels, widths[0], 3, padding=1), nn.SiLU()]
     for narrow, wide in pairwise(widths):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ldm.errors import ConfigError, UserError
+
 LAYERS = (nn.Linear, nn.Conv2d)
 
 
@@ -19,7 +21,7 @@ LAYERS = (nn.Linear, nn.Conv2d)
 class LoRA:
     """The adapter of factors: `inject` with corrections that count alpha / rank (Hu et al. 2021, sec. 4.1).
 
-    alpha: null for rank.  Raises ValueError as `inject` does.
+    alpha: null for rank.  Raises ConfigError as `inject` does.
     """
 
     rank: int = 4
@@ -60,14 +62,14 @@ def inject(net: nn.Module, rank: int = 4, where: Sequence[str] = ("*attention*",
     """The net, its own parameters frozen, a correction of that rank added to each layer whose name matches a pattern; it begins as nothing.
 
     where: as of file names, on names like down.0.layers.1.attention.blocks.0.self_attention.qkv.
-    Raises ValueError for a rank below 1, and where no linear or convolutional layer matches.
+    Raises ConfigError for a rank below 1, and where no linear or convolutional layer matches.
     """
     if rank < 1:
-        raise ValueError(f"rank={rank}: expected at least 1")
+        raise ConfigError(f"rank={rank}: expected at least 1")
     found = {name: layer for name, layer in layers(net) if any(fnmatch(name, pattern) for pattern in where)}
     if not found:
         some = ", ".join([name for name, _ in layers(net)][:3])
-        raise ValueError(f"where={list(where)}: no layer has such a name; there are {some}, ...")
+        raise ConfigError(f"where={list(where)}: no layer has such a name; there are {some}, ...")
     net.requires_grad_(False)
     for layer in found.values():
         weight = layer.weight
@@ -80,20 +82,20 @@ def inject(net: nn.Module, rank: int = 4, where: Sequence[str] = ("*attention*",
 def load(net: nn.Module, factors: Mapping[str, Tensor], scale: float = 1.0) -> nn.Module:
     """The net with saved corrections added, beside those that it has already.
 
-    factors: what `factors` gave, LAYER.down and LAYER.up for each layer.  Raises ValueError for those of another network.
+    factors: what `factors` gave, LAYER.down and LAYER.up for each layer.  Raises UserError for those of another network.
     """
     there = dict(layers(net))
     names = sorted({name.rpartition(".")[0] for name in factors})
     for name in names:
         if name not in there or {f"{name}.down", f"{name}.up"} - factors.keys():
             why = "lacks a factor" if name in there else "is not here"
-            raise ValueError(f"this LoRA is of another network: it corrects {name}, which {why}")
+            raise UserError(f"this LoRA is of another network: it corrects {name}, which {why}")
     made = {}
     for name in names:
         try:
             made[name] = LowRank(there[name].weight, factors[f"{name}.down"], factors[f"{name}.up"], scale)
         except ValueError as error:
-            raise ValueError(f"this LoRA is of another network: {name}: {error}") from None
+            raise UserError(f"this LoRA is of another network: {name}: {error}") from None
     for name, correction in made.items():
         add(there[name], correction)
     return net

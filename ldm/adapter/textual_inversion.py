@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class TextualInversion:
     """The adapter of one word, made up or not, as a text encoder reads it.
 
     word: as captions have it; it has as many vectors as the encoder makes pieces of it.  like: a word whose vectors it begins with, the
-    mean of them; null: its own.  Raises ValueError for a conditioner without a text encoder of its own.
+    mean of them; null: its own.  Raises ConfigError for a conditioner without a text encoder of its own.
     """
 
     word: str
@@ -28,7 +29,7 @@ class TextualInversion:
         model.requires_grad_(False)
         encoder = getattr(getattr(model.conditioner, "kept", None), "encoder", None)
         if not hasattr(encoder, "features"):
-            raise ValueError("adapter=textual_inversion: expected a model that is told by minilm or clip alone")
+            raise ConfigError("adapter=textual_inversion: expected a model that is told by minilm or clip alone")
         model.conditioner = Inverted(model.conditioner, self.word, self.like, scale)
 
 

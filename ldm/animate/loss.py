@@ -49,7 +49,7 @@ def loss(
 def terms(denoise: Denoise, schedule: Schedule, x0: Tensor, points: int, noise: Noise) -> Terms:
     """The Terms of data x0 (B, ...) at up to `points` entries of a table schedule, spaced evenly in log t; the first, s = 0, has no KL.
 
-    Raises ValueError for a schedule without a table.
+    Raises ConfigError for a schedule without a table.
     """
     T = times.entries(schedule)
     indices = torch.logspace(0, 1, points, base=T / 2, dtype=torch.float64).mul(2).round().clamp(2, T).unique()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder.posterior import Point, Posterior
+from ldm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Statistics:
     def of(posteriors: Iterable[Posterior | Point], channels: int, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> "Statistics":
         """The statistics of posteriors over (B, C, h, w), batch by batch, in closed form: no sample is drawn.
 
-        total: adds a vector up over all processes, each of which has its share of the data.  Raises ValueError if there are none at all.
+        total: adds a vector up over all processes, each of which has its share of the data.  Raises ConfigError if there are none at all.
         """
         sums = torch.zeros(2 * channels + 2, dtype=torch.float64)  # images, places, sum and sum of squares of each channel
         for posterior in posteriors:
@@ -30,7 +31,7 @@ class Statistics:
             sums += torch.cat([sums.new_tensor([len(mean), mean[:, 0].numel()]), first.cpu(), second.cpu()])
         images, places, *rest = total(sums).tolist()
         if not images:
-            raise ValueError("calibrate was given no latents: the data set is empty")
+            raise ConfigError("calibrate was given no latents: the data set is empty")
         first, second = torch.tensor(rest, dtype=torch.float64).div(places).chunk(2)
         return Statistics(first, second - first.square(), round(images))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.calibration import Calibration, Statistics, per_channel
 from ldm.autoencoder.posterior import Point, Posterior
+from ldm.errors import ConfigError
 
 
 class Pass(NamedTuple):
@@ -65,15 +66,15 @@ class FirstStage(nn.Module):
         return cast(Tensor, self.decoder.last_layer)
 
     def posterior(self, image: Tensor) -> Posterior | Point:
-        """q(z | image) before shift and scale. Raises ValueError for a size the factor does not divide."""
+        """q(z | image) before shift and scale. Raises ConfigError for a size the factor does not divide."""
         self.require_size(image)
         return self.posterior_of(self.encoder(image))
 
     def require_size(self, image: Tensor) -> None:
-        """Raise ValueError unless the factor divides height and width of image (B, C, H, W)."""
+        """Raise ConfigError unless the factor divides height and width of image (B, C, H, W)."""
         height, width = image.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise ValueError(f"image is {height}x{width}: height and width must be multiples of {self.factor}; pad or resize it")
+            raise ConfigError(f"image is {height}x{width}: height and width must be multiples of {self.factor}; pad or resize it")
 
     def normalise(self, raw: Tensor) -> Tensor:
         """From the posterior's units to z: (raw - shift) * scale."""
@@ -96,7 +97,7 @@ class FirstStage(nn.Module):
     ) -> None:
         """Set shift and scale from batches of moments; as it stands, samples get mean 0 and variance 1 in every channel.
 
-        total: adds a vector up over all processes, where each of them is given its share.  Raises ValueError for no moments at all.
+        total: adds a vector up over all processes, where each of them is given its share.  Raises ConfigError for no moments at all.
         """
         statistics = Statistics.of(map(self.posterior_of, moments), self.z_channels, total)
         shift, scale = calibration(statistics)

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import ConfigError
+
 Error = Callable[[Tensor, Tensor], Tensor]  # reconstruction, image (B, C, H, W) -> (B,), summed over the image
 
 
@@ -40,13 +42,13 @@ class ReconstructionLoss(nn.Module):
         pixel: Error = l1,
         perceptual: Error | None = None,
         perceptual_weight: float = 1.0,
-        kl_weight: float = 1e-6,
+        kl_weight: float = 1e-6,  # beside means instead of sums: times latent / image, at f = 8, 256 px 1e-6 * 4096 / 196608 = 2.1e-8
         codebook_weight: float = 1.0,
         reduction: Literal["sum", "mean"] = "sum",
     ):
         super().__init__()
         if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction={reduction}: expected sum (over the image) or mean")
+            raise ConfigError(f"reduction={reduction}: expected sum (over the image) or mean")
         self.pixel, self.perceptual = pixel, perceptual
         self.perceptual_weight, self.kl_weight, self.codebook_weight = perceptual_weight, kl_weight, codebook_weight
         self.reduction = reduction
@@ -65,11 +67,3 @@ class ReconstructionLoss(nn.Module):
         if self.reduction == "mean":
             errors = {name: error / size for name, error in errors.items()}
         return {**errors, **penalties}
-
-
-def kl_weight_of_means(kl_weight: float, latent: int, image: int) -> float:
-    """The weight of a KL averaged over the latent, beside an error averaged over the image, that means what kl_weight does under sums.
-
-    latent, image: how many numbers each has.  LDM's 1e-6 at f = 8, 256 px is 1e-6 * 4096 / 196608 = 2.1e-8.
-    """
-    return kl_weight * latent / image

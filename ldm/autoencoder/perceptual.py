@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.errors import ConfigError
 from ldm.fetch import AssetError
 from ldm.pretrained import efficientnet, lpips_weights, vgg
 
@@ -76,7 +77,7 @@ class LPIPS(nn.Module):
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """LPIPS (B,) of images (B, 1 or 3, H, W) in [-1, 1]."""
         if min(b.shape[-2:]) < 16:
-            raise ValueError(f"images are {tuple(b.shape[-2:])}: LPIPS halves them four times and needs 16 px or more")
+            raise ConfigError(f"images are {tuple(b.shape[-2:])}: LPIPS halves them four times and needs 16 px or more")
         with torch.no_grad():
             wanted = self.features(b)
         pairs = zip(self.features(a), wanted, strict=True)

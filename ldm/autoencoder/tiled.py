@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.first_stage import FirstStage
 from ldm.autoencoder.posterior import Point, Posterior
+from ldm.errors import ConfigError
 
 
 class Tiled(nn.Module):
@@ -14,13 +15,13 @@ class Tiled(nn.Module):
 
     tile, overlap: in places of the latent (tile * factor pixels), 0 <= overlap < tile.  Neighbouring tiles share at least `overlap` places,
     over which one fades linearly into the other.  What fits one tile goes through whole; elsewhere normalisation and attention see a tile
-    and not the image, so that the result is near the plain one's and not equal to it.  Raises ValueError for an overlap that does not fit.
+    and not the image, so that the result is near the plain one's and not equal to it.  Raises ConfigError for an overlap that does not fit.
     """
 
     def __init__(self, autoencoder: FirstStage, tile: int = 64, overlap: int = 16):
         super().__init__()
         if not 0 <= overlap < tile:
-            raise ValueError(f"tile={tile} overlap={overlap}: expected 0 <= overlap < tile, in places of the latent")
+            raise ConfigError(f"tile={tile} overlap={overlap}: expected 0 <= overlap < tile, in places of the latent")
         self.autoencoder, self.tile, self.overlap = autoencoder, tile, overlap
 
     def __getattr__(self, name: str):
@@ -31,7 +32,7 @@ class Tiled(nn.Module):
             return getattr(super().__getattr__("autoencoder"), name)
 
     def posterior(self, image: Tensor) -> Posterior | Point:
-        """q(z | image), its moments blended. Raises ValueError for a size the factor does not divide."""
+        """q(z | image), its moments blended. Raises ConfigError for a size the factor does not divide."""
         self.autoencoder.require_size(image)
         f = self.autoencoder.factor
         moments = tiled(lambda part: self.autoencoder.posterior(part).moments, image, self.tile * f, self.overlap * f, f, 1)

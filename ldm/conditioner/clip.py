@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioner.tokens import Features, Truncation
+from ldm.errors import ConfigError
 from ldm.fetch import AssetError
 
 
@@ -45,7 +46,7 @@ class CLIP(nn.Module):
         tower = getattr(self.clip, "text", self.clip)
         depth = len(tower.transformer.resblocks)
         if not -depth <= layer <= -1:
-            raise ValueError(f"layer={layer}: expected -{depth} (the first) to -1 (the last) of {model}")
+            raise ConfigError(f"layer={layer}: expected -{depth} (the first) to -1 (the last) of {model}")
         self.tokenizer = open_clip.get_tokenizer(model)
         self.truncation = Truncation()
         self.length, self.layer, self.pad = int(tower.context_length), layer, pad
@@ -109,15 +110,15 @@ def named(model: str) -> str:
 def network(model: str, weights: str | None, hub: bool, random: bool) -> tuple[Any, dict[str, Any]]:
     """open_clip's model, both towers, on the CPU in float32, and its config; options and errors as CLIP's."""
     if random and weights is not None:
-        raise ValueError(f"weights={weights} and random=true: choose one")
+        raise ConfigError(f"weights={weights} and random=true: choose one")
     file = None if random else local(model, weights)  # before open_clip is imported, which takes seconds
     import open_clip
 
     config = open_clip.get_model_config(model)
     if config is None:
-        raise ValueError(f"model={model}: open_clip has no such model; open_clip.list_models() names them")
+        raise ConfigError(f"model={model}: open_clip has no such model; open_clip.list_models() names them")
     if other := {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
-        raise ValueError(f"model={model} has another text model or tokenizer ({min(other)}); expected one with CLIP's own, as ViT-L-14")
+        raise ConfigError(f"model={model} has another text model or tokenizer ({min(other)}); expected one with CLIP's own, as ViT-L-14")
     if not random and file is None:
         file = tagged(model, str(weights), hub)
     with torch.random.fork_rng(devices=[]):  # the weights of other networks do not depend on what is drawn here and replaced
@@ -165,14 +166,14 @@ def local(model: str, weights: str | None) -> Path | None:
 
 
 def tagged(model: str, tag: str, hub: bool) -> Path:
-    """The file behind an open_clip tag: in the hub's cache, or fetched if `hub`. Raises ValueError for no such tag, AssetError."""
+    """The file behind an open_clip tag: in the hub's cache, or fetched if `hub`. Raises ConfigError for no such tag, AssetError."""
     from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
     from open_clip.pretrained import download_pretrained
 
     source = get_pretrained_cfg(model, tag)
     if not source:
         tags = ", ".join(list_pretrained_tags_by_model(model)) or "none"
-        raise ValueError(f"weights={tag} is neither a file nor a tag of {model} (tags: {tags})")
+        raise ConfigError(f"weights={tag} is neither a file nor a tag of {model} (tags: {tags})")
     reason = "hub=false"
     for online in [False, True] if hub else [False]:
         if not online and not source.get("hf_hub"):
@@ -204,7 +205,7 @@ def asking(online: bool) -> Iterator[None]:
 def opened(model: str, file: Path | None) -> Any:
     """open_clip's model with the file's weights, in float32 on the device that is the default; random ones without a file.
 
-    Raises ValueError for another file.
+    Raises ConfigError for another file.
     """
     from open_clip import create_model
 
@@ -214,4 +215,4 @@ def opened(model: str, file: Path | None) -> Any:
     except Exception as error:
         if file is None:
             raise
-        raise ValueError(f"weights={file}: damaged, or not open_clip weights of {model}: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"weights={file}: damaged, or not open_clip weights of {model}: {' '.join(str(error).split())[:300]}") from error

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition, spread
+from ldm.errors import ConfigError
 from ldm.tensors import Noise
 
 
@@ -16,7 +17,7 @@ class Compose(nn.Module):
     Contexts follow one another along L, in the widest's dimension, to which a learned linear map takes the others; vectors are joined
     along D, concat along C.  A conditioner of whose keys a batch lacks one gives its null.
     drop: conditioner -> the probability with which, while training, a row's condition by it gives way to its null, one by one; drawn from
-    batch["noise"].  Raises ValueError without any conditioner, and for a rate that is none or of no conditioner.
+    batch["noise"].  Raises ConfigError without any conditioner, and for a rate that is none or of no conditioner.
     """
 
     needs = ()  # keys without which it is the null: none, as each of its conditioners sees to its own
@@ -24,13 +25,13 @@ class Compose(nn.Module):
     def __init__(self, drop: Mapping[str, float] | None = None, **conditioners: nn.Module):
         super().__init__()
         if not conditioners:
-            raise ValueError("a composed conditioner needs at least one conditioner, name=conditioner")
+            raise ConfigError("a composed conditioner needs at least one conditioner, name=conditioner")
         self.drop = dict(drop or {})
         for name, rate in self.drop.items():
             if name not in conditioners:
-                raise ValueError(f"drop.{name}={rate}: expected a rate for one of {', '.join(conditioners)}")
+                raise ConfigError(f"drop.{name}={rate}: expected a rate for one of {', '.join(conditioners)}")
             if not 0 <= rate <= 1:
-                raise ValueError(f"drop.{name}={rate}: expected a probability")
+                raise ConfigError(f"drop.{name}={rate}: expected a probability")
         self.conditioners = nn.ModuleDict(conditioners)
         parts: list[Any] = list(conditioners.values())
         self.keys = tuple(dict.fromkeys(key for part in parts for key in part.keys))

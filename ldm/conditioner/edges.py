@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.errors import ConfigError
+
 SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4  # a step of 1 is seen as 1
 NEIGHBOURS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))  # (down, right), each 45 degrees further
 EQUAL = 1e-5  # slopes that differ by less are one
@@ -17,7 +19,7 @@ class Canny:
     """Images (B, C, H, W) in [-1, 1] -> their edges, thin lines, (B, 3, H, W) of 0 and 1 (Canny 1986).
 
     sigma: of the blur, in pixels.  low, high: slopes, in brightness from 0 to 1 over two pixels: an edge has `high` somewhere and is
-    followed as far as it has `low`.  Between two pixels the brighter has the edge.  Raises ValueError unless 0 < low <= high and sigma > 0.
+    followed as far as it has `low`.  Between two pixels the brighter has the edge.  Raises ConfigError unless 0 < low <= high, sigma > 0.
     """
 
     sigma: float = 1.0
@@ -27,7 +29,7 @@ class Canny:
 
     def __post_init__(self) -> None:
         if not (self.sigma > 0 and 0 < self.low <= self.high):
-            raise ValueError(f"sigma={self.sigma} low={self.low} high={self.high}: expected sigma > 0 and 0 < low <= high")
+            raise ConfigError(f"sigma={self.sigma} low={self.low} high={self.high}: expected sigma > 0 and 0 < low <= high")
 
     def __call__(self, image: Tensor) -> Tensor:
         across, down = slopes(blurred(brightness(image), self.sigma))
@@ -50,7 +52,7 @@ class Scribble:
 
     def __post_init__(self) -> None:
         if self.pen < 1 or self.pen % 2 == 0:
-            raise ValueError(f"pen={self.pen}: expected an odd number of pixels")
+            raise ConfigError(f"pen={self.pen}: expected an odd number of pixels")
 
     def __call__(self, image: Tensor) -> Tensor:
         return F.max_pool2d(Canny(self.sigma, self.low, self.high)(image), self.pen, 1, self.pen // 2)

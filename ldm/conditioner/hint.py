@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.condition import Condition
 from ldm.conditioner.compose import dropped, tell
 from ldm.conditioner.rows import rows
+from ldm.errors import ConfigError
 
 
 class Hinted(nn.Module):
@@ -27,7 +28,7 @@ class Hinted(nn.Module):
     def __init__(self, told: Any, make: Callable[[Any], Tensor], untold: float = 0.5):
         super().__init__()
         if not 0 <= untold <= 1:
-            raise ValueError(f"untold={untold}: expected a probability")
+            raise ConfigError(f"untold={untold}: expected a probability")
         self.told, self.make, self.untold = told, make, untold
         number = getattr(told, "number", 0) + 1
         self.number, self.name = number, "hint" if number == 1 else f"hint{number}"
@@ -68,14 +69,14 @@ class Hinted(nn.Module):
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Maps (B, H, W) of classes -> a colour for each class, (B, 3, H, W) in [0, 1]. Raises ValueError for a class out of range."""
+    """Maps (B, H, W) of classes -> a colour for each class, (B, 3, H, W) in [0, 1]. Raises ConfigError for a class out of range."""
 
     classes: int = 9
     reads = "map"
 
     def __call__(self, map: Tensor) -> Tensor:
         if map.numel() and not 0 <= int(map.min()) <= int(map.max()) < self.classes:
-            raise ValueError(f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}")
+            raise ConfigError(f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}")
         return colours(self.classes).to(map.device)[map.long()].movedim(-1, 1)
 
 
@@ -94,7 +95,7 @@ class Keypoints:
     """Lists of points, each (x, y) in [0, 1] or None where it is not seen -> round dots on black, (B, 3, H, W) in [0, 1].
 
     Point k of every list has the k-th colour.  size: height and width in pixels.  radius: of the dots, in pixels.
-    Raises ValueError for what is no list of points.
+    Raises ConfigError for what is no list of points.
     """
 
     size: Sequence[int] = (64, 64)
@@ -113,7 +114,7 @@ class Keypoints:
             if point is None:
                 continue
             if len(point) != 2 or not all(0 <= one <= 1 for one in point):
-                raise ValueError(f"point {point}: expected [x, y] in [0, 1], or null")
+                raise ConfigError(f"point {point}: expected [x, y] in [0, 1], or null")
             inside = torch.hypot(x - point[0] * width, y - point[1] * height) <= self.radius
             picture = torch.where(inside, colour[:, None, None], picture)
         return picture

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.conditioner.rows import rows
+from ldm.errors import ConfigError
 
 
 class Label(nn.Module):
     """batch["label"] (B,) int64 in [0, num_classes) as one learned token: context (B, 1, dim).
 
-    The null condition is a learned class of its own, row num_classes (Ho & Salimans 2022).  Raises ValueError for a label out of range.
+    The null condition is a learned class of its own, row num_classes (Ho & Salimans 2022).  Raises ConfigError for a label out of range.
     """
 
     keys = ("label",)
@@ -53,7 +54,7 @@ def embedded(embedding: nn.Embedding, label: Tensor) -> Tensor:
     classes = embedding.num_embeddings - 1
     if label.device.type == "cpu" and len(label) and not 0 <= int(label.min()) <= int(label.max()) < classes:
         wrong = label[(label < 0) | (label >= classes)][0]
-        raise ValueError(f"label={wrong}: expected 0 to {classes - 1}, the classes of the data")
+        raise ConfigError(f"label={wrong}: expected 0 to {classes - 1}, the classes of the data")
     return embedding(label.to(embedding.weight.device))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from ldm.conditioner.tokens import Features, Truncation
+from ldm.errors import UserError
 from ldm.fetch import MINILM, AssetError, minilm, sha256
 
 ONCE = {"word": "word_embeddings", "position": "position_embeddings", "segment": "token_type_embeddings", "norm": "LayerNorm"}
@@ -96,11 +97,11 @@ class MiniLM(nn.Module):
 
         state, wanted = load_file(self.weights), {name: theirs(name) for name in self.bert.state_dict()}
         if wrong := ({*wanted.values()} ^ {*state}) - UNUSED:
-            raise ValueError(f"{self.weights} is not all-MiniLM-L6-v2: {len(wrong)} names differ, such as {min(wrong)}")
+            raise UserError(f"{self.weights} is not all-MiniLM-L6-v2: {len(wrong)} names differ, such as {min(wrong)}")
         try:
             self.bert.load_state_dict({ours: state[name].float() for ours, name in wanted.items()}, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"{self.weights} is not all-MiniLM-L6-v2: {' '.join(str(error).split())}") from error
+            raise UserError(f"{self.weights} is not all-MiniLM-L6-v2: {' '.join(str(error).split())}") from error
 
     @cached_property
     def identity(self) -> str:

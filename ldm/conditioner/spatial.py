@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ldm.condition import Condition
 from ldm.conditioner.rows import rows
+from ldm.errors import ConfigError
 
 
 class SemanticMap(nn.Module):
@@ -39,7 +40,7 @@ class SemanticMap(nn.Module):
         if map.ndim != 3 or map.is_floating_point():
             raise ValueError(f"map of {tuple(map.shape)} {map.dtype}: expected classes (B, H, W) or shares (B, {self.classes}, H, W)")
         if map.numel() and not 0 <= int(map.min()) <= int(map.max()) < self.classes:
-            raise ValueError(f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}")
+            raise ConfigError(f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}")
         return F.one_hot(map.long(), self.classes).movedim(-1, 1).float()
 
 
@@ -72,7 +73,7 @@ class LowRes(nn.Module):
     Where it is finer than the latent its r x r pixels become channels, where it is coarser they are repeated.  With `augment` noise is
     mixed in at a level l up to it, sqrt(1 - l^2) x + l eps, keyed by batch["noise"] (Ho et al. 2022, sec. 4.2); the last channel is l.
     While training l is uniform in [0, augment], else batch["level"] if there, else 0.  The null is zero at level 1.
-    Raises ValueError where scale and factor do not divide one another, and for an augment outside [0, 1).
+    Raises ConfigError where scale and factor do not divide one another, and for an augment outside [0, 1).
     """
 
     keys = ("low_res",)
@@ -82,9 +83,9 @@ class LowRes(nn.Module):
     def __init__(self, factor: int, channels: int, scale: int = 4, augment: float = 0.0):
         super().__init__()
         if factor % scale and scale % factor:
-            raise ValueError(f"scale={scale}: expected a divisor or a multiple of the first stage's factor, {factor}")
+            raise ConfigError(f"scale={scale}: expected a divisor or a multiple of the first stage's factor, {factor}")
         if not 0 <= augment < 1:
-            raise ValueError(f"augment={augment}: expected a level of noise from 0 up to, not with, 1")
+            raise ConfigError(f"augment={augment}: expected a level of noise from 0 up to, not with, 1")
         self.scale, self.augment, self.channels = scale, augment, channels
         self.fold, self.repeat = max(factor // scale, 1), max(scale // factor, 1)
         self.concat_channels = channels * self.fold**2 + 1
@@ -93,7 +94,7 @@ class LowRes(nn.Module):
     def forward(self, batch: dict[str, Any]) -> Condition:
         image = batch["low_res"].to(self.here)
         if image.shape[1] != self.channels or image.shape[-2] % self.fold or image.shape[-1] % self.fold:
-            raise ValueError(
+            raise ConfigError(
                 f"low_res of {tuple(image.shape)}: expected {self.channels} channels, height and width in multiples of {self.fold}"
             )
         level = self.level(batch, image)
@@ -153,9 +154,9 @@ class MaskedImage(nn.Module):
 
 
 def means(x: Tensor, factor: int, name: str) -> Tensor:
-    """The mean of x (B, C, H, W) over cells of factor x factor pixels. Raises ValueError for a size that the factor does not divide."""
+    """The mean of x (B, C, H, W) over cells of factor x factor pixels. Raises ConfigError for a size that the factor does not divide."""
     if x.shape[-2] % factor or x.shape[-1] % factor:
-        raise ValueError(f"{name} of {x.shape[-2]}x{x.shape[-1]}: height and width must be multiples of {factor}")
+        raise ConfigError(f"{name} of {x.shape[-2]}x{x.shape[-1]}: height and width must be multiples of {factor}")
     return F.avg_pool2d(x, factor)
 
 

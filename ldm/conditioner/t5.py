@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioner.tokens import Features, Truncation
+from ldm.errors import ConfigError
 from ldm.fetch import AssetError
 
 
@@ -42,11 +43,11 @@ class T5(nn.Module):
         except Exception as error:
             said = " ".join(str(error).split())[:200]
             if folder.is_dir():
-                raise ValueError(f"model={model}: damaged, or not T5's: {said}") from None
+                raise ConfigError(f"model={model}: damaged, or not T5's: {said}") from None
             remedy = "name a folder, model=FOLDER" if hub else "fetch it with hub=true, or name a folder, model=FOLDER"
             raise AssetError(f"T5 {model} is not in the Hugging Face hub's cache and was not fetched ({said}): {remedy}") from None
         if seen["missing_keys"] or seen["mismatched_keys"]:
-            raise ValueError(f"model={model}: not T5's weights, {len(seen['missing_keys'])} are missing")
+            raise ConfigError(f"model={model}: not T5's weights, {len(seen['missing_keys'])} are missing")
         self.net = net
         self.eval().requires_grad_(False)
         self.truncation = Truncation()

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from ldm.condition import Condition
 from ldm.conditioner.rows import rows
 from ldm.conditioner.tokens import Encoder
+from ldm.errors import ConfigError
 
 MOST = 1 << 28  # numbers kept in the table of tokens (1 GiB); when it is full it starts anew
 
@@ -31,7 +32,7 @@ class Text(nn.Module):
     def __init__(self, encoder: Encoder, length: int = 32):
         super().__init__()
         if not 2 <= length <= encoder.length:
-            raise ValueError(f"length={length}: expected 2 to {encoder.length} tokens, the encoder's limit")
+            raise ConfigError(f"length={length}: expected 2 to {encoder.length} tokens, the encoder's limit")
         self.context_dim, self.vector_dim = encoder.context_dim, encoder.vector_dim
         self.kept = Kept(encoder, length)
         self.register_buffer("here", torch.empty(0), persistent=False)

@@ -14,6 +14,7 @@ from ldm.condition import Condition
 from ldm.conditioner.rows import rows
 from ldm.conditioner.text import texts
 from ldm.conditioner.tokens import Truncation
+from ldm.errors import ConfigError
 from ldm.fetch import AssetError, minilm
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class Layout(nn.Module):
 
     Coordinates are parts of width and height in [0, 1], from the top left.  Each box is three tokens, its class and the places of two
     corners on a grid of isqrt(tokens)^2; the last two are the crop, the whole image.  Boxes past `objects` are dropped with a warning.
-    The null has no box.  Raises ValueError for a class or a coordinate out of range.
+    The null has no box.  Raises ConfigError for a class or a coordinate out of range.
     """
 
     keys = ("boxes",)
@@ -161,7 +162,7 @@ class Layout(nn.Module):
         found = []
         for box in boxes[: self.objects]:
             if len(box) != 5 or not (0 <= box[0] < self.none and box[0] == int(box[0])):
-                raise ValueError(f"box {list(box)}: expected (class, left, top, right, bottom), a class from 0 to {self.none - 1}")
+                raise ConfigError(f"box {list(box)}: expected (class, left, top, right, bottom), a class from 0 to {self.none - 1}")
             found += [int(box[0]), self.place(box[1], box[2]), self.place(box[3], box[4])]
         whole = [self.place(0.0, 0.0), self.place(1.0, 1.0)]
         return found + [self.none] * (3 * self.objects - len(found)) + whole
@@ -169,6 +170,6 @@ class Layout(nn.Module):
     def place(self, x: float, y: float) -> int:
         """The token of a place."""
         if not (0 <= x <= 1 and 0 <= y <= 1):
-            raise ValueError(f"corner ({x:g}, {y:g}) of a box: expected parts of width and height in [0, 1]")
+            raise ConfigError(f"corner ({x:g}, {y:g}) of a box: expected parts of width and height in [0, 1]")
         column, row = round(x * (self.sections - 1)), round(y * (self.sections - 1))
         return row * self.sections + column

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.data.kept import kept
 from ldm.data.memory import InMemory, flipped, read_captions
 from ldm.data.relief import grey, heights, smooth
+from ldm.errors import ConfigError
 from ldm.fetch import fetch, wheel
 
 CAPTIONS = Path(__file__).with_suffix(".json")
@@ -32,7 +33,7 @@ class BlueMarble(InMemory):
     its sign, 0 at the shore; flips reach both.  Labels are the six kinds of tile that have captions.  split: test is the tiles that lie
     between the degrees east of `band`, train those that do not touch it.  stride: pixels from one training tile to the next, by default
     size.  land: the least part of a tile that is not sea.  root: a folder that may hold the files.
-    Raises ValueError for a bad option, AssetError without the files.
+    Raises ConfigError for a bad option, AssetError without the files.
     """
 
     map_classes = MAP
@@ -50,17 +51,17 @@ class BlueMarble(InMemory):
         flip: bool = True,
     ):
         if split not in ("train", "test"):
-            raise ValueError(f"split={split!r}: expected train or test")
+            raise ConfigError(f"split={split!r}: expected train or test")
         if size < 16 or (stride is not None and stride < 1) or not 0 <= land <= 1:
-            raise ValueError(f"size={size} stride={stride} land={land}: expected size from 16, stride from 1, land from 0 to 1")
+            raise ConfigError(f"size={size} stride={stride} land={land}: expected size from 16, stride from 1, land from 0 to 1")
         if len(band) != 2 or not -180 <= band[0] < band[1] <= 180:
-            raise ValueError(f"band={list(band)}: expected two longitudes, from -180 to 180 degrees, west before east")
+            raise ConfigError(f"band={list(band)}: expected two longitudes, from -180 to 180 degrees, west before east")
         planes, _ = kept("blue_marble", (READER, FILES), lambda: (read(blue_marble(root)), {}))
         corners = tiles(planes.shape[-2:], size, (stride or size) if split == "train" else size, band, split)
         some = torch.stack([planes[:, y : y + size, x : x + size] for y, x in corners]) if corners else planes[None, :, :0, :0]
         some = some[(some[:, 3] > 2).float().mean((1, 2)) >= land]
         if not len(some):
-            raise ValueError(f"no {split} tile of {size} px with land={land} and band={list(band)}; lower size or land, or move the band")
+            raise ConfigError(f"no {split} tile of {size} px with land={land} and band={list(band)}; lower size or land, or move the band")
         self.maps, self.reliefs = some[:, 3].clone(), some[:, 4:].clone()
         super().__init__(f"blue_marble-{split}", some[:, :3].clone(), kinds(self.maps), read_captions(captions or CAPTIONS), seed, flip)
 

@@ -20,17 +20,17 @@ from ldm.data.folder import File, Folder, packed
 from ldm.data.kept import kept
 from ldm.data.memory import InMemory, flipped
 from ldm.data.stream import Slice
-from ldm.errors import UserError
+from ldm.errors import ConfigError, UserError
 from ldm.tensors import key
 
 
 def shapes(side: int, multiple: int = 64, widest: float = 2.0) -> list[tuple[int, int]]:
     """(height, width) of buckets, tallest first: multiples of `multiple`, of at most side^2 pixels, no more than `widest` to 1.
 
-    SDXL, Podell et al. 2023, sec. 2.3.  Raises ValueError where not even the square fits.
+    SDXL, Podell et al. 2023, sec. 2.3.  Raises ConfigError where not even the square fits.
     """
     if side < multiple:
-        raise ValueError(f"side={side}: expected {multiple} or more, one multiple")
+        raise ConfigError(f"side={side}: expected {multiple} or more, one multiple")
     found = {
         (height, width)
         for height in range(multiple, int(side * math.sqrt(widest)) + 1, multiple)
@@ -65,11 +65,11 @@ class BucketStream:
 
     def __post_init__(self):
         if not self.buckets:
-            raise ValueError("the data set is empty")
+            raise ConfigError("the data set is empty")
         if not (self.batch >= self.world >= 1 and 0 <= self.rank < self.world):
             raise ValueError(f"batch={self.batch} rows cannot be shared out to rank {self.rank} of {self.world}: at least one row a rank")
         if not 0 <= self.start <= self.steps:
-            raise ValueError(f"start={self.start}: expected a step from 0 to steps={self.steps}")
+            raise ConfigError(f"start={self.start}: expected a step from 0 to steps={self.steps}")
 
     def __len__(self) -> int:
         return self.steps - self.start

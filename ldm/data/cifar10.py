@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.memory import InMemory, read_captions
+from ldm.errors import ConfigError
 from ldm.fetch import fetch, npm
 
 CAPTIONS = Path(__file__).with_suffix(".json")
@@ -30,7 +31,7 @@ class CIFAR10(InMemory):
 
     split: train or test.  root: a folder that may hold it, binary or as torchvision keeps it (else cache, download).
     captions: a JSON file {class: [caption, ...]}; by default the one beside this module.
-    Raises ValueError for a bad option, AssetError without the files.
+    Raises ConfigError for a bad option, AssetError without the files.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class CIFAR10(InMemory):
         flip: bool = True,
     ):
         if split not in SPLITS:
-            raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+            raise ConfigError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
         images, labels = read_binary([cifar10(root) / name for name in SPLITS[split]])
         super().__init__(f"cifar10-{split}", images, labels, read_captions(captions or CAPTIONS), seed, flip)
 

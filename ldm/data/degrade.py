@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ldm.data.masks import Mask, uniform, whole
+from ldm.errors import ConfigError
 from ldm.tensors import key
 
 Shrink = Callable[[Tensor, Generator], Tensor]  # (C, H, W) in [-1, 1], generator -> (C, h, w) in [-1, 1]
@@ -63,7 +64,7 @@ def none(dataset):
 
 
 def bicubic(image: Tensor, draw: Generator, factor: int = 4) -> Tensor:
-    """The image shrunk, without aliasing. Raises ValueError for a size that factor does not divide."""
+    """The image shrunk, without aliasing. Raises ConfigError for a size that factor does not divide."""
     return resize(image, shrunk(image, factor), "bicubic").clamp(-1, 1)
 
 
@@ -77,7 +78,7 @@ def bsr(
 ) -> Tensor:
     """The image blurred, shrunk, with noise and compressed as JPEG, in an order and to an extent drawn for it.
 
-    blur: standard deviations in pixels of the result.  noise: of [-1, 1] values.  Raises ValueError as bicubic does.
+    blur: standard deviations in pixels of the result.  noise: of [-1, 1] values.  Raises ConfigError as bicubic does.
     After Zhang et al. 2021 (BSRGAN), sec. 3, without camera noise; LDM sec. 4.4 trains on it.
     """
     size = shrunk(image, factor)
@@ -103,10 +104,10 @@ def bsr(
 
 
 def shrunk(image: Tensor, factor: int) -> tuple[int, int]:
-    """Height and width divided by factor. Raises ValueError where it does not divide them."""
+    """Height and width divided by factor. Raises ConfigError where it does not divide them."""
     height, width = image.shape[-2:]
     if height % factor or width % factor:
-        raise ValueError(f"factor={factor} does not divide the image's {height}x{width} pixels; choose another size or factor")
+        raise ConfigError(f"factor={factor} does not divide the image's {height}x{width} pixels; choose another size or factor")
     return height // factor, width // factor
 
 

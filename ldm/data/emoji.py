@@ -6,6 +6,7 @@ import torch
 
 from ldm.data.glyphs import ARTISTS, GROUPS, Glyph, glyphs
 from ldm.data.memory import InMemory
+from ldm.errors import ConfigError
 from ldm.tensors import key
 
 TEMPLATES = {
@@ -22,7 +23,7 @@ class Emoji(InMemory):
     A caption says what the picture shows and in which style; labels are the nine groups of Unicode; the batch has style (B,) int64, a place
     in `styles`.  split: train or test, divided by emoji: all styles and skin tones of one are on the same side.
     held_out: the part that test gets.  skin_tones: also people and hands in each skin tone.
-    Raises ValueError for a bad option, AssetError without the pictures.
+    Raises ConfigError for a bad option, AssetError without the pictures.
     """
 
     def __init__(
@@ -36,13 +37,13 @@ class Emoji(InMemory):
         flip: bool = False,
     ):
         if split not in ("train", "test"):
-            raise ValueError(f"split={split!r}: expected train or test")
+            raise ConfigError(f"split={split!r}: expected train or test")
         if not styles or len(set(styles)) < len(styles) or not set(styles) <= set(ARTISTS):
-            raise ValueError(f"styles={list(styles)}: expected some of {', '.join(ARTISTS)}, each once")
+            raise ConfigError(f"styles={list(styles)}: expected some of {', '.join(ARTISTS)}, each once")
         if not 16 <= size <= 256:
-            raise ValueError(f"size={size}: expected 16 to 256 pixels")
+            raise ConfigError(f"size={size}: expected 16 to 256 pixels")
         if not 0 < held_out < 1:
-            raise ValueError(f"held_out={held_out}: expected a part between 0 and 1")
+            raise ConfigError(f"held_out={held_out}: expected a part between 0 and 1")
         pictures, every = glyphs(size, styles, skin_tones)
         rows = [i for i, glyph in enumerate(every) if (key("held out", glyph.base) < held_out * 2**63) == (split == "test")]
         self.styles, self.glyphs = list(styles), [every[i] for i in rows]

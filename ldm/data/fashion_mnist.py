@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ldm.data.memory import InMemory, read_captions
+from ldm.errors import ConfigError, UserError
 from ldm.fetch import fashion_mnist
 
 FILES = {"train": "train", "test": "t10k"}
@@ -18,7 +19,7 @@ class FashionMNIST(InMemory):
     """Fashion-MNIST, its 28 px zero-padded to size: image (1, size, size) in [-1, 1], black ground at -1.
 
     split: train or test.  root: a folder that may hold the files (else cache, system, download).  captions: a JSON file
-    {class: [caption, ...]}; by default the one beside this module.  Raises ValueError for a bad option, AssetError without the files.
+    {class: [caption, ...]}; by default the one beside this module.  Raises ConfigError for a bad option, AssetError without the files.
     """
 
     def __init__(
@@ -31,9 +32,9 @@ class FashionMNIST(InMemory):
         flip: bool = False,
     ):
         if split not in FILES:
-            raise ValueError(f"split={split!r}: expected one of {', '.join(FILES)}")
+            raise ConfigError(f"split={split!r}: expected one of {', '.join(FILES)}")
         if size < 28 or size % 2:
-            raise ValueError(f"size={size}: the images have 28 px and are only padded; expected an even number from 28 up")
+            raise ConfigError(f"size={size}: the images have 28 px and are only padded; expected an even number from 28 up")
         folder = fashion_mnist(root)
         images = read_idx(folder / f"{FILES[split]}-images-idx3-ubyte.gz")
         labels = read_idx(folder / f"{FILES[split]}-labels-idx1-ubyte.gz")
@@ -42,11 +43,11 @@ class FashionMNIST(InMemory):
 
 
 def read_idx(path: Path) -> Tensor:
-    """A gzipped IDX file of bytes as a uint8 tensor of the shape it declares. Raises ValueError if it is not one."""
+    """A gzipped IDX file of bytes as a uint8 tensor of the shape it declares. Raises UserError if it is not one."""
     with gzip.open(path) as file:
         content = file.read()
     ndim = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, 4 + 4 * ndim, 4)]
     if not ndim or len(content) != 4 + 4 * ndim + torch.Size(shape).numel():
-        raise ValueError(f"{path}: not an IDX file of bytes")
+        raise UserError(f"{path}: not an IDX file of bytes")
     return torch.frombuffer(bytearray(content[4 + 4 * ndim :]), dtype=torch.uint8).reshape(shape)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.data.mapped import mapped, written
+from ldm.errors import UserError
 from ldm.progress import Bar
 
 
@@ -81,7 +82,7 @@ def fill(moments: Tensor, autoencoder, dataset, size: int = 500) -> None:
             rows.copy_(autoencoder.posterior(image.flip(-1) if flip else image).moments)
             if not rows.isfinite().all():
                 last = start + len(image) - 1
-                raise ValueError(f"latents of images {start} to {last} are not finite in float16; train the first stage anew")
+                raise UserError(f"latents of images {start} to {last} are not finite in float16; train the first stage anew")
         start += len(image)
         bar.at(start)
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from ldm.errors import ConfigError
+
 Mask = Callable[[tuple[int, int], Generator], Tensor]  # (height, width), generator -> (1, H, W)
 
 
@@ -75,7 +77,7 @@ def borders(size: tuple[int, int], draw: Generator, part: Sequence[float] = (0.1
 
 
 def one_of(size: tuple[int, int], draw: Generator, kinds: Sequence[Mask]) -> Tensor:
-    """A mask of a kind drawn from `kinds`; name one twice to have it twice as often. Raises ValueError without any."""
+    """A mask of a kind drawn from `kinds`; name one twice to have it twice as often. Raises ConfigError without any."""
     if not kinds:
-        raise ValueError("kinds is empty: expected one kind of mask or more")
+        raise ConfigError("kinds is empty: expected one kind of mask or more")
     return kinds[whole(draw, 0, len(kinds) - 1)](size, draw)

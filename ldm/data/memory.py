@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.errors import ConfigError, UserError
 from ldm.parse import json_of
 from ldm.tensors import key
 
@@ -36,9 +37,9 @@ class InMemory(Dataset):
                 f"{name}: expected uint8 images (N, C, H, W) and N labels, got {images.dtype} {tuple(images.shape)}, {len(labels)}"
             )
         if missing := [c for c, texts in captions.items() if not texts]:
-            raise ValueError(f"{name}: no caption for {', '.join(missing)}; each class needs one or more")
+            raise ConfigError(f"{name}: no caption for {', '.join(missing)}; each class needs one or more")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(captions):
-            raise ValueError(f"{name}: labels reach from {labels.min()} to {labels.max()} but {len(captions)} classes have captions")
+            raise ConfigError(f"{name}: labels reach from {labels.min()} to {labels.max()} but {len(captions)} classes have captions")
         self.name, self.stored, self.rows, self.labels, self.seed, self.flip = name, images, rows, labels.long(), seed, flip
         self.classes, self.captions = list(captions), [list(texts) for texts in captions.values()]
         self.channels, self.size = images.shape[1], images.shape[-1]
@@ -109,8 +110,11 @@ def flipped(x: Tensor, flip: Tensor) -> Tensor:
 
 
 def read_captions(path: str | Path) -> dict[str, list[str]]:
-    """Captions by class, in the order of the labels, from a JSON file {class: [caption, ...]}. Raises ValueError for anything else."""
-    captions = json_of(Path(path).read_text(encoding="utf-8"))
+    """Captions by class, in the order of the labels, from a JSON file {class: [caption, ...]}. Raises UserError for anything else."""
+    try:
+        captions = json_of(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        captions = None
     if not isinstance(captions, dict) or not all(isinstance(v, list) and all(isinstance(x, str) for x in v) for v in captions.values()):
-        raise ValueError(f"{path}: expected a JSON object of the form {{class: [caption, ...]}}")
+        raise UserError(f"{path}: expected a JSON object of the form {{class: [caption, ...]}}")
     return captions

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.errors import ConfigError
 from ldm.tensors import key
 
 LISTED = 1 << 20  # samples whose order is a list; that of more is computed where it is needed, and takes no memory
@@ -43,11 +44,11 @@ class Stream:
 
     def __post_init__(self):
         if self.length < 1:
-            raise ValueError("the data set is empty")
+            raise ConfigError("the data set is empty")
         if not (self.batch >= self.world >= 1 and 0 <= self.rank < self.world):
             raise ValueError(f"batch={self.batch} rows cannot be shared out to rank {self.rank} of {self.world}: at least one row a rank")
         if not 0 <= self.start <= self.steps:
-            raise ValueError(f"start={self.start}: expected a step from 0 to steps={self.steps}")
+            raise ConfigError(f"start={self.start}: expected a step from 0 to steps={self.steps}")
 
     def __len__(self) -> int:
         return self.steps - self.start

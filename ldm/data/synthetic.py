@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.memory import InMemory
+from ldm.errors import ConfigError
 from ldm.tensors import key
 
 SHAPES = ("disc", "ring", "square", "frame", "cross", "bar", "column", "diamond", "triangle", "checkers")
@@ -15,9 +16,9 @@ class Synthetic(InMemory):
 
     def __init__(self, split: str = "train", num: int = 512, size: int = 32, seed: int = 0, flip: bool = False):
         if split not in ("train", "test"):
-            raise ValueError(f"split={split!r}: expected train or test")
+            raise ConfigError(f"split={split!r}: expected train or test")
         if num < 1 or size < 1:
-            raise ValueError(f"num={num} size={size}: expected one image or more, of one pixel or more")
+            raise ConfigError(f"num={num} size={size}: expected one image or more, of one pixel or more")
         labels = torch.arange(num) % len(SHAPES)
         captions = {name: [text.format(name) for text in CAPTIONS] for name in SHAPES}
         super().__init__(f"synthetic-{split}", draw(labels, size, key(split)), labels, captions, seed, flip)

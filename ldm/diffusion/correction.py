@@ -9,15 +9,16 @@ from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.sampler import Draw, Sampler, check, ddim, ddpm, steps
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.variance import forward_variance
+from ldm.errors import ConfigError
 
 
 def up_and_down(n: int, jump: int, repeats: int) -> list[int]:
     """RePaint's walk over the n + 1 places of a grid (0 is noise): every `jump` places it goes back as many, repeats - 1 times.
 
-    Lugmayr et al. 2022, section 4.2 and their code (j and r). Raises ValueError unless 1 <= jump and 1 <= repeats.
+    Lugmayr et al. 2022, section 4.2 and their code (j and r). Raises ConfigError unless 1 <= jump and 1 <= repeats.
     """
     if jump < 1 or repeats < 1:
-        raise ValueError(f"jump {jump} and repeats {repeats} must be at least 1 (repeats 1 is no resampling)")
+        raise ConfigError(f"jump {jump} and repeats {repeats} must be at least 1 (repeats 1 is no resampling)")
     left = {n - 1 - j: repeats - 1 for j in range(0, n - jump, jump)}
     walk = [0]
     while walk[-1] < n:

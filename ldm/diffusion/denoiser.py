@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ldm.condition import Condition
 from ldm.diffusion.prediction import Prediction, solve
 from ldm.diffusion.schedule import Schedule
+from ldm.errors import ConfigError
 from ldm.tensors import expand
 
 
@@ -27,7 +28,7 @@ class Denoiser(nn.Module):
     """The network read through a schedule and a prediction.
 
     net: called as net(x, time, cond), x (B, C, ...), time (B,) = schedule.net_time(t); returns C channels, or 2 C with var_frac second.
-    Raises ValueError if the prediction does not determine x0 at t = 1.
+    Raises ConfigError if the prediction does not determine x0 at t = 1.
     """
 
     def __init__(self, net: nn.Module, schedule: Schedule, prediction: Prediction):
@@ -37,7 +38,7 @@ class Denoiser(nn.Module):
         a, b = prediction.row(alpha, sigma)
         if (alpha * b - sigma * a).abs() < 1e-6:
             name = type(prediction).__name__
-            raise ValueError(
+            raise ConfigError(
                 f"prediction {name} does not determine x0 at t = 1 of this schedule, as eps cannot without signal; use v, flow or x0"
             )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoise, Denoised, Denoiser, eps_at
+from ldm.errors import ConfigError
 
 Guidance = Callable[..., Denoise]  # (denoiser, cond, uncond, options), and most have a scale
 
@@ -24,7 +25,7 @@ def cfg(
 
     interval: the (lo, hi) of t, inclusive, in which it acts (Kynkaanniemi et al. 2024); elsewhere, and at scale 1, cond alone is evaluated.
     rescale: in [0, 1], pulls the standard deviation of x0 back to the conditional one's (Lin et al. 2023, eq. 15-16).
-    Raises ValueError if scale is not 1 and there is no uncond.
+    Raises ConfigError if scale is not 1 and there is no uncond.
     """
     if scale == 1:
         return lambda x_t, t: denoiser(x_t, t, cond)
@@ -55,7 +56,7 @@ def pair(denoiser: Denoiser, both: Condition, x_t: Tensor, t: Tensor) -> tuple[D
 def cfg_channels(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0, channels: int = 3) -> Denoise:
     """Classifier-free guidance of the first channels alone, the rest being the conditional ones: how DiT's published samples were drawn.
 
-    Raises ValueError if there is no uncond.
+    Raises ConfigError if there is no uncond.
     """
     both = cond.cat(_null(uncond, f"scale {scale}"))
 
@@ -75,10 +76,10 @@ def autoguidance(
 ) -> Denoise:
     """weak + scale (denoiser - weak), weak being smaller or less trained (Karras et al. 2024a); uncond is not used.
 
-    Raises ValueError if there is no weak Denoiser.
+    Raises ConfigError if there is no weak Denoiser.
     """
     if weak is None:
-        raise ValueError("autoguidance needs a second, weaker denoiser; pass one as `weak`")
+        raise ConfigError("autoguidance needs a second, weaker denoiser; pass one as `weak`")
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         strong, other = denoiser(x_t, t, cond), weak(x_t, t, cond)
@@ -125,14 +126,9 @@ def told(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: f
     return denoise
 
 
-def scale_from_w(w: float) -> float:
-    """The scale of uncond + scale (cond - uncond) that is Ho & Salimans' (2022, eq. 6) strength w in (1 + w) cond - w uncond."""
-    return 1 + w
-
-
 def _null(uncond: Condition | None, why: str) -> Condition:
     if uncond is None:
-        raise ValueError(f"guidance with {why} needs a null condition and has none; train with condition dropout, or use scale 1")
+        raise ConfigError(f"guidance with {why} needs a null condition and has none; train with condition dropout, or use scale 1")
     return uncond
 
 

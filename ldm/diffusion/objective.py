@@ -19,6 +19,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.times import Times, entries
 from ldm.diffusion.variance import Decoder, Variance, gaussian_nll, learned_range, vlb_term
 from ldm.diffusion.weighting import Weighting
+from ldm.errors import ConfigError
 from ldm.tensors import Noise, expand, mean_per_sample
 
 
@@ -144,12 +145,12 @@ class Likelihood(nn.Module):
 def bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Denoised, variance: Variance, decoder: Decoder) -> Tensor:
     """T times the bound's term at each t (B,) in 1/T, 2/T, ..., 1: an unbiased estimate of the bound, bits per dimension.
 
-    Raises ValueError for other times.
+    Raises ConfigError for other times.
     """
     T = entries(schedule)
     i = (t.double() * T).round()
     if ((t * T - i).abs() > 0.01).any():
-        raise ValueError(f"the bound is a sum over the schedule's {T} entries, and times lie between them; draw them with density discrete")
+        raise ConfigError(f"the bound is a sum over the schedule's {T} entries and times lie between them; draw them with density discrete")
     return T * vlb_term(schedule, x0, x_t, i / T, (i - 1) / T, estimate, variance, decoder)
 
 
@@ -183,7 +184,7 @@ class LossSecondMoment(nn.Module):
     """An objective with t drawn in proportion to sqrt(E[loss^2]) and the loss divided by it (Nichol & Dhariwal 2021, eq. 18).
 
     history: the losses a bin of t remembers; until all T bins are full, t is uniform.  floor: the share of draws that stay uniform.
-    The losses of all ranks are remembered, so that all draw alike. Raises ValueError if T is not the schedule's.
+    The losses of all ranks are remembered, so that all draw alike. Raises ConfigError if T is not the schedule's.
     """
 
     losses: Tensor
@@ -199,7 +200,7 @@ class LossSecondMoment(nn.Module):
         """The wrapped objective's terms (B,), `loss` being unbiased for uniform t; in training mode they are remembered."""
         T = entries(denoiser.schedule)
         if T != self.T:
-            raise ValueError(f"the schedule has T = {T}, the objective T = {self.T}; set objective.T to the schedule's")
+            raise ConfigError(f"the schedule has T = {T}, the objective T = {self.T}; set objective.T to the schedule's")
         p = self.probabilities()
         u = noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32))
         i = torch.searchsorted(p.cumsum(0), u.to(p), right=True)  # u is at most 1 - 2^-24, below the sum's last entry

@@ -15,19 +15,20 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.variance import Variance, forward_variance, q_posterior, small
+from ldm.errors import ConfigError
 
 Draw = Callable[[Tensor], Tensor]
 Sampler = Callable[[Denoise, Schedule, Tensor, Tensor, Draw], Tensor]
 
 
 def check(ts: Tensor) -> None:
-    """Raises ValueError unless ts (N + 1,), N >= 1, descends within [0, 1]."""
+    """Raises ConfigError unless ts (N + 1,), N >= 1, descends within [0, 1]."""
     if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() < 0).all() or ts[0] > 1 or ts[-1] < 0:
-        raise ValueError(f"the grid must be two or more times that descend within [0, 1], got {ts.tolist()}; 1 is noise, 0 is data")
+        raise ConfigError(f"the grid must be two or more times that descend within [0, 1], got {ts.tolist()}; 1 is noise, 0 is data")
 
 
 def steps(ts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs (t, s), s < t, of a grid ts (N + 1,). Raises ValueError unless it descends within [0, 1]."""
+    """The pairs (t, s), s < t, of a grid ts (N + 1,). Raises ConfigError unless it descends within [0, 1]."""
     check(ts)
     return pairwise(ts)
 
@@ -66,11 +67,11 @@ def consistency(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noi
 def ddim_invert(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
     """DDIM run backwards (Song et al. 2021a, section 4.3): from the state x at ts[-1], which must be above 0, to the state at ts[0].
 
-    Raises ValueError if ts ends at 0, where eps is not defined; 1/T is the place to start.
+    Raises ConfigError if ts ends at 0, where eps is not defined; 1/T is the place to start.
     """
     check(ts)
     if ts[-1] == 0:
-        raise ValueError("inversion cannot start at t = 0, where there is no eps; give a grid that ends at 1/T (times.ending_at)")
+        raise ConfigError("inversion cannot start at t = 0, where there is no eps; give a grid that ends at 1/T (times.ending_at)")
     for t, s in reversed(list(pairwise(ts))):
         x0, eps, _ = denoise(x, s)
         alpha_t, sigma_t = schedule.alpha_sigma(t)

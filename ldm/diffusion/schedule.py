@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ldm.errors import ConfigError
+
 
 class Schedule(Protocol):
     """What samplers and objectives ask of a schedule; float32 t gives float32, float64 t gives float64, any shape of t."""
@@ -35,7 +37,7 @@ class Table:
     """A variance-preserving schedule given by alpha_bar = alpha^2 (T,), float64, entry i at t = (i + 1) / T.
 
     Between entries alpha_bar is linear in t, from 1 at t = 0; sigma^2 = 1 - alpha_bar, taken in float64. The network sees i in 0..T-1.
-    Raises ValueError unless alpha_bar falls strictly from below 1 (0 is allowed at the end: zero terminal SNR).
+    Raises ConfigError unless alpha_bar falls strictly from below 1 (0 is allowed at the end: zero terminal SNR).
     """
 
     alpha_bar: Tensor
@@ -44,7 +46,7 @@ class Table:
     def __post_init__(self):
         bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar.double()])
         if not (bar.diff() < 0).all() or bar[-1] < 0:
-            raise ValueError("alpha_bar must fall strictly, from below 1 to no less than 0; lower the betas or T")
+            raise ConfigError("alpha_bar must fall strictly, from below 1 to no less than 0; lower the betas or T")
 
     @property
     def T(self) -> int:

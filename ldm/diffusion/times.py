@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule
+from ldm.errors import ConfigError
 from ldm.tensors import Noise
 
 Density = Callable[[Tensor, Schedule], Tensor]
@@ -16,7 +17,7 @@ Times = Callable[[Noise, Tensor, Schedule], Tensor]
 
 
 def discrete(u: Tensor, schedule: Schedule) -> Tensor:
-    """Each of 1/T, 2/T, ..., 1 alike (Ho et al. 2020, algorithm 1). Raises ValueError for a schedule without a table."""
+    """Each of 1/T, 2/T, ..., 1 alike (Ho et al. 2020, algorithm 1). Raises ConfigError for a schedule without a table."""
     T = entries(schedule)
     return ((u * T).floor() + 1) / T
 
@@ -82,23 +83,23 @@ def linspace(schedule: Schedule, n: int) -> Tensor:
 def log_snr(schedule: Schedule, n: int, start: float = 1.0, end: float = 1e-3) -> Tensor:
     """n - 1 steps from t = start to end, even in log_snr (Lu et al. 2022a), then one to 0: (n + 1,) float64.
 
-    Raises ValueError where the schedule has no signal at `start`.
+    Raises ConfigError where the schedule has no signal at `start`.
     """
     hi, lo = schedule.log_snr(torch.tensor([start, end], dtype=torch.float64))
     if hi.isinf():
-        raise ValueError(f"there is no signal at t = {start} on this schedule, so log_snr cannot be divided evenly; set start=0.999")
+        raise ConfigError(f"there is no signal at t = {start} on this schedule, so log_snr cannot be divided evenly; set start=0.999")
     return _grid(schedule.t_at(torch.linspace(float(hi), float(lo), n, dtype=torch.float64)))
 
 
 def karras(schedule: Schedule, n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """n - 1 steps in sigma / alpha from sigma_max to sigma_min, even in its 1/rho-th power, then one to 0 (Karras et al. 2022, eq. 5).
 
-    (n + 1,) float64. Raises ValueError if sigma_max is beyond the schedule.
+    (n + 1,) float64. Raises ConfigError if sigma_max is beyond the schedule.
     """
     ramp = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n, dtype=torch.float64)
     highest = (-schedule.log_snr(torch.ones((), dtype=torch.float64)) / 2).exp()
     if sigma_max > highest * (1 + 1e-6):
-        raise ValueError(f"sigma_max {sigma_max} is beyond this schedule, whose sigma / alpha ends at {highest:.4g}; lower sigma_max")
+        raise ConfigError(f"sigma_max {sigma_max} is beyond this schedule, whose sigma / alpha ends at {highest:.4g}; lower sigma_max")
     return _grid(schedule.t_at(-2 * rho * ramp.log()).clamp(max=1))
 
 
@@ -108,9 +109,9 @@ def ending_at(ts: Tensor, end: float) -> Tensor:
 
 
 def strength(ts: Tensor, start: float) -> Tensor:
-    """The part of a grid below `start`, begun at `start` itself, for image-to-image. Raises ValueError unless start is in (ts[-1], 1]."""
+    """The part of a grid below `start`, begun at `start` itself, for image-to-image. Raises ConfigError unless start is in (ts[-1], 1]."""
     if not ts[-1] < start <= 1:
-        raise ValueError(f"strength {start} is not a start time above the grid's end {float(ts[-1]):g} and up to 1")
+        raise ConfigError(f"strength {start} is not a start time above the grid's end {float(ts[-1]):g} and up to 1")
     return torch.cat([ts.new_tensor([start]), ts[ts < start]])
 
 
@@ -119,10 +120,10 @@ def _grid(ts: Tensor) -> Tensor:
 
 
 def entries(schedule: Schedule, n: int = 1) -> int:
-    """T of a schedule that has a table and at least n entries. Raises ValueError if it does not."""
+    """T of a schedule that has a table and at least n entries. Raises ConfigError if it does not."""
     T = getattr(schedule, "T", None)
     if T is None:
-        raise ValueError(f"{type(schedule).__name__} is continuous, it has no entries 1..T; use the option `uniform` here")
+        raise ConfigError(f"{type(schedule).__name__} is continuous, it has no entries 1..T; use the option `uniform` here")
     if not 1 <= n <= T:
-        raise ValueError(f"{n} steps on a schedule of {T} entries; choose 1 to {T}")
+        raise ConfigError(f"{n} steps on a schedule of {T} entries; choose 1 to {T}")
     return T

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise, Denoised
 from ldm.diffusion.schedule import Schedule
+from ldm.errors import ConfigError
 from ldm.tensors import expand, mean_per_sample
 
 Variance = Callable[..., Tensor]
@@ -53,10 +54,10 @@ def large(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, flo
 def learned_range(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None) -> Tensor:
     """Log-variance (B, ...) between `small` (var_frac -1) and `large` (var_frac 1) (Nichol & Dhariwal 2021, eq. 15).
 
-    Raises ValueError if the network does not give a var_frac.
+    Raises ConfigError if the network does not give a var_frac.
     """
     if var_frac is None:
-        raise ValueError("a learned variance needs twice the channels of x_t: train with learned_variance=true, or use small or large")
+        raise ConfigError("a learned variance needs twice the channels of x_t: train with learned_variance=true, or use small or large")
     lo, hi = (expand(f(None, schedule, t, s, floor), var_frac) for f in (small, large))
     frac = (var_frac + 1) / 2
     return frac * hi + (1 - frac) * lo

@@ -7,18 +7,12 @@ import torch
 from torch import Tensor
 
 from ldm.interop.diffusers import half, unet
-from ldm.interop.keymap import Row, State, count, exported, imported, layers, refuse, under
+from ldm.interop.keymap import Row, State, count, exported, layers, refuse, under
 from ldm.interop.layout import Layout
 from ldm.parse import json_of
 
 HALF = "copied."  # of ours: the copied way down
 DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
-
-
-def import_controlnet(state: State) -> dict[str, Tensor]:
-    """Our ControlNet's weights of diffusers'. Raises UserError for names that it does not have."""
-    hints = count(r"(?m)^controlnet_cond_embedding\.blocks\.(\d+)\.", state)
-    return imported(controlnet(Layout.of_diffusers(state), hints), state, "diffusers ControlNet")
 
 
 def export_controlnet(state: State) -> dict[str, Tensor]:

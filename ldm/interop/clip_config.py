@@ -21,7 +21,10 @@ END = 49407  # the end-of-text token, whose state is pooled
 def open_clip_config(model: str) -> dict[str, Any]:
     """open_clip's config of a model, by name or of a .json file. Raises UserError for a name that it does not have."""
     if model.endswith(".json"):
-        return dict(json_of(Path(model).read_text(encoding="utf-8")))
+        try:
+            return dict(json_of(Path(model).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model={model} is no JSON object ({error}); expected a config of open_clip") from None
     import open_clip
 
     config = open_clip.get_model_config(model)

@@ -1,4 +1,4 @@
-"""The names of DiT (facebookresearch), of SiT and of LightningDiT, into ours and back."""
+"""The names of DiT (facebookresearch), of SiT and of LightningDiT, into ours."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.interop.keymap import Row, State, count, exported, imported, layers
+from ldm.interop.keymap import Row, State, count, imported, layers
 from ldm.net.positions import sincos_2d
 
 LABELS = "y_embedder.embedding_table.weight"  # the conditioner's: one row a class, and last the null's
@@ -51,15 +51,6 @@ def import_sit(state: State) -> dict[str, Tensor]:
         whole = ours[name].unflatten(0, (patch * patch, -1))  # (p q, c, ...)
         ours[name] = -whole[:, :channels].flatten(0, 1)
     return ours
-
-
-def export_dit(state: State) -> dict[str, Tensor]:
-    """DiT's weights of ours, without what is computed (pos_embed) and the classes' rows. Raises UserError for what it has no name for."""
-    depth = count(r"(?m)^blocks\.(\d+)\.", state)
-    if not depth:
-        raise UserError("these are not the weights of ldm.net.dit.DiT: no blocks.0")
-    up, down = (state[f"blocks.0.feed_forward.{name}.weight"] for name in ("up", "down"))
-    return exported(dit(depth, up.shape[0] == 2 * down.shape[1]), state, "DiT")
 
 
 def dit(depth: int, gated: bool) -> Iterator[Row]:

@@ -114,6 +114,29 @@ def label(classes: int, dim: int) -> Node:
     return {"_target_": "ldm.conditioner.label.Label", "num_classes": classes, "dim": dim}
 
 
+def label_vector(classes: int, dim: int) -> Node:
+    """A class as a vector added to the time embedding; classes: without the null's."""
+    return {"_target_": "ldm.conditioner.label.LabelVector", "num_classes": classes, "dim": dim}
+
+
+def dit(patch: int, channels: int, depth: int, heads: int, toward_data: bool) -> Node:
+    """DiT's transformer; toward_data: its time runs from noise to data, as SiT's."""
+    reads: Node = {"_target_": "ldm.net.blocks.sinusoid", "longest": 10_000.0}
+    return {
+        "_target_": "ldm.net.dit.DiT",
+        **{"patch": patch, "channels": channels, "depth": depth, "heads": heads, "concat_channels": 0, "frequencies": 256},
+        "norm": {"_target_": "torch.nn.LayerNorm", "_partial_": True, "elementwise_affine": False, "eps": 1e-6},
+        "feed_forward": {"_target_": "ldm.net.dit.MLP", "_partial_": True, "mult": 4.0},
+        "qk_norm": None,
+        "positions": {"_target_": "ldm.net.positions.sincos_2d", "_partial_": True},
+        "rotary": None,
+        "sinusoid": {**({"_target_": "ldm.net.blocks.toward_data", "longest": 10_000.0} if toward_data else reads), "_partial_": True},
+        "vector": {"_target_": "ldm.net.blocks.added", "_partial_": True},
+        "attend": SDPA,
+        "checkpoint": False,
+    }
+
+
 NOTHING: Node = {"_target_": "ldm.conditioner.none.Nothing"}
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.errors import ConfigError
 from ldm.tensors import Noise
 
 
@@ -23,12 +24,12 @@ class PCAGaussian:
     def fit(cls, image: Tensor, label: Tensor, rank: int = 50) -> "PCAGaussian":
         """Fit on images (N, C, H, W) in [-1, 1] and labels (N,) 0..K-1, in float64; d up to a few thousand.
 
-        Raises ValueError if a class has no more than rank images.
+        Raises ConfigError if a class has no more than rank images.
         """
         counts = label.bincount()
         fewest = int(counts.min())
         if fewest <= rank:
-            raise ValueError(
+            raise ConfigError(
                 f"class {int(counts.argmin())} has {fewest} images: expected more than rank={rank}; lower rank or give more images"
             )
         means, bases = [], []

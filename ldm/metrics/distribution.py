@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import ConfigError, UserError
 from ldm.metrics.features import Classifier, FeatureNet, to_uint8
 
 
@@ -62,10 +63,10 @@ def covered(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
 def precision_recall(x: Tensor, reference: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
     """The share of x (N, D) on the reference's k-NN manifold, and of reference (M, D) on x's: (), () (Kynkaanniemi et al. 2019, eq. 2).
 
-    Both depend on N and M: compare only numbers taken with the same sizes. Raises ValueError if N or M is not above k.
+    Both depend on N and M: compare only numbers taken with the same sizes. Raises ConfigError if N or M is not above k.
     """
     if min(len(x), len(reference)) <= k:
-        raise ValueError(f"{len(x)} samples and {len(reference)} references: precision and recall need more than k={k} of each; draw more")
+        raise ConfigError(f"{len(x)} samples and {len(reference)} references: precision and recall need more than k={k} of each; draw more")
     return covered(x, reference, radii(reference, k)), covered(reference, x, radii(x, k))
 
 
@@ -184,7 +185,7 @@ class ClassAccuracy:
 
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         if label is None:
-            raise ValueError(
+            raise ConfigError(
                 "class accuracy needs the label each sample was drawn for, got None; pass label, or leave accuracy out of the metrics"
             )
         self.right.update((self.classify(features).argmax(1) == label.to(features.device)).float())
@@ -226,7 +227,7 @@ class Score:
         from torchmetrics.aggregation import SumMetric
 
         if reference.ndim != 2 or reference.shape[1] != net.num_features or len(reference) < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"reference is {tuple(reference.shape)}: expected at least 2 rows of {net.num_features} features of {net.name}; see extract"
             )
         require_finite(reference, "reference")
@@ -242,7 +243,7 @@ class Score:
 
     @torch.no_grad()
     def update(self, image: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
-        """Take in images (B, C, H, W) in [-1, 1] and what they were asked for: labels (B,), captions. Raises ValueError for NaN."""
+        """Take in images (B, C, H, W) in [-1, 1] and what they were asked for: labels (B,), captions. Raises UserError for NaN."""
         features = self.net(to_uint8(image))
         require_finite(features, "features")
         for metric in self.metrics.values():
@@ -250,10 +251,10 @@ class Score:
         self.count.update(float(len(features)))
 
     def compute(self) -> dict[str, float]:
-        """{key: number} and the sample count n, over all processes; warns when bias rules so small an n. Raises ValueError for n < 2."""
+        """{key: number} and the sample count n, over all processes; warns when bias rules so small an n. Raises ConfigError for n < 2."""
         n = int(self.count.compute())
         if n < 2:
-            raise ValueError(f"{n} samples to score: expected at least 2, and thousands for a number that means anything; raise num")
+            raise ConfigError(f"{n} samples to score: expected at least 2, and thousands for a number that means anything; raise num")
         enough = max(2048, 2 * self.reference.shape[1])
         if n < enough and rank() == 0:
             warnings.warn(f"{n} samples with {self.reference.shape[1]} features: distances are biased upwards below {enough}", stacklevel=2)
@@ -274,10 +275,10 @@ def gathered(device: torch.device):
 
 
 def require_finite(features: Tensor, what: str) -> None:
-    """Raise ValueError if any of features is NaN or infinite: torchmetrics would answer NaN without a word."""
+    """Raise UserError if any of features is NaN or infinite: torchmetrics would answer NaN without a word."""
     broken = int((~features.isfinite()).any(1).sum())
     if broken:
-        raise ValueError(f"{what}: {broken} of {len(features)} rows are not finite; the images or the network are broken")
+        raise UserError(f"{what}: {broken} of {len(features)} rows are not finite; the images or the network are broken")
 
 
 def rank() -> int:

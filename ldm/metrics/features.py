@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import ConfigError, UserError
 from ldm.fetch import AssetError, fetch, url
 
 
@@ -42,7 +43,7 @@ def to_uint8(image: Tensor) -> Tensor:
         raise ValueError(f"image is {image.dtype}: expected floating point in [-1, 1]; a uint8 picture u is u / 127.5 - 1")
     image = image.float()
     if image.isnan().any():
-        raise ValueError("image holds NaN: expected values in [-1, 1]; the model that drew it has diverged")
+        raise UserError("image holds NaN: expected values in [-1, 1]; the model that drew it has diverged")
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -52,7 +53,7 @@ def require_uint8(images: Tensor, channels: tuple[int, ...], size: int | None = 
         raise ValueError(f"a feature network takes uint8 images, got {images.dtype}; quantise with ldm.metrics.features.to_uint8")
     if images.ndim != 4 or images.shape[1] not in channels or (size and images.shape[2:] != (size, size)):
         side = size or "any"
-        raise ValueError(f"images are {tuple(images.shape)}: expected (B, {' or '.join(map(str, channels))}, {side}, {side})")
+        raise ConfigError(f"images are {tuple(images.shape)}: expected (B, {' or '.join(map(str, channels))}, {side}, {side})")
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -69,7 +70,7 @@ def extract(net: FeatureNet, batches: Iterable[Tensor]) -> Tensor:
     """Features (N, D) float32 on the CPU of batches of images (B, C, H, W) in [-1, 1]: the reference that metrics are given."""
     features = [net(to_uint8(image)).cpu() for image in batches]
     if not features:
-        raise ValueError("no images to take features of: the iterable of batches is empty")
+        raise ConfigError("no images to take features of: the iterable of batches is empty")
     return torch.cat(features).clone()  # outside inference mode it is an ordinary tensor
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.errors import UserError
+from ldm.errors import ConfigError, UserError
 from ldm.fetch import AssetError
 from ldm.metrics.features import FeatureNet, hash_weights, require_uint8
 
@@ -118,7 +118,7 @@ class CLIPScore:
 
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         if caption is None:
-            raise ValueError("the CLIP score needs the caption each sample was drawn for, got None; draw with captions, or leave it out")
+            raise ConfigError("the CLIP score needs the caption each sample was drawn for, got None; draw with captions, or leave it out")
         self.mean.update(100 * (features * self.embed(caption)).sum(1).double().clamp(min=0))
 
     def compute(self) -> dict[str, float]:

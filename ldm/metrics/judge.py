@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UserError
 from ldm.metrics.features import hash_weights, require_uint8
 
 
@@ -60,12 +61,12 @@ class FashionNet(nn.Module):
     def standardise(self, features: Tensor) -> None:
         """Set mean and std from penultimate features (N, num_features) of the training set, taken in evaluation mode.
 
-        Raises ValueError if one is constant.
+        Raises UserError if one is constant.
         """
         std, mean = torch.std_mean(features.double(), 0)
         alive = int((std > 1e-6).sum())
         if alive < len(std):
-            raise ValueError(
+            raise UserError(
                 f"{len(std) - alive} of {len(std)} features are constant or not finite: expected a trained network; train longer"
             )
         self.mean.copy_(mean)

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ldm.errors import ConfigError
 from ldm.metrics.distribution import gathered, radii, spread, squared_distances
 from ldm.metrics.features import FeatureNet
 
@@ -13,10 +14,10 @@ from ldm.metrics.features import FeatureNet
 def density_coverage(x: Tensor, reference: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
     """How many k-NN balls of reference (M, D) a row of x (N, D) lies in, over k, and the share of balls with a row in: (), ().
 
-    Naeem et al. 2020, eq. 4 and 5; density may be above 1. Raises ValueError if M is not above k.
+    Naeem et al. 2020, eq. 4 and 5; density may be above 1. Raises ConfigError if M is not above k.
     """
     if len(reference) <= k or not len(x):
-        raise ValueError(f"{len(x)} samples and {len(reference)} references: density and coverage need one and more than k={k}; draw more")
+        raise ConfigError(f"{len(x)} samples and {len(reference)} references: density and coverage need one and more than k={k}; draw more")
     radius = radii(reference, k)
     inside = torch.zeros(len(reference), dtype=torch.long, device=x.device)
     for d in squared_distances(x, reference):
@@ -30,10 +31,10 @@ def memorised(x: Tensor, reference: Tensor, own: Tensor | None = None) -> tuple[
     authenticity: the share of samples that are further from the nearest training image than that image is from the rest of the training
     set (Alaa et al. 2022, section 3.2).  copies: the share at least as near as only 1% of the training images are to another.  Held-out
     images give what is normal.  own: radii(reference, 1), where that is known.
-    Raises ValueError for fewer than 2 training images, or no sample.
+    Raises ConfigError for fewer than 2 training images, or no sample.
     """
     if len(reference) < 2 or not len(x):
-        raise ValueError(f"{len(x)} samples and {len(reference)} training images: memorisation needs one and two; draw more")
+        raise ConfigError(f"{len(x)} samples and {len(reference)} training images: memorisation needs one and two; draw more")
     own = radii(reference, 1) if own is None else own
     found = [d.min(1) for d in squared_distances(x, reference)]
     distance, index = (torch.cat([getattr(one, part) for one in found]) for part in ("values", "indices"))

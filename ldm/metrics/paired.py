@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ldm.errors import ConfigError
 from ldm.metrics.distribution import FrechetDistance, Score
 from ldm.metrics.features import FeatureNet
 
@@ -60,10 +61,10 @@ class Reconstruction:
             self.score.update(reconstruction)
 
     def compute(self) -> dict[str, float]:
-        """{key: number} over all processes. Raises ValueError for no images at all."""
+        """{key: number} over all processes. Raises ConfigError for no images at all."""
         found = {name: mean.compute().item() for name, mean in self.means.items()}
         if math.isnan(found["psnr"]):  # 0 / 0
-            raise ValueError("no image was compared with its original: expected one or more; raise num")
+            raise ConfigError("no image was compared with its original: expected one or more; raise num")
         return found | ({f"r{key}": value for key, value in self.score.compute().items() if key != "n"} if self.score else {})
 
     def reset(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 from ldm.net.blocks import norm, zeroed
 
 FEW = 128  # keys
@@ -27,9 +28,9 @@ class Memory(NamedTuple):
 
 
 def heard(cond: Condition, context_dim: int | None) -> Tensor | None:
-    """The context of a condition. Raises ValueError if there is one and the network was built without cross-attention."""
+    """The context of a condition. Raises ConfigError if there is one and the network was built without cross-attention."""
     if cond.context is not None and not context_dim:
-        raise ValueError("the condition has a context, which a network without cross-attention cannot hear; build it with context_dim")
+        raise ConfigError("the condition has a context, which a network without cross-attention cannot hear; build it with context_dim")
     return cond.context
 
 
@@ -170,7 +171,7 @@ class QKVAttention(nn.Module):
     """ADM's attention of a feature map (B, C, H, W) over itself, added to what came in (Dhariwal & Nichol 2021; DDPM with one head).
 
     new_order: the projection's 3C channels are (q, k, v) of (heads, d), ADM's `use_new_attention_order`, not heads of (q, k, v).
-    depth: must be 1.  Raises ValueError for another depth, or for a context, which it cannot hear.
+    depth: must be 1.  Raises ConfigError for another depth, or for a context, which it cannot hear.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class QKVAttention(nn.Module):
         super().__init__()
         if context_dim or depth != 1:
             wanted = f"context_dim={context_dim}" if context_dim else f"depth={depth}"
-            raise ValueError(f"{wanted}: QKVAttention is one self-attention; use SpatialTransformer, or conditioner=none or label_vector")
+            raise ConfigError(f"{wanted}: QKVAttention is one self-attention; use SpatialTransformer, or conditioner=none or label_vector")
         self.heads, self.attend = heads, attend
         self.order = "b n (three h d) -> three b h n d" if new_order else "b n (h three d) -> three b h n d"
         self.norm = norm(channels, groups, eps)

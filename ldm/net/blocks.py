@@ -9,6 +9,8 @@ from torch import Size, Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldm.errors import ConfigError
+
 PLACES = 256  # of smaller maps bfloat16 is normalised sooner as it is
 Resize = Callable[[Tensor, Size | None], Tensor]  # (B, C, H, W) and, for the way up, the (height, width) to reach
 
@@ -26,10 +28,10 @@ def call(module: nn.Module, *args: Any, keep: bool = True) -> Tensor:
 
 
 def positive(**sizes: int) -> None:
-    """Raises ValueError for a size below 1."""
+    """Raises ConfigError for a size below 1."""
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name}={size}: expected 1 or more")
+            raise ConfigError(f"{name}={size}: expected 1 or more")
 
 
 class GroupNorm(nn.GroupNorm):
@@ -49,10 +51,10 @@ def norm(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNorm:
 def sinusoid(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
     """Sinusoidal embedding of t (B,), in the network's time units, as (B, dim) float: cosines, then sines (ADM; DDPM, sec. B).
 
-    Raises ValueError for a period `longest` that is none.
+    Raises ConfigError for a period `longest` that is none.
     """
     if longest <= 0:
-        raise ValueError(f"longest={longest}: expected a period above 0")
+        raise ConfigError(f"longest={longest}: expected a period above 0")
     half = dim // 2
     rates = torch.exp(-math.log(longest) / half * torch.arange(half, device=t.device, dtype=t.dtype))
     angles = t[:, None] * rates
@@ -80,10 +82,10 @@ def mlp(inputs: int, width: int) -> nn.Sequential:
 def added(inputs: int, width: int) -> nn.Identity:
     """Nothing at all: the vector is added to the time embedding as it is, as ADM and DiT add a class's row.
 
-    Raises ValueError if the two widths differ.
+    Raises ConfigError if the two widths differ.
     """
     if inputs != width:
-        raise ValueError(
+        raise ConfigError(
             f"a vector of {inputs} cannot be added to an embedding of {width}: set conditioner.dim={width}, or net.vector to mlp"
         )
     return nn.Identity()

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 from ldm.net.attention import Attend, QKVAttention, sdpa, tokens
 from ldm.net.blocks import Downsample, norm
 from ldm.net.unet import Attention, HalfUNet, Lookup, Recipe, depths_of
@@ -15,7 +16,7 @@ from ldm.net.unet import Attention, HalfUNet, Lookup, Recipe, depths_of
 class AttentionPool(nn.Module):
     """A feature map (B, C, size, size) -> (B, out): the mean of its places, as a token, attends to it and to them (CLIP's pooling).
 
-    Raises ValueError for a map of another size: its places are learned.
+    Raises ConfigError for a map of another size: its places are learned.
     """
 
     def __init__(self, size: int, channels: int, heads: int, out: int, attend: Attend = sdpa):
@@ -26,7 +27,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (self.size, self.size):
-            raise ValueError(f"a map of {x.shape[2]} x {x.shape[3]}: this pooling has learned {self.size} x {self.size} places")
+            raise ConfigError(f"a map of {x.shape[2]} x {x.shape[3]}: this pooling has learned {self.size} x {self.size} places")
         h = tokens(x)
         h = torch.cat([h.mean(1, keepdim=True), h], dim=1) + self.positions  # (B, 1 + N, C)
         q, k, v = rearrange(self.qkv(h), "b n (three h d) -> three b h n d", three=3, h=self.heads)
@@ -37,7 +38,7 @@ class NoisyClassifier(HalfUNet):
     """Class logits (B, classes) of x_t (B, in_channels, size, size) at the network's time t (B,), for guidance=classifier.
 
     size: height and width of x_t.  channels, mult, blocks, attention, head_channels, dropout, checkpoint: as UNet's.
-    Raises ValueError for an x_t of another size.
+    Raises ConfigError for an x_t of another size.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 from ldm.net.attention import Attend, CrossAttention, KeyValue, Memory, Rotate, SelfAttention, heard, looked_up, sdpa, tokens
 from ldm.net.blocks import added, call, mlp, sinusoid, zeroed
 from ldm.net.positions import sincos_2d
@@ -91,7 +92,7 @@ class DiT(nn.Module):
     positions: what is added to the tokens of a grid.  rotary: rope_2d, or None.  sinusoid, vector: what t is read as in `frequencies`
     numbers, and by what cond.vector reaches the time embedding: DiT adds a class's row as it is.
     residuals: one (B, N, channels) for each block, added to its answer.  checkpoint: recompute activations in the backward pass.
-    LightningDiT (Yao & Wang 2025) is torch.nn.RMSNorm, SwiGLU and rope_2d.  Raises ValueError for sizes the patch does not divide.
+    LightningDiT (Yao & Wang 2025) is torch.nn.RMSNorm, SwiGLU and rope_2d.  Raises ConfigError for sizes the patch does not divide.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class DiT(nn.Module):
     ):
         super().__init__()
         if heads < 1 or channels % heads:
-            raise ValueError(f"heads={heads} does not divide channels={channels}")
+            raise ConfigError(f"heads={heads} does not divide channels={channels}")
         self.size, self.channels, self.heads, self.frequencies, self.context_dim = patch, channels, heads, frequencies, context_dim
         self.positions, self.rotary, self.sinusoid, self.checkpoint = positions, rotary, sinusoid, checkpoint
         self.time = mlp(frequencies, channels)
@@ -153,7 +154,7 @@ class DiT(nn.Module):
     def memory(self, cond: Condition) -> Memory | None:
         """Keys and values of cond.context for every block, to be computed once per prompt; None without a context.
 
-        Raises ValueError for a context that no block could hear.
+        Raises ConfigError for a context that no block could hear.
         """
         context = heard(cond, self.context_dim)
         if context is None:
@@ -171,7 +172,7 @@ class DiT(nn.Module):
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         if x.shape[2] % self.size or x.shape[3] % self.size:
-            raise ValueError(f"{x.shape[2]} x {x.shape[3]} cannot be cut into patches of {self.size}; choose another size of image")
+            raise ConfigError(f"{x.shape[2]} x {x.shape[3]} cannot be cut into patches of {self.size}; choose another size of image")
         told = F.silu(self.embed(t, cond) if emb is None else emb)
         memory = self.memory(cond) if memory is None else memory
         h = self.patch(x if cond.concat is None else torch.cat([x, cond.concat], dim=1))  # (B, C, h, w)

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from ldm.errors import ConfigError
 from ldm.net.attention import Rotate
 
 
 def sincos_2d(height: int, width: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Sines and cosines of each place's column, then of its row: (height * width, dim) float32, row by row (DiT, from MAE).
 
-    Raises ValueError unless 4 divides dim.
+    Raises ConfigError unless 4 divides dim.
     """
     column = _angles(torch.arange(width, device=device), dim).repeat(height, 1)  # (N, dim / 4)
     row = _angles(torch.arange(height, device=device), dim).repeat_interleave(width, 0)
@@ -20,7 +21,7 @@ def rope_2d(height: int, width: int, dim: int, device: torch.device | str = "cpu
     """The rotation of (B, heads, height * width, dim), the first half of dim by the row and the second by the column, so that the product
     of a query and a key depends on how far apart they are (Su et al. 2021, eq. 34; in two dimensions Fang et al. 2023).
 
-    Raises ValueError unless 4 divides dim.
+    Raises ConfigError unless 4 divides dim.
     """
     row = _angles(torch.arange(height, device=device), dim, theta).repeat_interleave(width, 0)
     column = _angles(torch.arange(width, device=device), dim, theta).repeat(height, 1)
@@ -37,6 +38,6 @@ def rope_2d(height: int, width: int, dim: int, device: torch.device | str = "cpu
 def _angles(place: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
     """place (N,) times dim / 4 falling rates: (N, dim / 4) float32."""
     if dim % 4:
-        raise ValueError(f"two-dimensional positions need a width that 4 divides, not {dim}")
+        raise ConfigError(f"two-dimensional positions need a width that 4 divides, not {dim}")
     rates = longest ** (-torch.arange(dim // 4, device=place.device, dtype=torch.float32) / (dim // 4))
     return place[:, None] * rates

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 from ldm.net.attention import Attend, KeyValue, Memory, QKVAttention, SpatialTransformer, heard, looked_up, sdpa
 from ldm.net.blocks import Downsample, ResBlock, Upsample, call, double, halve, mlp, norm, sinusoid, zeroed
 
@@ -92,7 +93,7 @@ class Recipe:
         divisor = self.heads or self.head_channels
         if divisor < 1 or width % divisor:
             option = "heads" if self.heads else "head_channels"
-            raise ValueError(f"{option}={divisor} does not divide a level's {width} channels; choose another")
+            raise ConfigError(f"{option}={divisor} does not divide a level's {width} channels; choose another")
         heads = self.heads or width // self.head_channels
         return self.block(width, heads, context_dim=self.context_dim, depth=depth, attend=self.attend, groups=self.groups)
 
@@ -115,11 +116,11 @@ def depths_of(depth: int | Sequence[int], attention: Sequence[int], levels: int)
     """Transformer blocks at each level, and last in the middle; 0 where there is no attention.
 
     The middle attends as soon as a factor is listed, even one that no level has: so do the published configurations that list such.
-    Raises ValueError if there are not as many depths as levels.
+    Raises ConfigError if there are not as many depths as levels.
     """
     each = [depth] * levels if isinstance(depth, int) else list(depth)
     if len(each) != levels:
-        raise ValueError(f"depth={each}: expected one number, or {levels}, one for each level of mult")
+        raise ConfigError(f"depth={each}: expected one number, or {levels}, one for each level of mult")
     return [d if 2**level in attention else 0 for level, d in enumerate(each)] + [each[-1] if attention else 0]
 
 
@@ -167,7 +168,7 @@ class HalfUNet(nn.Module):
     def memory(self, cond: Condition) -> Memory | None:
         """Keys and values of cond.context for every attention, to be computed once per prompt; None without a context.
 
-        Raises ValueError for a context that no layer could hear.
+        Raises ConfigError for a context that no layer could hear.
         """
         context = heard(cond, self.context_dim)
         if context is None:
@@ -194,7 +195,7 @@ class UNet(HalfUNet):
     block: SpatialTransformer or QKVAttention, its options bound.  downsample, sinusoid, vector: what halves a level where no block does,
     what t is read as, and by what cond.vector reaches the time embedding.  checkpoint: recompute activations in the backward pass.
     residuals: a tensor for each skip, first to last, and one for the middle, added to them (ControlNet).
-    Raises ValueError for heads or head_channels that do not divide, or depths of another number than levels.
+    Raises ConfigError for heads or head_channels that do not divide, or depths of another number than levels.
     """
 
     def __init__(

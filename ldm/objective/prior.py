@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 from ldm.tensors import Noise
 
 
@@ -13,20 +14,20 @@ class PriorPreservation(nn.Module):
     """The mean loss of the instance's rows plus `weight` times that of the prior's (Ruiz et al. 2023, eq. 2).
 
     objective: any objective.  prior: the label of the rows that show the kind, drawn by the model as it was before.
-    Raises ValueError if the batch has no labels.
+    Raises ConfigError if the batch has no labels.
     """
 
     def __init__(self, objective: nn.Module, prior: int, weight: float = 1.0):
         super().__init__()
         if weight < 0:
-            raise ValueError(f"weight={weight}: expected 0 or more")
+            raise ConfigError(f"weight={weight}: expected 0 or more")
         self.objective, self.prior, self.weight = objective, prior, weight
         self.keys = tuple(getattr(objective, "keys", ()))
 
     def forward(self, denoiser: Any, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The objective's terms (B,), `loss` scaled so that its mean is the sum of the two means."""
         if "label" not in batch:
-            raise ValueError("prior preservation tells instance and kind apart by label, and the batch has none: give each its own folder")
+            raise ConfigError("prior preservation tells instance and kind apart by label, and the batch has none: give each its own folder")
         terms = self.objective(denoiser, x0, cond, noise, batch)
         prior = torch.as_tensor(batch["label"], device=x0.device) == self.prior
         shares = torch.where(prior, self.weight * spread(prior), spread(~prior))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 from ldm.tensors import Noise, mean_per_sample
 
 
@@ -16,7 +17,7 @@ class REPA(nn.Module):
     objective: any objective.  encoder: a module whose features(image) lists maps (B, F_k, h_k, w_k); `stage` says which; it is frozen.
     layer: a submodule of the denoiser's net, by name, that returns (B, channels, h, w), or tokens (B, h * w, channels) of a square map.
     channels, features, hidden: widths of that layer, of the encoder's map (F_stage), and of the projecting three-layer network.
-    Raises ValueError if the batch has no image, the layer is not there or a width is not what it is.
+    Raises ConfigError if the batch has no image, the layer is not there or a width is not what it is.
     """
 
     keys = ("image",)  # of the batch: with it, images stay beside cached latents
@@ -43,7 +44,7 @@ class REPA(nn.Module):
     def forward(self, denoiser: Any, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The objective's terms (B,) with `loss` joined by the alignment, and `similarity` in [-1, 1]."""
         if "image" not in batch:
-            raise ValueError("REPA compares with pixels and the batch has no `image`; give it one beside the cached latents")
+            raise ConfigError("REPA compares with pixels and the batch has no `image`; give it one beside the cached latents")
         hidden: list[Tensor] = []
         hook = self.find(denoiser.net).register_forward_hook(lambda module, args, out: hidden.append(out))
         try:
@@ -59,10 +60,10 @@ class REPA(nn.Module):
         return terms | {"loss": terms["loss"] - self.weight * similarity, "similarity": similarity}
 
     def find(self, net: nn.Module) -> nn.Module:
-        """The named layer of the network. Raises ValueError if it is not there."""
+        """The named layer of the network. Raises ConfigError if it is not there."""
         modules = dict(net.named_modules())
         if self.layer not in modules:
-            raise ValueError(f"the network has no layer {self.layer!r}; REPA can align one of {', '.join(list(modules)[1:9])}, ...")
+            raise ConfigError(f"the network has no layer {self.layer!r}; REPA can align one of {', '.join(list(modules)[1:9])}, ...")
         return modules[self.layer]
 
     def similarity(self, hidden: Tensor, wanted: Tensor) -> Tensor:
@@ -73,9 +74,9 @@ class REPA(nn.Module):
 
 
 def agree(name: str, said: int, found: int, where: str) -> None:
-    """Raises ValueError unless a width is what was said of it."""
+    """Raises ConfigError unless a width is what was said of it."""
     if said != found:
-        raise ValueError(f"{name}={said}: {where} has {found} channels; set {name}={found}")
+        raise ConfigError(f"{name}={said}: {where} has {found} channels; set {name}={found}")
 
 
 def tokens_to_map(hidden: Tensor) -> Tensor:

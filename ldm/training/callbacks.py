@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm import durable
 from ldm.ema import PowerEMA
-from ldm.errors import NonFiniteError, UserError
+from ldm.errors import ConfigError, NonFiniteError, UserError
 from ldm.progress import Bar
 from ldm.training.clock import peak, spent_by
 from ldm.training.gradients import Gradients
@@ -133,11 +133,11 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy saved parameters into the module. Raises ValueError unless names and shapes are the same."""
+    """Copy saved parameters into the module. Raises UserError unless names and shapes are the same."""
     live = trained(module)
     other = sorted(live.keys() ^ state.keys()) or [n for n in live if live[n].shape != state[n].shape]
     if other:
-        raise ValueError(f"the weights are of another architecture: {', '.join(other[:4])}{' ...' if len(other) > 4 else ''} do not match")
+        raise UserError(f"the weights are of another architecture: {', '.join(other[:4])}{' ...' if len(other) > 4 else ''} do not match")
     for name, p in live.items():
         p.copy_(like(state[name], p))
 
@@ -256,7 +256,7 @@ class Snapshots(L.Callback):
 
     def __init__(self, folder: Path, averages: Mapping[str, PowerEMA], every: int, total: int, metadata: dict[str, str] | None = None):
         if every < 1:
-            raise ValueError(f"training.snapshot_every={every}: expected a number of steps, or null")
+            raise ConfigError(f"training.snapshot_every={every}: expected a number of steps, or null")
         self.folder, self.averages, self.every, self.total, self.metadata = folder, averages, every, total, metadata
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch.utils.data import DataLoader
 
 from ldm.data.stream import Batched, Stream
-from ldm.errors import UserError
+from ldm.errors import ConfigError, UserError
 from ldm.training.accumulate import Accumulated, Parted
 from ldm.training.clock import Spent
 from ldm.training.sharded import twin
@@ -30,7 +30,7 @@ def precision_here(wanted: str | int) -> str:
     """`auto` resolved: bf16 where the hardware multiplies it fast (a recent GPU, a CPU with AMX), else 32."""
     if wanted != "auto":
         if str(wanted) not in PRECISION:
-            raise ValueError(f"precision={wanted}: expected auto or one of {', '.join(PRECISION)}")
+            raise ConfigError(f"precision={wanted}: expected auto or one of {', '.join(PRECISION)}")
         return str(wanted)
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "32"
@@ -68,17 +68,17 @@ def fit(
     devices: of each of `nodes` machines.  accumulate: batches that a step is made of, one after the other.
     timeout: minutes that a rank waits for the others before it gives up.
     compile: the network that lit.compile() names, by torch.compile.
-    Raises ValueError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
+    Raises ConfigError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
     for name, number, least in (("workers", workers, 0), ("accumulate", accumulate, 1), ("nodes", nodes, 1), ("batch_size", batch_size, 1)):
         if number < least:
-            raise ValueError(f"{name}={number}: expected {least} or more")
+            raise ConfigError(f"{name}={number}: expected {least} or more")
     if batch_size % (ranks * accumulate):
         parts = f"{ranks * accumulate} equal parts ({ranks} processes, accumulate={accumulate})"
-        raise ValueError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
+        raise ConfigError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
     if compile and strategy == "fsdp":
-        raise ValueError("compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or compile=false")
+        raise ConfigError("compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or compile=false")
     stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
     if accumulate > 1:
@@ -125,7 +125,7 @@ def fit(
 def strategy_of(name: str, timeout: timedelta) -> Any:
     """Lightning's strategy of a name; DDP with a time-out, and with parameters that a step leaves out; fsdp as FSDP2 over all processes.
 
-    Raises ValueError for a name that Lightning does not know.
+    Raises ConfigError for a name that Lightning does not know.
     """
     made = {
         "ddp": lambda: DDPStrategy(find_unused_parameters=True, timeout=timeout),
@@ -134,7 +134,7 @@ def strategy_of(name: str, timeout: timedelta) -> Any:
     if name in made:
         return made[name]()
     if name != "auto" and name not in StrategyRegistry.available_strategies():
-        raise ValueError(f"strategy={name!r}: expected auto, {', '.join(made)}, or one of Lightning's own names")
+        raise ConfigError(f"strategy={name!r}: expected auto, {', '.join(made)}, or one of Lightning's own names")
     return name
 
 

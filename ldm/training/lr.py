@@ -12,8 +12,3 @@ def cosine(step: int, total: int, warmup: int = 0, end: float = 0.0) -> float:
     """Linear warm-up, then half a cosine from 1 down to `end` at `total` (Loshchilov & Hutter 2017)."""
     done = min(1.0, step / total)
     return min(1.0, (step + 1) / (warmup + 1)) * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def inverse_sqrt(step: int, total: int, warmup: int = 0, reference: int = 70_000) -> float:
-    """Linear warm-up, then 1 / sqrt(max(step / reference, 1)) (EDM2 eq. 67)."""
-    return min(1.0, (step + 1) / (warmup + 1)) / math.sqrt(max(step / reference, 1.0))

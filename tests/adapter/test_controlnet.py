@@ -8,7 +8,7 @@ from torch import nn
 
 from ldm.adapter.controlnet import Control, Controlled, hint_encoder
 from ldm.condition import Condition
-from ldm.interop.adapters import export_controlnet, import_controlnet
+from ldm.interop.adapters import export_controlnet
 from ldm.net.unet import UNet
 
 SHAPE = {"channels": 32, "mult": (1, 2), "blocks": 1, "attention": (1, 2), "context_dim": 16, "heads": 4, "groups": 8}
@@ -74,9 +74,6 @@ def test_diffusers_has_the_same_names_and_residuals(net, told):
     control = lively(Control(net, 4), 1)
     state = export_controlnet(control.state_dict())
     theirs.load_state_dict(state)
-    back = import_controlnet(state)
-    assert back.keys() == control.state_dict().keys()
-    assert all(torch.equal(back[name], value) for name, value in control.state_dict().items())
     x, t, cond = told
     ours = control(x, t, cond, cond.hint[0])
     found = theirs(x, t, cond.context, cond.hint[0], return_dict=False)

@@ -6,6 +6,7 @@ import torch
 
 from ldm.data.memory import InMemory, read_captions
 from ldm.data.synthetic import SHAPES, Synthetic
+from ldm.errors import UserError
 
 CAPTIONS = {"left": ["one", "two", "three"], "right": ["four"]}
 
@@ -91,8 +92,12 @@ def test_what_does_not_fit_is_named():
 def test_captions_are_read_as_they_are(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"a": ["it's 3, [x] = ü 😀"], "b": ["null"]}), encoding="utf-8")
     assert read_captions(tmp_path / "c.json") == {"a": ["it's 3, [x] = ü 😀"], "b": ["null"]}
-    (tmp_path / "c.json").write_text('{"a": "b"}')
-    with pytest.raises(ValueError, match="expected a JSON object of the form"):
+
+
+@pytest.mark.parametrize("text", ['{"a": "b"}', "[]", '{"a": ["b"', "\xff"])
+def test_captions_of_another_form_are_refused(text, tmp_path):
+    (tmp_path / "c.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="expected a JSON object of the form"):
         read_captions(tmp_path / "c.json")
 
 

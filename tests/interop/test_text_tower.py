@@ -105,6 +105,12 @@ def test_what_is_no_text_tower(theirs):
         export_text(import_text(state), 4)
 
 
+def test_config_file_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "own.json").write_text('{"embed_dim": 8')
+    with pytest.raises(UserError, match=r"own\.json is no JSON object .*; expected a config of open_clip"):
+        clip_config.open_clip_config(str(tmp_path / "own.json"))
+
+
 @pytest.mark.parametrize(("name", "layers"), [("ViT-L-14-quickgelu", 12), ("ViT-H-14", 24), ("ViT-bigG-14", 32)])
 def test_published_towers_are_known_by_their_shape(name, layers):
     config = clip_config.open_clip_config(name)
