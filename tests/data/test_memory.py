@@ -4,8 +4,10 @@ from collections import Counter
 import pytest
 import torch
 
+from ldm import build
 from ldm.data.memory import InMemory, read_captions
 from ldm.data.synthetic import SHAPES, Synthetic
+from ldm.errors import UserError
 
 CAPTIONS = {"left": ["one", "two", "three"], "right": ["four"]}
 
@@ -65,6 +67,13 @@ def test_a_sample_without_caption_or_label_trains_the_empty_condition():
     assert [{data.caption(place, i) for place in range(9)} for i in range(4)] == [{"a"}, {""}, {""}, {"b", "c"}]
     with pytest.raises(ValueError, match="captions of 1 samples, 4 labels"):
         InMemory("x", images, labels, CAPTIONS, texts=[["a"]])
+
+
+def test_a_classifier_is_refused_samples_without_a_label():
+    images = torch.zeros(4, 1, 2, 3, dtype=torch.uint8)
+    build.labelled(make(), make())
+    with pytest.raises(UserError, match="2 of 8 samples have no label, and a classifier needs one of each"):
+        build.labelled(make(), InMemory("x", images, torch.tensor([0, -1, 1, -1]), CAPTIONS))
 
 
 def test_a_flip_mirrors_half_of_the_rows_and_says_which():
