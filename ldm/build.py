@@ -101,6 +101,15 @@ def undegraded(cfg: Any) -> None:
         raise UserError("degrade= is for training=diffusion alone, this one sees the images as they are: leave it out, or degrade=none")
 
 
+def labelled(*data: Any) -> None:
+    """Raises UserError for data sets with samples that have no label: a classifier learns from the label of each."""
+    from ldm.errors import UserError
+
+    if count := sum(getattr(one, "unlabelled", 0) for one in data):
+        total = sum(map(len, data))
+        raise UserError(f"{count:,} of {total:,} samples have no label, and a classifier needs one of each: leave them out")
+
+
 def autoencoder(node: Any, channels: int):
     """A first stage for images of `channels` channels, not trained."""
     from hydra.utils import instantiate

@@ -11,7 +11,7 @@ from ldm.errors import ConfigError
 
 
 class Label(nn.Module):
-    """batch["label"] (B,) int64 in [0, num_classes) as one learned token: context (B, 1, dim).
+    """batch["label"] (B,) int64 in [0, num_classes) as one learned token: context (B, 1, dim); -1, no label, gives the null condition.
 
     The null condition is a learned class of its own, row num_classes (Ho & Salimans 2022).  Raises ConfigError for a label out of range.
     """
@@ -50,11 +50,12 @@ class LabelVector(nn.Module):
 
 
 def embedded(embedding: nn.Embedding, label: Tensor) -> Tensor:
-    """Rows (B, dim) of labels (B,); they are looked at only on the CPU, where that costs no wait."""
+    """Rows (B, dim) of labels (B,), the null class's for -1; they are looked at only on the CPU, where that costs no wait."""
     classes = embedding.num_embeddings - 1
-    if label.device.type == "cpu" and len(label) and not 0 <= int(label.min()) <= int(label.max()) < classes:
-        wrong = label[(label < 0) | (label >= classes)][0]
-        raise ConfigError(f"label={wrong}: expected 0 to {classes - 1}, the classes of the data")
+    if label.device.type == "cpu" and len(label) and not -1 <= int(label.min()) <= int(label.max()) < classes:
+        wrong = label[(label < -1) | (label >= classes)][0]
+        raise ConfigError(f"label={wrong}: expected 0 to {classes - 1}, the classes of the data, or -1 for none")
+    label = torch.where(label < 0, classes, label)
     return embedding(label.to(embedding.weight.device))
 
 

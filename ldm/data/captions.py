@@ -17,6 +17,7 @@ MOST = 1 << 20  # characters of captions of one image that are read
 SHOWN = 500  # captions that speak for the whole folder where there are no classes
 LISTS = (".csv", ".tsv", ".jsonl")
 FOUND = ("metadata.csv", "metadata.jsonl")  # a list that lies in the folder under one of these names is used unasked
+RECORD = ("caption", "text", "raw", "sentence", "description", "prompt")  # where a caption that is a record has its text
 FILE, TEXT = ("file_name", "filename", "file", "image", "path", "name"), ("caption", "text", "description", "prompt")  # columns
 
 
@@ -162,9 +163,18 @@ def _caption(text: str) -> list[str]:
     return _texts(value.get("caption")) if isinstance(value, dict) else []
 
 
+def captions_in(value: object) -> list[str]:
+    """The captions in JSON: a text or number, a record with one of RECORD, or a list of these; none for anything else."""
+    return [text for text in (" ".join(one.split()) for one in _texts(value)) if text]
+
+
 def _texts(value: object) -> list[str]:
-    """A caption or a list of captions as a list."""
-    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+    """As captions_in, white space as it is."""
+    found: list[object] = []
+    for one in value if isinstance(value, list) else [value]:
+        part = next((one[name] for name in RECORD if name in one), None) if isinstance(one, dict) else one
+        found += part if isinstance(part, list) else [part]
+    return [str(one) for one in found if isinstance(one, (str, int, float)) and not isinstance(one, bool)]
 
 
 def words(name: str) -> str:

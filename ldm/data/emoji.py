@@ -47,18 +47,13 @@ class Emoji(InMemory):
         pictures, every = glyphs(size, styles, skin_tones)
         rows = [i for i, glyph in enumerate(every) if (key("held out", glyph.base) < held_out * 2**63) == (split == "test")]
         self.styles, self.glyphs = list(styles), [every[i] for i in rows]
-        self.texts = [captions(glyph, style) for glyph in self.glyphs for style in styles]
+        every_text = [captions(glyph, style) for glyph in self.glyphs for style in styles]
         labels = torch.tensor([GROUPS.index(glyph.group) for glyph in self.glyphs]).repeat_interleave(len(styles))
         told: dict[str, list[str]] = {group: [] for group in GROUPS}
-        for label, texts in zip(labels.tolist(), self.texts, strict=True):
+        for label, texts in zip(labels.tolist(), every_text, strict=True):
             told[GROUPS[label]].append(texts[0])
         classes = {group: texts or [group.replace("-", " and ")] for group, texts in told.items()}
-        super().__init__(f"emoji-{split}", pictures[rows].flatten(0, 1), labels, classes, seed, flip)
-
-    def caption(self, place: int, index: int) -> str:
-        """One of the image's captions."""
-        texts = self.texts[index]
-        return texts[key(self.seed, "caption", place, index) % len(texts)]
+        super().__init__(f"emoji-{split}", pictures[rows].flatten(0, 1), labels, classes, seed, flip, texts=every_text)
 
     def about(self, at: Sequence[tuple[int, int]]) -> dict:
         """Everything but the pixels: as any data set, and style (B,) int64."""

@@ -77,8 +77,8 @@ class Folder(InMemory):
         names = [file.name for file in pack.files]
         told = tell(root, names, captions)
         part, rows = shares(names, held_out)[split]
-        self.files, self.texts = [pack.files[i] for i in rows], [told.texts[i] for i in rows]
-        super().__init__(f"folder-{split}", pack.images, torch.tensor(told.labels)[rows], told.classes, seed, flip, pack.rows[rows])
+        self.files, texts = [pack.files[i] for i in rows], [told.texts[i] for i in rows]
+        super().__init__(f"folder-{split}", pack.images, torch.tensor(told.labels)[rows], told.classes, seed, flip, pack.rows[rows], texts)
         self.content = digest(pack, told.texts, told.labels)
         self.expect(content)
         seen = f"{size} px{'' if channels == 3 else ', grey'}, {'fits in memory' if fits(pack.images) else 'read from the disk'}"
@@ -96,11 +96,6 @@ class Folder(InMemory):
                 f"path={self.root}: its images or captions are not those that this run was made with (digest {self.content}, "
                 f"then {content}); put them back, or start a new run by its command"
             )
-
-    def caption(self, place: int, index: int) -> str:
-        """One of the image's captions."""
-        texts = self.texts[index]
-        return texts[key(self.seed, "caption", place, index) % len(texts)]
 
 
 def digest(pack: "Pack", texts: Sequence[Sequence[str]], labels: Sequence[int]) -> str:

@@ -1,20 +1,33 @@
 """A data set of the Hugging Face hub, or one saved by its library, read row by row."""
 
 import io
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ldm.data.captions import SHOWN
+import torch
+
+from ldm.data.captions import RECORD, SHOWN, captions_in
+from ldm.data.folder import HOPED, OPENED
 from ldm.data.lazy import Lazy, named, parted
+from ldm.data.shards import CLASSES
 from ldm.errors import UserError
 from ldm.tensors import key
+
+ROWS = 1000  # of a column in memory at a time
+TAIL = 4096  # last bytes of an image that its digest reads, where PNG and JPEG files depend on every pixel
 
 
 class HuggingFace(Lazy):
     """A data set with a column of images, by its name on the hub or the folder that save_to_disk made.
 
     config: the hub's name of a variant.  train, test: names of splits; without `test` a part held_out of the training split is it, chosen
-    by row number.  image, caption, label: columns; a caption may be a list of them.  Raises UserError naming what is not there.
+    by row number.  image, caption, label: columns.  image: of images, of their bytes or of their paths.  caption: of texts, records with a
+    text or lists of these; a row without one trains the empty condition.  label: of class numbers or of words; -1, null and "" are no
+    label.  Raises UserError naming what is not there, and what is of another kind.
     """
 
     def __init__(
@@ -34,52 +47,202 @@ class HuggingFace(Lazy):
         seed: int = 0,
         flip: bool = True,
     ):
-        chosen = test if split == "test" and test is not None else train
-        source = Rows(load(path, config, chosen), f"{path} {config or ''} {chosen}", image, caption, label)
+        columns, folder = (image, caption, label), Path(path).expanduser()
+        source = Rows(load(path, config, train), f"{path} {config or ''} {train}", *columns, folder=folder)
+        if split == "test" and test is not None:
+            classes = list(source.classes) if label is not None else None
+            source = Rows(load(path, config, test), f"{path} {config or ''} {test}", *columns, folder=folder, words=classes)
         keys = [key("held out", i) for i in range(len(source))]
         rows = parted(keys, held_out if test is None else float(split == "test"), split)
         super().__init__(f"{path} ({split})", source, rows, size, channels, content, seed, flip)
 
 
 class Rows:
-    """The source of HuggingFace: a table of the library `datasets`."""
+    """The source of HuggingFace: a table of the library `datasets`.
 
-    def __init__(self, table: Any, name: str, image: str, caption: str | None, label: str | None):
+    folder: where paths of images start that are relative.  words: the classes, by default those that the column of labels has.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        name: str,
+        image: str,
+        caption: str | None,
+        label: str | None,
+        folder: Path | None = None,
+        words: Sequence[str] | None = None,
+    ):
         for column in (image, caption, label):
             if column is not None and column not in table.features:
                 raise UserError(f"{name}: no column {column!r}; it has {', '.join(table.features)}")
-        self.table = table.cast_column(image, type(table.features[image])(decode=False))
-        self.columns, self.named, self.place = (image, caption, label), name, name
-        self.identity = repr((name, table._fingerprint, len(table), self.columns))
-        names = getattr(table.features[label], "names", None) if label is not None else None
-        some = [text for i in range(0, len(table), -(-len(table) // SHOWN)) for text in self.texts(i)]
-        if label is None:
-            self.classes = {"image": list(dict.fromkeys(some)) or [""]}
-        else:
-            self.classes = named(names or [str(i) for i in range(max(table[label]) + 1)])
+        check_images(f"{name}: column {image!r}", table.features[image])
+        self.named, self.place, self.folder, self.captioned = name, name, folder or Path(), caption is not None
+        self.table, self.pictures = table, table.select_columns([image]).with_format("arrow")
+        self.column = caption
+        digest, none = sha256(), torch.zeros(len(table), dtype=torch.bool)
+        self.labels, self.unlabelled, self.uncaptioned = none.long(), none, none
+        self.classes: dict[str, list[str]] = {"image": [""]}
+        if label is not None:
+            numbers, classes = read_labels(f"{name}: column {label!r}", table, label, words)
+            self.labels, self.classes = torch.tensor(numbers), named(classes)
+            self.uncaptioned = self.unlabelled = self.labels < 0
+            digest.update(repr((classes, numbers)).encode())
+        if caption is not None:
+            check_captions(f"{name}: column {caption!r}", table.features[caption])
+            texts = [captions_in(cell) for cell in cells(table, caption)]
+            self.uncaptioned = torch.tensor([not one for one in texts])
+            digest.update(repr(texts).encode())
+            if label is None:
+                some = [text for one in texts[:: -(-len(texts) // SHOWN)] for text in one]
+                self.classes = {"image": list(dict.fromkeys(some)) or [""]}
+        for part in self._images_digested():
+            digest.update(part)
+        self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.pictures)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_captions"}
+
+    @cached_property
+    def _captions(self) -> Any:
+        """The column of captions alone, on the disk where the table is."""
+        return self.table.select_columns([self.column]).with_format("arrow")[:].column(0)
 
     def image(self, i: int) -> Path | io.BytesIO:
-        """The image's file."""
-        cell = self.table[i][self.columns[0]]
-        return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"])
+        """The image's file. Raises ValueError for a row without one."""
+        cell = self._cell(i).as_py()
+        if isinstance(cell, dict):
+            cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+        if not cell:
+            raise ValueError("no image in this row")
+        return io.BytesIO(cell) if isinstance(cell, bytes) else self._file(cell)
 
     def texts(self, i: int) -> list[str]:
         """The row's captions."""
-        if self.columns[1] is None:
-            return []
-        value = self.table[i][self.columns[1]]
-        return [" ".join(one.split()) for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one.strip()]
+        return captions_in(self._captions[i].as_py()) if self.captioned else []
 
     def label(self, i: int) -> int:
-        """The row's class, 0 without."""
-        return 0 if self.columns[2] is None else max(0, int(self.table[i][self.columns[2]]))
+        """The row's class, -1 without one; 0 in a table without labels."""
+        return int(self.labels[i])
 
     def name(self, i: int) -> str:
         """Which row."""
         return f"{self.named}, row {i}"
+
+    def _cell(self, i: int) -> Any:
+        return self.pictures[i].column(0)[0]
+
+    def _file(self, path: str) -> Path:
+        return Path(path) if os.path.isfile(path) else self.folder / path
+
+    def _images_digested(self) -> Iterator[bytes]:
+        """What changes with the images and not with their folder: names and sizes of all, the last bytes of SHOWN at most."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for start in range(0, len(self), ROWS):
+            column = self.pictures[start : start + ROWS].column(0)
+            paths: list[str | None] = [None] * len(column)
+            if pa.types.is_struct(column.type):
+                inside = [field.name for field in column.type]
+                paths = pc.struct_field(column, "path").to_pylist() if "path" in inside else paths
+                column = pc.struct_field(column, "bytes")
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                paths, sizes = column.to_pylist(), [None] * len(column)
+            else:
+                sizes = pc.binary_length(column).to_pylist()
+            for path, size in zip(paths, sizes, strict=True):
+                yield repr((Path(path).name, size_of(self._file(path))) if size is None and path else size).encode()
+        for i in range(0, len(self), -(-len(self) // SHOWN) or 1):
+            cell = self._cell(i)
+            data = cell["bytes"] if pa.types.is_struct(cell.type) else cell
+            if not pa.types.is_string(data.type) and not pa.types.is_large_string(data.type) and data.is_valid:
+                yield data.as_buffer()[-TAIL:].to_pybytes()
+                continue
+            try:
+                with open(self._file(str(data if pa.types.is_string(data.type) else cell["path"])), "rb") as file:
+                    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+                    yield file.read()
+            except (OSError, ValueError, LookupError):  # named when it is to be read
+                yield b"-"
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, -1 where it cannot be looked at."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def cells(table: Any, column: str) -> Iterator[Any]:
+    """The cells of one column in turn, as Python has them; no other column is read."""
+    alone = table.select_columns([column]).with_format("arrow")
+    for start in range(0, len(alone), ROWS):
+        yield from alone[start : start + ROWS].column(0).to_pylist()
+
+
+def check_images(what: str, feature: Any) -> None:
+    """Raises UserError for a column that holds no images, no bytes and no paths."""
+    dtype = getattr(feature, "dtype", None)
+    inside = {name: getattr(one, "dtype", None) for name, one in feature.items()} if isinstance(feature, dict) else {}
+    readable = dtype in ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
+    if not readable and inside.get("bytes") not in ("binary", "large_binary"):
+        raise UserError(f"{what} holds {feature!r:.80}: expected one image a row, its bytes or its path; choose data.image")
+
+
+def check_captions(what: str, feature: Any) -> None:
+    """Raises UserError for a column whose cells captions_in cannot read."""
+    inside = _item(feature)
+    if isinstance(inside, dict):
+        inside = _item(next((inside[name] for name in RECORD if name in inside), None))
+    if getattr(inside, "dtype", None) not in ("string", "large_string", "null"):
+        expected = f"expected texts, lists of texts, or records with one of {', '.join(RECORD)}"
+        raise UserError(f"{what} holds {feature!r:.80}: {expected}; choose data.caption, null for none, and data.label for classes")
+
+
+def _item(feature: Any) -> Any:
+    """The kind of a list's items; of anything else its own."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+
+
+def read_labels(what: str, table: Any, column: str, words: Sequence[str] | None = None) -> tuple[list[int], list[str]]:
+    """(class of each row, -1 for none; names of the classes) of a column of numbers or words; words: the names, where they are known.
+
+    Raises UserError for any other column, and for a label that is no class.
+    """
+    feature, values = table.features[column], list(cells(table, column))
+    kind = str(getattr(feature, "dtype", None))
+    if kind in ("string", "large_string"):
+        found = [" ".join(value.split()) if value else "" for value in values]
+        classes = list(words) if words is not None else sorted({word for word in found if word})
+        number = {word: i for i, word in enumerate(classes)} | {"": -1}
+        if wrong := next((word for word in found if word not in number), None):
+            raise UserError(f"{what} holds {wrong!r:.80}, which is no class of the training split ({len(classes):,} of them)")
+        numbers = [number[word] for word in found]
+    elif kind.startswith(("int", "uint", "float", "bool", "null")):
+        numbers = [_number(value) for value in values]
+        names = words if words is not None else getattr(feature, "names", None)
+        classes = list(names) if names is not None else [str(i) for i in range(min(max(numbers, default=-1), CLASSES) + 1)]
+        limit = min(len(classes), CLASSES)
+        if any(not -1 <= i < limit for i in numbers):
+            first = next(value for value, i in zip(values, numbers, strict=True) if not -1 <= i < limit)
+            raise UserError(f"{what} holds {first}: expected class numbers from 0 to {limit - 1}, and -1 or null for none")
+    else:
+        raise UserError(f"{what} holds {feature!r:.80}: expected one class a row, a number or a word; choose data.label, or null")
+    if not classes:
+        raise UserError(f"{what} has no label in any row; choose data.label, or null")
+    return numbers, classes
+
+
+def _number(value: float | None) -> int:
+    """A class number, -1 for none, -2 for what is no class."""
+    if value is None or value != value:
+        return -1
+    return int(value) if -1 <= value < CLASSES and int(value) == value else -2 if value < 0 else CLASSES
 
 
 def load(path: str, config: str | None, split: str) -> Any:
@@ -98,4 +261,22 @@ def load(path: str, config: str | None, split: str) -> Any:
         return found
     if split not in found:
         raise UserError(f"path={path}: no split {split!r}; it has {', '.join(found)}")
+    if folder.is_dir() and getattr(found[split].info, "builder_name", None) == "imagefolder":
+        check_splits(folder, {name: len(table) for name, table in found.items()})
     return found[split]
+
+
+def check_splits(folder: Path, rows: dict[str, int]) -> None:
+    """Raises UserError for a folder of images of which some are in no split: the library takes names such as train and val as splits."""
+    count = 0
+    for _, inner, files in os.walk(folder):
+        inner[:] = [name for name in inner if not name.startswith((".", "__"))]
+        if any(name.startswith("metadata.") for name in files):  # a list chooses the rows
+            return
+        count += sum(name.lower().endswith(OPENED + HOPED) and not name.startswith(".") for name in files)
+    if count > sum(rows.values()):
+        read = ", ".join(f"{name} of {number:,}" for name, number in rows.items())
+        raise UserError(
+            f"path={folder}: {count - sum(rows.values()):,} of its {count:,} images are in no split ({read}): names such as train, test "
+            f"and val are read as splits; rename that folder, give data.path of one split, or use data=folder"
+        )

@@ -27,7 +27,8 @@ KNOWN = 0.2  # and the part that may be quarantined
 class Source(Protocol):
     """Where samples 0..N-1 are. identity: text that changes when they do. classes: {class: captions} of the labels.
 
-    place: the path by which ldm.data.check knows them.
+    place: the path by which ldm.data.check knows them.  captioned: whether samples have captions of their own, else the class's are theirs.
+    uncaptioned, unlabelled: (N,) bool, which train the empty condition for want of a caption, and which have no label.
     """
 
     @property
@@ -36,10 +37,16 @@ class Source(Protocol):
     def identity(self) -> str: ...
     @property
     def classes(self) -> Mapping[str, Sequence[str]]: ...
+    @property
+    def captioned(self) -> bool: ...
+    @property
+    def uncaptioned(self) -> Tensor: ...
+    @property
+    def unlabelled(self) -> Tensor: ...
     def __len__(self) -> int: ...
     def image(self, i: int) -> Path | BinaryIO: ...
-    def texts(self, i: int) -> Sequence[str]: ...  # none: the class's captions are the sample's
-    def label(self, i: int) -> int: ...
+    def texts(self, i: int) -> Sequence[str]: ...  # none: no caption
+    def label(self, i: int) -> int: ...  # -1: no label
     def name(self, i: int) -> str: ...
 
 
@@ -47,7 +54,7 @@ class Lazy(Dataset):
     """The samples `rows` of a source as a data set, with the methods of an InMemory: image (channels, size, size) in [-1, 1].
 
     Each image is scaled and cropped at the centre; crop: adm as ADM does it, for its reference statistics.  A sample is a function of
-    (pass, index) alone, for any number of workers and ranks.
+    (pass, index) alone, for any number of workers and ranks.  Without a caption it trains the empty condition, "".
     What ldm.data.check has quarantined is left out, and in the place of another that cannot be read stands the next that can, until they
     are too many.  content: the digest of the files that are expected.
     Raises UserError naming what does not fit.
@@ -83,9 +90,13 @@ class Lazy(Dataset):
         self.content = sha256((source.identity + (repr(sorted(faults)) if faults else "")).encode()).hexdigest()[:16]
         if content not in (None, self.content):
             raise UserError(f"{name}: its files are not those that this run was made with (digest {self.content}, then {content})")
+        self.uncaptioned, self.unlabelled = (int(one[self.rows].sum()) for one in (source.uncaptioned, source.unlabelled))
         self.summary = (
-            f"{name}: {len(self):,} of {len(source):,} samples, {len(self.classes):,} classes, {size} px, read as they are needed"
-        ) + (f", {len(faults):,} quarantined" if faults else "")
+            (f"{name}: {len(self):,} of {len(source):,} samples, {len(self.classes):,} classes, {size} px, read as they are needed")
+            + (f", {len(faults):,} quarantined" if faults else "")
+            + (f", {self.uncaptioned:,} without a caption (the empty one stands for it)" if self.uncaptioned else "")
+            + (f", {self.unlabelled:,} without a label" if self.unlabelled else "")
+        )
 
     @property
     def settled(self) -> dict[str, str]:
@@ -94,9 +105,9 @@ class Lazy(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the pixels."""
+        """Identity of the pixels: the same wherever the files are."""
         parts = (self.source.identity, self.size, self.channels, self.rows.tolist(), *([] if self.crop == "centre" else [self.crop]))
-        return f"{self.name}-{sha256(repr(parts).encode()).hexdigest()[:16]}"
+        return f"{type(self).__name__.lower()}-{sha256(repr(parts).encode()).hexdigest()[:16]}"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -147,10 +158,11 @@ class Lazy(Dataset):
         }
 
     def caption(self, place: int, index: int) -> str:
-        """The caption that goes with the sample at index in pass place."""
+        """The caption that goes with the sample at index in pass place, "" without one."""
         row = int(self.rows[index])
-        texts = self.source.texts(row) or self.captions[self.source.label(row)]
-        return texts[key(self.seed, "caption", place, index) % len(texts)]
+        label = self.source.label(row)
+        texts = self.source.texts(row) if self.source.captioned else self.captions[label] if label >= 0 else ()
+        return texts[key(self.seed, "caption", place, index) % len(texts)] if texts else ""
 
 
 def named(classes: Sequence[str]) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ class InMemory(Dataset):
     """Images (N, C, H, W) uint8 with one class label each and several captions a class.
 
     rows: which of the images the samples are, None for all in turn.  Images that were mapped from the disk stay there until they are read.
+    A label of -1 is no label.  texts: captions of each sample, none for the empty condition; by default the class's are the sample's.
     A sample's caption, and its left-right flip if flips are on, depend on (seed, place, index) alone, place being the pass over the data:
     the same at any batch size, worker count or rank.  Raises ValueError for labels or captions that do not fit.
     """
@@ -31,6 +32,7 @@ class InMemory(Dataset):
         seed: int = 0,
         flip: bool = False,
         rows: Tensor | None = None,
+        texts: Sequence[Sequence[str]] | None = None,
     ):
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images if rows is None else rows) != len(labels):
             raise ValueError(
@@ -38,8 +40,11 @@ class InMemory(Dataset):
             )
         if missing := [c for c, texts in captions.items() if not texts]:
             raise ConfigError(f"{name}: no caption for {', '.join(missing)}; each class needs one or more")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(captions):
+        if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < len(captions):
             raise ConfigError(f"{name}: labels reach from {labels.min()} to {labels.max()} but {len(captions)} classes have captions")
+        if texts is not None and len(texts) != len(labels):
+            raise ConfigError(f"{name}: captions of {len(texts)} samples, {len(labels)} labels")
+        self.texts = texts
         self.name, self.stored, self.rows, self.labels, self.seed, self.flip = name, images, rows, labels.long(), seed, flip
         self.classes, self.captions = list(captions), [list(texts) for texts in captions.values()]
         self.channels, self.size = images.shape[1], images.shape[-1]
@@ -48,6 +53,16 @@ class InMemory(Dataset):
     def images(self) -> Tensor:
         """The samples' images (N, C, H, W) uint8."""
         return self.stored if self.rows is None else self.stored[self.rows]
+
+    @property
+    def unlabelled(self) -> int:
+        """The number of samples without a label."""
+        return int((self.labels < 0).sum())
+
+    @property
+    def uncaptioned(self) -> int:
+        """The number of samples that train the empty condition for want of a caption."""
+        return self.unlabelled if self.texts is None else sum(not any(texts) for texts in self.texts)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,9 +99,10 @@ class InMemory(Dataset):
         }
 
     def caption(self, place: int, index: int) -> str:
-        """The caption that goes with the sample at index in pass place."""
-        texts = self.captions[int(self.labels[index])]
-        return texts[key(self.seed, "caption", place, index) % len(texts)]
+        """The caption that goes with the sample at index in pass place, "" without one."""
+        label = int(self.labels[index])
+        texts = self.texts[index] if self.texts is not None else self.captions[label] if label >= 0 else ()
+        return texts[key(self.seed, "caption", place, index) % len(texts)] if texts else ""
 
     @cached_property
     def fingerprint(self) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ldm.data.lazy import Lazy, named
 from ldm.errors import UserError
 from ldm.parse import json_of
@@ -25,7 +27,9 @@ class Files:
 
     def __post_init__(self):
         names = [path.relative_to(self.root).as_posix() for path in self.paths]
-        self.place = str(self.root)
+        self.place, self.captioned = str(self.root), bool(self.captions)
+        self.unlabelled = torch.tensor(self.labels) < 0
+        self.uncaptioned = torch.tensor([not any(texts) for texts in self.captions]) if self.captions else self.unlabelled
         self.identity = repr((names, list(self.captions), list(self.labels), list(self.classes)))
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import torch
 from torch import Tensor
 
-from ldm.data.captions import SHOWN
+from ldm.data.captions import SHOWN, captions_in
 from ldm.data.kept import kept
 from ldm.data.lazy import Lazy, named, parted
 from ldm.errors import UserError
@@ -25,8 +25,9 @@ from ldm.tensors import key
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 MOST = {"image": 1 << 30, "text": 1 << 20}  # bytes that are read of one
+INDEX = 2  # raise when `index` comes to give another table, so that those made before are not used
 CLASSES = 1 << 20  # a label at or above it is a mistake
-COLUMNS = ("key", "shard", "image", "image_bytes", "text", "text_bytes", "label")  # of the index; -1 where a sample has none
+COLUMNS = ("key", "shard", "image", "image_bytes", "text", "text_bytes", "label")  # of the index; -1: none
 
 
 class Shards(Lazy):
@@ -60,19 +61,24 @@ class Tars:
     def __init__(self, paths: tuple[Path, ...], names: str | Path | None = None, place: str = ""):
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         self.paths, self.place, self.identity = paths, place, repr([(Path(name).name, *rest) for name, *rest in files])
-        table, _ = kept("shards", files, lambda: (index(paths), {}))
+        table, _ = kept("shards", (INDEX, files), lambda: (index(paths), {}))
         self.keys, self.table = table[:, 0].tolist(), table
         labels = int(table[:, COLUMNS.index("label")].max()) + 1
+        bare = table[:, COLUMNS.index("text")] < 0
+        self.captioned = not bool(bare.all())
+        self.alike = not labels and (names is None or not self.captioned)  # all of one class
+        self.unlabelled = (table[:, COLUMNS.index("label")] < 0) & (not self.alike)
+        self.uncaptioned = bare if self.captioned or self.alike else self.unlabelled
         if names is not None:
             told = [line.strip() for line in Path(names).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
             if len(told) < labels:
                 raise UserError(f"names={names}: {len(told)} classes, but labels reach to {labels - 1}")
             self.classes = named(told)
         else:
+            self.classes = named([str(i) for i in range(labels)])
+        if self.alike:
             some = [text for i in range(0, len(self), -(-len(self) // SHOWN)) for text in self.texts(i)]
-            self.classes = named([str(i) for i in range(labels)]) if labels else {"image": list(dict.fromkeys(some)) or [""]}
-        if not labels and not any(self.table[:, 5] >= 0):
-            self.classes = {"image": [""]}
+            self.classes = {"image": list(dict.fromkeys(some)) or [""]}
 
     def __len__(self) -> int:
         return len(self.table)
@@ -83,23 +89,11 @@ class Tars:
 
     def texts(self, i: int) -> list[str]:
         """The sample's captions."""
-        try:
-            text = self._read(i, "text").decode("utf-8", "replace")
-        except ValueError:  # nobody's caption
-            return []
-        if text.lstrip().startswith("{"):
-            try:
-                value = json_of(text).get("caption")
-            except ValueError:
-                value = None
-            lines = value if isinstance(value, list) else [value]
-        else:
-            lines = text.splitlines()
-        return [" ".join(line.split()) for line in lines if isinstance(line, str) and line.strip()]
+        return lines_of(self._read(i, "text"))
 
     def label(self, i: int) -> int:
-        """The sample's class, 0 without one."""
-        return max(0, int(self.table[i, COLUMNS.index("label")]))
+        """The sample's class, -1 without one."""
+        return 0 if self.alike else int(self.table[i, COLUMNS.index("label")])
 
     def name(self, i: int) -> str:
         """Where the image is."""
@@ -188,21 +182,44 @@ def index(paths: Sequence[Path]) -> Tensor:
                 raise tarfile.ReadError("cut short")
         except (tarfile.TarError, ValueError, ArithmeticError, EOFError, RecursionError, struct.error) as error:  # of headers made up
             raise UserError(f"path={path}: not a whole, uncompressed tar ({error})") from None
+        file = _Open(path)
         for name, parts in found.items():
             image = next((parts[ending] for ending in IMAGES if ending in parts), None)
             if image is not None:
-                rows.append([key("held out", name), shard, *image, *parts.get("txt", parts.get("json", (-1, -1))), _label(path, parts)])
+                rows.append([key("held out", name), shard, *image, *_text(file, parts), _label(path, file, parts)])
     if not rows:
         raise UserError(f"path={paths[0]}: no image in {len(paths)} shards; expected files like 000123.jpg beside 000123.txt or 000123.cls")
     return torch.tensor(rows)
 
 
-def _label(path: Path, parts: dict[str, tuple[int, int]]) -> int:
-    """The number in a sample's .cls, -1 without one. Raises UserError for anything else."""
+def lines_of(text: bytes) -> list[str]:
+    """The captions in a .txt, one a line, or in "caption" of a .json."""
+    decoded = text.decode("utf-8", "replace")
+    if not decoded.lstrip().startswith("{"):
+        return [line for line in (" ".join(line.split()) for line in decoded.splitlines()) if line]
+    try:
+        return captions_in(json_of(decoded).get("caption"))
+    except ValueError:
+        return []
+
+
+def _text(file: _Open, parts: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """Where a sample's captions are, offset and bytes; (-1, -1) without any."""
+    for ending in ("txt", "json"):
+        offset, size = parts.get(ending, (-1, -1))
+        if 0 < size <= MOST["text"] and lines_of(file.read(size, offset)):
+            return offset, size
+    return -1, -1
+
+
+def _label(path: Path, file: _Open, parts: dict[str, tuple[int, int]]) -> int:
+    """The number in a sample's .cls; -1 without one, or where it says so itself. Raises UserError for anything else."""
     if "cls" not in parts:
         return -1
     offset, size = parts["cls"]
-    text = _opened(path, os.getpid()).read(min(size, 20), offset).strip()
+    text = file.read(min(size, 20), offset).strip()
+    if text == b"-1":
+        return -1
     if not text.isdigit() or int(text) >= CLASSES:
         raise UserError(f"path={path}: a .cls holds {text!r}, not a number below {CLASSES:,}")
     return int(text)

@@ -36,6 +36,7 @@ def train(cfg: Any, *, steps: int, batch_size: int, net, optimizer, lr_schedule,
         print(f"this run is done: {folder}")
         return done["accuracy"]
     data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
+    build.labelled(data, test)
     autoencoder, space, _ = first_stage.load(cfg, data.channels)
     schedule = instantiate(cfg.schedule)
     with opened(cfg, folder) as run:

@@ -43,6 +43,7 @@ def train(
     net = net()
     with opened(cfg, folder, cache.JUDGE) as run:
         data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
+        build.labelled(data, test)
         lit = LitJudge(net, optimizer, label_smoothing)
         callbacks = run.callbacks("judge", steps=steps, lr_schedule=lr_schedule, log_every=log_every, save_every=save_every)
         instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed)

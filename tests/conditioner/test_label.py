@@ -20,10 +20,18 @@ def test_a_label_is_its_own_learned_row(conditioner, field, shape):
 
 
 @pytest.mark.parametrize("conditioner", [Label, LabelVector])
-@pytest.mark.parametrize("label", [-1, 4])  # 4 is the null row, which is not to be asked for by accident
+@pytest.mark.parametrize("label", [-2, 4])  # 4 is the null row, which is not to be asked for by accident
 def test_a_label_out_of_range_is_named(conditioner, label):
     with pytest.raises(ValueError, match=f"label={label}: expected 0 to 3"):
         conditioner(4, dim=8)({"label": torch.tensor([0, label])})
+
+
+@pytest.mark.parametrize(("conditioner", "field"), [(Label, "context"), (LabelVector, "vector")])
+def test_no_label_is_the_null_condition(conditioner, field):
+    made = conditioner(4, dim=8)
+    cond, null = getattr(made({"label": torch.tensor([-1, 0])}), field), getattr(made.null(BATCH), field)
+    assert torch.equal(cond[0], null[0])
+    assert torch.equal(cond[1].flatten(), made.embedding.weight[0])
 
 
 def test_nothing_is_its_own_null():

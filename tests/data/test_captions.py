@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data.captions import match, read_list, tell
+from ldm.data.captions import captions_in, match, read_list, tell
 from ldm.errors import UserError
 
 NAMES = ["a.png", "b.png", "sub/c.png", "sub/red car.png"]
@@ -65,6 +65,14 @@ def test_a_list_that_does_not_fit_is_one_line(tmp_path, name, text, said):
         tell(tmp_path, NAMES, write(tmp_path / name, text))
     assert "\n" not in str(error.value)
     assert name in str(error.value)
+
+
+def test_captions_in_json_are_texts_numbers_records_or_lists_of_them():
+    assert captions_in(" a  cat ") == ["a cat"]
+    assert captions_in(["a", {"raw": "b"}, {"text": ["c", "d"]}, 7, 0.5]) == ["a", "b", "c", "d", "7", "0.5"]
+    assert captions_in({"caption": "x", "raw": "y"}) == ["x"]
+    for nothing in (None, "", " ", [], [None, ""], True, {"id": 3}, {"raw": {"raw": "x"}}):
+        assert captions_in(nothing) == []
 
 
 def test_a_list_that_is_not_there(tmp_path):

@@ -1,63 +1,71 @@
-"""The library is a heavy extra: a stand-in with the parts of its interface that are used serves here."""
-
 import io
+import shutil
 import sys
-import types
+import tarfile
 
 import pytest
 import torch
 from PIL import Image
 
 from ldm.data import hugging_face
+from ldm.data.folder import Folder
 from ldm.data.hugging_face import HuggingFace
+from ldm.data.latents import Latents
+from ldm.data.memory import InMemory
+from ldm.data.shards import Shards
+from ldm.data.stream import Batched, Stream
 from ldm.errors import UserError
 
-
-class ImageFeature:
-    def __init__(self, decode=True):
-        self.decode = decode
-
-
-class ClassLabel:
-    names = ("cat", "sea_lion")
+datasets = pytest.importorskip("datasets")  # of the extras `data` and `dev`
+TEXT = datasets.Value("string")
+PETS = datasets.ClassLabel(names=["cat", "sea_lion"])
 
 
-class Table:
-    """Rows and features as a table of `datasets` has them."""
-
-    def __init__(self, rows, fingerprint="abc"):
-        self.rows, self._fingerprint = rows, fingerprint
-        self.features = {"image": ImageFeature(), "text": object(), "label": ClassLabel(), "number": object()}
-
-    def cast_column(self, name, feature):
-        assert name == "image"
-        assert not feature.decode, "bytes, so that every file goes the same way"
-        return self
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, at):
-        return [row[at] for row in self.rows] if isinstance(at, str) else self.rows[at]
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
 
 
-def row(i, path=None):
+def png(i, size=(20, 20)):
     buffer = io.BytesIO()
-    Image.new("RGB", (20, 20), (i, 0, 0)).save(buffer, "png")
-    cell = {"bytes": buffer.getvalue(), "path": None} if path is None else {"bytes": None, "path": str(path)}
-    if path is not None:
-        path.write_bytes(buffer.getvalue())
-    return {"image": cell, "text": [f"picture {i}", f"number  {i}"] if i % 2 else f"picture {i}", "label": i % 2, "number": i % 5}
+    Image.new("RGB", size, (i, 0, 0)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def table(rows, kind=None, images=None, **columns):
+    """A table of `rows` images and (values, kind) columns."""
+    cells = [{"bytes": png(i), "path": None} for i in range(rows)] if images is None else images
+    features = {"image": kind or datasets.Image(), **{name: kind for name, (_, kind) in columns.items()}}
+    values = {"image": cells, **{name: value for name, (value, _) in columns.items()}}
+    return datasets.Dataset.from_dict(values, features=datasets.Features(features))
+
+
+def saved(path, *args, **columns):
+    table(*args, **columns).save_to_disk(str(path))
+    return str(path)
 
 
 @pytest.fixture
 def library(monkeypatch, tmp_path):
-    """The library with one data set of 40 rows and a test split of three."""
+    """The hub with one data set of 40 rows and a test split of three."""
     asked = []
-    splits = {
-        "train": Table([row(i, tmp_path / "7.png" if i == 7 else None) for i in range(40)]),
-        "test": Table([row(i) for i in range(3)]),
-    }
+    (tmp_path / "7.png").write_bytes(png(7))
+
+    def rows(count):
+        columns = {
+            "text": ([[f"picture {i}", f"number  {i}"] if i % 2 else [f"picture {i}"] for i in range(count)], datasets.Sequence(TEXT)),
+            "label": ([i % 2 for i in range(count)], PETS),
+            "number": ([i % 5 for i in range(count)], datasets.Value("int64")),
+        }
+        cells = [{"bytes": png(i), "path": None} if i != 7 else {"bytes": None, "path": str(tmp_path / "7.png")} for i in range(count)]
+        return table(count, images=cells, **columns)
+
+    splits = datasets.DatasetDict({"train": rows(40), "test": rows(3)})
 
     def load_dataset(path, config):
         asked.append((path, config))
@@ -65,8 +73,7 @@ def library(monkeypatch, tmp_path):
             raise RuntimeError("not\nfound")
         return splits
 
-    fake = types.SimpleNamespace(load_dataset=load_dataset, load_from_disk=lambda folder: Table([row(i) for i in range(4)], folder))
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
 
 
@@ -98,8 +105,7 @@ def test_splits(library):
 
 
 def test_a_saved_one(library, tmp_path):
-    (tmp_path / "dataset_info.json").touch()
-    assert len(HuggingFace(str(tmp_path), size=16, held_out=0.0)) == 4
+    assert len(HuggingFace(saved(tmp_path / "x", 4, text=(["a"] * 4, TEXT)), size=16, held_out=0.0)) == 4
     assert not library
 
 
@@ -115,3 +121,200 @@ def test_mistakes_are_one_line(library, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[data\]'"):
         hugging_face.load("some/thing", None, "train")
+
+
+def test_caption_sources_give_the_same_batches(tmp_path):
+    """60 images, six of them without a caption, from a folder, a table, a shard and memory."""
+    captions = ["" if i % 10 == 7 else f"picture {i}" for i in range(60)]
+    pictures = [png(4 * i, (24, 20)) for i in range(60)]
+    (tmp_path / "folder").mkdir()
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            for ending, content in {"png": picture, **({"txt": caption.encode()} if caption else {})}.items():
+                (tmp_path / "folder" / f"{i:04d}.{ending}").write_bytes(content)
+                member = tarfile.TarInfo(f"{i:04d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    cells = [{"bytes": picture, "path": None} for picture in pictures]
+    path = saved(tmp_path / "table", 60, images=cells, text=([caption or None for caption in captions], TEXT))
+    folder = Folder(tmp_path / "folder", size=16, channels=3, held_out=0.0)
+    texts = [[caption] if caption else [] for caption in captions]
+    sources = {
+        "hf": HuggingFace(path, size=16, held_out=0.0),
+        "webdataset": Shards(tmp_path / "shard.tar", size=16, held_out=0.0),
+        "memory": InMemory("memory", folder.images, folder.labels, {"image": ["x"]}, flip=True, texts=texts),
+    }
+    stream = Stream(60, 24, steps=6)
+    for name, data in sources.items():
+        assert data.uncaptioned == folder.uncaptioned == 6, name
+        for part in stream:
+            one, other = Batched(folder)[part], Batched(data)[part]
+            assert one.keys() == other.keys()
+            for key, value in one.items():
+                same = torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+                assert same, (name, key, part.step)
+    assert "6 without a caption" in sources["hf"].summary
+    assert "6 without caption" in folder.summary
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([None, "", "a  cat"], TEXT),
+        ([None, [None, " "], ["a cat"]], datasets.Sequence(TEXT)),
+        ([None, {"id": 1, "raw": None}, {"id": 2, "raw": "a cat"}], {"id": datasets.Value("int64"), "raw": TEXT}),
+        ([None, [], [{"raw": "a cat"}]], [{"raw": TEXT}]),
+    ],
+)
+def test_captions_of_every_kind_are_read_and_rows_without_are_counted(tmp_path, values, kind):
+    data = HuggingFace(saved(tmp_path / "x", 3, text=(values, kind)), size=16, held_out=0.0)
+    assert [{data.caption(place, i) for place in range(9)} for i in range(3)] == [{""}, {""}, {"a cat"}]
+    assert ", 2 without a caption" in data.summary
+    assert data.captions == [["a cat"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [([1, 2], datasets.Value("int64")), ([0, 1], PETS), ([[["a"]], [["b"]]], [[TEXT]]), ([{"id": 1}] * 2, {"id": datasets.Value("int64")})],
+)
+def test_captions_that_are_no_texts_are_one_line(tmp_path, values, kind):
+    with pytest.raises(UserError, match=r"column 'text' holds .*: expected texts, lists of texts, or records with one of") as error:
+        HuggingFace(saved(tmp_path / "x", 2, text=(values, kind)), size=16)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "labels", "classes"),
+    [
+        ([-1, None, 1, 0], PETS, [-1, -1, 1, 0], ["cat", "sea_lion"]),
+        ([-1, -1, -1, -1], PETS, [-1, -1, -1, -1], ["cat", "sea_lion"]),
+        ([None, 2, 0, -1], datasets.Value("int32"), [-1, 2, 0, -1], ["0", "1", "2"]),
+        ([float("nan"), 1.0, 0.0, None], datasets.Value("float64"), [-1, 1, 0, -1], ["0", "1"]),
+        ([None, "dog", "cat", ""], TEXT, [-1, 1, 0, -1], ["cat", "dog"]),
+    ],
+)
+def test_no_label_is_never_a_class(tmp_path, values, kind, labels, classes):
+    data = HuggingFace(saved(tmp_path / "x", 4, label=(values, kind)), size=16, held_out=0.0, caption=None, label="label")
+    assert data.about([(0, i) for i in range(4)])["label"].tolist() == labels
+    assert data.classes == classes
+    missing = labels.count(-1)
+    assert [data.caption(0, i) == "" for i in range(4)] == [label < 0 for label in labels]
+    assert f"{missing} without a caption (the empty one stands for it), {missing} without a label" in data.summary
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "why"),
+    [
+        ([0, -2], datasets.Value("int64"), "holds -2: expected class numbers from 0 to 0, and -1 or null for none"),
+        ([0, 1 << 40], datasets.Value("int64"), "holds 1099511627776: expected class numbers"),
+        ([0.5, 1.0], datasets.Value("float64"), "holds 0.5: expected class numbers"),
+        ([None, None], TEXT, "no label in any row"),
+        ([[0], [1]], datasets.Sequence(PETS), "expected one class a row, a number or a word"),
+    ],
+)
+def test_labels_that_are_no_classes_are_one_line(tmp_path, values, kind, why):
+    with pytest.raises(UserError, match=why) as error:
+        HuggingFace(saved(tmp_path / "x", 2, label=(values, kind)), size=16, caption=None, label="label")
+    assert "\n" not in str(error.value)
+
+
+def test_words_are_the_same_classes_in_every_split(monkeypatch):
+    splits = {"train": ["dog", "cat", "ape"], "test": ["dog", "dog"], "other": ["dog", "bee"]}
+    tables = datasets.DatasetDict({name: table(len(words), label=(words, TEXT)) for name, words in splits.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config: tables)
+    test = HuggingFace("some/thing", "test", size=16, caption=None, label="label", test="test")
+    assert test.classes == ["ape", "cat", "dog"]
+    assert test.about([(0, 0), (0, 1)])["label"].tolist() == [2, 2]
+    with pytest.raises(UserError, match="'bee', which is no class of the training split"):
+        HuggingFace("some/thing", "test", size=16, caption=None, label="label", test="other")
+
+
+def test_images_of_every_kind(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(50 * i))
+    binary = datasets.Value("binary")
+    kinds = {
+        "bytes": (binary, [png(50 * i) for i in range(4)]),
+        "paths": (TEXT, [str(tmp_path / f"{i}.png") for i in range(4)]),
+        "relative": (TEXT, [f"../{i}.png" for i in range(4)]),
+        "struct": ({"bytes": binary, "path": TEXT}, [{"bytes": png(50 * i), "path": None} for i in range(4)]),
+    }
+    for name, (kind, cells) in kinds.items():
+        data = HuggingFace(saved(tmp_path / name, 4, kind, cells), size=16, held_out=0.0, caption=None)
+        assert ((data.pixels(range(4))[:, 0].mean((1, 2)) + 1) * 127.5).round().tolist() == [0, 50, 100, 150], name
+    for kind, cells in (([datasets.Image()], [[{"bytes": png(i), "path": None}] for i in range(4)]), (datasets.Value("int64"), [1] * 4)):
+        with pytest.raises(UserError, match=r"column 'image' holds .*: expected one image a row, its bytes or its path") as error:
+            HuggingFace(saved(tmp_path / type(kind).__name__, 4, kind, cells), size=16, caption=None)
+        assert "\n" not in str(error.value)
+
+
+def test_content_is_of_the_rows_and_not_of_their_folder(tmp_path, monkeypatch):
+    def made(name, texts, first=0, labels=(0, 1)):
+        cells = [{"bytes": png(i), "path": None} for i in (first, 1)]
+        return saved(tmp_path / name, 2, images=cells, text=(texts, TEXT), label=(list(labels), PETS))
+
+    def read(path, content=None):
+        return HuggingFace(path, size=16, held_out=0.0, label="label", content=content)
+
+    path = made("here", ["a", "b"])
+    before = read(path)
+    shutil.move(path, tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    for other in ("there", "../" + tmp_path.name + "/there", made("again", ["a", "b"])):
+        after = read(other, before.content)
+        assert (after.content, after.fingerprint) == (before.content, before.fingerprint)
+    for name, changed in (("text", {"texts": ["a", "c"]}), ("image", {"first": 9}), ("label", {"labels": (1, 1)})):
+        with pytest.raises(UserError, match="not those that this run was made with"):
+            read(made(name, **{"texts": ["a", "b"], **changed}), before.content)
+
+
+def test_a_folder_of_images_moved_is_the_same(tmp_path):
+    for i in range(8):
+        (tmp_path / "here" / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / ("cat", "dog")[i % 2] / f"{i}.png").write_bytes(png(i))
+    options = {"size": 16, "held_out": 0.0, "caption": None, "label": "label"}
+    before = HuggingFace(str(tmp_path / "here"), **options)
+    assert before.classes == ["cat", "dog"]
+    images = before.pixels(range(8))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert torch.equal(HuggingFace(str(tmp_path / "there"), **options, content=before.content).pixels(range(8)), images)
+    (tmp_path / "there" / "cat" / "0.png").write_bytes(png(200, (30, 30)))
+    with pytest.raises(UserError, match="not those that this run was made with"):
+        HuggingFace(str(tmp_path / "there"), **options, content=before.content)
+
+
+@pytest.mark.parametrize("name", ["train", "test", "val"])
+def test_a_class_with_the_name_of_a_split_is_one_line(tmp_path, name):
+    for folder in ("bus", "car", name):
+        (tmp_path / "vehicles" / folder).mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / "vehicles" / folder / f"{i}.png").write_bytes(png(i))
+    split = {"val": "validation"}.get(name, name)
+    with pytest.raises(UserError, match=rf"4 of its 6 images are in no split \({split} of 2\)") as error:
+        HuggingFace(str(tmp_path / "vehicles"), size=16, train=split, caption=None, label="label")
+    assert "\n" not in str(error.value)
+
+
+class CaptionsAlone:
+    """A table that gives no other column than that of captions."""
+
+    def __init__(self, table):
+        self.given = table
+
+    def select_columns(self, names):
+        assert names == ["text"]
+        return self.given.select_columns(names)
+
+
+def test_a_caption_or_a_label_reads_no_image(tmp_path, monkeypatch):
+    columns = {"text": (["a", None, "c", "d"], TEXT), "label": ([0, 1, -1, 0], PETS)}
+    data = HuggingFace(saved(tmp_path / "x", 4, **columns), size=16, held_out=0.0, label="label")
+    latents = Latents(data, torch.zeros(2, 4, 8, 2, 2, dtype=torch.float16))
+    assert data.source.pictures.column_names == ["image"]
+    monkeypatch.delattr(data.source, "pictures")
+    monkeypatch.setattr(data.source, "table", CaptionsAlone(data.source.table))
+    batch = latents.batch([(1, i) for i in range(4)])
+    assert batch["caption"] == ["a", "", "c", "d"]
+    assert batch["label"].tolist() == [0, 1, -1, 0]
+    with pytest.raises(AttributeError):
+        data.source.image(0)

@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
+from ldm import build
 from ldm.data.memory import InMemory, read_captions
 from ldm.data.synthetic import SHAPES, Synthetic
 from ldm.errors import UserError
@@ -53,6 +54,26 @@ def test_captions_are_keyed_by_seed_pass_and_index_and_all_are_used():
     assert drawn != [data.caption(place, 2) for place in range(900)]
     assert all(abs(n - 300) < 70 for n in Counter(drawn).values())
     assert {data.caption(place, 1) for place in range(9)} == {"four"}
+
+
+def test_a_sample_without_caption_or_label_trains_the_empty_condition():
+    images, labels = torch.zeros(4, 1, 2, 3, dtype=torch.uint8), torch.tensor([0, -1, 1, -1])
+    data = InMemory("x", images, labels, CAPTIONS)
+    assert (data.uncaptioned, data.unlabelled) == (2, 2)
+    assert {data.caption(place, 1) for place in range(9)} == {""}
+    assert data.about([(0, i) for i in range(4)])["label"].tolist() == [0, -1, 1, -1]
+    data = InMemory("x", images, labels.clamp(min=0), CAPTIONS, texts=[["a"], [], [""], ["b", "c"]])
+    assert (data.uncaptioned, data.unlabelled) == (2, 0)
+    assert [{data.caption(place, i) for place in range(9)} for i in range(4)] == [{"a"}, {""}, {""}, {"b", "c"}]
+    with pytest.raises(ValueError, match="captions of 1 samples, 4 labels"):
+        InMemory("x", images, labels, CAPTIONS, texts=[["a"]])
+
+
+def test_a_classifier_is_refused_samples_without_a_label():
+    images = torch.zeros(4, 1, 2, 3, dtype=torch.uint8)
+    build.labelled(make(), make())
+    with pytest.raises(UserError, match="2 of 8 samples have no label, and a classifier needs one of each"):
+        build.labelled(make(), InMemory("x", images, torch.tensor([0, -1, 1, -1]), CAPTIONS))
 
 
 def test_a_flip_mirrors_half_of_the_rows_and_says_which():

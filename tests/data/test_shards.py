@@ -121,6 +121,29 @@ def test_captions_in_json_and_samples_without_any(tmp_path):
     assert bare.caption(0, 0) == ""
 
 
+def test_a_sample_without_a_caption_trains_the_empty_condition_and_is_counted(tmp_path):
+    files = {**sample(0, txt=b"one"), **sample(1), **sample(2, txt=b" \n"), **sample(3, txt=b"", json=b'{"caption": [{"raw": "four"}]}')}
+    data = Shards(shard(tmp_path / "m.tar", files), size=16, held_out=0.0)
+    assert [{data.caption(place, i) for place in range(9)} for i in range(4)] == [{"one"}, {""}, {""}, {"four"}]
+    assert ", 2 without a caption" in data.summary
+    assert "label" not in data.summary
+    labelled = {**sample(0, cls=b"1"), **sample(1, cls=b"-1"), **sample(2, json=b'{"id": 3}')}
+    data = Shards(shard(tmp_path / "l.tar", labelled), size=16, held_out=0.0)
+    assert data.about([(0, i) for i in range(3)])["label"].tolist() == [1, -1, -1]
+    assert [data.caption(0, 1), data.caption(0, 2)] == ["", ""]
+    assert {data.caption(place, 0) for place in range(30)} == {"1", "a photo of 1", "a picture of 1"}
+    assert ", 2 without a caption (the empty one stands for it), 2 without a label" in data.summary
+    bare = Shards(shard(tmp_path / "bare.tar", sample(1)), size=16, held_out=0.0)
+    assert ", 1 without a caption" in bare.summary
+
+
+def test_where_shards_are_makes_no_difference_to_what_they_are(folder, tmp_path):
+    before = Shards(folder, size=16)
+    folder.rename(tmp_path / "elsewhere")
+    after = Shards(tmp_path / "elsewhere", size=16, content=before.content)
+    assert (after.content, after.fingerprint) == (before.content, before.fingerprint)
+
+
 def test_in_the_place_of_a_damaged_image_stands_the_next(tmp_path, caplog):
     files = {**sample(0), "000001.png": b"no image", **sample(2)}
     data = Shards(shard(tmp_path / "d.tar", files), size=16, held_out=0.0)

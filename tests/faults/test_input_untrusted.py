@@ -288,7 +288,7 @@ def test_members_of_a_shard_that_lead_elsewhere(tmp_path):
     [
         ([("1.png", good(), {}), ("1.cls", b"9" * 18, {})], "not a number below"),
         ([("1.png", good(), {}), ("1.cls", b"9" * 100_000, {})], "not a number below"),
-        ([("1.png", good(), {}), ("1.cls", b"-1", {})], "not a number below"),
+        ([("1.png", good(), {}), ("1.cls", b"-2", {})], "not a number below"),
     ],
 )
 def test_labels_that_would_fill_the_memory(tmp_path, members, why):
