@@ -75,8 +75,9 @@ def write_sweep(params: Sequence[Any], typed: Sequence[Any], sweeper: Any, optio
 
 
 def write_out(override: Any, options: Options) -> str:
-    """Write glob() and shuffle(), which stand for other jobs when they are read again, as the choice() of their values; the rest as typed.
+    """Write glob() and shuffle(), which stand for other jobs when they are read again, as the list of their values; the rest as typed.
 
+    The list is a,b,c since choice() takes the quotes off a text, so that 'nan' becomes a number.
     Raises UserError for a sweep over no value, and for an interval, which has no list.
     """
     from hydra.core.override_parser.types import Glob
@@ -89,7 +90,7 @@ def write_out(override: Any, options: Options) -> str:
     if override.is_interval_sweep():
         raise UserError(f"{line}: an interval has no list of values, a search draws from it; add hydra/sweeper=optuna, or write values")
     values = list_values(override, options)
-    return f"{key}=choice({','.join(values)})" if isinstance(value, Glob) or value.shuffle else line
+    return f"{key}={','.join(values)}" if isinstance(value, Glob) or value.shuffle else line
 
 
 def write_search(override: Any, options: Options, grid: bool) -> str:
@@ -116,7 +117,7 @@ def write_search(override: Any, options: Options, grid: bool) -> str:
     elif isinstance(value, ChoiceSweep):
         texts = [(one, Transformer.str(one)) for one in value.list]
         values = [_quote(one) if isinstance(one, str) and one != text else text for one, text in texts]
-    return f"{key}=choice({','.join(values)})"
+    return f"{key}={','.join(values)}"
 
 
 def _quote(text: str) -> str:

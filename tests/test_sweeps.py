@@ -1,19 +1,16 @@
 """A sweep before it begins and after it ends: which jobs there are, what they share, what became of each."""
 
-import random
 import re
 import runpy
 import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from smoke import command, here
 
 from ldm.errors import UserError
-from ldm.sweep import Job, Known, Row, forecast, prepared, report, why
+from ldm.sweep import Known, Row, forecast, prepared, report, why
 
 FIRST = Path("cache/first_stage/abc")
 
@@ -179,172 +176,6 @@ def test_a_search_has_no_forecast(script, capfd):
 def test_a_plugin_that_is_not_there(script, capfd):
     assert typed(script, "-m", "hydra/launcher=ray", "seed=1,2") == 2
     assert "pip install -e '.[sweep]' brings joblib" in capfd.readouterr().err
-
-
-GRID = """
-from pathlib import Path
-from ldm.command import command
-from ldm.sweep import Known
-
-
-def folder(cfg):
-    return Path("runs") / " ".join(str(cfg[key]) for key in ("schedule", "debug", "seed", "lr", "order", "note"))
-
-
-def main(cfg):
-    folder(cfg).mkdir(parents=True)
-    return cfg.lr
-
-
-def ahead(cfg):
-    return Known({"lr": cfg.lr}, cfg.lr) if folder(cfg).is_dir() else Known()
-
-
-if __name__ == "__main__":
-    command(main, "train", ahead=ahead)
-"""
-PLAIN = """
-import hydra
-from hydra.core.hydra_config import HydraConfig
-
-
-@hydra.main(config_path="conf", config_name="train", version_base="1.3")
-def main(cfg):
-    print("job:", *HydraConfig.get().overrides.task)
-
-
-main()
-"""
-CONFIG = """
-defaults: [_self_, {schedule: linear}, {debug: none}, {experiments: null}]
-seed: 0
-lr: 1.5
-order: [0]
-note: ""
-dry: false
-trainer: {devices: 1}
-"""
-
-
-@pytest.fixture
-def grid(tmp_path, monkeypatch) -> Path:
-    """A command whose jobs leave a folder each, and Hydra alone with the same config (plain.py)."""
-    for name in ("schedule/linear", "schedule/linear2", "schedule/cosine", "debug/none", "debug/nan"):
-        file = tmp_path / "conf" / f"{name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"kind: {file.stem}")
-    (tmp_path / "conf" / "train.yaml").write_text(CONFIG)
-    (tmp_path / "train.py").write_text(GRID)
-    (tmp_path / "plain.py").write_text(PLAIN)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "train.py"
-
-
-@pytest.fixture
-def in_process(monkeypatch) -> None:
-    """Jobs are run by the process that sweeps."""
-    monkeypatch.setattr(Job, "_process", lambda self, cfg, devices: (0, {"result": self.task(cfg)}))
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep that ended: its jobs as they were announced, those skipped, the rows of its table with their states, and its run folders."""
-
-    jobs: list[str]
-    skipped: list[str]
-    rows: list[tuple[str, str]]
-    last: str
-    folders: list[str]
-
-
-def run_sweep(script: Path, out: Callable[[], str], *words: str) -> Sweep:
-    assert typed(script, "-m", *words) == 0
-    text = out()
-    jobs = re.findall(r"^job \d+(?: of \d+)?(, skipped)?: (.*)$", text, re.MULTILINE)
-    rows = re.findall(r"^  (\S.*?)  +(done|skipped|failed)\b.*$", text, re.MULTILINE)
-    last = next(line for line in reversed(text.splitlines()) if " done" in line)
-    return Sweep([job for _, job in jobs], [job for mark, job in jobs if mark], rows, last, sorted(path.name for path in Path("runs").iterdir()))
-
-
-def list_jobs(script: Path, out: Callable[[], str], *words: str) -> list[str]:
-    """The jobs that Hydra alone runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        quiet = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.sweep.dir=plain")
-        patch.setattr(sys, "argv", ["plain.py", "-m", *words, *quiet])
-        runpy.run_path(str(script.with_name("plain.py")), run_name="__main__")
-    return re.findall(r"^job: (.*)$", out(), re.MULTILINE)
-
-
-GRAMMAR = [
-    ("seed=3,1,2",),
-    ("seed=choice(3,1,2)",),
-    ("schedule=choice(linear,cosine)", "seed=0,1"),
-    ("seed=range(3)",),
-    ("seed=range(5,0,-2)",),
-    ("lr=range(0,1,0.25)",),
-    ("seed=sort(3,1,2)",),
-    ("seed=sort(choice(2,3,1),reverse=true)",),
-    ("seed=sort(range(10,100,20),reverse=true)",),
-    ("seed=shuffle(range(0,4))",),
-    ("seed=shuffle(1,2,3)",),
-    ("seed=shuffle(choice(1,2,3))", "lr=1,2"),
-    ("seed=shuffle(sort(range(3,0,-1)))",),
-    ("seed=sort(shuffle(range(0,3)))",),
-    ("seed=tag(a,b,choice(1,2))",),
-    ("seed=tag(a,shuffle(range(3)))",),
-    ("seed=int(1.2,2.7)",),
-    ("seed=int(choice('3',2.5))",),
-    ("seed=int(range(0.5,3.5))",),
-    ("lr=float(range(1,4))",),
-    ("note=str(choice(a,b))",),
-    ("schedule=glob(lin*)",),
-    ("schedule=glob(*,exclude=cos*)", "seed=shuffle(range(2))"),
-    ("schedule=glob([lin*,cos*],exclude=[*2])",),
-    ("order=[1,2],[3]",),
-    ("order=sort([2,1,3])", "seed=0,1"),
-    ("order=shuffle([1,2,3,4,5,6])",),
-    ("note=shuffle('a, b',c d,'shuffle(x)',null,{a: 1},e\\,f)",),
-]
-
-
-@pytest.mark.parametrize("words", GRAMMAR, ids=" ".join)
-def test_sweep_runs_the_jobs_of_hydra(words, grid, in_process, capsys):
-    """Every override function: jobs announced, jobs run, folders and rows are those of Hydra alone, also where all but one was done before."""
-    out = lambda: capsys.readouterr().out  # noqa: E731
-    random.seed(1)
-    jobs = list_jobs(grid, out, *words)
-    shuffled = any("shuffle" in word for word in words)
-    first = run_sweep(grid, out, *words)
-    if shuffled and "order" not in words[0]:
-        assert sorted(first.jobs) == sorted(jobs)
-    elif not shuffled:
-        assert first.jobs == jobs
-    assert first.rows == [(job, "done") for job in first.jobs]
-    assert len(first.folders) == len(first.jobs) == len(jobs)
-    assert first.last == f"{len(jobs)} of {len(jobs)} job{'s' * (len(jobs) > 1)} done"
-    if "order=shuffle" in words[0]:  # another list each time, one job
-        return
-    (Path("runs") / first.folders[-1]).rmdir()
-    second = run_sweep(grid, out, *words)
-    assert sorted(second.jobs) == sorted(first.jobs)
-    assert len(second.skipped) == len(jobs) - 1
-    assert second.rows == [(job, "skipped" if job in second.skipped else "done") for job in second.jobs]
-    assert second.folders == first.folders
-
-
-def test_announced_job_has_the_config_that_is_run(grid, in_process, capsys):
-    """A shuffled list is one value: the config that was checked, and known to be done, is the one that runs."""
-    for seed in range(4):
-        random.seed(seed)
-        sweep = run_sweep(grid, lambda: capsys.readouterr().out, "order=shuffle([1,2,3,4,5,6])", f"seed={seed}")
-        (order,) = re.findall(r"order=(\S+)", sweep.jobs[0])
-        assert any(folder.replace(" ", "").startswith("") and order.replace(",", ", ") in folder for folder in sweep.folders)
-
-
-def test_glob_over_options_that_read_as_numbers(grid, in_process, capsys):
-    sweep = run_sweep(grid, lambda: capsys.readouterr().out, "debug=glob(n*)")
-    assert sweep.jobs == ["debug='nan'", "debug=none"]
-    assert len(sweep.folders) == 2
 
 
 @pytest.mark.slow
