@@ -192,7 +192,10 @@ class Job:
         if launch.launched():  # a rank that a cluster started
             code, told = 0, {"result": self.task(cfg)}
         else:
-            code, told = self._process(cfg, devices)
+            try:
+                code, told = self._process(cfg, devices)
+            except Exception as error:  # it never began, and a search would leave it out of its table
+                code, told = 1, {"error": mistake(error) or f"{type(error).__name__}: {error}"}
         result = told.get("result")
         reason = why(code, told) if code else ""
         if self.learning and not code and result is None:

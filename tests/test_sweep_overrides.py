@@ -12,6 +12,7 @@ import pytest
 
 from ldm.argv import Tree
 from ldm.command import Plan
+from ldm.errors import UserError
 from ldm.sweep import Job
 
 GRID = """
@@ -25,7 +26,7 @@ def folder(cfg):
 
 
 def main(cfg):
-    folder(cfg).mkdir(parents=True)
+    folder(cfg).mkdir(parents=True, exist_ok=True)
     return cfg.lr
 
 
@@ -267,7 +268,7 @@ SEARCHED = {  # what a search draws from: the values that the grammar gives
     "seed=range(0,3)": {"0", "1", "2"},
     "seed=range(0,10,4)": {"0", "4", "8"},
     "seed=range(5,0,-2)": {"1", "3", "5"},
-    "seed=sort(range(0,3),reverse=true)": {"0", "1", "-1"},  # 1, 0, -1: Hydra 1.3 begins one step too low
+    "seed=sort(range(0,3),reverse=true)": {"0", "1", "2"},
     "seed=shuffle(range(0,3))": {"0", "1", "2"},
     "seed=tag(a,choice(1,2))": {"1", "2"},
     "seed=int(1.5,2.5)": {"1", "2"},
@@ -290,6 +291,19 @@ def test_search_draws_from_the_values_of_the_grammar(word, sampler, grid, in_pro
     assert len(sweep.jobs) == (len(SEARCHED[word]) if sampler == "grid" else 9)
     assert sweep.rows == [(job, "done") for job in sweep.jobs]
     assert len(sweep.folders) == len(SEARCHED[word])
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
+def test_job_that_never_began_has_a_row(sweeper, grid, monkeypatch, capsys):
+    def refuse(self: Job, cfg: object, devices: int) -> None:
+        raise UserError("no room")
+
+    monkeypatch.setattr(Job, "_process", refuse)
+    search = ("hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=2") if sweeper == "optuna" else ()
+    assert typed(grid, "-m", f"hydra/sweeper={sweeper}", "seed=0,1", *search) == 1
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^  seed=[01]  failed \(1\) .* no room$", out, re.MULTILINE)) == 2
+    assert "0 of 2 jobs done, 2 failed" in out
 
 
 @pytest.mark.slow
