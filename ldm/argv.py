@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.sweep_overrides import list_values
 
 ABOUT = ("study", "points")  # a study's yaml files that say what it asks and where it looks: no configs
 MISSING = "${oc.decode:\"'???'\"}"  # the text ??? itself, which OmegaConf takes for a value not given yet
@@ -61,6 +62,19 @@ class Tree:
                     found.setdefault(group, set()).add(file.stem)
         return {group: sorted(options) for group, options in sorted(found.items())}
 
+    def options(self, group: str) -> list[str]:
+        """List the options of a group that Hydra itself finds, its own and those of experiments/ included; none where there is no such group."""
+        from hydra import initialize_config_dir
+        from hydra.core.global_hydra import GlobalHydra
+
+        with initialize_config_dir(str(self.folders[0]), version_base="1.3"):
+            return GlobalHydra.instance().config_loader().get_group_options(group, overrides=self.search_path())
+
+    def search_path(self) -> list[str]:
+        """Write the override that adds experiments/ and the folders after the first to those that Hydra searches."""
+        places = [f"studies://{self.root}", *(f"file://{folder}" for folder in self.folders[1:])]
+        return [f"hydra.searchpath=[{','.join(quote(escape(place)) for place in places)}]"]
+
     def studies(self) -> dict[str, str]:
         """What fingers type after `experiment=` -> the option of the group `experiments`: a study's sweep.yaml goes by the study's name."""
         found = {}
@@ -102,7 +116,7 @@ def rewrite(override: str, tree: Tree, text: Collection[str], paths: Collection[
     if key == "experiment":
         if value in ("", "null"):
             return "experiments=null"
-        return "experiments=" + ",".join(map(tree.study, value.split(",") if multirun else [value]))
+        return "experiments=" + ",".join(map(tree.study, _study_names(value, tree) if multirun else [value]))
     if multirun and re.fullmatch(r"choice\(.*\)", value, re.DOTALL):
         return override
     if value == "nan" and key in tree.groups():  # else a number
@@ -112,6 +126,22 @@ def rewrite(override: str, tree: Tree, text: Collection[str], paths: Collection[
     if key in paths and value != "null":
         return f"{key}={quote(value)}"
     return override
+
+
+def _study_names(value: str, tree: Tree) -> list[str]:
+    """List the studies of a sweep over `experiment`: `a,b`, or what a function of the override grammar stands for."""
+    if not re.fullmatch(r"\w+\s*\(.*\)", value, re.DOTALL):
+        return value.split(",")
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(f"experiment={value}")
+    except HydraException as error:
+        raise UserError(f"experiment={value}: {error}") from None
+    if not override.is_discrete_sweep():
+        raise UserError(f"experiment={value} does not list studies; write experiment=a,b")
+    return list_values(override, lambda _: sorted(name for name in tree.studies() if not name.endswith("/sweep")))
 
 
 def several(override: str, tree: Tree) -> list[str]:
@@ -143,6 +173,7 @@ def explain(error: Exception, overrides: Sequence[str], tree: Tree, compose: Cal
     compose: overrides -> the plain config; called with the overrides that choose existing options, to know the keys that are there.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException, OverrideParseException
 
     groups = tree.groups()
@@ -164,6 +195,10 @@ def explain(error: Exception, overrides: Sequence[str], tree: Tree, compose: Cal
             keyed.append((override, text))
             continue
         values: list[Any] = [override.value()]
+        if isinstance(values[0], Glob):  # selects among the options that are there
+            continue
+        if override.is_interval_sweep():
+            return f"{text}: {group} is a choice between configs, not a number{one_of(groups[group])}"
         if override.is_discrete_sweep():
             values = [str(value).strip("'\"") for value in override.sweep_string_iterator()]
         for value in values:

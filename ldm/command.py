@@ -23,6 +23,7 @@ from typing import Any
 from ldm import gpus, launch
 from ldm.argv import Tree, describe, escape, explain, quote, rewrite, several
 from ldm.errors import NonFiniteError, UserError
+from ldm.sweep_overrides import name_job, take_first, write_sweep
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)  # full, or not ours to write
 STOPPED = (85, 130, 143)  # preempted, Ctrl-C, terminated: a sweep ends instead of going on to its next job
@@ -150,7 +151,8 @@ def _start(
             job.sweep = plan.title
             shutil.rmtree(job.rows, ignore_errors=True)  # of an earlier start in the same hydra.sweep.dir
             job.settled = sweep.prepared(plan.names, [_known(config, ahead) for config in configs], train=plan.near)
-        sys.argv = [str(script), *flags, *(["--multirun"] if args.multirun else []), *plan.overrides, *plan.hydra(script, scratch)]
+        sys.argv = [str(script), *flags, *(["--multirun"] if args.multirun else []), *plan.written, *plan.hydra(script, scratch)]
+        plan.launched = plan.multirun
         try:
             hydra.main(config_path=str(folder), config_name=plan.name, version_base="1.3")(job)()
         except Exception as error:
@@ -193,13 +195,18 @@ class Plan:
     names: list[str] = field(default_factory=list)
     gpus: tuple[str, ...] = ()
     first: Any = None
+    launched: bool = False  # Hydra runs the jobs
+    written: list[str] = field(default_factory=list)  # the overrides that Hydra is given, whose jobs are `names` whenever it reads them
+
+    def __post_init__(self) -> None:
+        self.written = self.overrides
 
     def compose(self, overrides: list[str]) -> Any:
         """The composed config, its `hydra` node included."""
         from hydra import compose, initialize_config_dir
 
         with initialize_config_dir(str(self.tree.folders[0]), version_base="1.3"):
-            return compose(self.name, [*overrides, *self._search()], return_hydra_config=True)
+            return compose(self.name, [*overrides, *self.tree.search_path()], return_hydra_config=True)
 
     def check(self, supplied: Mapping[str, Collection[str]]) -> list[Any]:
         """Each job's config, composed and validated before the first starts.  Raises UserError."""
@@ -223,7 +230,8 @@ class Plan:
 
         parse = OverridesParser.create().parse_overrides
         typed = parse(self.overrides)
-        first = self.compose([one for one in map(_settled, typed) if one])
+        firsts = [(one, take_first(one, self.tree.options)) for one in typed]
+        first = self.compose([line for _, line in firsts if line])
         self.multirun = self.multirun or (first.hydra.mode is not None and first.hydra.mode.name == "MULTIRUN")
         self.listed = "basic" in first.hydra.sweeper._target_
         self.near, self.alone = "submitit_folder" not in first.hydra.launcher, "basic" in first.hydra.launcher._target_
@@ -233,12 +241,14 @@ class Plan:
             return [self._single(typed)]
         if first.hydra.runtime.choices.get("hydra/launcher") == "gpus":
             self.gpus = gpus.free()
+        if any(one.key_or_group == "experiments" and one.is_sweep_override() for one in typed):
+            first = self.compose([line for one, line in firsts if line and one.key_or_group != "experiments"])  # Hydra's sweeper knows no study
+        params = parse([f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()])
+        self.written, swept = write_sweep(params, typed, first.hydra.sweeper, self.tree.options)
         if not self.listed:
             return []
-        params = [f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()]
-        swept = [one for one in parse([*params, *self.overrides]) if not one.is_hydra_override()]
-        jobs = BasicSweeper.split_arguments(swept, None)[0]
-        self.names = [" ".join(one for one in job if not one.startswith("dry=")) for job in jobs]
+        jobs = BasicSweeper.split_arguments([one for one in parse(swept) if not one.is_hydra_override()], None)[0]
+        self.names = [name_job(job) for job in jobs]
         return jobs
 
     @property
@@ -260,17 +270,13 @@ class Plan:
 
     def hydra(self, script: Path, scratch: str) -> list[str]:
         """Overrides that keep Hydra's own files and logs off the disk, unless the person set them."""
-        ours = [*QUIET, f"hydra.job.name={script.stem}", *self._search()]
+        ours = [*QUIET, f"hydra.job.name={script.stem}", *self.tree.search_path()]
         if self.multirun and self.first is not None:
             ours += [f"hydra.sweep.dir={quote(escape(str(self.place(scratch))))}", "hydra.sweep.subdir=."]
             ours += [f"hydra.launcher.n_jobs={len(self.gpus)}"] * bool(self.gpus)
             ours += ["hydra.sweeper.max_failure_rate=1.0"] * ("max_failure_rate" in self.first.hydra.sweeper)  # a failed job stops no other
         typed = {override.partition("=")[0] for override in self.overrides}
         return [override for override in ours if override.partition("=")[0] not in typed]
-
-    def _search(self) -> list[str]:
-        places = [f"studies://{self.tree.root}", *(f"file://{folder}" for folder in self.tree.folders[1:])]
-        return [f"hydra.searchpath=[{','.join(quote(escape(place)) for place in places)}]"]
 
     @contextmanager
     def explained(self, job: Any):
@@ -280,18 +286,11 @@ class Plan:
         except UserError:
             raise
         except Exception as error:
-            if job.started or (self.multirun and not self.alone):
+            if job.started or (self.launched and not self.alone):
                 raise
             raise UserError(
                 explain(error, self.overrides, self.tree, lambda some: composed(self.compose(some), missing=True), self.multirun)
             ) from error
-
-
-def _settled(override: Any) -> str | None:
-    """The override with the first of its values; None for a range that a sweeper draws from."""
-    if not override.is_sweep_override():
-        return override.input_line
-    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}" if override.is_discrete_sweep() else None
 
 
 def _plain(group: str, option: Any) -> bool:

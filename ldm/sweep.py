@@ -18,6 +18,7 @@ from ldm.command import STOPPED, choices, composed, mistake
 from ldm.errors import UserError
 from ldm.parse import yaml_of
 from ldm.progress import length
+from ldm.sweep_overrides import name_job
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class Job:
         now = HydraConfig.get()
         devices = _devices(cfg)
         if now.mode is not None and now.mode.name == "MULTIRUN":
-            return self._swept(cfg, now.job.num, " ".join(now.overrides.task), devices)
+            overrides = name_job(now.overrides.task)
+            return self._swept(cfg, self._number(now.job.num, overrides), overrides, devices)
         if devices > 1 and not launch.launched():
             self.failure = SystemExit(self._process(cfg, devices)[0])
             return None
@@ -169,6 +171,17 @@ class Job:
                 code = launch.run_config(self.script, Path(folder), devices, env | pinned)
             return code, json.loads(told.read_text()) if told.is_file() else {}
 
+    def _number(self, number: int, overrides: str) -> int:
+        """Return where a job stands among the announced ones, by its overrides; Hydra's own number where none were announced.
+
+        Raises RuntimeError for a job that was not announced.
+        """
+        if not self.names or (number < len(self.names) and self.names[number] == overrides):
+            return number
+        if overrides not in self.names:
+            raise RuntimeError(f"the job {overrides!r} is none of the {len(self.names)} that were announced")
+        return self.names.index(overrides)
+
     def _swept(self, cfg: Any, number: int, overrides: str, devices: int) -> Any:
         of = f" of {len(self.names)}" if self.names else ""
         if number in self.settled:
@@ -179,7 +192,10 @@ class Job:
         if launch.launched():  # a rank that a cluster started
             code, told = 0, {"result": self.task(cfg)}
         else:
-            code, told = self._process(cfg, devices)
+            try:
+                code, told = self._process(cfg, devices)
+            except Exception as error:  # it never began, and a search would leave it out of its table
+                code, told = 1, {"error": mistake(error) or f"{type(error).__name__}: {error}"}
         result = told.get("result")
         reason = why(code, told) if code else ""
         if self.learning and not code and result is None:
