@@ -347,6 +347,10 @@ def test_a_damaged_folder_is_one_error(exported, tmp_path):
         ("net", {"more": torch.zeros(1)}, "U-Net: 1 weights belong to another architecture than the config's, the first is more"),
         ("autoencoder", {"encoder.out.0.bias": torch.zeros(3)}, r"first stage: encoder\.out\.0\.bias is \[3\]"),
         ("text", {"ln_final.bias": None}, r"text tower: 1 weights are missing, the first is ln_final\.bias"),
+        ("net", {"stem.bias": torch.ones(32, dtype=torch.int8)}, r"U-Net: stem\.bias is int8; expected floating-point weights"),
+        ("net", {"stem.bias": torch.ones(32, dtype=torch.complex64)}, r"U-Net: stem\.bias is complex64; expected"),
+        ("autoencoder", {"encoder.out.2.bias": torch.ones(8, dtype=torch.bool)}, r"first stage: encoder\.out\.2\.bias is bool; expected"),
+        ("text", {"ln_final.bias": torch.ones(16, dtype=torch.int64)}, r"text tower: ln_final\.bias is int64; expected"),
     ],
 )
 def test_weights_of_another_shape_are_one_error(pipeline, part, change, said):
