@@ -67,6 +67,15 @@ def test_diffusers_opens_the_folder_and_draws_the_same_image(exported, image):
     assert far(found, image) <= 2e-3  # measured: 4e-7
 
 
+def test_every_exported_file_has_the_umasks_mode(exported, pipeline, tmp_path):
+    export.compvis(pipeline, tmp_path / "one.safetensors")
+    export.safetensors(pipeline, tmp_path / "two.safetensors")
+    (tmp_path / "plain").touch()
+    files = [*tmp_path.iterdir(), *(path for path in exported.rglob("*") if path.is_file())]
+    assert sum(path.suffix == ".safetensors" for path in files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
 def test_the_folder_comes_back(exported, pipeline, image):
     back = foreign.opened(exported)
     same(back.net, pipeline.net)
