@@ -51,10 +51,12 @@ def write_tensors(path: Path | str, state: "Mapping[str, Tensor]", metadata: Map
     path = Path(path)
     _finite(state, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
     with _beside(path) as temporary:
-        _pack(state, temporary, metadata)
-        _sync(temporary)
-        os.replace(temporary, path)
+        temporary.mkdir()  # a folder, so that sweep also clears what safetensors writes beside the file under a name of its own
+        _pack(state, packed := temporary / path.name, metadata)
+        _sync(packed)
+        os.replace(packed, path)
     _sync(path.parent)
 
 
@@ -248,15 +250,15 @@ def _is_complete(step: Path) -> bool:
     return True
 
 
-def sweep(folder: Path | str) -> list[Path]:
-    """Clear away what writers that are gone left beside (`.name.<process>.tmp`); returns what was found.
+def sweep(folder: Path | str, name: str | None = None) -> list[Path]:
+    """Clear away what writers that are gone left beside (`.name.<process>.tmp`), of one name or of all; returns what was found.
 
     A step that was being replaced by itself when its writer died gets its name back.
     """
     found = []
     for path in Path(folder).glob(".*.tmp"):
         left = re.fullmatch(r"\.(.+?)\.(\d+)(\.old|\.gone)?\.tmp", path.name)
-        if left is None or _alive(int(left[2])):
+        if left is None or name not in (None, left[1]) or _alive(int(left[2])):
             continue
         found.append(path)
         if left[3] == ".old" and not path.with_name(left[1]).exists():
@@ -309,6 +311,8 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
 def _pack(state: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str] | None = None) -> None:
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # which the umask gives; safetensors 0.8.0 replaces the file by one of mode 0600
     seen: set[int] = set()
     whole = {}
     for key, one in state.items():
@@ -316,6 +320,8 @@ def _pack(state: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str]
         whole[key] = one.clone() if one.untyped_storage().data_ptr() in seen else one  # tied weights: safetensors takes no shared memory
         seen.add(whole[key].untyped_storage().data_ptr())
     save_file(whole, path, dict(metadata) if metadata else None)
+    if path.stat().st_mode & 0o777 != mode:  # file systems without modes refuse to set one
+        path.chmod(mode)
 
 
 def _finite(state: "Mapping[str, Tensor]", name: str) -> None:

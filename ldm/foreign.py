@@ -149,7 +149,7 @@ def load_text(tower: Any, pipeline: Pipeline) -> None:
     last = len(tower.transformer.resblocks) + 1 + nodes.encoder_of(pipeline.config["conditioner"])["layer"]
     beyond = tuple(f"transformer.resblocks.{n}." for n in range(last, len(tower.transformer.resblocks)))
     unread = [name for name in tower.state_dict() if name.startswith(beyond)] if beyond else []
-    fit(tower, {name: value.float() for name, value in pipeline.text.items()}, "text tower", (*UNREAD, *unread))
+    fit(tower, pipeline.text, "text tower", (*UNREAD, *unread))
 
 
 def pipeline_of(run: str | Path, kind: str = "ema", yaml: str | Path | None = None) -> Pipeline:

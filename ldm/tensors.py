@@ -47,7 +47,12 @@ class Noise:
 
     def uniform(self, purpose: str, x: Tensor) -> Tensor:
         """Uniform in [0, 1) shaped, typed and placed like x (B, ...)."""
-        return self._draw(torch.rand, purpose, x)
+        below = 1 - torch.finfo(x.dtype).eps / 2  # the largest number of x's type under 1, to which bfloat16 and float16 would round up
+
+        def draw(*shape: object, **options: object) -> Tensor:
+            return torch.rand(*shape, **options).clamp_(max=below)  # type: ignore[call-overload]
+
+        return self._draw(draw, purpose, x)
 
     def stream(self, purpose: str) -> Callable[[Tensor], Tensor]:
         """A callable that draws one standard normal shaped like its argument, a new one at each call: a sampler's `noise`."""

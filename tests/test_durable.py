@@ -1,6 +1,7 @@
 """Durable files: whole or absent under faults, and damage named."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -203,6 +204,51 @@ def test_sweep_clears_the_dead_and_spares_the_living(tmp_path):
     os.replace(step, tmp_path / f".step-00000003.{dead}.old.tmp")
     assert len(sweep(tmp_path)) == 3
     assert names(tmp_path) == [f".step-00000007.{os.getppid()}.tmp", "step-00000003"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_every_file_has_the_umasks_mode(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        step = save(tmp_path, 1)
+        write_json(tmp_path / "j", 1)
+        write_tensors(tmp_path / "w", {"x": torch.arange(3)})
+        write_tensors(tmp_path / "w", {"x": torch.arange(4)})  # over one that is there
+    finally:
+        os.umask(before)
+    files = [tmp_path / "j", tmp_path / "w", *step.iterdir()]
+    assert len(files) == 7
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(0o666 & ~umask) for path in files}
+    assert step.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def write_on(path):
+    while True:
+        write_tensors(path, {"w": torch.zeros(1 << 23)})
+
+
+def unfinished(path):
+    """The files in path's folder, at any depth, but for path itself."""
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path.parent) for name in names]
+    return [file for file in files if file != str(path)]
+
+
+def test_a_killed_write_of_tensors_leaves_nothing_that_stays(tmp_path):
+    """Killed in the middle of 32 MB, under whatever name the library writes: the next start clears it, and so does the next write."""
+    path = tmp_path / "w"
+    for clear in (lambda: sweep(tmp_path), lambda: write_tensors(path, {"w": torch.zeros(3)})):
+        for _ in range(20):
+            writer = multiprocessing.get_context("fork").Process(target=write_on, args=(path,), daemon=True)
+            writer.start()
+            while not unfinished(path):
+                assert writer.is_alive()
+            writer.kill()
+            writer.join()
+            if unfinished(path):
+                break
+        assert unfinished(path)
+        clear()
+        assert set(names(tmp_path)) <= {"w"}
 
 
 WRITER = """

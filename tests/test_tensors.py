@@ -58,6 +58,17 @@ def test_a_draw_is_like_its_tensor():
     assert torch.equal(Noise(0, [0, 1]).normal("a", x).float(), Noise(0, [0, 1]).normal("a", x.float()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_uniform_is_below_one_in_every_type(dtype):
+    single = Noise(0, list(range(100))).uniform("u", torch.empty(100, 1000))
+    drawn = Noise(0, list(range(100))).uniform("u", torch.empty(100, 1000, dtype=dtype))
+    assert drawn.dtype == dtype
+    assert single.to(torch.bfloat16).max() == 1  # what rounding alone makes of these numbers
+    assert 0 <= drawn.min() <= drawn.max() < 1
+    assert (drawn.double() - single.double()).abs().max() <= torch.finfo(dtype).eps / 2
+    assert torch.equal(drawn, single.to(dtype)) or dtype in (torch.float16, torch.bfloat16)
+
+
 def test_a_stream_draws_anew_at_each_call_and_again_from_its_start():
     x = torch.empty(2, 3)
     first, again = Noise(0, [0, 1]).stream("s"), Noise(0, [0, 1]).stream("s")

@@ -37,8 +37,8 @@ class T5(nn.Module):
             raise AssetError("T5 needs the library transformers: pip install 'ldm[text]'") from None
         source, local = str(folder) if folder.is_dir() else model, folder.is_dir() or not hub
         try:
-            options: dict[str, Any] = {"local_files_only": local, "dtype": torch.float32, "output_loading_info": True}
-            net, seen = cast(Any, T5EncoderModel.from_pretrained(source, **options))
+            # no type is asked for: transformers below 4.56 calls it torch_dtype, later ones dtype
+            net, seen = cast(Any, T5EncoderModel.from_pretrained(source, local_files_only=local, output_loading_info=True))
             self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         except Exception as error:
             said = " ".join(str(error).split())[:200]
@@ -48,7 +48,7 @@ class T5(nn.Module):
             raise AssetError(f"T5 {model} is not in the Hugging Face hub's cache and was not fetched ({said}): {remedy}") from None
         if seen["missing_keys"] or seen["mismatched_keys"]:
             raise ConfigError(f"model={model}: not T5's weights, {len(seen['missing_keys'])} are missing")
-        self.net = net
+        self.net = net.float()  # exact from the half types, in which transformers 5 leaves weights that are stored so
         self.eval().requires_grad_(False)
         self.truncation = Truncation()
         self.length = length

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.interop.diffusers import half, unet
-from ldm.interop.keymap import Row, State, count, exported, layers, refuse, under
+from ldm.interop.keymap import Row, State, count, exported, layers, refuse, require_floating, under
 from ldm.interop.layout import Layout
 from ldm.parse import json_of
 
@@ -35,9 +35,13 @@ def import_lora(state: State, net: State, prefix: str = "unet.") -> dict[str, Te
     """Our factors (LAYER.down, LAYER.up) of PEFT's; net: our U-Net's state dict.
 
     Where ours is one layer and theirs are several, our rank is the sum of theirs: up is their blocks on its diagonal.
-    Raises UserError for names that the U-Net does not have.
+    A layer's correction counts its own LAYER.alpha / rank, and 1 (alpha = rank) where the file has no alpha of that layer, whatever its
+    other layers have: kohya's convention (create_network_from_weights of sd-scripts).  diffusers gives such a layer the alpha that is
+    most frequent in the file.
+    Raises UserError for names that the U-Net does not have, and for factors that are not floating-point.
     """
     given = {name.removeprefix(prefix): value for name, value in state.items()}
+    require_floating({name: value for name, value in given.items() if not name.endswith(ALPHA)}, "LoRA")
     made: dict[str, Tensor] = {}
     used: set[str] = set()
     for row in unet(Layout.of_ours(net)):

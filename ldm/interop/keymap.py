@@ -100,7 +100,8 @@ def count(pattern: str, names: Iterable[str]) -> int:
 def fit(module: nn.Module, state: State, what: str, optional: Collection[str] = ()) -> None:
     """Load a state dict into a module whose every weight it must hold, in its shape, but for optional names.
 
-    Raises UserError naming the first that does not fit.
+    A weight that is a floating-point number in the module must be one in the state dict: integers, booleans and complex numbers are
+    packed or other weights, not these.  Raises UserError naming the first that does not fit.
     """
     live = module.state_dict()
     if missing := sorted(live.keys() - state.keys() - set(optional)):
@@ -110,7 +111,16 @@ def fit(module: nn.Module, state: State, what: str, optional: Collection[str] = 
     for name, value in state.items():
         if live[name].shape != value.shape:
             raise UserError(f"{what}: {name} is {list(value.shape)}, the config makes it {list(live[name].shape)}")
+    require_floating({name: value for name, value in state.items() if live[name].is_floating_point()}, what)
     module.load_state_dict({**live, **state})
+
+
+def require_floating(state: State, what: str) -> None:
+    """Raises UserError naming the first tensor whose numbers are not floating-point, as those of quantized weights are not."""
+    for name, value in state.items():
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"{what}: {name} is {kind}; expected floating-point weights, such as float32 or float16; convert the file")
 
 
 def under(prefix: str, state: State) -> dict[str, Tensor]:

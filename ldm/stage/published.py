@@ -7,7 +7,7 @@ from typing import Any
 from ldm import build, durable
 from ldm.errors import UserError
 from ldm.interop import diffusers, read
-from ldm.interop.keymap import fit
+from ldm.interop.keymap import fit, require_floating
 from ldm.interop.pipeline import with_scale
 from ldm.interop.told import config_in
 from ldm.space import Space
@@ -35,7 +35,9 @@ def train(cfg: Any, *, path: str, content: str) -> float:
             return 0.0
         data, given = build.dataset(cfg, "test"), config_in(Path(path))
         autoencoder = build.autoencoder(cfg.autoencoder, data.channels).eval().requires_grad_(False)
-        weights = {name: value.float() for name, value in diffusers.import_autoencoder(read.weights(path)).items()}
+        published = diffusers.import_autoencoder(read.weights(path))
+        require_floating(published, str(path))
+        weights = {name: value.float() for name, value in published.items()}
         scaled = with_scale(weights, given.get("scaling_factor", 0.18215), autoencoder.z_channels, given.get("shift_factor") or 0.0)
         fit(autoencoder, scaled, str(path))
         space = Space.of(autoencoder, build.plain(cfg.autoencoder))

@@ -27,6 +27,8 @@ def checkpoint(config: Mapping[str, Any], folder: Path, chief: bool, parts: Coll
     what is overtaken.  Raises UserError if there is none though there must be, or naming the keys in which the one named differs.
     """
     wanted = config.get("resume") or "auto"
+    for place in (folder, folder / "checkpoints", folder / "averages") if chief else ():
+        durable.sweep(place)  # what a killed process was writing
     if wanted == "never":
         if chief:
             set_aside(folder, [path for path in folder.iterdir() if not path.name.startswith((".lock", "before-", "log.txt"))])

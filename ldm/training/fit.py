@@ -112,8 +112,8 @@ def fit(
         with twin(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (trainee, around):
             trainer.callbacks = [Accumulated(around, accumulate)] if accumulate > 1 else list(around)
             trainer.fit(trainee, loader)
-    except SystemExit as end:  # before the first step Lightning answers Ctrl-C with 1, SIGTERM without a code
-        raise SystemExit({1: 130, None: 85}.get(cast(Any, end.code), end.code)) from None
+    except SystemExit as end:  # before the first step Lightning answers Ctrl-C with 1, SIGTERM without a code or, after 2.6, with 143
+        raise SystemExit({1: 130, None: 85, 143: 85}.get(cast(Any, end.code), end.code)) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -129,5 +129,28 @@ def test_diffusers_reads_it_and_answers_the_same(net):
     weaker = {**made, "mid_block.attentions.0.proj_in.alpha": torch.tensor(1.0)}  # of rank 2
     half, whole = (import_lora(one, plain, prefix="")["middle1.attention.proj_in.up"] for one in (weaker, made))
     assert torch.equal(half, whole / 2)
+    with pytest.raises(UserError, match=r"LoRA: mid_block\.attentions\.0\.proj_in\.lora_B\.weight is int8; expected floating-point"):
+        import_lora({**made, "mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(64, 2, dtype=torch.int8)}, plain, prefix="")
     assert strength('{"unet.lora_alpha": 8, "unet.r": 4}') == 2
     assert strength(None) == strength("{}") == 1
+
+
+def test_each_layer_counts_its_own_alpha(net):
+    """Two layers with an alpha, of two ranks, one without: 3 / 2, 3 / 4 and 1, and so in a layer of ours that is several of theirs."""
+    place = "mid_block.attentions.0.transformer_blocks.0."
+    layers = {"ff.net.2": (2, 3.0), "attn1.to_q": (4, 3.0), "attn1.to_k": (2, None), "attn2.to_q": (4, None)}
+    shapes = {name: value.shape for name, value in diffusers.export_unet(net.state_dict()).items()}
+    state, expected = {}, {}
+    for seed, (layer, (rank, alpha)) in enumerate(layers.items()):
+        generator = torch.Generator().manual_seed(seed)
+        rows, columns = shapes[f"{place}{layer}.weight"][:2]
+        down, up = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
+        state |= {f"unet.{place}{layer}.lora_A.weight": down, f"unet.{place}{layer}.lora_B.weight": up}
+        state |= {} if alpha is None else {f"unet.{place}{layer}.alpha": torch.tensor(alpha)}
+        expected[f"{place}{layer}.weight"] = up.double() @ down.double() * (1 if alpha is None else alpha / rank)
+    plain = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    lora.load(net, import_lora(state, plain))
+    before, after = diffusers.export_unet(plain), diffusers.export_unet(lora.merge(net).state_dict())
+    for name, value in before.items():
+        moved = after[name].double() - value.double()
+        assert torch.allclose(moved, expected.get(name, 0 * moved), atol=1e-5, rtol=0)  # a correction of 10 in float32, rank up to 4

@@ -43,6 +43,27 @@ def test_features_are_those_of_its_own_forward(folder):
     torch.testing.assert_close(vector[1], expected[1, :2].mean(0), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_float32_under_either_spelling_of_the_type(folder, tmp_path, monkeypatch, stored):
+    """transformers 4.50 knows no `dtype` and calls the file damaged if it is given one, transformers 5 knows no `torch_dtype`."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    theirs = T5EncoderModel.from_pretrained(folder).to(stored)
+    theirs.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    load = T5EncoderModel.from_pretrained.__func__
+
+    def without_types(cls, source, **options):
+        assert not options.keys() & {"dtype", "torch_dtype"}
+        return load(cls, source, **options)
+
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", classmethod(without_types))
+    net = T5(str(tmp_path)).net
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+    expected = theirs.state_dict()
+    assert all(torch.equal(value, expected[name].float()) for name, value in net.state_dict().items())
+
+
 def test_through_text(folder, caplog):
     text = Text(T5(str(folder)), length=4)
     with caplog.at_level(logging.WARNING):

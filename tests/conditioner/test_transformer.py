@@ -24,7 +24,7 @@ def test_the_published_sizes(sizes, count):
 
 def test_it_is_the_stack_by_hand():
     torch.manual_seed(0)
-    net = Transformer(50, 6, 16, 2, heads=2, head_channels=4)
+    net = Transformer(50, 6, 16, 2, heads=2, head_channels=4).double()
     ids = torch.randint(0, 50, (3, 5))
     x = net.token.weight[ids] + net.position.weight[:5]
     for layer in net.layers:

@@ -67,6 +67,15 @@ def test_diffusers_opens_the_folder_and_draws_the_same_image(exported, image):
     assert far(found, image) <= 2e-3  # measured: 4e-7
 
 
+def test_every_exported_file_has_the_umasks_mode(exported, pipeline, tmp_path):
+    export.compvis(pipeline, tmp_path / "one.safetensors")
+    export.safetensors(pipeline, tmp_path / "two.safetensors")
+    (tmp_path / "plain").touch()
+    files = [*tmp_path.iterdir(), *(path for path in exported.rglob("*") if path.is_file())]
+    assert sum(path.suffix == ".safetensors" for path in files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
 def test_the_folder_comes_back(exported, pipeline, image):
     back = foreign.opened(exported)
     same(back.net, pipeline.net)
@@ -347,6 +356,10 @@ def test_a_damaged_folder_is_one_error(exported, tmp_path):
         ("net", {"more": torch.zeros(1)}, "U-Net: 1 weights belong to another architecture than the config's, the first is more"),
         ("autoencoder", {"encoder.out.0.bias": torch.zeros(3)}, r"first stage: encoder\.out\.0\.bias is \[3\]"),
         ("text", {"ln_final.bias": None}, r"text tower: 1 weights are missing, the first is ln_final\.bias"),
+        ("net", {"stem.bias": torch.ones(32, dtype=torch.int8)}, r"U-Net: stem\.bias is int8; expected floating-point weights"),
+        ("net", {"stem.bias": torch.ones(32, dtype=torch.complex64)}, r"U-Net: stem\.bias is complex64; expected"),
+        ("autoencoder", {"encoder.out.2.bias": torch.ones(8, dtype=torch.bool)}, r"first stage: encoder\.out\.2\.bias is bool; expected"),
+        ("text", {"ln_final.bias": torch.ones(16, dtype=torch.int64)}, r"text tower: ln_final\.bias is int64; expected"),
     ],
 )
 def test_weights_of_another_shape_are_one_error(pipeline, part, change, said):

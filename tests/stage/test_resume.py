@@ -1,5 +1,7 @@
 """Where a run begins: what `resume` takes, passes over, sets aside and refuses."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,18 @@ def test_the_newest_that_is_whole(wanted, tmp_path, capfd):
     assert "step-00000004: " in said.err
     assert "has 0 bytes" in said.err
     assert "resuming from step 2 (" in said.out
+
+
+def test_what_a_killed_process_was_writing_is_cleared_first(tmp_path):
+    folder = run(tmp_path / "run", CONFIG, 2, 4)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    (folder / "checkpoints" / "step-00000004").rename(folder / "checkpoints" / f".step-00000004.{dead}.old.tmp")
+    for place in ("", "checkpoints", "averages"):
+        half = folder / place / f".weights.safetensors.{dead}.tmp"
+        half.mkdir(parents=True)
+        (half / ".tmpX").write_bytes(b"half")
+    assert resumed(folder, "auto") == 4  # which gets its name back
+    assert not list(folder.rglob(".*.tmp"))
 
 
 def test_none_to_go_on_from(tmp_path):

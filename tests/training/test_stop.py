@@ -40,3 +40,28 @@ def test_a_training_that_is_told_to_stop(numbers, code, capfd):
     assert "after step 3, which is kept: the same command goes on from there" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Left(L.Callback):
+    """Leaves before the first step with this code, as Lightning does at a signal that is its own to answer."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def on_train_start(self, trainer, lit):
+        raise SystemExit(self.code)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(None, 85), (143, 85), (1, 130), (3, 3)])
+def test_lightnings_own_exit_codes_become_ours(theirs, ours):
+    with pytest.raises(SystemExit) as end:
+        train(Line(), Rows(), [Left(theirs)], steps=2)
+    assert end.value.code == ours
+
+
+def test_lightnings_answer_to_a_signal_before_the_first_step_is_one_of_these():
+    """What it raises today is a SystemExit, and its code is one that is known."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    assert issubclass(SIGTERMException, SystemExit)
+    assert SIGTERMException().code in (None, 143)
