@@ -86,3 +86,20 @@ def test_sampling_and_scoring_after_two_processes(smoke, tmp_path):
     assert metrics["n"] == 20
     assert run.name == smoke.run.name
     assert (run / "samples.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
+    """At steps that only the best makes saving steps, on all ranks: none waits for another."""
+    typed = ("train.py", *DIFFUSION, "training.steps=6", "training.save_every=100", "keep_best=-train/lr", "trainer.accelerator=cpu")
+    found = []
+    for ranks, name in ((1, "cpu"), (2, trainer)):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        shutil.copytree(smoke.kept, folder / "cache")
+        done = processes(*[(*typed, f"trainer={name}", "trainer.precision='32'")] * ranks, cwd=folder)
+        assert not any(one.returncode for one in done), done
+        (run,) = (folder / "runs").iterdir()
+        found.append(([path.name for path in durable.steps(run / "checkpoints")], (run / "checkpoints" / "best.json").read_text()))
+    assert found[0] == found[1]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -47,6 +48,11 @@ def most_of_ranks(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
+
+
+def chief_decides(flag: bool, device: torch.device) -> bool:
+    """The flag of the first process, on all of them; the others give False."""
+    return flag if alone() else bool(most_of_ranks(torch.tensor(int(flag), device=device)))
 
 
 def all_ranks(value: Any) -> list[Any]:
