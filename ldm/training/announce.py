@@ -19,6 +19,8 @@ class Announce(L.Callback):
     Where a module is compiled it says how long that took.
     """
 
+    phase = "logging"
+
     def __init__(self, name: str, total: int, schedule: Callable[[int, int], float], accumulate: int = 1):
         self.name, self.total, self.schedule, self.accumulate = name, total, schedule, accumulate
         self.compiled = False

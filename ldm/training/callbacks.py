@@ -39,6 +39,8 @@ class LearningRate(L.Callback):
 class Average(L.Callback):
     """Feeds a weight average after every step."""
 
+    phase = "EMA"
+
     def __init__(self, ema: PowerEMA):
         self.ema = ema
 
@@ -57,6 +59,8 @@ class Record(L.Callback):
     gradients: what saw their norm; the terms of a step that it skipped are left out, and `train/skipped` counts such steps.
     Raises NonFiniteError, with the last checkpoint intact, when the loss is not finite though its gradients were.
     """
+
+    phase = "logging"
 
     def __init__(self, write: Callable[[int, dict[str, float]], None], every: int, total: int, gradients: Gradients | None = None):
         self.write, self.every, self.total, self.gradients = write, every, total, gradients
@@ -115,6 +119,8 @@ def waited(trainer: L.Trainer) -> float:
 class Progress(L.Callback):
     """Shows the step, the loss, the rate and an ETA."""
 
+    phase = "logging"
+
     def __init__(self, name: str, start: int, total: int):
         self.name, self.start, self.total = name, start, total
 
@@ -168,6 +174,8 @@ class Checkpoints(L.Callback):
     every: steps between two; a step at which the number of `keep` is best is saved too.  metadata: goes into the files of weights.
     The best one's metric, step and value are in best.json beside them; a number that is not finite is never the best.
     """
+
+    phase = "saving"
 
     def __init__(
         self,
@@ -275,6 +283,8 @@ class Checkpoints(L.Callback):
 class BestLater(L.Callback):
     """Keeps the best by a number that is written after the checkpoint of its step, as those of pictures are."""
 
+    phase = "saving"
+
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
 
@@ -303,6 +313,8 @@ class Scores(L.Callback):
 class Snapshots(L.Callback):
     """Keeps averages of several lengths, by name, every `every` steps and at the last, for ldm.load to make another length of."""
 
+    phase = "saving"
+
     def __init__(self, folder: Path, averages: Mapping[str, PowerEMA], every: int, total: int, metadata: dict[str, str] | None = None):
         if every < 1:
             raise ValueError(f"training.snapshot_every={every}: expected a number of steps, or null")
@@ -320,6 +332,8 @@ class Snapshots(L.Callback):
 
 class Pictures(L.Callback):
     """Calls draw(step) every `every` steps, with the averaged weights in place if there is an average."""
+
+    phase = "saving"
 
     def __init__(self, draw: Callable[[int], None], every: int, ema: PowerEMA | None = None):
         self.draw, self.every, self.ema = draw, every, ema

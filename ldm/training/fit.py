@@ -106,7 +106,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        profiler=Spent(accumulate),
+        profiler=Spent(accumulate, callbacks=callbacks),
     )
     try:
         with twin(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (trainee, around):
