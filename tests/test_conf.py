@@ -210,7 +210,7 @@ def test_trainer_options_take_every_precision(option, precision):
     trainer = composed(*typed(option), f"trainer.precision={precision}").trainer
     assert instantiate(trainer).keywords.keys() == {
         *("accelerator", "devices", "strategy", "precision", "workers", "accumulate", "nodes", "timeout"),
-        *(() if option == "trainer/fsdp" else ("compile",)),
+        *(() if option == "trainer/fsdp" else ("torch_compile",)),
     }
 
 

@@ -161,7 +161,7 @@ def opened(cfg: Any, folder: Path, parts: Collection[str] | None = None) -> Iter
         journal = runs.Journal(folder / "metrics.jsonl", found.step if found else 0) if chief else None
         if journal is not None:
             stack.callback(journal.close)
-        logger: Logger = instantiate(cfg.logger) if chief else Silent()  # type: ignore[abstract]  # the empty bodies are what it inherits
+        logger: Logger = instantiate(cfg.logger) if chief else Silent()
         logger.start(folder, config, choices())
         stack.callback(logger.close)
         yield Run(folder, config, found, chief, journal, logger, since)

@@ -10,8 +10,9 @@ import lightning as L
 import torch
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from ldm.compat import TorchDispatchMode, trainer_of
 
 HOOKS = {  # by the functions of Lightning that are called, whoever has them
     **dict.fromkeys(("train_dataloader_next", Strategy.batch_to_device.__name__), "data"),
@@ -116,7 +117,8 @@ def phase_of(callback: L.Callback) -> str:
 
 def during(lit: L.LightningModule, kind: str) -> AbstractContextManager:
     """What is done within the block is of this kind, in a training."""
-    return nullcontext() if lit._trainer is None else spent_by(lit._trainer).profile(kind)
+    trainer = trainer_of(lit)
+    return nullcontext() if trainer is None else spent_by(trainer).profile(kind)
 
 
 def spent_by(trainer: Any) -> Spent:

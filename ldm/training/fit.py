@@ -1,10 +1,8 @@
 """Lightning's trainer, run once over the remaining steps of a stream of batches."""
 
 import logging
-import multiprocessing
 import os
 import signal
-import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,6 +15,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.utils.data import DataLoader
 
+from ldm import compat
 from ldm.data.stream import Batched, Stream
 from ldm.errors import UserError
 from ldm.training.accumulate import Accumulated, Parted
@@ -34,7 +33,7 @@ def precision_here(wanted: str | int) -> str:
         return str(wanted)
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "32"
+    return "bf16" if compat.has_fast_bfloat16() else "32"
 
 
 def world() -> tuple[int, int]:
@@ -61,13 +60,13 @@ def fit(
     accumulate: int = 1,
     nodes: int = 1,
     timeout: float = 30.0,
-    compile: bool = False,
+    torch_compile: bool = False,
 ) -> None:
     """Train lit on steps start..steps-1, batch_size rows a step over all ranks together.
 
     devices: of each of `nodes` machines.  accumulate: batches that a step is made of, one after the other.
     timeout: minutes that a rank waits for the others before it gives up.
-    compile: the network that lit.compile() names, by torch.compile.
+    torch_compile: the network that lit.compile() names, by torch.compile.
     Raises ValueError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
@@ -77,8 +76,8 @@ def fit(
     if batch_size % (ranks * accumulate):
         parts = f"{ranks * accumulate} equal parts ({ranks} processes, accumulate={accumulate})"
         raise ValueError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
-    if compile and strategy == "fsdp":
-        raise ValueError("compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or compile=false")
+    if torch_compile and strategy == "fsdp":
+        raise ValueError("torch_compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or torch_compile=false")
     stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
     if accumulate > 1:
@@ -88,7 +87,7 @@ def fit(
     loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers, worker_init_fn=deaf)
     if precision_here(precision) != "64" and strategy != "fsdp":  # which takes weights only as they are
         lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
-    if compile:
+    if torch_compile:
         lit.compile()
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)  # its advice is for other ways of working
@@ -142,10 +141,4 @@ def deaf(worker: int) -> None:
     """A process that reads data leaves signals to the one that trains, which ends it in its time, and does not outlive it."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _leave_with(parent: Any) -> None:
-    """torch's own watch compares process ids, and the parent of one that a fork server made is the server."""
-    parent.join()
-    os._exit(1)
+    compat.exit_with_parent()
