@@ -188,6 +188,8 @@ def trained(cfg, model) -> dict:
     terms = lit.training_step(batch(), 0)
     optimizer = lit.configure_optimizers()
     terms["loss"].backward()
+    assert not lit.has_unused_parameters
+    assert [name for name, p in lit.named_parameters() if p.requires_grad and p.grad is None] == []  # so DDP need not search for them
     optimizer.step()
     return terms
 

@@ -20,6 +20,7 @@ from ldm.data.stream import Batched, Stream
 from ldm.errors import UserError
 from ldm.training.accumulate import Accumulated, Parted
 from ldm.training.clock import Spent
+from ldm.training.parallel import EveryGradient
 from ldm.training.sharded import twin
 
 PRECISION: dict[str, Any] = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -67,6 +68,7 @@ def fit(
     devices: of each of `nodes` machines.  accumulate: batches that a step is made of, one after the other.
     timeout: minutes that a rank waits for the others before it gives up.
     torch_compile: the network that lit.compile() names, by torch.compile.
+    Where lit.has_unused_parameters is false every step gives every parameter a gradient, and DDP does not search for those without.
     Raises ValueError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
@@ -89,6 +91,10 @@ def fit(
         lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
     if torch_compile:
         lit.compile()
+    strategy = "ddp" if strategy == "auto" and ranks > 1 else strategy
+    unused = getattr(lit, "has_unused_parameters", True)  # one of your own need not say
+    if strategy == "ddp" and not unused:
+        callbacks = [EveryGradient(), *callbacks]
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)  # its advice is for other ways of working
     warnings.filterwarnings("ignore", module="lightning")
@@ -97,7 +103,7 @@ def fit(
         devices=devices,
         num_nodes=nodes,
         accumulate_grad_batches=accumulate if lit.automatic_optimization else 1,
-        strategy=strategy_of("ddp" if strategy == "auto" and ranks > 1 else strategy, timedelta(minutes=timeout)),
+        strategy=strategy_of(strategy, timedelta(minutes=timeout), unused),
         precision=PRECISION[precision_here(precision)],
         max_epochs=1,
         logger=False,
@@ -121,13 +127,15 @@ def fit(
         raise UserError(f"a process that reads data is gone ({what}); {remedy}") from None
 
 
-def strategy_of(name: str, timeout: timedelta) -> Any:
-    """Lightning's strategy of a name; DDP with a time-out, and with parameters that a step leaves out; fsdp as FSDP2 over all processes.
+def strategy_of(name: str, timeout: timedelta, unused: bool = True) -> Any:
+    """Lightning's strategy of a name; DDP with a time-out; fsdp as FSDP2 over all processes.
+
+    unused: whether DDP looks in every step, by a walk through the graph, for parameters that the loss does not depend on.
 
     Raises ValueError for a name that Lightning does not know.
     """
     made = {
-        "ddp": lambda: DDPStrategy(find_unused_parameters=True, timeout=timeout),
+        "ddp": lambda: DDPStrategy(find_unused_parameters=unused, timeout=timeout),
         "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world()[1], tensor_parallel_size=1, timeout=timeout),
     }
     if name in made:

@@ -15,6 +15,7 @@ class LitJudge(L.LightningModule):
     """Cross-entropy training of net, whose `logits` takes uint8 images, on a batch's images in [-1, 1]."""
 
     net: Any
+    has_unused_parameters = False
 
     def __init__(self, net: nn.Module, optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer], label_smoothing: float = 0.0):
         super().__init__()

@@ -64,6 +64,20 @@ def all_ranks(value: Any) -> list[Any]:
     return found
 
 
+class EveryGradient(L.Callback):
+    """Ends a training with DDP whose step gives some parameter no gradient, which DDP then does not average with those around it.
+
+    Raises UserError naming them.
+    """
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, lit: L.LightningModule, optimizer: Any) -> None:
+        names = [name for name, p in lit.named_parameters() if p.requires_grad and p.grad is None]
+        if names:
+            shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            remedy = "set has_unused_parameters = True on the class of the module that holds them"
+            raise UserError(f"trainer.strategy=ddp: the loss does not depend on {shown} in this step; {remedy}")
+
+
 class Agreement(L.Callback):
     """Lets a training begin only if all ranks are of one world and would do the same; facts: what must be equal, by name.
 
