@@ -120,10 +120,10 @@ def _start(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that exceptions come out instead of Hydra's report and exit code 1
 
     import hydra
-    from hydra._internal.utils import get_args_parser
 
     import ldm.studies  # noqa: F401  makes experiments/ a group
     from ldm import sweep
+    from ldm.compat import get_args_parser
 
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[assignment, method-assign]
@@ -225,8 +225,9 @@ class Plan:
 
     def jobs(self) -> list[list[str]]:
         """The overrides of each job; none for a sweep that draws its values as it goes, whose jobs check themselves."""
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
         from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        from ldm.compat import BasicSweeper
 
         parse = OverridesParser.create().parse_overrides
         typed = parse(self.overrides)
@@ -242,7 +243,9 @@ class Plan:
         if first.hydra.runtime.choices.get("hydra/launcher") == "gpus":
             self.gpus = gpus.free()
         if any(one.key_or_group == "experiments" and one.is_sweep_override() for one in typed):
-            first = self.compose([line for one, line in firsts if line and one.key_or_group != "experiments"])  # Hydra's sweeper knows no study
+            first = self.compose(
+                [line for one, line in firsts if line and one.key_or_group != "experiments"]
+            )  # Hydra's sweeper knows no study
         params = parse([f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()])
         self.written, swept = write_sweep(params, typed, first.hydra.sweeper, self.tree.options)
         if not self.listed:

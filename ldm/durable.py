@@ -242,6 +242,11 @@ def prune(folder: Path | str, keep: int, spared: Callable[[int], bool] = lambda 
             shutil.rmtree(gone)
 
 
+def complete_steps(folder: Path | str) -> list[int]:
+    """The steps in `folder` of which every file has its size, newest first; their contents are not read."""
+    return [step_of(path) for path in steps(folder) if _is_complete(path)]
+
+
 def _is_complete(step: Path) -> bool:
     try:
         _complete(step)

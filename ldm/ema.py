@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.compat import lerp_
 from ldm.errors import ConfigError
 
 LENGTHS = (0.05, 0.10)  # of the averages that are kept along a training, where snapshots are asked for (EDM2, section 3.2)
@@ -67,7 +68,7 @@ class PowerEMA:
         beta = (1 - 1 / step) ** (self.gamma + 1)
         live = self._live()
         self.shadow = {name: value.to(live[name]) for name, value in self.shadow.items()}  # the trainer may have moved or widened them
-        torch._foreach_lerp_(list(self.shadow.values()), list(live.values()), 1 - beta)
+        lerp_(list(self.shadow.values()), list(live.values()), 1 - beta)
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:

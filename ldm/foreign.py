@@ -163,10 +163,10 @@ def pipeline_of(run: str | Path, kind: str = "ema", yaml: str | Path | None = No
         raise UserError(f"run={run} has a ControlNet, which no pipeline holds: expected to=controlnet, or its base")
     net = lora.merge(model.denoiser.net)
     given = build.plain(load.config_of(load.run_folder(run)))
-    nodes = {name: given[name] for name in ("net", "autoencoder", "conditioner", "schedule", "prediction", "seed")}
-    nodes |= {"learned_variance": True} if given.get("learned_variance") else {}
+    chosen = {name: given[name] for name in ("net", "autoencoder", "conditioner", "schedule", "prediction", "seed")}
+    chosen |= {"learned_variance": True} if given.get("learned_variance") else {}
     tower = tower_of(model)
     text = {} if tower is None else {name: value for name, value in tower.state_dict().items() if name not in text_names.NOT_TEXT}
     state = model.autoencoder.state_dict()
     data = asdict(load.load_data_card(load.run_folder(run)))
-    return Pipeline(nodes, net.state_dict(), state, data, text, model.conditioner.state_dict())
+    return Pipeline(chosen, net.state_dict(), state, data, text, model.conditioner.state_dict())

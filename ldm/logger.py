@@ -22,8 +22,26 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
-class Silent(Logger):
+class Silent:
     """No mirror: the run folder alone."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        pass
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class WandB:

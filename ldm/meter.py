@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
+
+from ldm.compat import TorchDispatchMode, run_backward, tree_leaves, tree_map
 
 LOW = (torch.conv2d, F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.addmm)  # what autocast rounds
 FULL = (torch.group_norm, F.group_norm, F.layer_norm, torch.layer_norm, torch.softmax, F.softmax, Tensor.softmax)  # what it does not
@@ -105,7 +104,7 @@ def training(step: Callable[[int], Tensor], parameters: list[Tensor], batch: int
 
 def backward(loss: Tensor) -> None:
     """loss.backward(), but that a TorchFunctionMode stays on while it runs: for what checkpointing computes again."""
-    _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def forward(run: Callable[[int], Any], batch: int, dtype: torch.dtype | None = None) -> Cost:

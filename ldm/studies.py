@@ -2,8 +2,7 @@
 
 import os
 
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.sources_registry import SourcesRegistry
+from ldm.compat import FileConfigSource, SourcesRegistry
 
 
 class Studies(FileConfigSource):

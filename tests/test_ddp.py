@@ -13,6 +13,7 @@ DIFFUSION = ("budget=smoke", "training.grid_every=100", "metrics=none")
 AUTOENCODER = ("budget=smoke", "training=autoencoder", "~training.score", "training.discriminator_start=0", "training.batch_size=8")
 AUTOENCODER += ("training.log_every=1", "training.grid_every=100", "training.save_every=100", "metrics=none")
 STAGES = {"diffusion": DIFFUSION, "autoencoder with its GAN": AUTOENCODER}
+CPU = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.precision='32'")
 LIMIT = {"64": 1e-9, "32": 1e-5}
 
 
@@ -44,6 +45,7 @@ def test_two_processes_have_the_losses_of_one(stage, precision, smoke, tmp_path)
         job = (*typed, trainer, "trainer.accelerator=cpu", f"trainer.precision='{precision}'")
         done = processes(*[job] * ranks, cwd=folder)
         assert not any(one.returncode for one in done), done
+        assert "find_unused_parameters" not in done[0].stdout  # neither sought in vain nor missed
         found.append(rows(folder, 4))
         if stage != "diffusion":  # each of two processes looked at its share of the images
             (weights,) = [p for p in folder.rglob("weights.safetensors") if rows_of(p.parent) == 4]
@@ -86,3 +88,31 @@ def test_sampling_and_scoring_after_two_processes(smoke, tmp_path):
     assert metrics["n"] == 20
     assert run.name == smoke.run.name
     assert (run / "samples.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
+    """At steps that only the best makes saving steps, on all ranks: none waits for another."""
+    typed = ("train.py", *DIFFUSION, "training.steps=6", "training.save_every=100", "keep_best=-train/lr", "trainer.accelerator=cpu")
+    found = []
+    for ranks, name in ((1, "cpu"), (2, trainer)):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        shutil.copytree(smoke.kept, folder / "cache")
+        done = processes(*[(*typed, f"trainer={name}", "trainer.precision='32'")] * ranks, cwd=folder)
+        assert not any(one.returncode for one in done), done
+        (run,) = (folder / "runs").iterdir()
+        found.append(([path.name for path in durable.steps(run / "checkpoints")], (run / "checkpoints" / "best.json").read_text()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["judge", "classifier", "clip"])
+def test_no_process_searches_in_vain_for_parameters_without_gradient(training, smoke, tmp_path):
+    shutil.copytree(smoke.kept, tmp_path / "cache")
+    none = ("~training.score", "~training.grid_every", "metrics=none", "training.steps=4", "training.batch_size=8", "training.save_every=4")
+    job = ("train.py", "budget=smoke", f"training={training}", *none, "training.seed=1" if training == "judge" else "seed=1", *CPU)
+    done = processes(*[job] * 2, cwd=tmp_path)
+    assert not any(one.returncode for one in done), done
+    assert "find_unused_parameters" not in done[0].stdout

@@ -1,6 +1,7 @@
 """Scores while a model trains: of averaged weights, named by network and number, and without a trace in the training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,34 @@ def test_scores_on_the_way_are_named_and_leave_no_trace(smoke, tmp_path, monkeyp
     assert rows[0]["val/fd_fashion_20"] != rows[1]["val/fd_fashion_20"]
     assert len(lent) == 4  # and for the pictures, and at the end
     best = json.loads((run / "checkpoints" / "best.json").read_text())
-    saved = [row for row in rows if (run / "checkpoints" / f"step-{row['step']:08d}").is_dir()]
-    assert (best["value"], best["step"]) == min((row["val/fd_fashion_20"], row["step"]) for row in saved)
+    lowest = min(rows, key=lambda row: row["val/fd_fashion_20"])
+    assert best == {"metric": "val/fd_fashion_20", "step": lowest["step"], "value": lowest["val/fd_fashion_20"]}
+    assert durable.load_step(run / "checkpoints" / f"step-{lowest['step']:08d}").step == lowest["step"]  # though step 1 is no saving step
     one, other = (durable.read_tensors(place / "weights.safetensors") for place in (run, smoke.run))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_number_that_never_comes_is_refused_before_anything_is_done(tmp_path, capsys):
+    with here(tmp_path):
+        assert command("train.py", "budget=smoke", "keep_best=val/nosuch", "training.score.every=1") == 2
+        said = "keep_best=val/nosuch: the metrics of this config give no such number; expected one of val/accuracy_1k, "
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "runs").exists()
+        assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.slow
+def test_a_run_resumed_with_another_metric_begins_its_best_again(smoke, tmp_path):
+    typed = ("train.py", "budget=smoke", "metrics=none", "training.steps=3", "training.save_every=1", "keep_last=5")
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        assert command(*typed, "keep_best=-perf/images_per_s") == 0
+        (run,) = (tmp_path / "runs").iterdir()
+        former = json.loads((run / "checkpoints" / "best.json").read_text())
+        assert former["metric"] == "-perf/images_per_s"
+        shutil.rmtree(run / "checkpoints" / "step-00000003")
+        (run / "metrics.json").unlink()
+        assert command(*typed, "keep_best=train/loss") == 0
+    row = min((row for row in runs.read_journal(run / "metrics.jsonl")), key=lambda row: row["train/loss"])
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best == {"metric": "train/loss", "step": row["step"], "value": row["train/loss"]}

@@ -105,7 +105,9 @@ def run_sweep(script: Path, out: Callable[[], str], *words: str) -> Sweep:
     jobs = re.findall(r"^job \d+(?: of \d+)?(, skipped)?: (.*)$", text, re.MULTILINE)
     rows = re.findall(r"^  (\S.*?)  +(done|skipped|failed)\b.*$", text, re.MULTILINE)
     last = next(line for line in reversed(text.splitlines()) if " done" in line)
-    return Sweep([job for _, job in jobs], [job for mark, job in jobs if mark], rows, last, sorted(path.name for path in Path("runs").iterdir()))
+    return Sweep(
+        [job for _, job in jobs], [job for mark, job in jobs if mark], rows, last, sorted(path.name for path in Path("runs").iterdir())
+    )
 
 
 def list_jobs(script: Path, out: Callable[[], str], *words: str) -> list[str]:

@@ -39,7 +39,7 @@ def attention(
 
     At each place the shares of all words, and of the marks of start and end, are 1 in all (cf. Tang et al. 2022, DAAM).
     """
-    chosen.at_least(steps_1=steps)
+    chosen.at_least(1, steps=steps)
     model = chosen.model_of(run)
     return Film(_figure(maps(model, prompt, times.trailing(model.denoiser.schedule, steps), scale, seed)), 1)
 

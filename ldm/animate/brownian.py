@@ -22,7 +22,8 @@ def brownian(
 
     Each step adds independent noise; where a particle goes cannot be told, how far all of them go can: E|x|^2 = D t in D dimensions.
     """
-    chosen.at_least(num_1=num, frames_2=frames)
+    chosen.at_least(1, num=num)
+    chosen.at_least(2, frames=frames)
     return Film(_frames(num, frames, seed), frames + 1, colours=48)
 
 

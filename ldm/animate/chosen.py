@@ -60,11 +60,10 @@ def _box(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, i
     return left, top, left + width, top + height
 
 
-def at_least(**values: float) -> None:
-    """Raises UserError unless each value is at least the 1 or 2 that its name ends in, as num_1=4 says num >= 1."""
-    for name, value in values.items():
-        key, _, least = name.rpartition("_")
-        if value < int(least):
+def at_least(least: int, /, **values: float) -> None:
+    """Raises UserError naming the first of the values that is below `least`."""
+    for key, value in values.items():
+        if value < least:
             raise UserError(f"{key}={value}: expected {least} or more")
 
 

@@ -34,7 +34,8 @@ def density(
     They go by the learned score; the exact one, in closed form, is shown under it. With training=0 they go by that: the method alone,
     without a network's errors.
     """
-    chosen.at_least(num_1=num, steps_1=steps, modes_1=modes, training_0=training)
+    chosen.at_least(1, num=num, steps=steps, modes=modes)
+    chosen.at_least(0, training=training)
     data = ring(chosen.option("schedule", schedule), modes)
     denoise: Denoise = learned(data, training, seed) if training else data
     return Film(_frames(data, denoise, times.trailing(data.schedule, steps), num, seed), steps + 1, seconds=0.1, colours=48)

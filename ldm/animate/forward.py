@@ -24,7 +24,8 @@ def forward(
     seed: int = 0,  # of the noise, which is the same under both schedules
 ) -> Film:
     """An image with more and more noise under two schedules, and alpha bar of both (Nichol & Dhariwal 2021, fig. 3 and 5)."""
-    chosen.at_least(frames_2=frames, size_8=size)
+    chosen.at_least(2, frames=frames)
+    chosen.at_least(8, size=size)
     if len(schedules) != 2:
         raise UserError(f"schedules={','.join(schedules)}: expected two names")
     return Film(_frames(chosen.picture(image, size, crop), schedules, frames, seed), frames, colours=48)

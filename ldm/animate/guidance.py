@@ -23,7 +23,7 @@ def guidance(
     seed: int = 0,  # the first row's
 ) -> Film:
     """A row for each seed, a column for each scale of classifier-free guidance (Ho & Salimans 2022, fig. 3)."""
-    chosen.at_least(num_1=num, steps_1=steps)
+    chosen.at_least(1, num=num, steps=steps)
     model, batch = chosen.model_of(run), chosen.told(run, prompt, num)
     ts = times.trailing(model.denoiser.schedule, steps)
     seeds = range(seed, seed + num)

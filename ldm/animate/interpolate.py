@@ -24,7 +24,8 @@ def interpolate(
     seed: int = 0,  # the first image's
 ) -> Film:
     """Images on the great circle between the noises of two seeds, drawn without fresh noise (Song et al. 2021a, section 5.3)."""
-    chosen.at_least(num_1=num, frames_2=frames, steps_1=steps)
+    chosen.at_least(1, num=num, steps=steps)
+    chosen.at_least(2, frames=frames)
     model, batch = chosen.model_of(run), chosen.told(run, prompt, num)
     ts = times.trailing(model.denoiser.schedule, steps)
     ways = []

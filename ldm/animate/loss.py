@@ -35,7 +35,8 @@ def loss(
     The bound on the likelihood is the sum of the left curve over all steps (Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, fig. 2), the
     loss of most models the mean of the right one (Ho et al. 2020, eq. 14): the same errors in other weights.
     """
-    chosen.at_least(num_1=num, points_2=points)
+    chosen.at_least(1, num=num)
+    chosen.at_least(2, points=points)
     noise = Noise(seed, list(range(num)))
     if run is None:
         data = ring(chosen.option("schedule", "cosine"))

@@ -27,7 +27,7 @@ def reverse(
     seed: int = 0,  # the first image's; image i has seed + i
 ) -> Film:
     """Images as they are drawn: at each step the state x_t and the data that the model expects from it, both decoded."""
-    chosen.at_least(num_1=num, steps_1=steps)
+    chosen.at_least(1, num=num, steps=steps)
     model, batch, draw = chosen.model_of(run), chosen.told(run, prompt, num), chosen.option("sampler", sampler)
     ts = times.trailing(model.denoiser.schedule, steps)
     seen, last = drawn(model, batch, seed, ts, draw, scale)

@@ -21,7 +21,8 @@ def schedules(
     seed: int = 0,  # of the noise, the same everywhere
 ) -> Film:
     """An image at evenly spaced times under several schedules, one row each, and their alpha bar (Nichol & Dhariwal 2021, fig. 3 and 5)."""
-    chosen.at_least(stages_2=stages, size_8=size)
+    chosen.at_least(2, stages=stages)
+    chosen.at_least(8, size=size)
     return Film(_figure(chosen.picture(image, size, crop), names[: len(COLOURS)], stages, seed), 1)
 
 

@@ -93,6 +93,7 @@ class Metric(Protocol):
     Labels and captions are what the samples were asked for, None where that is not known.
 
     compute: {key: number} over all processes, called on each of them; reset: forget the samples, keep the reference.
+    A class may say in `names` what its keys are, {net} for the network's name: then keep_best= can be checked before a training.
     """
 
     def update(self, features: Tensor, label: Tensor | None, caption: Sequence[str] | None) -> None: ...
@@ -110,6 +111,8 @@ class Given(nn.Identity):
 
 class FrechetDistance:
     """`fd_<net>`: torchmetrics' FrechetInceptionDistance on features that are already there (float64 sums, added up over processes)."""
+
+    names = ("fd_{net}",)
 
     def __init__(self, net: FeatureNet, reference: Tensor):
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -141,6 +144,8 @@ class KernelDistance:
     order of the samples; over all pairs it is deterministic, blind to the order and the process count, and has the smaller variance.
     """
 
+    names = ("kid_{net}",)
+
     def __init__(self, net: FeatureNet, reference: Tensor, degree: int = 3, reference_size: int = 5000):
         self.key, self.degree = f"kid_{net.name}", degree
         self.reference = spread(reference, reference_size)
@@ -159,6 +164,8 @@ class KernelDistance:
 class PrecisionRecall:
     """`precision` and `recall` of all samples against reference_size evenly spaced references, by k nearest neighbours."""
 
+    names = ("precision", "recall")
+
     def __init__(self, net: FeatureNet, reference: Tensor, k: int = 3, reference_size: int = 5000):
         self.k, self.reference = k, spread(reference, reference_size)
         self.samples = gathered(reference.device)
@@ -176,6 +183,8 @@ class PrecisionRecall:
 
 class ClassAccuracy:
     """`accuracy`: the share of samples whose class, as the network's own classifier sees it, is the one that was asked for."""
+
+    names = ("accuracy",)
 
     def __init__(self, net: Classifier, reference: Tensor):
         from torchmetrics.aggregation import MeanMetric
@@ -199,6 +208,8 @@ class ClassAccuracy:
 
 class GaussianDistance:
     """`cmmd_<net>`, with CLIP's image tower the CMMD of Jayasumana et al. 2024: the Gaussian MMD of all samples times 1,000."""
+
+    names = ("cmmd_{net}",)
 
     def __init__(self, net: FeatureNet, reference: Tensor, sigma: float = 10.0, reference_size: int = 30000):
         self.key, self.sigma = f"cmmd_{net.name}", sigma

@@ -110,6 +110,8 @@ class Captioned(FeatureNet, Protocol):
 class CLIPScore:
     """`clip_score`: 100 times the cosine of an image with the caption it was drawn for, at least 0, averaged (Hessel et al. 2021)."""
 
+    names = ("clip_score",)
+
     def __init__(self, net: Captioned, reference: Tensor):
         from torchmetrics.aggregation import MeanMetric
 

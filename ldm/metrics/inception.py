@@ -23,6 +23,8 @@ def inception_score(logits: Tensor, block: int = 5000) -> Tensor:
 class InceptionScore:
     """`inception_score`: by the network's own classifier, the mean over blocks of so many samples in the order of their seeds."""
 
+    names = ("inception_score",)
+
     def __init__(self, net: Classifier, reference: Tensor, block: int = 5000):
         self.classify, self.block = net.classify, block
         self.logits = gathered(reference.device)

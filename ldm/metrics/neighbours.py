@@ -45,6 +45,8 @@ def memorised(x: Tensor, reference: Tensor, own: Tensor | None = None) -> tuple[
 class DensityCoverage:
     """`density` and `coverage` of all samples against reference_size evenly spaced references, by k nearest neighbours."""
 
+    names = ("density", "coverage")
+
     def __init__(self, net: FeatureNet, reference: Tensor, k: int = 5, reference_size: int = 5000):
         self.k, self.reference = k, spread(reference, reference_size)
         self.samples = gathered(reference.device)
@@ -62,6 +64,8 @@ class DensityCoverage:
 
 class Memorisation:
     """`authenticity` and `copies` of all samples against the whole training set, whose neighbours are found once."""
+
+    names = ("authenticity", "copies")
 
     def __init__(self, net: FeatureNet, reference: Tensor):
         self.reference = reference

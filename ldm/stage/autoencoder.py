@@ -23,6 +23,7 @@ from ldm.stage.resume import finished
 from ldm.stage.run import opened
 from ldm.tensors import Noise, key
 from ldm.training.autoencoder import LitAutoencoder
+from ldm.training.best import require_metric
 from ldm.training.fit import world
 from ldm.training.parallel import disband, sum_over_ranks
 
@@ -55,6 +56,8 @@ def train(
     folder = place(cfg)
     if done := finished(cfg, folder):
         return done["psnr"]
+    drawn = {"val/psnr", "val/ssim"} if grid_every <= steps else set()
+    require_metric(cfg.get("keep_best"), drawn, f"training.grid_every={grid_every} is more than training.steps={steps}")
     make_score, _ = judge.scorer(cfg, cfg.metrics)
     score = make_score() if make_score else None
     if score and score.net.name == getattr(loss.perceptual, "name", None):

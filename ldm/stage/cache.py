@@ -93,6 +93,7 @@ def ensured(cfg: Any, kept: Kept) -> Path:
         config = {**config, "trainer": {**config["trainer"], "devices": devices}}
         config |= {"logger": {"_target_": "ldm.logger.Silent"}, "resume": "auto"}
         config.pop("debug", None)  # which is of the one run that is looked at
+        config["keep_best"] = None  # whose number the training on the way need not write
         config |= {"degrade": {"_target_": "ldm.data.degrade.none", "_partial_": True}}  # which is the second stage's
         config["trainer"]["strategy"] = config["trainer"]["strategy"] if devices > 1 else "auto"
         launch.write_config(config, folder)

@@ -23,6 +23,7 @@ from ldm.stage.diffusion import moments
 from ldm.stage.resume import finished
 from ldm.stage.run import opened
 from ldm.tensors import Noise, key
+from ldm.training.best import require_metric
 from ldm.training.classifier import LitClassifier, noisy_logits
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which it is measured
@@ -35,6 +36,7 @@ def train(cfg: Any, *, steps: int, batch_size: int, net, optimizer, lr_schedule,
     if done := finished(cfg, folder):
         print(f"this run is done: {folder}")
         return done["accuracy"]
+    require_metric(cfg.get("keep_best"), (), "this training writes no number val/...")
     data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
     build.labelled(data, test)
     autoencoder, space, _ = first_stage.load(cfg, data.channels)

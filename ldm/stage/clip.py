@@ -15,6 +15,7 @@ from ldm.stage import cache
 from ldm.stage.resume import finished
 from ldm.stage.run import opened
 from ldm.tensors import key
+from ldm.training.best import require_metric
 from ldm.training.clip import LitCLIP
 from ldm.training.parallel import disband
 
@@ -43,6 +44,7 @@ def train(
     if done := finished(cfg, folder):
         print(f"this run is done: {folder}")
         return done["image_to_text"]
+    require_metric(cfg.get("keep_best"), (), "this training writes no number val/...")
     data, test = build.dataset(cfg, "train"), build.dataset(cfg, "test")
     with opened(cfg, folder) as run:
         durable.write_json(folder / "model.json", build.plain(model))

@@ -14,13 +14,15 @@ from ldm.errors import UserError
 from ldm.fetch import cache_dir
 from ldm.load import DataCard
 from ldm.metrics.features import to_uint8
-from ldm.score import Protocol, Told, evaluate, samples, watch
+from ldm.metrics.names import names_of
+from ldm.score import Protocol, Told, evaluate, samples, short, watch
 from ldm.space import Space
 from ldm.stage import autoencoder as first_stage
 from ldm.stage import begin, cache, judge
 from ldm.stage.estimate import announce
 from ldm.stage.resume import finished
 from ldm.stage.run import Run, opened
+from ldm.training.best import require_metric
 from ldm.training.callbacks import Scores
 from ldm.training.diffusion import LitDiffusion
 
@@ -47,6 +49,7 @@ def train(
     if done := finished(cfg, folder):
         print(f"this run is done: {folder}\n{summary(done)}")
         return done.get(cfg.optimize)
+    require_metric(cfg.get("keep_best"), *scored(cfg, score, steps))
     make_score, baselines = judge.scorer(cfg, cfg.metrics)
     data = build.degraded(cfg, "train")
     announce(cfg, data)
@@ -103,6 +106,18 @@ def train(
         run.say(f"\n{summary(metrics)}\n\nsamples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
                 f"next     python sample.py run={folder} prompt=\"{data.captions[-1][0]}\" num=16")  # fmt: skip
         return metrics.get(cfg.optimize)
+
+
+def scored(cfg: Any, score: Protocol, steps: int) -> tuple[set[str] | None, str]:
+    """The numbers val/... that a training writes, None where that cannot be known, and why there are none."""
+    if "_target_" not in cfg.metrics:
+        return set(), "metrics=none measures nothing"
+    if score.every is None:
+        return set(), "nothing is scored before the end; choose training.score.every=STEPS"
+    if score.every > steps:
+        return set(), f"training.score.every={score.every} is more than training.steps={steps}"
+    names = names_of(cfg.metrics, cfg.judge.get("net"))
+    return names and {f"val/{name}_{short(score.every_num)}" for name in names}, ""
 
 
 def said(config: Any, score: Protocol, values: dict[str, Any], data: str, autoencoder: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ldm.stage import cache
 from ldm.stage.resume import finished
 from ldm.stage.run import opened
 from ldm.tensors import Noise, key
+from ldm.training.best import require_metric
 from ldm.training.judge import LitJudge
 from ldm.training.parallel import disband
 
@@ -39,6 +40,7 @@ def train(
     folder = place(cfg)
     if done := finished(cfg, folder):
         return done["accuracy"]
+    require_metric(cfg.get("keep_best"), (), "this training writes no number val/...")
     torch.manual_seed(key(seed, "weights"))
     net = net()
     with opened(cfg, folder, cache.JUDGE) as run:

@@ -20,7 +20,8 @@ from ldm.errors import UserError
 from ldm.logger import Logger, Silent
 from ldm.stage import resume
 from ldm.training.announce import Announce
-from ldm.training.callbacks import Average, Checkpoints, Keep, LearningRate, Pictures, Progress, Record, Snapshots
+from ldm.training.best import restore_best, signed
+from ldm.training.callbacks import Average, BestLater, Checkpoints, Keep, LearningRate, Pictures, Progress, Record, Snapshots
 from ldm.training.fit import world
 from ldm.training.gradients import Gradients
 from ldm.training.parallel import Agreement
@@ -38,7 +39,8 @@ class Run:
     journal: runs.Journal | None
     logger: Logger
     since: float
-    latest: dict[str, float] = field(default_factory=dict)  # of each number that was written
+    unread: dict[str, float] = field(default_factory=dict)  # numbers since `worth` was last called
+    written: set[str] = field(default_factory=set)  # the names of all numbers
 
     @property
     def start(self) -> int:
@@ -56,7 +58,8 @@ class Run:
             print(text, flush=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.latest |= values
+        self.unread |= values
+        self.written |= values.keys()
         if self.journal is not None:
             self.journal.write(step, values)
             self.logger.metrics(step, values)
@@ -90,7 +93,9 @@ class Run:
         watch: more of what looks, before a checkpoint is kept.  averages: others than ema, by name, kept every snapshot_every steps.
         """
         gradients = Gradients(self.folder, self.config.get("skips", 10))
-        keep = Keep(self.config.get("keep_last", 2), self.config.get("keep_every"), self.worth)
+        metric = self.config.get("keep_best") or ""
+        best: dict[str, Any] = {"value": self.worth, "metric": metric, "written": lambda: self.written} if metric else {}
+        keep = Keep(self.config.get("keep_last", 2), self.config.get("keep_every"), **best)
         saving = Checkpoints(self.checkpoints, ema, save_every, steps, self.config_text(), self.resume, metadata, keep, averages)
         debug = [instantiate(self.config["debug"])(self.folder)] if self.config.get("debug") else []
         return [
@@ -107,14 +112,15 @@ class Run:
             *([Snapshots(self.folder / "averages", averages, snapshot_every, steps, metadata)] if snapshot_every is not None else []),
             saving,
             *([Pictures(draw, grid_every, ema)] if draw else []),
+            *([BestLater(saving)] if draw and metric else []),
             Stop(saving.save),
         ]
 
     def worth(self) -> float | None:
-        """The latest of the number that keep_best names, its sign turned for -name; None before the first."""
-        name = self.config.get("keep_best") or ""
-        value = self.latest.get(name.removeprefix("-"))
-        return None if value is None else float(-value if name.startswith("-") else value)
+        """The number that keep_best names if it was written since the last call, its sign turned for -name."""
+        metric = self.config.get("keep_best") or ""
+        value = self.unread.pop(metric.removeprefix("-"), None)
+        return None if value is None else signed(metric, value)
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write metrics.json, the mark of a finished run."""
@@ -149,10 +155,13 @@ def opened(cfg: Any, folder: Path, parts: Collection[str] | None = None) -> Iter
             durable.write_json(folder / "choices.json", choices())
             runs.write_origin(folder, Path(__file__).parent)
             print(f"writing to {folder}", flush=True)
+            if config.get("keep_best"):
+                rows, until = runs.read_journal(folder / "metrics.jsonl"), found.step if found else 0
+                restore_best(folder / "checkpoints", config["keep_best"], rows, until)
         journal = runs.Journal(folder / "metrics.jsonl", found.step if found else 0) if chief else None
         if journal is not None:
             stack.callback(journal.close)
-        logger: Logger = instantiate(cfg.logger) if chief else Silent()  # type: ignore[abstract]  # the empty bodies are what it inherits
+        logger: Logger = instantiate(cfg.logger) if chief else Silent()
         logger.start(folder, config, choices())
         stack.callback(logger.close)
         yield Run(folder, config, found, chief, journal, logger, since)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.stream import Slice
-from ldm.training.clock import spent_by
+from ldm.training.clock import phase_of, spent_by
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Accumulated(L.Callback):
         if len(self.outputs) == self.parts:
             means = mean_of(self.outputs)
             for one in self.callbacks:
-                with spent_by(trainer).profile(f"[Callback]{one.state_key}.on_train_batch_end"):
+                with spent_by(trainer).profile(phase_of(one)):
                     one.on_train_batch_end(trainer, lit, means, {**batch, **self.keys}, batch_idx)
 
 

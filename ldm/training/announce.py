@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 
+from ldm.compat import is_compiled
 from ldm.progress import length
 from ldm.training.clock import now
 
@@ -19,6 +20,8 @@ class Announce(L.Callback):
     Where a module is compiled it says how long that took.
     """
 
+    phase = "logging"
+
     def __init__(self, name: str, total: int, schedule: Callable[[int, int], float], accumulate: int = 1):
         self.name, self.total, self.schedule, self.accumulate = name, total, schedule, accumulate
         self.compiled = False
@@ -27,7 +30,7 @@ class Announce(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
         if self.marks or not trainer.is_global_zero:
             return
-        self.compiled = any(module._compiled_call_impl is not None for module in lit.modules())
+        self.compiled = any(map(is_compiled, lit.modules()))
         self.marks.append(now(lit.device))
         parameters = sum(p.numel() for p in lit.parameters() if p.requires_grad)
         some = range(batch["step"], self.total, max(1, (self.total - batch["step"]) // 1000))

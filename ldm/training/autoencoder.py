@@ -24,6 +24,8 @@ class LitAutoencoder(L.LightningModule):
     with each optimiser.
     """
 
+    has_unused_parameters = True  # each of two backward passes is for one optimiser's parameters, and the adversary begins late
+
     def __init__(
         self,
         autoencoder: FirstStage,

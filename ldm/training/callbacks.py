@@ -1,10 +1,9 @@
 """What happens around a training step: learning rate, weight average, records, pictures, checkpoints."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,9 +16,10 @@ from ldm import durable
 from ldm.ema import PowerEMA
 from ldm.errors import ConfigError, NonFiniteError, UserError
 from ldm.progress import Bar
+from ldm.training.best import FILE, Best, read_best
 from ldm.training.clock import peak, spent_by
 from ldm.training.gradients import Gradients
-from ldm.training.parallel import mean_over_ranks
+from ldm.training.parallel import chief_decides, mean_over_ranks
 from ldm.training.shares import like, states_like, whole
 
 
@@ -39,6 +39,8 @@ class LearningRate(L.Callback):
 class Average(L.Callback):
     """Feeds a weight average after every step."""
 
+    phase = "EMA"
+
     def __init__(self, ema: PowerEMA):
         self.ema = ema
 
@@ -57,6 +59,8 @@ class Record(L.Callback):
     gradients: what saw their norm; the terms of a step that it skipped are left out, and `train/skipped` counts such steps.
     Raises NonFiniteError, with the last checkpoint intact, when the loss is not finite though its gradients were.
     """
+
+    phase = "logging"
 
     def __init__(self, write: Callable[[int, dict[str, float]], None], every: int, total: int, gradients: Gradients | None = None):
         self.write, self.every, self.total, self.gradients = write, every, total, gradients
@@ -115,6 +119,8 @@ def waited(trainer: L.Trainer) -> float:
 class Progress(L.Callback):
     """Shows the step, the loss, the rate and an ETA."""
 
+    phase = "logging"
+
     def __init__(self, name: str, start: int, total: int):
         self.name, self.start, self.total = name, start, total
 
@@ -151,19 +157,25 @@ def extra(module: nn.Module) -> dict[str, Any]:
 class Keep:
     """Which checkpoints stay: the newest `last`, at least 2; every one whose step is a multiple of `every`; the best.
 
-    value: the number, if there is one yet, of which the lowest is the best.
+    value: the number of which the lowest is the best, if one was written since the last call; None to keep no best.
+    metric: its name.  written: the names of all numbers written so far.
     """
 
     last: int = 2
     every: int | None = None
-    value: Callable[[], float | None] = lambda: None
+    value: Callable[[], float | None] | None = None
+    metric: str = ""
+    written: Callable[[], Collection[str]] = tuple
 
 
 class Checkpoints(L.Callback):
     """Keeps step folders of a module's weights and extra state, its average and the optimisers; begins from `resume` if there is one.
 
-    every: steps between two.  metadata: goes into the files of weights.  The best one's step and value are in best.json beside them.
+    every: steps between two; a step at which the number of `keep` is best is saved too.  metadata: goes into the files of weights.
+    The best one's metric, step and value are in best.json beside them; a number that is not finite is never the best.
     """
+
+    phase = "saving"
 
     def __init__(
         self,
@@ -181,6 +193,7 @@ class Checkpoints(L.Callback):
         self.folder, self.ema, self.every, self.total, self.config, self.resume = folder, ema, every, total, config, resume
         self.metadata = metadata
         self.saved = -1
+        self.reported = False  # that the number which decides is missing
 
     def on_fit_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:  # also called where no step is left to train
         if self.resume is None:
@@ -207,8 +220,45 @@ class Checkpoints(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         step = batch["step"] + 1
+        self.save_best(trainer, lit, step)
         if step % self.every == 0 or step == self.total:
             self.save(trainer, lit, step)
+            group = self.keep.metric.removeprefix("-").partition("/")[0] + "/"
+            if trainer.is_global_zero and not self.reported and any(one.startswith(group) for one in self.keep.written()):
+                self.reported = True
+                if problem := self.missing():
+                    print(f"\n{problem} (up to step {step}): no best checkpoint so far", flush=True)
+
+    def on_train_end(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        if self.saved < 0 or not trainer.is_global_zero or self.keep.value is None or self.best() is not None:
+            return
+        problem = self.missing() or f"keep_best={self.keep.metric}: the number was never finite"
+        print(f"\n{problem}: there is no best checkpoint", flush=True)
+
+    def missing(self) -> str:
+        """In words, that the number which decides is not among those written, or nothing."""
+        written = sorted(self.keep.written())
+        if self.keep.value is None or self.keep.metric.removeprefix("-") in written:
+            return ""
+        return f"keep_best={self.keep.metric}: no such number was written, only {', '.join(written) or 'none'}"
+
+    def save_best(self, trainer: L.Trainer, lit: L.LightningModule, step: int) -> None:
+        """Keep the state after `step` steps if the number written since the last call is the best; the first process decides."""
+        if self.keep.value is None:
+            return
+        value = self.keep.value() if trainer.is_global_zero else None
+        better = value is not None and math.isfinite(value) and ((old := self.best()) is None or value < old.value)
+        if not chief_decides(better, next(lit.parameters()).device):
+            return
+        self.save(trainer, lit, step)
+        if value is not None and trainer.is_global_zero:  # once the checkpoint is there, and the former best still is
+            durable.write_json(self.folder / FILE, asdict(Best(self.keep.metric, step, value)))
+            durable.prune(self.folder, self.keep.last, self.spared(step))
+
+    def best(self) -> Best | None:
+        """The best so far of the number that decides."""
+        found = read_best(self.folder)
+        return found if found is not None and found.metric == self.keep.metric else None
 
     def save(self, trainer: L.Trainer, lit: L.LightningModule, step: int) -> None:
         """Keep the state after `step` steps, unless that was done."""
@@ -226,11 +276,20 @@ class Checkpoints(L.Callback):
 
     def spared(self, step: int) -> Callable[[int], bool]:
         """Which older checkpoints stay beside that of `step`."""
-        place, value = self.folder / "best.json", self.keep.value()
-        best = json.loads(place.read_text()) if place.is_file() else None
-        if value is not None and (best is None or value < best["value"]):
-            durable.write_json(place, best := {"step": step, "value": value})
-        return lambda old: bool(self.keep.every and old % self.keep.every == 0) or (best is not None and old == best["step"])
+        best = read_best(self.folder) if self.keep.value is None else self.best()
+        return lambda old: bool(self.keep.every and old % self.keep.every == 0) or (best is not None and old == best.step)
+
+
+class BestLater(L.Callback):
+    """Keeps the best by a number that is written after the checkpoint of its step, as those of pictures are."""
+
+    phase = "saving"
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        self.checkpoints.save_best(trainer, lit, batch["step"] + 1)
 
 
 class Scores(L.Callback):
@@ -254,6 +313,8 @@ class Scores(L.Callback):
 class Snapshots(L.Callback):
     """Keeps averages of several lengths, by name, every `every` steps and at the last, for ldm.load to make another length of."""
 
+    phase = "saving"
+
     def __init__(self, folder: Path, averages: Mapping[str, PowerEMA], every: int, total: int, metadata: dict[str, str] | None = None):
         if every < 1:
             raise ConfigError(f"training.snapshot_every={every}: expected a number of steps, or null")
@@ -271,6 +332,8 @@ class Snapshots(L.Callback):
 
 class Pictures(L.Callback):
     """Calls draw(step) every `every` steps, with the averaged weights in place if there is an average."""
+
+    phase = "saving"
 
     def __init__(self, draw: Callable[[int], None], every: int, ema: PowerEMA | None = None):
         self.draw, self.every, self.ema = draw, every, ema

@@ -20,6 +20,8 @@ class LitClassifier(L.LightningModule):
     net: (B, C, h, w) and time (B,) -> logits (B, classes).  autoencoder: frozen, owner of the latent.  A batch carries moments.
     """
 
+    has_unused_parameters = False
+
     def __init__(
         self,
         net: nn.Module,

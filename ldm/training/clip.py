@@ -22,6 +22,8 @@ class LitCLIP(L.LightningModule):
     Rows with the same caption are each other's right answer, in equal parts.
     """
 
+    has_unused_parameters = False
+
     def __init__(
         self,
         net: nn.Module,

@@ -1,7 +1,7 @@
 """How long training steps take, what the time goes into, and how much arithmetic that is of what the device can do."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -9,18 +9,18 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.profilers import Profiler
-from torch.utils._python_dispatch import TorchDispatchMode
+from lightning.pytorch.strategies import Strategy
 from torch.utils.flop_counter import flop_registry
 
-KINDS = {  # of what Lightning says it is doing: the first of these that its words hold
-    **dict.fromkeys(("train_dataloader_next", "batch_to_device"), "data"),
-    **dict.fromkeys(("encode",), "encode"),
-    **dict.fromkeys(("]Average.",), "EMA"),
-    **dict.fromkeys(("]Record.", "]Progress.", "]Announce."), "logging"),
-    **dict.fromkeys(("]Checkpoints.", "]Pictures."), "saving"),
-    **dict.fromkeys(("optimizer_step", "optimizer_zero_grad"), "optimiser"),
-    **dict.fromkeys((".backward",), "backward"),
-    **dict.fromkeys(("training_step",), "forward"),
+from ldm.compat import TorchDispatchMode, trainer_of
+
+HOOKS = {  # by the functions of Lightning that are called, whoever has them
+    **dict.fromkeys(("train_dataloader_next", Strategy.batch_to_device.__name__), "data"),
+    Strategy.training_step.__name__: "forward",
+    Strategy.backward.__name__: "backward",
+    Strategy.optimizer_step.__name__: "optimiser",
+    L.LightningModule.optimizer_zero_grad.__name__: "optimiser",
+    L.LightningModule.on_before_optimizer_step.__name__: "optimiser",
 }
 ORDER = ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging", "saving", "other")
 ATEN = torch.ops.aten
@@ -56,12 +56,13 @@ class Spent(Profiler):
     """seconds: spent so far by kind (ORDER), each second in one of them.  flops: of this process's second step, None before its end: in
     the first much is done once, as captions are read.
 
-    parts: batches that a step is made of.  clock: what tells the time.
+    parts: batches that a step is made of.  clock: what tells the time.  callbacks: what they do counts as their `phase` says.
     """
 
-    def __init__(self, parts: int = 1, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, parts: int = 1, clock: Callable[[], float] = time.monotonic, callbacks: Iterable[L.Callback] = ()):
         super().__init__()
         self.clock, self.parts = clock, parts
+        self.phases = {f"[Callback]{one.state_key}": phase for one in callbacks if (phase := phase_of(one)) != "other"}
         self.seconds = dict.fromkeys(ORDER, 0.0)
         self.doing = ["other"]  # the innermost last
         self.around: str | None = None  # what goes on around a backward pass, while there is one
@@ -76,7 +77,7 @@ class Spent(Profiler):
         self._until_now()
         if action_name.endswith("on_after_backward") and self.around is not None:
             self.doing[-1], self.around = self.around, None
-        self.doing.append(next((kind for words, kind in KINDS.items() if words in action_name), "other"))
+        self.doing.append(self._phase(action_name))
         if action_name == "run_training_batch" and 0 <= self.counted < self.parts:
             self.counter.__enter__()
 
@@ -98,15 +99,26 @@ class Spent(Profiler):
     def describe(self) -> None:
         """Nothing at the end: those who want to know ask before."""
 
+    def _phase(self, action: str) -> str:
+        """Of a phase's own name, or of what Lightning calls a call: [kind of owner]owner.function."""
+        owner, _, function = action.rpartition(".")
+        return action if action in ORDER else self.phases.get(owner) or HOOKS.get(function, "other")
+
     def _until_now(self) -> None:
         moment = self.clock()
         self.seconds[self.doing[-1]] += moment - self.since
         self.since = moment
 
 
+def phase_of(callback: L.Callback) -> str:
+    """What the time of a callback counts as, one of ORDER: its attribute `phase`, if it has one."""
+    return getattr(callback, "phase", "other")
+
+
 def during(lit: L.LightningModule, kind: str) -> AbstractContextManager:
     """What is done within the block is of this kind, in a training."""
-    return nullcontext() if lit._trainer is None else spent_by(lit._trainer).profile(kind)
+    trainer = trainer_of(lit)
+    return nullcontext() if trainer is None else spent_by(trainer).profile(kind)
 
 
 def spent_by(trainer: Any) -> Spent:

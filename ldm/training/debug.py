@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ldm.compat import tree_leaves
 from ldm.errors import NonFiniteError, UserError
 from ldm.training.clock import now, spent_by, table
 

@@ -42,6 +42,11 @@ class LitDiffusion(L.LightningModule):
         self.model, self.objective = model, objective
         self.optimizer, self.drop, self.clip, self.seed = optimizer, drop, clip, seed
 
+    @property
+    def has_unused_parameters(self) -> bool:
+        """Whether a step may give some parameter no gradient: where a module of the model or the objective says so of itself."""
+        return any(getattr(module, "has_unused_parameters", False) for part in self.children() for module in part.modules())
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         noise = noise_of(self.seed, batch)
         with during(self, "encode"):

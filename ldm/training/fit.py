@@ -1,10 +1,8 @@
 """Lightning's trainer, run once over the remaining steps of a stream of batches."""
 
 import logging
-import multiprocessing
 import os
 import signal
-import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,10 +15,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.utils.data import DataLoader
 
+from ldm import compat
 from ldm.data.stream import Batched, Stream
 from ldm.errors import ConfigError, UserError
 from ldm.training.accumulate import Accumulated, Parted
 from ldm.training.clock import Spent
+from ldm.training.parallel import EveryGradient
 from ldm.training.sharded import twin
 
 PRECISION: dict[str, Any] = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -34,7 +34,7 @@ def precision_here(wanted: str | int) -> str:
         return str(wanted)
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "32"
+    return "bf16" if compat.has_fast_bfloat16() else "32"
 
 
 def world() -> tuple[int, int]:
@@ -61,13 +61,14 @@ def fit(
     accumulate: int = 1,
     nodes: int = 1,
     timeout: float = 30.0,
-    compile: bool = False,
+    torch_compile: bool = False,
 ) -> None:
     """Train lit on steps start..steps-1, batch_size rows a step over all ranks together.
 
     devices: of each of `nodes` machines.  accumulate: batches that a step is made of, one after the other.
     timeout: minutes that a rank waits for the others before it gives up.
-    compile: the network that lit.compile() names, by torch.compile.
+    torch_compile: the network that lit.compile() names, by torch.compile.
+    Where lit.has_unused_parameters is false every step gives every parameter a gradient, and DDP does not search for those without.
     Raises ConfigError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
@@ -77,8 +78,8 @@ def fit(
     if batch_size % (ranks * accumulate):
         parts = f"{ranks * accumulate} equal parts ({ranks} processes, accumulate={accumulate})"
         raise ConfigError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
-    if compile and strategy == "fsdp":
-        raise ConfigError("compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or compile=false")
+    if torch_compile and strategy == "fsdp":
+        raise ConfigError("torch_compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or torch_compile=false")
     stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
     if accumulate > 1:
@@ -88,8 +89,12 @@ def fit(
     loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers, worker_init_fn=deaf)
     if precision_here(precision) != "64" and strategy != "fsdp":  # which takes weights only as they are
         lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
-    if compile:
+    if torch_compile:
         lit.compile()
+    strategy = "ddp" if strategy == "auto" and ranks > 1 else strategy
+    unused = getattr(lit, "has_unused_parameters", True)  # one of your own need not say
+    if strategy == "ddp" and not unused:
+        callbacks = [EveryGradient(), *callbacks]
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)  # its advice is for other ways of working
     warnings.filterwarnings("ignore", module="lightning")
@@ -98,7 +103,7 @@ def fit(
         devices=devices,
         num_nodes=nodes,
         accumulate_grad_batches=accumulate if lit.automatic_optimization else 1,
-        strategy=strategy_of("ddp" if strategy == "auto" and ranks > 1 else strategy, timedelta(minutes=timeout)),
+        strategy=strategy_of(strategy, timedelta(minutes=timeout), unused),
         precision=PRECISION[precision_here(precision)],
         max_epochs=1,
         logger=False,
@@ -106,7 +111,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        profiler=Spent(accumulate),
+        profiler=Spent(accumulate, callbacks=callbacks),
     )
     try:
         with twin(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (trainee, around):
@@ -122,13 +127,15 @@ def fit(
         raise UserError(f"a process that reads data is gone ({what}); {remedy}") from None
 
 
-def strategy_of(name: str, timeout: timedelta) -> Any:
-    """Lightning's strategy of a name; DDP with a time-out, and with parameters that a step leaves out; fsdp as FSDP2 over all processes.
+def strategy_of(name: str, timeout: timedelta, unused: bool = True) -> Any:
+    """Lightning's strategy of a name; DDP with a time-out; fsdp as FSDP2 over all processes.
+
+    unused: whether DDP looks in every step, by a walk through the graph, for parameters that the loss does not depend on.
 
     Raises ConfigError for a name that Lightning does not know.
     """
     made = {
-        "ddp": lambda: DDPStrategy(find_unused_parameters=True, timeout=timeout),
+        "ddp": lambda: DDPStrategy(find_unused_parameters=unused, timeout=timeout),
         "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world()[1], tensor_parallel_size=1, timeout=timeout),
     }
     if name in made:
@@ -142,10 +149,4 @@ def deaf(worker: int) -> None:
     """A process that reads data leaves signals to the one that trains, which ends it in its time, and does not outlive it."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _leave_with(parent: Any) -> None:
-    """torch's own watch compares process ids, and the parent of one that a fork server made is the server."""
-    parent.join()
-    os._exit(1)
+    compat.exit_with_parent()

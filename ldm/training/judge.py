@@ -12,12 +12,10 @@ from ldm.metrics.features import to_uint8
 
 
 class LitJudge(L.LightningModule):
-    """Cross-entropy training of net, whose `logits` takes uint8 images, on a batch's images in [-1, 1].
-
-    shift: largest random translation in pixels, keyed by the step (0 for none).
-    """
+    """Cross-entropy training of net, whose `logits` takes uint8 images, on a batch's images in [-1, 1]."""
 
     net: Any
+    has_unused_parameters = False
 
     def __init__(self, net: nn.Module, optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer], label_smoothing: float = 0.0):
         super().__init__()

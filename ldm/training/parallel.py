@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -49,6 +50,11 @@ def most_of_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def chief_decides(flag: bool, device: torch.device) -> bool:
+    """The flag of the first process, on all of them; the others give False."""
+    return flag if alone() else bool(most_of_ranks(torch.tensor(int(flag), device=device)))
+
+
 def all_ranks(value: Any) -> list[Any]:
     """A plain value of every process, in the order of the ranks."""
     if alone():
@@ -56,6 +62,20 @@ def all_ranks(value: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+class EveryGradient(L.Callback):
+    """Ends a training with DDP whose step gives some parameter no gradient, which DDP then does not average with those around it.
+
+    Raises UserError naming them.
+    """
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, lit: L.LightningModule, optimizer: Any) -> None:
+        names = [name for name, p in lit.named_parameters() if p.requires_grad and p.grad is None]
+        if names:
+            shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            remedy = "set has_unused_parameters = True on the class of the module that holds them"
+            raise UserError(f"trainer.strategy=ddp: the loss does not depend on {shown} in this step; {remedy}")
 
 
 class Agreement(L.Callback):

@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.metrics.judge import FashionNet
+from ldm.metrics.names import names_of
 
 KEYS = {"fd": ["fd_fashion"], "full": ["fd_fashion", "accuracy"], "diversity": ["recall", "density", "coverage", "authenticity", "copies"]}
 CONF = Path(__file__).parents[2] / "conf" / "metrics"
@@ -19,6 +20,25 @@ def test_every_option_scores_what_the_judge_sees(option):
     score.update(torch.rand(8, 1, 32, 32) * 2 - 1, torch.arange(8))
     with pytest.warns(UserWarning, match="biased"):
         assert {"n", *KEYS[option]} <= score.compute().keys()
+
+
+@pytest.mark.parametrize("option", sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "none"))
+def test_names_are_known_before_anything_is_built(option, monkeypatch):
+    """The keys that compute() gives, of each option, with a small network under the name of its own."""
+    from hydra.utils import get_object, instantiate
+
+    node = OmegaConf.load(CONF / f"{option}.yaml")
+    names = names_of(node, {"_target_": "ldm.metrics.judge.FashionNet"})
+    net = FashionNet(width=2, num_features=4).eval()
+    net.embed = lambda captions: torch.ones(len(captions), 4)
+    monkeypatch.setattr(FashionNet, "name", get_object(node.net._target_).name if "net" in node else "fashion")
+    for one in node.metrics.values():
+        one.update({"start": 0, "stop": 4} if "metric" in one else {})
+    node.pop("net", None)
+    score = instantiate(node)(net=net, reference=torch.randn(20, 4))
+    score.update(torch.rand(8, 1, 32, 32) * 2 - 1, torch.arange(8), ["a"] * 8)
+    with pytest.warns(UserWarning, match="biased"):
+        assert score.compute().keys() - {"n"} == names
 
 
 @pytest.mark.parametrize("option", ["fid", "adm"])

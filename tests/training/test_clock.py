@@ -4,6 +4,7 @@ import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from rows import Line, Rows, train
@@ -11,7 +12,7 @@ from torch import nn
 
 from ldm.ema import PowerEMA
 from ldm.training import callbacks, clock
-from ldm.training.callbacks import Average, Record
+from ldm.training.callbacks import Average, Pictures, Record
 from ldm.training.clock import ORDER, Flops, Spent, during, peak, table
 
 NAP = 0.02
@@ -40,6 +41,16 @@ class Slow(Line):
         self.nap("optimiser")
 
 
+class Own(L.Callback):
+    phase = "EMA"
+
+    def __init__(self, lit):
+        self.lit = lit
+
+    def on_train_batch_end(self, *args):
+        self.lit.nap("own")
+
+
 class Napping(Rows):
     def __init__(self, lit):
         self.lit = lit
@@ -51,19 +62,27 @@ class Napping(Rows):
 
 @pytest.mark.parametrize(
     ("where", "accumulate"),
-    [*((where, 1) for where in ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging")), ("data", 2), ("EMA", 2)],
+    [
+        *((where, 1) for where in ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging", "saving", "own")),
+        ("data", 2),
+        ("EMA", 2),
+        ("own", 2),
+    ],
 )
 def test_a_nap_is_found_where_it_was_taken(where, accumulate, monkeypatch):
     peak("32-true", torch.device("cpu"))  # measured once in a process
     lit, spent = Slow(where), []
     made = clock.Spent.__init__
-    monkeypatch.setattr(clock.Spent, "__init__", lambda self, *args: (made(self, *args), spent.append(self))[0])
+    monkeypatch.setattr(clock.Spent, "__init__", lambda self, *args, **more: (made(self, *args, **more), spent.append(self))[0])
     ema = PowerEMA(lit, 0.1)
     update = ema.update
     monkeypatch.setattr(ema, "update", lambda step: (lit.nap("EMA"), update(step))[1])
     record = Record(lambda step, values: lit.nap("logging"), 1, 4)
-    train(lit, Napping(lit), [Average(ema), record], steps=4, accumulate=accumulate)
+    pictures = Pictures(lambda step: lit.nap("saving"), 1)
+    own = Own(lit)  # of any name: what counts is its phase
+    train(lit, Napping(lit), [Average(ema), record, pictures, own], steps=4, accumulate=accumulate)
     seconds = spent[0].seconds
+    where = Own.phase if where == "own" else where
     naps = 4 * NAP * (accumulate if where in ("data", "encode", "forward", "backward") else 1)
     assert naps <= seconds[where]
     assert max(seconds, key=lambda kind: seconds[kind] if kind != "other" else 0) == where
@@ -72,7 +91,7 @@ def test_a_nap_is_found_where_it_was_taken(where, accumulate, monkeypatch):
 def test_each_second_is_of_one_kind():
     """By a clock that ticks once each time that it is looked at."""
     ticks = iter(range(100))
-    spent = Spent(clock=lambda: next(ticks))
+    spent = Spent(clock=lambda: next(ticks), callbacks=[Record(print, 1, 1)])
     spent.start("[Strategy]One.training_step")
     spent.start("encode")
     spent.stop("encode")

@@ -1,4 +1,4 @@
-"""trainer.compile=true: the same training by torch.compile, with what it cost said."""
+"""trainer.torch_compile=true: the same training by torch.compile, with what it cost said."""
 
 from functools import partial
 
@@ -32,13 +32,13 @@ def fitted(lit, steps, **given):
 def test_it_learns_the_same_and_says_how_long_it_took(capfd):
     plain = fitted(Line(), 20)
     assert "compiled" not in capfd.readouterr().out
-    assert fitted(Compiled(), 20, compile=True) == pytest.approx(plain, rel=1e-6)
+    assert fitted(Compiled(), 20, torch_compile=True) == pytest.approx(plain, rel=1e-6)
     assert "a line      compiled in " in capfd.readouterr().out
 
 
 def test_sharded_it_is_refused():
-    with pytest.raises(ValueError, match="compile=true with strategy=fsdp: expected one of the two"):
-        train(Line(), Rows(), [], steps=1, compile=True, strategy="fsdp")
+    with pytest.raises(ValueError, match="torch_compile=true with strategy=fsdp: expected one of the two"):
+        train(Line(), Rows(), [], steps=1, torch_compile=True, strategy="fsdp")
 
 
 @pytest.mark.parametrize("lit", [LitDiffusion, LitClassifier, LitCLIP])
@@ -68,5 +68,5 @@ def test_a_diffusion_model_is_trained_by_it(smoke, tmp_path, monkeypatch, capfd)
     whole = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend="eager", **given))
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        assert command("train.py", "budget=smoke", "trainer.compile=true", "training.steps=12", "metrics=none") == 0
+        assert command("train.py", "budget=smoke", "trainer.torch_compile=true", "training.steps=12", "metrics=none") == 0
     assert "diffusion   compiled in " in capfd.readouterr().out

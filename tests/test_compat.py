@@ -1,0 +1,43 @@
+"""What is not public in other packages is named in one file, and is there."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from smoke import ROOT
+
+from ldm import compat
+
+PRIVATE = re.compile(r"^(hydra|torch|lightning|multiprocessing|optuna|omegaconf)(\.\w+)*\._[a-z]\w*")
+PACKED = ("torch.ops.mkldnn._", "torch.ops.aten._")  # operators: names in a table, not attributes of a module
+
+
+def names(tree: ast.AST) -> set[str]:
+    """Dotted names that a file imports or reads."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+    return found
+
+
+def test_private_names_of_other_packages_are_in_compat_alone():
+    files = [path for path in (ROOT / "ldm").rglob("*.py") if path != ROOT / "ldm" / "compat.py"]
+    found = {f"{path.relative_to(ROOT)}: {name}" for path in files for name in names(ast.parse(path.read_text())) if PRIVATE.match(name)}
+    assert not {one for one in found if not one.partition(": ")[2].startswith(PACKED)}
+
+
+@pytest.mark.parametrize("name", compat.__all__)
+def test_every_name_of_compat_is_there(name):
+    assert getattr(compat, name) is not None
+
+
+def test_compat_imports_nothing_heavy():
+    code = "import sys, ldm.compat; sys.exit(bool({'torch', 'hydra', 'lightning'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

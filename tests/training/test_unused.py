@@ -1,0 +1,52 @@
+"""Parameters without a gradient: DDP searches for them only where a training says that there may be some."""
+
+import pytest
+from rows import Line, Rows, Seen, train
+from torch import nn
+
+from ldm.errors import UserError
+from ldm.training.parallel import disband
+
+
+class Spare(Line):
+    """A line beside a parameter that the loss does not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(1, 1, bias=False)
+
+
+@pytest.fixture(autouse=True)
+def group_ends():
+    yield
+    disband()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_parameter_without_gradient_is_named_where_none_was_expected(accumulate):
+    lit = Spare()
+    lit.has_unused_parameters = False
+    with pytest.raises(UserError, match=r"the loss does not depend on spare\.weight in this step; set has_unused_parameters = True"):
+        train(lit, Rows(), [], steps=2, strategy="ddp", accumulate=accumulate)
+
+
+@pytest.mark.parametrize("unused", [True, None])
+def test_a_parameter_without_gradient_is_no_matter_where_it_may_be(unused):
+    """Nor where a training says nothing, as one of your own."""
+    lit, seen, alone = Spare(), Seen(), Seen()
+    if unused is not None:
+        lit.has_unused_parameters = unused
+    train(lit, Rows(), [seen], steps=3, strategy="ddp")
+    disband()
+    train(Line(), Rows(), [alone], steps=3)
+    assert seen.weights == alone.weights
+
+
+@pytest.mark.parametrize("unused", [True, False])
+def test_ddp_searches_only_where_parameters_may_be_unused(unused):
+    lit, found = Spare() if unused else Line(), []
+    lit.has_unused_parameters = unused
+    seen = Seen()
+    seen.on_train_start = lambda trainer, lit: found.append(trainer.strategy.model.find_unused_parameters)
+    train(lit, Rows(), [seen], steps=1, strategy="ddp")
+    assert found == [unused]
