@@ -1,6 +1,5 @@
 """What sample.py does with a request: images one by one by seed, files, scores, and in each file the words to make it again."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -100,11 +99,9 @@ def heard(model: "LatentDiffusion", request: Request) -> None:
 
 def fingerprint(model: "LatentDiffusion") -> str:
     """sha256 (hex) of everything in a model that a file of weights may change."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    from ldm.tensors import hash_state_dict
+
+    return hash_state_dict(model.state_dict())
 
 
 def score(request: Request, images: "dict[int, Tensor]") -> dict[str, Any]:
