@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ldm.tensors import expand
+
 
 class Schedule(Protocol):
     """What samplers and objectives ask of a schedule; float32 t gives float32, float64 t gives float64, any shape of t."""
@@ -28,6 +30,12 @@ class Schedule(Protocol):
     def net_time(self, t: Tensor) -> Tensor:
         """What the network's time embedding sees at t."""
         ...
+
+
+def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Compute the state x_t = alpha(t) x0 + sigma(t) eps (B, ...), in the dtype of x0, at t () or (B,)."""
+    alpha, sigma = (expand(part, x0).to(x0) for part in schedule.alpha_sigma(t))
+    return alpha * x0 + sigma * eps
 
 
 @dataclass(frozen=True, eq=False)
