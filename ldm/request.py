@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm import admit, hinted, runs
 from ldm.build import dataset, degraded, plain
+from ldm.config_tree import map_strings
 from ldm.errors import UserError
 from ldm.foreign import is_foreign
 from ldm.load import DataCard, config_of, run_folder
@@ -83,7 +84,7 @@ class Request:
         if not Path(places[config["run"]]).is_relative_to(self.folder.absolute()):
             places[config["run"]] = str(self.folder.absolute())  # the newest of a folder of runs, today
         return {
-            "request": runs.mapped(runs.without(config, ("again", "out", "save", "trainer")), lambda text: places.get(text, text)),
+            "request": map_strings(runs.without(config, ("again", "out", "save", "trainer")), lambda text: places.get(text, text)),
             "rows": batch["index"],
             "told": [self.told[i] for i in batch["index"]] if self.told else [],
             "inputs": {name: source.digest for name, source in self.inputs.items()},
