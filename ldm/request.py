@@ -184,7 +184,7 @@ def held_out(folder: Path) -> Any:
 
 def told(cfg: Any, card: DataCard) -> list[tuple[str, int | None]]:
     """(caption, class) for each image."""
-    from ldm.tensors import key
+    from ldm.tensors import choose, key
 
     if cfg.prompt is not None:
         return [(cfg.prompt, None)] * cfg.num
@@ -195,7 +195,7 @@ def told(cfg: Any, card: DataCard) -> list[tuple[str, int | None]]:
         labels = [class_of(cfg.label, card)] * cfg.num
     else:
         labels = [key(cfg.seed + i, "label") % classes if cfg.labels == "random" else i % classes for i in range(cfg.num)]
-    return [(card.captions[k][key(0, "told", i) % len(card.captions[k])], k) for i, k in enumerate(labels)]
+    return [(choose(card.captions[k], 0, "told", i), k) for i, k in enumerate(labels)]
 
 
 def read_prompts(path: Path, card: DataCard) -> list[tuple[str, int | None]]:

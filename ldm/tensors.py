@@ -3,9 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
@@ -21,6 +24,11 @@ def mean_per_sample(x: Tensor) -> Tensor:
 def key(*parts: int | str | tuple[int, int]) -> int:
     """A 63-bit seed that depends on every part and on nothing else."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def choose(options: Sequence[T], *parts: int | str | tuple[int, int]) -> T:
+    """Choose one of the options, each as likely as any other, by the key of the parts alone."""
+    return options[key(*parts) % len(options)]
 
 
 def hash_state_dict(state: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,7 @@ from hashlib import sha256
 import pytest
 import torch
 
-from ldm.tensors import Noise, expand, hash_state_dict, key, mean_per_sample
+from ldm.tensors import Noise, choose, expand, hash_state_dict, key, mean_per_sample
 
 
 def test_expand_broadcasts_over_all_but_the_batch():
@@ -20,6 +20,11 @@ def test_key_depends_on_every_part_and_on_nothing_else():
     assert 0 <= key(1, "a", 2) < 2**63
     assert len({key(1, "a", 2), key(2, "a", 1), key(1, "b", 2), key(1, "a", (2, 3)), key(1, "a", 2, 3), key("1", "a", 2)}) == 6
     assert key(0, "weights") == 2934036865011653446  # kept for ever: a run's random numbers are a promise
+
+
+def test_choose_follows_its_key_and_reaches_every_option():
+    assert choose("abc", 0, "told", 5) == "abc"[key(0, "told", 5) % 3]
+    assert {choose("abc", 0, "told", i) for i in range(30)} == set("abc")
 
 
 def test_hash_state_dict_keeps_the_values_that_files_hold():

@@ -6,7 +6,7 @@ import torch
 
 from ldm.data.glyphs import ARTISTS, GROUPS, Glyph, glyphs
 from ldm.data.memory import InMemory
-from ldm.tensors import key
+from ldm.tensors import choose, key
 
 TEMPLATES = {
     "3d": ("a 3d render of {}", "{}, 3d render", "a glossy 3d emoji: {}"),
@@ -57,7 +57,7 @@ class Emoji(InMemory):
     def caption(self, place: int, index: int) -> str:
         """One of the image's captions."""
         texts = self.texts[index]
-        return texts[key(self.seed, "caption", place, index) % len(texts)]
+        return choose(texts, self.seed, "caption", place, index)
 
     def about(self, at: Sequence[tuple[int, int]]) -> dict:
         """Everything but the pixels: as any data set, and style (B,) int64."""

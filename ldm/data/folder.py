@@ -20,7 +20,7 @@ from ldm.data.kept import filled
 from ldm.data.memory import InMemory, parts
 from ldm.errors import UserError
 from ldm.progress import Bar
-from ldm.tensors import key
+from ldm.tensors import choose, key
 
 OPENED = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 HOPED = (".avif", ".heic", ".heif", ".jxl")  # by some Pillows only: where it cannot, they are named as unreadable, not passed over
@@ -100,7 +100,7 @@ class Folder(InMemory):
     def caption(self, place: int, index: int) -> str:
         """One of the image's captions."""
         texts = self.texts[index]
-        return texts[key(self.seed, "caption", place, index) % len(texts)]
+        return choose(texts, self.seed, "caption", place, index)
 
 
 def digest(pack: "Pack", texts: Sequence[Sequence[str]], labels: Sequence[int]) -> str:

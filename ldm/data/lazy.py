@@ -16,7 +16,7 @@ from ldm.data.check import quarantined
 from ldm.data.decode import CROPS
 from ldm.data.memory import flipped
 from ldm.errors import UserError
-from ldm.tensors import key
+from ldm.tensors import choose, key
 
 log = logging.getLogger(__name__)
 TRIED = 20  # images in a row of which one must be readable
@@ -150,7 +150,7 @@ class Lazy(Dataset):
         """The caption that goes with the sample at index in pass place."""
         row = int(self.rows[index])
         texts = self.source.texts(row) or self.captions[self.source.label(row)]
-        return texts[key(self.seed, "caption", place, index) % len(texts)]
+        return choose(texts, self.seed, "caption", place, index)
 
 
 def named(classes: Sequence[str]) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.parse import json_of
-from ldm.tensors import key
+from ldm.tensors import choose, key
 
 
 class InMemory(Dataset):
@@ -85,7 +85,7 @@ class InMemory(Dataset):
     def caption(self, place: int, index: int) -> str:
         """The caption that goes with the sample at index in pass place."""
         texts = self.captions[int(self.labels[index])]
-        return texts[key(self.seed, "caption", place, index) % len(texts)]
+        return choose(texts, self.seed, "caption", place, index)
 
     @cached_property
     def fingerprint(self) -> str:
