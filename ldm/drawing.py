@@ -12,6 +12,7 @@ from ldm.build import plain
 from ldm.errors import UserError
 from ldm.load import config_of, length_of, space_of
 from ldm.request import Request
+from ldm.space import require_same_latent_space
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,9 +93,8 @@ def heard(model: "LatentDiffusion", request: Request) -> None:
 
         classifier.admit(run, space_of(request.folder))
     if (run := request.cfg.guidance.get("weak")) is not None:
-        own, here = space_of(run), space_of(request.folder)
-        if own != here:
-            raise UserError(f"guidance.weak={run} belongs to autoencoder {own}, this model to {here}: choose one trained in its latents")
+        model = "this model", space_of(request.folder)
+        require_same_latent_space((f"guidance.weak={run}", space_of(run)), model, "choose one trained in its latents")
 
 
 def fingerprint(model: "LatentDiffusion") -> str:
