@@ -9,6 +9,7 @@ from ldm import admit, durable
 from ldm.errors import UserError
 from ldm.load import config_of, kept, load, load_data_card, run_folder, space_of
 from ldm.parse import json_of
+from ldm.space import require_same_latent_space
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -160,9 +161,8 @@ def asked(cfg: Any) -> list[Asked]:
         found.append(Asked(one["run"], float(scale)))
         if not is_foreign(one["run"]):
             adapter_folder(one["run"])
-            own, here = space_of(one["run"]), space_of(cfg.run)
-            if own != here:
-                raise UserError(f"adapters: {one['run']} belongs to autoencoder {own}, run={cfg.run} to {here}: choose one of its latents")
+            adapter, model = (f"adapters: {one['run']}", space_of(one["run"])), (f"run={cfg.run}", space_of(cfg.run))
+            require_same_latent_space(adapter, model, "choose one of its latents")
     return found
 
 

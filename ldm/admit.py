@@ -13,8 +13,9 @@ from typing import Any
 from ldm import runs
 from ldm.argv import escape
 from ldm.build import SUPPLIED
+from ldm.config_tree import iter_nodes, map_strings
 from ldm.errors import UserError
-from ldm.validate import allowed, definition, module_of, nodes, validate
+from ldm.validate import allowed, definition, module_of, validate
 
 OURS = re.compile(  # what makes models, data and samples; not what writes files, fetches or starts processes
     r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net|objective|score|source|task)\..+"
@@ -33,13 +34,12 @@ def config(given: Mapping[str, Any], where: Path | str) -> Any:
 
     given = {key: value for key, value in given.items() if key != "logger"}
     try:
-        for path, node in nodes(given):
-            if "_target_" in node:
-                target(node["_target_"], path)
+        for path, node in iter_nodes(given):
+            target(node["_target_"], path)
         validate(given, None, SUPPLIED)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return OmegaConf.create(runs.mapped(given, escape))
+    return OmegaConf.create(map_strings(given, escape))
 
 
 def target(name: str, path: str = "") -> None:

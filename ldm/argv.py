@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ldm.config_tree import walk
 from ldm.errors import UserError
 from ldm.sweep_overrides import list_values
 
@@ -160,11 +161,9 @@ def several(override: str, tree: Tree) -> list[str]:
     return [f"{group}=compose", *(f"+{group}@{group}.{name}={name}" for name in dict.fromkeys(names))]
 
 
-def keys(config: Any, above: str = "") -> list[str]:
-    """Every dotted path of a plain config, inner nodes included."""
-    if not isinstance(config, dict):
-        return []
-    return [path for key, value in config.items() for path in (f"{above}{key}", *keys(value, f"{above}{key}."))]
+def keys(config: Any) -> list[str]:
+    """Every dotted path of a plain config, inner nodes included, what is inside lists left out."""
+    return [path for path, _ in walk(config) if path and "[" not in path]
 
 
 def explain(error: Exception, overrides: Sequence[str], tree: Tree, compose: Callable[[list[str]], Any], multirun: bool) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from ldm import durable, runs
 from ldm.argv import nearest
 from ldm.command import guarded
+from ldm.config_tree import flatten
 from ldm.errors import UserError
 from ldm.page import STYLE, TABLE, WATCH, chart, swatch
 from ldm.parse import json_of
@@ -137,16 +138,9 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def flat(value: Any, above: str = "") -> dict[str, Any]:
-    """Every leaf of plain data by its dotted path."""
-    if isinstance(value, Mapping) and value:
-        return {path: leaf for key, inner in value.items() for path, leaf in flat(inner, f"{above}{key}.").items()}
-    return {above.removesuffix("."): value}
-
-
 def differing(shown: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     """Each key of the choices and the configs whose value is not the same in all runs that have a config, with its values."""
-    flats = [{**{f"choice {k}": v for k, v in run.choices.items()}, **flat(runs.without(run.config, UNSEEN))} for run in shown]
+    flats = [{**{f"choice {k}": v for k, v in run.choices.items()}, **flatten(runs.without(run.config, UNSEEN))} for run in shown]
     keys = sorted({key for one in flats for key in one}, key=lambda key: (not key.startswith("choice "), key))
     rows = [(key, [one.get(key, "absent") for one in flats]) for key in keys]
     return [(key, values) for key, values in rows if len({json.dumps(value, default=str) for value in values}) > 1]
@@ -174,12 +168,12 @@ def page(shown: Sequence[Run], points: int = 400) -> str:
 
 def _table(shown: Sequence[Run]) -> str:
     """Metrics, a row a run; scores first, what was measured beside them after."""
-    columns = list(dict.fromkeys(key for run in shown for key, value in flat(run.metrics or {}).items() if _number(value)))
+    columns = list(dict.fromkeys(key for run in shown for key, value in flatten(run.metrics or {}).items() if _number(value)))
     columns.sort(key=lambda key: "/" in key or "." in key)
     heads = "".join(f'<th class="number"><button>{escape(key)}</button></th>' for key in columns)
     rows = []
     for number, run in enumerate(shown):
-        values = flat(run.metrics or {})
+        values = flatten(run.metrics or {})
         step = max((row["step"] for row in run.journal if _number(row["step"])), default=None)
         cells = "".join(_cell(values.get(key)) for key in columns)
         state = "finished" if run.metrics is not None else "not finished"

@@ -1,6 +1,5 @@
 """What sample.py does with a request: images one by one by seed, files, scores, and in each file the words to make it again."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from ldm.build import plain
 from ldm.errors import UserError
 from ldm.load import config_of, length_of, space_of
 from ldm.request import Request
+from ldm.space import require_same_latent_space
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,18 +97,15 @@ def heard(model: "LatentDiffusion", request: Request) -> None:
 
         classifier.admit(run, space_of(request.folder))
     if (run := request.cfg.guidance.get("weak")) is not None:
-        own, here = space_of(run), space_of(request.folder)
-        if own != here:
-            raise UserError(f"guidance.weak={run} belongs to autoencoder {own}, this model to {here}: choose one trained in its latents")
+        model = "this model", space_of(request.folder)
+        require_same_latent_space((f"guidance.weak={run}", space_of(run)), model, "choose one trained in its latents")
 
 
 def fingerprint(model: "LatentDiffusion") -> str:
     """sha256 (hex) of everything in a model that a file of weights may change."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    from ldm.tensors import hash_state_dict
+
+    return hash_state_dict(model.state_dict())
 
 
 def score(request: Request, images: "dict[int, Tensor]") -> dict[str, Any]:

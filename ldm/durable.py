@@ -86,12 +86,13 @@ def read_metadata(path: Path | str) -> dict[str, str]:
         raise DamagedError(f"{path} ({size} bytes) is not a whole safetensors file ({error}); fetch or write it again") from None
 
 
-def digest(path: Path | str) -> str:
-    """sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        total = hashlib.sha256()
-        while block := file.read(1 << 20):
-            total.update(block)
+def digest(*paths: Path | str, opener: Callable[..., Any] = open) -> str:
+    """Compute the sha256 (hex) of what `opener` reads from files, one after the other; gzip.open reads what is inside."""
+    total = hashlib.sha256()
+    for path in paths:
+        with opener(path, "rb") as file:
+            while block := file.read(1 << 20):
+                total.update(block)
     return total.hexdigest()
 
 

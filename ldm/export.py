@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.command import guarded
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,25 +126,25 @@ def asked(argv: Sequence[str]) -> dict[str, str]:
     return given
 
 
+def export(argv: Sequence[str]) -> None:
+    """Write what a command line asks for. Raises UserError."""
+    given = asked(argv)
+    out, weights = Path(given["out"]), given.get("weights", "ema")
+    from ldm.foreign import pipeline_of  # heavy, and not needed to see a mistake
+
+    if given["to"] in OF_ADAPTERS:
+        OF_ADAPTERS[given["to"]](given["run"], weights, out)
+    else:
+        TO[given["to"]](pipeline_of(given["run"], weights, given.get("config")), out)
+    print(f"{given['run']} as {given['to']} in {given['out']}")
+
+
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    try:
-        given = asked(argv)
-        out, weights = Path(given["out"]), given.get("weights", "ema")
-        from ldm.foreign import pipeline_of  # heavy, and not needed to see a mistake
-
-        if given["to"] in OF_ADAPTERS:
-            OF_ADAPTERS[given["to"]](given["run"], weights, out)
-        else:
-            TO[given["to"]](pipeline_of(given["run"], weights, given.get("config")), out)
-    except (UserError, FileNotFoundError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{given['run']} as {given['to']} in {given['out']}")
-    return 0
+    return guarded(lambda: export(argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Data and weights that are not in the repository: found where they lie, or fetched once into the cache, and always checked."""
 
 import gzip
-import hashlib
 import logging
 import os
 import re
@@ -15,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.request import urlopen
+
+from ldm.durable import digest
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,7 @@ def cache_dir() -> Path:
 
 def sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's content; of what is inside for a .gz file, because packagers compress anew."""
-    digest = hashlib.sha256()
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return digest(path, opener=gzip.open if path.suffix == ".gz" else open)
 
 
 def fault(folder: Path, files: Mapping[str, str]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm import adapted, source
+from ldm.data.decode import composite_alpha
 from ldm.errors import UserError
 from ldm.load import config_of
 from ldm.source import Source, Wanted
@@ -64,7 +65,7 @@ def ready(wanted: Wanted, path: str) -> Source:
     """Hints as they are, (3, H, W) in [0, 1]. Raises UserError for one of another size than the images."""
 
     def read(file: Path) -> Tensor:
-        picture = source.flat(source.opened("hints", file), "black").convert("RGB")
+        picture = composite_alpha(source.opened("hints", file), "black").convert("RGB")
         height, width = wanted.size
         if picture.size != (width, height):
             said = (

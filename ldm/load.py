@@ -87,12 +87,17 @@ def run_folder(run: str | Path) -> Path:
     for folder in (path, *path.parents):
         if is_run(folder):
             return folder
-    if inside := [folder for folder in path.glob("*") if is_run(folder)]:
-        return max(inside, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
+    if inside := list_runs(path):
+        return inside[0]
     raise UserError(
         f"run={run}: not a run folder (no config.yaml and data.json in it), nor a folder of such; "
         "expected one that train.py made for a diffusion model"
     )
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """List the run folders of diffusion models directly in a folder, the newest first."""
+    return sorted(filter(is_run, folder.glob("*")), key=lambda one: -(one / "config.yaml").stat().st_mtime)
 
 
 def is_run(folder: Path) -> bool:

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind (Okabe & Ito 2008)
+from ldm.animate.plot import BLUE, GREEN, PURPLE, RED, SKY, YELLOW
+
+COLOURS = (BLUE, RED, GREEN, PURPLE, YELLOW, SKY)
 DASHES = ("", "6 3", "2 2")  # of the curves beyond as many
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 260, 58, 34
 STYLE = """

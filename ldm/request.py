@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm import admit, hinted, runs
 from ldm.build import dataset, degraded, plain
+from ldm.config_tree import map_strings
 from ldm.errors import UserError
 from ldm.foreign import is_foreign
 from ldm.load import DataCard, config_of, load_data_card, run_folder
@@ -83,7 +84,7 @@ class Request:
         if not Path(places[config["run"]]).is_relative_to(self.folder.absolute()):
             places[config["run"]] = str(self.folder.absolute())  # the newest of a folder of runs, today
         return {
-            "request": runs.mapped(runs.without(config, ("again", "out", "save", "trainer")), lambda text: places.get(text, text)),
+            "request": map_strings(runs.without(config, ("again", "out", "save", "trainer")), lambda text: places.get(text, text)),
             "rows": batch["index"],
             "told": [self.told[i] for i in batch["index"]] if self.told else [],
             "inputs": {name: source.digest for name, source in self.inputs.items()},
@@ -185,7 +186,7 @@ def held_out(folder: Path) -> Any:
 
 def told(cfg: Any, card: DataCard) -> list[tuple[str, int | None]]:
     """(caption, class) for each image."""
-    from ldm.tensors import key
+    from ldm.tensors import choose, key
 
     if cfg.prompt is not None:
         return [(cfg.prompt, None)] * cfg.num
@@ -196,7 +197,7 @@ def told(cfg: Any, card: DataCard) -> list[tuple[str, int | None]]:
         labels = [class_of(cfg.label, card)] * cfg.num
     else:
         labels = [key(cfg.seed + i, "label") % classes if cfg.labels == "random" else i % classes for i in range(cfg.num)]
-    return [(card.captions[k][key(0, "told", i) % len(card.captions[k])], k) for i, k in enumerate(labels)]
+    return [(choose(card.captions[k], 0, "told", i), k) for i, k in enumerate(labels)]
 
 
 def read_prompts(path: Path, card: DataCard) -> list[tuple[str, int | None]]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TextIO
 
 from ldm import durable
 from ldm.argv import escape, unescape
+from ldm.config_tree import iter_nodes, map_leaves, map_strings
 from ldm.errors import UserError
 from ldm.parse import json_of, yaml_of
 from ldm.validate import module_of
@@ -83,17 +84,8 @@ def recipe(nodes: Mapping[str, Any], targets: Iterable[str] = ()) -> Recipe:
 
     nodes: resolved plain data, all that determines the result.  targets: dotted names of code besides the nodes' own `_target_`s.
     """
-    return Recipe(fingerprint(nodes)[:16], source_digest([*_targets(nodes), *targets])[:16])
-
-
-def _targets(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        if isinstance(value.get("_target_"), str):
-            yield value["_target_"]
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for one in value:
-            yield from _targets(one)
+    names = [node["_target_"] for _, node in iter_nodes(nodes) if isinstance(node["_target_"], str)]
+    return Recipe(fingerprint(nodes)[:16], source_digest([*names, *targets])[:16])
 
 
 def source_digest(targets: Iterable[str]) -> str:
@@ -138,7 +130,7 @@ def save_config(config: Mapping[str, Any], path: Path | str) -> None:
     """Write resolved plain data as yaml that Hydra and load_config read back to the same values."""
     from omegaconf import OmegaConf  # its yaml quotes text that its reader, unlike yaml's own, takes for a number: 1e-3
 
-    durable.write_text(path, OmegaConf.to_yaml(OmegaConf.create(mapped(dict(config), escape))))
+    durable.write_text(path, OmegaConf.to_yaml(OmegaConf.create(map_strings(dict(config), escape))))
 
 
 def load_config(path: Path | str) -> dict[str, Any]:
@@ -152,16 +144,7 @@ def load_config(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no config")
-    return mapped(config, unescape)
-
-
-def mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Plain data with every text in it changed."""
-    if isinstance(value, Mapping):
-        return {key: mapped(one, change) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [mapped(one, change) for one in value]
-    return change(value) if isinstance(value, str) else value
+    return map_strings(config, unescape)
 
 
 class Journal:
@@ -213,21 +196,13 @@ def read_journal(path: Path | str) -> list[dict[str, Any]]:
 
 def finish(folder: Path | str, metrics: Mapping[str, Any]) -> None:
     """Write metrics.json, the mark of a finished run."""
-    durable.write_json(Path(folder) / "metrics.json", _mapped_values(metrics))
+    durable.write_json(Path(folder) / "metrics.json", map_leaves(metrics, _json))
 
 
 def finished(folder: Path | str) -> dict[str, Any] | None:
     """The final metrics of a finished run, None for one that is not."""
     file = Path(folder) / "metrics.json"
     return json_of(file.read_text()) if file.is_file() else None
-
-
-def _mapped_values(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _mapped_values(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mapped_values(one) for one in value]
-    return _json(value)
 
 
 def _json(value: Any) -> Any:

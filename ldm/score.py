@@ -16,7 +16,7 @@ from ldm.errors import ConfigError
 from ldm.metrics.distribution import FrechetDistance, Score
 from ldm.model import LatentDiffusion
 from ldm.task import Task, draw, generate
-from ldm.tensors import key
+from ldm.tensors import choose
 from ldm.training.fit import precision_here, world
 
 
@@ -58,8 +58,7 @@ class Told:
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """caption (list), label (B,) and index of the given samples."""
         label = [i % len(self.classes) for i in rows]
-        texts = [self.captions[k] for k in label]
-        caption = [t[key(self.seed, "told", i) % len(t)] for i, t in zip(rows, texts, strict=True)]
+        caption = [choose(self.captions[k], self.seed, "told", i) for i, k in zip(rows, label, strict=True)]
         return {"caption": caption, "label": torch.tensor(label), "index": list(rows)}
 
 

@@ -12,12 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.data import decode
-from ldm.data.decode import eight_bit
 from ldm.data.folder import OPENED
 from ldm.errors import UserError
 from ldm.parse import json_of
@@ -57,7 +55,7 @@ def image(wanted: Wanted, path: str | None, key: str = "image", whole: bool = Fa
     """Images (C, H, W) in [-1, 1] at the wanted size, the middle cut out; as they are with whole=True. Raises UserError naming the file."""
 
     def read(file: Path) -> Tensor:
-        picture = flat(opened(key, file)).convert("RGB" if wanted.channels == 3 else "L")
+        picture = decode.composite_alpha(opened(key, file)).convert("RGB" if wanted.channels == 3 else "L")
         return pixels(picture if whole else fitted(picture, wanted.size)) / 127.5 - 1
 
     return checked(key, path, read)
@@ -71,7 +69,7 @@ def mask(wanted: Wanted, path: str | None, image: str | None, key: str = "mask")
     beside = [] if image is None else found("image", image)
 
     def read(file: Path) -> Tensor:
-        picture = flat(opened(key, file), "black").convert("L")
+        picture = decode.composite_alpha(opened(key, file), "black").convert("L")
         for other in beside if len(beside) == 1 else [one for one in beside if one.stem == file.stem]:
             if (size := opened("image", other).size) != picture.size:
                 said = f"{key}={file} is {picture.size[0]}x{picture.size[1]} (width x height), image={other} is {size[0]}x{size[1]}"
@@ -157,26 +155,14 @@ def found(key: str, path: str | None, endings: Sequence[str] = OPENED) -> list[P
 
 def opened(key: str, file: Path) -> Any:
     """The Pillow image of a file, turned as its EXIF says, 16 bits scaled to 8. Raises UserError naming key and file."""
-    from PIL import ImageOps
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pixel counts, which are checked, and of odd metadata
         try:
             with decode.opened(file) as picture:
-                return eight_bit(ImageOps.exif_transpose(picture))
+                return decode.decode_upright(picture)
         except Exception as error:  # Pillow's many plugins raise what they please at a broken file
             reason = " ".join(str(error).replace(repr(str(file)), "").split()) or repr(error)
             raise UserError(f"{key}={file} cannot be read as an image: {reason}") from None
-
-
-def flat(picture: Any, ground: str = "white") -> Any:
-    """The picture laid on a ground where it is transparent."""
-    from PIL import Image
-
-    if not picture.has_transparency_data:
-        return picture
-    picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
 
 
 def fitted(picture: Any, size: tuple[int, int], nearest: bool = False) -> Any:
@@ -188,5 +174,4 @@ def fitted(picture: Any, size: tuple[int, int], nearest: bool = False) -> Any:
 
 def pixels(picture: Any) -> Tensor:
     """(C, H, W) float32, 0 to 255, of a Pillow image."""
-    array = torch.from_numpy(np.array(picture).astype(np.float32))
-    return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
+    return decode.pixels(picture, len(picture.getbands())).float()

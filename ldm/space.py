@@ -59,3 +59,10 @@ class Space:
     def admit_file(self, path: Path, remedy: str) -> None:
         """As admit, for a safetensors file."""
         self.admit(durable.read_metadata(path), path, remedy)
+
+
+def require_same_latent_space(one: tuple[str, str], other: tuple[str, str], remedy: str) -> None:
+    """Refuse two parts, each given as what it is and the name of its latent space, unless these names are equal. Raises UserError."""
+    (what, space), (reference, expected) = one, other
+    if space != expected:
+        raise UserError(f"{what} belongs to autoencoder {space}, {reference} to {expected}: {remedy}")

@@ -19,7 +19,7 @@ from ldm.diffusion.constraint import keep_known
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance import Guidance, cfg
 from ldm.diffusion.sampler import Sampler, ddim, ddim_invert
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.errors import ConfigError
 from ldm.model import LatentDiffusion
 from ldm.tensors import Noise, expand
@@ -224,8 +224,7 @@ def prior(schedule: Schedule, t: Tensor, noise: Tensor) -> Tensor:
 
 def noised(schedule: Schedule, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """alpha z + sigma noise at time t ()."""
-    alpha, sigma = schedule.alpha_sigma(t)
-    return alpha.to(z) * z + sigma.to(z) * noise
+    return add_noise(schedule, z, noise, t)
 
 
 def slerp(a: Tensor, b: Tensor, part: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Small tensor operations and the one source of randomness: noise keyed by what it is for, never by who draws it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
@@ -21,6 +24,20 @@ def mean_per_sample(x: Tensor) -> Tensor:
 def key(*parts: int | str | tuple[int, int]) -> int:
     """A 63-bit seed that depends on every part and on nothing else."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def choose(options: Sequence[T], *parts: int | str | tuple[int, int]) -> T:
+    """Choose one of the options, each as likely as any other, by the key of the parts alone."""
+    return options[key(*parts) % len(options)]
+
+
+def hash_state_dict(state: Mapping[str, Tensor]) -> str:
+    """Compute the sha256 (hex) of every name and the bytes of its tensor, in the order of the names; dtypes and shapes do not count."""
+    digest = sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

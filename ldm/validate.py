@@ -4,13 +4,14 @@ import ast
 import importlib.util
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ldm.argv import nearest, one_of
+from ldm.config_tree import iter_nodes
 from ldm.errors import UserError
 
 HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
@@ -32,9 +33,8 @@ def validate(
     supplied: a node's dotted path, or a `_target_` -> the parameters that code passes, so that the config need not.
     Raises UserError with the key, the value and what was expected.
     """
-    for path, node in nodes(config):
-        if "_target_" in node:
-            _node(path, node, {*(supplied or {}).get(path, ()), *(supplied or {}).get(str(node["_target_"]), ())})
+    for path, node in iter_nodes(config):
+        _node(path, node, {*(supplied or {}).get(path, ()), *(supplied or {}).get(str(node["_target_"]), ())})
     if base is not None:
         for key, value in base.items():
             if config.get(key) is None and isinstance(value, Mapping):
@@ -42,17 +42,6 @@ def validate(
             if key not in config:
                 raise UserError(f"~{key}: a command needs this key; leave it as it is")
         _kinds(config, base, "", base)
-
-
-def nodes(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every node of plain data with its dotted path, the whole first."""
-    if isinstance(value, Mapping):
-        yield path, value
-        for key, inner in value.items():
-            yield from nodes(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            yield from nodes(inner, f"{path}[{place}]")
 
 
 def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None:

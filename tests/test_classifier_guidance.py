@@ -68,7 +68,7 @@ def test_one_of_another_schedule_or_latent_space_is_refused(classifier, smoke, l
     (other / "config.yaml").write_text(config.replace("s: 0.008", "s: 0.01"))
     typed = ("num=1", "steps=2", "guidance=classifier")
     one_line(capfd, "was trained on another noise schedule", "sample.py", f"run={smoke.run}", *typed, f"guidance.classifier={other}")
-    one_line(capfd, "was trained in the latent space f4", "sample.py", f"run={lively}", *typed, f"guidance.classifier={classifier}")
+    one_line(capfd, "belongs to autoencoder f4", "sample.py", f"run={lively}", *typed, f"guidance.classifier={classifier}")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Durable files: whole or absent under faults, and damage named."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 
 import pytest
 import torch
@@ -149,6 +151,17 @@ def test_a_pickle_bomb_is_refused(tmp_path, monkeypatch):
     with pytest.raises(DamagedError, match="more than tensors and plain values"):
         load_step(step)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_digest_is_that_of_the_files_joined(tmp_path):
+    from ldm.durable import digest
+
+    (tmp_path / "a").write_bytes(b"1" * 3_000_000)
+    (tmp_path / "b").write_bytes(b"2")
+    assert digest(tmp_path / "a", tmp_path / "b") == sha256(b"1" * 3_000_000 + b"2").hexdigest()
+    with gzip.open(tmp_path / "c", "wb") as file:
+        file.write(b"2")
+    assert digest(tmp_path / "c", opener=gzip.open) == digest(tmp_path / "b") != digest(tmp_path / "c")
 
 
 def test_non_finite_weights_are_never_written(tmp_path):

@@ -13,7 +13,7 @@ from smoke import command, composed, here, train
 
 from ldm import build, durable
 from ldm.errors import UserError
-from ldm.space import Space
+from ldm.space import Space, require_same_latent_space
 
 SMOKE = "budget=smoke"
 
@@ -42,6 +42,12 @@ def test_a_space_is_named_by_config_weights_shift_and_scale():
             autoencoder.state_dict()[name].copy_(before)
     assert len(seen) == 5
     assert Space.of(autoencoder, node, "toy-1") == space
+
+
+def test_require_same_latent_space_names_both_and_the_remedy():
+    require_same_latent_space(("a", "f4c8-1"), ("b", "f4c8-1"), "-")
+    with pytest.raises(UserError, match=r"^weak=a belongs to autoencoder f4c8-1, this model to f8c4-2: do this$"):
+        require_same_latent_space(("weak=a", "f4c8-1"), ("this model", "f8c4-2"), "do this")
 
 
 def test_a_file_carries_the_space_and_is_admitted_by_it_alone(tmp_path):

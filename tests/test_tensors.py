@@ -1,7 +1,9 @@
+from hashlib import sha256
+
 import pytest
 import torch
 
-from ldm.tensors import Noise, expand, key, mean_per_sample
+from ldm.tensors import Noise, choose, expand, hash_state_dict, key, mean_per_sample
 
 
 def test_expand_broadcasts_over_all_but_the_batch():
@@ -18,6 +20,21 @@ def test_key_depends_on_every_part_and_on_nothing_else():
     assert 0 <= key(1, "a", 2) < 2**63
     assert len({key(1, "a", 2), key(2, "a", 1), key(1, "b", 2), key(1, "a", (2, 3)), key(1, "a", 2, 3), key("1", "a", 2)}) == 6
     assert key(0, "weights") == 2934036865011653446  # kept for ever: a run's random numbers are a promise
+
+
+def test_choose_follows_its_key_and_reaches_every_option():
+    assert choose("abc", 0, "told", 5) == "abc"[key(0, "told", 5) % 3]
+    assert {choose("abc", 0, "told", i) for i in range(30)} == set("abc")
+
+
+def test_hash_state_dict_keeps_the_values_that_files_hold():
+    state = {"b.weight": torch.arange(6.0).reshape(2, 3).t(), "b": torch.tensor(7), "a": torch.tensor([True, False])}
+    old = sha256()
+    for name, value in sorted(state.items()):
+        old.update(name.encode() + value.contiguous().numpy().tobytes())
+    assert hash_state_dict(state) == old.hexdigest() == "e1eb0c4598ebd5ed9be86c76d66e98d5389b7a3fd8a247e58c0ad18317352a32"
+    assert hash_state_dict(dict(reversed(state.items()))) == old.hexdigest()
+    assert len(hash_state_dict({"a": torch.zeros(2, dtype=torch.bfloat16)})) == 64  # a dtype that numpy lacks
 
 
 def test_a_row_gets_the_same_numbers_in_any_batch():

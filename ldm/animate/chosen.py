@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.data.decode import opened
+from ldm.data.decode import opened, pixels
 from ldm.errors import UserError
 from ldm.typed import pick
 
@@ -35,7 +35,6 @@ def picture(path: str, size: int, crop: Sequence[float] | None = None) -> Tensor
 
     Raises UserError.
     """
-    import numpy as np
     from PIL import Image, ImageOps
 
     try:
@@ -50,7 +49,7 @@ def picture(path: str, size: int, crop: Sequence[float] | None = None) -> Tensor
         raise
     except Exception as error:  # Pillow's plugins raise what they please
         raise UserError(f"image={path}: {' '.join(str(error).split()) or 'unreadable'}; expected an image file") from None
-    return torch.from_numpy(np.array(square)).reshape(size, size, -1).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels(square, len(square.getbands())).float() / 127.5 - 1
 
 
 def _box(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from ldm.animate.film import Film
 from ldm.animate.mixture import ring
 from ldm.diffusion import times
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.diffusion.variance import gaussian_nll, small, vlb_term
 from ldm.tensors import Noise, mean_per_sample
 
@@ -57,9 +57,8 @@ def terms(denoise: Denoise, schedule: Schedule, x0: Tensor, points: int, noise: 
     rows = []
     for i in indices:
         t, s = i / T, (i - 1) / T
-        alpha, sigma = schedule.alpha_sigma(t)
         eps = noise.normal(f"loss/{int(i)}", x0)
-        x_t = alpha.to(x0) * x0 + sigma.to(x0) * eps
+        x_t = add_noise(schedule, x0, eps, t)
         estimate = denoise(x_t, t)
         kl = vlb_term(schedule, x0, x_t, t, s, estimate, small, gaussian_nll)
         rows.append((kl.cpu(), mean_per_sample((estimate.eps - eps) ** 2).cpu()))

@@ -1,15 +1,16 @@
 """Figures measured in pixels: what all pictures here share of matplotlib, their type, colours and frames."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 INK, SOFT, PALE = "#222222", "#767676", "#d8d8d8"
 BLUE, RED, GREEN, YELLOW = "#0072B2", "#D55E00", "#009E73", "#E69F00"  # told apart by the colour-blind (Okabe & Ito 2008)
+PURPLE, SKY = "#CC79A7", "#56B4E9"  # of the same palette
 DPI = 100
 POINT = 72 / DPI  # one pixel
 
@@ -26,8 +27,10 @@ def canvas(width: int, height: int) -> Any:
     return figure
 
 
-def frame(figure: Any) -> Tensor:
+def frame(figure: Any) -> "Tensor":
     """The figure as it would be seen: (H, W, 3) uint8."""
+    import torch
+
     figure.canvas.draw()
     return torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8).reshape(*_size(figure), 4)[..., :3].clone()
 
@@ -53,7 +56,7 @@ def bare(axes: Any) -> Any:
     return axes
 
 
-def image(figure: Any, pixels: Tensor, left: float, top: float, zoom: int = 1, title: str = "") -> Any:
+def image(figure: Any, pixels: "Tensor", left: float, top: float, zoom: int = 1, title: str = "") -> Any:
     """An image (C, H, W) in [-1, 1] with `zoom` x `zoom` pixels for each of its own, at a place from the upper left corner."""
     height, width = pixels.shape[-2:]
     axes = bare(panel(figure, left, top, width * zoom, height * zoom, title))
@@ -69,7 +72,7 @@ def words(figure: Any, text: str, left: float, top: float, colour: str = INK, si
     return figure.text(left / wide, 1 - top / high, text, fontsize=size * POINT, color=colour, **options)
 
 
-def sheet(images: Tensor, columns: int, gap: int = 1) -> Tensor:
+def sheet(images: "Tensor", columns: int, gap: int = 1) -> "Tensor":
     """Images (N, C, H, W) in [-1, 1] in rows on white: (C, H', W')."""
     n, c, h, w = images.shape
     rows = -(-n // columns)
@@ -80,7 +83,7 @@ def sheet(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     return out
 
 
-def strips(rows: Mapping[str, Tensor], columns: int, left: int = 110) -> Any:
+def strips(rows: "Mapping[str, Tensor]", columns: int, left: int = 110) -> Any:
     """A figure with a row for each name: `columns` of its images (N, C, H, W) in [-1, 1], evenly spaced; one height for all, gaps of 2."""
     shown = {name: sheet(images[:: len(images) // columns][:columns], columns, 2) for name, images in rows.items()}
     height, width = next(iter(shown.values())).shape[-2:]

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ldm.animate.plot import RED
 from ldm.app import asked, forms, look
 from ldm.app.desk import Form
 from ldm.app.limits import Limits
 from ldm.app.session import Session
-
-ORANGE = "#d55e00"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def restyle(session: Session) -> Tab:
 def inpaint(session: Session) -> Tab:
     """A picture, painted over."""
     brush = max(2, session.card.size // 8)  # pixels of the picture: `auto` covers a small one whole
-    painted = _editor("inpaint-editor", "Paint over what is to be drawn anew", [ORANGE], brush, height=420)
+    painted = _editor("inpaint-editor", "Paint over what is to be drawn anew", [RED], brush, height=420)
     return Tab(_button("inpaint"), forms.repaint, [painted])
 
 

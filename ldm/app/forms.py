@@ -108,12 +108,12 @@ def covered(ground: Any, strokes: Sequence[Any]) -> Any:
 
 def layer(limits: Limits, painted: Mapping[str, Any] | None, name: str, what: str) -> Any:
     """An image of what was painted, laid on white. Raises UserError where there is none, or for one that is too large."""
-    from ldm.source import flat
+    from ldm.data.decode import composite_alpha
 
     if painted is None or painted.get(name) is None:
         raise UserError(f"{what} is missing: drop one into its field")
     limits.area("the picture", *painted[name].size)
-    return flat(painted[name])
+    return composite_alpha(painted[name])
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from ldm import drawing
 from ldm.app import asked
 from ldm.app.watch import Watch
 from ldm.errors import UserError
-from ldm.load import DataCard, is_run, load, load_data_card, run_folder
+from ldm.load import DataCard, list_runs, load, load_data_card, run_folder
 from ldm.model import LatentDiffusion
 from ldm.request import Request
 
@@ -83,7 +83,6 @@ def runs_of(named: Sequence[str]) -> list[str]:
     found: list[str] = []
     for run in named:
         folder = run_folder(run)
-        inside = [str(one) for one in Path(run).expanduser().glob("*") if is_run(one)] if Path(run).is_dir() else []
-        inside.sort(key=lambda one: -(Path(one) / "config.yaml").stat().st_mtime)
-        found += [one for one in inside if folder.parent == Path(run).expanduser()] or [str(run)]
+        home = Path(run).expanduser()
+        found += list(map(str, list_runs(home))) if folder.parent == home else [str(run)]
     return list(dict.fromkeys(found))

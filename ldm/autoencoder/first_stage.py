@@ -1,7 +1,6 @@
 """What every first stage is: the owner of a latent space and of its normalisation."""
 
 from collections.abc import Callable, Iterable
-from hashlib import sha256
 from typing import NamedTuple, cast
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.calibration import Calibration, Statistics, per_channel
 from ldm.autoencoder.posterior import Point, Posterior
 from ldm.errors import ConfigError
+from ldm.tensors import hash_state_dict
 
 
 class Pass(NamedTuple):
@@ -107,10 +107,7 @@ class FirstStage(nn.Module):
 
     def identity(self) -> str:
         """sha256 of the weights, shift and scale: the name of this latent space, carried by whatever is trained in it."""
-        digest = sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_state_dict(self.state_dict())
 
 
 def per_place(value: Tensor) -> Tensor:

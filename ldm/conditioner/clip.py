@@ -1,6 +1,5 @@
 """CLIP's text tower (Radford et al. 2021), frozen, through open_clip: what Stable Diffusion reads its prompts with."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ldm.conditioner.tokens import Features, Truncation
 from ldm.errors import ConfigError
 from ldm.fetch import AssetError
+from ldm.tensors import hash_state_dict
 
 
 class CLIP(nn.Module):
@@ -55,11 +55,7 @@ class CLIP(nn.Module):
     @cached_property
     def identity(self) -> str:
         """SHA-256 (hex) of the text tower's weights, whatever file they came in."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.clip.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_state_dict(self.clip.state_dict())
 
     def tokens(self, text: str) -> list[str]:
         """The words of the text that are cut into tokens, in CLIP's lower case."""

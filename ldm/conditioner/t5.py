@@ -1,6 +1,5 @@
 """T5's encoder (Raffel et al. 2020), frozen, through transformers: what Imagen and Stable Diffusion 3 read their prompts with."""
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ldm.conditioner.tokens import Features, Truncation
 from ldm.errors import ConfigError
 from ldm.fetch import AssetError
+from ldm.tensors import hash_state_dict
 
 
 class T5(nn.Module):
@@ -57,10 +57,7 @@ class T5(nn.Module):
     @cached_property
     def identity(self) -> str:
         """SHA-256 (hex) of the encoder's weights, whatever files they came in."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.net.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_state_dict(self.net.state_dict())
 
     def tokens(self, text: str) -> list[str]:
         """The pieces of the text that become tokens."""

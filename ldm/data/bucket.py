@@ -4,8 +4,8 @@ import io
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,7 @@ from ldm.data.decode import opened
 from ldm.data.folder import File, Folder, packed
 from ldm.data.kept import kept
 from ldm.data.memory import InMemory, flipped
-from ldm.data.stream import Slice
+from ldm.data.stream import Slice, Stream
 from ldm.errors import ConfigError, UserError
 from ldm.tensors import key
 
@@ -48,34 +48,19 @@ def nearest(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> int:
 
 
 @dataclass(frozen=True)
-class BucketStream:
+class BucketStream(Stream):
     """As Stream, but the rows of each batch are of one bucket: a pure function of the step.
 
     buckets: of each sample.  Every bucket is an endless stream of its own passes, of which step after step takes `batch` rows; in the long
     run each comes in proportion to its size, in an order drawn anew for each pass over the data.
     """
 
-    buckets: tuple[int, ...]
-    batch: int
-    steps: int
-    seed: int = 0
-    start: int = 0
-    rank: int = 0
-    world: int = 1
+    buckets: tuple[int, ...] = field(kw_only=True)
 
     def __post_init__(self):
-        if not self.buckets:
-            raise ConfigError("the data set is empty")
-        if not (self.batch >= self.world >= 1 and 0 <= self.rank < self.world):
-            raise ValueError(f"batch={self.batch} rows cannot be shared out to rank {self.rank} of {self.world}: at least one row a rank")
-        if not 0 <= self.start <= self.steps:
-            raise ConfigError(f"start={self.start}: expected a step from 0 to steps={self.steps}")
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[Slice]:
-        return map(self.at, range(self.start, self.steps))
+        super().__post_init__()
+        if len(self.buckets) != self.length:
+            raise ValueError(f"{len(self.buckets)} buckets of {self.length} samples: expected one a sample")
 
     def at(self, step: int) -> Slice:
         """This rank's slice of the batch of any step >= 0."""
@@ -194,7 +179,7 @@ class Bucketed(Dataset):
 
     def stream(self, batch: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> BucketStream:
         """The batches of a training."""
-        return BucketStream(self.buckets, batch, steps, seed, start, rank, world)
+        return BucketStream(len(self), batch, steps, seed, start, rank, world, buckets=self.buckets)
 
     def batch(self, at: Sequence[tuple[int, int]]) -> dict:
         """The samples at (place, index) pairs, all of one shape. Raises ValueError for others."""

@@ -78,17 +78,29 @@ def flat(source: Path | BinaryIO, channels: int, enough: int | None = None):
     Turned as its EXIF says, laid on white where transparent, 16 bits scaled to 8.  Raises what Pillow raises, and ValueError for what it
     would get wrong.
     """
-    from PIL import Image, ImageOps
-
     with opened(source) as file:
         shorter = min(file.size)
         if enough:  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
             file.draft(None, (enough, enough))
-        image = eight_bit(ImageOps.exif_transpose(file))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = composite_alpha(decode_upright(file))
     return image.convert("RGB" if channels == 3 else "L"), shorter
+
+
+def decode_upright(file):
+    """Decode an opened Pillow image, turned as its EXIF says, 16 bits scaled to 8. Raises what Pillow raises, and as eight_bit does."""
+    from PIL import ImageOps
+
+    return eight_bit(ImageOps.exif_transpose(file))
+
+
+def composite_alpha(image, ground: str = "white"):
+    """Lay a Pillow image on a ground of one colour, as RGBA, if any of it may be transparent; return any other as it is."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
 
 
 def pixels(image, channels: int) -> Tensor:

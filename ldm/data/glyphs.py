@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data import decode
 from ldm.data.kept import kept
 from ldm.fetch import debian, fetch, npm
 
@@ -77,9 +77,8 @@ def pixels(image: "Image", size: int) -> Tensor:
     """A picture with transparency on white, scaled: (3, size, size) uint8."""
     from PIL import Image
 
-    ground = Image.new("RGBA", image.size, "white")
-    scaled = Image.alpha_composite(ground, image).convert("RGB").resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+    scaled = decode.composite_alpha(image).convert("RGB").resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return decode.pixels(scaled, 3)
 
 
 def annotated(content: bytes, skin_tones: bool) -> list[Glyph]:
@@ -139,7 +138,7 @@ def noto() -> Artist:
 
 def pencil() -> Artist:
     """Outlines of Noto's flat drawings, as a soft pencil would draw them. Raises AssetError."""
-    from PIL import Image, ImageChops, ImageFilter, ImageOps
+    from PIL import ImageChops, ImageFilter, ImageOps
 
     flat = noto()
 
@@ -147,7 +146,7 @@ def pencil() -> Artist:
         drawn = flat(glyph)
         if drawn is None:
             return None
-        grey = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("L").filter(ImageFilter.GaussianBlur(1.0))
+        grey = decode.composite_alpha(drawn).convert("L").filter(ImageFilter.GaussianBlur(1.0))
         thick, thin = grey.filter(ImageFilter.MaxFilter(5)), grey.filter(ImageFilter.MinFilter(3))
         lines = ImageChops.difference(thick, thin).point(lambda value: min(255, 3 * value))
         return ImageOps.invert(lines).convert("RGBA")

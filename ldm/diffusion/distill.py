@@ -15,7 +15,7 @@ from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoised, Denoiser, eps_at
 from ldm.diffusion.guidance import pair
 from ldm.diffusion.objective import gaussian, l2, towards
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.diffusion.times import Times
 from ldm.diffusion.weighting import Weighting
 from ldm.tensors import Noise, expand
@@ -156,7 +156,7 @@ class Imitation(nn.Module):
         """Terms (B,) for data x0 (B, C, ...): `loss`, `error` of the teacher's x0 before weighting, `t`."""
         schedule, t = denoiser.schedule, self.times(noise, x0, denoiser.schedule)
         eps = self.draw_eps(noise, x0)
-        x_t = noised(schedule, x0, t, noise, lambda *_: eps)
+        x_t = add_noise(schedule, x0, eps, t)
         seen = self.teacher(x_t, t, self.teacher.told(batch, noise, x0))
         between = (x0.lerp(seen.x0, self.part), eps.lerp(seen.eps, self.part))
         return towards(denoiser, x_t, t, cond, *between, self.weighting, self.error)[0]
@@ -170,14 +170,12 @@ def grid(noise: Noise, x0: Tensor, steps: int, back: tuple[float, ...]) -> tuple
 
 def noised(schedule: Schedule, x0: Tensor, t: Tensor, noise: Noise, draw_eps: Callable[[Noise, Tensor], Tensor] = gaussian) -> Tensor:
     """alpha x0 + sigma eps at t (B,)."""
-    alpha, sigma = schedule.alpha_sigma(t)
-    return expand(alpha, x0) * x0 + expand(sigma, x0) * draw_eps(noise, x0)
+    return add_noise(schedule, x0, draw_eps(noise, x0), t)
 
 
 def jump(schedule: Schedule, seen: Denoised, s: Tensor) -> Tensor:
     """The state at s (B,) by DDIM: alpha x0 + sigma eps of what was seen (Song et al. 2021a, eq. 12 with eta = 0)."""
-    alpha, sigma = schedule.alpha_sigma(s)
-    return expand(alpha, seen.x0) * seen.x0 + expand(sigma, seen.x0) * seen.eps
+    return add_noise(schedule, seen.x0, seen.eps, s)
 
 
 def reached(schedule: Schedule, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from torch.nn.functional import huber_loss
 from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoised, Denoiser
 from ldm.diffusion.prediction import gain, solve, target
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.diffusion.times import Times, entries
 from ldm.diffusion.variance import Decoder, Variance, gaussian_nll, learned_range, vlb_term
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import ConfigError
-from ldm.tensors import Noise, expand, mean_per_sample
+from ldm.tensors import Noise, mean_per_sample
 
 
 def l2(out: Tensor, wanted: Tensor) -> Tensor:
@@ -79,11 +79,11 @@ class Objective(nn.Module):
 
     def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """The terms (B,) at given t (B,) and eps: `loss`, `error` (before weighting), `t`, and `vlb` (bits per dimension) if added."""
-        alpha, sigma = denoiser.schedule.alpha_sigma(t)
-        x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+        x_t = add_noise(denoiser.schedule, x0, eps, t)
         terms, out, var_frac = towards(denoiser, x_t, t, cond, x0, eps, self.weighting, self.error)
         if not self.vlb:
             return terms
+        alpha, sigma = denoiser.schedule.alpha_sigma(t)
         estimate = Denoised(*solve(denoiser.prediction.row(alpha, sigma), alpha, sigma, x_t, out.detach()), var_frac)
         bits = bound(denoiser.schedule, x0, x_t, t, estimate, learned_range, self.decoder)
         return {**terms, "loss": terms["loss"] + self.vlb * bits, "vlb": bits}
@@ -137,8 +137,7 @@ class Likelihood(nn.Module):
 
     def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """The terms (B,) at given t (B,) and eps: `loss`, and `t`."""
-        alpha, sigma = denoiser.schedule.alpha_sigma(t)
-        x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+        x_t = add_noise(denoiser.schedule, x0, eps, t)
         return {"loss": bound(denoiser.schedule, x0, x_t, t, denoiser(x_t, t, cond), self.variance, self.decoder), "t": t}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ldm.errors import ConfigError
+from ldm.tensors import expand
 
 
 class Schedule(Protocol):
@@ -30,6 +31,12 @@ class Schedule(Protocol):
     def net_time(self, t: Tensor) -> Tensor:
         """What the network's time embedding sees at t."""
         ...
+
+
+def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Compute the state x_t = alpha(t) x0 + sigma(t) eps (B, ...), in the dtype of x0, at t () or (B,)."""
+    alpha, sigma = (expand(part, x0).to(x0) for part in schedule.alpha_sigma(t))
+    return alpha * x0 + sigma * eps
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise, Denoised
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.errors import ConfigError
 from ldm.tensors import expand, mean_per_sample
 
@@ -117,7 +117,6 @@ def bits_per_dim(
     prior = mean_per_sample(gaussian_kl(alpha * x0, 2 * sigma.log(), torch.zeros_like(x0), (alpha**2 + sigma**2).log())) / math.log(2)
     terms = []
     for t, s in pairwise(ts):
-        alpha, sigma = schedule.alpha_sigma(t)
-        x_t = alpha * x0 + sigma * noise(x0)
+        x_t = add_noise(schedule, x0, noise(x0), t)
         terms.append(vlb_term(schedule, x0, x_t, t, s, denoise(x_t, t), variance, decoder))
     return {"total": prior + sum(terms), "prior": prior, "terms": torch.stack(terms)}

@@ -137,7 +137,26 @@ class FrechetDistance:
         self.fid.reset()
 
 
-class KernelDistance:
+class GatheredFeatures:
+    """Base of the metrics that need the features of all samples at once: `values` are gathered over all processes."""
+
+    def __init__(self, net: FeatureNet, reference: Tensor):
+        from torchmetrics.aggregation import CatMetric
+
+        self.samples = CatMetric(nan_strategy="error").to(reference.device)
+
+    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
+        self.samples.update(features)
+
+    def values(self) -> Tensor:
+        """Return all rows (N, D) given to update, concatenated over processes."""
+        return self.samples.compute()
+
+    def reset(self) -> None:
+        self.samples.reset()
+
+
+class KernelDistance(GatheredFeatures):
     """`kid_<net>`: the unbiased polynomial MMD of all samples against reference_size evenly spaced references.
 
     torchmetrics' KernelInceptionDistance averages the same estimator over random subsets, so its number moves with the random state and the
@@ -147,38 +166,26 @@ class KernelDistance:
     names = ("kid_{net}",)
 
     def __init__(self, net: FeatureNet, reference: Tensor, degree: int = 3, reference_size: int = 5000):
+        super().__init__(net, reference)
         self.key, self.degree = f"kid_{net.name}", degree
         self.reference = spread(reference, reference_size)
-        self.samples = gathered(reference.device)
-
-    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
-        self.samples.update(features)
 
     def compute(self) -> dict[str, float]:
-        return {self.key: polynomial_mmd(self.samples.compute(), self.reference, self.degree).item()}
-
-    def reset(self) -> None:
-        self.samples.reset()
+        return {self.key: polynomial_mmd(self.values(), self.reference, self.degree).item()}
 
 
-class PrecisionRecall:
+class PrecisionRecall(GatheredFeatures):
     """`precision` and `recall` of all samples against reference_size evenly spaced references, by k nearest neighbours."""
 
     names = ("precision", "recall")
 
     def __init__(self, net: FeatureNet, reference: Tensor, k: int = 3, reference_size: int = 5000):
+        super().__init__(net, reference)
         self.k, self.reference = k, spread(reference, reference_size)
-        self.samples = gathered(reference.device)
-
-    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
-        self.samples.update(features)
 
     def compute(self) -> dict[str, float]:
-        precision, recall = precision_recall(self.samples.compute(), self.reference, self.k)
+        precision, recall = precision_recall(self.values(), self.reference, self.k)
         return {"precision": precision.item(), "recall": recall.item()}
-
-    def reset(self) -> None:
-        self.samples.reset()
 
 
 class ClassAccuracy:
@@ -206,24 +213,18 @@ class ClassAccuracy:
         self.right.reset()
 
 
-class GaussianDistance:
+class GaussianDistance(GatheredFeatures):
     """`cmmd_<net>`, with CLIP's image tower the CMMD of Jayasumana et al. 2024: the Gaussian MMD of all samples times 1,000."""
 
     names = ("cmmd_{net}",)
 
     def __init__(self, net: FeatureNet, reference: Tensor, sigma: float = 10.0, reference_size: int = 30000):
+        super().__init__(net, reference)
         self.key, self.sigma = f"cmmd_{net.name}", sigma
         self.reference = spread(reference, reference_size)
-        self.samples = gathered(reference.device)
-
-    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
-        self.samples.update(features)
 
     def compute(self) -> dict[str, float]:
-        return {self.key: 1000 * gaussian_mmd(self.samples.compute(), self.reference, self.sigma).item()}
-
-    def reset(self) -> None:
-        self.samples.reset()
+        return {self.key: 1000 * gaussian_mmd(self.values(), self.reference, self.sigma).item()}
 
 
 class Score:
@@ -276,13 +277,6 @@ class Score:
         self.count.reset()
         for metric in self.metrics.values():
             metric.reset()
-
-
-def gathered(device: torch.device):
-    """torchmetrics' list of all rows given to it, concatenated over processes when computed."""
-    from torchmetrics.aggregation import CatMetric
-
-    return CatMetric(nan_strategy="error").to(device)
 
 
 def require_finite(features: Tensor, what: str) -> None:

@@ -1,6 +1,5 @@
 """Feature networks: what a distribution metric looks through; every number carries the name and the hash of its network."""
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.errors import ConfigError, UserError
 from ldm.fetch import AssetError, fetch, url
+from ldm.tensors import hash_state_dict
 
 
 class FeatureNet(Protocol):
@@ -58,11 +58,7 @@ def require_uint8(images: Tensor, channels: tuple[int, ...], size: int | None = 
 
 def hash_weights(module: nn.Module) -> str:
     """SHA-256 (hex) of every parameter and buffer of a module: name, type, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hash_state_dict({f"{name} {value.dtype} {tuple(value.shape)}": value for name, value in module.state_dict().items()})
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.metrics.distribution import Metric, gathered
+from ldm.metrics.distribution import GatheredFeatures, Metric
 from ldm.metrics.features import Classifier, FeatureNet
 
 
@@ -20,23 +20,20 @@ def inception_score(logits: Tensor, block: int = 5000) -> Tensor:
     return torch.stack(scores).mean()
 
 
-class InceptionScore:
+class InceptionScore(GatheredFeatures):
     """`inception_score`: by the network's own classifier, the mean over blocks of so many samples in the order of their seeds."""
 
     names = ("inception_score",)
 
     def __init__(self, net: Classifier, reference: Tensor, block: int = 5000):
+        super().__init__(net, reference)
         self.classify, self.block = net.classify, block
-        self.logits = gathered(reference.device)
 
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
-        self.logits.update(self.classify(features))
+        super().update(self.classify(features))
 
     def compute(self) -> dict[str, float]:
-        return {"inception_score": inception_score(self.logits.compute(), self.block).item()}
-
-    def reset(self) -> None:
-        self.logits.reset()
+        return {"inception_score": inception_score(self.values(), self.block).item()}
 
 
 class Named:

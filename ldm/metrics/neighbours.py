@@ -1,13 +1,12 @@
 """Samples among their nearest real images: density and coverage, and how many repeat what was trained on."""
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.metrics.distribution import gathered, radii, spread, squared_distances
+from ldm.metrics.distribution import GatheredFeatures, radii, spread, squared_distances
 from ldm.metrics.features import FeatureNet
 
 
@@ -42,46 +41,34 @@ def memorised(x: Tensor, reference: Tensor, own: Tensor | None = None) -> tuple[
     return (distance > own[index]).double().mean(), (distance <= close).double().mean()
 
 
-class DensityCoverage:
+class DensityCoverage(GatheredFeatures):
     """`density` and `coverage` of all samples against reference_size evenly spaced references, by k nearest neighbours."""
 
     names = ("density", "coverage")
 
     def __init__(self, net: FeatureNet, reference: Tensor, k: int = 5, reference_size: int = 5000):
+        super().__init__(net, reference)
         self.k, self.reference = k, spread(reference, reference_size)
-        self.samples = gathered(reference.device)
-
-    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
-        self.samples.update(features)
 
     def compute(self) -> dict[str, float]:
-        density, coverage = density_coverage(self.samples.compute(), self.reference, self.k)
+        density, coverage = density_coverage(self.values(), self.reference, self.k)
         return {"density": density.item(), "coverage": coverage.item()}
 
-    def reset(self) -> None:
-        self.samples.reset()
 
-
-class Memorisation:
+class Memorisation(GatheredFeatures):
     """`authenticity` and `copies` of all samples against the whole training set, whose neighbours are found once."""
 
     names = ("authenticity", "copies")
 
     def __init__(self, net: FeatureNet, reference: Tensor):
+        super().__init__(net, reference)
         self.reference = reference
-        self.samples = gathered(reference.device)
 
     @cached_property
     def own(self) -> Tensor:
         """How far each training image is from the rest."""
         return radii(self.reference, 1)
 
-    def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
-        self.samples.update(features)
-
     def compute(self) -> dict[str, float]:
-        authenticity, copies = memorised(self.samples.compute(), self.reference, self.own)
+        authenticity, copies = memorised(self.values(), self.reference, self.own)
         return {"authenticity": authenticity.item(), "copies": copies.item()}
-
-    def reset(self) -> None:
-        self.samples.reset()

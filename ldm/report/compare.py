@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldm import browse
+from ldm.config_tree import flatten
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -40,7 +41,7 @@ def terminal(shown: Sequence[browse.Run], width: int = 24) -> str:
     curves = [browse.curves(run.journal, 10**9) for run in shown]
     names = sorted({name for one in curves for name in one}, key=lambda name: (name != "train/loss", name.startswith("perf/"), name))
     table("Curves, and where they end", [[name, *_curve_cells(name, curves, width)] for name in names])
-    numbers = [{key: value for key, value in browse.flat(run.metrics or {}).items() if browse._number(value)} for run in shown]
+    numbers = [{key: value for key, value in flatten(run.metrics or {}).items() if browse._number(value)} for run in shown]
     scores = list(dict.fromkeys(key for one in numbers for key in one if "/" not in key and "." not in key))
     table("Numbers", [[key, *(_plain(one.get(key, "")) for one in numbers)] for key in scores])
     return console.file.getvalue()  # type: ignore[attr-defined]

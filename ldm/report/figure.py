@@ -11,7 +11,7 @@ from ldm.report import rows
 from ldm.report.study import Arm, Study
 from ldm.report.table import by_seed
 
-COLOURS = (plot.BLUE, plot.RED, plot.GREEN, plot.YELLOW, "#CC79A7", "#56B4E9", "#767676", "#222222")
+COLOURS = (plot.BLUE, plot.RED, plot.GREEN, plot.YELLOW, plot.PURPLE, plot.SKY, plot.SOFT, plot.INK)
 FAMILY = ("fd_", "kid_", "nfe", "rfd_", "train/", "val/", "bits")  # of which less is better
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm.diffusion.schedule import add_noise
 from ldm.report import rows
-from ldm.tensors import Noise, expand, mean_per_sample
+from ldm.tensors import Noise, mean_per_sample
 
 if TYPE_CHECKING:
     from ldm.condition import Condition
@@ -36,8 +37,7 @@ def by_level(
         if T := getattr(schedule, "T", None):
             t = (t * T).round().clamp(1, T) / T
         t = t.to(x0)
-        alpha, sigma = (expand(part.to(x0), x0) for part in schedule.alpha_sigma(t))
-        estimate = denoise(alpha * x0 + sigma * eps, t)
+        estimate = denoise(add_noise(schedule, x0, eps, t), t)
         row = {"log_snr_high": float(high), "log_snr_low": float(low), "t": float(t.mean())}
         row |= {"x0_error": float(mean_per_sample((estimate.x0 - x0) ** 2).mean())}
         row |= {"eps_error": float(mean_per_sample((estimate.eps - eps) ** 2).mean())}

@@ -11,7 +11,7 @@ from ldm import adapted, build
 from ldm.diffusion.schedule import alike
 from ldm.errors import UserError
 from ldm.load import config_of, load, run_folder, space_of
-from ldm.space import Space
+from ldm.space import Space, require_same_latent_space
 from ldm.stage.run import Run
 from ldm.training.callbacks import trained
 
@@ -61,9 +61,9 @@ def taught(cfg: Any, space: Space) -> None:
     node = cfg.objective.get("teacher")
     if not node or node.run is None:  # which load.teacher says
         return
-    if (own := space_of(node.run)) != space.name:
-        remedy = "a teacher and its student share their first stage: begin from init= of a model that has the teacher's"
-        raise UserError(f"objective.teacher.run={node.run} belongs to the latent space {own}, this model to {space.name}; {remedy}")
+    teacher, student = (f"objective.teacher.run={node.run}", space_of(node.run)), ("this model", space.name)
+    remedy = "a teacher and its student share their first stage; begin from init= of a model that has the teacher's"
+    require_same_latent_space(teacher, student, remedy)
     if not alike(instantiate(config_of(run_folder(node.run)).schedule), instantiate(cfg.schedule)):
         raise UserError(f"objective.teacher.run={node.run} was trained on another noise schedule; choose schedule=... as it was")
 

@@ -16,7 +16,7 @@ from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.schedule import alike
 from ldm.errors import UserError
 from ldm.load import DataCard, config_of, load_data_card, run_folder
-from ldm.space import Space
+from ldm.space import Space, require_same_latent_space
 from ldm.stage import autoencoder as first_stage
 from ldm.stage import cache
 from ldm.stage.diffusion import moments
@@ -126,8 +126,8 @@ def guidance(
 def admit(run: str, space: str) -> None:
     """Raises UserError if the classifier of a run was trained in another latent space than the one of that name."""
     weights = finished_weights(run)
-    if (own := Space.carried(durable.read_metadata(weights), weights).name) != space:
-        raise UserError(f"guidance.classifier={run} was trained in the latent space {own}, the model's is {space}: train one in that")
+    own = Space.carried(durable.read_metadata(weights), weights).name
+    require_same_latent_space((f"guidance.classifier={run}", own), ("this model", space), "train one in its latents")
 
 
 def finished_weights(run: str) -> Path:

@@ -1,6 +1,5 @@
 """Stage one that others trained: an autoencoder in diffusers' layout, measured on the data at hand and kept as our own are."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,4 @@ def digest(path: Path) -> str:
     files = [file for ending in read.ENDINGS for name in read.NAMES if (file := path / f"{name}{ending}").is_file()]
     if not files:
         raise UserError(f"{path}: no weights in it; expected {read.NAMES[0]}{read.ENDINGS[0]}")
-    total = hashlib.sha256((path / "config.json").read_bytes())
-    with open(files[0], "rb") as weights:
-        while part := weights.read(1 << 22):
-            total.update(part)
-    return total.hexdigest()[:16]
+    return durable.digest(path / "config.json", files[0])[:16]

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.diffusion.times import Times
-from ldm.tensors import expand
 from ldm.training.diffusion import noise_of
 
 
@@ -56,5 +55,4 @@ class LitClassifier(L.LightningModule):
 
 def noisy_logits(net: nn.Module, schedule: Schedule, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Logits (B, classes) float32 of z (B, C, h, w) with noise eps at t (B,)."""
-    alpha, sigma = (expand(c, z).to(z) for c in schedule.alpha_sigma(t))
-    return net(alpha * z + sigma * eps, schedule.net_time(t).to(z)).float()
+    return net(add_noise(schedule, z, eps, t), schedule.net_time(t).to(z)).float()

@@ -10,9 +10,9 @@ import lightning as L
 import torch
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ldm.compat import TorchDispatchMode, trainer_of
+from ldm.compat import trainer_of
 
 HOOKS = {  # by the functions of Lightning that are called, whoever has them
     **dict.fromkeys(("train_dataloader_next", Strategy.batch_to_device.__name__), "data"),
@@ -24,9 +24,9 @@ HOOKS = {  # by the functions of Lightning that are called, whoever has them
 }
 ORDER = ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging", "saving", "other")
 ATEN = torch.ops.aten
-COUNTED = flop_registry | {  # what torch leaves out of its own list, by what it has there
-    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[ATEN._scaled_dot_product_flash_attention_backward],
+COUNTED = {  # torch has no formula for attention on a CPU: these are its own for the same attention on a GPU
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
 }
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the product that a device's peak is measured with
 
@@ -67,11 +67,11 @@ class Spent(Profiler):
         self.doing = ["other"]  # the innermost last
         self.around: str | None = None  # what goes on around a backward pass, while there is one
         self.since = clock()
-        self.counter, self.counted = Flops(), -parts
+        self.counter, self.counted, self.total = count_flops(), -parts, 0
 
     @property
     def flops(self) -> int | None:
-        return self.counter.flops if self.counted == self.parts else None
+        return self.total if self.counted == self.parts else None
 
     def start(self, action_name: str) -> None:
         self._until_now()
@@ -85,6 +85,7 @@ class Spent(Profiler):
         if action_name == "run_training_batch" and self.counted < self.parts:
             if self.counted >= 0:
                 self.counter.__exit__(None, None, None)
+                self.total += self.counter.get_total_flops()
             self.counted += 1
         self._until_now()
         self.doing.pop()
@@ -126,18 +127,9 @@ def spent_by(trainer: Any) -> Spent:
     return trainer.profiler
 
 
-class Flops(TorchDispatchMode):
-    """flops: of the products, convolutions and attention done within it, a multiplication and an addition being two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if (count := COUNTED.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        return out
+def count_flops() -> FlopCounterMode:
+    """Count the FLOPs of products, convolutions and attention within the block, a multiplication and an addition being two."""
+    return FlopCounterMode(display=False, custom_mapping=COUNTED)
 
 
 def peak(precision: str, device: torch.device) -> float:

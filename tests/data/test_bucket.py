@@ -40,12 +40,16 @@ def test_the_nearest_shape_is_that_of_the_nearest_ratio():
 BUCKETS = tuple([0] * 20 + [1] * 7 + [2] * 2)
 
 
+def stream_of(buckets, batch, **options):
+    return BucketStream(**{"length": len(buckets), "batch": batch, "buckets": buckets, **options})
+
+
 def rows(stream):
     return [part.at for part in stream]
 
 
 def test_batches_are_of_one_bucket_and_each_has_its_share():
-    batches = rows(BucketStream(BUCKETS, 4, steps=290))
+    batches = rows(stream_of(BUCKETS, 4, steps=290))
     assert all(len({BUCKETS[i] for _, i in at}) == 1 for at in batches)
     seen = Counter(i for at in batches for _, i in at)
     assert set(seen) == set(range(29))
@@ -56,17 +60,17 @@ def test_batches_are_of_one_bucket_and_each_has_its_share():
 
 
 def test_buckets_smaller_than_a_batch():
-    batches = rows(BucketStream(tuple(range(30)), 4, steps=60))
+    batches = rows(stream_of(tuple(range(30)), 4, steps=60))
     assert all(len({i for _, i in at}) == 1 for at in batches)
     assert set(Counter(at[0][1] for at in batches).values()) == {2}
 
 
 def test_a_pure_function_of_the_step():
-    stream = BucketStream(BUCKETS, 4, steps=60)
-    assert rows(BucketStream(BUCKETS, 4, steps=60, start=33)) == rows(stream)[33:]
-    assert rows(BucketStream(BUCKETS, 4, steps=60, seed=1)) != rows(stream)
+    stream = stream_of(BUCKETS, 4, steps=60)
+    assert rows(stream_of(BUCKETS, 4, steps=60, start=33)) == rows(stream)[33:]
+    assert rows(stream_of(BUCKETS, 4, steps=60, seed=1)) != rows(stream)
     for step in (0, 17, 59):
-        ranks = [BucketStream(BUCKETS, 4, 60, rank=r, world=2).at(step) for r in range(2)]
+        ranks = [stream_of(BUCKETS, 4, steps=60, rank=r, world=2).at(step) for r in range(2)]
         assert [at for part in ranks for at in part.at] == stream.at(step).at
         assert [p for part in ranks for p in part.position] == [0, 1, 2, 3]
     order = [BUCKETS[at[0][1]] for at in rows(stream)]
@@ -74,11 +78,17 @@ def test_a_pure_function_of_the_step():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"buckets": ()}, "empty"), ({"batch": 1, "world": 2}, "batch=1"), ({"start": 9}, "start=9")]
+    ("options", "message"),
+    [
+        ({"buckets": ()}, "empty"),
+        ({"length": 3}, "29 buckets of 3 samples"),
+        ({"batch": 1, "world": 2}, "batch=1"),
+        ({"start": 9}, "start=9"),
+    ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        BucketStream(**{"buckets": BUCKETS, "batch": 2, "steps": 8, **options})
+        stream_of(**{"buckets": BUCKETS, "batch": 2, "steps": 8, **options})
 
 
 @pytest.fixture

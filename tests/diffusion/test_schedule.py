@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from cases import F64, NO_SIGNAL, SCHEDULES, TABLES, f64
+from cases import F64, NO_SIGNAL, SCHEDULES, TABLES, draw, f64
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from ldm.diffusion import schedule
@@ -151,3 +151,13 @@ def test_tables_first_read_while_sampling_serve_training():
 def test_refuses_a_table_that_does_not_fall(bar):
     with pytest.raises(ValueError, match="alpha_bar must fall"):
         schedule.Table(f64(*bar))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_add_noise_is_alpha_x0_plus_sigma_eps_row_by_row_in_the_dtype_of_x0(name):
+    x0, eps, t = draw(0, (3, 2, 4, 4)), draw(1, (3, 2, 4, 4)), f64(0.2, 0.5, 1.0)
+    alpha, sigma = SCHEDULES[name].alpha_sigma(t)
+    x_t = schedule.add_noise(SCHEDULES[name], x0, eps, t)
+    assert torch.equal(x_t, torch.stack([alpha[i] * x0[i] + sigma[i] * eps[i] for i in range(3)]))
+    assert torch.equal(schedule.add_noise(SCHEDULES[name], x0, eps, t[1])[1], x_t[1])
+    assert schedule.add_noise(SCHEDULES[name], x0.bfloat16(), eps.bfloat16(), t).dtype == torch.bfloat16

@@ -45,5 +45,5 @@ def test_a_teacher_of_other_latents_or_another_schedule_is_refused(lively, smoke
 
     refused("distillation needs a teacher: objective.teacher.run=RUN")
     refused("run=nowhere: no such folder", "objective.teacher.run=nowhere")
-    refused("belongs to the latent space", f"objective.teacher.run={lively}", f"init={smoke.run}")
+    refused("belongs to autoencoder", f"objective.teacher.run={lively}", f"init={smoke.run}")
     refused("was trained on another noise schedule", f"objective.teacher.run={smoke.run}", f"init={smoke.run}", "schedule=linear")
