@@ -15,6 +15,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from ldm.data.stream import Batched, Stream
@@ -68,6 +69,7 @@ def fit(
     devices: of each of `nodes` machines.  accumulate: batches that a step is made of, one after the other.
     timeout: minutes that a rank waits for the others before it gives up.
     compile: the network that lit.compile() names, by torch.compile.
+    strategy: fsdp shards modules that have configure_model; others are trained with ddp, which is printed.
     Raises ValueError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
@@ -79,6 +81,11 @@ def fit(
         raise ValueError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
     if compile and strategy == "fsdp":
         raise ValueError("compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or compile=false")
+    if strategy == "fsdp" and not is_shardable(lit):
+        strategy = "ddp" if ranks > 1 else "auto"
+        if rank == 0:
+            name = type(lit).__name__
+            print(f"trainer     strategy=fsdp shards diffusion models alone; {name} is trained with strategy={strategy}", flush=True)
     stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
     if accumulate > 1:
@@ -120,6 +127,11 @@ def fit(
         what = " ".join(str(error).split())
         remedy = "the same command goes on from the last checkpoint, lower trainer.workers if memory is short"
         raise UserError(f"a process that reads data is gone ({what}); {remedy}") from None
+
+
+def is_shardable(lit: L.LightningModule) -> bool:
+    """Whether a module defines which of its parts FSDP shards; Lightning cannot train one that does not with that strategy."""
+    return is_overridden("configure_model", lit)
 
 
 def strategy_of(name: str, timeout: timedelta) -> Any:
