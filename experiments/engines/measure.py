@@ -10,6 +10,7 @@ pairwise cover of all combinations first; those that are there are not repeated.
 import csv
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -36,13 +37,13 @@ SIZES = (
     *("budget=smoke", f"training.steps={STEPS}", "training.save_every=2", "training.log_every=1"),
     *("training.grid_every=100", "training.lr_schedule.warmup=1", "training.score.guidances=[1.0]"),
 )
-ENGINES = {  # what is typed, and the number of processes
-    "cpu": (("trainer=cpu",), 1),
-    "cpu x2": (("trainer=cpu", "trainer.devices=2"), 2),
-    "ddp": (("trainer=ddp", "trainer.accelerator=cpu"), 2),
-    "ddp x1": (("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1"), 1),
-    "fsdp": (("trainer=fsdp", "trainer.accelerator=cpu"), 2),
-    "fsdp x1": (("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"), 1),
+ENGINES = {  # an option of conf/trainer, and the number of processes
+    "cpu": ("cpu", 1),
+    "cpu x2": ("cpu", 2),
+    "ddp": ("ddp", 2),
+    "ddp x1": ("ddp", 1),
+    "fsdp": ("fsdp", 2),
+    "fsdp x1": ("fsdp", 1),
 }
 RESUMED = {  # trainer -> into what a run of it is resumed
     "cpu": {"same": "cpu", "other world size": "cpu x2", "other trainer": "fsdp"},
@@ -111,13 +112,12 @@ def stop(rank: int, step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def trained(folder: Path, typed: Sequence[str], engine: str, expected: int = 0, after: Any = None) -> None:
-    """Run a training in `folder`. Raises RuntimeError with its last line unless every process exits as expected."""
-    words, world = ENGINES[engine]
-    codes = run((*typed, *words), folder, world, after)
+def trained(folder: Path, typed: Sequence[str], world: int = 1, expected: int = 0, after: Any = None) -> None:
+    """Run a training in `folder`. Raises RuntimeError with the last line printed unless every process exits as expected."""
+    codes = run(tuple(typed), folder, world, after)
     if codes != [expected] * world:
-        said = [line for file in sorted(folder.glob("said-*.txt")) for line in file.read_text().splitlines() if line.strip()]
-        raise RuntimeError(f"{engine}: exit codes {codes}; {said[-1][:200] if said else 'nothing printed'}")
+        printed = [line for file in sorted(folder.glob("said-*.txt")) for line in file.read_text().splitlines() if line.strip()]
+        raise RuntimeError(f"exit codes {codes}; {printed[-1][:200] if printed else 'nothing printed'}")
 
 
 def folder_of(name: str) -> Path:
@@ -139,31 +139,42 @@ def bases() -> dict[str, str]:
         if not list(WORK.glob(f"{name}/runs/*/metrics.json")):
             folder = folder_of(name)
             model.write_text(json.dumps(TINY_CLIP))
-            trained(folder, (*SIZES, *typed, "training.steps=10", "training.save_every=10"), "cpu")
+            trained(folder, (*SIZES, *typed, "trainer=cpu", "training.steps=10", "training.save_every=10"))
         (metrics,) = WORK.glob(f"{name}/runs/*/metrics.json")
         found[name] = str(metrics.parent)
     return found
 
 
-def typed(optimizer: str, feature: str, precision: str) -> tuple[str, ...]:
-    """The command of a case, without its trainer."""
-    runs = bases()
-    return (*SIZES, *OPTIMIZERS[optimizer], *(word.format(**runs) for word in FEATURES[feature]), f"trainer.precision={precision}")
-
-
 def reference(case: Case) -> Path:
-    """The folder of one process that was never stopped."""
+    """The run folder of one process that was never stopped, started as a person does."""
     name = f"whole/{case.optimizer}-{case.feature}-{case.precision}".replace(" ", "_")
     if not list(WORK.glob(f"{name}/runs/*/metrics.json")):
-        trained(folder_of(name), typed(case.optimizer, case.feature, case.precision), "cpu")
-    return WORK / name
+        feature = [word.format(**bases()) for word in FEATURES[case.feature]]
+        typed = (*SIZES, *OPTIMIZERS[case.optimizer], *feature, "trainer=cpu", f"trainer.precision={case.precision}")
+        trained(folder_of(name), typed)
+    (metrics,) = WORK.glob(f"{name}/runs/*/metrics.json")
+    return metrics.parent
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def under(engine: str, whole: Path, folder: Path) -> tuple[tuple[str, ...], int]:
+    """The command, as the launcher gives it to a process, of the training of the run `whole` under an engine, and how many processes."""
+    import yaml
+
+    from ldm import launch, runs
+
+    option, world = ENGINES[engine]
+    config = runs.load_config(whole / "config.yaml")
+    trainer = yaml.safe_load((ROOT / "conf" / "trainer" / f"{option}.yaml").read_text())
+    trainer |= {"accelerator": "cpu", "devices": world} | {name: config["trainer"][name] for name in ("accumulate", "precision")}
+    place = folder / f"config-{engine.replace(' ', '-')}"
+    launch.write_config({**config, "trainer": trainer}, place, json.loads((whole / "choices.json").read_text()))
+    return ("--config-path", str(place), "--config-name", "config"), world
+
+
+def outcome(made: Path) -> dict[str, Any]:
     """What a finished run leaves: rows of losses and of scores, weights and averages at the last two checkpoints, and what is kept."""
     from ldm import durable, runs
 
-    (made,) = (folder / "runs").iterdir()
     rows = runs.read_journal(made / "metrics.jsonl")
     kept = sorted(path.name for path in (made / "checkpoints").glob("step-*"))
     last, before = (durable.load_step(made / "checkpoints" / f"step-{step:08d}").tensors for step in (STEPS, STOP))
@@ -182,16 +193,17 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def of_rows(one: list[dict], two: list[dict]) -> float:
-    """The largest difference of two tables, relative to the number; infinite where rows or names differ."""
+    """The largest difference of two tables, relative to the number; infinite where rows or names differ or a number is not finite."""
     if [row.keys() for row in one] != [row.keys() for row in two]:
-        return float("inf")
-    return max((abs(a[key] - b[key]) / max(abs(b[key]), 1e-3) for a, b in zip(one, two, strict=True) for key in a), default=0.0)
+        return math.inf
+    found = [abs(a[key] - b[key]) / max(abs(b[key]), 1e-3) for a, b in zip(one, two, strict=True) for key in a]
+    return max(found, default=0.0) if all(map(math.isfinite, found)) else math.inf
 
 
 def of_tensors(one: dict, two: dict, before: dict) -> float:
     """The 2-norm of the difference as a part of what the reference went in its last steps; infinite where names differ."""
     if one.keys() != two.keys():
-        return float("inf")
+        return math.inf
     way = norm(two[key] - before[key] for key in before)
     return norm(one[key] - two[key] for key in two) / max(way, 1e-12)
 
@@ -220,11 +232,11 @@ def measured(case: Case) -> dict[str, Any]:
     row = {**case._asdict(), "into": case.into, "precision": case.precision}
     blank = dict.fromkeys(("losses", "weights", "averages", "scores", "kept"), "")
     try:
-        wanted = outcome(reference(case))
-        folder, words = folder_of("case"), typed(case.optimizer, case.feature, case.precision)
-        trained(folder, words, case.trainer, 85, stop)
-        trained(folder, words, case.into)
-        row |= compared(outcome(folder), wanted, case.bounds) | {"note": ""}
+        whole, folder = reference(case), folder_of("case")
+        trained(folder, *under(case.trainer, whole, folder), 85, stop)
+        trained(folder, *under(case.into, whole, folder))
+        (made,) = (folder / "runs").iterdir()
+        row |= compared(outcome(made), outcome(whole), case.bounds) | {"note": ""}
     except RuntimeError as error:
         row |= blank | {"agree": "NO", "note": str(error)}
     return row | {"seconds": round(time.monotonic() - since, 1)}
