@@ -50,7 +50,7 @@ def test_a_model_shared_out_is_trained_as_one_and_goes_on_in_any_number(smoke, t
 
 @pytest.mark.slow
 def test_what_it_needs_is_trained_on_the_way(smoke, tmp_path):
-    """With nothing in the cache: the judge by one process, the first stage by two under DDP, the diffusion model sharded; a line for each."""
+    """With nothing in the cache: the judge by one process, the first stage by two under DDP, the diffusion model sharded."""
     done = process("train.py", "budget=smoke", *TWO, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     printed = [line for line in done.stdout.splitlines() if line.startswith("trainer ")]
