@@ -41,7 +41,7 @@ def twin(lit: L.LightningModule, callbacks: Sequence[L.Callback]) -> Iterator[tu
     averages = [one.ema for one in callbacks if isinstance(one, Average)]
     names = {id(module): name for name, module in lit.named_modules()}
     modules = [one.module for one in averages]
-    viewers = [one for one in callbacks if isinstance(one, Scores | Pictures) and one.ema is not None]
+    viewers: list[Any] = [one for one in callbacks if isinstance(one, Scores | Pictures) and one.ema is not None]
     viewed = [one.ema for one in viewers]
     for viewer in viewers:
         viewer.ema = Gathered(viewer.ema, viewer.ema.module)
