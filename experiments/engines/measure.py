@@ -28,6 +28,7 @@ from train import run  # noqa: E402  beside the other experiment on whole traini
 TABLE = HERE / "matrix.csv"
 WORK = Path("runs/engines").absolute()
 STEPS, STOP = 6, 4
+WAIT = 900  # seconds after which a training that has not ended is killed
 TINY_CLIP = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
@@ -116,7 +117,7 @@ def stop(rank: int, step: int) -> None:
 
 def trained(folder: Path, typed: Sequence[str], world: int = 1, expected: int = 0, after: Any = None) -> None:
     """Run a training in `folder`. Raises RuntimeError with the last line printed unless every process exits as expected."""
-    codes = run(tuple(typed), folder, world, after)
+    codes = run(tuple(typed), folder, world, after, WAIT)
     if codes != [expected] * world:
         printed = [line for file in sorted(folder.glob("said-*.txt")) for line in file.read_text().splitlines() if line.strip()]
         raise RuntimeError(f"exit codes {codes}; {printed[-1][:200] if printed else 'nothing printed'}")
