@@ -72,11 +72,11 @@ class PowerEMA:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved average; raises KeyError if the names differ."""
+        """Take over a saved average in the precision it was saved in; raises KeyError if the names differ."""
         if state.keys() != self.shadow.keys():
             raise KeyError(f"average of other weights: {sorted(state.keys() ^ self.shadow.keys())[:4]} are in one of the two only")
         for name, value in state.items():
-            self.shadow[name].copy_(value)
+            self.shadow[name] = torch.empty_like(self.shadow[name], dtype=value.dtype).copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -28,6 +28,14 @@ def test_a_width_that_no_exponent_has_is_refused(sigma_rel):
         power_of(sigma_rel)
 
 
+def test_a_loaded_average_has_every_digit_that_was_saved():
+    """A training in float64 makes its average before the trainer has widened the weights."""
+    ema, saved = PowerEMA(nn.Linear(2, 1, bias=False)), torch.tensor([[1 / 3, 2 / 3]], dtype=torch.float64)
+    ema.load({"weight": saved})
+    assert torch.equal(ema.shadow["weight"], saved)
+    assert ema.shadow["weight"].data_ptr() != saved.data_ptr()
+
+
 def averaged(steps: int, sigma_rel: float) -> tuple[PowerEMA, torch.Tensor]:
     """An average over weights that are a unit vector of their own at every step: its entries are the weights of the steps."""
     module = nn.Linear(1, steps + 1, bias=False, dtype=torch.float64)

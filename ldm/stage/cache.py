@@ -95,7 +95,8 @@ def ensured(cfg: Any, kept: Kept) -> Path:
         config.pop("debug", None)  # which is of the one run that is looked at
         config["keep_best"] = None  # whose number the training on the way need not write
         config |= {"degrade": {"_target_": "ldm.data.degrade.none", "_partial_": True}}  # which is the second stage's
-        config["trainer"]["strategy"] = config["trainer"]["strategy"] if devices > 1 else "auto"
+        if devices == 1 and config["trainer"]["strategy"] != "fsdp":  # which the training itself replaces, and says so
+            config["trainer"]["strategy"] = "auto"
         launch.write_config(config, folder)
         code = launch.run_config(TRAIN, folder, devices)
         if code in STOPPED:

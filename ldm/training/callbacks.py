@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -340,12 +341,10 @@ class Pictures(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         step = batch["step"] + 1
-        if step % self.every or not trainer.is_global_zero:
+        if step % self.every:
             return
         lit.eval()
-        if self.ema is None:
-            self.draw(step)
-        else:
-            with self.ema.applied():
+        with self.ema.applied() if self.ema else nullcontext():  # by all processes, each of which may have a shard of it
+            if trainer.is_global_zero:
                 self.draw(step)
         lit.train()

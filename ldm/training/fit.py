@@ -13,6 +13,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from ldm import compat
@@ -69,6 +70,7 @@ def fit(
     timeout: minutes that a rank waits for the others before it gives up.
     torch_compile: the network that lit.compile() names, by torch.compile.
     Where lit.has_unused_parameters is false every step gives every parameter a gradient, and DDP does not search for those without.
+    strategy: fsdp shards modules that have configure_model; others are trained with ddp, which is printed.
     Raises ConfigError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = world()
@@ -80,6 +82,11 @@ def fit(
         raise ConfigError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
     if torch_compile and strategy == "fsdp":
         raise ConfigError("torch_compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or torch_compile=false")
+    if strategy == "fsdp" and not is_shardable(lit):
+        strategy = "ddp" if ranks > 1 else "auto"
+        if rank == 0:
+            name = type(lit).__name__
+            print(f"trainer     strategy=fsdp shards diffusion models alone; {name} is trained with strategy={strategy}", flush=True)
     stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
     if accumulate > 1:
@@ -125,6 +132,11 @@ def fit(
         what = " ".join(str(error).split())
         remedy = "the same command goes on from the last checkpoint, lower trainer.workers if memory is short"
         raise UserError(f"a process that reads data is gone ({what}); {remedy}") from None
+
+
+def is_shardable(lit: L.LightningModule) -> bool:
+    """Whether a module defines which of its parts FSDP shards; Lightning cannot train one that does not with that strategy."""
+    return is_overridden("configure_model", lit)
 
 
 def strategy_of(name: str, timeout: timedelta, unused: bool = True) -> Any:

@@ -10,7 +10,8 @@ import lightning as L
 import torch
 from torch import nn
 
-from ldm.training.callbacks import Average, Pictures, trained
+from ldm.ema import PowerEMA
+from ldm.training.callbacks import Average, Pictures, Scores, extra, load_trained, trained
 from ldm.training.shares import like, whole
 
 METHODS = ("null", "embed", "memory", "at")  # besides forward, through which parameters of ours are used
@@ -33,24 +34,51 @@ def shard(modules: Iterable[nn.Module], mesh: Any) -> None:
 def twin(lit: L.LightningModule, callbacks: Sequence[L.Callback]) -> Iterator[tuple[L.LightningModule, list[L.Callback]]]:
     """A copy of lit to be sharded and trained, and the callbacks for it; at the end lit, and its averages, are what it became.
 
-    No pictures are drawn meanwhile: they are drawn by one process, and the weights lie with all.
+    Scores and pictures are of the copy's average, gathered in lit: what draws by lit's network needs no change, one process may draw alone,
+    and no sharded module runs without gradients, after which FSDP2 would go on with the weights that it gathered for that.
     """
     other = copy.deepcopy(lit)
     averages = [one.ema for one in callbacks if isinstance(one, Average)]
     names = {id(module): name for name, module in lit.named_modules()}
     modules = [one.module for one in averages]
+    viewers: list[Any] = [one for one in callbacks if isinstance(one, Scores | Pictures) and one.ema is not None]
+    viewed = [one.ema for one in viewers]
+    for viewer in viewers:
+        viewer.ema = Gathered(viewer.ema, viewer.ema.module)
     for one in averages:
         one.module = other.get_submodule(names[id(one.module)])
     try:
-        yield other, [Shares(averages), *(one for one in callbacks if not isinstance(one, Pictures))]
+        yield other, [Shares(averages), *callbacks]
         with torch.no_grad():
             for name, value in whole(trained(other)).items():
                 lit.get_parameter(name).copy_(value)
+        for name, state in extra(other).items():
+            lit.get_submodule(name).set_extra_state(state)
         for one in averages:
             one.shadow = {name: value.cpu() for name, value in whole(one.shadow).items()}
     finally:
         for one, module in zip(averages, modules, strict=True):
             one.module = module
+        for viewer, average in zip(viewers, viewed, strict=True):
+            viewer.ema = average
+
+
+class Gathered:
+    """The average of a sharded module, shown in an unsharded module with parameters of the same names, which nothing trains."""
+
+    def __init__(self, average: PowerEMA, module: nn.Module):
+        self.average, self.module = average, module
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the module has the averaged weights, on the device of the shards; all processes must enter it."""
+        before, shadow = next(self.module.parameters()).device, self.average.shadow
+        load_trained(self.module, whole(shadow))
+        self.module.eval().to(next(iter(shadow.values())).device)
+        try:
+            yield
+        finally:
+            self.module.train().to(before)
 
 
 class Shares(L.Callback):

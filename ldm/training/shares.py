@@ -21,28 +21,40 @@ def whole(value: Any) -> Any:
 
 
 def like(value: Tensor, p: Any) -> Tensor:
-    """A whole tensor that every process has, shared out as p is."""
+    """A whole tensor that every process has, sharded as p is, each shard laid out in memory as that of p."""
     if not is_share(p):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # each takes its own: no message
+    shard = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local()  # no message is sent
+    local = laid_out(shard, p.to_local())
+    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def states_like(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's saved state, each tensor shaped as a parameter shared out as that is and laid out in memory as that is.
+def laid_out(value: Tensor, p: Tensor) -> Tensor:
+    """A tensor of the shape of p, on the device of p and with its strides."""
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)
 
-    Fused optimisers go through the memory of parameter and moments side by side, whatever their strides.
+
+def states_like(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """An optimiser's state_dict with each tensor on the device of its parameter, sharded and laid out in memory as that is.
+
+    Whatever wrote it: fused optimisers go through the memory of parameter and moments side by side, whatever their strides.
+    optimizer: one, or several that step as one, which are its `optimizers`, as the dicts in state["optimizers"] are theirs.
     """
-    if "state" not in state:  # of several joined, whose parameters are not sharded
-        return state
+    if "optimizers" in state:
+        pairs = zip(state["optimizers"], optimizer.optimizers, strict=True)
+        return {**state, "optimizers": [states_like(one, other) for one, other in pairs]}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    held = {place: {name: moment_like(one, parameters[place]) for name, one in kept.items()} for place, kept in state["state"].items()}
-    return {**state, "state": held}
+    moments = {
+        number: {name: moment_like(value, parameters[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
-def moment_like(one: Any, p: Tensor) -> Any:
-    """A value of a parameter's state as the parameter is, if it is a tensor of its shape."""
-    if not isinstance(one, Tensor) or one.shape != p.shape:
-        return one
-    return like(one, p) if is_share(p) else torch.empty_like(p, dtype=one.dtype).copy_(one)
+def moment_like(value: Any, p: Tensor) -> Any:
+    """A value of a parameter's state as the parameter is, if it is a tensor of its shape; torch sees to numbers, as the step is."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape != p.shape:
+        return value
+    return like(value, p) if is_share(p) else laid_out(value, p)

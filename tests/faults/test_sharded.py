@@ -1,5 +1,6 @@
 """FSDP2 on processors: two processes that share out a model train it as one does, are killed, and go on as two or as one."""
 
+import json
 import shutil
 import signal
 from functools import partial
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import harm
 import pytest
-from smoke import processes
+from smoke import process, processes
 
 from ldm import durable, runs
 
@@ -45,3 +46,20 @@ def test_a_model_shared_out_is_trained_as_one_and_goes_on_in_any_number(smoke, t
             assert row == pytest.approx(wanted, rel=1e-5)
         assert weights.keys() == other.keys()
         assert max(float((other[name] - value).abs().max()) for name, value in weights.items()) < 1e-5
+
+
+@pytest.mark.slow
+def test_what_it_needs_is_trained_on_the_way(smoke, tmp_path):
+    """With nothing in the cache: the judge by one process, the first stage by two under DDP, the diffusion model sharded."""
+    done = process("train.py", "budget=smoke", *TWO, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = [line for line in done.stdout.splitlines() if line.startswith("trainer ")]
+    assert [line.split("; ")[1] for line in printed] == [
+        "LitJudge is trained with strategy=auto",
+        "LitAutoencoder is trained with strategy=ddp",
+    ]
+    assert "Traceback" not in done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name == smoke.run.name
+    assert json.loads((run / "metrics.json").read_text())["n"] == 20
+    assert list((run / "grids").glob("*.png"))

@@ -1,0 +1,66 @@
+"""Every trainer does what one process does: a pairwise cover of experiments/engines, and how it compares."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from smoke import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments" / "engines"))
+import measure
+
+COVER = measure.cover(measure.CASES)
+
+
+@pytest.fixture(scope="module")
+def work(smoke, tmp_path_factory):
+    """The folder of the trainings, whose cache has the shared judge and first stage."""
+    before, measure.WORK = measure.WORK, tmp_path_factory.mktemp("engines")
+    shutil.copytree(smoke.kept, measure.WORK / "cache")
+    yield measure.WORK
+    measure.WORK = before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COVER, ids="-".join)
+def test_a_resumed_run_is_that_of_one_process_never_stopped(case, work):
+    """Losses, weights, averages, scores and what is kept, under each trainer, optimiser, feature and way of resuming."""
+    row = measure.measured(case)
+    assert row["agree"] == "yes", row
+
+
+def test_the_cover_has_every_pair():
+    every = {pair for case in measure.CASES for pair in measure.pairs(case)}
+    assert {pair for case in COVER for pair in measure.pairs(case)} == every
+    assert len(COVER) < len(measure.CASES) / 5
+
+
+def outcome(step=0.0, kept=("step-00000004", "step-00000006", 4)):
+    """What a run leaves, its numbers shifted."""
+    start, end = {"w": torch.zeros(2)}, {"w": torch.ones(2) + step}
+    rows = [{"train/loss": 1.0 + step}], [{"val/fd": 1.0 + step}]
+    losses, scores = rows
+    ways = {"way of weights": start, "way of averages": start}
+    return {"losses": losses, "scores": scores, "weights": end, "averages": end, **ways, "kept": list(kept)}
+
+
+@pytest.mark.parametrize(
+    ("found", "agree"),
+    [
+        (outcome(), "yes"),
+        (outcome(1e-12), "yes"),
+        (outcome(1e-3), "NO"),
+        (outcome(kept=("step-00000002", "step-00000006", 2)), "NO"),
+        (outcome() | {"scores": []}, "NO"),
+        (outcome() | {"averages": {}}, "NO"),
+        (outcome() | {"losses": [{"train/loss": 1.0}, {"train/loss": float("nan")}]}, "NO"),
+    ],
+)
+def test_a_difference_of_any_kind_is_disagreement(found, agree):
+    assert measure.compared(found, outcome(), measure.BOUNDS["64"])["agree"] == agree
+
+
+def test_a_number_that_is_not_finite_is_disagreement():
+    rows = [{"train/loss": 1.0}, {"train/loss": float("nan")}, {"train/loss": 1.0}]
+    assert measure.of_rows(rows, [{"train/loss": 1.0}] * 3) == float("inf")

@@ -1,0 +1,82 @@
+"""One call of fit under each strategy: the same weights, averages, scores and pictures."""
+
+import lightning as L
+import pytest
+import torch
+from rows import Line, Rows, train
+
+from ldm.ema import PowerEMA
+from ldm.training.callbacks import Average, Pictures, Scores
+from ldm.training.parallel import disband
+from ldm.training.sharded import shard
+
+
+class Sharded(Line):
+    """A line that FSDP can shard."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard((self.line,), self.device_mesh["data_parallel"])
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No process group before or after."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    disband()
+
+
+def outcome(lit, accumulate=1, steps=6, **options):
+    """What a training leaves: losses, weight, average, and at every second step the average as scores and as pictures show it."""
+    ema, scores, pictures, losses = PowerEMA(lit.line, 0.1), {}, {}, Losses()
+
+    def shown():
+        assert not lit.line.training
+        return float(lit.line.weight.detach()), float(lit.line(torch.ones(1, 1)).detach())
+
+    def measure():
+        return dict(zip(("weight", "output"), shown(), strict=True))
+
+    around = [
+        Average(ema),
+        losses,
+        Scores(measure, lambda step, values: scores.update({step: list(values.values())}), 2, ema),
+        Pictures(lambda step: pictures.update({step: list(shown())}), 2, ema),
+    ]
+    train(lit, Rows(), around, steps=steps, accumulate=accumulate, **options)
+    assert ema.module is lit.line
+    return {
+        "losses": losses.losses,
+        "weight": float(lit.line.weight.detach()),
+        "average": float(ema.shadow["weight"]),
+        **{f"score {step}": value for step, value in scores.items()},
+        **{f"picture {step}": value for step, value in pictures.items()},
+    }
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_sharded_training_shows_and_leaves_what_an_unsharded_one_does(accumulate, alone):
+    expected = outcome(Sharded(), accumulate)
+    assert len({tuple(expected[f"score {step}"]) for step in (2, 4, 6)}) == 3
+    found = outcome(Sharded(), accumulate, strategy="fsdp")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_what_cannot_be_sharded_is_trained_without_and_the_line_says_so(alone, capfd):
+    expected = outcome(Line())
+    capfd.readouterr()
+    assert outcome(Line(), strategy="fsdp") == expected
+    said = [line for line in capfd.readouterr().out.splitlines() if line]
+    assert said == ["trainer     strategy=fsdp shards diffusion models alone; Line is trained with strategy=auto"]
