@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ def draw(
 
     cfg = request.cfg
     heard(model, request)
+    note_cleaned(model, request)
     weights = fingerprint(model)
     if request.carried and request.carried["weights"] != weights:
         raise UserError(f"again={cfg.again} was drawn with other weights than run={cfg.run} has now; run=... says where they are")
@@ -99,6 +101,26 @@ def heard(model: "LatentDiffusion", request: Request) -> None:
     if (run := request.cfg.guidance.get("weak")) is not None:
         model = "this model", space_of(request.folder)
         require_same_latent_space((f"guidance.weak={run}", space_of(run)), model, "choose one trained in its latents")
+
+
+def note_cleaned(model: "LatentDiffusion", request: Request) -> None:
+    """Print one line on a prompt for a pipeline folder of diffusers that diffusers itself may read as other tokens."""
+    from ldm.foreign import tower_of
+    from ldm.interop.folder import is_folder
+
+    if not is_folder(request.folder) or tower_of(model) is None or os.environ.get("RANK", "0") != "0":
+        return
+    from ldm.conditioner.clip import cleaned
+
+    texts = [caption for caption, _ in request.told.values()] + [request.cfg.negative or ""]
+    for text in dict.fromkeys(texts):
+        if (after := cleaned(text)) is not None:
+            print(
+                f"prompt {text!r} is read as {after!r}, as CLIP was trained; diffusers with transformers 5 takes typographic quotes and "
+                "HTML entities as they stand and draws another image of the same seed",
+                file=sys.stderr,
+            )
+            return
 
 
 def fingerprint(model: "LatentDiffusion") -> str:

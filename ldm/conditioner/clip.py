@@ -1,5 +1,6 @@
 """CLIP's text tower (Radford et al. 2021), frozen, through open_clip: what Stable Diffusion reads its prompts with."""
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -89,6 +90,18 @@ class CLIP(nn.Module):
             )
         context = out["text_intermediates"][0][:, :limit]  # (B, L, D): the first of the last ones
         return Features(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device), out["text_features"])
+
+
+def cleaned(text: str) -> str | None:
+    """The text after OpenAI's cleaning (ftfy and HTML entities) where that changes more than spaces and case, else None.
+
+    It straightens typographic quotes, resolves entities and ligatures and mends wrong encodings.  CLIP was trained on cleaned texts;
+    open_clip and transformers 4 clean too.  transformers 5 takes the characters as they stand, which are other tokens.
+    """
+    from open_clip.tokenizer import basic_clean
+
+    after, before = (" ".join(one.split()) for one in (basic_clean(text), unicodedata.normalize("NFC", text)))
+    return None if after.lower() == before.lower() else after
 
 
 def named(model: str) -> str:

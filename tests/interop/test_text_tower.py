@@ -1,6 +1,7 @@
 """CLIP's text tower between transformers and open_clip: the same hidden states, the same names to the bit."""
 
 import json
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -9,7 +10,8 @@ import transformers
 from seeded import fill
 from whole import IMAGE, PROMPT, TEXT
 
-from ldm.conditioner.clip import CLIP
+from ldm import drawing
+from ldm.conditioner.clip import CLIP, cleaned
 from ldm.errors import UserError
 from ldm.interop import clip_config
 from ldm.interop.text import NOT_TEXT, export_text, import_open_clip, import_text
@@ -130,3 +132,46 @@ def test_the_words_are_transformers_own(tmp_path):
         padded = theirs(prompt, padding="max_length", max_length=77, truncation=True).input_ids
         ids = [49406, *mine.encode(prompt), 49407]
         assert padded == ids + [49407] * (77 - len(ids))
+
+
+ODD = ("a “cat”", "it’s", "a &amp; b", "rock &amp;amp; roll", "the ﬁne", "a <b> &lt;c&gt;")
+EVEN = ('a "cat"', "it's", "Naïve  café\n", "x — y", "a & b", "")
+
+
+def test_cleaned_is_what_openai_reads_and_transformers_5_does_not(tmp_path):
+    for file, content in clip_config.tokenizer_files(49407, 77).items():
+        (tmp_path / file).write_text(content)
+    theirs, ours = transformers.CLIPTokenizer.from_pretrained(tmp_path), open_clip.tokenizer.SimpleTokenizer()
+    assert [cleaned(text) is not None for text in (*ODD, *EVEN)] == [True] * len(ODD) + [False] * len(EVEN)
+    assert cleaned(ODD[0]) == 'a "cat"'
+    assert cleaned(ODD[3]) == "rock & roll"
+    for text in ODD:
+        assert ours.encode(text) == ours.encode(cleaned(text))
+    if int(transformers.__version__.split(".")[0]) == 5:
+        for text in (*ODD, *EVEN):
+            assert (theirs(text).input_ids[1:-1] == ours.encode(text)) == (cleaned(text) is None), text
+
+
+def test_one_line_says_that_diffusers_may_read_a_prompt_otherwise(tmp_path, monkeypatch, capsys):
+    """Of a pipeline folder with CLIP's tower, for the first such prompt; of no other run."""
+    monkeypatch.setattr("ldm.foreign.tower_of", lambda model: model)
+    told = {0: ("a cat", None), 1: (ODD[0], None), 2: (ODD[2], None)}
+    request = SimpleNamespace(folder=tmp_path, told=told, cfg=SimpleNamespace(negative=None))
+    drawing.note_cleaned("a tower", request)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "model_index.json").write_text("{}")
+    drawing.note_cleaned(None, request)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(drawing, "heard", lambda model, request: None)
+    monkeypatch.setattr(drawing, "fingerprint", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # before anything is drawn
+        drawing.draw("a tower", request)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("prompt 'a “cat”' is read as 'a \"cat\"', as CLIP was trained; diffusers with transformers 5")
+    plain = SimpleNamespace(folder=tmp_path, told={0: ("a cat", None)}, cfg=SimpleNamespace(negative=EVEN[0]))
+    drawing.note_cleaned("a tower", plain)
+    assert capsys.readouterr().err == ""
+    plain.cfg.negative = ODD[1]
+    drawing.note_cleaned("a tower", plain)
+    assert "it’s" in capsys.readouterr().err
