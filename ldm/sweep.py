@@ -138,12 +138,13 @@ class Job:
 
     def __call__(self, cfg: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
 
         self.started = True
         now = HydraConfig.get()
         devices = _devices(cfg)
         if now.mode is not None and now.mode.name == "MULTIRUN":
-            overrides = name_job(now.overrides.task)
+            overrides = name_job(OmegaConf.to_container(now.overrides.task, resolve=False))  # as typed, ${...} included
             return self._swept(cfg, self._number(now.job.num, overrides), overrides, devices)
         if devices > 1 and not launch.launched():
             self.failure = SystemExit(self._process(cfg, devices)[0])
