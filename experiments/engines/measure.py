@@ -67,8 +67,8 @@ FEATURES = {  # {base}, {words}: trained runs, told by label and by CLIP
 BOUNDS = {  # the largest difference that rounding explains: of losses, of weights and averages, of scores
     "64": (1e-9, 1e-6, 1e-6),
     "32": (1e-4, 1e-2, 1e-2),
+    "32 muon": (1e-3, 1.0, 1e-2),  # its products in bfloat16 enlarge the rounding of gradients: DDP differs as much from one process
 }
-MUON = 0.25  # of weights and averages in float32, instead: it multiplies in bfloat16, and sharded matrices in another order
 
 
 class Case(NamedTuple):
@@ -89,8 +89,7 @@ class Case(NamedTuple):
 
     @property
     def bounds(self) -> tuple[float, float, float]:
-        losses, weights, scores = BOUNDS[self.precision]
-        return losses, MUON if (self.optimizer, self.precision) == ("muon", "32") else weights, scores
+        return BOUNDS["32 muon" if (self.precision, self.optimizer) == ("32", "muon") else self.precision]
 
 
 CASES = [Case(*one) for one in itertools.product(RESUMED, OPTIMIZERS, FEATURES, ("same", "other world size", "other trainer"))]

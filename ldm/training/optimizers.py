@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.training.shares import is_share, like, moment_like, whole
+
 
 def adamw(
     parameters: Iterable[nn.Parameter],
@@ -35,7 +37,7 @@ def muon(
     matrices, rest = parted(parameters, lambda p: p.ndim == 2)
     if not matrices:
         return adamw(rest, lr, betas, weight_decay, fused)
-    first = torch.optim.Muon(matrices, lr=matrix_lr, momentum=momentum, weight_decay=weight_decay)
+    first = Muon(matrices, lr=matrix_lr, momentum=momentum, weight_decay=weight_decay)
     return Joined([first, *([adamw(rest, lr, betas, weight_decay, fused)] if rest else [])])
 
 
@@ -45,6 +47,42 @@ def parted(parameters: Iterable[nn.Parameter], first: Callable[[Tensor], bool]) 
     for p in parameters:
         found[not first(p)].append(p)
     return found
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, which takes its step on the unsharded matrix where parameters are sharded, one matrix at a time.
+
+    Products of shards in bfloat16 have other rounding than those of one process, and torch has none for fewer rows than processes.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """As torch's; parameters, momenta and gradients stay sharded between steps."""
+        groups = self.param_groups
+        if not any(is_share(p) for group in groups for p in group["params"]):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            for group in groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._step_unsharded(group, p)
+        finally:
+            self.param_groups = groups
+        return loss
+
+    @torch.no_grad()
+    def _step_unsharded(self, group: dict[str, Any], p: Tensor) -> None:
+        matrix = whole(p).clone()
+        matrix.grad = whole(p.grad)
+        if p in self.state:
+            self.state[matrix] = whole(dict(self.state[p]))
+        self.param_groups = [{**group, "params": [matrix]}]
+        super().step()
+        p.copy_(like(matrix, p))
+        self.state[p] = {name: moment_like(value, p) for name, value in self.state.pop(matrix).items()}
 
 
 class Joined(torch.optim.Optimizer):

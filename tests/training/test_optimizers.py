@@ -4,9 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ldm.training.optimizers import Joined, adamw, muon
+from ldm.training.shares import whole
 
 
 def net() -> nn.Sequential:
@@ -59,3 +63,31 @@ def test_a_rate_set_from_outside_reaches_both():
     stepped(model, both)
     assert isinstance(both, Joined)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def after_two_steps(rows, mesh=None):
+    """A matrix (rows, 64) after two steps of muon on gradients of 8 samples, unsharded."""
+    torch.manual_seed(0)
+    net = nn.Linear(64, rows, bias=False)
+    if mesh is not None:
+        fully_shard(net, mesh=mesh)
+    optimizer = muon(net.parameters())
+    for _ in range(2):
+        net(torch.randn(8, 64)).sin().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole(net.weight.detach())
+
+
+def compare_on_two(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for rows in (128, 1):
+        assert torch.equal(after_two_steps(rows, mesh), after_two_steps(rows))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_muon_on_two_processes_shards_takes_the_step_of_one(tmp_path):
+    """Bit for bit, of a matrix with fewer rows than processes too."""
+    torch.multiprocessing.spawn(compare_on_two, args=(tmp_path,), nprocs=2)
