@@ -16,21 +16,21 @@ PACKED = ("torch.ops.mkldnn._", "torch.ops.aten._")  # operators: names in a tab
 
 def names(tree: ast.AST) -> set[str]:
     """Dotted names that a file imports or reads."""
-    found = set()
+    read = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            read |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            read |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Attribute):
-            found.add(ast.unparse(node))
-    return found
+            read.add(ast.unparse(node))
+    return read
 
 
 def test_private_names_of_other_packages_are_in_compat_alone():
     files = [path for path in (ROOT / "ldm").rglob("*.py") if path != ROOT / "ldm" / "compat.py"]
-    found = {f"{path.relative_to(ROOT)}: {name}" for path in files for name in names(ast.parse(path.read_text())) if PRIVATE.match(name)}
-    assert not {one for one in found if not one.partition(": ")[2].startswith(PACKED)}
+    private = {f"{path.relative_to(ROOT)}: {name}" for path in files for name in names(ast.parse(path.read_text())) if PRIVATE.match(name)}
+    assert not {one for one in private if not one.partition(": ")[2].startswith(PACKED)}
 
 
 @pytest.mark.parametrize("name", compat.__all__)

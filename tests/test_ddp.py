@@ -95,7 +95,7 @@ def test_sampling_and_scoring_after_two_processes(smoke, tmp_path):
 def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
     """At steps that only the best makes saving steps, on all ranks: none waits for another."""
     typed = ("train.py", *DIFFUSION, "training.steps=6", "training.save_every=100", "keep_best=-train/lr", "trainer.accelerator=cpu")
-    found = []
+    results = []
     for ranks, name in ((1, "cpu"), (2, trainer)):
         folder = tmp_path / str(ranks)
         folder.mkdir()
@@ -103,8 +103,8 @@ def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
         done = processes(*[(*typed, f"trainer={name}", "trainer.precision='32'")] * ranks, cwd=folder)
         assert not any(one.returncode for one in done), done
         (run,) = (folder / "runs").iterdir()
-        found.append(([path.name for path in durable.steps(run / "checkpoints")], (run / "checkpoints" / "best.json").read_text()))
-    assert found[0] == found[1]
+        results.append(([path.name for path in durable.steps(run / "checkpoints")], (run / "checkpoints" / "best.json").read_text()))
+    assert results[0] == results[1]
 
 
 @pytest.mark.slow

@@ -53,8 +53,8 @@ def test_scores_on_the_way_are_named_and_leave_no_trace(smoke, tmp_path, monkeyp
 def test_a_number_that_never_comes_is_refused_before_anything_is_done(tmp_path, capsys):
     with here(tmp_path):
         assert command("train.py", "budget=smoke", "keep_best=val/nosuch", "training.score.every=1") == 2
-        said = "keep_best=val/nosuch: the metrics of this config give no such number; expected one of val/accuracy_1k, "
-        assert said in capsys.readouterr().err
+        text = "keep_best=val/nosuch: the metrics of this config give no such number; expected one of val/accuracy_1k, "
+        assert text in capsys.readouterr().err
         assert not (tmp_path / "runs").exists()
         assert not (tmp_path / "cache").exists()
 

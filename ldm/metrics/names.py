@@ -17,7 +17,7 @@ def names_of(metrics: Mapping[str, Any], judge: Mapping[str, Any] | None) -> set
     if get_object(metrics["_target_"]) is not Score or node is None:
         return None
     network = getattr(get_object(node["_target_"]), "name", None)
-    found: set[str] = set()
+    names: set[str] = set()
     for node in metrics["metrics"].values():
         name = network
         while "metric" in node:  # a metric of a part of the features
@@ -25,5 +25,5 @@ def names_of(metrics: Mapping[str, Any], judge: Mapping[str, Any] | None) -> set
         patterns = getattr(get_object(node["_target_"]), "names", None)
         if patterns is None or not isinstance(name, str):
             return None
-        found |= {pattern.format(net=name) for pattern in patterns}
-    return found
+        names |= {pattern.format(net=name) for pattern in patterns}
+    return names

@@ -56,8 +56,8 @@ def train(
     folder = place(cfg)
     if done := finished(cfg, folder):
         return done["psnr"]
-    drawn = {"val/psnr", "val/ssim"} if grid_every <= steps else set()
-    require_metric(cfg.get("keep_best"), drawn, f"training.grid_every={grid_every} is more than training.steps={steps}")
+    pictured = {"val/psnr", "val/ssim"} if grid_every <= steps else set()
+    require_metric(cfg.get("keep_best"), pictured, f"training.grid_every={grid_every} is more than training.steps={steps}")
     make_score, _ = judge.scorer(cfg, cfg.metrics)
     score = make_score() if make_score else None
     if score and score.net.name == getattr(loss.perceptual, "name", None):

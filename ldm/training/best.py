@@ -31,22 +31,22 @@ def signed(metric: str, value: float) -> float:
 def read_best(folder: Path) -> Best | None:
     """What best.json of a folder says; None without the file, or with one that is damaged or names no metric, as older runs wrote it."""
     try:
-        found = Best(**json.loads((folder / FILE).read_text()))
+        best = Best(**json.loads((folder / FILE).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return found if isinstance(found.step, int) and isinstance(found.value, int | float) and math.isfinite(found.value) else None
+    return best if isinstance(best.step, int) and isinstance(best.value, int | float) and math.isfinite(best.value) else None
 
 
 def lowest(metric: str, rows: Iterable[Mapping[str, Any]], steps: Collection[int]) -> Best | None:
     """The best of a journal's rows at some steps, the first of equals; None where none of them has a finite number of that name."""
     name = metric.removeprefix("-")
-    found = [(row["step"], row[name]) for row in rows if row["step"] in steps and isinstance(row.get(name), int | float)]
-    values = [Best(metric, step, signed(metric, value)) for step, value in found if math.isfinite(value)]
+    pairs = [(row["step"], row[name]) for row in rows if row["step"] in steps and isinstance(row.get(name), int | float)]
+    values = [Best(metric, step, signed(metric, value)) for step, value in pairs if math.isfinite(value)]
     return min(values, key=lambda one: (one.value, one.step), default=None)
 
 
 def restore_best(folder: Path, metric: str, rows: Iterable[Mapping[str, Any]], until: int) -> Best | None:
-    """Write best.json anew for `metric`, from a journal's rows and the complete checkpoints up to step `until`; remove it if there is none.
+    """Write best.json again for `metric`, of a journal's rows and the complete checkpoints up to step `until`; remove it without any.
 
     So a run that is resumed with another metric is never compared with a number of the first.
     """
@@ -70,5 +70,5 @@ def require_metric(metric: str | None, scores: Collection[str] | None, why: str 
     listed = ", ".join(sorted(scores)) if scores else ""
     expected = f"one of {listed}" if listed else "train/loss, another train/... or one of " + ", ".join(PACE)
     reason = {"val": (not scores and why) or "the metrics of this config give no such number", "perf": "no such number is recorded"}
-    said = reason.get(group, "the numbers of metrics.jsonl begin with train/, val/ or perf/")
-    raise UserError(f"keep_best={metric}: {said}; expected {expected}")
+    problem = reason.get(group, "the numbers of metrics.jsonl begin with train/, val/ or perf/")
+    raise UserError(f"keep_best={metric}: {problem}; expected {expected}")

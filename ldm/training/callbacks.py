@@ -258,8 +258,8 @@ class Checkpoints(L.Callback):
 
     def best(self) -> Best | None:
         """The best so far of the number that decides."""
-        found = read_best(self.folder)
-        return found if found is not None and found.metric == self.keep.metric else None
+        best = read_best(self.folder)
+        return best if best is not None and best.metric == self.keep.metric else None
 
     def save(self, trainer: L.Trainer, lit: L.LightningModule, step: int) -> None:
         """Keep the state after `step` steps, unless that was done."""

@@ -8,6 +8,7 @@ from smoke import composed
 from ldm import durable
 from ldm.errors import UserError
 from ldm.score import Protocol
+from ldm.stage import cache
 from ldm.stage.diffusion import scored
 from ldm.training.best import Best, lowest, read_best, require_metric, restore_best
 
@@ -43,7 +44,7 @@ def test_require_metric_admits_what_it_cannot_know():
 
 
 @pytest.mark.parametrize(
-    ("name", "scores", "why", "said"),
+    ("name", "scores", "why", "text"),
     [
         ("val/fd_x_5k", {"val/fd_x_1k"}, "", "keep_best=val/fd_x_5k: the metrics of this config give no such number; expected one of"),
         ("-val/fd_x", (), "nothing is scored", "keep_best=-val/fd_x: nothing is scored; expected train/loss, another train/... or"),
@@ -51,10 +52,10 @@ def test_require_metric_admits_what_it_cannot_know():
         ("fd_fashion", (), "", "keep_best=fd_fashion: the numbers of metrics.jsonl begin with train/, val/ or perf/; expected"),
     ],
 )  # fmt: skip
-def test_require_metric_refuses_what_never_comes(name, scores, why, said):
+def test_require_metric_refuses_what_never_comes(name, scores, why, text):
     with pytest.raises(UserError) as error:
         require_metric(name, scores, why)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(text)
 
 
 def test_what_a_training_scores():
@@ -66,3 +67,14 @@ def test_what_a_training_scores():
     assert scored(composed("budget=smoke", "metrics=none"), Protocol(every=5), steps) == (set(), "metrics=none measures nothing")
     own = OmegaConf.merge(cfg, {"metrics": {"metrics": {"own": {"_target_": "torch.nn.Identity"}}}})
     assert scored(own, Protocol(every=5), steps) == (None, "")
+
+
+def test_a_training_on_the_way_keeps_no_best(monkeypatch, tmp_path):
+    """The judge never writes the number that its user is to be judged by."""
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    configs = []
+    monkeypatch.setattr("ldm.launch.write_config", lambda config, folder: configs.append(config))
+    monkeypatch.setattr("ldm.launch.run_config", lambda *args: 1)
+    with pytest.raises(UserError, match="failed with exit code 1"):
+        cache.judge(composed("budget=smoke", "keep_best=val/fd_fashion_1k", "training.score.every=1"))
+    assert configs[0]["keep_best"] is None

@@ -112,8 +112,8 @@ def test_a_number_that_is_not_written_is_reported_once_and_at_the_end(tmp_path, 
     written.update({"train/loss", "train/lr"})
     for step in (1, 2):
         saving.on_train_batch_end(TRAINER, Lit(), None, {"step": step}, 0)
-    said = capsys.readouterr().out.strip()
+    text = capsys.readouterr().out.strip()
     problem = "keep_best=-train/nosuch: no such number was written, only train/loss, train/lr"
-    assert said == f"{problem} (up to step 2): no best checkpoint so far"
+    assert text == f"{problem} (up to step 2): no best checkpoint so far"
     saving.on_train_end(TRAINER, None)
     assert capsys.readouterr().out.strip() == f"{problem}: there is no best checkpoint"

@@ -33,20 +33,20 @@ def test_a_parameter_without_gradient_is_named_where_none_was_expected(accumulat
 @pytest.mark.parametrize("unused", [True, None])
 def test_a_parameter_without_gradient_is_no_matter_where_it_may_be(unused):
     """Nor where a training says nothing, as one of your own."""
-    lit, seen, alone = Spare(), Seen(), Seen()
+    lit, after, alone = Spare(), Seen(), Seen()
     if unused is not None:
         lit.has_unused_parameters = unused
-    train(lit, Rows(), [seen], steps=3, strategy="ddp")
+    train(lit, Rows(), [after], steps=3, strategy="ddp")
     disband()
     train(Line(), Rows(), [alone], steps=3)
-    assert seen.weights == alone.weights
+    assert after.weights == alone.weights
 
 
 @pytest.mark.parametrize("unused", [True, False])
 def test_ddp_searches_only_where_parameters_may_be_unused(unused):
-    lit, found = Spare() if unused else Line(), []
+    lit, searched = Spare() if unused else Line(), []
     lit.has_unused_parameters = unused
-    seen = Seen()
-    seen.on_train_start = lambda trainer, lit: found.append(trainer.strategy.model.find_unused_parameters)
-    train(lit, Rows(), [seen], steps=1, strategy="ddp")
-    assert found == [unused]
+    look = Seen()
+    look.on_train_start = lambda trainer, lit: searched.append(trainer.strategy.model.find_unused_parameters)
+    train(lit, Rows(), [look], steps=1, strategy="ddp")
+    assert searched == [unused]
