@@ -58,7 +58,7 @@ def unconditional(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor
 def img2img(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, strength: float = 0.6) -> Choices:
     """batch["image"] with noise up to time `strength`, drawn anew from there: restyled by what is told (Meng et al. 2022, algorithm 1)."""
     z, ts = encoded(model, batch["image"]), times.strength(ts, strength)
-    return Choices(noised(model.denoiser.schedule, z, ts[0], noise.normal("start", z)), ts, batch, model.decode)
+    return Choices(add_noise(model.denoiser.schedule, z, noise.normal("start", z), ts[0]), ts, batch, model.decode)
 
 
 def edit(model: LatentDiffusion, batch: Batch, noise: Noise, ts: Tensor, strength: float = 1.0, source: str = "") -> Choices:
@@ -220,11 +220,6 @@ def prior(schedule: Schedule, t: Tensor, noise: Tensor) -> Tensor:
     """The state at time t () where nothing is known of the data but its unit variance: noise times sqrt(alpha^2 + sigma^2)."""
     alpha, sigma = schedule.alpha_sigma(t)
     return torch.hypot(alpha, sigma).to(noise) * noise
-
-
-def noised(schedule: Schedule, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """alpha z + sigma noise at time t ()."""
-    return add_noise(schedule, z, noise, t)
 
 
 def slerp(a: Tensor, b: Tensor, part: Tensor) -> Tensor:
