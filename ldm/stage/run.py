@@ -20,8 +20,8 @@ from ldm.errors import UserError
 from ldm.logger import Logger, Silent
 from ldm.stage import resume
 from ldm.training.announce import Announce
-from ldm.training.best import restore_best, signed
-from ldm.training.callbacks import Average, BestLater, Checkpoints, Keep, LearningRate, Pictures, Progress, Record, Snapshots
+from ldm.training.best import BestLater, restore_best, signed
+from ldm.training.callbacks import Average, Checkpoints, Keep, LearningRate, Pictures, Progress, Record, Snapshots
 from ldm.training.fit import world
 from ldm.training.gradients import Gradients
 from ldm.training.parallel import Agreement

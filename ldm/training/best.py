@@ -5,10 +5,15 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
 
 from ldm import durable
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.training.callbacks import Checkpoints
 
 FILE = "best.json"  # beside the step folders
 PACE = ("perf/images_per_s", "perf/data_wait", "perf/mfu")
@@ -72,3 +77,15 @@ def require_metric(metric: str | None, scores: Collection[str] | None, why: str 
     reason = {"val": (not scores and why) or "the metrics of this config give no such number", "perf": "no such number is recorded"}
     problem = reason.get(group, "the numbers of metrics.jsonl begin with train/, val/ or perf/")
     raise UserError(f"keep_best={metric}: {problem}; expected {expected}")
+
+
+class BestLater(L.Callback):
+    """Keeps the best by a number that is written after the checkpoint of its step, as those of pictures are."""
+
+    phase = "saving"
+
+    def __init__(self, checkpoints: "Checkpoints"):
+        self.checkpoints = checkpoints
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        self.checkpoints.save_best(trainer, lit, batch["step"] + 1)

@@ -281,18 +281,6 @@ class Checkpoints(L.Callback):
         return lambda old: bool(self.keep.every and old % self.keep.every == 0) or (best is not None and old == best.step)
 
 
-class BestLater(L.Callback):
-    """Keeps the best by a number that is written after the checkpoint of its step, as those of pictures are."""
-
-    phase = "saving"
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        self.checkpoints.save_best(trainer, lit, batch["step"] + 1)
-
-
 class Scores(L.Callback):
     """Writes measure()'s numbers every `every` steps, taken on all processes with the averaged weights in place."""
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from ldm.diffusion.objective import Likelihood, LossSecondMoment
 from ldm.durable import latest_valid, load_step, step_of, steps
-from ldm.training.best import Best, read_best
-from ldm.training.callbacks import BestLater, Checkpoints, Keep
+from ldm.training.best import Best, BestLater, read_best
+from ldm.training.callbacks import Checkpoints, Keep
 
 
 class Plain:
