@@ -72,10 +72,9 @@ def needs(cfg: Any) -> list[cache.Kept]:
     return first_stage.wanted(cfg)
 
 
-def make(net: Any, autoencoder: nn.Module, data: Any) -> nn.Module:
+def make(net: Any, autoencoder: Any, data: Any) -> Any:
     """The network for a first stage's latents of a data set; net: its constructor, options bound."""
-    autoencoder_: Any = autoencoder
-    return net(in_channels=autoencoder_.z_channels, classes=len(data.classes), size=data.size // autoencoder_.factor)
+    return net(in_channels=autoencoder.z_channels, classes=len(data.classes), size=data.size // autoencoder.factor)
 
 
 @torch.no_grad()
