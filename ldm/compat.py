@@ -1,7 +1,7 @@
 """Names of other packages that are not part of their public interface, gathered so that a release that moves one breaks this file alone.
 
 Each is imported when it is first used: train.py reads much of this package before torch and Hydra.  The operators of oneDNN are in
-ldm/adapter/packed.py, of which they are the subject.
+ldm/net/cpu_kernels.py, of which they are the subject.
 """
 
 import os

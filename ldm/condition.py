@@ -33,12 +33,16 @@ class Condition:
     def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
         """The Condition with f applied to every tensor in it."""
         values: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(self)}
-        changed: dict[str, Any] = {k: tuple(map(f, v)) if isinstance(v, tuple) else f(v) for k, v in values.items() if v is not None}
+        changed: dict[str, Any] = {
+            k: tuple(map(f, v)) if isinstance(v, tuple) else f(v) for k, v in values.items() if v is not None
+        }
         return replace(self, **changed)
 
     def to(self, *args, **kwargs) -> "Condition":
         """Move or cast as Tensor.to does; the boolean mask keeps its dtype."""
-        return self.map(lambda v: v.to(*args, **kwargs) if v.is_floating_point() else v.to(v.to(*args, **kwargs).device))
+        return self.map(
+            lambda v: v.to(*args, **kwargs) if v.is_floating_point() else v.to(v.to(*args, **kwargs).device)
+        )
 
     def index(self, rows: slice | Tensor | Sequence[int]) -> "Condition":
         """The given rows of every tensor."""
@@ -49,7 +53,7 @@ class Condition:
 
         Raises ValueError if the fields in use differ.
         """
-        a, b = aligned(self, other)
+        a, b = align_fields(self, other)
 
         def choose(mine: Tensor, theirs: Tensor) -> Tensor:
             return torch.where(keep.to(mine.device).reshape(-1, *[1] * (mine.ndim - 1)), mine, theirs)
@@ -60,7 +64,7 @@ class Condition:
                 chosen[name] = choose(mine, getattr(b, name))
         return Condition(**chosen, hint=tuple(map(choose, a.hint, b.hint)), label=a.label)
 
-    def over(self, height: int, width: int) -> "Condition":
+    def expand_concat(self, height: int, width: int) -> "Condition":
         """Its concat spread over that many places if it says the same of every place. Raises ConfigError if it is of another size."""
         if self.concat is None or self.concat.shape[-2:] == (height, width):
             return self
@@ -73,7 +77,7 @@ class Condition:
 
     def cat(self, *others: "Condition") -> "Condition":
         """Stack batches; shorter contexts are padded with masked tokens. Raises ValueError if the fields in use differ."""
-        parts = aligned(self, *others)
+        parts = align_fields(self, *others)
 
         def stack(values: Sequence[Tensor | None]) -> Tensor | None:
             return None if values[0] is None else torch.cat([v for v in values if v is not None])
@@ -90,28 +94,43 @@ class Condition:
         )
 
 
-def aligned(*parts: Condition) -> list[Condition]:
+def align_fields(*parts: Condition) -> list[Condition]:
     """The conditions with contexts padded to the longest and, where lengths differ or any has one, masks; concat and hints spread.
 
     Raises ValueError if the fields in use differ.
     """
-    used = [tuple(bool(v) if isinstance(v, tuple) else v is not None for v in (p.context, p.vector, p.concat, p.hint)) for p in parts]
+    used = [
+        tuple(bool(v) if isinstance(v, tuple) else v is not None for v in (p.context, p.vector, p.concat, p.hint))
+        for p in parts
+    ]
     if len(set(used)) > 1:
-        raise ValueError(f"conditions with different fields cannot be joined (context, vector, concat, hint in use: {used})")
-    hints = zip(*(spread(each) for each in zip(*(p.hint for p in parts), strict=True)), strict=True) if parts[0].hint else [()] * len(parts)
-    concats = spread([p.concat for p in parts])
-    parts = tuple(replace(p, concat=concat, hint=tuple(hint)) for p, concat, hint in zip(parts, concats, hints, strict=True))
+        raise ValueError(
+            f"conditions with different fields cannot be joined (context, vector, concat, hint in use: {used})"
+        )
+    hints = (
+        zip(*(expand_spatial(each) for each in zip(*(p.hint for p in parts), strict=True)), strict=True)
+        if parts[0].hint
+        else [()] * len(parts)
+    )
+    concats = expand_spatial([p.concat for p in parts])
+    parts = tuple(
+        replace(p, concat=concat, hint=tuple(hint)) for p, concat, hint in zip(parts, concats, hints, strict=True)
+    )
     lengths = {p.context.shape[1] for p in parts if p.context is not None}
     if not lengths or (len(lengths) == 1 and all(p.mask is None for p in parts)):
         return list(parts)
-    return [padded(p, max(lengths)) for p in parts]
+    return [pad_context(p, max(lengths)) for p in parts]
 
 
-def padded(cond: Condition, length: int) -> Condition:
+def pad_context(cond: Condition, length: int) -> Condition:
     """The condition with its context padded to `length` tokens and a mask that says so."""
     if cond.context is None:
         return cond
-    mask = cond.mask if cond.mask is not None else torch.ones(cond.context.shape[:2], dtype=torch.bool, device=cond.context.device)
+    mask = (
+        cond.mask
+        if cond.mask is not None
+        else torch.ones(cond.context.shape[:2], dtype=torch.bool, device=cond.context.device)
+    )
     more = length - cond.context.shape[1]
     return (
         cond
@@ -120,7 +139,10 @@ def padded(cond: Condition, length: int) -> Condition:
     )
 
 
-def spread(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+def expand_spatial(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Those (B, C, h, w) that say the same of every place, h = w = 1, expanded to the size of the largest."""
     size = max((part.shape[-2:] for part in parts if part is not None), default=None)
-    return [part.expand(-1, -1, *size) if part is not None and size and part.shape[-2:] == (1, 1) else part for part in parts]
+    return [
+        part.expand(-1, -1, *size) if part is not None and size and part.shape[-2:] == (1, 1) else part
+        for part in parts
+    ]

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from ldm.compat import lerp_
 from ldm.errors import ConfigError
 
-LENGTHS = (0.05, 0.10)  # of the averages that are kept along a training, where snapshots are asked for (EDM2, section 3.2)
+SIGMA_RELS = (
+    0.05,
+    0.10,
+)  # of the averages that are kept along a training, where snapshots are asked for (EDM2, section 3.2)
 
 
-def power_of(sigma_rel: float) -> float:
+def std_to_exponent(sigma_rel: float) -> float:
     """The exponent gamma of the power-function average whose relative width is sigma_rel, below 0.28 (EDM2 eq. 126, algorithm 2).
 
     Raises ConfigError for another width.
@@ -24,27 +27,30 @@ def power_of(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
-def overlap(gamma_a, t_a, gamma_b, t_b):
+def profile_correlation(gamma_a, t_a, gamma_b, t_b):
     """The integral over time of the product of two averages' densities (gamma + 1) t^gamma / T^(gamma + 1), T = t_a and t_b > 0, as arrays
     that broadcast (EDM2, algorithm 3, p_dot_p)."""
     exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** exponent / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
 
 
-def mixture(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> tuple[list[float], float]:
+def posthoc_coefficients(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> tuple[list[float], float]:
     """What each kept average, of length and step (sigma_rel, t), weighs in the average of length sigma_rel at `step` that comes nearest in
     the least squares of densities over time (EDM2, algorithm 3), and how far off it is, as a part of that one's own norm.
 
     The parts are held to a sum of 1, which the paper leaves to the number of snapshots: what stands still in training stays as it is.
     Raises ConfigError for a length that no average has.
     """
-    gamma, t = np.array([power_of(length) for length, _ in kept]), np.array([at / step for _, at in kept])
-    wanted = power_of(sigma_rel)
-    gram, towards = overlap(gamma[:, None], t[:, None], gamma, t), overlap(gamma, t, wanted, 1.0)
+    gamma, t = np.array([std_to_exponent(length) for length, _ in kept]), np.array([at / step for _, at in kept])
+    wanted = std_to_exponent(sigma_rel)
+    gram, towards = (
+        profile_correlation(gamma[:, None], t[:, None], gamma, t),
+        profile_correlation(gamma, t, wanted, 1.0),
+    )
     n = len(kept)
     held = np.block([[gram, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])  # with Lagrange's multiplier
     x = np.linalg.lstsq(held, np.append(towards, 1.0), rcond=None)[0][:n]
-    whole = overlap(wanted, 1.0, wanted, 1.0)
+    whole = profile_correlation(wanted, 1.0, wanted, 1.0)
     return x.tolist(), float(np.sqrt(max(0.0, whole - 2 * x @ towards + x @ gram @ x) / whole))
 
 
@@ -55,7 +61,7 @@ class PowerEMA:
     """
 
     def __init__(self, module: nn.Module, sigma_rel: float = 0.1):
-        self.gamma = power_of(sigma_rel)
+        self.gamma = std_to_exponent(sigma_rel)
         self.module = module
         self.shadow = {name: p.detach().clone() for name, p in self._live().items()}
 
@@ -67,19 +73,23 @@ class PowerEMA:
         """Take in the weights after optimiser step `step`, counted from 1 (beta of eq. 127)."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
         live = self._live()
-        self.shadow = {name: value.to(live[name]) for name, value in self.shadow.items()}  # the trainer may have moved or widened them
+        self.shadow = {
+            name: value.to(live[name]) for name, value in self.shadow.items()
+        }  # the trainer may have moved or widened them
         lerp_(list(self.shadow.values()), list(live.values()), 1 - beta)
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over a saved average in the precision it was saved in; raises KeyError if the names differ."""
         if state.keys() != self.shadow.keys():
-            raise KeyError(f"average of other weights: {sorted(state.keys() ^ self.shadow.keys())[:4]} are in one of the two only")
+            raise KeyError(
+                f"average of other weights: {sorted(state.keys() ^ self.shadow.keys())[:4]} are in one of the two only"
+            )
         for name, value in state.items():
             self.shadow[name] = torch.empty_like(self.shadow[name], dtype=value.dtype).copy_(value)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Within the block the module holds the averaged weights."""
         live = self._live()
         with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
-from ldm.conditioner.compose import tell
+from ldm.conditioner.compose import condition_or_null
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
 
@@ -43,7 +43,9 @@ class LatentDiffusion(nn.Module):
         """
         f, (height, width) = self.autoencoder.factor, size or self.size
         if height < f or width < f or height % f or width % f:
-            raise ConfigError(f"size=[{height},{width}]: height and width must be multiples of {f}, the first stage's factor")
+            raise ConfigError(
+                f"size=[{height},{width}]: height and width must be multiples of {f}, the first stage's factor"
+            )
         return num, self.autoencoder.z_channels, height // f, width // f
 
     @torch.no_grad()
@@ -56,7 +58,7 @@ class LatentDiffusion(nn.Module):
 
     def condition(self, batch: dict[str, Any]) -> Condition:
         """What the network is told; the null condition where the batch says nothing."""
-        return tell(self.conditioner, batch)
+        return condition_or_null(self.conditioner, batch)
 
-    def uncondition(self, batch: dict[str, Any]) -> Condition:
+    def null_condition(self, batch: dict[str, Any]) -> Condition:
         return self.conditioner.null(batch)

@@ -21,14 +21,14 @@ def mean_per_sample(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def key(*parts: int | str | tuple[int, int]) -> int:
+def derive_seed(*parts: int | str | tuple[int, int]) -> int:
     """A 63-bit seed that depends on every part and on nothing else."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def choose(options: Sequence[T], *parts: int | str | tuple[int, int]) -> T:
     """Choose one of the options, each as likely as any other, by the key of the parts alone."""
-    return options[key(*parts) % len(options)]
+    return options[derive_seed(*parts) % len(options)]
 
 
 def hash_state_dict(state: Mapping[str, Tensor]) -> str:
@@ -41,7 +41,7 @@ def hash_state_dict(state: Mapping[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True)
-class Noise:
+class KeyedNoise:
     """Random draws for a batch of rows, row i keyed by (seed, purpose, index[i]).
 
     seed: of the run.  index: what a row is, once and for all: an image's seed, or (place, index): the pass over the data and the sample.
@@ -52,7 +52,7 @@ class Noise:
     seed: int
     index: Sequence[int | tuple[int, int]]
     position: Sequence[int] | None = None
-    total: int | None = None
+    global_batch_size: int | None = None
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -64,14 +64,16 @@ class Noise:
 
     def uniform(self, purpose: str, x: Tensor) -> Tensor:
         """Uniform in [0, 1) shaped, typed and placed like x (B, ...)."""
-        below = 1 - torch.finfo(x.dtype).eps / 2  # the largest number of x's type under 1, to which bfloat16 and float16 would round up
+        below = (
+            1 - torch.finfo(x.dtype).eps / 2
+        )  # the largest number of x's type under 1, to which bfloat16 and float16 would round up
 
         def draw(*shape: object, **options: object) -> Tensor:
             return torch.rand(*shape, **options).clamp_(max=below)  # type: ignore[call-overload]
 
         return self._draw(draw, purpose, x)
 
-    def stream(self, purpose: str) -> Callable[[Tensor], Tensor]:
+    def sampler_noise(self, purpose: str) -> Callable[[Tensor], Tensor]:
         """A callable that draws one standard normal shaped like its argument, a new one at each call: a sampler's `noise`."""
         step = 0
 
@@ -88,6 +90,6 @@ class Noise:
         out = torch.empty(x.shape)
         generator = torch.Generator()
         for row, index in zip(out, self.index, strict=True):
-            generator.manual_seed(key(self.seed, purpose, index))
+            generator.manual_seed(derive_seed(self.seed, purpose, index))
             draw(row.shape, generator=generator, out=row)
         return out.to(x)

@@ -23,7 +23,11 @@ class Visit:
 
     def hosts(self) -> set[str]:
         """Whom it asked over a network."""
-        return {address.split("/")[2].split(":")[0] for address in self.asked if not address.startswith(("data:", "blob:", "file:"))}
+        return {
+            address.split("/")[2].split(":")[0]
+            for address in self.asked
+            if not address.startswith(("data:", "blob:", "file:"))
+        }
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads cost more than they bring; read when torch is imported
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # small tensors: threads cost more than they bring; read when torch is imported
 
 import json
 import re
@@ -15,7 +17,7 @@ import pytest
 from filelock import FileLock
 from smoke import enliven, process
 
-from ldm.launch import WORLD
+from ldm.launch.process import RANK_VARIABLES
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,6 @@ def no_rank_left():
     """Lightning leaves LOCAL_RANK in the environment after a test of ddp, and the next one in this process would be taken for a rank."""
     before = dict(os.environ)
     yield
-    for name in WORLD:
+    for name in RANK_VARIABLES:
         if name not in before:
             os.environ.pop(name, None)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from smoke import ROOT, command, composed, here, plan_of, process
 
-from ldm.argv import Tree, keys
+from ldm.config.overrides import ConfigSearchPath, dotted_keys
 
 BUSY, IDLE = 60, 900  # seconds of a case, of this process's time and of the wall's: beyond them it hangs
 MEMORY = 12 << 30  # of address space: what asks for more is told that it does not fit
@@ -155,7 +155,7 @@ def halves(folder: Path) -> list[Path]:
 # ---- overrides
 
 
-def override(draw: random.Random, tree: Tree, names: list[str]) -> str:
+def override(draw: random.Random, tree: ConfigSearchPath, names: list[str]) -> str:
     """One thing to type: a choice, a key with any value at all, or nonsense."""
     kind = draw.random()
     if kind < 0.3:
@@ -164,7 +164,18 @@ def override(draw: random.Random, tree: Tree, names: list[str]) -> str:
     if kind < 0.37:
         name = draw.choice(names)
         return draw.choice(
-            [f"+{name}=1", f"~{name}", f"{name}x=1", f"{name}", f"={name}", f"{name}==1", f"{name}.a=1", f"+{name}@a=b", "--what", "-m"]
+            [
+                f"+{name}=1",
+                f"~{name}",
+                f"{name}x=1",
+                f"{name}",
+                f"={name}",
+                f"{name}==1",
+                f"{name}.a=1",
+                f"+{name}@a=b",
+                "--what",
+                "-m",
+            ]
         )
     name = draw.choice(names)
     values = [*NUMBERS, *TEXTS]
@@ -175,16 +186,16 @@ def override(draw: random.Random, tree: Tree, names: list[str]) -> str:
 
 def overrides(count: int, seed: int) -> list[tuple[str, ...]]:
     """What is typed behind `train.py budget=smoke`, case by case."""
-    tree = Tree((ROOT / "conf",), ROOT)
-    from ldm.build import plain
+    tree = ConfigSearchPath((ROOT / "conf",), ROOT)
+    from ldm.config.build import to_container
 
-    names = [name for name in keys(plain(composed("budget=smoke"))) if not name.startswith(OTHERS)]
+    names = [name for name in dotted_keys(to_container(composed("budget=smoke"))) if not name.startswith(OTHERS)]
     draw = random.Random(seed)
     return [tuple(override(draw, tree, names) for _ in range(draw.choice((1, 1, 1, 2, 3)))) for _ in range(count)]
 
 
 def typed(words: tuple[str, ...]) -> tuple[str, ...]:
-    return ("budget=smoke", "metrics=none", "training.grid_every=100", *words)
+    return ("budget=smoke", "metrics=none", "training.sample_every=100", *words)
 
 
 # ---- files
@@ -200,13 +211,19 @@ def pictures(folder: Path, draw: random.Random) -> Path:
         [("png", "RGB"), ("jpg", "RGB"), ("gif", "P"), ("webp", "RGBA"), ("tif", "I;16"), ("bmp", "RGB"), ("ppm", "L")]
     ):
         level = Image.effect_noise((24, 24), 60)
-        (level if mode == "I;16" else level.convert(mode)).save(root / f"{number}.{'png' if mode == 'I;16' else ending}")
+        (level if mode == "I;16" else level.convert(mode)).save(
+            root / f"{number}.{'png' if mode == 'I;16' else ending}"
+        )
     (root / "0.txt").write_text("a red thing\nand more\n")
     (root / "1.json").write_text('{"caption": ["one", "two"]}')
     if draw.random() < 0.5:
-        (root / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{one.name},a {one.stem}\n" for one in root.glob("*.*")))
+        (root / "metadata.csv").write_text(
+            "file_name,caption\n" + "".join(f"{one.name},a {one.stem}\n" for one in root.glob("*.*"))
+        )
     elif draw.random() < 0.5:
-        (root / "metadata.jsonl").write_text("".join(json.dumps({"file_name": one.name, "text": "a"}) + "\n" for one in root.glob("*.*")))
+        (root / "metadata.jsonl").write_text(
+            "".join(json.dumps({"file_name": one.name, "text": "a"}) + "\n" for one in root.glob("*.*"))
+        )
     return root
 
 
@@ -276,7 +293,20 @@ def values(text: bytes, draw: random.Random) -> bytes:
     place = draw.choice(places)
     comma = "," if lines[place].endswith(",") else ""
     value = draw.choice(
-        ("null", "-1", "0", "[]", "{}", '"x"', "1e300", "true", "999999999999", '["a"]', '{"_target_": "os.system"}', '"../../x"')
+        (
+            "null",
+            "-1",
+            "0",
+            "[]",
+            "{}",
+            '"x"',
+            "1e300",
+            "true",
+            "999999999999",
+            '["a"]',
+            '{"_target_": "os.system"}',
+            '"../../x"',
+        )
     )
     lines[place] = f"{lines[place].partition(': ')[0]}: {value}{comma}"
     return "\n".join(lines).encode()
@@ -306,32 +336,32 @@ class Case:
 
 
 def read_pictures(root: Path) -> None:
-    from ldm.data.folder import Folder
+    from ldm.data.folder import ImageFolder
 
-    Folder(root, size=16, bad=1.0).batch([(0, 0)])
+    ImageFolder(root, size=16, max_unreadable=1.0).batch([(0, 0)])
 
 
 def read_shard(path: Path) -> None:
-    from ldm.data.shards import Shards
+    from ldm.data.shards import TarShardDataset
 
-    data = Shards(path, size=16, held_out=0)
+    data = TarShardDataset(path, size=16, test_fraction=0)
     data.batch([(0, i) for i in range(len(data))])
 
 
 def read_model(path: Path) -> None:
-    from ldm.load import load
+    from ldm.checkpoint.load import load_model
 
-    load(path)
+    load_model(path)
 
 
 def read_weights(path: Path) -> None:
-    from ldm.interop.read import weights
+    from ldm.interop.weights_file import read_weights
 
-    weights(path)
+    read_weights(path)
 
 
 def own_images(root: Path) -> tuple[str, ...]:
-    return ("train.py", *typed(("data=folder", f"data.path={root}", "data.size=16", "data.bad=1.0")))
+    return ("train.py", *typed(("data=folder", f"data.path={root}", "data.size=16", "data.max_unreadable=1.0")))
 
 
 def from_shard(path: Path) -> tuple[str, ...]:
@@ -339,7 +369,7 @@ def from_shard(path: Path) -> tuple[str, ...]:
 
 
 def sampled(path: Path) -> tuple[str, ...]:
-    return ("sample.py", f"run={path}", "num=1", "steps=1", f"out={path.parent / 'out'}")
+    return ("sample.py", f"run={path}", "num=1", "steps=1", f"output_dir={path.parent / 'out'}")
 
 
 def cases(run: Path, checkpoint: Path) -> list[Case]:
@@ -358,11 +388,13 @@ def cases(run: Path, checkpoint: Path) -> list[Case]:
     def pickled(folder: Path, draw: random.Random) -> Path:
         import torch
 
-        from ldm.durable import read_tensors
+        from ldm.io.atomic import read_tensors
 
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(
-            {"state_dict": read_tensors(checkpoint), "epoch": 1}, folder / "a.ckpt", _use_new_zipfile_serialization=draw.random() < 0.5
+            {"state_dict": read_tensors(checkpoint), "epoch": 1},
+            folder / "a.ckpt",
+            _use_new_zipfile_serialization=draw.random() < 0.5,
         )
         return folder / "a.ckpt"
 
@@ -377,9 +409,9 @@ def cases(run: Path, checkpoint: Path) -> list[Case]:
 
 def as_command(read: Callable[[Path], object], path: Path) -> int:
     """The exit code that a command would have."""
-    from ldm.command import guarded
+    from ldm.cli.errors import run_guarded
 
-    return guarded(lambda: read(path) and None)
+    return run_guarded(lambda: read(path) and None)
 
 
 # ---- all of it
@@ -402,8 +434,14 @@ class Tally:
 
     def write(self) -> None:
         """Write tests/fuzz.csv as far as it is."""
-        kinds, ends = list(dict.fromkeys(kind for kind, _ in self.counts)), ("done", "refused", "traceback", "hang", "left")
-        rows = [[kind, sum(self.counts[kind, end] for end in ends), *(self.counts[kind, end] for end in ends)] for kind in kinds]
+        kinds, ends = (
+            list(dict.fromkeys(kind for kind, _ in self.counts)),
+            ("done", "refused", "traceback", "hang", "left"),
+        )
+        rows = [
+            [kind, sum(self.counts[kind, end] for end in ends), *(self.counts[kind, end] for end in ends)]
+            for kind in kinds
+        ]
         with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
             head = ["what", "cases", "done", "refused", "traceback", "hang", "half written"]
             csv.writer(file, lineterminator="\n").writerows([head, *rows])
@@ -414,17 +452,17 @@ def fuzz_overrides(every: list[tuple[str, ...]], folder: Path, tally: Tally) -> 
     """Compose and check each command line as a command does before it starts; returns those that passed."""
     from types import SimpleNamespace
 
-    from ldm.build import SUPPLIED
-    from ldm.command import guarded
+    from ldm.cli.errors import run_guarded
+    from ldm.config.build import RUNTIME_PARAMETERS
 
     def check(words: tuple[str, ...]) -> None:
         plan = plan_of(*typed(words))
-        with plan.explained(SimpleNamespace(started=False)):
-            plan.check(SUPPLIED)
+        with plan.translate_errors(SimpleNamespace(started=False)):
+            plan.check(RUNTIME_PARAMETERS)
 
     passed = []
     for words in every:
-        how = outcome(lambda words=words: guarded(lambda: check(words)), folder)
+        how = outcome(lambda words=words: run_guarded(lambda: check(words)), folder)
         tally.add("overrides, checked", " ".join(words), how)
         passed += [words] if how.kind == "done" else []
     return passed
@@ -433,7 +471,11 @@ def fuzz_overrides(every: list[tuple[str, ...]], folder: Path, tally: Tally) -> 
 def train_overrides(every: list[tuple[str, ...]], folder: Path, tally: Tally) -> None:
     """Train each; folder: where the cache of a smoke run is."""
     for words in every:
-        tally.add("overrides, trained", " ".join(words), outcome(lambda words=words: command("train.py", *typed(words)), folder))
+        tally.add(
+            "overrides, trained",
+            " ".join(words),
+            outcome(lambda words=words: command("train.py", *typed(words)), folder),
+        )
         shutil.rmtree(folder / "runs", ignore_errors=True)
 
 
@@ -441,8 +483,15 @@ def whole_commands(every: list[tuple[str, ...]], folder: Path, tally: Tally) -> 
     """Each as a process of its own."""
     for words in every:
         done = process("train.py", *typed(words), cwd=folder, timeout=600)
-        how = Outcome("traceback" if done.returncode not in (0, 2, 3) or "Traceback" in done.stderr else "done", done.stderr[-300:])
-        tally.add("overrides, whole commands", " ".join(words), how if not halves(folder) else Outcome("left", str(halves(folder)[0])))
+        how = Outcome(
+            "traceback" if done.returncode not in (0, 2, 3) or "Traceback" in done.stderr else "done",
+            done.stderr[-300:],
+        )
+        tally.add(
+            "overrides, whole commands",
+            " ".join(words),
+            how if not halves(folder) else Outcome("left", str(halves(folder)[0])),
+        )
         shutil.rmtree(folder / "runs", ignore_errors=True)
 
 
@@ -456,8 +505,15 @@ def fuzz_files(every: list[Case], count: int, seed: int, folder: Path, tally: Ta
         name = f"seed {seed}, number {number}"
         if whole:
             done = process(*case.line(target), cwd=folder, timeout=600)
-            how = Outcome("traceback" if done.returncode not in (0, 2, 3) or "Traceback" in done.stderr else "done", done.stderr[-300:])
-            tally.add(f"{case.kind}, whole commands", name, how if not halves(folder) else Outcome("left", str(halves(folder)[0])))
+            how = Outcome(
+                "traceback" if done.returncode not in (0, 2, 3) or "Traceback" in done.stderr else "done",
+                done.stderr[-300:],
+            )
+            tally.add(
+                f"{case.kind}, whole commands",
+                name,
+                how if not halves(folder) else Outcome("left", str(halves(folder)[0])),
+            )
         else:
             tally.add(case.kind, name, outcome(lambda case=case, target=target: as_command(case.read, target), folder))
         for left in (place, folder / "runs", folder / "cache" / "folders", folder / "cache" / "shards"):
@@ -466,10 +522,10 @@ def fuzz_files(every: list[Case], count: int, seed: int, folder: Path, tally: Ta
 
 def checkpoint_of(run: Path, path: Path) -> Path:
     """A run as one safetensors file with its config inside."""
-    from ldm.foreign import pipeline_of
-    from ldm.interop import single
+    from ldm.cli.export import run_to_pipeline
+    from ldm.interop import single_file
 
-    single.save(pipeline_of(run), path)
+    single_file.save(run_to_pipeline(run), path)
     return path
 
 

@@ -24,7 +24,11 @@ os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 ROOT = Path(__file__).parents[1]
 SOURCE, TESTS = ROOT / "ldm/diffusion", ROOT / "tests/diffusion"
 # Where to look first: the test files that know most of a module, and the tests of a function, where the names differ.
-FILES = {"denoiser": ["prediction"], "correction": ["constraint", "recursion"], "sampler": ["reference", "recursion", "sampler"]}
+FILES = {
+    "denoiser": ["prediction"],
+    "correction": ["constraint", "recursion"],
+    "sampler": ["reference", "recursion", "sampler"],
+}
 TESTS_OF = {
     "check": "refuses",
     "steps": "refuses",
@@ -37,7 +41,12 @@ TESTS_OF = {
     "bound": "fair",
     "bin_of": "bins",
 }
-PLUGINS = ("cacheprovider", "unraisableexception", "threadexception", "warnings")  # which a mutant's few seconds have no use for
+PLUGINS = (
+    "cacheprovider",
+    "unraisableexception",
+    "threadexception",
+    "warnings",
+)  # which a mutant's few seconds have no use for
 MEMORY = 5 << 30  # bytes of address space, most of it shared libraries: a mutant that fills it is dead
 SECONDS = 10, 90, 300  # of CPU time, by the end of each round of tests: a mutant that does not end is dead
 
@@ -71,7 +80,11 @@ def mutants(node: ast.expr) -> Iterator[ast.expr]:
             yield node.left
         if isinstance(node.op, ast.Add | ast.Mult):
             yield node.right
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not) and not isinstance(node.operand, ast.Constant):
+    elif (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.USub | ast.Not)
+        and not isinstance(node.operand, ast.Constant)
+    ):
         yield node.operand
     elif isinstance(node, ast.Compare):
         for k, op in enumerate(node.ops):
@@ -87,7 +100,9 @@ def places(tree: ast.Module) -> Iterator[tuple[str, list]]:
     """(function, path) of every expression inside a function body; a path is the fields and indices that lead to it."""
 
     def walk(node: ast.AST, path: list, function: str) -> Iterator[tuple[str, list]]:
-        if isinstance(node, ast.JoinedStr | ast.arguments) or (isinstance(node, ast.FunctionDef) and node.name == "__repr__"):
+        if isinstance(node, ast.JoinedStr | ast.arguments) or (
+            isinstance(node, ast.FunctionDef) and node.name == "__repr__"
+        ):
             return  # messages and defaults
         if isinstance(node, ast.expr) and function:
             yield function, path
@@ -168,7 +183,16 @@ def warm_up() -> None:
 
     gc.freeze()
     torch.set_num_threads(1)
-    for name in ("DDIM", "DDPM", "PNDM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete"):
+    for name in (
+        "DDIM",
+        "DDPM",
+        "PNDM",
+        "DPMSolverMultistep",
+        "UniPCMultistep",
+        "EulerDiscrete",
+        "HeunDiscrete",
+        "EulerAncestralDiscrete",
+    ):
         getattr(diffusers, f"{name}Scheduler")
     assert diffusers.FlowMatchEulerDiscreteScheduler
     assert diffusers.FlowMatchHeunDiscreteScheduler

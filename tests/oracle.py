@@ -44,7 +44,9 @@ class Gaussian:
         return (self.std * sigma) ** 2 / self.moments(t)[1]
 
 
-def affine(sampler: Callable, denoise: Callable, schedule: Schedule, ts: Tensor, draws: int) -> tuple[float, float, float]:
+def affine(
+    sampler: Callable, denoise: Callable, schedule: Schedule, ts: Tensor, draws: int
+) -> tuple[float, float, float]:
     """(a, b, c) of an affine sampler's result a x + b + c z, z standard normal: it is run once on probes, with no randomness at all.
 
     Row 0 starts at 0 and row 1 at 1 without noise; row 2 + k starts at 0 and draws 1 as its k-th draw. draws: the number expected.

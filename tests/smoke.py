@@ -26,7 +26,7 @@ def here(folder: Path, **env: str) -> Iterator[None]:
         patch.chdir(folder)
         for name, value in {"LDM_CACHE": str(folder / "cache"), "LDM_OFFLINE": "1", **env}.items():
             patch.setenv(name, value)
-        patch.setattr("ldm.launch.run_config", in_process)
+        patch.setattr("ldm.launch.process.run_in_subprocess", in_process)
         yield
 
 
@@ -53,7 +53,7 @@ def command(script: str, *typed: str) -> int:
 
 
 def in_process(script: Path, folder: Path, devices: int = 1, env: Mapping[str, str] | None = None) -> int:
-    """As ldm.launch.run_config, but for one device and without a process of its own."""
+    """As ldm.launch.process.run_in_subprocess, but for one device and without a process of its own."""
     assert devices == 1
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (env or {}).items():
@@ -74,30 +74,35 @@ def enliven(run: Path) -> None:
     """Give a run weights drawn at random, its first stage too, so that its network hears all that it is told."""
     import torch
 
-    from ldm import build, durable
-    from ldm.load import config_of
-    from ldm.space import Space
+    from ldm.checkpoint.latent_space import LatentSpace
+    from ldm.checkpoint.load import load_run_config
+    from ldm.config import build
+    from ldm.io import atomic
 
     generator = torch.Generator().manual_seed(0)
     for file in (run / "first_stage.safetensors", run / "weights.safetensors"):
-        state = durable.read_tensors(file)
+        state = atomic.read_tensors(file)
         for name, value in state.items():
             if name not in ("shift", "scale", "calibrated_on"):
                 size = value[0].numel() ** -0.5 if value.ndim > 1 else 0.3
-                state[name] = torch.randn(value.shape, generator=generator) * size + float("norm" in name and name.endswith("weight"))
+                state[name] = torch.randn(value.shape, generator=generator) * size + float(
+                    "norm" in name and name.endswith("weight")
+                )
         if file.stem == "first_stage":
-            node = config_of(run).autoencoder
-            autoencoder = build.autoencoder(node, channels=1)
+            node = load_run_config(run).autoencoder
+            autoencoder = build.build_autoencoder(node, channels=1)
             autoencoder.load_state_dict(state)
-            space = Space.of(autoencoder, build.plain(node))
-        durable.write_tensors(file, state, space.metadata)
+            space = LatentSpace.from_autoencoder(autoencoder, build.to_container(node))
+        atomic.write_tensors(file, state, space.metadata)
 
 
 def process(script: str, *typed: str, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
     """`python SCRIPT TYPED` as a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "LDM_CACHE": str(cwd / "cache"), "LDM_OFFLINE": "1", **env}
     line = [sys.executable, str(ROOT / script), *typed]
-    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        line, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+    )
 
 
 def processes(
@@ -114,7 +119,9 @@ def processes(
     kill_at: the training step after which the signal `kill` comes.  harm: called with each one's rank before its command runs.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ldm.stage.diffusion", "ldm.drawing", "ldm.score", "hydra", "torchmetrics.image"])
+    context.set_forkserver_preload(
+        ["ldm.recipes.diffusion", "ldm.sampling.run", "ldm.evaluation.evaluate", "hydra", "torchmetrics.image"]
+    )
     world = {"WORLD_SIZE": str(len(jobs)), "LOCAL_WORLD_SIZE": str(len(jobs)), "GROUP_RANK": "0"}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "TORCHELASTIC_RUN_ID": "test"}
     children = []
@@ -122,7 +129,9 @@ def processes(
         own = {"LDM_CACHE": str(cwd / "cache"), **env}
         if len(jobs) > 1:
             own |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        children.append(context.Process(target=_child, args=(job, cwd, own, kill_at, kill, harm and partial(harm, rank))))
+        children.append(
+            context.Process(target=_child, args=(job, cwd, own, kill_at, kill, harm and partial(harm, rank)))
+        )
         children[-1].start()
     for child in children:
         child.join(200)
@@ -130,7 +139,10 @@ def processes(
             child.kill()
             child.join()
     said = [(cwd / f"said-{rank}.txt").read_text() for rank in range(len(jobs))]
-    return [subprocess.CompletedProcess(job, child.exitcode, out) for job, child, out in zip(jobs, children, said, strict=True)]
+    return [
+        subprocess.CompletedProcess(job, child.exitcode, out)
+        for job, child, out in zip(jobs, children, said, strict=True)
+    ]
 
 
 def port() -> int:
@@ -140,25 +152,34 @@ def port() -> int:
         return probe.getsockname()[1]
 
 
-def _child(job: tuple[str, ...], cwd: Path, env: dict[str, str], kill_at: int | None, kill: int, harm: Callable[[], None] | None) -> None:
+def _child(
+    job: tuple[str, ...],
+    cwd: Path,
+    env: dict[str, str],
+    kill_at: int | None,
+    kill: int,
+    harm: Callable[[], None] | None,
+) -> None:
     os.environ.update(env)
-    multiprocessing.set_start_method("fork", force=True)  # of those that read data, as where a person starts the command
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of those that read data, as where a person starts the command
     with open(cwd / f"said-{env.get('RANK', 0)}.txt", "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
     with here(cwd, LDM_CACHE=env["LDM_CACHE"]):
         if kill_at is not None:
-            from ldm.training.callbacks import Record
+            from ldm.training.callbacks import MetricsRecorder
 
-            write = Record.on_train_batch_end
+            write = MetricsRecorder.on_train_batch_end
 
             def record(self, trainer, lit, outputs, batch, batch_idx):
                 write(self, trainer, lit, outputs, batch, batch_idx)
                 if batch["step"] + 1 == kill_at:
                     os.kill(os.getpid(), kill)
 
-            Record.on_train_batch_end = record
+            MetricsRecorder.on_train_batch_end = record
         if harm is not None:
             harm()
         sys.exit(command(*job))
@@ -169,31 +190,34 @@ def composed(*typed: str, name: str = "train") -> Any:
     """The config of a command after the strict check, for building parts of it here."""
     from omegaconf import OmegaConf
 
-    import ldm.studies  # noqa: F401
-    from ldm.build import SUPPLIED
-    from ldm.validate import validate
+    import ldm.config.search_path  # noqa: F401
+    from ldm.config.build import RUNTIME_PARAMETERS
+    from ldm.config.validate import validate
 
     plan = plan_of(*typed, name=name)
     config = plan.compose(plan.overrides)
     bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    validate(OmegaConf.to_container(bare, resolve=True), None, SUPPLIED)
+    validate(OmegaConf.to_container(bare, resolve=True), None, RUNTIME_PARAMETERS)
     return bare
 
 
 def plan_of(*typed: str, name: str = "train") -> Any:
     """What a command is about to run."""
-    import ldm.studies  # noqa: F401
-    from ldm.argv import Tree, rewrite, several
-    from ldm.command import Plan
+    import ldm.config.search_path  # noqa: F401
+    from ldm.config.compose import Composition
+    from ldm.config.overrides import ConfigSearchPath, expand_group_list, normalize_override
 
-    tree, sweep = Tree((ROOT / "conf",), ROOT), "-m" in typed
-    written = [rewrite(one, tree, ("prompt",), ("run",), sweep) for one in typed if one != "-m"]
-    return Plan(tree, name, sweep, [one for override in written for one in several(override, tree)])
+    tree, sweep = ConfigSearchPath((ROOT / "conf",), ROOT), "-m" in typed
+    written = [normalize_override(one, tree, ("prompt",), ("run",), sweep) for one in typed if one != "-m"]
+    return Composition(tree, name, sweep, [one for override in written for one in expand_group_list(override, tree)])
 
 
 def first_job(*typed: str) -> tuple[str, ...]:
     """The command line, fit to run alone, of the first of the jobs that a command stands for."""
     plan = plan_of(*typed)
-    (job, *others) = plan.jobs()
+    (job, *others) = plan.job_overrides()
     alone = ("hydra.mode=RUN", "hydra.sweeper.params=null") if others or plan.multirun else ()
-    return (*(word.replace("experiments=", "experiment=", 1) if word.startswith("experiments=") else word for word in job), *alone)
+    return (
+        *(word.replace("experiments=", "experiment=", 1) if word.startswith("experiments=") else word for word in job),
+        *alone,
+    )

@@ -10,18 +10,27 @@ import torch
 from PIL import Image
 from smoke import command, composed, here, train
 
-from ldm import adapted, build, durable, picture
-from ldm.app import forms
+from ldm.app import requests
 from ldm.app.limits import Limits
 from ldm.app.session import Session
+from ldm.checkpoint import adapters
+from ldm.checkpoint.load import load_run_config
+from ldm.cli.export import main as export
 from ldm.conditioner.edges import Canny
+from ldm.config import build
 from ldm.errors import UserError
-from ldm.export import main as export
-from ldm.load import DataCard, config_of
-from ldm.request import held_out
+from ldm.io import atomic, images
+from ldm.runs.data_card import DataCard
+from ldm.sampling.request import load_held_out
 
 FEW = ("num=4", "steps=2", "guidance.scale=1")
-STEP = ("metrics=none", "training.steps=2", "training.optimizer.lr=0.05", "training.lr_schedule.warmup=1", "training.grid_every=500")
+STEP = (
+    "metrics=none",
+    "training.steps=2",
+    "training.optimizer.lr=0.05",
+    "training.lr_schedule.warmup=1",
+    "training.sample_every=500",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,12 +42,12 @@ def place(smoke, tmp_path_factory):
 @pytest.fixture(scope="module")
 def factors(lively, place) -> Path:
     """A LoRA trained for two steps on the shared run."""
-    return train("adapter=lora", f"init={lively}", "adapter.where=[*attention*,*conv1]", *STEP)
+    return train("adapter=lora", f"init={lively}", "adapter.target_modules=[*attention*,*conv1]", *STEP)
 
 
 def draw(*typed: str, out: str = "drawn") -> Path:
     shutil.rmtree(out, ignore_errors=True)
-    assert command("sample.py", f"out={out}", *FEW, *typed) == 0
+    assert command("sample.py", f"output_dir={out}", *FEW, *typed) == 0
     return Path(out)
 
 
@@ -47,7 +56,7 @@ def pixels(folder: Path) -> torch.Tensor:
 
 
 def test_a_run_holds_the_factors_and_names_its_base(lively, factors):
-    state = durable.read_tensors(factors / "weights.safetensors")
+    state = atomic.read_tensors(factors / "weights.safetensors")
     assert state
     assert all(name.endswith((".down", ".up")) for name in state)
     assert not (factors / "first_stage.safetensors").exists()
@@ -69,20 +78,20 @@ def test_at_scale_zero_it_is_the_base_and_at_one_the_run(lively, factors):
     half = f"{{run: {factors}, scale: 0.5}}"
     both = draw(f"run={lively}", f"adapters=[{half},{half}]", out="both")
     assert (pixels(both) - own).abs().max() <= 1
-    assert command("sample.py", f"again={both / '000002.png'}", "out=again") == 0
+    assert command("sample.py", f"reproduce={both / '000002.png'}", "output_dir=again") == 0
     assert torch.equal(pixels(Path("again"))[0], pixels(both)[2])
     assert (pixels(both) - base).abs().max() > 1
 
 
 @pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped(lively, factors):
-    whole = durable.read_tensors(factors / "weights.safetensors")
+    whole = atomic.read_tensors(factors / "weights.safetensors")
     (factors / "metrics.json").rename(factors / "done.json")
     (factors / "weights.safetensors").unlink()
     shutil.rmtree(next((factors / "checkpoints").glob("step-*2")))
-    typed = ("adapter=lora", f"init={lively}", "adapter.where=[*attention*,*conv1]", *STEP)
+    typed = ("adapter=lora", f"init={lively}", "adapter.target_modules=[*attention*,*conv1]", *STEP)
     assert command("train.py", "budget=smoke", *typed) == 0
-    again = durable.read_tensors(factors / "weights.safetensors")
+    again = atomic.read_tensors(factors / "weights.safetensors")
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[name], value) for name, value in whole.items())
 
@@ -91,7 +100,7 @@ def test_it_goes_on_where_it_was_stopped(lively, factors):
 def test_diffusers_layout_goes_out_and_comes_in(lively, factors, place):
     assert export([f"run={factors}", "to=peft", "out=lora.safetensors"]) == 0
     file = place / "lora.safetensors"
-    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in durable.read_tensors(file))
+    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in atomic.read_tensors(file))
     own = pixels(draw(f"run={factors}", out="own"))
     assert (pixels(draw(f"run={lively}", f"adapters=[{{run: {file}}}]")) - own).abs().max() <= 1
     assert export([f"run={factors}", "to=safetensors", "out=whole.safetensors"]) == 0  # merged, a model by itself
@@ -102,42 +111,50 @@ def test_diffusers_layout_goes_out_and_comes_in(lively, factors, place):
 @pytest.mark.slow
 def test_a_controlnet_is_told_hints(lively, place, capsys):
     run = train("adapter=controlnet", f"init={lively}", *STEP)
-    state = durable.read_tensors(run / "weights.safetensors")
+    state = atomic.read_tensors(run / "weights.safetensors")
     assert {name.split(".")[0] for name in state} == {"copied", "hint", "zeros", "of_middle"}
     for name, value in state.items():  # two steps leave it nearly deaf
         if name.startswith(("zeros", "hint.")):
             value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
-    durable.write_tensors(run / "weights.safetensors", state, durable.read_metadata(run / "weights.safetensors"))
+    atomic.write_tensors(run / "weights.safetensors", state, atomic.read_metadata(run / "weights.safetensors"))
     base = pixels(draw(f"run={lively}", "held_out=true"))
     told = pixels(draw(f"run={run}", "held_out=true", out="told"))
     assert (told - base).abs().max() > 1
     assert torch.equal(pixels(draw(f"run={lively}", "held_out=true", f"adapters=[{{run: {run}, scale: 0}}]")), base)
-    size = config_of(run).data.size
-    edges = Canny()(held_out(run).batch([(0, i) for i in range(4)])["image"])
+    size = load_run_config(run).data.size
+    edges = Canny()(load_held_out(run).batch([(0, i) for i in range(4)])["image"])
     for i, one in enumerate(edges):
-        picture.save(place / "hints" / f"{i}.png", (255 * one).to(torch.uint8))
+        images.save_png(place / "hints" / f"{i}.png", (255 * one).to(torch.uint8))
     own = ("held_out=true", "hints=hints")
     assert torch.equal(pixels(draw(f"run={run}", *own)), told)
     twice = draw(
-        f"run={run}", f"adapters=[{{run: {run}, scale: 0.5}}]", "hints=[hints,hints/1.png]", "hold=[hint,hint2]", "label=0", out="twice"
+        f"run={run}",
+        f"adapters=[{{run: {run}, scale: 0.5}}]",
+        "hints=[hints,hints/1.png]",
+        "keep_conditions=[hint,hint2]",
+        "label=0",
+        out="twice",
     )
-    assert command("sample.py", f"again={twice / '000001.png'}", "out=again") == 0
+    assert command("sample.py", f"reproduce={twice / '000001.png'}", "output_dir=again") == 0
     assert torch.equal(pixels(Path("again"))[0], pixels(twice)[1])
-    picture.save(place / "small.png", torch.zeros(3, size // 2, size, dtype=torch.uint8))
+    images.save_png(place / "small.png", torch.zeros(3, size // 2, size, dtype=torch.uint8))
     capsys.readouterr()
-    assert command("sample.py", f"run={run}", "hints=small.png", "out=refused", *FEW) == 2
+    assert command("sample.py", f"run={run}", "hints=small.png", "output_dir=refused", *FEW) == 2
     said = capsys.readouterr().err
-    assert f"hints=small.png is {size}x{size // 2} (width x height): expected {size}x{size}, the size of the images" in said
-    assert command("sample.py", f"run={run}", "out=refused", *FEW) == 2
+    assert (
+        f"hints=small.png is {size}x{size // 2} (width x height): expected {size}x{size}, the size of the images"
+        in said
+    )
+    assert command("sample.py", f"run={run}", "output_dir=refused", *FEW) == 2
     assert "hints=FILE must be given for the ControlNet of canny" in capsys.readouterr().err
-    assert command("sample.py", f"run={run}", "hints=[small.png,small.png]", "out=refused", *FEW) == 2
+    assert command("sample.py", f"run={run}", "hints=[small.png,small.png]", "output_dir=refused", *FEW) == 2
     assert "expected 1 files" in capsys.readouterr().err
-    draw(f"run={run}", "hints=small.png", "extract=true")
+    draw(f"run={run}", "hints=small.png", "preprocess_hints=true")
     session = Session.open(str(run))
-    asked = forms.hinted(session, Limits(), "small.png", True)
+    asked = requests.controlnet(session, Limits(), "small.png", True)
     assert list(session.request({"task": asked.task}, {**asked.values, "num": 1, "steps": 2}).inputs) == ["hint"]
     assert export(["run=" + str(run), "to=controlnet", "out=controlnet.safetensors"]) == 0
-    assert "conv_in.weight" in durable.read_tensors(place / "controlnet.safetensors")
+    assert "conv_in.weight" in atomic.read_tensors(place / "controlnet.safetensors")
 
 
 @pytest.mark.slow
@@ -146,13 +163,15 @@ def test_what_does_not_fit_is_one_line(smoke, lively, factors, place, capsys):
         assert command(script, *typed) == 2
         return capsys.readouterr().err
 
-    put = f"run={lively}", "out=refused", *FEW
+    put = f"run={lively}", "output_dir=refused", *FEW
     assert "no such folder" in refused(*put, "adapters=[{run: nowhere}]")
     assert f"{smoke.run} is no adapter" in refused(*put, f"adapters=[{{run: {smoke.run}}}]")
     assert "expected {run: RUN, scale: 1.0}" in refused(*put, f"adapters=[{{run: {factors}, weight: 1}}]")
     assert "scale=much" in refused(*put, f"adapters=[{{run: {factors}, scale: much}}]")
     assert "expected 0 files" in refused(*put, "hints=some.png")
-    assert re.search("belongs to autoencoder .*, run=.* to", refused(f"run={smoke.run}", *put[1:], f"adapters=[{{run: {factors}}}]"))
+    assert re.search(
+        "belongs to autoencoder .*, run=.* to", refused(f"run={smoke.run}", *put[1:], f"adapters=[{{run: {factors}}}]")
+    )
     assert "init=RUN says which" in refused("budget=smoke", "adapter=lora", script="train.py")
     shutil.copytree(factors, place / "moved")
     (place / "moved" / "base.json").write_text(json.dumps({"path": str(smoke.run), "weights": "0" * 64}))
@@ -166,22 +185,22 @@ def test_what_does_not_fit_is_one_line(smoke, lively, factors, place, capsys):
 
 def test_an_adapter_of_another_network_is_one_line(factors):
     cfg = composed("budget=smoke", "net.channels=48")
-    model = build.model(cfg, build.autoencoder(cfg.autoencoder, 1), DataCard("", ["a"], [["a"]], 1, 16))
+    model = build.build_model(cfg, build.build_autoencoder(cfg.autoencoder, 1), DataCard("", ["a"], [["a"]], 1, 16))
     with pytest.raises(UserError, match=f"{factors} is an adapter of another network: .* do not match"):
-        adapted.put_on(model, factors)
+        adapters.apply_to(model, factors)
 
 
 def test_a_file_of_another_networks_factors_is_one_line(place):
     cfg = composed("budget=smoke")
-    model = build.model(cfg, build.autoencoder(cfg.autoencoder, 1), DataCard("", ["a"], [["a"]], 1, 16))
+    model = build.build_model(cfg, build.build_autoencoder(cfg.autoencoder, 1), DataCard("", ["a"], [["a"]], 1, 16))
     names = ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "unet.mid_block.attentions.0.proj_in.lora_B.weight")
     for file, state in {
         "narrow": dict(zip(names, (torch.ones(1, 7), torch.ones(7, 1)), strict=True)),
         "elsewhere": {"unet.elsewhere.lora_A.weight": torch.ones(1, 2)},
     }.items():
-        durable.write_tensors(place / f"{file}.safetensors", state)
+        atomic.write_tensors(place / f"{file}.safetensors", state)
         with pytest.raises(UserError, match=f"{file}.safetensors is no LoRA of this network"):
-            adapted.put_on(model, place / f"{file}.safetensors")
+            adapters.apply_to(model, place / f"{file}.safetensors")
 
 
 def test_an_adapters_names_do_not_depend_on_what_else_is_put_on():
@@ -189,7 +208,16 @@ def test_an_adapters_names_do_not_depend_on_what_else_is_put_on():
         "denoiser.net.middle1.res.conv1.parametrizations.weight.0.down",
         "denoiser.net.net.middle1.res.conv1.parametrizations.weight.3.down",
     ):
-        assert adapted.own(name) == "middle1.res.conv1.down"
-    assert adapted.own("denoiser.net.controls.2.copied.stem.weight") == "copied.stem.weight"
-    assert adapted.own("conditioner.told.told.vectors") == adapted.own("conditioner.vectors") == "vectors"
-    assert adapted.own(adapted.own("denoiser.net.net.out.2.parametrizations.weight.1.up")) == "out.2.up"
+        assert adapters.local_parameter_name(name) == "middle1.res.conv1.down"
+    assert adapters.local_parameter_name("denoiser.net.controls.2.copied.stem.weight") == "copied.stem.weight"
+    assert (
+        adapters.local_parameter_name("conditioner.told.told.vectors")
+        == adapters.local_parameter_name("conditioner.vectors")
+        == "vectors"
+    )
+    assert (
+        adapters.local_parameter_name(
+            adapters.local_parameter_name("denoiser.net.net.out.2.parametrizations.weight.1.up")
+        )
+        == "out.2.up"
+    )

@@ -13,12 +13,13 @@ from PIL import Image
 from smoke import command, here
 from torch import Tensor, nn
 
-from ldm import adm
-from ldm.command import guarded
+from ldm.cli.errors import run_guarded
 from ldm.errors import UserError
-from ldm.fetch import AssetError
+from ldm.evaluation import adm
+from ldm.io import npz
+from ldm.io.download import AssetNotFoundError
 from ldm.metrics import features
-from ldm.request import told
+from ldm.sampling.request import captions_and_labels
 
 
 class Toy(nn.Module):
@@ -91,7 +92,9 @@ def whole(tmp_path):
 
 
 def evaluated(folder, **options) -> dict[str, float]:
-    return adm.evaluate(adm.Batch.of(folder / "VIRTUAL_toy.npz"), adm.Batch.of(folder / "samples.npz"), Toy(), **options)
+    return adm.adm_metrics(
+        npz.NpzImages.open(folder / "VIRTUAL_toy.npz"), npz.NpzImages.open(folder / "samples.npz"), Toy(), **options
+    )
 
 
 def test_every_number_is_numpy_s(whole):
@@ -111,12 +114,17 @@ def test_every_number_is_numpy_s(whole):
 def test_the_inception_score_is_of_blocks_in_order(whole):
     from ldm.metrics.inception import inception_score
 
-    logits = torch.randn(130, 4, generator=torch.Generator().manual_seed(0)).double() + torch.arange(130)[:, None] * torch.eye(4)[0] / 20
+    logits = (
+        torch.randn(130, 4, generator=torch.Generator().manual_seed(0)).double()
+        + torch.arange(130)[:, None] * torch.eye(4)[0] / 20
+    )
     p = logits.softmax(1).numpy()
     blocks = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in (p[:50], p[50:100], p[100:])]
     assert inception_score(logits, 50).item() == pytest.approx(np.mean(blocks), rel=1e-12)
     assert inception_score(logits.flip(0), 50).item() != pytest.approx(np.mean(blocks), rel=1e-6)
-    assert inception_score(torch.tensor([[300.0, -300.0]] * 3 + [[-300.0, 300.0]] * 3)).item() == pytest.approx(2)  # no log of zero
+    assert inception_score(torch.tensor([[300.0, -300.0]] * 3 + [[-300.0, 300.0]] * 3)).item() == pytest.approx(
+        2
+    )  # no log of zero
 
 
 def test_it_is_one_command(whole, monkeypatch, capsys):
@@ -141,9 +149,9 @@ def test_without_weights_and_with_wrong_files_it_is_one_line(whole, tmp_path, mo
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.delenv("LDM_INCEPTION", raising=False)
     typed = [str(folder / name) for name in ("VIRTUAL_toy.npz", "samples.npz")]
-    with pytest.raises(AssetError, match=r"FID needs .*weights-inception"):
+    with pytest.raises(AssetNotFoundError, match=r"FID needs .*weights-inception"):
         adm.main(typed)
-    assert guarded(lambda: adm.main(typed)) == 2
+    assert run_guarded(lambda: adm.main(typed)) == 2
     assert capsys.readouterr().err.count("\n") == 1
     for words, said in (
         (typed[:1], "expected REFERENCE.npz"),
@@ -163,29 +171,38 @@ def test_without_weights_and_with_wrong_files_it_is_one_line(whole, tmp_path, mo
             {"arr_0": samples, "mu": np.zeros(5), "sigma": np.eye(4), "mu_s": np.zeros(4), "sigma_s": np.eye(4)},
             r"sigma is \(4, 4\), expected \(5, 5\)",
         ),
-        ({"arr_0": samples, "mu": np.zeros(5), "sigma": np.eye(5) * np.nan, "mu_s": np.zeros(4), "sigma_s": np.eye(4)}, "all finite"),
+        (
+            {
+                "arr_0": samples,
+                "mu": np.zeros(5),
+                "sigma": np.eye(5) * np.nan,
+                "mu_s": np.zeros(4),
+                "sigma_s": np.eye(4),
+            },
+            "all finite",
+        ),
     ):
         np.savez(bad, **arrays)
         with pytest.raises(UserError, match=said):
-            adm.evaluate(adm.Batch.of(bad), adm.Batch.of(typed[1]), Toy())
+            adm.adm_metrics(npz.NpzImages.open(bad), npz.NpzImages.open(typed[1]), Toy())
     with pytest.raises(UserError, match="no such file"):
-        adm.Batch.of(folder / "none.npz")
+        npz.NpzImages.open(folder / "none.npz")
     bad.write_bytes((folder / "samples.npz").read_bytes()[:-300])
     with pytest.raises(UserError, match="cannot be read as an"):
-        adm.Batch.of(bad)
+        npz.NpzImages.open(bad)
 
 
 def test_a_pickle_in_a_file_is_not_opened(tmp_path):
     np.savez(tmp_path / "bad.npz", arr_0=np.array([{}], dtype=object))
     with pytest.raises(UserError, match="arr_0 is object"):
-        adm.Batch.of(tmp_path / "bad.npz")
+        npz.NpzImages.open(tmp_path / "bad.npz")
 
 
 def share(rank: int, ranks: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     images = {row: torch.full((1, 2, 4), row, dtype=torch.uint8) for row in range(7) if (row > 4) == bool(rank)}
-    adm.write(adm.Path(folder, "made.npz"), images, (7, 2, 4))
+    npz.write_npz(adm.Path(folder, "made.npz"), images, (7, 2, 4))
     torch.distributed.destroy_process_group()
 
 
@@ -208,16 +225,21 @@ def test_samples_are_written_as_the_evaluators_read_them(lively, smoke, tmp_path
     made = np.load(tmp_path / "c" / "samples.npz")["arr_0"]
     for i, image in enumerate(made):
         assert (image == np.asarray(Image.open(tmp_path / "a" / f"{i:06d}.png"))[..., None]).all()
-    batch = adm.Batch.of(tmp_path / "c" / "samples.npz")
+    batch = npz.NpzImages.open(tmp_path / "c" / "samples.npz")
     assert batch.shape == made.shape
-    assert torch.equal(torch.cat(list(batch.images(4))), torch.as_tensor(made).permute(0, 3, 1, 2))
+    assert torch.equal(torch.cat(list(batch.iter_batches(4))), torch.as_tensor(made).permute(0, 3, 1, 2))
 
 
 def test_labels_are_balanced_or_random_by_seed():
     card = SimpleNamespace(classes=["a", "b", "c"], captions=[["a"], ["b"], ["c"]])
 
     def labels(**asked) -> list:
-        return [k for _, k in told(SimpleNamespace(prompt=None, prompts=None, label=None, num=600, seed=0, **asked), card)]
+        return [
+            k
+            for _, k in captions_and_labels(
+                SimpleNamespace(prompt=None, prompts=None, label=None, num=600, seed=0, **asked), card
+            )
+        ]
 
     assert labels(labels="balanced")[:5] == [0, 1, 2, 0, 1]
     drawn = labels(labels="random")
@@ -240,19 +262,29 @@ def test_with_inception_s_weights_it_is_one_command(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save({}, tmp_path / "inception.pth")
     torch.save(
-        Empty("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(tmp_path / "inception.pth")).state_dict(),
+        Empty(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(tmp_path / "inception.pth")
+        ).state_dict(),
         tmp_path / "inception.pth",
     )
     statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "VIRTUAL.npz", arr_0=pictures(5, 1), **statistics)
     np.savez(tmp_path / "samples.npz", arr_0=pictures(6, 2, 99))
-    assert adm.main([str(tmp_path / name) for name in ("VIRTUAL.npz", "samples.npz")] + [f"weights={tmp_path / 'inception.pth'}"]) == 0
+    assert (
+        adm.main(
+            [str(tmp_path / name) for name in ("VIRTUAL.npz", "samples.npz")]
+            + [f"weights={tmp_path / 'inception.pth'}"]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "samples.json").read_text())
     assert found["score/network"] == "inception_spatial"
     net = features.SpatialInception(tmp_path / "inception.pth")
     x = net(torch.as_tensor(pictures(6, 2, 99)).permute(0, 3, 1, 2)).double().numpy()
     for name, part in (("fid", x[:, :2048]), ("sfid", x[:, 2048:])):
-        roots = np.sqrt(np.linalg.eigvalsh((part - part.mean(0)) @ (part - part.mean(0)).T / 5).clip(0))  # of the covariance's few
+        roots = np.sqrt(
+            np.linalg.eigvalsh((part - part.mean(0)) @ (part - part.mean(0)).T / 5).clip(0)
+        )  # of the covariance's few
         expected = (part.mean(0) ** 2).sum() + part.var(0, ddof=1).sum() + part.shape[1] - 2 * roots.sum()
         assert found[name] == pytest.approx(expected, rel=1e-6)
     assert "inception_score" in capsys.readouterr().out

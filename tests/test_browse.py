@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from ldm import picture
-from ldm.browse import curves, differing, found, main, page, read
-from ldm.command import guarded
+from ldm.cli.errors import run_guarded
 from ldm.errors import UserError
-from ldm.page import chart, decades, ticks
+from ldm.io import images
+from ldm.report.browse import config_differences, find_runs, main, metric_curves, read_run, render_page
+from ldm.report.html import chart, decades, ticks
 
 EVIL = "<script>alert('x')</script>&\"><img src=x onerror=alert(1)>"
 
@@ -24,7 +24,7 @@ def make(folder, loss=0.5, lr=0.002, fd=3.5, finished=True, **config):
     rows = [{"step": step, "wall": 1e9, "train/loss": loss / step, "train/lr": lr} for step in (1, 2, 3, 4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in (2, 4):
-        picture.save(folder / "grids" / f"step-{step}.png", torch.full((1, 4, 4), step, dtype=torch.uint8))
+        images.save_png(folder / "grids" / f"step-{step}.png", torch.full((1, 4, 4), step, dtype=torch.uint8))
     if finished:
         (folder / "metrics.json").write_text(json.dumps({"n": 20, "fd_fashion": fd, "baseline/test/fd": 0.2}))
     return folder
@@ -58,12 +58,15 @@ class Parsed(HTMLParser):
 
 
 def test_the_page_holds_curves_grids_table_and_differences(tmp_path):
-    runs = [read(make(tmp_path / "a")), read(make(tmp_path / "b", loss=0.7, lr=0.004, fd=4.25))]
-    parsed = Parsed(page(runs))
+    runs = [read_run(make(tmp_path / "a")), read_run(make(tmp_path / "b", loss=0.7, lr=0.004, fd=4.25))]
+    parsed = Parsed(render_page(runs))
     said = "".join(parsed.words)
     assert [attrs["data-run"] for attrs in parsed.all("polyline")] == ["0", "1", "0", "1"]  # loss, lr
     assert len(parsed.all("input", type="range", max="1")) == 2
-    assert [("hidden" in attrs, attrs["alt"]) for attrs in parsed.all("img")] == [(True, "step-2"), (False, "step-4")] * 2
+    assert [("hidden" in attrs, attrs["alt"]) for attrs in parsed.all("img")] == [
+        (True, "step-2"),
+        (False, "step-4"),
+    ] * 2
     assert {attrs["data-value"] for attrs in parsed.all("td") if "data-value" in attrs} >= {"3.5", "4.25", "20", "4"}
     assert "optimizer.lr" in said
     assert "net.channels" not in said  # the same in both
@@ -72,13 +75,16 @@ def test_the_page_holds_curves_grids_table_and_differences(tmp_path):
 
 
 def test_the_page_asks_no_network(tmp_path):
-    text = page([read(make(tmp_path / "a"))])
+    text = render_page([read_run(make(tmp_path / "a"))])
     assert "http://" not in text
     assert "https://" not in text
     assert not re.search(r"(@import|url\(|fetch\(|XMLHttpRequest|<link|<iframe|srcset)", text)
     for tag, attrs in Parsed(text).tags:
         for name in ("src", "href", "action", "data", "xlink:href"):
-            assert attrs.get(name, "data:").startswith("data:image/png;base64,") or attrs.get(name) is None, (tag, attrs)
+            assert attrs.get(name, "data:").startswith("data:image/png;base64,") or attrs.get(name) is None, (
+                tag,
+                attrs,
+            )
     assert "default-src 'none'" in text
 
 
@@ -87,9 +93,9 @@ def test_what_a_run_says_is_text_wherever_it_stands(tmp_path):
     (evil / "metrics.json").write_text(json.dumps({EVIL: 1.5}))
     with open(evil / "metrics.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, EVIL: step}) + "\n" for step in (5, 6))
-    picture.save(evil / "grids" / "a<b>.png", torch.zeros(1, 4, 4, dtype=torch.uint8))
+    images.save_png(evil / "grids" / "a<b>.png", torch.zeros(1, 4, 4, dtype=torch.uint8))
     (evil / "samples.png").write_text(EVIL)
-    text = page([read(evil), read(make(tmp_path / "b"))])
+    text = render_page([read_run(evil), read_run(make(tmp_path / "b"))])
     parsed = Parsed(text)
     assert len(parsed.all("script")) == 1
     assert not [attrs for _, attrs in parsed.tags if "onerror" in attrs]
@@ -109,23 +115,31 @@ def test_broken_and_half_written_runs_are_listed_with_the_reason(tmp_path):
     (torn / "metrics.jsonl").write_bytes(b'{"step": 1, "train/loss": 0.5}\n{"step": 2, "train/loss": 0.4}\n{"ste\xff')
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
-    faults = {folder.name: " | ".join(read(folder).faults) for folder in found([str(tmp_path)])}
+    faults = {folder.name: " | ".join(read_run(folder).problems) for folder in find_runs([str(tmp_path)])}
     assert list(faults) == ["empty", "running", "torn", "whole"]
     assert faults["whole"] == ""
     assert faults["running"] == "metrics.json: not there, the run has not finished"
-    for said in ("config.yaml cannot be read", "metrics.json: ", "choices.json: holds list, expected dict", "step-4.png: not a whole PNG"):
+    for said in (
+        "config.yaml cannot be read",
+        "metrics.json: ",
+        "choices.json: holds list, expected dict",
+        "step-4.png: not a whole PNG",
+    ):
         assert said in faults["torn"]
     assert "metrics.jsonl: no row yet" in faults["empty"]
     assert "config.yaml is not there" in faults["empty"]
-    text = page([read(folder) for folder in found([str(tmp_path)])])
+    text = render_page([read_run(folder) for folder in find_runs([str(tmp_path)])])
     assert "Broken or not finished" in text
     assert "cannot be read" in text
     Parsed(text)
 
 
 def test_a_curve_is_thinned_but_keeps_its_ends():
-    rows = [{"step": i, "wall": 0, "loss": 1 / (i + 1), "none": None, "flag": True, "bad": float("nan")} for i in range(1000)]
-    (name,) = line = curves(rows, 50)
+    rows = [
+        {"step": i, "wall": 0, "loss": 1 / (i + 1), "none": None, "flag": True, "bad": float("nan")}
+        for i in range(1000)
+    ]
+    (name,) = line = metric_curves(rows, 50)
     assert name == "loss"
     assert len(line["loss"]) == 50
     assert line["loss"][0] == (0, 1.0)
@@ -151,8 +165,8 @@ def test_ticks_are_round_and_within():
 
 
 def test_only_what_differs_is_compared(tmp_path):
-    a, b = read(make(tmp_path / "a", seed=1, extra=3)), read(make(tmp_path / "b", seed=2))
-    assert dict(differing([a, b])) == {"seed": [1, 2], "extra": [3, "absent"]}
+    a, b = read_run(make(tmp_path / "a", seed=1, extra=3)), read_run(make(tmp_path / "b", seed=2))
+    assert dict(config_differences([a, b])) == {"seed": [1, 2], "extra": [3, "absent"]}
 
 
 def test_the_command_writes_one_file_and_says_so(tmp_path, monkeypatch, capsys):
@@ -177,13 +191,13 @@ def test_the_command_writes_one_file_and_says_so(tmp_path, monkeypatch, capsys):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert guarded(lambda: main(words)) == 2
+    assert run_guarded(lambda: main(words)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
 
 
 def test_a_run_within_a_run_is_not_looked_for(tmp_path):
     make(make(tmp_path / "a") / "samples" / "x")
-    assert [folder.name for folder in found([str(tmp_path), str(tmp_path / "a")])] == ["a"]
+    assert [folder.name for folder in find_runs([str(tmp_path), str(tmp_path / "a")])] == ["a"]
     with pytest.raises(UserError):
-        found([str(tmp_path / "a" / "grids")])
+        find_runs([str(tmp_path / "a" / "grids")])

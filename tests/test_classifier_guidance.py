@@ -8,9 +8,15 @@ import pytest
 import torch
 from smoke import command, here, train
 
-from ldm import durable
+from ldm.io import atomic
 
-SMALL = ("~training.score", "~training.grid_every", "training.net.channels=16", "training.net.head_channels=16", "metrics=none")
+SMALL = (
+    "~training.score",
+    "~training.sample_every",
+    "training.net.channels=16",
+    "training.net.num_head_channels=16",
+    "metrics=none",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +42,7 @@ def drawn(run: Path, *typed: str) -> torch.Tensor:
     from PIL import Image
 
     shutil.rmtree("out", ignore_errors=True)
-    assert command("sample.py", f"run={run}", "out=out", "steps=3", "num=4", *typed) == 0
+    assert command("sample.py", f"run={run}", "output_dir=out", "steps=3", "num=4", *typed) == 0
     return torch.stack([torch.tensor(list(Image.open(file).tobytes())) for file in sorted(Path("out").glob("0*.png"))])
 
 
@@ -48,16 +54,30 @@ def test_it_is_measured_by_noise_level(classifier):
 
 
 def test_it_guides(classifier, smoke, capfd):
-    guided = [f"guidance=classifier guidance.classifier={classifier} guidance.scale={scale}".split() for scale in (0, 30)]
+    guided = [
+        f"guidance=classifier guidance.classifier={classifier} guidance.scale={scale}".split() for scale in (0, 30)
+    ]
     none, much = (drawn(smoke.run, "label=ring", *typed) for typed in guided)
     plain = drawn(smoke.run, "label=ring", "guidance=cfg", "guidance.scale=1.0")
     assert (none - plain).abs().max() <= 1
     assert not torch.equal(much, none)
     assert torch.equal(drawn(smoke.run, "label=ring", *guided[1]), much)
     one_line(
-        capfd, "that run trained no classifier", "sample.py", f"run={smoke.run}", "guidance=classifier", f"guidance.classifier={smoke.run}"
+        capfd,
+        "that run trained no classifier",
+        "sample.py",
+        f"run={smoke.run}",
+        "guidance=classifier",
+        f"guidance.classifier={smoke.run}",
     )
-    one_line(capfd, "nowhere: no such folder", "sample.py", f"run={smoke.run}", "guidance=classifier", "guidance.classifier=nowhere")
+    one_line(
+        capfd,
+        "nowhere: no such folder",
+        "sample.py",
+        f"run={smoke.run}",
+        "guidance=classifier",
+        "guidance.classifier=nowhere",
+    )
 
 
 def test_one_of_another_schedule_or_latent_space_is_refused(classifier, smoke, lively, place, capfd):
@@ -67,16 +87,25 @@ def test_one_of_another_schedule_or_latent_space_is_refused(classifier, smoke, l
     assert "s: 0.008" in config
     (other / "config.yaml").write_text(config.replace("s: 0.008", "s: 0.01"))
     typed = ("num=1", "steps=2", "guidance=classifier")
-    one_line(capfd, "was trained on another noise schedule", "sample.py", f"run={smoke.run}", *typed, f"guidance.classifier={other}")
-    one_line(capfd, "belongs to autoencoder f4", "sample.py", f"run={lively}", *typed, f"guidance.classifier={classifier}")
+    one_line(
+        capfd,
+        "was trained on another noise schedule",
+        "sample.py",
+        f"run={smoke.run}",
+        *typed,
+        f"guidance.classifier={other}",
+    )
+    one_line(
+        capfd, "belongs to autoencoder f4", "sample.py", f"run={lively}", *typed, f"guidance.classifier={classifier}"
+    )
 
 
 @pytest.mark.slow
 def test_a_training_begins_from_the_weights_of_another(smoke):
-    typed = ("training.steps=1", "training.optimizer.lr=0", "training.sigma_rel=0.2", "metrics=none")
+    typed = ("training.steps=1", "training.optimizer.lr=0", "training.ema_sigma_rel=0.2", "metrics=none")
     made = train(f"init={smoke.run}", "data.seed=3", *typed)
-    before, after = (durable.read_tensors(run / "weights.safetensors") for run in (smoke.run, made))
-    fresh = durable.read_tensors(train("data.seed=3", *typed) / "weights.safetensors")
+    before, after = (atomic.read_tensors(run / "weights.safetensors") for run in (smoke.run, made))
+    fresh = atomic.read_tensors(train("data.seed=3", *typed) / "weights.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(not torch.equal(before[name], fresh[name]) for name in before)
@@ -84,9 +113,9 @@ def test_a_training_begins_from_the_weights_of_another(smoke):
 
 
 def test_a_new_condition_starts_unheard(smoke):
-    typed = ("training.steps=1", "training.optimizer.lr=0", "metrics=none", "degrade=bicubic_x4")
+    typed = ("training.steps=1", "training.optimizer.lr=0", "metrics=none", "degradation=bicubic_x4")
     made = train(f"init={smoke.run}", "conditioner=[label,low_res]", *typed)
-    before, after = (durable.read_tensors(run / "weights.safetensors") for run in (smoke.run, made))
+    before, after = (atomic.read_tensors(run / "weights.safetensors") for run in (smoke.run, made))
     stem = "denoiser.net.stem.weight"
     channels = before[stem].shape[1]
     assert torch.equal(after[stem][:, :channels], before[stem])
@@ -113,7 +142,7 @@ def test_guidance_is_towards_the_class_that_was_asked_for(monkeypatch):
     from ldm.diffusion.denoiser import Denoiser
     from ldm.diffusion.prediction import X0
     from ldm.diffusion.schedule import cosine
-    from ldm.stage import classifier as stage
+    from ldm.sampling import classifier_guidance
 
     class Odds(torch.nn.Module):
         def forward(self, x, t):
@@ -123,9 +152,9 @@ def test_guidance_is_towards_the_class_that_was_asked_for(monkeypatch):
         def forward(self, x, t, cond):
             return torch.full_like(x, 0.5)
 
-    monkeypatch.setattr(stage, "load", lambda run: (Odds(), cosine()))
+    monkeypatch.setattr(classifier_guidance, "load_classifier", lambda run: (Odds(), cosine()))
     cond = Condition(label=torch.tensor([1, 0]))
-    denoise = stage.guidance(Denoiser(Half(), cosine(), X0()), cond, None, "some", scale=2.0)
+    denoise = classifier_guidance.classifier_guidance(Denoiser(Half(), cosine(), X0()), cond, None, "some", scale=2.0)
     with torch.inference_mode():
         x0 = denoise(torch.zeros(2, 1, 4, 4), torch.tensor(0.5, dtype=torch.float64)).x0 - 0.5
     assert x0[0].min() > 0 > x0[1].max()

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ldm.argv import Tree, escape, explain, nearest, rewrite, unescape
+from ldm.config.overrides import (
+    ConfigSearchPath,
+    did_you_mean,
+    escape,
+    explain_override_error,
+    normalize_override,
+    unescape,
+)
 from ldm.errors import UserError
 
 SCRIPT = '''
@@ -21,21 +28,21 @@ Examples:
   python train.py schedule=cosine
 """
 import json, os, sys
-from ldm.command import choices, command
+from ldm.cli.main import choices, command
 
 
 def main(cfg):
-    from ldm.argv import nearest
+    from ldm.config.overrides import nearest
     print(json.dumps({"prompt": cfg.prompt, "seed": cfg.seed, "run": cfg.run, "runs": cfg.runs, "net": cfg.net.width,
                       "pid": os.getpid(), "choices": choices(), "torch": "torch" in sys.modules}, ensure_ascii=True))
     if cfg.fail == "bug":
         raise RuntimeError("a bug")
     if cfg.fail == "contract":
-        from ldm.parse import shallow
+        from ldm.io.parse import shallow
         shallow(object())
     if cfg.fail == "config":
         from hydra.utils import instantiate
-        instantiate({"ema": {"_target_": "ldm.ema.power_of", "sigma_rel": 3.0}})
+        instantiate({"ema": {"_target_": "ldm.ema.std_to_exponent", "sigma_rel": 3.0}})
     if cfg.fail == "user":
         from ldm.errors import UserError
         raise UserError("mend\\nthis")
@@ -126,7 +133,16 @@ def rows(done):
 
 
 PROMPTS = [
-    *("a photo of a sneaker", "the cat's hat", 'a "quoted" word', "both ' and \"", "a boot, brown, old", "a=b", "x=1, y=[2]", "[brackets]"),
+    *(
+        "a photo of a sneaker",
+        "the cat's hat",
+        'a "quoted" word',
+        "both ' and \"",
+        "a boot, brown, old",
+        "a=b",
+        "x=1, y=[2]",
+        "[brackets]",
+    ),
     *(
         "{braces}",
         "(round)",
@@ -177,7 +193,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def tree(root):
-    return Tree((root / "conf",), root)
+    return ConfigSearchPath((root / "conf",), root)
 
 
 def test_any_prompt_arrives_unchanged(root, tree):
@@ -185,7 +201,9 @@ def test_any_prompt_arrives_unchanged(root, tree):
     from omegaconf import OmegaConf
 
     keys = [f"prompt{place}" for place in range(len(PROMPTS))]
-    quoted = [rewrite(f"{key}={prompt}", tree, keys, (), False) for key, prompt in zip(keys, PROMPTS, strict=True)]
+    quoted = [
+        normalize_override(f"{key}={prompt}", tree, keys, (), False) for key, prompt in zip(keys, PROMPTS, strict=True)
+    ]
     with initialize_config_dir(str(root / "conf"), version_base="1.3"):
         cfg = compose("train", [f"+{override}" for override in quoted])
     assert [cfg[key] for key in keys] == PROMPTS
@@ -206,9 +224,11 @@ def test_escape_has_an_inverse():
 
 
 def test_paths_are_text_but_null_is_null(here, tree):
-    assert rewrite("run=runs/a=1,b", tree, (), ("run",), False) == "run='runs/a=1,b'"
-    assert rewrite("run=null", tree, (), ("run",), False) == "run=null"
-    row = rows(here("run=runs/a=1,b 'c'", "runs=/elsewhere"))[0]  # `runs` is also a folder beside the script, and no group
+    assert normalize_override("run=runs/a=1,b", tree, (), ("run",), False) == "run='runs/a=1,b'"
+    assert normalize_override("run=null", tree, (), ("run",), False) == "run=null"
+    row = rows(here("run=runs/a=1,b 'c'", "runs=/elsewhere"))[
+        0
+    ]  # `runs` is also a folder beside the script, and no group
     assert (row["run"], row["runs"]) == ("runs/a=1,b 'c'", "/elsewhere")
 
 
@@ -244,7 +264,7 @@ MISTAKES = {
     ("--mulitrun",): "unrecognized arguments: --mulitrun (see --help)",
     ("seed=1.5",): "seed=1.5: expected a whole number, as in seed=0",
     ("seed=abc",): "seed=abc: expected a whole number, as in seed=0",
-    ("net.mult=3",): "net.mult=3: expected a list, as in net.mult=[1,2]",
+    ("net.channel_mult=3",): "net.channel_mult=3: expected a list, as in net.channel_mult=[1,2]",
     ("-m", "seed=1,x"): "seed=x: expected a whole number",
     ("--config-dir", "/nowhere"): "--config-dir /nowhere: no such folder",
     ("--config-path", "/nowhere", "--config-name", "config"): "no config config.yaml in /nowhere",
@@ -308,7 +328,13 @@ def test_a_preempted_job_ends_its_sweep(here):
 
 def test_help(root):
     shown = typed(root, "--help").stdout
-    for line in ("python train.py schedule=cosine", "schedule         linear  cosine", "noise/long", "what to draw", "seed=0"):
+    for line in (
+        "python train.py schedule=cosine",
+        "schedule         linear  cosine",
+        "noise/long",
+        "what to draw",
+        "seed=0",
+    ):
         assert line in shown
 
 
@@ -321,16 +347,19 @@ def test_the_config_is_shown(here):
 def test_a_folder_of_one_s_own_configs(here, tmp_path):
     (tmp_path / "schedule").mkdir()
     (tmp_path / "schedule" / "mine.yaml").write_text("gamma: 2.0")
-    assert rows(here("--config-dir", str(tmp_path), "schedule=mine", "schedule.gamma=3"))[0]["choices"]["schedule"] == "mine"
+    assert (
+        rows(here("--config-dir", str(tmp_path), "schedule=mine", "schedule.gamma=3"))[0]["choices"]["schedule"]
+        == "mine"
+    )
 
 
 def test_our_own_checks_are_mistakes_and_others_are_bugs():
     import torch
 
-    from ldm.command import mistake, too_large
-    from ldm.durable import write_tensors
-    from ldm.ema import power_of
-    from ldm.tensors import Noise
+    from ldm.cli.errors import describe_overflow, user_error_message
+    from ldm.ema import std_to_exponent
+    from ldm.io.atomic import write_tensors
+    from ldm.tensors import KeyedNoise
 
     def caught(call):
         try:
@@ -338,24 +367,34 @@ def test_our_own_checks_are_mistakes_and_others_are_bugs():
         except Exception as error:
             return error
 
-    assert mistake(caught(lambda: write_tensors("/nowhere", {"w": torch.tensor(float("nan"))}))).startswith("/nowhere w: 1 of 1 values")
-    assert mistake(caught(lambda: int("x"))) is None
-    assert mistake(caught(lambda: Noise(0, [0]).normal("eps", torch.zeros(2)))) is None  # a wrong call of our own function
-    assert mistake(caught(lambda: power_of(3.0))).startswith("sigma_rel=3.0: expected")
-    assert too_large(caught(lambda: torch.empty(10**40))) == "a number is too large"
-    assert too_large(caught(lambda: torch.empty(2**60))) == "too large for this machine's memory"
-    assert too_large(ValueError("x")) is None
-    assert mistake(caught(lambda: rewrite("x", None, (), (), False))) == "'x' is not key=value (see --help)"
-    assert mistake(caught(lambda: Path("/nowhere").read_text())) is not None
-    assert mistake(caught(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))) is not None
+    assert user_error_message(caught(lambda: write_tensors("/nowhere", {"w": torch.tensor(float("nan"))}))).startswith(
+        "/nowhere w: 1 of 1 values"
+    )
+    assert user_error_message(caught(lambda: int("x"))) is None
+    assert (
+        user_error_message(caught(lambda: KeyedNoise(0, [0]).normal("eps", torch.zeros(2)))) is None
+    )  # a wrong call of our own function
+    assert user_error_message(caught(lambda: std_to_exponent(3.0))).startswith("sigma_rel=3.0: expected")
+    assert describe_overflow(caught(lambda: torch.empty(10**40))) == "a number is too large"
+    assert describe_overflow(caught(lambda: torch.empty(2**60))) == "too large for this machine's memory"
+    assert describe_overflow(ValueError("x")) is None
+    assert (
+        user_error_message(caught(lambda: normalize_override("x", None, (), (), False)))
+        == "'x' is not key=value (see --help)"
+    )
+    assert user_error_message(caught(lambda: Path("/nowhere").read_text())) is not None
+    assert user_error_message(caught(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))) is not None
 
 
 def test_nearest():
-    assert nearest("cosin", ["cosine", "linear"]) == "; did you mean 'cosine'?"
-    assert nearest("zzz", ["cosine", "linear"]) == ""
+    assert did_you_mean("cosin", ["cosine", "linear"]) == "; did you mean 'cosine'?"
+    assert did_you_mean("zzz", ["cosine", "linear"]) == ""
 
 
 def test_what_cannot_be_told_keeps_the_reason(tree):
-    assert explain(ValueError("why\nnot"), ["seed=1"], tree, lambda overrides: {"seed": 0}, False) == "why not"
+    assert (
+        explain_override_error(ValueError("why\nnot"), ["seed=1"], tree, lambda overrides: {"seed": 0}, False)
+        == "why not"
+    )
     with pytest.raises(UserError, match="not key=value"):
-        rewrite("seed", tree, (), (), False)
+        normalize_override("seed", tree, (), (), False)

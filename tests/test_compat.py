@@ -29,7 +29,12 @@ def names(tree: ast.AST) -> set[str]:
 
 def test_private_names_of_other_packages_are_in_compat_alone():
     files = [path for path in (ROOT / "ldm").rglob("*.py") if path != ROOT / "ldm" / "compat.py"]
-    private = {f"{path.relative_to(ROOT)}: {name}" for path in files for name in names(ast.parse(path.read_text())) if PRIVATE.match(name)}
+    private = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in names(ast.parse(path.read_text()))
+        if PRIVATE.match(name)
+    }
     assert not {one for one in private if not one.partition(": ")[2].startswith(PACKED)}
 
 

@@ -10,28 +10,52 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from smoke import ROOT, command, composed, here
 
-from ldm import build
+from ldm.config import build
 from ldm.diffusion.distill import Teacher
 from ldm.ema import PowerEMA
 from ldm.errors import UserError
-from ldm.fetch import AssetError
-from ldm.task import draw
+from ldm.io.download import AssetNotFoundError
+from ldm.sampling.tasks import sample
 from ldm.training.diffusion import LitDiffusion
 
 CONF = ROOT / "conf"
-FILES = (p for p in CONF.glob("*/**/*.yaml") if p.parent.name not in ("preset", "launcher"))  # tests/test_presets.py; tests/test_sweeps.py
+FILES = (
+    p for p in CONF.glob("*/**/*.yaml") if p.parent.name not in ("preset", "launcher")
+)  # tests/test_presets.py; tests/test_sweeps.py
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in FILES)
-SMALL = ("net.channels=16", "net.mult=[1,2]", "net.blocks=1", "net.attention=[2]", "net.groups=8")
+SMALL = (
+    "net.channels=16",
+    "net.channel_mult=[1,2]",
+    "net.num_res_blocks=1",
+    "net.attention_resolutions=[2]",
+    "net.num_groups=8",
+)
 PARTNERS = {  # what an option needs beside it, or what it leaves no room for; of each kind of large network one, made small
-    "net/sd1": (*SMALL, "net.heads=2"),
-    "net/sdxl": (*SMALL, "net.head_channels=16", "net.depth=[1,2]"),
+    "net/sd1": (*SMALL, "net.num_heads=2"),
+    "net/sdxl": (*SMALL, "net.num_head_channels=16", "net.depth=[1,2]"),
     "net/ddpm_cifar": (*SMALL, "conditioner=none"),
-    "net/adm_64": (*SMALL, "net.head_channels=16", "conditioner=label_vector", "conditioner.dim=64", "objective=hybrid"),
+    "net/adm_64": (
+        *SMALL,
+        "net.num_head_channels=16",
+        "conditioner=label_vector",
+        "conditioner.dim=64",
+        "objective=hybrid",
+    ),
     **dict.fromkeys(
         ("net/dit_xl2", "net/lightningdit_xl1"),
-        ("net.channels=32", "net.depth=2", "net.heads=2", "conditioner=label_vector", "conditioner.dim=32", "objective=hybrid"),
+        (
+            "net.channels=32",
+            "net.depth=2",
+            "net.num_heads=2",
+            "conditioner=label_vector",
+            "conditioner.dim=32",
+            "objective=hybrid",
+        ),
     ),
-    **{f"data/{name}": ("data.path=here",) for name in ("folder", "buckets", "webdataset", "hf", "imagenet", "coco", "lsun")},
+    **{
+        f"data/{name}": ("data.path=here",)
+        for name in ("folder", "buckets", "webdataset", "hf", "imagenet", "coco", "lsun")
+    },
     "schedule/edm": ("process=edm",),
     "prediction/edm": ("process=edm",),
     "weighting/edm": ("process=edm",),
@@ -39,27 +63,52 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
     "grid/karras": ("process=edm",),
     "training/autoencoder": ("~training.score",),
     "training/autoencoder_ldm": ("~training.score", "training.loss.perceptual=null"),  # LPIPS wants half a gigabyte
-    "training/judge": ("~training.score", "~training.grid_every"),
-    **dict.fromkeys(("training/classifier", "training/clip"), ("~training.score", "~training.grid_every")),
+    "training/judge": ("~training.score", "~training.sample_every"),
+    **dict.fromkeys(("training/classifier", "training/clip"), ("~training.score", "~training.sample_every")),
     **dict.fromkeys(("schedule/flow", "schedule/flow_3", "schedule/flow_at"), ("process=sit",)),
-    **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("times=uniform", "grid=uniform")),
-    "objective/repa": ("objective.encoder._target_=test_conf.Features", "objective.channels=32", "objective.features=2"),
-    **{f"objective/{way}": ("objective.teacher._target_=test_conf.Taught",) for way in ("progressive", "consistency", "imitation")},
-    "objective/guidance_told": ("objective.teacher._target_=test_conf.Taught", "net=smoke_told_scale"),
+    **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("timestep_sampling=uniform", "timestep_spacing=uniform")),
+    "objective/repa": (
+        "objective.encoder._target_=test_conf.Features",
+        "objective.channels=32",
+        "objective.features=2",
+    ),
+    **{
+        f"objective/{way}": ("objective.teacher._target_=test_conf.Taught",)
+        for way in ("progressive", "consistency", "imitation")
+    },
+    "objective/guidance_told": ("objective.teacher._target_=test_conf.Taught", "net=smoke_guidance_embed"),
     "sampler/ddpm_learned": ("objective=hybrid",),
     "conditioner/wordpiece": ("conditioner.dim=16", "conditioner.layers=1"),
     "conditioner/layout": ("conditioner.dim=16", "conditioner.layers=1"),
-    "adapter/textual_inversion": ("adapter.word=zorbo",),
-    "sampler/repaint": ("sampler.jump=1", "sampler.repeats=1"),
+    "adapter/textual_inversion": ("adapter.placeholder_token=zorbo",),
+    "sampler/repaint": ("sampler.jump_length=1", "sampler.num_resamples=1"),
 }
 PAPER = [  # first stages at a paper's scale: looked at on the meta device
-    o for o in OPTIONS if o.startswith("autoencoder/") and OmegaConf.load(CONF / f"{o}.yaml").get("encoder", {}).get("width", 0) >= 128
+    o
+    for o in OPTIONS
+    if o.startswith("autoencoder/") and OmegaConf.load(CONF / f"{o}.yaml").get("encoder", {}).get("width", 0) >= 128
 ]
 PAPER_NETS = [  # and networks, which tests/net/test_counts.py builds there; an option that derives from another may say no width
-    o for o in OPTIONS if o.startswith("net/") and o not in PARTNERS and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
+    o
+    for o in OPTIONS
+    if o.startswith("net/") and o not in PARTNERS and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
 ]
 ALONE = (
-    *("budget", "debug", "data", "degrade", "trainer", "training", "logger", "metrics", "paired", "guidance", "task", "adapter", "hint"),
+    *(
+        "budget",
+        "debug",
+        "data",
+        "degradation",
+        "trainer",
+        "training",
+        "logger",
+        "metrics",
+        "reconstruction_metrics",
+        "guidance",
+        "task",
+        "adapter",
+        "hint",
+    ),
 )  # no part of the model or of its step
 
 
@@ -121,10 +170,10 @@ def batch(n: int = 4) -> dict:
 def model_of(cfg):
     """The model of a config; None where its text encoder is not to be had offline, which is said in one line."""
     try:
-        return build.model(cfg, build.autoencoder(cfg.autoencoder, 1), Card)
+        return build.build_model(cfg, build.build_autoencoder(cfg.autoencoder, 1), Card)
     except Exception as error:
         cause = error.__cause__ or error
-        assert isinstance(cause, AssetError | ValueError), cause
+        assert isinstance(cause, AssetNotFoundError | ValueError), cause
         assert "\n" not in str(cause)
         assert "weights" in str(cause) or "missing" in str(cause) or "at least one conditioner" in str(cause)
         return None
@@ -138,11 +187,17 @@ def offline(monkeypatch):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_composes(option):
     group = option.split("/")[0]
-    config = composed(option.replace("/", "=", 1), name="sample") if group in ("task", "paired") else composed(*typed(option))
+    config = (
+        composed(option.replace("/", "=", 1), name="sample")
+        if group in ("task", "reconstruction_metrics")
+        else composed(*typed(option))
+    )
     assert group in ("budget", "process", "optimizer") or option == "debug/smoke" or group in config
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] not in ALONE and o not in (*PAPER, *PAPER_NETS)])
+@pytest.mark.parametrize(
+    "option", [o for o in OPTIONS if o.split("/")[0] not in ALONE and o not in (*PAPER, *PAPER_NETS)]
+)
 def test_option_trains_and_draws(option):
     torch.manual_seed(0)
     cfg = composed(*typed(option))
@@ -159,7 +214,7 @@ def test_option_trains_and_draws(option):
 @pytest.mark.parametrize("option", PAPER)
 def test_a_first_stage_of_paper_scale_goes_there_and_back(option):
     with torch.device("meta"):
-        autoencoder = build.autoencoder(composed(*typed(option)).autoencoder, 3)
+        autoencoder = build.build_autoencoder(composed(*typed(option)).autoencoder, 3)
         size = 2 * autoencoder.factor
         z = autoencoder.encode(torch.empty(1, 3, size, size))
         assert z.shape == (1, autoencoder.z_channels, 2, 2)
@@ -178,26 +233,32 @@ def test_conditioners_are_composed_by_a_list(some):
 
 
 def test_a_list_with_no_such_option_is_named():
-    with pytest.raises(UserError, match=r"conditioner=\[label,lowres\]: no such option 'lowres'; did you mean 'low_res'"):
+    with pytest.raises(
+        UserError, match=r"conditioner=\[label,lowres\]: no such option 'lowres'; did you mean 'low_res'"
+    ):
         composed("budget=smoke", "conditioner=[label,lowres]")
 
 
 def trained(cfg, model) -> dict:
     """The terms of one step."""
-    lit = LitDiffusion(model, instantiate(cfg.objective), instantiate(cfg.training.optimizer), cfg.training.drop)
+    lit = LitDiffusion(
+        model, instantiate(cfg.objective), instantiate(cfg.training.optimizer), cfg.training.cond_drop_prob
+    )
     terms = lit.training_step(batch(), 0)
     optimizer = lit.configure_optimizers()
     terms["loss"].backward()
     assert not lit.has_unused_parameters
-    assert [name for name, p in lit.named_parameters() if p.requires_grad and p.grad is None] == []  # so DDP need not search for them
+    assert [
+        name for name, p in lit.named_parameters() if p.requires_grad and p.grad is None
+    ] == []  # so DDP need not search for them
     optimizer.step()
     return terms
 
 
 def drawn(cfg, model) -> torch.Tensor:
     """Two images."""
-    ts = instantiate(cfg.grid)(model.denoiser.schedule, 4)
-    return draw(model, batch(2), [0, 1], ts, instantiate(cfg.sampler), instantiate(cfg.guidance))
+    ts = instantiate(cfg.timestep_spacing)(model.denoiser.schedule, 4)
+    return sample(model, batch(2), [0, 1], ts, instantiate(cfg.sampler), instantiate(cfg.guidance))
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.split("/")[0] in ("training", "guidance", "logger")])
@@ -220,10 +281,10 @@ def test_trainer_options_take_every_precision(option, precision):
 def test_data_options_are_built_or_say_what_is_missing(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
-        data = build.dataset(composed(*typed(option)), "train")
+        data = build.build_dataset(composed(*typed(option)), "train")
     except Exception as error:
         cause = error.__cause__ or error
-        assert isinstance(cause, AssetError | ValueError | FileNotFoundError), cause
+        assert isinstance(cause, AssetNotFoundError | ValueError | FileNotFoundError), cause
         assert "\n" not in str(cause)
     else:
         assert data.batch([(0, 0)])["image"].shape[1:] == (data.channels, data.size, data.size)
@@ -232,20 +293,22 @@ def test_data_options_are_built_or_say_what_is_missing(option, tmp_path, monkeyp
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("degrade/")])
 def test_degrade_options_add_to_the_batch(option):
     cfg = composed(*typed(option))
-    batch = build.degraded(cfg).batch([(0, 0), (0, 1)])
+    batch = build.build_degraded_dataset(cfg).batch([(0, 0), (0, 1)])
     side = batch["image"].shape[-1]
     for name, channels, sides in (("low_res", 1, (side // 2, side // 4)), ("mask", 1, (side,))):
-        assert (name in batch) == (cfg.degrade.get(name) is not None)
+        assert (name in batch) == (cfg.degradation.get(name) is not None)
         assert name not in batch or batch[name].shape in {(2, channels, n, n) for n in sides}
 
 
 @pytest.mark.parametrize("process", [p.stem for p in (CONF / "process").glob("*.yaml")])
 def test_a_process_sets_four_choices_and_each_can_be_set_beside_it(process):
     text = (CONF / "process" / f"{process}.yaml").read_text()
-    for group in ("schedule", "prediction", "weighting", "times"):
+    for group in ("schedule", "prediction", "weighting", "timestep_sampling"):
         (option,) = re.findall(rf"override /{group}: (\w+)", text)
         wanted = OmegaConf.load(CONF / group / f"{option}.yaml")
-        assert OmegaConf.masked_copy(composed("budget=smoke", f"process={process}")[group], list(wanted)) == wanted, group
+        assert OmegaConf.masked_copy(composed("budget=smoke", f"process={process}")[group], list(wanted)) == wanted, (
+            group
+        )
     assert composed("budget=smoke", f"process={process}", "schedule=gvp").schedule._target_.endswith("GVP")
 
 
@@ -283,7 +346,12 @@ def test_what_owns_weights_is_built_once(smoke, tmp_path, monkeypatch):
         count(owner, owner.__name__)
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         assert command("train.py", "budget=smoke", "seed=11", "metrics=none") == 0
-    assert {name: len(found) for name, found in made.items()} == {"UNet": 1, "Label": 1, "LatentDiffusion": 1, "PowerEMA": 1}
+    assert {name: len(found) for name, found in made.items()} == {
+        "UNet": 1,
+        "Label": 1,
+        "LatentDiffusion": 1,
+        "PowerEMA": 1,
+    }
     (model,), (ema,) = made["LatentDiffusion"], made["PowerEMA"]
     assert model.denoiser.net is made["UNet"][0]
     assert model.conditioner is made["Label"][0]
@@ -315,6 +383,10 @@ def test_guidance_options_draw(option):
 
 
 def test_every_group_is_a_choice_of_a_command():
-    named = set(re.findall(r"^  - (\w+)", (CONF / "train.yaml").read_text() + (CONF / "sample.yaml").read_text(), re.MULTILINE))
-    assert {p.name for p in CONF.iterdir() if p.is_dir()} - {"hydra"} <= named  # which is how Hydra itself goes about it
+    named = set(
+        re.findall(r"^  - (\w+)", (CONF / "train.yaml").read_text() + (CONF / "sample.yaml").read_text(), re.MULTILINE)
+    )
+    assert {p.name for p in CONF.iterdir() if p.is_dir()} - {
+        "hydra"
+    } <= named  # which is how Hydra itself goes about it
     assert Path(CONF / "train.yaml").is_file()

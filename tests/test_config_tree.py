@@ -2,9 +2,14 @@ import json
 
 import pytest
 
-from ldm.config_tree import flatten, iter_nodes, map_leaves, map_strings, walk
+from ldm.config.tree import flatten, iter_nodes, map_leaves, map_strings, walk
 
-CONFIG = {"a": {"_target_": "x.f", "list": [1, {"_target_": "x.g", "deep": "two"}]}, "empty": {}, "b": None, "c": (1, "one")}
+CONFIG = {
+    "a": {"_target_": "x.f", "list": [1, {"_target_": "x.g", "deep": "two"}]},
+    "empty": {},
+    "b": None,
+    "c": (1, "one"),
+}
 
 
 def test_walk_names_everything_and_containers_first():

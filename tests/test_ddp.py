@@ -7,23 +7,31 @@ import pytest
 import torch
 from smoke import process, processes
 
-from ldm import durable, runs
+from ldm.checkpoint.step import list_checkpoints
+from ldm.io import atomic
+from ldm.runs import metrics_log
 
-DIFFUSION = ("budget=smoke", "training.grid_every=100", "metrics=none")
-AUTOENCODER = ("budget=smoke", "training=autoencoder", "~training.score", "training.discriminator_start=0", "training.batch_size=8")
-AUTOENCODER += ("training.log_every=1", "training.grid_every=100", "training.save_every=100", "metrics=none")
+DIFFUSION = ("budget=smoke", "training.sample_every=100", "metrics=none")
+AUTOENCODER = (
+    "budget=smoke",
+    "training=autoencoder",
+    "~training.score",
+    "training.discriminator_start=0",
+    "training.batch_size=8",
+)
+AUTOENCODER += ("training.log_every=1", "training.sample_every=100", "training.save_every=100", "metrics=none")
 STAGES = {"diffusion": DIFFUSION, "autoencoder with its GAN": AUTOENCODER}
 CPU = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.precision='32'")
 LIMIT = {"64": 1e-9, "32": 1e-5}
 
 
 def rows_of(run: Path) -> int:
-    return len(runs.read_journal(run / "metrics.jsonl")) if (run / "metrics.jsonl").is_file() else 0
+    return len(metrics_log.read_metrics_log(run / "metrics.jsonl")) if (run / "metrics.jsonl").is_file() else 0
 
 
 def rows(folder: Path, steps: int) -> list[dict]:
-    (journal,) = [p for p in folder.rglob("metrics.jsonl") if len(runs.read_journal(p)) == steps]
-    return [{k: v for k, v in row.items() if k.startswith("train/")} for row in runs.read_journal(journal)]
+    (journal,) = [p for p in folder.rglob("metrics.jsonl") if len(metrics_log.read_metrics_log(p)) == steps]
+    return [{k: v for k, v in row.items() if k.startswith("train/")} for row in metrics_log.read_metrics_log(journal)]
 
 
 def assert_same(one: list[dict], two: list[dict], limit: float) -> None:
@@ -49,7 +57,7 @@ def test_two_processes_have_the_losses_of_one(stage, precision, smoke, tmp_path)
         found.append(rows(folder, 4))
         if stage != "diffusion":  # each of two processes looked at its share of the images
             (weights,) = [p for p in folder.rglob("weights.safetensors") if rows_of(p.parent) == 4]
-            calibrated.append(durable.read_tensors(weights))
+            calibrated.append(atomic.read_tensors(weights))
     if stage != "diffusion":
         assert {"train/adversarial_weight", "train/discriminator", "train/kl_channel_min"} <= found[0][0].keys()
         one, two = calibrated
@@ -68,7 +76,13 @@ def test_20_steps_launched_as_a_person_does(stage, precision, smoke, tmp_path):
         folder = tmp_path / trainer
         folder.mkdir()
         shutil.copytree(smoke.kept, folder / "cache")
-        typed = (*STAGES[stage], "training.steps=20", trainer, "trainer.accelerator=cpu", f"trainer.precision={precision}")
+        typed = (
+            *STAGES[stage],
+            "training.steps=20",
+            trainer,
+            "trainer.accelerator=cpu",
+            f"trainer.precision={precision}",
+        )
         done = process("train.py", *typed, cwd=folder, timeout=300)
         assert done.returncode == 0, done.stderr
         found.append(rows(folder, 20))
@@ -94,7 +108,14 @@ def test_sampling_and_scoring_after_two_processes(smoke, tmp_path):
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
     """At steps that only the best makes saving steps, on all ranks: none waits for another."""
-    typed = ("train.py", *DIFFUSION, "training.steps=6", "training.save_every=100", "keep_best=-train/lr", "trainer.accelerator=cpu")
+    typed = (
+        "train.py",
+        *DIFFUSION,
+        "training.steps=6",
+        "training.save_every=100",
+        "keep_best=-train/lr",
+        "trainer.accelerator=cpu",
+    )
     results = []
     for ranks, name in ((1, "cpu"), (2, trainer)):
         folder = tmp_path / str(ranks)
@@ -103,7 +124,12 @@ def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
         done = processes(*[(*typed, f"trainer={name}", "trainer.precision='32'")] * ranks, cwd=folder)
         assert not any(one.returncode for one in done), done
         (run,) = (folder / "runs").iterdir()
-        results.append(([path.name for path in durable.steps(run / "checkpoints")], (run / "checkpoints" / "best.json").read_text()))
+        results.append(
+            (
+                [path.name for path in list_checkpoints(run / "checkpoints")],
+                (run / "checkpoints" / "best.json").read_text(),
+            )
+        )
     assert results[0] == results[1]
 
 
@@ -111,8 +137,22 @@ def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
 @pytest.mark.parametrize("training", ["judge", "classifier", "clip"])
 def test_no_process_searches_in_vain_for_parameters_without_gradient(training, smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
-    none = ("~training.score", "~training.grid_every", "metrics=none", "training.steps=4", "training.batch_size=8", "training.save_every=4")
-    job = ("train.py", "budget=smoke", f"training={training}", *none, "training.seed=1" if training == "judge" else "seed=1", *CPU)
+    none = (
+        "~training.score",
+        "~training.sample_every",
+        "metrics=none",
+        "training.steps=4",
+        "training.batch_size=8",
+        "training.save_every=4",
+    )
+    job = (
+        "train.py",
+        "budget=smoke",
+        f"training={training}",
+        *none,
+        "training.seed=1" if training == "judge" else "seed=1",
+        *CPU,
+    )
     done = processes(*[job] * 2, cwd=tmp_path)
     assert not any(one.returncode for one in done), done
     assert "find_unused_parameters" not in done[0].stdout

@@ -14,16 +14,18 @@ from hashlib import sha256
 import pytest
 import torch
 
-from ldm.durable import (
-    DamagedError,
-    latest_valid,
-    load_step,
-    prune,
+from ldm.checkpoint.step import (
+    latest_valid_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from ldm.io.atomic import (
+    CorruptFileError,
     read_tensors,
-    save_step,
-    steps,
-    sweep,
-    verify,
+    remove_stale_temporaries,
     write_bytes,
     write_json,
     write_tensors,
@@ -33,7 +35,14 @@ from ldm.durable import (
 
 def save(folder, step, keep=2, value=0.0, size=64):
     weights = {"layer.weight": torch.full((size,), value + step), "count": torch.tensor(step)}
-    return save_step(folder, step, {"model": weights, "ema": weights}, {"step": step, "moments": [torch.ones(3)]}, f"step: {step}\n", keep)
+    return save_checkpoint(
+        folder,
+        step,
+        {"model": weights, "ema": weights},
+        {"step": step, "moments": [torch.ones(3)]},
+        f"step: {step}\n",
+        keep,
+    )
 
 
 def names(folder):
@@ -75,13 +84,13 @@ def test_step_round_trip(tmp_path):
     path = save(tmp_path, 12000)
     assert path.name == "step-00012000"
     assert names(path) == ["config.yaml", "ema.safetensors", "manifest.json", "model.safetensors", "train_state.pt"]
-    back = load_step(path)
+    back = load_checkpoint(path)
     assert back.step == 12000
     assert back.config == "step: 12000\n"
     assert back.state["step"] == 12000
     assert torch.equal(back.tensors["ema"]["layer.weight"], torch.full((64,), 12000.0))
     assert torch.equal(back.state["moments"][0], torch.ones(3))
-    assert latest_valid(tmp_path) == (path, [])
+    assert latest_valid_checkpoint(tmp_path) == (path, [])
 
 
 def truncate(path):
@@ -105,23 +114,23 @@ def test_a_damaged_newest_is_skipped_and_said(tmp_path, file, harm):
     harm(newer / file)
     if harm is flip and file == "manifest.json":  # a flipped byte of the manifest must not pass either
         (newer / file).write_text((newer / file).read_text().replace('"sha256": "', '"sha256": "0', 1))
-    found, skipped = latest_valid(tmp_path)
+    found, skipped = latest_valid_checkpoint(tmp_path)
     assert found == older
     assert [path for path, _ in skipped] == [newer]
     assert file in skipped[0][1]
     assert "\n" not in skipped[0][1]
-    with pytest.raises(DamagedError, match=file):
-        load_step(newer)
+    with pytest.raises(CorruptFileError, match=file):
+        load_checkpoint(newer)
 
 
 def test_nothing_valid(tmp_path):
-    assert latest_valid(tmp_path / "absent") == (None, [])
+    assert latest_valid_checkpoint(tmp_path / "absent") == (None, [])
     empty(save(tmp_path, 1) / "train_state.pt")
-    found, skipped = latest_valid(tmp_path)
+    found, skipped = latest_valid_checkpoint(tmp_path)
     assert found is None
     assert "has 0 bytes, not" in skipped[0][1]
-    with pytest.raises(DamagedError, match="is not there"):
-        verify(tmp_path / "step-00000009")
+    with pytest.raises(CorruptFileError, match="is not there"):
+        verify_checkpoint(tmp_path / "step-00000009")
 
 
 def test_a_manifest_cannot_point_outside(tmp_path):
@@ -129,8 +138,8 @@ def test_a_manifest_cannot_point_outside(tmp_path):
     manifest = json.loads((step / "manifest.json").read_text())
     manifest["files"]["../secret"] = {"sha256": "0", "bytes": 0}
     (step / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DamagedError, match="outside its folder"):
-        verify(step)
+    with pytest.raises(CorruptFileError, match="outside its folder"):
+        verify_checkpoint(step)
 
 
 class Bomb:
@@ -143,31 +152,31 @@ def test_a_pickle_bomb_is_refused(tmp_path, monkeypatch):
     step = save(tmp_path, 1)
     torch.save({"state": Bomb()}, step / "train_state.pt")
     manifest = json.loads((step / "manifest.json").read_text())
-    from ldm.durable import digest
+    from ldm.io.atomic import file_sha256
 
     size = (step / "train_state.pt").stat().st_size
-    manifest["files"]["train_state.pt"] = {"sha256": digest(step / "train_state.pt"), "bytes": size}
+    manifest["files"]["train_state.pt"] = {"sha256": file_sha256(step / "train_state.pt"), "bytes": size}
     (step / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DamagedError, match="more than tensors and plain values"):
-        load_step(step)
+    with pytest.raises(CorruptFileError, match="more than tensors and plain values"):
+        load_checkpoint(step)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_digest_is_that_of_the_files_joined(tmp_path):
-    from ldm.durable import digest
+    from ldm.io.atomic import file_sha256
 
     (tmp_path / "a").write_bytes(b"1" * 3_000_000)
     (tmp_path / "b").write_bytes(b"2")
-    assert digest(tmp_path / "a", tmp_path / "b") == sha256(b"1" * 3_000_000 + b"2").hexdigest()
+    assert file_sha256(tmp_path / "a", tmp_path / "b") == sha256(b"1" * 3_000_000 + b"2").hexdigest()
     with gzip.open(tmp_path / "c", "wb") as file:
         file.write(b"2")
-    assert digest(tmp_path / "c", opener=gzip.open) == digest(tmp_path / "b") != digest(tmp_path / "c")
+    assert file_sha256(tmp_path / "c", opener=gzip.open) == file_sha256(tmp_path / "b") != file_sha256(tmp_path / "c")
 
 
 def test_non_finite_weights_are_never_written(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(ValueError, match=r"model w: 1 of 3 values are not finite; nothing was written"):
-        save_step(tmp_path, 2, {"model": {"w": torch.tensor([0.0, float("nan"), 1.0])}}, {})
+        save_checkpoint(tmp_path, 2, {"model": {"w": torch.tensor([0.0, float("nan"), 1.0])}}, {})
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -182,7 +191,10 @@ def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_while_writing_leaves_no_half(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr("ldm.durable._save", lambda state, path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "ldm.io.atomic._write_tensor_file",
+        lambda state, path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001"]
@@ -193,29 +205,31 @@ def test_pruning_keeps_the_newest_and_an_older_good_one(tmp_path):
         save(tmp_path, step, keep=0)
     truncate(tmp_path / "step-00000004" / "model.safetensors")
     truncate(tmp_path / "step-00000003" / "model.safetensors")
-    prune(tmp_path, 2)
-    assert [path.name[-1] for path in steps(tmp_path)] == ["4", "3", "2", "1"]
+    prune_checkpoints(tmp_path, 2)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["4", "3", "2", "1"]
     save(tmp_path, 5, keep=1)
-    assert [path.name[-1] for path in steps(tmp_path)] == ["5", "4", "2"]
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["5", "4", "2"]
     save(tmp_path, 6, keep=3)
-    assert [path.name[-1] for path in steps(tmp_path)] == ["6", "5", "4"]
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["6", "5", "4"]
 
 
 def test_the_same_step_again_replaces_it(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 1, value=5.0)
-    assert load_step(tmp_path / "step-00000001").tensors["model"]["layer.weight"][0] == 6
+    assert load_checkpoint(tmp_path / "step-00000001").tensors["model"]["layer.weight"][0] == 6
     assert names(tmp_path) == ["step-00000001"]
 
 
 def test_sweep_clears_the_dead_and_spares_the_living(tmp_path):
     step = save(tmp_path, 3)
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    ).stdout.strip()
     (tmp_path / f".step-00000001.{dead}.tmp").mkdir()
     (tmp_path / f".last.json.{dead}.tmp").write_text("half")
     (tmp_path / f".step-00000007.{os.getppid()}.tmp").mkdir()
     os.replace(step, tmp_path / f".step-00000003.{dead}.old.tmp")
-    assert len(sweep(tmp_path)) == 3
+    assert len(remove_stale_temporaries(tmp_path)) == 3
     assert names(tmp_path) == [f".step-00000007.{os.getppid()}.tmp", "step-00000003"]
 
 
@@ -231,7 +245,9 @@ def test_every_file_has_the_umasks_mode(tmp_path, umask):
         os.umask(before)
     files = [tmp_path / "j", tmp_path / "w", *step.iterdir()]
     assert len(files) == 7
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(0o666 & ~umask) for path in files}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(0o666 & ~umask) for path in files
+    }
     assert step.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
@@ -249,7 +265,7 @@ def unfinished(path):
 def test_a_killed_write_of_tensors_leaves_nothing_that_stays(tmp_path):
     """Killed in the middle of 32 MB, under whatever name the library writes: the next start clears it, and so does the next write."""
     path = tmp_path / "w"
-    for clear in (lambda: sweep(tmp_path), lambda: write_tensors(path, {"w": torch.zeros(3)})):
+    for clear in (lambda: remove_stale_temporaries(tmp_path), lambda: write_tensors(path, {"w": torch.zeros(3)})):
         for _ in range(20):
             writer = multiprocessing.get_context("fork").Process(target=write_on, args=(path,), daemon=True)
             writer.start()
@@ -266,12 +282,12 @@ def test_a_killed_write_of_tensors_leaves_nothing_that_stays(tmp_path):
 
 WRITER = """
 import sys, torch
-from ldm.durable import save_step
+from ldm.io.atomic import save_checkpoint
 folder, step = sys.argv[1], 0
 weights = {"w": torch.zeros(1 << 18)}
 while True:
     step += 1
-    save_step(folder, step, {"model": weights}, {"optimizer": {"m": torch.zeros(1 << 18)}})
+    save_checkpoint(folder, step, {"model": weights}, {"optimizer": {"m": torch.zeros(1 << 18)}})
     print("saved", flush=True)
 """
 
@@ -284,8 +300,8 @@ def test_kill_during_saves_never_leaves_a_damaged_step(tmp_path, kills):
         time.sleep(0.05 + 0.0137 * kill)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
-        for step in steps(tmp_path):
-            verify(step)
-    sweep(tmp_path)
+        for step in list_checkpoints(tmp_path):
+            verify_checkpoint(step)
+    remove_stale_temporaries(tmp_path)
     assert not list(tmp_path.glob(".*"))
-    assert steps(tmp_path)
+    assert list_checkpoints(tmp_path)

@@ -7,25 +7,26 @@ import torch
 from smoke import command, here
 from torch import nn
 
-from ldm import durable
-from ldm.ema import LENGTHS, PowerEMA, mixture, overlap, power_of
+from ldm.checkpoint.step import Checkpoint
+from ldm.checkpoint.weights import load_weights_dict, parse_ema_length
+from ldm.ema import SIGMA_RELS, PowerEMA, posthoc_coefficients, profile_correlation, std_to_exponent
 from ldm.errors import UserError
-from ldm.load import length_of, weights_of
-from ldm.training.callbacks import Checkpoints
+from ldm.io import atomic
+from ldm.training.callbacks import CheckpointCallback
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.6)])
 def test_exponents_of_the_paper(sigma_rel, gamma):
     """EDM2: sigma_rel = 0.05 and 0.10 are gamma = 16.97 and 6.94; and the width, in closed form (eq. 126), comes back."""
-    assert abs(power_of(sigma_rel) - gamma) < 0.05
-    g = power_of(sigma_rel)
+    assert abs(std_to_exponent(sigma_rel) - gamma) < 0.05
+    g = std_to_exponent(sigma_rel)
     assert abs((g + 1) ** 0.5 * (g + 2) ** -1 * (g + 3) ** -0.5 - sigma_rel) < 1e-9
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.28, 1.0])
 def test_a_width_that_no_exponent_has_is_refused(sigma_rel):
     with pytest.raises(ValueError, match="sigma_rel="):
-        power_of(sigma_rel)
+        std_to_exponent(sigma_rel)
 
 
 def test_a_loaded_average_has_every_digit_that_was_saved():
@@ -82,7 +83,7 @@ def test_applied_lends_the_average_and_gives_the_weights_back():
     ema.shadow["weight"].fill_(5.0)
 
     def fail():
-        with ema.applied():
+        with ema.swapped_in():
             assert (module.weight == 5).all()
             raise RuntimeError("mid-way")
 
@@ -126,13 +127,13 @@ def test_overlap_is_the_integral():
         return np.where(t < end, (gamma + 1) * t**gamma / end ** (gamma + 1), 0)
 
     for a, b in (((17.0, 0.4), (7.0, 0.9)), ((7.0, 0.9), (17.0, 0.4)), ((3.0, 0.5), (3.0, 0.5))):
-        assert overlap(*a, *b) == pytest.approx((density(*a) * density(*b)).mean(), rel=1e-4)
+        assert profile_correlation(*a, *b) == pytest.approx((density(*a) * density(*b)).mean(), rel=1e-4)
 
 
 def snapshots(steps: int, every: int) -> dict[tuple[float, int], torch.Tensor]:
     """(length, step) -> the weights of steps 0..`steps` in the average kept then."""
     kept = {}
-    for length in LENGTHS:
+    for length in SIGMA_RELS:
         for step in range(every, steps + 1, every):
             kept[length, step] = torch.zeros(steps + 1, dtype=torch.float64)
             kept[length, step][: step + 1] = averaged(step, length)[1]
@@ -144,7 +145,7 @@ def test_a_length_made_afterwards_is_the_one_tracked_directly(sigma_rel):
     """Of a toy sequence too: parameters that walk."""
     steps = 320
     kept, tracked = snapshots(steps, 20), averaged(steps, sigma_rel)[1]
-    parts, off = mixture(list(kept), sigma_rel, steps)
+    parts, off = posthoc_coefficients(list(kept), sigma_rel, steps)
     made = sum(part * one for part, one in zip(parts, kept.values(), strict=True))
     assert off < 0.03
     assert (made - tracked).norm() / tracked.norm() < 1.2 * off + 1e-3
@@ -155,55 +156,71 @@ def test_a_length_made_afterwards_is_the_one_tracked_directly(sigma_rel):
 
 
 def test_a_length_that_was_kept_is_itself_and_more_snapshots_come_nearer():
-    for place, length in enumerate(LENGTHS):
-        parts, off = mixture([(one, step) for step in range(20, 320, 20) for one in LENGTHS], length, 300)
+    for place, length in enumerate(SIGMA_RELS):
+        parts, off = posthoc_coefficients(
+            [(one, step) for step in range(20, 320, 20) for one in SIGMA_RELS], length, 300
+        )
         assert parts[28 + place] == pytest.approx(1, abs=1e-9)
         assert np.abs(np.delete(parts, 28 + place)).max() < 1e-9
         assert off < 1e-6
-    few, many = (mixture([(one, step) for step in range(320 // n, 321, 320 // n) for one in LENGTHS], 0.15, 320)[1] for n in (4, 16))
+    few, many = (
+        posthoc_coefficients([(one, step) for step in range(320 // n, 321, 320 // n) for one in SIGMA_RELS], 0.15, 320)[
+            1
+        ]
+        for n in (4, 16)
+    )
     assert many < few / 5
 
 
 @pytest.mark.parametrize("kind", ["average", "ema:", "ema:long", "ema:0.3", "raw:0.1", "0.1"])
 def test_what_is_no_length_is_named(kind):
     with pytest.raises(UserError, match=f"weights={kind}: expected ema, raw, or ema:0.15"):
-        length_of(kind)
+        parse_ema_length(kind)
 
 
 @pytest.mark.slow
 def test_a_run_keeps_two_and_gives_any(smoke, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        typed = ("train.py", "budget=smoke", "metrics=none", "training.steps=3", "training.snapshot_every=1", "training.save_every=1")
+        typed = (
+            "train.py",
+            "budget=smoke",
+            "metrics=none",
+            "training.steps=3",
+            "training.snapshot_every=1",
+            "training.save_every=1",
+        )
         assert command(*typed) == 0
         (run,) = (tmp_path / "runs").iterdir()
         first = {path.name: path.read_bytes() for path in (run / "averages").iterdir()}
-        assert sorted(first) == [f"ema_{length}-{step:08d}.safetensors" for length in ("0.05", "0.1") for step in (1, 2, 3)]
+        assert sorted(first) == [
+            f"ema_{length}-{step:08d}.safetensors" for length in ("0.05", "0.1") for step in (1, 2, 3)
+        ]
         (run / "metrics.json").unlink()
         for path in (run / "averages").glob("*3.safetensors"):
             path.unlink()
         shutil.rmtree(run / "checkpoints" / "step-00000003")
         assert command(*typed) == 0  # goes on after step 2 as if it had not been stopped
         assert {path.name: path.read_bytes() for path in (run / "averages").iterdir()} == first
-        kept = durable.read_tensors(run / "averages" / "ema_0.1-00000003.safetensors")
-        made = weights_of(run, "ema:0.1")
+        kept = atomic.read_tensors(run / "averages" / "ema_0.1-00000003.safetensors")
+        made = load_weights_dict(run, "ema:0.1")
         assert all(torch.equal(made[name], kept[name]) for name in kept)
-        own, near = weights_of(run), weights_of(run, "ema:0.06")
+        own, near = load_weights_dict(run), load_weights_dict(run, "ema:0.06")
         assert own.keys() == near.keys()
 
         def apart(a: dict, b: dict) -> float:
             return sum((a[name] - b[name]).square().sum().item() for name in a) ** 0.5
 
         assert 0 < apart(near, own) < 1e-4 * apart(own, dict.fromkeys(own, torch.zeros(())))
-        assert command("sample.py", f"run={run}", "weights=ema:0.08", "num=2", "steps=1", "out=drawn") == 0
+        assert command("sample.py", f"run={run}", "weights=ema:0.08", "num=2", "steps=1", "output_dir=drawn") == 0
         with pytest.raises(UserError, match=r"the nearest that its 6 snapshots make is \d+% off"):
-            weights_of(run, "ema:0.2")
+            load_weights_dict(run, "ema:0.2")
         with pytest.raises(UserError, match="holds no snapshots"):
-            weights_of(smoke.run, "ema:0.08")
+            load_weights_dict(smoke.run, "ema:0.08")
 
 
 def test_a_run_that_began_without_snapshots_says_so():
     module = nn.Linear(2, 2)
-    step = durable.Step(3, {"model": {name: value.detach() for name, value in module.named_parameters()}}, {}, "", {})
-    saving = Checkpoints(Path(), None, 1, 4, "", step, averages={"ema_0.1": PowerEMA(module)})
+    step = Checkpoint(3, {"model": {name: value.detach() for name, value in module.named_parameters()}}, {}, "", {})
+    saving = CheckpointCallback(Path(), None, 1, 4, "", step, averages={"ema_0.1": PowerEMA(module)})
     with pytest.raises(UserError, match=r"step 3 holds no ema_0\.1, so this run began without snapshots"):
         saving.on_fit_start(None, module)

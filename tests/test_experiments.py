@@ -7,13 +7,26 @@ import pytest
 import torch
 from smoke import ROOT, command, first_job, here
 
-from ldm import picture
-from ldm.argv import Tree
+from ldm.config.overrides import ConfigSearchPath
+from ldm.io import images
 
-STUDIES = sorted(name for name in Tree((ROOT / "conf",), ROOT).studies() if not name.endswith("/sweep"))
+STUDIES = sorted(name for name in ConfigSearchPath((ROOT / "conf",), ROOT).studies() if not name.endswith("/sweep"))
 TINY = (  # as budget=smoke has them, so that the judge and the first stages of the shared run serve again
-    *("training.steps=1", "training.batch_size=4", "training.grid_every=1", "training.save_every=1", "net=smoke", "trainer=cpu"),
-    *("first_stage.steps=2", "first_stage.batch_size=8", "first_stage.discriminator_start=1", "judge.steps=2", "judge.batch_size=8"),
+    *(
+        "training.steps=1",
+        "training.batch_size=4",
+        "training.sample_every=1",
+        "training.save_every=1",
+        "net=smoke",
+        "trainer=cpu",
+    ),
+    *(
+        "first_stage.steps=2",
+        "first_stage.batch_size=8",
+        "first_stage.discriminator_start=1",
+        "evaluator.steps=2",
+        "evaluator.batch_size=8",
+    ),
 )
 FIRST = ("~training.score",)  # a budget for the second stage has too much
 STAGE_ONE = (*FIRST, "data=synthetic", "training.discriminator_start=0")
@@ -24,11 +37,12 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "emoji": ("data=synthetic", "conditioner=label"),
     "blue_marble": ("data=synthetic", "~data.stride", "~data.land", "~data.band"),
     "cifar10": ("data=synthetic",),
-    "emoji/clip": (*FIRST, "~training.grid_every", "data=synthetic"),
+    "emoji/clip": (*FIRST, "~training.sample_every", "data=synthetic"),
     "schedules/full": ("data=synthetic", "metrics=fd"),
-    "classifier_guidance": (*FIRST, "~training.grid_every"),
+    "classifier_guidance": (*FIRST, "~training.sample_every"),
     **dict.fromkeys(
-        ("schedules", "predictions", "predictions/flow", "weightings", "downsampling", "kl_weight"), ("training.score.num=20",)
+        ("schedules", "predictions", "predictions/flow", "weightings", "downsampling", "kl_weight"),
+        ("training.score.num=20",),
     ),
     **dict.fromkeys(("terminal_snr", "ema_length"), ("training.score.num=20",)),
     **dict.fromkeys(("conditioning", "text_encoder"), ("training.score.num=20", "conditioner=label")),
@@ -36,8 +50,13 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
         *("training.score.num=20", "conditioner=label"),
         *(f"~conditioner.{name}" for name in ("layers", "heads", "head_channels", "length")),
     ),
-    "text_encoder/clip": (*FIRST, "~training.grid_every"),
-    "text_encoder/small_clip": ("training.score.num=20", "conditioner=label", "~conditioner.length", "~conditioner.encoder"),
+    "text_encoder/clip": (*FIRST, "~training.sample_every"),
+    "text_encoder/small_clip": (
+        "training.score.num=20",
+        "conditioner=label",
+        "~conditioner.length",
+        "~conditioner.encoder",
+    ),
     "lora": ("data=synthetic", "~data.styles"),
     "controlnet": ("data=synthetic",),
 }
@@ -48,7 +67,7 @@ def some_images(folder: Path) -> None:
     """Pictures of two kinds."""
     for i in range(12):
         image = torch.randint(0, 256, (3, 70, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
-        picture.save(folder / f"kind {i % 2}" / f"{i}.png", image)
+        images.save_png(folder / f"kind {i % 2}" / f"{i}.png", image)
 
 
 def finished(cache: Path, folder: Path) -> set[Path]:
@@ -56,13 +75,18 @@ def finished(cache: Path, folder: Path) -> set[Path]:
     return {*folder.glob("runs/*/metrics.json"), *cache.glob("cache/first_stage/*/metrics.json")}
 
 
-@pytest.mark.parametrize("study", [s if s == "quickstart" else pytest.param(s, marks=pytest.mark.slow) for s in STUDIES])
+@pytest.mark.parametrize(
+    "study", [s if s == "quickstart" else pytest.param(s, marks=pytest.mark.slow) for s in STUDIES]
+)
 def test_study_runs_its_first_job(study, smoke, tmp_path):
     some_images(tmp_path / "images")
     before, base = finished(smoke.folder, tmp_path), [f"init={smoke.run}"] * (study in ON_TOP)
     base += [f"objective.teacher.run={smoke.run}"] * (study == "distillation")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        assert command("train.py", *first_job("budget=smoke", f"experiment={study}", *TINY, *NEEDS.get(study, ()), *base)) == 0
+        assert (
+            command("train.py", *first_job("budget=smoke", f"experiment={study}", *TINY, *NEEDS.get(study, ()), *base))
+            == 0
+        )
         made = finished(smoke.folder, tmp_path) - before
     assert made
     assert all(json.loads(done.read_text())["seconds"] > 0 for done in made)

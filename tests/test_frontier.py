@@ -5,10 +5,11 @@ import json
 import pytest
 from smoke import ROOT, command, here
 
-from ldm import drawing, frontier
-from ldm.command import guarded
+from ldm.cli.errors import run_guarded
 from ldm.errors import UserError
-from ldm.report import rows
+from ldm.report import frontier, rows
+from ldm.sampling import run as run_module
+from ldm.sampling.run import generate_images
 
 SMALL = ("num=6", "batch_size=6", "metrics=fd", "steps=2")
 
@@ -20,15 +21,15 @@ def place(smoke, lively, tmp_path):
 
 
 def run(*typed: object) -> int:
-    return guarded(lambda: frontier.main([str(word) for word in typed]))
+    return run_guarded(lambda: frontier.main([str(word) for word in typed]))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*biased")
 def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypatch, capsys):
     drawn: list = []
-    draw = drawing.draw
-    monkeypatch.setattr(drawing, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    draw = generate_images
+    monkeypatch.setattr(run_module, "generate_images", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     (place / "study").mkdir()
     (place / "study" / "points.yaml").write_text(
         "grid: uniform\nguidance.scale: 1.0\npoints:\n- {sampler: ddim, sampler.eta: '0.0,1.0'}\n- {sampler: heun}\n"
@@ -57,7 +58,7 @@ def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypa
         typed = (
             f"run={lively}",
             *SMALL,
-            "grid=uniform",
+            "timestep_spacing=uniform",
             "guidance.scale=1.0",
             "seed=3000000",
             "sampler=ddim",
@@ -67,7 +68,7 @@ def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypa
         )
         assert command("sample.py", *typed) == 0
     alone = json.loads((place / "alone" / "metrics.json").read_text())
-    assert rows.text(alone["fd_fashion"]) == table[0]["fd_fashion"]
+    assert rows.format_cell(alone["fd_fashion"]) == table[0]["fd_fashion"]
     assert alone["protocol"] == table[0]["protocol"]
 
 
@@ -101,16 +102,16 @@ def test_what_is_refused(place, typed, said, capsys):
 def test_damaged_points_file_is_refused(tmp_path):
     (tmp_path / "points.yaml").write_text("points: [")
     with pytest.raises(UserError, match=r"points\.yaml cannot be read"):
-        frontier.points(tmp_path / "points.yaml", {})
+        frontier.sampling_points(tmp_path / "points.yaml", {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", sorted(file.parent.name for file in ROOT.glob("experiments/*/points.yaml")))
 def test_a_study_s_points_compose(study, monkeypatch):
     monkeypatch.setenv("CLASSIFIER", "a run")
-    found, keys = frontier.points(ROOT / "experiments" / study / "points.yaml", {})
+    found, keys = frontier.sampling_points(ROOT / "experiments" / study / "points.yaml", {})
     assert 2 <= len(found) <= 30
-    assert len({frontier.name_of(job) for job in found}) == len(found)
+    assert len({frontier.point_id(job) for job in found}) == len(found)
     assert all(job.config["num"] == 1000 for job in found)
     assert keys
 
@@ -120,5 +121,7 @@ def test_a_study_s_points_compose(study, monkeypatch):
 @pytest.mark.parametrize("study", sorted(file.parent.name for file in ROOT.glob("experiments/*/points.yaml")))
 def test_a_study_s_first_point_is_drawn(study, place, smoke, monkeypatch):
     monkeypatch.setenv("CLASSIFIER", "a run")
-    found, keys = frontier.points(ROOT / "experiments" / study / "points.yaml", dict(word.split("=") for word in SMALL[:3]))
-    assert frontier.measure(str(smoke.run), found[:1], keys, place / "a.csv") == 1
+    found, keys = frontier.sampling_points(
+        ROOT / "experiments" / study / "points.yaml", dict(word.split("=") for word in SMALL[:3])
+    )
+    assert frontier.evaluate_points(str(smoke.run), found[:1], keys, place / "a.csv") == 1

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm import gpus
 from ldm.errors import UserError
+from ldm.launch import gpus
 
 LISTED = "0, GPU-aa, 3\n1, GPU-bb, 20000\n2, GPU-cc, 0\n"
 
@@ -30,32 +30,32 @@ def machine(tmp_path, monkeypatch):
 
 def test_the_free_ones_are_those_that_nobody_uses(machine, monkeypatch):
     machine(LISTED)
-    assert gpus.free() == ("GPU-aa", "GPU-cc")
+    assert gpus.idle_gpus() == ("GPU-aa", "GPU-cc")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
-    assert gpus.free() == ("GPU-cc",)
+    assert gpus.idle_gpus() == ("GPU-cc",)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa")
-    assert gpus.free() == ("GPU-aa",)
+    assert gpus.idle_gpus() == ("GPU-aa",)
 
 
 def test_none_is_one_line(machine, monkeypatch, tmp_path):
     machine("0, GPU-aa, 70000\n")
     with pytest.raises(UserError, match="all of the 1 GPUs here are in use; wait, or hydra/launcher=joblib"):
-        gpus.free()
+        gpus.idle_gpus()
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(UserError, match="nvidia-smi finds no GPU on this machine"):
-        gpus.free()
+        gpus.idle_gpus()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="nvidia-smi finds no GPU on this machine"):
-        gpus.free()
+        gpus.idle_gpus()
 
 
 def test_each_is_held_by_one(machine):
-    with gpus.held(("a", "b")) as first, gpus.held(("a", "b")) as second:
+    with gpus.acquire_gpus(("a", "b")) as first, gpus.acquire_gpus(("a", "b")) as second:
         assert (first, second) == ({"CUDA_VISIBLE_DEVICES": "a"}, {"CUDA_VISIBLE_DEVICES": "b"})
         third: list[dict[str, str]] = []
 
         def wait() -> None:
-            with gpus.held(("a", "b"), 2, every=0.01) as pinned:
+            with gpus.acquire_gpus(("a", "b"), 2, every=0.01) as pinned:
                 third.append(pinned)
 
         waiting = threading.Thread(target=wait)
@@ -68,16 +68,19 @@ def test_each_is_held_by_one(machine):
 
 
 def test_more_than_there_are(machine):
-    with gpus.held(()) as pinned:
+    with gpus.acquire_gpus(()) as pinned:
         assert pinned == {}
-    with pytest.raises(UserError, match=r"trainer.devices=3: hydra/launcher=gpus has 2 free here"), gpus.held(("a", "b"), 3):
+    with (
+        pytest.raises(UserError, match=r"trainer.devices=3: hydra/launcher=gpus has 2 free here"),
+        gpus.acquire_gpus(("a", "b"), 3),
+    ):
         pass
 
 
 SCRIPT = """
 import os, time
 from pathlib import Path
-from ldm.command import command
+from ldm.cli.main import command
 
 
 def main(cfg):

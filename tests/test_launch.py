@@ -10,28 +10,29 @@ import time
 
 import pytest
 
-from ldm.launch import launched, run_config, write_config
+from ldm.config.serialize import write_config
+from ldm.launch.process import is_launched_rank, run_in_subprocess
 
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
-from ldm.command import choices, command
+from ldm.cli.main import choices, command
 
 
 def main(cfg):
     rank = int(os.environ.get("RANK", 0))
     told = {"world": os.environ.get("WORLD_SIZE", "1"), "prompt": cfg.prompt, "choices": choices(), "pid": os.getpid()}
-    Path(cfg.out, f"{rank}.json").write_text(json.dumps(told))
+    Path(cfg.output_dir, f"{rank}.json").write_text(json.dumps(told))
     if cfg.do == "wait":
         def leave(number, frame):
             time.sleep(0.3 * rank)  # one rank leaves later, as a rank that writes the checkpoint does
-            Path(cfg.out, f"{rank}.left").write_text(str(number))
+            Path(cfg.output_dir, f"{rank}.left").write_text(str(number))
             sys.exit(85)
         signal.signal(signal.SIGTERM, leave)
         signal.signal(signal.SIGUSR1, leave)
-        Path(cfg.out, f"{rank}.ready").touch()
+        Path(cfg.output_dir, f"{rank}.ready").touch()
         time.sleep(60)
-    while cfg.do == "fail" and rank == 1 and not Path(cfg.out, "0.json").is_file():
+    while cfg.do == "fail" and rank == 1 and not Path(cfg.output_dir, "0.json").is_file():
         time.sleep(0.05)
     if cfg.do == "fail" and rank == 1:
         raise RuntimeError("rank one fails")
@@ -82,9 +83,9 @@ def read(out, rank):
 
 def test_one_process_takes_the_composed_config_and_its_choices(script, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")  # of the caller, and not passed on
-    assert launched()
+    assert is_launched_rank()
     composed, out = config(tmp_path)
-    assert run_config(script, composed) == 0
+    assert run_in_subprocess(script, composed) == 0
     told = read(out, 0)
     assert (told["world"], told["prompt"], told["choices"]) == ("1", "the cat's ${x}, \\", {"schedule": "cosine"})
 
@@ -103,7 +104,10 @@ def test_two_ranks_get_a_signal_and_both_leave_in_order(script, tmp_path):
 def test_a_failing_rank_ends_the_other_and_no_process_stays(script, tmp_path):
     composed, out = config(tmp_path, "fail", devices=2)
     done = subprocess.run(
-        [sys.executable, str(script), "--config-path", str(composed), "--config-name", "config"], capture_output=True, text=True, timeout=60
+        [sys.executable, str(script), "--config-path", str(composed), "--config-name", "config"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 1
     assert "RuntimeError: rank one fails" in done.stderr
@@ -113,7 +117,7 @@ def test_a_failing_rank_ends_the_other_and_no_process_stays(script, tmp_path):
 
 def test_ranks_leave_when_the_command_is_killed(script, tmp_path):
     composed, out = config(tmp_path, "wait")
-    code = f"from ldm.launch import run_config; run_config({str(script)!r}, {str(composed)!r})"
+    code = f"from ldm.launch.process import run_config; run_config({str(script)!r}, {str(composed)!r})"
     parent = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: (out / "0.ready").exists())
     parent.kill()
@@ -124,4 +128,4 @@ def test_ranks_leave_when_the_command_is_killed(script, tmp_path):
 
 def test_a_killed_process_is_told_by_its_exit_code(script, tmp_path):
     script.write_text("import os; os.kill(os.getpid(), 9)")
-    assert run_config(script, config(tmp_path)[0]) == 137
+    assert run_in_subprocess(script, config(tmp_path)[0]) == 137

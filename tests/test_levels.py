@@ -7,23 +7,22 @@ import torch
 from oracle import Gaussian
 from smoke import here
 
-from ldm.command import guarded
+from ldm.cli.errors import run_guarded
 from ldm.diffusion.schedule import Flow, cosine
-from ldm.report import __main__ as report
-from ldm.report import levels, rows
-from ldm.tensors import Noise
+from ldm.report import __main__, levels, rows
+from ldm.tensors import KeyedNoise
 
 
 @pytest.mark.parametrize("schedule", [cosine(), Flow()], ids=["cosine", "flow"])
 def test_of_gaussian_data_they_are_the_posterior_s(schedule):
-    data, noise = Gaussian(schedule), Noise(0, list(range(2000)))
+    data, noise = Gaussian(schedule), KeyedNoise(0, list(range(2000)))
     x0 = data.mean + data.std * noise.normal("data", torch.empty(2000, 4))
-    found = levels.by_level(data, schedule, x0, noise, 6, lambda t, eps: {"loss": 2 * t})
+    found = levels.errors_by_snr(data, schedule, x0, noise, 6, lambda t, eps: {"loss": 2 * t})
     assert [row["t"] for row in found] == sorted(row["t"] for row in found)
     for before, after in pairwise(found):
         assert before["log_snr_low"] == after["log_snr_high"] > after["log_snr_low"]
     for row in found:
-        ends = schedule.t_at(torch.tensor([row["log_snr_high"], row["log_snr_low"]], dtype=torch.float64))
+        ends = schedule.t_from_log_snr(torch.tensor([row["log_snr_high"], row["log_snr_low"]], dtype=torch.float64))
         least, most = data.posterior_variance(ends).tolist()
         assert least * 0.9 < row["x0_error"] < most * 1.1  # of MSE's minimum, which grows with the noise
         assert row["loss"] == pytest.approx(2 * row["t"], rel=1e-5)
@@ -34,11 +33,11 @@ def test_of_gaussian_data_they_are_the_posterior_s(schedule):
 @pytest.mark.slow
 def test_a_run_s_are_written_beside_it(smoke, lively, capsys):
     with here(smoke.folder):
-        assert guarded(lambda: report.main(["levels", str(lively), "num=8", "bins=3"])) == 0
+        assert run_guarded(lambda: __main__.main(["levels", str(lively), "num=8", "bins=3"])) == 0
     kept = rows.read(lively / "levels.csv")
     assert [len(kept), set(kept[0])] == [3, {"log_snr_high", "log_snr_low", "t", "x0_error", "eps_error", "loss"}]
     assert (lively / "levels.png").stat().st_size < 100_000
     assert kept[0]["x0_error"][:4] in capsys.readouterr().out
-    assert guarded(lambda: report.main(["levels", str(lively), "bins=0"])) == 2
-    assert guarded(lambda: report.main(["levels"])) == 2
+    assert run_guarded(lambda: __main__.main(["levels", str(lively), "bins=0"])) == 2
+    assert run_guarded(lambda: __main__.main(["levels"])) == 2
     assert "run=... must be given" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.load import run_folder
+from ldm.runs.folder import find_run
 
 
 def made(folder: Path, when: int) -> Path:
@@ -21,7 +21,7 @@ def test_a_folder_of_runs_is_its_newest(tmp_path):
     made(tmp_path / "b", 100)
     new = made(tmp_path / "a", 200)
     (tmp_path / "no run").mkdir()
-    assert run_folder(tmp_path) == new
+    assert find_run(tmp_path) == new
 
 
 def test_a_run_and_what_lies_in_it_is_the_run(tmp_path):
@@ -29,9 +29,9 @@ def test_a_run_and_what_lies_in_it_is_the_run(tmp_path):
     made(tmp_path / "runs" / "b", 200)
     step = run / "checkpoints" / "step-00000001"
     step.mkdir(parents=True)
-    assert run_folder(run) == run_folder(step) == run
+    assert find_run(run) == find_run(step) == run
 
 
 def test_no_run_is_said(tmp_path):
     with pytest.raises(UserError, match="nor a folder of such"):
-        run_folder(tmp_path)
+        find_run(tmp_path)

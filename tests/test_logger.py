@@ -6,10 +6,10 @@ import threading
 import pytest
 import torch
 
-from ldm import picture
 from ldm.errors import UserError
-from ldm.logger import Silent, TensorBoard, WandB, has_key
-from ldm.runs import Journal
+from ldm.io import images
+from ldm.runs.metrics_log import MetricsLog
+from ldm.training.loggers import NoLogger, TensorBoard, WandB, has_wandb_key
 
 CONFIG, CHOICES = {"seed": 3, "net": {"channels": 16}}, {"schedule": "cosine"}
 
@@ -26,30 +26,30 @@ def keyless(monkeypatch, tmp_path):
 
 def everything(logger, folder):
     """A run's life."""
-    picture.save(folder / "grid.png", torch.zeros(1, 4, 4, dtype=torch.uint8))
+    images.save_png(folder / "grid.png", torch.zeros(1, 4, 4, dtype=torch.uint8))
     logger.start(folder, CONFIG, CHOICES)
-    logger.metrics(1, {"train/loss": 0.5})
-    logger.metrics(2, {"train/loss": 0.25})
-    logger.picture(2, "grids/step-2", folder / "grid.png")
-    logger.table("scores", [{"fd": 3.0, "n": 20}])
-    logger.table("empty", [])
+    logger.log_metrics(1, {"train/loss": 0.5})
+    logger.log_metrics(2, {"train/loss": 0.25})
+    logger.log_image(2, "grids/step-2", folder / "grid.png")
+    logger.log_table("scores", [{"fd": 3.0, "n": 20}])
+    logger.log_table("empty", [])
     logger.finish({"fd": 3.0})
     logger.close()
 
 
 def test_silent_leaves_nothing(tmp_path):
-    everything(Silent(), tmp_path)
+    everything(NoLogger(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
 def test_a_key_is_found_in_the_environment_or_netrc(keyless, monkeypatch, tmp_path):
-    assert not has_key()
+    assert not has_wandb_key()
     (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password x")
-    assert has_key()
+    assert has_wandb_key()
     (tmp_path / "no-netrc").write_text("machine example.com login user password x")
-    assert not has_key()
+    assert not has_wandb_key()
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert has_key()
+    assert has_wandb_key()
 
 
 class Fake:
@@ -114,7 +114,9 @@ def test_everything_is_passed_on_once(fake, tmp_path):
     assert fake.summary == {"fd": 3.0}
 
 
-@pytest.mark.parametrize("fake", [("online",), ("online", "offline"), ("log",), ("finish",)], indirect=True, ids=" ".join)
+@pytest.mark.parametrize(
+    "fake", [("online",), ("online", "offline"), ("log",), ("finish",)], indirect=True, ids=" ".join
+)
 def test_a_failing_service_ends_no_run(fake, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "x")
     everything(WandB(), tmp_path)
@@ -137,7 +139,7 @@ def test_an_end_that_never_comes_is_not_waited_for(fake, monkeypatch, capsys, tm
 
 
 def test_a_run_is_of_its_sweep_and_has_its_study_and_paper_for_tags(fake, monkeypatch, tmp_path):
-    config, choices = {**CONFIG, "published": {"table": "LDM tab. 3"}}, {"experiments": "schedules/sweep", "preset": "tiny"}
+    config, choices = {**CONFIG, "paper": {"table": "LDM tab. 3"}}, {"experiments": "schedules/sweep", "preset": "tiny"}
     monkeypatch.setenv("LDM_SWEEP", "schedules")
     for logger in (WandB(tags=["mine"]), WandB(group="other")):
         logger.start(tmp_path, config, choices)
@@ -174,14 +176,19 @@ def test_tensorboard_has_curves_pictures_and_words(tmp_path):
 
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     for value, resume in ((0.5, 0), (0.75, 2)):
-        journal, logger = Journal(tmp_path / "metrics.jsonl", resume), TensorBoard()
+        journal, logger = MetricsLog(tmp_path / "metrics.jsonl", resume), TensorBoard()
         logger.start(tmp_path, CONFIG, CHOICES)
         for step in range(resume + 1, 5):
             journal.write(step, {"train/loss": value})
-            logger.metrics(step, {"train/loss": value})
+            logger.log_metrics(step, {"train/loss": value})
         journal.close()
         logger.close()
-    assert [(one.step, one.value) for one in events(tmp_path).Scalars("train/loss")] == [(1, 0.5), (2, 0.5), (3, 0.75), (4, 0.75)]
+    assert [(one.step, one.value) for one in events(tmp_path).Scalars("train/loss")] == [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.75),
+        (4, 0.75),
+    ]
 
 
 def test_a_tensorboard_that_fails_ends_no_run(tmp_path, capsys, monkeypatch):

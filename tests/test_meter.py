@@ -6,27 +6,33 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm import meter
 from ldm.condition import Condition
 from ldm.net.unet import UNet
+from ldm.plan import flops
 
 B, IN, H, OUT = 6, 32, 64, 16
 
 
 def mlp() -> nn.Sequential:
-    with meter.on_meta():
+    with flops.meta_device():
         return nn.Sequential(nn.Linear(IN, H), nn.ReLU(), nn.Linear(H, OUT))
 
 
 def test_flops_and_bytes_of_two_layers():
     net = mlp()
-    cost = meter.training(lambda n: net(torch.empty(n, IN, device="meta")).sum(), list(net.parameters()), B)
+    cost = flops.training_cost(lambda n: net(torch.empty(n, IN, device="meta")).sum(), list(net.parameters()), B)
     first, second = 2 * B * IN * H, 2 * B * H * OUT
     assert cost.flops == 2 * first + 3 * second  # the first layer's input wants no gradient
-    assert cost.kept == 4 * (B * IN + B * H + 1)  # input, ReLU's answer and the loss; the ReLU's input and the output are gone
-    assert cost.kept < cost.peak <= cost.kept + 4 * sum(p.numel() for p in net.parameters()) + 4 * 2 * B * (H + OUT)
+    assert cost.saved_for_backward == 4 * (
+        B * IN + B * H + 1
+    )  # input, ReLU's answer and the loss; the ReLU's input and the output are gone
+    assert (
+        cost.saved_for_backward
+        < cost.peak
+        <= cost.saved_for_backward + 4 * sum(p.numel() for p in net.parameters()) + 4 * 2 * B * (H + OUT)
+    )
     assert all(p.grad is None for p in net.parameters())
-    assert meter.forward(lambda n: net(torch.empty(n, IN, device="meta")), B).flops == first + second
+    assert flops.forward_cost(lambda n: net(torch.empty(n, IN, device="meta")), B).flops == first + second
 
 
 def test_forward_keeps_only_what_is_alive():
@@ -37,7 +43,7 @@ def test_forward_keeps_only_what_is_alive():
         for layer in layers:
             x = layer(x)
 
-    assert meter.forward(run, B).peak == 2 * 4 * B * H  # input and output of one layer, whatever their number
+    assert flops.forward_cost(run, B).peak == 2 * 4 * B * H  # input and output of one layer, whatever their number
 
 
 def test_views_and_changes_in_place_are_no_new_memory():
@@ -48,37 +54,39 @@ def test_views_and_changes_in_place_are_no_new_memory():
         x.view(-1).add_(1).reshape(n, H).t()
         weight.t().mul_(2)
 
-    assert meter.forward(run, B).peak == 4 * B * H
+    assert flops.forward_cost(run, B).peak == 4 * B * H
 
 
 @pytest.mark.parametrize(("low", "element"), [(None, 4), (torch.bfloat16, 2)])
 def test_attention_keeps_no_scores_and_counts_as_two_products(low, element):
     n, length, dim = 2, 256, 16
     q = torch.empty(n, 4, length, dim, device="meta", requires_grad=True)
-    cost = meter.training(lambda _: F.scaled_dot_product_attention(q, q, q).sum(), [q], n, low)
+    cost = flops.training_cost(lambda _: F.scaled_dot_product_attention(q, q, q).sum(), [q], n, low)
     products = 2 * n * 4 * length * length * dim
     assert cost.flops == 7 * products  # two forward, five backward of which one computes the scores again
-    assert cost.kept < 4 * n * 4 * length * length  # one score each would be this much
-    assert meter.forward(lambda _: F.scaled_dot_product_attention(q, q, q), n, low).flops == 2 * products
+    assert cost.saved_for_backward < 4 * n * 4 * length * length  # one score each would be this much
+    assert flops.forward_cost(lambda _: F.scaled_dot_product_attention(q, q, q), n, low).flops == 2 * products
     out = element * n * 4 * length * dim
-    assert meter.forward(lambda _: F.scaled_dot_product_attention(q, q, q), n, low).peak >= out * (1 if low is None else 4)
+    assert flops.forward_cost(lambda _: F.scaled_dot_product_attention(q, q, q), n, low).peak >= out * (
+        1 if low is None else 4
+    )
 
 
 def test_autocast_rounds_products_and_not_normalisations():
     seen = []
-    with meter.on_meta():
+    with flops.meta_device():
         conv, norm = nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8)
 
     def run(n: int) -> None:
         h = conv(torch.empty(n, 8, 4, 4, device="meta"))
         seen.extend([h.dtype, norm(h).dtype, (h @ h).dtype])
 
-    meter.forward(run, 1, torch.bfloat16)
+    flops.forward_cost(run, 1, torch.bfloat16)
     assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
 def unet(**options) -> UNet:
-    return UNet(4, 4, 32, (1, 2), 1, (1, 2), context_dim=16, heads=2, groups=8, **options)
+    return UNet(4, 4, 32, (1, 2), 1, (1, 2), context_dim=16, num_heads=2, num_groups=8, **options)
 
 
 def told(net: UNet, n: int, device: str) -> torch.Tensor:
@@ -88,12 +96,12 @@ def told(net: UNet, n: int, device: str) -> torch.Tensor:
 
 def test_a_unet_costs_what_torch_counts_when_it_runs():
     """Attention aside, which torch does not count on a CPU: here it is written out."""
-    from ldm.net.attention import softmax
+    from ldm.net.attention import softmax_attention
 
-    with meter.on_meta():
-        net = unet(attend=softmax)
-    cost = meter.training(lambda n: told(net, n, "meta"), list(net.parameters()), 3)
-    real = unet(attend=softmax)
+    with flops.meta_device():
+        net = unet(attend=softmax_attention)
+    cost = flops.training_cost(lambda n: told(net, n, "meta"), list(net.parameters()), 3)
+    real = unet(attend=softmax_attention)
     with FlopCounterMode(display=False) as count:
         told(real, 3, "cpu").backward()
     assert cost.flops == count.get_total_flops()
@@ -107,21 +115,22 @@ def test_a_unet_costs_what_torch_counts_when_it_runs():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = told(real, 3, "cpu")
-    assert cost.kept == pytest.approx(sum(saved.values()), rel=0.02)
+    assert cost.saved_for_backward == pytest.approx(sum(saved.values()), rel=0.02)
     del loss
 
 
 def test_checkpointing_keeps_less_and_computes_more():
-    with meter.on_meta():
+    with flops.meta_device():
         plain, checkpointed = unet(), unet(checkpoint=True)
     costs = [
-        meter.training(lambda n, net=net: told(net, n, "meta"), list(net.parameters()), 4, torch.bfloat16) for net in (plain, checkpointed)
+        flops.training_cost(lambda n, net=net: told(net, n, "meta"), list(net.parameters()), 4, torch.bfloat16)
+        for net in (plain, checkpointed)
     ]
-    assert costs[1].kept < 0.5 * costs[0].kept
+    assert costs[1].saved_for_backward < 0.5 * costs[0].saved_for_backward
     assert 1.2 < costs[1].flops / costs[0].flops < 1.35
 
 
 def test_bytes_count_what_is_shared_once():
     w = torch.empty(3, 5, dtype=torch.bfloat16, device="meta")
-    assert meter.bytes_of([w, w]) == 30
-    assert meter.bytes_of({"a": w, "b": torch.empty(2)}) == 38
+    assert flops.num_bytes([w, w]) == 30
+    assert flops.num_bytes({"a": w, "b": torch.empty(2)}) == 38

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from smoke import command, composed, here
 
-from ldm import build, runs
+from ldm.config import build, serialize
 from ldm.errors import UserError
-from ldm.stage import autoencoder as first_stage
-from ldm.stage import cache, estimate
-from ldm.stage.estimate import length, said
+from ldm.io.progress import format_duration
+from ldm.recipes import autoencoder, estimate
+from ldm.recipes.estimate import format_estimate
+from ldm.runs import cache, identity, metrics_log
 
 SMALL = (
     *(
@@ -50,23 +51,26 @@ def test_it_says_first_what_there_is_and_how_long_it_will_take(place, capsys, mo
     assert re.match(rf"about \d+ s of training: {first_stage}, 2 steps of the diffusion model at \d+ ms", second)
     assert out.count("40 images") == 1, "said once, whatever processes there are"
     (run,) = (place / "runs").iterdir()
-    chosen = runs.load_config(run / "config.yaml")["data"]
+    chosen = serialize.load_config(run / "config.yaml")["data"]
     assert (chosen["size"], chosen["channels"]) == (64, 1)
-    assert chosen["content"] == build.dataset(composed(*SMALL, "data.path=images")).content
+    assert chosen["content"] == build.build_dataset(composed(*SMALL, "data.path=images")).content
     assert json.loads((run / "data.json").read_text())["size"] == 64
 
-    monkeypatch.setattr("ldm.stage.diffusion.announce", lambda cfg, data: None)
+    monkeypatch.setattr("ldm.recipes.diffusion.announce", lambda cfg, data: None)
     assert command("train.py", *SMALL, "data.path=images", "runs=others") == 0
-    journals = [runs.read_journal(folder / run.name / "metrics.jsonl") for folder in (place / "runs", place / "others")]
+    journals = [
+        metrics_log.read_metrics_log(folder / run.name / "metrics.jsonl")
+        for folder in (place / "runs", place / "others")
+    ]
     losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in journals]
     assert losses[0] == losses[1] != [], "to be timed leaves the training as it is"
 
 
 def test_names_of_runs_depend_on_the_images_and_their_captions(place):
     def names():
-        config = build.plain(build.settled(composed(*SMALL, "data.path=images").copy()))
+        config = build.to_container(build.resolve_dataset_config(composed(*SMALL, "data.path=images").copy()))
         first = {**config, "training": config["first_stage"]}
-        return runs.run_id(config), cache.first_stage_recipe(first).key
+        return identity.run_id(config), cache.first_stage_cache_key(first).key
 
     one = names()
     assert names() == one
@@ -78,22 +82,24 @@ def test_names_of_runs_depend_on_the_images_and_their_captions(place):
 
 
 def test_the_estimate_in_words():
-    assert said(("it", 100, 0.5)) == "about 50 s of training: 100 steps of it at 500 ms (timed now)"
-    assert said(("a", 2000, 0.08), ("b", 4000, 0.575)).startswith("about 41 min of training: 2,000 steps of a at 80 ms, 4,000 steps of b")
-    assert [length(s) for s in (119, 150, 7100, 7300)] == ["119 s", "2 min", "118 min", "2.0 h"]
+    assert format_estimate(("it", 100, 0.5)) == "about 50 s of training: 100 steps of it at 500 ms (timed now)"
+    assert format_estimate(("a", 2000, 0.08), ("b", 4000, 0.575)).startswith(
+        "about 41 min of training: 2,000 steps of a at 80 ms, 4,000 steps of b"
+    )
+    assert [format_duration(s) for s in (119, 150, 7100, 7300)] == ["119 s", "2 min", "118 min", "2.0 h"]
 
 
 def test_a_first_stage_that_is_kept_costs_nothing(place):
-    cfg = build.settled(composed(*SMALL, "data.path=images").copy())
-    data = build.dataset(cfg)
-    assert [(name, steps) for name, steps, _ in estimate.measured(cfg, data)] == [
+    cfg = build.resolve_dataset_config(composed(*SMALL, "data.path=images").copy())
+    data = build.build_dataset(cfg)
+    assert [(name, steps) for name, steps, _ in estimate.time_stages(cfg, data)] == [
         ("the autoencoder", 1),
         ("it with its adversary", 1),
         ("the diffusion model", 2),
     ]
-    folder = cache.first_stage_folder({**build.plain(cfg), "training": build.plain(cfg.first_stage)})
-    runs.finish(folder, {})
-    assert [name for name, *_ in estimate.measured(cfg, data)] == ["the diffusion model"]
+    folder = cache.first_stage_dir({**build.to_container(cfg), "training": build.to_container(cfg.first_stage)})
+    metrics_log.write_final_metrics(folder, {})
+    assert [name for name, *_ in estimate.time_stages(cfg, data)] == ["the diffusion model"]
 
 
 @pytest.fixture
@@ -111,7 +117,7 @@ def weights(place):
 
 def chosen(*typed):
     cfg = composed("experiment=own_images", "budget=smoke", "conditioner=label", "data.path=images", *typed).copy()
-    return build.settled(cfg)
+    return build.resolve_dataset_config(cfg)
 
 
 def test_a_pretrained_first_stage_is_taken_where_its_weights_are(weights, place, capsys):
@@ -119,34 +125,39 @@ def test_a_pretrained_first_stage_is_taken_where_its_weights_are(weights, place,
     said = capsys.readouterr().out
     assert f"first stage pretrained, {place / 'cache' / 'autoencoder' / 'tiny'}, factor 8, 4 channels" in said
     assert said.index("40 images") < said.index("first stage")
-    assert (cfg.first_stage["_target_"], cfg.autoencoder.z_channels) == ("ldm.stage.published.train", 4)
-    data = build.dataset(cfg)
-    assert next((name, steps) for name, steps, _ in estimate.measured(cfg, data)) == ("encoding an image", 2 * len(data))
-    ours, space, measured = first_stage.load(cfg, 1)
+    assert (cfg.first_stage["_target_"], cfg.autoencoder.z_channels) == ("ldm.recipes.pretrained_autoencoder.train", 4)
+    data = build.build_dataset(cfg)
+    assert next((name, steps) for name, steps, _ in estimate.time_stages(cfg, data)) == (
+        "encoding an image",
+        2 * len(data),
+    )
+    ours, space, measured = autoencoder.load_or_train_first_stage(cfg, 1)
     image = data.pixels([0, 7])
     with torch.no_grad():
         assert torch.allclose(ours.encode(image), 0.5 * weights.encode(image).latent_dist.mean, atol=1e-5)
-        assert torch.allclose(ours.decode(ours.encode(image)), weights.decode(weights.encode(image).latent_dist.mean).sample, atol=1e-4)
+        assert torch.allclose(
+            ours.decode(ours.encode(image)), weights.decode(weights.encode(image).latent_dist.mean).sample, atol=1e-4
+        )
     assert measured["psnr"] > 0
     assert space.identity == measured["identity"]
     (place / "cache" / "autoencoder" / "tiny" / "config.json").write_text("{}")
-    assert chosen().first_stage["_target_"] == "ldm.stage.autoencoder.train", "and what is broken is passed over"
+    assert chosen().first_stage["_target_"] == "ldm.recipes.autoencoder.train", "and what is broken is passed over"
 
 
 def test_why_a_first_stage_is_its_own(weights, place, capsys, monkeypatch):
     def why(*typed):
         cfg = chosen(*typed)
-        assert cfg.first_stage["_target_"] == "ldm.stage.autoencoder.train"
+        assert cfg.first_stage["_target_"] == "ldm.recipes.autoencoder.train"
         return re.search(r"first stage (.*)", capsys.readouterr().out)[1]
 
     assert "tiny: for images of 1 channels, these have 3)" in why("data.channels=3")
     assert "tiny: of factor 8, images of 32 px give latents of 4 on a side)" in why("data.size=32")
-    assert why("choose.pretrained=never") == "its own (choose.pretrained=never)"
+    assert why("auto.pretrained=never") == "its own (auto.pretrained=never)"
     with pytest.raises(UserError, match=r"choose\.pretrained=images: no config\.json there; expected"):
-        chosen("choose.pretrained=images")
+        chosen("auto.pretrained=images")
     (place / "cache" / "autoencoder" / "tiny").rename(place / "elsewhere")
     assert why().startswith(f"its own (no pretrained one in {place / 'cache' / 'autoencoder'}/*, nor among")
-    assert chosen("choose.pretrained=elsewhere").autoencoder.factor == 8
+    assert chosen("auto.pretrained=elsewhere").autoencoder.factor == 8
     hub = place / "hub" / "models--stabilityai--sd-vae-ft-mse" / "snapshots" / "0"
     hub.parent.mkdir(parents=True)
     (place / "elsewhere").rename(hub)
@@ -159,9 +170,12 @@ def test_why_a_first_stage_is_its_own(weights, place, capsys, monkeypatch):
 
 def test_what_is_typed_stays(weights, place, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.stage.diffusion.train", lambda cfg, **options: print(cfg.autoencoder["factor"], cfg.first_stage["_target_"]))
+        patch.setattr(
+            "ldm.recipes.diffusion.train",
+            lambda cfg, **options: print(cfg.autoencoder["factor"], cfg.first_stage["_target_"]),
+        )
         assert command("train.py", *SMALL, "data.path=images", "autoencoder=kl_f4_small") == 0
-    assert "first stage as typed\n4 ldm.stage.autoencoder.train" in capsys.readouterr().out
+    assert "first stage as typed\n4 ldm.recipes.autoencoder.train" in capsys.readouterr().out
 
 
 def test_a_gpu_and_large_latents_have_a_larger_net(place, monkeypatch, capsys):
@@ -169,7 +183,7 @@ def test_a_gpu_and_large_latents_have_a_larger_net(place, monkeypatch, capsys):
     assert chosen("data.size=256").net.channels == 128
     assert "net         small, for latents of 32 x 32" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"choose\.large=huge"):
-        chosen("data.size=256", "choose.large=huge")
+        chosen("data.size=256", "auto.large=huge")
     assert chosen("data.size=128").net.channels == 16, "the budget's own"
 
 
@@ -181,5 +195,5 @@ def test_a_model_is_trained_on_a_pretrained_first_stage(weights, place, capsys):
     out = capsys.readouterr().out
     assert "steps of encoding an image at" in out
     assert json.loads((run / "metrics.json").read_text())["first_stage/psnr"] > 0
-    assert command("sample.py", f"run={run}", "num=1", "steps=2", "out=drawn") == 0
+    assert command("sample.py", f"run={run}", "num=1", "steps=2", "output_dir=drawn") == 0
     assert Image.open("drawn/000000.png").size == (64, 64)

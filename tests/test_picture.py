@@ -2,14 +2,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm import picture
+from ldm.io.images import make_grid, save_png
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_png_is_the_pixels_and_the_words(tmp_path, channels):
     image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
     words = {"prompt": "it's a=b, [x] 100% ü 🎨\nsecond line", "seed": "7"}
-    picture.save(tmp_path / "new" / "one.png", image, words)
+    save_png(tmp_path / "new" / "one.png", image, words)
     with Image.open(tmp_path / "new" / "one.png") as opened:
         assert opened.text == words
         assert opened.size == (7, 5)
@@ -20,13 +20,20 @@ def test_a_png_is_the_pixels_and_the_words(tmp_path, channels):
 
 def test_a_grid_goes_row_by_row_between_white_gaps():
     images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 1, 2, 3).contiguous()
-    sheet = picture.grid(images, columns=2, gap=1)
+    sheet = make_grid(images, columns=2, gap=1)
     assert sheet.shape == (1, 3 * 3 + 1, 2 * 4 + 1)
-    assert [int(sheet[0, 1 + 3 * row, 1 + 4 * column]) for row in range(3) for column in range(2)] == [0, 1, 2, 3, 4, 255]
+    assert [int(sheet[0, 1 + 3 * row, 1 + 4 * column]) for row in range(3) for column in range(2)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        255,
+    ]
     assert (sheet[0, 0] == 255).all()
     assert (sheet[0, :, 4] == 255).all()
 
 
 def test_zoom_copies_pixels():
     image = torch.tensor([[[[1, 2]]]], dtype=torch.uint8)
-    assert picture.grid(image, columns=1, gap=0, zoom=2)[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+    assert make_grid(image, columns=1, gap=0, zoom=2)[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]

@@ -6,10 +6,9 @@ import pytest
 import torch
 from smoke import command, here, train
 
-from ldm.command import guarded
-from ldm.load import load
-from ldm.report import __main__ as report
-from ldm.report import bits
+from ldm.checkpoint.load import load_model
+from ldm.cli.errors import run_guarded
+from ldm.report import __main__, bits
 
 
 @pytest.fixture
@@ -23,22 +22,39 @@ def test_pixel_space_trains_and_draws_without_a_first_stage(smoke, folder):
     kept = sorted((smoke.folder / "cache" / "first_stage").iterdir())
     run = train("autoencoder=identity", "metrics=none")
     assert sorted((smoke.folder / "cache" / "first_stage").iterdir()) == kept
-    model = load(run)
+    model = load_model(run)
     assert model.latent_shape(2) == (2, 1, 32, 32)
     image = torch.rand(1, 1, 32, 32) * 2 - 1
     assert torch.equal(model.encode(image), image)
-    assert command("sample.py", f"run={run}", "num=2", "steps=2", "out=drawn") == 0
+    assert command("sample.py", f"run={run}", "num=2", "steps=2", "output_dir=drawn") == 0
     assert len(list((folder / "drawn").rglob("*.png"))) >= 2
-    assert guarded(lambda: report.main(["bits", str(run), "num=6", "steps=20"])) == 0
+    assert run_guarded(lambda: __main__.main(["bits", str(run), "num=6", "steps=20"])) == 0
     found = json.loads((run / "bits.json").read_text())
-    assert {name: found[name] for name in ("of", "variance", "steps", "n")} == {"of": "pixels", "variance": "small", "steps": 20, "n": 6}
+    assert {name: found[name] for name in ("of", "variance", "steps", "n")} == {
+        "of": "pixels",
+        "variance": "small",
+        "steps": 20,
+        "n": 6,
+    }
     assert 0 <= found["prior"] < found["low"] <= found["bits_per_dim"] <= found["high"]
-    assert bits.of_run(str(run), 6, 20, "small", 4)["bits_per_dim"] == pytest.approx(found["bits_per_dim"], rel=1e-5)  # of any batch
-    assert guarded(lambda: report.main(["bits", str(run), "variance=learned"])) == 2
+    assert bits.of_run(str(run), 6, 20, "small", 4)["bits_per_dim"] == pytest.approx(
+        found["bits_per_dim"], rel=1e-5
+    )  # of any batch
+    assert run_guarded(lambda: __main__.main(["bits", str(run), "variance=learned"])) == 2
 
 
 def test_pixel_space_is_not_to_be_trained(folder, capsys):
-    assert command("train.py", "budget=smoke", "training=autoencoder", "~training.score", "autoencoder=identity", "metrics=none") == 2
+    assert (
+        command(
+            "train.py",
+            "budget=smoke",
+            "training=autoencoder",
+            "~training.score",
+            "autoencoder=identity",
+            "metrics=none",
+        )
+        == 2
+    )
     assert "Identity has no weights to train" in capsys.readouterr().err
 
 

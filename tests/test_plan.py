@@ -12,9 +12,16 @@ from smoke import ROOT, process
 from ldm.errors import UserError
 from ldm.plan.__main__ import main, plan
 from ldm.plan.config import composed, differences
-from ldm.plan.table import agree, table
+from ldm.plan.table import counts_match, table
 
-SMALL = ("data=synthetic", "conditioner=label", "net=smoke", "autoencoder=kl_f4_small", "training.batch_size=8", "training.steps=100")
+SMALL = (
+    "data=synthetic",
+    "conditioner=label",
+    "net=smoke",
+    "autoencoder=kl_f4_small",
+    "training.batch_size=8",
+    "training.steps=100",
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +30,16 @@ def small():
 
 
 def test_parts_and_what_is_trained(small):
-    from ldm import build
+    from ldm.config import build
 
     cfg, _ = composed(SMALL)
-    data = build.dataset(cfg)
-    model = build.model(cfg, build.autoencoder(cfg.autoencoder, 1), data)
-    for name, part in (("network", model.denoiser.net), ("conditioner", model.conditioner), ("first stage", model.autoencoder)):
+    data = build.build_dataset(cfg)
+    model = build.build_model(cfg, build.build_autoencoder(cfg.autoencoder, 1), data)
+    for name, part in (
+        ("network", model.denoiser.net),
+        ("conditioner", model.conditioner),
+        ("first stage", model.autoencoder),
+    ):
         count = sum(p.numel() for p in part.parameters())
         assert small.parts[name] == {"parameters": count, "trained": 0 if name == "first stage" else count}
 
@@ -37,7 +48,9 @@ def test_memory_that_does_not_depend_on_the_batch(small):
     weights = 4 * (small.parts["network"]["trained"] + small.parts["conditioner"]["trained"])
     assert small.memory["weights"] == small.memory["gradients"] == small.memory["average"] == weights
     assert small.memory["frozen weights"] == 4 * small.parts["first stage"]["parameters"]
-    assert 2 * weights < small.memory["optimizer"] < 2 * weights + 4096  # AdamW: two moments, and a step for each tensor
+    assert (
+        2 * weights < small.memory["optimizer"] < 2 * weights + 4096
+    )  # AdamW: two moments, and a step for each tensor
     assert small.memory["network in bf16"] == 2 * small.parts["network"]["parameters"]
     assert small.disk["a checkpoint"] == 2 * weights + small.memory["optimizer"]
 
@@ -92,7 +105,11 @@ def test_a_config_differs_from_another_papers_and_not_from_its_own():
     cfg, said = composed(["preset=dit_s2"])
     assert said["images"] == 1281167
     assert differences(cfg, "dit_s2") == []
-    assert differences(cfg, "dit_b2") == ["conditioner.dim: 768 -> 384", "net.channels: 768 -> 384", "net.heads: 12 -> 6"]
+    assert differences(cfg, "dit_b2") == [
+        "conditioner.dim: 768 -> 384",
+        "net.channels: 768 -> 384",
+        "net.heads: 12 -> 6",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +124,7 @@ def test_a_config_differs_from_another_papers_and_not_from_its_own():
         (["throughput=fast"], "throughput=fast: expected a number above 0"),
         (["batches=1,none"], "batches=none: expected a number above 0"),
         (["data=folder"], "data.path=... must be given"),
-        ([*SMALL[:1], "training=judge"], "a plan is of training=diffusion"),
+        ([*SMALL[:1], "training=evaluator"], "a plan is of training=diffusion"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -119,10 +136,11 @@ def test_a_mistake_is_one_line(typed, expected):
 
 
 @pytest.mark.parametrize(
-    ("count", "printed", "same"), [(5, 5, True), (5, 6, False), (390_888_578, "390.89M", True), (390_884_999, "390.89M", False)]
+    ("count", "printed", "same"),
+    [(5, 5, True), (5, 6, False), (390_888_578, "390.89M", True), (390_884_999, "390.89M", False)],
 )
 def test_a_count_agrees_with_what_is_printed(count, printed, same):
-    assert agree(count, printed) == same
+    assert counts_match(count, printed) == same
 
 
 @pytest.mark.slow

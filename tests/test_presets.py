@@ -11,25 +11,26 @@ from smoke import ROOT, plan_of
 from test_conf import Card as Small
 from test_conf import drawn, trained
 
-from ldm import build, meter
-from ldm.build import SUPPLIED
-from ldm.plan.blank import batch_of, unread, weightless
-from ldm.plan.cost import Card
-from ldm.plan.table import agree
-from ldm.validate import validate
+from ldm.config import build
+from ldm.config.build import RUNTIME_PARAMETERS
+from ldm.config.validate import validate
+from ldm.plan import flops
+from ldm.plan.data_info import DataInfo
+from ldm.plan.placeholders import placeholder_batch, stub_text_encoders, use_random_weights
+from ldm.plan.table import counts_match
 
 PRESETS = sorted(file.stem for file in (ROOT / "conf" / "preset").glob("*.yaml"))
 MISSING = {
     "sdxl": "no conditioner yet joins two text encoders along their channels and tells sizes: 2,567,463,684",
 }
 NARROW = {  # preset -> what makes it small; its process, objective, conditioner, sampler and grid stay
-    "ldm4_cin256": ("net.channels=32", "net.mult=[1,2]"),
-    "ldm8_churches256": ("net.channels=32", "net.mult=[1,2]"),
-    "dit_s2": ("net.channels=32", "net.heads=2", "net.depth=1", "conditioner.dim=32"),
-    "sit_xl2": ("net.channels=32", "net.heads=2", "net.depth=1", "conditioner.dim=32"),
-    "ddpm_cifar10": ("net.channels=32", "net.mult=[1,2]"),
-    "iddpm_cifar10": ("net.channels=32", "net.mult=[1,2]"),
-    "adm_imagenet64": ("net.channels=64", "net.mult=[1,2]", "conditioner.dim=256"),
+    "ldm4_cin256": ("net.channels=32", "net.channel_mult=[1,2]"),
+    "ldm8_churches256": ("net.channels=32", "net.channel_mult=[1,2]"),
+    "dit_s2": ("net.channels=32", "net.num_heads=2", "net.depth=1", "conditioner.dim=32"),
+    "sit_xl2": ("net.channels=32", "net.num_heads=2", "net.depth=1", "conditioner.dim=32"),
+    "ddpm_cifar10": ("net.channels=32", "net.channel_mult=[1,2]"),
+    "iddpm_cifar10": ("net.channels=32", "net.channel_mult=[1,2]"),
+    "adm_imagenet64": ("net.channels=64", "net.channel_mult=[1,2]", "conditioner.dim=256"),
 }
 
 
@@ -41,41 +42,47 @@ def composed(preset: str, *typed: str):
     job = plan_of(f"preset={preset}", *path, *typed)
     config = job.compose(job.overrides)
     bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    validate(OmegaConf.to_container(bare, resolve=True), None, SUPPLIED)
+    validate(OmegaConf.to_container(bare, resolve=True), None, RUNTIME_PARAMETERS)
     return bare
 
 
-ALIKE = re.compile("ablation_.*|ldm4_(bedrooms|celebahq)256|dit_[bl]2|small|base")  # others of their kind are in the quick suite
+ALIKE = re.compile(
+    "ablation_.*|ldm4_(bedrooms|celebahq)256|dit_[bl]2|small|base"
+)  # others of their kind are in the quick suite
 
 
-@pytest.mark.parametrize("preset", [pytest.param(p, marks=pytest.mark.slow) if ALIKE.fullmatch(p) else p for p in (*PRESETS, *MISSING)])
+@pytest.mark.parametrize(
+    "preset", [pytest.param(p, marks=pytest.mark.slow) if ALIKE.fullmatch(p) else p for p in (*PRESETS, *MISSING)]
+)
 def test_parameters_are_the_papers(preset):
     if preset in MISSING:
         pytest.skip(MISSING[preset])
     cfg = composed(preset).copy()
-    said = cfg.published
-    card = Card(said.data, range(said.classes), said.channels, cfg.data.get("size", 32), said.images, 1)
-    weightless(cfg.conditioner)
-    with meter.on_meta():
-        autoencoder = build.autoencoder(cfg.autoencoder, card.channels)
-        conditioner = build.conditioner(cfg.conditioner, autoencoder, card)
-        parts = {"network": build.net(cfg, autoencoder, conditioner), "conditioner": conditioner}
+    said = cfg.paper
+    card = DataInfo(said.data, range(said.classes), said.channels, cfg.data.get("size", 32), said.images, 1)
+    use_random_weights(cfg.conditioner)
+    with flops.meta_device():
+        autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels)
+        conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card)
+        parts = {"network": build.build_network(cfg, autoencoder, conditioner), "conditioner": conditioner}
         if "classifier" in said.parts:
-            parts["classifier"] = instantiate(cfg.training.net)(in_channels=card.channels, classes=said.classes, size=card.size)
-        unread(conditioner)
-        told = conditioner(batch_of(2, card, conditioner))  # a plan can make a batch for it
+            parts["classifier"] = instantiate(cfg.training.net)(
+                in_channels=card.channels, classes=said.classes, size=card.size
+            )
+        stub_text_encoders(conditioner)
+        told = conditioner(placeholder_batch(2, card, conditioner))  # a plan can make a batch for it
     assert (told.context is None) == (conditioner.context_dim is None)
     assert (told.concat is None) == (not conditioner.concat_channels)
     count = sum(p.numel() for name in said.parts for p in parts[name].parameters())
-    assert agree(count + said.beside, said.parameters), f"{count + said.beside:,} {said.parameters}"
+    assert counts_match(count + said.beside, said.parameters), f"{count + said.beside:,} {said.parameters}"
 
 
 def test_a_preset_is_checked_as_a_command_line_is():
     """Against its own values too: of another kind, or misspelt, they are refused, and every preset's pass."""
     job = plan_of("preset=ldm4_inpaint_big", "data.path=.", "schedule.beta_end=0.02")
-    job.check(SUPPLIED)
+    job.check(RUNTIME_PARAMETERS)
     with pytest.raises(ValueError, match="beta_end=high"):
-        plan_of("preset=ldm4_inpaint_big", "data.path=.", "schedule.beta_end=high").check(SUPPLIED)
+        plan_of("preset=ldm4_inpaint_big", "data.path=.", "schedule.beta_end=high").check(RUNTIME_PARAMETERS)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +117,13 @@ def test_what_is_special_is_there(preset, key, value):
 @pytest.mark.parametrize("preset", NARROW)
 def test_a_narrow_one_trains_a_step_and_draws(preset, monkeypatch):
     torch.manual_seed(0)
-    first_stage = () if "identity" in (ROOT / "conf/preset" / f"{preset}.yaml").read_text() else ("autoencoder=patch_f4",)
+    first_stage = (
+        () if "identity" in (ROOT / "conf/preset" / f"{preset}.yaml").read_text() else ("autoencoder=patch_f4",)
+    )
     cfg = composed(preset, "data=synthetic", "data.size=16", *first_stage, *NARROW[preset]).copy()
-    cfg.pop("published")
+    cfg.pop("paper")
     monkeypatch.setattr(Small, "size", 16)
-    model = build.model(cfg, build.autoencoder(cfg.autoencoder, 1), Small)
+    model = build.build_model(cfg, build.build_autoencoder(cfg.autoencoder, 1), Small)
     assert all(torch.isfinite(term).all() for term in trained(cfg, model).values())
     assert torch.isfinite(drawn(cfg, model)).all()
 

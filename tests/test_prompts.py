@@ -48,7 +48,7 @@ def test_there_are_twenty_and_the_long_one_is_long():
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda p: repr(p[:24]))
 def test_prompt_arrives(prompt, prompted, tmp_path):
     with here(tmp_path, LDM_SPY=str(tmp_path / "told.jsonl")):
-        assert command("sample.py", f"run={prompted}", f"prompt={prompt}", "num=2", "steps=1", "out=drawn") == 0
+        assert command("sample.py", f"run={prompted}", f"prompt={prompt}", "num=2", "steps=1", "output_dir=drawn") == 0
     assert told(tmp_path / "told.jsonl") == [prompt, prompt]
     assert Image.open(tmp_path / "drawn" / "000000.png").text["prompt"] == prompt
     assert json.loads((tmp_path / "drawn" / "metrics.json").read_text())["request"]["prompt"] == prompt

@@ -12,10 +12,10 @@ import torch
 from smoke import ROOT, command, first_job, here
 from test_experiments import NEEDS, TINY, some_images
 
-from ldm import picture
+from ldm.io import images
 
 README = ROOT / "README.md"
-SMALL = ("budget=smoke", "training.grid_every=500", "trainer.devices=1")  # no grid: not every stage draws one
+SMALL = ("budget=smoke", "training.sample_every=500", "trainer.devices=1")  # no grid: not every stage draws one
 KNOWN = {"python", "pip", "pytest", "cd", "git", "uv", "torchrun", ".ci/run"}
 EXAMPLE = """
 # Title
@@ -45,7 +45,8 @@ class Block:
 
 def blocks(text: str) -> list[Block]:
     return [
-        Block(m[1], m[2], text[: m.start()].count("\n") + 1) for m in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        Block(m[1], m[2], text[: m.start()].count("\n") + 1)
+        for m in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     ]
 
 
@@ -67,7 +68,9 @@ TEXT = README.read_text()
 TYPED = commands(TEXT)
 TRAIN = [words[2:] for words in TYPED if words[:2] == ["python", "train.py"] and "--config-dir" not in words]
 OWN = [words[2:] for words in TYPED if words[:2] == ["python", "train.py"] and "--config-dir" in words]
-LOOK = [words[2:] for words in TYPED if words[:2] == ["python", "-m"] and words[2] in ("ldm.animate", "ldm.browse")]
+LOOK = [
+    words[2:] for words in TYPED if words[:2] == ["python", "-m"] and words[2] in ("ldm.animate", "ldm.report.browse")
+]
 SAMPLE = [words[2:] for words in TYPED if words[:2] == ["python", "sample.py"]]
 
 
@@ -98,12 +101,16 @@ def test_command_is_one_we_know_and_its_file_is_there(words):
 
 def of_training(typed: list[str]) -> tuple[str, ...]:
     """What a person typed, made small; the first job of a sweep."""
-    judged = ("~training.score", "~training.grid_every")
-    alone = {"training=autoencoder": judged[:1], "training=judge": judged, "training=classifier": judged}
+    judged = ("~training.score", "~training.sample_every")
+    alone = {"training=autoencoder": judged[:1], "training=evaluator": judged, "training=classifier": judged}
     extra = tuple(x for choice, more in alone.items() if choice in typed for x in more)
     sizes = () if extra else TINY[:4] + TINY[6:]
-    small = SMALL[:1] + SMALL[2:] if {"training=judge", "training=classifier"} & {*typed} else SMALL
-    sized = [word for word in typed if not re.match(r"(training|first_stage|judge)\.(steps|batch_size)=|logger=|logger\.", word)]
+    small = SMALL[:1] + SMALL[2:] if {"training=evaluator", "training=classifier"} & {*typed} else SMALL
+    sized = [
+        word
+        for word in typed
+        if not re.match(r"(training|first_stage|judge)\.(steps|batch_size)=|logger=|logger\.", word)
+    ]
     return (
         *first_job(*[word for word in sized if not word.startswith(("-h", "--"))], *small, "logger=none"),
         *extra,
@@ -144,19 +151,23 @@ def test_command_with_code_of_your_own_runs(typed, smoke, tmp_path, monkeypatch)
 def some_files(run: Path, typed: list[str]) -> None:
     """What a person has who types this: pictures, a mask, a map, boxes, an image drawn before."""
     for name, size in {"photo.png": 32, "small.png": 8, "map.png": 32}.items():
-        picture.save(Path(name), torch.randint(0, 2, (1, size, size), dtype=torch.uint8))
-    picture.save(Path("mask.png"), torch.arange(32).ge(16).byte().mul(255).expand(1, 32, 32))
+        images.save_png(Path(name), torch.randint(0, 2, (1, size, size), dtype=torch.uint8))
+    images.save_png(Path("mask.png"), torch.arange(32).ge(16).byte().mul(255).expand(1, 32, 32))
     Path("boxes.json").write_text("[[0, 0, 0, 0.5, 1]]")
-    if any(word.startswith("again=") for word in typed):
-        assert command("sample.py", f"run={run}", "prompt=a bag", "num=4", "steps=2", "out=drawn") == 0
+    if any(word.startswith("reproduce=") for word in typed):
+        assert command("sample.py", f"run={run}", "prompt=a bag", "num=4", "steps=2", "output_dir=drawn") == 0
 
 
 @pytest.mark.parametrize("typed", SAMPLE, ids=" ".join)
 def test_sample_command_runs(typed, smoke, prompted, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         some_files(prompted, typed)
-        own = [f"run={prompted}" if word.startswith("run=") else word for word in typed if not word.startswith("trainer.devices=")]
-        assert command("sample.py", *own, "num=20", "steps=2", "out=drawn") == 0
+        own = [
+            f"run={prompted}" if word.startswith("run=") else word
+            for word in typed
+            if not word.startswith("trainer.devices=")
+        ]
+        assert command("sample.py", *own, "num=20", "steps=2", "output_dir=drawn") == 0
         assert (tmp_path / "drawn" / "metrics.json").is_file()
 
 
@@ -164,14 +175,18 @@ def test_sample_command_runs(typed, smoke, prompted, tmp_path):
 def test_command_to_look_runs(typed, smoke, prompted, tmp_path):
     """Pictures with as few frames as there can be."""
     tool, *words = typed
-    small = {"density": ("steps=2", "num=5", "training=2"), "reverse": ("steps=2",), "guidance": ("steps=2", "num=2")}.get(words[0], ())
+    small = {
+        "density": ("steps=2", "num=5", "training=2"),
+        "reverse": ("steps=2",),
+        "guidance": ("steps=2", "num=2"),
+    }.get(words[0], ())
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         (tmp_path / "runs").symlink_to(smoke.folder / "runs")
         own = [f"run={prompted}" if word.startswith("run=") else word for word in words]
         assert import_module(f"{tool}.__main__" if tool == "ldm.animate" else tool).main([*own, *small]) == 0
         for word in words:
-            if word.startswith("out="):
-                assert (tmp_path / word.removeprefix("out=")).stat().st_size > 1000
+            if word.startswith("output_dir="):
+                assert (tmp_path / word.removeprefix("output_dir=")).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("block", [b for b in blocks(TEXT) if b.language == "python"], ids=lambda b: f"line {b.line}")
@@ -192,5 +207,7 @@ def test_link_leads_somewhere(link):
 def test_ci_runs_the_test_command_of_the_readme():
     script = (ROOT / ".ci" / "run").read_text()
     line = next(line for b in blocks(TEXT) if b.language == "sh" for line in b.text.splitlines() if "&& pytest" in line)
-    assert line.split("#")[0].strip() in re.sub(r"pip install -\S+ -e", "pip install -e", script)  # quieter, but the same
+    assert line.split("#")[0].strip() in re.sub(
+        r"pip install -\S+ -e", "pip install -e", script
+    )  # quieter, but the same
     assert "\npytest -m slow\n" in script

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import pytest
 from smoke import ROOT
 
-from ldm import browse, jobs, protocol, runs
-from ldm.command import guarded
+from ldm.cli.errors import run_guarded
+from ldm.config import compose as compose_module
+from ldm.config import serialize
+from ldm.config.compose import ComposedJob, compose_jobs
 from ldm.errors import UserError
-from ldm.report import __main__ as report
-from ldm.report import collect, figure, rows, study, table
-from ldm.report.compare import sparkline, terminal
+from ldm.evaluation import protocol
+from ldm.report import __main__, browse, collect, figure, rows, study, table
+from ldm.report.compare import format_comparison, sparkline
+from ldm.runs import metrics_log
 
 SWEEP = """# @package _global_
 defaults:
@@ -31,13 +34,13 @@ baseline: {schedule: linear}
 published: [{schedule: linear, FID: 3.0}, {schedule: cosine, FID: 2.0}, {schedule: sigmoid, FID: 2.5}]
 scale: reduced
 """
-SAID = protocol.stated({"network": "toy", "n": 100, "sampler": "ddim(eta=0)"})
+SAID = protocol.with_protocol_hash({"network": "toy", "n": 100, "sampler": "ddim(eta=0)"})
 
 
 COMPOSED: dict = {}
 
 
-def once(script: str, typed: list, supplied: object = None, compose: object = jobs.composed) -> list:
+def once(script: str, typed: list, supplied: object = None, compose: object = compose_jobs) -> list:
     """jobs.composed, which takes its time, once for all tests: the toy is the same in each."""
     if tuple(typed) not in COMPOSED:
         COMPOSED[tuple(typed)] = compose(script, typed, supplied)
@@ -54,20 +57,20 @@ def toy(tmp_path, monkeypatch) -> Path:
     (folder / "study.yaml").write_text(STUDY)
     (tmp_path / "experiments" / "LOG.md").write_text("# Log\n\n<!-- studies -->\n<!-- /studies -->\n")
     (tmp_path / "README.md").write_text("# Toy\n\n<!-- studies -->\n<!-- /studies -->\n")
-    monkeypatch.setattr(jobs, "ROOT", tmp_path)
-    monkeypatch.setattr(jobs, "composed", once)
-    monkeypatch.setattr(report, "STUDIES", tmp_path / "experiments")
+    monkeypatch.setattr(compose_module, "ROOT", tmp_path)
+    monkeypatch.setattr(compose_module, "compose_jobs", once)
+    monkeypatch.setattr(__main__, "STUDIES", tmp_path / "experiments")
     monkeypatch.chdir(tmp_path)
     return folder
 
 
-def ran(job: jobs.Composed, prefix: str = "fashion_mnist-", **metrics: object) -> Path:
+def ran(job: ComposedJob, prefix: str = "fashion_mnist-", **metrics: object) -> Path:
     """A finished run folder of a job, with numbers of its own."""
-    folder = Path(job.config["runs"]) / f"{prefix}{collect.name_of(job)}"
+    folder = Path(job.config["runs"]) / f"{prefix}{collect.job_id(job)}"
     folder.mkdir(parents=True)
-    runs.save_config(job.config, folder / "config.yaml")
+    serialize.save_config(job.config, folder / "config.yaml")
     (folder / "provenance.json").write_text(json.dumps({"commit": "0123456789abcdef", "changed": True}))
-    runs.finish(folder, {"n": 100, "seconds": 9.0, **SAID, **metrics})
+    metrics_log.write_final_metrics(folder, {"n": 100, "seconds": 9.0, **SAID, **metrics})
     return folder
 
 
@@ -77,9 +80,12 @@ def row(schedule: str, seed: int, fd: float, **more: object) -> dict:
 
 def test_cells_read_back(tmp_path):
     rows.write(tmp_path / "a.csv", [{"a": 1.23456789, "b": [0.0, 1.0]}, {"c": None, "a": "x, y", "b": True}])
-    assert rows.read(tmp_path / "a.csv") == [{"a": "1.23457", "b": "[0,1]", "c": ""}, {"a": "x, y", "b": "true", "c": ""}]
-    assert [rows.number(cell) for cell in ("1e-3", "", "x", None)] == [0.001, None, None, None]
-    rows.add(tmp_path / "a.csv", {"d": 1})
+    assert rows.read(tmp_path / "a.csv") == [
+        {"a": "1.23457", "b": "[0,1]", "c": ""},
+        {"a": "x, y", "b": "true", "c": ""},
+    ]
+    assert [rows.parse_number(cell) for cell in ("1e-3", "", "x", None)] == [0.001, None, None, None]
+    rows.append(tmp_path / "a.csv", {"d": 1})
     assert [one["d"] for one in rows.read(tmp_path / "a.csv")] == ["", "", "1"]
     (tmp_path / "a.csv").write_text("a,b\n1,2\n3\n")
     with pytest.raises(UserError, match=r"a\.csv, line 3: not as many cells"):
@@ -90,58 +96,73 @@ def test_differences_are_paired_and_their_interval_is_student_s(toy):
     one = study.read(toy)
     found = [row("linear", 0, 10.0), row("linear", 1, 20.0), row("linear", 2, 30.0), row("linear", 3, 99.0)]
     found += [row("cosine", 0, 9.0), row("cosine", 1, 18.0), row("cosine", 2, 27.0)]
-    by_arm = {line.arm[0]: line for line in table.lines(one, found) if line.metric == "fd_fashion"}
+    by_arm = {line.arm[0]: line for line in table.comparisons(one, found) if line.metric == "fd_fashion"}
     cosine, linear, sigmoid = by_arm["cosine"], by_arm["linear"], by_arm["sigmoid"]
     assert (cosine.ours, cosine.seeds, cosine.difference, cosine.published, cosine.theirs) == (18.0, 3, -2.0, 2.0, -1.0)
-    assert cosine.interval == pytest.approx((-2 - 2.4842, -2 + 2.4842), abs=1e-3)  # t = 4.3027, deviation 1, three seeds
+    assert cosine.interval == pytest.approx(
+        (-2 - 2.4842, -2 + 2.4842), abs=1e-3
+    )  # t = 4.3027, deviation 1, three seeds
     assert cosine.verdict == "not told apart"
     assert (linear.difference, linear.interval, linear.verdict) == (None, None, table.NONE)
     assert (sigmoid.ours, sigmoid.seeds, sigmoid.theirs) == (None, 0, -0.5)
     close = [*found[:3], *(row("cosine", seed, 10.0 * (seed + 1) - 2 - seed / 10) for seed in range(3))]
-    (sure,) = [line for line in table.lines(one, close) if line.arm == ("cosine",) and line.metric == "fd_fashion"]
+    (sure,) = [
+        line for line in table.comparisons(one, close) if line.arm == ("cosine",) and line.metric == "fd_fashion"
+    ]
     assert sure.verdict == "yes"
     (turned,) = [
-        line for line in table.lines(one, [*found[:3], row("cosine", 0, 12.0), row("cosine", 1, 22.1)]) if line.arm == ("cosine",)
+        line
+        for line in table.comparisons(one, [*found[:3], row("cosine", 0, 12.0), row("cosine", 1, 22.1)])
+        if line.arm == ("cosine",)
     ][:1]
     assert turned.verdict == "no"
-    shown = table.markdown(one, table.lines(one, close))
+    shown = table.markdown(one, table.comparisons(one, close))
     assert "| cosine | fd_fashion (FID) | 2 | -1 | 17.9 | -2.1 | -2.35 to -1.85 | yes | 3 | reduced |" in shown
     assert "| sigmoid | fd_fashion (FID) | 2.5 | -0.5 | – | – | – | – | 0 | not run |" in shown
 
 
 def test_two_protocols_are_not_mixed(toy):
-    other = protocol.stated({"network": "toy", "n": 100, "sampler": "heun()"})
+    other = protocol.with_protocol_hash({"network": "toy", "n": 100, "sampler": "heun()"})
     one = study.read(toy)
     found = [row("linear", 0, 10.0), row("cosine", 0, 9.0, **other)]
     with pytest.raises(
-        UserError, match=r"two protocols, not one: score/sampler is ddim\(eta=0\) for linear seed 0 and heun\(\) for cosine"
+        UserError,
+        match=r"two protocols, not one: score/sampler is ddim\(eta=0\) for linear seed 0 and heun\(\) for cosine",
     ):
-        table.lines(one, found)
+        table.comparisons(one, found)
     (toy / "study.yaml").write_text(STUDY + "differs: [sampler]\n")
     asked = study.read(toy)
-    assert table.lines(asked, found)
+    assert table.comparisons(asked, found)
     with pytest.raises(UserError, match="score/sampler"):  # but never between the seeds of an arm
-        table.lines(asked, [*found, row("cosine", 1, 9.0)])
+        table.comparisons(asked, [*found, row("cosine", 1, 9.0)])
     unsaid = {key: value for key, value in found[0].items() if not key.startswith("score/")}
     with pytest.raises(UserError, match="nothing said"):
-        table.lines(one, [unsaid, row("cosine", 0, 9.0)])
+        table.comparisons(one, [unsaid, row("cosine", 0, 9.0)])
 
 
 def test_runs_are_found_by_content_and_rows_kept_without_them(toy, capsys):
     one = study.read(toy)
-    every = collect.wanted(one)
-    assert [(job.value("schedule"), job.value("seed")) for job in every] == [("linear", 0), ("linear", 1), ("cosine", 0), ("cosine", 1)]
+    every = collect.study_jobs(one)
+    assert [(job.lookup("schedule"), job.lookup("seed")) for job in every] == [
+        ("linear", 0),
+        ("linear", 1),
+        ("cosine", 0),
+        ("cosine", 1),
+    ]
     ran(every[0], prefix="of_another_study-", fd_fashion=3.0, accuracy=0.5)
     folder = ran(every[1], fd_fashion=3.99499996)  # the table is of what the csv keeps of it
-    older = runs.load_config(folder / "config.yaml")
-    del older["skips"], older["training"]["clip"]  # made when there were fewer options
-    runs.save_config(older, folder / "config.yaml")
+    older = serialize.load_config(folder / "config.yaml")
+    del older["max_skipped_steps"], older["training"]["clip"]  # made when there were fewer options
+    serialize.save_config(older, folder / "config.yaml")
     folder.rename(folder.with_name("fashion_mnist-00000000-s1"))
     unfinished = ran(every[2], fd_fashion=5.0)
     (unfinished / "metrics.json").unlink()
-    rows.write(toy / "results.csv", [{"job": collect.name_of(every[3]), "schedule": "cosine", "seed": 1, "fd_fashion": 2.5, **SAID}])
+    rows.write(
+        toy / "results.csv",
+        [{"job": collect.job_id(every[3]), "schedule": "cosine", "seed": 1, "fd_fashion": 2.5, **SAID}],
+    )
 
-    assert guarded(lambda: report.main(["experiments/toy"])) == 0
+    assert run_guarded(lambda: __main__.main(["experiments/toy"])) == 0
     assert "3 rows, 1 jobs without a result" in capsys.readouterr().out
     kept = rows.read(toy / "results.csv")
     assert [(one["schedule"], one["seed"], one["fd_fashion"]) for one in kept] == [
@@ -151,25 +172,27 @@ def test_runs_are_found_by_content_and_rows_kept_without_them(toy, capsys):
     ]
     assert (kept[0]["commit"], kept[0]["seconds"], kept[0]["protocol"]) == ("0123456789ab+", "9", SAID["protocol"])
     readme = (toy / "README.md").read_text()
-    assert table.shown_between(readme, "table") == table.markdown(one, table.lines(one, kept))
+    assert table.read_block(readme, "table") == table.markdown(one, table.comparisons(one, kept))
     assert "-1.5" in readme
     assert 1000 < (toy / "figure.png").stat().st_size < 100_000
     assert "[toy](toy/README.md)" in (toy.parent / "LOG.md").read_text()
     before = readme
     Path("runs").rename("elsewhere")
-    assert guarded(lambda: report.main(["experiments/toy"])) == 0  # as on another machine: the csv says it all
+    assert run_guarded(lambda: __main__.main(["experiments/toy"])) == 0  # as on another machine: the csv says it all
     assert (toy / "README.md").read_text() == before
 
 
 def test_a_project_of_wandb_is_read_like_run_folders(toy, monkeypatch):
     one = study.read(toy)
-    first = collect.wanted(one)[0]
-    name = f"fashion_mnist-{collect.name_of(first)}"
-    done = SimpleNamespace(name=name, state="finished", commit="abcdef0123456789", summary={"fd_fashion": 7.0, "_step": 3, **SAID})
+    first = collect.study_jobs(one)[0]
+    name = f"fashion_mnist-{collect.job_id(first)}"
+    done = SimpleNamespace(
+        name=name, state="finished", commit="abcdef0123456789", summary={"fd_fashion": 7.0, "_step": 3, **SAID}
+    )
     asked = []
     api = SimpleNamespace(runs=lambda project: asked.append(project) or [done, SimpleNamespace(state="running")])
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Api=lambda timeout: api))
-    found, missing = collect.collected(one, (), "me/ldm")
+    found, missing = collect.collect_results(one, (), "me/ldm")
     assert asked == ["me/ldm"]
     assert (len(found), len(missing)) == (1, 3)
     assert (found[0]["fd_fashion"], found[0]["schedule"], found[0]["protocol"]) == (7.0, "linear", SAID["protocol"])
@@ -187,7 +210,7 @@ def test_a_project_of_wandb_is_read_like_run_folders(toy, monkeypatch):
 )
 def test_a_study_that_says_too_little(toy, said, expected, capsys):
     (toy / "study.yaml").write_text(said)
-    assert guarded(lambda: report.main(["experiments/toy"])) == 2
+    assert run_guarded(lambda: __main__.main(["experiments/toy"])) == 2
     assert expected in capsys.readouterr().err
     assert not (toy / "README.md").exists()
 
@@ -204,7 +227,11 @@ def test_a_figure_of_points(toy, tmp_path):
     )
     with (toy / "study.yaml").open("a") as file:
         file.write("figure: {x: nfe, y: fd_fashion, line: schedule}\n")
-    found = [row(schedule, 0, 100.0 / steps, steps=steps, nfe=steps) for schedule in ("linear", "cosine") for steps in (5, 10, 40)]
+    found = [
+        row(schedule, 0, 100.0 / steps, steps=steps, nfe=steps)
+        for schedule in ("linear", "cosine")
+        for steps in (5, 10, 40)
+    ]
     assert figure.write(study.read(toy), found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size < 100_000
     assert not figure.write(study.read(toy), [], tmp_path / "none.png")
@@ -218,13 +245,13 @@ def test_a_curve_as_a_line_of_bars():
 
 
 def test_runs_side_by_side(toy, capsys):
-    every = collect.wanted(study.read(toy))
+    every = collect.study_jobs(study.read(toy))
     for i in (0, 2):
-        journal = runs.Journal(ran(every[i], fd_fashion=3.0 + i) / "metrics.jsonl")
+        journal = metrics_log.MetricsLog(ran(every[i], fd_fashion=3.0 + i) / "metrics.jsonl")
         for step in range(1, 30):
             journal.write(step, {"train/loss": (i + 1) / step})
     capsys.readouterr()
-    assert guarded(lambda: report.main(["compare", "runs"])) == 0
+    assert run_guarded(lambda: __main__.main(["compare", "runs"])) == 0
     said = capsys.readouterr().out
     assert "schedule._target_" in said
     assert "ldm.diffusion.schedule.cosine" in said
@@ -234,19 +261,19 @@ def test_runs_side_by_side(toy, capsys):
     page = Path("compare.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "http" not in page.replace("http-equiv", "")
-    assert terminal([browse.read(folder) for folder in browse.found(["runs"])]) in said
-    assert guarded(lambda: report.main(["compare", "runs/" + next(Path("runs").iterdir()).name])) == 2
+    assert format_comparison([browse.read_run(folder) for folder in browse.find_runs(["runs"])]) in said
+    assert run_guarded(lambda: __main__.main(["compare", "runs/" + next(Path("runs").iterdir()).name])) == 2
     assert "expected two runs or more" in capsys.readouterr().err
 
 
-STUDIES = study.every(ROOT / "experiments")
+STUDIES = study.all_studies(ROOT / "experiments")
 
 
 @pytest.mark.parametrize("one", STUDIES, ids=lambda one: one.name)
 def test_a_readme_shows_what_its_csv_says(one):
     kept = rows.read(one.folder / "results.csv")
     readme = (one.folder / "README.md").read_text()
-    for line in table.markdown(one, table.lines(one, kept)).splitlines():
+    for line in table.markdown(one, table.comparisons(one, kept)).splitlines():
         if "| not run |" not in line:  # a job of the sweep that is planned stands there too
             assert line in readme.splitlines(), f"python -m ldm.report experiments/{one.name} writes it anew"
     assert (one.folder / "figure.png").is_file() == bool(kept)
@@ -254,7 +281,7 @@ def test_a_readme_shows_what_its_csv_says(one):
 
 
 def test_the_table_of_studies_is_what_the_csvs_say():
-    kept = {one.name: (one, table.lines(one, rows.read(one.folder / "results.csv"))) for one in STUDIES}
+    kept = {one.name: (one, table.comparisons(one, rows.read(one.folder / "results.csv"))) for one in STUDIES}
     for file, base in (("experiments/LOG.md", ""), ("README.md", "experiments/")):
-        shown = table.shown_between((ROOT / file).read_text(), "studies")
+        shown = table.read_block((ROOT / file).read_text(), "studies")
         assert shown == table.overview(kept, base), f"{file}: python -m ldm.report writes it anew"

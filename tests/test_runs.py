@@ -7,9 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from ldm import runs
+from ldm.config.serialize import load_config, save_config
 from ldm.errors import UserError
-from ldm.runs import Journal, differences, finish, finished, load_config, lock, read_journal, recipe, run_id, save_config, source_digest
+from ldm.runs import identity, provenance
+from ldm.runs.folder import lock_run
+from ldm.runs.identity import cache_key, config_diff, hash_source, run_id
+from ldm.runs.metrics_log import MetricsLog, read_final_metrics, read_metrics_log, write_final_metrics
 
 CONFIG = {"seed": 3, "runs": "runs", "trainer": {"devices": 1}, "net": {"width": 32, "mult": [1, 2]}, "prompt": "x"}
 
@@ -23,15 +26,15 @@ def test_the_name_follows_what_matters_and_nothing_else():
     assert run_id(dict(reversed(other.items())), ("fashion_mnist", "cosine/v")) == name
     assert run_id({**CONFIG, "seed": 4}) == run_id(CONFIG).replace("-s3", "-s4")
     assert run_id({**CONFIG, "net": {"width": 33, "mult": [1, 2]}}) != run_id(CONFIG)
-    assert run_id({**CONFIG, "net": {"width": 33, "mult": [1, 2]}}, ignore=(*runs.RUN_ONLY, "net.width")) == run_id(
-        {**CONFIG, "net": {"mult": [1, 2]}}
-    )
+    assert run_id(
+        {**CONFIG, "net": {"width": 33, "mult": [1, 2]}}, ignore=(*identity.NOT_HASHED, "net.width")
+    ) == run_id({**CONFIG, "net": {"mult": [1, 2]}})
 
 
 def test_differences_name_each_key():
     new = {**CONFIG, "seed": 4, "net": {"width": 32, "mult": [1], "deep": True}}
-    assert differences(CONFIG, new) == ["net.deep: absent -> True", "net.mult: [1, 2] -> [1]", "seed: 3 -> 4"]
-    assert differences(CONFIG, CONFIG) == []
+    assert config_diff(CONFIG, new) == ["net.deep: absent -> True", "net.mult: [1, 2] -> [1]", "seed: 3 -> 4"]
+    assert config_diff(CONFIG, CONFIG) == []
 
 
 def test_a_saved_config_reads_back_the_same_here_and_in_omegaconf(tmp_path):
@@ -61,42 +64,47 @@ def test_a_broken_config_is_one_line(tmp_path):
 
 def test_the_journal_after_kills_and_resumes(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    journal = Journal(path)
+    journal = MetricsLog(path)
     for step in (1, 2, 3, 4):
         journal.write(step, {"loss": step * 1.0})
     journal.write(4, {"val": np.float32(0.5)})
     path.write_text(path.read_text() + '{"step": 5, "lo')  # killed within a line
-    again = Journal(path, resume=2)
+    again = MetricsLog(path, resume=2)
     again.write(3, {"loss": 30.0})
     again.write(3, {"loss": float("nan"), "skipped": np.int64(1)})
     again.write(3, {"loss": 31.0})
     again.close()
-    told = [{key: value for key, value in row.items() if key != "wall"} for row in read_journal(path)]
-    assert told == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": None, "skipped": 1}, {"step": 3, "loss": 31.0}]
-    assert all(isinstance(row["wall"], float) for row in read_journal(path))
-    assert read_journal(tmp_path / "absent") == []
+    told = [{key: value for key, value in row.items() if key != "wall"} for row in read_metrics_log(path)]
+    assert told == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": None, "skipped": 1},
+        {"step": 3, "loss": 31.0},
+    ]
+    assert all(isinstance(row["wall"], float) for row in read_metrics_log(path))
+    assert read_metrics_log(tmp_path / "absent") == []
 
 
 def test_rows_are_on_the_disk_when_the_process_is_killed(tmp_path):
-    code = f"import os\nfrom ldm.runs import Journal\nj = Journal({str(tmp_path / 'm')!r})\nj.write(1, dict(a=1))\nos.kill(os.getpid(), 9)"
+    code = f"import os\nfrom ldm.runs.identity import Journal\nj = Journal({str(tmp_path / 'm')!r})\nj.write(1, dict(a=1))\nos.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code])
-    assert [row["a"] for row in read_journal(tmp_path / "m")] == [1]
+    assert [row["a"] for row in read_metrics_log(tmp_path / "m")] == [1]
 
 
 def test_the_mark_of_a_finished_run(tmp_path):
-    assert finished(tmp_path) is None
-    finish(tmp_path, {"fd": np.float64(1.5), "curve": [1, float("inf")], "nested": {"n": 1}})
-    assert finished(tmp_path) == {"fd": 1.5, "curve": [1, None], "nested": {"n": 1}}
+    assert read_final_metrics(tmp_path) is None
+    write_final_metrics(tmp_path, {"fd": np.float64(1.5), "curve": [1, float("inf")], "nested": {"n": 1}})
+    assert read_final_metrics(tmp_path) == {"fd": 1.5, "curve": [1, None], "nested": {"n": 1}}
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with lock(tmp_path / "run"):
-        code = f"from ldm.runs import lock\nwith lock({str(tmp_path / 'run')!r}): print('in')"
+    with lock_run(tmp_path / "run"):
+        code = f"from ldm.runs.identity import lock\nwith lock({str(tmp_path / 'run')!r}): print('in')"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "UserError" in other.stderr
         assert "is in use by process" in other.stderr
         assert other.stdout == ""
-    with lock(tmp_path / "run"):
+    with lock_run(tmp_path / "run"):
         pass
 
 
@@ -105,7 +113,9 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "paper_of_mine"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
-    (folder / "loss.py").write_text("import os\nfrom paper_of_mine.inner import helper\n\ndef mine(x): return helper(x)\n")
+    (folder / "loss.py").write_text(
+        "import os\nfrom paper_of_mine.inner import helper\n\ndef mine(x): return helper(x)\n"
+    )
     (folder / "inner.py").write_text("def helper(x): return x\n")
     (folder / "apart.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
@@ -113,49 +123,52 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_recipe_follows_config_and_source(package):
-    nodes = {"loss": {"_target_": "paper_of_mine.loss.mine", "weight": 1.0}, "optimizer": {"_target_": "torch.optim.AdamW"}}
-    first = recipe(nodes)
-    assert first == recipe(dict(reversed(nodes.items())))
-    assert recipe({**nodes, "seed": 1}).key != first.key
-    assert recipe({**nodes, "seed": 1}).source == first.source
+    nodes = {
+        "loss": {"_target_": "paper_of_mine.loss.mine", "weight": 1.0},
+        "optimizer": {"_target_": "torch.optim.AdamW"},
+    }
+    first = cache_key(nodes)
+    assert first == cache_key(dict(reversed(nodes.items())))
+    assert cache_key({**nodes, "seed": 1}).key != first.key
+    assert cache_key({**nodes, "seed": 1}).source == first.source
     (package / "apart.py").write_text("x = 1\n")
-    assert recipe(nodes) == first
+    assert cache_key(nodes) == first
     (package / "inner.py").write_text("def helper(x): return -x\n")
-    assert recipe(nodes).key == first.key
-    assert recipe(nodes).source != first.source
-    assert recipe(nodes, ["paper_of_mine.apart"]).source != recipe(nodes).source
+    assert cache_key(nodes).key == first.key
+    assert cache_key(nodes).source != first.source
+    assert cache_key(nodes, ["paper_of_mine.apart"]).source != cache_key(nodes).source
     assert "paper_of_mine.loss" not in sys.modules
 
 
 def test_a_digest_covers_what_is_imported_in_turn():
-    assert source_digest(["ldm.net.unet.UNet"]) == source_digest(["ldm.net.unet.UNet", "ldm.net.blocks", "torch.nn.Linear"])
-    assert source_digest(["ldm.net.unet.UNet"]) != source_digest(["ldm.net.blocks"])
-    assert source_digest([]) == source_digest(["torch.optim.AdamW", "os"])
+    assert hash_source(["ldm.net.unet.UNet"]) == hash_source(["ldm.net.unet.UNet", "ldm.net.blocks", "torch.nn.Linear"])
+    assert hash_source(["ldm.net.unet.UNet"]) != hash_source(["ldm.net.blocks"])
+    assert hash_source([]) == hash_source(["torch.optim.AdamW", "os"])
 
 
 def test_provenance_in_and_out_of_git(tmp_path):
-    outside = runs.provenance(tmp_path)
-    assert (outside["commit"], outside["changed"], runs.uncommitted(tmp_path)) == (None, None, "")
+    outside = provenance.provenance(tmp_path)
+    assert (outside["commit"], outside["changed"], provenance.git_diff(tmp_path)) == (None, None, "")
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / "f").write_text("1\n")
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["add", "f"], [*who, "commit", "-q", "-m", "one"]):
         subprocess.run(["git", "-C", tmp_path, *words], check=True)
-    told = runs.provenance(tmp_path)
+    told = provenance.provenance(tmp_path)
     assert len(told["commit"]) == 40
     assert told["changed"] is False
     (tmp_path / "f").write_text("2\n")
-    assert runs.provenance(tmp_path)["changed"] is True
-    assert "+2" in runs.uncommitted(tmp_path)
+    assert provenance.provenance(tmp_path)["changed"] is True
+    assert "+2" in provenance.git_diff(tmp_path)
     assert "torch" in json.loads(json.dumps(told))["packages"]
-    runs.write_origin(tmp_path / "run", tmp_path)
+    provenance.write_provenance(tmp_path / "run", tmp_path)
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["commit"] == told["commit"]
     assert "+2" in (tmp_path / "run" / "changes.diff").read_text()
     assert any(line.startswith("torch==") for line in (tmp_path / "run" / "environment.txt").read_text().splitlines())
 
 
 def test_what_is_printed_is_kept_and_what_ended_it(tmp_path, capsys):
-    with pytest.raises(KeyError), runs.logged(tmp_path / "log.txt"):  # noqa: PT012
+    with pytest.raises(KeyError), provenance.tee_output(tmp_path / "log.txt"):  # noqa: PT012
         print("a word")
         print("\rredrawn", end="")
         print("a warning", file=sys.stderr)
@@ -166,6 +179,6 @@ def test_what_is_printed_is_kept_and_what_ended_it(tmp_path, capsys):
     assert kept.endswith("KeyError: 'gone'\n")
     assert "redrawn" not in kept
     assert capsys.readouterr().out == "a word\n\rredrawnoutside\n"
-    with runs.logged(tmp_path / "log.txt"):
+    with provenance.tee_output(tmp_path / "log.txt"):
         print("again")
     assert "gone" in (tmp_path / "log.txt").read_text()

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from smoke import command, here, processes
 
-from ldm import durable, launch
-from ldm.load import weights_of
+from ldm.checkpoint.weights import load_weights_dict
+from ldm.config import serialize
+from ldm.io import atomic
 
 FEW = ("num=10", "steps=3")
 
@@ -31,7 +32,7 @@ def drawn(lively, place):
 def draw(run: Path, *typed: str, out: str = "drawn") -> Path:
     folder = Path.cwd() / out
     shutil.rmtree(folder, ignore_errors=True)
-    assert command("sample.py", f"run={run}", f"out={folder}", *typed) == 0
+    assert command("sample.py", f"run={run}", f"output_dir={folder}", *typed) == 0
     return folder
 
 
@@ -60,14 +61,25 @@ def test_one_image_a_seed_a_grid_and_the_record(lively, drawn):
 def test_autoguidance_leads_away_from_another_run(smoke, lively, place):
     """weak + s (model - weak): itself as the weak one changes nothing; another one does, and more at a larger scale."""
     other = broken(lively, place, "weak")
-    metadata = durable.read_metadata(lively / "weights.safetensors")
-    durable.write_tensors(other / "weights.safetensors", durable.read_tensors(smoke.run / "weights.safetensors"), metadata)
+    metadata = atomic.read_metadata(lively / "weights.safetensors")
+    atomic.write_tensors(
+        other / "weights.safetensors", atomic.read_tensors(smoke.run / "weights.safetensors"), metadata
+    )
     plain = draw(lively, *FEW, "guidance=cfg", "guidance.scale=1", out="plain")
     itself = draw(lively, *FEW, "guidance=autoguidance", f"guidance.weak={lively}", "guidance.scale=3", out="itself")
     assert (pixels(plain) - pixels(itself)).abs().max() <= 1
     far = [
         (
-            pixels(draw(lively, *FEW, "guidance=autoguidance", f"guidance.weak={other}", f"guidance.scale={scale}", out="far"))
+            pixels(
+                draw(
+                    lively,
+                    *FEW,
+                    "guidance=autoguidance",
+                    f"guidance.weak={other}",
+                    f"guidance.scale={scale}",
+                    out="far",
+                )
+            )
             - pixels(plain)
         )
         for scale in (1, 1.5, 2)
@@ -97,7 +109,7 @@ def test_tile_changes_only_images_larger_than_a_tile(lively, drawn):
 
 
 def test_two_processes_draw_the_same_to_rounding(smoke, lively, drawn, place):
-    job = ("sample.py", f"run={lively}", f"out={place / 'two'}", *FEW)
+    job = ("sample.py", f"run={lively}", f"output_dir={place / 'two'}", *FEW)
     done = processes(job, job, cwd=place, LDM_CACHE=str(smoke.folder / "cache"))
     assert not any(one.returncode for one in done), done
     assert (pixels(place / "two") - pixels(drawn)).abs().max() <= 1
@@ -145,7 +157,7 @@ def test_scores_on_demand(lively):
 def test_two_processes_score_as_one(smoke, lively, place):
     typed = (f"run={lively}", "num=20", "steps=2", "metrics=full", "save=none", "batch_size=5")
     one = json.loads((draw(lively, *typed[1:], out="one") / "metrics.json").read_text())
-    job = ("sample.py", *typed, f"out={place / 'both'}")
+    job = ("sample.py", *typed, f"output_dir={place / 'both'}")
     done = processes(job, job, cwd=place, LDM_CACHE=str(smoke.folder / "cache"))
     assert not any(one.returncode for one in done), done
     both = json.loads((place / "both" / "metrics.json").read_text())
@@ -154,11 +166,21 @@ def test_two_processes_score_as_one(smoke, lively, place):
 
 
 def test_the_record_is_enough_to_draw_it_again(lively, place):
-    folder = draw(lively, "num=3", "steps=4", "seed=5", "sampler=ddim", "sampler.eta=0.5", "guidance.scale=1.5", "label=disc", out="first")
+    folder = draw(
+        lively,
+        "num=3",
+        "steps=4",
+        "seed=5",
+        "sampler=ddim",
+        "sampler.eta=0.5",
+        "guidance.scale=1.5",
+        "label=disc",
+        out="first",
+    )
     record = json.loads((folder / "metrics.json").read_text())
     assert {"command", "commit", "packages"} <= record["provenance"].keys()
     rest = {"trainer": {"devices": 1}, "save": "all", "out": str(place / "second")}
-    launch.write_config({**record["request"], **rest}, place / "record")
+    serialize.write_config({**record["request"], **rest}, place / "record")
     assert command("sample.py", "--config-path", str(place / "record"), "--config-name", "config") == 0
     for file in folder.glob("*.png"):
         assert (place / "second" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -169,7 +191,7 @@ def test_a_step_a_file_and_raw_weights(smoke):
     by_step = pixels(draw(step, *FEW, out="step"))
     assert torch.equal(by_step, pixels(draw(smoke.run, *FEW, out="run")))
     assert torch.equal(pixels(draw(smoke.run / "weights.safetensors", *FEW, out="file")), by_step)
-    raw, ema = weights_of(step, "raw"), weights_of(step, "ema")
+    raw, ema = load_weights_dict(step, "raw"), load_weights_dict(step, "ema")
     assert raw.keys() == ema.keys()
     assert any(not torch.equal(raw[name], ema[name]) for name in raw)
     assert len(pixels(draw(step, *FEW, "weights=raw", out="raw"))) == 10
@@ -186,7 +208,10 @@ MISTAKES = {
     "no such folder": (lambda run: None, "run=nowhere: no such folder"),
     "not a run": (lambda run: (run / "data.json").unlink(), "not a run folder"),
     "weights cut short": (lambda run: cut(run / "weights.safetensors"), r"weights\.safetensors \(500 bytes\)"),
-    "first stage cut short": (lambda run: cut(run / "first_stage.safetensors"), r"first_stage\.safetensors \(500 bytes\)"),
+    "first stage cut short": (
+        lambda run: cut(run / "first_stage.safetensors"),
+        r"first_stage\.safetensors \(500 bytes\)",
+    ),
     "no first stage": (lambda run: (run / "first_stage.safetensors").unlink(), "first_stage"),
     "config cut short": (lambda run: (run / "config.yaml").write_text("{x: [1"), "config.yaml"),
     "data card cut short": (lambda run: (run / "data.json").write_text('{"classes": ['), "data.json"),
@@ -227,7 +252,7 @@ def test_a_mistake_is_one_line(typed, expected, smoke, capfd):
 
 def one_line(capfd, expected: str, *typed: str) -> None:
     capfd.readouterr()
-    assert command("sample.py", "out=nothing", *typed) == 2
+    assert command("sample.py", "output_dir=nothing", *typed) == 2
     error = capfd.readouterr().err.strip()
     assert re.match(rf"error: .*{expected}", error), error
     assert "\n" not in error

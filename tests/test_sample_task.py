@@ -17,13 +17,13 @@ GIVEN = {  # what each task is given beside seeds, and the size of what comes of
     "img2img": (("image=in.png", "strength=0.7"), (32, 32)),
     "edit": (("image=in.png",), (32, 32)),
     "inpaint": (("image=in.png", "mask=mask.png"), (32, 32)),
-    "outpaint": (("image=in.png", "right=8", "top=16"), (40, 48)),
+    "outpaint": (("image=in.png", "pad_right=8", "pad_top=16"), (40, 48)),
     "super_resolution": (("low_res=small.png",), (40, 24)),
     "semantic": (("map=map.png",), (32, 32)),
     "layout": (("boxes=boxes.json",), (32, 32)),
     "image_variations": (("image=in.png",), (32, 32)),
-    "interpolate": (("first=3", "last=9"), (32, 32)),
-    "variations": (("of=4", "amount=0.3"), (32, 32)),
+    "interpolate": (("seed_a=3", "seed_b=9"), (32, 32)),
+    "variations": (("source_seed=4", "variation_strength=0.3"), (32, 32)),
 }
 QUICK = ("generate", "img2img", "inpaint", "super_resolution")  # the others go the same way
 DEAF = ("unconditional", "image_variations")  # to what this run can be told
@@ -57,14 +57,21 @@ def run(place):
     """A model with every kind of condition, after two steps on degraded images, its weights then drawn at random."""
     small = ("conditioner.layout.dim=16", "conditioner.layout.layers=1", "conditioner.low_res.augment=0.4")
     drop = "conditioner.drop={low_res: 0.5, masked_image: 0.5}"
-    made = train(f"conditioner=[{PARTS}]", *small, drop, "degrade=low_res_and_mask", "metrics=none", "training.grid_every=500")
+    made = train(
+        f"conditioner=[{PARTS}]",
+        *small,
+        drop,
+        "degradation=low_res_and_mask",
+        "metrics=none",
+        "training.sample_every=500",
+    )
     enliven(made)
     return made
 
 
 def draw(run: Path, *typed: str, out: str = "drawn") -> Path:
     shutil.rmtree(out, ignore_errors=True)
-    assert command("sample.py", f"run={run}", f"out={out}", "steps=3", *typed) == 0
+    assert command("sample.py", f"run={run}", f"output_dir={out}", "steps=3", *typed) == 0
     return Path(out)
 
 
@@ -94,7 +101,7 @@ def test_a_task_runs_and_its_image_is_made_again_from_its_file(task, run, place,
     assert pixels(folder).shape == (3, size[1], size[0])
     assert pixels(folder).float().std((1, 2)).min() > 1
     file = folder / "000004.png"
-    assert command("sample.py", f"again={file}") == 0
+    assert command("sample.py", f"reproduce={file}") == 0
     assert "made again, bit for bit the same" in capfd.readouterr().out
     (again,) = (place / task / "000004-again").glob("0*.png")
     assert again.name == file.name
@@ -114,14 +121,14 @@ def test_guidance_has_a_null_to_lead_away_from(task, run):
 @pytest.mark.parametrize(
     ("task", "change"),
     [
-        ("super_resolution", "level=0.5"),
+        ("super_resolution", "noise_level=0.5"),
         ("img2img", "image=other.png"),
         ("edit", "image=other.png"),
         ("img2img", "strength=0.3"),
-        ("variations", "amount=0.9"),
-        ("interpolate", "last=8"),
+        ("variations", "variation_strength=0.9"),
+        ("interpolate", "seed_b=8"),
         ("inpaint", "image=other.png"),
-        ("generate", "hold=[label]"),
+        ("generate", "keep_conditions=[label]"),
     ],
 )
 def test_what_is_given_is_heard(task, change, run):
@@ -152,7 +159,7 @@ def test_held_out_images_stand_for_files(run):
     record = json.loads((folder / "metrics.json").read_text())
     assert record["psnr"] > 5
     assert record["n"] == 4
-    assert command("sample.py", f"again={folder / '000002.png'}") == 0
+    assert command("sample.py", f"reproduce={folder / '000002.png'}") == 0
     low = draw(run, "task=super_resolution", "held_out=true", "num=2", out="low")
     assert pixels(low).shape == (2, 32, 32)
 
@@ -164,7 +171,7 @@ def test_another_batch_size_and_two_processes_draw_the_same_to_rounding(task, ru
     whole = pixels(draw(run, *typed, "batch_size=16", out="whole"))
     assert (pixels(draw(run, *typed, "batch_size=1", out="single")) - whole).abs().max() <= 1
     if task == "inpaint":
-        job = ("sample.py", f"run={run}", f"out={place / 'two'}", "steps=3", *typed)
+        job = ("sample.py", f"run={run}", f"output_dir={place / 'two'}", "steps=3", *typed)
         done = processes(job, job, cwd=place, LDM_CACHE=str(smoke.folder / "cache"))
         assert not any(one.returncode for one in done), done
         assert (pixels(place / "two") - whole).abs().max() <= 1
@@ -172,8 +179,8 @@ def test_another_batch_size_and_two_processes_draw_the_same_to_rounding(task, ru
 
 def test_a_file_carries_who_made_it(run):
     text = Image.open(draw(run, "num=1", "label=ring") / "000000.png").text
-    carried = json.loads(text["again"])
-    assert {"prompt", "seed", "run", "config", "again"} <= text.keys()
+    carried = json.loads(text["reproduce"])
+    assert {"prompt", "seed", "run", "config", "reproduce"} <= text.keys()
     assert len(text["config"]) == 16
     assert carried["request"]["label"] == "ring"
     assert Path(carried["request"]["run"]).is_absolute()
@@ -185,7 +192,7 @@ def test_an_image_is_made_again_when_its_run_was_moved(run, place):
     shutil.copytree(run, place / "moved")
     try:
         kept = run.rename(run.with_name("away"))
-        assert command("sample.py", f"again={file}", "run=moved", "out=moved-again") == 0
+        assert command("sample.py", f"reproduce={file}", "run=moved", "output_dir=moved-again") == 0
     finally:
         kept.rename(run)
     assert torch.equal(of_file(place / "moved-again" / "000001.png"), of_file(file))
@@ -194,22 +201,22 @@ def test_an_image_is_made_again_when_its_run_was_moved(run, place):
 def test_an_image_of_a_version_with_fewer_options_is_made_again(run, place):
     file = draw(run, "num=2", "label=ring") / "000001.png"
     with Image.open(file) as image:
-        said = json.loads(image.text["again"])
-        for name in ("labels", "paired"):
+        said = json.loads(image.text["reproduce"])
+        for name in ("labels", "reconstruction_metrics"):
             del said["request"][name]
         carried = PngImagePlugin.PngInfo()
-        carried.add_text("again", json.dumps(said))
+        carried.add_text("reproduce", json.dumps(said))
         image.save("older.png", pnginfo=carried)
-    assert command("sample.py", "again=older.png", "out=older-again") == 0
+    assert command("sample.py", "reproduce=older.png", "output_dir=older-again") == 0
     assert torch.equal(of_file(place / "older-again" / "000001.png"), of_file(file))
 
 
 def wrong_weights(run: Path) -> None:
-    from ldm import durable
+    from ldm.io import atomic
 
     file = run / "weights.safetensors"
-    state, metadata = durable.read_tensors(file), durable.read_metadata(file)
-    durable.write_tensors(file, {name: value + 0.01 for name, value in state.items()}, metadata)
+    state, metadata = atomic.read_tensors(file), atomic.read_metadata(file)
+    atomic.write_tensors(file, {name: value + 0.01 for name, value in state.items()}, metadata)
 
 
 def test_an_image_that_cannot_be_made_again_says_why(run, place, capfd):
@@ -217,20 +224,20 @@ def test_an_image_that_cannot_be_made_again_says_why(run, place, capfd):
     file = draw(run, "num=2", "task=img2img", "image=fleeting.png") / "000001.png"
     shutil.copytree(run, place / "changed")
     wrong_weights(place / "changed")
-    one_line(capfd, "was drawn with other weights than run=changed has now", f"again={file}", "run=changed")
+    one_line(capfd, "was drawn with other weights than run=changed has now", f"reproduce={file}", "run=changed")
     picture("fleeting.png", (32, 32), 6)
-    one_line(capfd, "fleeting.png is not what it was when", f"again={file}")
+    one_line(capfd, "fleeting.png is not what it was when", f"reproduce={file}")
     Path("fleeting.png").unlink()
-    one_line(capfd, "fleeting.png: no such file", f"again={file}")
-    one_line(capfd, "again=in.png: 'again'; expected an image that sample.py made", "again=in.png")
-    one_line(capfd, "again=nowhere.png: no such file", "again=nowhere.png")
+    one_line(capfd, "fleeting.png: no such file", f"reproduce={file}")
+    one_line(capfd, "reproduce=in.png: 'reproduce'; expected an image that sample.py made", "reproduce=in.png")
+    one_line(capfd, "reproduce=nowhere.png: no such file", "reproduce=nowhere.png")
     file.write_bytes(file.read_bytes()[:200])
-    one_line(capfd, "expected an image that sample.py made, whole and unedited", f"again={file}")
+    one_line(capfd, "expected an image that sample.py made, whole and unedited", f"reproduce={file}")
 
 
 def one_line(capfd, expected: str, *typed: str) -> None:
     capfd.readouterr()
-    assert command("sample.py", "out=nothing", *typed) == 2
+    assert command("sample.py", "output_dir=nothing", *typed) == 2
     error = capfd.readouterr().err.strip()
     assert error.startswith("error: ")
     assert expected in error, error
@@ -248,20 +255,28 @@ MISTAKES = {
     ("task=img2img", "image=in.png", "strength=1.5"): "strength 1.5",
     ("task=img2img", "image=in.png", "strenght=1"): "no key 'strenght'; did you mean 'strength'?",
     ("task=inpaint", "image=in.png"): "mask=FILE must be given",
-    ("task=inpaint", "image=in.png", "mask=wide.png"): "mask=wide.png is 30x32 (width x height), image=in.png is 32x32: expected one size",
+    (
+        "task=inpaint",
+        "image=in.png",
+        "mask=wide.png",
+    ): "mask=wide.png is 30x32 (width x height), image=in.png is 32x32: expected one size",
     ("task=inpaint", "image=in.png", "mask=black.png"): "mask=black.png has no white in it",
     ("task=outpaint", "image=in.png"): "expected pixels to add",
-    ("task=outpaint", "image=in.png", "right=3"): "multiples of 4",
+    ("task=outpaint", "image=in.png", "pad_right=3"): "multiples of 4",
     ("task=generate", "size=[30,32]"): "size=[30,32]: height and width must be multiples of 4",
     ("task=generate", "size=[32]"): "size=[32]: expected [height,width]",
     ("task=semantic", "map=colour.png"): "map=colour.png is of mode RGB: expected a grey or palette image",
     ("task=semantic", "map=mask.png"): "map with classes 0 to 255: expected 0 to 1",
     ("task=layout", "boxes=text.png"): "boxes=text.png: expected [[class, left, top, right, bottom], ...] in json",
     ("task=layout", "boxes=far.json"): "corner (1.5, 1) of a box",
-    ("task=super_resolution", "low_res=small.png", "scale=2"): "the condition is for latents of 6x10, those to be drawn are 3x5",
-    ("task=variations", "amount=2"): "amount=2: expected 0",
+    (
+        "task=super_resolution",
+        "low_res=small.png",
+        "scale=2",
+    ): "the condition is for latents of 6x10, those to be drawn are 3x5",
+    ("task=variations", "variation_strength=2"): "variation_strength=2: expected 0",
     ("negative=a ring",): "negative=a ring: this model is not told words",
-    ("hold=[caption]",): "hold=caption: this model is told label, low_res",
+    ("keep_conditions=[caption]",): "keep_conditions=caption: this model is told label, low_res",
     ("held_out=true", "num=5000"): "num=5000: expected at most 512",
     ("prompts=binary.txt",): "prompts=binary.txt is not text in UTF-8",
     ("prompts=short.csv",): "prompts=short.csv, line 2: expected a label and a prompt",
@@ -283,7 +298,11 @@ def broken(place):
     Image.new("RGB", (32, 32)).save("colour.png")
 
 
-EARLY = [typed for typed in MISTAKES if len(typed) > 1 and typed[0] in ("task=img2img", "task=inpaint") and "strength" not in typed[-1]]
+EARLY = [
+    typed
+    for typed in MISTAKES
+    if len(typed) > 1 and typed[0] in ("task=img2img", "task=inpaint") and "strength" not in typed[-1]
+]
 
 
 @pytest.mark.parametrize("typed", some_slow(MISTAKES, EARLY), ids=" ".join)
@@ -292,9 +311,9 @@ def test_a_mistake_is_one_line(typed, run, broken, capfd):
 
 
 def as_saved(name: str) -> torch.Tensor:
-    from ldm.source import Wanted, image
+    from ldm.sampling.inputs import InputSpec, image_input
 
-    return image(Wanted((32, 32), 1), name)([0])[0, 0]
+    return image_input(InputSpec((32, 32), 1), name)([0])[0, 0]
 
 
 def test_pictures_in_every_state_are_read(place):

@@ -8,51 +8,61 @@ import pytest
 import torch
 from smoke import command, here
 
-from ldm import durable, runs
+from ldm.checkpoint import step
 from ldm.ema import PowerEMA
-from ldm.score import Protocol, short
-from ldm.training.callbacks import Snapshots
+from ldm.evaluation.evaluate import EvaluationConfig, format_count
+from ldm.io import atomic
+from ldm.runs import metrics_log
+from ldm.training.callbacks import EMASnapshots
 
 
 @pytest.mark.parametrize(("n", "said"), [(5000, "5k"), (50000, "50k"), (250, "250"), (1500, "1500"), (0, "0")])
 def test_numbers_of_samples_are_said_as_papers_do(n, said):
-    assert short(n) == said
+    assert format_count(n) == said
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"every": -1}, {"every": 1, "every_num": 1}])
 def test_periods_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="expected null or a step or more"):
-        Protocol(**wrong)
+        EvaluationConfig(**wrong)
     with pytest.raises(ValueError, match="snapshot_every=0"):
-        Snapshots(Path(), {}, 0, 1)
+        EMASnapshots(Path(), {}, 0, 1)
 
 
 def test_scores_on_the_way_are_named_and_leave_no_trace(smoke, tmp_path, monkeypatch):
     lent = []
-    applied = PowerEMA.applied
-    monkeypatch.setattr(PowerEMA, "applied", lambda self: lent.append(self) or applied(self))
-    often = ("training.score.every=1", "training.score.every_num=20", "keep_best=val/fd_fashion_20")
+    applied = PowerEMA.swapped_in
+    monkeypatch.setattr(PowerEMA, "swapped_in", lambda self: lent.append(self) or applied(self))
+    often = ("training.score.eval_every=1", "training.score.eval_num=20", "keep_best=val/fd_fashion_20")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         assert command("train.py", "budget=smoke", "name=watched", *often) == 0
         (run,) = (tmp_path / "runs").iterdir()
     assert run.name.rsplit("-", 2)[1:] == smoke.run.name.rsplit("-", 2)[1:]  # the same training, by its name
-    rows = [row for row in runs.read_journal(run / "metrics.jsonl") if any(name.startswith("val/") for name in row)]
+    rows = [
+        row
+        for row in metrics_log.read_metrics_log(run / "metrics.jsonl")
+        if any(name.startswith("val/") for name in row)
+    ]
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(row.keys() >= {"val/fd_fashion_20", "val/kid_fashion_20", "val/recall_20", "val/accuracy_20"} for row in rows)
+    assert all(
+        row.keys() >= {"val/fd_fashion_20", "val/kid_fashion_20", "val/recall_20", "val/accuracy_20"} for row in rows
+    )
     assert rows[0]["val/fd_fashion_20"] != rows[1]["val/fd_fashion_20"]
     assert len(lent) == 4  # and for the pictures, and at the end
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     lowest = min(rows, key=lambda row: row["val/fd_fashion_20"])
     assert best == {"metric": "val/fd_fashion_20", "step": lowest["step"], "value": lowest["val/fd_fashion_20"]}
-    assert durable.load_step(run / "checkpoints" / f"step-{lowest['step']:08d}").step == lowest["step"]  # though step 1 is no saving step
-    one, other = (durable.read_tensors(place / "weights.safetensors") for place in (run, smoke.run))
+    assert (
+        step.load_checkpoint(run / "checkpoints" / f"step-{lowest['step']:08d}").step == lowest["step"]
+    )  # though step 1 is no saving step
+    one, other = (atomic.read_tensors(place / "weights.safetensors") for place in (run, smoke.run))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_number_that_never_comes_is_refused_before_anything_is_done(tmp_path, capsys):
     with here(tmp_path):
-        assert command("train.py", "budget=smoke", "keep_best=val/nosuch", "training.score.every=1") == 2
+        assert command("train.py", "budget=smoke", "keep_best=val/nosuch", "training.score.eval_every=1") == 2
         text = "keep_best=val/nosuch: the metrics of this config give no such number; expected one of val/accuracy_1k, "
         assert text in capsys.readouterr().err
         assert not (tmp_path / "runs").exists()
@@ -70,6 +80,6 @@ def test_a_run_resumed_with_another_metric_begins_its_best_again(smoke, tmp_path
         shutil.rmtree(run / "checkpoints" / "step-00000003")
         (run / "metrics.json").unlink()
         assert command(*typed, "keep_best=train/loss") == 0
-    row = min((row for row in runs.read_journal(run / "metrics.jsonl")), key=lambda row: row["train/loss"])
+    row = min((row for row in metrics_log.read_metrics_log(run / "metrics.jsonl")), key=lambda row: row["train/loss"])
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best == {"metric": "train/loss", "step": row["step"], "value": row["train/loss"]}

@@ -11,9 +11,10 @@ import pytest
 import torch
 from smoke import command, composed, here, train
 
-from ldm import build, durable
+from ldm.checkpoint.latent_space import LatentSpace, require_same_latent_space
+from ldm.config import build
 from ldm.errors import UserError
-from ldm.space import Space, require_same_latent_space
+from ldm.io import atomic
 
 SMOKE = "budget=smoke"
 
@@ -21,27 +22,32 @@ SMOKE = "budget=smoke"
 def tiny(**other) -> tuple[torch.nn.Module, dict]:
     torch.manual_seed(0)
     node = composed(SMOKE, *(f"autoencoder.{name}={value}" for name, value in other.items())).autoencoder
-    return build.autoencoder(node, 1), build.plain(node)
+    return build.build_autoencoder(node, 1), build.to_container(node)
 
 
 def test_a_space_is_named_by_config_weights_shift_and_scale():
     autoencoder, node = tiny()
-    space = Space.of(autoencoder, node, "toy-1")
-    assert space == Space.of(*tiny(), "toy-1")
-    assert space.identity == Space.of(autoencoder, node, "toy-2").identity  # what it was calibrated on is told, and no part of the name
+    space = LatentSpace.from_autoencoder(autoencoder, node, "toy-1")
+    assert space == LatentSpace.from_autoencoder(*tiny(), "toy-1")
+    assert (
+        space.identity == LatentSpace.from_autoencoder(autoencoder, node, "toy-2").identity
+    )  # what it was calibrated on is told, and no part of the name
     assert re.fullmatch(r"f4c8-[0-9a-f]{12}", space.name)
     other, node2 = tiny(**{"encoder.groups": 2})
     other.load_state_dict(autoencoder.state_dict())
-    seen = {space.identity, Space.of(other, node2).identity}  # the same weights under another config are another encoder
+    seen = {
+        space.identity,
+        LatentSpace.from_autoencoder(other, node2).identity,
+    }  # the same weights under another config are another encoder
     for name in ("shift", "scale", "encoder.stem.weight"):
         before = autoencoder.state_dict()[name].clone()
         with torch.no_grad():
             autoencoder.state_dict()[name].flatten()[0].add_(1e-3)
-        seen.add(Space.of(autoencoder, node).identity)
+        seen.add(LatentSpace.from_autoencoder(autoencoder, node).identity)
         with torch.no_grad():
             autoencoder.state_dict()[name].copy_(before)
     assert len(seen) == 5
-    assert Space.of(autoencoder, node, "toy-1") == space
+    assert LatentSpace.from_autoencoder(autoencoder, node, "toy-1") == space
 
 
 def test_require_same_latent_space_names_both_and_the_remedy():
@@ -51,19 +57,21 @@ def test_require_same_latent_space_names_both_and_the_remedy():
 
 
 def test_a_file_carries_the_space_and_is_admitted_by_it_alone(tmp_path):
-    space, other = Space("a" * 64, "f4c8", "toy-1", 7), Space("b" * 64, "f8c4")
+    space, other = LatentSpace("a" * 64, "f4c8", "toy-1", 7), LatentSpace("b" * 64, "f8c4")
     file = tmp_path / "some.safetensors"
-    durable.write_tensors(file, {"x": torch.ones(1)}, space.metadata)
-    assert Space.carried(durable.read_metadata(file), file) == space
-    space.admit_file(file, "-")
-    with pytest.raises(UserError, match=r"some.safetensors belongs to autoencoder f4c8-a{12}, the one here is f8c4-b{12}; do this$"):
-        other.admit_file(file, "do this")
-    durable.write_tensors(file, {"x": torch.ones(1)})
+    atomic.write_tensors(file, {"x": torch.ones(1)}, space.metadata)
+    assert LatentSpace.from_metadata(atomic.read_metadata(file), file) == space
+    space.require_same_file(file, "-")
+    with pytest.raises(
+        UserError, match=r"some.safetensors belongs to autoencoder f4c8-a{12}, the one here is f8c4-b{12}; do this$"
+    ):
+        other.require_same_file(file, "do this")
+    atomic.write_tensors(file, {"x": torch.ones(1)})
     with pytest.raises(UserError, match="does not say which autoencoder"):
-        space.admit_file(file, "-")
+        space.require_same_file(file, "-")
     file.write_bytes(b"nothing")
-    with pytest.raises(durable.DamagedError, match=r"7 bytes"):
-        space.admit_file(file, "-")
+    with pytest.raises(atomic.CorruptFileError, match=r"7 bytes"):
+        space.require_same_file(file, "-")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +95,7 @@ def copy(place, tmp_path):
 
 
 def named(file: Path) -> str:
-    return Space.carried(durable.read_metadata(file), file).name
+    return LatentSpace.from_metadata(atomic.read_metadata(file), file).name
 
 
 def name_of(run: Path) -> str:
@@ -118,14 +126,21 @@ def refused(capfd, *typed: str, names: tuple[str, str], script: str = "train.py"
 def test_all_that_a_run_keeps_carries_its_space(copy):
     folder, one, two = copy
     assert name_of(one) != name_of(two)
-    kept = [one / "weights.safetensors", one / "first_stage.safetensors", *(one / "checkpoints").glob("step-*/*.safetensors")]
+    kept = [
+        one / "weights.safetensors",
+        one / "first_stage.safetensors",
+        *(one / "checkpoints").glob("step-*/*.safetensors"),
+    ]
     assert len(kept) == 4
-    spaces = {Space.carried(durable.read_metadata(file), file) for file in kept}
+    spaces = {LatentSpace.from_metadata(atomic.read_metadata(file), file) for file in kept}
     assert len(spaces) == 1
     (space,) = spaces
     assert space.images == 512
     assert space.data == json.loads((one / "data.json").read_text())["fingerprint"]
-    assert {named(file) for file in (folder / "cache" / "latents").glob("*.safetensors")} >= {name_of(one), name_of(two)}
+    assert {named(file) for file in (folder / "cache" / "latents").glob("*.safetensors")} >= {
+        name_of(one),
+        name_of(two),
+    }
 
 
 @pytest.mark.slow
@@ -134,11 +149,17 @@ def test_a_run_does_not_go_on_in_another_space(copy, capfd):
     folder, one, two = copy
     names, typed = (name_of(one), name_of(two)), (SMOKE, "metrics=none", "name=one")
     (one / "metrics.json").unlink()
-    kept = {name: file.parent for file in (folder / "cache/first_stage").glob("*/weights.safetensors") for name in [named(file)]}
+    kept = {
+        name: file.parent
+        for file in (folder / "cache/first_stage").glob("*/weights.safetensors")
+        for name in [named(file)]
+    }
     mine, theirs = kept[names[0]], kept[names[1]]
 
     with replaced(mine / "weights.safetensors", theirs / "weights.safetensors"):
-        assert "put it back" in refused(capfd, *typed, names=names)  # the weights are not those that were measured there
+        assert "put it back" in refused(
+            capfd, *typed, names=names
+        )  # the weights are not those that were measured there
         with replaced(mine / "metrics.json", theirs / "metrics.json"):
             assert "checkpoints/step-00000002" in refused(capfd, *typed, names=names)
             assert name_of(one) == names[0]  # nothing was overwritten
@@ -162,8 +183,8 @@ def test_latents_of_another_autoencoder_are_refused(copy, capfd):
 def test_latents_of_other_data_are_refused(copy, capfd):
     folder, one, _ = copy
     (mine,) = [file for file in (folder / "cache" / "latents").glob("*.safetensors") if named(file) == name_of(one)]
-    metadata = durable.read_metadata(mine)
-    durable.write_tensors(mine, durable.read_tensors(mine), {**metadata, "data": "toys-0123"})
+    metadata = atomic.read_metadata(mine)
+    atomic.write_tensors(mine, atomic.read_tensors(mine), {**metadata, "data": "toys-0123"})
     refused(capfd, SMOKE, "metrics=none", "seed=8", names=("toys-0123", metadata["data"]))
 
 
@@ -175,7 +196,7 @@ def test_weights_beside_another_first_stage_are_refused(what, copy, capfd):
     names = (name_of(one), name_of(two))
     shutil.copy(two / f"{what}.safetensors", one / f"{what}.safetensors")
     for run in (one, one / "weights.safetensors"):
-        refused(capfd, f"run={run}", "num=1", "out=nothing", names=names, script="sample.py")
+        refused(capfd, f"run={run}", "num=1", "output_dir=nothing", names=names, script="sample.py")
     assert not Path("nothing").exists()
 
 
@@ -186,15 +207,31 @@ def test_a_step_of_another_run_is_refused(kind, copy, capfd):
     shutil.rmtree(one / "checkpoints")
     shutil.copytree(two / "checkpoints", one / "checkpoints")
     step = one / "checkpoints" / "step-00000002"
-    refused(capfd, f"run={step}", f"weights={kind}", "num=1", "out=nothing", names=(name_of(one), name_of(two)), script="sample.py")
+    refused(
+        capfd,
+        f"run={step}",
+        f"weights={kind}",
+        "num=1",
+        "output_dir=nothing",
+        names=(name_of(one), name_of(two)),
+        script="sample.py",
+    )
     if kind == "raw":
-        refused(capfd, f"run={one}", "weights=raw", "num=1", "out=nothing", names=(name_of(one), name_of(two)), script="sample.py")
+        refused(
+            capfd,
+            f"run={one}",
+            "weights=raw",
+            "num=1",
+            "output_dir=nothing",
+            names=(name_of(one), name_of(two)),
+            script="sample.py",
+        )
 
 
 @pytest.mark.slow
 def test_a_weak_model_of_another_space_is_refused(copy, capfd):
     _, one, two = copy
-    typed = (f"run={one}", "num=1", "out=nothing", "guidance=autoguidance")
+    typed = (f"run={one}", "num=1", "output_dir=nothing", "guidance=autoguidance")
     refused(capfd, *typed, f"guidance.weak={two}", names=(name_of(one), name_of(two)), script="sample.py")
 
 
@@ -203,29 +240,38 @@ def test_changed_weights_and_a_changed_config_do_not_keep_their_name(copy, capfd
     """Nobody replaced the file: a value in it was changed, or the config beside it that says how to read it."""
     _, one, _ = copy
     file = one / "first_stage.safetensors"
-    state, metadata, whole = durable.read_tensors(file), durable.read_metadata(file), file.read_bytes()
+    state, metadata, whole = atomic.read_tensors(file), atomic.read_metadata(file), file.read_bytes()
     state["scale"] = state["scale"] * 1.1
-    durable.write_tensors(file, state, metadata)
+    atomic.write_tensors(file, state, metadata)
     said = ("first_stage.safetensors", "was changed since")
-    refused(capfd, f"run={one}", "num=1", "out=nothing", names=said, script="sample.py")
+    refused(capfd, f"run={one}", "num=1", "output_dir=nothing", names=said, script="sample.py")
     file.write_bytes(whole)
     config = (one / "config.yaml").read_text()
     (one / "config.yaml").write_text(config.replace("groups: 4", "groups: 2"))
     assert (one / "config.yaml").read_text() != config
-    refused(capfd, f"run={one}", "num=1", "out=nothing", names=said, script="sample.py")
+    refused(capfd, f"run={one}", "num=1", "output_dir=nothing", names=said, script="sample.py")
     (one / "config.yaml").write_text(config.replace("z_channels: 8", "z_channels: 4"))
-    refused(capfd, f"run={one}", "num=1", "out=nothing", names=(name_of(one), "architecture"), script="sample.py")
+    refused(
+        capfd, f"run={one}", "num=1", "output_dir=nothing", names=(name_of(one), "architecture"), script="sample.py"
+    )
 
 
 @pytest.mark.slow
 def test_a_file_without_a_name_is_refused(copy, capfd):
     _, one, _ = copy
-    durable.write_tensors(one / "weights.safetensors", durable.read_tensors(one / "weights.safetensors"))
-    refused(capfd, f"run={one}", "num=1", "out=nothing", names=("weights.safetensors", "does not say which"), script="sample.py")
+    atomic.write_tensors(one / "weights.safetensors", atomic.read_tensors(one / "weights.safetensors"))
+    refused(
+        capfd,
+        f"run={one}",
+        "num=1",
+        "output_dir=nothing",
+        names=("weights.safetensors", "does not say which"),
+        script="sample.py",
+    )
 
 
 @pytest.mark.slow
 def test_samples_say_whose_latents_they_were(copy):
     _, one, _ = copy
-    assert command("sample.py", f"run={one}", "num=1", "steps=1", "out=drawn") == 0
+    assert command("sample.py", f"run={one}", "num=1", "steps=1", "output_dir=drawn") == 0
     assert json.loads(Path("drawn/metrics.json").read_text())["autoencoder"] == name_of(one)

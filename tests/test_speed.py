@@ -30,7 +30,9 @@ def test_what_is_timed_is_the_same_network(speed):
     theirs = sampling.theirs_once(made.theirs, given)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
     stages, z = vae("tiny"), torch.randn(1, 4, 4, 4)
-    torch.testing.assert_close(first_stage.decode(stages.ours, z), first_stage.decode(stages.theirs, z), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        first_stage.decode(stages.ours, z), first_stage.decode(stages.theirs, z), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.slow
@@ -43,7 +45,9 @@ def test_a_dit_is_the_same_network_as_diffusers(speed):
     x, t = torch.cat([given.x, given.x]), torch.full((4,), 500.0)
     theirs = made.theirs(x, t, given.context).sample
     assert (made.ours(x, t, given.both)[:, :4] - theirs).abs().max() <= 1e-4
-    assert (made.ours(x, t, given.both.index([2, 3, 0, 1]))[:, :4] - theirs).abs().max() > 0.1  # with the classes changed about
+    assert (
+        made.ours(x, t, given.both.index([2, 3, 0, 1]))[:, :4] - theirs
+    ).abs().max() > 0.1  # with the classes changed about
     for row in (sampling.Asked(), sampling.Asked(sampling.STEPS)):
         a, b = (call() for call in sampling.calls(row, made, given, "cpu"))
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
@@ -58,7 +62,12 @@ def test_ratios_are_of_pairs_and_a_row_takes_the_place_of_its_like(speed, monkey
         pairs.keep(pairs.told(work, 1, [1.0, 2.0, 4.0], [peer, peer, peer], "yes", peak=8e9))
     (row,) = csv.DictReader((tmp_path / "results.csv").open())
     assert (row["ratio"], row["low"], row["high"]) == ("2", "1", "4")
-    assert (row["ours_ms"], row["theirs_ms"], row["ours_share"], row["theirs_share"]) == ("2000", "4000", "0.25", "0.125")
+    assert (row["ours_ms"], row["theirs_ms"], row["ours_share"], row["theirs_share"]) == (
+        "2000",
+        "4000",
+        "0.25",
+        "0.125",
+    )
 
 
 def test_a_row_says_its_unit_and_what_a_gpu_had_of_it(speed):
@@ -111,11 +120,18 @@ def test_a_peak_on_a_gpu_is_what_a_call_adds_and_the_weights_that_are_held(speed
         "max_memory_allocated": 3 * gib,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
-    net, halved = (torch.nn.Linear(2**13, 2**13, bias=False, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bfloat16))
+    net, halved = (
+        torch.nn.Linear(2**13, 2**13, bias=False, dtype=dtype, device="meta")
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     calls: list[str] = []
     told = sampling.on_gpu(4.0, (partial(calls.append, "ours"), net), (partial(calls.append, "theirs"), halved), held=4)
     assert calls == ["ours", "theirs"]
-    assert told == {"images_per_s": 4.0, "gib": 3.0, "theirs_gib": 2.5}  # a quarter of a GiB four times, or half of that, and two more
+    assert told == {
+        "images_per_s": 4.0,
+        "gib": 3.0,
+        "theirs_gib": 2.5,
+    }  # a quarter of a GiB four times, or half of that, and two more
 
 
 def test_the_exponent_of_a_power_is_found(speed):
@@ -137,10 +153,13 @@ def test_the_rows_of_a_gpu_run_and_compile_without_one(speed, monkeypatch, tmp_p
     monkeypatch.setattr(pairs, "TABLE", tmp_path / "results.csv")
     monkeypatch.setattr(sampling, "STEPS", 4)
     monkeypatch.setattr(sampling, "asked", lambda size, device, compiled: asked(size, "cuda"))
-    monkeypatch.setattr("ldm.adapter.prepared.ready", lambda net, dtype: net)  # as on a GPU, where nothing is packed
+    monkeypatch.setattr("ldm.net.inference.pack_copy", lambda net, dtype: net)  # as on a GPU, where nothing is packed
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     sampling.measure("tiny DiT", 8, 2, 1, 1)
-    found = {(row["what"], row["peer"].split(", ", 1)[1]): row["equal"].split()[0] for row in csv.DictReader(pairs.TABLE.open())}
+    found = {
+        (row["what"], row["peer"].split(", ", 1)[1]): row["equal"].split()[0]
+        for row in csv.DictReader(pairs.TABLE.open())
+    }
     assert list(found) == [(row.what, row.peer.split(", ", 1)[1]) for row in asked(8, "cuda")]
     assert all(float(equal) <= (0.1 if "bf16" in what else 1e-4) for (what, _), equal in found.items()), found
 
@@ -148,12 +167,21 @@ def test_the_rows_of_a_gpu_run_and_compile_without_one(speed, monkeypatch, tmp_p
 @pytest.mark.slow
 def test_every_benchmark_starts(tmp_path):
     parts = ("sampling", "training", "processes", "memory", "first_stage", "data", "distance", "curves")
-    done = subprocess.run([sys.executable, str(SPEED / "measure.py"), *parts, "smoke=true", "pairs=1"], cwd=tmp_path, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, str(SPEED / "measure.py"), *parts, "smoke=true", "pairs=1"], cwd=tmp_path, capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()
     found = list(csv.DictReader((tmp_path / "speed.csv").open()))
     assert len(found) >= 24
     whats = {row["what"] for row in found}
-    assert {"guided evaluation", "training step", "decode", "packed folder", "Frechet distance", "mean and covariance"} <= whats
+    assert {
+        "guided evaluation",
+        "training step",
+        "decode",
+        "packed folder",
+        "Frechet distance",
+        "mean and covariance",
+    } <= whats
     assert "tiny DiT, 8x8 latents, 4 images" in {row["setting"] for row in found}
     (memory,) = (row for row in found if row["what"] == "peak memory of a training step")
     assert float(memory["ours_mib"]) > 0

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-import ldm.studies  # noqa: F401  makes experiments/ a group
-from ldm.argv import Tree
-from ldm.command import Plan
+import ldm.config.search_path  # noqa: F401  makes experiments/ a group
+from ldm.cli.sweep import SweepJob
+from ldm.config.compose import Composition
+from ldm.config.overrides import ConfigSearchPath
 from ldm.errors import UserError
-from ldm.sweep import Job
 
 GRID = """
 from pathlib import Path
-from ldm.command import command
-from ldm.sweep import Known
+from ldm.cli.main import command
+from ldm.cli.sweep import Known
 
 
 def folder(cfg):
@@ -79,7 +79,7 @@ def grid(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def in_process(monkeypatch) -> None:
     """Jobs are run by the process that sweeps."""
-    monkeypatch.setattr(Job, "_process", lambda self, cfg, devices: (0, {"result": self.task(cfg)}))
+    monkeypatch.setattr(SweepJob, "_run_subprocess", lambda self, cfg, devices: (0, {"result": self.task(cfg)}))
 
 
 def typed(script: Path, *words: str) -> int:
@@ -108,7 +108,11 @@ def run_sweep(script: Path, out: Callable[[], str], *words: str) -> Sweep:
     rows = re.findall(r"^  (\S.*?)  +(done|skipped|failed)\b.*$", text, re.MULTILINE)
     last = next(line for line in reversed(text.splitlines()) if " done" in line)
     return Sweep(
-        [job for _, job in jobs], [job for mark, job in jobs if mark], rows, last, sorted(path.name for path in Path("runs").iterdir())
+        [job for _, job in jobs],
+        [job for mark, job in jobs if mark],
+        rows,
+        last,
+        sorted(path.name for path in Path("runs").iterdir()),
     )
 
 
@@ -159,15 +163,16 @@ QUICK = ("seed=shuffle(range(0,3))", "schedule=glob(lin*)")
 
 @pytest.mark.parametrize("words", GRAMMAR, ids=" ".join)
 def test_second_reading_of_a_sweep_is_the_same_jobs(words, grid):
-    plan = Plan(Tree((grid.parent / "conf",), grid.parent), "train", True, list(words))
-    jobs = plan.jobs()
+    plan = Composition(ConfigSearchPath((grid.parent / "conf",), grid.parent), "train", True, list(words))
+    jobs = plan.job_overrides()
     assert len(jobs) == len(set(map(tuple, jobs))) > 0
     for _ in range(2):
-        assert Plan(plan.tree, "train", True, plan.written).jobs() == jobs
+        assert Composition(plan.tree, "train", True, plan.written).job_overrides() == jobs
 
 
 @pytest.mark.parametrize(
-    "words", [pytest.param(words, marks=[] if words[0] in QUICK else pytest.mark.slow, id=" ".join(words)) for words in GRAMMAR]
+    "words",
+    [pytest.param(words, marks=[] if words[0] in QUICK else pytest.mark.slow, id=" ".join(words)) for words in GRAMMAR],
 )
 def test_sweep_runs_the_jobs_of_hydra(words, grid, in_process, capsys):
     """Jobs announced, jobs run, folders and rows are those of Hydra alone, also where all but one were done before."""
@@ -217,7 +222,9 @@ def test_params_of_a_study_are_dealt_once(grid, in_process, capsys):
     random.seed(1)
     sweep = run_sweep(grid, lambda: capsys.readouterr().out, "experiment=some", "seed=shuffle(0,1)")
     assert len(sweep.folders) == 4
-    assert sorted(sweep.jobs) == [f"seed={seed} schedule={name} experiments=some/sweep" for seed in (0, 1) for name in ("cosine", "linear")]
+    assert sorted(sweep.jobs) == [
+        f"seed={seed} schedule={name} experiments=some/sweep" for seed in (0, 1) for name in ("cosine", "linear")
+    ]
     assert sweep.rows == [(job, "done") for job in sweep.jobs]
 
 
@@ -249,7 +256,9 @@ REFUSED = {
 @pytest.mark.parametrize("word", REFUSED)
 def test_sweep_that_lists_no_jobs_is_one_line(word, grid, capsys):
     assert typed(grid, "-m", word) == 2
-    assert capsys.readouterr().err.splitlines() == [f"error: {word}{' ' if word.startswith('experiment') else ': '}{REFUSED[word]}"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {word}{' ' if word.startswith('experiment') else ': '}{REFUSED[word]}"
+    ]
     assert not Path("runs").exists()
 
 
@@ -262,7 +271,7 @@ def test_option_that_is_not_there_is_one_line_for_every_launcher(launcher, grid,
 
 
 def test_job_that_was_not_announced_is_refused():
-    job = Job(print, Path("train.py"), names=("seed=0", "seed=1", "seed=0"))
+    job = SweepJob(print, Path("train.py"), names=("seed=0", "seed=1", "seed=0"))
     assert [job._number(number, name) for number, name in enumerate(job.names)] == [0, 1, 2]
     assert job._number(0, "seed=1") == 1
     with pytest.raises(RuntimeError, match="the job 'seed=2' is none of the 3 that were announced"):
@@ -290,8 +299,14 @@ SEARCHED = {  # what a search draws from: the values that the grammar gives
 @pytest.mark.parametrize("word", SEARCHED)
 def test_search_draws_from_the_values_of_the_grammar(word, sampler, grid, in_process, capsys):
     key = word.partition("=")[0]
-    trials = ("hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=9", *(("hydra.sweeper.sampler.seed=5",) if sampler == "random" else ()))
-    sweep = run_sweep(grid, lambda: capsys.readouterr().out, "hydra/sweeper=optuna", f"hydra/sweeper/sampler={sampler}", word, *trials)
+    trials = (
+        "hydra.sweeper.n_jobs=1",
+        "hydra.sweeper.n_trials=9",
+        *(("hydra.sweeper.sampler.seed=5",) if sampler == "random" else ()),
+    )
+    sweep = run_sweep(
+        grid, lambda: capsys.readouterr().out, "hydra/sweeper=optuna", f"hydra/sweeper/sampler={sampler}", word, *trials
+    )
     assert {job.removeprefix(f"{key}=") for job in sweep.jobs} == SEARCHED[word]
     assert len(sweep.jobs) == (len(SEARCHED[word]) if sampler == "grid" else 9)
     assert sweep.rows == [(job, "done") for job in sweep.jobs]
@@ -300,10 +315,10 @@ def test_search_draws_from_the_values_of_the_grammar(word, sampler, grid, in_pro
 
 @pytest.mark.parametrize("sweeper", ["basic", "optuna"])
 def test_job_that_never_began_has_a_row(sweeper, grid, monkeypatch, capsys):
-    def refuse(self: Job, cfg: object, devices: int) -> None:
+    def refuse(self: SweepJob, cfg: object, devices: int) -> None:
         raise UserError("no room")
 
-    monkeypatch.setattr(Job, "_process", refuse)
+    monkeypatch.setattr(SweepJob, "_run_subprocess", refuse)
     search = ("hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=2") if sweeper == "optuna" else ()
     assert typed(grid, "-m", f"hydra/sweeper={sweeper}", "seed=0,1", *search) == 1
     out = capsys.readouterr().out
@@ -313,7 +328,12 @@ def test_job_that_never_began_has_a_row(sweeper, grid, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_search_draws_from_intervals(grid, in_process, capsys):
-    words = ("lr=tag(log,interval(1e-3,1e-1))", "seed=int(interval(1,4))", "hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=5")
+    words = (
+        "lr=tag(log,interval(1e-3,1e-1))",
+        "seed=int(interval(1,4))",
+        "hydra.sweeper.n_jobs=1",
+        "hydra.sweeper.n_trials=5",
+    )
     sweep = run_sweep(grid, lambda: capsys.readouterr().out, "hydra/sweeper=optuna", *words)
     values = [re.fullmatch(r"lr=(\S+) seed=([1-4])", job) for job in sweep.jobs]
     assert all(found and 1e-3 <= float(found[1]) <= 1e-1 for found in values)
@@ -321,7 +341,9 @@ def test_search_draws_from_intervals(grid, in_process, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0]
+)
 def test_other_launchers_run_the_jobs_that_were_announced(words, grid, capfd):
     """Each job is a process: a shuffled sweep whole, then once more with one run missing."""
     sweep = ("seed=shuffle(range(2))", "schedule=glob(lin*)", f"hydra/launcher={words[0]}", *words[1:])
@@ -329,7 +351,9 @@ def test_other_launchers_run_the_jobs_that_were_announced(words, grid, capfd):
         assert typed(grid, "-m", *sweep) == 0
         text = capfd.readouterr().out
         rows = re.findall(r"^  (seed=\d schedule=\w+) +(done|skipped)", text, re.MULTILINE)
-        assert sorted(job for job, _ in rows) == [f"seed={seed} schedule={name}" for seed in (0, 1) for name in ("linear", "linear2")]
+        assert sorted(job for job, _ in rows) == [
+            f"seed={seed} schedule={name}" for seed in (0, 1) for name in ("linear", "linear2")
+        ]
         folders = sorted(path.name for path in Path("runs").iterdir())
         assert len(folders) == 4
         (Path("runs") / folders[0]).rmdir()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from smoke import command, here
 
+from ldm.cli.sweep import JobResult, failure_reason, format_forecast, print_results, train_dependencies
 from ldm.errors import UserError
-from ldm.sweep import Known, Row, forecast, prepared, report, why
+from ldm.runs.status import JobStatus
 
 FIRST = Path("cache/first_stage/abc")
 
@@ -30,12 +31,12 @@ def asked(*said: str) -> tuple[dict[Path, object], list[str]]:
 def test_the_forecast_counts_jobs_and_hours():
     needs, calls = asked()
     known = [
-        Known({"fd": 2.5, "seconds": 3600}, 2.5),
-        Known(seconds=7200, needs=needs),
-        Known(begun=1500, needs=needs),
-        Known(seconds=3600),
+        JobStatus({"fd": 2.5, "seconds": 3600}, 2.5),
+        JobStatus(seconds=7200, missing_dependencies=needs),
+        JobStatus(steps_done=1500, missing_dependencies=needs),
+        JobStatus(seconds=3600),
     ]
-    lines = forecast(["seed=0", "seed=1", "seed=2", "a seed=3"], known).splitlines()
+    lines = format_forecast(["seed=0", "seed=1", "seed=2", "a seed=3"], known).splitlines()
     assert [line.split() for line in lines[:4]] == [
         ["seed=0", "done", "2.5", "60", "min"],
         ["seed=1", "to", "run", "about", "2.0", "h"],
@@ -50,39 +51,50 @@ def test_the_forecast_counts_jobs_and_hours():
 
 
 def test_where_there_is_nothing_to_go_by_it_says_so():
-    assert forecast(["a"], [Known()]).endswith("1 job, 0 done, 1 to run, for how long nobody knows: no finished run is like them")
-    assert forecast(["a"], [Known({}, None)]).endswith("1 job, 1 done, 0 to run")
+    assert format_forecast(["a"], [JobStatus()]).endswith(
+        "1 job, 0 done, 1 to run, for how long nobody knows: no finished run is like them"
+    )
+    assert format_forecast(["a"], [JobStatus({}, None)]).endswith("1 job, 1 done, 0 to run")
 
 
 def test_what_jobs_share_is_trained_once_and_before_them(capsys):
     needs, calls = asked()
-    known = [Known({"fd": 1.0}, 1.0, needs=needs), Known(needs=needs), Known(needs=needs), Known()]
-    rows = prepared("abcd", known)
+    known = [
+        JobStatus({"fd": 1.0}, 1.0, missing_dependencies=needs),
+        JobStatus(missing_dependencies=needs),
+        JobStatus(missing_dependencies=needs),
+        JobStatus(),
+    ]
+    rows = train_dependencies("abcd", known)
     assert calls == ["trained"]
-    assert rows == {0: Row(0, "a", "skipped", 1.0, reason="it was done before")}
+    assert rows == {0: JobResult(0, "a", "skipped", 1.0, reason="it was done before")}
     assert "first, for 2 jobs: first_stage abc" in capsys.readouterr().out
-    assert prepared("abcd", known, train=False) == rows
+    assert train_dependencies("abcd", known, train=False) == rows
     assert calls == ["trained"]
 
 
 def test_a_first_stage_that_fails_stops_its_own_jobs_alone(capsys):
     needs, _ = asked("no room")
-    rows = prepared("abc", [Known(needs=needs), Known(), Known(needs=needs)])
-    assert {number: (row.state, row.reason) for number, row in rows.items()} == dict.fromkeys((0, 2), ("failed", "first_stage abc failed"))
+    rows = train_dependencies(
+        "abc", [JobStatus(missing_dependencies=needs), JobStatus(), JobStatus(missing_dependencies=needs)]
+    )
+    assert {number: (row.state, row.reason) for number, row in rows.items()} == dict.fromkeys(
+        (0, 2), ("failed", "first_stage abc failed")
+    )
     assert "first_stage abc failed: no room" in capsys.readouterr().err
 
 
 ROWS = [
-    Row(0, "seed=0", "skipped", 2.5, None, "it was done before"),
-    Row(1, "seed=1", "failed (1)", None, 3.0, "ValueError: no"),
-    Row(2, "seed=2", "done", 2.0, 4.0),
+    JobResult(0, "seed=0", "skipped", 2.5, None, "it was done before"),
+    JobResult(1, "seed=1", "failed (1)", None, 3.0, "ValueError: no"),
+    JobResult(2, "seed=2", "done", 2.0, 4.0),
 ]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_last_table_has_a_red_row_for_a_failure(terminal, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    assert report(ROWS) == 1
+    assert print_results(ROWS) == 1
     skipped, failed, done, last = capsys.readouterr().out.strip("\n").splitlines()
     assert failed.startswith("\x1b[31m") == failed.endswith("\x1b[0m") == terminal
     assert re.sub("\x1b\\[[0-9]*m", "", failed).split() == ["seed=1", "failed", "(1)", "3.0", "s", "ValueError:", "no"]
@@ -92,21 +104,21 @@ def test_the_last_table_has_a_red_row_for_a_failure(terminal, monkeypatch, capsy
 
 
 def test_nothing_failed_is_success(capsys):
-    assert report([ROWS[0], ROWS[2]]) == 0
+    assert print_results([ROWS[0], ROWS[2]]) == 0
     assert capsys.readouterr().out.endswith("\n2 of 2 jobs done, 1 of them before\n")
 
 
 def test_why_a_job_failed():
-    assert why(137, {}) == "killed (SIGKILL)"
-    assert why(1, {"error": "no room"}) == "no room"
-    assert why(7, {}) == "exit code 7"
+    assert failure_reason(137, {}) == "killed (SIGKILL)"
+    assert failure_reason(1, {"error": "no room"}) == "no room"
+    assert failure_reason(7, {}) == "exit code 7"
 
 
 SCRIPT = """
 from pathlib import Path
-from ldm.command import command
+from ldm.cli.main import command
 from ldm.errors import UserError
-from ldm.sweep import Known
+from ldm.cli.sweep import Known
 
 
 def main(cfg):
@@ -149,11 +161,11 @@ def typed(script: Path, *words: str) -> int:
 
 
 def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(script, capfd):
-    assert typed(script, "-m", "seed=1,2,3", "dry=true") == 0
+    assert typed(script, "-m", "seed=1,2,3", "dry_run=true") == 0
     said = capfd.readouterr().out
     assert "3 jobs, 1 done, 2 to run, about 0.05 hours" in said
     assert "seed=2" in said
-    assert "dry=true" not in said
+    assert "dry_run=true" not in said
     assert not list(Path.cwd().glob("*.ran"))
     assert typed(script, "-m", "seed=1,2,3") == 1
     assert sorted(path.name for path in Path.cwd().glob("*.ran")) == ["2.ran", "3.ran", "shared.ran"]
@@ -164,12 +176,12 @@ def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(script, capfd):
 
 
 def test_one_job_is_a_forecast_too(script, capfd):
-    assert typed(script, "seed=2", "dry=true") == 0
+    assert typed(script, "seed=2", "dry_run=true") == 0
     assert "1 job, 0 done, 1 to run, about 0.02 hours" in capfd.readouterr().out
 
 
 def test_a_search_has_no_forecast(script, capfd):
-    assert typed(script, "-m", "hydra/sweeper=optuna", "seed=range(1,9)", "dry=true") == 0
+    assert typed(script, "-m", "hydra/sweeper=optuna", "seed=range(1,9)", "dry_run=true") == 0
     assert capfd.readouterr().out == "a search chooses its jobs as it goes\n"
 
 
@@ -181,10 +193,14 @@ def test_a_plugin_that_is_not_there(script, capfd):
 @pytest.mark.slow
 def test_a_training_is_known_by_its_folder_and_by_runs_like_it(smoke, capfd):
     with here(smoke.folder, LDM_CACHE=str(smoke.kept)):
-        assert command("train.py", "-m", "budget=smoke", "seed=0,1", "autoencoder.z_channels=8,3", "dry=true") == 0
+        assert command("train.py", "-m", "budget=smoke", "seed=0,1", "autoencoder.z_channels=8,3", "dry_run=true") == 0
     lines = capfd.readouterr().out.splitlines()
     states = [re.split("  +", line.strip()) for line in lines[:4]]
     assert [state[1] for state in states] == ["done", "to run", "to run", "to run"]
-    assert [state[2][:5] for state in states[1:]] == ["no ru", "about", "no ru"]  # another first stage is another training
+    assert [state[2][:5] for state in states[1:]] == [
+        "no ru",
+        "about",
+        "no ru",
+    ]  # another first stage is another training
     assert re.fullmatch(r"  first_stage \w+ is not there: trained first, for 2 jobs", lines[4])
     assert lines[5].startswith("4 jobs, 1 done, 3 to run, about ")

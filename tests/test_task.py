@@ -7,31 +7,31 @@ import pytest
 import torch
 
 from ldm.condition import Condition
-from ldm.conditioner.rows import rows
+from ldm.conditioner.rows import num_rows
 from ldm.diffusion.denoiser import Denoised, Denoiser
+from ldm.diffusion.grids import trailing
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.prediction import X0
 from ldm.diffusion.sampler import ddim, ddpm
 from ldm.diffusion.schedule import EDM, Flow, cosine, linear
-from ldm.diffusion.times import trailing
 from ldm.model import LatentDiffusion
-from ldm.task import (
-    draw,
-    edit,
-    filled,
+from ldm.sampling.tasks import (
+    ddim_edit,
+    fill_holes,
     generate,
     img2img,
     inpaint,
     interpolate,
     outpaint,
-    prior,
+    prior_sample,
+    sample,
     slerp,
-    super_resolve,
+    super_resolution,
     txt2img,
     unconditional,
-    vary,
+    variations,
 )
-from ldm.tensors import Noise
+from ldm.tensors import KeyedNoise
 
 
 class Names(torch.nn.Module):
@@ -43,7 +43,7 @@ class Names(torch.nn.Module):
         return Condition(vector=torch.tensor([[float(len(caption))] for caption in batch["caption"]]))
 
     def null(self, batch):
-        return Condition(vector=torch.zeros(rows(batch), 1))
+        return Condition(vector=torch.zeros(num_rows(batch), 1))
 
 
 class Echo(torch.nn.Module):
@@ -81,17 +81,19 @@ def test_prior_has_the_spread_of_noised_data(schedule):
     alpha, sigma = schedule.alpha_sigma(t)
     noise = torch.randn(2, 1, 3, 3)
     expected = (alpha**2 + sigma**2) ** 0.5
-    torch.testing.assert_close(prior(schedule, t, noise), noise * expected.float())
+    torch.testing.assert_close(prior_sample(schedule, t, noise), noise * expected.float())
 
 
 def test_the_answer_is_what_the_model_was_told():
     """x0 is 0.1 times the caption's length at every step, the image half of it: guidance 1 draws that, guidance 3 three times it."""
     ts = trailing(cosine(), 5)
     for scale in (1.0, 3.0):
-        image = draw(model(), {"caption": ["four", "eight  8"]}, [0, 1], ts, ddim, partial(cfg, scale=scale))
+        image = sample(model(), {"caption": ["four", "eight  8"]}, [0, 1], ts, ddim, partial(cfg, scale=scale))
         assert image.shape == (2, 1, 8, 12)
         for one, length in zip(image, (4, 8), strict=True):
-            torch.testing.assert_close(one, torch.full((1, 8, 12), min(1.0, scale * 0.1 * length * 0.5)), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                one, torch.full((1, 8, 12), min(1.0, scale * 0.1 * length * 0.5)), rtol=1e-4, atol=1e-4
+            )
 
 
 def test_txt2img_repeats_each_prompt_and_counts_seeds():
@@ -117,10 +119,10 @@ def test_a_seed_is_an_image_in_any_company(sampler):
     """The grid ends before 0, so that the noise is still to be seen; rows by themselves, in another order, and all together are equal."""
     made, ts = model(linear()), trailing(linear(), 6)[:4]
     told = lambda n: {"caption": ["four"] * n}  # noqa: E731
-    whole = draw(made, told(4), [7, 8, 9, 10], ts, sampler)
+    whole = sample(made, told(4), [7, 8, 9, 10], ts, sampler)
     assert len({float(x.std()) for x in whole}) == 4
-    assert torch.equal(draw(made, told(2), [9, 7], ts, sampler), whole[[2, 0]])
-    assert torch.equal(torch.cat([draw(made, told(1), [seed], ts, sampler) for seed in (7, 8, 9, 10)]), whole)
+    assert torch.equal(sample(made, told(2), [9, 7], ts, sampler), whole[[2, 0]])
+    assert torch.equal(torch.cat([sample(made, told(1), [seed], ts, sampler) for seed in (7, 8, 9, 10)]), whole)
 
 
 def test_drawing_keeps_the_image_in_range_and_makes_no_gradient():
@@ -183,9 +185,12 @@ def images(n: int, *size: int) -> torch.Tensor:
 
 
 def chosen(made, task, batch, n=2, steps=5):
-    noise = Noise(0, list(range(n)))
+    noise = KeyedNoise(0, list(range(n)))
     return task(
-        made, {"caption": [""] * n, "index": list(range(n)), **batch, "noise": noise}, noise, trailing(made.denoiser.schedule, steps)
+        made,
+        {"caption": [""] * n, "index": list(range(n)), **batch, "noise": noise},
+        noise,
+        trailing(made.denoiser.schedule, steps),
     )
 
 
@@ -194,9 +199,9 @@ def test_the_choices_of_image_to_image():
     choices = chosen(made, partial(img2img, strength=0.5), {"image": image})
     assert choices.ts.tolist() == [0.5, 0.4, 0.2, 0.0]
     alpha, sigma = made.denoiser.schedule.alpha_sigma(torch.tensor(0.5, dtype=torch.float64))
-    start = Noise(0, [0, 1]).normal("start", torch.empty(2, 1, 4, 6))
+    start = KeyedNoise(0, [0, 1]).normal("start", torch.empty(2, 1, 4, 6))
     torch.testing.assert_close(choices.start, alpha.float() * made.encode(image) + sigma.float() * start)
-    assert choices.told["caption"] == ["", ""]
+    assert choices.batch["caption"] == ["", ""]
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.1])
@@ -208,7 +213,10 @@ def test_a_strength_that_is_none_is_refused(strength):
 def test_a_weaker_image_to_image_stays_nearer():
     made, image = patched(), images(4, 8, 12)
     batch, ts = {"caption": [""] * 4, "image": image}, trailing(linear(), 50)
-    far = [float((draw(made, batch, range(4), ts, task=partial(img2img, strength=s)) - image).abs().mean()) for s in (0.02, 0.3, 1.0)]
+    far = [
+        float((sample(made, batch, range(4), ts, task=partial(img2img, strength=s)) - image).abs().mean())
+        for s in (0.02, 0.3, 1.0)
+    ]
     assert far == sorted(far)
     assert far[0] < 0.05
 
@@ -217,9 +225,12 @@ def test_inversion_leads_back():
     """Followed to its noise and drawn from there as its source, an image is itself but for the steps' error, which falls with them."""
     made, image = patched(), images(2, 8, 12)
     batch = {"caption": ["", ""], "image": image}
-    error = [float((draw(made, batch, [0, 1], trailing(linear(), n), task=edit) - image).abs().max()) for n in (50, 200)]
+    error = [
+        float((sample(made, batch, [0, 1], trailing(linear(), n), task=ddim_edit) - image).abs().max())
+        for n in (50, 200)
+    ]
     assert error[1] < 0.35 * error[0] < 0.05
-    start = chosen(made, edit, {"image": image}, steps=500).start
+    start = chosen(made, ddim_edit, {"image": image}, steps=500).start
     mean, std = 0.3, 0.5  # the ODE keeps the number of standard deviations from the mean
     torch.testing.assert_close(start, (made.encode(image) - mean) / std, atol=0.05, rtol=0)
 
@@ -232,7 +243,7 @@ def test_inpainting_keeps_what_is_known_to_the_bit():
     decoded = []
     decode = made.autoencoder.decode
     made.autoencoder.decode = lambda z: decoded.append(z) or decode(z)
-    out = draw(made, {"caption": ["", ""], "image": image, "mask": mask}, [0, 1], trailing(linear(), 5), task=inpaint)
+    out = sample(made, {"caption": ["", ""], "image": image, "mask": mask}, [0, 1], trailing(linear(), 5), task=inpaint)
     (z,), hole = decoded, mask > 0.5
     cells = torch.nn.functional.max_pool2d(mask, 2).bool().expand(2, 4, 4, 6)
     assert torch.equal(z[~cells], made.encode(image)[~cells])
@@ -250,11 +261,11 @@ def test_inpainting_constrains_every_step_and_never_sees_the_hole():
     other = torch.where(mask > 0.5, 0.77, image)
     one, two = (chosen(made, inpaint, {"image": x, "mask": mask}) for x in (image, other))
     assert torch.equal(*seen)
-    bound = one.constraint(lambda x_t, t: Denoised(torch.full_like(x_t, 9.0), x_t))
+    bound = one.wrap_denoise(lambda x_t, t: Denoised(torch.full_like(x_t, 9.0), x_t))
     x0 = bound(one.start, one.ts[0]).x0
     assert (x0[:, :, 1, 1:3] == 9).all()
     assert torch.equal(x0[:, :, 0], torch.nn.functional.pixel_unshuffle(image, 2)[:, :, 0])
-    assert torch.equal(two.told["mask"], mask)
+    assert torch.equal(two.batch["mask"], mask)
 
 
 def test_a_hole_is_filled_from_its_edge():
@@ -262,17 +273,21 @@ def test_a_hole_is_filled_from_its_edge():
     image[..., 3:] = 1
     hole = torch.zeros(1, 1, 5, 7, dtype=torch.bool)
     hole[..., 1:4, 1:6] = True
-    full = filled(image, hole)
+    full = fill_holes(image, hole)
     assert torch.equal(full[~hole], image[~hole])
     assert 0 <= float(full.min()) <= float(full.max()) <= 1
     assert full[0, 0, 2, 1] < 0.2 < 0.8 < full[0, 0, 2, 5]
-    assert not filled(image, torch.ones_like(hole)).any()
+    assert not fill_holes(image, torch.ones_like(hole)).any()
 
 
-@pytest.mark.parametrize("sides", [{"left": 4}, {"right": 2}, {"top": 6}, {"bottom": 2}, {"left": 2, "right": 4, "top": 2, "bottom": 4}])
+@pytest.mark.parametrize(
+    "sides", [{"left": 4}, {"right": 2}, {"top": 6}, {"bottom": 2}, {"left": 2, "right": 4, "top": 2, "bottom": 4}]
+)
 def test_outpainting_keeps_the_original(sides):
     made, image = patched(), images(2, 8, 12)
-    out = draw(made, {"caption": ["", ""], "image": image}, [0, 1], trailing(linear(), 5), task=partial(outpaint, **sides))
+    out = sample(
+        made, {"caption": ["", ""], "image": image}, [0, 1], trailing(linear(), 5), task=partial(outpaint, **sides)
+    )
     left, right, top, bottom = (sides.get(side, 0) for side in ("left", "right", "top", "bottom"))
     assert out.shape == (2, 1, 8 + top + bottom, 12 + left + right)
     assert torch.equal(out[:, :, top : top + 8, left : left + 12], image)
@@ -288,9 +303,9 @@ def test_outpainting_nowhere_is_refused(sides):
 
 
 def test_super_resolution_has_the_size_it_is_asked_for():
-    choices = chosen(gaussian(), partial(super_resolve, scale=4, level=0.3), {"low_res": images(2, 2, 3)})
+    choices = chosen(gaussian(), partial(super_resolution, scale=4, noise_level=0.3), {"low_res": images(2, 2, 3)})
     assert choices.start.shape == (2, 1, 4, 6)
-    assert choices.told["level"] == 0.3
+    assert choices.batch["level"] == 0.3
 
 
 def test_what_is_drawn_may_be_made_to_agree_with_the_low_resolution():
@@ -298,12 +313,14 @@ def test_what_is_drawn_may_be_made_to_agree_with_the_low_resolution():
         return torch.nn.functional.interpolate(image, (4, 6), mode="bicubic", antialias=True, align_corners=False)
 
     low_res = shrunk(images(2, 16, 24))
-    drawn, loose = (chosen(gaussian(), partial(super_resolve, rounds=n), {"low_res": low_res}) for n in (20, 0))
+    drawn, loose = (
+        chosen(gaussian(), partial(super_resolution, back_projection_steps=n), {"low_res": low_res}) for n in (20, 0)
+    )
     z = torch.randn(2, 1, 8, 12, generator=torch.Generator().manual_seed(1))
-    apart, near = ((shrunk(one.finish(z)) - low_res).abs().max() for one in (loose, drawn))
+    apart, near = ((shrunk(one.decode(z)) - low_res).abs().max() for one in (loose, drawn))
     assert apart > 0.2
     assert near < 1e-3
-    assert torch.equal(loose.finish(z), gaussian().decode(z))
+    assert torch.equal(loose.decode(z), gaussian().decode(z))
 
 
 def test_sizes_other_than_the_training_images():
@@ -316,11 +333,14 @@ def test_sizes_other_than_the_training_images():
 
 def test_interpolation_goes_from_seed_to_seed_on_the_sphere():
     made = gaussian()
-    frames = chosen(made, partial(interpolate, first=7, last=9, frames=5), {}, n=5).start.double()
+    frames = chosen(made, partial(interpolate, seed_a=7, seed_b=9, frames=5), {}, n=5).start.double()
     ends = [draw_start(made, seed) for seed in (7, 9)]
     torch.testing.assert_close(frames[0], ends[0])
     torch.testing.assert_close(frames[4], ends[1])
-    angles = [float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).arccos()) for a, b in pairwise(frames)]
+    angles = [
+        float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).arccos())
+        for a, b in pairwise(frames)
+    ]
     torch.testing.assert_close(torch.tensor(angles), torch.full((4,), sum(angles) / 4), rtol=0.2, atol=0)
     long = torch.stack([frame.norm() for frame in frames])
     assert long.min() > 0.9 * min(end.norm() for end in ends)
@@ -328,7 +348,9 @@ def test_interpolation_goes_from_seed_to_seed_on_the_sphere():
 
 def draw_start(made, seed: int) -> torch.Tensor:
     alpha, sigma = made.denoiser.schedule.alpha_sigma(torch.ones((), dtype=torch.float64))
-    return Noise(0, [seed]).normal("start", torch.empty(1, 1, 4, 6))[0].double() * torch.hypot(alpha, sigma).float()
+    return (
+        KeyedNoise(0, [seed]).normal("start", torch.empty(1, 1, 4, 6))[0].double() * torch.hypot(alpha, sigma).float()
+    )
 
 
 def test_slerp_by_hand():
@@ -339,32 +361,37 @@ def test_slerp_by_hand():
 
 def test_variations_lie_between_the_image_and_another():
     made = gaussian()
-    starts = [chosen(made, partial(vary, of=5, amount=a), {}).start.double() for a in (0.0, 0.2, 1.0)]
+    starts = [
+        chosen(made, partial(variations, source_seed=5, variation_strength=a), {}).start.double()
+        for a in (0.0, 0.2, 1.0)
+    ]
     torch.testing.assert_close(starts[0], torch.stack([draw_start(made, 5)] * 2))
     torch.testing.assert_close(starts[2], torch.stack([draw_start(made, s) for s in (0, 1)]))
     assert 0 < (starts[1] - starts[0]).norm() < (starts[2] - starts[0]).norm()
-    with pytest.raises(ValueError, match=r"amount=1\.5"):
-        chosen(made, partial(vary, amount=1.5), {})
+    with pytest.raises(ValueError, match=r"variation_strength=1\.5"):
+        chosen(made, partial(variations, variation_strength=1.5), {})
 
 
 def test_a_negative_prompt_is_what_guidance_leaves():
     """x0 = 0.1 length: at scale 3 it is negative + 3 (prompt - negative), the image half of it."""
     ts, guided = trailing(cosine(), 5), partial(cfg, scale=3.0)
-    image = draw(model(), {"caption": ["four"], "negative": ["xx"]}, [0], ts, ddim, guided)
+    image = sample(model(), {"caption": ["four"], "negative": ["xx"]}, [0], ts, ddim, guided)
     torch.testing.assert_close(image, torch.full((1, 1, 8, 12), 0.5 * (0.2 + 3 * 0.2)), rtol=1e-4, atol=1e-4)
-    held = draw(model(), {"caption": ["four"]}, [0], ts, ddim, guided, hold=("caption",))
+    held = sample(model(), {"caption": ["four"]}, [0], ts, ddim, guided, hold=("caption",))
     torch.testing.assert_close(held, torch.full((1, 1, 8, 12), 0.5 * 0.4), rtol=1e-4, atol=1e-4)
 
 
 def test_unconditional_is_told_nothing():
     ts = trailing(cosine(), 5)
-    assert draw(model(), {"caption": ["four"]}, [0], ts, task=unconditional).abs().max() < 1e-6
-    assert draw(model(), {}, [0], ts).abs().max() < 1e-6  # as is a batch that says nothing
+    assert sample(model(), {"caption": ["four"]}, [0], ts, task=unconditional).abs().max() < 1e-6
+    assert sample(model(), {}, [0], ts).abs().max() < 1e-6  # as is a batch that says nothing
 
 
 @pytest.mark.parametrize("name", ["img2img", "edit", "inpaint", "outpaint", "generate", "vary"])
 def test_a_seed_is_an_image_in_any_company_in_every_task(name):
-    task = {"img2img": img2img, "edit": edit, "inpaint": inpaint, "generate": generate, "vary": vary}.get(name, partial(outpaint, right=2))
+    task = {"img2img": img2img, "edit": ddim_edit, "inpaint": inpaint, "generate": generate, "vary": variations}.get(
+        name, partial(outpaint, pad_right=2)
+    )
     made, ts = patched(), trailing(linear(), 4)
     mask = torch.zeros(4, 1, 8, 12)
     mask[..., :4, :4] = 1
@@ -372,5 +399,5 @@ def test_a_seed_is_an_image_in_any_company_in_every_task(name):
     def told(rows):
         return {"caption": [""] * len(rows), "image": images(4, 8, 12)[rows], "mask": mask[rows], "index": rows}
 
-    whole = draw(made, told([0, 1, 2, 3]), [7, 8, 9, 10], ts, partial(ddim, eta=1.0), task=task)
-    assert torch.equal(draw(made, told([2, 0]), [9, 7], ts, partial(ddim, eta=1.0), task=task), whole[[2, 0]])
+    whole = sample(made, told([0, 1, 2, 3]), [7, 8, 9, 10], ts, partial(ddim, eta=1.0), task=task)
+    assert torch.equal(sample(made, told([2, 0]), [9, 7], ts, partial(ddim, eta=1.0), task=task), whole[[2, 0]])

@@ -3,7 +3,7 @@ from hashlib import sha256
 import pytest
 import torch
 
-from ldm.tensors import Noise, choose, expand, hash_state_dict, key, mean_per_sample
+from ldm.tensors import KeyedNoise, choose, derive_seed, expand, hash_state_dict, mean_per_sample
 
 
 def test_expand_broadcasts_over_all_but_the_batch():
@@ -16,14 +16,26 @@ def test_mean_per_sample():
 
 
 def test_key_depends_on_every_part_and_on_nothing_else():
-    assert key(1, "a", 2) == key(1, "a", 2)
-    assert 0 <= key(1, "a", 2) < 2**63
-    assert len({key(1, "a", 2), key(2, "a", 1), key(1, "b", 2), key(1, "a", (2, 3)), key(1, "a", 2, 3), key("1", "a", 2)}) == 6
-    assert key(0, "weights") == 2934036865011653446  # kept for ever: a run's random numbers are a promise
+    assert derive_seed(1, "a", 2) == derive_seed(1, "a", 2)
+    assert 0 <= derive_seed(1, "a", 2) < 2**63
+    assert (
+        len(
+            {
+                derive_seed(1, "a", 2),
+                derive_seed(2, "a", 1),
+                derive_seed(1, "b", 2),
+                derive_seed(1, "a", (2, 3)),
+                derive_seed(1, "a", 2, 3),
+                derive_seed("1", "a", 2),
+            }
+        )
+        == 6
+    )
+    assert derive_seed(0, "weights") == 2934036865011653446  # kept for ever: a run's random numbers are a promise
 
 
 def test_choose_follows_its_key_and_reaches_every_option():
-    assert [choose("abc", 0, "told", i) for i in range(30)] == ["abc"[key(0, "told", i) % 3] for i in range(30)]
+    assert [choose("abc", 0, "told", i) for i in range(30)] == ["abc"[derive_seed(0, "told", i) % 3] for i in range(30)]
     assert {choose("abc", 0, "told", i) for i in range(30)} == set("abc")
 
 
@@ -32,35 +44,37 @@ def test_hash_state_dict_keeps_the_values_that_files_hold():
     old = sha256()
     for name, value in sorted(state.items()):
         old.update(name.encode() + value.contiguous().numpy().tobytes())
-    assert hash_state_dict(state) == old.hexdigest() == "e1eb0c4598ebd5ed9be86c76d66e98d5389b7a3fd8a247e58c0ad18317352a32"
+    assert (
+        hash_state_dict(state) == old.hexdigest() == "e1eb0c4598ebd5ed9be86c76d66e98d5389b7a3fd8a247e58c0ad18317352a32"
+    )
     assert hash_state_dict(dict(reversed(state.items()))) == old.hexdigest()
     assert len(hash_state_dict({"a": torch.zeros(2, dtype=torch.bfloat16)})) == 64  # a dtype that numpy lacks
 
 
 def test_a_row_gets_the_same_numbers_in_any_batch():
     x = torch.empty(4, 2, 3)
-    whole = Noise(7, [10, 11, (3, 12), 13]).normal("eps", x)
-    assert torch.equal(Noise(7, [(3, 12), 10]).normal("eps", x[:2]), whole[[2, 0]])
-    parts = [Noise(7, [i]).normal("eps", x[:1]) for i in (10, 11, (3, 12), 13)]
+    whole = KeyedNoise(7, [10, 11, (3, 12), 13]).normal("eps", x)
+    assert torch.equal(KeyedNoise(7, [(3, 12), 10]).normal("eps", x[:2]), whole[[2, 0]])
+    parts = [KeyedNoise(7, [i]).normal("eps", x[:1]) for i in (10, 11, (3, 12), 13)]
     assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("change", ["seed", "purpose", "index", "place"])
 def test_another_key_is_another_draw(change):
     x = torch.empty(1, 50)
-    base = Noise(0, [(0, 5)]).normal("a", x)
+    base = KeyedNoise(0, [(0, 5)]).normal("a", x)
     other = {
-        "seed": lambda: Noise(1, [(0, 5)]).normal("a", x),
-        "purpose": lambda: Noise(0, [(0, 5)]).normal("b", x),
-        "index": lambda: Noise(0, [(0, 6)]).normal("a", x),
-        "place": lambda: Noise(0, [(1, 5)]).normal("a", x),
+        "seed": lambda: KeyedNoise(1, [(0, 5)]).normal("a", x),
+        "purpose": lambda: KeyedNoise(0, [(0, 5)]).normal("b", x),
+        "index": lambda: KeyedNoise(0, [(0, 6)]).normal("a", x),
+        "place": lambda: KeyedNoise(0, [(1, 5)]).normal("a", x),
     }[change]()
     assert (base != other).all()
     assert abs(torch.corrcoef(torch.stack([base[0], other[0]]))[0, 1]) < 0.5
 
 
 def test_draws_have_their_distribution():
-    noise, x = Noise(0, list(range(100))), torch.empty(100, 200)
+    noise, x = KeyedNoise(0, list(range(100))), torch.empty(100, 200)
     normal, uniform = noise.normal("n", x), noise.uniform("u", x)
     assert abs(normal.mean()) < 0.02
     assert abs(normal.std() - 1) < 0.02
@@ -71,14 +85,14 @@ def test_draws_have_their_distribution():
 
 def test_a_draw_is_like_its_tensor():
     x = torch.empty(2, 3, dtype=torch.float64)
-    assert Noise(0, [0, 1]).normal("a", x).dtype == torch.float64
-    assert torch.equal(Noise(0, [0, 1]).normal("a", x).float(), Noise(0, [0, 1]).normal("a", x.float()))
+    assert KeyedNoise(0, [0, 1]).normal("a", x).dtype == torch.float64
+    assert torch.equal(KeyedNoise(0, [0, 1]).normal("a", x).float(), KeyedNoise(0, [0, 1]).normal("a", x.float()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_uniform_is_below_one_in_every_type(dtype):
-    single = Noise(0, list(range(100))).uniform("u", torch.empty(100, 1000))
-    drawn = Noise(0, list(range(100))).uniform("u", torch.empty(100, 1000, dtype=dtype))
+    single = KeyedNoise(0, list(range(100))).uniform("u", torch.empty(100, 1000))
+    drawn = KeyedNoise(0, list(range(100))).uniform("u", torch.empty(100, 1000, dtype=dtype))
     assert drawn.dtype == dtype
     assert single.to(torch.bfloat16).max() == 1  # what rounding alone makes of these numbers
     assert 0 <= drawn.min() <= drawn.max() < 1
@@ -88,7 +102,7 @@ def test_uniform_is_below_one_in_every_type(dtype):
 
 def test_a_stream_draws_anew_at_each_call_and_again_from_its_start():
     x = torch.empty(2, 3)
-    first, again = Noise(0, [0, 1]).stream("s"), Noise(0, [0, 1]).stream("s")
+    first, again = KeyedNoise(0, [0, 1]).sampler_noise("s"), KeyedNoise(0, [0, 1]).sampler_noise("s")
     a, b = first(x), first(x)
     assert not torch.equal(a, b)
     assert torch.equal(a, again(x))
@@ -98,10 +112,10 @@ def test_a_stream_draws_anew_at_each_call_and_again_from_its_start():
 def test_draws_leave_the_global_generator_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    Noise(0, [0]).normal("a", torch.empty(1, 3))
+    KeyedNoise(0, [0]).normal("a", torch.empty(1, 3))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_rows_must_be_keyed():
     with pytest.raises(ValueError, match="2 rows, the tensor has 3"):
-        Noise(0, [0, 1]).normal("a", torch.empty(3, 1))
+        KeyedNoise(0, [0, 1]).normal("a", torch.empty(3, 1))

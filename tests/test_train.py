@@ -9,11 +9,13 @@ import pytest
 import torch
 from smoke import command, here, processes, train
 
-from ldm import durable, runs
+from ldm.checkpoint.step import latest_valid_checkpoint
+from ldm.io import atomic
+from ldm.runs import metrics_log
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    return durable.read_tensors(path)
+    return atomic.read_tensors(path)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -40,7 +42,7 @@ def test_a_run_leaves_what_it_says(smoke):
         p.name for p in run.iterdir()
     }
     assert [p.name for p in (run / "grids").iterdir()] == ["step-000002.png"]
-    assert durable.latest_valid(run / "checkpoints")[0].name == "step-00000002"
+    assert latest_valid_checkpoint(run / "checkpoints")[0].name == "step-00000002"
     for path in (run / "samples.png", run / "grids" / "step-000002.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert str(smoke.run.relative_to(smoke.folder)) in smoke.said
@@ -49,11 +51,25 @@ def test_a_run_leaves_what_it_says(smoke):
 
 def test_the_numbers_are_all_there(smoke):
     metrics = smoke.metrics
-    assert {"fd_fashion", "kid_fashion", "precision", "recall", "accuracy", "n", "guidance", "seconds"} <= metrics.keys()
+    assert {
+        "fd_fashion",
+        "kid_fashion",
+        "precision",
+        "recall",
+        "accuracy",
+        "n",
+        "guidance",
+        "seconds",
+    } <= metrics.keys()
     assert metrics["n"] == 20
-    assert {"baseline/test/fd_fashion", "baseline/noisy/fd_fashion", "baseline/pca/fd_fashion", "first_stage/psnr"} <= metrics.keys()
+    assert {
+        "baseline/test/fd_fashion",
+        "baseline/noisy/fd_fashion",
+        "baseline/pca/fd_fashion",
+        "first_stage/psnr",
+    } <= metrics.keys()
     assert metrics["guidance"] in (1.0, 2.0)
-    rows = runs.read_journal(smoke.run / "metrics.jsonl")
+    rows = metrics_log.read_metrics_log(smoke.run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["train/loss"] > 0 and row["train/lr"] > 0 for row in rows)
 
@@ -120,10 +136,24 @@ def test_changed_source_trains_again_only_when_asked(place, smoke, tmp_path, mon
     assert folder.with_name(f"{folder.name}-an older source").is_dir()
 
 
-DIFFUSION = ("budget=smoke", "training.steps=6", "training.save_every=2", "training.grid_every=4", "metrics=none", "trainer=cpu")
+DIFFUSION = (
+    "budget=smoke",
+    "training.steps=6",
+    "training.save_every=2",
+    "training.sample_every=4",
+    "metrics=none",
+    "trainer=cpu",
+)
 AUTOENCODER = (
-    *("budget=smoke", "training=autoencoder", "training.steps=6", "training.save_every=2", "training.batch_size=8", "training.log_every=1"),
-    *("training.discriminator_start=0", "training.grid_every=4", "~training.score", "metrics=none", "trainer=cpu"),
+    *(
+        "budget=smoke",
+        "training=autoencoder",
+        "training.steps=6",
+        "training.save_every=2",
+        "training.batch_size=8",
+        "training.log_every=1",
+    ),
+    *("training.discriminator_start=0", "training.sample_every=4", "~training.score", "metrics=none", "trainer=cpu"),
 )
 
 
@@ -142,8 +172,12 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(typed, smoke, tm
         (done,) = processes(("train.py", *typed), cwd=folder)
         assert done.returncode == 0, done.stdout
         assert ("resuming from step 4" in done.stdout) == bool(kills)
-        (journal,) = [p for p in folder.rglob("metrics.jsonl") if len({row["step"] for row in runs.read_journal(p)}) == 6]
-        ends.append((durable.read_tensors(journal.parent / "weights.safetensors"), timeless(journal)))
+        (journal,) = [
+            p
+            for p in folder.rglob("metrics.jsonl")
+            if len({row["step"] for row in metrics_log.read_metrics_log(p)}) == 6
+        ]
+        ends.append((atomic.read_tensors(journal.parent / "weights.safetensors"), timeless(journal)))
     assert same(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
 
@@ -155,14 +189,17 @@ def test_a_stopped_run_is_not_done(number, code, smoke, tmp_path):
     (stopped,) = processes(("train.py", *AUTOENCODER), cwd=tmp_path, kill_at=3, kill=number)
     assert stopped.returncode == code, stopped.stdout
     assert "Traceback" not in stopped.stdout
-    assert durable.latest_valid(next(tmp_path.rglob("checkpoints/step-00000003")).parent)[1] == []
+    assert latest_valid_checkpoint(next(tmp_path.rglob("checkpoints/step-00000003")).parent)[1] == []
     before = list(smoke.kept.rglob("metrics.json"))
     assert len(list(tmp_path.rglob("metrics.json"))) == len(before)
     assert len(list(tmp_path.rglob("weights.safetensors"))) == len(list(smoke.kept.rglob("weights.safetensors")))
 
 
 def timeless(journal: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "wall" and not k.startswith("perf/")} for row in runs.read_journal(journal)]
+    return [
+        {k: v for k, v in row.items() if k != "wall" and not k.startswith("perf/")}
+        for row in metrics_log.read_metrics_log(journal)
+    ]
 
 
 @pytest.mark.slow
@@ -182,11 +219,19 @@ def test_a_damaged_checkpoint_is_passed_over(smoke, tmp_path):
 @pytest.mark.slow
 def test_stage_one_trained_alone_is_found_by_its_recipe(place, smoke, capfd):
     """`training=autoencoder` keeps what it trains under its own options, and a run that names the same options finds it."""
-    alone = ("~training.score", "training.steps=3", "training.discriminator_start=1", "training.grid_every=500", "metrics=none")
+    alone = (
+        "~training.score",
+        "training.steps=3",
+        "training.discriminator_start=1",
+        "training.sample_every=500",
+        "metrics=none",
+    )
     assert command("train.py", "budget=smoke", "training=autoencoder", *alone) == 0
     capfd.readouterr()
     run = train("first_stage.steps=3", "metrics=none")
     said = capfd.readouterr().out
     assert "writing to" in said
     assert "autoencoder" not in said
-    assert not same(durable.read_tensors(run / "first_stage.safetensors"), durable.read_tensors(smoke.run / "first_stage.safetensors"))
+    assert not same(
+        atomic.read_tensors(run / "first_stage.safetensors"), atomic.read_tensors(smoke.run / "first_stage.safetensors")
+    )

@@ -2,8 +2,8 @@
 
 import pytest
 
+from ldm.cli.args import choose, read_signature
 from ldm.errors import UserError
-from ldm.typed import pick, signature
 
 SOURCE = '''
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ def paint(
 @pytest.fixture
 def paint(tmp_path):
     (tmp_path / "paint.py").write_text(SOURCE)
-    found = signature(tmp_path / "paint.py", "paint")
+    found = read_signature(tmp_path / "paint.py", "paint")
     assert found is not None
-    assert signature(tmp_path / "paint.py", "other") is None
+    assert read_signature(tmp_path / "paint.py", "other") is None
     return found
 
 
 def test_values_are_read_as_annotated(paint):
-    read = paint.read(["run=a=b", "num=7", "scale=2", "names=x,y", "crop=1,2"])
+    read = paint.parse(["run=a=b", "num=7", "scale=2", "names=x,y", "crop=1,2"])
     assert read == {"run": "a=b", "num": 7, "scale": 2.0, "names": ["x", "y"], "crop": [1.0, 2.0]}
-    assert paint.read(["run=r", "crop=null"]) == {"run": "r", "crop": None}
+    assert paint.parse(["run=r", "crop=null"]) == {"run": "r", "crop": None}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_values_are_read_as_annotated(paint):
 )
 def test_a_mistake_is_one_line(paint, words, said):
     with pytest.raises(UserError) as error:
-        paint.read(words)
+        paint.parse(words)
     assert str(error.value).startswith(said)
     assert "\n" not in str(error.value)
 
@@ -72,6 +72,6 @@ def test_help_shows_defaults_as_typed(paint):
 
 
 def test_pick_names_the_nearest():
-    assert pick("schedule", "schedule", "cosine", ["linear", "cosine"]) == "cosine"
+    assert choose("schedule", "schedule", "cosine", ["linear", "cosine"]) == "cosine"
     with pytest.raises(UserError, match="schedule=cosin: no such schedule; did you mean 'cosine'"):
-        pick("schedule", "schedule", "cosin", ["linear", "cosine"])
+        choose("schedule", "schedule", "cosin", ["linear", "cosine"])

@@ -5,8 +5,8 @@ import textwrap
 
 import pytest
 
+from ldm.config.validate import check_target_allowed, read_signature, validate
 from ldm.errors import UserError
-from ldm.validate import allowed, signature_of, validate
 
 MODULE = """
 from dataclasses import dataclass, field
@@ -79,7 +79,15 @@ FINE = [
     node("Zero", beta=0.5, shift=None, either="x"),
     node("Protocol", num=5),
     node("elsewhere", depth=2),
-    {"optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3, "betas": [0.9, 0.99], "fused": None}},
+    {
+        "optimizer": {
+            "_target_": "torch.optim.AdamW",
+            "_partial_": True,
+            "lr": 1e-3,
+            "betas": [0.9, 0.99],
+            "fused": None,
+        }
+    },
     {"plain": {"seed": 0}, "list": [node("Protocol", num=1)]},
 ]
 
@@ -118,10 +126,16 @@ WRONG = [
         {"o": {"_target_": "torch.optim.AdamW", "_partial_": True, "lrr": 1}},
         "o.lrr=1: torch.optim.AdamW takes no 'lrr'; did you mean 'lr'?",
     ),
-    ({"o": {"_target_": "torch.optim.AdamW", "_partial_": True, "betas": [1, 2, 3]}}, "o.betas=[1,2,3]: torch.optim.AdamW expects tuple["),
+    (
+        {"o": {"_target_": "torch.optim.AdamW", "_partial_": True, "betas": [1, 2, 3]}},
+        "o.betas=[1,2,3]: torch.optim.AdamW expects tuple[",
+    ),
     ({"a": {"b": [node("Protocol")]}}, "a.b[0].node: sample_pkg.one.Protocol also needs num"),
     ({"s": {"_target_": "ldm.diffusion.schedule.cosin"}}, "has no 'cosin'; did you mean 'cosine'?"),
-    ({"s": {"_target_": "ldm.diffusion.schedul.Cosine"}}, "s._target_=ldm.diffusion.schedul.Cosine: no such module in ldm"),
+    (
+        {"s": {"_target_": "ldm.diffusion.schedul.Cosine"}},
+        "s._target_=ldm.diffusion.schedul.Cosine: no such module in ldm",
+    ),
 ]
 
 
@@ -141,9 +155,35 @@ def test_what_code_supplies_need_not_be_there():
 
 
 REFUSED = [
-    *("os.system", "subprocess.run", "builtins.eval", "shutil.rmtree", "importlib.import_module", "pickle.loads", "functools.partial"),
-    *("torch.load", "torch.hub.load", "torch.jit.load", "torch.utils.cpp_extension.load", "lightning.os.system", "hydra.utils.get_method"),
-    *("ldm.fetch.fetch", "ldm.durable.sweep", "ldm.launch.run_config", "ldm.tensors.torch.load", "open", "os", 3, None, "a..b", "a b.c"),
+    *(
+        "os.system",
+        "subprocess.run",
+        "builtins.eval",
+        "shutil.rmtree",
+        "importlib.import_module",
+        "pickle.loads",
+        "functools.partial",
+    ),
+    *(
+        "torch.load",
+        "torch.hub.load",
+        "torch.jit.load",
+        "torch.utils.cpp_extension.load",
+        "lightning.os.system",
+        "hydra.utils.get_method",
+    ),
+    *(
+        "ldm.io.download.fetch",
+        "ldm.io.atomic.remove_stale_temporaries",
+        "ldm.launch.process.run_in_subprocess",
+        "ldm.tensors.torch.load",
+        "open",
+        "os",
+        3,
+        None,
+        "a..b",
+        "a b.c",
+    ),
     *("no_such_package.thing", "ldm.net.unet.os.system"),
 ]
 
@@ -162,7 +202,7 @@ def test_good_targets_are_allowed():
         "sample_pkg.one.Net",
         "lightning.pytorch.callbacks.EarlyStopping",
     ):
-        allowed(target)
+        check_target_allowed(target)
 
 
 KINDS = {
@@ -182,7 +222,16 @@ KINDS = {
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 3}, {"lr": 1}, {"sizes": []}, {"sizes": [5]}, {"free": "any"}, {"devices": 2}, {"same": 0}, {"again": {"made": None}}],
+    [
+        {"seed": 3},
+        {"lr": 1},
+        {"sizes": []},
+        {"sizes": [5]},
+        {"free": "any"},
+        {"devices": 2},
+        {"same": 0},
+        {"again": {"made": None}},
+    ],
 )
 def test_values_of_the_default_s_kind_pass(change):
     validate({**KINDS, "same": 0, "again": {"made": KINDS["made"]}, **change}, KINDS)
@@ -201,7 +250,7 @@ def test_values_of_the_default_s_kind_pass(change):
         ({"sizes": ["a"]}, "sizes=[a]: expected a list"),
         ({"node": 3}, "node=3: expected a node"),
         ({"node": {"a": "x"}}, "node.a=x: expected a whole number"),
-        ({"again": {"made": -0.5}}, "again.made=-0.5: expected a node"),
+        ({"again": {"made": -0.5}}, "reproduce.made=-0.5: expected a node"),
         ({"made": {"_partial_": True}}, "made: a node needs its _target_, as in made._target_=torch.nn.Identity"),
         ({"made": {**KINDS["made"], "_partial_": 3}}, "made._partial_=3: expected true or false"),
         ({"made": {**KINDS["made"], "_args_": "x"}}, "made._args_=x: expected a list"),
@@ -230,10 +279,12 @@ def test_a_signature_says_more_than_the_default():
 def test_signatures_agree_with_python_s_own():
     import inspect
 
-    from ldm.durable import save_step
+    from ldm.checkpoint.step import save_checkpoint
     from ldm.net.unet import UNet
 
-    for target, there in (("ldm.net.unet.UNet", UNet), ("ldm.durable.save_step", save_step)):
-        ours = signature_of(target).parameters
+    for target, there in (("ldm.net.unet.UNet", UNet), ("ldm.checkpoint.step.save_checkpoint", save_checkpoint)):
+        ours = read_signature(target).parameters
         theirs = inspect.signature(there).parameters
-        assert {name: one.required for name, one in ours.items()} == {name: one.default is one.empty for name, one in theirs.items()}
+        assert {name: one.required for name, one in ours.items()} == {
+            name: one.default is one.empty for name, one in theirs.items()
+        }

@@ -58,7 +58,9 @@ def test_the_interpreter_is_of_the_version_that_is_named():
     here = ".".join(map(str, sys.version_info[:2]))
     found = versions.interpreter(here)
     if found is not None:
-        done = subprocess.run([found, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True)
+        done = subprocess.run(
+            [found, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True
+        )
         assert done.stdout.strip() == here
     assert versions.interpreter("3.1") is None
 
@@ -71,7 +73,9 @@ def test_the_list_names_every_environment_and_makes_none(capsys):
     before = Path(versions.TABLE).exists()
     assert versions.main(["--list"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in shown] == [f"{row.versions} on Python {row.python}" for row in versions.ROWS]
+    assert [line.split(" (")[0] for line in shown] == [
+        f"{row.versions} on Python {row.python}" for row in versions.ROWS
+    ]
     assert all("torch>=2.9" in line for line in shown)
     assert Path(versions.TABLE).exists() == before
     assert versions.main(["everything"]) == 2

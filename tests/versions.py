@@ -24,7 +24,18 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "versions.csv"
-SHOWN = ("torch", "lightning", "hydra-core", "omegaconf", "transformers", "diffusers", "peft", "safetensors", "torchmetrics", "numpy")
+SHOWN = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "transformers",
+    "diffusers",
+    "peft",
+    "safetensors",
+    "torchmetrics",
+    "numpy",
+)
 COLUMNS = ("versions", "python", *SHOWN, "passed", "failed", "names of failed")
 
 
@@ -48,7 +59,9 @@ def requirements(pyproject: Path) -> list[Requirement]:
 
 def lowest(requirement: Requirement, available: Iterable[str]) -> str:
     """The requirement at the lowest release that its bounds allow. Raises ValueError where there is none."""
-    allowed = [version for version in map(Version, available) if not version.is_prerelease and version in requirement.specifier]
+    allowed = [
+        version for version in map(Version, available) if not version.is_prerelease and version in requirement.specifier
+    ]
     if not allowed:
         raise ValueError(f"{requirement}: none of the registry's versions is within the bounds")
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
@@ -66,7 +79,9 @@ def interpreter(version: str) -> Path | None:
     """A Python of this major.minor: on the path, of pyenv, or of uv; None where there is none."""
     candidates = [path] if (path := shutil.which(f"python{version}")) else []
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    candidates += sorted((str(path) for path in pyenv.glob(f"{version}.*/bin/python")), key=lambda path: Version(Path(path).parts[-3]))
+    candidates += sorted(
+        (str(path) for path in pyenv.glob(f"{version}.*/bin/python")), key=lambda path: Version(Path(path).parts[-3])
+    )
     if uv := shutil.which("uv"):
         candidates += subprocess.run([uv, "python", "find", version], capture_output=True, text=True).stdout.split()
     say = "import sys; print('%d.%d' % sys.version_info[:2])"
@@ -75,7 +90,9 @@ def interpreter(version: str) -> Path | None:
             done = subprocess.run([path, "-c", say], capture_output=True, text=True)
         except OSError:
             continue
-        if done.returncode == 0 and done.stdout.strip() == version:  # a shim of pyenv is there for versions that are not active
+        if (
+            done.returncode == 0 and done.stdout.strip() == version
+        ):  # a shim of pyenv is there for versions that are not active
             return Path(path)
     return None
 
@@ -109,15 +126,29 @@ def measure(row: Row, folder: Path) -> dict[str, str]:
     python, report = folder / "venv" / "bin" / "python", folder / "report.xml"
     try:
         subprocess.run([base, "-m", "venv", folder / "venv"], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "--upgrade", "pip", "setuptools>=68", "wheel"], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--upgrade", "pip", "setuptools>=68", "wheel"], check=True
+        )
         needed = requirements(ROOT / "pyproject.toml")
-        wanted = [lowest(one, available(python, one.name)) for one in needed] if row.versions == "lowest" else list(map(str, needed))
+        wanted = (
+            [lowest(one, available(python, one.name)) for one in needed]
+            if row.versions == "lowest"
+            else list(map(str, needed))
+        )
         newest = ["--pre", "--upgrade"] if row.versions == "newest" else []
         subprocess.run([python, "-m", "pip", "install", "-q", *newest, *wanted], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ROOT], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ROOT], check=True
+        )
     except (subprocess.CalledProcessError, ValueError) as error:
         return line | {"names of failed": f"cannot be installed: {' '.join(str(error).split())[:200]}"}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     env["PATH"] = f"{python.parent}{os.pathsep}{env['PATH']}"
     command = [python, "-m", "pytest", f"--junitxml={report}", f"--basetemp={folder / 'tests'}"]
     code = subprocess.run(command, cwd=ROOT, env=env).returncode
@@ -133,7 +164,11 @@ def write(line: dict[str, str], table: Path) -> None:
     key = ("versions", "python")
     lines = [one for one in lines if any(one[name] != line[name] for name in key)] + [line]
     order = [(row.versions, row.python) for row in ROWS]
-    lines.sort(key=lambda one: order.index((one["versions"], one["python"])) if (one["versions"], one["python"]) in order else len(order))
+    lines.sort(
+        key=lambda one: (
+            order.index((one["versions"], one["python"])) if (one["versions"], one["python"]) in order else len(order)
+        )
+    )
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

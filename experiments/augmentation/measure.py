@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm import durable
+from ldm.io import atomic
 from ldm.metrics.interval import paired
 from ldm.report import rows, table
 
@@ -33,7 +33,7 @@ def main(runs: str, *words: str) -> None:
     for run in runs.split(","):
         one(Path(run).absolute(), int(said["drawn"]), int(said["steps"]))
     readme = HERE / "README.md"
-    durable.write_text(readme, table.between(readme.read_text(), "table", "\n".join(lines(rows.read(TABLE)))))
+    atomic.write_text(readme, table.replace_block(readme.read_text(), "table", "\n".join(lines(rows.read(TABLE)))))
 
 
 def lines(found: Sequence[Mapping[str, str]]) -> Iterator[str]:
@@ -42,7 +42,11 @@ def lines(found: Sequence[Mapping[str, str]]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for real in dict.fromkeys(row["real"] for row in found):
         alone, more = (
-            {row["seed"]: float(row["accuracy"]) for row in found if row["real"] == real and (row["drawn"] == "0") == none}
+            {
+                row["seed"]: float(row["accuracy"])
+                for row in found
+                if row["real"] == real and (row["drawn"] == "0") == none
+            }
             for none in (True, False)
         )
         differences = [more[seed] - alone[seed] for seed in alone if seed in more]
@@ -55,16 +59,16 @@ def lines(found: Sequence[Mapping[str, str]]) -> Iterator[str]:
 
 def one(run: Path, count: int, steps: int) -> None:
     """Every arm of one quickstart, which gives its seed."""
-    from ldm import build
-    from ldm.load import config_of
+    from ldm.checkpoint.load import load_run_config
+    from ldm.config import build
 
-    config = config_of(run)
+    config = load_run_config(run)
     seed = int(config.seed)
     wanted = [{"seed": seed, "real": real, "drawn": drawn} for real in REAL for drawn in (0, count)]
     missing = [row for row in wanted if not known(row)]
     if not missing:
         return
-    train, test = build.dataset(config), build.dataset(config, "test")
+    train, test = build.build_dataset(config), build.build_dataset(config, "test")
     images, labels = whole(train)
     held, truth = whole(test)
     made, asked = drawn_by(run, count)
@@ -77,13 +81,13 @@ def one(run: Path, count: int, steps: int) -> None:
 
 
 def known(row: dict[str, Any]) -> bool:
-    said = {name: rows.text(value) for name, value in row.items()}
+    said = {name: rows.format_cell(value) for name, value in row.items()}
     return any(said.items() <= one.items() for one in rows.read(TABLE))
 
 
 def keep(row: dict[str, Any]) -> None:
-    print("  ".join(f"{name} {rows.text(value)}" for name, value in row.items()), flush=True)
-    rows.add(TABLE, row)
+    print("  ".join(f"{name} {rows.format_cell(value)}" for name, value in row.items()), flush=True)
+    rows.append(TABLE, row)
 
 
 def whole(data: Any) -> tuple[Tensor, Tensor]:
@@ -96,19 +100,22 @@ def whole(data: Any) -> tuple[Tensor, Tensor]:
 
 def drawn_by(run: Path, count: int) -> tuple[Tensor, Tensor]:
     """Images and the classes that were asked for, as the quickstart's evaluation draws them, from other seeds."""
-    from ldm.diffusion import sampler, times
+    from ldm.checkpoint.load import load_data_card, load_model
+    from ldm.diffusion import grids, sampler
     from ldm.diffusion.guidance import cfg
-    from ldm.load import load, load_data_card
+    from ldm.evaluation.evaluate import CaptionSource
     from ldm.metrics.features import to_uint8
-    from ldm.score import Told, samples
+    from ldm.sampling.generate import generate_samples
 
-    model, card = load(run), load_data_card(run)
-    ts = times.trailing(model.denoiser.schedule, 12)
+    model, card = load_model(run), load_data_card(run)
+    ts = grids.trailing(model.denoiser.schedule, 12)
     guidance = partial(cfg, scale=4.0, interval=(0.2, 0.75))
-    told = Told(card.classes, card.captions).batch
+    told = CaptionSource(card.classes, card.captions).batch
     found = [
         (to_uint8(image), batch["label"])
-        for image, batch in samples(model, told, range(count), SEED, 250, ts, sampler.dpmpp_2m, guidance, "auto")
+        for image, batch in generate_samples(
+            model, told, range(count), SEED, 250, ts, sampler.dpmpp_2m, guidance, "auto"
+        )
     ]
     return torch.cat([image for image, _ in found]), torch.cat([label for _, label in found])
 
@@ -137,7 +144,9 @@ def learned(images: Tensor, labels: Tensor, held: Tensor, truth: Tensor, steps: 
         schedule.step()
     net.eval()
     with torch.inference_mode():
-        right = sum(int((net.logits(a).argmax(1) == b).sum()) for a, b in zip(held.split(500), truth.split(500), strict=True))
+        right = sum(
+            int((net.logits(a).argmax(1) == b).sum()) for a, b in zip(held.split(500), truth.split(500), strict=True)
+        )
     return right / len(held)
 
 

@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm import build, picture
-from ldm.load import config_of, load
+from ldm.checkpoint.load import load_model, load_run_config
+from ldm.config import build
+from ldm.io.images import save_png
 from ldm.metrics.distribution import frechet
 from ldm.metrics.effnet import EfficientNet
 from ldm.metrics.features import extract, to_uint8
 from ldm.metrics.interval import bootstrap
-from ldm.tensors import key
+from ldm.tensors import derive_seed
 
 HERE = Path(__file__).parent
 SAMPLE = HERE.parents[1] / "sample.py"
@@ -34,8 +35,8 @@ THIRD, SHOWN = 3, 8
 
 def main(run: str) -> None:
     torch.set_num_threads(1)
-    config = config_of(Path(run))
-    data, test = build.dataset(config), build.dataset(config, "test")
+    config = load_run_config(Path(run))
+    data, test = build.build_dataset(config), build.build_dataset(config, "test")
     num = len(test)
     batch = test.batch([(0, i) for i in range(num)])
     batch["image"], batch["map"] = test.pixels(range(num)), test.maps.long()  # as they are, not flipped
@@ -49,7 +50,7 @@ def main(run: str) -> None:
         kept(work / "maps of a third" / f"{place:03d}.png", batch["map"][place][None].to(torch.uint8))
     hole = torch.zeros(1, 64, 64)
     hole[:, 32 - HOLE // 2 : 32 + HOLE // 2, 32 - HOLE // 2 : 32 + HOLE // 2] = 1
-    picture.save(work / "hole.png", (255 * hole).to(torch.uint8))
+    save_png(work / "hole.png", (255 * hole).to(torch.uint8))
 
     score, sees = Likeness(batch["image"]), trained(data)
     fewer, maps = Likeness(batch["image"][part]), batch["map"][part]
@@ -64,29 +65,40 @@ def main(run: str) -> None:
         return images
 
     with torch.no_grad():
-        model = load(run)
+        model = load_model(run)
         again = torch.cat([model.decode(model.encode(part)).clamp(-1, 1) for part in batch["image"].split(100)])
     add("none", "first stage alone", again)
     small = to_uint8(low).float() / 127.5 - 1
     bicubic = add("x4", "bicubic", F.interpolate(small, (64, 64), mode="bicubic", align_corners=False).clamp(-1, 1))
     told = ("task=super_resolution", f"low_res={work / 'low_res'}", "scale=4", "guidance.scale=1.0", f"num={num}")
     sharp = [add("x4", f"drawn, {steps} steps", drawn(run, *told, f"steps={steps}")) for steps in (5, 20)]
-    sharp += [add("x4", "drawn, 20 steps, back-projected", drawn(run, *told, "steps=20", "rounds=10"))]
+    sharp += [add("x4", "drawn, 20 steps, back-projected", drawn(run, *told, "steps=20", "back_projection_steps=10"))]
     add("semantic synthesis", "real images", batch["image"][part])
     told = ("task=semantic", f"map={work / 'maps of a third'}", f"num={len(part)}", "steps=20")
-    synthetic = [add("semantic synthesis", f"scale {s:g}", drawn(run, *told, f"guidance.scale={s}")) for s in (1.0, 2.0)]
+    synthetic = [
+        add("semantic synthesis", f"scale {s:g}", drawn(run, *told, f"guidance.scale={s}")) for s in (1.0, 2.0)
+    ]
     untold = ("task=unconditional", f"num={len(part)}", "steps=20", "guidance.scale=1.0")
     add("semantic synthesis", "told nothing", drawn(run, *untold))
-    told = ("task=inpaint", f"image={work / 'images of a third'}", f"mask={work / 'hole.png'}", f"num={len(part)}", "steps=20")
+    told = (
+        "task=inpaint",
+        f"image={work / 'images of a third'}",
+        f"mask={work / 'hole.png'}",
+        f"num={len(part)}",
+        "steps=20",
+    )
     holes = [
-        add("hole", way, drawn(run, *told, f"guidance.scale={s}"), hole) for way, s in (("training-free", 0.0), ("told the hole", 1.0))
+        add("hole", way, drawn(run, *told, f"guidance.scale={s}"), hole)
+        for way, s in (("training-free", 0.0), ("told the hole", 1.0))
     ]
     assert all(torch.equal(to_uint8(one * (1 - hole)), to_uint8(batch["image"][part] * (1 - hole))) for one in holes)
     sides = [f"{side}={MARGIN}" for side in ("left", "right", "top", "bottom")]
     places = part[:: len(part) // SHOWN][:SHOWN]
     for place in places:
         kept(work / "some" / f"{place:03d}.png", to_uint8(batch["image"])[place])
-    wide = drawn(run, "task=outpaint", f"image={work / 'some'}", *sides, f"num={SHOWN}", "steps=20", "guidance.scale=1.0")
+    wide = drawn(
+        run, "task=outpaint", f"image={work / 'some'}", *sides, f"num={SHOWN}", "steps=20", "guidance.scale=1.0"
+    )
     inside = slice(MARGIN, MARGIN + 64)
     assert torch.equal(to_uint8(wide[..., inside, inside]), to_uint8(batch["image"][places]))
     write(HERE / "results.csv", results)
@@ -118,16 +130,23 @@ PALETTE = [
 def kept(path: Path, image: Tensor) -> None:
     """The image in a file, unless it is there."""
     if not path.is_file():
-        picture.save(path, image)
+        save_png(path, image)
 
 
 def drawn(run: str, *typed: str) -> Tensor:
     """What `python sample.py run=RUN TYPED` draws, (N, 3, H, W) in [-1, 1]; once."""
     out = Path(run) / "measured" / "-".join(word.split("=")[1].replace("/", "_")[-12:] for word in typed)
     if not (out / "metrics.json").is_file():
-        subprocess.run([sys.executable, str(SAMPLE), f"run={run}", f"out={out}", *HOW, *typed], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, str(SAMPLE), f"run={run}", f"output_dir={out}", *HOW, *typed],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     files = sorted(out.glob("[0-9]*.png"))
-    return torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files]).float() / 127.5 - 1
+    return (
+        torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files]).float() / 127.5
+        - 1
+    )
 
 
 class Likeness:
@@ -161,13 +180,17 @@ def trained(data: Any, steps: int = 300, batch: int = 32) -> nn.Module:
     torch.manual_seed(0)
 
     def conv(inside: int, outside: int, dilation: int) -> list[nn.Module]:
-        return [nn.Conv2d(inside, outside, 3, padding=dilation, dilation=dilation, bias=False), nn.BatchNorm2d(outside), nn.SiLU()]
+        return [
+            nn.Conv2d(inside, outside, 3, padding=dilation, dilation=dilation, bias=False),
+            nn.BatchNorm2d(outside),
+            nn.SiLU(),
+        ]
 
     body = [*conv(48, 48, 1), *conv(48, 48, 2), *conv(48, 48, 1)]
     net = nn.Sequential(nn.PixelUnshuffle(4), *body, nn.Conv2d(48, 16 * len(KINDS), 1), nn.PixelShuffle(4))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     for step in range(steps):
-        rows = [key("judge", step, place) % len(data) for place in range(batch)]
+        rows = [derive_seed("judge", step, place) % len(data) for place in range(batch)]
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
         loss = F.cross_entropy(net(data.pixels(rows)), KIND[data.maps[rows].long()])
@@ -182,8 +205,15 @@ def agreement(net: nn.Module, images: Tensor, maps: Tensor) -> dict[str, float]:
     """The part of pixels seen as what the map says, over all with its interval over tiles, and of the pixels of each kind."""
     right = torch.cat([net(part).argmax(1) for part in images.split(100)]) == KIND[maps]
     low, high = bootstrap(right.flatten(1).float().mean(1))
-    each = {f"agreement_{kind}": round(right[KIND[maps] == number].float().mean().item(), 4) for number, kind in enumerate(KINDS)}
-    return {"agreement": round(right.float().mean().item(), 4), "agreement_low": round(low, 4), "agreement_high": round(high, 4)} | each
+    each = {
+        f"agreement_{kind}": round(right[KIND[maps] == number].float().mean().item(), 4)
+        for number, kind in enumerate(KINDS)
+    }
+    return {
+        "agreement": round(right.float().mean().item(), 4),
+        "agreement_low": round(low, 4),
+        "agreement_high": round(high, 4),
+    } | each
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -23,14 +23,34 @@ SHOWN = {"scale": "5.0", "interval": "[0.2,0.75]"}  # how the teacher is guided,
 def main(run: str, num: str = "2000") -> None:
     teacher = Path(run).absolute()
     for steps in (50, 16, 8, 4, 2):
-        drawn(teacher, "teacher", steps, int(num), "sampler=ddim", "grid=uniform", *GUIDED)
+        drawn(teacher, "teacher", steps, int(num), "sampler=ddim", "timestep_spacing=uniform", *GUIDED)
     student = teacher
     for steps in (16, 8, 4, 2):
-        student = trained(teacher, f"progressive {steps}", student, f"objective.steps={steps}", *shown(student == teacher))
-        drawn(student, "progressive", steps, int(num), "sampler=ddim", "grid=uniform", "guidance=cfg", of=teacher)
+        student = trained(
+            teacher, f"progressive {steps}", student, f"objective.steps={steps}", *shown(student == teacher)
+        )
+        drawn(
+            student,
+            "progressive",
+            steps,
+            int(num),
+            "sampler=ddim",
+            "timestep_spacing=uniform",
+            "guidance=cfg",
+            of=teacher,
+        )
     student = trained(teacher, "consistency", teacher, *CONSISTENCY, *shown(True))
     for steps in (1, 2, 4):
-        drawn(student, "consistency", steps, int(num), "sampler=consistency", "grid=uniform", "guidance=cfg", of=teacher)
+        drawn(
+            student,
+            "consistency",
+            steps,
+            int(num),
+            "sampler=consistency",
+            "timestep_spacing=uniform",
+            "guidance=cfg",
+            of=teacher,
+        )
     figure(rows.read(HERE / "results.csv"))
 
 
@@ -42,7 +62,12 @@ def shown(first: bool) -> tuple[str, ...]:
 def trained(teacher: Path, name: str, begun: Path, *typed: str) -> Path:
     """The run of a student, trained now unless it is."""
     runs = teacher.parent / "students" / teacher.name / name.replace(" ", "-")
-    asked = (f"init={begun}", f"objective.teacher.run={begun}", f"runs={runs}", f"seed={teacher.name.rsplit('-s', 1)[-1]}")
+    asked = (
+        f"init={begun}",
+        f"objective.teacher.run={begun}",
+        f"runs={runs}",
+        f"seed={teacher.name.rsplit('-s', 1)[-1]}",
+    )
     command = [sys.executable, str(ROOT / "train.py"), "experiment=distillation", *typed, *asked]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (folder,) = (file.parent for file in runs.glob("*/metrics.json"))
@@ -53,18 +78,36 @@ def drawn(run: Path, way: str, steps: int, num: int, *typed: str, of: Path | Non
     """Draw and score `num` images, unless a row of results.csv has them."""
     table = HERE / "results.csv"
     seed = (of or run).name.rsplit("-s", 1)[-1]
-    if any((row["way"], row["steps"], row["seed"], row["n"]) == (way, str(steps), seed, str(num)) for row in rows.read(table)):
+    if any(
+        (row["way"], row["steps"], row["seed"], row["n"]) == (way, str(steps), seed, str(num))
+        for row in rows.read(table)
+    ):
         return
     out = run / "distilled" / f"{way}-{steps}-{num}"
-    asked = (f"run={run}", f"out={out}", f"steps={steps}", f"num={num}", "seed=5000000", "batch_size=250", "save=grid", "metrics=full")
+    asked = (
+        f"run={run}",
+        f"output_dir={out}",
+        f"steps={steps}",
+        f"num={num}",
+        "seed=5000000",
+        "batch_size=250",
+        "save=grid",
+        "metrics=full",
+    )
     start = time.monotonic()
     subprocess.run([sys.executable, str(ROOT / "sample.py"), *asked, *typed], check=True, stdout=subprocess.DEVNULL)
     found = json.loads((out / "metrics.json").read_text())
-    row: dict[str, Any] = {"way": way, "steps": steps, "evaluations": steps * (2 if way == "teacher" else 1), "seed": seed, "n": num}
+    row: dict[str, Any] = {
+        "way": way,
+        "steps": steps,
+        "evaluations": steps * (2 if way == "teacher" else 1),
+        "seed": seed,
+        "n": num,
+    }
     row |= {name: round(found[name], 4) for name in ("fd_fashion", "kid_fashion", "precision", "recall", "accuracy")}
     row |= {"seconds": round(time.monotonic() - start, 1)}
     print(row, flush=True)
-    rows.add(table, row)
+    rows.append(table, row)
 
 
 def figure(found: list[dict[str, str]]) -> None:
@@ -78,7 +121,9 @@ def figure(found: list[dict[str, str]]) -> None:
     for way in dict.fromkeys(row["way"] for row in found):
         points = sorted((int(row["evaluations"]), float(row["fd_fashion"])) for row in found if row["way"] == way)
         xs = sorted({x for x, _ in points})
-        line = axis.plot(xs, [sum(y for a, y in points if a == x) / sum(a == x for a, _ in points) for x in xs], label=way)[0]
+        line = axis.plot(
+            xs, [sum(y for a, y in points if a == x) / sum(a == x for a, _ in points) for x in xs], label=way
+        )[0]
         axis.plot(*zip(*points, strict=True), ".", color=line.get_color())
     axis.set(xscale="log", yscale="log", xlabel="evaluations an image", ylabel="fd_fashion")
     axis.legend(frameon=False)

@@ -43,15 +43,17 @@ def main(teacher: str, student: str, *words: str) -> None:
 
 def drawing(run: str, steps: int, guidance: Any, images: int) -> Callable[[], None]:
     """What draws so many images of a run by DDIM."""
-    from ldm.diffusion import sampler, times
-    from ldm.load import load, load_data_card, run_folder
-    from ldm.score import Told, samples
+    from ldm.checkpoint.load import load_data_card, load_model
+    from ldm.diffusion import grids, sampler
+    from ldm.evaluation.evaluate import CaptionSource
+    from ldm.runs.folder import find_run
+    from ldm.sampling.generate import generate_samples
 
-    model, card = load(run), load_data_card(run_folder(run))
-    told, ts = Told(card.classes, card.captions).batch, times.uniform_grid(model.denoiser.schedule, steps)
+    model, card = load_model(run), load_data_card(find_run(run))
+    told, ts = CaptionSource(card.classes, card.captions).batch, grids.uniform_grid(model.denoiser.schedule, steps)
 
     def draw() -> None:
-        for _ in samples(model, told, range(images), 0, images, ts, sampler.ddim, guidance, "32"):
+        for _ in generate_samples(model, told, range(images), 0, images, ts, sampler.ddim, guidance, "32"):
             pass
 
     return draw

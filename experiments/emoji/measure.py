@@ -19,14 +19,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ldm import build, picture
-from ldm.conditioner.clip import fresh, named, network
-from ldm.conditioner.clip_image import seen
+from ldm.checkpoint.load import load_run_config
+from ldm.conditioner.clip import build_clip, init_towers, register_model_config
+from ldm.conditioner.clip_image import preprocess
 from ldm.conditioner.minilm import MiniLM
-from ldm.load import config_of, run_folder
+from ldm.config import build
+from ldm.io.images import save_png
 from ldm.metrics.effnet import EfficientNet
 from ldm.metrics.features import extract, to_uint8
 from ldm.metrics.interval import bootstrap, wilson
+from ldm.runs.folder import find_run
 
 HERE = Path(__file__).parent
 SAMPLE = HERE.parents[1] / "sample.py"
@@ -38,8 +40,8 @@ STRENGTHS = (0.6, 0.8)
 
 def main(minilm: str, told_by_clip: str, clip: str) -> None:
     torch.set_num_threads(1)
-    config = config_of(run_folder(minilm))
-    data, test = build.dataset(config), build.dataset(config, "test")
+    config = load_run_config(find_run(minilm))
+    data, test = build.build_dataset(config), build.build_dataset(config, "test")
     readers = Readers(data, Path(clip))
     rows = chosen(len(test))
     captions = [test.texts[row][0] for row in rows]
@@ -49,26 +51,42 @@ def main(minilm: str, told_by_clip: str, clip: str) -> None:
     (work / "learned.txt").write_text("\n".join(data.texts[row][0] for row in learned) + "\n", encoding="utf-8")
 
     results, sheets = [], {"real": test.pixels(rows)}
-    results.append({"arm": "real images", "captions": "held out"} | readers.read(test.pixels(rows)[:, None], captions, styles(rows)))
+    results.append(
+        {"arm": "real images", "captions": "held out"}
+        | readers.read(test.pixels(rows)[:, None], captions, styles(rows))
+    )
     for arm, run in (("MiniLM", minilm), ("CLIP", told_by_clip)):
         for scale in SCALES:
-            images = drawn(run, f"prompts={HERE / 'captions.txt'}", f"num={EACH}", f"guidance.scale={scale}").unflatten(0, (NUM, EACH))
+            images = drawn(run, f"prompts={HERE / 'captions.txt'}", f"num={EACH}", f"guidance.scale={scale}").unflatten(
+                0, (NUM, EACH)
+            )
             sheets[f"{arm}, scale {scale:g}"] = images[:, 0]
             told = {"arm": arm, "captions": "held out", "guidance": scale}
             results.append(told | readers.read(images, captions, styles(rows)))
             print(results[-1], flush=True)
-    images = drawn(minilm, f"prompts={work / 'learned.txt'}", f"num={EACH}", "guidance.scale=3.0").unflatten(0, (NUM, EACH))
+    images = drawn(minilm, f"prompts={work / 'learned.txt'}", f"num={EACH}", "guidance.scale=3.0").unflatten(
+        0, (NUM, EACH)
+    )
     told = {"arm": "MiniLM", "captions": "of the training", "guidance": 3.0}
     results.append(told | readers.read(images, [data.texts[row][0] for row in learned], styles(learned)))
 
-    restyle, sources = [], [row - row % 2 for row in rows]  # the 3-D render of each chosen emoji, asked for as a flat drawing
+    restyle, sources = (
+        [],
+        [row - row % 2 for row in rows],
+    )  # the 3-D render of each chosen emoji, asked for as a flat drawing
     for place, image in enumerate(to_uint8(test.pixels(sources))):
-        picture.save(work / "sources" / f"{place:03d}.png", image)
+        save_png(work / "sources" / f"{place:03d}.png", image)
     asked = [test.texts[row + 1][0] for row in sources]
     (work / "restyled.txt").write_text("\n".join(asked) + "\n", encoding="utf-8")
     restyle.append(test.pixels(sources))
     for strength in STRENGTHS:
-        typed = ("task=img2img", f"image={work / 'sources'}", f"strength={strength}", f"prompts={work / 'restyled.txt'}", "num=1")
+        typed = (
+            "task=img2img",
+            f"image={work / 'sources'}",
+            f"strength={strength}",
+            f"prompts={work / 'restyled.txt'}",
+            "num=1",
+        )
         restyle.append(drawn(minilm, *typed, "guidance.scale=3.0"))
         told = {"arm": "MiniLM", "captions": f"held out, restyled at {strength}", "guidance": 3.0}
         flat = readers.read(restyle[-1][:, None], asked, torch.ones(NUM, dtype=torch.long))
@@ -77,7 +95,11 @@ def main(minilm: str, told_by_clip: str, clip: str) -> None:
     write(HERE / "results.csv", results)
     sheet(HERE / "samples.png", sheets, captions)
     names = ["3-D render, held out", *(f"flat, strength {strength}" for strength in STRENGTHS)]
-    sheet(HERE / "restyled.png", dict(zip(names, restyle, strict=True)), [text.removeprefix("a flat illustration of ") for text in asked])
+    sheet(
+        HERE / "restyled.png",
+        dict(zip(names, restyle, strict=True)),
+        [text.removeprefix("a flat illustration of ") for text in asked],
+    )
 
 
 def chosen(total: int) -> list[int]:
@@ -92,16 +114,23 @@ def styles(rows: list[int]) -> Tensor:
 
 def measured(run: str) -> Path:
     """Where what is drawn from a run, or from a step of one, is kept."""
-    return run_folder(run) / "measured" / Path(run).name
+    return find_run(run) / "measured" / Path(run).name
 
 
 def drawn(run: str, *typed: str) -> Tensor:
     """What `python sample.py run=RUN TYPED` draws, (N, 3, H, W) in [-1, 1]; once."""
     out = measured(run) / "-".join(word.split("=")[1].replace("/", "_")[-12:] for word in typed)
     if not (out / "metrics.json").is_file():
-        subprocess.run([sys.executable, str(SAMPLE), f"run={run}", f"out={out}", *HOW, *typed], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, str(SAMPLE), f"run={run}", f"output_dir={out}", *HOW, *typed],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     files = sorted(out.glob("[0-9]*.png"))
-    return torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files]).float() / 127.5 - 1
+    return (
+        torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files]).float() / 127.5
+        - 1
+    )
 
 
 class Readers:
@@ -112,8 +141,10 @@ class Readers:
     """
 
     def __init__(self, data: Any, clip: Path):
-        self.net = network(named(str(clip / "model.json")), str(clip / "weights.safetensors"), False, False)[0].eval()
-        self.tokenize = fresh(str(clip / "model.json"))[1]
+        self.net = build_clip(
+            register_model_config(str(clip / "model.json")), str(clip / "weights.safetensors"), False, False
+        )[0].eval()
+        self.tokenize = init_towers(str(clip / "model.json"))[1]
         self.effnet, self.minilm = EfficientNet(), MiniLM()
         every = list(range(len(data)))
         told = [data.texts[row][0] for row in every]
@@ -124,7 +155,9 @@ class Readers:
 
     def sentences(self, captions: list[str]) -> Tensor:
         """MiniLM's vectors (N, 384) of captions, of norm 1."""
-        return torch.cat([normalize(self.minilm(captions[i : i + 100]).vector, dim=1) for i in range(0, len(captions), 100)])
+        return torch.cat(
+            [normalize(self.minilm(captions[i : i + 100]).vector, dim=1) for i in range(0, len(captions), 100)]
+        )
 
     @torch.no_grad()
     def read(self, images: Tensor, captions: list[str], style: Tensor) -> dict[str, Any]:
@@ -132,7 +165,7 @@ class Readers:
         number, each = images.shape[:2]
         flat = images.flatten(0, 1)
         own = torch.arange(number).repeat_interleave(each)
-        image, text, _ = self.net(seen(self.net.visual, flat), self.tokenize(captions))
+        image, text, _ = self.net(preprocess(self.net.visual, flat), self.tokenize(captions))
         features = extract(self.effnet, flat.split(100))
         ranked = {
             "words": normalize(self.to_words(features), dim=1) @ self.words(captions).T,
@@ -143,8 +176,16 @@ class Readers:
         hits["style"] = (self.to_style(features)[:, 0] > 0) == style.repeat_interleave(each).bool()
         found: dict[str, Any] = {"n": number * each}
         for name, hit in hits.items():
-            low, high = wilson(int(hit.sum()), number) if each == 1 else bootstrap(hit.float().unflatten(0, (number, each)).mean(1))
-            found |= {name: round(hit.float().mean().item(), 4), f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
+            low, high = (
+                wilson(int(hit.sum()), number)
+                if each == 1
+                else bootstrap(hit.float().unflatten(0, (number, each)).mean(1))
+            )
+            found |= {
+                name: round(hit.float().mean().item(), 4),
+                f"{name}_low": round(low, 4),
+                f"{name}_high": round(high, 4),
+            }
         return found
 
 

@@ -36,7 +36,7 @@ TINY_CLIP = {
 }
 SIZES = (
     *("budget=smoke", f"training.steps={STEPS}", "training.save_every=2", "training.log_every=1"),
-    *("training.grid_every=100", "training.lr_schedule.warmup=1", "training.score.guidances=[1.0]"),
+    *("training.sample_every=100", "training.lr_schedule.warmup=1", "training.score.guidance_scales=[1.0]"),
 )
 ENGINES = {  # an option of conf/trainer, and the number of processes
     "cpu": ("cpu", 1),
@@ -54,20 +54,30 @@ RESUMED = {  # trainer -> into what a run of it is resumed
 OPTIMIZERS = {"default": (), **{f.stem: (f"optimizer={f.stem}",) for f in sorted(ROOT.glob("conf/optimizer/*.yaml"))}}
 FEATURES = {  # {base}, {words}: trained runs, told by label and by CLIP
     "none": ("metrics=none",),
-    "accumulate": ("metrics=none", "trainer.accumulate=2"),
-    "score": ("training.score.every=2", "training.score.every_num=20", "keep_best=val/fd_fashion_20"),
+    "accumulate": ("metrics=none", "trainer.accumulate_grad_batches=2"),
+    "score": ("training.score.eval_every=2", "training.score.eval_num=20", "keep_best=val/fd_fashion_20"),
     "snapshots": ("metrics=none", "training.snapshot_every=2"),
     "lora": ("metrics=none", "adapter=lora", "init={base}"),
     "distillation": (
-        *("metrics=none", "objective=consistency", "objective.teacher.run={base}", "init={base}", "training.drop=0"),
-        *("sampler=consistency", "grid=uniform"),
+        *(
+            "metrics=none",
+            "objective=consistency",
+            "objective.teacher.run={base}",
+            "init={base}",
+            "training.cond_drop_prob=0",
+        ),
+        *("sampler=consistency", "timestep_spacing=uniform"),
     ),
-    "textual inversion": ("metrics=none", "adapter=textual_inversion", "adapter.word=of", "init={words}"),
+    "textual inversion": ("metrics=none", "adapter=textual_inversion", "adapter.placeholder_token=of", "init={words}"),
 }
 BOUNDS = {  # the largest difference that rounding explains: of losses, of weights and averages, of scores
     "64": (1e-9, 1e-6, 1e-6),
     "32": (1e-4, 1e-2, 1e-2),
-    "32 muon": (1e-3, 1.0, 1e-2),  # its products in bfloat16 enlarge the rounding of gradients: DDP differs as much from one process
+    "32 muon": (
+        1e-3,
+        1.0,
+        1e-2,
+    ),  # its products in bfloat16 enlarge the rounding of gradients: DDP differs as much from one process
 }
 
 
@@ -92,7 +102,10 @@ class Case(NamedTuple):
         return BOUNDS["32 muon" if (self.precision, self.optimizer) == ("32", "muon") else self.precision]
 
 
-CASES = [Case(*one) for one in itertools.product(RESUMED, OPTIMIZERS, FEATURES, ("same", "other world size", "other trainer"))]
+CASES = [
+    Case(*one)
+    for one in itertools.product(RESUMED, OPTIMIZERS, FEATURES, ("same", "other world size", "other trainer"))
+]
 
 
 def cover(cases: Sequence[Case]) -> list[Case]:
@@ -118,7 +131,9 @@ def trained(folder: Path, typed: Sequence[str], world: int = 1, expected: int = 
     """Run a training in `folder`. Raises RuntimeError with the last line printed unless every process exits as expected."""
     codes = run(tuple(typed), folder, world, after, WAIT)
     if codes != [expected] * world:
-        printed = [line for file in sorted(folder.glob("said-*.txt")) for line in file.read_text().splitlines() if line.strip()]
+        printed = [
+            line for file in sorted(folder.glob("said-*.txt")) for line in file.read_text().splitlines() if line.strip()
+        ]
         raise RuntimeError(f"exit codes {codes}; {printed[-1][:200] if printed else 'nothing printed'}")
 
 
@@ -136,7 +151,12 @@ def bases() -> dict[str, str]:
     """Trained runs that features begin from, by the names that FEATURES has for them."""
     found = {}
     model = WORK / "tiny.json"
-    words = ("conditioner=clip", f"conditioner.encoder.model={model}", "conditioner.encoder.random=true", "metrics=none")
+    words = (
+        "conditioner=clip",
+        f"conditioner.encoder.model={model}",
+        "conditioner.encoder.random=true",
+        "metrics=none",
+    )
     for name, typed in (("base", ()), ("words", words)):
         if not list(WORK.glob(f"{name}/runs/*/metrics.json")):
             folder = folder_of(name)
@@ -162,34 +182,48 @@ def under(engine: str, whole: Path, folder: Path) -> tuple[tuple[str, ...], int]
     """The command, as the launcher gives it to a process, of the training of the run `whole` under an engine, and how many processes."""
     import yaml
 
-    from ldm import launch, runs
+    from ldm.config import serialize
 
     option, world = ENGINES[engine]
-    config = runs.load_config(whole / "config.yaml")
+    config = serialize.load_config(whole / "config.yaml")
     trainer = yaml.safe_load((ROOT / "conf" / "trainer" / f"{option}.yaml").read_text())
-    trainer |= {"accelerator": "cpu", "devices": world} | {name: config["trainer"][name] for name in ("accumulate", "precision")}
+    trainer |= {"accelerator": "cpu", "devices": world} | {
+        name: config["trainer"][name] for name in ("accumulate", "precision")
+    }
     place = folder / f"config-{engine.replace(' ', '-')}"
-    launch.write_config({**config, "trainer": trainer}, place, json.loads((whole / "choices.json").read_text()))
+    serialize.write_config({**config, "trainer": trainer}, place, json.loads((whole / "choices.json").read_text()))
     return ("--config-path", str(place), "--config-name", "config"), world
 
 
 def outcome(made: Path) -> dict[str, Any]:
     """What a finished run leaves: rows of losses and of scores, weights and averages at the last two checkpoints, and what is kept."""
-    from ldm import durable, runs
+    from ldm.checkpoint.step import load_checkpoint
+    from ldm.io import atomic
+    from ldm.runs import metrics_log
 
-    rows = runs.read_journal(made / "metrics.jsonl")
+    rows = metrics_log.read_metrics_log(made / "metrics.jsonl")
     kept = sorted(path.name for path in (made / "checkpoints").glob("step-*"))
-    last, before = (durable.load_step(made / "checkpoints" / f"step-{step:08d}").tensors for step in (STEPS, STOP))
+    last, before = (load_checkpoint(made / "checkpoints" / f"step-{step:08d}").tensors for step in (STEPS, STOP))
     average = {f"{name}/{key}": value for name in last if name != "model" for key, value in last[name].items()}
-    average |= {f"{file.name}/{key}": value for file in made.glob("averages/*") for key, value in durable.read_tensors(file).items()}
+    average |= {
+        f"{file.name}/{key}": value
+        for file in made.glob("averages/*")
+        for key, value in atomic.read_tensors(file).items()
+    }
     best = made / "checkpoints" / "best.json"
     return {
         "losses": [{key: row[key] for key in row if key.startswith("train/")} for row in rows if "train/loss" in row],
-        "scores": [{key: row[key] for key in row if key.startswith("val/")} for row in rows if any(key.startswith("val/") for key in row)],
+        "scores": [
+            {key: row[key] for key in row if key.startswith("val/")}
+            for row in rows
+            if any(key.startswith("val/") for key in row)
+        ],
         "weights": last["model"],
         "way of weights": before["model"],
         "averages": average,
-        "way of averages": {f"{name}/{key}": value for name in before if name != "model" for key, value in before[name].items()},
+        "way of averages": {
+            f"{name}/{key}": value for name in before if name != "model" for key, value in before[name].items()
+        },
         "kept": [*kept, json.loads(best.read_text())["step"] if best.is_file() else None],
     }
 
@@ -250,7 +284,10 @@ def main(most: int | None = None) -> int:
     first = cover(CASES)
     todo = [case for case in (*first, *(case for case in CASES if case not in first)) if case not in there]
     for case in todo if most is None else todo[: max(0, most - len(rows))]:
-        row = {name: f"{value:.2g}" if isinstance(value, float) and name != "seconds" else value for name, value in measured(case).items()}
+        row = {
+            name: f"{value:.2g}" if isinstance(value, float) and name != "seconds" else value
+            for name, value in measured(case).items()
+        }
         new = not TABLE.is_file()
         with TABLE.open("a", newline="") as file:
             out = csv.DictWriter(file, row, lineterminator="\n")
@@ -260,7 +297,9 @@ def main(most: int | None = None) -> int:
         rows.append(row)
         print(" ".join(f"{name}={value}" for name, value in row.items() if value != ""), flush=True)
     wrong = [row for row in rows if row["agree"] != "yes"]
-    print(f"{len(rows)} of {len(CASES)} combinations, {len(first)} of which are a pairwise cover; {len(wrong)} disagree with one process")
+    print(
+        f"{len(rows)} of {len(CASES)} combinations, {len(first)} of which are a pairwise cover; {len(wrong)} disagree with one process"
+    )
     return int(bool(wrong))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ldm import durable
+from ldm.io import atomic
 from ldm.report import rows, table
 
 HERE = Path(__file__).parent
@@ -34,13 +34,13 @@ def main(run: str, *words: str) -> None:
     said = {"seeds": "0,1,2", "steps": "300,700", "num": "2000"}
     more = [word for word in words if word.partition("=")[0] not in said]
     said |= dict(word.split("=", 1) for word in words)
-    from ldm import build
-    from ldm.load import config_of
-    from ldm.stage import judge
+    from ldm.checkpoint.load import load_run_config
+    from ldm.config import build
+    from ldm.evaluation import evaluator
 
-    config = config_of(Path(run))
-    make, _ = judge.scorer(config, config.metrics)
-    score, data = make(), build.dataset(config)
+    config = load_run_config(Path(run))
+    make, _ = evaluator.make_scorer(config, config.metrics)
+    score, data = make(), build.build_dataset(config)
     batch = data.batch([(0, i) for i in range(len(data))])
     images, labels = batch["image"], batch["label"]
     first, second = map(int, said["steps"].split(","))
@@ -50,9 +50,17 @@ def main(run: str, *words: str) -> None:
             if known(name, seed) is None:
                 torch.manual_seed(seed)
                 draw, steps = family(images, labels, budget)
-                keep({"family": name, "seed": seed, "seconds": budget, "steps": steps, **measured(score, draw, int(said["num"]))})
+                keep(
+                    {
+                        "family": name,
+                        "seed": seed,
+                        "seconds": budget,
+                        "steps": steps,
+                        **measured(score, draw, int(said["num"])),
+                    }
+                )
     readme = HERE / "README.md"
-    durable.write_text(readme, table.between(readme.read_text(), "table", "\n".join(lines(rows.read(TABLE)))))
+    atomic.write_text(readme, table.replace_block(readme.read_text(), "table", "\n".join(lines(rows.read(TABLE)))))
 
 
 def lines(found: Sequence[Mapping[str, str]]) -> Iterator[str]:
@@ -73,8 +81,8 @@ def known(family: str, seed: int) -> dict[str, str] | None:
 
 
 def keep(row: dict[str, Any]) -> None:
-    print("  ".join(f"{name} {rows.text(value)}" for name, value in row.items()), flush=True)
-    rows.add(TABLE, row)
+    print("  ".join(f"{name} {rows.format_cell(value)}" for name, value in row.items()), flush=True)
+    rows.append(TABLE, row)
 
 
 @torch.inference_mode()
@@ -98,26 +106,45 @@ def diffusion(run: Path, first: int, second: int, seed: int, score: Any, num: in
         return float(row["seconds"])
     from functools import partial
 
-    from ldm.diffusion import sampler, times
+    from ldm.checkpoint.load import load_data_card, load_model
+    from ldm.diffusion import grids, sampler
     from ldm.diffusion.guidance import cfg
-    from ldm.load import load, load_data_card
-    from ldm.score import Told, samples
+    from ldm.evaluation.evaluate import CaptionSource
+    from ldm.sampling.generate import generate_samples
 
     place = run.parent / "families" / f"s{seed}"
-    words = (f"first_stage.steps={first}", f"first_stage.seed={seed}", f"training.steps={second}", f"seed={seed}", "metrics=none")
-    often = (f"training.grid_every={second}", f"training.save_every={second}", f"first_stage.grid_every={first}", f"runs={place}")
+    words = (
+        f"first_stage.steps={first}",
+        f"first_stage.seed={seed}",
+        f"training.steps={second}",
+        f"seed={seed}",
+        "metrics=none",
+    )
+    often = (
+        f"training.sample_every={second}",
+        f"training.save_every={second}",
+        f"first_stage.sample_every={first}",
+        f"runs={place}",
+    )
     start = first * 4 // 5  # of the discriminator, as in the whole recipe
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, str(ROOT / "train.py"), *more, *words, *often, f"first_stage.discriminator_start={start}"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *more,
+        *words,
+        *often,
+        f"first_stage.discriminator_start={start}",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     (folder,) = (file.parent for file in place.glob("*/config.yaml"))
-    model, card = load(folder), load_data_card(folder)
-    ts, guidance = times.trailing(model.denoiser.schedule, 12), partial(cfg, scale=4.0, interval=(0.2, 0.75))
+    model, card = load_model(folder), load_data_card(folder)
+    ts, guidance = grids.trailing(model.denoiser.schedule, 12), partial(cfg, scale=4.0, interval=(0.2, 0.75))
     score.reset()
-    told = Told(card.classes, card.captions).batch
-    for image, batch in samples(model, told, range(num), 0, 250, ts, sampler.dpmpp_2m, guidance, "32"):
+    told = CaptionSource(card.classes, card.captions).batch
+    for image, batch in generate_samples(model, told, range(num), 0, 250, ts, sampler.dpmpp_2m, guidance, "32"):
         score.update(image, batch["label"])
     keep({"family": "diffusion", "seed": seed, "seconds": round(spent, 1), "steps": second, **numbers(score)})
     return spent
@@ -135,7 +162,11 @@ class Generator(nn.Module):
         self.label = nn.Embedding(CLASSES, DIM)
         self.stem = nn.Linear(2 * DIM, 4 * WIDTH * 16)
         self.body = nn.Sequential(
-            nn.BatchNorm2d(4 * WIDTH), nn.ReLU(), *up(4 * WIDTH, 2 * WIDTH), *up(2 * WIDTH, WIDTH), nn.ConvTranspose2d(WIDTH, 1, 4, 2, 1)
+            nn.BatchNorm2d(4 * WIDTH),
+            nn.ReLU(),
+            *up(4 * WIDTH, 2 * WIDTH),
+            *up(2 * WIDTH, WIDTH),
+            nn.ConvTranspose2d(WIDTH, 1, 4, 2, 1),
         )
 
     def forward(self, z: Tensor, label: Tensor) -> Tensor:
@@ -165,7 +196,11 @@ class Critic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers = [*down(1, WIDTH, spectral_norm), *down(WIDTH, 2 * WIDTH, spectral_norm), *down(2 * WIDTH, 4 * WIDTH, spectral_norm)]
+        layers = [
+            *down(1, WIDTH, spectral_norm),
+            *down(WIDTH, 2 * WIDTH, spectral_norm),
+            *down(2 * WIDTH, 4 * WIDTH, spectral_norm),
+        ]
         self.body = nn.Sequential(*layers)
         self.out, self.label = spectral_norm(nn.Linear(4 * WIDTH, 1)), spectral_norm(nn.Embedding(CLASSES, 4 * WIDTH))
 
@@ -224,9 +259,9 @@ def gan(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor
 
 def until(budget: float, step: Callable[[], None]) -> int:
     """Steps, in the precision that the quickstart trains in, until the budget of CPU seconds is spent; returns how many."""
-    from ldm.training.fit import precision_here
+    from ldm.devices import resolve_precision
 
-    since, steps, low = time.process_time(), 0, precision_here("auto") == "bf16"
+    since, steps, low = time.process_time(), 0, resolve_precision("auto") == "bf16"
     while time.process_time() - since < budget:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             step()

@@ -24,11 +24,24 @@ from train import run  # beside this file
 HERE = Path(__file__).parent
 WORK = Path("runs/faults").absolute()
 STEPS, EVERY = 12, 4
-SIZES = (f"training.steps={STEPS}", f"training.save_every={EVERY}", "training.log_every=1", "training.grid_every=100", "metrics=none")
+SIZES = (
+    f"training.steps={STEPS}",
+    f"training.save_every={EVERY}",
+    "training.log_every=1",
+    "training.sample_every=100",
+    "metrics=none",
+)
 STAGES = {
     "diffusion": ("budget=smoke", *SIZES),
     "autoencoder": (
-        *("budget=smoke", "training=autoencoder", "~training.score", "training.batch_size=8", "training.discriminator_start=3", *SIZES),
+        *(
+            "budget=smoke",
+            "training=autoencoder",
+            "~training.score",
+            "training.batch_size=8",
+            "training.discriminator_start=3",
+            *SIZES,
+        ),
     ),
 }
 KINDS = list(itertools.product(STAGES, (0, 2), (1, 2), (1, 2)))  # stage, workers, world, accumulate
@@ -36,7 +49,7 @@ KINDS = list(itertools.product(STAGES, (0, 2), (1, 2), (1, 2)))  # stage, worker
 
 def command(stage: str, workers: int, world: int, accumulate: int) -> tuple[str, ...]:
     trainer = ("trainer=cpu",) if world == 1 else ("trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32")
-    return (*STAGES[stage], *trainer, f"trainer.workers={workers}", f"trainer.accumulate={accumulate}")
+    return (*STAGES[stage], *trainer, f"trainer.num_workers={workers}", f"trainer.accumulate_grad_batches={accumulate}")
 
 
 def prepared(name: str) -> Path:
@@ -55,12 +68,21 @@ def prepared(name: str) -> Path:
 
 def state(folder: Path) -> dict[str, Any]:
     """What a run ends with: its losses, and all that its last checkpoint holds."""
-    from ldm import durable, runs
+    from ldm.checkpoint.step import load_checkpoint
+    from ldm.runs import metrics_log
 
     (step,) = folder.rglob(f"checkpoints/step-{STEPS:08d}")
-    kept = durable.load_step(step)
-    rows = [{key: row[key] for key in row if key[:6] == "train/"} for row in runs.read_journal(step.parents[1] / "metrics.jsonl")]
-    return {"losses": rows, "weights": kept.tensors["model"], "average": kept.tensors["ema"], "optimisers": kept.state["optimizers"]}
+    kept = load_checkpoint(step)
+    rows = [
+        {key: row[key] for key in row if key[:6] == "train/"}
+        for row in metrics_log.read_metrics_log(step.parents[1] / "metrics.jsonl")
+    ]
+    return {
+        "losses": rows,
+        "weights": kept.tensors["model"],
+        "average": kept.tensors["ema"],
+        "optimisers": kept.state["optimizers"],
+    }
 
 
 def same(one: Any, two: Any) -> bool:
@@ -99,7 +121,15 @@ def killed(number: int) -> dict[str, Any]:
     begin = time.monotonic()
     codes = run(command(*kind), folder, world, partial(kill, rank, step, delay))
     left = time.monotonic() - begin
-    row = {"kill": number, "stage": stage, "workers": workers, "world": world, "accumulate": accumulate, "rank": rank, "step": step}
+    row = {
+        "kill": number,
+        "stage": stage,
+        "workers": workers,
+        "world": world,
+        "accumulate": accumulate,
+        "rank": rank,
+        "step": step,
+    }
     row |= {"delay_ms": round(1000 * delay), "codes": " ".join(map(str, codes)), "seconds": round(left, 1)}
     assert codes[rank] == -9, (codes, (folder / "said-0.txt").read_text()[-2000:])
     assert 0 not in codes, codes

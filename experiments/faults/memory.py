@@ -37,15 +37,21 @@ def main(steps: int) -> int:
     WORK.mkdir(parents=True)
     table = WORK / "memory.csv"
     table.write_text("step,resident_KiB\n")
-    often = ("training.log_every=10", "training.grid_every=250", "training.save_every=250")
+    often = ("training.log_every=10", "training.sample_every=250", "training.save_every=250")
     typed = ("budget=smoke", "trainer=cpu", "metrics=none", f"training.steps={steps}", *often)
     codes = run(typed, WORK, after=partial(read, table), wait=3600)
     assert codes == [0], (WORK / "said-0.txt").read_text()[-2000:]
-    rows = [(float(row["step"]), float(row["resident_KiB"])) for row in csv.DictReader(table.open()) if int(row["step"]) >= WARM]
+    rows = [
+        (float(row["step"]), float(row["resident_KiB"]))
+        for row in csv.DictReader(table.open())
+        if int(row["step"]) >= WARM
+    ]
     rise = 1000 * slope(rows)
     shutil.copy(table, HERE / "memory.csv")
     first, last = (rows[place][1] / 1024 for place in (0, -1))
-    print(f"{rise:.0f} KiB per 1,000 steps from step {WARM} to {steps}; {first:.0f} MiB at first, {last:.0f} MiB at last")
+    print(
+        f"{rise:.0f} KiB per 1,000 steps from step {WARM} to {steps}; {first:.0f} MiB at first, {last:.0f} MiB at last"
+    )
     return int(rise > LIMIT)
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-OURS = ("ldm.stage.diffusion", "ldm.stage.autoencoder", "ldm.score", "hydra", "torchmetrics.image")
+OURS = ("ldm.recipes.diffusion", "ldm.recipes.autoencoder", "ldm.evaluation.evaluate", "hydra", "torchmetrics.image")
 After = Callable[[int, int], None]
 
 
-def run(typed: tuple[str, ...], folder: Path, world: int = 1, after: After | None = None, wait: float = 300) -> list[int]:
+def run(
+    typed: tuple[str, ...], folder: Path, world: int = 1, after: After | None = None, wait: float = 300
+) -> list[int]:
     """The exit codes of the ranks of `python train.py TYPED` in `folder`, at most `wait` seconds each; below 0, the signal that ended one.
 
     after: (rank, step) -> None, called in the training process when a step is done.  What they print is in said-RANK.txt.
@@ -28,7 +30,13 @@ def run(typed: tuple[str, ...], folder: Path, world: int = 1, after: After | Non
     children = []
     for rank in range(world):
         if world > 1:
-            env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env |= {
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "GROUP_RANK": "0",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            }
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "faults"}
         children.append(context.Process(target=_rank, args=(typed, folder, dict(env), rank, after)))
         children[-1].start()
@@ -43,7 +51,9 @@ def run(typed: tuple[str, ...], folder: Path, world: int = 1, after: After | Non
 def _rank(typed: tuple[str, ...], folder: Path, env: dict[str, str], rank: int, after: After | None) -> None:
     os.environ.update(env)
     os.chdir(folder)
-    multiprocessing.set_start_method("fork", force=True)  # of those that read data, as where a person starts the command
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of those that read data, as where a person starts the command
     with open(folder / f"said-{rank}.txt", "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -54,12 +64,12 @@ def _rank(typed: tuple[str, ...], folder: Path, env: dict[str, str], rank: int, 
 
 
 def _watch(rank: int, after: After) -> None:
-    from ldm.training.callbacks import Record
+    from ldm.training.callbacks import MetricsRecorder
 
-    record = Record.on_train_batch_end
+    record = MetricsRecorder.on_train_batch_end
 
     def then(self: Any, trainer: Any, lit: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         record(self, trainer, lit, outputs, batch, batch_idx)
         after(rank, batch["step"] + 1)
 
-    Record.on_train_batch_end = then
+    MetricsRecorder.on_train_batch_end = then

@@ -12,27 +12,40 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ldm import build, durable, runs
-from ldm.fetch import cache_dir
+from ldm.checkpoint.state import load_trainable
+from ldm.checkpoint.step import load_checkpoint
+from ldm.config import build, serialize
+from ldm.io.download import cache_dir
 from ldm.metrics.distribution import frechet
 from ldm.metrics.effnet import EfficientNet
 from ldm.metrics.features import extract, to_uint8
 from ldm.metrics.paired import Reconstruction
-from ldm.tensors import Noise
-from ldm.training.callbacks import load_trained
+from ldm.runs import metrics_log
+from ldm.tensors import KeyedNoise
 
 HERE = Path(__file__).parent
 NUM = 2560  # test images, or as many as there are: twice the features, below which the distance is biased upwards
-HEALTH = ("adversarial_weight", "logits_real", "logits_fake", "discriminator_accuracy", "kl_channel_min", "kl_channel_max", "dead_channels")
+HEALTH = (
+    "adversarial_weight",
+    "logits_real",
+    "logits_fake",
+    "discriminator_accuracy",
+    "kl_channel_min",
+    "kl_channel_max",
+    "dead_channels",
+)
 SHOWN = 10
 
 
 def found() -> Iterator[tuple[Path, Any]]:
     """The runs of this study: folder and config."""
     for path in sorted((cache_dir() / "first_stage").glob("*/config.yaml")):
-        config = OmegaConf.create(runs.load_config(path))
+        config = OmegaConf.create(serialize.load_config(path))
         start, steps = config.training.get("discriminator_start"), config.training.steps
-        if config.name == "first_stage" and {durable.load_step(step).step for step in steps_of(path.parent)} == {start, steps}:
+        if config.name == "first_stage" and {load_checkpoint(step).step for step in steps_of(path.parent)} == {
+            start,
+            steps,
+        }:
             yield path.parent, config
 
 
@@ -42,27 +55,31 @@ def steps_of(folder: Path) -> list[Path]:
 
 def at(config: Any, step: Path, channels: int) -> nn.Module:
     """The autoencoder with the averaged weights of a step."""
-    autoencoder = build.autoencoder(config.autoencoder, channels)
-    load_trained(autoencoder, durable.load_step(step).tensors["ema"])
+    autoencoder = build.build_autoencoder(config.autoencoder, channels)
+    load_trainable(autoencoder, load_checkpoint(step).tensors["ema"])
     return autoencoder.eval().requires_grad_(False)
 
 
 def journal(folder: Path) -> dict[int, dict[str, float]]:
     """What was recorded, by step."""
     rows: dict[int, dict[str, float]] = {}
-    for row in runs.read_journal(folder / "metrics.jsonl"):
+    for row in metrics_log.read_metrics_log(folder / "metrics.jsonl"):
         if "step" in row:
             rows.setdefault(int(row["step"]), {}).update(row)
     return rows
 
 
 @torch.no_grad()
-def scored(autoencoder: nn.Module, images: Tensor, net: EfficientNet, reference: tuple[Tensor, Tensor]) -> dict[str, float]:
+def scored(
+    autoencoder: nn.Module, images: Tensor, net: EfficientNet, reference: tuple[Tensor, Tensor]
+) -> dict[str, float]:
     """PSNR, SSIM and rFD of images decoded from a posterior sample, as a second stage sees them."""
     paired, features = Reconstruction(), []
     for rows in torch.arange(len(images)).split(128):
         posterior = autoencoder.posterior(images[rows])
-        again = autoencoder.render(posterior.sample(Noise(0, rows.tolist()).normal("posterior", posterior.mean)))
+        again = autoencoder.decode_raw(
+            posterior.sample(KeyedNoise(0, rows.tolist()).normal("posterior", posterior.mean))
+        )
         paired.update(images[rows], again)
         features.append(net(to_uint8(again)))
     # the same number as the metric's `rfd_effnet`, by eigenvalues of a symmetric matrix: minutes less at 1280 features
@@ -80,14 +97,14 @@ def main() -> None:
     for folder, config in found():
         name = config.data._target_.rsplit(".", 1)[-1]
         model = f"KL f = {config.autoencoder.factor}"
-        test = build.dataset(config, "test")
+        test = build.build_dataset(config, "test")
         images = test.batch([(0, i) for i in range(min(NUM, len(test)))])["image"]
         if name not in references:  # the very images that are reconstructed: a perfect first stage has distance 0
             references[name] = gaussian(extract(net, images.split(100)))
         rows = journal(folder)
         control = config.training.discriminator_weight == 0
         for step in steps_of(folder):
-            at_step = durable.load_step(step).step
+            at_step = load_checkpoint(step).step
             phase = "before" if at_step == config.training.discriminator_start else "without" if control else "after"
             if control and phase == "before":
                 continue  # the same weights as those of the run with a discriminator
@@ -99,7 +116,9 @@ def main() -> None:
             results.append({key: round(value, 5) if isinstance(value, float) else value for key, value in told.items()})
             print(results[-1], flush=True)
             with torch.no_grad():
-                strips.setdefault((name, model), {"image": images[:SHOWN]})[phase] = autoencoder.decode(autoencoder.encode(images[:SHOWN]))
+                strips.setdefault((name, model), {"image": images[:SHOWN]})[phase] = autoencoder.decode(
+                    autoencoder.encode(images[:SHOWN])
+                )
         if not control:
             curves += [{"data": name, "model": model, "step": step, **plain(row)} for step, row in sorted(rows.items())]
     order = ["CIFAR10", "Emoji"], ["before", "without", "after"]
@@ -123,7 +142,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def strip(parts: dict[str, Tensor]) -> Tensor:
     """Images over their reconstructions, (H, W, 3) uint8: above, before the discriminator, after it."""
-    rows = [torch.cat(list(to_uint8(parts[key].float())), dim=2) for key in ("image", "before", "after") if key in parts]
+    rows = [
+        torch.cat(list(to_uint8(parts[key].float())), dim=2) for key in ("image", "before", "after") if key in parts
+    ]
     return torch.cat(rows, dim=1).permute(1, 2, 0)
 
 

@@ -12,30 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm import durable
-from ldm.adapted import Base, put_on
-from ldm.animate import plot
+from ldm import plotting
+from ldm.checkpoint.adapters import BaseModelRef
+from ldm.checkpoint.load import apply_adapter, load_model
 from ldm.data.emoji import Emoji
+from ldm.diffusion.grids import trailing
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.sampler import dpmpp_2m
-from ldm.diffusion.times import trailing
-from ldm.load import load, run_folder
+from ldm.io import atomic
 from ldm.metrics.distribution import frechet
 from ldm.metrics.effnet import EfficientNet
 from ldm.metrics.features import extract, to_uint8
 from ldm.metrics.interval import bootstrap
-from ldm.report import rows as table
-from ldm.task import draw
+from ldm.report.rows import write
+from ldm.runs.folder import find_run
+from ldm.sampling.tasks import sample
 
 HERE = Path(__file__).parent
-NUM, STEPS, SCALE, LEARNED, SHOWN = 48, 12, 3.0, 200, 12  # captions, of the sampler, of guidance, images a style for the reader, columns
+NUM, STEPS, SCALE, LEARNED, SHOWN = (
+    48,
+    12,
+    3.0,
+    200,
+    12,
+)  # captions, of the sampler, of guidance, images a style for the reader, columns
 STYLES = ("3d", "flat", "pencil")
 STRENGTHS = (0.0, 1.0)
 
 
 def main(run: str) -> None:
     torch.set_num_threads(1)
-    folder = run_folder(run)
+    folder = find_run(run)
     work = folder / "measured" / Path(run).name
     tests = {style: Emoji("test", styles=(style,)) for style in STYLES}
     reader, results, shown = Reader(work / "reader.safetensors"), [], {}
@@ -45,16 +52,23 @@ def main(run: str) -> None:
         right = (reader.map(features).argmax(1) == STYLES.index(asked)).float()
         low, high = bootstrap(right)
         distance = float(frechet(*gaussian(features), *gaussian(real[asked])))
-        found = {"asked": asked, "way": way, "n": NUM, "style": right.mean().item(), "style_low": low, "style_high": high}
+        found = {
+            "asked": asked,
+            "way": way,
+            "n": NUM,
+            "style": right.mean().item(),
+            "style_low": low,
+            "style_high": high,
+        }
         found |= {"rfd_effnet": distance, "moved": float("nan") if before is None else rms(images, before)}
         results.append({name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()})
-        table.write(HERE / "results.csv", results)
+        write(HERE / "results.csv", results)
         print(results[-1], flush=True)
 
     rows = {style: [place * len(test) // NUM for place in range(NUM)] for style, test in tests.items()}
     images = {style: test.pixels(rows[style]) for style, test in tests.items()}
     real = {style: extract(reader.net, image.split(48)) for style, image in images.items()}
-    base = load(Base.read(folder).path)
+    base = load_model(BaseModelRef.read(folder).path)
     for style in STYLES:
         add(style, "real images", images[style])
     with torch.no_grad():
@@ -62,15 +76,15 @@ def main(run: str) -> None:
     shown["real, pencil"] = images["pencil"]
     before: dict[str, Tensor] = {}
     for strength in STRENGTHS:
-        model = load(Base.read(folder).path)
-        put_on(model, run, strength)
+        model = load_model(BaseModelRef.read(folder).path)
+        apply_adapter(model, run, strength)
         for style in STYLES[::-1]:
             captions = [tests[style].texts[row][0] for row in rows[style]]
             drawings = drawn(work / f"{style}-{strength}.safetensors", model, captions)
             add(style, f"LoRA at {strength}", drawings, before.get(style))
             shown[f"{style}, LoRA at {strength:g}"] = drawings
             before.setdefault(style, drawings)
-    plot.strips(shown, SHOWN).savefig(HERE / "figure.png", metadata={"Software": None})
+    plotting.stack_rows(shown, SHOWN).savefig(HERE / "figure.png", metadata={"Software": None})
 
 
 class Reader:
@@ -84,8 +98,8 @@ class Reader:
                 data = Emoji(styles=(style,))
                 rows = [place * len(data) // LEARNED for place in range(LEARNED)]
                 features.append(extract(self.net, (data.pixels(rows[i : i + 50]) for i in range(0, LEARNED, 50))))
-            durable.write_tensors(path, {"features": torch.cat(features)})
-        x = durable.read_tensors(path)["features"].double()
+            atomic.write_tensors(path, {"features": torch.cat(features)})
+        x = atomic.read_tensors(path)["features"].double()
         y = torch.eye(len(STYLES), dtype=torch.float64).repeat_interleave(LEARNED, 0)
         self.std, self.mean = torch.std_mean(x, 0)
         z = (x - self.mean) / (self.std + 1e-6)
@@ -104,9 +118,9 @@ def drawn(path: Path, model: Any, captions: list[str]) -> Tensor:
         for start in range(0, NUM, 32):
             part = list(range(start, min(start + 32, NUM)))
             batch = {"index": part, "caption": [captions[i] for i in part]}
-            parts.append(draw(model, batch, part, ts, dpmpp_2m, partial(cfg, scale=SCALE)))
-        durable.write_tensors(path, {"images": to_uint8(torch.cat(parts))})
-    return durable.read_tensors(path)["images"].float() / 127.5 - 1
+            parts.append(sample(model, batch, part, ts, dpmpp_2m, partial(cfg, scale=SCALE)))
+        atomic.write_tensors(path, {"images": to_uint8(torch.cat(parts))})
+    return atomic.read_tensors(path)["images"].float() / 127.5 - 1
 
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:

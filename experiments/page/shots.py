@@ -11,12 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm import durable
-from ldm.app.desk import Desk
+from ldm.app.controller import AppController
 from ldm.app.serve import serve
-from ldm.app.session import Sessions, runs_of
-from ldm.command import guarded
+from ldm.app.session import SessionCache, expand_runs
+from ldm.cli.errors import run_guarded
 from ldm.errors import UserError
+from ldm.io import atomic
 
 HERE = Path(__file__).parent
 SIZE = {"width": 1280, "height": 900}
@@ -28,7 +28,7 @@ def shot(page, name: str) -> None:
     image = Image.open(BytesIO(page.screenshot())).convert("RGB").quantize(96, dither=Image.Dither.NONE)
     buffer = BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    durable.write_bytes(HERE / f"{name}.png", buffer.getvalue())
+    atomic.write_bytes(HERE / f"{name}.png", buffer.getvalue())
     print(f"{name}.png: {len(buffer.getvalue()) / 1000:.0f} kB")
 
 
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> int:
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     if not argv or program is None:
         raise UserError("python experiments/page/shots.py RUN [OTHER], where chromium is installed")
-    runs = runs_of(argv)
-    with sync_playwright() as driver, serve(Desk(Sessions(runs)), port=0) as address:
+    runs = expand_runs(argv)
+    with sync_playwright() as driver, serve(AppController(SessionCache(runs)), port=0) as address:
         page = driver.chromium.launch(executable_path=program, args=["--no-sandbox"]).new_page(viewport=SIZE)
         page.set_default_timeout(300_000)
         page.goto(address)
@@ -97,4 +97,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(sys.argv[1:])))
+    sys.exit(run_guarded(lambda: main(sys.argv[1:])))

@@ -23,20 +23,23 @@ def measured(batch: int) -> int:
     """Bytes by which this process grew to build the network and to run it once."""
     import torch
 
-    from ldm import build, meter
     from ldm.condition import Condition
-    from ldm.plan.blank import weightless
+    from ldm.config import build
+    from ldm.plan import flops
     from ldm.plan.config import composed
-    from ldm.plan.cost import card_of
+    from ldm.plan.data_info import card_of
+    from ldm.plan.placeholders import use_random_weights
 
     cfg, said = composed([f"preset={PRESET}"])
-    weightless(cfg.conditioner)
-    with meter.on_meta():
-        autoencoder = build.autoencoder(cfg.autoencoder, said["channels"])
-        conditioner = build.conditioner(cfg.conditioner, autoencoder, card_of(cfg, said))
-        net = build.net(cfg, autoencoder, conditioner).to(torch.bfloat16)
+    use_random_weights(cfg.conditioner)
+    with flops.meta_device():
+        autoencoder = build.build_autoencoder(cfg.autoencoder, said["channels"])
+        conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card_of(cfg, said))
+        net = build.build_network(cfg, autoencoder, conditioner).to(torch.bfloat16)
     size = cfg.data.size // autoencoder.factor
-    torch.nn.Conv2d(8, 8, 3).bfloat16()(torch.zeros(1, 8, 8, 8, dtype=torch.bfloat16))  # the library is loaded with its first use
+    torch.nn.Conv2d(8, 8, 3).bfloat16()(
+        torch.zeros(1, 8, 8, 8, dtype=torch.bfloat16)
+    )  # the library is loaded with its first use
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
     before = status("VmRSS")
     net.to_empty(device="cpu")

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ldm import durable
-from ldm.build import plain
+from ldm.config.build import to_container
+from ldm.io import atomic
 from ldm.plan.config import composed
-from ldm.plan.cost import card_of, figures
+from ldm.plan.cost import estimate
+from ldm.plan.data_info import card_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -47,13 +48,13 @@ def dit(halved: bool) -> Differences:
     from test_dit_names import Y, labels_of, ours_of, theirs_of
 
     from ldm.interop.dit import import_dit, import_sit
-    from ldm.net.blocks import toward_data
+    from ldm.net.blocks import reversed_timestep_embedding
 
     found = {}
     for precision in ("float32", "float64"):
         dtype = getattr(torch, precision)
         net = theirs_of(halved=halved).to(dtype)
-        ours = ours_of(3, sinusoid=toward_data).to(dtype) if halved else ours_of(6).to(dtype)
+        ours = ours_of(3, sinusoid=reversed_timestep_embedding).to(dtype) if halved else ours_of(6).to(dtype)
         ours.load_state_dict((import_sit if halved else import_dit)(net.state_dict()))
         told = labels_of(net.state_dict()).to(dtype)({"label": Y})
         x, t = numbers("x", (2, 3, 8, 8)).to(dtype), torch.tensor([0.25, 0.9], dtype=dtype)
@@ -75,9 +76,19 @@ def ddpm() -> Differences:
 
     kinds = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
     ups = tuple(kind.replace("Down", "Up") for kind in reversed(kinds))
-    options = {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "attention_head_dim": None}
-    theirs = fill(UNet2DModel(block_out_channels=(32, 64, 64, 64), down_block_types=kinds, up_block_types=ups, **options)).eval()
-    ours = instantiate(config("ddpm_cifar", "channels=32"), in_channels=3, out_channels=3, context_dim=None, vector_dim=None).eval()
+    options = {
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,
+    }
+    theirs = fill(
+        UNet2DModel(block_out_channels=(32, 64, 64, 64), down_block_types=kinds, up_block_types=ups, **options)
+    ).eval()
+    ours = instantiate(
+        config("ddpm_cifar", "channels=32"), in_channels=3, out_channels=3, context_dim=None, vector_dim=None
+    ).eval()
     ours.load_state_dict(import_unet(theirs.state_dict()))
     found = {}
     for precision in ("float32", "float64"):
@@ -112,25 +123,50 @@ class Row:
 
 ROWS = (
     Row(
-        *("SD 1 VAE (KL-f8)", "sd1", ("first stage",), compvis_first_stage, "CompVis, full width", "rFID 0.90 (LDM tab. 8)"),
+        *(
+            "SD 1 VAE (KL-f8)",
+            "sd1",
+            ("first stage",),
+            compvis_first_stage,
+            "CompVis, full width",
+            "rFID 0.90 (LDM tab. 8)",
+        ),
         "python train.py autoencoder=kl_f8 training=autoencoder_ldm data=folder data.path=OPENIMAGES data.size=256",
         needs="OpenImages",
         published=83_653_863,
     ),
     Row(
         *("SD 1 U-Net", "sd1", ("network",), compvis_unet, "CompVis, width 32", "none printed"),
-        *("python sample.py run=sd-v1-4.ckpt prompts=CAPTIONS.csv num=1 steps=50 guidance.scale=7.5 metrics=fid save=none", 50, 2),
+        *(
+            "python sample.py run=sd-v1-4.ckpt prompts=CAPTIONS.csv num=1 steps=50 guidance.scale=7.5 metrics=fid save=none",
+            50,
+            2,
+        ),
     ),
     Row(
         *("LDM-4 cin256", "ldm4_cin256", ("network",), compvis_unet, "CompVis, width 32", "10.56 (LDM tab. 3)"),
         *("python sample.py run=cin256-v2.ckpt num=50000 steps=250 guidance.scale=1 metrics=fid save=none", 250),
     ),
     Row(
-        *("DiT-XL/2", "dit_xl2", ("network", "conditioner"), lambda: dit(False), "written out with timm, width 32", "9.62 (DiT tab. 4)"),
+        *(
+            "DiT-XL/2",
+            "dit_xl2",
+            ("network", "conditioner"),
+            lambda: dit(False),
+            "written out with timm, width 32",
+            "9.62 (DiT tab. 4)",
+        ),
         *("python train.py preset=dit_xl2 data.path=IMAGENET", 250, 1, "training"),
     ),
     Row(
-        *("SiT-XL/2", "sit_xl2", ("network", "conditioner"), lambda: dit(True), "written out with timm, width 32", "8.3 (SiT tab. 9)"),
+        *(
+            "SiT-XL/2",
+            "sit_xl2",
+            ("network", "conditioner"),
+            lambda: dit(True),
+            "written out with timm, width 32",
+            "8.3 (SiT tab. 9)",
+        ),
         *("python train.py preset=sit_xl2 data.path=IMAGENET", 250, 1, "training"),
     ),
     Row(
@@ -142,12 +178,16 @@ ROWS = (
 
 def row_of(row: Row) -> dict[str, str]:
     cfg, said = composed([f"preset={row.preset}"])
-    published = plain(cfg.published)
-    found = figures(cfg, card_of(cfg, said or published))
-    count = sum(found.parts[name]["parameters"] for name in row.parts) + (published["beside"] if row.published is None else 0)
+    published = to_container(cfg.paper)
+    found = estimate(cfg, card_of(cfg, said or published))
+    count = sum(found.parts[name]["parameters"] for name in row.parts) + (
+        published["beside"] if row.published is None else 0
+    )
     expected = row.published or published["parameters"]
     differences = row.differences()
-    evaluation = SAMPLES * (row.steps * row.calls * found.flops["network, an image"] + found.flops["first stage decodes an image"])
+    evaluation = SAMPLES * (
+        row.steps * row.calls * found.flops["network, an image"] + found.flops["first stage decodes an image"]
+    )
     training = found.images * found.flops["training, an image"] if row.needs == "training" else 0
     hours = (evaluation + training) / RATE / 3600
     return {
@@ -157,7 +197,9 @@ def row_of(row: Row) -> dict[str, str]:
         "difference": ", ".join(f"{value:.1e} in {name}" for name, value in differences.items()),
         "original": row.original,
         "published_fid": row.fid,
-        "ours": f"not run: needs {row.needs} + 1 GPU, {hours:,.0f} h" if hours >= 1 else f"not run: needs {row.needs} + 1 GPU",
+        "ours": f"not run: needs {row.needs} + 1 GPU, {hours:,.0f} h"
+        if hours >= 1
+        else f"not run: needs {row.needs} + 1 GPU",
         "command": row.command,
     }
 
@@ -169,7 +211,14 @@ def markdown(rows: list[dict[str, str]]) -> str:
     ]
     for row in rows:
         same = f"{int(row['parameters']):,}, {row['published']}"
-        cells = [row["model"], same, f"{row['difference']} ({row['original']})", row["published_fid"], row["ours"], f"`{row['command']}`"]
+        cells = [
+            row["model"],
+            same,
+            f"{row['difference']} ({row['original']})",
+            row["published_fid"],
+            row["ours"],
+            f"`{row['command']}`",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -183,10 +232,12 @@ def main() -> None:
     table = csv.DictWriter(text, COLUMNS)
     table.writeheader()
     table.writerows(rows)
-    durable.write_text(HERE / "parity.csv", text.getvalue())
+    atomic.write_text(HERE / "parity.csv", text.getvalue())
     readme = ROOT / "README.md"
     pattern = r"(<!-- parity -->\n).*?(<!-- /parity -->)"
-    durable.write_text(readme, re.sub(pattern, lambda m: m[1] + markdown(rows) + "\n" + m[2], readme.read_text(), flags=re.DOTALL))
+    atomic.write_text(
+        readme, re.sub(pattern, lambda m: m[1] + markdown(rows) + "\n" + m[2], readme.read_text(), flags=re.DOTALL)
+    )
 
 
 if __name__ == "__main__":

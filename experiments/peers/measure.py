@@ -20,7 +20,7 @@ import told
 import torch
 from recipes import WARMUP, DenoisingDiffusion, Diffusers, Recipe, Space
 
-from ldm import durable
+from ldm.io import atomic
 from ldm.report import rows
 
 HERE = Path(__file__).parent
@@ -55,16 +55,16 @@ class Shared:
     """What all sides have: data, captions, first stage, the encoder of the captions, the judge, and how a model is scored."""
 
     def __init__(self, run: Path, num: int, more: Sequence[str] = ()):
-        from ldm import build
-        from ldm.load import config_of, load
-        from ldm.score import Told
-        from ldm.stage import judge
+        from ldm.checkpoint.load import load_model, load_run_config
+        from ldm.config import build
+        from ldm.evaluation import evaluator
+        from ldm.evaluation.evaluate import CaptionSource
 
-        config = config_of(run)
-        self.run, self.num, self.more, self.model = run, num, more, load(run)
-        self.data = build.dataset(config)
-        make, _ = judge.scorer(config, config.metrics)
-        self.config, self.score, self.told = config, make(), Told(self.data.classes, self.data.captions)
+        config = load_run_config(run)
+        self.run, self.num, self.more, self.model = run, num, more, load_model(run)
+        self.data = build.build_dataset(config)
+        make, _ = evaluator.make_scorer(config, config.metrics)
+        self.config, self.score, self.told = config, make(), CaptionSource(self.data.classes, self.data.captions)
 
     def latent(self) -> Iterator[Recipe]:
         """The peers in our latents, of our size."""
@@ -93,38 +93,42 @@ class Shared:
 
     def reconstructed(self) -> float:
         """The distance of as many held-out images, encoded and decoded: what nobody trained in these latents gets below."""
-        from ldm import build
-        from ldm.stage.autoencoder import reconstruct
+        from ldm.config import build
+        from ldm.recipes.autoencoder import evaluate_reconstruction
 
-        test = build.dataset(self.config, "test")
-        return reconstruct(self.model.autoencoder, test, self.score, self.num)["rfd_fashion"]
+        test = build.build_dataset(self.config, "test")
+        return evaluate_reconstruction(self.model.autoencoder, test, self.score, self.num)["rfd_fashion"]
 
     def measured(self, model: Any, scale: float, num: int, seed: int) -> dict[str, float]:
-        from ldm.diffusion import constraint, sampler, times
+        from ldm.diffusion import constraint, grids, sampler
         from ldm.diffusion.guidance import cfg
-        from ldm.score import measure, samples
+        from ldm.evaluation.evaluate import compute_scores
+        from ldm.sampling.generate import generate_samples
 
         guidance = partial(cfg, scale=scale, interval=(0.2, 0.75)) if scale != 1 else cfg
         if model.autoencoder.factor == 1:  # pixels, which both peers hold to their range
-            guidance = partial(constraint.guided, constraint=constraint.clip)
-        ts = times.trailing(model.denoiser.schedule, STEPS)
-        return measure(self.score, samples(model, self.told.batch, range(num), seed, 250, ts, sampler.dpmpp_2m, guidance, "auto"))
+            guidance = partial(constraint.constrained_guidance, constraint=constraint.clip)
+        ts = grids.trailing(model.denoiser.schedule, STEPS)
+        return compute_scores(
+            self.score,
+            generate_samples(model, self.told.batch, range(num), seed, 250, ts, sampler.dpmpp_2m, guidance, "auto"),
+        )
 
 
 def known(row: Mapping[str, Any], table: Path) -> bool:
     """Whether the csv has a row that says this."""
-    said = {name: rows.text(value) for name, value in row.items()}
+    said = {name: rows.format_cell(value) for name, value in row.items()}
     return any(said.items() <= one.items() for one in rows.read(table))
 
 
 def keep(row: Mapping[str, Any]) -> None:
-    print("  ".join(f"{name} {rows.text(value)}" for name, value in row.items()), flush=True)
-    rows.add(TABLE, row)
+    print("  ".join(f"{name} {rows.format_cell(value)}" for name, value in row.items()), flush=True)
+    rows.append(TABLE, row)
 
 
 def ours(shared: Shared, minutes: Sequence[float], seed: int) -> None:
     """`python train.py` of as many steps as fit in the minutes, which the CPU time between two short trainings tells."""
-    from ldm.load import load
+    from ldm.checkpoint.load import load_model
 
     wanted = [{"who": "ours", "minutes": one, "seed": seed} for one in minutes]
     if all(known(row, TABLE) for row in wanted):
@@ -137,8 +141,16 @@ def ours(shared: Shared, minutes: Sequence[float], seed: int) -> None:
         if not known(row, TABLE):
             steps = round(60 * row["minutes"] / each)
             run, _ = trained(shared, steps, seed, "ours")
-            model = load(run)
-            keep({**row, "weights": "ema", "steps": steps, "parameters": size(model.denoiser.net), **shared.scored(model)})
+            model = load_model(run)
+            keep(
+                {
+                    **row,
+                    "weights": "ema",
+                    "steps": steps,
+                    "parameters": size(model.denoiser.net),
+                    **shared.scored(model),
+                }
+            )
 
 
 def trained(shared: Shared, steps: int, seed: int, name: str) -> tuple[Path, float]:
@@ -146,17 +158,35 @@ def trained(shared: Shared, steps: int, seed: int, name: str) -> tuple[Path, flo
     import resource
 
     place = shared.run.parent / "peers" / name / f"{steps}-s{seed}"
-    words = (f"training.steps={steps}", f"seed={seed}", f"runs={place}", "metrics=none", "trainer=cpu", "trainer.precision=auto")
-    often = (f"training.grid_every={steps}", f"training.save_every={steps}", f"training.lr_schedule.warmup={min(WARMUP, steps // 4)}")
+    words = (
+        f"training.steps={steps}",
+        f"seed={seed}",
+        f"runs={place}",
+        "metrics=none",
+        "trainer=cpu",
+        "trainer.precision=auto",
+    )
+    often = (
+        f"training.sample_every={steps}",
+        f"training.save_every={steps}",
+        f"training.lr_schedule.warmup={min(WARMUP, steps // 4)}",
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *shared.more, *words, *often], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *shared.more, *words, *often], check=True, stdout=subprocess.DEVNULL
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     (folder,) = (file.parent for file in place.glob("*/config.yaml"))
     return folder, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def theirs(
-    recipe: Recipe, shared: Shared, minutes: Sequence[float], seed: int, rates: Sequence[float], score: Callable[[Any], dict[str, float]]
+    recipe: Recipe,
+    shared: Shared,
+    minutes: Sequence[float],
+    seed: int,
+    rates: Sequence[float],
+    score: Callable[[Any], dict[str, float]],
 ) -> list[float]:
     """A peer's recipe at each rate, its weights kept at each of the minutes, raw and averaged, and the best scored; returns its rates."""
     place = shared.run.parent / "peers" / f"{recipe.name.replace(', ', '-')}-s{seed}"
@@ -164,20 +194,28 @@ def theirs(
         wanted = [{"who": recipe.name, "minutes": one, "seed": seed, "rate": rate} for one in minutes]
         if all(known({**row, "weights": "ema"}, TRIED) for row in wanted):
             continue
-        for row, (steps, weights) in zip(wanted, recipes.trained(recipe, rate, [60 * one for one in minutes], seed), strict=True):
+        for row, (steps, weights) in zip(
+            wanted, recipes.trained(recipe, rate, [60 * one for one in minutes], seed), strict=True
+        ):
             for kind, state in weights.items():
                 file = place / f"{rate:g}-{row['minutes']:g}-{kind}.safetensors"
-                durable.write_tensors(file, state)
+                atomic.write_tensors(file, state)
                 found = shared.measured(recipe.model(state), 1.0, DEV, DEV_SEED)
-                rows.add(TRIED, {**row, "weights": kind, "steps": steps, "fd_fashion": found["fd_fashion"], "file": file.name})
+                rows.append(
+                    TRIED,
+                    {**row, "weights": kind, "steps": steps, "fd_fashion": found["fd_fashion"], "file": file.name},
+                )
     won = []
     for one in minutes:
         row = {"who": recipe.name, "minutes": one, "seed": seed}
-        said = {name: rows.text(value) for name, value in row.items()}
-        best = min((some for some in rows.read(TRIED) if said.items() <= some.items()), key=lambda some: float(some["fd_fashion"]))
+        said = {name: rows.format_cell(value) for name, value in row.items()}
+        best = min(
+            (some for some in rows.read(TRIED) if said.items() <= some.items()),
+            key=lambda some: float(some["fd_fashion"]),
+        )
         won.append(float(best["rate"]))
         if not known(row, TABLE):
-            model = recipe.model(durable.read_tensors(place / best["file"]))
+            model = recipe.model(atomic.read_tensors(place / best["file"]))
             more = {name: best[name] for name in ("rate", "weights", "steps")}
             keep({**row, **more, "parameters": size(model.denoiser.net), **score(model)})
     return sorted(set(won))

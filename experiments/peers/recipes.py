@@ -20,9 +20,9 @@ class Space:
     """A first stage and what it made of the data: where a peer is trained."""
 
     def __init__(self, autoencoder: Any, data: Any):
-        from ldm.data.latents import Latents, encode_all
+        from ldm.data.latents import LatentDataset, encode_latents
 
-        self.autoencoder, self.latents = autoencoder, Latents(data, encode_all(autoencoder, data))
+        self.autoencoder, self.latents = autoencoder, LatentDataset(data, encode_latents(autoencoder, data))
 
     def batch(self) -> tuple[Tensor, dict[str, Any]]:
         """z (BATCH, C, h, w) of images drawn at random, and what is known of them."""
@@ -49,9 +49,22 @@ class Diffusers:
 
         channels, levels = self.space.autoencoder.z_channels, len(self.widths)
         return UNet2DConditionModel(
-            **{"sample_size": 8, "in_channels": channels, "out_channels": channels, "block_out_channels": tuple(self.widths)},
-            **{"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels, "layers_per_block": 1},
-            **{"cross_attention_dim": self.conditioner.context_dim, "attention_head_dim": 3, "norm_num_groups": self.widths[0] // 16},
+            **{
+                "sample_size": 8,
+                "in_channels": channels,
+                "out_channels": channels,
+                "block_out_channels": tuple(self.widths),
+            },
+            **{
+                "down_block_types": ("DownBlock2D",) * levels,
+                "up_block_types": ("UpBlock2D",) * levels,
+                "layers_per_block": 1,
+            },
+            **{
+                "cross_attention_dim": self.conditioner.context_dim,
+                "attention_head_dim": 3,
+                "norm_num_groups": self.widths[0] // 16,
+            },
             **{"resnet_time_scale_shift": "scale_shift", "use_linear_projection": True},
         )
 
@@ -83,7 +96,9 @@ class Diffusers:
         made = instantiate(diffusers_config.net(dict(config)), in_channels=config.in_channels, out_channels=config.out_channels,
                            context_dim=config.cross_attention_dim)  # fmt: skip
         made.load_state_dict(diffusers.import_unet(dict(state)))
-        return LatentDiffusion(self.space.autoencoder, self.conditioner, Denoiser(made.eval(), linear(), Eps()), self.size)
+        return LatentDiffusion(
+            self.space.autoencoder, self.conditioner, Denoiser(made.eval(), linear(), Eps()), self.size
+        )
 
 
 class DenoisingDiffusion:
@@ -114,13 +129,13 @@ class DenoisingDiffusion:
         return net(z / 2 + 0.5, classes=batch["label"])  # it asks for [0, 1]
 
     def model(self, state: State) -> LatentDiffusion:
-        from ldm.conditioner.none import Nothing
+        from ldm.conditioner.none import Unconditional
         from ldm.diffusion.schedule import from_betas
 
         diffusion = self.net()
         diffusion.load_state_dict(state)
         denoiser = Denoiser(Told(diffusion.model.eval()), from_betas(diffusion.betas), Eps())
-        return LatentDiffusion(self.space.autoencoder, Nothing(), denoiser, self.size)
+        return LatentDiffusion(self.space.autoencoder, Unconditional(), denoiser, self.size)
 
 
 class Told(nn.Module):

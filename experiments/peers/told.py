@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from ldm import durable
+from ldm.io import atomic
 from ldm.report import table
 
 WAYS = {"fd_fashion": "alone", "guided_fd_fashion": "with guidance"}
@@ -16,7 +16,7 @@ def write(found: Sequence[Row], place: Path) -> None:
     floor = next(float(row["fd_fashion"]) for row in found if row["who"] == "reconstructions")
     models = sorted((row for row in found if row["who"] != "reconstructions"), key=lambda row: int(row["seed"]))
     readme = place / "README.md"
-    durable.write_text(readme, table.between(readme.read_text(), "table", "\n".join(lines(models, floor))))
+    atomic.write_text(readme, table.replace_block(readme.read_text(), "table", "\n".join(lines(models, floor))))
     figure(models, floor, place / "figure.png")
 
 
@@ -28,7 +28,10 @@ def lines(models: Sequence[Row], floor: float) -> Iterable[str]:
     for name, way in WAYS.items():
         shown = [row for row in models if row.get(name)]
         for one in sorted({float(row["minutes"]) for row in shown}):
-            side = {who: [float(row[name]) for row in shown if (row["who"], float(row["minutes"])) == (who, one)] for who in names(shown)}
+            side = {
+                who: [float(row[name]) for row in shown if (row["who"], float(row["minutes"])) == (who, one)]
+                for who in names(shown)
+            }
             for peer, theirs in side.items():
                 if peer == "ours" or not theirs or not side.get("ours"):
                     continue
@@ -50,7 +53,9 @@ def figure(models: Sequence[Row], floor: float, path: Path) -> None:
     plot, axis = plt.subplots(figsize=(7, 3.4))
     for number, who in enumerate(names(models)):
         for name, way in WAYS.items():
-            points = [(float(row["minutes"]), float(row[name])) for row in models if row["who"] == who and row.get(name)]
+            points = [
+                (float(row["minutes"]), float(row[name])) for row in models if row["who"] == who and row.get(name)
+            ]
             if not points:
                 continue
             xs = sorted({x for x, _ in points})

@@ -6,7 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from ldm import durable, runs
+from ldm.io import atomic
+from ldm.runs import metrics_log
 
 HERE = Path(__file__).parent
 COLUMNS = {
@@ -31,7 +32,7 @@ def table(metrics: dict) -> str:
 def main(run: str) -> None:
     """Copy scores and picture; write results.csv and the README's table."""
     folder = Path(run)
-    metrics = runs.finished(folder)
+    metrics = metrics_log.read_final_metrics(folder)
     if metrics is None:
         sys.exit(f"error: {folder} is not a finished run")
     for name in ("metrics.json", "samples.png"):
@@ -40,12 +41,17 @@ def main(run: str) -> None:
         writer = csv.DictWriter(file, fieldnames=["metric", *COLUMNS.values()])
         writer.writeheader()
         for name in METRICS:
-            writer.writerow({"metric": name} | {title: metrics.get(prefix + name, "") for prefix, title in COLUMNS.items()})
+            writer.writerow(
+                {"metric": name} | {title: metrics.get(prefix + name, "") for prefix, title in COLUMNS.items()}
+            )
     readme = HERE.parents[1] / "README.md"
     text = re.sub(
-        r"(<!-- scores -->\n).*?(<!-- /scores -->)", lambda m: m[1] + table(metrics) + "\n" + m[2], readme.read_text(), flags=re.DOTALL
+        r"(<!-- scores -->\n).*?(<!-- /scores -->)",
+        lambda m: m[1] + table(metrics) + "\n" + m[2],
+        readme.read_text(),
+        flags=re.DOTALL,
     )
-    durable.write_text(readme, text)
+    atomic.write_text(readme, text)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,24 @@ from pathlib import Path
 
 import torch
 
+from ldm.checkpoint.load import load_data_card, load_model, load_run_config
 from ldm.conditioner.text import nearest_caption
 from ldm.diffusion.guidance import cfg
-from ldm.load import config_of, load, load_data_card, run_folder
+from ldm.evaluation import evaluator
 from ldm.metrics.features import to_uint8
-from ldm.stage import judge
-from ldm.task import txt2img
+from ldm.runs.folder import find_run
+from ldm.sampling.tasks import txt2img
 
 HERE = Path(__file__).parent
 
 
-def main(run: str = str(HERE), name: str = "prompts", num: int = 16, scale: float = 4.0, low: float = 0.0, high: float = 1.0) -> None:
+def main(
+    run: str = str(HERE), name: str = "prompts", num: int = 16, scale: float = 4.0, low: float = 0.0, high: float = 1.0
+) -> None:
     """Write <name>_drawn.csv: for each prompt the share of draws that the judge calls right, and whether the nearest caption is."""
-    folder = run_folder(run)
-    card, model = load_data_card(folder), load(run)
-    score, _ = judge.scorer(config_of(folder), config_of(folder).metrics)
+    folder = find_run(run)
+    card, model = load_data_card(folder), load_model(run)
+    score, _ = evaluator.make_scorer(load_run_config(folder), load_run_config(folder).metrics)
     net = score().net
     rows = list(csv.DictReader((HERE / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
     wanted = [list(card.classes).index(row["label"]) for row in rows]
@@ -36,7 +39,9 @@ def main(run: str = str(HERE), name: str = "prompts", num: int = 16, scale: floa
         seen = net.classify(net(to_uint8(images))).argmax(1).unflatten(0, (len(rows), int(num)))
     for row, k, n, draws in zip(rows, wanted, near, seen, strict=True):
         row |= {"drawn": f"{(draws == k).double().mean().item():.4f}", "nearest_caption": int(n == k)}
-        print(f"{row['prompt']:<24}{row['label']:<12} drawn {float(row['drawn']):6.1%}   nearest {'right' if n == k else card.classes[n]}")
+        print(
+            f"{row['prompt']:<24}{row['label']:<12} drawn {float(row['drawn']):6.1%}   nearest {'right' if n == k else card.classes[n]}"
+        )
     with open(HERE / f"{name}_drawn.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

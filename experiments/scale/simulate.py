@@ -30,7 +30,10 @@ def write_shards(folder: Path, shards: int) -> None:
             for number in range(shard * EACH, (shard + 1) * EACH):
                 picture = io.BytesIO()
                 Image.new("RGB", (16, 16), (number >> 16 & 255, number >> 8 & 255, number & 255)).save(picture, "ppm")
-                for name, data in ((f"{number:09d}.ppm", picture.getvalue()), (f"{number:09d}.txt", str(number).encode())):
+                for name, data in (
+                    (f"{number:09d}.ppm", picture.getvalue()),
+                    (f"{number:09d}.txt", str(number).encode()),
+                ):
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -44,7 +47,7 @@ def numbers(batch: dict) -> list[int]:
 
 def stream_with_failures(data, failures: int, passes: int, seed: int) -> dict[str, float]:
     """Read `passes` passes, failing on the way; what was read, compared with what a run that never fails reads."""
-    from ldm.data.stream import Batched, Stream
+    from ldm.data.stream import BatchDataset, BatchStream
 
     steps = -(-passes * len(data) // BATCH)
     draw = random.Random(seed)
@@ -52,7 +55,10 @@ def stream_with_failures(data, failures: int, passes: int, seed: int) -> dict[st
     history: dict[int, list[int]] = {}
     step, world, reads, wrong, worlds, begin = 0, 8, 0, 0, {8}, time.monotonic()
     while step < steps:
-        parts = [Batched(data)[Stream(len(data), BATCH, steps, seed, step, rank, world).at(step)] for rank in range(world)]
+        parts = [
+            BatchDataset(data)[BatchStream(len(data), BATCH, steps, seed, step, rank, world).batch_at(step)]
+            for rank in range(world)
+        ]
         if step in fatal:
             fatal.discard(step)
             dead = draw.randrange(world)  # some ranks had read, one died: the step does not count
@@ -65,8 +71,10 @@ def stream_with_failures(data, failures: int, passes: int, seed: int) -> dict[st
         reads += BATCH
         step += 1
     seconds = time.monotonic() - begin
-    never = Stream(len(data), BATCH, steps, seed)
-    expected = [[int(data.source.texts(int(data.rows[i]))[0]) for _, i in never.at(at).at] for at in range(steps)]
+    never = BatchStream(len(data), BATCH, steps, seed)
+    expected = [
+        [int(data.source.texts(int(data.rows[i]))[0]) for _, i in never.batch_at(at).samples] for at in range(steps)
+    ]
     flat = [number for at in range(steps) for number in history[at]]
     counts = Counter(flat[: passes * len(data)])
     return {
@@ -85,14 +93,18 @@ def stream_with_failures(data, failures: int, passes: int, seed: int) -> dict[st
 
 def memory_of_a_stream(million: int, world: int = 8, batch: int = 1024) -> dict[str, float]:
     """Resident MiB after each million samples of one rank's stream over a set of ten million; their largest difference."""
-    from ldm.data.stream import Stream
+    from ldm.data.stream import BatchStream
 
     length = million * 10**6
-    stream, found, begin = Stream(length, batch * world, length // batch, rank=3, world=world), [], time.monotonic()
+    stream, found, begin = (
+        BatchStream(length, batch * world, length // batch, rank=3, world=world),
+        [],
+        time.monotonic(),
+    )
     seen = bytearray(length)
     steps = length // batch  # of this rank: all ranks together pass over the set `world` times
     for step in range(steps):
-        for _, i in stream.at(step).at:
+        for _, i in stream.batch_at(step).samples:
             seen[i] |= 1
         if (step + 1) % (steps // million) == 0:
             found.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
@@ -112,18 +124,25 @@ def main(argv: list[str]) -> int:
         os.environ["LDM_CACHE"] = f"{place}/cache"
         (folder := Path(place) / "shards").mkdir()
         write_shards(folder, asked["shards"])
-        from ldm.data.shards import Shards
+        from ldm.data.shards import TarShardDataset
 
         begin = time.monotonic()
-        data = Shards(folder, size=16, held_out=0.0, flip=False)
-        indexed = {"shards": asked["shards"], "shards indexed per second": round(asked["shards"] / (time.monotonic() - begin))}
+        data = TarShardDataset(folder, size=16, test_fraction=0.0, flip=False)
+        indexed = {
+            "shards": asked["shards"],
+            "shards indexed per second": round(asked["shards"] / (time.monotonic() - begin)),
+        }
         found = indexed | stream_with_failures(data, asked["failures"], 2, asked["seed"])
     found |= memory_of_a_stream(asked["million"])
     with open(Path(__file__).with_name("results.csv"), "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["what", "value"], *found.items()])
     for name, value in found.items():
         print(f"{name:<50}{value:>12,}")
-    wrong = ("steps in another order than without failures", "samples not read once a pass", "pictures beside the wrong caption")
+    wrong = (
+        "steps in another order than without failures",
+        "samples not read once a pass",
+        "pictures beside the wrong caption",
+    )
     return int(any(found[name] for name in wrong))
 
 

@@ -9,24 +9,37 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldm.condition import Condition
-from ldm.interop import diffusers as names
 from ldm.interop import diffusers_config
-from ldm.interop.keymap import Row, imported, layers
-from ldm.net.blocks import sinusoid
+from ldm.interop.diffusers import import_autoencoder, import_unet
+from ldm.interop.keymap import KeyMapping, import_state, layer_rows
+from ldm.net.blocks import timestep_embedding
 from ldm.net.dit import DiT
 
 UNETS: dict[str, dict[str, Any]] = {  # as UNet2DConditionModel has them
     "small": {
-        **{"block_out_channels": (64, 128, 256), "layers_per_block": 2, "cross_attention_dim": 512, "attention_head_dim": 8},
+        **{
+            "block_out_channels": (64, 128, 256),
+            "layers_per_block": 2,
+            "cross_attention_dim": 512,
+            "attention_head_dim": 8,
+        },
         **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")},
         **{"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
     },
     "tiny": {
         **{"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 4},
-        **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
+        **{
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        },
     },
     "sd1": {
-        **{"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8},
+        **{
+            "block_out_channels": (320, 640, 1280, 1280),
+            "layers_per_block": 2,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
         **{"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)},
         **{"up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3},
     },
@@ -75,7 +88,7 @@ def ours_unet(name: str, size: int) -> nn.Module:
 
 def unet(name: str, size: int) -> Pair:
     ours, theirs = ours_unet(name, size), theirs_unet(name, size)
-    ours.load_state_dict(names.import_unet(theirs.state_dict()))
+    ours.load_state_dict(import_unet(theirs.state_dict()))
     return Pair(ours, theirs)
 
 
@@ -108,14 +121,16 @@ DIT_BLOCK = {
 }
 
 
-def dit_rows(depth: int) -> Iterator[Row]:
+def dit_rows(depth: int) -> Iterator[KeyMapping]:
     """Every tensor of a DiT of so many blocks, by its name in ours and in diffusers'."""
-    yield from layers(DIT_ENDS, "", "")
+    yield from layer_rows(DIT_ENDS, "", "")
     for n in range(depth):
         theirs = f"transformer_blocks.{n}."
-        yield from layers(DIT_BLOCK, f"blocks.{n}.", theirs)
+        yield from layer_rows(DIT_BLOCK, f"blocks.{n}.", theirs)
         for part in ("weight", "bias"):
-            yield Row(f"blocks.{n}.attention.qkv.{part}", tuple(f"{theirs}attn1.to_{one}.{part}" for one in "qkv"))
+            yield KeyMapping(
+                f"blocks.{n}.attention.qkv.{part}", tuple(f"{theirs}attn1.to_{one}.{part}" for one in "qkv")
+            )
 
 
 def dit(name: str, size: int) -> Pair:
@@ -128,10 +143,24 @@ def dit(name: str, size: int) -> Pair:
     for block in theirs.transformer_blocks:
         block.norm1.emb.load_state_dict(first.state_dict())
     width, half = given["num_attention_heads"] * given["attention_head_dim"], 128
-    rates = partial(sinusoid, longest=10_000.0 ** (half / (half - 1)))
-    ours = DiT(4, 8, 2, width, given["num_layers"], given["num_attention_heads"], vector_dim=width, frequencies=2 * half, sinusoid=rates)
-    told_once = {key: value for key, value in theirs.state_dict().items() if ".emb." not in key or key.startswith(f"{TIME}.timestep")}
-    ours.load_state_dict(imported(dit_rows(given["num_layers"]), told_once, "DiTTransformer2DModel"))
+    rates = partial(timestep_embedding, max_period=10_000.0 ** (half / (half - 1)))
+    ours = DiT(
+        4,
+        8,
+        2,
+        width,
+        given["num_layers"],
+        given["num_attention_heads"],
+        vector_dim=width,
+        frequencies=2 * half,
+        time_embedding=rates,
+    )
+    told_once = {
+        key: value
+        for key, value in theirs.state_dict().items()
+        if ".emb." not in key or key.startswith(f"{TIME}.timestep")
+    }
+    ours.load_state_dict(import_state(dit_rows(given["num_layers"]), told_once, "DiTTransformer2DModel"))
     return Pair(ours.eval(), Labelled(theirs))
 
 
@@ -142,7 +171,7 @@ def vae(name: str) -> Pair:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     theirs = lively(diffusers.AutoencoderKL(latent_channels=4, **VAES[name], **blocks))
     ours = instantiate(diffusers_config.first_stage(dict(theirs.config))).eval()
-    read = names.import_autoencoder(theirs.state_dict())
+    read = import_autoencoder(theirs.state_dict())
     ours.load_state_dict({**{key: value for key, value in ours.state_dict().items() if key not in read}, **read})
     return Pair(ours, theirs)
 

@@ -14,8 +14,8 @@ from pairs import HERE, seconds
 from sampling import flops_of
 
 from ldm.condition import Condition
-from ldm.data.latents import Latents
-from ldm.data.mapped import mapped, written
+from ldm.data.latents import LatentDataset
+from ldm.data.memmap import create_memmap, open_memmap
 from ldm.interop import diffusers_config
 from ldm.report import rows
 
@@ -37,7 +37,11 @@ def training(batch: int = 8, size: int = 16, channels: int = 64) -> Step:
     """A forward and backward pass and AdamW's step."""
     made = net(channels).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(made.parameters(), fused=True)
-    x, t, cond = torch.randn(batch, 4, size, size), torch.full((batch,), 500.0), Condition(context=torch.randn(batch, 77, 512))
+    x, t, cond = (
+        torch.randn(batch, 4, size, size),
+        torch.full((batch,), 500.0),
+        Condition(context=torch.randn(batch, 77, 512)),
+    )
 
     def step() -> None:
         made(x, t, cond).square().mean().backward()
@@ -52,11 +56,11 @@ def sampling(steps: int) -> Step:
     from built import told, unet
     from sampling import denoiser_of, guided, theirs_once
 
-    from ldm.diffusion import sampler, times
+    from ldm.diffusion import grids, sampler
 
     made, given = unet("small", 16), told("small", 16, 4)
     denoiser = denoiser_of(made)
-    grid = times.trailing(denoiser.schedule, steps)
+    grid = grids.trailing(denoiser.schedule, steps)
     once = flops_of(partial(theirs_once, made.theirs, given))  # packed layers are not counted
 
     def step() -> None:
@@ -70,9 +74,9 @@ def sampling(steps: int) -> Step:
 def reading(images: int, folder: Path, batch: int = 128) -> Step:
     """A batch of cached moments (16, 8, 8) at random out of so many on the disk."""
     path = folder / f"{images}.safetensors"
-    with written(path, "moments", "F16", (1, images, 16, 8, 8), {}) as moments:
+    with create_memmap(path, "moments", "F16", (1, images, 16, 8, 8), {}) as moments:
         moments.fill_(0.5)
-    latents, generator = Latents(Known(images), mapped(path, "moments")), torch.Generator().manual_seed(0)
+    latents, generator = LatentDataset(Known(images), open_memmap(path, "moments")), torch.Generator().manual_seed(0)
     return lambda: latents.batch([(0, int(i)) for i in torch.randint(images, (batch,), generator=generator)])
 
 
@@ -119,7 +123,15 @@ def measure(threads: int, most: int = 99, table: Path = TABLE) -> None:
             step()
             taken = statistics.median(seconds(step, 1) for _ in range(ROUNDS))
             flops = getattr(step, "flops", None) or flops_of(step)
-            found.append({"grows": what, "value": value, "ms": round(1e3 * taken, 3), "gflop": round(flops / 1e9, 3), "threads": threads})
+            found.append(
+                {
+                    "grows": what,
+                    "value": value,
+                    "ms": round(1e3 * taken, 3),
+                    "gflop": round(flops / 1e9, 3),
+                    "threads": threads,
+                }
+            )
             print(found[-1], flush=True)
         rows.write(table, found)
     draw(rows.read(table), table.with_suffix(".png"))
@@ -135,7 +147,9 @@ def draw(found: Sequence[dict[str, str]], path: Path) -> None:
     whats = list(dict.fromkeys(row["grows"] for row in found))
     figure, axes = plt.subplots(1, len(whats), figsize=(3 * len(whats), 2.8))
     for axis, what in zip(axes, whats, strict=True):
-        xs, ms, gflop = ([float(row[name]) for row in found if row["grows"] == what] for name in ("value", "ms", "gflop"))
+        xs, ms, gflop = (
+            [float(row[name]) for row in found if row["grows"] == what] for name in ("value", "ms", "gflop")
+        )
         half = len(xs) // 2
         said = f"time ^{exponent(xs[half:], ms[half:]):.2f}" if len(xs[half:]) > 1 else ""
         said += f", FLOPs ^{exponent(xs[half:], gflop[half:]):.2f}" if said and all(gflop) else ""

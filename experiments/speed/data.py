@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import __version__, datasets, transforms
 
-from ldm.data.decode import square
-from ldm.data.folder import Folder
-from ldm.data.stream import Batched, Stream
+from ldm.data.decode import load_square
+from ldm.data.folder import ImageFolder
+from ldm.data.stream import BatchDataset, BatchStream
 
 SIZE, BATCH, ENDLESS = 64, 256, 1 << 30
 PHOTOGRAPH, LARGE = (400, 300), (1600, 1200)  # width and height: of those in the folder, and of one as a camera has it
@@ -28,7 +28,11 @@ def photograph(path: Path, size: tuple[int, int], seed: int) -> None:
     draw = np.random.default_rng(seed)
     image = np.zeros((size[1], size[0], 3))
     for scale in (4, 16, 64):
-        coarse = draw.normal(128, 24 * scale**0.25, (size[1] // scale + 2, size[0] // scale + 2, 3)).clip(0, 255).astype(np.uint8)
+        coarse = (
+            draw.normal(128, 24 * scale**0.25, (size[1] // scale + 2, size[0] // scale + 2, 3))
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
         image += np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)) / 3
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.astype(np.uint8)).save(path, quality=90)
@@ -36,16 +40,21 @@ def photograph(path: Path, size: tuple[int, int], seed: int) -> None:
 
 def theirs_of(folder: Path, workers: int) -> Way:
     """A pass as torchvision's examples read it, whole batches alone."""
-    usual = [transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    usual = [
+        transforms.Resize(SIZE),
+        transforms.CenterCrop(SIZE),
+        transforms.ToTensor(),
+        transforms.Normalize([0.5] * 3, [0.5] * 3),
+    ]
     data = datasets.ImageFolder(str(folder), transforms.Compose(usual))
     loader = DataLoader(data, min(BATCH, len(data)), shuffle=True, drop_last=True, num_workers=workers)
     return lambda: deque(loader, maxlen=0)
 
 
-def ours_of(data: Folder) -> Way:
+def ours_of(data: ImageFolder) -> Way:
     """A pass as ldm.training.fit reads it, as many batches."""
     batch = min(BATCH, len(data))
-    batches = iter(DataLoader(Batched(data), sampler=Stream(len(data), batch, ENDLESS), batch_size=None))
+    batches = iter(DataLoader(BatchDataset(data), sampler=BatchStream(len(data), batch, ENDLESS), batch_size=None))
     return lambda: deque(islice(batches, len(data) // batch), maxlen=0)
 
 
@@ -69,8 +78,8 @@ def measure(pairs: int, threads: int, images: int = 2000) -> None:
         os.environ["LDM_CACHE"] = str(Path(place, "cache"))
         for i in range(images):
             photograph(Path(place, "images", "ab"[i % 2], f"{i:06d}.jpg"), PHOTOGRAPH, i)
-        data = Folder(Path(place, "images"), size=SIZE, channels=3, held_out=0, flip=False)
-        once = torch.stack([square(data.root / file.name, SIZE, 3)[0] for file in data.files[:16]])
+        data = ImageFolder(Path(place, "images"), size=SIZE, channels=3, test_fraction=0, flip=False)
+        once = torch.stack([load_square(data.root / file.name, SIZE, 3)[0] for file in data.files[:16]])
         if not torch.equal(data.pixels(range(len(once))), once.float() / 127.5 - 1):
             raise AssertionError("packed images are not those decoded one by one")
         workers = threads if threads > 1 else 0
@@ -81,7 +90,7 @@ def measure(pairs: int, threads: int, images: int = 2000) -> None:
         keep(told(work, threads, *paired(*ways, pairs), f"to one's own decoding exactly, to theirs {near}"))
         large = Path(place, "large.jpg")
         photograph(large, LARGE, 0)
-        ours, theirs = partial(square, large, SIZE, 3), partial(decoded, large)
+        ours, theirs = partial(load_square, large, SIZE, 3), partial(decoded, large)
         setting = f"JPEG of {LARGE[0]}x{LARGE[1]} to {SIZE} px"
         keep(told(Work("decoding", setting, peer), threads, *paired(ours, theirs, pairs), apart(ours()[0], theirs())))
 

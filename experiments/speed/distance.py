@@ -19,7 +19,9 @@ def features(samples: int, dims: int, seed: int) -> Tensor:
     """Correlated features (samples, dims) float32 whose variances fall over two orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(dims, dims, generator=generator) * torch.logspace(0, -1, dims) * dims**-0.5
-    return torch.randn(samples, dims, generator=generator) @ mixed.T + 0.1 * torch.randn(samples, dims, generator=generator)
+    return torch.randn(samples, dims, generator=generator) @ mixed.T + 0.1 * torch.randn(
+        samples, dims, generator=generator
+    )
 
 
 def gaussian(x: Tensor) -> Gaussian:
@@ -59,5 +61,14 @@ def measure(pairs: int, threads: int, dims: int = 2048, samples: int = 10_000) -
         keep(told(Work("Frechet distance", setting, peer), threads, *times, f"{apart:.0e} of it"))
     theirs_of = fid_features_to_statistics(x)
     apart = float(np.abs(a[1].numpy() - theirs_of["sigma"]).max() / np.abs(theirs_of["sigma"]).max())
-    work = Work("mean and covariance", f"{samples:,} of {setting}", f"torch-fidelity {version('torch-fidelity')}, numpy")
-    keep(told(work, threads, *paired(partial(gaussian, x), partial(fid_features_to_statistics, x), pairs), f"{apart:.0e} of the largest"))
+    work = Work(
+        "mean and covariance", f"{samples:,} of {setting}", f"torch-fidelity {version('torch-fidelity')}, numpy"
+    )
+    keep(
+        told(
+            work,
+            threads,
+            *paired(partial(gaussian, x), partial(fid_features_to_statistics, x), pairs),
+            f"{apart:.0e} of the largest",
+        )
+    )

@@ -41,7 +41,9 @@ def main(*words: str) -> None:
     if device not in SAMPLED:
         sys.exit(f"device={device}: expected {' or '.join(SAMPLED)}")
     if device != "cpu":
-        asked = [what for what in asked if what in ON_GPU] or sys.exit(f"device={device}: expected {' or '.join(ON_GPU)}")
+        asked = [what for what in asked if what in ON_GPU] or sys.exit(
+            f"device={device}: expected {' or '.join(ON_GPU)}"
+        )
         if not torch.cuda.is_available():
             sys.exit(f"device={device}: torch finds no GPU here")
     if compiled:
@@ -115,7 +117,10 @@ def curves(pairs: int, threads: int, tiny: bool) -> None:
     curves.measure(threads, *((1, Path("curves.csv")) if tiny else ()))
 
 
-PARTS = {part.__name__: part for part in (sampling, training, processes, memory, first_stage, startup, data, distance, curves)}
+PARTS = {
+    part.__name__: part
+    for part in (sampling, training, processes, memory, first_stage, startup, data, distance, curves)
+}
 
 
 def table() -> None:
@@ -124,15 +129,17 @@ def table() -> None:
 
     from pairs import TABLE
 
-    from ldm import durable
+    from ldm.io import atomic
     from ldm.report import rows
 
-    head = "| what | setting | peer | threads | ours | peer's | ratio (range) | pairs | equal | of the peak: ours, peer |"
+    head = (
+        "| what | setting | peer | threads | ours | peer's | ratio (range) | pairs | equal | of the peak: ours, peer |"
+    )
     lines = [head, "|" + "---|" * 10]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows.read(TABLE)]
     readme = HERE / "README.md"
     marked = re.compile(r"(<!-- table -->\n).*?(\n<!-- /table -->)", re.DOTALL)
-    durable.write_text(readme, marked.sub(lambda found: found[1] + "\n".join(lines) + found[2], readme.read_text()))
+    atomic.write_text(readme, marked.sub(lambda found: found[1] + "\n".join(lines) + found[2], readme.read_text()))
 
 
 def cells(row: Mapping[str, str]) -> list[str]:
@@ -140,9 +147,20 @@ def cells(row: Mapping[str, str]) -> list[str]:
     name, unit = ("mib", "MiB") if row.get("ours_mib") else ("ms", "ms")
     taken = [f"{row[f'{side}_{name}']} {unit}" for side in ("ours", "theirs")]
     ratio = f"**{float(row['ratio']):.2f}** ({float(row['low']):.2f} to {float(row['high']):.2f})"
-    last = [f"{100 * float(row['ours_share']):.0f}%, {100 * float(row['theirs_share']):.0f}%"] if float(row["ours_share"]) else []
+    last = (
+        [f"{100 * float(row['ours_share']):.0f}%, {100 * float(row['theirs_share']):.0f}%"]
+        if float(row["ours_share"])
+        else []
+    )
     last += [f"{row['images_per_s']} images/s; {row['gib']}, {row['theirs_gib']} GiB"] if row.get("gib") else []
-    return [*(row[name] for name in ("what", "setting", "peer", "threads")), *taken, ratio, row["pairs"], row["equal"], "; ".join(last)]
+    return [
+        *(row[name] for name in ("what", "setting", "peer", "threads")),
+        *taken,
+        ratio,
+        row["pairs"],
+        row["equal"],
+        "; ".join(last),
+    ]
 
 
 if __name__ == "__main__":

@@ -18,13 +18,17 @@ from sampling import setting, versioned
 
 
 def recomputed(name: str, size: int) -> torch.nn.Module:
-    """Ours with net.checkpoint=true: each block is evaluated again on the way back."""
+    """Ours with net.gradient_checkpointing=true: each block is evaluated again on the way back."""
     net = ours_unet(name, size)
     net.checkpoint = True
     return net
 
 
-SIDES = {"ours": (training.Ours, ours_unet), "recomputed": (training.Ours, recomputed), "theirs": (training.Theirs, theirs_unet)}
+SIDES = {
+    "ours": (training.Ours, ours_unet),
+    "recomputed": (training.Ours, recomputed),
+    "theirs": (training.Theirs, theirs_unet),
+}
 STEPS = 3  # AdamW has its moments after the first, and the second's gradients come on top
 
 
@@ -60,8 +64,10 @@ def measure(name: str, size: int, pairs: int, threads: int) -> None:
         for side in sorted(SIDES, reverse=bool(turn % 2)):
             line = [sys.executable, __file__, side, name, str(size), str(threads)]
             found[side].append(float(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout))
-    for side, how in (("ours", ""), ("recomputed", ", net.checkpoint=true")):
-        work = Work(f"peak memory of a training step{how}", setting(name, size, training.BATCH), versioned("diffusers, eager"))
+    for side, how in (("ours", ""), ("recomputed", ", net.gradient_checkpointing=true")):
+        work = Work(
+            f"peak memory of a training step{how}", setting(name, size, training.BATCH), versioned("diffusers, eager")
+        )
         keep(row_of(work, threads, found[side], found["theirs"], "", unit="mib"))
 
 

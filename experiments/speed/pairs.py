@@ -55,16 +55,32 @@ def paired(ours: Way, theirs: Way, pairs: int, at_least: float = 0.3) -> tuple[l
 
 
 def told(
-    work: Work, threads: int, ours: list[float], theirs: list[float], equal: str, peak: float = 0.0, unit: str = "ms", **more: Any
+    work: Work,
+    threads: int,
+    ours: list[float],
+    theirs: list[float],
+    equal: str,
+    peak: float = 0.0,
+    unit: str = "ms",
+    **more: Any,
 ) -> dict[str, Any]:
     """A row: medians in one of UNITS, the median of the pairs' ratios theirs / ours with their range, FLOP/s as parts of the peak's."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     mine, other = statistics.median(ours), statistics.median(theirs)
     row: dict[str, Any] = {"what": work.what, "setting": work.setting, "peer": work.peer, "threads": threads}
     row |= {f"ours_{unit}": round(UNITS[unit] * mine, 3), f"theirs_{unit}": round(UNITS[unit] * other, 3)}
-    row |= {"ratio": round(statistics.median(ratios), 3), "low": round(min(ratios), 3), "high": round(max(ratios), 3), "pairs": len(ratios)}
+    row |= {
+        "ratio": round(statistics.median(ratios), 3),
+        "low": round(min(ratios), 3),
+        "high": round(max(ratios), 3),
+        "pairs": len(ratios),
+    }
     row |= {"equal": equal, "gflop": round(work.flops / 1e9, 3)}
-    shares = {"ours_share": work.flops / mine / peak, "theirs_share": work.flops / other / peak} if peak and work.flops else {}
+    shares = (
+        {"ours_share": work.flops / mine / peak, "theirs_share": work.flops / other / peak}
+        if peak and work.flops
+        else {}
+    )
     return row | {name: round(shares.get(name, 0.0), 3) for name in ("ours_share", "theirs_share")} | more
 
 

@@ -11,9 +11,19 @@ from torch.utils.data import DataLoader, TensorDataset
 class Model(L.LightningModule):
     def __init__(self):
         super().__init__()
-        blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-        sizes = {"block_out_channels": (48, 96), "layers_per_block": 2, "cross_attention_dim": 96, "attention_head_dim": 4}
-        self.net = UNet2DConditionModel(sample_size=8, in_channels=8, out_channels=8, norm_num_groups=16, **sizes, **blocks)
+        blocks = {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        }
+        sizes = {
+            "block_out_channels": (48, 96),
+            "layers_per_block": 2,
+            "cross_attention_dim": 96,
+            "attention_head_dim": 4,
+        }
+        self.net = UNet2DConditionModel(
+            sample_size=8, in_channels=8, out_channels=8, norm_num_groups=16, **sizes, **blocks
+        )
         self.mean = torchmetrics.MeanMetric()
 
     def training_step(self, batch, batch_idx):

@@ -15,12 +15,12 @@ from pairs import told as row_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.adapter.prepared import Prepared
-from ldm.diffusion import sampler, times
+from ldm.diffusion import grids, sampler
 from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.prediction import Eps
 from ldm.diffusion.schedule import scaled_linear
+from ldm.net.inference import InferenceNet
 
 SCALE, STEPS = 7.5, 50
 T = 500  # of one evaluation
@@ -45,7 +45,9 @@ def theirs_loop(net, given: Told) -> Tensor:
     scheduler.set_timesteps(STEPS, device=given.x.device)
     x = given.x
     for t in scheduler.timesteps:
-        with_words, without = net(scheduler.scale_model_input(torch.cat([x, x]), t), t, given.context).sample.float().chunk(2)
+        with_words, without = (
+            net(scheduler.scale_model_input(torch.cat([x, x]), t), t, given.context).sample.float().chunk(2)
+        )
         x = scheduler.step(without + SCALE * (with_words - without), t, x).prev_sample.to(given.x.dtype)
     return x.float()
 
@@ -62,7 +64,7 @@ def ours_once(denoise: Denoise, given: Told) -> Tensor:
 
 @torch.inference_mode()
 def ours_loop(denoiser: Denoiser, given: Told) -> Tensor:
-    grid = times.trailing(denoiser.schedule, STEPS)
+    grid = grids.trailing(denoiser.schedule, STEPS)
     return sampler.ddim(guided(denoiser, given), denoiser.schedule, given.x, grid, torch.randn_like)
 
 
@@ -134,7 +136,9 @@ def calls(row: Asked, made: Pair, given: Told, device: str) -> tuple[Answer, Ans
     return in_bf16(ours, device) if row.low else ours, in_bf16(theirs, device) if row.low == AUTOCAST else theirs
 
 
-def measure(name: str, size: int, images: int, pairs: int, threads: int, compiled: bool = False, device: str = "cpu") -> None:
+def measure(
+    name: str, size: int, images: int, pairs: int, threads: int, compiled: bool = False, device: str = "cpu"
+) -> None:
     """Every row of one network at one size.
 
     compiled: theirs by inductor too, which takes minutes before it begins; on a GPU always, and ours as well.
@@ -151,7 +155,11 @@ def measure(name: str, size: int, images: int, pairs: int, threads: int, compile
         dtype = torch.bfloat16 if row.low else torch.float32
         equal = difference(ours, theirs, relative=row.steps > 1 or dtype != torch.float32)
         times_of = paired(ours, theirs, pairs)
-        more = {} if device == "cpu" else on_gpu(images / statistics.median(times_of[0]), (ours, nets.ours), (theirs, nets.theirs))
+        more = (
+            {}
+            if device == "cpu"
+            else on_gpu(images / statistics.median(times_of[0]), (ours, nets.ours), (theirs, nets.theirs))
+        )
         work = Work(row.what, where, versioned(row.peer), row.steps * flops)
         keep(row_of(work, threads, *times_of, equal, peak(dtype, device), **more))
 
@@ -180,4 +188,4 @@ def on_gpu(images_per_s: float, *sides: tuple[Answer, torch.nn.Module], held: in
 
 
 def denoiser_of(made: Pair, dtype: torch.dtype = torch.float32) -> Denoiser:
-    return Denoiser(Prepared(made.ours, dtype), scaled_linear(), Eps())
+    return Denoiser(InferenceNet(made.ours, dtype), scaled_linear(), Eps())

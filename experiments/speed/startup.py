@@ -32,7 +32,9 @@ def measure(pairs: int, threads: int) -> None:
     train = ROOT / "train.py"
     for words in (("--help",), ("--cfg", "job")):
         cpu = [run(str(train), *words) for _ in range(pairs + 1)][1:]
-        keep(told(Work(f"train.py {' '.join(words)}, CPU time", "", "0.4 s asked for"), threads, cpu, [0.4] * pairs, ""))
+        keep(
+            told(Work(f"train.py {' '.join(words)}, CPU time", "", "0.4 s asked for"), threads, cpu, [0.4] * pairs, "")
+        )
     ours, theirs = partial(first_step, train, "logger=none"), partial(first_step, PLAIN)
     found: tuple[list[float], list[float]] = ([], [])
     for way in (ours, theirs):
@@ -43,5 +45,10 @@ def measure(pairs: int, threads: int) -> None:
             way()
             found[side].append(time.perf_counter() - start)
     keep(
-        told(Work("start to first step", "quickstart, everything cached", "Lightning, torchmetrics, open_clip script"), threads, *found, "")
+        told(
+            Work("start to first step", "quickstart, everything cached", "Lightning, torchmetrics, open_clip script"),
+            threads,
+            *found,
+            "",
+        )
     )

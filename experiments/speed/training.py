@@ -62,7 +62,9 @@ class Ours:
         self.z = torch.randn(BATCH, 4, size, size, device=context.device)
 
     def loss(self, t: Tensor, noise: Tensor) -> Tensor:
-        alpha, sigma = (part.float()[:, None, None, None] for part in self.denoiser.schedule.alpha_sigma((t.double() + 1) / 1000))
+        alpha, sigma = (
+            part.float()[:, None, None, None] for part in self.denoiser.schedule.alpha_sigma((t.double() + 1) / 1000)
+        )
         out, _ = self.denoiser.output(alpha * self.z + sigma * noise, (t.float() + 1) / 1000, self.cond)
         return F.mse_loss(out.float(), noise)
 
@@ -93,7 +95,9 @@ class Asked(NamedTuple):
     def peer(self) -> str:
         if not self.diffusers:
             return "ours in float32"
-        return "diffusers, " + (", ".join(filter(None, ["bf16 autocast" * self.low, "compiled" * self.compiled])) or "eager")
+        return "diffusers, " + (
+            ", ".join(filter(None, ["bf16 autocast" * self.low, "compiled" * self.compiled])) or "eager"
+        )
 
 
 def asked(device: str) -> list[Asked]:
@@ -120,9 +124,17 @@ def measure(name: str, size: int, pairs: int, threads: int, device: str = "cpu")
         mine, other = partial(ours.step, row.low), partial(peer.step, row.low and row.diffusers)
         dtype = torch.bfloat16 if row.low else torch.float32
         times = paired(mine, other, pairs)
-        more = {} if device == "cpu" else on_gpu(BATCH / statistics.median(times[0]), (mine, made.ours), (other, net), held=HELD)
+        more = (
+            {}
+            if device == "cpu"
+            else on_gpu(BATCH / statistics.median(times[0]), (mine, made.ours), (other, net), held=HELD)
+        )
         said = equal if dtype == torch.float32 else ""
-        keep(row_of(Work(row.what, where, versioned(row.peer), flops), threads, *times, said, peak(dtype, device), **more))
+        keep(
+            row_of(
+                Work(row.what, where, versioned(row.peer), flops), threads, *times, said, peak(dtype, device), **more
+            )
+        )
 
 
 def encoding(name: str, first_stage: str, size: int, pixels: int, pairs: int, threads: int) -> None:
@@ -139,6 +151,8 @@ def encoding(name: str, first_stage: str, size: int, pixels: int, pairs: int, th
         ours.step(False)
 
     work = Work(
-        "training step from cached moments", f"{name}, {first_stage} first stage at {pixels} px, {BATCH} images", "encoding each step"
+        "training step from cached moments",
+        f"{name}, {first_stage} first stage at {pixels} px, {BATCH} images",
+        "encoding each step",
     )
     keep(row_of(work, threads, *paired(partial(ours.step, False), encoded, pairs), "the same step"))

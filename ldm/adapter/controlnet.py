@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ldm.adapter import lora
 from ldm.condition import Condition
 from ldm.errors import ConfigError
-from ldm.net.attention import Memory
-from ldm.net.blocks import zeroed
-from ldm.net.unet import Lookup, UNet, stacked
+from ldm.net.attention import CrossAttentionCache
+from ldm.net.blocks import zero_module
+from ldm.net.unet import MemoryCursor, UNet, concat_condition
 
 WIDTHS = (16, 32, 96, 256)  # of the hint's encoder, as its own code and diffusers have it
 
@@ -31,22 +31,24 @@ class ControlNet:
         if self.hint is None:
             raise ConfigError("adapter=controlnet needs a hint: hint=canny, or another of conf/hint")
 
-    def put_on(self, model: Any, scale: float = 1.0) -> None:
+    def apply_to(self, model: Any, scale: float = 1.0) -> None:
         """Add a fresh ControlNet, whose residuals count `scale`, to a model's network, all else frozen."""
-        net = copy.deepcopy(lora.innermost(model.denoiser.net))
+        net = copy.deepcopy(lora.unwrap(model.denoiser.net))
         if not hasattr(net, "contract"):
             raise ConfigError(f"adapter=controlnet: expected a U-Net, this network is a {type(net).__name__}")
         model.requires_grad_(False)
-        control = Control(cast(UNet, lora.merge(net)), model.autoencoder.factor)  # its weights come without corrections: these may change
+        control = ControlBranch(
+            cast(UNet, lora.merge(net)), model.autoencoder.factor
+        )  # its weights come without corrections: these may change
         wrapped = model.denoiser.net
         if not hasattr(wrapped, "controls"):
-            model.denoiser.net = wrapped = Controlled(wrapped, [])
+            model.denoiser.net = wrapped = ControlledUNet(wrapped, [])
         wrapped.controls.append(control)
         wrapped.weights.append(scale)
         model.conditioner = self.hint(model.conditioner)
 
 
-class Control(nn.Module):
+class ControlBranch(nn.Module):
     """Residuals for each skip of a U-Net, first to last, and for its middle, of x_t (B, C, h, w), t, a Condition and a hint.
 
     net: the U-Net that is to be controlled; its way down is copied, weights included (sec. 3.1), and all residuals begin as zero.
@@ -61,18 +63,20 @@ class Control(nn.Module):
         del self.copied.up, self.copied.out  # the way up stays the controlled network's
         widths = net.skip_widths
         self.hint = hint_encoder(hint_channels, net.channels, factor)
-        self.zeros = nn.ModuleList(zeroed(nn.Conv2d(width, width, 1)) for width in widths)
-        self.of_middle = zeroed(nn.Conv2d(widths[-1], widths[-1], 1))
+        self.zeros = nn.ModuleList(zero_module(nn.Conv2d(width, width, 1)) for width in widths)
+        self.of_middle = zero_module(nn.Conv2d(widths[-1], widths[-1], 1))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition, hint: Tensor) -> list[Tensor]:
         height, width = (self.factor * side for side in x.shape[2:])
         if hint.shape[2:] == (1, 1):
             hint = hint.expand(-1, -1, height, width)
         if hint.shape[2:] != (height, width):
-            raise ConfigError(f"a hint of {hint.shape[2]}x{hint.shape[3]}: expected {height}x{width}, the size of the image")
+            raise ConfigError(
+                f"a hint of {hint.shape[2]}x{hint.shape[3]}: expected {height}x{width}, the size of the image"
+            )
         copied = self.copied
-        h = copied.stem(stacked(x, cond)) + self.hint(hint)
-        h, skips = copied.contract(h, copied.embed(t, cond), Lookup(copied.memory(cond)))
+        h = copied.stem(concat_condition(x, cond)) + self.hint(hint)
+        h, skips = copied.encode(h, copied.embed(t, cond), MemoryCursor(copied.memory(cond)))
         return [*(zero(skip) for zero, skip in zip(self.zeros, skips, strict=True)), self.of_middle(h)]
 
 
@@ -88,14 +92,19 @@ def hint_encoder(channels: int, out: int, factor: int) -> nn.Sequential:
     widths = WIDTHS[: halvings + 1]
     made: list[Any] = [nn.Conv2d(channels, widths[0], 3, padding=1), nn.SiLU()]
     for narrow, wide in pairwise(widths):
-        made += [nn.Conv2d(narrow, narrow, 3, padding=1), nn.SiLU(), nn.Conv2d(narrow, wide, 3, padding=1, stride=2), nn.SiLU()]
+        made += [
+            nn.Conv2d(narrow, narrow, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(narrow, wide, 3, padding=1, stride=2),
+            nn.SiLU(),
+        ]
     for layer in made[::2]:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(*made, zeroed(nn.Conv2d(widths[-1], out, 3, padding=1)))
+    return nn.Sequential(*made, zero_module(nn.Conv2d(widths[-1], out, 3, padding=1)))
 
 
-class Controlled(nn.Module):
+class ControlledUNet(nn.Module):
     """A U-Net with ControlNets, in the U-Net's own signature: cond.hint[i] is for the i-th, whose residuals count weights[i].
 
     Raises ValueError for as many hints as there are ControlNets and no other number.
@@ -103,7 +112,7 @@ class Controlled(nn.Module):
 
     net: Any
 
-    def __init__(self, net: nn.Module, controls: Sequence[Control], weights: Sequence[float] | None = None):
+    def __init__(self, net: nn.Module, controls: Sequence[ControlBranch], weights: Sequence[float] | None = None):
         super().__init__()
         self.net, self.controls = net, nn.ModuleList(controls)
         self.weights = [1.0] * len(controls) if weights is None else list(weights)
@@ -113,7 +122,7 @@ class Controlled(nn.Module):
     def embed(self, t: Tensor, cond: Condition) -> Tensor:
         return self.net.embed(t, cond)
 
-    def memory(self, cond: Condition) -> Memory | None:
+    def memory(self, cond: Condition) -> CrossAttentionCache | None:
         return self.net.memory(cond)
 
     def forward(
@@ -123,7 +132,7 @@ class Controlled(nn.Module):
         cond: Condition,
         *,
         emb: Tensor | None = None,
-        memory: Memory | None = None,
+        memory: CrossAttentionCache | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         if len(cond.hint) != len(self.controls):
@@ -131,4 +140,11 @@ class Controlled(nn.Module):
         told = [] if residuals is None else [list(residuals)]
         for control, hint, weight in zip(self.controls, cond.hint, self.weights, strict=True):
             told.append([weight * residual for residual in control(x, t, cond, hint)])
-        return self.net(x, t, cond, emb=emb, memory=memory, residuals=[sum(parts[1:], parts[0]) for parts in zip(*told, strict=True)])
+        return self.net(
+            x,
+            t,
+            cond,
+            emb=emb,
+            memory=memory,
+            residuals=[sum(parts[1:], parts[0]) for parts in zip(*told, strict=True)],
+        )

@@ -21,19 +21,21 @@ class TextualInversion:
     mean of them; null: its own.  Raises ConfigError for a conditioner without a text encoder of its own.
     """
 
-    word: str
-    like: str | None = None
+    placeholder_token: str
+    initializer_token: str | None = None
 
-    def put_on(self, model: Any, scale: float = 1.0) -> None:
+    def apply_to(self, model: Any, scale: float = 1.0) -> None:
         """Let a model's conditioner hear the word's own vectors, `scale` of the way from where they began, all else frozen."""
         model.requires_grad_(False)
         encoder = getattr(getattr(model.conditioner, "kept", None), "encoder", None)
         if not hasattr(encoder, "features"):
             raise ConfigError("adapter=textual_inversion: expected a model that is told by minilm or clip alone")
-        model.conditioner = Inverted(model.conditioner, self.word, self.like, scale)
+        model.conditioner = TokenEmbeddingOverride(
+            model.conditioner, self.placeholder_token, self.initializer_token, scale
+        )
 
 
-class Inverted(nn.Module):
+class TokenEmbeddingOverride(nn.Module):
     """A text conditioner that hears one word as it was learnt; captions without it are read as before.
 
     told: a conditioner with `kept`, whose encoder has pieces(word), embedding and features; or another Inverted.
@@ -46,24 +48,33 @@ class Inverted(nn.Module):
         super().__init__()
         self.told, self.scale = told, scale
         self.words = (*getattr(told, "words", ()), word.lower())
-        self.keys, self.context_dim, self.vector_dim, self.kept = told.keys, told.context_dim, told.vector_dim, told.kept
-        self.pieces = self.kept.encoder.pieces(word)
+        self.keys, self.context_dim, self.vector_dim, self.kept = (
+            told.keys,
+            told.context_dim,
+            told.vector_dim,
+            told.kept,
+        )
+        self.token_ids = self.kept.encoder.token_ids(word)
         table = self.kept.encoder.embedding.weight.detach()
-        began = table[self.pieces] if like is None else table[self.kept.encoder.pieces(like)].mean(0).expand(len(self.pieces), -1)
+        began = (
+            table[self.token_ids]
+            if like is None
+            else table[self.kept.encoder.token_ids(like)].mean(0).expand(len(self.token_ids), -1)
+        )
         self.register_buffer("began", began.clone(), persistent=False)
         self.vectors = nn.Parameter(began.clone())
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         captions = list(batch["caption"])
         if not any(word in caption.lower() for caption in captions for word in self.words):
-            return self.linked(self.told(batch))
+            return self.keep_in_graph(self.told(batch))
         encoder = self.kept.encoder.to(self.vectors.device)
-        with self.heard(encoder.embedding):
+        with self.embeddings_replaced(encoder.embedding):
             features = encoder.features(captions, self.kept.length)
         vector = None if self.vector_dim is None else normalize(features.vector, dim=1) * self.vector_dim**0.5
-        return self.linked(Condition(context=features.context, mask=features.mask, vector=vector))
+        return self.keep_in_graph(Condition(context=features.context, mask=features.mask, vector=vector))
 
-    def linked(self, cond: Condition) -> Condition:
+    def keep_in_graph(self, cond: Condition) -> Condition:
         """The condition with the vectors in its graph, while training: of a batch without the word their gradient is 0, not absent."""
         if not self.training or cond.context is None:
             return cond
@@ -72,27 +83,29 @@ class Inverted(nn.Module):
     def null(self, batch: dict[str, Any]) -> Condition:
         return self.told.null(batch)
 
-    def tokens(self, prompt: str) -> list[str]:
+    def tokenize(self, prompt: str) -> list[str]:
         """The pieces of the prompt that the encoder reads."""
-        return self.told.tokens(prompt)
+        return self.told.tokenize(prompt)
 
     @contextmanager
-    def heard(self, embedding: nn.Module) -> Iterator[None]:
+    def embeddings_replaced(self, embedding: nn.Module) -> Iterator[None]:
         """Within it the embedding of ids gives the pieces of the word, and of those learned before, their vectors."""
         vectors = self.began + self.scale * (self.vectors - self.began)
 
         def hear(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            return replaced(out, args[0], self.pieces, vectors)
+            return replace_embeddings(out, args[0], self.token_ids, vectors)
 
         hook = embedding.register_forward_hook(hear)
         try:
-            with self.told.heard(embedding) if hasattr(self.told, "heard") else nullcontext():
+            with (
+                self.told.embeddings_replaced(embedding) if hasattr(self.told, "embeddings_replaced") else nullcontext()
+            ):
                 yield
         finally:
             hook.remove()
 
 
-def replaced(embedded: Tensor, ids: Tensor, pieces: Sequence[int], vectors: Tensor) -> Tensor:
+def replace_embeddings(embedded: Tensor, ids: Tensor, pieces: Sequence[int], vectors: Tensor) -> Tensor:
     """embedded (B, L, D) of ids (B, L), with vectors (P, D) wherever the ids are `pieces` (P,) one after another."""
     wanted = torch.tensor(pieces, device=ids.device)
     places = (ids.unfold(1, len(pieces), 1) == wanted).all(-1) if ids.shape[1] >= len(pieces) else ids[:, :0].bool()

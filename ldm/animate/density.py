@@ -6,15 +6,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldm.animate import chosen, plot
-from ldm.animate.film import Film
+from ldm import plotting
+from ldm.animate import arguments
+from ldm.animate.animation import Animation
 from ldm.animate.mixture import Mixture, ring
-from ldm.animate.plane import learned, score_of
-from ldm.animate.watch import states
-from ldm.diffusion import sampler, times
+from ldm.animate.toy_net import score_of, train_toy_denoiser
+from ldm.diffusion import grids, sampler
 from ldm.diffusion.denoiser import Denoise
-from ldm.task import prior
-from ldm.tensors import Noise
+from ldm.sampling.monitor import states
+from ldm.sampling.tasks import prior_sample
+from ldm.tensors import KeyedNoise
 
 EDGE = 2.6
 FOLLOWED, TRAIL = 4, 8  # particles, and states that the line behind each is long
@@ -28,24 +29,26 @@ def density(
     schedule: str = "cosine",  # an option of conf/schedule that is a table
     training: int = 1500,  # steps of a small network that learns the score from points of the data; 0: the exact score
     seed: int = 0,  # of the start, which both samplers share, of DDPM's noise, and of the training
-) -> Film:
+) -> Animation:
     """Particles carried from noise to a ring of Gaussians by DDPM and by DDIM, over the density and the score at each time.
 
     They go by the learned score; the exact one, in closed form, is shown under it. With training=0 they go by that: the method alone,
     without a network's errors.
     """
-    chosen.at_least(1, num=num, steps=steps, modes=modes)
-    chosen.at_least(0, training=training)
-    data = ring(chosen.option("schedule", schedule), modes)
-    denoise: Denoise = learned(data, training, seed) if training else data
-    return Film(_frames(data, denoise, times.trailing(data.schedule, steps), num, seed), steps + 1, seconds=0.1, colours=48)
+    arguments.require_at_least(1, num=num, steps=steps, modes=modes)
+    arguments.require_at_least(0, training=training)
+    data = ring(arguments.load_option("schedule", schedule), modes)
+    denoise: Denoise = train_toy_denoiser(data, training, seed) if training else data
+    return Animation(
+        _frames(data, denoise, grids.trailing(data.schedule, steps), num, seed), steps + 1, seconds=0.1, colours=48
+    )
 
 
 def carried(data: Mixture, denoise: Denoise, ts: Tensor, num: int, seed: int, draw: sampler.Sampler) -> Tensor:
     """The states (N + 1, num, 2) at each time of the grid under a denoise function; the seed's start is every sampler's."""
-    noise = Noise(seed, list(range(num)))
-    start = prior(data.schedule, ts[0], noise.normal("start", torch.empty(num, 2, dtype=torch.float64)))
-    return states(lambda denoise: draw(denoise, data.schedule, start, ts, noise.stream("sampler")), denoise, ts)
+    noise = KeyedNoise(seed, list(range(num)))
+    start = prior_sample(data.schedule, ts[0], noise.normal("start", torch.empty(num, 2, dtype=torch.float64)))
+    return states(lambda denoise: draw(denoise, data.schedule, start, ts, noise.sampler_noise("sampler")), denoise, ts)
 
 
 def _frames(data: Mixture, denoise: Denoise, ts: Tensor, num: int, seed: int) -> Iterator[Tensor]:
@@ -58,24 +61,30 @@ def _frames(data: Mixture, denoise: Denoise, ts: Tensor, num: int, seed: int) ->
     coarse = torch.linspace(-EDGE, EDGE, 15, dtype=torch.float64)[1:-1]
     fine, arrows = torch.cartesian_prod(line, line), torch.cartesian_prod(coarse, coarse)
     for k, t in enumerate(ts):
-        figure = plot.canvas(560, 312)
+        figure = plotting.canvas(560, 312)
         shown = data.density(fine, t).reshape(80, 80).T
         exact = data.score(arrows, t)
-        fields = [(plot.RED, exact), (plot.INK, score_of(denoise, data, arrows, t))] if denoise is not data else [(plot.SOFT, exact)]
+        fields = (
+            [(plotting.RED, exact), (plotting.INK, score_of(denoise, data, arrows, t))]
+            if denoise is not data
+            else [(plotting.SOFT, exact)]
+        )
         for j, (name, x) in enumerate(moved.items()):
-            axes = plot.bare(plot.panel(figure, 12 + 274 * j, 24, 262, 262, name))
+            axes = plotting.hide_axes(plotting.panel(figure, 12 + 274 * j, 24, 262, 262, name))
             axes.contourf(line, line, shown, [part * float(shown.max()) for part in LEVELS], colors=GREYS, extend="max")
             for colour, score in fields:
-                axes.quiver(*arrows.T, *_push(score).T, color=colour, angles="xy", scale_units="xy", scale=1, width=0.004)
-            axes.scatter(*x[k].T, s=5, color=plot.BLUE, lw=0, alpha=0.8)
+                axes.quiver(
+                    *arrows.T, *_push(score).T, color=colour, angles="xy", scale_units="xy", scale=1, width=0.004
+                )
+            axes.scatter(*x[k].T, s=5, color=plotting.BLUE, lw=0, alpha=0.8)
             for one in range(min(FOLLOWED, num)):
-                axes.plot(*x[max(k - TRAIL, 0) : k + 1, one].T, color=plot.RED, lw=0.9)
-                axes.plot(*x[k, one], "o", color=plot.RED, ms=3.5)
+                axes.plot(*x[max(k - TRAIL, 0) : k + 1, one].T, color=plotting.RED, lw=0.9)
+                axes.plot(*x[k, one], "o", color=plotting.RED, ms=3.5)
             axes.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE))
         kind = "learned score (exact: red)" if denoise is not data else "exact score"
         about = f"t = {float(t):.2f}    shade: density    arrows: {kind}, length by log    lines: four"
-        plot.words(figure, about, 14, 292, plot.INK, 11)
-        yield plot.frame(figure)
+        plotting.words(figure, about, 14, 292, plotting.INK, 11)
+        yield plotting.frame(figure)
 
 
 def _push(score: Tensor) -> Tensor:

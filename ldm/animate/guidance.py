@@ -6,12 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldm import task
-from ldm.animate import chosen, plot
-from ldm.animate.film import Film
-from ldm.diffusion import times
+from ldm import plotting
+from ldm.animate import arguments
+from ldm.animate.animation import Animation
+from ldm.diffusion import grids
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.sampler import ddim
+from ldm.sampling import tasks
 
 
 def guidance(
@@ -21,26 +22,32 @@ def guidance(
     scales: Sequence[float] = (1.0, 2.0, 4.0, 8.0),  # columns; 1 is no guidance
     steps: int = 20,  # of DDIM
     seed: int = 0,  # the first row's
-) -> Film:
+) -> Animation:
     """A row for each seed, a column for each scale of classifier-free guidance (Ho & Salimans 2022, fig. 3)."""
-    chosen.at_least(1, num=num, steps=steps)
-    model, batch = chosen.model_of(run), chosen.told(run, prompt, num)
-    ts = times.trailing(model.denoiser.schedule, steps)
+    arguments.require_at_least(1, num=num, steps=steps)
+    model, batch = arguments.model_of(run), arguments.prompt_batch(run, prompt, num)
+    ts = grids.trailing(model.denoiser.schedule, steps)
     seeds = range(seed, seed + num)
-    drawn = [task.draw(model, batch, seeds, ts, ddim, partial(cfg, scale=scale)) for scale in scales]
-    return Film(_figure(torch.stack(drawn).cpu(), scales, batch["caption"], seed), 1)
+    drawn = [tasks.sample(model, batch, seeds, ts, ddim, partial(cfg, scale=scale)) for scale in scales]
+    return Animation(_figure(torch.stack(drawn).cpu(), scales, batch["caption"], seed), 1)
 
 
 def _figure(drawn: Tensor, scales: Sequence[float], captions: list[str], seed: int) -> Iterator[Tensor]:
     high, wide = drawn.shape[-2:]
     zoom = max(1, 64 // wide)
     high, wide, gap, left = zoom * high, zoom * wide, 4, 190
-    figure = plot.canvas(left + len(scales) * (wide + gap) + 8, 30 + drawn.shape[1] * (high + gap) + 4)
-    plot.words(figure, "guidance scale", left - 10, 8, plot.SOFT, 12, ha="right")
+    figure = plotting.canvas(left + len(scales) * (wide + gap) + 8, 30 + drawn.shape[1] * (high + gap) + 4)
+    plotting.words(figure, "guidance scale", left - 10, 8, plotting.SOFT, 12, ha="right")
     for row in range(drawn.shape[1]):
         top = 26 + row * (high + gap)
-        plot.words(figure, plot.cut(captions[row], 27), left - 10, top + high / 2 - 8, size=12, ha="right", va="center")
-        plot.words(figure, f"seed {seed + row}", left - 10, top + high / 2 + 10, plot.SOFT, 11, ha="right", va="center")
+        plotting.words(
+            figure, plotting.cut(captions[row], 27), left - 10, top + high / 2 - 8, size=12, ha="right", va="center"
+        )
+        plotting.words(
+            figure, f"seed {seed + row}", left - 10, top + high / 2 + 10, plotting.SOFT, 11, ha="right", va="center"
+        )
         for column, scale in enumerate(scales):
-            plot.image(figure, drawn[column, row], left + column * (wide + gap), top, zoom, f"{scale:g}" if row == 0 else "")
-    yield plot.frame(figure)
+            plotting.image(
+                figure, drawn[column, row], left + column * (wide + gap), top, zoom, f"{scale:g}" if row == 0 else ""
+            )
+    yield plotting.frame(figure)

@@ -6,12 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldm import task
-from ldm.animate import chosen, plot
-from ldm.animate.film import Film
-from ldm.diffusion import times
+from ldm import plotting
+from ldm.animate import arguments
+from ldm.animate.animation import Animation
+from ldm.diffusion import grids
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.sampler import ddim
+from ldm.sampling import tasks
 
 
 def interpolate(
@@ -22,19 +23,22 @@ def interpolate(
     steps: int = 20,  # of DDIM
     scale: float = 3.0,  # of the guidance
     seed: int = 0,  # the first image's
-) -> Film:
+) -> Animation:
     """Images on the great circle between the noises of two seeds, drawn without fresh noise (Song et al. 2021a, section 5.3)."""
-    chosen.at_least(1, num=num, steps=steps)
-    chosen.at_least(2, frames=frames)
-    model, batch = chosen.model_of(run), chosen.told(run, prompt, num)
-    ts = times.trailing(model.denoiser.schedule, steps)
+    arguments.require_at_least(1, num=num, steps=steps)
+    arguments.require_at_least(2, frames=frames)
+    model, batch = arguments.model_of(run), arguments.prompt_batch(run, prompt, num)
+    ts = grids.trailing(model.denoiser.schedule, steps)
     ways = []
     for row in range(num):
-        told = {name: [values[row]] * frames if isinstance(values, list) else values[row].expand(frames) for name, values in batch.items()}
-        pair = partial(task.interpolate, first=seed + 2 * row, last=seed + 2 * row + 1, frames=frames)
+        told = {
+            name: [values[row]] * frames if isinstance(values, list) else values[row].expand(frames)
+            for name, values in batch.items()
+        }
+        pair = partial(tasks.interpolate, seed_a=seed + 2 * row, seed_b=seed + 2 * row + 1, frames=frames)
         told["index"] = list(range(frames))
-        ways.append(task.draw(model, told, range(frames), ts, ddim, partial(cfg, scale=scale), pair))
-    return Film(_frames(torch.stack(ways).cpu(), batch["caption"], seed), frames, seconds=0.12, colours=48)
+        ways.append(tasks.sample(model, told, range(frames), ts, ddim, partial(cfg, scale=scale), pair))
+    return Animation(_frames(torch.stack(ways).cpu(), batch["caption"], seed), frames, seconds=0.12, colours=48)
 
 
 def _frames(ways: Tensor, captions: list[str], seed: int) -> Iterator[Tensor]:
@@ -42,13 +46,21 @@ def _frames(ways: Tensor, captions: list[str], seed: int) -> Iterator[Tensor]:
     zoom = max(1, 96 // side)
     wide, gap = zoom * side, 10
     for k in range(ways.shape[1]):
-        figure = plot.canvas(len(ways) * (wide + gap) + gap, zoom * ways.shape[-2] + 76)
+        figure = plotting.canvas(len(ways) * (wide + gap) + gap, zoom * ways.shape[-2] + 76)
         for row, way in enumerate(ways):
             left = gap + row * (wide + gap)
-            plot.image(figure, way[k], left, 24, zoom, f"seed {seed + 2 * row} to {seed + 2 * row + 1}")
-            plot.words(figure, plot.cut(captions[row], 19), left + wide / 2, zoom * ways.shape[-2] + 28, plot.SOFT, 10, ha="center")
-        axes = plot.panel(figure, gap + 2, zoom * ways.shape[-2] + 56, len(ways) * (wide + gap) - gap - 4, 1)
-        axes.plot([0, 1], [0, 0], color=plot.PALE, lw=2)
-        axes.plot([k / (ways.shape[1] - 1)], [0], "o", color=plot.RED, ms=5, clip_on=False)
-        plot.bare(axes).set(xlim=(0, 1))
-        yield plot.frame(figure)
+            plotting.image(figure, way[k], left, 24, zoom, f"seed {seed + 2 * row} to {seed + 2 * row + 1}")
+            plotting.words(
+                figure,
+                plotting.cut(captions[row], 19),
+                left + wide / 2,
+                zoom * ways.shape[-2] + 28,
+                plotting.SOFT,
+                10,
+                ha="center",
+            )
+        axes = plotting.panel(figure, gap + 2, zoom * ways.shape[-2] + 56, len(ways) * (wide + gap) - gap - 4, 1)
+        axes.plot([0, 1], [0, 0], color=plotting.PALE, lw=2)
+        axes.plot([k / (ways.shape[1] - 1)], [0], "o", color=plotting.RED, ms=5, clip_on=False)
+        plotting.hide_axes(axes).set(xlim=(0, 1))
+        yield plotting.frame(figure)

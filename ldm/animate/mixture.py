@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoised
 from ldm.diffusion.schedule import Schedule
-from ldm.tensors import Noise
+from ldm.tensors import KeyedNoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,10 @@ class Mixture:
     def __call__(self, x_t: Tensor, t: Tensor) -> Denoised:
         """E[x0 | x_t] and E[eps | x_t], (B, D) each, at x_t (B, D) and t ()."""
         alpha, _ = self.schedule.alpha_sigma(t)
-        x0 = (self._shares(x_t, t)[..., None] * (self.means + alpha * self.std**2 / self._variance(t) * self._gaps(x_t, t))).sum(1)
+        x0 = (
+            self._shares(x_t, t)[..., None]
+            * (self.means + alpha * self.std**2 / self._variance(t) * self._gaps(x_t, t))
+        ).sum(1)
         return Denoised(x0.to(x_t), -(self.schedule.alpha_sigma(t)[1] * self.score(x_t, t)).to(x_t))
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -32,9 +35,11 @@ class Mixture:
     def density(self, x_t: Tensor, t: Tensor) -> Tensor:
         """p_t (B,) at x_t (B, D)."""
         dim, variance = self.means.shape[1], self._variance(t)
-        return torch.exp(-self._gaps(x_t, t).square().sum(-1) / (2 * variance)).mean(1) / (2 * math.pi * variance) ** (dim / 2)
+        return torch.exp(-self._gaps(x_t, t).square().sum(-1) / (2 * variance)).mean(1) / (2 * math.pi * variance) ** (
+            dim / 2
+        )
 
-    def draw(self, noise: Noise) -> Tensor:
+    def sample(self, noise: KeyedNoise) -> Tensor:
         """Data (B, D), float64, for the rows of the noise."""
         which = (noise.uniform("which", torch.empty(len(noise), 1)) * len(self.means)).long().squeeze(1)
         return self.means[which] + self.std * noise.normal("within", self.means[which])

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ldm.animate import chosen, plot
-from ldm.animate.film import Film
+from ldm import plotting
+from ldm.animate import arguments
+from ldm.animate.animation import Animation
 from ldm.animate.forward import alpha_bar, process
 
-COLOURS = (plot.BLUE, plot.RED, plot.GREEN, plot.YELLOW)
+COLOURS = (plotting.BLUE, plotting.RED, plotting.GREEN, plotting.YELLOW)
 
 
 def schedules(
@@ -19,11 +20,11 @@ def schedules(
     size: int = 64,  # pixels of the square
     crop: Sequence[float] | None = None,  # left,top,width,height of the part to show, in pixels
     seed: int = 0,  # of the noise, the same everywhere
-) -> Film:
+) -> Animation:
     """An image at evenly spaced times under several schedules, one row each, and their alpha bar (Nichol & Dhariwal 2021, fig. 3 and 5)."""
-    chosen.at_least(2, stages=stages)
-    chosen.at_least(8, size=size)
-    return Film(_figure(chosen.picture(image, size, crop), names[: len(COLOURS)], stages, seed), 1)
+    arguments.require_at_least(2, stages=stages)
+    arguments.require_at_least(8, size=size)
+    return Animation(_figure(arguments.load_image(image, size, crop), names[: len(COLOURS)], stages, seed), 1)
 
 
 def _figure(image: Tensor, names: Sequence[str], stages: int, seed: int) -> Iterator[Tensor]:
@@ -32,15 +33,22 @@ def _figure(image: Tensor, names: Sequence[str], stages: int, seed: int) -> Iter
     side, gap, left = zoom * image.shape[-1], 4, 20
     high = len(names) * (side + gap)
     across = stages * (side + gap)
-    figure = plot.canvas(left + across + 190, high + 46)
-    axes = plot.panel(figure, left + across + 40, 20, 140, high - gap, x="t", y="share of signal ᾱ")
+    figure = plotting.canvas(left + across + 190, high + 46)
+    axes = plotting.panel(figure, left + across + 40, 20, 140, high - gap, x="t", y="share of signal ᾱ")
     for row, name in enumerate(names):
-        schedule = chosen.option("schedule", name, "names")
+        schedule = arguments.load_option("schedule", name, "names")
         for k, state in enumerate(process(image, schedule, ts, seed)):
-            plot.image(figure, state, left + k * (side + gap), 20 + row * (side + gap), zoom, f"t = {ts[k]:.2g}" if row == 0 else "")
+            plotting.image(
+                figure,
+                state,
+                left + k * (side + gap),
+                20 + row * (side + gap),
+                zoom,
+                f"t = {ts[k]:.2g}" if row == 0 else "",
+            )
         middle = 20 + row * (side + gap) + side / 2
-        plot.words(figure, name, left - 5, middle, COLOURS[row], 13, ha="right", va="center", rotation=90)
+        plotting.words(figure, name, left - 5, middle, COLOURS[row], 13, ha="right", va="center", rotation=90)
         axes.plot(fine, alpha_bar(schedule, fine), color=COLOURS[row], lw=1.6, label=name)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-    plot.legend(axes, loc="upper right")
-    yield plot.frame(figure)
+    plotting.legend(axes, loc="upper right")
+    yield plotting.frame(figure)

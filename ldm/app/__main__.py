@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.command import guarded
+from ldm.cli.args import read_signature
+from ldm.cli.errors import run_guarded
 from ldm.errors import UserError
-from ldm.typed import signature
 
 
 def app(
@@ -24,14 +24,14 @@ def app(
     most_megapixels: float = 16.0,  # of a picture that is given
 ) -> None:
     """Serve the page until Ctrl-C."""
-    from ldm.app.desk import Desk
+    from ldm.app.controller import AppController
     from ldm.app.limits import Limits
     from ldm.app.serve import serve
-    from ldm.app.session import Sessions, runs_of
+    from ldm.app.session import SessionCache, expand_runs
 
-    runs = runs_of([run, *([] if beside is None else [beside])])
-    desk = Desk(Sessions(runs), Limits(most_num, most_steps, most_side, most_megapixels))
-    other = None if beside is None else runs_of([beside])[0]
+    runs = expand_runs([run, *([] if beside is None else [beside])])
+    desk = AppController(SessionCache(runs), Limits(most_num, most_steps, most_side, most_megapixels))
+    other = None if beside is None else expand_runs([beside])[0]
     with serve(desk, host, port, other) as address:
         print(f"{Path(runs[0]).name}: {address}  (Ctrl-C ends it)", flush=True)
         while True:
@@ -40,11 +40,11 @@ def app(
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code. Raises UserError."""
-    asked = signature(Path(__file__), "app")
+    asked = read_signature(Path(__file__), "app")
     if asked is None or {"--help", "-h"} & set(argv):
         print((__doc__ or "").strip(), asked.describe() if asked else "", sep="\n\n")
         return 0
-    given = asked.read(list(argv))
+    given = asked.parse(list(argv))
     if not 0 <= given.get("port", 0) < 2**16:
         raise UserError(f"port={given['port']}: expected 0 (any that is free) to 65535")
     try:
@@ -55,4 +55,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(sys.argv[1:])))
+    sys.exit(run_guarded(lambda: main(sys.argv[1:])))

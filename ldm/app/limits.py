@@ -7,7 +7,7 @@ from typing import Any
 
 from ldm.errors import UserError
 
-RAISED = "raise it with {} when the page is started"
+RAISE_LIMIT_HINT = "raise it with {} when the page is started"
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,20 @@ class Limits:
     def check(self, values: Mapping[str, Any], size: tuple[int, int]) -> None:
         """Raises UserError naming the value for a request, of images of size (height, width), that is too large or not a request."""
         for name, most, option in (("num", self.num, "most_num"), ("steps", self.steps, "most_steps")):
-            value = whole(name, values[name])
+            value = parse_int(name, values[name])
             if not 1 <= value <= most:
-                raise UserError(f"{name}={value}: expected 1 to {most}; {RAISED.format(f'{option}=')}")
-        if not 0 <= whole("seed", values["seed"]) < 2**31:
+                raise UserError(f"{name}={value}: expected 1 to {most}; {RAISE_LIMIT_HINT.format(f'{option}=')}")
+        if not 0 <= parse_int("seed", values["seed"]) < 2**31:
             raise UserError(f"seed={values['seed']}: expected 0 to {2**31 - 1}")
         if max(size) > self.side or min(size) < 1:
-            raise UserError(f"images of {size[1]} x {size[0]} pixels: expected a side of 1 to {self.side}; {RAISED.format('most_side=')}")
+            raise UserError(
+                f"images of {size[1]} x {size[0]} pixels: expected a side of 1 to {self.side}; {RAISE_LIMIT_HINT.format('most_side=')}"
+            )
         for name in ("prompt", "negative"):
             if len(values.get(name) or "") > self.words:
                 raise UserError(f"{name} of {len(values[name])} characters: expected {self.words} at most")
 
-    def picture(self, name: str, path: Path) -> tuple[int, int]:
+    def image_size(self, name: str, path: Path) -> tuple[int, int]:
         """The (height, width) of a file that a person gave, from its first bytes. Raises UserError for one too large, or no image."""
         from PIL import Image
 
@@ -46,18 +48,22 @@ class Limits:
             with Image.open(path) as image:
                 width, height = image.size
         except Exception as error:  # Pillow's plugins raise what they please
-            raise UserError(f"{name} cannot be read as an image ({' '.join(str(error).replace(str(path), name).split())})") from None
-        self.area(name, width, height)
+            raise UserError(
+                f"{name} cannot be read as an image ({' '.join(str(error).replace(str(path), name).split())})"
+            ) from None
+        self.check_area(name, width, height)
         return height, width
 
-    def area(self, name: str, width: int, height: int) -> None:
+    def check_area(self, name: str, width: int, height: int) -> None:
         """Raises UserError for a picture that is too large."""
         if width * height > self.megapixels * 1e6:
             many = f"{name} of {width} x {height} pixels, {width * height / 1e6:.1f} megapixels"
-            raise UserError(f"{many}: expected {self.megapixels:g} at most; {RAISED.format('most_megapixels=')}")
+            raise UserError(
+                f"{many}: expected {self.megapixels:g} at most; {RAISE_LIMIT_HINT.format('most_megapixels=')}"
+            )
 
 
-def whole(name: str, value: Any) -> int:
+def parse_int(name: str, value: Any) -> int:
     """A number from a form as an int. Raises UserError for an empty field, and for what is no whole number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or int(value) != value:
         raise UserError(f"{name}{'' if value is None else f'={value}'}: expected a whole number")

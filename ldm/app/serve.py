@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ldm.app import look
-from ldm.app.desk import Desk
+from ldm.app import style
+from ldm.app.controller import AppController
 from ldm.errors import UserError
 
 POLICY = (
@@ -16,7 +16,7 @@ POLICY = (
 
 
 @contextmanager
-def serve(desk: Desk, host: str = "127.0.0.1", port: int = 7860, beside: str | None = None) -> Iterator[str]:
+def serve(desk: AppController, host: str = "127.0.0.1", port: int = 7860, beside: str | None = None) -> Iterator[str]:
     """The page's address, while it is served; port 0 is any that is free. Raises UserError where gradio is missing or the port is taken."""
     for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_TELEMETRY", "GRADIO_RUN_HISTORY"):
         os.environ[name] = "False"
@@ -26,13 +26,13 @@ def serve(desk: Desk, host: str = "127.0.0.1", port: int = 7860, beside: str | N
     except ImportError:
         raise UserError("the page needs gradio: pip install -e '.[web]'") from None
 
-    from ldm.app.layout import page
+    from ldm.app.page import page
 
     blocks: Any = page(desk, beside).queue(default_concurrency_limit=None, api_open=False)
     try:
         _, address, _ = blocks.launch(
             server_name=host,
-            server_port=port or free(host),
+            server_port=port or free_port(host),
             prevent_thread_lock=True,
             quiet=True,
             share=False,
@@ -42,31 +42,36 @@ def serve(desk: Desk, host: str = "127.0.0.1", port: int = 7860, beside: str | N
             enable_monitoring=False,
             show_error=True,
             footer_links=[],
-            allowed_paths=[str((session_home / "samples").absolute()) for session_home in homes(desk)],
+            allowed_paths=[str((session_home / "samples").absolute()) for session_home in image_dirs(desk)],
             max_file_size="64mb",
             app_kwargs={"middleware": [_policy()]},
             theme=gr.themes.Base(
-                primary_hue="blue", neutral_hue="zinc", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+                primary_hue="blue",
+                neutral_hue="zinc",
+                font=["system-ui", "sans-serif"],
+                font_mono=["ui-monospace", "monospace"],
             ),
-            css=look.STYLE,
+            css=style.STYLE,
         )
     except OSError as error:
-        raise UserError(f"host={host} port={port} cannot be served ({error}); another port=, or 0 for any that is free") from None
+        raise UserError(
+            f"host={host} port={port} cannot be served ({error}); another port=, or 0 for any that is free"
+        ) from None
     try:
         yield address
     finally:
         blocks.close(verbose=False)
 
 
-def homes(desk: Desk) -> list[Any]:
+def image_dirs(desk: AppController) -> list[Any]:
     """The folders in which the runs' images are."""
-    from ldm.app.session import home_of
-    from ldm.load import run_folder
+    from ldm.app.session import output_dir
+    from ldm.runs.folder import find_run
 
-    return [home_of(run_folder(run)) for run in desk.sessions.runs]
+    return [output_dir(find_run(run)) for run in desk.sessions.runs]
 
 
-def free(host: str) -> int:
+def free_port(host: str) -> int:
     """A port that is free now."""
     import socket
 

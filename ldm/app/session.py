@@ -6,13 +6,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ldm import drawing
-from ldm.app import asked
-from ldm.app.watch import Watch
+from ldm.app import compose
+from ldm.checkpoint.load import load_data_card, load_model
 from ldm.errors import UserError
-from ldm.load import DataCard, list_runs, load, load_data_card, run_folder
 from ldm.model import LatentDiffusion
-from ldm.request import Request
+from ldm.runs.data_card import DataCard
+from ldm.runs.folder import find_run, list_runs
+from ldm.sampling.monitor import SamplerMonitor
+from ldm.sampling.request import SampleRequest
+from ldm.sampling.run import compare_with_file, generate_images, save_results
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,40 +28,40 @@ class Session:
 
     @staticmethod
     def open(run: str) -> "Session":
-        """Load a run. Raises UserError, DamagedError."""
-        folder = run_folder(run)
-        return Session(run, home_of(folder), load_data_card(folder), load(run))
+        """Load a run. Raises UserError, CorruptFileError."""
+        folder = find_run(run)
+        return Session(run, output_dir(folder), load_data_card(folder), load_model(run))
 
-    def request(self, choices: Mapping[str, str], values: Mapping[str, Any]) -> Request:
+    def request(self, choices: Mapping[str, str], values: Mapping[str, Any]) -> SampleRequest:
         """The request of sample.py with these choices and values. Raises UserError.
 
         Images of a step within a run are kept apart from the run's own.
         """
-        request = Request.of(asked.config(choices, {"run": self.run, **values}))
-        if self.home.absolute() in Path(self.run).expanduser().absolute().parents and "again" not in values:
-            request.cfg.out = f"{request.out}-{Path(self.run).stem}"
+        request = SampleRequest.from_config(compose.compose_request(choices, {"run": self.run, **values}))
+        if self.home.absolute() in Path(self.run).expanduser().absolute().parents and "reproduce" not in values:
+            request.cfg.output_dir = f"{request.output_dir}-{Path(self.run).stem}"
         return request
 
-    def draw(self, request: Request, watch: Watch) -> list[Path]:
+    def draw(self, request: SampleRequest, watch: SamplerMonitor) -> list[Path]:
         """The files of the images that were asked for. Raises UserError, and Stopped when it was."""
-        images = drawing.draw(self.model, request, watch.over(self.model.decode))
-        drawing.keep(request, images, {})
-        return [request.out / f"{seed:06d}.png" for seed in images]
+        images = generate_images(self.model, request, watch.wrap(self.model.decode))
+        save_results(request, images, {})
+        return [request.output_dir / f"{seed:06d}.png" for seed in images]
 
-    def again(self, file: Path, watch: Watch) -> tuple[Path, str]:
+    def repeat(self, file: Path, watch: SamplerMonitor) -> tuple[Path, str]:
         """An image of this run made once more, with its whole batch: its file, and in words how it compares with what it was."""
-        request = self.request({}, {"again": str(file)})
-        (image,) = drawing.draw(self.model, request, watch.over(self.model.decode)).values()
-        drawing.keep(request, {int(file.stem): image}, {})
-        return request.out / file.name, drawing.difference(file, image)
+        request = self.request({}, {"reproduce": str(file)})
+        (image,) = generate_images(self.model, request, watch.wrap(self.model.decode)).values()
+        save_results(request, {int(file.stem): image}, {})
+        return request.output_dir / file.name, compare_with_file(file, image)
 
 
-def home_of(folder: Path) -> Path:
+def output_dir(folder: Path) -> Path:
     """Where a run's images go: into its folder, or beside its file."""
     return folder if folder.is_dir() else folder.with_suffix("")
 
 
-class Sessions:
+class SessionCache:
     """The runs that a person can choose among, loaded when first asked for; the last two stay."""
 
     def __init__(self, runs: Sequence[str]):
@@ -78,11 +80,11 @@ class Sessions:
             return self._open[run]
 
 
-def runs_of(named: Sequence[str]) -> list[str]:
+def expand_runs(named: Sequence[str]) -> list[str]:
     """The runs that were named, a folder of runs as all in it, the newest first. Raises UserError."""
     found: list[str] = []
     for run in named:
-        folder = run_folder(run)
+        folder = find_run(run)
         home = Path(run).expanduser()
         found += list(map(str, list_runs(home))) if folder.parent == home else [str(run)]
     return list(dict.fromkeys(found))

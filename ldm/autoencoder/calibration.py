@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.autoencoder.posterior import Point, Posterior
+from ldm.autoencoder.posterior import DeterministicPosterior, DiagonalGaussian
 from ldm.errors import ConfigError
 
 
@@ -19,12 +19,18 @@ class Statistics:
     images: int
 
     @staticmethod
-    def of(posteriors: Iterable[Posterior | Point], channels: int, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> "Statistics":
+    def of(
+        posteriors: Iterable[DiagonalGaussian | DeterministicPosterior],
+        channels: int,
+        total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> "Statistics":
         """The statistics of posteriors over (B, C, h, w), batch by batch, in closed form: no sample is drawn.
 
         total: adds a vector up over all processes, each of which has its share of the data.  Raises ConfigError if there are none at all.
         """
-        sums = torch.zeros(2 * channels + 2, dtype=torch.float64)  # images, places, sum and sum of squares of each channel
+        sums = torch.zeros(
+            2 * channels + 2, dtype=torch.float64
+        )  # images, places, sum and sum of squares of each channel
         for posterior in posteriors:
             mean, variance = posterior.mean.double(), posterior.variance.double()
             first, second = mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.net.attention import Attend, sdpa
+from ldm.net.attention import AttentionFn, sdpa
 from ldm.net.blocks import Upsample
 from ldm.net.blocks import norm as by_groups
 
@@ -31,14 +31,16 @@ class Residual(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head attention of a feature map (B, C, H, W) over itself, added to what came in."""
 
-    def __init__(self, channels: int, groups: int = 32, attend: Attend = sdpa):
+    def __init__(self, channels: int, groups: int = 32, attend: AttentionFn = sdpa):
         super().__init__()
         self.attend, self.norm = attend, norm(channels, groups)
         self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (each(h).flatten(2).transpose(1, 2).unsqueeze(1) for each in (self.q, self.k, self.v))  # (B, 1, H W, C)
+        q, k, v = (
+            each(h).flatten(2).transpose(1, 2).unsqueeze(1) for each in (self.q, self.k, self.v)
+        )  # (B, 1, H W, C)
         return x + self.out(self.attend(q, k, v, None).squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
@@ -68,7 +70,7 @@ class Level(nn.Module):
         return h if self.resample is None else self.resample(h)
 
 
-def middle(width: int, groups: int, attend: Attend | None) -> nn.Sequential:
+def middle(width: int, groups: int, attend: AttentionFn | None) -> nn.Sequential:
     """Residual block, attention (none where attend is None), residual block."""
     attention = SpatialAttention(width, groups, attend) if attend else nn.Identity()
     return nn.Sequential(Residual(width, width, groups), attention, Residual(width, width, groups))
@@ -87,28 +89,32 @@ class Encoder(nn.Module):
         channels: int = 3,
         z_channels: int = 4,
         width: int = 128,
-        mult: Sequence[int] = (1, 2, 4, 4),
-        blocks: int = 2,
-        attention: Sequence[int] = (),
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (),
         middle_attention: bool = True,
-        double: bool = True,
-        groups: int = 32,
-        attend: Attend = sdpa,
+        double_z: bool = True,
+        num_groups: int = 32,
+        attention_fn: AttentionFn = sdpa,
     ):
         super().__init__()
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.ModuleList()  # finest first
         inside = width
-        for level, factor in enumerate(mult):
+        for level, factor in enumerate(channel_mult):
             outside = factor * width
-            sizes = [inside, *[outside] * (blocks - 1)]
-            attending = [SpatialAttention(outside, groups, attend) for _ in sizes] if 2**level in attention else []
-            resample = PaddedDownsample(outside) if level < len(mult) - 1 else None
-            self.down.append(Level([Residual(size, outside, groups) for size in sizes], attending, resample))
+            sizes = [inside, *[outside] * (num_res_blocks - 1)]
+            attending = (
+                [SpatialAttention(outside, num_groups, attention_fn) for _ in sizes]
+                if 2**level in attention_resolutions
+                else []
+            )
+            resample = PaddedDownsample(outside) if level < len(channel_mult) - 1 else None
+            self.down.append(Level([Residual(size, outside, num_groups) for size in sizes], attending, resample))
             inside = outside
-        outputs = 2 * z_channels if double else z_channels
-        self.middle = middle(inside, groups, attend if middle_attention else None)
-        self.out = nn.Sequential(norm(inside, groups), nn.SiLU(), nn.Conv2d(inside, outputs, 3, padding=1))
+        outputs = 2 * z_channels if double_z else z_channels
+        self.middle = middle(inside, num_groups, attention_fn if middle_attention else None)
+        self.out = nn.Sequential(norm(inside, num_groups), nn.SiLU(), nn.Conv2d(inside, outputs, 3, padding=1))
         self.moments = nn.Conv2d(outputs, outputs, 1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -126,28 +132,34 @@ class Decoder(nn.Module):
         channels: int = 3,
         z_channels: int = 4,
         width: int = 128,
-        mult: Sequence[int] = (1, 2, 4, 4),
-        blocks: int = 2,
-        attention: Sequence[int] = (),
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (),
         middle_attention: bool = True,
-        groups: int = 32,
-        attend: Attend = sdpa,
+        num_groups: int = 32,
+        attention_fn: AttentionFn = sdpa,
     ):
         super().__init__()
-        inside = mult[-1] * width
+        inside = channel_mult[-1] * width
         self.latent = nn.Conv2d(z_channels, z_channels, 1)
         self.stem = nn.Conv2d(z_channels, inside, 3, padding=1)
-        self.middle = middle(inside, groups, attend if middle_attention else None)
+        self.middle = middle(inside, num_groups, attention_fn if middle_attention else None)
         levels = []
-        for level, factor in reversed(list(enumerate(mult))):
+        for level, factor in reversed(list(enumerate(channel_mult))):
             outside = factor * width
-            sizes = [inside, *[outside] * blocks]
-            attending = [SpatialAttention(outside, groups, attend) for _ in sizes] if 2**level in attention else []
+            sizes = [inside, *[outside] * num_res_blocks]
+            attending = (
+                [SpatialAttention(outside, num_groups, attention_fn) for _ in sizes]
+                if 2**level in attention_resolutions
+                else []
+            )
             resample = Upsample(outside) if level > 0 else None
-            levels.append(Level([Residual(size, outside, groups) for size in sizes], attending, resample))
+            levels.append(Level([Residual(size, outside, num_groups) for size in sizes], attending, resample))
             inside = outside
-        self.up = nn.ModuleList(reversed(levels))  # finest first, as `down`: level i of both works at the same resolution
-        self.out = nn.Sequential(norm(inside, groups), nn.SiLU(), nn.Conv2d(inside, channels, 3, padding=1))
+        self.up = nn.ModuleList(
+            reversed(levels)
+        )  # finest first, as `down`: level i of both works at the same resolution
+        self.out = nn.Sequential(norm(inside, num_groups), nn.SiLU(), nn.Conv2d(inside, channels, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.middle(self.stem(self.latent(z)))

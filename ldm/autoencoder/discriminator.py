@@ -5,7 +5,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.net.blocks import positive
+from ldm.net.blocks import require_positive
 
 
 class PatchDiscriminator(nn.Module):
@@ -14,16 +14,16 @@ class PatchDiscriminator(nn.Module):
     Normalised by groups: batch statistics would differ between one process and many.
     """
 
-    def __init__(self, channels: int = 3, width: int = 64, layers: int = 3, groups: int = 32):
+    def __init__(self, channels: int = 3, width: int = 64, layers: int = 3, num_groups: int = 32):
         super().__init__()
-        positive(width=width, layers=layers)
+        require_positive(width=width, layers=layers)
         net: list[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level in range(1, layers + 1):
             inside, outside = width * min(2 ** (level - 1), 8), width * min(2**level, 8)
             stride = 2 if level < layers else 1
             net += [nn.Conv2d(inside, outside, 4, stride, padding=1, bias=False)]
             # torch's own, by which the first stages of the committed results were trained, to the bit
-            net += [nn.GroupNorm(math.gcd(outside, groups), outside), nn.LeakyReLU(0.2)]
+            net += [nn.GroupNorm(math.gcd(outside, num_groups), outside), nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*net, nn.Conv2d(width * min(2**layers, 8), 1, 4, padding=1))
         for m in self.net:
             if isinstance(m, nn.Conv2d):

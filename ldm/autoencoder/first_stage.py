@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.calibration import Calibration, Statistics, per_channel
-from ldm.autoencoder.posterior import Point, Posterior
+from ldm.autoencoder.posterior import DeterministicPosterior, DiagonalGaussian
 from ldm.errors import ConfigError
 from ldm.tensors import hash_state_dict
 
 
-class Pass(NamedTuple):
+class TrainingOutput(NamedTuple):
     """What training sees of a batch of images.
 
     reconstruction: (B, C, H, W).  penalties: by name, (B,) each, what keeps the latent in order.  vitals: (K,), a mean over the batch that
@@ -21,7 +21,7 @@ class Pass(NamedTuple):
 
     reconstruction: Tensor
     penalties: dict[str, Tensor]
-    vitals: Tensor
+    diagnostics: Tensor
 
 
 class FirstStage(nn.Module):
@@ -44,19 +44,19 @@ class FirstStage(nn.Module):
         self.register_buffer("scale", torch.ones(z_channels))
         self.register_buffer("calibrated_on", torch.zeros((), dtype=torch.long))
 
-    def posterior_of(self, moments: Tensor) -> Posterior | Point:
+    def posterior_of(self, moments: Tensor) -> DiagonalGaussian | DeterministicPosterior:
         """The posterior that moments (B, M, h, w), the encoder's or a cache's, stand for."""
         raise NotImplementedError
 
-    def training_pass(self, image: Tensor, normal: Callable[[Tensor], Tensor]) -> Pass:
+    def training_forward(self, image: Tensor, normal: Callable[[Tensor], Tensor]) -> TrainingOutput:
         """Encode, sample and decode for training; normal: draws standard normal noise shaped like its argument."""
         raise NotImplementedError
 
-    def diagnose(self, vitals: Tensor) -> dict[str, Tensor]:
+    def diagnostics(self, vitals: Tensor) -> dict[str, Tensor]:
         """Numbers () by name that say whether the latent space is healthy."""
         raise NotImplementedError
 
-    def render(self, raw: Tensor) -> Tensor:
+    def decode_raw(self, raw: Tensor) -> Tensor:
         """Image (B, C, H, W) of a latent (B, z_channels, h, w) in the posterior's units."""
         return self.decoder(raw)
 
@@ -65,7 +65,7 @@ class FirstStage(nn.Module):
         """The decoder's last weight, whose gradients balance reconstruction and adversary."""
         return cast(Tensor, self.decoder.last_layer)
 
-    def posterior(self, image: Tensor) -> Posterior | Point:
+    def posterior(self, image: Tensor) -> DiagonalGaussian | DeterministicPosterior:
         """q(z | image) before shift and scale. Raises ConfigError for a size the factor does not divide."""
         self.require_size(image)
         return self.posterior_of(self.encoder(image))
@@ -74,7 +74,9 @@ class FirstStage(nn.Module):
         """Raise ConfigError unless the factor divides height and width of image (B, C, H, W)."""
         height, width = image.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise ConfigError(f"image is {height}x{width}: height and width must be multiples of {self.factor}; pad or resize it")
+            raise ConfigError(
+                f"image is {height}x{width}: height and width must be multiples of {self.factor}; pad or resize it"
+            )
 
     def normalise(self, raw: Tensor) -> Tensor:
         """From the posterior's units to z: (raw - shift) * scale."""
@@ -86,7 +88,7 @@ class FirstStage(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Image (B, C, H, W), about [-1, 1], of z."""
-        return self.render(z / per_place(self.scale) + per_place(self.shift))
+        return self.decode_raw(z / per_place(self.scale) + per_place(self.shift))
 
     @torch.no_grad()
     def calibrate(
@@ -105,7 +107,7 @@ class FirstStage(nn.Module):
         self.scale.copy_(scale)
         self.calibrated_on.fill_(statistics.images)
 
-    def identity(self) -> str:
+    def weights_hash(self) -> str:
         """sha256 of the weights, shift and scale: the name of this latent space, carried by whatever is trained in it."""
         return hash_state_dict(self.state_dict())
 

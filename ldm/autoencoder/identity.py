@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ldm.autoencoder.first_stage import FirstStage
-from ldm.autoencoder.posterior import Point
+from ldm.autoencoder.posterior import DeterministicPosterior
 
 
 class Identity(FirstStage):
@@ -12,5 +12,5 @@ class Identity(FirstStage):
     def __init__(self, channels: int = 3):
         super().__init__(nn.Identity(), nn.Identity(), channels, 1)
 
-    def posterior_of(self, moments: Tensor) -> Point:
-        return Point(moments)
+    def posterior_of(self, moments: Tensor) -> DeterministicPosterior:
+        return DeterministicPosterior(moments)

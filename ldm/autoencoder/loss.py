@@ -21,7 +21,7 @@ def l2(reconstruction: Tensor, image: Tensor) -> Tensor:
     return (reconstruction - image).square().flatten(1).sum(1)
 
 
-def gradient(reconstruction: Tensor, image: Tensor) -> Tensor:
+def gradient_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
     """Absolute error of the differences between neighbouring pixels, (B,): sharp edges with no pretrained network (Mathieu 2016)."""
     error = reconstruction - image
     across, down = torch.diff(error, dim=-1).abs(), torch.diff(error, dim=-2).abs()

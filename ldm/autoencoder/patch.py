@@ -5,23 +5,29 @@ from typing import cast
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
-from ldm.net.blocks import ResBlock, norm, positive, zeroed
+from ldm.net.blocks import ResBlock, norm, require_positive, zero_module
 
 
 class PatchEncoder(nn.Module):
     """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f): patches of f x f pixels as channels, `blocks` residual blocks of
     `width` channels, and a linear map of the patch straight to the mean, so that training starts from a linear code."""
 
-    def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 2, groups: int = 4):
+    def __init__(
+        self, channels: int, z_channels: int, factor: int, width: int = 64, num_res_blocks: int = 2, num_groups: int = 4
+    ):
         super().__init__()
-        positive(factor=factor, width=width)
+        require_positive(factor=factor, width=width)
         self.factor, self.z_channels = factor, z_channels
         patch = channels * factor**2
         self.stem = nn.Conv2d(patch, width, 3, padding=1)
-        self.blocks = nn.Sequential(*(ResBlock(width, width, groups=groups) for _ in range(blocks)))
-        self.out = nn.Sequential(norm(width, groups), nn.SiLU(), zeroed(nn.Conv2d(width, 2 * z_channels, 3, padding=1)))
+        self.blocks = nn.Sequential(*(ResBlock(width, width, groups=num_groups) for _ in range(num_res_blocks)))
+        self.out = nn.Sequential(
+            norm(width, num_groups), nn.SiLU(), zero_module(nn.Conv2d(width, 2 * z_channels, 3, padding=1))
+        )
         self.shortcut = nn.Conv2d(patch, z_channels, 1)
-        nn.init.constant_(cast(Tensor, self.out[-1].bias)[z_channels:], -4.0)  # begin with a narrow posterior, not with unit noise
+        nn.init.constant_(
+            cast(Tensor, self.out[-1].bias)[z_channels:], -4.0
+        )  # begin with a narrow posterior, not with unit noise
 
     def forward(self, image: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(image, self.factor)  # (B, C f f, h, w)
@@ -33,14 +39,16 @@ class PatchEncoder(nn.Module):
 class PatchDecoder(nn.Module):
     """Latent (B, z_channels, h, w) -> image (B, C, f h, f w): the encoder's mirror, with a linear map from latent to pixels."""
 
-    def __init__(self, channels: int, z_channels: int, factor: int, width: int = 64, blocks: int = 3, groups: int = 4):
+    def __init__(
+        self, channels: int, z_channels: int, factor: int, width: int = 64, num_res_blocks: int = 3, num_groups: int = 4
+    ):
         super().__init__()
-        positive(factor=factor, width=width)
+        require_positive(factor=factor, width=width)
         self.factor = factor
         patch = channels * factor**2
         self.stem = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.blocks = nn.Sequential(*(ResBlock(width, width, groups=groups) for _ in range(blocks)))
-        self.out = nn.Sequential(norm(width, groups), nn.SiLU(), zeroed(nn.Conv2d(width, patch, 3, padding=1)))
+        self.blocks = nn.Sequential(*(ResBlock(width, width, groups=num_groups) for _ in range(num_res_blocks)))
+        self.out = nn.Sequential(norm(width, num_groups), nn.SiLU(), zero_module(nn.Conv2d(width, patch, 3, padding=1)))
         self.shortcut = nn.Conv2d(z_channels, patch, 1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import ConfigError
-from ldm.fetch import AssetError
-from ldm.pretrained import efficientnet, lpips_weights, vgg
+from ldm.io.download import AssetNotFoundError
+from ldm.net.pretrained import load_efficientnet_lite0, load_vgg16_features, lpips_weights
 
 
 class EfficientNetDistance(nn.Module):
@@ -14,7 +14,7 @@ class EfficientNetDistance(nn.Module):
     learned weights, Zhang et al. 2018, eq. 1), times `scale` and the number of pixels, to stand beside a loss summed over the image.
 
     An Error: reconstruction, image (B, 1 or 3, H, W) in [-1, 1] -> (B,).  size: the side both are resized to.  weights: a file, None for
-    the published ones.  Raises AssetError where those are not to be had.
+    the published ones.  Raises AssetNotFoundError where those are not to be had.
     """
 
     name = "effnet"
@@ -22,7 +22,7 @@ class EfficientNetDistance(nn.Module):
     def __init__(self, size: int = 64, scale: float = 1.0, weights: str | None = None):
         super().__init__()
         self.size, self.scale = size, scale
-        self.net = efficientnet(weights)
+        self.net = load_efficientnet_lite0(weights)
 
     def train(self, mode: bool = True) -> "EfficientNetDistance":
         return super().train(False)
@@ -31,12 +31,16 @@ class EfficientNetDistance(nn.Module):
         pixels = image[0].numel()
         with torch.no_grad():
             wanted = self.features(image)
-        distances = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(self.features(reconstruction), wanted, strict=True)]
+        distances = [
+            (a - b).square().sum(1).mean((1, 2)) for a, b in zip(self.features(reconstruction), wanted, strict=True)
+        ]
         return self.scale * pixels * torch.stack(distances).sum(0)
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Feature maps (B, C_k, h_k, w_k) of the five stages, each of unit length over its channels."""
-        x = F.interpolate(image.expand(-1, 3, -1, -1), size=(self.size, self.size), mode="bilinear", align_corners=False)
+        x = F.interpolate(
+            image.expand(-1, 3, -1, -1), size=(self.size, self.size), mode="bilinear", align_corners=False
+        )
         return [F.normalize(f, dim=1, eps=1e-6) for f in self.net.forward_intermediates(x, intermediates_only=True)]
 
 
@@ -45,7 +49,7 @@ class LPIPS(nn.Module):
     channels: LDM adds it to the error of every pixel before it sums.
 
     An Error: reconstruction, image (B, 1 or 3, H, W) in [-1, 1], of 16 px or more -> (B,).  weights: a file of torchvision's VGG-16, None
-    for the published one.  Raises AssetError where that is not to be had, ValueError for smaller images.
+    for the published one.  Raises AssetNotFoundError where that is not to be had, ValueError for smaller images.
     """
 
     name = "vgg16"
@@ -56,10 +60,12 @@ class LPIPS(nn.Module):
     def __init__(self, scale: float = 1.0, weights: str | None = None):
         super().__init__()
         try:
-            self.scale, self.net = scale, vgg(weights)[: self.LAST[-1] + 1]
-        except AssetError as error:
-            remedy = "training.loss.perceptual._target_=ldm.autoencoder.perceptual.EfficientNetDistance is another, of 18 MB"
-            raise AssetError(f"LPIPS needs VGG-16's weights; {remedy}. {error}") from None
+            self.scale, self.net = scale, load_vgg16_features(weights)[: self.LAST[-1] + 1]
+        except AssetNotFoundError as error:
+            remedy = (
+                "training.loss.perceptual._target_=ldm.autoencoder.perceptual.EfficientNetDistance is another, of 18 MB"
+            )
+            raise AssetNotFoundError(f"LPIPS needs VGG-16's weights; {remedy}. {error}") from None
         for stage, learned in enumerate(lpips_weights()):
             self.register_buffer(f"weight{stage}", learned, persistent=False)
         for layer in self.net:
@@ -81,7 +87,9 @@ class LPIPS(nn.Module):
         with torch.no_grad():
             wanted = self.features(b)
         pairs = zip(self.features(a), wanted, strict=True)
-        stages = [((x - y).square().mean((2, 3)) * getattr(self, f"weight{k}")).sum(1) for k, (x, y) in enumerate(pairs)]
+        stages = [
+            ((x - y).square().mean((2, 3)) * getattr(self, f"weight{k}")).sum(1) for k, (x, y) in enumerate(pairs)
+        ]
         return torch.stack(stages).sum(0)
 
     def features(self, image: Tensor) -> list[Tensor]:

@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Posterior:
+class DiagonalGaussian:
     """q(z | image) = N(mean, exp(logvar)), each (B, C, h, w), before the latent's shift and scale (LDM app. G)."""
 
     mean: Tensor
     logvar: Tensor
 
     @staticmethod
-    def of(moments: Tensor) -> "Posterior":
+    def of(moments: Tensor) -> "DiagonalGaussian":
         """The posterior whose mean and log-variance (clamped to [-30, 20]) are stacked on the channels of moments (B, 2C, h, w)."""
         mean, logvar = moments.chunk(2, dim=1)
-        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     @property
     def moments(self) -> Tensor:
@@ -49,7 +49,7 @@ class Posterior:
 
 
 @dataclass(frozen=True)
-class Point:
+class DeterministicPosterior:
     """A posterior that is sure of itself, as those of VQ and of pixel space are: every sample is the mean (B, C, h, w)."""
 
     mean: Tensor

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.first_stage import FirstStage
-from ldm.autoencoder.posterior import Point, Posterior
+from ldm.autoencoder.posterior import DeterministicPosterior, DiagonalGaussian
 from ldm.errors import ConfigError
 
 
@@ -31,11 +31,13 @@ class Tiled(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("autoencoder"), name)
 
-    def posterior(self, image: Tensor) -> Posterior | Point:
+    def posterior(self, image: Tensor) -> DiagonalGaussian | DeterministicPosterior:
         """q(z | image), its moments blended. Raises ConfigError for a size the factor does not divide."""
         self.autoencoder.require_size(image)
         f = self.autoencoder.factor
-        moments = tiled(lambda part: self.autoencoder.posterior(part).moments, image, self.tile * f, self.overlap * f, f, 1)
+        moments = tiled(
+            lambda part: self.autoencoder.posterior(part).moments, image, self.tile * f, self.overlap * f, f, 1
+        )
         return self.autoencoder.posterior_of(moments)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, dow
 
     tile, overlap: multiples of `down`.
     """
-    rows, columns = (starts(side, tile, overlap, down) for side in x.shape[-2:])
+    rows, columns = (tile_starts(side, tile, overlap, down) for side in x.shape[-2:])
     if len(rows) == len(columns) == 1:
         return f(x)
     parts = [(top, left, f(x[..., top : top + tile, left : left + tile])) for top in rows for left in columns]
@@ -61,14 +63,18 @@ def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, dow
     weights = first.new_zeros(total.shape[-2:])
     for top, left, part in parts:
         height, width = part.shape[-2:]
-        place = (..., slice(top * up // down, top * up // down + height), slice(left * up // down, left * up // down + width))
+        place = (
+            ...,
+            slice(top * up // down, top * up // down + height),
+            slice(left * up // down, left * up // down + width),
+        )
         weight = ramp(height, overlap * up // down, part)[:, None] * ramp(width, overlap * up // down, part)
         total[place] += weight * part
         weights[place] += weight
     return total / weights
 
 
-def starts(side: int, tile: int, overlap: int, grain: int) -> list[int]:
+def tile_starts(side: int, tile: int, overlap: int, grain: int) -> list[int]:
     """Where tiles begin so that they cover `side`, share at least `overlap` and none reaches beyond the end; multiples of `grain`."""
     if side <= tile:
         return [0]

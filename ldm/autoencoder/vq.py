@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ldm.autoencoder.first_stage import FirstStage, Pass
-from ldm.autoencoder.posterior import Point
+from ldm.autoencoder.first_stage import FirstStage, TrainingOutput
+from ldm.autoencoder.posterior import DeterministicPosterior
 
 
 class Codebook(nn.Embedding):
@@ -19,7 +19,9 @@ class Codebook(nn.Embedding):
 
     def nearest(self, raw: Tensor) -> Tensor:
         """Index (B, h, w) int64 of the code with the smallest Euclidean distance to raw (B, C, h, w) at each place."""
-        with nullcontext() if raw.is_meta else torch.autocast(raw.device.type, enabled=False):  # in full precision: ties would multiply
+        with (
+            nullcontext() if raw.is_meta else torch.autocast(raw.device.type, enabled=False)
+        ):  # in full precision: ties would multiply
             codes = self.weight
             flat = raw.detach().to(codes.dtype).movedim(1, -1).flatten(0, 2)  # (B h w, C)
             squares = codes.square().sum(1)
@@ -53,14 +55,14 @@ class AutoencoderVQ(FirstStage):
         self.codebook = Codebook(num_codes, z_channels)
         self.codebook_weight, self.commitment_weight = codebook_weight, commitment_weight
 
-    def posterior_of(self, moments: Tensor) -> Point:
-        return Point(moments)
+    def posterior_of(self, moments: Tensor) -> DeterministicPosterior:
+        return DeterministicPosterior(moments)
 
-    def render(self, raw: Tensor) -> Tensor:
+    def decode_raw(self, raw: Tensor) -> Tensor:
         """Image (B, C, H, W) of the codes nearest to raw (LDM app. G: quantisation is the decoder's first layer)."""
         return self.decoder(self.codebook(self.codebook.nearest(raw)).to(raw.dtype))
 
-    def training_pass(self, image: Tensor, normal: Callable[[Tensor], Tensor]) -> Pass:
+    def training_forward(self, image: Tensor, normal: Callable[[Tensor], Tensor]) -> TrainingOutput:
         """Quantise straight through; the penalty `codebook` is a mean over the latent, vitals are how often each code was used."""
         raw = self.encoder(image).to(image.dtype)
         index = self.codebook.nearest(raw)
@@ -69,9 +71,9 @@ class AutoencoderVQ(FirstStage):
         penalty = self.codebook_weight * learn + self.commitment_weight * commit
         reconstruction = self.decoder(raw + (codes - raw).detach()).to(image.dtype)
         used = index.flatten().bincount(minlength=self.codebook.num_embeddings).to(image.dtype) / index.numel()
-        return Pass(reconstruction, {"codebook": penalty}, used)
+        return TrainingOutput(reconstruction, {"codebook": penalty}, used)
 
-    def diagnose(self, vitals: Tensor) -> dict[str, Tensor]:
+    def diagnostics(self, vitals: Tensor) -> dict[str, Tensor]:
         """Perplexity of the codes over the batch, and how many of them it did not use."""
         entropy = -torch.special.xlogy(vitals, vitals).sum()
         return {"perplexity": entropy.exp(), "dead_codes": (vitals == 0).sum().to(vitals.dtype)}

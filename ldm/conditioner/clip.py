@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioner.tokens import Features, Truncation
+from ldm.conditioner.tokens import TextFeatures, Truncation
 from ldm.errors import ConfigError
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 from ldm.tensors import hash_state_dict
 
 
@@ -23,7 +23,7 @@ class CLIP(nn.Module):
     tag.  hub: whether a tag that is not in the hub's local cache may be fetched.  layer: -1 the last hidden state (SD 1), -2 the
     penultimate (SD 2).  pad: the token after the end: 0 as open_clip and SD 2 have it, 49407 as SD 1.  Padding is read like any token,
     which is how those networks were trained.  random: no weights, drawn with seed 0, for tests.
-    Raises AssetError without weights, ValueError for a bad option or file.
+    Raises AssetNotFoundError without weights, ValueError for a bad option or file.
     """
 
     clip: Any  # open_clip's model, without its image tower
@@ -34,12 +34,12 @@ class CLIP(nn.Module):
         weights: str | None = None,
         hub: bool = False,
         layer: int = -1,
-        pad: int = 0,
+        pad_token_id: int = 0,
         random: bool = False,
     ):
         super().__init__()
-        model = named(model)
-        self.clip, config = network(model, weights, hub, random)
+        model = register_model_config(model)
+        self.clip, config = build_clip(model, weights, hub, random)
         import open_clip
 
         self.clip.visual = None
@@ -50,7 +50,7 @@ class CLIP(nn.Module):
             raise ConfigError(f"layer={layer}: expected -{depth} (the first) to -1 (the last) of {model}")
         self.tokenizer = open_clip.get_tokenizer(model)
         self.truncation = Truncation()
-        self.length, self.layer, self.pad = int(tower.context_length), layer, pad
+        self.length, self.layer, self.pad = int(tower.context_length), layer, pad_token_id
         self.context_dim, self.vector_dim = tower.transformer.width, config["embed_dim"]
 
     @cached_property
@@ -58,7 +58,7 @@ class CLIP(nn.Module):
         """SHA-256 (hex) of the text tower's weights, whatever file they came in."""
         return hash_state_dict(self.clip.state_dict())
 
-    def tokens(self, text: str) -> list[str]:
+    def tokenize(self, text: str) -> list[str]:
         """The words of the text that are cut into tokens, in CLIP's lower case."""
         return self.tokenizer.pat.findall(self.tokenizer.clean_fn(text))
 
@@ -67,15 +67,15 @@ class CLIP(nn.Module):
         """What gives ids (B, L) their vectors."""
         return getattr(self.clip, "text", self.clip).token_embedding
 
-    def pieces(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
         """The ids of a text, without marks."""
         return list(self.tokenizer.encode(text))
 
     @torch.no_grad()
-    def forward(self, texts: Sequence[str], length: int | None = None) -> Features:
+    def forward(self, texts: Sequence[str], length: int | None = None) -> TextFeatures:
         return self.features(texts, length)
 
-    def features(self, texts: Sequence[str], length: int | None = None) -> Features:
+    def features(self, texts: Sequence[str], length: int | None = None) -> TextFeatures:
         """As forward, with gradients."""
         limit = min(length or self.length, self.length)
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
@@ -89,10 +89,12 @@ class CLIP(nn.Module):
                 text=ids.to(device), text_indices=-self.layer, normalize=False, normalize_intermediates=True
             )
         context = out["text_intermediates"][0][:, :limit]  # (B, L, D): the first of the last ones
-        return Features(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device), out["text_features"])
+        return TextFeatures(
+            context, torch.ones(context.shape[:2], dtype=torch.bool, device=device), out["text_features"]
+        )
 
 
-def cleaned(text: str) -> str | None:
+def clean_text(text: str) -> str | None:
     """The text after OpenAI's cleaning (ftfy and HTML entities) where that changes more than spaces and case, else None.
 
     It straightens typographic quotes, resolves entities and ligatures and mends wrong encodings.  CLIP was trained on cleaned texts;
@@ -104,63 +106,71 @@ def cleaned(text: str) -> str | None:
     return None if after.lower() == before.lower() else after
 
 
-def named(model: str) -> str:
-    """open_clip's name of a model; of a .json file with a config, open_clip is told first. Raises AssetError if there is no such file."""
+def register_model_config(model: str) -> str:
+    """open_clip's name of a model; of a .json file with a config, open_clip is told first. Raises AssetNotFoundError if there is no such file."""
     if not model.endswith(".json"):
         return model
     if not (file := Path(model).expanduser()).is_file():
-        raise AssetError(f"model={model}: no such file; expected one of open_clip's names or the .json of a model's config")
+        raise AssetNotFoundError(
+            f"model={model}: no such file; expected one of open_clip's names or the .json of a model's config"
+        )
     from open_clip import add_model_config
 
     add_model_config(file)
     return file.stem
 
 
-def network(model: str, weights: str | None, hub: bool, random: bool) -> tuple[Any, dict[str, Any]]:
+def build_clip(model: str, weights: str | None, hub: bool, random: bool) -> tuple[Any, dict[str, Any]]:
     """open_clip's model, both towers, on the CPU in float32, and its config; options and errors as CLIP's."""
     if random and weights is not None:
         raise ConfigError(f"weights={weights} and random=true: choose one")
-    file = None if random else local(model, weights)  # before open_clip is imported, which takes seconds
+    file = None if random else local_weights(model, weights)  # before open_clip is imported, which takes seconds
     import open_clip
 
     config = open_clip.get_model_config(model)
     if config is None:
         raise ConfigError(f"model={model}: open_clip has no such model; open_clip.list_models() names them")
     if other := {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
-        raise ConfigError(f"model={model} has another text model or tokenizer ({min(other)}); expected one with CLIP's own, as ViT-L-14")
+        raise ConfigError(
+            f"model={model} has another text model or tokenizer ({min(other)}); expected one with CLIP's own, as ViT-L-14"
+        )
     if not random and file is None:
-        file = tagged(model, str(weights), hub)
-    with torch.random.fork_rng(devices=[]):  # the weights of other networks do not depend on what is drawn here and replaced
+        file = tagged_weights(model, str(weights), hub)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the weights of other networks do not depend on what is drawn here and replaced
         torch.manual_seed(0)
-        return opened(model, file), config
+        return create_model(model, file), config
 
 
 class Towers(NamedTuple):
     """open_clip's model, and what makes ids (B, length) int64 of texts."""
 
     clip: Any
-    tokens: Callable[[Sequence[str]], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]
 
 
-def towers(model: str = "ViT-L-14-quickgelu", weights: str | None = None, hub: bool = False, random: bool = False) -> Towers:
+def load_towers(
+    model: str = "ViT-L-14-quickgelu", weights: str | None = None, hub: bool = False, random: bool = False
+) -> Towers:
     """Both of CLIP's towers, for metrics; options and errors as CLIP's."""
-    model = named(model)
-    clip, _ = network(model, weights, hub, random)
+    model = register_model_config(model)
+    clip, _ = build_clip(model, weights, hub, random)
     from open_clip import get_tokenizer
 
     return Towers(clip, get_tokenizer(model))
 
 
-def fresh(model: str) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
+def init_towers(model: str) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
     """open_clip's model, both towers, with weights drawn now, and what makes ids (B, length) int64 of texts; model as CLIP's."""
     from open_clip import get_tokenizer
 
-    model = named(model)
-    return opened(model, None), get_tokenizer(model)
+    model = register_model_config(model)
+    return create_model(model, None), get_tokenizer(model)
 
 
-def local(model: str, weights: str | None) -> Path | None:
-    """The file that `weights` names, None if it looks like a tag. Raises AssetError if it is a file that is not there, or nothing."""
+def local_weights(model: str, weights: str | None) -> Path | None:
+    """The file that `weights` names, None if it looks like a tag. Raises AssetNotFoundError if it is a file that is not there, or nothing."""
     if weights is not None:
         file = Path(weights).expanduser()
         if file.is_file():
@@ -168,14 +178,14 @@ def local(model: str, weights: str | None) -> Path | None:
         if file.name == weights and not file.suffix:
             return None
     said = "weights=null" if weights is None else f"weights={weights} is not a file"
-    raise AssetError(
+    raise AssetNotFoundError(
         f"CLIP {model} has no weights ({said}): put open_clip's .pt or .safetensors somewhere and name it, weights=FILE; "
         f"or name one of open_clip's tags, such as weights=openai, with hub=true to fetch it"
     )
 
 
-def tagged(model: str, tag: str, hub: bool) -> Path:
-    """The file behind an open_clip tag: in the hub's cache, or fetched if `hub`. Raises ConfigError for no such tag, AssetError."""
+def tagged_weights(model: str, tag: str, hub: bool) -> Path:
+    """The file behind an open_clip tag: in the hub's cache, or fetched if `hub`. Raises ConfigError for no such tag, AssetNotFoundError."""
     from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
     from open_clip.pretrained import download_pretrained
 
@@ -188,18 +198,18 @@ def tagged(model: str, tag: str, hub: bool) -> Path:
         if not online and not source.get("hf_hub"):
             continue
         try:
-            with asking(online):
+            with hub_access(online):
                 return Path(download_pretrained(source))
         except Exception as error:
             reason = " ".join(str(error).split()) if online else reason
-    raise AssetError(
+    raise AssetNotFoundError(
         f"CLIP {model}, tag {tag}, is not in the Hugging Face hub's cache and was not fetched ({reason}): fetch it with hub=true on a "
         f"machine that reaches the hub, or name a file, weights=FILE"
     )
 
 
 @contextmanager
-def asking(online: bool) -> Iterator[None]:
+def hub_access(online: bool) -> Iterator[None]:
     """Within it the hub's client asks its local cache only, unless online; the client reads $HF_HUB_OFFLINE at its import alone."""
     from huggingface_hub import constants
 
@@ -211,7 +221,7 @@ def asking(online: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def opened(model: str, file: Path | None) -> Any:
+def create_model(model: str, file: Path | None) -> Any:
     """open_clip's model with the file's weights, in float32 on the device that is the default; random ones without a file.
 
     Raises ConfigError for another file.
@@ -220,8 +230,12 @@ def opened(model: str, file: Path | None) -> Any:
 
     try:
         place = torch.get_default_device()
-        return create_model(model, pretrained=str(file) if file else None, require_pretrained=file is not None, device=place)
+        return create_model(
+            model, pretrained=str(file) if file else None, require_pretrained=file is not None, device=place
+        )
     except Exception as error:
         if file is None:
             raise
-        raise ConfigError(f"weights={file}: damaged, or not open_clip weights of {model}: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(
+            f"weights={file}: damaged, or not open_clip weights of {model}: {' '.join(str(error).split())[:300]}"
+        ) from error

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from ldm.condition import Condition
-from ldm.conditioner.clip import network
-from ldm.conditioner.rows import rows
+from ldm.conditioner.clip import build_clip
+from ldm.conditioner.rows import num_rows
 
 
 class CLIPImage(nn.Module):
@@ -19,35 +19,39 @@ class CLIPImage(nn.Module):
 
     keys = ("image",)
     concat_channels = 0
-    here: Tensor  # empty, goes where the model goes
+    device_anchor: Tensor  # empty, goes where the model goes
 
-    def __init__(self, model: str = "ViT-L-14-quickgelu", weights: str | None = None, hub: bool = False, random: bool = False):
+    def __init__(
+        self, model: str = "ViT-L-14-quickgelu", weights: str | None = None, hub: bool = False, random: bool = False
+    ):
         super().__init__()
-        clip, config = network(model, weights, hub, random)
+        clip, config = build_clip(model, weights, hub, random)
         self.kept = [clip.visual.eval().requires_grad_(False)]  # in a list: not to be trained, saved or averaged
         self.context_dim = self.vector_dim = config["embed_dim"]
         self.register_buffer("here", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        vector = self.embedding(batch["image"].to(self.here))
+        vector = self.embedding(batch["image"].to(self.device_anchor))
         return Condition(context=vector[:, None], vector=vector)
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        vector = self.here.new_zeros(rows(batch), self.vector_dim)
+        vector = self.device_anchor.new_zeros(num_rows(batch), self.vector_dim)
         return Condition(context=vector[:, None], vector=vector)
 
     @torch.no_grad()
     def embedding(self, image: Tensor) -> Tensor:
         """(B, V) with norm sqrt(V)."""
-        device = self.here.device
+        device = self.device_anchor.device
         visual = self.kept[0].to(device)
         with torch.autocast(device.type, enabled=False):
-            vector = visual(seen(visual, image))
+            vector = visual(preprocess(visual, image))
         return normalize(vector, dim=1) * self.vector_dim**0.5
 
 
-def seen(visual: Any, image: Tensor) -> Tensor:
+def preprocess(visual: Any, image: Tensor) -> Tensor:
     """Images (B, 1 or 3, H, W) in [-1, 1] as an open_clip image tower takes them: (B, 3, S, S) float32, by its own mean and deviation."""
     mean, std = (torch.tensor(x, device=image.device)[:, None, None] for x in (visual.image_mean, visual.image_std))
-    image = interpolate(image.float(), visual.image_size, mode="bicubic", antialias=True).clamp(-1, 1).expand(-1, 3, -1, -1)
+    image = (
+        interpolate(image.float(), visual.image_size, mode="bicubic", antialias=True).clamp(-1, 1).expand(-1, 3, -1, -1)
+    )
     return (image / 2 + 0.5 - mean) / std

@@ -6,9 +6,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ldm.condition import Condition, spread
+from ldm.condition import Condition, expand_spatial
 from ldm.errors import ConfigError
-from ldm.tensors import Noise
+from ldm.tensors import KeyedNoise
 
 
 class Compose(nn.Module):
@@ -50,39 +50,45 @@ class Compose(nn.Module):
         return self._join({name: cast(Any, part).null(batch) for name, part in self.conditioners.items()})
 
     def _told(self, name: str, part: nn.Module, batch: dict[str, Any]) -> Condition:
-        cond, rate = tell(part, batch), self.drop.get(name, 0.0) if self.training else 0.0
-        return dropped(cond, cast(Any, part).null(batch), batch["noise"], f"drop/{name}", rate) if rate else cond
+        cond, rate = condition_or_null(part, batch), self.drop.get(name, 0.0) if self.training else 0.0
+        return drop_condition(cond, cast(Any, part).null(batch), batch["noise"], f"drop/{name}", rate) if rate else cond
 
     def _join(self, conds: dict[str, Condition]) -> Condition:
         contexts = {name: cond.context for name, cond in conds.items() if cond.context is not None}
         masks = {name: conds[name].mask for name in contexts}
         if any(mask is not None for mask in masks.values()):
-            masks = {name: real(contexts[name]) if mask is None else mask for name, mask in masks.items()}
+            masks = {name: full_mask(contexts[name]) if mask is None else mask for name, mask in masks.items()}
         return Condition(
-            context=joined([self.widen[name](c) if name in self.widen else c for name, c in contexts.items()]),  # (B, L1 + L2 + ..., D)
-            mask=joined(masks.values()),
-            vector=joined([cond.vector for cond in conds.values()]),
-            concat=joined(spread([cond.concat for cond in conds.values()])),
+            context=concat_present(
+                [self.widen[name](c) if name in self.widen else c for name, c in contexts.items()]
+            ),  # (B, L1 + L2 + ..., D)
+            mask=concat_present(masks.values()),
+            vector=concat_present([cond.vector for cond in conds.values()]),
+            concat=concat_present(expand_spatial([cond.concat for cond in conds.values()])),
             hint=tuple(hint for cond in conds.values() for hint in cond.hint),
         )
 
 
-def tell(conditioner: Any, batch: dict[str, Any]) -> Condition:
+def condition_or_null(conditioner: Any, batch: dict[str, Any]) -> Condition:
     """The conditioner's Condition of a batch; its null where the batch lacks one of its keys, or of those it `needs` if it says so."""
-    return conditioner(batch) if all(key in batch for key in getattr(conditioner, "needs", conditioner.keys)) else conditioner.null(batch)
+    return (
+        conditioner(batch)
+        if all(key in batch for key in getattr(conditioner, "needs", conditioner.keys))
+        else conditioner.null(batch)
+    )
 
 
-def dropped(cond: Condition, null: Condition, noise: Noise, purpose: str, rate: float) -> Condition:
+def drop_condition(cond: Condition, null: Condition, noise: KeyedNoise, purpose: str, rate: float) -> Condition:
     """cond, row by row the null with probability `rate` (Ho & Salimans 2022, algorithm 1); which rows is noise's to say."""
     return cond.where(noise.uniform(purpose, torch.empty(len(noise))) >= rate, null)
 
 
-def joined(parts: Iterable[Tensor | None]) -> Tensor | None:
+def concat_present(parts: Iterable[Tensor | None]) -> Tensor | None:
     """The parts that are there, one after another along axis 1; None without any."""
     there = [part for part in parts if part is not None]
     return torch.cat(there, 1) if there else None
 
 
-def real(context: Tensor) -> Tensor:
+def full_mask(context: Tensor) -> Tensor:
     """The mask (B, L) of a context all of whose tokens are real."""
     return torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)

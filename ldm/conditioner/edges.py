@@ -10,7 +10,16 @@ from torch.nn import functional as F
 from ldm.errors import ConfigError
 
 SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4  # a step of 1 is seen as 1
-NEIGHBOURS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))  # (down, right), each 45 degrees further
+NEIGHBOURS = (
+    (0, 1),
+    (1, 1),
+    (1, 0),
+    (1, -1),
+    (0, -1),
+    (-1, -1),
+    (-1, 0),
+    (-1, 1),
+)  # (down, right), each 45 degrees further
 EQUAL = 1e-5  # slopes that differ by less are one
 
 
@@ -29,12 +38,14 @@ class Canny:
 
     def __post_init__(self) -> None:
         if not (self.sigma > 0 and 0 < self.low <= self.high):
-            raise ConfigError(f"sigma={self.sigma} low={self.low} high={self.high}: expected sigma > 0 and 0 < low <= high")
+            raise ConfigError(
+                f"sigma={self.sigma} low={self.low} high={self.high}: expected sigma > 0 and 0 < low <= high"
+            )
 
     def __call__(self, image: Tensor) -> Tensor:
-        across, down = slopes(blurred(brightness(image), self.sigma))
-        ridge = thinned(across, down)
-        return followed(ridge >= self.low, ridge >= self.high).to(image).expand(-1, 3, -1, -1)
+        across, down = sobel(gaussian_blur(luminance(image), self.sigma))
+        ridge = non_maximum_suppression(across, down)
+        return hysteresis(ridge >= self.low, ridge >= self.high).to(image).expand(-1, 3, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -58,13 +69,17 @@ class Scribble:
         return F.max_pool2d(Canny(self.sigma, self.low, self.high)(image), self.pen, 1, self.pen // 2)
 
 
-def brightness(image: Tensor) -> Tensor:
+def luminance(image: Tensor) -> Tensor:
     """(B, C, H, W) in [-1, 1] -> (B, 1, H, W) in [0, 1], by ITU-R BT.601 for three channels."""
-    weights = image.new_tensor([0.299, 0.587, 0.114]) if image.shape[1] == 3 else image.new_full((image.shape[1],), 1 / image.shape[1])
+    weights = (
+        image.new_tensor([0.299, 0.587, 0.114])
+        if image.shape[1] == 3
+        else image.new_full((image.shape[1],), 1 / image.shape[1])
+    )
     return (image.float() * weights.view(1, -1, 1, 1)).sum(1, keepdim=True) / 2 + 0.5
 
 
-def blurred(x: Tensor, sigma: float) -> Tensor:
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     """x (B, 1, H, W) under a Gaussian of that standard deviation in pixels, the border repeated."""
     reach = math.ceil(3 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1.0, device=x.device) / sigma) ** 2)
@@ -73,24 +88,26 @@ def blurred(x: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.pad(x, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))
 
 
-def slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+def sobel(x: Tensor) -> tuple[Tensor, Tensor]:
     """The slope of x (B, 1, H, W) to the right and downwards (Sobel & Feldman 1968)."""
     kernel, padded = SOBEL.to(x.device), F.pad(x, (1, 1, 1, 1), mode="replicate")
     return F.conv2d(padded, kernel[None, None]), F.conv2d(padded, kernel.T[None, None])
 
 
-def thinned(across: Tensor, down: Tensor) -> Tensor:
+def non_maximum_suppression(across: Tensor, down: Tensor) -> Tensor:
     """The slope's length (B, 1, H, W) where it is the largest along its own direction, to the nearest of eight; else 0."""
     length = torch.hypot(across, down)
     sector = (torch.atan2(down, across) / (math.pi / 4)).round().long() % 8
     padded = F.pad(length, (1, 1, 1, 1))
     height, width = length.shape[-2:]
-    around = torch.cat([padded[..., 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in NEIGHBOURS], 1)  # (B, 8, H, W)
+    around = torch.cat(
+        [padded[..., 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in NEIGHBOURS], 1
+    )  # (B, 8, H, W)
     brighter, darker = around.gather(1, sector), around.gather(1, (sector + 4) % 8)
     return torch.where((length > brighter + EQUAL) & (length > darker - EQUAL), length, 0.0)
 
 
-def followed(weak: Tensor, strong: Tensor) -> Tensor:
+def hysteresis(weak: Tensor, strong: Tensor) -> Tensor:
     """The weak pixels (B, 1, H, W) bool that strong ones lead to, by any of the eight neighbours from one to the next."""
     reached = strong & weak
     while True:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
-from ldm.conditioner.compose import dropped, tell
-from ldm.conditioner.rows import rows
+from ldm.conditioner.compose import condition_or_null, drop_condition
+from ldm.conditioner.rows import num_rows
 from ldm.errors import ConfigError
 
 
-class Hinted(nn.Module):
+class HintConditioner(nn.Module):
     """What `told` tells, and one hint (B, 3, H, W) in [0, 1] more: batch[name], else made of batch[make.reads].
 
     make: value -> hint; `reads` is what it is made of.  untold: the probability with which, while training, a row is told the hint alone
@@ -23,18 +23,22 @@ class Hinted(nn.Module):
     """
 
     needs = ()  # it sees to it itself
-    here: Tensor
+    device_anchor: Tensor
 
-    def __init__(self, told: Any, make: Callable[[Any], Tensor], untold: float = 0.5):
+    def __init__(self, told: Any, extractor: Callable[[Any], Tensor], text_drop_prob: float = 0.5):
         super().__init__()
-        if not 0 <= untold <= 1:
-            raise ConfigError(f"untold={untold}: expected a probability")
-        self.told, self.make, self.untold = told, make, untold
+        if not 0 <= text_drop_prob <= 1:
+            raise ConfigError(f"untold={text_drop_prob}: expected a probability")
+        self.told, self.make, self.untold = told, extractor, text_drop_prob
         number = getattr(told, "number", 0) + 1
         self.number, self.name = number, "hint" if number == 1 else f"hint{number}"
         self.keys = (*told.keys, self.name)
-        self.reads = (*getattr(told, "reads", ()), make.reads)  # type: ignore[attr-defined]
-        self.context_dim, self.vector_dim, self.concat_channels = told.context_dim, told.vector_dim, told.concat_channels
+        self.reads = (*getattr(told, "reads", ()), extractor.reads)  # type: ignore[attr-defined]
+        self.context_dim, self.vector_dim, self.concat_channels = (
+            told.context_dim,
+            told.vector_dim,
+            told.concat_channels,
+        )
         self.register_buffer("here", torch.empty(0), persistent=False)
 
     @property
@@ -43,28 +47,28 @@ class Hinted(nn.Module):
         return getattr(self.told, "conditioners", {"told": self.told})
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        cond = tell(self.told, batch)
+        cond = condition_or_null(self.told, batch)
         if self.training and self.untold:
-            cond = dropped(cond, self.told.null(batch), batch["noise"], f"untold/{self.name}", self.untold)
+            cond = drop_condition(cond, self.told.null(batch), batch["noise"], f"untold/{self.name}", self.untold)
         return replace(cond, hint=(*cond.hint, self.hint(batch)))
 
     def null(self, batch: dict[str, Any]) -> Condition:
         cond = self.told.null(batch)
-        return replace(cond, hint=(*cond.hint, self.black(batch)))
+        return replace(cond, hint=(*cond.hint, self.null_hint(batch)))
 
     def hint(self, batch: dict[str, Any]) -> Tensor:
         """The hint of a batch."""
         reads = self.make.reads  # type: ignore[attr-defined]
         if self.name not in batch and reads not in batch:
-            return self.black(batch)
+            return self.null_hint(batch)
         hint = batch[self.name] if self.name in batch else self.make(batch[reads])
         if hint.ndim != 4 or hint.shape[1] != 3:
             raise ValueError(f"{self.name} of {tuple(hint.shape)}: expected (B, 3, H, W)")
-        return hint.to(self.here)
+        return hint.to(self.device_anchor)
 
-    def black(self, batch: dict[str, Any]) -> Tensor:
+    def null_hint(self, batch: dict[str, Any]) -> Tensor:
         """Nothing, (B, 3, 1, 1)."""
-        return self.here.new_zeros(rows(batch), 3, 1, 1)
+        return self.device_anchor.new_zeros(num_rows(batch), 3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,10 @@ class Segmentation:
 
     def __call__(self, map: Tensor) -> Tensor:
         if map.numel() and not 0 <= int(map.min()) <= int(map.max()) < self.classes:
-            raise ConfigError(f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}")
-        return colours(self.classes).to(map.device)[map.long()].movedim(-1, 1)
+            raise ConfigError(
+                f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}"
+            )
+        return palette(self.classes).to(map.device)[map.long()].movedim(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,14 @@ class Keypoints:
     reads = "points"
 
     def __call__(self, points: Sequence[Sequence[Sequence[float] | None]]) -> Tensor:
-        return torch.stack([self.drawn(one) for one in points])
+        return torch.stack([self.render(one) for one in points])
 
-    def drawn(self, points: Sequence[Sequence[float] | None]) -> Tensor:
+    def render(self, points: Sequence[Sequence[float] | None]) -> Tensor:
         """(3, H, W) of one list."""
         height, width = self.size
         y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
         picture = torch.zeros(3, height, width)
-        for point, colour in zip(points, colours(len(points) + 1)[1:], strict=True):
+        for point, colour in zip(points, palette(len(points) + 1)[1:], strict=True):
             if point is None:
                 continue
             if len(point) != 2 or not all(0 <= one <= 1 for one in point):
@@ -120,7 +126,7 @@ class Keypoints:
         return picture
 
 
-def colours(number: int) -> Tensor:
+def palette(number: int) -> Tensor:
     """(number, 3) colours in [0, 1] that are far from one another, the first black."""
     ring = [hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.5)[i % 2], (1.0, 1.0, 0.6)[i % 3]) for i in range(number - 1)]
     return torch.tensor([(0.0, 0.0, 0.0), *ring])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
-from ldm.conditioner.rows import rows
+from ldm.conditioner.rows import num_rows
 from ldm.errors import ConfigError
 
 
@@ -25,10 +25,10 @@ class Label(nn.Module):
         self.embedding = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        return Condition(context=embedded(self.embedding, batch["label"])[:, None])  # (B, 1, D)
+        return Condition(context=embed_labels(self.embedding, batch["label"])[:, None])  # (B, 1, D)
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return Condition(context=nulls(self.embedding, rows(batch))[:, None])
+        return Condition(context=null_embedding(self.embedding, num_rows(batch))[:, None])
 
 
 class LabelVector(nn.Module):
@@ -43,13 +43,13 @@ class LabelVector(nn.Module):
         self.embedding = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        return Condition(vector=embedded(self.embedding, batch["label"]))  # (B, D)
+        return Condition(vector=embed_labels(self.embedding, batch["label"]))  # (B, D)
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return Condition(vector=nulls(self.embedding, rows(batch)))
+        return Condition(vector=null_embedding(self.embedding, num_rows(batch)))
 
 
-def embedded(embedding: nn.Embedding, label: Tensor) -> Tensor:
+def embed_labels(embedding: nn.Embedding, label: Tensor) -> Tensor:
     """Rows (B, dim) of labels (B,), the null class's for -1; they are looked at only on the CPU, where that costs no wait."""
     classes = embedding.num_embeddings - 1
     if label.device.type == "cpu" and len(label) and not -1 <= int(label.min()) <= int(label.max()) < classes:
@@ -59,6 +59,6 @@ def embedded(embedding: nn.Embedding, label: Tensor) -> Tensor:
     return embedding(label.to(embedding.weight.device))
 
 
-def nulls(embedding: nn.Embedding, num: int) -> Tensor:
+def null_embedding(embedding: nn.Embedding, num: int) -> Tensor:
     """The null class's row, num times: (num, dim)."""
     return embedding(torch.full((num,), embedding.num_embeddings - 1, device=embedding.weight.device))

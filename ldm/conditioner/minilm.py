@@ -8,12 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from ldm.conditioner.tokens import Features, Truncation
+from ldm.conditioner.tokens import TextFeatures, Truncation
 from ldm.errors import UserError
-from ldm.fetch import MINILM, AssetError, minilm, sha256
+from ldm.io.download import MINILM, AssetNotFoundError, minilm, sha256
 
-ONCE = {"word": "word_embeddings", "position": "position_embeddings", "segment": "token_type_embeddings", "norm": "LayerNorm"}
-EACH = {
+EMBEDDING_NAMES = {
+    "word": "word_embeddings",
+    "position": "position_embeddings",
+    "segment": "token_type_embeddings",
+    "norm": "LayerNorm",
+}
+LAYER_NAMES = {
     "q": "attention.self.query",
     "k": "attention.self.key",
     "v": "attention.self.value",
@@ -23,13 +28,21 @@ EACH = {
     "down": "output.dense",
     "norm2": "output.LayerNorm",
 }
-UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}  # the pooler is next-sentence prediction's
+IGNORED_KEYS = {
+    "embeddings.position_ids",
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+}  # the pooler is next-sentence prediction's
 
 
-def theirs(name: str) -> str:
+def published_name(name: str) -> str:
     """The published name of one of Bert's parameters."""
     *layer, module, kind = name.split(".")
-    return f"encoder.layer.{layer[1]}.{EACH[module]}.{kind}" if layer else f"embeddings.{ONCE[module]}.{kind}"
+    return (
+        f"encoder.layer.{layer[1]}.{LAYER_NAMES[module]}.{kind}"
+        if layer
+        else f"embeddings.{EMBEDDING_NAMES[module]}.{kind}"
+    )
 
 
 class Layer(nn.Module):
@@ -43,7 +56,9 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, L, D/H)
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )  # (B, H, L, D/H)
         x = self.norm1(x + self.out(scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)))
         return self.norm2(x + self.down(gelu(self.up(x))))
 
@@ -51,7 +66,15 @@ class Layer(nn.Module):
 class Bert(nn.Module):
     """BERT's encoder (Devlin et al. 2019) for one segment: ids (B, L) int64, mask (B, L) bool -> last hidden state (B, L, dim)."""
 
-    def __init__(self, vocabulary: int = 30522, positions: int = 512, dim: int = 384, heads: int = 12, hidden: int = 1536, layers: int = 6):
+    def __init__(
+        self,
+        vocabulary: int = 30522,
+        positions: int = 512,
+        dim: int = 384,
+        heads: int = 12,
+        hidden: int = 1536,
+        layers: int = 6,
+    ):
         super().__init__()
         self.word, self.position, self.segment = (nn.Embedding(n, dim) for n in (vocabulary, positions, 2))
         self.norm = nn.LayerNorm(dim, eps=1e-12)
@@ -67,7 +90,7 @@ class Bert(nn.Module):
 class MiniLM(nn.Module):
     """texts -> Features: last hidden state (B, L, 384), mask (B, L), its mean over the real tokens (B, 384); float32, no gradient.
 
-    path: a folder with model.safetensors and tokenizer.json; null: found or fetched.  Raises AssetError without them, ValueError if the
+    path: a folder with model.safetensors and tokenizer.json; null: found or fetched.  Raises AssetNotFoundError without them, ValueError if the
     weights are another model's.
     """
 
@@ -81,7 +104,9 @@ class MiniLM(nn.Module):
         folder = minilm() if path is None else Path(path).expanduser()
         self.weights, words = folder / "model.safetensors", folder / "tokenizer.json"
         if absent := [file.name for file in (self.weights, words) if not file.is_file()]:
-            raise AssetError(f"MiniLM's {' and '.join(absent)} not in {folder}; path=null finds or fetches them")
+            raise AssetNotFoundError(
+                f"MiniLM's {' and '.join(absent)} not in {folder}; path=null finds or fetches them"
+            )
         self.known = MINILM["model.safetensors"] if path is None else None
         self.tokenizer = Tokenizer.from_file(str(words))
         self.tokenizer.no_padding()  # the file's own settings pad and cut every text to 128
@@ -95,8 +120,8 @@ class MiniLM(nn.Module):
     def _load(self) -> None:
         from safetensors.torch import load_file
 
-        state, wanted = load_file(self.weights), {name: theirs(name) for name in self.bert.state_dict()}
-        if wrong := ({*wanted.values()} ^ {*state}) - UNUSED:
+        state, wanted = load_file(self.weights), {name: published_name(name) for name in self.bert.state_dict()}
+        if wrong := ({*wanted.values()} ^ {*state}) - IGNORED_KEYS:
             raise UserError(f"{self.weights} is not all-MiniLM-L6-v2: {len(wrong)} names differ, such as {min(wrong)}")
         try:
             self.bert.load_state_dict({ours: state[name].float() for ours, name in wanted.items()}, assign=True)
@@ -108,7 +133,7 @@ class MiniLM(nn.Module):
         """SHA-256 (hex) of the file of weights."""
         return self.known or sha256(self.weights)
 
-    def tokens(self, text: str) -> list[str]:
+    def tokenize(self, text: str) -> list[str]:
         """The pieces of the text that become tokens, each as it stands in the text."""
         return [text[start:end] for start, end in self.tokenizer.encode(text, add_special_tokens=False).offsets]
 
@@ -117,23 +142,28 @@ class MiniLM(nn.Module):
         """What gives ids (B, L) their vectors."""
         return self.bert.word
 
-    def pieces(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
         """The ids of a text, without marks."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     @torch.no_grad()
-    def forward(self, texts: Sequence[str], length: int | None = None) -> Features:
+    def forward(self, texts: Sequence[str], length: int | None = None) -> TextFeatures:
         return self.features(texts, length)
 
-    def features(self, texts: Sequence[str], length: int | None = None) -> Features:
+    def features(self, texts: Sequence[str], length: int | None = None) -> TextFeatures:
         """As forward, with gradients."""
         limit = min(length or self.length, self.length)
-        cut = [self.truncation(t, e.ids, limit) for t, e in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True)]
+        cut = [
+            self.truncation(t, e.ids, limit)
+            for t, e in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True)
+        ]
         device = self.bert.norm.weight.device
         size = torch.tensor([len(ids) for ids in cut])
         ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in cut], batch_first=True).to(device)  # (B, L)
         mask = (torch.arange(ids.shape[1]) < size[:, None]).to(device)  # (B, L)
-        with torch.autocast(device.type, enabled=False):  # the same features whatever precision the network is trained in
+        with torch.autocast(
+            device.type, enabled=False
+        ):  # the same features whatever precision the network is trained in
             context = self.bert(ids, mask)  # (B, L, D)
         real = mask[..., None]
-        return Features(context, mask, (context * real).sum(1) / real.sum(1))
+        return TextFeatures(context, mask, (context * real).sum(1) / real.sum(1))

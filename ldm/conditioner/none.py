@@ -7,7 +7,7 @@ from torch import nn
 from ldm.condition import Condition
 
 
-class Nothing(nn.Module):
+class Unconditional(nn.Module):
     """Tells the network nothing: a Condition with every field empty, which is also its null."""
 
     keys = ()

@@ -4,9 +4,11 @@ from collections.abc import Sized
 from typing import Any
 
 
-def rows(batch: dict[str, Any]) -> int:
+def num_rows(batch: dict[str, Any]) -> int:
     """B of a batch, by its first tensor, list or keyed noise. Raises ValueError for one that holds none."""
     for value in batch.values():
         if isinstance(value, Sized) and not isinstance(value, str):
             return len(value)
-    raise ValueError(f"a batch of {', '.join(batch) or 'nothing'} has no rows; expected a tensor, a list or keyed noise in it")
+    raise ValueError(
+        f"a batch of {', '.join(batch) or 'nothing'} has no rows; expected a tensor, a list or keyed noise in it"
+    )

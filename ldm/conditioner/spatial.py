@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.condition import Condition
-from ldm.conditioner.rows import rows
+from ldm.conditioner.rows import num_rows
 from ldm.errors import ConfigError
 
 
@@ -28,30 +28,40 @@ class SemanticMap(nn.Module):
         self.mix = nn.Conv2d(classes, channels, 1, bias=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        return Condition(concat=self.mix(means(self.shares(batch["map"]).to(self.mix.weight), self.factor, "map")))
+        return Condition(
+            concat=self.mix(cell_means(self.class_fractions(batch["map"]).to(self.mix.weight), self.factor, "map"))
+        )
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return Condition(concat=self.mix.weight.new_zeros(rows(batch), self.concat_channels, *cells_of(batch.get("map"), self.factor)))
+        return Condition(
+            concat=self.mix.weight.new_zeros(
+                num_rows(batch), self.concat_channels, *latent_size(batch.get("map"), self.factor)
+            )
+        )
 
-    def shares(self, map: Tensor) -> Tensor:
+    def class_fractions(self, map: Tensor) -> Tensor:
         """A map as shares (B, classes, H, W)."""
         if map.ndim == 4 and map.is_floating_point() and map.shape[1] == self.classes:
             return map
         if map.ndim != 3 or map.is_floating_point():
-            raise ValueError(f"map of {tuple(map.shape)} {map.dtype}: expected classes (B, H, W) or shares (B, {self.classes}, H, W)")
+            raise ValueError(
+                f"map of {tuple(map.shape)} {map.dtype}: expected classes (B, H, W) or shares (B, {self.classes}, H, W)"
+            )
         if map.numel() and not 0 <= int(map.min()) <= int(map.max()) < self.classes:
-            raise ConfigError(f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}")
+            raise ConfigError(
+                f"map with classes {int(map.min())} to {int(map.max())}: expected 0 to {self.classes - 1}"
+            )
         return F.one_hot(map.long(), self.classes).movedim(-1, 1).float()
 
 
-class Picture(nn.Module):
+class SpatialMap(nn.Module):
     """batch[key] (B, channels, H, W), a relief, a depth, a sketch: concat (B, channels + 1, H/factor, W/factor).
 
     Each cell gets the mean over it; the last channel is 1, and 0 in the null, which is zero throughout.
     """
 
     context_dim = vector_dim = None
-    here: Tensor  # empty, goes where the model goes
+    device_anchor: Tensor  # empty, goes where the model goes
 
     def __init__(self, factor: int, key: str = "relief", channels: int = 1):
         super().__init__()
@@ -59,15 +69,15 @@ class Picture(nn.Module):
         self.register_buffer("here", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        mean = means(batch[self.keys[0]].to(self.here), self.factor, self.keys[0])
+        mean = cell_means(batch[self.keys[0]].to(self.device_anchor), self.factor, self.keys[0])
         return Condition(concat=torch.cat([mean, torch.ones_like(mean[:, :1])], 1))
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        size = cells_of(batch.get(self.keys[0]), self.factor)
-        return Condition(concat=self.here.new_zeros(rows(batch), self.concat_channels, *size))
+        size = latent_size(batch.get(self.keys[0]), self.factor)
+        return Condition(concat=self.device_anchor.new_zeros(num_rows(batch), self.concat_channels, *size))
 
 
-class LowRes(nn.Module):
+class LowResolution(nn.Module):
     """batch["low_res"] (B, C, H/scale, W/scale) in [-1, 1]: concat (B, C r^2 + 1, H/factor, W/factor), r = factor / scale or 1.
 
     Where it is finer than the latent its r x r pixels become channels, where it is coarser they are repeated.  With `augment` noise is
@@ -78,21 +88,21 @@ class LowRes(nn.Module):
 
     keys = ("low_res",)
     context_dim = vector_dim = None
-    here: Tensor
+    device_anchor: Tensor
 
-    def __init__(self, factor: int, channels: int, scale: int = 4, augment: float = 0.0):
+    def __init__(self, factor: int, channels: int, scale: int = 4, noise_augmentation: float = 0.0):
         super().__init__()
         if factor % scale and scale % factor:
             raise ConfigError(f"scale={scale}: expected a divisor or a multiple of the first stage's factor, {factor}")
-        if not 0 <= augment < 1:
-            raise ConfigError(f"augment={augment}: expected a level of noise from 0 up to, not with, 1")
-        self.scale, self.augment, self.channels = scale, augment, channels
+        if not 0 <= noise_augmentation < 1:
+            raise ConfigError(f"augment={noise_augmentation}: expected a level of noise from 0 up to, not with, 1")
+        self.scale, self.augment, self.channels = scale, noise_augmentation, channels
         self.fold, self.repeat = max(factor // scale, 1), max(scale // factor, 1)
         self.concat_channels = channels * self.fold**2 + 1
         self.register_buffer("here", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        image = batch["low_res"].to(self.here)
+        image = batch["low_res"].to(self.device_anchor)
         if image.shape[1] != self.channels or image.shape[-2] % self.fold or image.shape[-1] % self.fold:
             raise ConfigError(
                 f"low_res of {tuple(image.shape)}: expected {self.channels} channels, height and width in multiples of {self.fold}"
@@ -103,8 +113,12 @@ class LowRes(nn.Module):
         return Condition(concat=self.folded(image, level))
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        size = [side * self.fold // self.fold for side in batch["low_res"].shape[-2:]] if "low_res" in batch else [self.fold] * 2
-        nothing = self.here.new_zeros(rows(batch), self.channels, *size)
+        size = (
+            [side * self.fold // self.fold for side in batch["low_res"].shape[-2:]]
+            if "low_res" in batch
+            else [self.fold] * 2
+        )
+        nothing = self.device_anchor.new_zeros(num_rows(batch), self.channels, *size)
         concat = self.folded(nothing, torch.ones_like(nothing[:, :1, :1, :1]))
         return Condition(concat=concat if "low_res" in batch else concat[:, :, :1, :1])
 
@@ -132,7 +146,7 @@ class MaskedImage(nn.Module):
 
     keys = ("image", "mask")
     context_dim = vector_dim = None
-    here: Tensor
+    device_anchor: Tensor
 
     def __init__(self, factor: int, z_channels: int, encode: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -140,31 +154,35 @@ class MaskedImage(nn.Module):
         self.register_buffer("here", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        image, mask = batch["image"].to(self.here), (batch["mask"] > 0.5).to(self.here)
+        image, mask = batch["image"].to(self.device_anchor), (batch["mask"] > 0.5).to(self.device_anchor)
         if mask.shape != (len(image), 1, *image.shape[-2:]):
-            raise ValueError(f"mask of {tuple(mask.shape)}: expected {(len(image), 1, *image.shape[-2:])}, the image's size, one channel")
+            raise ValueError(
+                f"mask of {tuple(mask.shape)}: expected {(len(image), 1, *image.shape[-2:])}, the image's size, one channel"
+            )
         with torch.no_grad():
             z = self.encode(image * (1 - mask))
-        return Condition(concat=torch.cat([any_of(mask, self.factor), z.to(mask)], 1))
+        return Condition(concat=torch.cat([max_pool_mask(mask, self.factor), z.to(mask)], 1))
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        concat = self.here.new_zeros(rows(batch), self.concat_channels, *cells_of(batch.get("mask"), self.factor))
+        concat = self.device_anchor.new_zeros(
+            num_rows(batch), self.concat_channels, *latent_size(batch.get("mask"), self.factor)
+        )
         concat[:, 0] = 1
         return Condition(concat=concat)
 
 
-def means(x: Tensor, factor: int, name: str) -> Tensor:
+def cell_means(x: Tensor, factor: int, name: str) -> Tensor:
     """The mean of x (B, C, H, W) over cells of factor x factor pixels. Raises ConfigError for a size that the factor does not divide."""
     if x.shape[-2] % factor or x.shape[-1] % factor:
         raise ConfigError(f"{name} of {x.shape[-2]}x{x.shape[-1]}: height and width must be multiples of {factor}")
     return F.avg_pool2d(x, factor)
 
 
-def any_of(mask: Tensor, factor: int) -> Tensor:
+def max_pool_mask(mask: Tensor, factor: int) -> Tensor:
     """1 for every cell of factor x factor pixels in which the mask (B, 1, H, W) is 1 anywhere, else 0."""
     return F.max_pool2d(mask, factor)
 
 
-def cells_of(picture: Tensor | None, factor: int) -> Sequence[int]:
+def latent_size(picture: Tensor | None, factor: int) -> Sequence[int]:
     """Height and width in cells of a picture (..., H, W); 1 and 1 without one."""
     return (1, 1) if picture is None else [cast(int, side) // factor for side in picture.shape[-2:]]

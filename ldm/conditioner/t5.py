@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioner.tokens import Features, Truncation
+from ldm.conditioner.tokens import TextFeatures, Truncation
 from ldm.errors import ConfigError
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 from ldm.tensors import hash_state_dict
 
 
@@ -19,39 +19,47 @@ class T5(nn.Module):
 
     model: a folder with config.json, weights and tokenizer, or a name on the Hugging Face hub such as google/flan-t5-base.  hub: whether
     a name that is not in the hub's local cache may be fetched.  length: the most tokens, the end's mark included.
-    Raises AssetError where the model is not to be had, ValueError for a folder that holds another or a damaged one.
+    Raises AssetNotFoundError where the model is not to be had, ValueError for a folder that holds another or a damaged one.
     """
 
     net: Any  # transformers' encoder
 
-    def __init__(self, model: str | None = None, hub: bool = False, length: int = 256):
+    def __init__(self, model: str | None = None, hub: bool = False, max_length: int = 256):
         super().__init__()
         if model is None:
-            raise AssetError("T5 has no weights (model=null): name a folder with its config.json, weights and tokenizer, or a hub name")
+            raise AssetNotFoundError(
+                "T5 has no weights (model=null): name a folder with its config.json, weights and tokenizer, or a hub name"
+            )
         folder = Path(model).expanduser()
         if not folder.is_dir() and len(Path(model).parts) > 2:
-            raise AssetError(f"model={model}: no such folder; expected one with T5's config.json, weights and tokenizer, or a hub name")
+            raise AssetNotFoundError(
+                f"model={model}: no such folder; expected one with T5's config.json, weights and tokenizer, or a hub name"
+            )
         try:
             from transformers import AutoTokenizer, T5EncoderModel
         except ImportError:
-            raise AssetError("T5 needs the library transformers: pip install 'ldm[text]'") from None
+            raise AssetNotFoundError("T5 needs the library transformers: pip install 'ldm[text]'") from None
         source, local = str(folder) if folder.is_dir() else model, folder.is_dir() or not hub
         try:
             # no type is asked for: transformers below 4.56 calls it torch_dtype, later ones dtype
-            net, seen = cast(Any, T5EncoderModel.from_pretrained(source, local_files_only=local, output_loading_info=True))
+            net, seen = cast(
+                Any, T5EncoderModel.from_pretrained(source, local_files_only=local, output_loading_info=True)
+            )
             self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         except Exception as error:
             said = " ".join(str(error).split())[:200]
             if folder.is_dir():
                 raise ConfigError(f"model={model}: damaged, or not T5's: {said}") from None
             remedy = "name a folder, model=FOLDER" if hub else "fetch it with hub=true, or name a folder, model=FOLDER"
-            raise AssetError(f"T5 {model} is not in the Hugging Face hub's cache and was not fetched ({said}): {remedy}") from None
+            raise AssetNotFoundError(
+                f"T5 {model} is not in the Hugging Face hub's cache and was not fetched ({said}): {remedy}"
+            ) from None
         if seen["missing_keys"] or seen["mismatched_keys"]:
             raise ConfigError(f"model={model}: not T5's weights, {len(seen['missing_keys'])} are missing")
         self.net = net.float()  # exact from the half types, in which transformers 5 leaves weights that are stored so
         self.eval().requires_grad_(False)
         self.truncation = Truncation()
-        self.length = length
+        self.length = max_length
         self.context_dim = self.vector_dim = int(self.net.config.d_model)
 
     @cached_property
@@ -59,19 +67,21 @@ class T5(nn.Module):
         """SHA-256 (hex) of the encoder's weights, whatever files they came in."""
         return hash_state_dict(self.net.state_dict())
 
-    def tokens(self, text: str) -> list[str]:
+    def tokenize(self, text: str) -> list[str]:
         """The pieces of the text that become tokens."""
         return [piece.replace("▁", " ").strip() for piece in self.tokenizer.tokenize(text)]
 
     @torch.no_grad()
-    def forward(self, texts: Sequence[str], length: int | None = None) -> Features:
+    def forward(self, texts: Sequence[str], length: int | None = None) -> TextFeatures:
         limit = min(length or self.length, self.length)
         cut = [self.truncation(text, self.tokenizer(text, verbose=False)["input_ids"], limit) for text in texts]
         size = torch.tensor([len(ids) for ids in cut])
         device = self.net.shared.weight.device
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in cut], batch_first=True).to(device)  # (B, L); 0 is <pad>
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in cut], batch_first=True).to(
+            device
+        )  # (B, L); 0 is <pad>
         mask = (torch.arange(ids.shape[1]) < size[:, None]).to(device)
         with torch.autocast(device.type, enabled=False):
             context: Tensor = self.net(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         real = mask[..., None]
-        return Features(context, mask, (context * real).sum(1) / real.sum(1))
+        return TextFeatures(context, mask, (context * real).sum(1) / real.sum(1))

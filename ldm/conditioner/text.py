@@ -1,6 +1,7 @@
 """Captions as the condition, read by a frozen text encoder whose features are kept."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ldm.condition import Condition
-from ldm.conditioner.rows import rows
-from ldm.conditioner.tokens import Encoder
+from ldm.conditioner.rows import num_rows
+from ldm.conditioner.tokens import TextEncoder
 from ldm.errors import ConfigError
 
-MOST = 1 << 28  # numbers kept in the table of tokens (1 GiB); when it is full it starts anew
+MAX_CACHE_VALUES = 1 << 28  # numbers kept in the table of tokens (1 GiB); when it is full it starts anew
 
 
 class Text(nn.Module):
@@ -27,25 +28,25 @@ class Text(nn.Module):
     keys = ("caption",)
     concat_channels = 0
     vector_dim: int | None
-    here: Tensor  # empty, goes where the model goes
+    device_anchor: Tensor  # empty, goes where the model goes
 
-    def __init__(self, encoder: Encoder, length: int = 32):
+    def __init__(self, encoder: TextEncoder, max_length: int = 32):
         super().__init__()
-        if not 2 <= length <= encoder.length:
-            raise ConfigError(f"length={length}: expected 2 to {encoder.length} tokens, the encoder's limit")
+        if not 2 <= max_length <= encoder.length:
+            raise ConfigError(f"length={max_length}: expected 2 to {encoder.length} tokens, the encoder's limit")
         self.context_dim, self.vector_dim = encoder.context_dim, encoder.vector_dim
-        self.kept = Kept(encoder, length)
+        self.kept = FeatureCache(encoder, max_length)
         self.register_buffer("here", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        return self.kept.condition(texts(batch["caption"]), self.here.device)
+        return self.kept.condition(require_texts(batch["caption"]), self.device_anchor.device)
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return self.kept.condition([""] * rows(batch), self.here.device)
+        return self.kept.condition([""] * num_rows(batch), self.device_anchor.device)
 
-    def tokens(self, prompt: str) -> list[str]:
+    def tokenize(self, prompt: str) -> list[str]:
         """The pieces of the prompt that the encoder reads."""
-        return self.kept.encoder.tokens(prompt)
+        return self.kept.encoder.tokenize(prompt)
 
     @property
     def identity(self) -> str:
@@ -53,14 +54,14 @@ class Text(nn.Module):
         return self.kept.encoder.identity
 
 
-class Kept:
+class FeatureCache:
     """An encoder's features of every text so far, at most `length` tokens each, in three tables.
 
     context (T, D): the tokens of all texts, one after another; row 0 is zero and stands for padding.  place (N, length): text n's rows
     in it.  vector (N, V).  A plain object, not a module: nothing here is to be trained, saved, averaged or sent between processes.
     """
 
-    def __init__(self, encoder: Encoder, length: int):
+    def __init__(self, encoder: TextEncoder, length: int):
         self.encoder, self.length = encoder, length
         self.clear(torch.device("cpu"))
 
@@ -77,7 +78,7 @@ class Kept:
     @torch.no_grad()
     def condition(self, captions: Sequence[str], device: torch.device) -> Condition:
         """Features of B captions, padded together."""
-        if device != self.context.device or self.used * self.encoder.context_dim > MOST:
+        if device != self.context.device or self.used * self.encoder.context_dim > MAX_CACHE_VALUES:
             self.clear(device)
         for text in dict.fromkeys(captions):
             if text not in self.row:
@@ -93,8 +94,8 @@ class Kept:
         features = self.encoder.to(self.context.device)([text], self.length)
         tokens = features.context[features.mask]  # (S, D)
         row, size = len(self.size), len(tokens)
-        self.context = grown(self.context, self.used + size)
-        self.place, self.vector = grown(self.place, row + 1), grown(self.vector, row + 1)
+        self.context = grow(self.context, self.used + size)
+        self.place, self.vector = grow(self.place, row + 1), grow(self.vector, row + 1)
         self.context[self.used : self.used + size] = tokens
         self.place[row, :size] = torch.arange(self.used, self.used + size)
         self.vector[row] = normalize(features.vector[0], dim=0) * self.encoder.vector_dim**0.5
@@ -103,21 +104,41 @@ class Kept:
         self.used += size
 
 
-def grown(table: Tensor, need: int) -> Tensor:
+def grow(table: Tensor, need: int) -> Tensor:
     """The table with at least `need` rows, doubled when it is too small."""
-    return table if len(table) >= need else torch.cat([table, table.new_zeros(max(need - len(table), len(table)), *table.shape[1:])])
+    return (
+        table
+        if len(table) >= need
+        else torch.cat([table, table.new_zeros(max(need - len(table), len(table)), *table.shape[1:])])
+    )
 
 
-def texts(captions: Any) -> list[str]:
+def require_texts(captions: Any) -> list[str]:
     """Captions as a list. Raises ValueError if they are not one of texts."""
     if isinstance(captions, str) or not all(isinstance(one, str) for one in captions):
         raise ValueError(f"caption={captions!r:.80}: expected a list of texts, one for each image")
     return list(captions)
 
 
-def nearest_caption(encoder: Encoder, prompts: Sequence[str], captions_by_class: Sequence[Sequence[str]]) -> list[int]:
+def nearest_caption(
+    encoder: TextEncoder, prompts: Sequence[str], captions_by_class: Sequence[Sequence[str]]
+) -> list[int]:
     """For each prompt the class that has the nearest single caption, by cosine of the encoder's vectors: what words alone can tell."""
     owner = [index for index, captions in enumerate(captions_by_class) for _ in captions]
     captions = [caption for captions in captions_by_class for caption in captions]
-    told, known = (normalize(encoder(texts(group)).vector, dim=1) for group in (prompts, captions))
+    told, known = (normalize(encoder(require_texts(group)).vector, dim=1) for group in (prompts, captions))
     return [owner[i] for i in (told @ known.T).argmax(1).tolist()]
+
+
+class TextTokensOnly(Text):
+    """As Text, without the vector of the whole text: Stable Diffusion 1 and 2 hear no more (LDM sec. 3.3)."""
+
+    def __init__(self, encoder: TextEncoder, max_length: int = 77):
+        super().__init__(encoder, max_length)
+        self.vector_dim = None
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        return replace(super().forward(batch), vector=None)
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        return replace(super().null(batch), vector=None)

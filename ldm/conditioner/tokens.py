@@ -9,7 +9,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 
-class Features(NamedTuple):
+class TextFeatures(NamedTuple):
     """What an encoder says of B texts: context (B, L, D) per token, mask (B, L) bool with True = to be read, vector (B, V) of the whole."""
 
     context: Tensor
@@ -17,7 +17,7 @@ class Features(NamedTuple):
     vector: Tensor
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """A frozen text encoder; length: the most tokens of a text, marks of start and end included.  identity: SHA-256 of its weights."""
 
     context_dim: int
@@ -25,9 +25,9 @@ class Encoder(Protocol):
     length: int
     identity: str
 
-    def __call__(self, texts: Sequence[str], length: int | None = None) -> Features: ...
-    def tokens(self, text: str) -> list[str]: ...
-    def to(self, device) -> "Encoder": ...
+    def __call__(self, texts: Sequence[str], length: int | None = None) -> TextFeatures: ...
+    def tokenize(self, text: str) -> list[str]: ...
+    def to(self, device) -> "TextEncoder": ...
 
 
 class Truncation:
@@ -46,5 +46,7 @@ class Truncation:
         self.texts, self.dropped = self.texts + 1, self.dropped + excess
         if self.texts <= 10 or self.texts & (self.texts - 1) == 0:
             total = f"; {self.texts} texts cut so far, {self.dropped} tokens dropped" if self.texts > 1 else ""
-            log.warning("text of %d tokens cut to %d, %d tokens dropped: %.60r%s", len(ids), length, excess, text, total)
+            log.warning(
+                "text of %d tokens cut to %d, %d tokens dropped: %.60r%s", len(ids), length, excess, text, total
+            )
         return [*ids[: length - 1], ids[-1]]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ldm.condition import Condition
-from ldm.conditioner.rows import rows
-from ldm.conditioner.text import texts
+from ldm.conditioner.rows import num_rows
+from ldm.conditioner.text import require_texts
 from ldm.conditioner.tokens import Truncation
 from ldm.errors import ConfigError
-from ldm.fetch import AssetError, minilm
+from ldm.io.download import AssetNotFoundError, minilm
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_channels, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, L, D/H)
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )  # (B, H, L, D/H)
         return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -40,7 +42,10 @@ class Layer(nn.Module):
     def __init__(self, dim: int, heads: int, head_channels: int):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads, head_channels)
-        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.norm2, self.mlp = (
+            nn.LayerNorm(dim),
+            nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -54,7 +59,16 @@ class Transformer(nn.Module):
     weights hold and nothing reads.
     """
 
-    def __init__(self, tokens: int, length: int, dim: int, layers: int, heads: int = 8, head_channels: int = 64, logits: bool = False):
+    def __init__(
+        self,
+        tokens: int,
+        length: int,
+        dim: int,
+        layers: int,
+        heads: int = 8,
+        head_channels: int = 64,
+        logits: bool = False,
+    ):
         super().__init__()
         self.token, self.position = nn.Embedding(tokens, dim), nn.Embedding(length, dim)
         self.layers = nn.ModuleList(Layer(dim, heads, head_channels) for _ in range(layers))
@@ -74,7 +88,7 @@ class WordPiece(nn.Module):
     """batch["caption"], B texts, as BERT's word pieces through a transformer that learns with the denoiser: context (B, length, dim).
 
     Texts are padded to `length` with a token that is read like any other; a longer one is cut with a warning.  The null is the empty
-    text's.  vocabulary: a tokenizer.json; null is BERT's uncased list of 30,522, found or fetched.  Raises AssetError without it.
+    text's.  vocabulary: a tokenizer.json; null is BERT's uncased list of 30,522, found or fetched.  Raises AssetNotFoundError without it.
     """
 
     keys = ("caption",)
@@ -84,10 +98,10 @@ class WordPiece(nn.Module):
         self,
         dim: int = 1280,
         layers: int = 32,
-        heads: int = 8,
-        head_channels: int = 64,
-        length: int = 77,
-        logits: bool = False,
+        num_heads: int = 8,
+        num_head_channels: int = 64,
+        max_length: int = 77,
+        keep_logits_head: bool = False,
         vocabulary: str | None = None,
     ):
         from tokenizers import Tokenizer
@@ -95,25 +109,29 @@ class WordPiece(nn.Module):
         super().__init__()
         file = Path(vocabulary).expanduser() if vocabulary else minilm() / "tokenizer.json"
         if not file.is_file():
-            raise AssetError(f"vocabulary={vocabulary}: no such file; expected a tokenizer.json, or null for BERT's own list")
+            raise AssetNotFoundError(
+                f"vocabulary={vocabulary}: no such file; expected a tokenizer.json, or null for BERT's own list"
+            )
         self.tokenizer, self.truncation = Tokenizer.from_file(str(file)), Truncation()
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.length, self.context_dim = length, dim
-        self.transformer = Transformer(self.tokenizer.get_vocab_size(), length, dim, layers, heads, head_channels, logits)
+        self.length, self.context_dim = max_length, dim
+        self.transformer = Transformer(
+            self.tokenizer.get_vocab_size(), max_length, dim, layers, num_heads, num_head_channels, keep_logits_head
+        )
         self.ids = lru_cache(maxsize=1 << 20)(self._ids)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        return self.read(texts(batch["caption"]))
+        return self.encode(require_texts(batch["caption"]))
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return self.read([""] * rows(batch))
+        return self.encode([""] * num_rows(batch))
 
-    def read(self, captions: Sequence[str]) -> Condition:
+    def encode(self, captions: Sequence[str]) -> Condition:
         ids = torch.tensor([self.ids(text) for text in captions], device=self.transformer.norm.weight.device)
         return Condition(context=self.transformer(ids))
 
-    def tokens(self, prompt: str) -> list[str]:
+    def tokenize(self, prompt: str) -> list[str]:
         """The pieces of the prompt that become tokens, each as it stands there."""
         return [prompt[start:end] for start, end in self.tokenizer.encode(prompt, add_special_tokens=False).offsets]
 
@@ -135,39 +153,45 @@ class Layout(nn.Module):
 
     def __init__(
         self,
-        tokens: int = 8192,
-        objects: int = 30,
+        num_tokens: int = 8192,
+        max_objects: int = 30,
         dim: int = 512,
         layers: int = 16,
-        heads: int = 8,
-        head_channels: int = 64,
-        logits: bool = False,
+        num_heads: int = 8,
+        num_head_channels: int = 64,
+        keep_logits_head: bool = False,
     ):
         super().__init__()
-        self.none, self.objects, self.context_dim = tokens - 1, objects, dim
-        self.sections = int(tokens**0.5)
-        self.transformer = Transformer(tokens, 3 * objects + 2, dim, layers, heads, head_channels, logits)
+        self.none, self.objects, self.context_dim = num_tokens - 1, max_objects, dim
+        self.sections = int(num_tokens**0.5)
+        self.transformer = Transformer(
+            num_tokens, 3 * max_objects + 2, dim, layers, num_heads, num_head_channels, keep_logits_head
+        )
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         ids = [self.ids([[float(x) for x in box] for box in boxes]) for boxes in batch["boxes"]]
         return Condition(context=self.transformer(torch.tensor(ids, device=self.transformer.norm.weight.device)))
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return self({"boxes": [[]] * rows(batch)})
+        return self({"boxes": [[]] * num_rows(batch)})
 
     def ids(self, boxes: Sequence[Sequence[float]]) -> list[int]:
         """The tokens of one layout."""
         if len(boxes) > self.objects:
-            log.warning("layout of %d boxes cut to %d, %d boxes dropped", len(boxes), self.objects, len(boxes) - self.objects)
+            log.warning(
+                "layout of %d boxes cut to %d, %d boxes dropped", len(boxes), self.objects, len(boxes) - self.objects
+            )
         found = []
         for box in boxes[: self.objects]:
             if len(box) != 5 or not (0 <= box[0] < self.none and box[0] == int(box[0])):
-                raise ConfigError(f"box {list(box)}: expected (class, left, top, right, bottom), a class from 0 to {self.none - 1}")
-            found += [int(box[0]), self.place(box[1], box[2]), self.place(box[3], box[4])]
-        whole = [self.place(0.0, 0.0), self.place(1.0, 1.0)]
+                raise ConfigError(
+                    f"box {list(box)}: expected (class, left, top, right, bottom), a class from 0 to {self.none - 1}"
+                )
+            found += [int(box[0]), self.position_token(box[1], box[2]), self.position_token(box[3], box[4])]
+        whole = [self.position_token(0.0, 0.0), self.position_token(1.0, 1.0)]
         return found + [self.none] * (3 * self.objects - len(found)) + whole
 
-    def place(self, x: float, y: float) -> int:
+    def position_token(self, x: float, y: float) -> int:
         """The token of a place."""
         if not (0 <= x <= 1 and 0 <= y <= 1):
             raise ConfigError(f"corner ({x:g}, {y:g}) of a box: expected parts of width and height in [0, 1]")

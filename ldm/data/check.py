@@ -9,25 +9,23 @@ quarantined: data sets of this path leave it out from then on, all ranks alike, 
 import csv
 import io
 import json
-import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 
-from ldm import durable
-from ldm.data.decode import opened, square
+from ldm.data.decode import load_square, open_image
+from ldm.data.quarantine import _quarantine, _state
 from ldm.errors import UserError
-from ldm.fetch import cache_dir
-from ldm.parse import json_of
-from ldm.progress import Bar
+from ldm.io import atomic
+from ldm.io.progress import ProgressBar
 
 
 @dataclass(frozen=True)
-class Looked:
+class ImageCheck:
     """An image that was read, or could not be: fault says why, else it is empty.
 
     name: as its data set calls it.  size, sha256: of its bytes.
@@ -41,30 +39,30 @@ class Looked:
     fault: str = ""
 
 
-def look(name: str, read) -> Looked:
+def check_image(name: str, read) -> ImageCheck:
     """Read an image whole: read() gives its bytes."""
-    looked = Looked(name)
+    looked = ImageCheck(name)
     try:
         data = read()
-        looked = Looked(name, len(data), sha256=sha256(data).hexdigest())
-        with opened(io.BytesIO(data)) as file:
+        looked = ImageCheck(name, len(data), sha256=sha256(data).hexdigest())
+        with open_image(io.BytesIO(data)) as file:
             width, height = file.size
-            looked = Looked(name, len(data), width, height, looked.sha256)
-        square(io.BytesIO(data), 16, 3)
+            looked = ImageCheck(name, len(data), width, height, looked.sha256)
+        load_square(io.BytesIO(data), 16, 3)
     except Exception as error:  # Pillow's many plugins raise what they please at a broken file
         said = " ".join(str(error).split())
-        return Looked(**{**asdict(looked), "fault": said.partition(" <_io")[0] or repr(error)})
+        return ImageCheck(**{**asdict(looked), "fault": said.partition(" <_io")[0] or repr(error)})
     return looked
 
 
 def images(place: str) -> tuple[list, dict[str, str]]:
     """((name, what reads it) of each image, the file that each lies in). Raises UserError for a place without any."""
     from ldm.data.folder import scan
-    from ldm.data.shards import Tars, expanded, local
+    from ldm.data.shards import TarSource, expand_pattern, local_path
 
     path = Path(place).expanduser()
     if path.suffix == ".tar" or "{" in place or (path.is_dir() and any(path.glob("*.tar"))):
-        source = Tars(tuple(local(one) for one in expanded(place)))
+        source = TarSource(tuple(local_path(one) for one in expand_pattern(place)))
         names = [source.name(i) for i in range(len(source))]
         files = {name: str(source.paths[int(shard)]) for name, shard in zip(names, source.table[:, 1], strict=True)}
         return [(name, lambda i=i: source.image(i).getvalue()) for i, name in enumerate(names)], files
@@ -72,47 +70,25 @@ def images(place: str) -> tuple[list, dict[str, str]]:
     return [(str(file), file.read_bytes) for file in found], {str(file): str(file) for file in found}
 
 
-def checked(place: str) -> list[Looked]:
+def check_dataset(place: str) -> list[ImageCheck]:
     """Every image of a place, looked at; what is wrong goes into the place's quarantine. Raises UserError."""
     every, files = images(place)
-    bar, looked = Bar("reading", len(every), unit="images"), []
+    bar, looked = ProgressBar("reading", len(every), unit="images"), []
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # of pixel counts, which are checked, and of odd metadata
-        for one in pool.map(lambda pair: look(*pair), every):
+        for one in pool.map(lambda pair: check_image(*pair), every):
             looked.append(one)
-            bar.at(len(looked))
+            bar.update(len(looked))
     faults = {one.name: [files[one.name], *_state(files[one.name]), one.fault] for one in looked if one.fault}
-    durable.write_json(_quarantine(place), {"place": place, "images": len(looked), "faults": faults})
+    atomic.write_json(_quarantine(place), {"place": place, "images": len(looked), "faults": faults})
     return looked
 
 
-def quarantined(place: str) -> Mapping[str, str]:
-    """Name -> fault of what the last check of a place found, less what has changed since; empty for one that was never checked."""
-    try:
-        faults = json_of(_quarantine(place).read_text(encoding="utf-8"))["faults"]
-    except FileNotFoundError:
-        return {}
-    return {name: fault for name, (file, *state, fault) in faults.items() if _state(file) == state}
-
-
-def _quarantine(place: str) -> Path:
-    return cache_dir() / "checked" / f"{sha256(os.fsencode(os.path.realpath(Path(place).expanduser()))).hexdigest()[:32]}.json"
-
-
-def _state(file: str) -> list[int]:
-    """Bytes and time of change of a file, -1 where it cannot be looked at."""
-    try:
-        stat = os.stat(file)
-    except OSError:
-        return [-1, -1]
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def table(looked: Sequence[Looked]) -> Iterator[str]:
+def format_report(looked: Sequence[ImageCheck]) -> Iterator[str]:
     """The lines of the csv."""
     line = io.StringIO()
     writer = csv.writer(line, lineterminator="\n")
-    for row in ([one.name for one in fields(Looked)], *(asdict(one).values() for one in looked)):
+    for row in ([one.name for one in fields(ImageCheck)], *(asdict(one).values() for one in looked)):
         writer.writerow(row)
         yield line.getvalue()
         line.seek(line.truncate(0))
@@ -126,9 +102,11 @@ def main(argv: Sequence[str]) -> int:
     place, *more = argv
     if len(more) > 1 or any(not word.startswith("out=") for word in more):
         raise UserError(f"{' '.join(more)}: expected a path and at most out=FILE.csv (see --help)")
-    looked = checked(place)
+    looked = check_dataset(place)
     if more:
-        durable.write_bytes(Path(more[0][4:]).expanduser(), "".join(table(looked)).encode("utf-8", "surrogateescape"))
+        atomic.write_bytes(
+            Path(more[0][4:]).expanduser(), "".join(format_report(looked)).encode("utf-8", "surrogateescape")
+        )
     bad = [one for one in looked if one.fault]
     for one in bad[:20]:
         print(f"{json.dumps(one.name, ensure_ascii=False)[1:-1]}: {one.fault}")

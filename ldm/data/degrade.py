@@ -11,16 +11,16 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ldm.data.masks import Mask, uniform, whole
+from ldm.data.masks import Mask, randint, uniform
 from ldm.errors import ConfigError
-from ldm.tensors import key
+from ldm.tensors import derive_seed
 
 Shrink = Callable[[Tensor, Generator], Tensor]  # (C, H, W) in [-1, 1], generator -> (C, h, w) in [-1, 1]
 JPEG_MODES = {1: "L", 3: "RGB"}
 RESIZES = ("bilinear", "bicubic", "area")
 
 
-class Degraded(Dataset):
+class DegradedDataset(Dataset):
     """dataset whose batch has low_res (B, C, H / factor, W / factor) in [-1, 1] and mask (B, 1, H, W), 1 = to be drawn, where asked for.
 
     Both depend on (seed, place, index) alone; low_res is made of the image as it is in the batch, flipped or not.  Everything else is the
@@ -46,26 +46,28 @@ class Degraded(Dataset):
             draws = (self.generator("low_res", *one) for one in at)
             batch["low_res"] = torch.stack([self.low_res(x, draw) for x, draw in zip(image, draws, strict=True)])
         if self.mask is not None:
-            batch["mask"] = torch.stack([self.mask(tuple(image.shape[-2:]), self.generator("mask", *one)) for one in at])
+            batch["mask"] = torch.stack(
+                [self.mask(tuple(image.shape[-2:]), self.generator("mask", *one)) for one in at]
+            )
         return batch
 
-    def about(self, at: Sequence[tuple[int, int]]) -> dict:
+    def batch_metadata(self, at: Sequence[tuple[int, int]]) -> dict:
         """Everything but the pixels, low_res and mask included."""
         return {name: value for name, value in self.batch(at).items() if name != "image"}
 
     def generator(self, purpose: str, place: int, index: int) -> Generator:
         """What the choices for one sample of one pass are drawn from."""
-        return Generator().manual_seed(key(self.seed, purpose, place, index))
+        return Generator().manual_seed(derive_seed(self.seed, purpose, place, index))
 
 
-def none(dataset):
+def identity(dataset):
     """The data set as it is."""
     return dataset
 
 
 def bicubic(image: Tensor, draw: Generator, factor: int = 4) -> Tensor:
     """The image shrunk, without aliasing. Raises ConfigError for a size that factor does not divide."""
-    return resize(image, shrunk(image, factor), "bicubic").clamp(-1, 1)
+    return resize(image, reduced_size(image, factor), "bicubic").clamp(-1, 1)
 
 
 def bsr(
@@ -81,21 +83,27 @@ def bsr(
     blur: standard deviations in pixels of the result.  noise: of [-1, 1] values.  Raises ConfigError as bicubic does.
     After Zhang et al. 2021 (BSRGAN), sec. 3, without camera noise; LDM sec. 4.4 trains on it.
     """
-    size = shrunk(image, factor)
+    size = reduced_size(image, factor)
 
     def blurred(x: Tensor) -> Tensor:
         scale = x.shape[-1] / size[1]
-        return F.conv2d(*_kernel(x, [uniform(draw, *blur) * scale for _ in range(2)], uniform(draw, 0, math.pi)), groups=x.shape[0])[0]
+        return F.conv2d(
+            *_kernel(x, [uniform(draw, *blur) * scale for _ in range(2)], uniform(draw, 0, math.pi)), groups=x.shape[0]
+        )[0]
 
     def smaller(x: Tensor) -> Tensor:
         part = uniform(draw, 1 / factor, 1)
-        return resize(x, [max(one, round(part * side)) for one, side in zip(size, x.shape[-2:], strict=True)], RESIZES[whole(draw, 0, 2)])
+        return resize(
+            x,
+            [max(one, round(part * side)) for one, side in zip(size, x.shape[-2:], strict=True)],
+            RESIZES[randint(draw, 0, 2)],
+        )
 
     def noisy(x: Tensor) -> Tensor:
         return x + uniform(draw, *noise) * torch.randn(x.shape, generator=draw)
 
     def compressed(x: Tensor) -> Tensor:
-        return jpeg(x, whole(draw, *quality))
+        return jpeg(x, randint(draw, *quality))
 
     steps = (blurred, smaller, noisy, compressed)
     for step in torch.randperm(len(steps), generator=draw).tolist():
@@ -103,11 +111,13 @@ def bsr(
     return resize(image, size, "bicubic").clamp(-1, 1)
 
 
-def shrunk(image: Tensor, factor: int) -> tuple[int, int]:
+def reduced_size(image: Tensor, factor: int) -> tuple[int, int]:
     """Height and width divided by factor. Raises ConfigError where it does not divide them."""
     height, width = image.shape[-2:]
     if height % factor or width % factor:
-        raise ConfigError(f"factor={factor} does not divide the image's {height}x{width} pixels; choose another size or factor")
+        raise ConfigError(
+            f"factor={factor} does not divide the image's {height}x{width} pixels; choose another size or factor"
+        )
     return height // factor, width // factor
 
 
@@ -123,7 +133,9 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
 
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels, JPEG_MODES[len(image)]).save(buffer, "jpeg", quality=quality)
+    Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels, JPEG_MODES[len(image)]).save(
+        buffer, "jpeg", quality=quality
+    )
     back = torch.from_numpy(np.array(Image.open(buffer))).reshape(*image.shape[1:], len(image))
     return back.permute(2, 0, 1).float() / 127.5 - 1
 

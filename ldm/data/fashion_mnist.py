@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ldm.data.memory import InMemory, read_captions
+from ldm.data.memory import InMemoryDataset, read_captions
 from ldm.errors import ConfigError, UserError
-from ldm.fetch import fashion_mnist
+from ldm.io.download import fashion_mnist
 
 FILES = {"train": "train", "test": "t10k"}
 CAPTIONS = Path(__file__).with_suffix(".json")
 
 
-class FashionMNIST(InMemory):
+class FashionMNIST(InMemoryDataset):
     """Fashion-MNIST, its 28 px zero-padded to size: image (1, size, size) in [-1, 1], black ground at -1.
 
     split: train or test.  root: a folder that may hold the files (else cache, system, download).  captions: a JSON file
-    {class: [caption, ...]}; by default the one beside this module.  Raises ConfigError for a bad option, AssetError without the files.
+    {class: [caption, ...]}; by default the one beside this module.  Raises ConfigError for a bad option, AssetNotFoundError without the files.
     """
 
     def __init__(
@@ -34,7 +34,9 @@ class FashionMNIST(InMemory):
         if split not in FILES:
             raise ConfigError(f"split={split!r}: expected one of {', '.join(FILES)}")
         if size < 28 or size % 2:
-            raise ConfigError(f"size={size}: the images have 28 px and are only padded; expected an even number from 28 up")
+            raise ConfigError(
+                f"size={size}: the images have 28 px and are only padded; expected an even number from 28 up"
+            )
         folder = fashion_mnist(root)
         images = read_idx(folder / f"{FILES[split]}-images-idx3-ubyte.gz")
         labels = read_idx(folder / f"{FILES[split]}-labels-idx1-ubyte.gz")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ldm.data import decode
-from ldm.data.kept import kept
-from ldm.fetch import debian, fetch, npm
+from ldm.data.image_cache import cached
+from ldm.io.download import fetch, from_debian, from_npm
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,21 +53,23 @@ class Glyph:
 def glyphs(size: int, styles: Sequence[str], skin_tones: bool) -> tuple[Tensor, list[Glyph]]:
     """Pictures (N, styles, 3, size, size) uint8 on white, and N glyphs in OpenMoji's order, of the emoji that have every style.
 
-    From the cache but for the first time. Raises AssetError.
+    From the cache but for the first time. Raises AssetNotFoundError.
     """
     from PIL import features
 
     made_of = (READER, size, tuple(styles), skin_tones, FLUENT, OPENMOJI, NOTO, features.check("raqm"))
-    pictures, rows = kept("emoji", made_of, partial(_draw, size, styles, skin_tones))
+    pictures, rows = cached("emoji", made_of, partial(_draw, size, styles, skin_tones))
     return pictures, [Glyph(**row) for row in rows]
 
 
 def _draw(size: int, styles: Sequence[str], skin_tones: bool) -> tuple[Tensor, list[dict]]:
-    listed = annotated(opened(openmoji(), "openmoji.json")["openmoji.json"], skin_tones)
+    listed = annotated(open_archive(openmoji(), "openmoji.json")["openmoji.json"], skin_tones)
     artists = [ARTISTS[style]() for style in styles]
     drawn = []
     with ThreadPoolExecutor() as pool:
-        for glyph, images in zip(listed, pool.map(lambda glyph: [artist(glyph) for artist in artists], listed), strict=True):
+        for glyph, images in zip(
+            listed, pool.map(lambda glyph: [artist(glyph) for artist in artists], listed), strict=True
+        ):
             if all(images):
                 drawn.append((asdict(glyph), torch.stack([pixels(image, size) for image in images if image])))
     return torch.stack([images for _, images in drawn]), [row for row, _ in drawn]
@@ -77,8 +79,10 @@ def pixels(image: "Image", size: int) -> Tensor:
     """A picture with transparency on white, scaled: (3, size, size) uint8."""
     from PIL import Image
 
-    scaled = decode.composite_alpha(image).convert("RGB").resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return decode.pixels(scaled, 3)
+    scaled = (
+        decode.composite_alpha(image).convert("RGB").resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    )
+    return decode.to_tensor(scaled, 3)
 
 
 def annotated(content: bytes, skin_tones: bool) -> list[Glyph]:
@@ -104,14 +108,14 @@ def code(hexcode: str) -> str:
     return "-".join(point.lstrip("0") for point in points if point != "FE0F")
 
 
-Artist = Callable[[Glyph], "Image | None"]  # a square RGBA picture, or None of what it does not have
+Renderer = Callable[[Glyph], "Image | None"]  # a square RGBA picture, or None of what it does not have
 
 
-def fluent() -> Artist:
-    """The 3-D renders of Microsoft's Fluent emoji (MIT). Raises AssetError."""
+def fluent() -> Renderer:
+    """The 3-D renders of Microsoft's Fluent emoji (MIT). Raises AssetNotFoundError."""
     from PIL import Image
 
-    held = {code(Path(name).stem): content for name, content in opened(fluent_archive(), ".webp").items()}
+    held = {code(Path(name).stem): content for name, content in open_archive(fluent_archive(), ".webp").items()}
 
     def picture(glyph: Glyph) -> "Image.Image | None":
         return Image.open(io.BytesIO(held[glyph.code])).convert("RGBA") if glyph.code in held else None
@@ -119,8 +123,8 @@ def fluent() -> Artist:
     return picture
 
 
-def noto() -> Artist:
-    """Noto's flat drawings (OFL); without Raqm in Pillow only those of a single code point. Raises AssetError."""
+def noto() -> Renderer:
+    """Noto's flat drawings (OFL); without Raqm in Pillow only those of a single code point. Raises AssetNotFoundError."""
     from PIL import Image, ImageDraw, ImageFont
 
     path = noto_font()
@@ -136,8 +140,8 @@ def noto() -> Artist:
     return picture
 
 
-def pencil() -> Artist:
-    """Outlines of Noto's flat drawings, as a soft pencil would draw them. Raises AssetError."""
+def pencil() -> Renderer:
+    """Outlines of Noto's flat drawings, as a soft pencil would draw them. Raises AssetNotFoundError."""
     from PIL import ImageChops, ImageFilter, ImageOps
 
     flat = noto()
@@ -154,31 +158,35 @@ def pencil() -> Artist:
     return picture
 
 
-ARTISTS: Mapping[str, Callable[[], Artist]] = {"3d": fluent, "flat": noto, "pencil": pencil}
+ARTISTS: Mapping[str, Callable[[], Renderer]] = {"3d": fluent, "flat": noto, "pencil": pencil}
 
 
-def opened(archive: Path, ending: str) -> dict[str, bytes]:
+def open_archive(archive: Path, ending: str) -> dict[str, bytes]:
     """File name -> content of the files in a tar archive whose names end so."""
     with tarfile.open(archive) as tar:
-        return {Path(m.name).name: file.read() for m in tar if m.name.endswith(ending) and (file := tar.extractfile(m)) is not None}
+        return {
+            Path(m.name).name: file.read()
+            for m in tar
+            if m.name.endswith(ending) and (file := tar.extractfile(m)) is not None
+        }
 
 
 def fluent_archive() -> Path:
-    """The archive of the 3-D renders, as it is published. Raises AssetError."""
+    """The archive of the 3-D renders, as it is published. Raises AssetNotFoundError."""
     return _archive("fluent-emoji-3d", FLUENT, "@lobehub/fluent-emoji-3d@1.1.0")
 
 
 def openmoji() -> Path:
-    """The archive of OpenMoji (CC BY-SA), as it is published. Raises AssetError."""
+    """The archive of OpenMoji (CC BY-SA), as it is published. Raises AssetNotFoundError."""
     return _archive("openmoji", OPENMOJI, "openmoji@17.0.0")
 
 
 def _archive(name: str, files: Mapping[str, str], package: str) -> Path:
-    return fetch(name, files, sources={f"the package {package}": partial(npm, package)}) / next(iter(files))
+    return fetch(name, files, sources={f"the package {package}": partial(from_npm, package)}) / next(iter(files))
 
 
 def noto_font() -> Path:
-    """Noto's emoji font in version 2.042. Raises AssetError."""
+    """Noto's emoji font in version 2.042. Raises AssetNotFoundError."""
     inside = "usr/share/fonts/truetype/noto"
-    sources = {"the Debian package": partial(debian, "fonts-noto-color-emoji", inside)}
+    sources = {"the Debian package": partial(from_debian, "fonts-noto-color-emoji", inside)}
     return fetch("noto-color-emoji", NOTO, [Path("/", inside)], sources) / next(iter(NOTO))

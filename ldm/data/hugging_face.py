@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from ldm.data.captions import RECORD, SHOWN, captions_in
-from ldm.data.folder import HOPED, OPENED
-from ldm.data.lazy import Lazy, named, parted
+from ldm.data.folder import EXTENSIONS, OPTIONAL_EXTENSIONS
+from ldm.data.lazy import LazyDataset, class_captions, split_rows
 from ldm.data.shards import CLASSES
 from ldm.errors import UserError
-from ldm.tensors import key
+from ldm.tensors import derive_seed
 
 ROWS = 1000  # of a column in memory at a time
 TAIL = 4096  # last bytes of an image that its digest reads, where PNG and JPEG files depend on every pixel
 
 
-class HuggingFace(Lazy):
+class HuggingFace(LazyDataset):
     """A data set with a column of images, by its name on the hub or the folder that save_to_disk made.
 
     config: the hub's name of a variant.  train, test: names of splits; without `test` a part held_out of the training split is it, chosen
@@ -42,8 +42,8 @@ class HuggingFace(Lazy):
         image: str = "image",
         caption: str | None = "text",
         label: str | None = None,
-        held_out: float = 0.02,
-        content: str | None = None,
+        test_fraction: float = 0.02,
+        content_hash: str | None = None,
         seed: int = 0,
         flip: bool = True,
     ):
@@ -51,10 +51,12 @@ class HuggingFace(Lazy):
         source = Rows(load(path, config, train), f"{path} {config or ''} {train}", *columns, folder=folder)
         if split == "test" and test is not None:
             classes = list(source.classes) if label is not None else None
-            source = Rows(load(path, config, test), f"{path} {config or ''} {test}", *columns, folder=folder, words=classes)
-        keys = [key("held out", i) for i in range(len(source))]
-        rows = parted(keys, held_out if test is None else float(split == "test"), split)
-        super().__init__(f"{path} ({split})", source, rows, size, channels, content, seed, flip)
+            source = Rows(
+                load(path, config, test), f"{path} {config or ''} {test}", *columns, folder=folder, words=classes
+            )
+        keys = [derive_seed("held out", i) for i in range(len(source))]
+        rows = split_rows(keys, test_fraction if test is None else float(split == "test"), split)
+        super().__init__(f"{path} ({split})", source, rows, size, channels, content_hash, seed, flip)
 
 
 class Rows:
@@ -85,7 +87,7 @@ class Rows:
         self.classes: dict[str, list[str]] = {"image": [""]}
         if label is not None:
             numbers, classes = read_labels(f"{name}: column {label!r}", table, label, words)
-            self.labels, self.classes = torch.tensor(numbers), named(classes)
+            self.labels, self.classes = torch.tensor(numbers), class_captions(classes)
             self.uncaptioned = self.unlabelled = self.labels < 0
             digest.update(repr((classes, numbers)).encode())
         if caption is not None:
@@ -191,7 +193,9 @@ def check_images(what: str, feature: Any) -> None:
     inside = {name: getattr(one, "dtype", None) for name, one in feature.items()} if isinstance(feature, dict) else {}
     readable = dtype in ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
     if not readable and inside.get("bytes") not in ("binary", "large_binary"):
-        raise UserError(f"{what} holds {feature!r:.80}: expected one image a row, its bytes or its path; choose data.image")
+        raise UserError(
+            f"{what} holds {feature!r:.80}: expected one image a row, its bytes or its path; choose data.image"
+        )
 
 
 def check_captions(what: str, feature: Any) -> None:
@@ -201,7 +205,9 @@ def check_captions(what: str, feature: Any) -> None:
         inside = _item(next((inside[name] for name in RECORD if name in inside), None))
     if getattr(inside, "dtype", None) not in ("string", "large_string", "null"):
         expected = f"expected texts, lists of texts, or records with one of {', '.join(RECORD)}"
-        raise UserError(f"{what} holds {feature!r:.80}: {expected}; choose data.caption, null for none, and data.label for classes")
+        raise UserError(
+            f"{what} holds {feature!r:.80}: {expected}; choose data.caption, null for none, and data.label for classes"
+        )
 
 
 def _item(feature: Any) -> Any:
@@ -221,18 +227,26 @@ def read_labels(what: str, table: Any, column: str, words: Sequence[str] | None 
         classes = list(words) if words is not None else sorted({word for word in found if word})
         number = {word: i for i, word in enumerate(classes)} | {"": -1}
         if wrong := next((word for word in found if word not in number), None):
-            raise UserError(f"{what} holds {wrong!r:.80}, which is no class of the training split ({len(classes):,} of them)")
+            raise UserError(
+                f"{what} holds {wrong!r:.80}, which is no class of the training split ({len(classes):,} of them)"
+            )
         numbers = [number[word] for word in found]
     elif kind.startswith(("int", "uint", "float", "bool", "null")):
         numbers = [_number(value) for value in values]
         names = words if words is not None else getattr(feature, "names", None)
-        classes = list(names) if names is not None else [str(i) for i in range(min(max(numbers, default=-1), CLASSES) + 1)]
+        classes = (
+            list(names) if names is not None else [str(i) for i in range(min(max(numbers, default=-1), CLASSES) + 1)]
+        )
         limit = min(len(classes), CLASSES)
         if any(not -1 <= i < limit for i in numbers):
             first = next(value for value, i in zip(values, numbers, strict=True) if not -1 <= i < limit)
-            raise UserError(f"{what} holds {first}: expected class numbers from 0 to {limit - 1}, and -1 or null for none")
+            raise UserError(
+                f"{what} holds {first}: expected class numbers from 0 to {limit - 1}, and -1 or null for none"
+            )
     else:
-        raise UserError(f"{what} holds {feature!r:.80}: expected one class a row, a number or a word; choose data.label, or null")
+        raise UserError(
+            f"{what} holds {feature!r:.80}: expected one class a row, a number or a word; choose data.label, or null"
+        )
     if not classes:
         raise UserError(f"{what} has no label in any row; choose data.label, or null")
     return numbers, classes
@@ -250,7 +264,7 @@ def load(path: str, config: str | None, split: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError("data=hf needs the library datasets: pip install -e '.[data]'") from None
+        raise UserError("data=huggingface needs the library datasets: pip install -e '.[data]'") from None
     folder = Path(path).expanduser()
     try:
         found = datasets.load_from_disk(str(folder)) if folder.is_dir() and any(folder.glob("data*_*.json")) else None
@@ -273,7 +287,9 @@ def check_splits(folder: Path, rows: dict[str, int]) -> None:
         inner[:] = [name for name in inner if not name.startswith((".", "__"))]
         if any(name.startswith("metadata.") for name in files):  # a list chooses the rows
             return
-        count += sum(name.lower().endswith(OPENED + HOPED) and not name.startswith(".") for name in files)
+        count += sum(
+            name.lower().endswith(EXTENSIONS + OPTIONAL_EXTENSIONS) and not name.startswith(".") for name in files
+        )
     if count > sum(rows.values()):
         read = ", ".join(f"{name} of {number:,}" for name, number in rows.items())
         raise UserError(

@@ -8,22 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.data.mapped import mapped, written
+from ldm.data.memmap import create_memmap, open_memmap
 from ldm.errors import UserError
-from ldm.progress import Bar
+from ldm.io.progress import ProgressBar
 
 
-class Latents(Dataset):
+class LatentDataset(Dataset):
     """dataset with `moments` (B, 2C, h, w) float32 in place of `image`, or beside it with image=True.
 
-    moments: (flips, N, 2C, h, w), as encode_all or read_all give them, float16, in memory or mapped from the disk; flips = 2 where the data
+    moments: (flips, N, 2C, h, w), as encode_latents or read_all give them, float16, in memory or mapped from the disk; flips = 2 where the data
     set flips at random, row 1 that of the mirrored image; else 1.  Of images of several shapes, what looks them up as such a tensor would.
     """
 
     def __init__(self, dataset, moments: Any, image: bool = False):
         flips = 2 if dataset.flip else 1
         if moments.shape[:2] != (flips, len(dataset)):
-            raise ValueError(f"moments of {tuple(moments.shape[:2])} (flips, images) do not fit a data set of ({flips}, {len(dataset)})")
+            raise ValueError(
+                f"moments of {tuple(moments.shape[:2])} (flips, images) do not fit a data set of ({flips}, {len(dataset)})"
+            )
         self.dataset, self.moments, self.image = dataset, moments, image
 
     def __len__(self) -> int:
@@ -36,7 +38,7 @@ class Latents(Dataset):
 
     def batch(self, at: Sequence[tuple[int, int]]) -> dict:
         """The samples at (place, index) pairs, as the data set gives them but for what stands for their pixels."""
-        batch = self.dataset.batch(at) if self.image else self.dataset.about(at)
+        batch = self.dataset.batch(at) if self.image else self.dataset.batch_metadata(at)
         return {**batch, "moments": self.moments[batch["flip"].long(), torch.as_tensor(batch["index"])].float()}
 
 
@@ -46,47 +48,49 @@ def batches(dataset, size: int = 500, rank: int = 0, ranks: int = 1) -> Iterator
         yield dataset.pixels(range(start, min(start + size, len(dataset))))
 
 
-def encode_all(autoencoder, dataset) -> Tensor:
+def encode_latents(autoencoder, dataset) -> Tensor:
     """The moments of every image, and of its mirror image where the data set flips: (flips, N, M, h, w) float16."""
     moments = torch.empty(shape_of(autoencoder, dataset), dtype=torch.float16)
-    fill(moments, autoencoder, dataset)
+    encode_into(moments, autoencoder, dataset)
     return moments
 
 
-def write_all(path: Path, autoencoder, dataset, metadata: Mapping[str, str]) -> None:
-    """As encode_all, into the safetensors file `path`, a batch in memory at a time."""
-    with written(path, "moments", "F16", shape_of(autoencoder, dataset), metadata) as moments:
-        fill(moments, autoencoder, dataset)
+def write_latents(path: Path, autoencoder, dataset, metadata: Mapping[str, str]) -> None:
+    """As encode_latents, into the safetensors file `path`, a batch in memory at a time."""
+    with create_memmap(path, "moments", "F16", shape_of(autoencoder, dataset), metadata) as moments:
+        encode_into(moments, autoencoder, dataset)
 
 
-def read_all(path: Path) -> Tensor:
-    """What write_all wrote, mapped from the disk. Raises DamagedError naming the file."""
-    return mapped(path, "moments")
+def read_latents(path: Path) -> Tensor:
+    """What write_all wrote, mapped from the disk. Raises CorruptFileError naming the file."""
+    return open_memmap(path, "moments")
 
 
 @torch.no_grad()
 def shape_of(autoencoder, dataset) -> tuple[int, ...]:
     """(flips, N, M, h, w) of a data set's moments."""
-    one = autoencoder.posterior(dataset.pixels([0]).to(place_of(autoencoder))).moments
+    one = autoencoder.posterior(dataset.pixels([0]).to(device_of(autoencoder))).moments
     return (2 if dataset.flip else 1, len(dataset), *one.shape[1:])
 
 
 @torch.no_grad()
-def fill(moments: Tensor, autoencoder, dataset, size: int = 500) -> None:
+def encode_into(moments: Tensor, autoencoder, dataset, size: int = 500) -> None:
     """Write every image's moments, and its mirror image's, into (flips, N, M, h, w); raises ValueError where they are not finite."""
-    bar = Bar("encoding", len(dataset), unit="images")
-    place, start = place_of(autoencoder), 0
+    bar = ProgressBar("encoding", len(dataset), unit="images")
+    place, start = device_of(autoencoder), 0
     for image in batches(dataset, size):
         image = image.to(place)
         for flip, rows in enumerate(moments[:, start : start + len(image)]):
             rows.copy_(autoencoder.posterior(image.flip(-1) if flip else image).moments)
             if not rows.isfinite().all():
                 last = start + len(image) - 1
-                raise UserError(f"latents of images {start} to {last} are not finite in float16; train the first stage anew")
+                raise UserError(
+                    f"latents of images {start} to {last} are not finite in float16; train the first stage anew"
+                )
         start += len(image)
-        bar.at(start)
+        bar.update(start)
 
 
-def place_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where a module's weights are."""
     return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))

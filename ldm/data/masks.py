@@ -17,7 +17,7 @@ def uniform(draw: Generator, low: float, high: float) -> float:
     return low + (high - low) * torch.rand((), generator=draw).item()
 
 
-def whole(draw: Generator, low: int, high: int) -> int:
+def randint(draw: Generator, low: int, high: int) -> int:
     """A whole number from low to high, both among them."""
     return int(torch.randint(low, high + 1, (), generator=draw))
 
@@ -40,10 +40,10 @@ def strokes(
     side = min(size)
     image = Image.new("1", (wide, height))
     brush = ImageDraw.Draw(image)
-    for _ in range(whole(draw, *times)):
+    for _ in range(randint(draw, *times)):
         x, y = uniform(draw, 0, wide), uniform(draw, 0, height)
         thick = max(1, round(side * uniform(draw, *width)))
-        for _ in range(whole(draw, *corners)):
+        for _ in range(randint(draw, *corners)):
             angle, far = uniform(draw, 0, 2 * math.pi), side * uniform(draw, *length)
             to = (min(max(x + far * math.cos(angle), 0), wide - 1), min(max(y + far * math.sin(angle), 0), height - 1))
             brush.line([(x, y), to], fill=1, width=thick)
@@ -52,21 +52,25 @@ def strokes(
     return torch.from_numpy(np.array(image, dtype=np.float32))[None]
 
 
-def boxes(size: tuple[int, int], draw: Generator, times: Sequence[int] = (1, 3), side: Sequence[float] = (0.15, 0.5)) -> Tensor:
+def boxes(
+    size: tuple[int, int], draw: Generator, times: Sequence[int] = (1, 3), side: Sequence[float] = (0.15, 0.5)
+) -> Tensor:
     """Rectangles: `times` of them, their sides as parts of the mask's."""
     mask = torch.zeros(1, *size)
-    for _ in range(whole(draw, *times)):
+    for _ in range(randint(draw, *times)):
         height, width = (max(1, round(whole_side * uniform(draw, *side))) for whole_side in size)
-        y, x = whole(draw, 0, size[0] - height), whole(draw, 0, size[1] - width)
+        y, x = randint(draw, 0, size[0] - height), randint(draw, 0, size[1] - width)
         mask[:, y : y + height, x : x + width] = 1
     return mask
 
 
-def borders(size: tuple[int, int], draw: Generator, part: Sequence[float] = (0.125, 0.5), sides: Sequence[int] = (1, 2)) -> Tensor:
+def borders(
+    size: tuple[int, int], draw: Generator, part: Sequence[float] = (0.125, 0.5), sides: Sequence[int] = (1, 2)
+) -> Tensor:
     """All but what outpainting starts from: strips along `sides` neighbouring sides, as parts of the height or width."""
     mask = torch.zeros(1, *size)
-    first = whole(draw, 0, 3)
-    for turn in range(whole(draw, *sides)):
+    first = randint(draw, 0, 3)
+    for turn in range(randint(draw, *sides)):
         along = mask if (first + turn) % 2 else mask.transpose(1, 2)
         strip = max(1, round(along.shape[1] * uniform(draw, *part)))
         if (first + turn) % 4 < 2:
@@ -76,8 +80,8 @@ def borders(size: tuple[int, int], draw: Generator, part: Sequence[float] = (0.1
     return mask
 
 
-def one_of(size: tuple[int, int], draw: Generator, kinds: Sequence[Mask]) -> Tensor:
+def random_choice(size: tuple[int, int], draw: Generator, kinds: Sequence[Mask]) -> Tensor:
     """A mask of a kind drawn from `kinds`; name one twice to have it twice as often. Raises ConfigError without any."""
     if not kinds:
         raise ConfigError("kinds is empty: expected one kind of mask or more")
-    return kinds[whole(draw, 0, len(kinds) - 1)](size, draw)
+    return kinds[randint(draw, 0, len(kinds) - 1)](size, draw)

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.errors import ConfigError, UserError
-from ldm.parse import json_of
-from ldm.tensors import key
+from ldm.io.parse import parse_json
+from ldm.tensors import derive_seed
 
 
-class InMemory(Dataset):
+class InMemoryDataset(Dataset):
     """Images (N, C, H, W) uint8 with one class label each and several captions a class.
 
     rows: which of the images the samples are, None for all in turn.  Images that were mapped from the disk stay there until they are read.
@@ -41,11 +41,20 @@ class InMemory(Dataset):
         if missing := [c for c, texts in captions.items() if not texts]:
             raise ConfigError(f"{name}: no caption for {', '.join(missing)}; each class needs one or more")
         if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < len(captions):
-            raise ConfigError(f"{name}: labels reach from {labels.min()} to {labels.max()} but {len(captions)} classes have captions")
+            raise ConfigError(
+                f"{name}: labels reach from {labels.min()} to {labels.max()} but {len(captions)} classes have captions"
+            )
         if texts is not None and len(texts) != len(labels):
             raise ConfigError(f"{name}: captions of {len(texts)} samples, {len(labels)} labels")
         self.texts = texts
-        self.name, self.stored, self.rows, self.labels, self.seed, self.flip = name, images, rows, labels.long(), seed, flip
+        self.name, self.stored, self.rows, self.labels, self.seed, self.flip = (
+            name,
+            images,
+            rows,
+            labels.long(),
+            seed,
+            flip,
+        )
         self.classes, self.captions = list(captions), [list(texts) for texts in captions.values()]
         self.channels, self.size = images.shape[1], images.shape[-1]
 
@@ -72,14 +81,19 @@ class InMemory(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} images, asked for {index}")
         batch = self.batch([(0, index % len(self))])
-        return {"image": batch["image"][0], "caption": batch["caption"][0], "label": int(batch["label"][0]), "index": batch["index"][0]}
+        return {
+            "image": batch["image"][0],
+            "caption": batch["caption"][0],
+            "label": int(batch["label"][0]),
+            "index": batch["index"][0],
+        }
 
     def batch(self, at: Sequence[tuple[int, int]]) -> dict:
         """The samples at (place, index) pairs: what `about` says of them, and image (B, C, H, W) float32 in [-1, 1]."""
-        batch = self.about(at)
+        batch = self.batch_metadata(at)
         image = self.pixels(batch["index"])
         if self.flip:
-            image = flipped(image, batch["flip"])
+            image = flip_where(image, batch["flip"])
         return {"image": image, **batch}
 
     def pixels(self, index: Sequence[int] | Tensor) -> Tensor:
@@ -87,13 +101,15 @@ class InMemory(Dataset):
         at = torch.as_tensor(index, dtype=torch.long)
         return self.stored[at if self.rows is None else self.rows[at]].float().div_(127.5).sub_(1)
 
-    def about(self, at: Sequence[tuple[int, int]]) -> dict:
+    def batch_metadata(self, at: Sequence[tuple[int, int]]) -> dict:
         """Everything but the pixels: label (B,) int64, flip (B,) bool; caption, index and place are lists."""
         index = [i for _, i in at]
         return {
             "caption": [self.caption(place, i) for place, i in at],
             "label": self.labels[torch.tensor(index, dtype=torch.long)],
-            "flip": torch.tensor([self.flip and bool(key(self.seed, "flip", place, i) & 1) for place, i in at], dtype=torch.bool),
+            "flip": torch.tensor(
+                [self.flip and bool(derive_seed(self.seed, "flip", place, i) & 1) for place, i in at], dtype=torch.bool
+            ),
             "index": index,
             "place": [place for place, _ in at],
         }
@@ -102,25 +118,25 @@ class InMemory(Dataset):
         """The caption that goes with the sample at index in pass place, "" without one."""
         label = int(self.labels[index])
         texts = self.texts[index] if self.texts is not None else self.captions[label] if label >= 0 else ()
-        return texts[key(self.seed, "caption", place, index) % len(texts)] if texts else ""
+        return texts[derive_seed(self.seed, "caption", place, index) % len(texts)] if texts else ""
 
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the pixels and labels (a change of captions, seed or flip leaves it as it is)."""
         digest = sha256(repr(((len(self), *self.stored.shape[1:]), self.classes)).encode())
-        for part in parts(self.stored, self.rows):
+        for part in iter_bytes(self.stored, self.rows):
             digest.update(part)
         digest.update(self.labels.numpy().tobytes())
         return f"{self.name}-{digest.hexdigest()[:16]}"
 
 
-def parts(images: Tensor, rows: Tensor | None = None, size: int = 1 << 12) -> Iterator[bytes]:
+def iter_bytes(images: Tensor, rows: Tensor | None = None, size: int = 1 << 12) -> Iterator[bytes]:
     """The bytes of some rows of a tensor, in turn and a few at a time."""
     for start in range(0, len(images if rows is None else rows), size):
         yield (images[start : start + size] if rows is None else images[rows[start : start + size]]).numpy().tobytes()
 
 
-def flipped(x: Tensor, flip: Tensor) -> Tensor:
+def flip_where(x: Tensor, flip: Tensor) -> Tensor:
     """x (B, ..., W) with the rows mirrored left to right where flip (B,) bool is set."""
     return torch.where(flip.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
@@ -128,9 +144,11 @@ def flipped(x: Tensor, flip: Tensor) -> Tensor:
 def read_captions(path: str | Path) -> dict[str, list[str]]:
     """Captions by class, in the order of the labels, from a JSON file {class: [caption, ...]}. Raises UserError for anything else."""
     try:
-        captions = json_of(Path(path).read_text(encoding="utf-8"))
+        captions = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         captions = None
-    if not isinstance(captions, dict) or not all(isinstance(v, list) and all(isinstance(x, str) for x in v) for v in captions.values()):
+    if not isinstance(captions, dict) or not all(
+        isinstance(v, list) and all(isinstance(x, str) for x in v) for v in captions.values()
+    ):
         raise UserError(f"{path}: expected a JSON object of the form {{class: [caption, ...]}}")
     return captions

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from ldm.data.captions import SHOWN, captions_in
-from ldm.data.kept import kept
-from ldm.data.lazy import Lazy, named, parted
+from ldm.data.image_cache import cached
+from ldm.data.lazy import LazyDataset, class_captions, split_rows
 from ldm.errors import UserError
-from ldm.fetch import cache_dir
-from ldm.parse import json_of
-from ldm.tensors import key
+from ldm.io.download import cache_dir
+from ldm.io.parse import parse_json
+from ldm.tensors import derive_seed
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-MOST = {"image": 1 << 30, "text": 1 << 20}  # bytes that are read of one
+MAX_MEMBER_BYTES = {"image": 1 << 30, "text": 1 << 20}  # bytes that are read of one
 INDEX = 2  # raise when `index` comes to give another table, so that those made before are not used
 CLASSES = 1 << 20  # a label at or above it is a mistake
 COLUMNS = ("key", "shard", "image", "image_bytes", "text", "text_bytes", "label")  # of the index; -1: none
 
 
-class Shards(Lazy):
+class TarShardDataset(LazyDataset):
     """The samples of webdataset shards: files of one name and several endings that follow one another in a tar.
 
     path: a tar, a folder of tars, or a pattern with numbers, `train-{000..146}.tar`, of files or of URLs, which are fetched once into the
@@ -45,23 +45,23 @@ class Shards(Lazy):
         size: int = 256,
         channels: int = 3,
         names: str | Path | None = None,
-        held_out: float = 0.02,
-        content: str | None = None,
+        test_fraction: float = 0.02,
+        content_hash: str | None = None,
         seed: int = 0,
         flip: bool = True,
     ):
-        source = Tars(tuple(local(one) for one in expanded(str(path))), names, str(path))
-        rows = parted(source.keys, held_out, split)
-        super().__init__(f"{path} ({split})", source, rows, size, channels, content, seed, flip)
+        source = TarSource(tuple(local_path(one) for one in expand_pattern(str(path))), names, str(path))
+        rows = split_rows(source.keys, test_fraction, split)
+        super().__init__(f"{path} ({split})", source, rows, size, channels, content_hash, seed, flip)
 
 
-class Tars:
+class TarSource:
     """The source of Shards: tar files and the index of what lies where in them."""
 
     def __init__(self, paths: tuple[Path, ...], names: str | Path | None = None, place: str = ""):
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         self.paths, self.place, self.identity = paths, place, repr([(Path(name).name, *rest) for name, *rest in files])
-        table, _ = kept("shards", (INDEX, files), lambda: (index(paths), {}))
+        table, _ = cached("shards", (INDEX, files), lambda: (build_index(paths), {}))
         self.keys, self.table = table[:, 0].tolist(), table
         labels = int(table[:, COLUMNS.index("label")].max()) + 1
         bare = table[:, COLUMNS.index("text")] < 0
@@ -70,12 +70,16 @@ class Tars:
         self.unlabelled = (table[:, COLUMNS.index("label")] < 0) & (not self.alike)
         self.uncaptioned = bare if self.captioned or self.alike else self.unlabelled
         if names is not None:
-            told = [line.strip() for line in Path(names).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+            told = [
+                line.strip()
+                for line in Path(names).expanduser().read_text(encoding="utf-8").splitlines()
+                if line.strip()
+            ]
             if len(told) < labels:
                 raise UserError(f"names={names}: {len(told)} classes, but labels reach to {labels - 1}")
-            self.classes = named(told)
+            self.classes = class_captions(told)
         else:
-            self.classes = named([str(i) for i in range(labels)])
+            self.classes = class_captions([str(i) for i in range(labels)])
         if self.alike:
             some = [text for i in range(0, len(self), -(-len(self) // SHOWN)) for text in self.texts(i)]
             self.classes = {"image": list(dict.fromkeys(some)) or [""]}
@@ -102,7 +106,7 @@ class Tars:
     def _read(self, i: int, what: str) -> bytes:
         column = COLUMNS.index(what)
         shard, offset, size = (int(self.table[i, c]) for c in (1, column, column + 1))
-        if size > MOST[what]:
+        if size > MAX_MEMBER_BYTES[what]:
             raise ValueError(f"{what} of {size:,} bytes")
         return _opened(self.paths[shard], os.getpid()).read(size, offset) if size > 0 else b""
 
@@ -127,7 +131,7 @@ def _opened(path: Path, process: int) -> _Open:
     return _Open(path)
 
 
-def expanded(pattern: str) -> list[str]:
+def expand_pattern(pattern: str) -> list[str]:
     """The shards that a path stands for, in order. Raises UserError without any."""
     ranged = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
     if ranged:
@@ -142,12 +146,14 @@ def expanded(pattern: str) -> list[str]:
     return [pattern]
 
 
-def local(shard: str) -> Path:
+def local_path(shard: str) -> Path:
     """The file of a shard, fetched into the cache if it is a URL and not there yet. Raises UserError naming it."""
     if "://" not in shard:
         path = Path(shard).expanduser()
         if not path.is_file():
-            raise UserError(f"path={shard}: no such file; expected a tar, a folder of tars, or a pattern like train-{{000..146}}.tar")
+            raise UserError(
+                f"path={shard}: no such file; expected a tar, a folder of tars, or a pattern like train-{{000..146}}.tar"
+            )
         return path
     from filelock import FileLock
 
@@ -165,7 +171,7 @@ def local(shard: str) -> Path:
     return path
 
 
-def index(paths: Sequence[Path]) -> Tensor:
+def build_index(paths: Sequence[Path]) -> Tensor:
     """Where everything is: (N, 7) int64, a row a sample, in the shards' order. Raises UserError naming a damaged shard."""
     rows = []
     for shard, path in enumerate(paths):
@@ -173,22 +179,35 @@ def index(paths: Sequence[Path]) -> Tensor:
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not Path(member.name).name.startswith("."):
+                    if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not Path(member.name).name.startswith(
+                        "."
+                    ):
                         stem, _, ending = member.name.rpartition("/")[2].partition(".")
                         place = found.setdefault(f"{member.name.rpartition('/')[0]}/{stem}", {})
                         place[ending.lower()] = (member.offset_data, member.size)
             end = max((sum(part) for parts in found.values() for part in parts.values()), default=0)
             if path.stat().st_size < -(-end // 512) * 512 + 512:  # a whole one ends with an empty block
                 raise tarfile.ReadError("cut short")
-        except (tarfile.TarError, ValueError, ArithmeticError, EOFError, RecursionError, struct.error) as error:  # of headers made up
+        except (
+            tarfile.TarError,
+            ValueError,
+            ArithmeticError,
+            EOFError,
+            RecursionError,
+            struct.error,
+        ) as error:  # of headers made up
             raise UserError(f"path={path}: not a whole, uncompressed tar ({error})") from None
         file = _Open(path)
         for name, parts in found.items():
             image = next((parts[ending] for ending in IMAGES if ending in parts), None)
             if image is not None:
-                rows.append([key("held out", name), shard, *image, *_text(file, parts), _label(path, file, parts)])
+                rows.append(
+                    [derive_seed("held out", name), shard, *image, *_text(file, parts), _label(path, file, parts)]
+                )
     if not rows:
-        raise UserError(f"path={paths[0]}: no image in {len(paths)} shards; expected files like 000123.jpg beside 000123.txt or 000123.cls")
+        raise UserError(
+            f"path={paths[0]}: no image in {len(paths)} shards; expected files like 000123.jpg beside 000123.txt or 000123.cls"
+        )
     return torch.tensor(rows)
 
 
@@ -198,7 +217,7 @@ def lines_of(text: bytes) -> list[str]:
     if not decoded.lstrip().startswith("{"):
         return [line for line in (" ".join(line.split()) for line in decoded.splitlines()) if line]
     try:
-        return captions_in(json_of(decoded).get("caption"))
+        return captions_in(parse_json(decoded).get("caption"))
     except ValueError:
         return []
 
@@ -207,7 +226,7 @@ def _text(file: _Open, parts: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Where a sample's captions are, offset and bytes; (-1, -1) without any."""
     for ending in ("txt", "json"):
         offset, size = parts.get(ending, (-1, -1))
-        if 0 < size <= MOST["text"] and lines_of(file.read(size, offset)):
+        if 0 < size <= MAX_MEMBER_BYTES["text"] and lines_of(file.read(size, offset)):
             return offset, size
     return -1, -1
 

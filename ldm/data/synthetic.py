@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from ldm.data.memory import InMemory
+from ldm.data.memory import InMemoryDataset
 from ldm.errors import ConfigError
-from ldm.tensors import key
+from ldm.tensors import derive_seed
 
 SHAPES = ("disc", "ring", "square", "frame", "cross", "bar", "column", "diamond", "triangle", "checkers")
 CAPTIONS = ("a photo of a {}", "a white {} on black", "{}", "one {} of some size")
 
 
-class Synthetic(InMemory):
+class Synthetic(InMemoryDataset):
     """num grey drawings of ten shapes: image (1, size, size) in [-1, 1], labels 0..9 in turn, split train or test."""
 
     def __init__(self, split: str = "train", num: int = 512, size: int = 32, seed: int = 0, flip: bool = False):
@@ -21,7 +21,7 @@ class Synthetic(InMemory):
             raise ConfigError(f"num={num} size={size}: expected one image or more, of one pixel or more")
         labels = torch.arange(num) % len(SHAPES)
         captions = {name: [text.format(name) for text in CAPTIONS] for name in SHAPES}
-        super().__init__(f"synthetic-{split}", draw(labels, size, key(split)), labels, captions, seed, flip)
+        super().__init__(f"synthetic-{split}", draw(labels, size, derive_seed(split)), labels, captions, seed, flip)
 
 
 def draw(labels: Tensor, size: int, seed: int) -> Tensor:

@@ -23,7 +23,9 @@ def keep_known(denoise: Denoise, schedule: Schedule, mask: Tensor, x0: Tensor) -
     try:
         known = (mask > 0.5).expand(x0.shape)
     except RuntimeError:
-        raise ValueError(f"the mask {tuple(mask.shape)} does not fit x0 {tuple(x0.shape)}; give it one channel and x0's size") from None
+        raise ValueError(
+            f"the mask {tuple(mask.shape)} does not fit x0 {tuple(x0.shape)}; give it one channel and x0's size"
+        ) from None
     return _on_x0(denoise, schedule, lambda estimate: torch.where(known, x0, estimate))
 
 
@@ -42,7 +44,7 @@ def dynamic_threshold(denoise: Denoise, schedule: Schedule, quantile: float = 0.
     return _on_x0(denoise, schedule, threshold)
 
 
-def guided(
+def constrained_guidance(
     denoiser: Denoiser,
     cond: Condition,
     uncond: Condition | None,

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.sampler import Draw, Sampler, check, ddim, ddpm, steps
+from ldm.diffusion.sampler import Draw, Sampler, check_grid, ddim, ddpm, time_pairs
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.variance import forward_variance
 from ldm.errors import ConfigError
 
 
-def up_and_down(n: int, jump: int, repeats: int) -> list[int]:
+def repaint_steps(n: int, jump: int, repeats: int) -> list[int]:
     """RePaint's walk over the n + 1 places of a grid (0 is noise): every `jump` places it goes back as many, repeats - 1 times.
 
     Lugmayr et al. 2022, section 4.2 and their code (j and r). Raises ConfigError unless 1 <= jump and 1 <= repeats.
@@ -30,14 +30,21 @@ def up_and_down(n: int, jump: int, repeats: int) -> list[int]:
 
 
 def repaint(
-    denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, step: Sampler = ddpm, jump: int = 10, repeats: int = 10
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    ts: Tensor,
+    noise: Draw,
+    step: Sampler = ddpm,
+    jump_length: int = 10,
+    num_resamples: int = 10,
 ) -> Tensor:
     """RePaint's resampling (Lugmayr et al. 2022, algorithm 1): walk the grid down and up again, so that drawn and known parts agree.
 
     The known part is the business of constraint.keep_known; with it a DDPM step is the paper's, up to one draw of noise.
     """
-    check(ts)
-    for a, b in pairwise(up_and_down(len(ts) - 1, jump, repeats)):
+    check_grid(ts)
+    for a, b in pairwise(repaint_steps(len(ts) - 1, jump_length, num_resamples)):
         if b > a:
             x = step(denoise, schedule, x, ts[a : b + 1], noise)
         else:
@@ -48,13 +55,20 @@ def repaint(
 
 
 def langevin(
-    denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, step: Sampler = ddim, snr: float = 0.16, corrections: int = 1
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    ts: Tensor,
+    noise: Draw,
+    step: Sampler = ddim,
+    snr: float = 0.16,
+    corrections: int = 1,
 ) -> Tensor:
     """Predictor-corrector sampling (Song et al. 2021b, algorithms 2-3): after each step, Langevin steps on the score -eps / sigma.
 
     Their step size 2 (snr |z| / |score|)^2 is taken at its expectation, |z| / |score| = sigma, so that rows do not depend on one another.
     """
-    for t, s in steps(ts):
+    for t, s in time_pairs(ts):
         x = step(denoise, schedule, x, torch.stack([t, s]), noise)
         sigma = schedule.alpha_sigma(s)[1]
         size = 2 * (snr * sigma) ** 2

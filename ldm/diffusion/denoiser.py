@@ -35,7 +35,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.net, self.schedule, self.prediction = net, schedule, prediction
         alpha, sigma = schedule.alpha_sigma(torch.ones((), dtype=torch.float64))
-        a, b = prediction.row(alpha, sigma)
+        a, b = prediction.coefficients(alpha, sigma)
         if (alpha * b - sigma * a).abs() < 1e-6:
             name = type(prediction).__name__
             raise ConfigError(
@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
         """Denoised at x_t (B, C, ...) and t () or (B,) in (0, 1]."""
         out, var_frac = self.output(x_t, t, cond)
         alpha, sigma = self.schedule.alpha_sigma(t)
-        return Denoised(*solve(self.prediction.row(alpha, sigma), alpha, sigma, x_t, out), var_frac)
+        return Denoised(*solve(self.prediction.coefficients(alpha, sigma), alpha, sigma, x_t, out), var_frac)
 
 
 def eps_at(schedule: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:

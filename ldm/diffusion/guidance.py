@@ -35,7 +35,7 @@ def cfg(
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         if not lo <= t <= hi:
             return denoiser(x_t, t, cond)
-        told, untold = pair(denoiser, both, x_t, t)
+        told, untold = denoise_pair(denoiser, both, x_t, t)
         x0, eps = untold.x0.lerp(told.x0, scale), untold.eps.lerp(told.eps, scale)
         if rescale:
             x0 = x0.lerp(x0 * (_std(told.x0) / _std(x0)), rescale)
@@ -45,7 +45,7 @@ def cfg(
     return denoise
 
 
-def pair(denoiser: Denoiser, both: Condition, x_t: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
+def denoise_pair(denoiser: Denoiser, both: Condition, x_t: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
     """Denoised under the two halves of a stacked condition, in one call of the network."""
     x0, eps, var_frac = denoiser(torch.cat([x_t, x_t]), t, both)
     parts = [x0.chunk(2), eps.chunk(2), (None, None) if var_frac is None else var_frac.chunk(2)]
@@ -53,7 +53,9 @@ def pair(denoiser: Denoiser, both: Condition, x_t: Tensor, t: Tensor) -> tuple[D
     return Denoised(*told), Denoised(*untold)
 
 
-def cfg_channels(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0, channels: int = 3) -> Denoise:
+def cfg_channels(
+    denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0, channels: int = 3
+) -> Denoise:
     """Classifier-free guidance of the first channels alone, the rest being the conditional ones: how DiT's published samples were drawn.
 
     Raises ConfigError if there is no uncond.
@@ -61,7 +63,7 @@ def cfg_channels(denoiser: Denoiser, cond: Condition, uncond: Condition | None, 
     both = cond.cat(_null(uncond, f"scale {scale}"))
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        told, untold = pair(denoiser, both, x_t, t)
+        told, untold = denoise_pair(denoiser, both, x_t, t)
         x0, eps = (
             torch.cat([u[:, :channels].lerp(c[:, :channels], scale), c[:, channels:]], dim=1)
             for u, c in [(untold.x0, told.x0), (untold.eps, told.eps)]
@@ -117,7 +119,7 @@ def classifier(
     return denoise
 
 
-def told(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0) -> Denoise:
+def guidance_embedded(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0) -> Denoise:
     """One evaluation of a network that is told the scale itself (Meng et al. 2023, section 3.1); uncond is not used."""
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
@@ -128,7 +130,9 @@ def told(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: f
 
 def _null(uncond: Condition | None, why: str) -> Condition:
     if uncond is None:
-        raise ConfigError(f"guidance with {why} needs a null condition and has none; train with condition dropout, or use scale 1")
+        raise ConfigError(
+            f"guidance with {why} needs a null condition and has none; train with condition dropout, or use scale 1"
+        )
     return uncond
 
 

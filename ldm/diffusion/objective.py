@@ -14,13 +14,14 @@ from torch.nn.functional import huber_loss
 
 from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoised, Denoiser
-from ldm.diffusion.prediction import gain, solve, target
+from ldm.diffusion.grids import num_timesteps
+from ldm.diffusion.prediction import output_gain, solve, target
 from ldm.diffusion.schedule import Schedule, add_noise
-from ldm.diffusion.times import Times, entries
+from ldm.diffusion.times import Times
 from ldm.diffusion.variance import Decoder, Variance, gaussian_nll, learned_range, vlb_term
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import ConfigError
-from ldm.tensors import Noise, mean_per_sample
+from ldm.tensors import KeyedNoise, mean_per_sample
 
 
 def l2(out: Tensor, wanted: Tensor) -> Tensor:
@@ -38,12 +39,12 @@ def huber(out: Tensor, wanted: Tensor, delta: float = 1.0) -> Tensor:
     return huber_loss(out, wanted, reduction="none", delta=delta)
 
 
-def gaussian(noise: Noise, x0: Tensor) -> Tensor:
+def gaussian(noise: KeyedNoise, x0: Tensor) -> Tensor:
     """Standard normal eps (B, ...)."""
     return noise.normal("eps", x0)
 
 
-def offset(noise: Noise, x0: Tensor, strength: float = 0.1) -> Tensor:
+def offset(noise: KeyedNoise, x0: Tensor, strength: float = 0.1) -> Tensor:
     """Standard normal plus strength times one normal a channel, eps (B, C, ...) (Guttenberg 2023, "Diffusion with offset noise")."""
     channel = x0[(slice(None), slice(None), *(slice(0, 1),) * (x0.ndim - 2))]
     return noise.normal("eps", x0) + strength * noise.normal("offset", channel)
@@ -59,37 +60,48 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        times: Times,
+        timestep_sampling: Times,
         weighting: Weighting,
         error: Callable[[Tensor, Tensor], Tensor] = l2,
-        draw_eps: Callable[[Noise, Tensor], Tensor] = gaussian,
+        noise: Callable[[KeyedNoise, Tensor], Tensor] = gaussian,
         vlb: float = 0.0,
         decoder: Decoder = gaussian_nll,
     ):
         super().__init__()
-        self.times, self.weighting, self.error, self.draw_eps, self.vlb, self.decoder = times, weighting, error, draw_eps, vlb, decoder
+        self.times, self.weighting, self.error, self.draw_eps, self.vlb, self.decoder = (
+            timestep_sampling,
+            weighting,
+            error,
+            noise,
+            vlb,
+            decoder,
+        )
 
-    def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(
+        self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: KeyedNoise, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`."""
-        return self.at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
+        return self.loss_at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
 
-    def draw(self, noise: Noise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    def draw(self, noise: KeyedNoise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """A time t (B,) and eps (B, C, ...) for each row of x0."""
         return self.times(noise, x0, schedule), self.draw_eps(noise, x0)
 
-    def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def loss_at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """The terms (B,) at given t (B,) and eps: `loss`, `error` (before weighting), `t`, and `vlb` (bits per dimension) if added."""
         x_t = add_noise(denoiser.schedule, x0, eps, t)
-        terms, out, var_frac = towards(denoiser, x_t, t, cond, x0, eps, self.weighting, self.error)
+        terms, out, var_frac = denoising_terms(denoiser, x_t, t, cond, x0, eps, self.weighting, self.error)
         if not self.vlb:
             return terms
         alpha, sigma = denoiser.schedule.alpha_sigma(t)
-        estimate = Denoised(*solve(denoiser.prediction.row(alpha, sigma), alpha, sigma, x_t, out.detach()), var_frac)
-        bits = bound(denoiser.schedule, x0, x_t, t, estimate, learned_range, self.decoder)
+        estimate = Denoised(
+            *solve(denoiser.prediction.coefficients(alpha, sigma), alpha, sigma, x_t, out.detach()), var_frac
+        )
+        bits = vlb_estimate(denoiser.schedule, x0, x_t, t, estimate, learned_range, self.decoder)
         return {**terms, "loss": terms["loss"] + self.vlb * bits, "vlb": bits}
 
 
-def towards(
+def denoising_terms(
     denoiser: Denoiser,
     x_t: Tensor,
     t: Tensor,
@@ -104,14 +116,18 @@ def towards(
     And the output itself, in x_t's dtype, and var_frac.
     """
     alpha, sigma = denoiser.schedule.alpha_sigma(t)
-    row = denoiser.prediction.row(alpha, sigma)
+    row = denoiser.prediction.coefficients(alpha, sigma)
     out, var_frac = denoiser.output(x_t, t, cond)
     out = out.to(x_t.dtype)
     far = mean_per_sample(error(out, target(row, x0, eps)))
-    return {"loss": weighting(alpha, sigma, row) / gain(row, alpha, sigma) * far, "error": far, "t": t}, out, var_frac
+    return (
+        {"loss": weighting(alpha, sigma, row) / output_gain(row, alpha, sigma) * far, "error": far, "t": t},
+        out,
+        var_frac,
+    )
 
 
-class Likelihood(nn.Module):
+class VLBObjective(nn.Module):
     """The variational bound itself, in bits per dimension (Nichol & Dhariwal 2021, L_vlb; Ho et al. 2020, eq. 5, without its prior term).
 
     times must be on the schedule's entries, as `discrete` is; best wrapped in LossSecondMoment.
@@ -119,37 +135,46 @@ class Likelihood(nn.Module):
 
     def __init__(
         self,
-        times: Times,
-        draw_eps: Callable[[Noise, Tensor], Tensor] = gaussian,
+        timestep_sampling: Times,
+        noise: Callable[[KeyedNoise, Tensor], Tensor] = gaussian,
         variance: Variance = learned_range,
         decoder: Decoder = gaussian_nll,
     ):
         super().__init__()
-        self.times, self.draw_eps, self.variance, self.decoder = times, draw_eps, variance, decoder
+        self.times, self.draw_eps, self.variance, self.decoder = timestep_sampling, noise, variance, decoder
 
-    def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(
+        self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: KeyedNoise, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`."""
-        return self.at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
+        return self.loss_at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
 
-    def draw(self, noise: Noise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    def draw(self, noise: KeyedNoise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """A time t (B,) and eps (B, C, ...) for each row of x0."""
         return self.times(noise, x0, schedule), self.draw_eps(noise, x0)
 
-    def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def loss_at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """The terms (B,) at given t (B,) and eps: `loss`, and `t`."""
         x_t = add_noise(denoiser.schedule, x0, eps, t)
-        return {"loss": bound(denoiser.schedule, x0, x_t, t, denoiser(x_t, t, cond), self.variance, self.decoder), "t": t}
+        return {
+            "loss": vlb_estimate(denoiser.schedule, x0, x_t, t, denoiser(x_t, t, cond), self.variance, self.decoder),
+            "t": t,
+        }
 
 
-def bound(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Denoised, variance: Variance, decoder: Decoder) -> Tensor:
+def vlb_estimate(
+    schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Denoised, variance: Variance, decoder: Decoder
+) -> Tensor:
     """T times the bound's term at each t (B,) in 1/T, 2/T, ..., 1: an unbiased estimate of the bound, bits per dimension.
 
     Raises ConfigError for other times.
     """
-    T = entries(schedule)
+    T = num_timesteps(schedule)
     i = (t.double() * T).round()
     if ((t * T - i).abs() > 0.01).any():
-        raise ConfigError(f"the bound is a sum over the schedule's {T} entries and times lie between them; draw them with density discrete")
+        raise ConfigError(
+            f"the bound is a sum over the schedule's {T} entries and times lie between them; draw them with density discrete"
+        )
     return T * vlb_term(schedule, x0, x_t, i / T, (i - 1) / T, estimate, variance, decoder)
 
 
@@ -164,17 +189,19 @@ class LogVariance(nn.Module):
         self.objective = objective
         self.log_variance = nn.Parameter(torch.full((T,), init))
 
-    def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(
+        self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: KeyedNoise, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`."""
-        return self.at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
+        return self.loss_at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
 
-    def draw(self, noise: Noise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    def draw(self, noise: KeyedNoise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """A time t (B,) and eps (B, C, ...) for each row of x0."""
         return self.objective.draw(noise, x0, schedule)
 
-    def at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def loss_at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """The wrapped objective's terms (B,) with `loss` balanced, and `balanced`, what it was."""
-        terms = self.objective.at(denoiser, x0, cond, t, eps)
+        terms = self.objective.loss_at(denoiser, x0, cond, t, eps)
         u = self.log_variance[bin_of(t, len(self.log_variance))]
         return terms | {"loss": terms["loss"] / u.exp() + u, "balanced": terms["loss"]}
 
@@ -195,18 +222,22 @@ class LossSecondMoment(nn.Module):
         self.register_buffer("losses", torch.zeros(T, history), persistent=False)
         self.register_buffer("count", torch.zeros(T, dtype=torch.long), persistent=False)
 
-    def forward(self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: Noise, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(
+        self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: KeyedNoise, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """The wrapped objective's terms (B,), `loss` being unbiased for uniform t; in training mode they are remembered."""
-        T = entries(denoiser.schedule)
+        T = num_timesteps(denoiser.schedule)
         if T != self.T:
-            raise ConfigError(f"the schedule has T = {T}, the objective T = {self.T}; set objective.T to the schedule's")
+            raise ConfigError(
+                f"the schedule has T = {T}, the objective T = {self.T}; set objective.T to the schedule's"
+            )
         p = self.probabilities()
         u = noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32))
         i = torch.searchsorted(p.cumsum(0), u.to(p), right=True)  # u is at most 1 - 2^-24, below the sum's last entry
         _, eps = self.objective.draw(noise, x0, denoiser.schedule)
-        terms = self.objective.at(denoiser, x0, cond, (i + 1) / self.T, eps)
+        terms = self.objective.loss_at(denoiser, x0, cond, (i + 1) / self.T, eps)
         if self.training:
-            self.remember(i, terms["loss"].detach())
+            self.update_history(i, terms["loss"].detach())
         return terms | {"loss": terms["loss"] / (self.T * p[i]).to(terms["loss"])}
 
     def probabilities(self) -> Tensor:
@@ -224,7 +255,7 @@ class LossSecondMoment(nn.Module):
         self.losses.copy_(state["losses"])
         self.count.copy_(state["count"])
 
-    def remember(self, i: Tensor, loss: Tensor) -> None:
+    def update_history(self, i: Tensor, loss: Tensor) -> None:
         """Write losses (B,) of bins i (B,) over the oldest ones."""
         i, order = gather(i).sort(stable=True)
         loss = gather(loss)[order]

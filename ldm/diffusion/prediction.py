@@ -10,7 +10,7 @@ from ldm.tensors import expand
 
 
 class Prediction(Protocol):
-    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b), shaped like alpha."""
         ...
 
@@ -28,7 +28,7 @@ class _Unscaled:
 class Eps(_Unscaled):
     """The noise (Ho et al. 2020, eq. 11)."""
 
-    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(alpha), torch.ones_like(alpha)
 
 
@@ -36,7 +36,7 @@ class Eps(_Unscaled):
 class X0(_Unscaled):
     """The data (Ho et al. 2020, section 3.2)."""
 
-    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(alpha), torch.zeros_like(alpha)
 
 
@@ -44,7 +44,7 @@ class X0(_Unscaled):
 class V(_Unscaled):
     """v = alpha eps - sigma x0 (Salimans & Ho 2022, section 4)."""
 
-    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return -sigma, alpha
 
 
@@ -52,7 +52,7 @@ class V(_Unscaled):
 class Flow(_Unscaled):
     """eps - x0, the velocity of a straight path from data to noise (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23)."""
 
-    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return -torch.ones_like(alpha), torch.ones_like(alpha)
 
 
@@ -65,7 +65,7 @@ class EDM(_Unscaled):
 
     sigma_data: float = 0.5
 
-    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.input_scale(alpha, sigma)
         return sigma / self.sigma_data * scale, -alpha * self.sigma_data * scale
 
@@ -88,7 +88,7 @@ def solve(row: tuple[Tensor, Tensor], alpha: Tensor, sigma: Tensor, x_t: Tensor,
     return x0, eps
 
 
-def gain(row: tuple[Tensor, Tensor], alpha: Tensor, sigma: Tensor) -> Tensor:
+def output_gain(row: tuple[Tensor, Tensor], alpha: Tensor, sigma: Tensor) -> Tensor:
     """(det / sigma)^2: squared error of the output per squared error of x0, at fixed x_t."""
     a, b = row
     return ((alpha * b - sigma * a) / sigma) ** 2

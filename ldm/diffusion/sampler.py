@@ -14,28 +14,32 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import Schedule
-from ldm.diffusion.variance import Variance, forward_variance, q_posterior, small
+from ldm.diffusion.variance import Variance, fixed_small, forward_variance, q_posterior
 from ldm.errors import ConfigError
 
 Draw = Callable[[Tensor], Tensor]
 Sampler = Callable[[Denoise, Schedule, Tensor, Tensor, Draw], Tensor]
 
 
-def check(ts: Tensor) -> None:
+def check_grid(ts: Tensor) -> None:
     """Raises ConfigError unless ts (N + 1,), N >= 1, descends within [0, 1]."""
     if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() < 0).all() or ts[0] > 1 or ts[-1] < 0:
-        raise ConfigError(f"the grid must be two or more times that descend within [0, 1], got {ts.tolist()}; 1 is noise, 0 is data")
+        raise ConfigError(
+            f"the grid must be two or more times that descend within [0, 1], got {ts.tolist()}; 1 is noise, 0 is data"
+        )
 
 
-def steps(ts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def time_pairs(ts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The pairs (t, s), s < t, of a grid ts (N + 1,). Raises ConfigError unless it descends within [0, 1]."""
-    check(ts)
+    check_grid(ts)
     return pairwise(ts)
 
 
-def ddpm(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, variance: Variance = small) -> Tensor:
+def ddpm(
+    denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, variance: Variance = fixed_small
+) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on any sub-grid (Nichol & Dhariwal 2021, section 4)."""
-    for t, s in steps(ts):
+    for t, s in time_pairs(ts):
         x0, _, var_frac = denoise(x, t)
         x, _ = q_posterior(schedule, x0, x, t, s)
         if s > 0:
@@ -45,7 +49,7 @@ def ddpm(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
 
 def ddim(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, eta: float = 0.0) -> Tensor:
     """DDIM (Song et al. 2021a, eq. 12 and 16): eta = 0 is deterministic, eta = 1 is DDPM and also Euler-ancestral."""
-    for t, s in steps(ts):
+    for t, s in time_pairs(ts):
         x0, eps, _ = denoise(x, t)
         alpha_s, sigma_s = schedule.alpha_sigma(s)
         std = eta * sigma_s / schedule.alpha_sigma(t)[1] * forward_variance(schedule, t, s).sqrt()  # eq. 16
@@ -57,7 +61,7 @@ def ddim(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
 
 def consistency(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): x0 at once, and fresh noise on it for another look."""
-    for t, s in steps(ts):
+    for t, s in time_pairs(ts):
         x0 = denoise(x, t).x0
         alpha_s, sigma_s = schedule.alpha_sigma(s)
         x = alpha_s * x0 + sigma_s * noise(x) if s > 0 else x0
@@ -69,9 +73,11 @@ def ddim_invert(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noi
 
     Raises ConfigError if ts ends at 0, where eps is not defined; 1/T is the place to start.
     """
-    check(ts)
+    check_grid(ts)
     if ts[-1] == 0:
-        raise ConfigError("inversion cannot start at t = 0, where there is no eps; give a grid that ends at 1/T (times.ending_at)")
+        raise ConfigError(
+            "inversion cannot start at t = 0, where there is no eps; give a grid that ends at 1/T (times.ending_at)"
+        )
     for t, s in reversed(list(pairwise(ts))):
         x0, eps, _ = denoise(x, s)
         alpha_t, sigma_t = schedule.alpha_sigma(t)
@@ -85,15 +91,15 @@ def euler(
     x: Tensor,
     ts: Tensor,
     noise: Draw,
-    churn: float = 0.0,
-    churn_range: tuple[float, float] = (0.0, float("inf")),
-    churn_noise: float = 1.0,
+    s_churn: float = 0.0,
+    s_range: tuple[float, float] = (0.0, float("inf")),
+    s_noise: float = 1.0,
 ) -> Tensor:
     """Euler's method on the ODE in a straight frame (Karras et al. 2022, algorithm 2, lines 4-8); without churn it is DDIM."""
-    frame, pairs = straight(schedule), list(steps(ts))
-    gamma = min(churn / len(pairs), 2**0.5 - 1)
+    frame, pairs = ode_frame(schedule), list(time_pairs(ts))
+    gamma = min(s_churn / len(pairs), 2**0.5 - 1)
     for t, s in pairs:
-        x, t = stir(schedule, x, t, noise, gamma, churn_range, churn_noise)
+        x, t = add_churn(schedule, x, t, noise, gamma, s_range, s_noise)
         (m_t, u_t), (m_s, u_s) = frame(t), frame(s)
         y = x / m_t
         d = (y - denoise(x, t).x0) / u_t
@@ -107,15 +113,15 @@ def heun(
     x: Tensor,
     ts: Tensor,
     noise: Draw,
-    churn: float = 0.0,
-    churn_range: tuple[float, float] = (0.0, float("inf")),
-    churn_noise: float = 1.0,
+    s_churn: float = 0.0,
+    s_range: tuple[float, float] = (0.0, float("inf")),
+    s_noise: float = 1.0,
 ) -> Tensor:
     """Heun's 2nd-order method on the ODE in a straight frame (Karras et al. 2022, algorithm 2); 2 N - 1 evaluations to s = 0."""
-    frame, pairs = straight(schedule), list(steps(ts))
-    gamma = min(churn / len(pairs), 2**0.5 - 1)
+    frame, pairs = ode_frame(schedule), list(time_pairs(ts))
+    gamma = min(s_churn / len(pairs), 2**0.5 - 1)
     for t, s in pairs:
-        x, t = stir(schedule, x, t, noise, gamma, churn_range, churn_noise)
+        x, t = add_churn(schedule, x, t, noise, gamma, s_range, s_noise)
         (m_t, u_t), (m_s, u_s) = frame(t), frame(s)
         y = x / m_t
         d = (y - denoise(x, t).x0) / u_t
@@ -134,9 +140,9 @@ def plms(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
 
     Adams-Bashforth 4 with the weights of equal steps in a straight frame's u: order 2 on a general grid, 3 (by its start) on an even one.
     """
-    frame = straight(schedule)
+    frame = ode_frame(schedule)
     past: list[Tensor] = []
-    for t, s in steps(ts):
+    for t, s in time_pairs(ts):
         (m_t, u_t), (m_s, u_s) = frame(t), frame(s)
         y = x / m_t
         d = (y - denoise(x, t).x0) / u_t
@@ -156,7 +162,7 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise:
     Data prediction; the first step, and one to s = 0, are of first order.
     """
     before: tuple[Tensor, Tensor] | None = None
-    for t, s in steps(ts):
+    for t, s in time_pairs(ts):
         x0 = denoise(x, t).x0
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         h = schedule.log_snr(s) - schedule.log_snr(t)  # twice theirs: only its ratio r counts
@@ -184,7 +190,7 @@ def unipc(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dr
     before: tuple[Tensor, Tensor] | None = None
     known: Tensor | float
     rho: Tensor | float
-    for t, s in steps(ts):
+    for t, s in time_pairs(ts):
         x0 = denoise(x, t).x0
         if correct is not None:
             x = correct(x0)
@@ -212,12 +218,14 @@ def _unic(base: Tensor, scale: Tensor, known: Tensor | float, rho: Tensor | floa
     return base + scale * (known + rho * (x0_s - x0))
 
 
-def interpolant_sde(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, strength: float = 1.0) -> Tensor:
+def interpolant_sde(
+    denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, strength: float = 1.0
+) -> Tensor:
     """Euler-Maruyama on the reverse SDE of a stochastic interpolant, w = strength sigma (Ma et al. 2024 (SiT), eq. 4, section 2.4).
 
     Time is measured in sigma, which on a flow is its own. The step to s = 0 has neither score nor noise.
     """
-    for t, s in steps(ts):
+    for t, s in time_pairs(ts):
         x0, eps, _ = denoise(x, t)
         (_, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         h, w = sigma_t - sigma_s, strength * sigma_t
@@ -227,20 +235,20 @@ def interpolant_sde(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor,
     return x
 
 
-def stir(
+def add_churn(
     schedule: Schedule, x: Tensor, t: Tensor, noise: Draw, gamma: float, within: tuple[float, float], noise_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Add noise so that sigma / alpha grows by 1 + gamma, where it is `within` (Karras et al. 2022, algorithm 2, lines 4-6): (x, t)."""
     alpha, sigma = schedule.alpha_sigma(t)
     if gamma == 0 or alpha == 0 or not within[0] <= sigma / alpha <= within[1]:
         return x, t
-    t_hat = schedule.t_at(schedule.log_snr(t) - 2 * math.log1p(gamma))
+    t_hat = schedule.t_from_log_snr(schedule.log_snr(t) - 2 * math.log1p(gamma))
     alpha_hat, sigma_hat = schedule.alpha_sigma(t_hat)
     ratio = alpha_hat / alpha
     return ratio * x + noise_scale * (sigma_hat**2 - (ratio * sigma) ** 2).sqrt() * noise(x), t_hat
 
 
-def straight(schedule: Schedule) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def ode_frame(schedule: Schedule) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """A frame t -> (m, u), u = sigma / m, in which y = x / m has the ODE dy/du = (y - x0) / u.
 
     m = alpha, where dy/du = eps, if there is signal at t = 1 (Karras et al. 2022, eq. 4); else m = alpha + sigma, where dy/du = eps - x0,

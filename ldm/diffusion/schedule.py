@@ -24,7 +24,7 @@ class Schedule(Protocol):
         """2 log(alpha / sigma): +inf at t = 0, falling with t."""
         ...
 
-    def t_at(self, log_snr: Tensor) -> Tensor:
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         """The t with this log_snr, the inverse of `log_snr`."""
         ...
 
@@ -40,7 +40,7 @@ def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class DiscreteSchedule:
     """A variance-preserving schedule given by alpha_bar = alpha^2 (T,), float64, entry i at t = (i + 1) / T.
 
     Between entries alpha_bar is linear in t, from 1 at t = 0; sigma^2 = 1 - alpha_bar, taken in float64. The network sees i in 0..T-1.
@@ -68,7 +68,7 @@ class Table:
         signal, noise = self._squares(t)
         return signal.log() - noise.log()
 
-    def t_at(self, log_snr: Tensor) -> Tensor:
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         signal, noise = self._on(log_snr.device, torch.float64)
         want = log_snr.double()
         i = (torch.searchsorted(noise.log() - signal.log(), -want, right=True) - 1).clamp(0, self.T - 1)
@@ -98,60 +98,60 @@ class Table:
         return self._nodes[device, dtype]
 
 
-def from_betas(betas: Tensor) -> Table:
+def from_betas(betas: Tensor) -> DiscreteSchedule:
     """The Table of forward variances beta (T,): alpha_bar is the running product of 1 - beta (Ho 2020, eq. 4)."""
-    return Table((1 - betas.double()).cumprod(0))
+    return DiscreteSchedule((1 - betas.double()).cumprod(0))
 
 
-def from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], T: int) -> Table:
+def from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], T: int) -> DiscreteSchedule:
     """The Table of a function of t that gives alpha_bar, with beta held to at most 0.999 (Nichol & Dhariwal 2021, section 3.2)."""
     bar = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
     return from_betas((1 - bar[1:] / bar[:-1]).clamp(max=0.999))
 
 
-def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Table:
+def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
     """Ho et al. 2020, section 4: beta linear in i; the two betas are those for T = 1000, another T refines the same process."""
     return from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64) * (1000 / T))
 
 
-def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Table:
+def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DiscreteSchedule:
     """Rombach et al. 2022 (their code's "linear"): sqrt(beta) linear in i; the two betas are those for T = 1000."""
     return from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2 * (1000 / T))
 
 
-def cosine(T: int = 1000, s: float = 0.008) -> Table:
+def cosine(T: int = 1000, s: float = 0.008) -> DiscreteSchedule:
     """Nichol & Dhariwal 2021, eq. 17: alpha_bar = cos^2(pi/2 (t + s) / (1 + s)), relative to t = 0."""
     return from_alpha_bar(lambda t: torch.cos(math.pi / 2 * (t + s) / (1 + s)) ** 2, T)
 
 
-def sigmoid(T: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Table:
+def sigmoid(T: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> DiscreteSchedule:
     """Chen 2023 (arXiv 2301.10972), algorithm 1: alpha_bar a sigmoid of t over [start, end] / tau, scaled to 1..0 and held above 1e-9."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     y = torch.sigmoid((start + t * (end - start)) / tau)
-    return Table(((y[-1] - y) / (y[-1] - y[0]))[1:].clamp(min=1e-9))
+    return DiscreteSchedule(((y[-1] - y) / (y[-1] - y[0]))[1:].clamp(min=1e-9))
 
 
-def sigmoid_beta(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Table:
+def sigmoid_beta(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
     """Xu et al. 2022 (GeoDiff's code): beta a sigmoid of i over [-6, 6]; the two betas are those for T = 1000."""
     rise = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
     return from_betas((beta_start + rise * (beta_end - beta_start)) * (1000 / T))
 
 
-def sqrt(T: int = 1000, s: float = 1e-4) -> Table:
+def sqrt(T: int = 1000, s: float = 1e-4) -> DiscreteSchedule:
     """Li et al. 2022 (Diffusion-LM), appendix A: alpha_bar = 1 - sqrt(t + s), relative to t = 0."""
     return from_alpha_bar(lambda t: 1 - (t + s).sqrt(), T)
 
 
-def zero_terminal_snr(schedule: Table) -> Table:
+def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
     """The Table shifted and scaled in alpha so that alpha(1) = 0 and the first entry stays (Lin et al. 2023, algorithm 1)."""
     alpha = schedule.alpha_bar.double().sqrt()
-    return Table(((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2)
+    return DiscreteSchedule(((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2)
 
 
-def shifted(schedule: Table, shift: float) -> Table:
+def shifted(schedule: DiscreteSchedule, shift: float) -> DiscreteSchedule:
     """The Table with sigma / alpha multiplied by shift, for data of `shift` times the resolution (Hoogeboom et al. 2023, section 3.1)."""
     bar = schedule.alpha_bar.double()
-    return Table(bar / (bar + shift**2 * (1 - bar)))
+    return DiscreteSchedule(bar / (bar + shift**2 * (1 - bar)))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class VP:
     def log_snr(self, t: Tensor) -> Tensor:
         return -torch.expm1(self._integral(t)).log()
 
-    def t_at(self, log_snr: Tensor) -> Tensor:
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         beta = softplus(-log_snr)
         return 2 * beta / (self.beta_min + (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * beta).sqrt())
 
@@ -190,7 +190,7 @@ class GVP:
         alpha, sigma = self.alpha_sigma(t)
         return 2 * (alpha.log() - sigma.log())
 
-    def t_at(self, log_snr: Tensor) -> Tensor:
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return 2 / math.pi * torch.atan(torch.exp(-log_snr / 2))
 
     def net_time(self, t: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class EDM:
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * (self.sigma_max * t).log()
 
-    def t_at(self, log_snr: Tensor) -> Tensor:
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-log_snr / 2) / self.sigma_max
 
     def net_time(self, t: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class Flow:
     def log_snr(self, t: Tensor) -> Tensor:
         return 2 * ((1 - t).log() - (self.shift * t).log())
 
-    def t_at(self, log_snr: Tensor) -> Tensor:
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr / 2 - math.log(self.shift))
 
     def net_time(self, t: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def flow_at(dim: int, base_dim: int = 4096) -> Flow:
     return Flow(math.sqrt(dim / base_dim))
 
 
-def alike(one: Schedule, other: Schedule) -> bool:
+def schedules_equal(one: Schedule, other: Schedule) -> bool:
     """Whether two schedules are one: the same noise, and the same time for the network, everywhere."""
     t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
     return torch.equal(one.log_snr(t), other.log_snr(t)) and torch.equal(one.net_time(t), other.net_time(t))

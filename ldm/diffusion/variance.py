@@ -34,7 +34,9 @@ def q_posterior(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, s: Tenso
     return mean, beta * (sigma_s / sigma_t) ** 2
 
 
-def small(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None) -> Tensor:
+def fixed_small(
+    var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None
+) -> Tensor:
     """Log of the posterior's own variance (Ho et al. 2020, section 3.2: beta tilde).
 
     Where s = 0 that variance is 0 and `floor` serves; by default the next step up's, (2 t, t) (Nichol & Dhariwal 2021, their code).
@@ -46,26 +48,34 @@ def small(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, flo
     return torch.where(s > 0, variance, floor).clamp(min=1e-20).log()
 
 
-def large(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None) -> Tensor:
+def fixed_large(
+    var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None
+) -> Tensor:
     """Log of the forward variance (Ho et al. 2020, section 3.2: beta)."""
     return forward_variance(schedule, t, s).log()
 
 
-def learned_range(var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None) -> Tensor:
+def learned_range(
+    var_frac: Tensor | None, schedule: Schedule, t: Tensor, s: Tensor, floor: Tensor | None = None
+) -> Tensor:
     """Log-variance (B, ...) between `small` (var_frac -1) and `large` (var_frac 1) (Nichol & Dhariwal 2021, eq. 15).
 
     Raises ConfigError if the network does not give a var_frac.
     """
     if var_frac is None:
-        raise ConfigError("a learned variance needs twice the channels of x_t: train with learned_variance=true, or use small or large")
-    lo, hi = (expand(f(None, schedule, t, s, floor), var_frac) for f in (small, large))
+        raise ConfigError(
+            "a learned variance needs twice the channels of x_t: train with learned_variance=true, or use small or large"
+        )
+    lo, hi = (expand(f(None, schedule, t, s, floor), var_frac) for f in (fixed_small, fixed_large))
     frac = (var_frac + 1) / 2
     return frac * hi + (1 - frac) * lo
 
 
 def gaussian_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
     """KL(q || p) of diagonal Gaussians, element by element, in nats."""
-    return 0.5 * (log_var_p - log_var_q - 1 + (log_var_q - log_var_p).exp() + (mean_q - mean_p) ** 2 * (-log_var_p).exp())
+    return 0.5 * (
+        log_var_p - log_var_q - 1 + (log_var_q - log_var_p).exp() + (mean_q - mean_p) ** 2 * (-log_var_p).exp()
+    )
 
 
 def decoder_nll(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
@@ -85,13 +95,20 @@ def gaussian_nll(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def vlb_term(
-    schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor, estimate: Denoised, variance: Variance, decoder: Decoder
+    schedule: Schedule,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    estimate: Denoised,
+    variance: Variance,
+    decoder: Decoder,
 ) -> Tensor:
     """One step's term of the bound (B,), bits per dimension (Ho et al. 2020, eq. 5).
 
     KL(q(x_s | x_t, x0) || p(x_s | x_t)), or, where s = 0, the decoder's -log p(x0 | x_t).
     """
-    log_var_q = expand(small(None, schedule, t, s), x_t).to(x_t)
+    log_var_q = expand(fixed_small(None, schedule, t, s), x_t).to(x_t)
     log_var_p = expand(variance(estimate.var_frac, schedule, t, s), x_t).to(x_t)
     mean_q, _ = q_posterior(schedule, x0, x_t, t, s)
     mean_p, _ = q_posterior(schedule, estimate.x0, x_t, t, s)
@@ -106,7 +123,7 @@ def bits_per_dim(
     x0: Tensor,
     ts: Tensor,
     noise: Callable[[Tensor], Tensor],
-    variance: Variance = small,
+    variance: Variance = fixed_small,
     decoder: Decoder = decoder_nll,
 ) -> dict[str, Tensor]:
     """The bound on -log2 p(x0) per dimension (Ho et al. 2020, eq. 5): `total` (B,), its `prior` (B,) and `terms` (N, B), ordered as ts.
@@ -114,7 +131,9 @@ def bits_per_dim(
     ts (N + 1,) descends to 0. The prior is N(0, alpha^2 + sigma^2) at ts[0], that of unit-variance data.
     """
     alpha, sigma = schedule.alpha_sigma(ts[0])
-    prior = mean_per_sample(gaussian_kl(alpha * x0, 2 * sigma.log(), torch.zeros_like(x0), (alpha**2 + sigma**2).log())) / math.log(2)
+    prior = mean_per_sample(
+        gaussian_kl(alpha * x0, 2 * sigma.log(), torch.zeros_like(x0), (alpha**2 + sigma**2).log())
+    ) / math.log(2)
     terms = []
     for t, s in pairwise(ts):
         x_t = add_noise(schedule, x0, noise(x0), t)

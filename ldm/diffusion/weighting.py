@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ldm.diffusion.prediction import EDM, Flow, V, gain
+from ldm.diffusion.prediction import EDM, Flow, V, output_gain
 from ldm.diffusion.schedule import Schedule
 
 Row = tuple[Tensor, Tensor]
@@ -16,7 +16,7 @@ Weighting = Callable[[Tensor, Tensor, Row], Tensor]
 
 def output(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
     """Plain error of whatever the network predicts."""
-    return gain(row, alpha, sigma)
+    return output_gain(row, alpha, sigma)
 
 
 def eps(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
@@ -31,12 +31,12 @@ def x0(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
 
 def v(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
     """Plain error of v: SNR + 1 where alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, section 4)."""
-    return gain(V().row(alpha, sigma), alpha, sigma)
+    return output_gain(V().coefficients(alpha, sigma), alpha, sigma)
 
 
 def flow(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
     """Plain error of eps - x0: (1 + sqrt(SNR))^2 (Liu et al. 2022, eq. 1)."""
-    return gain(Flow().row(alpha, sigma), alpha, sigma)
+    return output_gain(Flow().coefficients(alpha, sigma), alpha, sigma)
 
 
 def min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> Tensor:
@@ -58,7 +58,7 @@ def p2(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 1.0, k: float = 1.
 
 def edm(alpha: Tensor, sigma: Tensor, row: Row, sigma_data: float = 0.5) -> Tensor:
     """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 at alpha = 1 (Karras et al. 2022, table 1): plain error of EDM's F."""
-    return gain(EDM(sigma_data).row(alpha, sigma), alpha, sigma)
+    return output_gain(EDM(sigma_data).coefficients(alpha, sigma), alpha, sigma)
 
 
 def vlb(alpha: Tensor, sigma: Tensor, row: Row, schedule: Schedule, T: int = 1000) -> Tensor:
@@ -66,5 +66,5 @@ def vlb(alpha: Tensor, sigma: Tensor, row: Row, schedule: Schedule, T: int = 100
 
     t = 1/T, whose own term is the decoder's, weighs what 2/T weighs.
     """
-    t = schedule.t_at(2 * (alpha / sigma).log()).clamp(min=2 / T)
+    t = schedule.t_from_log_snr(2 * (alpha / sigma).log()).clamp(min=2 / T)
     return T / 2 * (schedule.log_snr(t - 1 / T).exp() - schedule.log_snr(t).exp())

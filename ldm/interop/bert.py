@@ -4,52 +4,56 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ldm.interop.keymap import Row, State, count, exported, imported, layers
+from ldm.interop.keymap import KeyMapping, State, count, export_state, import_state, layer_rows
 
 ATTENTION = {"attention.q": "to_q", "attention.k": "to_k", "attention.v": "to_v"}
 
 
 def import_bert(state: State) -> dict[str, Tensor]:
     """A WordPiece's weights of CompVis' BERTEmbedder.transformer. Raises UserError for names that it does not have."""
-    return imported(compvis(count(r"(?m)^attn_layers\.layers\.(\d+)\.", state) // 2), state, "BERTEmbedder")
+    return import_state(compvis(count(r"(?m)^attn_layers\.layers\.(\d+)\.", state) // 2), state, "BERTEmbedder")
 
 
 def export_bert(state: State) -> dict[str, Tensor]:
     """CompVis' BERTEmbedder.transformer of a WordPiece's weights. Raises UserError for what it has no name for."""
-    return exported(compvis(count(r"(?m)^transformer\.layers\.(\d+)\.", state)), state, "BERTEmbedder")
+    return export_state(compvis(count(r"(?m)^transformer\.layers\.(\d+)\.", state)), state, "BERTEmbedder")
 
 
 def import_ldmbert(state: State) -> dict[str, Tensor]:
     """A WordPiece's weights of diffusers' LDMBertModel. Raises UserError for names that it does not have."""
-    return imported(diffusers(count(r"(?m)^model\.layers\.(\d+)\.", state)), state, "LDMBertModel")
+    return import_state(diffusers(count(r"(?m)^model\.layers\.(\d+)\.", state)), state, "LDMBertModel")
 
 
 def export_ldmbert(state: State) -> dict[str, Tensor]:
     """diffusers' LDMBertModel of a WordPiece's weights. Raises UserError for what it has no name for."""
-    return exported(diffusers(count(r"(?m)^transformer\.layers\.(\d+)\.", state)), state, "LDMBertModel")
+    return export_state(diffusers(count(r"(?m)^transformer\.layers\.(\d+)\.", state)), state, "LDMBertModel")
 
 
-def compvis(depth: int) -> Iterator[Row]:
+def compvis(depth: int) -> Iterator[KeyMapping]:
     """Every name of x_transformer's TransformerWrapper: attention and feed-forward are layers of their own there."""
-    yield Row("transformer.token.weight", ("token_emb.weight",))
-    yield Row("transformer.position.weight", ("pos_emb.emb.weight",))
-    yield from layers({"norm": "norm", "logits": "to_logits"}, "transformer.", "")
+    yield KeyMapping("transformer.token.weight", ("token_emb.weight",))
+    yield KeyMapping("transformer.position.weight", ("pos_emb.emb.weight",))
+    yield from layer_rows({"norm": "norm", "logits": "to_logits"}, "transformer.", "")
     for n in range(depth):
-        ours, attends, feeds = f"transformer.layers.{n}.", f"attn_layers.layers.{2 * n}.", f"attn_layers.layers.{2 * n + 1}."
-        yield from layers({"norm1": "0", "attention.out": "1.to_out"}, ours, attends)
+        ours, attends, feeds = (
+            f"transformer.layers.{n}.",
+            f"attn_layers.layers.{2 * n}.",
+            f"attn_layers.layers.{2 * n + 1}.",
+        )
+        yield from layer_rows({"norm1": "0", "attention.out": "1.to_out"}, ours, attends)
         for mine, yours in ATTENTION.items():
-            yield Row(f"{ours}{mine}.weight", (f"{attends}1.{yours}.weight",))
-        yield from layers({"norm2": "0", "mlp.0": "1.net.0.0", "mlp.2": "1.net.2"}, ours, feeds)
+            yield KeyMapping(f"{ours}{mine}.weight", (f"{attends}1.{yours}.weight",))
+        yield from layer_rows({"norm2": "0", "mlp.0": "1.net.0.0", "mlp.2": "1.net.2"}, ours, feeds)
 
 
-def diffusers(depth: int) -> Iterator[Row]:
+def diffusers(depth: int) -> Iterator[KeyMapping]:
     """Every name of LDMBertModel."""
-    yield Row("transformer.token.weight", ("model.embed_tokens.weight",))
-    yield Row("transformer.position.weight", ("model.embed_positions.weight",))
-    yield from layers({"norm": "model.layer_norm", "logits": "to_logits"}, "transformer.", "")
+    yield KeyMapping("transformer.token.weight", ("model.embed_tokens.weight",))
+    yield KeyMapping("transformer.position.weight", ("model.embed_positions.weight",))
+    yield from layer_rows({"norm": "model.layer_norm", "logits": "to_logits"}, "transformer.", "")
     inner = {"norm1": "self_attn_layer_norm", "attention.out": "self_attn.out_proj", "norm2": "final_layer_norm"}
     for n in range(depth):
         ours, theirs = f"transformer.layers.{n}.", f"model.layers.{n}."
-        yield from layers({**inner, "mlp.0": "fc1", "mlp.2": "fc2"}, ours, theirs)
+        yield from layer_rows({**inner, "mlp.0": "fc1", "mlp.2": "fc2"}, ours, theirs)
         for part in ("q", "k", "v"):
-            yield Row(f"{ours}attention.{part}.weight", (f"{theirs}self_attn.{part}_proj.weight",))
+            yield KeyMapping(f"{ours}attention.{part}.weight", (f"{theirs}self_attn.{part}_proj.weight",))

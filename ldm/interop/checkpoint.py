@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.interop import bert, compvis, nodes, text
-from ldm.interop.keymap import State, refuse, under
-from ldm.interop.pipeline import Pipeline, one_scale, unseen, with_scale
+from ldm.interop import bert, compvis, config_nodes, text
+from ldm.interop.keymap import State, reject_unknown, strip_prefix
+from ldm.interop.pipeline import Pipeline, fold_scale, unknown_data_info, with_scale
 
 NET, STAGE, TOLD, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
 TRANSFORMERS, OPEN_CLIP, CLASSES = f"{TOLD}transformer.", f"{TOLD}model.", f"{TOLD}embedding.weight"
@@ -23,18 +23,38 @@ COUNTERS = ("decay", "num_updates")  # of an average
 _LAYERS = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}  # VGG16's, by LPIPS' slices
 LOSS = (  # what a first stage was trained with
     *("loss.logvar", "loss.perceptual_loss.scaling_layer.shift", "loss.perceptual_loss.scaling_layer.scale"),
-    *(f"loss.perceptual_loss.net.slice{n}.{i}.{leaf}" for n, places in _LAYERS.items() for i in places for leaf in ("weight", "bias")),
+    *(
+        f"loss.perceptual_loss.net.slice{n}.{i}.{leaf}"
+        for n, places in _LAYERS.items()
+        for i in places
+        for leaf in ("weight", "bias")
+    ),
     *(f"loss.perceptual_loss.lin{n}.model.1.weight" for n in range(5)),
     *(f"loss.discriminator.main.{n}.{leaf}" for n in (0, 2, 3, 5, 6, 8, 9, 11) for leaf in ("weight", "bias")),
-    *(f"loss.discriminator.main.{n}.{leaf}" for n in (3, 6, 9) for leaf in ("running_mean", "running_var", "num_batches_tracked")),
+    *(
+        f"loss.discriminator.main.{n}.{leaf}"
+        for n in (3, 6, 9)
+        for leaf in ("running_mean", "running_var", "num_batches_tracked")
+    ),
 )
 _VIT = (
-    *("norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias", "ls1.gamma"),
+    *(
+        "norm1.weight",
+        "norm1.bias",
+        "attn.qkv.weight",
+        "attn.qkv.bias",
+        "attn.proj.weight",
+        "attn.proj.bias",
+        "ls1.gamma",
+    ),
     *("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias", "ls2.gamma"),
 )
 FOUNDATION = (  # the network that VA-VAE's latent was aligned with, and the projection onto it
     *("linear_proj.weight", "linear_proj.bias"),
-    *(f"foundation_model.model.{name}" for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")),
+    *(
+        f"foundation_model.model.{name}"
+        for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
+    ),
     *(f"foundation_model.model.{name}" for name in ("norm.weight", "norm.bias")),
     *(f"foundation_model.model.blocks.{n}.{name}" for n in range(24) for name in _VIT),
 )
@@ -46,7 +66,7 @@ class Parts:
 
     net: dict[str, Tensor]
     stage: dict[str, Tensor]
-    told: dict[str, Tensor]
+    text_tower: dict[str, Tensor]
     scale: float | None
 
 
@@ -55,39 +75,45 @@ def first_stage(state: State, kind: str = "ema") -> dict[str, Tensor]:
 
     kind: ema or raw, where the file has both.  Raises UserError for a name that is neither a weight nor listed here.
     """
-    averages = under(EMA, state)
-    rest = {name: value for name, value in state.items() if not name.startswith(EMA) and name not in (*LOSS, *FOUNDATION)}
-    return compvis.import_autoencoder(averaged(rest, averages, {name: name for name in rest}, kind))
+    averages = strip_prefix(EMA, state)
+    rest = {
+        name: value for name, value in state.items() if not name.startswith(EMA) and name not in (*LOSS, *FOUNDATION)
+    }
+    return compvis.import_autoencoder(apply_ema(rest, averages, {name: name for name in rest}, kind))
 
 
-def averaged(raw: State, averages: State, names: Mapping[str, str], kind: str) -> dict[str, Tensor]:
+def apply_ema(raw: State, averages: State, names: Mapping[str, str], kind: str) -> dict[str, Tensor]:
     """raw, each weight replaced by its average where there are any and kind is ema.
 
     names: of raw, to the name that its module had where the average was taken; the average is kept under that without its dots.
     Raises UserError for averages of something else, or of a part only.
     """
     flat = {name.replace(".", ""): mine for mine, name in names.items()}
-    refuse(averages.keys() - flat.keys() - set(COUNTERS), "the moving averages (model_ema)")
+    reject_unknown(averages.keys() - flat.keys() - set(COUNTERS), "the moving averages (model_ema)")
     there = {flat[name]: value for name, value in averages.items() if name in flat}
     if kind == "raw" or not there:
         return dict(raw)
     if missing := sorted(names.keys() - there.keys()):
-        raise UserError(f"{len(missing)} weights have no moving average, the first is {missing[0]}; ask for weights=raw")
+        raise UserError(
+            f"{len(missing)} weights have no moving average, the first is {missing[0]}; ask for weights=raw"
+        )
     return {**raw, **there}
 
 
-def apart(state: State, kind: str = "ema") -> Parts:
+def split_parts(state: State, kind: str = "ema") -> Parts:
     """The parts of a whole pipeline in one file. Raises UserError for a file without a U-Net or a first stage, and for unknown names."""
-    net, stage = under(NET, state), under(STAGE, state)
+    net, stage = strip_prefix(NET, state), strip_prefix(STAGE, state)
     if not net or not stage:
-        raise UserError(f"this file has no {NET if not net else STAGE}*; expected a whole pipeline of CompVis or Stability")
+        raise UserError(
+            f"this file has no {NET if not net else STAGE}*; expected a whole pipeline of CompVis or Stability"
+        )
     scale = float(state[SCALE]) if SCALE in state else None
     told = {name: value for name, value in state.items() if name.startswith(TOLD)}
     mine = {*TABLES, SCALE}
     left = [name for name in state if not name.startswith((NET, STAGE, TOLD, EMA)) and name not in mine]
-    refuse(left, "CompVis checkpoint")
-    averages = under(EMA, state)
-    return Parts(averaged(net, averages, {name: f"diffusion_model.{name}" for name in net}, kind), stage, told, scale)
+    reject_unknown(left, "CompVis checkpoint")
+    averages = strip_prefix(EMA, state)
+    return Parts(apply_ema(net, averages, {name: f"diffusion_model.{name}" for name in net}, kind), stage, told, scale)
 
 
 def load(state: State, config: Mapping[str, Any], size: int, kind: str = "ema") -> Pipeline:
@@ -95,32 +121,32 @@ def load(state: State, config: Mapping[str, Any], size: int, kind: str = "ema") 
 
     Raises UserError for names without a place, a conditioner that the file does not hold, or a latent without a scale.
     """
-    parts = apart(state, kind)
+    parts = split_parts(state, kind)
     scale = parts.scale if config.get("scale") is None else config["scale"]
     if scale is None:
         raise UserError(f"neither the config nor the file says the latent's scale ({SCALE})")
-    tower, own = told_of(parts.told)
+    tower, own = split_text_tower(parts.text_tower)
     weights = first_stage(parts.stage, kind)
     kept = {name: value for name, value in config.items() if name != "scale"}
     stage = with_scale(weights, scale, config["autoencoder"]["z_channels"])
     classes = len(own["embedding.weight"]) - 1 if "embedding.weight" in own else 1
-    data = unseen(weights["encoder.stem.weight"].shape[1], size, classes)
+    data = unknown_data_info(weights["encoder.stem.weight"].shape[1], size, classes)
     return Pipeline(kept, compvis.import_unet(parts.net), stage, data, tower, own)
 
 
-def told_of(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_text_tower(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(text tower in open_clip's names, the conditioner's own weights) of what is under cond_stage_model. Raises UserError."""
     if not state:
         return {}, {}
     if f"{TRANSFORMERS}token_emb.weight" in state:
-        return {}, bert.import_bert(under(TRANSFORMERS, state))
+        return {}, bert.import_bert(strip_prefix(TRANSFORMERS, state))
     if all(name.startswith(TRANSFORMERS) for name in state):
-        return text.import_text(under(TRANSFORMERS, state)), {}
+        return text.import_text(strip_prefix(TRANSFORMERS, state)), {}
     if all(name.startswith(OPEN_CLIP) for name in state):
-        return text.import_open_clip(under(OPEN_CLIP, state)), {}
+        return text.import_open_clip(strip_prefix(OPEN_CLIP, state)), {}
     if list(state) == [CLASSES]:
         return {}, {"embedding.weight": state[CLASSES]}
-    refuse([name for name in state if not name.startswith((TRANSFORMERS, OPEN_CLIP))] or state, "conditioner")
+    reject_unknown([name for name in state if not name.startswith((TRANSFORMERS, OPEN_CLIP))] or state, "conditioner")
     raise AssertionError
 
 
@@ -129,12 +155,12 @@ def save(pipeline: Pipeline) -> dict[str, Tensor]:
 
     Raises UserError for a model that CompVis' code has no counterpart for.
     """
-    weights, scale = one_scale(pipeline.autoencoder)
+    weights, scale = fold_scale(pipeline.autoencoder)
     made = {f"{NET}{name}": value for name, value in compvis.export_unet(pipeline.net).items()}
     made |= {f"{STAGE}{name}": value for name, value in compvis.export_autoencoder(weights).items()}
     made[SCALE] = pipeline.autoencoder["scale"].new_tensor(scale)
     if pipeline.text:
-        last = nodes.encoder_of(pipeline.config["conditioner"])["layer"] == -1
+        last = config_nodes.encoder_of(pipeline.config["conditioner"])["layer"] == -1
         told = text.export_text(pipeline.text) if last else dict(pipeline.text)
         prefix = TRANSFORMERS if last else OPEN_CLIP
         made |= {f"{prefix}{name}": value for name, value in told.items()}
@@ -144,11 +170,13 @@ def save(pipeline: Pipeline) -> dict[str, Tensor]:
     elif own.keys() == {"embedding.weight"}:
         made[CLASSES] = own["embedding.weight"]
     elif own:
-        raise UserError(f"conditioner={pipeline.config['conditioner'].get('_target_')}: to=compvis has no name for its weights")
+        raise UserError(
+            f"conditioner={pipeline.config['conditioner'].get('_target_')}: to=compvis has no name for its weights"
+        )
     return made
 
 
-def sd1(state: State) -> dict[str, Any] | None:
+def detect_sd1(state: State) -> dict[str, Any] | None:
     """The config of Stable Diffusion 1, whose yaml everybody has mislaid, or of its inpainting model, by a file's names and shapes.
 
     None for another file.
@@ -161,13 +189,13 @@ def sd1(state: State) -> dict[str, Any] | None:
     tower = f"{TRANSFORMERS}text_model.final_layer_norm.weight"
     if any(name not in state or list(state[name].shape) != shape for name, shape in {**shapes, tower: [768]}.items()):
         return None
-    told = nodes.clip("ViT-L-14-quickgelu", layer=-1, pad=49407)
+    told = config_nodes.clip("ViT-L-14-quickgelu", layer=-1, pad=49407)
     return {
-        "net": nodes.unet(320, (1, 2, 4, 4), 2, (4, 2, 1), nodes.transformer(conv=True), heads=8),
-        "autoencoder": nodes.first_stage(4, 128, (1, 2, 4, 4), 2),
-        "conditioner": nodes.inpainting(told) if state[f"{NET}input_blocks.0.0.weight"].shape[1] == 9 else told,
-        "schedule": nodes.betas("scaled_linear", 1000, 0.00085, 0.012),
-        "prediction": nodes.prediction("Eps"),
+        "net": config_nodes.unet(320, (1, 2, 4, 4), 2, (4, 2, 1), config_nodes.transformer(conv=True), heads=8),
+        "autoencoder": config_nodes.first_stage(4, 128, (1, 2, 4, 4), 2),
+        "conditioner": config_nodes.inpainting(told) if state[f"{NET}input_blocks.0.0.weight"].shape[1] == 9 else told,
+        "schedule": config_nodes.betas("scaled_linear", 1000, 0.00085, 0.012),
+        "prediction": config_nodes.prediction("Eps"),
         "seed": 0,
         "scale": 0.18215,
     }

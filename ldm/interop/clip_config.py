@@ -6,14 +6,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ldm import durable
 from ldm.errors import UserError
-from ldm.fetch import cache_dir
-from ldm.interop.pipeline import refuse_unless
-from ldm.parse import json_of
+from ldm.interop.pipeline import require_values
+from ldm.io import atomic
+from ldm.io.download import cache_dir
+from ldm.io.parse import parse_json
 
 NAMED = ("ViT-L-14-quickgelu", "ViT-H-14", "ViT-bigG-14")  # of Stable Diffusion 1, 2 and XL
-SAME = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0}  # what transformers' config must say for open_clip's tower to compute the same
+REQUIRED_VALUES = {
+    "layer_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+}  # what transformers' config must say for open_clip's tower to compute the same
 ACT = {"quick_gelu": True, "gelu": False}
 END = 49407  # the end-of-text token, whose state is pooled
 
@@ -22,7 +25,7 @@ def open_clip_config(model: str) -> dict[str, Any]:
     """open_clip's config of a model, by name or of a .json file. Raises UserError for a name that it does not have."""
     if model.endswith(".json"):
         try:
-            return dict(json_of(Path(model).read_text(encoding="utf-8")))
+            return dict(parse_json(Path(model).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"model={model} is no JSON object ({error}); expected a config of open_clip") from None
     import open_clip
@@ -55,14 +58,14 @@ def to_transformers(config: Mapping[str, Any], depth: int, pad: int) -> dict[str
         "max_position_embeddings": one["context_length"],
         "projection_dim": one["embed_dim"],
         "hidden_act": "quick_gelu" if one["quick_gelu"] else "gelu",
-        **SAME,
+        **REQUIRED_VALUES,
         **{"bos_token_id": END - 1, "eos_token_id": END, "pad_token_id": pad},
     }
 
 
 def of_transformers(given: Mapping[str, Any]) -> dict[str, Any]:
     """An open_clip config, with an image tower too small to matter, of transformers' CLIPTextModel config. Raises UserError."""
-    refuse_unless(given, SAME, "text_encoder/config.json")
+    require_values(given, REQUIRED_VALUES, "text_encoder/config.json")
     act = given.get("hidden_act", "quick_gelu")
     if act not in ACT:
         raise UserError(f"text_encoder/config.json: hidden_act={act}: expected one of {', '.join(ACT)}")
@@ -80,7 +83,7 @@ def of_transformers(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"embed_dim": projection, "vision_cfg": image, "text_cfg": text, "quick_gelu": ACT[act]}
 
 
-def named(config: Mapping[str, Any]) -> tuple[str, int] | None:
+def known_open_clip_name(config: Mapping[str, Any]) -> tuple[str, int] | None:
     """(open_clip's name, layer to read) of a text tower of Stable Diffusion; None for another tower.
 
     A folder of Stable Diffusion 2 holds 23 of its tower's 24 layers and reads the last: open_clip's layer -2.
@@ -95,11 +98,11 @@ def named(config: Mapping[str, Any]) -> tuple[str, int] | None:
     return None
 
 
-def written(config: Mapping[str, Any]) -> str:
+def write_config(config: Mapping[str, Any]) -> str:
     """The file in the cache that holds this open_clip config, named by what it says: what `model` of our CLIP may be."""
     text = json.dumps(config, indent=1, sort_keys=True)
     path = cache_dir() / "clip" / f"clip-{sha256(text.encode()).hexdigest()[:12]}.json"
-    durable.write_text(path, text)
+    atomic.write_text(path, text)
     return str(path)
 
 
@@ -112,7 +115,12 @@ def tokenizer_files(pad: int, length: int) -> dict[str, str]:
     vocabulary = {renamed.get(token, token): number for token, number in cut.encoder.items()}
     merges = sorted(cut.bpe_ranks, key=cut.bpe_ranks.__getitem__)
     padding = next(token for token, number in vocabulary.items() if number == pad)
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": padding}
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": padding,
+    }
     options = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": length,

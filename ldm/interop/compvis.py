@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ldm.interop.keymap import Row, State, count, exported, imported, layers
-from ldm.interop.layout import Layout
+from ldm.interop.keymap import KeyMapping, State, count, export_state, import_state, layer_rows
+from ldm.interop.layout import UNetLayout
 from ldm.interop.transformer import transformer
 
 RES = {
@@ -23,27 +23,31 @@ LEVEL = r"\.(?:down|up)\.(\d+)\."  # of a first stage, ours or theirs
 
 def import_unet(state: State) -> dict[str, Tensor]:
     """Our U-Net's weights of CompVis'. Raises UserError for names that it does not have."""
-    return imported(unet(Layout.of_compvis(state)), state, "CompVis U-Net")
+    return import_state(unet(UNetLayout.of_compvis(state)), state, "CompVis U-Net")
 
 
 def export_unet(state: State) -> dict[str, Tensor]:
     """CompVis' U-Net weights of ours. Raises UserError for what it has no name for."""
-    return exported(unet(Layout.of_ours(state)), state, "CompVis U-Net")
+    return export_state(unet(UNetLayout.of_ours(state)), state, "CompVis U-Net")
 
 
 def import_autoencoder(state: State) -> dict[str, Tensor]:
     """Our first stage's weights of CompVis' AutoencoderKL or VQModel. Raises UserError for names that these do not have."""
-    return imported(autoencoder(count(LEVEL, state), count(r"\.block\.(\d+)\.", state)), state, "CompVis autoencoder")
+    return import_state(
+        autoencoder(count(LEVEL, state), count(r"\.block\.(\d+)\.", state)), state, "CompVis autoencoder"
+    )
 
 
 def export_autoencoder(state: State) -> dict[str, Tensor]:
     """CompVis' first stage of ours, without scale and shift. Raises UserError for what it has no name for."""
-    return exported(autoencoder(count(LEVEL, state), count(r"\.blocks\.(\d+)\.", state)), state, "CompVis autoencoder")
+    return export_state(
+        autoencoder(count(LEVEL, state), count(r"\.blocks\.(\d+)\.", state)), state, "CompVis autoencoder"
+    )
 
 
-def unet(layout: Layout) -> Iterator[Row]:
+def unet(layout: UNetLayout) -> Iterator[KeyMapping]:
     """Every name that a U-Net of this layout may have."""
-    yield from layers(ENDS, "", "")
+    yield from layer_rows(ENDS, "", "")
     n = 1
     for level in range(layout.levels):
         for i in range(layout.blocks):
@@ -52,7 +56,7 @@ def unet(layout: Layout) -> Iterator[Row]:
         yield from resample(f"down.{level}.resample.", f"input_blocks.{n}.0.", "op")
         n += 1
     yield from layer("middle1.", "middle_block.", layout)
-    yield from layers(RES, "middle2.res.", "middle_block.2.")
+    yield from layer_rows(RES, "middle2.res.", "middle_block.2.")
     n = 0
     for stage in range(layout.levels):
         for i in range(layout.blocks + 1):
@@ -62,37 +66,37 @@ def unet(layout: Layout) -> Iterator[Row]:
         yield from resample(f"up.{stage}.resample.", f"output_blocks.{n - 1}.{place}.", "conv")
 
 
-def layer(ours: str, theirs: str, layout: Layout) -> Iterator[Row]:
+def layer(ours: str, theirs: str, layout: UNetLayout) -> Iterator[KeyMapping]:
     """A residual block and the attention after it, of the U-Net's kind."""
-    yield from layers(RES, f"{ours}res.", f"{theirs}0.")
+    yield from layer_rows(RES, f"{ours}res.", f"{theirs}0.")
     attending = transformer if layout.depth else qkv
     yield from attending(f"{ours}attention.", f"{theirs}1.", layout.depth)
 
 
-def qkv(ours: str, theirs: str, depth: int = 0) -> Iterator[Row]:
+def qkv(ours: str, theirs: str, depth: int = 0) -> Iterator[KeyMapping]:
     """A QKVAttention: convolutions of width 1, whose rows are ordered as the net's `new_order` says."""
-    yield from layers({"norm": "norm"}, ours, theirs)
-    yield from layers({"qkv": "qkv", "out": "proj_out"}, ours, theirs, ones=1)
+    yield from layer_rows({"norm": "norm"}, ours, theirs)
+    yield from layer_rows({"qkv": "qkv", "out": "proj_out"}, ours, theirs, ones=1)
 
 
-def resample(ours: str, theirs: str, convolution: str) -> Iterator[Row]:
+def resample(ours: str, theirs: str, convolution: str) -> Iterator[KeyMapping]:
     """What halves or doubles a level: a convolution, or a residual block."""
-    yield from layers({"conv": convolution}, ours, theirs)
-    yield from layers(RES, ours, theirs)
+    yield from layer_rows({"conv": convolution}, ours, theirs)
+    yield from layer_rows(RES, ours, theirs)
 
 
-def autoencoder(levels: int, blocks: int) -> Iterator[Row]:
+def autoencoder(levels: int, blocks: int) -> Iterator[KeyMapping]:
     """Every name that a first stage of so many levels and blocks may have."""
-    yield from layers({"encoder.moments": "quant_conv", "decoder.latent": "post_quant_conv"}, "", "")
-    yield Row("codebook.weight", ("quantize.embedding.weight",))
+    yield from layer_rows({"encoder.moments": "quant_conv", "decoder.latent": "post_quant_conv"}, "", "")
+    yield KeyMapping("codebook.weight", ("quantize.embedding.weight",))
     for half, levelled, change in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
-        yield from layers({"stem": "conv_in", "out.0": "norm_out", "out.2": "conv_out"}, f"{half}.", f"{half}.")
-        yield from layers(BLOCK, f"{half}.middle.0.", f"{half}.mid.block_1.")
-        yield from layers(ATTENTION, f"{half}.middle.1.", f"{half}.mid.attn_1.")
-        yield from layers(BLOCK, f"{half}.middle.2.", f"{half}.mid.block_2.")
+        yield from layer_rows({"stem": "conv_in", "out.0": "norm_out", "out.2": "conv_out"}, f"{half}.", f"{half}.")
+        yield from layer_rows(BLOCK, f"{half}.middle.0.", f"{half}.mid.block_1.")
+        yield from layer_rows(ATTENTION, f"{half}.middle.1.", f"{half}.mid.attn_1.")
+        yield from layer_rows(BLOCK, f"{half}.middle.2.", f"{half}.mid.block_2.")
         for level in range(levels):
             place = f"{half}.{levelled}.{level}."
             for i in range(blocks):
-                yield from layers(BLOCK, f"{place}blocks.{i}.", f"{place}block.{i}.")
-                yield from layers(ATTENTION, f"{place}attention.{i}.", f"{place}attn.{i}.")
-            yield from layers({"resample.conv": f"{change}.conv"}, place, place)
+                yield from layer_rows(BLOCK, f"{place}blocks.{i}.", f"{place}block.{i}.")
+                yield from layer_rows(ATTENTION, f"{place}attention.{i}.", f"{place}attn.{i}.")
+            yield from layer_rows({"resample.conv": f"{change}.conv"}, place, place)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ldm.interop.compvis import LEVEL
-from ldm.interop.keymap import Row, State, count, exported, imported, layers
-from ldm.interop.layout import Layout
+from ldm.interop.keymap import KeyMapping, State, count, export_state, import_state, layer_rows
+from ldm.interop.layout import UNetLayout
 from ldm.interop.transformer import transformer
 
 RES = {
@@ -24,26 +24,28 @@ OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 def import_unet(state: State) -> dict[str, Tensor]:
     """Our U-Net's weights of diffusers'. Raises UserError for names that it does not have."""
-    return imported(unet(Layout.of_diffusers(state)), state, "diffusers U-Net")
+    return import_state(unet(UNetLayout.of_diffusers(state)), state, "diffusers U-Net")
 
 
 def export_unet(state: State) -> dict[str, Tensor]:
     """diffusers' U-Net weights of ours. Raises UserError for what it has no name for."""
-    return exported(unet(Layout.of_ours(state)), state, "diffusers U-Net")
+    return export_state(unet(UNetLayout.of_ours(state)), state, "diffusers U-Net")
 
 
 def import_autoencoder(state: State) -> dict[str, Tensor]:
     """Our first stage's weights of diffusers' AutoencoderKL or VQModel, old names or new. Raises UserError for names these do not have."""
     levels, blocks = count(r"\.(?:down|up)_blocks\.(\d+)\.", state), count(r"\.resnets\.(\d+)\.", state)
-    return imported(autoencoder(levels, blocks), renewed(state), "diffusers autoencoder")
+    return import_state(autoencoder(levels, blocks), rename_old_attention(state), "diffusers autoencoder")
 
 
 def export_autoencoder(state: State) -> dict[str, Tensor]:
     """diffusers' first stage of ours, without scale and shift. Raises UserError for what it has no name for."""
-    return exported(autoencoder(count(LEVEL, state), count(r"\.blocks\.(\d+)\.", state)), state, "diffusers autoencoder")
+    return export_state(
+        autoencoder(count(LEVEL, state), count(r"\.blocks\.(\d+)\.", state)), state, "diffusers autoencoder"
+    )
 
 
-def renewed(state: State) -> dict[str, Tensor]:
+def rename_old_attention(state: State) -> dict[str, Tensor]:
     """A first stage's state dict with the attention's older names as they are since diffusers 0.17."""
     made = {}
     for name, value in state.items():
@@ -52,66 +54,70 @@ def renewed(state: State) -> dict[str, Tensor]:
     return made
 
 
-def unet(layout: Layout) -> Iterator[Row]:
+def unet(layout: UNetLayout) -> Iterator[KeyMapping]:
     """Every name that a U-Net of this layout may have."""
-    yield from half(layout)
-    yield from layers({"out.0": "conv_norm_out", "out.2": "conv_out"}, "", "")
+    yield from encoder_half(layout)
+    yield from layer_rows({"out.0": "conv_norm_out", "out.2": "conv_out"}, "", "")
     for stage in range(layout.levels):
         for i in range(layout.blocks + 1):
             yield from layer(f"up.{stage}.layers.{i}.", f"up_blocks.{stage}.", i, layout)
         yield from resample(f"up.{stage}.resample.", f"up_blocks.{stage}.upsamplers.0.")
 
 
-def half(layout: Layout) -> Iterator[Row]:
+def encoder_half(layout: UNetLayout) -> Iterator[KeyMapping]:
     """The names of its way down and its middle."""
-    yield from layers(STEM, "", "")
+    yield from layer_rows(STEM, "", "")
     for level in range(layout.levels):
         for i in range(layout.blocks):
             yield from layer(f"down.{level}.layers.{i}.", f"down_blocks.{level}.", i, layout)
         yield from resample(f"down.{level}.resample.", f"down_blocks.{level}.downsamplers.0.")
     yield from layer("middle1.", "mid_block.", 0, layout)
-    yield from layers(RES, "middle2.res.", "mid_block.resnets.1.")
+    yield from layer_rows(RES, "middle2.res.", "mid_block.resnets.1.")
 
 
-def layer(ours: str, theirs: str, i: int, layout: Layout) -> Iterator[Row]:
+def layer(ours: str, theirs: str, i: int, layout: UNetLayout) -> Iterator[KeyMapping]:
     """A residual block and the attention after it, of the U-Net's kind."""
-    yield from layers(RES, f"{ours}res.", f"{theirs}resnets.{i}.")
+    yield from layer_rows(RES, f"{ours}res.", f"{theirs}resnets.{i}.")
     attending = transformer if layout.depth else qkv
     yield from attending(f"{ours}attention.", f"{theirs}attentions.{i}.", layout.depth)
 
 
-def qkv(ours: str, theirs: str, depth: int = 0) -> Iterator[Row]:
+def qkv(ours: str, theirs: str, depth: int = 0) -> Iterator[KeyMapping]:
     """A QKVAttention in its new order."""
-    yield from layers({"norm": "group_norm", "out": "to_out.0"}, ours, theirs)
+    yield from layer_rows({"norm": "group_norm", "out": "to_out.0"}, ours, theirs)
     for leaf in ("weight", "bias"):
-        yield Row(f"{ours}qkv.{leaf}", tuple(f"{theirs}{part}.{leaf}" for part in ("to_q", "to_k", "to_v")))
+        yield KeyMapping(f"{ours}qkv.{leaf}", tuple(f"{theirs}{part}.{leaf}" for part in ("to_q", "to_k", "to_v")))
 
 
-def resample(ours: str, theirs: str) -> Iterator[Row]:
+def resample(ours: str, theirs: str) -> Iterator[KeyMapping]:
     """What halves or doubles a level: a convolution, or a residual block."""
-    yield from layers({"conv": "conv"}, ours, theirs)
-    yield from layers(RES, ours, theirs)
+    yield from layer_rows({"conv": "conv"}, ours, theirs)
+    yield from layer_rows(RES, ours, theirs)
 
 
-def autoencoder(levels: int, blocks: int) -> Iterator[Row]:
+def autoencoder(levels: int, blocks: int) -> Iterator[KeyMapping]:
     """Every name that a first stage of so many levels and blocks may have."""
-    yield from layers({"encoder.moments": "quant_conv", "decoder.latent": "post_quant_conv"}, "", "")
-    yield Row("codebook.weight", ("quantize.embedding.weight",))
+    yield from layer_rows({"encoder.moments": "quant_conv", "decoder.latent": "post_quant_conv"}, "", "")
+    yield KeyMapping("codebook.weight", ("quantize.embedding.weight",))
     for half, levelled, change in (("encoder", "down", "downsamplers"), ("decoder", "up", "upsamplers")):
-        yield from layers({"stem": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}, f"{half}.", f"{half}.")
-        yield from layers(RES, f"{half}.middle.0.", f"{half}.mid_block.resnets.0.")
+        yield from layer_rows(
+            {"stem": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}, f"{half}.", f"{half}."
+        )
+        yield from layer_rows(RES, f"{half}.middle.0.", f"{half}.mid_block.resnets.0.")
         yield from attention(f"{half}.middle.1.", f"{half}.mid_block.attentions.0.")
-        yield from layers(RES, f"{half}.middle.2.", f"{half}.mid_block.resnets.1.")
+        yield from layer_rows(RES, f"{half}.middle.2.", f"{half}.mid_block.resnets.1.")
         for level in range(levels):
-            number = level if levelled == "down" else levels - 1 - level  # ours are numbered from the finest on, both ways
+            number = (
+                level if levelled == "down" else levels - 1 - level
+            )  # ours are numbered from the finest on, both ways
             mine, yours = f"{half}.{levelled}.{level}.", f"{half}.{levelled}_blocks.{number}."
             for i in range(blocks):
-                yield from layers(RES, f"{mine}blocks.{i}.", f"{yours}resnets.{i}.")
+                yield from layer_rows(RES, f"{mine}blocks.{i}.", f"{yours}resnets.{i}.")
                 yield from attention(f"{mine}attention.{i}.", f"{yours}attentions.{i}.")
-            yield from layers({"resample.conv": f"{change}.0.conv"}, mine, yours)
+            yield from layer_rows({"resample.conv": f"{change}.0.conv"}, mine, yours)
 
 
-def attention(ours: str, theirs: str) -> Iterator[Row]:
+def attention(ours: str, theirs: str) -> Iterator[KeyMapping]:
     """A first stage's attention: linear layers where ours are 1x1 convolutions."""
-    yield from layers({"norm": "group_norm"}, ours, theirs)
-    yield from layers(ATTENTION, ours, theirs, ones=-2)
+    yield from layer_rows({"norm": "group_norm"}, ours, theirs)
+    yield from layer_rows(ATTENTION, ours, theirs, ones=-2)

@@ -4,28 +4,83 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.interop import nodes
-from ldm.interop.nodes import Node
-from ldm.interop.pipeline import refuse_unless
+from ldm.interop import config_nodes
+from ldm.interop.config_nodes import Node
+from ldm.interop.pipeline import require_values
 
 NET = {  # what a UNet2DConditionModel must be for ours to compute the same
-    **{"act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
-    **{"mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1, "only_cross_attention": False, "encoder_hid_dim": None},
-    **{"dual_cross_attention": False, "class_embed_type": None, "num_class_embeds": None, "resnet_skip_time_act": False},
-    **{"resnet_out_scale_factor": 1.0, "time_embedding_type": "positional", "time_embedding_dim": None, "timestep_post_act": None},
-    **{"time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default", "cross_attention_norm": None},
+    **{
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+    },
+    **{
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "mid_block_scale_factor": 1,
+        "only_cross_attention": False,
+        "encoder_hid_dim": None,
+    },
+    **{
+        "dual_cross_attention": False,
+        "class_embed_type": None,
+        "num_class_embeds": None,
+        "resnet_skip_time_act": False,
+    },
+    **{
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional",
+        "time_embedding_dim": None,
+        "timestep_post_act": None,
+    },
+    **{
+        "time_cond_proj_dim": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "attention_type": "default",
+        "cross_attention_norm": None,
+    },
     **{"time_embedding_act_fn": None, "class_embeddings_concat": False, "mid_block_only_cross_attention": None},
     **{"reverse_transformer_layers_per_block": None, "addition_embed_type": None},
 }
-STAGE = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "latents_mean": None, "latents_std": None}
+STAGE = {
+    "act_fn": "silu",
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "latents_mean": None,
+    "latents_std": None,
+}
 NAMES = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
 SIZES = (
-    *("sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types"),
+    *(
+        "sample_size",
+        "in_channels",
+        "out_channels",
+        "block_out_channels",
+        "layers_per_block",
+        "down_block_types",
+        "up_block_types",
+    ),
     *("norm_num_groups",),
 )
 NET_READ = (  # options that are read below, or change no number
-    *(*NAMES, *SIZES, "cross_attention_dim", "attention_head_dim", "num_attention_heads", "transformer_layers_per_block"),
-    *("use_linear_projection", "dropout", "resnet_time_scale_shift", "norm_eps", "upcast_attention", "addition_embed_type_num_heads"),
+    *(
+        *NAMES,
+        *SIZES,
+        "cross_attention_dim",
+        "attention_head_dim",
+        "num_attention_heads",
+        "transformer_layers_per_block",
+    ),
+    *(
+        "use_linear_projection",
+        "dropout",
+        "resnet_time_scale_shift",
+        "norm_eps",
+        "upcast_attention",
+        "addition_embed_type_num_heads",
+    ),
 )
 STAGE_READ = (
     *(*NAMES, *SIZES, "latent_channels", "mid_block_add_attention", "scaling_factor", "shift_factor", "force_upcast"),
@@ -41,20 +96,23 @@ ENCODER_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 def net(given: Mapping[str, Any]) -> Node:
     """ldm.net.unet.UNet of a UNet2DConditionModel's config. Raises UserError naming an option that ours has no counterpart for."""
     what = "unet/config.json"
-    refuse_unless(given, NET, what)
+    require_values(given, NET, what)
     refuse_others(given, (*NET, *NET_READ), what)
     widths, kinds = given["block_out_channels"], list(given["down_block_types"])
     mirrored = [{ATTENDED: "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}.get(kind) for kind in reversed(kinds)]
     if None in mirrored or list(given.get("up_block_types", mirrored)) != mirrored:
-        raise UserError(f"{what}: down_block_types={kinds}: expected {ATTENDED} and DownBlock2D, and the same on the way up")
+        raise UserError(
+            f"{what}: down_block_types={kinds}: expected {ATTENDED} and DownBlock2D, and the same on the way up"
+        )
     heads, each = heads_of(given, widths)
     depth = given.get("transformer_layers_per_block", 1)
-    return nodes.unet(
+    return config_nodes.unet(
         widths[0],
         mult_of(widths, what),
         given["layers_per_block"],
-        [2**level for level, kind in enumerate(kinds) if kind == ATTENDED] or [2 ** len(kinds)],  # the middle attends in any case
-        nodes.transformer(not given.get("use_linear_projection", False)),
+        [2**level for level, kind in enumerate(kinds) if kind == ATTENDED]
+        or [2 ** len(kinds)],  # the middle attends in any case
+        config_nodes.transformer(not given.get("use_linear_projection", False)),
         heads=heads,
         head_channels=each,
         depth=depth if isinstance(depth, int) else list(depth),
@@ -79,7 +137,9 @@ def heads_of(given: Mapping[str, Any], widths: list[int]) -> tuple[int | None, i
         return heads, 64
     each = {width // number for width, number in zip(widths, heads, strict=True)}
     if len(each) > 1:
-        raise UserError(f"unet/config.json: attention_head_dim={heads} at widths {widths}; expected one number of channels for each head")
+        raise UserError(
+            f"unet/config.json: attention_head_dim={heads} at widths {widths}; expected one number of channels for each head"
+        )
     return None, each.pop()
 
 
@@ -92,15 +152,15 @@ def mult_of(widths: list[int], what: str) -> list[int]:
 def first_stage(given: Mapping[str, Any]) -> Node:
     """AutoencoderKL, or AutoencoderVQ where the config is a VQModel's. Raises UserError naming an option ours has no counterpart for."""
     what = "vae/config.json"
-    refuse_unless(given, STAGE, what)
+    require_values(given, STAGE, what)
     refuse_others(given, (*STAGE, *STAGE_READ), what)
     quantised = "num_vq_embeddings" in given
     if quantised:
-        refuse_unless(given, {"norm_type": "group", "lookup_from_codebook": False}, what)
+        require_values(given, {"norm_type": "group", "lookup_from_codebook": False}, what)
     kinds = given["down_block_types"]
     if unknown := set(kinds) - ENCODER_BLOCKS.keys():
         raise UserError(f"{what}: down_block_types has {min(unknown)}; expected {' and '.join(ENCODER_BLOCKS)}")
-    return nodes.first_stage(
+    return config_nodes.first_stage(
         given["latent_channels"],
         given["block_out_channels"][0],
         mult_of(given["block_out_channels"], what),
@@ -114,32 +174,46 @@ def first_stage(given: Mapping[str, Any]) -> Node:
 
 def schedule(given: Mapping[str, Any]) -> Node:
     """Our schedule of any scheduler's config that is made of betas. Raises UserError for other ones."""
-    refuse_unless(given, SCHEDULE, "scheduler/scheduler_config.json")
+    require_values(given, SCHEDULE, "scheduler/scheduler_config.json")
     kind, T = given.get("beta_schedule", "linear"), given.get("num_train_timesteps", 1000)
     if kind == "squaredcos_cap_v2":
-        node = nodes.cosine(T)
+        node = config_nodes.cosine(T)
     elif kind in BETAS:
-        node = nodes.betas(BETAS[kind], T, given.get("beta_start", 1e-4), given.get("beta_end", 0.02))
+        node = config_nodes.betas(BETAS[kind], T, given.get("beta_start", 1e-4), given.get("beta_end", 0.02))
     else:
-        raise UserError(f"scheduler/scheduler_config.json: beta_schedule={kind}: expected {', '.join(BETAS)} or squaredcos_cap_v2")
-    return nodes.zero_terminal_snr(node) if given.get("rescale_betas_zero_snr") else node
+        raise UserError(
+            f"scheduler/scheduler_config.json: beta_schedule={kind}: expected {', '.join(BETAS)} or squaredcos_cap_v2"
+        )
+    return config_nodes.zero_terminal_snr(node) if given.get("rescale_betas_zero_snr") else node
 
 
 def prediction(given: Mapping[str, Any]) -> Node:
     name = given.get("prediction_type", "epsilon")
     if name not in PREDICTION:
-        raise UserError(f"scheduler/scheduler_config.json: prediction_type={name}: expected one of {', '.join(PREDICTION)}")
-    return nodes.prediction(PREDICTION[name])
+        raise UserError(
+            f"scheduler/scheduler_config.json: prediction_type={name}: expected one of {', '.join(PREDICTION)}"
+        )
+    return config_nodes.prediction(PREDICTION[name])
 
 
-def export_net(node: Mapping[str, Any], in_channels: int, out_channels: int, context_dim: int | None, size: int) -> dict[str, Any]:
+def export_net(
+    node: Mapping[str, Any], in_channels: int, out_channels: int, context_dim: int | None, size: int
+) -> dict[str, Any]:
     """A UNet2DConditionModel's config of ours; size: of z. Raises UserError for a network that diffusers has no counterpart for."""
-    if not str(node["_target_"]).endswith(".UNet") or not str(node["block"]["_target_"]).endswith(".SpatialTransformer") or not context_dim:
-        raise UserError(f"net={node['_target_']}: to=diffusers expects a UNet of transformer blocks that hear a context")
-    refuse_unless(node, {"resblock_updown": False}, "net")
+    if (
+        not str(node["_target_"]).endswith(".UNet")
+        or not str(node["block"]["_target_"]).endswith(".SpatialTransformer")
+        or not context_dim
+    ):
+        raise UserError(
+            f"net={node['_target_']}: to=diffusers expects a UNet of transformer blocks that hear a context"
+        )
+    require_values(node, {"resblock_updown": False}, "net")
     widths = [factor * node["channels"] for factor in node["mult"]]
     if odd := [width for width in widths if width % node["groups"]]:
-        raise UserError(f"net: groups={node['groups']} does not divide a level's {odd[0]} channels, which diffusers wants")
+        raise UserError(
+            f"net: groups={node['groups']} does not divide a level's {odd[0]} channels, which diffusers wants"
+        )
     attended = [2**level in node["attention"] for level in range(len(widths))]
     heads = [node["heads"] or width // node["head_channels"] for width in widths]
     return {
@@ -167,10 +241,12 @@ def export_first_stage(node: Mapping[str, Any], channels: int, scale: float, siz
     """An AutoencoderKL's or VQModel's config of ours; size: of an image. Raises UserError for another kind of first stage."""
     kind = str(node["_target_"]).rpartition(".")[2]
     if kind not in ("AutoencoderKL", "AutoencoderVQ") or not str(node["encoder"]["_target_"]).endswith(".Encoder"):
-        raise UserError(f"autoencoder={node['_target_']}: to=diffusers expects the convolutional encoder and decoder of latent diffusion")
+        raise UserError(
+            f"autoencoder={node['_target_']}: to=diffusers expects the convolutional encoder and decoder of latent diffusion"
+        )
     part = node["encoder"]
     same = {name: value for name, value in part.items() if name not in ("_target_", "double", "attend")}
-    refuse_unless(node["decoder"], same, "autoencoder.decoder")
+    require_values(node["decoder"], same, "autoencoder.decoder")
     levels = range(len(part["mult"]))
     attended = [2**level in part["attention"] for level in levels]
     quantised = kind == "AutoencoderVQ"

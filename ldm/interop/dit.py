@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.interop.keymap import Row, State, count, imported, layers
+from ldm.interop.keymap import KeyMapping, State, count, import_state, layer_rows
 from ldm.net.positions import sincos_2d
 
 LABELS = "y_embedder.embedding_table.weight"  # the conditioner's: one row a class, and last the null's
 FIXED = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed from the sizes alone
 ENDS = {
     **{"patch": "x_embedder.proj", "time.0": "t_embedder.mlp.0", "time.2": "t_embedder.mlp.2"},
-    **{"head.norm": "final_layer.norm_final", "head.modulation": "final_layer.adaLN_modulation.1", "head.out": "final_layer.linear"},
+    **{
+        "head.norm": "final_layer.norm_final",
+        "head.modulation": "final_layer.adaLN_modulation.1",
+        "head.out": "final_layer.linear",
+    },
 }
 BLOCK = {
     **{"norm1": "norm1", "norm2": "norm2", "modulation": "adaLN_modulation.1"},
@@ -29,7 +33,9 @@ def import_dit(state: State) -> dict[str, Tensor]:
     known = {name: value for name, value in state.items() if name not in (LABELS, *FIXED)}
     if "pos_embed" in state:
         _sinusoidal(state["pos_embed"])
-    return imported(dit(count(r"(?m)^blocks\.(\d+)\.", known), any(".mlp.w12." in name for name in known)), known, "DiT")
+    return import_state(
+        dit(count(r"(?m)^blocks\.(\d+)\.", known), any(".mlp.w12." in name for name in known)), known, "DiT"
+    )
 
 
 def import_labels(state: State) -> dict[str, Tensor]:
@@ -40,7 +46,7 @@ def import_labels(state: State) -> dict[str, Tensor]:
 
 
 def import_sit(state: State) -> dict[str, Tensor]:
-    """Our DiT's weights of SiT's or LightningDiT's, as a network of `flow` prediction whose sinusoid is ldm.net.blocks.toward_data.
+    """Our DiT's weights of SiT's or LightningDiT's, as a network of `flow` prediction whose sinusoid is ldm.net.blocks.reversed_timestep_embedding.
 
     Theirs runs from noise to data and answers x0 - eps, ours eps - x0: the answer's sign is turned. What SiT computes and throws away
     (the second half of its channels) is left out.  Raises as import_dit does.
@@ -53,15 +59,19 @@ def import_sit(state: State) -> dict[str, Tensor]:
     return ours
 
 
-def dit(depth: int, gated: bool) -> Iterator[Row]:
+def dit(depth: int, gated: bool) -> Iterator[KeyMapping]:
     """Every name that a DiT of so many blocks may have."""
-    yield from layers(ENDS, "", "")
+    yield from layer_rows(ENDS, "", "")
     for n in range(depth):
-        yield from layers({**BLOCK, **(GATED if gated else PLAIN)}, f"blocks.{n}.", f"blocks.{n}.")
+        yield from layer_rows({**BLOCK, **(GATED if gated else PLAIN)}, f"blocks.{n}.", f"blocks.{n}.")
 
 
 def _sinusoidal(positions: Tensor) -> None:
     """Raises UserError unless these (1, N, D) are the sines and cosines of a square that ours are computed as."""
     side = round(positions.shape[1] ** 0.5)
-    if side * side != positions.shape[1] or not torch.allclose(positions[0].float(), sincos_2d(side, side, positions.shape[2]), atol=1e-4):
-        raise UserError("pos_embed is not the sines and cosines of a square grid, which ours computes; learned positions have no place")
+    if side * side != positions.shape[1] or not torch.allclose(
+        positions[0].float(), sincos_2d(side, side, positions.shape[2]), atol=1e-4
+    ):
+        raise UserError(
+            "pos_embed is not the sines and cosines of a square grid, which ours computes; learned positions have no place"
+        )

@@ -13,7 +13,7 @@ State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Row:
+class KeyMapping:
     """A tensor of ours and the one of theirs that it is, or those that it is stacked of along the first axis.
 
     ones: axes of length 1 at the end that theirs has more than ours (a 1x1 convolution where ours is linear), fewer if negative.
@@ -22,19 +22,19 @@ class Row:
 
     ours: str
     theirs: tuple[str, ...]
-    ones: int = 0
-    turned: bool = False
+    trailing_ones: int = 0
+    transposed: bool = False
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Ours, of theirs."""
         one = torch.cat(parts) if len(parts) > 1 else parts[0]
-        one = one.T if self.turned else one
-        return one.reshape(resized(one.shape, -self.ones))
+        one = one.T if self.transposed else one
+        return one.reshape(resized(one.shape, -self.trailing_ones))
 
     def split(self, whole: Tensor) -> Iterable[Tensor]:
         """Theirs, of ours."""
-        whole = whole.reshape(resized(whole.shape, self.ones))
-        whole = whole.T if self.turned else whole
+        whole = whole.reshape(resized(whole.shape, self.trailing_ones))
+        whole = whole.T if self.transposed else whole
         return [whole] if len(self.theirs) == 1 else whole.chunk(len(self.theirs))
 
 
@@ -47,14 +47,14 @@ def resized(shape: torch.Size, ones: int) -> tuple[int, ...]:
     return tuple(shape[:ones])
 
 
-def layers(names: Mapping[str, str], ours: str, theirs: str, ones: int = 0) -> Iterator[Row]:
+def layer_rows(names: Mapping[str, str], ours: str, theirs: str, ones: int = 0) -> Iterator[KeyMapping]:
     """Weight and bias of each layer of a module, by its name in ours and in theirs; ours and theirs: the module's own names."""
     for mine, yours in names.items():
-        yield Row(f"{ours}{mine}.weight", (f"{theirs}{yours}.weight",), ones)
-        yield Row(f"{ours}{mine}.bias", (f"{theirs}{yours}.bias",))
+        yield KeyMapping(f"{ours}{mine}.weight", (f"{theirs}{yours}.weight",), ones)
+        yield KeyMapping(f"{ours}{mine}.bias", (f"{theirs}{yours}.bias",))
 
 
-def imported(table: Iterable[Row], state: State, what: str) -> dict[str, Tensor]:
+def import_state(table: Iterable[KeyMapping], state: State, what: str) -> dict[str, Tensor]:
     """Our state dict of theirs; what: the layout's name. Rows that theirs has nothing of are left to whoever loads the result.
 
     Raises UserError for a name that the table does not have, and for a part that is missing beside another.
@@ -69,11 +69,11 @@ def imported(table: Iterable[Row], state: State, what: str) -> dict[str, Tensor]
             raise UserError(f"{what}: {missing[0]} is missing beside {there[0]}")
         made[row.ours] = row.join([state[name] for name in row.theirs])
         used.update(there)
-    refuse(state.keys() - used, what)
+    reject_unknown(state.keys() - used, what)
     return made
 
 
-def exported(table: Iterable[Row], state: State, what: str) -> dict[str, Tensor]:
+def export_state(table: Iterable[KeyMapping], state: State, what: str) -> dict[str, Tensor]:
     """Their state dict of ours. Raises UserError for a tensor of ours that the layout has no name for."""
     made: dict[str, Tensor] = {}
     used: set[str] = set()
@@ -81,15 +81,17 @@ def exported(table: Iterable[Row], state: State, what: str) -> dict[str, Tensor]
         if row.ours in state:
             made.update(zip(row.theirs, row.split(state[row.ours]), strict=True))
             used.add(row.ours)
-    refuse(state.keys() - used, what)
+    reject_unknown(state.keys() - used, what)
     return made
 
 
-def refuse(names: Iterable[str], what: str) -> None:
+def reject_unknown(names: Iterable[str], what: str) -> None:
     """Raises UserError if there are names that a layout has no place for."""
     if left := sorted(names):
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        raise UserError(f"{what}: no place for {', '.join(left[:3])}{more}; expected the names of this layout and no other")
+        raise UserError(
+            f"{what}: no place for {', '.join(left[:3])}{more}; expected the names of this layout and no other"
+        )
 
 
 def count(pattern: str, names: Iterable[str]) -> int:
@@ -97,7 +99,7 @@ def count(pattern: str, names: Iterable[str]) -> int:
     return max((int(found) + 1 for found in findall(pattern, "\n".join(names))), default=0)
 
 
-def fit(module: nn.Module, state: State, what: str, optional: Collection[str] = ()) -> None:
+def load_strict(module: nn.Module, state: State, what: str, optional: Collection[str] = ()) -> None:
     """Load a state dict into a module whose every weight it must hold, in its shape, but for optional names.
 
     A weight that is a floating-point number in the module must be one in the state dict: integers, booleans and complex numbers are
@@ -107,7 +109,9 @@ def fit(module: nn.Module, state: State, what: str, optional: Collection[str] = 
     if missing := sorted(live.keys() - state.keys() - set(optional)):
         raise UserError(f"{what}: {len(missing)} weights are missing, the first is {missing[0]}")
     if other := sorted(state.keys() - live.keys()):
-        raise UserError(f"{what}: {len(other)} weights belong to another architecture than the config's, the first is {other[0]}")
+        raise UserError(
+            f"{what}: {len(other)} weights belong to another architecture than the config's, the first is {other[0]}"
+        )
     for name, value in state.items():
         if live[name].shape != value.shape:
             raise UserError(f"{what}: {name} is {list(value.shape)}, the config makes it {list(live[name].shape)}")
@@ -120,9 +124,11 @@ def require_floating(state: State, what: str) -> None:
     for name, value in state.items():
         if not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
-            raise UserError(f"{what}: {name} is {kind}; expected floating-point weights, such as float32 or float16; convert the file")
+            raise UserError(
+                f"{what}: {name} is {kind}; expected floating-point weights, such as float32 or float16; convert the file"
+            )
 
 
-def under(prefix: str, state: State) -> dict[str, Tensor]:
+def strip_prefix(prefix: str, state: State) -> dict[str, Tensor]:
     """The part of a state dict whose names begin with prefix, without it."""
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}

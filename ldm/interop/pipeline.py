@@ -9,7 +9,11 @@ from torch import Tensor
 
 from ldm.errors import UserError
 
-STATISTICS = ("shift", "scale", "calibrated_on")  # a first stage's, which other projects keep in a config or fold into weights
+STATISTICS = (
+    "shift",
+    "scale",
+    "calibrated_on",
+)  # a first stage's, which other projects keep in a config or fold into weights
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Pipeline:
     conditioner: Mapping[str, Tensor]
 
 
-def unseen(channels: int, size: int, classes: int = 1) -> dict[str, Any]:
+def unknown_data_info(channels: int, size: int, classes: int = 1) -> dict[str, Any]:
     """What is known of data that nobody has here: classes by number, captions that say nothing.  size: in pixels."""
     names = [str(n) for n in range(classes)] if classes > 1 else ["image"]
     return {"fingerprint": "", "classes": names, "captions": [[""]] * len(names), "channels": channels, "size": size}
@@ -39,7 +43,7 @@ def with_scale(weights: Mapping[str, Tensor], scale: float, z_channels: int, shi
     return {**weights, "shift": shift * ones, "scale": scale * ones, "calibrated_on": torch.zeros((), dtype=torch.long)}
 
 
-def one_scale(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+def fold_scale(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     """A first stage's weights without its statistics, and the one number that others multiply latents by.
 
     Where ours has a scale for each channel, or a shift, they go into the two 1x1 convolutions beside the latent, which then gives z itself,
@@ -49,10 +53,18 @@ def one_scale(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     shift, scale = state["shift"].double(), state["scale"].double()
     if not shift.any() and bool((scale == scale[0]).all()):
         return weights, float(state["scale"][0])
-    if "encoder.moments.weight" not in weights or "decoder.latent.weight" not in weights or "codebook.weight" in weights:
-        raise UserError("this first stage has a scale for each channel, and no convolutions to put it into; calibrate it to one scale")
+    if (
+        "encoder.moments.weight" not in weights
+        or "decoder.latent.weight" not in weights
+        or "codebook.weight" in weights
+    ):
+        raise UserError(
+            "this first stage has a scale for each channel, and no convolutions to put it into; calibrate it to one scale"
+        )
     z = len(scale)
-    double = {name: weights[name].double() for name in weights if name.startswith(("encoder.moments.", "decoder.latent."))}
+    double = {
+        name: weights[name].double() for name in weights if name.startswith(("encoder.moments.", "decoder.latent."))
+    }
     gain = torch.cat([scale, torch.ones_like(scale)])  # means are scaled, log-variances moved
     bias = (double["encoder.moments.bias"] - torch.cat([shift, torch.zeros_like(shift)])) * gain
     bias[z:] += 2 * scale.log()
@@ -66,7 +78,7 @@ def one_scale(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     return {**weights, **{name: value.to(weights[name].dtype) for name, value in folded.items()}}, 1.0
 
 
-def refuse_unless(asked: Mapping[str, Any], allowed: Mapping[str, Any], what: str) -> None:
+def require_values(asked: Mapping[str, Any], allowed: Mapping[str, Any], what: str) -> None:
     """Raises UserError for an option of a config whose value is not the one that our counterpart has."""
     for name, value in allowed.items():
         if asked.get(name, value) != value:

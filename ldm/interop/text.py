@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.interop.keymap import Row, State, count, exported, imported, layers
+from ldm.interop.keymap import KeyMapping, State, count, export_state, import_state, layer_rows
 
 POSITIONS = "embeddings.position_ids"  # 0, 1, 2, ...: a buffer of transformers before 4.31
 NOT_TEXT = ("logit_scale", "attn_mask")  # of open_clip: the temperature of its training, and the causal mask
@@ -23,7 +23,7 @@ def import_text(state: State) -> dict[str, Tensor]:
     """open_clip's names of transformers' CLIPTextModel, with or without projection. Raises UserError for names it does not have."""
     bare = {name.removeprefix(PREFIX): value for name, value in state.items()}
     bare.pop(POSITIONS, None)
-    return imported(tower(count(r"(?m)^encoder\.layers\.(\d+)\.", bare)), bare, "CLIP text model")
+    return import_state(tower(count(r"(?m)^encoder\.layers\.(\d+)\.", bare)), bare, "CLIP text model")
 
 
 def export_text(state: State, depth: int | None = None, projection: bool = False) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def export_text(state: State, depth: int | None = None, projection: bool = False
     beyond = tuple(f"transformer.resblocks.{n}." for n in range(depth or there, there))
     left_out = (*NOT_TEXT, *(() if projection else ("text_projection",)))
     kept = {name: value for name, value in bare.items() if name not in left_out and not name.startswith(beyond)}
-    found = exported(tower(there), kept, "CLIP text model")
+    found = export_state(tower(there), kept, "CLIP text model")
     return {name if name == "text_projection.weight" else f"{PREFIX}{name}": value for name, value in found.items()}
 
 
@@ -51,15 +51,15 @@ def import_open_clip(state: State) -> dict[str, Tensor]:
     return {name: value for name, value in bare.items() if name not in NOT_TEXT}
 
 
-def tower(depth: int) -> Iterator[Row]:
+def tower(depth: int) -> Iterator[KeyMapping]:
     """Every name that a text tower of so many layers may have."""
-    yield Row("token_embedding.weight", ("embeddings.token_embedding.weight",))
-    yield Row("positional_embedding", ("embeddings.position_embedding.weight",))
-    yield from layers({"ln_final": "final_layer_norm"}, "", "")
-    yield Row("text_projection", ("text_projection.weight",), turned=True)
+    yield KeyMapping("token_embedding.weight", ("embeddings.token_embedding.weight",))
+    yield KeyMapping("positional_embedding", ("embeddings.position_embedding.weight",))
+    yield from layer_rows({"ln_final": "final_layer_norm"}, "", "")
+    yield KeyMapping("text_projection", ("text_projection.weight",), transposed=True)
     for n in range(depth):
         ours, theirs = f"transformer.resblocks.{n}.", f"encoder.layers.{n}."
-        yield from layers(LAYER, ours, theirs)
+        yield from layer_rows(LAYER, ours, theirs)
         for leaf in ("weight", "bias"):
             parts = (f"{theirs}self_attn.{part}_proj.{leaf}" for part in ("q", "k", "v"))
-            yield Row(f"{ours}attn.in_proj_{leaf}", tuple(parts))
+            yield KeyMapping(f"{ours}attn.in_proj_{leaf}", tuple(parts))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ldm.interop.keymap import Row, layers
+from ldm.interop.keymap import KeyMapping, layer_rows
 
 INNER = {
     **{"norm1": "norm1", "norm2": "norm2", "norm3": "norm3"},
@@ -16,11 +16,11 @@ STACKED = {
 }
 
 
-def transformer(ours: str, theirs: str, depth: int) -> Iterator[Row]:
+def transformer(ours: str, theirs: str, depth: int) -> Iterator[KeyMapping]:
     """A SpatialTransformer of `depth` blocks; ours and theirs: its name and a dot."""
-    yield from layers({"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}, ours, theirs)
+    yield from layer_rows({"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}, ours, theirs)
     for n in range(depth):
         mine, yours = f"{ours}blocks.{n}.", f"{theirs}transformer_blocks.{n}."
-        yield from layers(INNER, mine, yours)
+        yield from layer_rows(INNER, mine, yours)
         for name, parts in STACKED.items():
-            yield Row(f"{mine}{name}.weight", tuple(f"{yours}{part}.weight" for part in parts))
+            yield KeyMapping(f"{mine}{name}.weight", tuple(f"{yours}{part}.weight" for part in parts))

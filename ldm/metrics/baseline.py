@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.tensors import Noise
+from ldm.tensors import KeyedNoise
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PCAGaussian:
             bases.append(vectors[:, -rank:] * variance[-rank:].clamp(min=0).sqrt())
         return cls(torch.stack(means).float(), torch.stack(bases).float(), tuple(image.shape[1:]))
 
-    def sample(self, label: Tensor, noise: Noise) -> Tensor:
+    def sample(self, label: Tensor, noise: KeyedNoise) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], clipped, of the classes label (B,)."""
         code = noise.normal("pca", self.mean.new_zeros(len(label), self.basis.shape[-1]))  # (B, rank)
         x = self.mean[label]  # (B, d)
@@ -50,6 +50,6 @@ class PCAGaussian:
         return x.unflatten(1, self.shape).clamp(-1, 1)
 
 
-def noisy(image: Tensor, std: float, noise: Noise) -> Tensor:
+def add_noise(image: Tensor, std: float, noise: KeyedNoise) -> Tensor:
     """Images (B, C, H, W) in [-1, 1] with Gaussian noise added, clipped; std is a share of black to white, so it is 2 std here."""
     return (image + 2 * std * noise.normal("noisy", image)).clamp(-1, 1)

@@ -47,15 +47,19 @@ def squared_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     for block in a.double().split(256):
         norms = block.square().sum(1, keepdim=True) + b.square().sum(1)
         d = torch.addmm(norms, block, b.T, alpha=-2)
-        yield d.masked_fill_(d < 1e-14 * norms, 0)  # closer than float32 features can be without being equal: the product's rounding
+        yield d.masked_fill_(
+            d < 1e-14 * norms, 0
+        )  # closer than float32 features can be without being equal: the product's rounding
 
 
-def radii(x: Tensor, k: int) -> Tensor:
+def knn_radii(x: Tensor, k: int) -> Tensor:
     """Squared distance (N,) from each row of x (N, D) to its k-th nearest other row."""
-    return torch.cat([d.topk(k + 1, 1, largest=False).values[:, -1] for d in squared_distances(x, x)])  # the nearest is the row itself
+    return torch.cat(
+        [d.topk(k + 1, 1, largest=False).values[:, -1] for d in squared_distances(x, x)]
+    )  # the nearest is the row itself
 
 
-def covered(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
+def coverage_fraction(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
     """The share () of points (N, D) that lie in at least one of the balls with centres (M, D) and squared radii (M,)."""
     return torch.cat([(d <= radius).any(1) for d in squared_distances(points, centres)]).double().mean()
 
@@ -66,8 +70,10 @@ def precision_recall(x: Tensor, reference: Tensor, k: int = 3) -> tuple[Tensor, 
     Both depend on N and M: compare only numbers taken with the same sizes. Raises ConfigError if N or M is not above k.
     """
     if min(len(x), len(reference)) <= k:
-        raise ConfigError(f"{len(x)} samples and {len(reference)} references: precision and recall need more than k={k} of each; draw more")
-    return covered(x, reference, radii(reference, k)), covered(reference, x, radii(x, k))
+        raise ConfigError(
+            f"{len(x)} samples and {len(reference)} references: precision and recall need more than k={k} of each; draw more"
+        )
+    return coverage_fraction(x, reference, knn_radii(reference, k)), coverage_fraction(reference, x, knn_radii(x, k))
 
 
 def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0) -> Tensor:
@@ -77,12 +83,14 @@ def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0) -> Tensor:
     """
 
     def mean(a: Tensor, b: Tensor) -> Tensor:
-        return torch.stack([(-d / (2 * sigma**2)).exp().sum() for d in squared_distances(a, b)]).sum() / (len(a) * len(b))
+        return torch.stack([(-d / (2 * sigma**2)).exp().sum() for d in squared_distances(a, b)]).sum() / (
+            len(a) * len(b)
+        )
 
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
-def spread(x: Tensor, size: int) -> Tensor:
+def subsample(x: Tensor, size: int) -> Tensor:
     """At most size rows of x (N, D), evenly spaced."""
     return x if len(x) <= size else x[torch.arange(size, device=x.device) * len(x) // size]
 
@@ -101,7 +109,7 @@ class Metric(Protocol):
     def reset(self) -> None: ...
 
 
-class Given(nn.Identity):
+class PrecomputedFeatures(nn.Identity):
     """The feature network of features that are already there, as torchmetrics asks for one."""
 
     def __init__(self, num_features: int):
@@ -118,7 +126,7 @@ class FrechetDistance:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         self.key = f"fd_{net.name}"
-        self.fid = FrechetInceptionDistance(Given(net.num_features)).to(reference.device)
+        self.fid = FrechetInceptionDistance(PrecomputedFeatures(net.num_features)).to(reference.device)
         self.fid.update(reference, real=True)
         names = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
         self.reference = {name: getattr(self.fid, name) for name in names}
@@ -168,7 +176,7 @@ class KernelDistance(GatheredFeatures):
     def __init__(self, net: FeatureNet, reference: Tensor, degree: int = 3, reference_size: int = 5000):
         super().__init__(net, reference)
         self.key, self.degree = f"kid_{net.name}", degree
-        self.reference = spread(reference, reference_size)
+        self.reference = subsample(reference, reference_size)
 
     def compute(self) -> dict[str, float]:
         return {self.key: polynomial_mmd(self.values(), self.reference, self.degree).item()}
@@ -181,7 +189,7 @@ class PrecisionRecall(GatheredFeatures):
 
     def __init__(self, net: FeatureNet, reference: Tensor, k: int = 3, reference_size: int = 5000):
         super().__init__(net, reference)
-        self.k, self.reference = k, spread(reference, reference_size)
+        self.k, self.reference = k, subsample(reference, reference_size)
 
     def compute(self) -> dict[str, float]:
         precision, recall = precision_recall(self.values(), self.reference, self.k)
@@ -221,13 +229,13 @@ class GaussianDistance(GatheredFeatures):
     def __init__(self, net: FeatureNet, reference: Tensor, sigma: float = 10.0, reference_size: int = 30000):
         super().__init__(net, reference)
         self.key, self.sigma = f"cmmd_{net.name}", sigma
-        self.reference = spread(reference, reference_size)
+        self.reference = subsample(reference, reference_size)
 
     def compute(self) -> dict[str, float]:
         return {self.key: 1000 * gaussian_mmd(self.values(), self.reference, self.sigma).item()}
 
 
-class Score:
+class MetricSuite:
     """Every metric of a set of images from one pass of the feature network.
 
     net: in evaluation mode.  reference: its features (N, D) of real images (see `extract`), on the network's device.
@@ -235,7 +243,9 @@ class Score:
     repeats some, which changes the numbers), and all call compute.  Raises ValueError for a reference that does not fit or is not finite.
     """
 
-    def __init__(self, net: FeatureNet, reference: Tensor, metrics: Mapping[str, Callable[[FeatureNet, Tensor], Metric]]):
+    def __init__(
+        self, net: FeatureNet, reference: Tensor, metrics: Mapping[str, Callable[[FeatureNet, Tensor], Metric]]
+    ):
         from torchmetrics.aggregation import SumMetric
 
         if reference.ndim != 2 or reference.shape[1] != net.num_features or len(reference) < 2:
@@ -266,10 +276,15 @@ class Score:
         """{key: number} and the sample count n, over all processes; warns when bias rules so small an n. Raises ConfigError for n < 2."""
         n = int(self.count.compute())
         if n < 2:
-            raise ConfigError(f"{n} samples to score: expected at least 2, and thousands for a number that means anything; raise num")
+            raise ConfigError(
+                f"{n} samples to score: expected at least 2, and thousands for a number that means anything; raise num"
+            )
         enough = max(2048, 2 * self.reference.shape[1])
         if n < enough and rank() == 0:
-            warnings.warn(f"{n} samples with {self.reference.shape[1]} features: distances are biased upwards below {enough}", stacklevel=2)
+            warnings.warn(
+                f"{n} samples with {self.reference.shape[1]} features: distances are biased upwards below {enough}",
+                stacklevel=2,
+            )
         return {"n": n} | {key: value for metric in self.metrics.values() for key, value in metric.compute().items()}
 
     def reset(self) -> None:
@@ -283,9 +298,13 @@ def require_finite(features: Tensor, what: str) -> None:
     """Raise UserError if any of features is NaN or infinite: torchmetrics would answer NaN without a word."""
     broken = int((~features.isfinite()).any(1).sum())
     if broken:
-        raise UserError(f"{what}: {broken} of {len(features)} rows are not finite; the images or the network are broken")
+        raise UserError(
+            f"{what}: {broken} of {len(features)} rows are not finite; the images or the network are broken"
+        )
 
 
 def rank() -> int:
     """This process's rank, 0 when there is one."""
-    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    return (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.metrics.features import hash_weights, require_uint8
-from ldm.pretrained import efficientnet
+from ldm.net.pretrained import load_efficientnet_lite0
 
 
 class EfficientNet(nn.Module):
     """ImageNet features (B, 1280) of EfficientNet-Lite0 (Tan & Le 2019); its distance is `fd_effnet`, and is never called FID.
 
     Images of any size, 3 channels (1 is repeated), are resized to size x size with antialiasing; the size is part of the identity, so
-    that numbers of two sizes are never compared.  weights: a file, None for the published ones, which AssetError says are missing.
+    that numbers of two sizes are never compared.  weights: a file, None for the published ones, which AssetNotFoundError says are missing.
     """
 
     name = "effnet"
@@ -22,7 +22,7 @@ class EfficientNet(nn.Module):
 
     def __init__(self, size: int = 96, weights: str | Path | None = None):
         super().__init__()
-        self.size, self.net = size, efficientnet(weights)
+        self.size, self.net = size, load_efficientnet_lite0(weights)
         self.resize = f"{size} px, bilinear, antialias=True"
         self.net.reset_classifier(0)
         self.identity = f"{hash_weights(self.net)}-{size}px"
@@ -36,4 +36,6 @@ class EfficientNet(nn.Module):
         require_uint8(images, (1, 3))
         with torch.autocast(images.device.type, enabled=False):
             x = images.expand(-1, 3, -1, -1).float() / 127.5 - 1
-            return self.net(F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False))
+            return self.net(
+                F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+            )

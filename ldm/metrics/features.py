@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError, UserError
-from ldm.fetch import AssetError, fetch, url
+from ldm.io.download import AssetNotFoundError, fetch, from_url
 from ldm.tensors import hash_state_dict
 
 
@@ -40,7 +40,9 @@ def to_uint8(image: Tensor) -> Tensor:
     The one quantisation here: torchmetrics' own (`normalize=True`) truncates. Raises ValueError for integers and NaN.
     """
     if not image.is_floating_point():
-        raise ValueError(f"image is {image.dtype}: expected floating point in [-1, 1]; a uint8 picture u is u / 127.5 - 1")
+        raise ValueError(
+            f"image is {image.dtype}: expected floating point in [-1, 1]; a uint8 picture u is u / 127.5 - 1"
+        )
     image = image.float()
     if image.isnan().any():
         raise UserError("image holds NaN: expected values in [-1, 1]; the model that drew it has diverged")
@@ -49,16 +51,24 @@ def to_uint8(image: Tensor) -> Tensor:
 
 def require_uint8(images: Tensor, channels: tuple[int, ...], size: int | None = None) -> None:
     """Raise ValueError unless images are (B, C, H, W) uint8 with one of these channel counts (and H = W = size, if given)."""
-    if images.dtype != torch.uint8:  # torchmetrics hands anything to a custom network: floats in [0, 1] would score without a word
-        raise ValueError(f"a feature network takes uint8 images, got {images.dtype}; quantise with ldm.metrics.features.to_uint8")
+    if (
+        images.dtype != torch.uint8
+    ):  # torchmetrics hands anything to a custom network: floats in [0, 1] would score without a word
+        raise ValueError(
+            f"a feature network takes uint8 images, got {images.dtype}; quantise with ldm.metrics.features.to_uint8"
+        )
     if images.ndim != 4 or images.shape[1] not in channels or (size and images.shape[2:] != (size, size)):
         side = size or "any"
-        raise ConfigError(f"images are {tuple(images.shape)}: expected (B, {' or '.join(map(str, channels))}, {side}, {side})")
+        raise ConfigError(
+            f"images are {tuple(images.shape)}: expected (B, {' or '.join(map(str, channels))}, {side}, {side})"
+        )
 
 
 def hash_weights(module: nn.Module) -> str:
     """SHA-256 (hex) of every parameter and buffer of a module: name, type, shape and bytes."""
-    return hash_state_dict({f"{name} {value.dtype} {tuple(value.shape)}": value for name, value in module.state_dict().items()})
+    return hash_state_dict(
+        {f"{name} {value.dtype} {tuple(value.shape)}": value for name, value in module.state_dict().items()}
+    )
 
 
 @torch.inference_mode()
@@ -89,7 +99,7 @@ class Inception(nn.Module):
     """The Inception-v3 of the FID literature (torch-fidelity's port of the 2015-12-05 TensorFlow weights), pool3 features (B, 2048).
 
     Images of any size, 3 channels (1 is repeated), are resized to 299 as TensorFlow 1 did, without antialiasing: the published protocol.
-    weights: a file; else $LDM_INCEPTION, the cache, torch.hub's folder, a download. Raises AssetError, naming the file and its place.
+    weights: a file; else $LDM_INCEPTION, the cache, torch.hub's folder, a download. Raises AssetNotFoundError, naming the file and its place.
     """
 
     name = "inception"
@@ -104,7 +114,9 @@ class Inception(nn.Module):
         path = self.find(weights)  # before the import below, which is slow: a missing file is said at once
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+        self.net = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+        )
         self.identity = hash_weights(self.net)
 
     def classify(self, features: Tensor) -> Tensor:
@@ -116,14 +128,23 @@ class Inception(nn.Module):
         """The file of weights, downloaded if need be."""
         if given := weights or os.environ.get("LDM_INCEPTION"):
             if not Path(given).is_file():
-                raise AssetError(f"{given} is not a file: expected Inception's weights {cls.FILE}; {cls.ROOT}{cls.FILE} has them")
+                raise AssetNotFoundError(
+                    f"{given} is not a file: expected Inception's weights {cls.FILE}; {cls.ROOT}{cls.FILE} has them"
+                )
             return Path(given)
         files = {cls.FILE: cls.SHA256}
         hub = Path(torch.hub.get_dir(), "checkpoints")
         try:
-            folder = fetch("inception", files, [hub], {"torch-fidelity's release": lambda scratch: url(cls.ROOT, list(files), scratch)})
-        except AssetError as error:
-            raise AssetError(f"FID needs {cls.ROOT}{cls.FILE} (LDM_INCEPTION may name a copy): {error}") from None
+            folder = fetch(
+                "inception",
+                files,
+                [hub],
+                {"torch-fidelity's release": lambda scratch: from_url(cls.ROOT, list(files), scratch)},
+            )
+        except AssetNotFoundError as error:
+            raise AssetNotFoundError(
+                f"FID needs {cls.ROOT}{cls.FILE} (LDM_INCEPTION may name a copy): {error}"
+            ) from None
         return folder / cls.FILE
 
     def train(self, mode: bool = True) -> "Inception":

@@ -10,19 +10,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import ConfigError, UserError
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 from ldm.metrics.features import FeatureNet, hash_weights, require_uint8
 
 
-def fitted(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, size, size) float32, standardised, of images (B, 1 or 3, H, W) uint8: bicubic with antialiasing, a square of any shape."""
     require_uint8(images, (1, 3))
-    x = F.interpolate(images.expand(-1, 3, -1, -1).float(), size=(size, size), mode="bicubic", antialias=True).clamp(0, 255) / 255
+    x = (
+        F.interpolate(images.expand(-1, 3, -1, -1).float(), size=(size, size), mode="bicubic", antialias=True).clamp(
+            0, 255
+        )
+        / 255
+    )
     return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
 
 class CLIP(nn.Module):
-    """CLIP's image embedding (B, D), of length 1, and its texts' embeddings beside it, from towers built by ldm.conditioner.clip.towers.
+    """CLIP's image embedding (B, D), of length 1, and its texts' embeddings beside it, from towers built by ldm.conditioner.clip.load_towers.
 
     With ViT-L-14-336 and OpenAI's weights it is the network of CMMD (Jayasumana et al. 2024).
     """
@@ -36,7 +41,10 @@ class CLIP(nn.Module):
         visual = self.clip.visual
         size = visual.image_size
         self.size = size if isinstance(size, int) else size[0]
-        self.stats = visual.image_mean or (0.48145466, 0.4578275, 0.40821073), visual.image_std or (0.26862954, 0.26130258, 0.27577711)
+        self.stats = (
+            visual.image_mean or (0.48145466, 0.4578275, 0.40821073),
+            visual.image_std or (0.26862954, 0.26130258, 0.27577711),
+        )
         self.num_features = visual.output_dim
         self.resize = f"{self.size} px, bicubic, antialias=True"
         self.identity = hash_weights(self.clip)
@@ -48,7 +56,7 @@ class CLIP(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, D) float32 of images (B, 1 or 3, H, W) uint8."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.clip.encode_image(fitted(images, self.size, *self.stats), normalize=True)
+            return self.clip.encode_image(preprocess(images, self.size, *self.stats), normalize=True)
 
     def embed(self, captions: Sequence[str]) -> Tensor:
         """Embeddings (B, D) float32, of length 1, of texts."""
@@ -60,19 +68,23 @@ class CLIP(nn.Module):
 class DINOv2(nn.Module):
     """DINOv2's class token after its last norm (B, D), for FD-DINOv2 (Stein et al. 2023): ViT-L/14 at 224 px, D = 1024.
 
-    tag: timm's name.  weights: a file of timm's (.safetensors, .pth), None for what the tag names.  Raises AssetError where that is not
+    tag: timm's name.  weights: a file of timm's (.safetensors, .pth), None for what the tag names.  Raises AssetNotFoundError where that is not
     to be had, UserError for a file of something else.
     """
 
     name = "dinov2"
     net: Any
 
-    def __init__(self, tag: str = "vit_large_patch14_dinov2.lvd142m", weights: str | Path | None = None, size: int = 224):
+    def __init__(
+        self, tag: str = "vit_large_patch14_dinov2.lvd142m", weights: str | Path | None = None, size: int = 224
+    ):
         super().__init__()
         if weights is not None and not Path(weights).expanduser().is_file():  # before the import below, which is slow
-            raise AssetError(f"{weights} is not a file: expected timm's weights of {tag}")
+            raise AssetNotFoundError(f"{weights} is not a file: expected timm's weights of {tag}")
         if weights is None and os.environ.get("LDM_OFFLINE", "0") not in ("", "0"):
-            raise AssetError(f"DINOv2, {tag}, has no weights (LDM_OFFLINE is set): name a file of timm's by net.weights=FILE")
+            raise AssetNotFoundError(
+                f"DINOv2, {tag}, has no weights (LDM_OFFLINE is set): name a file of timm's by net.weights=FILE"
+            )
         import timm
         from timm.models import load_checkpoint
 
@@ -80,12 +92,16 @@ class DINOv2(nn.Module):
             self.net = timm.create_model(tag, pretrained=weights is None, img_size=size, num_classes=0)
         except Exception as error:  # the hub's client raises what it pleases
             said = " ".join(str(error).split())[:200]
-            raise AssetError(f"DINOv2, {tag}, could not be fetched ({said}): name a file of timm's by net.weights=FILE") from None
+            raise AssetNotFoundError(
+                f"DINOv2, {tag}, could not be fetched ({said}): name a file of timm's by net.weights=FILE"
+            ) from None
         if weights is not None:
             try:
                 load_checkpoint(self.net, str(Path(weights).expanduser()), strict=True)
             except Exception as error:
-                raise UserError(f"{weights} does not hold timm's weights of {tag}: {' '.join(str(error).split())[:200]}") from None
+                raise UserError(
+                    f"{weights} does not hold timm's weights of {tag}: {' '.join(str(error).split())[:200]}"
+                ) from None
         self.eval().requires_grad_(False)
         self.size, self.num_features = size, self.net.num_features
         self.resize = f"{size} px, bicubic, antialias=True"
@@ -98,10 +114,12 @@ class DINOv2(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D) float32 of images (B, 1 or 3, H, W) uint8."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.net.forward_features(fitted(images, self.size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))[:, 0]
+            return self.net.forward_features(
+                preprocess(images, self.size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            )[:, 0]
 
 
-class Captioned(FeatureNet, Protocol):
+class ImageTextNet(FeatureNet, Protocol):
     """A feature network that embeds texts beside images, both with length 1."""
 
     def embed(self, captions: Sequence[str]) -> Tensor: ...
@@ -112,7 +130,7 @@ class CLIPScore:
 
     names = ("clip_score",)
 
-    def __init__(self, net: Captioned, reference: Tensor):
+    def __init__(self, net: ImageTextNet, reference: Tensor):
         from torchmetrics.aggregation import MeanMetric
 
         self.embed = net.embed
@@ -120,7 +138,9 @@ class CLIPScore:
 
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         if caption is None:
-            raise ConfigError("the CLIP score needs the caption each sample was drawn for, got None; draw with captions, or leave it out")
+            raise ConfigError(
+                "the CLIP score needs the caption each sample was drawn for, got None; draw with captions, or leave it out"
+            )
         self.mean.update(100 * (features * self.embed(caption)).sum(1).double().clamp(min=0))
 
     def compute(self) -> dict[str, float]:

@@ -36,7 +36,7 @@ class InceptionScore(GatheredFeatures):
         return {"inception_score": inception_score(self.values(), self.block).item()}
 
 
-class Named:
+class FeatureSlice:
     """A part of a network's features under a name of its own, to a metric; never called."""
 
     def __init__(self, name: str, num_features: int, net: FeatureNet):
@@ -46,14 +46,20 @@ class Named:
         raise NotImplementedError("the whole network makes the features")
 
 
-class Part:
+class SlicedMetric:
     """A metric of the features start..stop-1 alone, under a network's name of their own."""
 
     def __init__(
-        self, net: FeatureNet, reference: Tensor, metric: Callable[[FeatureNet, Tensor], Metric], name: str, start: int, stop: int
+        self,
+        net: FeatureNet,
+        reference: Tensor,
+        metric: Callable[[FeatureNet, Tensor], Metric],
+        name: str,
+        start: int,
+        stop: int,
     ):
         self.columns = slice(start, stop)
-        self.metric = metric(Named(name, stop - start, net), reference[:, self.columns])
+        self.metric = metric(FeatureSlice(name, stop - start, net), reference[:, self.columns])
 
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         self.metric.update(features[:, self.columns], label, caption)

@@ -22,7 +22,12 @@ def bootstrap(values: Tensor, level: float = 0.95, rounds: int = 2000, seed: int
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values of {tuple(values.shape)}: expected one number for each of one case or more")
     rows = torch.randint(len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = values.double()[rows].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    low, high = (
+        values.double()[rows]
+        .mean(1)
+        .quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+        .tolist()
+    )
     return low, high
 
 
@@ -30,25 +35,27 @@ def paired(differences: Sequence[float], level: float = 0.95) -> tuple[float, fl
     """The interval of the mean of differences between pairs, normal and of a variance that is not known (Student 1908). Two or more."""
     n = len(differences)
     if n < 2:
-        raise ValueError(f"{n} difference{'s' * (n != 1)}: expected two or more; one pair says nothing of its own spread")
+        raise ValueError(
+            f"{n} difference{'s' * (n != 1)}: expected two or more; one pair says nothing of its own spread"
+        )
     mean = sum(differences) / n
     deviation = math.sqrt(sum((one - mean) ** 2 for one in differences) / (n - 1))
-    reach = student(level, n - 1) * deviation / math.sqrt(n)
+    reach = t_quantile(level, n - 1) * deviation / math.sqrt(n)
     return mean - reach, mean + reach
 
 
-def student(level: float, freedom: int) -> float:
+def t_quantile(level: float, freedom: int) -> float:
     """The t that Student's distribution of so many degrees of freedom stays within, on both sides, with probability `level`."""
     low, high = 0.0, 1.0
-    while within(high, freedom) < level:
+    while t_cdf(high, freedom) < level:
         low, high = high, 2 * high
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if within(middle, freedom) < level else (low, middle)
+        low, high = (middle, high) if t_cdf(middle, freedom) < level else (low, middle)
     return high
 
 
-def within(t: float, freedom: int) -> float:
+def t_cdf(t: float, freedom: int) -> float:
     """P(|T| <= t) of Student's distribution (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4)."""
     angle = math.atan(t / math.sqrt(freedom))
     odd = freedom % 2

@@ -5,16 +5,16 @@ from typing import Any
 
 from hydra.utils import get_object
 
-from ldm.metrics.distribution import Score
+from ldm.metrics.distribution import MetricSuite
 
 
-def names_of(metrics: Mapping[str, Any], judge: Mapping[str, Any] | None) -> set[str] | None:
+def metric_names(metrics: Mapping[str, Any], judge: Mapping[str, Any] | None) -> set[str] | None:
     """The keys that Score.compute() of a `metrics` node gives, without n; judge: the node of the network for those that name none.
 
     None where that cannot be known: a class of your own need not have `names` (a metric) or `name` (a network).
     """
     node = metrics.get("net") or judge
-    if get_object(metrics["_target_"]) is not Score or node is None:
+    if get_object(metrics["_target_"]) is not MetricSuite or node is None:
         return None
     network = getattr(get_object(node["_target_"]), "name", None)
     names: set[str] = set()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.metrics.distribution import GatheredFeatures, radii, spread, squared_distances
+from ldm.metrics.distribution import GatheredFeatures, knn_radii, squared_distances, subsample
 from ldm.metrics.features import FeatureNet
 
 
@@ -16,15 +16,17 @@ def density_coverage(x: Tensor, reference: Tensor, k: int = 5) -> tuple[Tensor, 
     Naeem et al. 2020, eq. 4 and 5; density may be above 1. Raises ConfigError if M is not above k.
     """
     if len(reference) <= k or not len(x):
-        raise ConfigError(f"{len(x)} samples and {len(reference)} references: density and coverage need one and more than k={k}; draw more")
-    radius = radii(reference, k)
+        raise ConfigError(
+            f"{len(x)} samples and {len(reference)} references: density and coverage need one and more than k={k}; draw more"
+        )
+    radius = knn_radii(reference, k)
     inside = torch.zeros(len(reference), dtype=torch.long, device=x.device)
     for d in squared_distances(x, reference):
         inside += (d <= radius).sum(0)
     return inside.sum().double() / (k * len(x)), (inside > 0).double().mean()
 
 
-def memorised(x: Tensor, reference: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def memorisation(x: Tensor, reference: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How far samples x (N, D) keep from the training images (M, D), of which each has its own nearest neighbour among the others: (), ().
 
     authenticity: the share of samples that are further from the nearest training image than that image is from the rest of the training
@@ -33,8 +35,10 @@ def memorised(x: Tensor, reference: Tensor, own: Tensor | None = None) -> tuple[
     Raises ConfigError for fewer than 2 training images, or no sample.
     """
     if len(reference) < 2 or not len(x):
-        raise ConfigError(f"{len(x)} samples and {len(reference)} training images: memorisation needs one and two; draw more")
-    own = radii(reference, 1) if own is None else own
+        raise ConfigError(
+            f"{len(x)} samples and {len(reference)} training images: memorisation needs one and two; draw more"
+        )
+    own = knn_radii(reference, 1) if own is None else own
     found = [d.min(1) for d in squared_distances(x, reference)]
     distance, index = (torch.cat([getattr(one, part) for one in found]) for part in ("values", "indices"))
     close = own.sort().values[len(own) // 100]
@@ -48,7 +52,7 @@ class DensityCoverage(GatheredFeatures):
 
     def __init__(self, net: FeatureNet, reference: Tensor, k: int = 5, reference_size: int = 5000):
         super().__init__(net, reference)
-        self.k, self.reference = k, spread(reference, reference_size)
+        self.k, self.reference = k, subsample(reference, reference_size)
 
     def compute(self) -> dict[str, float]:
         density, coverage = density_coverage(self.values(), self.reference, self.k)
@@ -65,10 +69,10 @@ class Memorisation(GatheredFeatures):
         self.reference = reference
 
     @cached_property
-    def own(self) -> Tensor:
+    def reference_distances(self) -> Tensor:
         """How far each training image is from the rest."""
-        return radii(self.reference, 1)
+        return knn_radii(self.reference, 1)
 
     def compute(self) -> dict[str, float]:
-        authenticity, copies = memorised(self.values(), self.reference, self.own)
+        authenticity, copies = memorisation(self.values(), self.reference, self.reference_distances)
         return {"authenticity": authenticity.item(), "copies": copies.item()}

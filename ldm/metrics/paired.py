@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.metrics.distribution import FrechetDistance, Score
+from ldm.metrics.distribution import FrechetDistance, MetricSuite
 from ldm.metrics.features import FeatureNet
 
 
@@ -37,12 +37,16 @@ class Reconstruction:
         from torchmetrics.aggregation import MeanMetric
 
         if (net is None) != (reference is None):
-            raise ValueError("a feature network and its reference features go together: give both, or neither for psnr and ssim alone")
+            raise ValueError(
+                "a feature network and its reference features go together: give both, or neither for psnr and ssim alone"
+            )
         self.device, self.perceptual = torch.device(device), perceptual
         # per image and then averaged: the logarithm of a mean over all pixels would be ruled by the worst images
         names = ("psnr", "ssim", *([f"lpips_{perceptual.name}"] if perceptual else []))
         self.means = {name: MeanMetric(nan_strategy="error").to(device).set_dtype(torch.float64) for name in names}
-        self.score = Score(net, reference, {"fd": FrechetDistance}) if net is not None and reference is not None else None
+        self.score = (
+            MetricSuite(net, reference, {"fd": FrechetDistance}) if net is not None and reference is not None else None
+        )
 
     @torch.no_grad()
     def update(self, image: Tensor, reconstruction: Tensor) -> None:
@@ -65,7 +69,9 @@ class Reconstruction:
         found = {name: mean.compute().item() for name, mean in self.means.items()}
         if math.isnan(found["psnr"]):  # 0 / 0
             raise ConfigError("no image was compared with its original: expected one or more; raise num")
-        return found | ({f"r{key}": value for key, value in self.score.compute().items() if key != "n"} if self.score else {})
+        return found | (
+            {f"r{key}": value for key, value in self.score.compute().items() if key != "n"} if self.score else {}
+        )
 
     def reset(self) -> None:
         """Forget the images, keep the reference."""

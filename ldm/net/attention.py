@@ -10,43 +10,50 @@ from torch.nn import functional as F
 
 from ldm.condition import Condition
 from ldm.errors import ConfigError
-from ldm.net.blocks import norm, zeroed
+from ldm.net.blocks import norm, zero_module
 
-FEW = 128  # keys
-Attend = Callable[
+MAX_SMALL_SEQUENCE = 128  # keys
+AttentionFn = Callable[
     [Tensor, Tensor, Tensor, Tensor | None], Tensor
 ]  # q, k, v (B, heads, N, d), mask (B, 1, 1, L) or None -> (B, heads, N, d)
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, d)
 Rotate = Callable[[Tensor], Tensor]  # queries or keys (B, heads, N, d), each turned by its place
 
 
-class Memory(NamedTuple):
+class CrossAttentionCache(NamedTuple):
     """What cross-attention looks up: each place's keys and values, in the order of the forward pass, and the mask (B, 1, 1, L)."""
 
     layers: tuple[tuple[KeyValue, ...], ...]
     mask: Tensor | None
 
 
-def heard(cond: Condition, context_dim: int | None) -> Tensor | None:
+def require_context(cond: Condition, context_dim: int | None) -> Tensor | None:
     """The context of a condition. Raises ConfigError if there is one and the network was built without cross-attention."""
     if cond.context is not None and not context_dim:
-        raise ConfigError("the condition has a context, which a network without cross-attention cannot hear; build it with context_dim")
+        raise ConfigError(
+            "the condition has a context, which a network without cross-attention cannot hear; build it with context_dim"
+        )
     return cond.context
 
 
-def looked_up(layers: Iterable[tuple[KeyValue, ...]], cond: Condition) -> Memory:
+def make_memory(layers: Iterable[tuple[KeyValue, ...]], cond: Condition) -> CrossAttentionCache:
     """The Memory of these keys and values, with the condition's mask in the shape that attention takes."""
-    return Memory(tuple(layers), None if cond.mask is None else cond.mask[:, None, None, :])
+    return CrossAttentionCache(tuple(layers), None if cond.mask is None else cond.mask[:, None, None, :])
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention by torch's fused kernel, but training in bfloat16 on a CPU, where for few keys that kernel's gradients take longer."""
-    if v.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[-2] <= FEW and torch.is_grad_enabled():
-        return softmax(q, k, v, mask)
+    if (
+        v.device.type == "cpu"
+        and v.dtype == torch.bfloat16
+        and k.shape[-2] <= MAX_SMALL_SEQUENCE
+        and torch.is_grad_enabled()
+    ):
+        return softmax_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention written out: the same result."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, L)
     if mask is not None:
@@ -64,7 +71,7 @@ class SelfAttention(nn.Module):
         self,
         channels: int,
         heads: int,
-        attend: Attend = sdpa,
+        attend: AttentionFn = sdpa,
         bias: bool = False,
         qk_norm: Callable[[int], nn.Module] | None = None,
     ):
@@ -85,7 +92,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x (B, N, C) over a context (B, L, D) whose keys and values are computed beforehand by `memory`."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, attend: Attend = sdpa):
+    def __init__(self, channels: int, context_dim: int, heads: int, attend: AttentionFn = sdpa):
         super().__init__()
         self.heads, self.attend = heads, attend
         self.q = nn.Linear(channels, channels, bias=False)
@@ -118,7 +125,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention, cross-attention (where there is a context) and feed-forward on x (B, N, C) (LDM tab. 16)."""
 
-    def __init__(self, channels: int, heads: int, context_dim: int | None = None, attend: Attend = sdpa):
+    def __init__(self, channels: int, heads: int, context_dim: int | None = None, attend: AttentionFn = sdpa):
         super().__init__()
         self.norm1, self.self_attention = nn.LayerNorm(channels), SelfAttention(channels, heads, attend)
         self.norm2 = nn.LayerNorm(channels) if context_dim else None
@@ -144,7 +151,7 @@ class SpatialTransformer(nn.Module):
         heads: int,
         context_dim: int | None = None,
         depth: int = 1,
-        attend: Attend = sdpa,
+        attend: AttentionFn = sdpa,
         groups: int = 32,
         conv: bool = False,
         eps: float = 1e-6,
@@ -153,7 +160,7 @@ class SpatialTransformer(nn.Module):
         self.norm, self.conv = norm(channels, groups, eps), conv
         self.proj_in = nn.Conv2d(channels, channels, 1) if conv else nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, attend) for _ in range(depth))
-        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1) if conv else nn.Linear(channels, channels))
+        self.proj_out = zero_module(nn.Conv2d(channels, channels, 1) if conv else nn.Linear(channels, channels))
 
     def memory(self, context: Tensor) -> tuple[KeyValue, ...]:
         """Keys and values of the context (B, L, D) for each block."""
@@ -180,7 +187,7 @@ class QKVAttention(nn.Module):
         heads: int,
         context_dim: int | None = None,
         depth: int = 1,
-        attend: Attend = sdpa,
+        attend: AttentionFn = sdpa,
         groups: int = 32,
         new_order: bool = False,
         eps: float = 1e-5,
@@ -188,12 +195,14 @@ class QKVAttention(nn.Module):
         super().__init__()
         if context_dim or depth != 1:
             wanted = f"context_dim={context_dim}" if context_dim else f"depth={depth}"
-            raise ConfigError(f"{wanted}: QKVAttention is one self-attention; use SpatialTransformer, or conditioner=none or label_vector")
+            raise ConfigError(
+                f"{wanted}: QKVAttention is one self-attention; use SpatialTransformer, or conditioner=none or label_vector"
+            )
         self.heads, self.attend = heads, attend
         self.order = "b n (three h d) -> three b h n d" if new_order else "b n (h three d) -> three b h n d"
         self.norm = norm(channels, groups, eps)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
+        self.out = zero_module(nn.Linear(channels, channels))
 
     def memory(self, context: Tensor) -> tuple[KeyValue, ...]:
         """Nothing: it hears no context."""

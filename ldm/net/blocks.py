@@ -15,19 +15,19 @@ PLACES = 256  # of smaller maps bfloat16 is normalised sooner as it is
 Resize = Callable[[Tensor, Size | None], Tensor]  # (B, C, H, W) and, for the way up, the (height, width) to reach
 
 
-def zeroed(module: nn.Module) -> nn.Module:
+def zero_module(module: nn.Module) -> nn.Module:
     """The module with all its parameters set to zero, so that the residual branch it ends begins as nothing (ADM, app. A)."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
-def call(module: nn.Module, *args: Any, keep: bool = True) -> Tensor:
+def maybe_checkpoint(module: nn.Module, *args: Any, keep: bool = True) -> Tensor:
     """module(*args); without `keep` its activations are computed again in the backward pass instead (Chen et al. 2016)."""
     return module(*args) if keep or not torch.is_grad_enabled() else checkpoint(module, *args, use_reentrant=False)
 
 
-def positive(**sizes: int) -> None:
+def require_positive(**sizes: int) -> None:
     """Raises ConfigError for a size below 1."""
     for name, size in sizes.items():
         if size < 1:
@@ -48,30 +48,30 @@ def norm(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNorm:
     return GroupNorm(math.gcd(channels, groups), channels, eps=eps)
 
 
-def sinusoid(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal embedding of t (B,), in the network's time units, as (B, dim) float: cosines, then sines (ADM; DDPM, sec. B).
 
     Raises ConfigError for a period `longest` that is none.
     """
-    if longest <= 0:
-        raise ConfigError(f"longest={longest}: expected a period above 0")
+    if max_period <= 0:
+        raise ConfigError(f"longest={max_period}: expected a period above 0")
     half = dim // 2
-    rates = torch.exp(-math.log(longest) / half * torch.arange(half, device=t.device, dtype=t.dtype))
+    rates = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=t.dtype))
     angles = t[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def ddpm_sinusoid(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
+def ddpm_sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """As `sinusoid`, the way DDPM's own code has it: sines, then cosines, the slowest of period 2 pi `longest` exactly."""
     half = dim // 2
-    rates = torch.exp(-math.log(longest) / (half - 1) * torch.arange(half, device=t.device, dtype=t.dtype))
+    rates = torch.exp(-math.log(max_period) / (half - 1) * torch.arange(half, device=t.device, dtype=t.dtype))
     angles = t[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def toward_data(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
+def reversed_timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """As `sinusoid`, of 1 - t / 1000: time as SiT's and LightningDiT's networks are told it, from noise at 0 to data at 1."""
-    return sinusoid(1 - t / 1000, dim, longest)
+    return timestep_embedding(1 - t / 1000, dim, max_period)
 
 
 def mlp(inputs: int, width: int) -> nn.Sequential:
@@ -79,7 +79,7 @@ def mlp(inputs: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
 
-def added(inputs: int, width: int) -> nn.Identity:
+def identity_embedding(inputs: int, width: int) -> nn.Identity:
     """Nothing at all: the vector is added to the time embedding as it is, as ADM and DiT add a class's row.
 
     Raises ConfigError if the two widths differ.
@@ -91,14 +91,18 @@ def added(inputs: int, width: int) -> nn.Identity:
     return nn.Identity()
 
 
-def halve(x: Tensor, size: Size | None = None) -> Tensor:
+def downsample(x: Tensor, size: Size | None = None) -> Tensor:
     """x (B, C, H, W) at half the height and width, rounded up: means of 2x2 pixels."""
     return F.avg_pool2d(x, 2, ceil_mode=True)
 
 
-def double(x: Tensor, size: Size | None = None) -> Tensor:
+def upsample(x: Tensor, size: Size | None = None) -> Tensor:
     """x (B, C, H, W) at twice the height and width, or at `size` for what was odd: pixels repeated."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest") if size is None else F.interpolate(x, size=size, mode="nearest")
+    return (
+        F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if size is None
+        else F.interpolate(x, size=size, mode="nearest")
+    )
 
 
 class ResBlock(nn.Module):
@@ -126,7 +130,7 @@ class ResBlock(nn.Module):
         self.emb = nn.Linear(emb_dim, out_channels * (1 + scale_shift)) if emb_dim else None
         self.norm2 = norm(out_channels, groups, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None, size: Size | None = None) -> Tensor:
@@ -169,4 +173,4 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None, size: Size | None = None) -> Tensor:
-        return self.conv(double(x, size))  # (B, C, 2H, 2W)
+        return self.conv(upsample(x, size))  # (B, C, 2H, 2W)

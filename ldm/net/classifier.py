@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.errors import ConfigError
-from ldm.net.attention import Attend, QKVAttention, sdpa, tokens
+from ldm.net.attention import AttentionFn, QKVAttention, sdpa, tokens
 from ldm.net.blocks import Downsample, norm
-from ldm.net.unet import Attention, HalfUNet, Lookup, Recipe, depths_of
+from ldm.net.unet import Attention, MemoryCursor, UNetBlockConfig, UNetEncoder, transformer_depths
 
 
 class AttentionPool(nn.Module):
@@ -19,7 +19,7 @@ class AttentionPool(nn.Module):
     Raises ConfigError for a map of another size: its places are learned.
     """
 
-    def __init__(self, size: int, channels: int, heads: int, out: int, attend: Attend = sdpa):
+    def __init__(self, size: int, channels: int, heads: int, out: int, attend: AttentionFn = sdpa):
         super().__init__()
         self.size, self.heads, self.attend = size, heads, attend
         self.positions = nn.Parameter(torch.randn(size**2 + 1, channels) * channels**-0.5)
@@ -27,14 +27,16 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (self.size, self.size):
-            raise ConfigError(f"a map of {x.shape[2]} x {x.shape[3]}: this pooling has learned {self.size} x {self.size} places")
+            raise ConfigError(
+                f"a map of {x.shape[2]} x {x.shape[3]}: this pooling has learned {self.size} x {self.size} places"
+            )
         h = tokens(x)
         h = torch.cat([h.mean(1, keepdim=True), h], dim=1) + self.positions  # (B, 1 + N, C)
         q, k, v = rearrange(self.qkv(h), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         return self.out(rearrange(self.attend(q[:, :, :1], k, v, None), "b h 1 d -> b (h d)"))
 
 
-class NoisyClassifier(HalfUNet):
+class NoisyClassifier(UNetEncoder):
     """Class logits (B, classes) of x_t (B, in_channels, size, size) at the network's time t (B,), for guidance=classifier.
 
     size: height and width of x_t.  channels, mult, blocks, attention, head_channels, dropout, checkpoint: as UNet's.
@@ -47,25 +49,48 @@ class NoisyClassifier(HalfUNet):
         classes: int,
         size: int,
         channels: int = 128,
-        mult: Sequence[int] = (1, 2, 3, 4),
-        blocks: int = 2,
-        attention: Sequence[int] = (2, 4, 8),
-        head_channels: int = 64,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (2, 4, 8),
+        num_head_channels: int = 64,
         dropout: float = 0.0,
-        groups: int = 32,
+        num_groups: int = 32,
         eps: float = 1e-5,
         block: Callable[..., Attention] = QKVAttention,
-        attend: Attend = sdpa,
-        checkpoint: bool = False,
+        attention_fn: AttentionFn = sdpa,
+        gradient_checkpointing: bool = False,
     ):
-        recipe = Recipe(4 * channels, None, None, head_channels, dropout, True, True, groups, eps, block, Downsample, attend)
-        attended = depths_of(1, attention, len(mult))
-        super().__init__(recipe, in_channels, channels, mult, blocks, attended, checkpoint=checkpoint)
-        width, factor = self.skip_widths[-1], 2 ** (len(mult) - 1)
+        recipe = UNetBlockConfig(
+            4 * channels,
+            None,
+            None,
+            num_head_channels,
+            dropout,
+            True,
+            True,
+            num_groups,
+            eps,
+            block,
+            Downsample,
+            attention_fn,
+        )
+        attended = transformer_depths(1, attention_resolutions, len(channel_mult))
+        super().__init__(
+            recipe,
+            in_channels,
+            channels,
+            channel_mult,
+            num_res_blocks,
+            attended,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        width, factor = self.skip_widths[-1], 2 ** (len(channel_mult) - 1)
         self.out = nn.Sequential(
-            norm(width, groups, eps), nn.SiLU(), AttentionPool(-(-size // factor), width, width // head_channels, classes, attend)
+            norm(width, num_groups, eps),
+            nn.SiLU(),
+            AttentionPool(-(-size // factor), width, width // num_head_channels, classes, attention_fn),
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        h, _ = self.contract(self.stem(x), self.embed(t, Condition()), Lookup(None))
+        h, _ = self.encode(self.stem(x), self.embed(t, Condition()), MemoryCursor(None))
         return self.out(h)

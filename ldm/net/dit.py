@@ -10,8 +10,19 @@ from torch.nn import functional as F
 
 from ldm.condition import Condition
 from ldm.errors import ConfigError
-from ldm.net.attention import Attend, CrossAttention, KeyValue, Memory, Rotate, SelfAttention, heard, looked_up, sdpa, tokens
-from ldm.net.blocks import added, call, mlp, sinusoid, zeroed
+from ldm.net.attention import (
+    AttentionFn,
+    CrossAttention,
+    CrossAttentionCache,
+    KeyValue,
+    Rotate,
+    SelfAttention,
+    make_memory,
+    require_context,
+    sdpa,
+    tokens,
+)
+from ldm.net.blocks import identity_embedding, maybe_checkpoint, mlp, timestep_embedding, zero_module
 from ldm.net.positions import sincos_2d
 
 plain_norm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
@@ -55,7 +66,7 @@ class DiTBlock(nn.Module):
         norm: Callable[[int], nn.Module],
         feed_forward: Callable[[int], nn.Module],
         qk_norm: Callable[[int], nn.Module] | None,
-        attend: Attend,
+        attend: AttentionFn,
     ):
         super().__init__()
         self.norm1, self.attention = norm(channels), SelfAttention(channels, heads, attend, bias=True, qk_norm=qk_norm)
@@ -63,7 +74,9 @@ class DiTBlock(nn.Module):
         self.norm2, self.feed_forward = norm(channels), feed_forward(channels)
         self.modulation = nn.Linear(channels, 6 * channels)
 
-    def forward(self, x: Tensor, told: Tensor, memory: tuple[KeyValue, ...] | None, mask: Tensor | None, rotate: Rotate | None) -> Tensor:
+    def forward(
+        self, x: Tensor, told: Tensor, memory: tuple[KeyValue, ...] | None, mask: Tensor | None, rotate: Rotate | None
+    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(told)[:, None].chunk(6, dim=-1)  # (B, 1, C)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, rotate)
         if self.cross_attention is not None and memory is not None:
@@ -76,7 +89,11 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, features: int, norm: Callable[[int], nn.Module]):
         super().__init__()
-        self.norm, self.modulation, self.out = norm(channels), nn.Linear(channels, 2 * channels), nn.Linear(channels, features)
+        self.norm, self.modulation, self.out = (
+            norm(channels),
+            nn.Linear(channels, 2 * channels),
+            nn.Linear(channels, features),
+        )
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         shift, scale = self.modulation(told)[:, None].chunk(2, dim=-1)  # (B, 1, C)
@@ -99,10 +116,10 @@ class DiT(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        patch: int = 2,
+        patch_size: int = 2,
         channels: int = 384,
         depth: int = 12,
-        heads: int = 6,
+        num_heads: int = 6,
         context_dim: int | None = None,
         vector_dim: int | None = None,
         concat_channels: int = 0,
@@ -112,21 +129,34 @@ class DiT(nn.Module):
         qk_norm: Callable[[int], nn.Module] | None = None,
         positions: Callable[..., Tensor] = sincos_2d,
         rotary: Callable[..., Rotate] | None = None,
-        sinusoid: Callable[[Tensor, int], Tensor] = sinusoid,
-        vector: Callable[[int, int], nn.Module] = added,
-        attend: Attend = sdpa,
-        checkpoint: bool = False,
+        time_embedding: Callable[[Tensor, int], Tensor] = timestep_embedding,
+        vector_embedding: Callable[[int, int], nn.Module] = identity_embedding,
+        attention_fn: AttentionFn = sdpa,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
-        if heads < 1 or channels % heads:
-            raise ConfigError(f"heads={heads} does not divide channels={channels}")
-        self.size, self.channels, self.heads, self.frequencies, self.context_dim = patch, channels, heads, frequencies, context_dim
-        self.positions, self.rotary, self.sinusoid, self.checkpoint = positions, rotary, sinusoid, checkpoint
+        if num_heads < 1 or channels % num_heads:
+            raise ConfigError(f"heads={num_heads} does not divide channels={channels}")
+        self.size, self.channels, self.heads, self.frequencies, self.context_dim = (
+            patch_size,
+            channels,
+            num_heads,
+            frequencies,
+            context_dim,
+        )
+        self.positions, self.rotary, self.sinusoid, self.checkpoint = (
+            positions,
+            rotary,
+            time_embedding,
+            gradient_checkpointing,
+        )
         self.time = mlp(frequencies, channels)
-        self.vector = vector(vector_dim, channels) if vector_dim else None
-        self.patch = nn.Conv2d(in_channels + concat_channels, channels, patch, stride=patch)
-        self.blocks = nn.ModuleList(DiTBlock(channels, heads, context_dim, norm, feed_forward, qk_norm, attend) for _ in range(depth))
-        self.head = Head(channels, patch * patch * out_channels, norm)
+        self.vector = vector_embedding(vector_dim, channels) if vector_dim else None
+        self.patch = nn.Conv2d(in_channels + concat_channels, channels, patch_size, stride=patch_size)
+        self.blocks = nn.ModuleList(
+            DiTBlock(channels, num_heads, context_dim, norm, feed_forward, qk_norm, attention_fn) for _ in range(depth)
+        )
+        self.head = Head(channels, patch_size * patch_size * out_channels, norm)
         self.initialise()
 
     def initialise(self) -> None:
@@ -138,10 +168,10 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, DiTBlock | Head):
-                zeroed(module.modulation)
+                zero_module(module.modulation)
             elif isinstance(module, CrossAttention):
-                zeroed(module.out)
-        zeroed(self.head.out)
+                zero_module(module.out)
+        zero_module(self.head.out)
         for module in self.time:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -151,15 +181,15 @@ class DiT(nn.Module):
         emb = self.time(self.sinusoid(t, self.frequencies).to(self.patch.weight.dtype))
         return emb if self.vector is None else emb + self.vector(cond.vector)
 
-    def memory(self, cond: Condition) -> Memory | None:
+    def memory(self, cond: Condition) -> CrossAttentionCache | None:
         """Keys and values of cond.context for every block, to be computed once per prompt; None without a context.
 
         Raises ConfigError for a context that no block could hear.
         """
-        context = heard(cond, self.context_dim)
+        context = require_context(cond, self.context_dim)
         if context is None:
             return None
-        return looked_up(((m.memory(context),) for m in self.modules() if isinstance(m, CrossAttention)), cond)
+        return make_memory(((m.memory(context),) for m in self.modules() if isinstance(m, CrossAttention)), cond)
 
     def forward(
         self,
@@ -168,11 +198,13 @@ class DiT(nn.Module):
         cond: Condition,
         *,
         emb: Tensor | None = None,
-        memory: Memory | None = None,
+        memory: CrossAttentionCache | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         if x.shape[2] % self.size or x.shape[3] % self.size:
-            raise ConfigError(f"{x.shape[2]} x {x.shape[3]} cannot be cut into patches of {self.size}; choose another size of image")
+            raise ConfigError(
+                f"{x.shape[2]} x {x.shape[3]} cannot be cut into patches of {self.size}; choose another size of image"
+            )
         told = F.silu(self.embed(t, cond) if emb is None else emb)
         memory = self.memory(cond) if memory is None else memory
         h = self.patch(x if cond.concat is None else torch.cat([x, cond.concat], dim=1))  # (B, C, h, w)
@@ -182,6 +214,6 @@ class DiT(nn.Module):
         looked: Sequence[tuple[KeyValue, ...] | None] = memory.layers if memory else [None] * len(self.blocks)
         more: Sequence[Tensor | None] = residuals if residuals is not None else [None] * len(self.blocks)
         for block, kv, residual in zip(self.blocks, looked, more, strict=True):
-            h = call(block, h, told, kv, memory.mask if memory else None, rotate, keep=not self.checkpoint)
+            h = maybe_checkpoint(block, h, told, kv, memory.mask if memory else None, rotate, keep=not self.checkpoint)
             h = h if residual is None else h + residual
         return rearrange(self.head(h, told), "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.size, q=self.size)

@@ -9,8 +9,28 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.errors import ConfigError
-from ldm.net.attention import Attend, KeyValue, Memory, QKVAttention, SpatialTransformer, heard, looked_up, sdpa
-from ldm.net.blocks import Downsample, ResBlock, Upsample, call, double, halve, mlp, norm, sinusoid, zeroed
+from ldm.net.attention import (
+    AttentionFn,
+    CrossAttentionCache,
+    KeyValue,
+    QKVAttention,
+    SpatialTransformer,
+    make_memory,
+    require_context,
+    sdpa,
+)
+from ldm.net.blocks import (
+    Downsample,
+    ResBlock,
+    Upsample,
+    downsample,
+    maybe_checkpoint,
+    mlp,
+    norm,
+    timestep_embedding,
+    upsample,
+    zero_module,
+)
 
 Attention = SpatialTransformer | QKVAttention
 Looked = tuple[KeyValue, ...] | None
@@ -28,10 +48,10 @@ class Layer(nn.Module):
         return h if self.attention is None else self.attention(h, memory, mask)
 
 
-class Lookup:
+class MemoryCursor:
     """Hands each layer its part of a Memory, in the order of the forward pass."""
 
-    def __init__(self, memory: Memory | None):
+    def __init__(self, memory: CrossAttentionCache | None):
         self.layers: Iterator[tuple[KeyValue, ...]] = iter(memory.layers if memory else ())
         self.mask = memory.mask if memory else None
 
@@ -46,12 +66,12 @@ class Down(nn.Module):
         super().__init__()
         self.layers, self.resample = nn.ModuleList(layers), resample
 
-    def forward(self, h: Tensor, emb: Tensor, look: Lookup, keep: bool) -> list[Tensor]:
+    def forward(self, h: Tensor, emb: Tensor, look: MemoryCursor, keep: bool) -> list[Tensor]:
         states = []
         for layer in self.layers:
-            h = call(layer, h, emb, *look(layer), keep=keep)
+            h = maybe_checkpoint(layer, h, emb, *look(layer), keep=keep)
             states.append(h)
-        return states if self.resample is None else [*states, call(self.resample, h, emb, keep=keep)]
+        return states if self.resample is None else [*states, maybe_checkpoint(self.resample, h, emb, keep=keep)]
 
 
 class Up(nn.Module):
@@ -61,58 +81,62 @@ class Up(nn.Module):
         super().__init__()
         self.layers, self.resample = nn.ModuleList(layers), resample
 
-    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor, look: Lookup, keep: bool) -> Tensor:
+    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor, look: MemoryCursor, keep: bool) -> Tensor:
         for layer in self.layers:
-            h = call(layer, torch.cat([h, skips.pop()], dim=1), emb, *look(layer), keep=keep)
-        return h if self.resample is None else call(self.resample, h, emb, skips[-1].shape[2:], keep=keep)
+            h = maybe_checkpoint(layer, torch.cat([h, skips.pop()], dim=1), emb, *look(layer), keep=keep)
+        return h if self.resample is None else maybe_checkpoint(self.resample, h, emb, skips[-1].shape[2:], keep=keep)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class UNetBlockConfig:
     """How the layers of a U-Net are made: its options but for those that say where a layer stands."""
 
     emb_dim: int
     context_dim: int | None
-    heads: int | None
-    head_channels: int
+    num_heads: int | None
+    num_head_channels: int
     dropout: float
-    scale_shift: bool
+    use_scale_shift_norm: bool
     resblock_updown: bool
-    groups: int
+    num_groups: int
     eps: float
     block: Callable[..., Attention]
     downsample: Callable[[int], nn.Module]
-    attend: Attend
+    attention_fn: AttentionFn
 
     def layer(self, inputs: int, width: int, depth: int) -> Layer:
         """Width `inputs` to `width`; depth 0 is no attention."""
-        res = ResBlock(inputs, width, self.emb_dim, self.dropout, self.scale_shift, self.groups, self.eps)
-        return Layer(res, self.attention(width, depth) if depth else None)
+        res = ResBlock(inputs, width, self.emb_dim, self.dropout, self.use_scale_shift_norm, self.num_groups, self.eps)
+        return Layer(res, self.attention_resolutions(width, depth) if depth else None)
 
-    def attention(self, width: int, depth: int) -> Attention:
-        divisor = self.heads or self.head_channels
+    def attention_resolutions(self, width: int, depth: int) -> Attention:
+        divisor = self.num_heads or self.num_head_channels
         if divisor < 1 or width % divisor:
-            option = "heads" if self.heads else "head_channels"
+            option = "heads" if self.num_heads else "head_channels"
             raise ConfigError(f"{option}={divisor} does not divide a level's {width} channels; choose another")
-        heads = self.heads or width // self.head_channels
-        return self.block(width, heads, context_dim=self.context_dim, depth=depth, attend=self.attend, groups=self.groups)
+        heads = self.num_heads or width // self.num_head_channels
+        return self.block(
+            width, heads, context_dim=self.context_dim, depth=depth, attend=self.attention_fn, groups=self.num_groups
+        )
 
     def down(self, width: int) -> nn.Module:
-        return self._resized(width, halve) if self.resblock_updown else self.downsample(width)
+        return self._resized(width, downsample) if self.resblock_updown else self.downsample(width)
 
     def up(self, width: int) -> nn.Module:
-        return self._resized(width, double) if self.resblock_updown else Upsample(width)
+        return self._resized(width, upsample) if self.resblock_updown else Upsample(width)
 
     def _resized(self, width: int, resize: Callable[..., Tensor]) -> ResBlock:
-        return ResBlock(width, width, self.emb_dim, self.dropout, self.scale_shift, self.groups, self.eps, resize)
+        return ResBlock(
+            width, width, self.emb_dim, self.dropout, self.use_scale_shift_norm, self.num_groups, self.eps, resize
+        )
 
 
-def stacked(x: Tensor, cond: Condition) -> Tensor:
+def concat_condition(x: Tensor, cond: Condition) -> Tensor:
     """x_t (B, C, h, w) with cond.concat, if there is any, on its channels."""
     return x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
 
 
-def depths_of(depth: int | Sequence[int], attention: Sequence[int], levels: int) -> list[int]:
+def transformer_depths(depth: int | Sequence[int], attention: Sequence[int], levels: int) -> list[int]:
     """Transformer blocks at each level, and last in the middle; 0 where there is no attention.
 
     The middle attends as soon as a factor is listed, even one that no level has: so do the published configurations that list such.
@@ -124,35 +148,40 @@ def depths_of(depth: int | Sequence[int], attention: Sequence[int], levels: int)
     return [d if 2**level in attention else 0 for level, d in enumerate(each)] + [each[-1] if attention else 0]
 
 
-class HalfUNet(nn.Module):
+class UNetEncoder(nn.Module):
     """The U-Net's way down and its middle, which classifiers and ControlNets have too; the options are UNet's.
 
-    attended: the depths of `depths_of`.
+    attended: the depths of `transformer_depths`.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: UNetBlockConfig,
         in_channels: int,
         channels: int,
-        mult: Sequence[int],
-        blocks: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
         attended: Sequence[int],
         vector_dim: int | None = None,
-        vector: Callable[[int, int], nn.Module] = mlp,
-        sinusoid: Callable[[Tensor, int], Tensor] = sinusoid,
-        checkpoint: bool = False,
+        vector_embedding: Callable[[int, int], nn.Module] = mlp,
+        time_embedding: Callable[[Tensor, int], Tensor] = timestep_embedding,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
-        self.channels, self.context_dim, self.sinusoid, self.checkpoint = channels, recipe.context_dim, sinusoid, checkpoint
+        self.channels, self.context_dim, self.sinusoid, self.checkpoint = (
+            channels,
+            recipe.context_dim,
+            time_embedding,
+            gradient_checkpointing,
+        )
         self.time = mlp(channels, recipe.emb_dim)
-        self.vector = vector(vector_dim, recipe.emb_dim) if vector_dim else None
+        self.vector = vector_embedding(vector_dim, recipe.emb_dim) if vector_dim else None
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down = nn.ModuleList()
         width, self.skip_widths = channels, [channels]  # the width of each skip
-        for level, factor in enumerate(mult):
-            last = level == len(mult) - 1
-            widths = [width, *[factor * channels] * blocks]
+        for level, factor in enumerate(channel_mult):
+            last = level == len(channel_mult) - 1
+            widths = [width, *[factor * channels] * num_res_blocks]
             layers = [recipe.layer(a, b, attended[level]) for a, b in pairwise(widths)]
             width = widths[-1]
             self.down.append(Down(layers, None if last else recipe.down(width)))
@@ -165,26 +194,29 @@ class HalfUNet(nn.Module):
         emb = self.time(self.sinusoid(t, self.channels).to(self.stem.weight.dtype))
         return emb if self.vector is None else emb + self.vector(cond.vector)
 
-    def memory(self, cond: Condition) -> Memory | None:
+    def memory(self, cond: Condition) -> CrossAttentionCache | None:
         """Keys and values of cond.context for every attention, to be computed once per prompt; None without a context.
 
         Raises ConfigError for a context that no layer could hear.
         """
-        context = heard(cond, self.context_dim)
+        context = require_context(cond, self.context_dim)
         if context is None:
             return None
-        return looked_up((m.attention.memory(context) for m in self.modules() if isinstance(m, Layer) and m.attention is not None), cond)
+        return make_memory(
+            (m.attention.memory(context) for m in self.modules() if isinstance(m, Layer) and m.attention is not None),
+            cond,
+        )
 
-    def contract(self, h: Tensor, emb: Tensor, look: Lookup) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, h: Tensor, emb: Tensor, look: MemoryCursor) -> tuple[Tensor, list[Tensor]]:
         """The middle's answer (B, C, h, w) and the skips, first to last, of the stem's h (B, channels, H, W)."""
         skips, keep = [h], not self.checkpoint
         for level in self.down:
             skips += level(skips[-1], emb, look, keep)
-        h = call(self.middle1, skips[-1], emb, *look(self.middle1), keep=keep)
-        return call(self.middle2, h, emb, *look(self.middle2), keep=keep), skips
+        h = maybe_checkpoint(self.middle1, skips[-1], emb, *look(self.middle1), keep=keep)
+        return maybe_checkpoint(self.middle2, h, emb, *look(self.middle2), keep=keep), skips
 
 
-class UNet(HalfUNet):
+class UNet(UNetEncoder):
     """U-Net over x (B, in_channels [+ concat], H, W) that is told t and a Condition, and answers (B, out_channels, H, W); H, W of any size.
 
     channels, mult: width, and its factor at each level; every level halves height and width.  blocks: residual blocks a level.
@@ -203,41 +235,67 @@ class UNet(HalfUNet):
         in_channels: int,
         out_channels: int,
         channels: int = 64,
-        mult: Sequence[int] = (1, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (2,),
+        channel_mult: Sequence[int] = (1, 2),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (2,),
         context_dim: int | None = None,
         vector_dim: int | None = None,
         concat_channels: int = 0,
-        heads: int | None = None,
-        head_channels: int = 32,
-        depth: int | Sequence[int] = 1,
+        num_heads: int | None = None,
+        num_head_channels: int = 32,
+        transformer_depth: int | Sequence[int] = 1,
         dropout: float = 0.0,
-        scale_shift: bool = False,
+        use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
-        groups: int = 32,
+        num_groups: int = 32,
         eps: float = 1e-5,
         block: Callable[..., Attention] = SpatialTransformer,
         downsample: Callable[[int], nn.Module] = Downsample,
-        sinusoid: Callable[[Tensor, int], Tensor] = sinusoid,
-        vector: Callable[[int, int], nn.Module] = mlp,
-        attend: Attend = sdpa,
-        checkpoint: bool = False,
+        time_embedding: Callable[[Tensor, int], Tensor] = timestep_embedding,
+        vector_embedding: Callable[[int, int], nn.Module] = mlp,
+        attention_fn: AttentionFn = sdpa,
+        gradient_checkpointing: bool = False,
     ):
-        recipe = Recipe(
-            4 * channels, context_dim, heads, head_channels, dropout, scale_shift, resblock_updown, groups, eps, block, downsample, attend
+        recipe = UNetBlockConfig(
+            4 * channels,
+            context_dim,
+            num_heads,
+            num_head_channels,
+            dropout,
+            use_scale_shift_norm,
+            resblock_updown,
+            num_groups,
+            eps,
+            block,
+            downsample,
+            attention_fn,
         )
-        attended = depths_of(depth, attention, len(mult))
-        super().__init__(recipe, in_channels + concat_channels, channels, mult, blocks, attended, vector_dim, vector, sinusoid, checkpoint)
+        attended = transformer_depths(transformer_depth, attention_resolutions, len(channel_mult))
+        super().__init__(
+            recipe,
+            in_channels + concat_channels,
+            channels,
+            channel_mult,
+            num_res_blocks,
+            attended,
+            vector_dim,
+            vector_embedding,
+            time_embedding,
+            gradient_checkpointing,
+        )
         width, skips = self.skip_widths[-1], list(self.skip_widths)
-        self.up = nn.ModuleList()  # after the middle: `memory` goes through the modules in the order of the forward pass
-        for level, factor in reversed(list(enumerate(mult))):
+        self.up = (
+            nn.ModuleList()
+        )  # after the middle: `memory` goes through the modules in the order of the forward pass
+        for level, factor in reversed(list(enumerate(channel_mult))):
             layers = []
-            for _ in range(blocks + 1):
+            for _ in range(num_res_blocks + 1):
                 layers.append(recipe.layer(width + skips.pop(), factor * channels, attended[level]))
                 width = factor * channels
             self.up.append(Up(layers, recipe.up(width) if level else None))
-        self.out = nn.Sequential(norm(width, groups, eps), nn.SiLU(), zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
+        self.out = nn.Sequential(
+            norm(width, num_groups, eps), nn.SiLU(), zero_module(nn.Conv2d(width, out_channels, 3, padding=1))
+        )
 
     def forward(
         self,
@@ -246,12 +304,12 @@ class UNet(HalfUNet):
         cond: Condition,
         *,
         emb: Tensor | None = None,
-        memory: Memory | None = None,
+        memory: CrossAttentionCache | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         emb = self.embed(t, cond) if emb is None else emb
-        look = Lookup(self.memory(cond) if memory is None else memory)
-        h, skips = self.contract(self.stem(stacked(x, cond)), emb, look)
+        look = MemoryCursor(self.memory(cond) if memory is None else memory)
+        h, skips = self.encode(self.stem(concat_condition(x, cond)), emb, look)
         if residuals is not None:
             *of_skips, of_middle = residuals
             h, skips = h + of_middle, [s + r for s, r in zip(skips, of_skips, strict=True)]

@@ -14,24 +14,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ldm import durable
-from ldm.argv import one_of
-from ldm.command import guarded
+from ldm.cli.errors import run_guarded
+from ldm.config.overrides import format_choices
 from ldm.errors import UserError
+from ldm.io import atomic
 from ldm.plan.config import ROOT, composed, differences
-from ldm.plan.cost import Figures, card_of, figures
+from ldm.plan.cost import PlanResult, estimate
+from ldm.plan.data_info import card_of
 from ldm.plan.table import table
 
 OWN = ("paper", "throughput", "batches", "json")
 
 
-def own(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_args(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The plan's own keys, and what train.py takes."""
     pairs = [(word.partition("="), word) for word in argv]
-    return {name: value for (name, _, value), _ in pairs if name in OWN}, [word for (name, _, _), word in pairs if name not in OWN]
+    return {name: value for (name, _, value), _ in pairs if name in OWN}, [
+        word for (name, _, _), word in pairs if name not in OWN
+    ]
 
 
-def number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
+def parse_positive(name: str, text: str, kind: Callable[[str], Any]) -> Any:
     """Raises UserError for what is no positive number."""
     try:
         if (value := kind(text)) > 0:
@@ -41,22 +44,24 @@ def number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
     raise UserError(f"{name}={text}: expected a number above 0")
 
 
-def plan(argv: Sequence[str]) -> Figures:
+def plan(argv: Sequence[str]) -> PlanResult:
     """The figures of a command line. Raises UserError."""
-    asked, typed = own(argv)
-    throughput = number("throughput", asked["throughput"], float) if "throughput" in asked else None
-    batches = [number("batches", one, int) for one in asked["batches"].split(",")] if "batches" in asked else [1]
+    asked, typed = split_args(argv)
+    throughput = parse_positive("throughput", asked["throughput"], float) if "throughput" in asked else None
+    batches = (
+        [parse_positive("batches", one, int) for one in asked["batches"].split(",")] if "batches" in asked else [1]
+    )
     chosen = next((word.partition("=")[2] for word in reversed(typed) if word.startswith("preset=")), None)
     paper = asked.get("paper", chosen)
     presets = sorted(file.stem for file in (ROOT / "conf" / "preset").glob("*.yaml"))
     if paper not in (None, "null", *presets):
-        raise UserError(f"paper={paper}: no such preset{one_of(presets, 60)}")
+        raise UserError(f"paper={paper}: no such preset{format_choices(presets, 60)}")
     cfg, published = composed(typed)
-    found = figures(cfg, card_of(cfg, published), batches)
+    found = estimate(cfg, card_of(cfg, published), batches)
     found.throughput = throughput
     found.differences = differences(cfg, paper) if paper not in (None, "null") else []
     if "json" in asked:
-        durable.write_json(asked["json"], {**asdict(found), "images": found.images, "device_hours": found.device_hours})
+        atomic.write_json(asked["json"], {**asdict(found), "images": found.images, "device_hours": found.device_hours})
     return found
 
 
@@ -70,4 +75,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)  # that weights are missing: here they are to be
-    sys.exit(guarded(lambda: main(sys.argv[1:])))
+    sys.exit(run_guarded(lambda: main(sys.argv[1:])))

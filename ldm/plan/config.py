@@ -5,13 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ldm import runs
-from ldm.argv import Tree, rewrite, several
-from ldm.build import SUPPLIED, plain
-from ldm.command import Plan as Composition
+from ldm.config.build import RUNTIME_PARAMETERS, to_container
+from ldm.config.compose import Composition
+from ldm.config.overrides import ConfigSearchPath, expand_group_list, normalize_override
+from ldm.runs import identity
 
 ROOT = Path(__file__).resolve().parents[2]
-IGNORED = (*runs.RUN_ONLY, "published", "optimize", "judge", "metrics", "budget")
+IGNORED = (*identity.NOT_HASHED, "paper", "optimized_metric", "evaluator", "metrics", "budget")
 
 
 def composed(typed: Sequence[str]) -> tuple[Any, dict[str, Any] | None]:
@@ -21,25 +21,25 @@ def composed(typed: Sequence[str]) -> tuple[Any, dict[str, Any] | None]:
     """
     from omegaconf import OmegaConf
 
-    import ldm.studies  # noqa: F401  makes experiments/ a group
+    import ldm.config.search_path  # noqa: F401  makes experiments/ a group
 
-    tree = Tree((ROOT / "conf",), ROOT)
-    words = [rewrite(one, tree, (), ("runs", "data.path", "data.captions"), False) for one in typed]
-    plan = Composition(tree, "train", False, [part for word in words for part in several(word, tree)])
-    with plan.explained(SimpleNamespace(started=False)):  # type: ignore[arg-type]
+    tree = ConfigSearchPath((ROOT / "conf",), ROOT)
+    words = [normalize_override(one, tree, (), ("runs", "data.path", "data.captions"), False) for one in typed]
+    plan = Composition(tree, "train", False, [part for word in words for part in expand_group_list(word, tree)])
+    with plan.translate_errors(SimpleNamespace(started=False)):  # type: ignore[arg-type]
         config = plan.compose(plan.overrides)
-        published = plain(config.get("published")) or None
+        published = to_container(config.get("paper")) or None
         if published is not None and OmegaConf.is_missing(config.data, "path"):
             plan.overrides.append("data.path=.")
             config.data.path = "."
         else:
             published = None
-        plan.check(SUPPLIED)
+        plan.check(RUNTIME_PARAMETERS)
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), published
 
 
 def differences(cfg: Any, paper: str) -> list[str]:
     """Each key in which a config is not the preset's, as `key: the paper's -> yours`. Raises UserError for no such preset."""
     theirs, _ = composed([f"preset={paper}"])
-    mine = runs.without(plain(cfg), (*IGNORED, "data"))
-    return runs.differences(runs.without(plain(theirs), (*IGNORED, "data")), mine)
+    mine = identity.drop_keys(to_container(cfg), (*IGNORED, "data"))
+    return identity.config_diff(identity.drop_keys(to_container(theirs), (*IGNORED, "data")), mine)

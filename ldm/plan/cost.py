@@ -4,32 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ldm.build import plain
+from ldm.config.build import to_container
 from ldm.errors import UserError
-from ldm.plan.blank import batch_of, unread, weightless
+from ldm.plan.data_info import DataInfo
+from ldm.plan.placeholders import placeholder_batch, stub_text_encoders, use_random_weights
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class Card:
-    """What a plan must know of the data: the config's own where it is there, else what a preset says of its paper's."""
-
-    name: str
-    classes: Sequence[str]
-    channels: int
-    size: int
-    images: int
-    flips: int
-
-
 @dataclass
-class Figures:
+class PlanResult:
     """Everything that is found out; memory and disk in bytes, FLOPs of one device's step, a multiplication and an addition being two."""
 
     parts: dict[str, dict[str, int]]
-    data: Card
+    data: DataInfo
     z: tuple[int, ...]
     steps: int
     batch_size: int
@@ -57,40 +46,30 @@ class Figures:
         return self.images / self.throughput / 3600 if self.throughput else None
 
 
-def card_of(cfg: Any, published: Mapping[str, Any] | None) -> Card:
-    if published is not None:
-        classes = [str(i) for i in range(published["classes"])]
-        size = cfg.data.get("size") or published["size"]
-        return Card(published["data"], classes, published["channels"], size, published["images"], 1 + bool(cfg.data.flip))
-    from ldm import build
-
-    data = build.dataset(cfg, "train")
-    return Card(data.name, data.classes, data.channels, data.size, len(data), 1 + bool(data.flip))
-
-
-def figures(cfg: Any, card: Card, batches: Sequence[int] = ()) -> Figures:
+def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResult:
     """What the config's diffusion model and its training cost. Raises UserError for a config that trains something else."""
     import torch
 
-    from ldm import build, meter
+    from ldm.config import build
+    from ldm.plan.flops import forward_cost, meta_device, num_bytes, training_cost
 
-    if not str(cfg.training._target_).startswith("ldm.stage.diffusion."):
+    if not str(cfg.training._target_).startswith("ldm.recipes.diffusion."):
         raise UserError(f"training._target_={cfg.training._target_}: a plan is of training=diffusion")
     cfg = cfg.copy()
-    weightless(cfg.conditioner)
-    with meter.on_meta():
-        autoencoder = build.autoencoder(cfg.autoencoder, card.channels).requires_grad_(False)
-        conditioner = build.conditioner(cfg.conditioner, autoencoder, card)
-        net = build.net(cfg, autoencoder, conditioner)
+    use_random_weights(cfg.conditioner)
+    with meta_device():
+        autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels).requires_grad_(False)
+        conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card)
+        net = build.build_network(cfg, autoencoder, conditioner)
         image = torch.empty(1, card.channels, card.size, card.size)
         z = (autoencoder.z_channels, *(card.size // autoencoder.factor,) * 2)
-        encoders = unread(conditioner)
+        encoders = stub_text_encoders(conditioner)
 
         def answer(batch: int, training: bool = False) -> "torch.Tensor":
-            with torch.no_grad() if not training else torch.enable_grad(), meter.on_meta():
-                batch_ = batch_of(batch, card, conditioner)
+            with torch.no_grad() if not training else torch.enable_grad(), meta_device():
+                batch_ = placeholder_batch(batch, card, conditioner)
                 cond = conditioner(batch_)
-                if training and cfg.training.drop:
+                if training and cfg.training.cond_drop_prob:
                     cond = cond.where(torch.ones(batch, dtype=torch.bool), conditioner.null(batch_))
                 weight = next(net.parameters())
                 return net(torch.empty(batch, *z, dtype=weight.dtype), torch.empty(batch), cond.to(weight.dtype))
@@ -103,28 +82,37 @@ def figures(cfg: Any, card: Card, batches: Sequence[int] = ()) -> Figures:
         local = max(1, cfg.training.batch_size // devices)
         precisions = {"32": None, "bf16": torch.bfloat16}
         activations = {
-            name: {batch: asdict(meter.training(step, trained, batch, dtype)) for batch in sorted({*batches, local})}
+            name: {batch: asdict(training_cost(step, trained, batch, dtype)) for batch in sorted({*batches, local})}
             for name, dtype in precisions.items()
         }
         one = activations["32"][local]["flops"] // local
         flops = {
             "training step, one device": one * local,
             "training, an image": one,
-            "network, an image": meter.forward(answer, 1).flops,
-            "first stage encodes an image": meter.forward(lambda n: autoencoder.posterior(image), 1).flops,
-            "first stage decodes an image": meter.forward(lambda n: autoencoder.decode(torch.empty(1, *z)), 1).flops,
+            "network, an image": forward_cost(answer, 1).flops,
+            "first stage encodes an image": forward_cost(lambda n: autoencoder.posterior(image), 1).flops,
+            "first stage decodes an image": forward_cost(lambda n: autoencoder.decode(torch.empty(1, *z)), 1).flops,
         }
-        per_image = meter.bytes_of([autoencoder.posterior(image).moments.half()])
-        optimizer = states(cfg.training.optimizer, trained)
-        sampling = {f"sampling, a forward pass of 1, {name}": meter.forward(answer, 1, d).peak for name, d in precisions.items()}
-        frozen = meter.bytes_of([p for part in (autoencoder, *encoders) for p in part.parameters()])
-        weights = meter.bytes_of(trained)
-        sampling |= {"network in bf16": meter.bytes_of(list(net.to(torch.bfloat16).parameters()))}
-        sampling |= {f"forward pass of {n} in bf16": meter.forward(answer, n).peak for n in (1, 2)}
-    memory = {"weights": weights, "frozen weights": frozen, "gradients": weights, "optimizer": optimizer, "average": weights, **sampling}
+        per_image = num_bytes([autoencoder.posterior(image).moments.half()])
+        optimizer = optimizer_bytes(cfg.training.optimizer, trained)
+        sampling = {
+            f"sampling, a forward pass of 1, {name}": forward_cost(answer, 1, d).peak for name, d in precisions.items()
+        }
+        frozen = num_bytes([p for part in (autoencoder, *encoders) for p in part.parameters()])
+        weights = num_bytes(trained)
+        sampling |= {"network in bf16": num_bytes(list(net.to(torch.bfloat16).parameters()))}
+        sampling |= {f"forward pass of {n} in bf16": forward_cost(answer, n).peak for n in (1, 2)}
+    memory = {
+        "weights": weights,
+        "frozen weights": frozen,
+        "gradients": weights,
+        "optimizer": optimizer,
+        "average": weights,
+        **sampling,
+    }
     parts = {"network": [net], "conditioner": [conditioner], "text encoder": encoders, "first stage": [autoencoder]}
-    return Figures(
-        {name: count for name, modules in parts.items() if (count := counted(modules))["parameters"]},
+    return PlanResult(
+        {name: count for name, modules in parts.items() if (count := count_parameters(modules))["parameters"]},
         card,
         z,
         cfg.training.steps,
@@ -134,26 +122,30 @@ def figures(cfg: Any, card: Card, batches: Sequence[int] = ()) -> Figures:
         memory,
         activations,
         {"cached latents": per_image * card.images * card.flips, "a checkpoint": weights * 2 + optimizer},
-        plain(cfg.get("published")) or {},
+        to_container(cfg.get("paper")) or {},
     )
 
 
-def counted(modules: Sequence["torch.nn.Module"]) -> dict[str, int]:
+def count_parameters(modules: Sequence["torch.nn.Module"]) -> dict[str, int]:
     every = [p for module in modules for p in module.parameters()]
     return {"parameters": sum(p.numel() for p in every), "trained": sum(p.numel() for p in every if p.requires_grad)}
 
 
-def states(node: Any, parameters: Sequence["torch.Tensor"]) -> int:
+def optimizer_bytes(node: Any, parameters: Sequence["torch.Tensor"]) -> int:
     """Bytes that the config's optimiser keeps of the parameters."""
     import torch
     from hydra.utils import instantiate
 
-    from ldm.meter import bytes_of
+    from ldm.plan.flops import num_bytes
 
-    optimizer = instantiate(node, **({"fused": False} if "fused" in node else {}))(parameters)  # a fused one wants a real device
+    optimizer = instantiate(node, **({"fused": False} if "fused" in node else {}))(
+        parameters
+    )  # a fused one wants a real device
     for p in parameters:
         p.grad = torch.empty_like(p)
     optimizer.step()
     for p in parameters:
         p.grad = None
-    return bytes_of([one for state in optimizer.state.values() for one in state.values() if isinstance(one, torch.Tensor)])
+    return num_bytes(
+        [one for state in optimizer.state.values() for one in state.values() if isinstance(one, torch.Tensor)]
+    )

@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ldm import durable, jobs
-from ldm.command import guarded
+from ldm.cli.args import read_signature
+from ldm.cli.errors import run_guarded
+from ldm.config import compose
 from ldm.errors import UserError
+from ldm.io import atomic
 from ldm.report import collect, rows, study, table
-from ldm.typed import signature
 
-STUDIES = jobs.ROOT / "experiments"
+STUDIES = compose.ROOT / "experiments"
 HEAD = """# {title}
 
 {question}
@@ -44,51 +45,64 @@ Not written yet.
 """
 
 
-def report(one: study.Study, typed: Sequence[str], project: str | None) -> None:
+def update_study(one: study.Study, typed: Sequence[str], project: str | None) -> None:
     """Write a study's results.csv, table and figure. Raises UserError."""
     from ldm.report import figure
 
-    measured, missing = collect.collected(one, typed, project)
-    found = [{name: rows.text(value) for name, value in row.items()} for row in measured]  # as the csv keeps them, digit for digit
-    shown = table.lines(one, found, list(dict.fromkeys(one.arm({axis: job.value(axis) for axis in one.axes}) for job in missing)))
+    measured, missing = collect.collect_results(one, typed, project)
+    found = [
+        {name: rows.format_cell(value) for name, value in row.items()} for row in measured
+    ]  # as the csv keeps them, digit for digit
+    shown = table.comparisons(
+        one, found, list(dict.fromkeys(one.arm({axis: job.lookup(axis) for axis in one.axes}) for job in missing))
+    )
     if found:
         rows.write(one.folder / "results.csv", found)
     readme = one.folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else HEAD.format(**words(one))
-    if table.shown_between(text, "table") is None:
-        text += RESULT.format(**words(one))
-    durable.write_text(readme, table.between(text, "table", table.markdown(one, shown)))
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else HEAD.format(**readme_fields(one))
+    if table.read_block(text, "table") is None:
+        text += RESULT.format(**readme_fields(one))
+    atomic.write_text(readme, table.replace_block(text, "table", table.markdown(one, shown)))
     figure.write(one, found, one.folder / "figure.png")
-    print(f"{one.folder}: {len(found)} rows, {len(missing)} jobs without a result; the paper's differences that show: {table.tally(shown)}")
+    print(
+        f"{one.folder}: {len(found)} rows, {len(missing)} jobs without a result; the paper's differences that show: {table.count_verdicts(shown)}"
+    )
 
 
-def words(one: study.Study) -> dict[str, str]:
+def readme_fields(one: study.Study) -> dict[str, str]:
     """What the README of a study that has none says."""
     trained = "\n".join(f"python train.py experiment={one.name}/{sweep}".removesuffix("/sweep") for sweep in one.sweeps)
-    command = f"python -m ldm.frontier experiments/{one.name} run=RUN,RUN,RUN" if one.of_points else trained
+    command = (
+        f"python -m ldm.report.frontier experiments/{one.name} run=RUN,RUN,RUN" if one.is_sampling_study else trained
+    )
     return {"title": one.title, "question": one.question, "command": command, "name": one.name}
 
 
-def overview(root: Path) -> None:
+def update_overview(root: Path) -> None:
     """Write the table of studies, into the list of them and into the README. Raises UserError."""
-    kept = {one.name: (one, table.lines(one, rows.read(one.folder / "results.csv"))) for one in study.every(root)}
+    kept = {
+        one.name: (one, table.comparisons(one, rows.read(one.folder / "results.csv")))
+        for one in study.all_studies(root)
+    }
     for file, base in ((root / "LOG.md", ""), (root.parent / "README.md", f"{root.name}/")):
-        durable.write_text(file, table.between(file.read_text(encoding="utf-8"), "studies", table.overview(kept, base)))
+        atomic.write_text(
+            file, table.replace_block(file.read_text(encoding="utf-8"), "studies", table.overview(kept, base))
+        )
         print(f"{file}: {len(kept)} studies")
 
 
 def compare(words: Sequence[str]) -> None:
     """Show runs side by side. Raises UserError."""
-    from ldm import browse
-    from ldm.report.compare import terminal
+    from ldm.report import browse
+    from ldm.report.compare import format_comparison
 
     out = next((Path(word[4:]).expanduser() for word in words if word.startswith("out=")), Path("compare.html"))
-    folders = browse.found([word for word in words if not word.startswith("out=")])
+    folders = browse.find_runs([word for word in words if not word.startswith("out=")])
     if len(folders) < 2:
         raise UserError("compare: expected two runs or more; python -m ldm.report compare RUN RUN (see --help)")
-    shown = [browse.read(folder) for folder in folders]
-    print(terminal(shown))
-    durable.write_text(out, browse.page(shown))
+    shown = [browse.read_run(folder) for folder in folders]
+    print(format_comparison(shown))
+    atomic.write_text(out, browse.render_page(shown))
     print(f"{out}: the same as a page; open it in a browser")
 
 
@@ -98,32 +112,34 @@ def levels(
     bins: int = 10,  # of log-SNR
 ) -> None:
     """Measure a run's errors along the noise. Raises UserError."""
-    from ldm.load import run_folder
-    from ldm.report import levels as along
+    from ldm.report import levels as levels_module
+    from ldm.report.levels import of_run, plot
+    from ldm.runs.folder import find_run
 
     if num < 1 or bins < 1:
         raise UserError(f"num={num} bins={bins}: expected 1 or more")
-    found, folder = along.of_run(run, num, bins), run_folder(run)
+    found, folder = of_run(run, num, bins), find_run(run)
     rows.write(folder / "levels.csv", found)
-    along.draw(found, folder / "levels.png")
-    print(f"{along.text(found)}\n{folder / 'levels.csv'}, {folder / 'levels.png'}")
+    plot(found, folder / "levels.png")
+    print(f"{levels_module.text(found)}\n{folder / 'levels.csv'}, {folder / 'levels.png'}")
 
 
 def bits(
     run: str,  # a run folder that train.py made
     num: int = 256,  # held-out images
     steps: int | None = None,  # of the chain, null for all of the schedule's
-    variance: str | None = None,  # of its steps: small, large or learned; null for learned where the model has it, else small
+    variance: str
+    | None = None,  # of its steps: small, large or learned; null for learned where the model has it, else small
 ) -> None:
     """Measure a run's bound on the likelihood of images. Raises UserError."""
-    from ldm.load import run_folder
-    from ldm.report import bits as bound
+    from ldm.report.bits import of_run
+    from ldm.runs.folder import find_run
 
     if num < 1 or (steps is not None and steps < 1):
         raise UserError(f"num={num} steps={steps}: expected 1 or more")
-    found = bound.of_run(run, num, steps, variance)
-    durable.write_json(run_folder(run) / "bits.json", found)
-    print("\n".join(f"{name:<16}{rows.text(value)}" for name, value in found.items()))
+    found = of_run(run, num, steps, variance)
+    atomic.write_json(find_run(run) / "bits.json", found)
+    print("\n".join(f"{name:<16}{rows.format_cell(value)}" for name, value in found.items()))
 
 
 MEASURES: Mapping[str, Callable[..., None]] = {"levels": levels, "bits": bits}
@@ -138,19 +154,21 @@ def main(argv: Sequence[str]) -> int:
         compare(argv[1:])
         return 0
     if argv and argv[0] in MEASURES:
-        told = signature(Path(__file__), argv[0])
-        MEASURES[argv[0]](**told.read([*(word if "=" in word else f"run={word}" for word in argv[1:])]))  # type: ignore[union-attr]
+        told = read_signature(Path(__file__), argv[0])
+        MEASURES[argv[0]](**told.parse([*(word if "=" in word else f"run={word}" for word in argv[1:])]))  # type: ignore[union-attr]
         return 0
     places = [word for word in argv if "=" not in word]
     typed = [word for word in argv if "=" in word and not word.startswith("wandb=")]
     project = next((word.removeprefix("wandb=") for word in argv if word.startswith("wandb=")), None)
-    chosen = study.every(STUDIES) if places == ["all"] else [study.read(Path(place).expanduser()) for place in places]
+    chosen = (
+        study.all_studies(STUDIES) if places == ["all"] else [study.read(Path(place).expanduser()) for place in places]
+    )
     for one in chosen:
-        report(one, typed, project)
+        update_study(one, typed, project)
     if places in ([], ["all"]) or {one.folder.absolute().parent for one in chosen} == {STUDIES}:
-        overview(STUDIES)
+        update_overview(STUDIES)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(sys.argv[1:])))
+    sys.exit(run_guarded(lambda: main(sys.argv[1:])))

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ldm import browse
-from ldm.config_tree import flatten
+from ldm.config.tree import flatten
+from ldm.report import browse
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -20,7 +20,7 @@ def sparkline(values: Sequence[float], width: int, low: float, high: float) -> s
     return "".join(BARS[min(int((value - low) / reach * len(BARS)), len(BARS) - 1)] for value in parts)
 
 
-def terminal(shown: Sequence[browse.Run], width: int = 24) -> str:
+def format_comparison(shown: Sequence[browse.RunRecord], width: int = 24) -> str:
     """Three tables, each with a column a run, as text."""
     import io
 
@@ -37,11 +37,19 @@ def terminal(shown: Sequence[browse.Run], width: int = 24) -> str:
             console.print(made, "", sep="\n")
 
     known = [run for run in shown if run.config]
-    table("Configs: what is not the same in all", [[key, *map(_plain, values)] for key, values in browse.differing(known)])
-    curves = [browse.curves(run.journal, 10**9) for run in shown]
-    names = sorted({name for one in curves for name in one}, key=lambda name: (name != "train/loss", name.startswith("perf/"), name))
+    table(
+        "Configs: what is not the same in all",
+        [[key, *map(_plain, values)] for key, values in browse.config_differences(known)],
+    )
+    curves = [browse.metric_curves(run.metrics_log, 10**9) for run in shown]
+    names = sorted(
+        {name for one in curves for name in one},
+        key=lambda name: (name != "train/loss", name.startswith("perf/"), name),
+    )
     table("Curves, and where they end", [[name, *_curve_cells(name, curves, width)] for name in names])
-    numbers = [{key: value for key, value in flatten(run.metrics or {}).items() if browse._number(value)} for run in shown]
+    numbers = [
+        {key: value for key, value in flatten(run.metrics or {}).items() if browse._number(value)} for run in shown
+    ]
     scores = list(dict.fromkeys(key for one in numbers for key in one if "/" not in key and "." not in key))
     table("Numbers", [[key, *(_plain(one.get(key, "")) for one in numbers)] for key in scores])
     return console.file.getvalue()  # type: ignore[attr-defined]

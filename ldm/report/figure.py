@@ -5,48 +5,61 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ldm.animate import plot
+from ldm import plotting
 from ldm.errors import UserError
 from ldm.report import rows
 from ldm.report.study import Arm, Study
 from ldm.report.table import by_seed
 
-COLOURS = (plot.BLUE, plot.RED, plot.GREEN, plot.YELLOW, plot.PURPLE, plot.SKY, plot.SOFT, plot.INK)
-FAMILY = ("fd_", "kid_", "nfe", "rfd_", "train/", "val/", "bits")  # of which less is better
+COLOURS = (
+    plotting.BLUE,
+    plotting.RED,
+    plotting.GREEN,
+    plotting.YELLOW,
+    plotting.PURPLE,
+    plotting.SKY,
+    plotting.SOFT,
+    plotting.INK,
+)
+LOWER_IS_BETTER = ("fd_", "kid_", "nfe", "rfd_", "train/", "val/", "bits")  # of which less is better
 
 
 def write(study: Study, found: Sequence[rows.Row], path: Path) -> bool:
     """Draw the figure of a study's rows into a PNG; False where there is nothing to draw. Raises UserError without matplotlib."""
-    if not any(rows.number(row.get(metric)) is not None for row in found for metric in study.metrics):
+    if not any(rows.parse_number(row.get(metric)) is not None for row in found for metric in study.metrics):
         return False
-    figure = along(study, found) if study.figure else beside(study, found)
+    figure = plot_tradeoff(study, found) if study.figure else plot_arms(study, found)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=plot.DPI, metadata={"Software": None})
+    figure.savefig(path, dpi=plotting.DPI, metadata={"Software": None})
     return True
 
 
-def beside(study: Study, found: Sequence[rows.Row]) -> Any:
+def plot_arms(study: Study, found: Sequence[rows.Row]) -> Any:
     """A panel a metric, a line an arm: a dot a seed, a bar at their mean."""
     arms = list(dict.fromkeys(study.arm(row) for row in found))
     metrics = [metric for metric in study.metrics if any(by_seed(study, arm, metric, found) for arm in arms)]
     labels = [" · ".join(cell or "–" for cell in arm) for arm in arms]
     left, wide, high = 12 + 7 * max(map(len, labels)), 250, 26 * len(arms)
-    figure = plot.canvas(left + (wide + 24) * len(metrics), high + 78)
+    figure = plotting.canvas(left + (wide + 24) * len(metrics), high + 78)
     for i, metric in enumerate(metrics):
-        axes = plot.panel(figure, left + (wide + 24) * i, 28, wide, high, metric)
+        axes = plotting.panel(figure, left + (wide + 24) * i, 28, wide, high, metric)
         for place, arm in enumerate(arms):
             values = list(by_seed(study, arm, metric, found).values())
-            axes.plot(values, [-place] * len(values), "o", color=plot.BLUE, ms=3.2, alpha=0.55, mew=0)
+            axes.plot(values, [-place] * len(values), "o", color=plotting.BLUE, ms=3.2, alpha=0.55, mew=0)
             if values:
-                axes.plot([mean(values)] * 2, [-place - 0.28, -place + 0.28], color=plot.INK, lw=1.4)
-        axes.set(yticks=[-place for place in range(len(arms))], yticklabels=labels if i == 0 else [], ylim=(-len(arms) + 0.4, 0.6))
-        axes.grid(axis="x", color=plot.PALE, lw=0.5)
+                axes.plot([mean(values)] * 2, [-place - 0.28, -place + 0.28], color=plotting.INK, lw=1.4)
+        axes.set(
+            yticks=[-place for place in range(len(arms))],
+            yticklabels=labels if i == 0 else [],
+            ylim=(-len(arms) + 0.4, 0.6),
+        )
+        axes.grid(axis="x", color=plotting.PALE, lw=0.5)
         axes.set_axisbelow(True)
-    plot.words(figure, "a dot a seed, a bar at the mean", left, high + 66, plot.SOFT, 11)
+    plotting.words(figure, "a dot a seed, a bar at the mean", left, high + 66, plotting.SOFT, 11)
     return figure
 
 
-def along(study: Study, found: Sequence[rows.Row]) -> Any:
+def plot_tradeoff(study: Study, found: Sequence[rows.Row]) -> Any:
     """y over x as study.yaml's figure has it, means over seeds; a ring where no other point is better in both (Pareto)."""
     x, y, key = study.figure["x"], study.figure["y"], study.figure.get("line")
     arms: dict[Arm, Sequence[rows.Row]] = {}
@@ -55,17 +68,27 @@ def along(study: Study, found: Sequence[rows.Row]) -> Any:
     points = {arm: (_mean(study, some, x), _mean(study, some, y)) for arm, some in arms.items()}
     lines: dict[str, list[Arm]] = {}
     for arm, some in arms.items():
-        name = ", ".join(rows.text(some[0].get(one)) or "–" for one in key.split(",")) if key else ""
+        name = ", ".join(rows.format_cell(some[0].get(one)) or "–" for one in key.split(",")) if key else ""
         lines.setdefault(name, []).append(arm)
-    figure = plot.canvas(640, 376)
-    axes = plot.panel(figure, 62, 26, 380, 290, study.title, x=f"{x} (log)" if _logged(points, 0) else x, y=y)
+    figure = plotting.canvas(640, 376)
+    axes = plotting.panel(figure, 62, 26, 380, 290, study.title, x=f"{x} (log)" if _logged(points, 0) else x, y=y)
     for colour, (name, line) in zip(COLOURS * 4, lines.items(), strict=False):
         drawn = [points[arm] for arm in line] if x in study.metrics else sorted(points[arm] for arm in line)
         axes.plot(*zip(*drawn, strict=True), "-o", color=colour, lw=1.3, ms=3.4, label=name)
-    front = pareto(points, _less(x), _less(y)) if study.figure.get("front", x) and (_less(x) or x in study.metrics) else []
-    axes.plot([points[arm][0] for arm in front], [points[arm][1] for arm in front], "o", ms=8.5, mfc="none", mec=plot.INK, mew=0.9)
+    front = (
+        pareto(points, _less(x), _less(y)) if study.figure.get("front", x) and (_less(x) or x in study.metrics) else []
+    )
+    axes.plot(
+        [points[arm][0] for arm in front],
+        [points[arm][1] for arm in front],
+        "o",
+        ms=8.5,
+        mfc="none",
+        mec=plotting.INK,
+        mew=0.9,
+    )
     axes.set(xscale="log" if _logged(points, 0) else "linear", yscale="log" if _logged(points, 1) else "linear")
-    axes.grid(color=plot.PALE, lw=0.5)
+    axes.grid(color=plotting.PALE, lw=0.5)
     if _logged(points, 0):
         ticks = sorted({point[0] for point in points.values()})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -73,10 +96,22 @@ def along(study: Study, found: Sequence[rows.Row]) -> Any:
     named = ", ".join(one.split(".")[-1] for one in (key or "").split(","))
     if any(lines):
         legend = axes.legend(
-            loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=12 * plot.POINT, title=named, alignment="left"
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            frameon=False,
+            fontsize=12 * plotting.POINT,
+            title=named,
+            alignment="left",
         )
-        legend.get_title().set_fontsize(11 * plot.POINT)
-    plot.words(figure, "means over seeds" + ("; ringed: no other point is better in both" if front else ""), 62, 354, plot.SOFT, 11)
+        legend.get_title().set_fontsize(11 * plotting.POINT)
+    plotting.words(
+        figure,
+        "means over seeds" + ("; ringed: no other point is better in both" if front else ""),
+        62,
+        354,
+        plotting.SOFT,
+        11,
+    )
     return figure
 
 
@@ -91,11 +126,11 @@ def pareto(points: dict[Arm, tuple[float, float]], less_x: bool, less_y: bool) -
 
 
 def _less(name: str) -> bool:
-    return name.startswith(FAMILY)
+    return name.startswith(LOWER_IS_BETTER)
 
 
 def _mean(study: Study, some: Sequence[rows.Row], name: str) -> float:
-    values = [value for row in some if (value := rows.number(row.get(name))) is not None]
+    values = [value for row in some if (value := rows.parse_number(row.get(name))) is not None]
     if not values:
         raise UserError(f"{study.folder}: figure: {', '.join(study.arm(some[0]))} has no number {name}")
     return mean(values)

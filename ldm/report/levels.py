@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import add_noise
 from ldm.report import rows
-from ldm.tensors import Noise, mean_per_sample
+from ldm.tensors import KeyedNoise, mean_per_sample
 
 if TYPE_CHECKING:
     from ldm.condition import Condition
@@ -21,19 +21,22 @@ Terms = Callable[[Tensor, Tensor], dict[str, Tensor]]  # (t (B,), eps) -> the ob
 
 
 @torch.inference_mode()
-def by_level(
-    denoise: "Denoise", schedule: "Schedule", x0: Tensor, noise: Noise, bins: int, terms: Terms | None = None
+def errors_by_snr(
+    denoise: "Denoise", schedule: "Schedule", x0: Tensor, noise: KeyedNoise, bins: int, terms: Terms | None = None
 ) -> list[dict[str, float]]:
     """A row a bin of log_snr, from much signal to little: means over x0 (B, ...), one time drawn within the bin for each of its rows.
 
     Times are on the entries of a schedule that has some.  The same eps serves all bins.
     """
     ends = schedule.log_snr(torch.tensor([0.001, 0.999], dtype=torch.float64))
-    edges, eps = torch.linspace(float(ends[0]), float(ends[1]), bins + 1, dtype=torch.float64), noise.normal("levels", x0)
+    edges, eps = (
+        torch.linspace(float(ends[0]), float(ends[1]), bins + 1, dtype=torch.float64),
+        noise.normal("levels", x0),
+    )
     found = []
     for i, (high, low) in enumerate(pairwise(edges)):
         u = noise.uniform(f"levels/{i}", x0.new_empty(len(x0))).double().cpu()
-        t = schedule.t_at(high + u * (low - high))
+        t = schedule.t_from_log_snr(high + u * (low - high))
         if T := getattr(schedule, "T", None):
             t = (t * T).round().clamp(1, T) / T
         t = t.to(x0)
@@ -49,40 +52,43 @@ def of_run(run: str, num: int, bins: int) -> list[dict[str, float]]:
     """The rows of a run's averaged model, on the first held-out images of its data. Raises UserError."""
     from hydra.utils import instantiate
 
-    from ldm.load import config_of, load, run_folder
-    from ldm.request import held_out
-    from ldm.task import encoded
+    from ldm.checkpoint.load import load_model, load_run_config
+    from ldm.runs.folder import find_run
+    from ldm.sampling.request import load_held_out
+    from ldm.sampling.tasks import encode_latents
 
-    folder = run_folder(run)
-    data, model, objective = held_out(folder), load(run), instantiate(config_of(folder).objective)
-    noise = Noise(0, list(range(min(num, len(data)))))
+    folder = find_run(run)
+    data, model, objective = load_held_out(folder), load_model(run), instantiate(load_run_config(folder).objective)
+    noise = KeyedNoise(0, list(range(min(num, len(data)))))
     batch = data.batch([(0, i) for i in range(len(noise))])
-    z = encoded(model, batch["image"])
+    z = encode_latents(model, batch["image"])
     with torch.inference_mode():
-        cond: Condition = model.condition({**batch, "noise": noise}).to(z).over(*z.shape[-2:])
+        cond: Condition = model.condition({**batch, "noise": noise}).to(z).expand_concat(*z.shape[-2:])
     denoiser, at = model.denoiser, getattr(objective, "at", None)  # an objective that reads pixels shows no draw
     terms = (lambda t, eps: at(denoiser, z, cond, t, eps)) if at else None
-    return by_level(lambda x_t, t: denoiser(x_t, t, cond), denoiser.schedule, z, noise, bins, terms)
+    return errors_by_snr(lambda x_t, t: denoiser(x_t, t, cond), denoiser.schedule, z, noise, bins, terms)
 
 
-def draw(found: list[dict[str, float]], path: Path) -> None:
+def plot(found: list[dict[str, float]], path: Path) -> None:
     """The rows as a figure: errors over log_snr, noise to the left. Raises UserError without matplotlib."""
-    from ldm.animate import plot
+    from ldm import plotting
 
     names: Any = [name for name in ("loss", "x0_error", "eps_error") if name in found[0]]
-    figure = plot.canvas(60 + 250 * len(names), 250)
+    figure = plotting.canvas(60 + 250 * len(names), 250)
     middle = [(row["log_snr_high"] + row["log_snr_low"]) / 2 for row in found]
-    for i, (name, colour) in enumerate(zip(names, (plot.BLUE, plot.RED, plot.GREEN), strict=False)):
-        axes = plot.panel(figure, 52 + 250 * i, 28, 190, 170, name.replace("_", " "), x="log SNR")
+    for i, (name, colour) in enumerate(zip(names, (plotting.BLUE, plotting.RED, plotting.GREEN), strict=False)):
+        axes = plotting.panel(figure, 52 + 250 * i, 28, 190, 170, name.replace("_", " "), x="log SNR")
         axes.plot(middle, [row[name] for row in found], "-o", color=colour, lw=1.4, ms=3)
         axes.set(yscale="log")
         axes.minorticks_off()
-        axes.grid(color=plot.PALE, lw=0.5)
-    figure.savefig(path, dpi=plot.DPI, metadata={"Software": None})
+        axes.grid(color=plotting.PALE, lw=0.5)
+    figure.savefig(path, dpi=plotting.DPI, metadata={"Software": None})
 
 
 def text(found: list[dict[str, float]]) -> str:
     """The rows as a table for a terminal."""
     heads = list(found[0])
     lines = ["".join(f"{head:>14}" for head in heads)]
-    return "\n".join([*lines, *("".join(f"{rows.text(round(row[head], 5)):>14}" for head in heads) for row in found)])
+    return "\n".join(
+        [*lines, *("".join(f"{rows.format_cell(round(row[head], 5)):>14}" for head in heads) for row in found)]
+    )

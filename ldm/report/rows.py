@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import durable, runs
 from ldm.errors import UserError
-from ldm.fetch import cache_dir
+from ldm.io import atomic
+from ldm.io.download import cache_dir
+from ldm.runs import identity
 
 Row = Mapping[str, Any]
 
 
-def text(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """A value as a cell: what reads back to it, floats to six significant digits."""
     if value is None:
         return ""
@@ -21,10 +22,10 @@ def text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.6g}"
-    return f"[{','.join(map(text, value))}]" if isinstance(value, list | tuple) else str(value)
+    return f"[{','.join(map(format_cell, value))}]" if isinstance(value, list | tuple) else str(value)
 
 
-def number(cell: Any) -> float | None:
+def parse_number(cell: Any) -> float | None:
     """The number that a cell holds, or None."""
     try:
         return float(cell)
@@ -38,7 +39,9 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
     if broken := next((i for i, row in enumerate(rows, 2) if None in row or None in row.values()), None):
-        raise UserError(f"{path}, line {broken}: not as many cells as the head has; take the file from git again, or remove it")
+        raise UserError(
+            f"{path}, line {broken}: not as many cells as the head has; take the file from git again, or remove it"
+        )
     return rows
 
 
@@ -48,15 +51,15 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(out, columns, lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows({name: text(value) for name, value in row.items()} for row in rows)
-    durable.write_text(path, out.getvalue())
+    writer.writerows({name: format_cell(value) for name, value in row.items()} for row in rows)
+    atomic.write_text(path, out.getvalue())
 
 
-def add(path: Path, row: Row) -> None:
+def append(path: Path, row: Row) -> None:
     """Add a row to a csv that other processes may add to."""
     from filelock import FileLock
 
-    lock = cache_dir() / "locks" / f"{runs.fingerprint(str(path.absolute()))[:16]}.lock"
+    lock = cache_dir() / "locks" / f"{identity.hash_config(str(path.absolute()))[:16]}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         write(path, [*read(path), row])

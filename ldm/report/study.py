@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.argv import nearest, one_of
+from ldm.config.overrides import did_you_mean, format_choices
 from ldm.errors import UserError
-from ldm.parse import yaml_of
+from ldm.io.parse import parse_yaml
 from ldm.report import rows
 
 FILE = "study.yaml"
@@ -45,13 +45,13 @@ class Study:
         return self.folder.name
 
     @property
-    def of_points(self) -> bool:
+    def is_sampling_study(self) -> bool:
         """Whether its rows are the frontier's."""
         return (self.folder / "points.yaml").is_file()
 
     def arm(self, value: Mapping[str, Any]) -> Arm:
         """The arm of a row, or of anything else that has the axes."""
-        return tuple(rows.text(value.get(axis)) for axis in self.axes)
+        return tuple(rows.format_cell(value.get(axis)) for axis in self.axes)
 
 
 def read(folder: Path) -> Study:
@@ -59,19 +59,24 @@ def read(folder: Path) -> Study:
     path = folder / FILE
     if not path.is_file():
         studies = sorted(one.parent.name for one in folder.absolute().parent.glob(f"*/{FILE}"))
-        raise UserError(f"{folder}: no {FILE} in it{nearest(folder.name, studies)}{one_of(studies)}")
+        raise UserError(f"{folder}: no {FILE} in it{did_you_mean(folder.name, studies)}{format_choices(studies)}")
     try:
-        said = yaml_of(path.read_text(encoding="utf-8"))
+        said = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    kinds = {name: (list if one.startswith("Seq") else dict if one.startswith("Map") else str) for name, one in _annotations().items()}
+    kinds = {
+        name: (list if one.startswith("Seq") else dict if one.startswith("Map") else str)
+        for name, one in _annotations().items()
+    }
     if not isinstance(said, dict):
         raise UserError(f"{path}: expected {', '.join(kinds)}")
     for key, value in said.items():
         if key not in kinds:
-            raise UserError(f"{path}: no key {key!r}{nearest(key, kinds)}{one_of(kinds)}")
+            raise UserError(f"{path}: no key {key!r}{did_you_mean(key, kinds)}{format_choices(kinds)}")
         if not isinstance(value, kinds[key]):
-            raise UserError(f"{path}: {key}={value}: expected {({list: 'a list', dict: 'keys with values', str: 'text'})[kinds[key]]}")
+            raise UserError(
+                f"{path}: {key}={value}: expected {({list: 'a list', dict: 'keys with values', str: 'text'})[kinds[key]]}"
+            )
     if missing := [name for name in ("title", "question", "axes", "metrics", "baseline", "scale") if name not in said]:
         raise UserError(f"{path}: {missing[0]} is missing")
     study = Study(folder, **said)
@@ -79,14 +84,20 @@ def read(folder: Path) -> Study:
         raise UserError(f"{path}: scale={study.scale}: expected {' or '.join(SCALES)}")
     for one in (study.baseline, *study.published):
         if not isinstance(one, dict) or (unknown := set(study.axes) - one.keys()):
-            raise UserError(f"{path}: {one} does not say {', '.join(sorted(unknown)) if isinstance(one, dict) else 'its arm'}")
+            raise UserError(
+                f"{path}: {one} does not say {', '.join(sorted(unknown)) if isinstance(one, dict) else 'its arm'}"
+            )
     return study
 
 
 def _annotations() -> dict[str, str]:
-    return {name: str(kind).replace("collections.abc.", "") for name, kind in Study.__annotations__.items() if name != "folder"}
+    return {
+        name: str(kind).replace("collections.abc.", "")
+        for name, kind in Study.__annotations__.items()
+        if name != "folder"
+    }
 
 
-def every(root: Path) -> list[Study]:
+def all_studies(root: Path) -> list[Study]:
     """The studies below a folder, by name."""
     return [read(path.parent) for path in sorted(root.glob(f"*/{FILE}"))]

@@ -8,12 +8,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ldm.data.stream import Slice
-from ldm.training.clock import phase_of, spent_by
+from ldm.data.stream import BatchSlice
+from ldm.training.profiler import phase_of, profiler_of
 
 
 @dataclass(frozen=True)
-class Parted:
+class MicroBatchStream:
     """A stream of Slices, each cut into `parts` of equal length that follow one another."""
 
     stream: Any
@@ -22,14 +22,14 @@ class Parted:
     def __len__(self) -> int:
         return len(self.stream) * self.parts
 
-    def __iter__(self) -> Iterator[Slice]:
+    def __iter__(self) -> Iterator[BatchSlice]:
         for whole in self.stream:
-            rows = len(whole.at) // self.parts
+            rows = len(whole.samples) // self.parts
             for low in range(0, rows * self.parts, rows):
-                yield whole._replace(at=whole.at[low : low + rows], position=whole.position[low : low + rows])
+                yield whole._replace(samples=whole.samples[low : low + rows], position=whole.position[low : low + rows])
 
 
-class Accumulated(L.Callback):
+class GradientAccumulation(L.Callback):
     """Shows callbacks whole steps of `parts` batches each: the start of the first, the end of the last with the mean of all outputs."""
 
     def __init__(self, callbacks: Iterable[L.Callback], parts: int):
@@ -65,21 +65,25 @@ class Accumulated(L.Callback):
         for one in self.callbacks:
             one.on_after_backward(trainer, lit)
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, lit: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, lit: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         for one in self.callbacks:
             one.on_before_optimizer_step(trainer, lit, optimizer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if lit.automatic_optimization:  # Lightning has divided the loss, and nothing else
             outputs = outputs | {"loss": outputs["loss"] * self.parts}
         self.outputs.append(outputs)
         if len(self.outputs) == self.parts:
-            means = mean_of(self.outputs)
+            means = mean_terms(self.outputs)
             for one in self.callbacks:
-                with spent_by(trainer).profile(phase_of(one)):
+                with profiler_of(trainer).profile(phase_of(one)):
                     one.on_train_batch_end(trainer, lit, means, {**batch, **self.keys}, batch_idx)
 
 
-def mean_of(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean_terms(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each term."""
     return {name: torch.stack([one[name] for one in terms]).mean(0) for name in terms[0]}

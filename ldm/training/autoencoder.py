@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.discriminator import adaptive_weight, hinge_loss
 from ldm.autoencoder.first_stage import FirstStage
-from ldm.training.diffusion import noise_of
-from ldm.training.parallel import mean_over_ranks
+from ldm.training.diffusion import batch_noise
+from ldm.training.parallel import all_reduce_mean
 
 OptimizerOf = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -24,7 +24,9 @@ class LitAutoencoder(L.LightningModule):
     with each optimiser.
     """
 
-    has_unused_parameters = True  # each of two backward passes is for one optimiser's parameters, and the adversary begins late
+    has_unused_parameters = (
+        True  # each of two backward passes is for one optimiser's parameters, and the adversary begins late
+    )
 
     def __init__(
         self,
@@ -43,7 +45,12 @@ class LitAutoencoder(L.LightningModule):
         self.autoencoder, self.loss, self.discriminator = autoencoder, loss, discriminator
         self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
         self.parts = 1  # batches that a step is made of
-        self.start, self.ramp, self.weight, self.seed = discriminator_start, discriminator_ramp, discriminator_weight, seed
+        self.start, self.ramp, self.weight, self.seed = (
+            discriminator_start,
+            discriminator_ramp,
+            discriminator_weight,
+            seed,
+        )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         image = batch["image"]
@@ -52,13 +59,19 @@ class LitAutoencoder(L.LightningModule):
         adversarial = self.weight > 0 and batch["step"] >= self.start
 
         self.toggle_optimizer(generator)
-        reconstruction, penalties, vitals = self.autoencoder.training_pass(image, partial(noise_of(self.seed, batch).normal, "posterior"))
+        reconstruction, penalties, vitals = self.autoencoder.training_forward(
+            image, partial(batch_noise(self.seed, batch).normal, "posterior")
+        )
         terms = {name: term.mean() for name, term in self.loss(reconstruction, image, penalties).items()}
-        terms |= self.autoencoder.diagnose(mean_over_ranks(vitals))
+        terms |= self.autoencoder.diagnostics(all_reduce_mean(vitals))
         loss = terms["loss"]
         if adversarial:
             fake = -self.discriminator(reconstruction).to(image.dtype).mean()
-            weight = self.balance(terms["rec"], fake) * self.weight * min(1.0, (batch["step"] - self.start + 1) / self.ramp)
+            weight = (
+                self.adaptive_weight(terms["rec"], fake)
+                * self.weight
+                * min(1.0, (batch["step"] - self.start + 1) / self.ramp)
+            )
             loss = loss + weight * fake
             terms |= {"adversarial": fake, "adversarial_weight": weight}
         if first:
@@ -87,14 +100,17 @@ class LitAutoencoder(L.LightningModule):
             }
         return {name: term.detach() for name, term in (terms | {"loss": loss}).items()}
 
-    def balance(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+    def adaptive_weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         """The adaptive weight, from gradients averaged over all processes so that each has the same."""
         last = self.autoencoder.last_layer
         rec, adv = (torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction, adversarial))
-        return adaptive_weight(mean_over_ranks(rec), mean_over_ranks(adv))
+        return adaptive_weight(all_reduce_mean(rec), all_reduce_mean(adv))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is: the adaptive weight goes back through one graph twice."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.optimizer(self.autoencoder.parameters()), self.discriminator_optimizer(self.discriminator.parameters())]
+        return [
+            self.optimizer(self.autoencoder.parameters()),
+            self.discriminator_optimizer(self.discriminator.parameters()),
+        ]

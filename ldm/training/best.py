@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from ldm import durable
+from ldm.checkpoint.step import complete_steps
 from ldm.errors import UserError
+from ldm.io import atomic
 
 if TYPE_CHECKING:
-    from ldm.training.callbacks import Checkpoints
+    from ldm.training.callbacks import CheckpointCallback
 
 FILE = "best.json"  # beside the step folders
 PACE = ("perf/images_per_s", "perf/data_wait", "perf/mfu")
@@ -39,13 +40,19 @@ def read_best(folder: Path) -> Best | None:
         best = Best(**json.loads((folder / FILE).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return best if isinstance(best.step, int) and isinstance(best.value, int | float) and math.isfinite(best.value) else None
+    return (
+        best
+        if isinstance(best.step, int) and isinstance(best.value, int | float) and math.isfinite(best.value)
+        else None
+    )
 
 
 def lowest(metric: str, rows: Iterable[Mapping[str, Any]], steps: Collection[int]) -> Best | None:
     """The best of a journal's rows at some steps, the first of equals; None where none of them has a finite number of that name."""
     name = metric.removeprefix("-")
-    pairs = [(row["step"], row[name]) for row in rows if row["step"] in steps and isinstance(row.get(name), int | float)]
+    pairs = [
+        (row["step"], row[name]) for row in rows if row["step"] in steps and isinstance(row.get(name), int | float)
+    ]
     values = [Best(metric, step, signed(metric, value)) for step, value in pairs if math.isfinite(value)]
     return min(values, key=lambda one: (one.value, one.step), default=None)
 
@@ -55,9 +62,9 @@ def restore_best(folder: Path, metric: str, rows: Iterable[Mapping[str, Any]], u
 
     So a run that is resumed with another metric is never compared with a number of the first.
     """
-    best = lowest(metric, rows, {step for step in durable.complete_steps(folder) if step <= until})
+    best = lowest(metric, rows, {step for step in complete_steps(folder) if step <= until})
     if best is not None:
-        durable.write_json(folder / FILE, asdict(best))
+        atomic.write_json(folder / FILE, asdict(best))
     else:
         (folder / FILE).unlink(missing_ok=True)
     return best
@@ -74,7 +81,10 @@ def require_metric(metric: str | None, scores: Collection[str] | None, why: str 
         return
     listed = ", ".join(sorted(scores)) if scores else ""
     expected = f"one of {listed}" if listed else "train/loss, another train/... or one of " + ", ".join(PACE)
-    reason = {"val": (not scores and why) or "the metrics of this config give no such number", "perf": "no such number is recorded"}
+    reason = {
+        "val": (not scores and why) or "the metrics of this config give no such number",
+        "perf": "no such number is recorded",
+    }
     problem = reason.get(group, "the numbers of metrics.jsonl begin with train/, val/ or perf/")
     raise UserError(f"keep_best={metric}: {problem}; expected {expected}")
 
@@ -84,8 +94,10 @@ class BestLater(L.Callback):
 
     phase = "saving"
 
-    def __init__(self, checkpoints: "Checkpoints"):
+    def __init__(self, checkpoints: "CheckpointCallback"):
         self.checkpoints = checkpoints
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         self.checkpoints.save_best(trainer, lit, batch["step"] + 1)

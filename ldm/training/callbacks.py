@@ -11,17 +11,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm import durable
+from ldm.checkpoint.dtensor import distribute_like, distribute_optimizer_state, full_tensors
+from ldm.checkpoint.state import extra_state, load_trainable, trainable_parameters
+from ldm.checkpoint.step import Checkpoint, prune_checkpoints, save_checkpoint
 from ldm.ema import PowerEMA
 from ldm.errors import ConfigError, NonFiniteError, UserError
-from ldm.progress import Bar
+from ldm.io import atomic
+from ldm.io.progress import ProgressBar
 from ldm.training.best import FILE, Best, read_best
-from ldm.training.clock import peak, spent_by
-from ldm.training.gradients import Gradients
-from ldm.training.parallel import chief_decides, mean_over_ranks
-from ldm.training.shares import like, states_like, whole
+from ldm.training.gradients import GradientGuard
+from ldm.training.parallel import all_reduce_mean, chief_decides
+from ldm.training.profiler import peak_flops, profiler_of
 
 
 class LearningRate(L.Callback):
@@ -30,14 +32,16 @@ class LearningRate(L.Callback):
     def __init__(self, schedule: Callable[[int, int], float], total: int):
         self.schedule, self.total = schedule, total
 
-    def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         factor = self.schedule(batch["step"], self.total)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
 
-class Average(L.Callback):
+class EMACallback(L.Callback):
     """Feeds a weight average after every step."""
 
     phase = "EMA"
@@ -45,14 +49,16 @@ class Average(L.Callback):
     def __init__(self, ema: PowerEMA):
         self.ema = ema
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         self.ema.update(batch["step"] + 1)
 
 
-BY_TIME = "loss_by_time"  # the term that is a table: sums of losses and their numbers (2, parts), in equal parts of t in [0, 1]
+LOSS_BY_T = "loss_by_time"  # the term that is a table: sums of losses and their numbers (2, parts), in equal parts of t in [0, 1]
 
 
-class Record(L.Callback):
+class MetricsRecorder(L.Callback):
     """Writes the mean of each term since the last record, over steps and ranks, every `every` steps: write(step, {"train/loss": ...}).
 
     Of BY_TIME, the mean loss in each part that had any: "train/loss/t=0.25-0.5".  With them "perf/images_per_s"; "perf/data_wait", the part
@@ -63,17 +69,25 @@ class Record(L.Callback):
 
     phase = "logging"
 
-    def __init__(self, write: Callable[[int, dict[str, float]], None], every: int, total: int, gradients: Gradients | None = None):
+    def __init__(
+        self,
+        write: Callable[[int, dict[str, float]], None],
+        every: int,
+        total: int,
+        gradients: GradientGuard | None = None,
+    ):
         self.write, self.every, self.total, self.gradients = write, every, total, gradients
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.images, self.steps, self.skipped, self.since, self.waited = 0, 0, 0, time.monotonic(), 0.0
 
     def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
-        self.peak = peak(str(trainer.precision), lit.device)
-        self.since, self.waited = time.monotonic(), waited(trainer)
+        self.peak = peak_flops(str(trainer.precision), lit.device)
+        self.since, self.waited = time.monotonic(), data_wait_seconds(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         if self.gradients is not None and self.gradients.skipped:
             self.skipped += 1
         else:
@@ -85,8 +99,8 @@ class Record(L.Callback):
         self.steps += 1
         step = batch["step"] + 1
         if step % self.every == 0 or step == self.total:
-            totals = {name: mean_over_ranks(total) for name, total in self.sums.items()}
-            table = totals.pop(BY_TIME, torch.zeros(2, 0))
+            totals = {name: all_reduce_mean(total) for name, total in self.sums.items()}
+            table = totals.pop(LOSS_BY_T, torch.zeros(2, 0))
             means = {f"train/{name}": float(total) / self.counts[name] for name, total in totals.items()}
             means |= {
                 f"train/loss/t={part / len(table[0]):g}-{(part + 1) / len(table[0]):g}": float(total / number)
@@ -94,27 +108,32 @@ class Record(L.Callback):
                 if number
             }
             now = time.monotonic()
-            means |= self.pace(trainer, now - self.since)
+            means |= self.throughput(trainer, now - self.since)
             means["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             if self.skipped:
                 means["train/skipped"] = self.skipped
             self.sums, self.counts, self.images, self.steps, self.skipped = {}, {}, 0, 0, 0
-            self.since, self.waited = now, waited(trainer)
+            self.since, self.waited = now, data_wait_seconds(trainer)
             if not math.isfinite(means.get("train/loss", 0.0)):
-                raise NonFiniteError(f"the loss is not finite at step {step}; lower the learning rate, or train in float32")
+                raise NonFiniteError(
+                    f"the loss is not finite at step {step}; lower the learning rate, or train in float32"
+                )
             if trainer.is_global_zero:
                 self.write(step, means)
 
-    def pace(self, trainer: L.Trainer, seconds: float) -> dict[str, float]:
+    def throughput(self, trainer: L.Trainer, seconds: float) -> dict[str, float]:
         """How fast it went since the last record."""
-        found = {"perf/images_per_s": self.images / seconds, "perf/data_wait": (waited(trainer) - self.waited) / seconds}
-        flops = spent_by(trainer).flops
+        found = {
+            "perf/images_per_s": self.images / seconds,
+            "perf/data_wait": (data_wait_seconds(trainer) - self.waited) / seconds,
+        }
+        flops = profiler_of(trainer).flops
         return found if flops is None else found | {"perf/mfu": flops * self.steps / seconds / self.peak}
 
 
-def waited(trainer: L.Trainer) -> float:
+def data_wait_seconds(trainer: L.Trainer) -> float:
     """Seconds that this process waited for data so far."""
-    return spent_by(trainer).seconds["data"]
+    return profiler_of(trainer).seconds["data"]
 
 
 class Progress(L.Callback):
@@ -126,36 +145,17 @@ class Progress(L.Callback):
         self.name, self.start, self.total = name, start, total
 
     def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
-        self.bar = Bar(self.name, self.total, self.start)
+        self.bar = ProgressBar(self.name, self.total, self.start)
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         if trainer.is_global_zero:
-            self.bar.at(batch["step"] + 1, f"loss {float(outputs['loss']):.4g}  ")
-
-
-def trained(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters a run trains, by name: what a checkpoint holds; frozen parts are kept elsewhere, once."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy saved parameters into the module. Raises UserError unless names and shapes are the same."""
-    live = trained(module)
-    other = sorted(live.keys() ^ state.keys()) or [n for n in live if live[n].shape != state[n].shape]
-    if other:
-        raise UserError(f"the weights are of another architecture: {', '.join(other[:4])}{' ...' if len(other) > 4 else ''} do not match")
-    for name, p in live.items():
-        p.copy_(like(state[name], p))
-
-
-def extra(module: nn.Module) -> dict[str, Any]:
-    """What modules keep besides parameters, by name: the extra state of those that have one, as torch means it."""
-    return {name: m.get_extra_state() for name, m in module.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state}
+            self.bar.update(batch["step"] + 1, f"loss {float(outputs['loss']):.4g}  ")
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """Which checkpoints stay: the newest `last`, at least 2; every one whose step is a multiple of `every`; the best.
 
     value: the number of which the lowest is the best, if one was written since the last call; None to keep no best.
@@ -169,7 +169,7 @@ class Keep:
     written: Callable[[], Collection[str]] = tuple
 
 
-class Checkpoints(L.Callback):
+class CheckpointCallback(L.Callback):
     """Keeps step folders of a module's weights and extra state, its average and the optimisers; begins from `resume` if there is one.
 
     every: steps between two; a step at which the number of `keep` is best is saved too.  metadata: goes into the files of weights.
@@ -185,47 +185,71 @@ class Checkpoints(L.Callback):
         every: int,
         total: int,
         config: str,
-        resume: durable.Step | None = None,
+        resume: Checkpoint | None = None,
         metadata: dict[str, str] | None = None,
-        keep: Keep = Keep(),
+        keep: RetentionPolicy = RetentionPolicy(),
         averages: Mapping[str, PowerEMA] = MappingProxyType({}),
     ):
         self.keep, self.averages = keep, averages
-        self.folder, self.ema, self.every, self.total, self.config, self.resume = folder, ema, every, total, config, resume
+        self.folder, self.ema, self.every, self.total, self.config, self.resume = (
+            folder,
+            ema,
+            every,
+            total,
+            config,
+            resume,
+        )
         self.metadata = metadata
         self.saved = -1
         self.reported = False  # that the number which decides is missing
 
-    def on_fit_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:  # also called where no step is left to train
+    def on_fit_start(
+        self, trainer: L.Trainer, lit: L.LightningModule
+    ) -> None:  # also called where no step is left to train
         if self.resume is None:
             return
-        load_trained(lit, self.resume.tensors["model"])
+        load_trainable(lit, self.resume.tensors["model"])
         for name, state in self.resume.state.get("extra", {}).items():
             lit.get_submodule(name).set_extra_state(state)
         if self.ema is not None:
-            self.ema.load({name: like(value, self.ema.shadow[name]) for name, value in self.resume.tensors["ema"].items()})
+            self.ema.load(
+                {
+                    name: distribute_like(value, self.ema.shadow[name])
+                    for name, value in self.resume.tensors["ema"].items()
+                }
+            )
         for name, average in self.averages.items():
             if name not in self.resume.tensors:
                 raise UserError(
                     f"training.snapshot_every: the checkpoint of step {self.resume.step} holds no {name}, so this run began without "
                     "snapshots; leave it null, or begin anew with resume=never"
                 )
-            average.load({key: like(value, average.shadow[key]) for key, value in self.resume.tensors[name].items()})
+            average.load(
+                {key: distribute_like(value, average.shadow[key]) for key, value in self.resume.tensors[name].items()}
+            )
         trainer.precision_plugin.load_state_dict(self.resume.state.get("precision", {}))
         for optimizer, state in zip(trainer.optimizers, self.resume.state["optimizers"], strict=True):
-            asked = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(states_like(state, optimizer))
+            asked = [
+                {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+            ]
+            optimizer.load_state_dict(distribute_optimizer_state(state, optimizer))
             for group, options in zip(optimizer.param_groups, asked, strict=True):
                 group.pop("base_lr", None)
                 group.update(options)  # of its options the config decides, not the file
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         step = batch["step"] + 1
         self.save_best(trainer, lit, step)
         if step % self.every == 0 or step == self.total:
             self.save(trainer, lit, step)
             group = self.keep.metric.removeprefix("-").partition("/")[0] + "/"
-            if trainer.is_global_zero and not self.reported and any(one.startswith(group) for one in self.keep.written()):
+            if (
+                trainer.is_global_zero
+                and not self.reported
+                and any(one.startswith(group) for one in self.keep.written())
+            ):
                 self.reported = True
                 if problem := self.missing():
                     print(f"\n{problem} (up to step {step}): no best checkpoint so far", flush=True)
@@ -253,8 +277,8 @@ class Checkpoints(L.Callback):
             return
         self.save(trainer, lit, step)
         if value is not None and trainer.is_global_zero:  # once the checkpoint is there, and the former best still is
-            durable.write_json(self.folder / FILE, asdict(Best(self.keep.metric, step, value)))
-            durable.prune(self.folder, self.keep.last, self.spared(step))
+            atomic.write_json(self.folder / FILE, asdict(Best(self.keep.metric, step, value)))
+            prune_checkpoints(self.folder, self.keep.last, self.protected_steps(step))
 
     def best(self) -> Best | None:
         """The best so far of the number that decides."""
@@ -266,60 +290,79 @@ class Checkpoints(L.Callback):
         if step == self.saved:
             return
         self.saved = step
-        tensors = {"model": trained(lit)} | ({} if self.ema is None else {"ema": self.ema.shadow})
+        tensors = {"model": trainable_parameters(lit)} | ({} if self.ema is None else {"ema": self.ema.shadow})
         tensors |= {name: average.shadow for name, average in self.averages.items()}
-        state = {"optimizers": [o.state_dict() for o in trainer.optimizers], "extra": extra(lit)}
+        state = {"optimizers": [o.state_dict() for o in trainer.optimizers], "extra": extra_state(lit)}
         state["precision"] = trainer.precision_plugin.state_dict()  # the scale of the loss in float16
-        tensors, state = whole(tensors), whole(state)
+        tensors, state = full_tensors(tensors), full_tensors(state)
         if trainer.is_global_zero:
-            spared = self.spared(step)
-            durable.save_step(self.folder, step, tensors, state, self.config, self.keep.last, self.metadata, spared)
+            spared = self.protected_steps(step)
+            save_checkpoint(self.folder, step, tensors, state, self.config, self.keep.last, self.metadata, spared)
 
-    def spared(self, step: int) -> Callable[[int], bool]:
+    def protected_steps(self, step: int) -> Callable[[int], bool]:
         """Which older checkpoints stay beside that of `step`."""
         best = read_best(self.folder) if self.keep.value is None else self.best()
-        return lambda old: bool(self.keep.every and old % self.keep.every == 0) or (best is not None and old == best.step)
+        return lambda old: (
+            bool(self.keep.every and old % self.keep.every == 0) or (best is not None and old == best.step)
+        )
 
 
-class Scores(L.Callback):
+class EvaluationCallback(L.Callback):
     """Writes measure()'s numbers every `every` steps, taken on all processes with the averaged weights in place."""
 
-    def __init__(self, measure: Callable[[], dict[str, float]], write: Callable[[int, dict[str, float]], None], every: int, ema: PowerEMA):
+    def __init__(
+        self,
+        measure: Callable[[], dict[str, float]],
+        write: Callable[[int, dict[str, float]], None],
+        every: int,
+        ema: PowerEMA,
+    ):
         self.measure, self.write, self.every, self.ema = measure, write, every, ema
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         step = batch["step"] + 1
         if step % self.every:
             return
         lit.eval()
-        with self.ema.applied():
+        with self.ema.swapped_in():
             values = self.measure()
         lit.train()
         if trainer.is_global_zero:
             self.write(step, values)
 
 
-class Snapshots(L.Callback):
-    """Keeps averages of several lengths, by name, every `every` steps and at the last, for ldm.load to make another length of."""
+class EMASnapshots(L.Callback):
+    """Keeps averages of several lengths, by name, every `every` steps and at the last, for ldm.checkpoint.load to make another length of."""
 
     phase = "saving"
 
-    def __init__(self, folder: Path, averages: Mapping[str, PowerEMA], every: int, total: int, metadata: dict[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        averages: Mapping[str, PowerEMA],
+        every: int,
+        total: int,
+        metadata: dict[str, str] | None = None,
+    ):
         if every < 1:
             raise ConfigError(f"training.snapshot_every={every}: expected a number of steps, or null")
         self.folder, self.averages, self.every, self.total, self.metadata = folder, averages, every, total, metadata
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         step = batch["step"] + 1
         if step % self.every and step != self.total:
             return
-        found = whole({name: average.shadow for name, average in self.averages.items()})
+        found = full_tensors({name: average.shadow for name, average in self.averages.items()})
         if trainer.is_global_zero:
             for name, tensors in found.items():
-                durable.write_tensors(self.folder / f"{name}-{step:08d}.safetensors", tensors, self.metadata)
+                atomic.write_tensors(self.folder / f"{name}-{step:08d}.safetensors", tensors, self.metadata)
 
 
-class Pictures(L.Callback):
+class SampleGridCallback(L.Callback):
     """Calls draw(step) every `every` steps, with the averaged weights in place if there is an average."""
 
     phase = "saving"
@@ -327,12 +370,16 @@ class Pictures(L.Callback):
     def __init__(self, draw: Callable[[int], None], every: int, ema: PowerEMA | None = None):
         self.draw, self.every, self.ema = draw, every, ema
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         step = batch["step"] + 1
         if step % self.every:
             return
         lit.eval()
-        with self.ema.applied() if self.ema else nullcontext():  # by all processes, each of which may have a shard of it
+        with (
+            self.ema.swapped_in() if self.ema else nullcontext()
+        ):  # by all processes, each of which may have a shard of it
             if trainer.is_global_zero:
                 self.draw(step)
         lit.train()

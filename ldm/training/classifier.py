@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.diffusion.times import Times
-from ldm.training.diffusion import noise_of
+from ldm.training.diffusion import batch_noise
 
 
 class LitClassifier(L.LightningModule):
@@ -36,7 +36,7 @@ class LitClassifier(L.LightningModule):
         self.kept = [autoencoder]  # in a list: not to be trained or saved
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        noise, autoencoder = noise_of(self.seed, batch), cast(Any, self.kept[0].to(self.device))
+        noise, autoencoder = batch_noise(self.seed, batch), cast(Any, self.kept[0].to(self.device))
         with torch.no_grad():
             posterior = autoencoder.posterior_of(batch["moments"])
             z = autoencoder.normalise(posterior.sample(noise.normal("posterior", posterior.mean)))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.conditioner.clip_image import seen
-from ldm.tensors import Noise
-from ldm.training.diffusion import noise_of
+from ldm.conditioner.clip_image import preprocess
+from ldm.tensors import KeyedNoise
+from ldm.training.diffusion import batch_noise
 
-MOST = 100.0  # the largest factor on cosines (Radford et al. 2021, sec. 2.5)
+MAX_LOGIT_SCALE = 100.0  # the largest factor on cosines (Radford et al. 2021, sec. 2.5)
 
 
 class LitCLIP(L.LightningModule):
@@ -37,8 +37,10 @@ class LitCLIP(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         ids = self.tokenize(batch["caption"]).to(self.device)
-        image, text, scale = self.net(seen(self.net.visual, cropped(batch["image"], noise_of(self.seed, batch), self.crop)), ids)
-        return contrast(image, text, scale.clamp(max=MOST), (ids[:, None] == ids).all(-1))
+        image, text, scale = self.net(
+            preprocess(self.net.visual, random_crop(batch["image"], batch_noise(self.seed, batch), self.crop)), ids
+        )
+        return clip_loss(image, text, scale.clamp(max=MAX_LOGIT_SCALE), (ids[:, None] == ids).all(-1))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As nn.Module.compile, of the network."""
@@ -56,7 +58,7 @@ class LitCLIP(L.LightningModule):
             buffer.copy_(state[name])
 
 
-def contrast(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> dict[str, Tensor]:
+def clip_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> dict[str, Tensor]:
     """loss () and accuracy () of embeddings (B, D) of norm 1; same (B, B) bool: which texts are right for which images."""
     with torch.autocast(image.device.type, enabled=False):
         logits = scale.float() * image.float() @ text.float().T  # (B, B)
@@ -66,14 +68,16 @@ def contrast(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> dict[s
     return {"loss": loss, "accuracy": found.float().mean(), "scale": scale.detach()}
 
 
-def cropped(image: Tensor, noise: Noise, least: float) -> Tensor:
+def random_crop(image: Tensor, noise: KeyedNoise, least: float) -> Tensor:
     """A random square crop of each image (B, C, H, W), from `least` to all of its side, at its own size again."""
     if least == 1:
         return image
     side, x, y = noise.uniform("crop", torch.empty(len(image), 3, device=image.device)).unbind(1)
     side = least + (1 - least) * side
     zero = torch.zeros_like(side)
-    theta = torch.stack([side, zero, (1 - side) * (2 * x - 1), zero, side, (1 - side) * (2 * y - 1)], 1).unflatten(1, (2, 3))
+    theta = torch.stack([side, zero, (1 - side) * (2 * x - 1), zero, side, (1 - side) * (2 * y - 1)], 1).unflatten(
+        1, (2, 3)
+    )
     with torch.autocast(image.device.type, enabled=False):  # in bfloat16 a place would be a pixel off
         places = F.affine_grid(theta, list(image.shape), align_corners=False)
     return F.grid_sample(image, places, "bilinear", "border", align_corners=False)

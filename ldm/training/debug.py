@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ldm.compat import tree_leaves
 from ldm.errors import NonFiniteError, UserError
-from ldm.training.clock import now, spent_by, table
+from ldm.training.profiler import profiler_of, synchronized_time, table
 
 
-class FirstNonFinite(L.Callback):
+class NonFiniteDetector(L.Callback):
     """Ends a training by NonFiniteError where the first number that is not finite appears, naming the module, the loss or the gradient.
 
     step: the one that is looked at, counted from 1, and the last; None for all.  Raises UserError where that one is past.
@@ -23,7 +23,7 @@ class FirstNonFinite(L.Callback):
         self.only, self.step, self.hooks = step, 0, list[Any]()
 
     @property
-    def looks(self) -> bool:
+    def is_watched_step(self) -> bool:
         return self.only in (None, self.step)
 
     def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
@@ -33,29 +33,37 @@ class FirstNonFinite(L.Callback):
 
     def _named(self, name: str) -> Any:
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            if self.looks and not finite(output):  # a module's parts come before it
-                given = "its input was finite" if finite(args) else "so was its input already"
-                broken = [key for key, p in module.named_parameters() if not finite(p)]
+            if self.is_watched_step and not all_finite(output):  # a module's parts come before it
+                given = "its input was finite" if all_finite(args) else "so was its input already"
+                broken = [key for key, p in module.named_parameters() if not all_finite(p)]
                 held = f", and its {', '.join(broken[:3])}" if broken else ""
-                raise NonFiniteError(f"step {self.step}: {name} ({type(module).__name__}) gives numbers that are not finite; {given}{held}")
+                raise NonFiniteError(
+                    f"step {self.step}: {name} ({type(module).__name__}) gives numbers that are not finite; {given}{held}"
+                )
 
         return look
 
-    def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         self.step = batch["step"] + 1
         if self.only is not None and self.only < self.step:
-            raise UserError(f"debug.step={self.only}: this begins with step {self.step}; choose an earlier checkpoint by resume=")
+            raise UserError(
+                f"debug.step={self.only}: this begins with step {self.step}; choose an earlier checkpoint by resume="
+            )
 
     def on_before_backward(self, trainer: L.Trainer, lit: L.LightningModule, loss: Tensor) -> None:
-        if self.looks and not finite(loss):
+        if self.is_watched_step and not all_finite(loss):
             raise NonFiniteError(f"step {self.step}: every module's answer is finite, the loss made of them is not")
 
     def on_after_backward(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
-        for name, p in lit.named_parameters() if self.looks else ():
-            if not finite(p.grad):
+        for name, p in lit.named_parameters() if self.is_watched_step else ():
+            if not all_finite(p.grad):
                 raise NonFiniteError(f"step {self.step}: the loss is finite, its gradient by {name} is not")
 
-    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         if self.only == self.step:
             if trainer.is_global_zero:
                 print(f"\nstep {self.step}: every module's answer, the loss and its gradient are finite", flush=True)
@@ -66,13 +74,15 @@ class FirstNonFinite(L.Callback):
             hook.remove()
 
 
-class Overfit(L.Callback):
+class OverfitOneBatch(L.Callback):
     """Every step has the first step's batch, its noise and times included: a network that can learn at all learns it by heart."""
 
     def __init__(self, folder: Path):
         self.first: dict[str, Any] = {}
 
-    def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         self.first = self.first or dict(batch)
         batch.update({**self.first, "step": batch["step"]})
 
@@ -83,20 +93,27 @@ class Profile(L.Callback):
     The table says what a step's time goes into, then which of torch's operators took longest in those traced.
     """
 
-    def __init__(self, folder: Path, first: int = 3, traced: int = 3, steps: int = 20):
-        self.folder, self.first, self.timed, self.end = folder / "profile", first, first + traced, first + traced + steps
+    def __init__(self, folder: Path, first_step: int = 3, traced: int = 3, steps: int = 20):
+        self.folder, self.first, self.timed, self.end = (
+            folder / "profile",
+            first_step,
+            first_step + traced,
+            first_step + traced + steps,
+        )
         self.trace: Any = None
         self.before: dict[str, float] = {}
         self.operators, self.begun, self.seen = "", 0.0, 0
 
-    def on_train_batch_start(self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> None:
         self.seen += 1  # steps, whatever batches they are made of
         if not trainer.is_global_zero:
             return
         if self.seen == self.timed:
             self.stop()
-            spent_by(trainer).clock = partial(now, lit.device)
-            self.before = spent_by(trainer).so_far()
+            profiler_of(trainer).clock = partial(synchronized_time, lit.device)
+            self.before = profiler_of(trainer).elapsed()
         if self.seen == self.end:
             self.write(trainer, self.end - self.timed)
         if self.seen == self.first:
@@ -120,12 +137,14 @@ class Profile(L.Callback):
 
     def write(self, trainer: L.Trainer, steps: int) -> None:
         """Write the table of so many steps, and say where it is."""
-        spent = {kind: seconds - self.before.get(kind, 0.0) for kind, seconds in spent_by(trainer).so_far().items()}
+        spent = {kind: seconds - self.before.get(kind, 0.0) for kind, seconds in profiler_of(trainer).elapsed().items()}
         said = table(spent, steps) if steps > 0 else "too few steps to time"
         (self.folder / "table.txt").write_text(f"{said}\n\n{self.operators}")
         print(f"\n{said}\nprofile     {self.folder / 'table.txt'}, {self.folder / 'trace.json'}", flush=True)
 
 
-def finite(value: Any) -> bool:
+def all_finite(value: Any) -> bool:
     """Whether every number in every tensor of nested data is finite."""
-    return all(bool(one.isfinite().all()) for one in tree_leaves(value) if isinstance(one, Tensor) and one.is_floating_point())
+    return all(
+        bool(one.isfinite().all()) for one in tree_leaves(value) if isinstance(one, Tensor) and one.is_floating_point()
+    )

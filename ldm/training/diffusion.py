@@ -7,18 +7,18 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioner.compose import dropped
+from ldm.conditioner.compose import drop_condition
 from ldm.model import LatentDiffusion
-from ldm.tensors import Noise
-from ldm.training.callbacks import BY_TIME
-from ldm.training.clock import during
+from ldm.tensors import KeyedNoise
+from ldm.training.callbacks import LOSS_BY_T
+from ldm.training.profiler import phase
 from ldm.training.sharded import shard
 
 
-def noise_of(seed: int, batch: dict[str, Any]) -> Noise:
+def batch_noise(seed: int, batch: dict[str, Any]) -> KeyedNoise:
     """The keyed noise of a training batch: rows are (pass, index), strata are positions in the global batch."""
     rows = list(zip(batch["place"], batch["index"], strict=True))
-    return Noise(seed, rows, batch["position"], batch["total"])
+    return KeyedNoise(seed, rows, batch["position"], batch["total"])
 
 
 class LitDiffusion(L.LightningModule):
@@ -45,24 +45,28 @@ class LitDiffusion(L.LightningModule):
     @property
     def has_unused_parameters(self) -> bool:
         """Whether a step may give some parameter no gradient: where a module of the model or the objective says so of itself."""
-        return any(getattr(module, "has_unused_parameters", False) for part in self.children() for module in part.modules())
+        return any(
+            getattr(module, "has_unused_parameters", False) for part in self.children() for module in part.modules()
+        )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        noise = noise_of(self.seed, batch)
-        with during(self, "encode"):
-            z = self.latent(batch, noise)  # (B, C, h, w)
+        noise = batch_noise(self.seed, batch)
+        with phase(self, "encode"):
+            z = self.sample_latent(batch, noise)  # (B, C, h, w)
         cond = self.model.condition({**batch, "noise": noise})
         if self.drop:
-            cond = dropped(cond, self.model.uncondition(batch), noise, "drop", self.drop)
+            cond = drop_condition(cond, self.model.null_condition(batch), noise, "drop", self.drop)
         terms = self.objective(self.model.denoiser, z, cond.to(z.dtype), noise, batch)
         means = {name: term.mean() for name, term in terms.items() if name != "t"}
-        return means | {BY_TIME: by_time(terms["loss"].detach(), terms["t"])} if "t" in terms else means
+        return means | {LOSS_BY_T: loss_by_t(terms["loss"].detach(), terms["t"])} if "t" in terms else means
 
     @torch.no_grad()
-    def latent(self, batch: dict[str, Any], noise: Noise) -> Tensor:
+    def sample_latent(self, batch: dict[str, Any], noise: KeyedNoise) -> Tensor:
         """A sample of the normalised posterior, z (B, C, h, w)."""
         autoencoder = self.model.autoencoder
-        posterior = autoencoder.posterior_of(batch["moments"]) if "moments" in batch else autoencoder.posterior(batch["image"])
+        posterior = (
+            autoencoder.posterior_of(batch["moments"]) if "moments" in batch else autoencoder.posterior(batch["image"])
+        )
         return autoencoder.normalise(posterior.sample(noise.normal("posterior", posterior.mean)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -70,7 +74,9 @@ class LitDiffusion(L.LightningModule):
         self.model.denoiser.net.compile(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.clip is not None:  # here and not in the trainer, which refuses to clip for a fused optimiser under autocast
+        if (
+            self.clip is not None
+        ):  # here and not in the trainer, which refuses to clip for a fused optimiser under autocast
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.clip)
 
     def configure_model(self) -> None:
@@ -81,7 +87,7 @@ class LitDiffusion(L.LightningModule):
         return self.optimizer([p for p in self.parameters() if p.requires_grad])
 
 
-def by_time(loss: Tensor, t: Tensor, parts: int = 4) -> Tensor:
+def loss_by_t(loss: Tensor, t: Tensor, parts: int = 4) -> Tensor:
     """(2, parts): in each of so many equal parts of [0, 1], the sum of the losses (B,) whose t (B,) lies in it, and their number."""
     part = (t * parts).long().clamp(max=parts - 1)
     return torch.stack([loss.new_zeros(parts).index_add(0, part, value) for value in (loss, torch.ones_like(loss))])

@@ -1,7 +1,6 @@
 """Lightning's trainer, run once over the remaining steps of a stream of batches."""
 
 import logging
-import os
 import signal
 import warnings
 from collections.abc import Sequence
@@ -17,32 +16,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from ldm import compat
-from ldm.data.stream import Batched, Stream
+from ldm.data.stream import BatchDataset, BatchStream
+from ldm.devices import PRECISION, rank_and_world_size, resolve_precision
 from ldm.errors import ConfigError, UserError
-from ldm.training.accumulate import Accumulated, Parted
-from ldm.training.clock import Spent
+from ldm.training.accumulate import GradientAccumulation, MicroBatchStream
 from ldm.training.parallel import EveryGradient
-from ldm.training.sharded import twin
-
-PRECISION: dict[str, Any] = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-def precision_here(wanted: str | int) -> str:
-    """`auto` resolved: bf16 where the hardware multiplies it fast (a recent GPU, a CPU with AMX), else 32."""
-    if wanted != "auto":
-        if str(wanted) not in PRECISION:
-            raise ConfigError(f"precision={wanted}: expected auto or one of {', '.join(PRECISION)}")
-        return str(wanted)
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "32"
-    return "bf16" if compat.has_fast_bfloat16() else "32"
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of processes) as torch's launcher or Slurm says."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+from ldm.training.profiler import PhaseProfiler
+from ldm.training.sharded import sharded_copy
 
 
 def fit(
@@ -58,10 +38,10 @@ def fit(
     devices: int = 1,
     strategy: str = "auto",
     precision: str | int = "auto",
-    workers: int = 0,
-    accumulate: int = 1,
-    nodes: int = 1,
-    timeout: float = 30.0,
+    num_workers: int = 0,
+    accumulate_grad_batches: int = 1,
+    num_nodes: int = 1,
+    timeout_minutes: float = 30.0,
     torch_compile: bool = False,
 ) -> None:
     """Train lit on steps start..steps-1, batch_size rows a step over all ranks together.
@@ -73,29 +53,49 @@ def fit(
     strategy: fsdp shards modules that have configure_model; others are trained with ddp, which is printed.
     Raises ConfigError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
-    rank, ranks = world()
-    for name, number, least in (("workers", workers, 0), ("accumulate", accumulate, 1), ("nodes", nodes, 1), ("batch_size", batch_size, 1)):
+    rank, ranks = rank_and_world_size()
+    for name, number, least in (
+        ("workers", num_workers, 0),
+        ("accumulate", accumulate_grad_batches, 1),
+        ("nodes", num_nodes, 1),
+        ("batch_size", batch_size, 1),
+    ):
         if number < least:
             raise ConfigError(f"{name}={number}: expected {least} or more")
-    if batch_size % (ranks * accumulate):
-        parts = f"{ranks * accumulate} equal parts ({ranks} processes, accumulate={accumulate})"
-        raise ConfigError(f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate}")
+    if batch_size % (ranks * accumulate_grad_batches):
+        parts = (
+            f"{ranks * accumulate_grad_batches} equal parts ({ranks} processes, accumulate={accumulate_grad_batches})"
+        )
+        raise ConfigError(
+            f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate_grad_batches}"
+        )
     if torch_compile and strategy == "fsdp":
-        raise ConfigError("torch_compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or torch_compile=false")
+        raise ConfigError(
+            "torch_compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or torch_compile=false"
+        )
     if strategy == "fsdp" and not is_shardable(lit):
         strategy = "ddp" if ranks > 1 else "auto"
         if rank == 0:
             name = type(lit).__name__
-            print(f"trainer     strategy=fsdp shards diffusion models alone; {name} is trained with strategy={strategy}", flush=True)
-    stream_of = getattr(dataset, "stream", partial(Stream, len(dataset)))  # a data set of several shapes has its own
+            print(
+                f"trainer     strategy=fsdp shards diffusion models alone; {name} is trained with strategy={strategy}",
+                flush=True,
+            )
+    stream_of = getattr(
+        dataset, "stream", partial(BatchStream, len(dataset))
+    )  # a data set of several shapes has its own
     stream = stream_of(batch_size, steps, seed, start, rank, ranks)
-    if accumulate > 1:
-        stream = Parted(stream, accumulate)
+    if accumulate_grad_batches > 1:
+        stream = MicroBatchStream(stream, accumulate_grad_batches)
     if not lit.automatic_optimization:
-        cast(Any, lit).parts = accumulate
-    loader = DataLoader(Batched(dataset), sampler=stream, batch_size=None, num_workers=workers, worker_init_fn=deaf)
-    if precision_here(precision) != "64" and strategy != "fsdp":  # which takes weights only as they are
-        lit.to(memory_format=torch.channels_last)  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
+        cast(Any, lit).parts = accumulate_grad_batches
+    loader = DataLoader(
+        BatchDataset(dataset), sampler=stream, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker
+    )
+    if resolve_precision(precision) != "64" and strategy != "fsdp":  # which takes weights only as they are
+        lit.to(
+            memory_format=torch.channels_last
+        )  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
     if torch_compile:
         lit.compile()
     strategy = "ddp" if strategy == "auto" and ranks > 1 else strategy
@@ -108,29 +108,33 @@ def fit(
     trainer: Any = L.Trainer(
         accelerator=accelerator,
         devices=devices,
-        num_nodes=nodes,
-        accumulate_grad_batches=accumulate if lit.automatic_optimization else 1,
-        strategy=strategy_of(strategy, timedelta(minutes=timeout), unused),
-        precision=PRECISION[precision_here(precision)],
+        num_nodes=num_nodes,
+        accumulate_grad_batches=accumulate_grad_batches if lit.automatic_optimization else 1,
+        strategy=make_strategy(strategy, timedelta(minutes=timeout_minutes), unused),
+        precision=PRECISION[resolve_precision(precision)],
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        profiler=Spent(accumulate, callbacks=callbacks),
+        profiler=PhaseProfiler(accumulate_grad_batches, callbacks=callbacks),
     )
     try:
-        with twin(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (trainee, around):
-            trainer.callbacks = [Accumulated(around, accumulate)] if accumulate > 1 else list(around)
+        with sharded_copy(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (trainee, around):
+            trainer.callbacks = (
+                [GradientAccumulation(around, accumulate_grad_batches)] if accumulate_grad_batches > 1 else list(around)
+            )
             trainer.fit(trainee, loader)
-    except SystemExit as end:  # before the first step Lightning answers Ctrl-C with 1, SIGTERM without a code or, after 2.6, with 143
+    except (
+        SystemExit
+    ) as end:  # before the first step Lightning answers Ctrl-C with 1, SIGTERM without a code or, after 2.6, with 143
         raise SystemExit({1: 130, None: 85, 143: 85}.get(cast(Any, end.code), end.code)) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         what = " ".join(str(error).split())
-        remedy = "the same command goes on from the last checkpoint, lower trainer.workers if memory is short"
+        remedy = "the same command goes on from the last checkpoint, lower trainer.num_workers if memory is short"
         raise UserError(f"a process that reads data is gone ({what}); {remedy}") from None
 
 
@@ -139,7 +143,7 @@ def is_shardable(lit: L.LightningModule) -> bool:
     return is_overridden("configure_model", lit)
 
 
-def strategy_of(name: str, timeout: timedelta, unused: bool = True) -> Any:
+def make_strategy(name: str, timeout: timedelta, unused: bool = True) -> Any:
     """Lightning's strategy of a name; DDP with a time-out; fsdp as FSDP2 over all processes.
 
     unused: whether DDP looks in every step, by a walk through the graph, for parameters that the loss does not depend on.
@@ -148,7 +152,9 @@ def strategy_of(name: str, timeout: timedelta, unused: bool = True) -> Any:
     """
     made = {
         "ddp": lambda: DDPStrategy(find_unused_parameters=unused, timeout=timeout),
-        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world()[1], tensor_parallel_size=1, timeout=timeout),
+        "fsdp": lambda: ModelParallelStrategy(
+            data_parallel_size=rank_and_world_size()[1], tensor_parallel_size=1, timeout=timeout
+        ),
     }
     if name in made:
         return made[name]()
@@ -157,7 +163,7 @@ def strategy_of(name: str, timeout: timedelta, unused: bool = True) -> Any:
     return name
 
 
-def deaf(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """A process that reads data leaves signals to the one that trains, which ends it in its time, and does not outlive it."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.training.shares import is_share, like, moment_like, whole
+from ldm.checkpoint.dtensor import distribute_like, full_tensors, is_dtensor, moment_like
 
 
 def adamw(
@@ -17,7 +17,7 @@ def adamw(
     fused: bool = True,
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) that decays matrices and kernels, not biases, gains and other vectors."""
-    heavy, light = parted(parameters, lambda p: p.ndim > 1)
+    heavy, light = split_parameters(parameters, lambda p: p.ndim > 1)
     groups = [{"params": heavy, "weight_decay": weight_decay}, {"params": light, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr, (betas[0], betas[1]), weight_decay=weight_decay, fused=fused
@@ -34,14 +34,16 @@ def muon(
     momentum: float = 0.95,
 ) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) on matrices, at its own rate, and `adamw` on the rest: kernels, vectors; adamw alone without a matrix."""
-    matrices, rest = parted(parameters, lambda p: p.ndim == 2)
+    matrices, rest = split_parameters(parameters, lambda p: p.ndim == 2)
     if not matrices:
         return adamw(rest, lr, betas, weight_decay, fused)
     first = Muon(matrices, lr=matrix_lr, momentum=momentum, weight_decay=weight_decay)
-    return Joined([first, *([adamw(rest, lr, betas, weight_decay, fused)] if rest else [])])
+    return ChainedOptimizer([first, *([adamw(rest, lr, betas, weight_decay, fused)] if rest else [])])
 
 
-def parted(parameters: Iterable[nn.Parameter], first: Callable[[Tensor], bool]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_parameters(
+    parameters: Iterable[nn.Parameter], first: Callable[[Tensor], bool]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Those that are of the first kind, and the others."""
     found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for p in parameters:
@@ -58,7 +60,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """As torch's; parameters, momenta and gradients stay sharded between steps."""
         groups = self.param_groups
-        if not any(is_share(p) for group in groups for p in group["params"]):
+        if not any(is_dtensor(p) for group in groups for p in group["params"]):
             return super().step(closure)
         loss = None
         if closure is not None:
@@ -75,17 +77,17 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def _step_unsharded(self, group: dict[str, Any], p: Tensor) -> None:
-        matrix = whole(p).clone()
-        matrix.grad = whole(p.grad)
+        matrix = full_tensors(p).clone()
+        matrix.grad = full_tensors(p.grad)
         if p in self.state:
-            self.state[matrix] = whole(dict(self.state[p]))
+            self.state[matrix] = full_tensors(dict(self.state[p]))
         self.param_groups = [{**group, "params": [matrix]}]
         super().step()
-        p.copy_(like(matrix, p))
+        p.copy_(distribute_like(matrix, p))
         self.state[p] = {name: moment_like(value, p) for name, value in self.state.pop(matrix).items()}
 
 
-class Joined(torch.optim.Optimizer):
+class ChainedOptimizer(torch.optim.Optimizer):
     """Several optimisers that step as one; its groups are theirs."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.adapter.controlnet import Control, Controlled, hint_encoder
+from ldm.adapter.controlnet import ControlBranch, ControlledUNet, hint_encoder
 from ldm.condition import Condition
 from ldm.interop.adapters import export_controlnet
 from ldm.net.unet import UNet
@@ -31,24 +31,30 @@ def told():
     generator = torch.Generator().manual_seed(3)
     hints = tuple(torch.rand(2, 3, 32, 32, generator=generator) for _ in range(2))
     context = torch.randn(2, 5, 16, generator=generator)
-    return torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([10.0, 700.0]), Condition(context=context, hint=hints)
+    return (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.tensor([10.0, 700.0]),
+        Condition(context=context, hint=hints),
+    )
 
 
 def test_it_begins_as_the_network_and_changes_nothing(net, told):
-    control = Control(net.requires_grad_(False), 4)
+    control = ControlBranch(net.requires_grad_(False), 4)
     assert all(p.requires_grad for p in control.parameters())
     copied = control.copied.state_dict()
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in copied.items())
     assert {name.split(".")[0] for name in copied} == {"time", "stem", "down", "middle1", "middle2"}
     assert not {id(p) for p in control.parameters()} & {id(p) for p in net.parameters()}
-    assert torch.equal(Controlled(net, [control, control])(*told), net(*told))
+    assert torch.equal(ControlledUNet(net, [control, control])(*told), net(*told))
 
 
 def test_residuals_are_weighted_and_added(net, told):
-    one, two = (lively(Control(net, 4), seed) for seed in (1, 2))
+    one, two = (lively(ControlBranch(net, 4), seed) for seed in (1, 2))
     x, t, cond = told
-    told_of = [0.5 * a - 2 * b for a, b in zip(one(x, t, cond, cond.hint[0]), two(x, t, cond, cond.hint[1]), strict=True)]
-    wrapped = Controlled(net, [one, two], [0.5, -2.0])
+    told_of = [
+        0.5 * a - 2 * b for a, b in zip(one(x, t, cond, cond.hint[0]), two(x, t, cond, cond.hint[1]), strict=True)
+    ]
+    wrapped = ControlledUNet(net, [one, two], [0.5, -2.0])
     wanted = net(*told, residuals=told_of)
     assert (wrapped(*told) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert (wanted - net(*told)).abs().max() > 0.01
@@ -71,7 +77,7 @@ def test_diffusers_has_the_same_names_and_residuals(net, told):
         use_linear_projection=True,
         conditioning_embedding_out_channels=(16, 32, 96),
     )
-    control = lively(Control(net, 4), 1)
+    control = lively(ControlBranch(net, 4), 1)
     state = export_controlnet(control.state_dict())
     theirs.load_state_dict(state)
     x, t, cond = told
@@ -85,11 +91,14 @@ def test_stable_diffusions_has_the_published_count():
     from hydra.utils import instantiate
     from smoke import composed
 
-    from ldm import build
+    from ldm.config import build
 
-    node = {**build.plain(composed("net=sd1", "conditioner=clip_context", "autoencoder=kl_f8").net), "context_dim": 768}
+    node = {
+        **build.to_container(composed("net=sd1", "conditioner=clip_context", "autoencoder=kl_f8").net),
+        "context_dim": 768,
+    }
     with torch.device("meta"):
-        made = Control(instantiate(node, in_channels=4, out_channels=4), factor=8)
+        made = ControlBranch(instantiate(node, in_channels=4, out_channels=4), factor=8)
     assert sum(p.numel() for p in made.parameters()) == 361_279_120
 
 
@@ -106,14 +115,14 @@ def test_its_encoder_hears_thin_lines():
 
 def test_what_does_not_fit_is_one_line(net, told):
     x, t, cond = told
-    control = Control(net, 4)
+    control = ControlBranch(net, 4)
     with pytest.raises(ValueError, match="a hint of 16x32: expected 32x32, the size of the image"):
         control(x, t, cond, cond.hint[0][:, :, :16])
     with pytest.raises(ValueError, match="2 hints for 1 ControlNets"):
-        Controlled(net, [control])(*told)
+        ControlledUNet(net, [control])(*told)
     with pytest.raises(ValueError, match="0 hints for 1 ControlNets"):
-        Controlled(net, [control])(x, t, replace(cond, hint=()))
+        ControlledUNet(net, [control])(x, t, replace(cond, hint=()))
     with pytest.raises(ValueError, match=r"weights=\[1.0\]: expected 2"):
-        Controlled(net, [control, control], [1.0])
+        ControlledUNet(net, [control, control], [1.0])
     with pytest.raises(ValueError, match="factor=3"):
         hint_encoder(3, 32, 3)

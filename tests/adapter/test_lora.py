@@ -8,7 +8,7 @@ from ldm.adapter import lora
 from ldm.condition import Condition
 from ldm.errors import UserError
 from ldm.interop import diffusers
-from ldm.interop.adapters import export_lora, import_lora, strength
+from ldm.interop.adapters import export_lora, import_lora, lora_scaling
 from ldm.net.unet import UNet
 
 EVERY = ("*attention*", "*conv1")
@@ -17,7 +17,18 @@ EVERY = ("*attention*", "*conv1")
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    made = UNet(4, 4, channels=32, mult=(1, 2), blocks=1, attention=(1, 2), context_dim=16, heads=4, head_channels=8, groups=8)
+    made = UNet(
+        4,
+        4,
+        channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        context_dim=16,
+        num_heads=4,
+        num_head_channels=8,
+        num_groups=8,
+    )
     for p in made.parameters():
         nn.init.normal_(p, std=0.1)
     return made
@@ -32,7 +43,7 @@ def told(seed=0):
 def lively(net, which=-1, seed=1):
     """Corrections that correct something."""
     generator = torch.Generator().manual_seed(seed)
-    for corrections in lora.injected(net).values():
+    for corrections in lora.lora_layers(net).values():
         nn.init.normal_(corrections[which].up, std=0.1, generator=generator)
     return net
 
@@ -45,7 +56,9 @@ def test_it_begins_as_nothing_and_trains_alone(net):
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in net.named_parameters() if p.grad is not None}
     assert all(name.endswith((".down", ".up")) for name in trained)
-    assert len(trained) == 2 * sum("attention" in n or n.endswith("conv1") for n, m in net.named_modules() if isinstance(m, lora.LAYERS))
+    assert len(trained) == 2 * sum(
+        "attention" in n or n.endswith("conv1") for n, m in net.named_modules() if isinstance(m, lora.LAYERS)
+    )
     assert set(lora.merge(net).state_dict()) == names
 
 
@@ -53,9 +66,9 @@ def test_merged_is_unmerged_and_the_scale_counts(net):
     before = net(*told())
     corrected = lively(lora.inject(net, rank=3, where=EVERY))(*told())
     assert (corrected - before).abs().max() > 0.01
-    lora.rescale(net, 0.0)
+    lora.set_scale(net, 0.0)
     assert torch.equal(net(*told()), before)
-    lora.rescale(net, 1.0)
+    lora.set_scale(net, 1.0)
     assert (lora.merge(net)(*told()) - corrected).abs().max() <= 1e-5
 
 
@@ -63,38 +76,51 @@ def test_the_correction_is_up_times_down(net):
     layer = net.middle1.attention.blocks[0].cross_attention.kv
     weight = layer.weight.detach().clone()
     lively(lora.inject(net, rank=2, where=["middle1.*.kv"]))
-    (correction,) = lora.injected(net)["middle1.attention.blocks.0.cross_attention.kv"]
-    lora.rescale(net, 0.5)
+    (correction,) = lora.lora_layers(net)["middle1.attention.blocks.0.cross_attention.kv"]
+    lora.set_scale(net, 0.5)
     assert torch.equal(layer.weight, weight + 0.5 * (correction.up @ correction.down))
 
 
 def test_saved_factors_reload_to_the_bit_several_at_once(net):
-    first = lora.factors(lively(lora.inject(net, rank=2, where=EVERY)))
+    first = lora.export_factors(lively(lora.inject(net, rank=2, where=EVERY)))
     alone = net(*told())
     second = {name: value + 0.1 for name, value in first.items()}
-    lora.load(net, second, scale=0.3)
+    lora.load_factors(net, second, scale=0.3)
     both = net(*told())
-    lora.rescale(net, 0.0, which=1)
+    lora.set_scale(net, 0.0, which=1)
     assert torch.equal(net(*told()), alone)
     for loaded, scale in (({name: value.clone() for name, value in first.items()}, 0.0), (second, 0.3)):
-        assert all(torch.equal(loaded[name], value) for name, value in lora.factors(net, which=0 if scale == 0.0 else 1).items())
-    lora.rescale(net, 0.3, which=1)
+        assert all(
+            torch.equal(loaded[name], value)
+            for name, value in lora.export_factors(net, which=0 if scale == 0.0 else 1).items()
+        )
+    lora.set_scale(net, 0.3, which=1)
     assert torch.equal(net(*told()), both)
     assert (both - alone).abs().max() > 1e-3
 
 
 def test_another_networks_is_refused(net):
-    other = UNet(4, 4, channels=48, mult=(1, 2), blocks=1, attention=(1, 2), context_dim=16, heads=4, groups=8)
-    made = lora.factors(lora.inject(other, rank=2))
+    other = UNet(
+        4,
+        4,
+        channels=48,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        context_dim=16,
+        num_heads=4,
+        num_groups=8,
+    )
+    made = lora.export_factors(lora.inject(other, rank=2))
     with pytest.raises(ValueError, match=r"of another network: .*factors .* and .* are not of a weight"):
-        lora.load(net, made)
+        lora.load_factors(net, made)
     with pytest.raises(ValueError, match="corrects nowhere, which is not here"):
-        lora.load(net, {"nowhere.down": torch.ones(1, 2), "nowhere.up": torch.ones(2, 1)})
+        lora.load_factors(net, {"nowhere.down": torch.ones(1, 2), "nowhere.up": torch.ones(2, 1)})
     with pytest.raises(ValueError, match=r"where=\['\*nothing\*'\]: no layer has such a name; there are"):
         lora.inject(net, where=["*nothing*"])
     with pytest.raises(ValueError, match="rank=0"):
         lora.inject(net, rank=0)
-    assert not lora.injected(net)
+    assert not lora.lora_layers(net)
 
 
 def test_diffusers_reads_it_and_answers_the_same(net):
@@ -114,25 +140,42 @@ def test_diffusers_reads_it_and_answers_the_same(net):
     plain = {name: value.clone() for name, value in net.state_dict().items()}
     theirs.load_state_dict(diffusers.export_unet(plain))
     lively(lora.inject(net, rank=2, where=EVERY))
-    made = export_lora(lora.factors(net), plain, prefix="")
+    made = export_lora(lora.export_factors(net), plain, prefix="")
     theirs.load_lora_adapter(made, prefix=None)
     x, t, cond = told()
     ours = net(x, t, cond)
     assert (ours - theirs(x, t, cond.context).sample).abs().max() <= 1e-4 * ours.abs().max()
     back = lora.merge(net)
-    again = UNet(4, 4, channels=32, mult=(1, 2), blocks=1, attention=(1, 2), context_dim=16, heads=4, head_channels=8, groups=8)
+    again = UNet(
+        4,
+        4,
+        channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        context_dim=16,
+        num_heads=4,
+        num_head_channels=8,
+        num_groups=8,
+    )
     again.load_state_dict(plain)
-    lora.load(again, import_lora(made, plain, prefix=""))  # of their several layers' ranks
+    lora.load_factors(again, import_lora(made, plain, prefix=""))  # of their several layers' ranks
     assert (again(x, t, cond) - back(x, t, cond)).abs().max() <= 1e-5
     with pytest.raises(UserError, match=r"LoRA: no place for elsewhere.lora_A"):
         import_lora({"elsewhere.lora_A.weight": torch.ones(1, 2)}, plain, prefix="")
     weaker = {**made, "mid_block.attentions.0.proj_in.alpha": torch.tensor(1.0)}  # of rank 2
     half, whole = (import_lora(one, plain, prefix="")["middle1.attention.proj_in.up"] for one in (weaker, made))
     assert torch.equal(half, whole / 2)
-    with pytest.raises(UserError, match=r"LoRA: mid_block\.attentions\.0\.proj_in\.lora_B\.weight is int8; expected floating-point"):
-        import_lora({**made, "mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(64, 2, dtype=torch.int8)}, plain, prefix="")
-    assert strength('{"unet.lora_alpha": 8, "unet.r": 4}') == 2
-    assert strength(None) == strength("{}") == 1
+    with pytest.raises(
+        UserError, match=r"LoRA: mid_block\.attentions\.0\.proj_in\.lora_B\.weight is int8; expected floating-point"
+    ):
+        import_lora(
+            {**made, "mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(64, 2, dtype=torch.int8)},
+            plain,
+            prefix="",
+        )
+    assert lora_scaling('{"unet.lora_alpha": 8, "unet.r": 4}') == 2
+    assert lora_scaling(None) == lora_scaling("{}") == 1
 
 
 def test_each_layer_counts_its_own_alpha(net):
@@ -149,8 +192,10 @@ def test_each_layer_counts_its_own_alpha(net):
         state |= {} if alpha is None else {f"unet.{place}{layer}.alpha": torch.tensor(alpha)}
         expected[f"{place}{layer}.weight"] = up.double() @ down.double() * (1 if alpha is None else alpha / rank)
     plain = {name: value.detach().clone() for name, value in net.state_dict().items()}
-    lora.load(net, import_lora(state, plain))
+    lora.load_factors(net, import_lora(state, plain))
     before, after = diffusers.export_unet(plain), diffusers.export_unet(lora.merge(net).state_dict())
     for name, value in before.items():
         moved = after[name].double() - value.double()
-        assert torch.allclose(moved, expected.get(name, 0 * moved), atol=1e-5, rtol=0)  # a correction of 10 in float32, rank up to 4
+        assert torch.allclose(
+            moved, expected.get(name, 0 * moved), atol=1e-5, rtol=0
+        )  # a correction of 10 in float32, rank up to 4

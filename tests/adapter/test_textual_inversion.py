@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.adapter.textual_inversion import TextualInversion, replaced
+from ldm.adapter.textual_inversion import TextualInversion, replace_embeddings
 from ldm.condition import Condition
-from ldm.conditioner.tokens import Features
+from ldm.conditioner.tokens import TextFeatures
 
 WORDS = ["", "a", "cat", "zor", "bo", "dog", "hat"]
 
@@ -27,17 +27,19 @@ class Encoder(nn.Module):
         return [WORDS.index(word) for word in text.replace("zorbo", "zor bo").split()]
 
     def features(self, texts, length):
-        every = [self.pieces(text) for text in texts]
+        every = [self.token_ids(text) for text in texts]
         ids = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in every], batch_first=True)
         embedded = self.embedding(ids)
         mask = torch.arange(ids.shape[1]) < torch.tensor([[len(one)] for one in every])
-        return Features(embedded.cumsum(1), mask, (embedded * mask[..., None]).sum(1))
+        return TextFeatures(embedded.cumsum(1), mask, (embedded * mask[..., None]).sum(1))
 
 
 @pytest.fixture
 def model():
     encoder = Encoder()
-    told = SimpleNamespace(keys=("caption",), context_dim=4, vector_dim=4, kept=SimpleNamespace(encoder=encoder, length=6))
+    told = SimpleNamespace(
+        keys=("caption",), context_dim=4, vector_dim=4, kept=SimpleNamespace(encoder=encoder, length=6)
+    )
 
     class Told(nn.Module):
         keys, context_dim, vector_dim, kept = ("caption",), 4, 4, told.kept
@@ -50,7 +52,7 @@ def model():
 
 
 def test_a_words_vectors_begin_as_its_own_and_learn_alone(model):
-    TextualInversion("zorbo").put_on(model)
+    TextualInversion("zorbo").apply_to(model)
     told, encoder = model.conditioner, model.conditioner.kept.encoder
     assert told.vectors.shape == (2, 4)
     captions = ["a zorbo hat", "dog"]
@@ -64,7 +66,9 @@ def test_a_words_vectors_begin_as_its_own_and_learn_alone(model):
         told.vectors += 1
     after = told({"caption": captions}).context
     assert torch.allclose(
-        after[0] - before.context[0], torch.tensor([0.0, 1.0, 2.0, 2.0])[:, None].expand(4, 4)[: after.shape[1]], atol=1e-6
+        after[0] - before.context[0],
+        torch.tensor([0.0, 1.0, 2.0, 2.0])[:, None].expand(4, 4)[: after.shape[1]],
+        atol=1e-6,
     )
     assert torch.equal(after[1], before.context[1])
     assert not encoder.embedding._forward_hooks
@@ -77,12 +81,12 @@ def test_a_words_vectors_begin_as_its_own_and_learn_alone(model):
 
 
 def test_several_words_and_how_strong(model):
-    TextualInversion("zorbo", like="cat").put_on(model, 0.5)
+    TextualInversion("zorbo", initializer_token="cat").apply_to(model, 0.5)
     table = model.conditioner.kept.encoder.embedding.weight
     assert torch.equal(model.conditioner.vectors, table[2].expand(2, 4))
     with torch.no_grad():
         model.conditioner.vectors += 1
-    TextualInversion("hat").put_on(model)
+    TextualInversion("hat").apply_to(model)
     with torch.no_grad():
         model.conditioner.vectors -= 3
     context = model.conditioner({"caption": ["zorbo hat"]}).context[0]
@@ -93,12 +97,12 @@ def test_several_words_and_how_strong(model):
 def test_pieces_count_one_after_another_alone():
     ids = torch.tensor([[3, 4, 3, 2, 4], [4, 3, 3, 4, 3]])
     vectors = torch.full((2, 1), 9.0)
-    found = replaced(torch.zeros(2, 5, 1), ids, [3, 4], vectors)[..., 0] > 0
+    found = replace_embeddings(torch.zeros(2, 5, 1), ids, [3, 4], vectors)[..., 0] > 0
     assert found.tolist() == [[True, True, False, False, False], [False, False, True, True, False]]
-    assert replaced(torch.zeros(2, 1, 1), ids[:, :1], [3, 4], vectors).sum() == 0
+    assert replace_embeddings(torch.zeros(2, 1, 1), ids[:, :1], [3, 4], vectors).sum() == 0
 
 
 def test_a_model_that_is_not_told_words_is_refused(model):
     model.conditioner = SimpleNamespace(keys=("label",))
     with pytest.raises(ValueError, match="told by minilm or clip alone"):
-        TextualInversion("zorbo").put_on(model)
+        TextualInversion("zorbo").apply_to(model)

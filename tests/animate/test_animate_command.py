@@ -8,7 +8,7 @@ from PIL import Image
 from smoke import ROOT
 
 from ldm.animate.__main__ import main, names
-from ldm.command import guarded
+from ldm.cli.errors import run_guarded
 
 
 def test_help_is_quick_and_complete():
@@ -16,7 +16,17 @@ def test_help_is_quick_and_complete():
     code += "except SystemExit: assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for name in ("forward", "schedules", "reverse", "brownian", "density", "interpolate", "guidance", "attention", "loss"):
+    for name in (
+        "forward",
+        "schedules",
+        "reverse",
+        "brownian",
+        "density",
+        "interpolate",
+        "guidance",
+        "attention",
+        "loss",
+    ):
         assert f"  {name} " in done.stdout
 
 
@@ -42,7 +52,7 @@ def test_every_animation_explains_its_keys(name, capsys):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, said, capsys):
-    assert guarded(lambda: main(words)) == 2
+    assert run_guarded(lambda: main(words)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.animate import plot
-from ldm.animate.film import Film, write
+from ldm import plotting
+from ldm.animate.animation import Animation, write
 from ldm.errors import UserError
 
 
@@ -22,7 +22,7 @@ def frames(n: int, height: int = 6, width: int = 10):
 
 def test_a_gif_holds_every_frame(tmp_path):
     said = []
-    write(tmp_path / "a.gif", Film(frames(5), 5, seconds=0.1, hold=1.0), said.append)
+    write(tmp_path / "a.gif", Animation(frames(5), 5, seconds=0.1, hold=1.0), said.append)
     assert said == [1, 2, 3, 4, 5]
     with Image.open(tmp_path / "a.gif") as file:
         assert (file.n_frames, file.size, file.info["loop"]) == (5, (10, 6), 0)
@@ -30,13 +30,15 @@ def test_a_gif_holds_every_frame(tmp_path):
         for k, frame in enumerate(frames(5)):
             file.seek(k)
             times.append(file.info["duration"])
-            assert torch.equal(torch.tensor(list(file.convert("RGB").getdata()), dtype=torch.uint8).reshape(6, 10, 3), frame)
+            assert torch.equal(
+                torch.tensor(list(file.convert("RGB").getdata()), dtype=torch.uint8).reshape(6, 10, 3), frame
+            )
     assert times == [100, 100, 100, 100, 1000]
 
 
 def test_a_png_is_the_figure_or_six_frames(tmp_path):
-    write(tmp_path / "one.png", Film(frames(1), 1))
-    write(tmp_path / "film.png", Film(frames(9), 9))
+    write(tmp_path / "one.png", Animation(frames(1), 1))
+    write(tmp_path / "film.png", Animation(frames(9), 9))
     assert Image.open(tmp_path / "one.png").size == (10, 6)
     assert Image.open(tmp_path / "film.png").size == (2 * 14 + 4, 3 * 10 + 4)
 
@@ -48,13 +50,13 @@ def test_another_ending_is_refused_before_anything_is_drawn(tmp_path, name):
         yield
 
     with pytest.raises(UserError, match=r"expected a name that ends in \.gif, \.mp4, \.png"):
-        write(tmp_path / name, Film(never(), 1))
+        write(tmp_path / name, Animation(never(), 1))
 
 
 def test_mp4_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(UserError, match=r"MP4 needs imageio with its ffmpeg"):
-        write(tmp_path / "a.mp4", Film(frames(2), 2))
+        write(tmp_path / "a.mp4", Animation(frames(2), 2))
     assert not list(tmp_path.iterdir())
 
 
@@ -69,17 +71,17 @@ def test_mp4_gets_even_frames_and_holds_the_last(tmp_path, monkeypatch):
     imageio.mimwrite, ffmpeg.get_ffmpeg_exe = mimwrite, lambda: "ffmpeg"
     monkeypatch.setitem(sys.modules, "imageio", imageio)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", ffmpeg)
-    write(tmp_path / "a.mp4", Film(frames(3, 7, 11), 3, seconds=0.5, hold=2.0))
+    write(tmp_path / "a.mp4", Animation(frames(3, 7, 11), 3, seconds=0.5, hold=2.0))
     assert given["shapes"] == [(6, 10, 3)] * 7
     assert given["fps"] == 2
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_an_image_stands_where_it_was_put_pixel_for_pixel():
-    figure = plot.canvas(40, 30)
+    figure = plotting.canvas(40, 30)
     pixels = torch.linspace(-1, 1, 3 * 4 * 5).reshape(3, 4, 5)
-    plot.image(figure, pixels, 7, 9, 3)
-    seen = plot.frame(figure)
+    plotting.image(figure, pixels, 7, 9, 3)
+    seen = plotting.frame(figure)
     assert seen.shape == (30, 40, 3)
     wanted = ((pixels + 1) * 127.5).round().byte().repeat_interleave(3, 1).repeat_interleave(3, 2).permute(1, 2, 0)
     assert torch.equal(seen[9 : 9 + 12, 7 : 7 + 15], wanted)
@@ -90,12 +92,15 @@ def test_an_image_stands_where_it_was_put_pixel_for_pixel():
 def test_without_matplotlib_one_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pictures need matplotlib"):
-        plot.canvas(10, 10)
+        plotting.canvas(10, 10)
 
 
 def test_strips_are_named_rows_of_evenly_spaced_images():
-    rows = {name: torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 3, 8, 8) * sign for name, sign in (("up", 1), ("down", -1))}
-    seen = plot.frame(plot.strips(rows, 3, left=40)).float()
+    rows = {
+        name: torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 3, 8, 8) * sign
+        for name, sign in (("up", 1), ("down", -1))
+    }
+    seen = plotting.frame(plotting.stack_rows(rows, 3, left=40)).float()
     assert seen.shape == (20, 40 + 3 * 8 + 2 * 2, 3)
     up, down = (seen[top + 4, [44, 54, 64], 0] / 127.5 - 1 for top in (0, 10))
     torch.testing.assert_close(up, torch.tensor([-1.0, -0.2, 0.6]), atol=0.02, rtol=0)

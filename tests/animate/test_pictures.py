@@ -8,8 +8,8 @@ from oracle import Gaussian
 from PIL import Image
 from test_task import model as echo
 
-from ldm import task
-from ldm.animate import attention, chosen, plot
+from ldm import plotting
+from ldm.animate import arguments, attention
 from ldm.animate.brownian import brownian, paths, spread
 from ldm.animate.density import carried, density
 from ldm.animate.forward import alpha_bar, forward, process
@@ -17,22 +17,23 @@ from ldm.animate.guidance import guidance
 from ldm.animate.interpolate import interpolate
 from ldm.animate.loss import loss, terms
 from ldm.animate.mixture import Mixture, ring
-from ldm.animate.plane import learned, score_of
 from ldm.animate.reverse import reverse
 from ldm.animate.schedules import schedules
-from ldm.animate.watch import states
+from ldm.animate.toy_net import score_of, train_toy_denoiser
 from ldm.condition import Condition
-from ldm.conditioner.rows import rows
-from ldm.diffusion import sampler, times
+from ldm.conditioner.rows import num_rows
+from ldm.diffusion import grids, sampler
 from ldm.diffusion.denoiser import Denoised, Denoiser
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.prediction import V
 from ldm.diffusion.schedule import cosine, linear
 from ldm.errors import UserError
 from ldm.model import LatentDiffusion
-from ldm.net.attention import CrossAttention, sdpa, softmax
+from ldm.net.attention import CrossAttention, sdpa, softmax_attention
 from ldm.net.unet import UNet
-from ldm.tensors import Noise
+from ldm.sampling import tasks
+from ldm.sampling.monitor import states
+from ldm.tensors import KeyedNoise
 
 PROMPT = "a red sneaker"
 
@@ -47,8 +48,12 @@ def photo(tmp_path):
 def run(monkeypatch):
     """tests/test_task.py's model, whose answer is 0.1 times the length of what it is told, in place of any run's."""
     model = echo()
-    monkeypatch.setattr(chosen, "model_of", lambda run: model)
-    monkeypatch.setattr(chosen, "told", lambda run, prompt, num: {"index": list(range(num)), "caption": [prompt or "abc"] * num})
+    monkeypatch.setattr(arguments, "model_of", lambda run: model)
+    monkeypatch.setattr(
+        arguments,
+        "prompt_batch",
+        lambda run, prompt, num: {"index": list(range(num)), "caption": [prompt or "abc"] * num},
+    )
     return model
 
 
@@ -94,7 +99,10 @@ def test_what_cannot_be_shown_is_refused(photo, tmp_path):
         ),
         (lambda: forward(photo, schedules=("linear",)), "schedules=linear: expected two names"),
         (lambda: forward(photo, frames=1), "frames=1: expected 2 or more"),
-        (lambda: forward(photo, crop=(30, 0, 20, 20)), "crop=30,0,20,20: expected left,top,width,height within 40 x 24 pixels"),
+        (
+            lambda: forward(photo, crop=(30, 0, 20, 20)),
+            "crop=30,0,20,20: expected left,top,width,height within 40 x 24 pixels",
+        ),
         (lambda: forward(str(tmp_path / "c.png")), "no such file"),
         (lambda: forward(str(tmp_path / "b.png")), "expected an image file"),
         (lambda: density(num=0), "num=0: expected 1 or more"),
@@ -110,7 +118,9 @@ def test_brownian_spread_grows_as_the_dimension_times_time(dim):
     time = torch.linspace(0, 1, 9, dtype=torch.float64)
     torch.testing.assert_close(spread(walk), dim * time, rtol=0.06, atol=0)
     steps = walk.diff(dim=0)
-    assert abs(float((steps[3] * steps[5]).mean())) < 0.01 * float(steps.square().mean()) * 10  # what comes next owes nothing to what was
+    assert (
+        abs(float((steps[3] * steps[5]).mean())) < 0.01 * float(steps.square().mean()) * 10
+    )  # what comes next owes nothing to what was
     torch.testing.assert_close(walk[:, :10], paths(10, 8, dim))  # a particle's path is its own
 
 
@@ -141,7 +151,7 @@ def test_the_score_is_the_gradient_of_the_log_density():
 @pytest.mark.parametrize("draw", [sampler.ddpm, sampler.ddim])
 def test_noise_is_carried_to_the_data(draw):
     data = ring(cosine())
-    ts = times.trailing(data.schedule, 30)
+    ts = grids.trailing(data.schedule, 30)
     walk = carried(data, data, ts, 160, 0, draw)
     assert walk.shape == (31, 160, 2)
     assert float(walk[0].std()) == pytest.approx(1, abs=0.1)
@@ -160,11 +170,11 @@ def test_density_is_drawn(training):
 def test_the_score_is_learned_from_points_alone():
     """After 400 steps the network's score is near the exact one, before any it is not, and it carries noise to the data."""
     data = ring(cosine())
-    some = data.draw(Noise(7, range(500)))
+    some = data.sample(KeyedNoise(7, range(500)))
     eps = torch.randn(500, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     off = {}
     for steps in (0, 400):
-        found = learned(data, steps)
+        found = train_toy_denoiser(data, steps)
         for t in torch.tensor([0.2, 0.5], dtype=torch.float64):
             alpha, sigma = data.schedule.alpha_sigma(t)
             x = alpha * some + sigma * eps
@@ -172,19 +182,19 @@ def test_the_score_is_learned_from_points_alone():
             off[steps, float(t)] = float((score_of(found, data, x, t) - exact).square().sum() / exact.square().sum())
     assert off[400, 0.2] < 0.25 < off[0, 0.2]
     assert off[400, 0.5] < 0.02 < off[0, 0.5]
-    last = carried(data, found, times.trailing(data.schedule, 20), 80, 0, sampler.ddim)[-1]
+    last = carried(data, found, grids.trailing(data.schedule, 20), 80, 0, sampler.ddim)[-1]
     assert (torch.cdist(last, data.means).min(1).values < 0.5).double().mean() > 0.9
 
 
 def test_a_sampler_of_second_order_is_watched_on_the_grid_alone():
     data = ring(cosine())
-    ts = times.uniform_grid(data.schedule, 4)
+    ts = grids.uniform_grid(data.schedule, 4)
     x = torch.ones(1, 2, dtype=torch.float64)
     assert len(states(lambda denoise: sampler.heun(denoise, data.schedule, x, ts, torch.zeros_like), data, ts)) == 5
 
 
 def region(frame, images, left):
-    sheet = plot.sheet(images, plot.columns_of(len(images)))
+    sheet = plotting.concatenate(images, plotting.columns_of(len(images)))
     zoom = max(1, round(200 / sheet.shape[-1]))
     pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     place = frame[24 : 24 + pixels.shape[1], left : left + pixels.shape[2]]
@@ -194,12 +204,14 @@ def region(frame, images, left):
 def test_reverse_begins_with_the_prior_and_ends_with_the_sample(run):
     frames = drawn(reverse("run", prompt="some words", num=3, steps=4, seed=5))
     assert len(frames) == 5
-    noise = Noise(0, [5, 6, 7])
-    ts = times.trailing(run.denoiser.schedule, 4)
-    seen, wanted, wide = region(frames[0], run.decode(task.prior(run.denoiser.schedule, ts[0], task.white(run, noise))), 12)
+    noise = KeyedNoise(0, [5, 6, 7])
+    ts = grids.trailing(run.denoiser.schedule, 4)
+    seen, wanted, wide = region(
+        frames[0], run.decode(tasks.prior_sample(run.denoiser.schedule, ts[0], tasks.initial_noise(run, noise))), 12
+    )
     assert torch.equal(seen, wanted)
     batch = {"index": [0, 1, 2], "caption": ["some words"] * 3}
-    sample = task.draw(run, batch, range(5, 8), ts, sampler.ddim, partial(cfg, scale=3.0))
+    sample = tasks.sample(run, batch, range(5, 8), ts, sampler.ddim, partial(cfg, scale=3.0))
     for left in (12, 24 + wide):
         seen, wanted, _ = region(frames[-1], sample, left)
         assert torch.equal(seen, wanted)
@@ -207,11 +219,15 @@ def test_reverse_begins_with_the_prior_and_ends_with_the_sample(run):
 
 def test_interpolate_begins_and_ends_at_its_seeds(run, monkeypatch):
     shown = []
-    monkeypatch.setattr("ldm.animate.interpolate.torch.stack", lambda ways: shown.extend(ways) or torch.cat([w[None] for w in ways]))
+    monkeypatch.setattr(
+        "ldm.animate.interpolate.torch.stack", lambda ways: shown.extend(ways) or torch.cat([w[None] for w in ways])
+    )
     run.denoiser.net.forward = lambda x, t, cond, **kept: 0.3 * x  # an answer that depends on the noise
     assert len(drawn(interpolate("run", num=2, frames=3, steps=2, seed=4))) == 3
-    ts = times.trailing(run.denoiser.schedule, 2)
-    ends = task.draw(run, {"index": [0] * 4, "caption": ["abc"] * 4}, range(4, 8), ts, sampler.ddim, partial(cfg, scale=3.0))
+    ts = grids.trailing(run.denoiser.schedule, 2)
+    ends = tasks.sample(
+        run, {"index": [0] * 4, "caption": ["abc"] * 4}, range(4, 8), ts, sampler.ddim, partial(cfg, scale=3.0)
+    )
     for row, way in enumerate(shown[:2]):
         torch.testing.assert_close(way[0], ends[2 * row])
         torch.testing.assert_close(way[-1], ends[2 * row + 1])
@@ -222,7 +238,9 @@ def test_guidance_is_drawn_a_column_a_scale(run):
     (two,) = drawn(guidance("run", num=2, scales=(1.0, 3.0, 5.0), steps=2))
     assert two.shape[1] - one.shape[1] == 60 + 4  # 12 pixels wide, five for each
     grey = [int(one[30, 190 + 2 + column * 64, 0]) for column in range(2)]
-    assert grey[1] - grey[0] == pytest.approx(127.5 * 0.5 * 0.1 * 3 * 2, abs=1)  # decoded x0 = 0.5 * 0.1 * length * scale
+    assert grey[1] - grey[0] == pytest.approx(
+        127.5 * 0.5 * 0.1 * 3 * 2, abs=1
+    )  # decoded x0 = 0.5 * 0.1 * length * scale
 
 
 class Told(torch.nn.Module):
@@ -231,19 +249,30 @@ class Told(torch.nn.Module):
     keys, context_dim, vector_dim, concat_channels = ("caption",), 6, None, 0
 
     def forward(self, batch):
-        n = rows(batch)
+        n = num_rows(batch)
         context = torch.randn(1, 8, 6, generator=torch.Generator().manual_seed(2)).expand(n, 8, 6)
         return Condition(context=context, mask=torch.arange(8).expand(n, 8) < 6)
 
     null = forward
 
-    def tokens(self, prompt):
+    def tokenize(self, prompt):
         return ["a", "red", "sneak", "er"]
 
 
-@pytest.fixture(params=[sdpa, softmax])
+@pytest.fixture(params=[sdpa, softmax_attention])
 def reader(request):
-    net = UNet(2, 2, channels=8, mult=(1, 2), blocks=1, attention=(1, 2), context_dim=6, heads=2, groups=4, attend=request.param)
+    net = UNet(
+        2,
+        2,
+        channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        context_dim=6,
+        num_heads=2,
+        num_groups=4,
+        attention_fn=request.param,
+    )
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
     first = echo().autoencoder
@@ -253,23 +282,26 @@ def reader(request):
 
 
 def test_attention_of_all_words_is_one_everywhere(reader, monkeypatch):
-    ts = times.trailing(reader.denoiser.schedule, 2)
+    ts = grids.trailing(reader.denoiser.schedule, 2)
     found = attention.maps(reader, PROMPT, ts, 3.0, seed=1)
     assert found.words == ["(start)", "a", "red", "sneaker", "(end)"]
     assert found.maps.shape == (5, 6, 8)
     torch.testing.assert_close(found.maps.sum(0), torch.ones(6, 8))
     assert float(found.maps.std()) > 0.01
-    plain = task.draw(reader, {"index": [0], "caption": [PROMPT]}, [1], ts, sampler.ddim, partial(cfg, scale=3.0))[0]
+    plain = tasks.sample(reader, {"index": [0], "caption": [PROMPT]}, [1], ts, sampler.ddim, partial(cfg, scale=3.0))[0]
     assert torch.equal(found.image, plain)  # looking on changes nothing, and nothing looks on afterwards
-    assert {place.attend for place in reader.denoiser.net.modules() if isinstance(place, CrossAttention)} <= {sdpa, softmax}
-    monkeypatch.setattr(chosen, "model_of", lambda run: reader)
+    assert {place.attend for place in reader.denoiser.net.modules() if isinstance(place, CrossAttention)} <= {
+        sdpa,
+        softmax_attention,
+    }
+    monkeypatch.setattr(arguments, "model_of", lambda run: reader)
     drawn(attention.attention("run", PROMPT, steps=1))
 
 
 def test_attention_maps_lie_where_the_places_are():
     share = torch.zeros(12, 2)  # 3 x 4 places of a 6 x 8 latent
     share[:, 0], share[5] = 1.0, torch.tensor([0.0, 1.0])  # row 1, column 1
-    maps = attention.on(share, (6, 8))
+    maps = attention.resize_map(share, (6, 8))
     assert maps[1].argmax() in (2 * 8 + 2, 2 * 8 + 3, 3 * 8 + 2, 3 * 8 + 3)
     torch.testing.assert_close(maps.sum(0), torch.ones(6, 8))
 
@@ -284,14 +316,14 @@ def test_attention_maps_lie_where_the_places_are():
     ],
 )
 def test_pieces_are_joined_into_words(prompt, pieces, words):
-    names, groups = attention.of_words(prompt, pieces, len(pieces) + 3)
+    names, groups = attention.group_tokens(prompt, pieces, len(pieces) + 3)
     assert names == ["(start)", *words, "(end)"]
     assert sorted(place for group in groups for place in group) == list(range(len(pieces) + 3))
 
 
 def test_a_model_without_words_is_told_so(run):
     with pytest.raises(UserError, match="attends to no words"):
-        attention.maps(run, PROMPT, times.trailing(run.denoiser.schedule, 2), 1.0)
+        attention.maps(run, PROMPT, grids.trailing(run.denoiser.schedule, 2), 1.0)
 
 
 def test_the_loss_is_zero_for_who_knows_the_data_and_not_for_who_does_not():
@@ -301,7 +333,7 @@ def test_the_loss_is_zero_for_who_knows_the_data_and_not_for_who_does_not():
         alpha, sigma = schedule.alpha_sigma(t)
         return Denoised(x0, (x_t - alpha * x0) / sigma)
 
-    noise = Noise(0, range(3))
+    noise = KeyedNoise(0, range(3))
     found = terms(knows, schedule, x0, 12, noise)
     assert found.kl.shape == found.eps.shape == (len(found.ts), 3)
     assert float(found.kl.abs().max()) < 1e-9

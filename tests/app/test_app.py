@@ -12,7 +12,7 @@ from smoke import ROOT
 from test_readme import TYPED
 
 from ldm.app.__main__ import main
-from ldm.command import guarded
+from ldm.cli.errors import run_guarded
 
 PAGE = [words for words in TYPED if words[:3] == ["python", "-m", "ldm.app"]]
 
@@ -37,7 +37,7 @@ def test_help_is_quick_and_says_every_key():
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert guarded(lambda: main(words)) == 2
+    assert run_guarded(lambda: main(words)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
 
@@ -46,7 +46,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatc
 @pytest.mark.parametrize("typed", PAGE, ids=" ".join)
 def test_the_page_is_served_as_typed_and_ends_by_ctrl_c(typed, smoke, tmp_path):
     (tmp_path / "runs").symlink_to(smoke.folder / "runs")
-    words = [f"beside={smoke.run}" if word == "beside=RUN" else word for word in typed[3:] if not word.startswith("port=")]
+    words = [
+        f"beside={smoke.run}" if word == "beside=RUN" else word for word in typed[3:] if not word.startswith("port=")
+    ]
     env = {**os.environ, "LDM_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, *typed[1:3], *words, "port=0"]
     page = subprocess.Popen(line, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

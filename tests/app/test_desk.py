@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from smoke import command, composed, here
 
-from ldm.app import asked, forms, keep
-from ldm.app.desk import Desk, Settings
+from ldm.app import compose, requests, storage
+from ldm.app.controller import AppController, Settings
 from ldm.app.limits import Limits
-from ldm.app.line import Line
-from ldm.app.session import Sessions, runs_of
-from ldm.app.watch import Stopped, Watch
-from ldm.build import plain
-from ldm.diffusion import sampler, times
+from ldm.app.queue import RequestQueue
+from ldm.app.session import SessionCache, expand_runs
+from ldm.config.build import to_container
+from ldm.diffusion import grids, sampler
 from ldm.diffusion.denoiser import Denoised
 from ldm.diffusion.schedule import cosine
 from ldm.errors import UserError
+from ldm.sampling.monitor import SamplerMonitor, SamplingCancelled
 
 SOME = Settings(label="ring", steps=3, num=3, seed=5, scale=2.0)
 
@@ -37,14 +37,18 @@ def runs(lively, prompted, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def desk(runs):
-    return Desk(Sessions([str(runs / "labels"), str(runs / "captions")]), Limits(num=8, steps=50, side=96, megapixels=0.5), looks=0.01)
+    return AppController(
+        SessionCache([str(runs / "labels"), str(runs / "captions")]),
+        Limits(num=8, steps=50, side=96, megapixels=0.5),
+        looks=0.01,
+    )
 
 
 @pytest.fixture
 def ask(desk, runs):
     """The last view of what is drawn from a run."""
 
-    def last(form=forms.words, fields=(32, 32), settings=SOME, run="labels", who="me"):
+    def last(form=requests.generate, fields=(32, 32), settings=SOME, run="labels", who="me"):
         *_, view = desk.draw(who, [str(runs / run)], form, fields, settings)
         return view
 
@@ -64,72 +68,80 @@ def picture(path: Path, size=(32, 32), seed=0) -> Path:
 
 def test_the_config_is_the_one_that_is_typed():
     words = "it's ${oc.env:HOME}, ???"
-    ours = asked.config({"task": "img2img", "sampler": "heun"}, {"run": "x", "prompt": words, "image": "a=b.png", "guidance.scale": 3.0})
+    ours = compose.compose_request(
+        {"task": "img2img", "sampler": "heun"}, {"run": "x", "prompt": words, "image": "a=b.png", "guidance.scale": 3.0}
+    )
     theirs = composed("task=img2img", "sampler=heun", "run=x", "guidance.scale=3.0", name="sample")
-    assert plain(ours) == plain(theirs) | {"prompt": words, "image": "a=b.png", "inputs": plain(ours)["inputs"]}
-    assert plain(ours)["inputs"]["image"]["path"] == "a=b.png"
+    assert to_container(ours) == to_container(theirs) | {
+        "prompt": words,
+        "image": "a=b.png",
+        "inputs": to_container(ours)["inputs"],
+    }
+    assert to_container(ours)["inputs"]["image"]["path"] == "a=b.png"
     for choices, values, said in [
         ({"sampler": "../x"}, {}, "sampler=../x: expected one of consistency, ddim"),
         ({}, {"steps": "many"}, "steps=many: expected a whole number"),
     ]:
         with pytest.raises(UserError, match=said):
-            asked.config(choices, values)
+            compose.compose_request(choices, values)
 
 
 def test_an_image_of_the_page_is_sample_pys(ask, runs, capfd):
     view = ask()
-    files = view.drawn[0]
+    files = view.images[0]
     assert [file.name for file in files] == ["000005.png", "000006.png", "000007.png"]
     with here(runs):
-        typed = ("label=ring", "steps=3", "num=3", "seed=5", "guidance.scale=2.0", "size=[32,32]", "out=typed")
+        typed = ("label=ring", "steps=3", "num=3", "seed=5", "guidance.scale=2.0", "size=[32,32]", "output_dir=typed")
         assert command("sample.py", "run=labels", *typed) == 0
         for file in files:
             assert torch.equal(pixels(file), pixels(runs / "typed" / file.name))
-        assert command("sample.py", f"again={files[1]}") == 0
+        assert command("sample.py", f"reproduce={files[1]}") == 0
     assert "made again, bit for bit the same" in capfd.readouterr().out
     assert files[0].is_relative_to(runs / "labels" / "samples")
-    assert json.loads(Image.open(files[1]).text["again"])["row"] == 1
+    assert json.loads(Image.open(files[1]).text["reproduce"])["row"] == 1
     assert zipfile.ZipFile(view.archive).namelist() == [f"labels/{file.name}" for file in files]
     assert zipfile.ZipFile(view.archive).read(f"labels/{files[0].name}") == files[0].read_bytes()
 
 
 def test_an_image_of_the_gallery_is_made_again_bit_for_bit(desk, ask, runs):
-    drawn = ask(settings=Settings(label="disc", steps=2, num=3)).drawn[0]
+    drawn = ask(settings=Settings(label="disc", steps=2, num=3)).images[0]
     run = str(runs / "labels")
-    assert set(drawn) <= set(desk.made(run))
-    *_, view = desk.again("me", run, drawn[2])
+    assert set(drawn) <= set(desk.list_images(run))
+    *_, view = desk.repeat("me", run, drawn[2])
     assert "Made again: bit for bit the same." in view.stage
-    before, after = view.drawn[0]
+    before, after = view.images[0]
     assert before == drawn[2]
     assert torch.equal(pixels(before), pixels(after))
-    assert after not in desk.made(run)
-    said = keep.settings(drawn[2])
+    assert after not in desk.list_images(run)
+    said = storage.image_settings(drawn[2])
     assert (said["class"], said["seed"], said["batch"], said["steps"], said["sampler"]) == ("disc", 2, 3, 2, "ddim")
 
 
 def test_two_runs_are_drawn_from_the_same_seeds(desk, runs):
     both = [str(runs / "labels"), str(runs / "captions")]
-    *_, view = desk.draw("me", both, forms.words, (32, 32), Settings(prompt="a ring", steps=2, num=2, seed=3))
-    assert [[file.name for file in files] for files in view.drawn] == [["000003.png", "000004.png"]] * 2
-    assert {file.parents[2].name for files in view.drawn for file in files} == {"labels", "captions"}
+    *_, view = desk.draw("me", both, requests.generate, (32, 32), Settings(prompt="a ring", steps=2, num=2, seed=3))
+    assert [[file.name for file in files] for files in view.images] == [["000003.png", "000004.png"]] * 2
+    assert {file.parents[2].name for files in view.images for file in files} == {"labels", "captions"}
     assert len(zipfile.ZipFile(view.archive).namelist()) == 4
 
 
 def test_a_step_of_a_run_is_drawn_beside_the_run(smoke, tmp_path):
     run = shutil.copytree(smoke.run, tmp_path / "run")
     step = str(run / "checkpoints" / "step-00000002")
-    desk = Desk(Sessions(runs_of([str(run), step])), looks=0.01)
-    *_, view = desk.draw("me", desk.sessions.runs, forms.words, (32, 32), Settings(label="ring", steps=2, num=1, seed=9))
-    assert view.drawn, view.stage
-    (ours,), (theirs,) = view.drawn
+    desk = AppController(SessionCache(expand_runs([str(run), step])), looks=0.01)
+    *_, view = desk.draw(
+        "me", desk.sessions.runs, requests.generate, (32, 32), Settings(label="ring", steps=2, num=1, seed=9)
+    )
+    assert view.images, view.stage
+    (ours,), (theirs,) = view.images
     assert theirs.parent.name == f"{ours.parent.name}-step-00000002"
     assert torch.equal(pixels(ours), pixels(theirs))  # it is the run's last
-    *_, again = desk.again("me", step, theirs)
+    *_, again = desk.repeat("me", step, theirs)
     assert "bit for bit the same" in again.stage
 
 
 def test_what_is_expected_is_shown_on_the_way(desk, runs):
-    views = list(desk.draw("me", [str(runs / "labels")], forms.words, (32, 32), Settings(steps=50, num=1)))
+    views = list(desk.draw("me", [str(runs / "labels")], requests.generate, (32, 32), Settings(steps=50, num=1)))
     shown = [view.stage for view in views if "role='progressbar'" in view.stage]
     assert shown
     assert "of 50, 0:0" in shown[-1]
@@ -138,75 +150,78 @@ def test_what_is_expected_is_shown_on_the_way(desk, runs):
 
 def test_a_sampler_does_not_know_that_it_is_watched():
     schedule, x = cosine(), torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ts = times.trailing(schedule, 5)
+    ts = grids.trailing(schedule, 5)
 
     def denoise(x_t, t):
         return Denoised(0.5 * x_t, 0.3 * x_t + 0.1)
 
-    watch = Watch()
+    watch = SamplerMonitor()
     for draw in (sampler.ddim, sampler.heun):
         plain = draw(denoise, schedule, x, ts, torch.zeros_like)
-        assert torch.equal(plain, watch.over(lambda z: z)(draw)(denoise, schedule, x, ts, torch.zeros_like))
-        assert (watch.seen.done, watch.seen.total) == (5, 5)
+        assert torch.equal(plain, watch.wrap(lambda z: z)(draw)(denoise, schedule, x, ts, torch.zeros_like))
+        assert (watch.state.done, watch.state.total) == (5, 5)
     watch.stop.set()
-    with pytest.raises(Stopped):
-        watch.over(lambda z: z)(sampler.ddim)(denoise, schedule, x, ts, torch.zeros_like)
+    with pytest.raises(SamplingCancelled):
+        watch.wrap(lambda z: z)(sampler.ddim)(denoise, schedule, x, ts, torch.zeros_like)
 
 
 def test_a_drawing_is_stopped_and_leaves_nothing(desk, runs):
     run = str(runs / "labels")
     before = set((runs / "labels" / "samples").rglob("*"))
-    asked_for = desk.draw("me", [run], forms.words, (32, 32), Settings(steps=50, num=8, seed=77))
+    asked_for = desk.draw("me", [run], requests.generate, (32, 32), Settings(steps=50, num=8, seed=77))
     view = next(asked_for)
     while "progressbar" not in view.stage:
         view = next(asked_for)
     desk.stop("me")
     *_, last = asked_for
     assert "Stopped" in last.stage
-    assert last.drawn is None
+    assert last.images is None
     assert set((runs / "labels" / "samples").rglob("*")) == before
 
 
 def test_one_is_served_after_another(desk, runs):
     go = threading.Event()
     first = desk.line.start(lambda job: go.wait(60))
-    views = desk.draw("b", [str(runs / "labels")], forms.words, (32, 32), Settings(steps=2, num=1))
+    views = desk.draw("b", [str(runs / "labels")], requests.generate, (32, 32), Settings(steps=2, num=1))
     assert "Looking at the request" in next(views).stage
     assert "Waiting: 1 request before this one." in next(views).stage
     go.set()
     *_, last = views
     assert first.done.is_set()
-    assert last.drawn
+    assert last.images
 
 
 def test_a_closed_page_gives_way(desk, runs, ask):
-    gone = desk.draw("gone", [str(runs / "labels")], forms.words, (32, 32), Settings(steps=50, num=8, seed=78))
+    gone = desk.draw("gone", [str(runs / "labels")], requests.generate, (32, 32), Settings(steps=50, num=8, seed=78))
     next(gone)
     next(gone)
     gone.close()
-    desk.leave("gone")
-    assert ask().drawn
+    desk.disconnect("gone")
+    assert ask().images
     assert not list((runs / "labels" / "samples").rglob("000078.png"))
 
 
 def test_the_line_refuses_when_it_is_long_and_goes_on_after_a_fault(capsys):
-    line, go = Line(most=1), threading.Event()
+    line, go = RequestQueue(most=1), threading.Event()
     first = line.start(lambda job: go.wait(10))
     second = line.start(lambda job: 1 / 0)
-    assert (line.before(first), line.before(second)) == (0, 1)
+    assert (line.position(first), line.position(second)) == (0, 1)
     with pytest.raises(UserError, match="2 requests are before this one"):
         line.start(lambda job: None)
     go.set()
     assert second.done.wait(10)
-    assert "ZeroDivisionError within the program, which goes on" in second.said
+    assert "ZeroDivisionError within the program, which goes on" in second.error
     assert "division by zero" in capsys.readouterr().err
     third = line.start(lambda job: "made")
     assert third.done.wait(10)
-    assert third.made == "made"
+    assert third.result == "made"
 
 
 MISTAKES = {
-    "no prompt": ({"settings": Settings(prompt="  "), "run": "captions"}, "the prompt is empty: write what is to be drawn"),
+    "no prompt": (
+        {"settings": Settings(prompt="  "), "run": "captions"},
+        "the prompt is empty: write what is to be drawn",
+    ),
     "many steps": ({"settings": Settings(steps=10_000)}, "steps=10000: expected 1 to 50; raise it with most_steps="),
     "no steps": ({"settings": Settings(steps=None)}, "steps: expected a whole number"),
     "half a step": ({"settings": Settings(steps=2.5)}, "steps=2.5: expected a whole number"),
@@ -215,20 +230,32 @@ MISTAKES = {
     "below zero": ({"settings": Settings(seed=-1)}, "seed=-1: expected 0 to"),
     "guidance": ({"settings": Settings(scale=None)}, "guidance None: expected a number"),
     "no such class": ({"settings": Settings(label="sneaker")}, "label=sneaker: expected one of disc"),
-    "many words": ({"settings": Settings(prompt="a" * 2001), "run": "captions"}, "prompt of 2001 characters: expected 2000 at most"),
+    "many words": (
+        {"settings": Settings(prompt="a" * 2001), "run": "captions"},
+        "prompt of 2001 characters: expected 2000 at most",
+    ),
     "too large": ({"fields": (128, 32)}, "images of 32 x 128 pixels: expected a side of 1 to 96"),
     "no multiple": ({"fields": (30, 32)}, "height and width must be multiples of 4"),
-    "no picture": ({"form": forms.restyle, "fields": (None, 0.6)}, "no picture was given"),
-    "no image": ({"form": forms.restyle, "fields": ("text.png", 0.6)}, "the picture cannot be read as an image"),
-    "megapixels": ({"form": forms.restyle, "fields": ("large.png", 0.6)}, "the picture of 1000 x 600 pixels, 0.6 megapixels: expected 0.5"),
-    "nothing to add": ({"form": forms.widen, "fields": ("in.png", 0, 0, 0, 0)}, "expected pixels to add"),
-    "much to add": ({"form": forms.widen, "fields": ("in.png", 64, 64, 0, 0)}, "images of 160 x 32 pixels: expected a side of 1 to 96"),
-    "nothing painted": ({"form": forms.repaint, "fields": ({"background": Image.new("L", (8, 8)), "layers": []},)}, "nothing was painted"),
-    "painted megapixels": (
-        {"form": forms.repaint, "fields": ({"background": Image.new("L", (1000, 600)), "layers": []},)},
+    "no picture": ({"form": requests.img2img, "fields": (None, 0.6)}, "no picture was given"),
+    "no image": ({"form": requests.img2img, "fields": ("text.png", 0.6)}, "the picture cannot be read as an image"),
+    "megapixels": (
+        {"form": requests.img2img, "fields": ("large.png", 0.6)},
         "the picture of 1000 x 600 pixels, 0.6 megapixels: expected 0.5",
     ),
-    "no ground": ({"form": forms.repaint, "fields": (None,)}, "a picture is missing"),
+    "nothing to add": ({"form": requests.outpaint, "fields": ("in.png", 0, 0, 0, 0)}, "expected pixels to add"),
+    "much to add": (
+        {"form": requests.outpaint, "fields": ("in.png", 64, 64, 0, 0)},
+        "images of 160 x 32 pixels: expected a side of 1 to 96",
+    ),
+    "nothing painted": (
+        {"form": requests.inpaint, "fields": ({"background": Image.new("L", (8, 8)), "layers": []},)},
+        "nothing was painted",
+    ),
+    "painted megapixels": (
+        {"form": requests.inpaint, "fields": ({"background": Image.new("L", (1000, 600)), "layers": []},)},
+        "the picture of 1000 x 600 pixels, 0.6 megapixels: expected 0.5",
+    ),
+    "no ground": ({"form": requests.inpaint, "fields": (None,)}, "a picture is missing"),
     "no such run": ({"run": "../elsewhere"}, "expected one of"),
 }
 
@@ -244,7 +271,7 @@ def test_a_mistake_is_one_line_and_nothing_is_drawn(name, ask, runs, tmp_path, m
     view = ask(**given)
     assert "class='fault'" in view.stage
     assert said.replace("'", "&#x27;") in view.stage
-    assert view.drawn is None
+    assert view.images is None
     assert {file for file in set(runs.rglob("*.png")) - before if file.parent.name != "given"} == set()
 
 
@@ -252,11 +279,11 @@ def test_a_run_whose_weights_are_gone_is_said_and_the_others_serve_on(runs, ask)
     shutil.copytree(runs / "labels", runs / "broken")
     (runs / "broken" / "weights.safetensors").unlink()
     shutil.rmtree(runs / "broken" / "checkpoints")
-    desk = Desk(Sessions([str(runs / "broken"), str(runs / "labels")]), looks=0.01)
-    *_, view = desk.draw("me", [str(runs / "broken")], forms.words, (32, 32), SOME)
+    desk = AppController(SessionCache([str(runs / "broken"), str(runs / "labels")]), looks=0.01)
+    *_, view = desk.draw("me", [str(runs / "broken")], requests.generate, (32, 32), SOME)
     assert "no weights in it yet" in view.stage
-    *_, view = desk.draw("me", [str(runs / "labels")], forms.words, (32, 32), SOME)
-    assert view.drawn
+    *_, view = desk.draw("me", [str(runs / "labels")], requests.generate, (32, 32), SOME)
+    assert view.images
     shutil.rmtree(runs / "broken")
 
 
@@ -264,10 +291,10 @@ def test_what_was_painted_is_drawn_anew_and_the_rest_kept(ask, tmp_path):
     image = Image.open(picture(tmp_path / "in.png"))
     stroke = Image.new("RGBA", image.size, (0, 0, 0, 0))
     stroke.paste((213, 94, 0, 255), (8, 4, 20, 12))
-    view = ask(forms.repaint, ({"background": image.convert("RGBA"), "layers": [stroke], "composite": None},))
+    view = ask(requests.inpaint, ({"background": image.convert("RGBA"), "layers": [stroke], "composite": None},))
     known = torch.ones(32, 32, dtype=torch.bool)
     known[4:12, 8:20] = False
-    for file in view.drawn[0]:
+    for file in view.images[0]:
         change = (pixels(file) - pixels(tmp_path / "in.png")).abs()
         assert change[known].max() <= 1
         assert change[~known].float().mean() > 5
@@ -275,8 +302,8 @@ def test_what_was_painted_is_drawn_anew_and_the_rest_kept(ask, tmp_path):
 
 def test_pictures_are_restyled_and_widened(ask, runs, tmp_path):
     file = picture(tmp_path / "in.png")
-    assert pixels(ask(forms.restyle, (str(file), 0.5)).drawn[0][0]).shape == (32, 32)
-    wide = pixels(ask(forms.widen, (str(file), 8, 0, 0, 16)).drawn[0][0])
+    assert pixels(ask(requests.img2img, (str(file), 0.5)).images[0][0]).shape == (32, 32)
+    wide = pixels(ask(requests.outpaint, (str(file), 8, 0, 0, 16)).images[0][0])
     assert wide.shape == (48, 40)
     assert (wide[:32, 8:] - pixels(file)).abs().max() <= 1
     (kept,) = {one for one in (runs / "labels" / "given").iterdir() if one.read_bytes() == file.read_bytes()}
@@ -284,19 +311,19 @@ def test_pictures_are_restyled_and_widened(ask, runs, tmp_path):
 
 
 def test_a_painted_map_is_the_classes_of_its_colours():
-    colours = forms.palette(6)
+    colours = requests.palette(6)
     assert len(set(colours)) == 6
-    assert colours[:3] == forms.palette(3)
+    assert colours[:3] == requests.palette(3)
     values = torch.arange(6).repeat(4, 1)
     shown = Image.new("RGB", (6, 4))
     shown.putdata([colours[i] for i in values.flatten().tolist()])
     near = shown.point(lambda value: min(value + 6, 255))  # as an editor's edges are
     for image in (shown, near):
-        assert list(forms.classes_of(image, colours).tobytes()) == values.flatten().tolist()
+        assert list(requests.classes_from_colours(image, colours).tobytes()) == values.flatten().tolist()
 
 
 def test_a_folder_of_runs_is_all_of_them(runs):
-    assert {Path(run).name for run in runs_of([str(runs)])} == {"labels", "captions"}
-    assert runs_of([str(runs / "labels"), str(runs / "labels")]) == [str(runs / "labels")]
+    assert {Path(run).name for run in expand_runs([str(runs)])} == {"labels", "captions"}
+    assert expand_runs([str(runs / "labels"), str(runs / "labels")]) == [str(runs / "labels")]
     with pytest.raises(UserError, match="no such folder"):
-        runs_of([str(runs / "nowhere")])
+        expand_runs([str(runs / "nowhere")])

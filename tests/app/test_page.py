@@ -12,10 +12,10 @@ import torch
 from chromium import browser, visit
 from PIL import Image
 
-from ldm.app.desk import Desk
+from ldm.app.controller import AppController
 from ldm.app.limits import Limits
 from ldm.app.serve import serve
-from ldm.app.session import Sessions
+from ldm.app.session import SessionCache
 
 pytestmark = pytest.mark.slow
 LONG = "1000"  # steps that outlast a click; all that the schedule has
@@ -38,7 +38,11 @@ def runs(prompted, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(runs):
-    desk = Desk(Sessions([str(runs / name) for name in ("first", "second", "broken")]), Limits(num=16, steps=3000), looks=0.1)
+    desk = AppController(
+        SessionCache([str(runs / name) for name in ("first", "second", "broken")]),
+        Limits(num=16, steps=3000),
+        looks=0.1,
+    )
     with serve(desk, port=0) as found:
         yield found
 
@@ -75,7 +79,9 @@ def told(page, **fields):
 
 def press(page, button):
     """Press a button; what waits until the stage has said, since then, something in which a pattern is found, and gives its HTML."""
-    since = page.evaluate("() => (document.querySelectorAll('#stage p').forEach(one => one.dataset.old = ''), said.length)")
+    since = page.evaluate(
+        "() => (document.querySelectorAll('#stage p').forEach(one => one.dataset.old = ''), said.length)"
+    )
     page.click(f"#{button}")
 
     def said(pattern):
@@ -113,7 +119,7 @@ def test_a_prompt_becomes_a_png_in_the_runs_folder_and_progress_is_seen(page, ru
     assert {file.name for file in new} == {"000011.png", "000012.png"}
     text = Image.open(max(new)).text
     assert (text["prompt"], text["seed"]) == ("it's a ring, ${x}", "12")
-    assert json.loads(text["again"])["request"]["negative"] == "a disc"
+    assert json.loads(text["reproduce"])["request"]["negative"] == "a disc"
     page.wait_for_function("document.querySelectorAll('#drawn img').length >= 2")
     with page.expect_download() as download:
         page.click("#archive")
@@ -149,7 +155,7 @@ def test_a_painted_mask_is_drawn_anew_and_the_rest_kept(page, runs, tmp_path):
     page.mouse.up()
     page.wait_for_timeout(500)  # until the stroke has been told
     assert "2 images in" in draw(page, "inpaint")
-    asked = json.loads(Image.open(min(drawn(runs / "first") - before)).text["again"])["request"]
+    asked = json.loads(Image.open(min(drawn(runs / "first") - before)).text["reproduce"])["request"]
     given, hole = pixels(Path(asked["image"])), pixels(Path(asked["mask"])) > 127
     assert torch.equal(given, pixels(tmp_path / "in.png"))
     assert 20 < int(hole.sum()) < 500

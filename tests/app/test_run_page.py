@@ -4,7 +4,7 @@ import pytest
 from chromium import browser, visit
 from test_browse import make
 
-from ldm.browse import main
+from ldm.report.browse import main
 
 pytestmark = pytest.mark.slow
 

@@ -3,17 +3,18 @@ import torch
 
 from ldm.autoencoder.calibration import Statistics, fixed, per_channel, scalar
 from ldm.autoencoder.identity import Identity
-from ldm.autoencoder.posterior import Point, Posterior
+from ldm.autoencoder.posterior import DeterministicPosterior, DiagonalGaussian
 
 
-def posteriors(n: int = 10) -> tuple[Posterior, torch.Tensor]:
+def posteriors(n: int = 10) -> tuple[DiagonalGaussian, torch.Tensor]:
     """And very many samples of them, (B, C, places)."""
     torch.manual_seed(0)
     mean = (
-        torch.randn(n, 3, 2, 2, dtype=torch.float64) * torch.tensor([0.5, 2, 8])[:, None, None] + torch.tensor([1.0, -3, 0])[:, None, None]
+        torch.randn(n, 3, 2, 2, dtype=torch.float64) * torch.tensor([0.5, 2, 8])[:, None, None]
+        + torch.tensor([1.0, -3, 0])[:, None, None]
     )
     logvar = torch.randn(n, 3, 2, 2, dtype=torch.float64)
-    posterior = Posterior(mean, logvar)
+    posterior = DiagonalGaussian(mean, logvar)
     return posterior, torch.cat([posterior.sample(torch.randn_like(mean)).flatten(2) for _ in range(1500)], 2)
 
 
@@ -30,8 +31,8 @@ def test_batches_and_processes_share_the_work():
     posterior, _ = posteriors()
     whole = Statistics.of([posterior], 3)
 
-    def part(rows: slice) -> Posterior:
-        return Posterior(posterior.mean[rows], posterior.logvar[rows])
+    def part(rows: slice) -> DiagonalGaussian:
+        return DiagonalGaussian(posterior.mean[rows], posterior.logvar[rows])
 
     shares, sums = ([part(slice(0, 3)), part(slice(3, 4))], [part(slice(4, 10))], []), []
     for share in shares:
@@ -77,5 +78,5 @@ def test_a_first_stage_is_calibrated_as_it_is_told():
 
 
 def test_a_point_has_no_spread_of_its_own():
-    found = Statistics.of([Point(torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))], 1)
+    found = Statistics.of([DeterministicPosterior(torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))], 1)
     assert (found.mean.item(), found.variance.item()) == (2, 1)

@@ -6,7 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from smoke import ROOT
 
-from ldm import build
+from ldm.config import build
 
 TABLE = {  # Rombach et al. 2022, tab. 8 and their released configs
     "kl_f4": 55_312_063,
@@ -31,14 +31,14 @@ def test_a_first_stage_has_the_papers_parameters(name):
     if TABLE[name] is None:
         pytest.skip(f"{name}: no count was published")
     with torch.device("meta"):
-        autoencoder = build.autoencoder(OmegaConf.load(ROOT / f"conf/autoencoder/{name}.yaml"), 3)
+        autoencoder = build.build_autoencoder(OmegaConf.load(ROOT / f"conf/autoencoder/{name}.yaml"), 3)
     assert count(autoencoder) == TABLE[name]
     assert len(autoencoder.encoder.down) == len(autoencoder.decoder.up) == autoencoder.factor.bit_length()
 
 
 def test_kl_f8_divides_its_parameters_as_published():
     with torch.device("meta"):
-        autoencoder = build.autoencoder(OmegaConf.load(ROOT / "conf/autoencoder/kl_f8.yaml"), 3)
+        autoencoder = build.build_autoencoder(OmegaConf.load(ROOT / "conf/autoencoder/kl_f8.yaml"), 3)
     assert count(autoencoder.encoder) == 34_163_664
     assert count(autoencoder.decoder) == 49_490_199
 

@@ -4,7 +4,7 @@ import torch
 from ldm.autoencoder.conv import Decoder, Encoder, PaddedDownsample
 from ldm.autoencoder.kl import AutoencoderKL
 from ldm.autoencoder.patch import PatchDecoder, PatchEncoder
-from ldm.autoencoder.posterior import Posterior
+from ldm.autoencoder.posterior import DiagonalGaussian
 
 
 class Affine(torch.nn.Module):
@@ -35,7 +35,9 @@ def conv(f: int) -> AutoencoderKL:
 
 
 def patch(f: int) -> AutoencoderKL:
-    return AutoencoderKL(PatchEncoder(1, 3, f, width=8, groups=4), PatchDecoder(1, 3, f, width=8, groups=4), 3, f)
+    return AutoencoderKL(
+        PatchEncoder(1, 3, f, width=8, num_groups=4), PatchDecoder(1, 3, f, width=8, num_groups=4), 3, f
+    )
 
 
 @pytest.mark.parametrize("f", [2, 4, 8])
@@ -101,7 +103,9 @@ def test_a_patch_is_one_place_of_the_latent():
 def test_calibrate_gives_samples_zero_mean_and_unit_variance():
     torch.manual_seed(0)
     model = exact()
-    images = torch.randn(40, 2, 16, 16) * torch.tensor([0.3, 2.0])[:, None, None] + torch.tensor([1.0, -4.0])[:, None, None]
+    images = (
+        torch.randn(40, 2, 16, 16) * torch.tensor([0.3, 2.0])[:, None, None] + torch.tensor([1.0, -4.0])[:, None, None]
+    )
     model.calibrate(model.posterior(part).moments for part in images.split(16))
     posterior = model.posterior(images)
     z = model.normalise(posterior.sample(torch.randn_like(posterior.mean)))
@@ -141,13 +145,13 @@ def test_calibrating_twice_changes_nothing():
 
 def test_identity_names_weights_shift_and_scale():
     model = patch(4)
-    name = model.identity()
+    name = model.weights_hash()
     other = patch(4)
-    assert other.identity() != name
+    assert other.weights_hash() != name
     other.load_state_dict(model.state_dict())
-    assert other.identity() == name
+    assert other.weights_hash() == name
     other.scale.mul_(1.001)
-    assert other.identity() != name
+    assert other.weights_hash() != name
 
 
 def test_shift_and_scale_travel_with_the_weights():
@@ -155,7 +159,7 @@ def test_shift_and_scale_travel_with_the_weights():
     model.calibrate([torch.randn(4, 4, 8, 8)])
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.scale, model.scale)
-    assert isinstance(other.posterior(torch.randn(1, 2, 4, 4)), Posterior)
+    assert isinstance(other.posterior(torch.randn(1, 2, 4, 4)), DiagonalGaussian)
 
 
 def test_channels_that_say_nothing_are_counted():
@@ -170,19 +174,19 @@ def test_channels_that_say_nothing_are_counted():
             return torch.cat([mean, torch.zeros_like(mean)], 1)
 
     model.encoder = Encoder()
-    seen = model.training_pass(image, torch.randn_like)
-    told = model.diagnose(seen.vitals)
+    seen = model.training_forward(image, torch.randn_like)
+    told = model.diagnostics(seen.diagnostics)
     assert told["dead_channels"] == 1
     assert told["kl_channel_min"] == 0
     assert told["kl_channel_max"].item() == pytest.approx(0.5 * 9 * image[:, 0].square().mean().item())
-    torch.testing.assert_close(seen.penalties["kl"].mean(), 64 * seen.vitals.sum())
+    torch.testing.assert_close(seen.penalties["kl"].mean(), 64 * seen.diagnostics.sum())
 
 
 def test_training_decodes_a_sample_and_not_the_mode():
     model, image = exact(), torch.randn(3, 2, 8, 8)
     noise = torch.randn(3, 2, 8, 8)
     posterior = model.posterior(image)
-    seen = model.training_pass(image, lambda like: noise)
+    seen = model.training_forward(image, lambda like: noise)
     torch.testing.assert_close(seen.reconstruction, model.decoder(posterior.sample(noise)))
     torch.testing.assert_close(seen.penalties["kl"], posterior.kl())
 
@@ -213,5 +217,5 @@ def test_downsampling_looks_right_and_down():
 
 
 def test_normalisation_has_the_first_stages_epsilon():
-    for module in (Encoder(1, width=8, groups=4), Decoder(1, width=8, groups=4)):
+    for module in (Encoder(1, width=8, num_groups=4), Decoder(1, width=8, num_groups=4)):
         assert {m.eps for m in module.modules() if isinstance(m, torch.nn.GroupNorm)} == {1e-6}

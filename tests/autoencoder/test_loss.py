@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ldm.autoencoder.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
-from ldm.autoencoder.loss import ReconstructionLoss, gradient, l1, l2
-from ldm.autoencoder.posterior import Posterior
+from ldm.autoencoder.loss import ReconstructionLoss, gradient_loss, l1, l2
+from ldm.autoencoder.posterior import DiagonalGaussian
 
 
 def test_pixel_errors_are_summed_over_an_image():
@@ -14,22 +14,24 @@ def test_pixel_errors_are_summed_over_an_image():
 
 def test_gradient_sees_edges_and_no_brightness():
     image = torch.randn(2, 1, 5, 4)
-    torch.testing.assert_close(gradient(image + 3.0, image), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient_loss(image + 3.0, image), torch.zeros(2), atol=1e-5, rtol=0)
     step = torch.zeros(1, 1, 5, 4)
     step[..., 2:] = 1.0  # one column of edges, 5 high
-    assert gradient(step, torch.zeros_like(step)).tolist() == [5.0]
-    assert gradient(step.transpose(2, 3), torch.zeros(1, 1, 4, 5)).tolist() == [5.0]
-    assert torch.equal(gradient(step, 0 * step), gradient(0 * step, step))
+    assert gradient_loss(step, torch.zeros_like(step)).tolist() == [5.0]
+    assert gradient_loss(step.transpose(2, 3), torch.zeros(1, 1, 4, 5)).tolist() == [5.0]
+    assert torch.equal(gradient_loss(step, 0 * step), gradient_loss(0 * step, step))
 
 
 def test_terms_add_up():
     torch.manual_seed(0)
     image, penalties = torch.randn(3, 1, 4, 4), {"kl": torch.rand(3)}
     reconstruction = image + 0.1 * torch.randn_like(image)
-    terms = ReconstructionLoss(l2, gradient, perceptual_weight=3.0, kl_weight=0.5)(reconstruction, image, penalties)
+    terms = ReconstructionLoss(l2, gradient_loss, perceptual_weight=3.0, kl_weight=0.5)(
+        reconstruction, image, penalties
+    )
     assert all(term.shape == (3,) for term in terms.values())
     torch.testing.assert_close(terms["pixel"], l2(reconstruction, image))
-    torch.testing.assert_close(terms["rec"], l2(reconstruction, image) + 3 * gradient(reconstruction, image))
+    torch.testing.assert_close(terms["rec"], l2(reconstruction, image) + 3 * gradient_loss(reconstruction, image))
     torch.testing.assert_close(terms["loss"], terms["rec"] + 0.5 * penalties["kl"])
     assert torch.equal(terms["kl"], penalties["kl"])
     bare = ReconstructionLoss(l1, None)(reconstruction, image, {})
@@ -56,12 +58,12 @@ def test_adaptive_weight_is_the_ratio_of_gradients():
 
 @pytest.mark.parametrize(("layers", "side"), [(2, 6), (3, 2)])
 def test_discriminator_answers_for_patches(layers, side):
-    net = PatchDiscriminator(1, width=8, layers=layers, groups=4)
+    net = PatchDiscriminator(1, width=8, layers=layers, num_groups=4)
     assert net(torch.randn(2, 1, 32, 32)).shape == (2, 1, side, side)
 
 
 def test_discriminator_judges_each_image_alone():
-    net = PatchDiscriminator(1, width=8, layers=2, groups=4)
+    net = PatchDiscriminator(1, width=8, layers=2, num_groups=4)
     images = torch.randn(3, 1, 32, 32)
     torch.testing.assert_close(net(images)[1:2], net(images[1:2]))
 
@@ -73,7 +75,7 @@ def gradient_of(loss: ReconstructionLoss, size: int) -> torch.Tensor:
     weights = torch.randn(2 * 3 * size * size, 4, dtype=torch.float64).mul(0.1).requires_grad_()
     inward, outward = weights.chunk(2)
     mean = (image.flatten(1) @ inward).unflatten(1, (1, 2, 2)).expand(-1, 2, -1, -1)
-    posterior = Posterior(mean, torch.full_like(mean, -1.0))
+    posterior = DiagonalGaussian(mean, torch.full_like(mean, -1.0))
     reconstruction = (posterior.sample(noise)[:, 0].flatten(1) @ outward.T).view_as(image)
     terms = loss(reconstruction, image, {"kl": posterior.kl()})
     return torch.autograd.grad(terms["loss"].mean(), weights)[0]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm.autoencoder.perceptual import LPIPS
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def test_the_image_learns_and_the_network_does_not(lpips):
     assert not any(module.training for module in lpips.modules())
     assert lpips(b, b).tolist() == [0, 0]
     torch.testing.assert_close(
-        lpips.distance(a[:, :1], b[:, :1]), lpips.distance(a[:, :1].expand(-1, 3, -1, -1), b[:, :1].expand(-1, 3, -1, -1))
+        lpips.distance(a[:, :1], b[:, :1]),
+        lpips.distance(a[:, :1].expand(-1, 3, -1, -1), b[:, :1].expand(-1, 3, -1, -1)),
     )
 
 
@@ -60,6 +61,8 @@ def test_small_images_and_missing_weights_are_one_line(lpips, tmp_path, monkeypa
     for name in ("LDM_CACHE", "TORCH_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetError, match=r"LPIPS needs.*EfficientNetDistance.*vgg16 is missing.*vgg16-397923af\.pth into") as error:
+    with pytest.raises(
+        AssetNotFoundError, match=r"LPIPS needs.*EfficientNetDistance.*vgg16 is missing.*vgg16-397923af\.pth into"
+    ) as error:
         LPIPS()
     assert "\n" not in str(error.value)

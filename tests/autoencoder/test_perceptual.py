@@ -54,10 +54,10 @@ def test_its_weights_stand_where_they_belong(distance):
 
 
 def test_missing_weights_are_one_line(tmp_path, monkeypatch):
-    from ldm.fetch import AssetError
+    from ldm.io.download import AssetNotFoundError
 
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetError, match="efficientnet-lite0 is missing") as error:
+    with pytest.raises(AssetNotFoundError, match="efficientnet-lite0 is missing") as error:
         EfficientNetDistance()
     assert "\n" not in str(error.value)

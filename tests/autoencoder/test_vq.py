@@ -4,7 +4,7 @@ from torch import nn
 
 from ldm.autoencoder.conv import Decoder, Encoder
 from ldm.autoencoder.identity import Identity
-from ldm.autoencoder.posterior import Point
+from ldm.autoencoder.posterior import DeterministicPosterior
 from ldm.autoencoder.vq import AutoencoderVQ, Codebook
 
 
@@ -51,7 +51,7 @@ def test_it_encodes_what_is_not_quantised_and_quantises_when_it_decodes():
 def test_gradients_go_straight_through_and_each_part_of_the_penalty_to_its_own():
     model = vq(codebook_weight=3.0, commitment_weight=0.5)
     image = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    reconstruction, penalties, _ = model.training_pass(image, torch.randn_like)
+    reconstruction, penalties, _ = model.training_forward(image, torch.randn_like)
     codes = model.codebook(model.codebook.nearest(image))
     torch.testing.assert_close(reconstruction, codes)
     (through,) = torch.autograd.grad(reconstruction.square().sum(), image, retain_graph=True)
@@ -62,7 +62,9 @@ def test_gradients_go_straight_through_and_each_part_of_the_penalty_to_its_own()
     size = image[0].numel()
     torch.testing.assert_close(to_encoder, 2 * 0.5 * (image - codes) / size)
     expected = torch.zeros_like(model.codebook.weight)
-    expected.index_add_(0, model.codebook.nearest(image).flatten(), (2 * 3.0 * (codes - image) / size).movedim(1, -1).flatten(0, 2))
+    expected.index_add_(
+        0, model.codebook.nearest(image).flatten(), (2 * 3.0 * (codes - image) / size).movedim(1, -1).flatten(0, 2)
+    )
     torch.testing.assert_close(to_book, expected)
 
 
@@ -70,19 +72,21 @@ def test_perplexity_and_dead_codes():
     model = vq(codes=4)
     with torch.no_grad():
         model.codebook.weight.copy_(torch.tensor([[0.0, 0], [10, 0], [0, 10], [99, 99]]))
-    image = torch.tensor([[0.1, 9.0, 0.2, 0.0], [0.1, 0.0, 0.0, 9.5]], dtype=torch.float64).view(1, 2, 2, 2)  # codes 0, 1, 0, 2
-    told = model.diagnose(model.training_pass(image, torch.randn_like).vitals)
+    image = torch.tensor([[0.1, 9.0, 0.2, 0.0], [0.1, 0.0, 0.0, 9.5]], dtype=torch.float64).view(
+        1, 2, 2, 2
+    )  # codes 0, 1, 0, 2
+    told = model.diagnostics(model.training_forward(image, torch.randn_like).diagnostics)
     assert told["dead_codes"] == 1
     assert told["perplexity"].item() == pytest.approx(2**1.5)  # entropy of (1/2, 1/4, 1/4)
 
 
 def test_shapes_of_a_convolutional_one():
     options = dict(z_channels=3, width=8, mult=(1, 2), blocks=1, groups=4)
-    model = AutoencoderVQ(Encoder(1, **options, double=False), Decoder(1, **options), 3, 2, num_codes=16)
+    model = AutoencoderVQ(Encoder(1, **options, double_z=False), Decoder(1, **options), 3, 2, num_codes=16)
     image = torch.randn(2, 1, 8, 12)
     assert model.posterior(image).moments.shape == (2, 3, 4, 6)
     assert model.decode(model.encode(image)).shape == image.shape
-    reconstruction, penalties, vitals = model.training_pass(image, torch.randn_like)
+    reconstruction, penalties, vitals = model.training_forward(image, torch.randn_like)
     (reconstruction.abs().sum() + penalties["codebook"].sum()).backward()
     assert vitals.sum() == 1
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
@@ -93,10 +97,10 @@ def test_pixel_space_is_the_image_itself():
     assert torch.equal(space.encode(image), image)
     assert torch.equal(space.decode(image), image)
     posterior = space.posterior(image)
-    assert isinstance(posterior, Point)
+    assert isinstance(posterior, DeterministicPosterior)
     assert torch.equal(posterior.moments, image)
     assert not posterior.variance.any()
     assert torch.equal(posterior.sample(torch.randn_like(image)), image)
     assert (space.factor, space.z_channels) == (1, 3)
     assert not list(space.parameters())
-    assert space.identity() == Identity(3).identity()
+    assert space.weights_hash() == Identity(3).weights_hash()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from ldm.fetch import minilm
+from ldm.io.download import minilm
 
 TEXTS = [
     "",
@@ -22,13 +22,19 @@ TEXTS = [
 
 if __name__ == "__main__":
     folder = minilm()
-    bert = BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)).eval()
+    bert = BertModel(
+        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    ).eval()
     state = load_file(folder / "model.safetensors")
     bert.load_state_dict({name: value for name, value in state.items() if not name.endswith("position_ids")})
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="[PAD]", model_max_length=512)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), pad_token="[PAD]", model_max_length=512
+    )
     batch = tokenizer(TEXTS, padding="longest", truncation=False, return_tensors="pt")
     with torch.no_grad():
-        hidden = bert(batch["input_ids"], batch["attention_mask"], torch.zeros_like(batch["input_ids"])).last_hidden_state
+        hidden = bert(
+            batch["input_ids"], batch["attention_mask"], torch.zeros_like(batch["input_ids"])
+        ).last_hidden_state
     mask = batch["attention_mask"].bool()
     mean = torch.stack([row[keep].mean(0) for row, keep in zip(hidden, mask, strict=True)])
     rows = [

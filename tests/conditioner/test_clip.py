@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from ldm.conditioner import clip
 from ldm.conditioner.clip import CLIP
 from ldm.conditioner.clip_image import CLIPImage
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 
 TINY = {
     "embed_dim": 16,
@@ -71,7 +71,7 @@ def test_hidden_states_are_those_of_a_pass_by_hand(layer):
 
 
 def test_padding_is_the_token_asked_for():
-    end, zero = CLIP("tiny", pad=49407, random=True)(["a bag"]), CLIP("tiny", random=True)(["a bag"])
+    end, zero = CLIP("tiny", pad_token_id=49407, random=True)(["a bag"]), CLIP("tiny", random=True)(["a bag"])
     torch.testing.assert_close(end.context[:, :4], zero.context[:, :4])
     assert not torch.allclose(end.context[:, 4:], zero.context[:, 4:])
     torch.testing.assert_close(end.vector, zero.vector)  # pooled at the first end mark
@@ -97,7 +97,7 @@ def test_through_text():
     torch.testing.assert_close(cond.context.double(), whole[:, :16], atol=2**-22 + 1e-12, rtol=0)
     assert cond.mask.all()
     assert cond.vector.shape == (2, 16)
-    assert text.tokens("It's a BAG 😀, über a=b") == ["it", "'s", "a", "bag", "😀,", "über", "a", "=", "b"]
+    assert text.tokenize("It's a BAG 😀, über a=b") == ["it", "'s", "a", "bag", "😀,", "über", "a", "=", "b"]
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -128,8 +128,12 @@ def test_random_weights_are_the_same_each_time_and_disturb_no_others():
 
 @pytest.mark.parametrize("weights", [None, "nowhere/clip.pt", "clip.safetensors"])
 def test_without_weights_one_line_says_what_to_put_where(weights, monkeypatch, no_network):
-    monkeypatch.setattr("builtins.__import__", lambda name, *args, imported=__import__: _not_open_clip(name) or imported(name, *args))
-    with pytest.raises(AssetError, match=r"CLIP ViT-L-14-quickgelu has no weights .*weights=FILE.*hub=true") as error:
+    monkeypatch.setattr(
+        "builtins.__import__", lambda name, *args, imported=__import__: _not_open_clip(name) or imported(name, *args)
+    )
+    with pytest.raises(
+        AssetNotFoundError, match=r"CLIP ViT-L-14-quickgelu has no weights .*weights=FILE.*hub=true"
+    ) as error:
         CLIP(weights=weights)
     assert "\n" not in str(error.value)
 
@@ -143,7 +147,10 @@ def test_a_tag_is_looked_up_in_the_cache_alone_unless_asked(no_network, monkeypa
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(AssetError, match=r"tag laion2b_s34b_b79k, is not in .* cache and was not fetched \(hub=false\).*hub=true"):
+    with pytest.raises(
+        AssetNotFoundError,
+        match=r"tag laion2b_s34b_b79k, is not in .* cache and was not fetched \(hub=false\).*hub=true",
+    ):
         CLIP("ViT-B-32", weights="laion2b_s34b_b79k")
     assert not constants.HF_HUB_OFFLINE  # as it was
 
@@ -161,8 +168,8 @@ def test_a_tag_is_fetched_when_asked(monkeypatch):
 
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(AssetError, match=r"was not fetched \(no route to the hub\)"):
-        clip.tagged("ViT-B-32", "laion2b_s34b_b79k", hub=True)
+    with pytest.raises(AssetNotFoundError, match=r"was not fetched \(no route to the hub\)"):
+        clip.tagged_weights("ViT-B-32", "laion2b_s34b_b79k", hub=True)
     assert asked == [True, False]
 
 

@@ -15,7 +15,11 @@ class Fixed(nn.Module):
 
     def forward(self, batch):
         return Condition(
-            torch.ones(2, 2, 6), torch.tensor([[True, False]] * 2), torch.ones(2, 2), torch.ones(2, 1, 4, 4), (torch.ones(2, 3, 8, 8),)
+            torch.ones(2, 2, 6),
+            torch.tensor([[True, False]] * 2),
+            torch.ones(2, 2),
+            torch.ones(2, 1, 4, 4),
+            (torch.ones(2, 3, 8, 8),),
         )
 
     def null(self, batch):

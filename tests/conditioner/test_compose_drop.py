@@ -3,21 +3,25 @@
 import pytest
 import torch
 
-from ldm.conditioner.compose import Compose, dropped, tell
+from ldm.conditioner.compose import Compose, condition_or_null, drop_condition
 from ldm.conditioner.label import Label, LabelVector
-from ldm.conditioner.none import Nothing
-from ldm.conditioner.spatial import Picture, SemanticMap
-from ldm.tensors import Noise
+from ldm.conditioner.none import Unconditional
+from ldm.conditioner.spatial import SemanticMap, SpatialMap
+from ldm.tensors import KeyedNoise
 
 DRAWS = 10_000
 
 
 def batch(n: int, seed: int = 0) -> dict:
-    return {"label": torch.zeros(n, dtype=torch.long), "relief": torch.rand(n, 1, 4, 4) + 1, "noise": Noise(seed, list(range(n)))}
+    return {
+        "label": torch.zeros(n, dtype=torch.long),
+        "relief": torch.rand(n, 1, 4, 4) + 1,
+        "noise": KeyedNoise(seed, list(range(n))),
+    }
 
 
 def model() -> Compose:
-    return Compose({"a": 0.1, "c": 0.5}, a=Label(3, dim=2), b=LabelVector(3, dim=2), c=Picture(2))
+    return Compose({"a": 0.1, "c": 0.5}, a=Label(3, dim=2), b=LabelVector(3, dim=2), c=SpatialMap(2))
 
 
 def kept(conditioner: Compose, told: dict) -> dict[str, torch.Tensor]:
@@ -42,19 +46,19 @@ def test_each_key_is_dropped_at_its_own_rate_and_by_itself():
 
 def test_the_whole_is_dropped_at_its_rate():
     label, told = Label(3, dim=2), batch(DRAWS)
-    cond = dropped(label(told), label.null(told), told["noise"], "drop", 0.2)
+    cond = drop_condition(label(told), label.null(told), told["noise"], "drop", 0.2)
     rate = float((cond.context == label.null(told).context).flatten(1).all(1).float().mean())
     assert abs(rate - 0.2) < 4 * (0.2 * 0.8 / DRAWS) ** 0.5
-    nothing = Nothing()
-    dropped(nothing(told), nothing.null(told), told["noise"], "drop", 0.2)
+    nothing = Unconditional()
+    drop_condition(nothing(told), nothing.null(told), told["noise"], "drop", 0.2)
 
 
 def test_what_is_dropped_depends_on_the_row_alone():
     conditioner, whole = model(), batch(20)
-    part = {"label": whole["label"][5:9], "relief": whole["relief"][5:9], "noise": Noise(0, [5, 6, 7, 8])}
+    part = {"label": whole["label"][5:9], "relief": whole["relief"][5:9], "noise": KeyedNoise(0, [5, 6, 7, 8])}
     for name, keep in kept(conditioner, part).items():
         assert torch.equal(keep, kept(conditioner, whole)[name][5:9])
-    other = kept(conditioner, {**whole, "noise": Noise(1, list(range(20)))})
+    other = kept(conditioner, {**whole, "noise": KeyedNoise(1, list(range(20)))})
     assert not torch.equal(other["c"], kept(conditioner, whole)["c"])
 
 
@@ -72,26 +76,26 @@ def test_what_a_batch_does_not_say_is_the_null():
     cond = conditioner({"noise": told["noise"]})
     assert torch.equal(cond.vector, conditioner.null(told).vector)
     assert cond.concat.shape == (3, 2, 1, 1)
-    assert cond.over(5, 6).concat.shape == (3, 2, 5, 6)
+    assert cond.expand_concat(5, 6).concat.shape == (3, 2, 5, 6)
 
 
 def test_a_composed_conditioner_tells_what_it_can():
     conditioner, told = model().eval(), batch(3)
-    cond = tell(conditioner, {"label": told["label"] + 1})
+    cond = condition_or_null(conditioner, {"label": told["label"] + 1})
     assert torch.equal(cond.vector, conditioner({"label": told["label"] + 1}).vector)
     assert not torch.equal(cond.vector, conditioner.null(told).vector)
-    assert torch.equal(tell(conditioner, {"noise": told["noise"]}).vector, conditioner.null(told).vector)
+    assert torch.equal(condition_or_null(conditioner, {"noise": told["noise"]}).vector, conditioner.null(told).vector)
 
 
 def test_a_null_of_no_size_is_spread_over_the_others():
-    two = Compose(map=SemanticMap(2, 3, channels=1), relief=Picture(2)).eval()
+    two = Compose(map=SemanticMap(2, 3, channels=1), relief=SpatialMap(2)).eval()
     cond = two({"map": torch.ones(2, 4, 6, dtype=torch.long)})
     assert cond.concat.shape == (2, 3, 2, 3)
     assert not cond.concat[:, 1:].any()
     assert cond.where(torch.tensor([True, False]), two.null({"map": torch.ones(2, 4, 6)})).concat.shape == (2, 3, 2, 3)
-    assert cond.cat(two.null({"noise": Noise(0, [1])})).concat.shape == (3, 3, 2, 3)
+    assert cond.cat(two.null({"noise": KeyedNoise(0, [1])})).concat.shape == (3, 3, 2, 3)
     with pytest.raises(ValueError, match="latents of 2x3, those to be drawn are 4x4"):
-        cond.over(4, 4)
+        cond.expand_concat(4, 4)
 
 
 @pytest.mark.parametrize("drop", [{"d": 0.1}, {"a": 1.5}, {"a": -0.1}])
@@ -102,6 +106,8 @@ def test_a_rate_must_be_one(drop):
 
 def test_tell_asks_for_every_key():
     label = Label(3, dim=2)
-    assert torch.equal(tell(label, {"noise": Noise(0, [1, 2])}).context, label.null({"caption": ["a", "b"]}).context)
+    assert torch.equal(
+        condition_or_null(label, {"noise": KeyedNoise(0, [1, 2])}).context, label.null({"caption": ["a", "b"]}).context
+    )
     with pytest.raises(ValueError, match="has no rows"):
         label.null({"index": 3})

@@ -5,9 +5,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from ldm.build import SUPPLIED, plain, wanted
-from ldm.tensors import Noise
-from ldm.validate import signature_of, validate
+from ldm.config.build import RUNTIME_PARAMETERS, nested_kwargs, to_container
+from ldm.config.validate import read_signature, validate
+from ldm.tensors import KeyedNoise
 
 CONF = Path(__file__).parents[2] / "conf" / "conditioner"
 KNOWN = {"num_classes": 10, "factor": 2, "channels": 3, "z_channels": 3, "encode": lambda image: image[..., ::2, ::2]}
@@ -28,29 +28,29 @@ def batch() -> dict:
         "image": torch.rand(2, 3, 8, 8),
         "mask": torch.rand(2, 1, 8, 8).round(),
         "boxes": [[(3, 0.0, 0.0, 0.5, 1.0)], []],
-        "noise": Noise(0, [0, 1]),
+        "noise": KeyedNoise(0, [0, 1]),
     }
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_it_writes_out_every_parameter(option):
-    config = plain(OmegaConf.load(CONF / f"{option}.yaml"))
-    validate(config, supplied=SUPPLIED)
+    config = to_container(OmegaConf.load(CONF / f"{option}.yaml"))
+    validate(config, supplied=RUNTIME_PARAMETERS)
     for node in filter(None, (config, config.get("encoder"))):
         target = node.pop("_target_")
-        wanted = signature_of(target)
-        assert node.keys() == (wanted.parameters.keys() if wanted else set()) - set(SUPPLIED.get(target, ()))
+        wanted = read_signature(target)
+        assert node.keys() == (wanted.parameters.keys() if wanted else set()) - set(RUNTIME_PARAMETERS.get(target, ()))
 
 
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ELSEWHERE])
 def test_it_instantiates_and_tells_and_has_a_null_of_its_size(option):
     config = OmegaConf.merge(OmegaConf.load(CONF / f"{option}.yaml"), SMALL.get(option, {}))
-    conditioner = instantiate(config, **wanted(config, KNOWN))
+    conditioner = instantiate(config, **nested_kwargs(config, KNOWN))
     told, null = conditioner(batch()), conditioner.null(batch())
-    for cond in (told, null, conditioner.null({"noise": Noise(0, [0, 1])})):
+    for cond in (told, null, conditioner.null({"noise": KeyedNoise(0, [0, 1])})):
         for field, dim in ((cond.context, conditioner.context_dim), (cond.vector, conditioner.vector_dim)):
             assert (None if field is None else (len(field), field.shape[-1])) == (None if dim is None else (2, dim))
         assert (0 if cond.concat is None else cond.concat.shape[1]) == conditioner.concat_channels
     assert set(conditioner.keys) <= batch().keys()
     told.where(torch.tensor([True, False]), null)
-    told.cat(null.over(*([] if told.concat is None else told.concat.shape[-2:]) or (4, 4)))
+    told.cat(null.expand_concat(*([] if told.concat is None else told.concat.shape[-2:]) or (4, 4)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.conditioner.edges import Canny, Scribble, blurred, followed, slopes, thinned
+from ldm.conditioner.edges import Canny, Scribble, gaussian_blur, hysteresis, non_maximum_suppression, sobel
 
 
 def square(low=-1.0, high=1.0, size=40, start=10, end=30):
@@ -26,7 +26,9 @@ def test_the_edge_of_a_square_is_its_outermost_row_of_pixels(sigma):
     assert torch.equal(found[0, 0], found[0, 2])
     wrong = (found[0, 0] != outline()).nonzero()
     corners = torch.tensor([[y, x] for y in (10, 29) for x in (10, 29)])
-    assert torch.cdist(wrong.float(), corners.float(), p=float("inf")).min(1).values.le(2).all()  # a blur rounds the corners, nothing else
+    assert (
+        torch.cdist(wrong.float(), corners.float(), p=float("inf")).min(1).values.le(2).all()
+    )  # a blur rounds the corners, nothing else
     dark = Canny(sigma=sigma)(-square())[0, 0]  # a dark square on bright ground: the brighter side is outside
     assert torch.equal(dark[9, 16:24], torch.ones(8))
     assert dark[10, 16:24].sum() == 0
@@ -50,7 +52,7 @@ def test_weak_pixels_count_where_a_strong_one_leads():
     weak[0, 0, 2, 1:6] = weak[0, 0, 3, 6] = weak[0, 0, 0, 9:] = True
     strong = torch.zeros_like(weak)
     strong[0, 0, 2, 1] = True
-    reached = followed(weak, strong)
+    reached = hysteresis(weak, strong)
     assert reached.sum() == 6
     assert reached[0, 0, 3, 6]
     assert not reached[0, 0, 0].any()
@@ -58,13 +60,13 @@ def test_weak_pixels_count_where_a_strong_one_leads():
 
 def test_a_ramp_has_its_slope_and_a_blur_keeps_the_mean():
     ramp = torch.arange(16.0).expand(1, 1, 16, 16) * 0.1
-    across, down = slopes(ramp)
+    across, down = sobel(ramp)
     assert torch.allclose(across[..., 1:-1], torch.full((1, 1, 16, 14), 0.2))
     assert down.abs().max() < 1e-6
     x = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(0))
     flat = torch.nn.functional.pad(x, (9, 9, 9, 9))
-    assert blurred(flat, 1.0).sum() == pytest.approx(float(flat.sum()), rel=1e-5)
-    assert thinned(*slopes(blurred(flat, 1.0))).count_nonzero() > 0
+    assert gaussian_blur(flat, 1.0).sum() == pytest.approx(float(flat.sum()), rel=1e-5)
+    assert non_maximum_suppression(*sobel(gaussian_blur(flat, 1.0))).count_nonzero() > 0
 
 
 def test_a_scribble_is_thicker_and_fewer():

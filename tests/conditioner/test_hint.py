@@ -4,19 +4,24 @@ import pytest
 import torch
 
 from ldm.conditioner.edges import Canny
-from ldm.conditioner.hint import Hinted, Keypoints, Relief, Segmentation, colours
+from ldm.conditioner.hint import HintConditioner, Keypoints, Relief, Segmentation, palette
 from ldm.conditioner.label import Label
-from ldm.tensors import Noise
+from ldm.tensors import KeyedNoise
 
 
 @pytest.fixture
 def batch():
     image = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return {"image": image, "label": torch.arange(4), "map": torch.zeros(4, 16, 16, dtype=torch.long), "noise": Noise(0, range(4))}
+    return {
+        "image": image,
+        "label": torch.arange(4),
+        "map": torch.zeros(4, 16, 16, dtype=torch.long),
+        "noise": KeyedNoise(0, range(4)),
+    }
 
 
 def test_each_adds_one_hint_after_those_before(batch):
-    two = Hinted(Hinted(Label(10), Canny()), Segmentation(3)).eval()
+    two = HintConditioner(HintConditioner(Label(10), Canny()), Segmentation(3)).eval()
     assert two.keys == ("label", "hint", "hint2")
     cond = two(batch)
     assert torch.equal(cond.hint[0], Canny()(batch["image"]))
@@ -31,7 +36,7 @@ def test_each_adds_one_hint_after_those_before(batch):
 
 
 def test_conditions_with_and_without_a_hint_are_joined_and_chosen_between(batch):
-    told = Hinted(Label(10), Canny()).eval()
+    told = HintConditioner(Label(10), Canny()).eval()
     cond, null = told(batch), told.null(batch)
     both = cond.cat(null)
     assert both.hint[0].shape == (8, 3, 16, 16)
@@ -43,32 +48,34 @@ def test_conditions_with_and_without_a_hint_are_joined_and_chosen_between(batch)
 
 def test_in_training_a_row_may_hear_the_hint_alone(batch):
     many = {name: value.repeat(100, *[1] * (value.ndim - 1)) for name, value in batch.items() if name != "noise"}
-    many["noise"] = Noise(0, range(400))
-    told = Hinted(Label(10), Canny(), untold=0.25).train()
+    many["noise"] = KeyedNoise(0, range(400))
+    told = HintConditioner(Label(10), Canny(), text_drop_prob=0.25).train()
     cond, null = told(many), told.told.null(many)
     untold = (cond.context == null.context).flatten(1).all(1)
     assert 0.17 < untold.float().mean() < 0.33
     assert torch.equal(cond.hint[0], Canny()(many["image"]))
     assert not (told.eval()(many).context == null.context).flatten(1).all(1).any()
     with pytest.raises(ValueError, match="untold=2"):
-        Hinted(Label(10), Canny(), untold=2)
+        HintConditioner(Label(10), Canny(), text_drop_prob=2)
 
 
 def test_maps_reliefs_and_points_are_drawn():
     map = torch.arange(4).reshape(1, 2, 2)
     drawn = Segmentation(4)(map)
-    assert torch.equal(drawn[0, :, 1, 0], colours(4)[2])
-    assert len(colours(30).unique(dim=0)) == 30
-    assert torch.equal(colours(30)[:5], colours(5))
+    assert torch.equal(drawn[0, :, 1, 0], palette(4)[2])
+    assert len(palette(30).unique(dim=0)) == 30
+    assert torch.equal(palette(30)[:5], palette(5))
     with pytest.raises(ValueError, match="map with classes 0 to 3: expected 0 to 1"):
         Segmentation(2)(map)
     relief = torch.tensor([[[[-1.0, 1.0]]]])
     assert torch.equal(Relief()(relief), torch.tensor([0.0, 1.0]).expand(1, 3, 1, 2))
     dots = Keypoints((20, 40), radius=1.5)([[(0.25, 0.5), None, (0.75, 0.5)]])
     assert dots.shape == (1, 3, 20, 40)
-    assert torch.equal(dots[0, :, 10, 10], colours(4)[1])
-    assert torch.equal(dots[0, :, 10, 30], colours(4)[3])
-    assert dots[0].sum(0).gt(0).sum() == 2 * 4  # all pixels whose middle is within 1.5 of the point between four of them
+    assert torch.equal(dots[0, :, 10, 10], palette(4)[1])
+    assert torch.equal(dots[0, :, 10, 30], palette(4)[3])
+    assert (
+        dots[0].sum(0).gt(0).sum() == 2 * 4
+    )  # all pixels whose middle is within 1.5 of the point between four of them
     for bad in ([[(0.5, 1.5)]], [[(0.5,)]]):
         with pytest.raises(ValueError, match=r"expected \[x, y\] in \[0, 1\]"):
             Keypoints()(bad)

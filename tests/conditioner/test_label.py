@@ -2,12 +2,14 @@ import pytest
 import torch
 
 from ldm.conditioner.label import Label, LabelVector
-from ldm.conditioner.none import Nothing
+from ldm.conditioner.none import Unconditional
 
 BATCH = {"label": torch.tensor([3, 0, 3])}
 
 
-@pytest.mark.parametrize(("conditioner", "field", "shape"), [(Label, "context", (3, 1, 8)), (LabelVector, "vector", (3, 8))])
+@pytest.mark.parametrize(
+    ("conditioner", "field", "shape"), [(Label, "context", (3, 1, 8)), (LabelVector, "vector", (3, 8))]
+)
 def test_a_label_is_its_own_learned_row(conditioner, field, shape):
     made = conditioner(4, dim=8)
     told, null = getattr(made(BATCH), field), getattr(made.null(BATCH), field)
@@ -35,7 +37,7 @@ def test_no_label_is_the_null_condition(conditioner, field):
 
 
 def test_nothing_is_its_own_null():
-    nothing = Nothing()
+    nothing = Unconditional()
     cond = nothing(BATCH).where(torch.tensor([True, False, True]), nothing.null(BATCH))
     assert cond == nothing(BATCH)
     assert nothing.context_dim is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.conditioner.minilm import MiniLM
-from ldm.fetch import MINILM, AssetError, sha256
+from ldm.io.download import MINILM, AssetNotFoundError, sha256
 
 RECORDED = json.loads(Path(__file__).with_name("minilm.json").read_text(encoding="utf-8"))
 
@@ -63,7 +63,7 @@ def test_identity_is_the_hash_of_the_weights(minilm):
 def test_other_files_are_refused_in_one_line(tmp_path, minilm):
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(AssetError, match=r"model\.safetensors and tokenizer\.json not in"):
+    with pytest.raises(AssetNotFoundError, match=r"model\.safetensors and tokenizer\.json not in"):
         MiniLM(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((minilm.weights.parent / "tokenizer.json").read_bytes())
     save_file({"embeddings.LayerNorm.weight": torch.ones(384)}, tmp_path / "model.safetensors")
@@ -89,4 +89,4 @@ def test_a_word_may_learn_its_vectors(minilm):
         assert not minilm(["a bag"]).context.requires_grad
     finally:
         hook.remove()
-    assert minilm.pieces("a bag") == minilm.tokenizer.encode("a bag").ids[1:-1]
+    assert minilm.token_ids("a bag") == minilm.tokenizer.encode("a bag").ids[1:-1]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.conditioner.spatial import LowRes, MaskedImage, Picture, SemanticMap
-from ldm.tensors import Noise
+from ldm.conditioner.spatial import LowResolution, MaskedImage, SemanticMap, SpatialMap
+from ldm.tensors import KeyedNoise
 
 
 def rand(*shape: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_a_map_that_is_none_is_refused(map, said):
 
 
 def test_a_picture_is_averaged_and_told_from_its_null():
-    conditioner, relief = Picture(2), rand(2, 1, 4, 6)
+    conditioner, relief = SpatialMap(2), rand(2, 1, 4, 6)
     cond, null = conditioner({"relief": relief}), conditioner.null({"relief": relief})
     torch.testing.assert_close(cond.concat[0, 0, 1, 2], relief[0, 0, 2:4, 4:6].mean())
     assert cond.concat[:, 1].eq(1).all()
@@ -49,7 +49,7 @@ def test_a_picture_is_averaged_and_told_from_its_null():
 
 @pytest.mark.parametrize(("factor", "scale", "channels"), [(4, 4, 3), (4, 2, 12), (2, 4, 3)])
 def test_low_resolution_keeps_every_pixel(factor, scale, channels):
-    conditioner, low = LowRes(factor, 3, scale), rand(2, 3, 16 // scale, 24 // scale)
+    conditioner, low = LowResolution(factor, 3, scale), rand(2, 3, 16 // scale, 24 // scale)
     cond, null = conditioner({"low_res": low}), conditioner.null({"low_res": low})
     assert cond.concat.shape == null.concat.shape == (2, channels + 1, 16 // factor, 24 // factor)
     assert conditioner.concat_channels == channels + 1
@@ -58,18 +58,18 @@ def test_low_resolution_keeps_every_pixel(factor, scale, channels):
     assert not cond.concat[:, -1].any()
     assert not null.concat[:, :-1].any()
     assert null.concat[:, -1].eq(1).all()
-    assert conditioner.null({"noise": Noise(0, [1, 2])}).concat.tolist() == null.concat[:, :, :1, :1].tolist()
+    assert conditioner.null({"noise": KeyedNoise(0, [1, 2])}).concat.tolist() == null.concat[:, :, :1, :1].tolist()
 
 
 def test_the_noise_of_augmentation_is_keyed_and_told():
-    conditioner = LowRes(4, 1, augment=0.5)
-    batch = {"low_res": torch.ones(2000, 1, 4, 4), "noise": Noise(0, list(range(2000)))}
+    conditioner = LowResolution(4, 1, noise_augmentation=0.5)
+    batch = {"low_res": torch.ones(2000, 1, 4, 4), "noise": KeyedNoise(0, list(range(2000)))}
     concat = conditioner(batch).concat
     level = concat[:, 1, 0, 0]
     assert 0.0 <= float(level.min()) < 0.01 < 0.49 < float(level.max()) < 0.5
     error = concat[:, 0] - (1 - level[:, None, None] ** 2).sqrt()
     torch.testing.assert_close((error / level[:, None, None]).std(), torch.tensor(1.0), atol=0.02, rtol=0)
-    part = {"low_res": batch["low_res"][:3], "noise": Noise(0, [7, 8, 9])}
+    part = {"low_res": batch["low_res"][:3], "noise": KeyedNoise(0, [7, 8, 9])}
     assert torch.equal(conditioner(part).concat, concat[7:10])
     conditioner.eval()
     assert torch.equal(conditioner(part).concat[:, 0], part["low_res"][:, 0])
@@ -83,7 +83,7 @@ def test_the_noise_of_augmentation_is_keyed_and_told():
 )
 def test_a_bad_option_of_low_resolution(options, said):
     with pytest.raises(ValueError, match=said):
-        LowRes(4, 3, **options)
+        LowResolution(4, 3, **options)
 
 
 def test_a_mask_and_the_latent_of_what_it_leaves():

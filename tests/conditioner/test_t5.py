@@ -7,7 +7,7 @@ import torch
 
 from ldm.conditioner.t5 import T5
 from ldm.conditioner.text import Text
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 
 WORDS = ["<pad>", "</s>", "<unk>", "▁a", "▁bag", "▁photo", "▁of", "▁ankle", "▁boot"]
 
@@ -23,9 +23,13 @@ def folder(tmp_path_factory):
     words = Tokenizer(Unigram([(word, -float(i)) for i, word in enumerate(WORDS)], unk_id=2))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(place)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(place)
     torch.manual_seed(0)
-    T5EncoderModel(T5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).save_pretrained(place)
+    T5EncoderModel(T5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).save_pretrained(
+        place
+    )
     return place
 
 
@@ -65,14 +69,14 @@ def test_weights_are_float32_under_either_spelling_of_the_type(folder, tmp_path,
 
 
 def test_through_text(folder, caplog):
-    text = Text(T5(str(folder)), length=4)
+    text = Text(T5(str(folder)), max_length=4)
     with caplog.at_level(logging.WARNING):
         cond = text({"caption": ["a photo of a bag", "boot"]})
     assert "text of 6 tokens cut to 4, 2 tokens dropped" in caplog.text
     assert cond.context.shape == (2, 4, text.context_dim)
     assert cond.mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert text.null({"label": torch.zeros(2)}).mask[0, 0]
-    assert text.tokens("a photo of") == ["a", "photo", "of"]
+    assert text.tokenize("a photo of") == ["a", "photo", "of"]
     assert len(text.identity) == 64
     assert not list(text.parameters())
 
@@ -80,9 +84,9 @@ def test_through_text(folder, caplog):
 @pytest.mark.parametrize(
     ("model", "error", "said"),
     [
-        (None, AssetError, "model=null"),
-        ("no/such/folder", AssetError, "no/such/folder: no such folder"),
-        ("google/flan-t5-none", AssetError, "is not in the Hugging Face hub's cache"),
+        (None, AssetNotFoundError, "model=null"),
+        ("no/such/folder", AssetNotFoundError, "no/such/folder: no such folder"),
+        ("google/flan-t5-none", AssetNotFoundError, "is not in the Hugging Face hub's cache"),
     ],
 )
 def test_without_weights_one_line_says_what_to_do(model, error, said):

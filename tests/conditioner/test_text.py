@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.conditioner import text as module
-from ldm.conditioner.text import Text, grown, nearest_caption
-from ldm.conditioner.tokens import Features, Truncation
+from ldm.conditioner import text as text_module
+from ldm.conditioner.text import Text, grow, nearest_caption
+from ldm.conditioner.tokens import TextFeatures, Truncation
 
 AWKWARD = [
     "it's a bag",
@@ -37,7 +37,7 @@ class Letters(nn.Module):
         self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
         self.truncation, self.seen = Truncation(), []
 
-    def tokens(self, text):
+    def tokenize(self, text):
         return list(text)
 
     def forward(self, texts, length=None):
@@ -45,7 +45,9 @@ class Letters(nn.Module):
         ids = [self.truncation(t, [1, *map(ord, t), 2], length or self.length) for t in texts]
         rows = [torch.tensor(row)[:, None] * self.weight for row in ids]
         mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], batch_first=True)
-        return Features(nn.utils.rnn.pad_sequence(rows, batch_first=True), mask, torch.stack([row.mean(0) for row in rows]))
+        return TextFeatures(
+            nn.utils.rnn.pad_sequence(rows, batch_first=True), mask, torch.stack([row.mean(0) for row in rows])
+        )
 
 
 def told(*captions):
@@ -82,7 +84,7 @@ def test_many_captions_keep_their_own_features():
 
 
 def test_a_full_table_starts_anew(monkeypatch):
-    monkeypatch.setattr(module, "MOST", 30)
+    monkeypatch.setattr(text_module, "MAX_CACHE_VALUES", 30)
     text = Text(Letters())
     for caption in ("abcd", "efgh", "ijkl", "abcd"):
         assert text(told(caption)).context[0, 1:5, 0].tolist() == [ord(c) for c in caption]
@@ -107,7 +109,7 @@ def test_what_is_first_met_while_sampling_can_be_trained_on():
 
 
 def test_a_table_that_starts_anew_while_sampling_is_as_good(monkeypatch):
-    monkeypatch.setattr(module, "MOST", 0)
+    monkeypatch.setattr(text_module, "MAX_CACHE_VALUES", 0)
     text = Text(Letters())
     with torch.inference_mode():
         text(told("ab"))
@@ -159,15 +161,15 @@ def test_no_caption_at_all():
 
 def test_a_table_grows_by_doubling_and_keeps_its_rows():
     table = torch.arange(3.0)[:, None]
-    assert grown(table, 3) is table
-    assert grown(table, 4).shape == (6, 1)
-    assert grown(table, 9).flatten().tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 0]
+    assert grow(table, 3) is table
+    assert grow(table, 4).shape == (6, 1)
+    assert grow(table, 9).flatten().tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("prompt", AWKWARD)
 def test_awkward_prompts_reach_the_tokenizer_unchanged(minilm, prompt):
     text = Text(minilm)
-    assert "".join(text.tokens(prompt)) == "".join(prompt.split())
+    assert "".join(text.tokenize(prompt)) == "".join(prompt.split())
 
 
 def test_minilm_features_do_not_depend_on_the_company(minilm):
@@ -185,6 +187,6 @@ def test_nearest_caption_knows_synonyms(minilm):
 
 def test_nearest_caption_takes_the_nearest_single_one():
     encoder = Letters()
-    encoder.forward = lambda texts: Features(None, None, torch.tensor([[float(t[0]), float(t[1])] for t in texts]))
+    encoder.forward = lambda texts: TextFeatures(None, None, torch.tensor([[float(t[0]), float(t[1])] for t in texts]))
     assert nearest_caption(encoder, ["10", "91"], [["01", "11"], ["40", "02"]]) == [1, 1]
     assert nearest_caption(encoder, ["11", "02"], [["01", "11"], ["40", "13"]]) == [0, 0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.conditioner.transformer import Layout, Transformer, WordPiece
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_it_is_the_stack_by_hand():
 
 @pytest.fixture(scope="module")
 def words(minilm):
-    return WordPiece(dim=8, layers=1, heads=1, head_channels=4, length=12)
+    return WordPiece(dim=8, layers=1, num_heads=1, num_head_channels=4, max_length=12)
 
 
 def test_captions_are_berts_words_padded(words):
@@ -52,7 +52,7 @@ def test_captions_are_berts_words_padded(words):
     assert cond.mask is None
     assert torch.equal(words.null({"label": torch.zeros(2)}).context, words({"caption": ["", ""]}).context)
     assert not torch.allclose(cond.context, words.null({"caption": ["a"] * 2}).context)
-    assert words.tokens("Ankle-boot!") == ["Ankle", "-", "boot", "!"]
+    assert words.tokenize("Ankle-boot!") == ["Ankle", "-", "boot", "!"]
     cond.context.sum().backward()
     assert words.transformer.token.weight.grad[4524].any()
 
@@ -67,13 +67,13 @@ def test_a_long_caption_is_cut_and_told(words, caplog):
 
 
 def test_a_vocabulary_that_is_not_there():
-    with pytest.raises(AssetError, match=r"vocabulary=nowhere\.json: no such file"):
+    with pytest.raises(AssetNotFoundError, match=r"vocabulary=nowhere\.json: no such file"):
         WordPiece(8, 1, vocabulary="nowhere.json")
 
 
 @pytest.fixture
 def layout():
-    return Layout(dim=8, layers=1, heads=1, head_channels=4)
+    return Layout(dim=8, layers=1, num_heads=1, num_head_channels=4)
 
 
 def test_boxes_are_ninety_two_tokens(layout):
@@ -95,7 +95,8 @@ def test_too_many_boxes_are_told(layout, caplog):
 
 
 @pytest.mark.parametrize(
-    "box", [(8191, 0, 0, 1, 1), (-1, 0, 0, 1, 1), (0.5, 0, 0, 1, 1), (0, 0, 0, 1), (0, 0, 0, 1, 1.1), (0, -0.1, 0, 1, 1)]
+    "box",
+    [(8191, 0, 0, 1, 1), (-1, 0, 0, 1, 1), (0.5, 0, 0, 1, 1), (0, 0, 0, 1), (0, 0, 0, 1, 1.1), (0, -0.1, 0, 1, 1)],
 )
 def test_a_box_that_is_none_is_refused(layout, box):
     with pytest.raises(ValueError, match=r"expected (\(class|parts of)"):

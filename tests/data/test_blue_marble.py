@@ -8,8 +8,8 @@ from PIL import Image
 
 from ldm.data import blue_marble
 from ldm.data.blue_marble import MAP, BlueMarble, classes, kinds, tiles
-from ldm.data.relief import grey
-from ldm.fetch import AssetError
+from ldm.data.relief import to_bytes
+from ldm.io.download import AssetNotFoundError
 
 SEA, PLAIN, PEAK = (14, 133, 249), (51, 204, 102), (156, 113, 7)  # 4,500 m down, 100 m and 4,500 m up
 
@@ -24,13 +24,17 @@ def earth(tmp_path, monkeypatch):
     picture = np.random.default_rng(0).integers(0, 256, (180, 360, 3), dtype=np.uint8)
     relief = np.empty((180, 360, 3), np.uint8)
     relief[:, :180], relief[:90, 180:], relief[90:, 180:] = SEA, PLAIN, PEAK
-    mask = np.zeros((2160, 4320), np.uint8)  # twelve of its pixels are one of the picture, its rows go from south to north
+    mask = np.zeros(
+        (2160, 4320), np.uint8
+    )  # twelve of its pixels are one of the picture, its rows go from south to north
     mask[:, 2160:] = 1
     mask[1620:1800, 3000:3120] = 2
     Image.fromarray(picture).save(folder / "bmng.jpg", quality=100, subsampling=0)
     Image.fromarray(relief).save(folder / "etopo1.jpg", quality=100, subsampling=0)
     (folder / "lsmask_5min_f.bin").write_bytes(gzip.compress(mask.tobytes(), 1))
-    monkeypatch.setattr(blue_marble, "FILES", {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()})
+    monkeypatch.setattr(
+        blue_marble, "FILES", {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    )
     return folder
 
 
@@ -53,18 +57,27 @@ def test_a_tile_has_a_map_and_a_relief_and_flips_reach_them(earth):
     assert batch["map"].shape == (len(flip), 32, 32)
     assert batch["map"].dtype == torch.int64
     assert batch["relief"].shape == (len(flip), 1, 32, 32)
-    for name, plain in (("image", data.pixels(index)), ("map", data.maps[index].long()), ("relief", data.reliefs[index] / 127.5 - 1)):
+    for name, plain in (
+        ("image", data.pixels(index)),
+        ("map", data.maps[index].long()),
+        ("relief", data.reliefs[index] / 127.5 - 1),
+    ):
         assert torch.equal(batch[name][~flip], plain[~flip])
         assert torch.equal(batch[name][flip], plain[flip].flip(-1))
         assert not torch.equal(batch[name][flip], plain[flip]), name
-    about = data.about([(3, 1)])
-    assert all(torch.equal(about[name], data.batch([(3, 1)])[name]) for name in ("map", "relief")), "beside cached latents too"
+    about = data.batch_metadata([(3, 1)])
+    assert all(torch.equal(about[name], data.batch([(3, 1)])[name]) for name in ("map", "relief")), (
+        "beside cached latents too"
+    )
 
 
 def test_relief_is_zero_at_the_shore_and_grows_with_height(earth):
     data = BlueMarble(root=earth, size=32, band=(-180, -170), flip=False)
     batch = data.batch([(0, i) for i in range(len(data))])
-    mean = [batch["relief"][:, 0][batch["map"] == MAP.index(name)].mean().item() for name in ("deep sea", "lowland", "mountains")]
+    mean = [
+        batch["relief"][:, 0][batch["map"] == MAP.index(name)].mean().item()
+        for name in ("deep sea", "lowland", "mountains")
+    ]
     assert mean == pytest.approx([-((4500 / 11000) ** 0.5), (100 / 8500) ** 0.5, (4500 / 8500) ** 0.5], abs=0.07)
 
 
@@ -95,8 +108,8 @@ def test_tiles_of_sea_alone_can_be_left_out(earth):
 def test_classes_and_kinds():
     metres = np.array([-8000, -3000, -50, 5, 50, 500, 1500, 5000, 8000])
     water = np.array([0, 0, 0, 2, 1, 1, 1, 1, 1])
-    assert classes(grey(metres), water).tolist() == list(range(9))
-    assert classes(grey(metres[4:5]), np.array([0])).tolist() == [2], "the mask says what is sea"
+    assert classes(to_bytes(metres), water).tolist() == list(range(9))
+    assert classes(to_bytes(metres[4:5]), np.array([0])).tolist() == [2], "the mask says what is sea"
     maps = torch.stack([torch.full((10, 10), c) for c in (0, 2, 4, 5, 6, 7, 8)])
     maps[1, :3] = 4
     assert kinds(maps).tolist() == [0, 1, 2, 3, 4, 4, 5]
@@ -109,7 +122,9 @@ def test_decoded_once(earth, monkeypatch):
     assert len(BlueMarble("test", root=earth, size=16))
 
 
-@pytest.mark.parametrize("option", [{"split": "val"}, {"size": 8}, {"stride": 0}, {"land": 2.0}, {"band": [10, 0]}, {"band": [0, 200]}])
+@pytest.mark.parametrize(
+    "option", [{"split": "val"}, {"size": 8}, {"stride": 0}, {"land": 2.0}, {"band": [10, 0]}, {"band": [0, 200]}]
+)
 def test_bad_options_are_named(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         BlueMarble(**option)
@@ -118,7 +133,7 @@ def test_bad_options_are_named(option):
 def test_without_the_files_it_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetError, match=r"^blue-marble is missing.*put bmng\.jpg, etopo1\.jpg"):
+    with pytest.raises(AssetNotFoundError, match=r"^blue-marble is missing.*put bmng\.jpg, etopo1\.jpg"):
         BlueMarble()
 
 
@@ -128,7 +143,13 @@ def test_the_real_thing():
     assert (len(train), len(test)) == (3108, 336)
     assert len(tiles((2700, 5400), 64, 64, (-180, 180), "test")) == 3528
     planes = blue_marble.read(blue_marble.blue_marble())
-    for name, east, north in (("lowland", -60, -5), ("mountains", 88, 33), ("ice", -40, 72), ("lake", -87, 44), ("deep sea", -50, 25)):
+    for name, east, north in (
+        ("lowland", -60, -5),
+        ("mountains", 88, 33),
+        ("ice", -40, 72),
+        ("lake", -87, 44),
+        ("deep sea", -50, 25),
+    ):
         x, y = int((east + 180) * 15), int((90 - north) * 15)
         assert MAP[planes[3, y - 5 : y + 5, x - 5 : x + 5].flatten().mode().values] == name
     sea = planes[:3, (planes[3] == 0)].float().mean(1)

@@ -11,30 +11,30 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm.data import bucket
-from ldm.data.bucket import Bucketed, Buckets, BucketStream, nearest, shapes
-from ldm.data.folder import Folder
-from ldm.data.latents import Latents, encode_all
-from ldm.data.stream import Batched
+from ldm.data.bucket import BucketedDataset, BucketedFolder, BucketStream, bucket_shapes, nearest_bucket
+from ldm.data.folder import ImageFolder
+from ldm.data.latents import LatentDataset, encode_latents
+from ldm.data.stream import BatchDataset
 from ldm.errors import UserError
 
 
 def test_shapes_are_multiples_of_about_one_area():
-    found = shapes(1024, 64, 4.0)
+    found = bucket_shapes(1024, 64, 4.0)
     assert (1024, 1024) in found
     assert all(h % 64 == w % 64 == 0 and h * w <= 1024**2 and max(h / w, w / h) <= 4 for h, w in found)
     assert all(h * w > 0.85 * 1024**2 for h, w in found)
     assert {(w, h) for h, w in found} == set(found)
-    assert shapes(64, 64) == [(64, 64)]
+    assert bucket_shapes(64, 64) == [(64, 64)]
     assert [w / h for h, w in found] == sorted(w / h for h, w in found)
     with pytest.raises(ValueError, match="side=32"):
-        shapes(32, 64)
+        bucket_shapes(32, 64)
 
 
 def test_the_nearest_shape_is_that_of_the_nearest_ratio():
     some = [(2, 1), (1, 1), (1, 2)]
-    assert [nearest(size, some) for size in ((300, 100), (100, 99), (400, 600), (100, 190))] == [0, 1, 2, 2]
-    assert nearest((140, 100), some) == 1, "by the logarithm: 1.4 is nearer to 1 than to 2"
-    assert nearest((100, 140), some) == 1
+    assert [nearest_bucket(size, some) for size in ((300, 100), (100, 99), (400, 600), (100, 190))] == [0, 1, 2, 2]
+    assert nearest_bucket((140, 100), some) == 1, "by the logarithm: 1.4 is nearer to 1 than to 2"
+    assert nearest_bucket((100, 140), some) == 1
 
 
 BUCKETS = tuple([0] * 20 + [1] * 7 + [2] * 2)
@@ -45,7 +45,7 @@ def stream_of(buckets, batch, **options):
 
 
 def rows(stream):
-    return [part.at for part in stream]
+    return [part.samples for part in stream]
 
 
 def test_batches_are_of_one_bucket_and_each_has_its_share():
@@ -53,7 +53,9 @@ def test_batches_are_of_one_bucket_and_each_has_its_share():
     assert all(len({BUCKETS[i] for _, i in at}) == 1 for at in batches)
     seen = Counter(i for at in batches for _, i in at)
     assert set(seen) == set(range(29))
-    assert all(38 <= n <= 41 for n in seen.values()), "40 passes: every sample as often as any other, however small its bucket"
+    assert all(38 <= n <= 41 for n in seen.values()), (
+        "40 passes: every sample as often as any other, however small its bucket"
+    )
     for place in (0, 1):
         first = [i for at in batches for e, i in at if e == place and i < 20]
         assert sorted(first) == list(range(20)), "a bucket's pass has each of its samples once"
@@ -70,8 +72,8 @@ def test_a_pure_function_of_the_step():
     assert rows(stream_of(BUCKETS, 4, steps=60, start=33)) == rows(stream)[33:]
     assert rows(stream_of(BUCKETS, 4, steps=60, seed=1)) != rows(stream)
     for step in (0, 17, 59):
-        ranks = [stream_of(BUCKETS, 4, steps=60, rank=r, world=2).at(step) for r in range(2)]
-        assert [at for part in ranks for at in part.at] == stream.at(step).at
+        ranks = [stream_of(BUCKETS, 4, steps=60, rank=r, world=2).batch_at(step) for r in range(2)]
+        assert [at for part in ranks for at in part.samples] == stream.batch_at(step).samples
         assert [p for part in ranks for p in part.position] == [0, 1, 2, 3]
     order = [BUCKETS[at[0][1]] for at in rows(stream)]
     assert order[:7] != sorted(order[:7]) or order[7:14] != sorted(order[7:14]), "buckets come in turn"
@@ -109,12 +111,12 @@ def pictures(tmp_path, monkeypatch):
 
 
 def test_images_keep_their_shape(pictures):
-    square = Buckets(pictures, size=32, held_out=0)
-    data = square.shaped(8)
+    square = BucketedFolder(pictures, size=32, test_fraction=0)
+    data = square.to_buckets(8)
     assert square.batch([(0, 0), (0, 1)])["image"].shape == (2, 3, 32, 32), "a first stage is trained on squares"
     assert data.shapes == [(40, 24), (32, 32), (24, 40)]
     assert data.buckets == (*[0, 1, 2] * 4, 0), "the last is wide in its file, and tall as it is to be seen"
-    loader = DataLoader(Batched(data), sampler=data.stream(4, 9), batch_size=None, num_workers=0)
+    loader = DataLoader(BatchDataset(data), sampler=data.stream(4, 9), batch_size=None, num_workers=0)
     seen = set()
     for batch in loader:
         height, width = batch["image"].shape[2:]
@@ -130,11 +132,15 @@ def test_images_keep_their_shape(pictures):
 
 
 def test_each_image_is_in_one_shape_and_once_in_a_pass(pictures):
-    data = Buckets(pictures, size=32, held_out=0).shaped(8)
+    data = BucketedFolder(pictures, size=32, test_fraction=0).to_buckets(8)
     assert sum(len(part) for part in data.parts) == len(data) == 13
-    found = [(bucket, place) for i in range(13) for bucket, (place,) in [(lambda one: (one[0], one[1].tolist()))(data.within([i]))]]
+    found = [
+        (bucket, place)
+        for i in range(13)
+        for bucket, (place,) in [(lambda one: (one[0], one[1].tolist()))(data.locate([i]))]
+    ]
     assert len(set(found)) == 13
-    passes = Counter(one for step in range(40) for one in data.stream(2, 40).at(step).at)
+    passes = Counter(one for step in range(40) for one in data.stream(2, 40).batch_at(step).samples)
     assert max(passes.values()) == 1, "no (pass, index) comes twice"
     assert {i for e, i in passes if e == 0} == set(range(13))
 
@@ -146,10 +152,10 @@ def test_moments_go_with_their_images(pictures):
         def posterior(self, image):
             return SimpleNamespace(moments=image)
 
-    data = Buckets(pictures, size=32, held_out=0).shaped(8)
-    latents = Latents(data, data.joined([encode_all(Whole(), part) for part in data.parts]))
+    data = BucketedFolder(pictures, size=32, test_fraction=0).to_buckets(8)
+    latents = LatentDataset(data, data.joined([encode_latents(Whole(), part) for part in data.parts]))
     for step in range(6):
-        at = latents.stream(4, 6).at(step).at
+        at = latents.stream(4, 6).batch_at(step).samples
         assert torch.allclose(latents.batch(at)["moments"], data.batch(at)["image"], atol=1e-3)
     with pytest.raises(ValueError, match="2 shapes"):
         latents.batch([(0, 0), (0, 1)])
@@ -157,28 +163,30 @@ def test_moments_go_with_their_images(pictures):
 
 def test_a_run_is_named_by_all_that_its_images_show(pictures):
     """Also by what lies outside their middle squares."""
-    before, square = Buckets(pictures, size=32), Folder(pictures, size=32).content
+    before, square = BucketedFolder(pictures, size=32), ImageFolder(pictures, size=32).content
     os.utime(pictures / "02.png", (1, 1))
-    assert Buckets(pictures, size=32, content=before.content).content == before.content, "touched, not changed"
+    assert BucketedFolder(pictures, size=32, content_hash=before.content).content == before.content, (
+        "touched, not changed"
+    )
     image = Image.open(pictures / "02.png")
     image.putpixel((89, 0), (1, 2, 3))
     image.save(pictures / "02.png")
-    assert Folder(pictures, size=32).content == square, "it is not seen there"
+    assert ImageFolder(pictures, size=32).content == square, "it is not seen there"
     with pytest.raises(UserError, match="not those that this run was made with"):
-        Buckets(pictures, size=32, content=before.content)
+        BucketedFolder(pictures, size=32, content_hash=before.content)
 
 
 def test_mistakes_are_named(pictures):
     with pytest.raises(UserError, match=r"widest=0\.5"):
-        Buckets(pictures, widest=0.5)
+        BucketedFolder(pictures, max_aspect_ratio=0.5)
     with pytest.raises(UserError, match="size=16: expected 64 or more"):
-        Buckets(pictures, size=16).shaped(64)
+        BucketedFolder(pictures, size=16).to_buckets(64)
     with pytest.raises(ValueError, match=r"parts of \[1\] images do not fit buckets of \[2\]"):
-        Bucketed(None, [[0]], [0, 0])
+        BucketedDataset(None, [[0]], [0, 0])
 
 
 def test_the_option_names_every_default():
     option = yaml.safe_load((Path(bucket.__file__).parents[2] / "conf" / "data" / "buckets.yaml").read_text())
-    parameters = inspect.signature(Buckets).parameters
-    assert (option.pop("_target_"), option.pop("path")) == ("ldm.data.bucket.Buckets", "???")
+    parameters = inspect.signature(BucketedFolder).parameters
+    assert (option.pop("_target_"), option.pop("path")) == ("ldm.data.bucket.BucketedFolder", "???")
     assert option == {name: one.default for name, one in parameters.items() if name != "path"}

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data.captions import captions_in, match, read_list, tell
+from ldm.data.captions import annotate, captions_in, match, read_list
 from ldm.errors import UserError
 
 NAMES = ["a.png", "b.png", "sub/c.png", "sub/red car.png"]
@@ -24,7 +24,7 @@ def write(path, text):
     ],
 )
 def test_lists_are_read_in_every_usual_form(tmp_path, name, text):
-    told = tell(tmp_path, NAMES, write(tmp_path / name, text))
+    told = annotate(tmp_path, NAMES, write(tmp_path / name, text))
     assert told.texts == [["one, two"], ["b"], ["l'été 3"], ["red car"]]
     assert told.notes == [f"captions from {name}", "2 not in it: b.png, sub/red car.png"]
     assert told.classes == {"image": ["one, two", "b", "l'été 3", "red car"]}
@@ -32,19 +32,25 @@ def test_lists_are_read_in_every_usual_form(tmp_path, name, text):
 
 def test_a_list_that_lies_in_the_folder_is_used_unasked_and_before_what_lies_beside(tmp_path):
     write(tmp_path / "a.txt", "beside")
-    assert tell(tmp_path, ["a.png"]).texts == [["beside"]]
+    assert annotate(tmp_path, ["a.png"]).texts == [["beside"]]
     write(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "listed"}))
-    assert tell(tmp_path, ["a.png"]).texts == [["listed"]]
-    assert tell(tmp_path, ["a.png"], write(tmp_path / "mine.csv", "file,caption\na.png,mine\n")).texts == [["mine"]]
+    assert annotate(tmp_path, ["a.png"]).texts == [["listed"]]
+    assert annotate(tmp_path, ["a.png"], write(tmp_path / "mine.csv", "file,caption\na.png,mine\n")).texts == [["mine"]]
 
 
 def test_several_rows_and_empty_ones():
     rows = [("a.png", ["one"]), ("a.png", ["two"]), ("b.png", []), ("gone.png", ["x"]), ("c.png", ["by its bare name"])]
     texts, notes = match(Path("x.csv"), rows, NAMES)
     assert texts == [["one", "two"], [], ["by its bare name"], []]
-    assert notes == ["captions from x.csv", "2 not in it: b.png, sub/red car.png", "1 of its rows without an image: gone.png"]
+    assert notes == [
+        "captions from x.csv",
+        "2 not in it: b.png, sub/red car.png",
+        "1 of its rows without an image: gone.png",
+    ]
     texts, _ = match(
-        Path("x.csv"), [("c.png", ["?"]), ("sub/c.png", ["!"]), ("1/x", ["which?"])], ["other/c.png", "sub/c.png", "1/x", "2/x"]
+        Path("x.csv"),
+        [("c.png", ["?"]), ("sub/c.png", ["!"]), ("1/x", ["which?"])],
+        ["other/c.png", "sub/c.png", "1/x", "2/x"],
     )
     assert texts == [[], ["!"], ["which?"], []], "a bare name that two have says nothing"
 
@@ -57,12 +63,16 @@ def test_several_rows_and_empty_ones():
         ("x.csv", "caption\nx\n", "row 2 has caption; expected"),
         ("x.jsonl", '{"file": "a.png", "caption": "x"}\n[1]\n', "row 2 is not a JSON object"),
         ("x.jsonl", "{broken", "row 1 is not a JSON object"),
-        ("x.csv", "file,caption\nz.png,x\n", "none of 1 rows names an image, z.png; the images are a.png, b.png, sub/c.png, ..."),
+        (
+            "x.csv",
+            "file,caption\nz.png,x\n",
+            "none of 1 rows names an image, z.png; the images are a.png, b.png, sub/c.png, ...",
+        ),
     ],
 )
 def test_a_list_that_does_not_fit_is_one_line(tmp_path, name, text, said):
     with pytest.raises(UserError, match=said) as error:
-        tell(tmp_path, NAMES, write(tmp_path / name, text))
+        annotate(tmp_path, NAMES, write(tmp_path / name, text))
     assert "\n" not in str(error.value)
     assert name in str(error.value)
 
@@ -77,5 +87,7 @@ def test_captions_in_json_are_texts_numbers_records_or_lists_of_them():
 
 def test_a_list_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"captions=.*x\.csv: No such file"):
-        tell(tmp_path, NAMES, tmp_path / "x.csv")
-    assert read_list(write(tmp_path / "x.csv", "file,caption\na.png\n")) == [("a.png", [])], "a row cut short has no caption"
+        annotate(tmp_path, NAMES, tmp_path / "x.csv")
+    assert read_list(write(tmp_path / "x.csv", "file,caption\na.png\n")) == [("a.png", [])], (
+        "a row cut short has no caption"
+    )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.data import cifar10
 from ldm.data.cifar10 import CIFAR10, SPLITS, from_package, read_binary, write_binary
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 
 NAMES = [name for names in SPLITS.values() for name in names]
 
@@ -26,7 +26,9 @@ def _offline(tmp_path, monkeypatch):
 def pictures():
     """A stand-in for the published images: four a file."""
     draw = np.random.default_rng(0)
-    return {split: draw.integers(0, 256, (4 * len(names), 32, 32, 3), dtype=np.uint8) for split, names in SPLITS.items()}
+    return {
+        split: draw.integers(0, 256, (4 * len(names), 32, 32, 3), dtype=np.uint8) for split, names in SPLITS.items()
+    }
 
 
 @pytest.fixture
@@ -36,7 +38,9 @@ def expected(pictures, tmp_path, monkeypatch):
     folder.mkdir()
     for split, images in pictures.items():
         write_binary(folder, split, images, [i % 10 for i in range(len(images))])
-    monkeypatch.setattr(cifar10, "FILES", {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in NAMES})
+    monkeypatch.setattr(
+        cifar10, "FILES", {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in NAMES}
+    )
     return folder
 
 
@@ -71,7 +75,13 @@ def test_torchvisions_files_are_converted_once_and_without_a_network(pictures, e
 
     parts = zip(NAMES, np.split(np.concatenate([*pictures.values()]), 6), strict=True)
     listed = [
-        keep(name[:-4], {"data": part.transpose(0, 3, 1, 2).reshape(4, -1), "labels": [(4 * i + j) % 10 if i < 5 else j for j in range(4)]})
+        keep(
+            name[:-4],
+            {
+                "data": part.transpose(0, 3, 1, 2).reshape(4, -1),
+                "labels": [(4 * i + j) % 10 if i < 5 else j for j in range(4)],
+            },
+        )
         for i, (name, part) in enumerate(parts)
     ]
     monkeypatch.setattr(datasets.CIFAR10, "train_list", listed[:5])
@@ -113,7 +123,10 @@ def test_captions_belong_to_one_class_each(pictures, expected):
 def test_bad_options_and_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="split='val': expected one of train, test"):
         CIFAR10("val")
-    with pytest.raises(AssetError, match=r"^cifar-10 is missing.*torchvision's files in .*not asked, LDM_OFFLINE.*put data_batch_1.bin"):
+    with pytest.raises(
+        AssetNotFoundError,
+        match=r"^cifar-10 is missing.*torchvision's files in .*not asked, LDM_OFFLINE.*put data_batch_1.bin",
+    ):
         CIFAR10(root=tmp_path)
 
 

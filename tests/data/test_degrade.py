@@ -4,9 +4,9 @@ from functools import partial
 import pytest
 import torch
 
-from ldm.data.degrade import Degraded, bicubic, bsr, jpeg, none
+from ldm.data.degrade import DegradedDataset, bicubic, bsr, identity, jpeg
 from ldm.data.masks import strokes
-from ldm.data.stream import Batched, Stream
+from ldm.data.stream import BatchDataset, BatchStream
 from ldm.data.synthetic import Synthetic
 
 
@@ -23,40 +23,42 @@ def scene(size=64, channels=3):
 
 def test_the_batch_has_what_was_asked_for_and_everything_else_as_it_was():
     data = Synthetic(num=20, size=32, flip=True)
-    worse = Degraded(data, low_res=bicubic, mask=strokes)
+    worse = DegradedDataset(data, low_res=bicubic, mask=strokes)
     at = [(0, 3), (4, 7), (4, 3)]
     batch, plain = worse.batch(at), data.batch(at)
     assert set(batch) == {*plain, "low_res", "mask"}
     assert batch["low_res"].shape == (3, 1, 8, 8)
     assert batch["mask"].shape == (3, 1, 32, 32)
     assert torch.equal(batch["image"], plain["image"])
-    assert set(Degraded(data, mask=strokes).batch(at)) == {*plain, "mask"}
-    about = worse.about(at)
-    assert set(about) == {*data.about(at), "low_res", "mask"}
+    assert set(DegradedDataset(data, mask=strokes).batch(at)) == {*plain, "mask"}
+    about = worse.batch_metadata(at)
+    assert set(about) == {*data.batch_metadata(at), "low_res", "mask"}
     assert torch.equal(about["low_res"], batch["low_res"])
     assert len(worse) == 20
     assert (worse.fingerprint, worse.captions, worse.size, worse.flip) == (data.fingerprint, data.captions, 32, True)
     assert torch.equal(worse.pixels([4]), data.pixels([4]))
-    assert none(data) is data
+    assert identity(data) is data
 
 
 def test_choices_depend_on_seed_pass_and_index_alone():
     data = Synthetic(num=20, size=32)
-    worse = Degraded(data, partial(bsr, factor=2), strokes)
+    worse = DegradedDataset(data, partial(bsr, factor=2), strokes)
     alone, among = worse.batch([(2, 5)]), worse.batch([(0, 1), (2, 5)])
     for name in ("low_res", "mask"):
         assert torch.equal(alone[name][0], among[name][1])
         assert not torch.equal(worse.batch([(3, 5)])[name], alone[name])
-        assert not torch.equal(Degraded(data, partial(bsr, factor=2), strokes, seed=1).batch([(2, 5)])[name], alone[name])
-    ranks = [Batched(worse)[Stream(20, 6, 2, rank=r, world=2).at(1)] for r in range(2)]
-    whole = Batched(worse)[Stream(20, 6, 2).at(1)]
+        assert not torch.equal(
+            DegradedDataset(data, partial(bsr, factor=2), strokes, seed=1).batch([(2, 5)])[name], alone[name]
+        )
+    ranks = [BatchDataset(worse)[BatchStream(20, 6, 2, rank=r, world=2).batch_at(1)] for r in range(2)]
+    whole = BatchDataset(worse)[BatchStream(20, 6, 2).batch_at(1)]
     assert torch.equal(torch.cat([r["mask"] for r in ranks]), whole["mask"])
     assert torch.equal(torch.cat([r["low_res"] for r in ranks]), whole["low_res"])
 
 
 def test_low_res_is_that_of_the_image_in_the_batch_flipped_or_not():
     data = Synthetic(num=20, size=32, flip=True)
-    batch = Degraded(data, low_res=bicubic).batch([(0, i) for i in range(20)])
+    batch = DegradedDataset(data, low_res=bicubic).batch([(0, i) for i in range(20)])
     expected = torch.stack([bicubic(image, generator()) for image in batch["image"]])
     assert torch.equal(batch["low_res"], expected)
     mirrored = torch.stack([bicubic(image, generator()) for image in data.pixels(range(20))])[batch["flip"]].flip(-1)
@@ -64,7 +66,7 @@ def test_low_res_is_that_of_the_image_in_the_batch_flipped_or_not():
 
 
 def test_it_can_be_sent_to_a_worker():
-    worse = pickle.loads(pickle.dumps(Degraded(Synthetic(num=4), low_res=bicubic)))
+    worse = pickle.loads(pickle.dumps(DegradedDataset(Synthetic(num=4), low_res=bicubic)))
     assert worse.batch([(0, 1)])["low_res"].shape == (1, 1, 8, 8)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         worse.nothing_like_it  # noqa: B018
@@ -77,7 +79,10 @@ def test_bicubic_keeps_flat_colours_and_leaves_no_aliases():
     assert bicubic(fine, generator(), factor=4).abs().max() < 0.1
     small = bicubic(scene(), generator(), factor=4)
     torch.testing.assert_close(
-        small[:2, 2:-2, 2:-2], scene(64)[:2].unfold(1, 4, 4).unfold(2, 4, 4).mean((-1, -2))[:, 2:-2, 2:-2], atol=2e-3, rtol=0
+        small[:2, 2:-2, 2:-2],
+        scene(64)[:2].unfold(1, 4, 4).unfold(2, 4, 4).mean((-1, -2))[:, 2:-2, 2:-2],
+        atol=2e-3,
+        rtol=0,
     )
     assert bicubic(torch.eye(16)[None] * 2 - 1, generator(), factor=2).abs().max() <= 1
     with pytest.raises(ValueError, match="factor=4 does not divide the image's 64x30"):

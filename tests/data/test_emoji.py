@@ -9,8 +9,8 @@ from PIL import Image
 from ldm.data import glyphs
 from ldm.data.emoji import Emoji, captions, words
 from ldm.data.glyphs import GROUPS, Glyph, annotated, code
-from ldm.data.stream import Stream
-from ldm.fetch import AssetError
+from ldm.data.stream import BatchStream
+from ldm.io.download import AssetNotFoundError
 
 TONES = {"1F3FB": "light", "1F3FF": "dark"}
 
@@ -54,8 +54,12 @@ def webp(colour):
 def drawn(tmp_path, monkeypatch):
     """Archives as they are published, in small, and another artist in the place of the font; the codes that the artist has drawn."""
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    pictures = {f"package/assets/{one['hexcode'].lower()}.webp": webp((i, 255, 0, 255)) for i, one in enumerate(ROWS[:-1])}
-    openmoji = archive(tmp_path / "o.tgz", {"package/data/openmoji.json": json.dumps(ROWS).encode(), "package/x.json": b"?"})
+    pictures = {
+        f"package/assets/{one['hexcode'].lower()}.webp": webp((i, 255, 0, 255)) for i, one in enumerate(ROWS[:-1])
+    }
+    openmoji = archive(
+        tmp_path / "o.tgz", {"package/data/openmoji.json": json.dumps(ROWS).encode(), "package/x.json": b"?"}
+    )
     fluent = archive(tmp_path / "f.tgz", pictures)
     monkeypatch.setattr(glyphs, "openmoji", lambda: openmoji)
     monkeypatch.setattr(glyphs, "fluent_archive", lambda: fluent)
@@ -70,12 +74,16 @@ def drawn(tmp_path, monkeypatch):
 
 
 def test_every_emoji_in_every_style(drawn):
-    train, test = Emoji(size=16, held_out=0.3), Emoji("test", size=16, held_out=0.3)
-    assert len(train) + len(test) == 2 * 61, "the heart has no drawing, the face no render, the addition is none of ours"
+    train, test = Emoji(size=16, test_fraction=0.3), Emoji("test", size=16, test_fraction=0.3)
+    assert len(train) + len(test) == 2 * 61, (
+        "the heart has no drawing, the face no render, the addition is none of ours"
+    )
     assert train.images.shape[1:] == (3, 16, 16)
     batch = train.batch([(0, 0), (0, 1), (5, 3)])
     assert batch["style"].tolist() == [0, 1, 1]
-    assert torch.equal(train.images[1, :, 8, 8], torch.tensor([127, 127, 255], dtype=torch.uint8)), "half transparent, on white"
+    assert torch.equal(train.images[1, :, 8, 8], torch.tensor([127, 127, 255], dtype=torch.uint8)), (
+        "half transparent, on white"
+    )
     assert train.images[0, :, 0, 0].tolist() == [255, 255, 255]
     assert train.images[0, 1:, 8, 8].tolist() == [255, 0]
     assert train.labels[::2].tolist() == train.labels[1::2].tolist() == [GROUPS.index(g.group) for g in train.glyphs]
@@ -84,26 +92,26 @@ def test_every_emoji_in_every_style(drawn):
 
 
 def test_the_split_is_by_emoji(drawn):
-    train, test = (Emoji(split, size=16, held_out=0.3, skin_tones=True) for split in ("train", "test"))
+    train, test = (Emoji(split, size=16, test_fraction=0.3, skin_tones=True) for split in ("train", "test"))
     bases = [{glyph.base for glyph in data.glyphs} for data in (train, test)]
     assert not bases[0] & bases[1]
     assert 8 <= len(bases[1]) <= 28
     hands = next(data for data, some in zip((train, test), bases, strict=True) if "1F44B" in some)
     assert [glyph.code for glyph in hands.glyphs if glyph.base == "1F44B"] == ["1F44B", "1F44B-1F3FB", "1F44B-1F3FF"]
-    plain = [Emoji(split, size=16, held_out=0.3) for split in ("train", "test")]
+    plain = [Emoji(split, size=16, test_fraction=0.3) for split in ("train", "test")]
     assert [{g.base for g in data.glyphs} for data in plain] == bases
 
 
 def test_captions_say_what_and_in_which_style(drawn):
-    data = Emoji(size=16, held_out=0.01)
+    data = Emoji(size=16, test_fraction=0.01)
     for i in range(0, len(data), 7):
         said = {data.caption(place, i) for place in range(60)}
         assert said == set(data.texts[i])
-        style = data.about([(0, i)])["style"].item()
+        style = data.batch_metadata([(0, i)])["style"].item()
         assert all(("3d" in text) == (style == 0) and ("flat" in text) == (style == 1) for text in said)
         assert all(data.glyphs[i // 2].annotation in text for text in said)
         assert data.texts[i][0] in data.captions[data.labels[i]]
-    assert data.caption(3, 4) == Emoji(size=16, held_out=0.01).caption(3, 4)
+    assert data.caption(3, 4) == Emoji(size=16, test_fraction=0.01).caption(3, 4)
     glyph = Glyph("1", "1", "x", "flag: Chad", ["chad", "green", "nation", "the sun", "of CHAD", "sand"], "flags")
     assert captions(glyph, "flat") == [
         "a flat illustration of the flag of Chad",
@@ -131,21 +139,23 @@ def test_the_second_start_draws_nothing(drawn):
     first = Emoji(size=16)
     count = len(drawn)
     assert torch.equal(Emoji(size=16).images, first.images)
-    assert Emoji("test", size=16, held_out=0.5, seed=3)
+    assert Emoji("test", size=16, test_fraction=0.5, seed=3)
     assert len(drawn) == count > 0
     Emoji(size=20)
     assert len(drawn) == 2 * count
 
 
 def test_one_style_alone(drawn):
-    data = Emoji(size=16, styles=["3d"], held_out=0.01)
+    data = Emoji(size=16, styles=["3d"], test_fraction=0.01)
     assert not drawn
-    assert set(data.about([(0, i) for i in range(len(data))])["style"].tolist()) == {0}
+    assert set(data.batch_metadata([(0, i) for i in range(len(data))])["style"].tolist()) == {0}
     assert len(data) == len(data.glyphs)
-    assert Stream(len(data), 4, 2).at(0).at
+    assert BatchStream(len(data), 4, 2).batch_at(0).samples
 
 
-@pytest.mark.parametrize("option", [{"split": "val"}, {"styles": ["oil"]}, {"styles": []}, {"size": 8}, {"held_out": 0.0}])
+@pytest.mark.parametrize(
+    "option", [{"split": "val"}, {"styles": ["oil"]}, {"styles": []}, {"size": 8}, {"held_out": 0.0}]
+)
 def test_bad_options_are_named(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         Emoji(**option)
@@ -155,9 +165,9 @@ def test_without_pictures_it_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
     for asset in (glyphs.openmoji, glyphs.fluent_archive):
-        with pytest.raises(AssetError, match=r"is missing.*put .*\.tgz into"):
+        with pytest.raises(AssetNotFoundError, match=r"is missing.*put .*\.tgz into"):
             asset()
-    with pytest.raises(AssetError, match="openmoji is missing"):
+    with pytest.raises(AssetNotFoundError, match="openmoji is missing"):
         Emoji()
 
 

@@ -70,4 +70,6 @@ def test_the_real_thing():
     assert train.labels[:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
     assert torch.equal(train.labels.bincount(), torch.full((10,), 6000))
     assert torch.equal(test.labels.bincount(), torch.full((10,), 1000))
-    assert train.images[..., 2:-2, 2:-2].float().mean().item() == pytest.approx(72.94, abs=0.01)  # 0.2860 of 255, as published everywhere
+    assert train.images[..., 2:-2, 2:-2].float().mean().item() == pytest.approx(
+        72.94, abs=0.01
+    )  # 0.2860 of 255, as published everywhere

@@ -9,13 +9,14 @@ import torch
 import yaml
 from PIL import Image
 
-from ldm.data import captions, decode, folder
-from ldm.data.captions import lines_beside, words
-from ldm.data.decode import rectangle, square
-from ldm.data.folder import Folder, shares
-from ldm.data.memory import InMemory
+from ldm.data import captions as captions_module
+from ldm.data import decode, folder
+from ldm.data.captions import sidecar_captions, words_from_filename
+from ldm.data.decode import load_rectangle, load_square
+from ldm.data.folder import ImageFolder, split_train_test
+from ldm.data.memory import InMemoryDataset
 from ldm.errors import UserError
-from ldm.load import DataCard
+from ldm.runs.data_card import DataCard
 
 DRAFT = (13, 3)  # grey levels by which a JPEG decoded small is another picture: at most, and on average
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -47,30 +48,34 @@ def pictures(tmp_path):
 
 
 def test_class_subfolders(pictures):
-    data = Folder(pictures, size=16, held_out=0)
+    data = ImageFolder(pictures, size=16, test_fraction=0)
     assert data.images.shape == (40, 3, 16, 16)
     assert data.classes == ["golden_retriever", "sports-car"]
     assert data.labels.tolist() == [0] * 20 + [1] * 20
-    assert {data.caption(p, 0) for p in range(50)} == {"golden retriever", "a photo of golden retriever", "a picture of golden retriever"}
+    assert {data.caption(p, 0) for p in range(50)} == {
+        "golden retriever",
+        "a photo of golden retriever",
+        "a picture of golden retriever",
+    }
     assert data.captions[1][0] == "sports car"
     batch = data.batch([(0, 0), (3, 39)])
     assert batch["image"].shape == (2, 3, 16, 16)
     assert batch["image"][0, 0].mean().item() == pytest.approx(200 / 127.5 - 1)
-    assert DataCard.of(data).channels == 3
+    assert DataCard.from_dataset(data).channels == 3
 
 
 def test_captions_of_classes_from_a_file(pictures, tmp_path):
     file = tmp_path / "captions.json"
     file.write_text(json.dumps({"sports-car": ["a fast car"], "golden_retriever": ["a dog"], "more": ["x"]}))
-    data = Folder(pictures, captions=file, held_out=0)
+    data = ImageFolder(pictures, captions=file, test_fraction=0)
     assert data.captions == [["a dog"], ["a fast car"]]
     assert (data.caption(0, 0), data.caption(0, 39)) == ("a dog", "a fast car")
     file.write_text(json.dumps({"sports-car": ["a fast car"]}))
     with pytest.raises(UserError, match=r"nothing on golden_retriever"):
-        Folder(pictures, captions=file)
+        ImageFolder(pictures, captions=file)
     file.write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object"):
-        Folder(pictures, captions=file)
+        ImageFolder(pictures, captions=file)
 
 
 SMALL = ", 5 smaller than 32 px and enlarged: IMG_1234.png, a.png, b.png, ..."
@@ -83,32 +88,41 @@ def test_captions_beside_the_images(tmp_path):
     (root / "a.txt").write_bytes("\ufeffun café, l'été\r\n\r\nat  night\n".encode())
     (root / "b.json").write_text(json.dumps({"caption": ["one", "two"], "other": 3}))
     (root / "sub" / "c.json").write_text("{broken")
-    data = Folder(root, held_out=0)
+    data = ImageFolder(root, test_fraction=0)
     told = [{data.caption(place, i) for place in range(40)} for i in range(5)]
     assert told == [{""}, {"un café, l'été", "at night"}, {"one", "two"}, {"red car"}, {"c"}]
     assert data.classes == ["image"]
     assert data.captions == [["un café, l'été", "at night", "one", "two", "red car", "c"]]
-    assert [data.caption(p, 2) for p in range(9)] == [Folder(root, held_out=0).caption(p, 2) for p in range(9)]
+    assert [data.caption(p, 2) for p in range(9)] == [
+        ImageFolder(root, test_fraction=0).caption(p, 2) for p in range(9)
+    ]
     assert data.summary.endswith(
         "5 images, captions beside them, 1 without caption: IMG_1234.png, 32 px, fits in memory, 0 held out" + SMALL
     )
     with pytest.raises(UserError, match="captions to classes"):
-        Folder(root, captions=tmp_path / "captions.json")
+        ImageFolder(root, captions=tmp_path / "captions.json")
 
 
 def test_file_names_as_captions_and_their_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(captions, "SHOWN", 4)
+    monkeypatch.setattr(captions_module, "SHOWN", 4)
     for name in "abcdefghij":
         paint(tmp_path / "pictures" / f"{name}.png")
-    data = Folder(tmp_path / "pictures", held_out=0)
+    data = ImageFolder(tmp_path / "pictures", test_fraction=0)
     assert data.captions == [["a", "d", "g", "j"]]
     assert [data.caption(0, i) for i in range(10)] == list("abcdefghij")
 
 
 def test_the_words_of_a_name():
-    said = {"cat12": "cat", "DSC01234": "", "a3f9bc": "", "Screenshot 2024-01-02": "", "a red_über-car": "a red über car", "123": ""}
-    assert {name: words(name) for name in said} == said
-    assert lines_beside(Path("/nowhere/x.png")) == []
+    said = {
+        "cat12": "cat",
+        "DSC01234": "",
+        "a3f9bc": "",
+        "Screenshot 2024-01-02": "",
+        "a red_über-car": "a red über car",
+        "123": "",
+    }
+    assert {name: words_from_filename(name) for name in said} == said
+    assert sidecar_captions(Path("/nowhere/x.png")) == []
 
 
 def test_order_and_fingerprint_do_not_depend_on_the_disk(pictures, tmp_path):
@@ -116,28 +130,28 @@ def test_order_and_fingerprint_do_not_depend_on_the_disk(pictures, tmp_path):
         target = tmp_path / "again" / path.relative_to(pictures)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    first, second = Folder(pictures), Folder(tmp_path / "again")
+    first, second = ImageFolder(pictures), ImageFolder(tmp_path / "again")
     assert torch.equal(first.images, second.images)
-    assert first.fingerprint == second.fingerprint != Folder(pictures, size=16).fingerprint
+    assert first.fingerprint == second.fingerprint != ImageFolder(pictures, size=16).fingerprint
 
 
 def test_images_added_later_move_no_other(pictures):
     names = [f"{i:05d}.png" for i in range(4000)]
-    held, rows = shares(names, 0.05)["test"]
+    held, rows = split_train_test(names, 0.05)["test"]
     assert held == len(rows)
     assert 150 < held < 250
     more = sorted([*names, *(f"{i:05d}b.png" for i in range(500))])
-    assert {more[i] for i in shares(more, 0.05)["test"][1]} & set(names) == {names[i] for i in rows}
-    train, test = Folder(pictures, held_out=0.2), Folder(pictures, "test", held_out=0.2)
+    assert {more[i] for i in split_train_test(more, 0.05)["test"][1]} & set(names) == {names[i] for i in rows}
+    train, test = ImageFolder(pictures, test_fraction=0.2), ImageFolder(pictures, "test", test_fraction=0.2)
     assert len(train) + len(test) == 40
     assert min(len(train), len(test)) > 0
     both = torch.cat([train.images, test.images]).flatten(1)
-    assert len(both.unique(dim=0)) == len(Folder(pictures, held_out=0).images.flatten(1).unique(dim=0))
+    assert len(both.unique(dim=0)) == len(ImageFolder(pictures, test_fraction=0).images.flatten(1).unique(dim=0))
 
 
 def test_too_few_to_hold_any_out(tmp_path):
     paint(tmp_path / "pictures" / "one.png")
-    assert [len(Folder(tmp_path / "pictures", split)) for split in ("train", "test")] == [1, 1]
+    assert [len(ImageFolder(tmp_path / "pictures", split)) for split in ("train", "test")] == [1, 1]
 
 
 def test_the_middle_of_the_longer_side(tmp_path):
@@ -147,7 +161,7 @@ def test_the_middle_of_the_longer_side(tmp_path):
     image.save(tmp_path / "wide.png")
     image.rotate(90, expand=True).save(tmp_path / "tall.png")
     for name in ("wide.png", "tall.png"):
-        pixels, shorter = square(tmp_path / name, 10, 3)
+        pixels, shorter = load_square(tmp_path / name, 10, 3)
         assert level(pixels) == [0, 255, 0]
         assert (shorter, pixels.dtype) == (30, torch.uint8)
 
@@ -158,7 +172,7 @@ def test_turned_as_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "x.jpg", exif=exif, quality=95)
-    pixels, _ = square(tmp_path / "x.jpg", 8, 3)
+    pixels, _ = load_square(tmp_path / "x.jpg", 8, 3)
     assert pixels[0, :3].min() > 200
     assert pixels[0, 5:].max() < 55
 
@@ -171,9 +185,9 @@ def test_transparency_is_white(tmp_path):
     palette.save(tmp_path / "c.png", transparency=1)
     palette.save(tmp_path / "d.gif", transparency=1)
     for name in ("a.png", "b.png", "c.png", "d.gif"):
-        assert level(square(tmp_path / name, 8, 3)[0]) == [255, 255, 255], name
+        assert level(load_square(tmp_path / name, 8, 3)[0]) == [255, 255, 255], name
     Image.new("RGBA", (8, 8), (0, 0, 0, 128)).save(tmp_path / "half.png")
-    assert level(square(tmp_path / "half.png", 8, 1)[0]) == [pytest.approx(127, abs=1)]
+    assert level(load_square(tmp_path / "half.png", 8, 1)[0]) == [pytest.approx(127, abs=1)]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "P", "L", "1", "YCbCr"])
@@ -181,25 +195,30 @@ def test_other_kinds_of_colour(tmp_path, mode):
     name = "x.tif" if mode in ("CMYK", "YCbCr") else "x.png"
     white = mode in ("L", "1")
     # packed: Pillow before 13 does not read its own raw YCbCr
-    paint(tmp_path / name, (255, 255, 255) if white else RED, mode=mode, **({"compression": "tiff_lzw"} if name == "x.tif" else {}))
-    assert level(square(tmp_path / name, 8, 3)[0]) == pytest.approx([255] * 3 if white else [255, 0, 0], abs=2)
+    paint(
+        tmp_path / name,
+        (255, 255, 255) if white else RED,
+        mode=mode,
+        **({"compression": "tiff_lzw"} if name == "x.tif" else {}),
+    )
+    assert level(load_square(tmp_path / name, 8, 3)[0]) == pytest.approx([255] * 3 if white else [255, 0, 0], abs=2)
 
 
 def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path):
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "x.png")
     Image.fromarray(np.full((8, 8), 32768, dtype=np.int32)).save(tmp_path / "y.tif")
-    assert level(square(tmp_path / "x.png", 8, 1)[0]) == [128]
-    assert level(square(tmp_path / "y.tif", 8, 3)[0]) == [128] * 3
+    assert level(load_square(tmp_path / "x.png", 8, 1)[0]) == [128]
+    assert level(load_square(tmp_path / "y.tif", 8, 3)[0]) == [128] * 3
     for name, kind in (("f.tif", np.float32), ("i.tif", np.int32)):
         Image.fromarray(np.full((8, 8), 70000, dtype=kind)).save(tmp_path / name)
         with pytest.raises(ValueError, match="8 or 16 bits"):
-            square(tmp_path / name, 8, 1)
+            load_square(tmp_path / name, 8, 1)
 
 
 def test_a_large_jpeg_is_the_same_picture(tmp_path):
     ramp = np.linspace(0, 255, 1000).round().astype(np.uint8)
     Image.fromarray(np.repeat(np.tile(ramp, (700, 1))[..., None], 3, 2)).save(tmp_path / "x.jpg", quality=95)
-    pixels, _ = square(tmp_path / "x.jpg", 16, 1)
+    pixels, _ = load_square(tmp_path / "x.jpg", 16, 1)
     centres = 150 + 700 * (np.arange(16) + 0.5) / 16
     assert pixels[0].double().mean(0).numpy() == pytest.approx(centres / 999 * 255, abs=3)  # a pixel is 11 apart
 
@@ -216,29 +235,40 @@ def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch):
     paint(pictures / ".hidden" / "x.png")
     paint(bad / "giant.png", size=(300, 300))
     monkeypatch.setattr(decode, "MAX_PIXELS", 300 * 300 - 1)
-    data = Folder(pictures, size=32, held_out=0)
+    data = ImageFolder(pictures, size=32, test_fraction=0)
     assert len(data) == 40
     out = data.summary
-    assert "40 images, 2 classes, 32 px, fits in memory, 0 held out, 40 smaller than 32 px and enlarged: golden_retriever/000.png, " in out
-    assert "5 skipped: sports-car/empty.png, sports-car/giant.png, sports-car/gone.webp, ... (cannot identify image file)" in out
-    assert Folder(pictures, size=32, held_out=0).summary == data.summary  # from the cache
+    assert (
+        "40 images, 2 classes, 32 px, fits in memory, 0 held out, 40 smaller than 32 px and enlarged: golden_retriever/000.png, "
+        in out
+    )
+    assert (
+        "5 skipped: sports-car/empty.png, sports-car/giant.png, sports-car/gone.webp, ... (cannot identify image file)"
+        in out
+    )
+    assert ImageFolder(pictures, size=32, test_fraction=0).summary == data.summary  # from the cache
 
 
 def test_packed_images_are_those_decoded_one_by_one_and_lie_on_the_disk(pictures, tmp_path, monkeypatch):
     (pictures / "sports-car" / "broken.jpg").write_text("no")
-    data = Folder(pictures, size=16, held_out=0.3)
-    plain = torch.stack([square(pictures / file.name, 16, 3)[0] for file in data.files]).float() / 127.5 - 1
+    data = ImageFolder(pictures, size=16, test_fraction=0.3)
+    plain = torch.stack([load_square(pictures / file.name, 16, 3)[0] for file in data.files]).float() / 127.5 - 1
     assert len(data) < 40
     assert torch.equal(data.pixels(range(len(data))), plain)
     assert torch.equal(data.pixels([5, 2]), plain[[5, 2]])
-    plainly = InMemory(data.name, (plain * 127.5 + 127.5).round().byte(), data.labels, dict(zip(data.classes, data.captions, strict=True)))
+    plainly = InMemoryDataset(
+        data.name,
+        (plain * 127.5 + 127.5).round().byte(),
+        data.labels,
+        dict(zip(data.classes, data.captions, strict=True)),
+    )
     assert data.fingerprint == plainly.fingerprint
     (pack,) = (tmp_path / "cache" / "folders").glob("*.safetensors")
     assert data.stored.shape == (41, 3, 16, 16), "with a place for the broken one"
     mapping = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(pack))]
     assert mapping or not Path("/proc").is_dir()
-    monkeypatch.setattr(folder, "fits", lambda images: False)
-    assert "16 px, read from the disk, " in Folder(pictures, size=16).summary
+    monkeypatch.setattr(folder, "fits_in_memory", lambda images: False)
+    assert "16 px, read from the disk, " in ImageFolder(pictures, size=16).summary
 
 
 @pytest.fixture
@@ -247,7 +277,9 @@ def photograph(tmp_path):
     draw = np.random.default_rng(0)
     image = np.zeros((450, 600, 3))
     for scale in (4, 16, 64):
-        coarse = draw.normal(128, 24 * scale**0.25, (450 // scale + 2, 600 // scale + 2, 3)).clip(0, 255).astype(np.uint8)
+        coarse = (
+            draw.normal(128, 24 * scale**0.25, (450 // scale + 2, 600 // scale + 2, 3)).clip(0, 255).astype(np.uint8)
+        )
         image += np.asarray(Image.fromarray(coarse).resize((600, 450), Image.Resampling.BICUBIC)) / 3
     Image.fromarray(image.astype(np.uint8)).save(tmp_path / "photograph.jpg", quality=90)
     return tmp_path / "photograph.jpg"
@@ -257,11 +289,11 @@ def photograph(tmp_path):
 def test_a_jpeg_is_decoded_small_but_never_too_small(photograph, size, monkeypatch):
     """And how far that is from decoding it whole: its texture is finer than most, and the mean stays."""
     seen = []
-    monkeypatch.setattr(decode, "eight_bit", lambda image: (seen.append(image.size), image)[1])
-    fast = square(photograph, size, 3)[0].double()
+    monkeypatch.setattr(decode, "to_8bit", lambda image: (seen.append(image.size), image)[1])
+    fast = load_square(photograph, size, 3)[0].double()
     monkeypatch.setattr(Image.Image, "draft", lambda self, mode, wanted: None)
     monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda self, mode, wanted: None)
-    whole = square(photograph, size, 3)[0].double()
+    whole = load_square(photograph, size, 3)[0].double()
     assert seen[1] == (600, 450)
     assert min(seen[0]) >= min(2 * size, 450)
     assert (seen[0] == (600, 450)) == (size > 112), "at half the size or less where twice the target still fits"
@@ -274,30 +306,30 @@ def test_a_jpeg_is_decoded_small_but_never_too_small(photograph, size, monkeypat
 def test_links_are_followed_once(pictures):
     (pictures / "golden_retriever" / "back").symlink_to(pictures)
     (pictures.parent / "linked").symlink_to(pictures)
-    assert len(Folder(pictures.parent / "linked", held_out=0)) == 40
+    assert len(ImageFolder(pictures.parent / "linked", test_fraction=0)) == 40
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file names are Unicode there")
 def test_names_of_any_bytes(tmp_path):
     paint(tmp_path / "pictures" / os.fsdecode(b"caf\xe9 noir") / os.fsdecode(b"\xe9.png"))
-    data = Folder(tmp_path / "pictures", held_out=0)
+    data = ImageFolder(tmp_path / "pictures", test_fraction=0)
     assert data.classes == ["caf\ufffd noir"]
     json.dumps(data.captions).encode()
 
 
 def test_the_second_start_decodes_nothing(pictures, tmp_path, monkeypatch):
-    first = Folder(pictures)
+    first = ImageFolder(pictures)
     calls = Counter()
-    monkeypatch.setattr(folder, "rectangle", lambda *args: (calls.update(["read"]), rectangle(*args))[1])
-    assert torch.equal(Folder(pictures).images, first.images)
-    assert Folder(pictures, "test", seed=3, flip=False, held_out=0.5)
+    monkeypatch.setattr(folder, "rectangle", lambda *args: (calls.update(["read"]), load_rectangle(*args))[1])
+    assert torch.equal(ImageFolder(pictures).images, first.images)
+    assert ImageFolder(pictures, "test", seed=3, flip=False, test_fraction=0.5)
     assert not calls
     paint(pictures / "golden_retriever" / "000.png", BLUE)
-    assert not torch.equal(Folder(pictures).images, first.images)
+    assert not torch.equal(ImageFolder(pictures).images, first.images)
     assert calls["read"] == 40
     for path in (tmp_path / "cache" / "folders").glob("*.safetensors"):
         path.write_bytes(b"cut")
-    Folder(pictures)
+    ImageFolder(pictures)
     assert calls["read"] == 80
 
 
@@ -305,34 +337,34 @@ def test_size_and_channels_are_those_of_most_images(tmp_path, monkeypatch):
     root = tmp_path / "pictures"
     for i, (side, mode) in enumerate([(40, "L"), (130, "L"), (150, "RGB"), (900, "L"), (70, "1")]):
         paint(root / f"{i}.png", (9, 9, 9), (side, side + 30), mode)
-    data = Folder(root, held_out=0)
+    data = ImageFolder(root, test_fraction=0)
     assert (data.size, data.channels) == (64, 1)
     assert "64 px, grey, fits in memory" in data.summary
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert Folder(root, held_out=0).size == 128
-    assert (Folder(root, size=48).size, Folder(root, channels=3).channels) == (48, 3)
+    assert ImageFolder(root, test_fraction=0).size == 128
+    assert (ImageFolder(root, size=48).size, ImageFolder(root, channels=3).channels) == (48, 3)
     for path in root.iterdir():
         paint(path, size=(20, 20))
-    assert Folder(root).settled.items() >= {"size": 32, "channels": 3}.items()
+    assert ImageFolder(root).resolved_config.items() >= {"size": 32, "channels": 3}.items()
 
 
 def test_content_depends_on_images_captions_and_classes_and_on_nothing_else(pictures, tmp_path):
-    first = Folder(pictures).content
-    assert Folder(pictures, "test", seed=3, flip=False, held_out=0.5, content=first).content == first
+    first = ImageFolder(pictures).content
+    assert ImageFolder(pictures, "test", seed=3, flip=False, test_fraction=0.5, content_hash=first).content == first
     for path in pictures.rglob("*.png"):
         os.utime(path, (1, 1))
-    assert Folder(pictures).content == first, "touched, not changed"
+    assert ImageFolder(pictures).content == first, "touched, not changed"
     with pytest.raises(UserError, match=f"not those that this run was made with .digest {first}, then 0123"):
-        Folder(pictures, content="0123")
+        ImageFolder(pictures, content_hash="0123")
     seen = {first}
     (pictures / "sports-car" / "000.txt").write_text("a car")
-    seen.add(Folder(pictures).content)
+    seen.add(ImageFolder(pictures).content)
     (pictures / "sports-car" / "000.txt").write_text("a blue car")
-    seen.add(Folder(pictures).content)
+    seen.add(ImageFolder(pictures).content)
     paint(pictures / "golden_retriever" / "000.png", BLUE)
-    seen.add(Folder(pictures).content)
+    seen.add(ImageFolder(pictures).content)
     (pictures / "golden_retriever" / "001.png").unlink()
-    seen.add(Folder(pictures).content)
+    seen.add(ImageFolder(pictures).content)
     assert len(seen) == 5
 
 
@@ -342,10 +374,16 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "text" / "x.pdf").touch()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_text("no")
-    expected = {"nowhere": "no such folder", "text/x.pdf": "a file", "empty": "among 0 files", "text": "among 1 files", "bad": "none of 1"}
+    expected = {
+        "nowhere": "no such folder",
+        "text/x.pdf": "a file",
+        "empty": "among 0 files",
+        "text": "among 1 files",
+        "bad": "none of 1",
+    }
     for name, said in expected.items():
         with pytest.raises(UserError, match=said) as error:
-            Folder(tmp_path / name)
+            ImageFolder(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
         assert "\n" not in str(error.value)
         if name != "bad":
@@ -353,9 +391,9 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     paint(tmp_path / "good" / "x.png")
     for option in ({"split": "val"}, {"channels": 4}, {"size": 2}, {"held_out": 1.0}):
         with pytest.raises(UserError, match=next(iter(option))):
-            Folder(tmp_path / "good", **option)
+            ImageFolder(tmp_path / "good", **option)
     with pytest.raises(UserError, match=r"1 images of 10000000x10000000 take .* GiB, "):
-        Folder(tmp_path / "good", size=10_000_000)
+        ImageFolder(tmp_path / "good", size=10_000_000)
     assert not list(tmp_path.glob("cache/folders/*.safetensors"))
 
 
@@ -363,7 +401,7 @@ def test_the_option_names_every_default():
     import inspect
 
     option = yaml.safe_load((Path(folder.__file__).parents[2] / "conf" / "data" / "folder.yaml").read_text())
-    parameters = inspect.signature(Folder).parameters
-    assert option.pop("_target_") == "ldm.data.folder.Folder"
+    parameters = inspect.signature(ImageFolder).parameters
+    assert option.pop("_target_") == "ldm.data.folder.ImageFolder"
     assert option.pop("path") == "???"
     assert option == {name: one.default for name, one in parameters.items() if name != "path"}

@@ -75,5 +75,18 @@ def test_captions_are_many_short_and_without_colours():
     texts = captions()
     assert all(len(some) >= 40 for some in read_captions(CAPTIONS).values())
     assert max(len(text.split()) for text in texts) <= 16
-    colours = {"red", "blue", "green", "yellow", "brown", "pink", "purple", "orange", "beige", "navy", "golden", "silver"}
+    colours = {
+        "red",
+        "blue",
+        "green",
+        "yellow",
+        "brown",
+        "pink",
+        "purple",
+        "orange",
+        "beige",
+        "navy",
+        "golden",
+        "silver",
+    }
     assert not colours & {word for text in texts for word in re.findall("[a-z]+", text.lower())}

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from ldm.data import hugging_face
-from ldm.data.folder import Folder
+from ldm.data.folder import ImageFolder
 from ldm.data.hugging_face import HuggingFace
-from ldm.data.latents import Latents
-from ldm.data.memory import InMemory
-from ldm.data.shards import Shards
-from ldm.data.stream import Batched, Stream
+from ldm.data.latents import LatentDataset
+from ldm.data.memory import InMemoryDataset
+from ldm.data.shards import TarShardDataset
+from ldm.data.stream import BatchDataset, BatchStream
 from ldm.errors import UserError
 
 datasets = pytest.importorskip("datasets")  # of the extras `data` and `dev`
@@ -58,11 +58,17 @@ def library(monkeypatch, tmp_path):
 
     def rows(count):
         columns = {
-            "text": ([[f"picture {i}", f"number  {i}"] if i % 2 else [f"picture {i}"] for i in range(count)], datasets.Sequence(TEXT)),
+            "text": (
+                [[f"picture {i}", f"number  {i}"] if i % 2 else [f"picture {i}"] for i in range(count)],
+                datasets.Sequence(TEXT),
+            ),
             "label": ([i % 2 for i in range(count)], PETS),
             "number": ([i % 5 for i in range(count)], datasets.Value("int64")),
         }
-        cells = [{"bytes": png(i), "path": None} if i != 7 else {"bytes": None, "path": str(tmp_path / "7.png")} for i in range(count)]
+        cells = [
+            {"bytes": png(i), "path": None} if i != 7 else {"bytes": None, "path": str(tmp_path / "7.png")}
+            for i in range(count)
+        ]
         return table(count, images=cells, **columns)
 
     splits = datasets.DatasetDict({"train": rows(40), "test": rows(3)})
@@ -78,7 +84,7 @@ def library(monkeypatch, tmp_path):
 
 
 def test_rows_are_samples(library):
-    data = HuggingFace("some/thing", size=16, held_out=0.0, config="small")
+    data = HuggingFace("some/thing", size=16, test_fraction=0.0, config="small")
     assert library == [("some/thing", "small")]
     batch = data.batch([(0, 7), (2, 12)])
     assert ((batch["image"][:, 0].mean((1, 2)) + 1) * 127.5).round().tolist() == [7, 12]
@@ -89,15 +95,15 @@ def test_rows_are_samples(library):
 
 
 def test_labels_and_their_names(library):
-    data = HuggingFace("some/thing", size=16, held_out=0.0, caption=None, label="label")
-    assert data.about([(0, 3), (0, 4)])["label"].tolist() == [1, 0]
+    data = HuggingFace("some/thing", size=16, test_fraction=0.0, caption=None, label="label")
+    assert data.batch_metadata([(0, 3), (0, 4)])["label"].tolist() == [1, 0]
     assert data.classes == ["cat", "sea_lion"]
     assert "sea lion" in data.caption(0, 3)
     assert HuggingFace("some/thing", size=16, caption=None, label="number").classes == ["0", "1", "2", "3", "4"]
 
 
 def test_splits(library):
-    train, test = (HuggingFace("some/thing", split, size=16, held_out=0.3) for split in ("train", "test"))
+    train, test = (HuggingFace("some/thing", split, size=16, test_fraction=0.3) for split in ("train", "test"))
     assert len(train) + len(test) == 40
     assert not set(train.rows.tolist()) & set(test.rows.tolist())
     assert len(HuggingFace("some/thing", size=16, test="test")) == 40
@@ -105,7 +111,7 @@ def test_splits(library):
 
 
 def test_a_saved_one(library, tmp_path):
-    assert len(HuggingFace(saved(tmp_path / "x", 4, text=(["a"] * 4, TEXT)), size=16, held_out=0.0)) == 4
+    assert len(HuggingFace(saved(tmp_path / "x", 4, text=(["a"] * 4, TEXT)), size=16, test_fraction=0.0)) == 4
     assert not library
 
 
@@ -137,18 +143,18 @@ def test_caption_sources_give_the_same_batches(tmp_path):
                 tar.addfile(member, io.BytesIO(content))
     cells = [{"bytes": picture, "path": None} for picture in pictures]
     path = saved(tmp_path / "table", 60, images=cells, text=([caption or None for caption in captions], TEXT))
-    folder = Folder(tmp_path / "folder", size=16, channels=3, held_out=0.0)
+    folder = ImageFolder(tmp_path / "folder", size=16, channels=3, test_fraction=0.0)
     texts = [[caption] if caption else [] for caption in captions]
     sources = {
-        "hf": HuggingFace(path, size=16, held_out=0.0),
-        "webdataset": Shards(tmp_path / "shard.tar", size=16, held_out=0.0),
-        "memory": InMemory("memory", folder.images, folder.labels, {"image": ["x"]}, flip=True, texts=texts),
+        "hf": HuggingFace(path, size=16, test_fraction=0.0),
+        "webdataset": TarShardDataset(tmp_path / "shard.tar", size=16, test_fraction=0.0),
+        "memory": InMemoryDataset("memory", folder.images, folder.labels, {"image": ["x"]}, flip=True, texts=texts),
     }
-    stream = Stream(60, 24, steps=6)
+    stream = BatchStream(60, 24, steps=6)
     for name, data in sources.items():
         assert data.uncaptioned == folder.uncaptioned == 6, name
         for part in stream:
-            one, other = Batched(folder)[part], Batched(data)[part]
+            one, other = BatchDataset(folder)[part], BatchDataset(data)[part]
             assert one.keys() == other.keys()
             for key, value in one.items():
                 same = torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
@@ -167,7 +173,7 @@ def test_caption_sources_give_the_same_batches(tmp_path):
     ],
 )
 def test_captions_of_every_kind_are_read_and_rows_without_are_counted(tmp_path, values, kind):
-    data = HuggingFace(saved(tmp_path / "x", 3, text=(values, kind)), size=16, held_out=0.0)
+    data = HuggingFace(saved(tmp_path / "x", 3, text=(values, kind)), size=16, test_fraction=0.0)
     assert [{data.caption(place, i) for place in range(9)} for i in range(3)] == [{""}, {""}, {"a cat"}]
     assert ", 2 without a caption" in data.summary
     assert data.captions == [["a cat"]]
@@ -175,10 +181,17 @@ def test_captions_of_every_kind_are_read_and_rows_without_are_counted(tmp_path, 
 
 @pytest.mark.parametrize(
     ("values", "kind"),
-    [([1, 2], datasets.Value("int64")), ([0, 1], PETS), ([[["a"]], [["b"]]], [[TEXT]]), ([{"id": 1}] * 2, {"id": datasets.Value("int64")})],
+    [
+        ([1, 2], datasets.Value("int64")),
+        ([0, 1], PETS),
+        ([[["a"]], [["b"]]], [[TEXT]]),
+        ([{"id": 1}] * 2, {"id": datasets.Value("int64")}),
+    ],
 )
 def test_captions_that_are_no_texts_are_one_line(tmp_path, values, kind):
-    with pytest.raises(UserError, match=r"column 'text' holds .*: expected texts, lists of texts, or records with one of") as error:
+    with pytest.raises(
+        UserError, match=r"column 'text' holds .*: expected texts, lists of texts, or records with one of"
+    ) as error:
         HuggingFace(saved(tmp_path / "x", 2, text=(values, kind)), size=16)
     assert "\n" not in str(error.value)
 
@@ -194,8 +207,10 @@ def test_captions_that_are_no_texts_are_one_line(tmp_path, values, kind):
     ],
 )
 def test_no_label_is_never_a_class(tmp_path, values, kind, labels, classes):
-    data = HuggingFace(saved(tmp_path / "x", 4, label=(values, kind)), size=16, held_out=0.0, caption=None, label="label")
-    assert data.about([(0, i) for i in range(4)])["label"].tolist() == labels
+    data = HuggingFace(
+        saved(tmp_path / "x", 4, label=(values, kind)), size=16, test_fraction=0.0, caption=None, label="label"
+    )
+    assert data.batch_metadata([(0, i) for i in range(4)])["label"].tolist() == labels
     assert data.classes == classes
     missing = labels.count(-1)
     assert [data.caption(0, i) == "" for i in range(4)] == [label < 0 for label in labels]
@@ -224,7 +239,7 @@ def test_words_are_the_same_classes_in_every_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda path, config: tables)
     test = HuggingFace("some/thing", "test", size=16, caption=None, label="label", test="test")
     assert test.classes == ["ape", "cat", "dog"]
-    assert test.about([(0, 0), (0, 1)])["label"].tolist() == [2, 2]
+    assert test.batch_metadata([(0, 0), (0, 1)])["label"].tolist() == [2, 2]
     with pytest.raises(UserError, match="'bee', which is no class of the training split"):
         HuggingFace("some/thing", "test", size=16, caption=None, label="label", test="other")
 
@@ -240,10 +255,15 @@ def test_images_of_every_kind(tmp_path):
         "struct": ({"bytes": binary, "path": TEXT}, [{"bytes": png(50 * i), "path": None} for i in range(4)]),
     }
     for name, (kind, cells) in kinds.items():
-        data = HuggingFace(saved(tmp_path / name, 4, kind, cells), size=16, held_out=0.0, caption=None)
+        data = HuggingFace(saved(tmp_path / name, 4, kind, cells), size=16, test_fraction=0.0, caption=None)
         assert ((data.pixels(range(4))[:, 0].mean((1, 2)) + 1) * 127.5).round().tolist() == [0, 50, 100, 150], name
-    for kind, cells in (([datasets.Image()], [[{"bytes": png(i), "path": None}] for i in range(4)]), (datasets.Value("int64"), [1] * 4)):
-        with pytest.raises(UserError, match=r"column 'image' holds .*: expected one image a row, its bytes or its path") as error:
+    for kind, cells in (
+        ([datasets.Image()], [[{"bytes": png(i), "path": None}] for i in range(4)]),
+        (datasets.Value("int64"), [1] * 4),
+    ):
+        with pytest.raises(
+            UserError, match=r"column 'image' holds .*: expected one image a row, its bytes or its path"
+        ) as error:
             HuggingFace(saved(tmp_path / type(kind).__name__, 4, kind, cells), size=16, caption=None)
         assert "\n" not in str(error.value)
 
@@ -254,7 +274,7 @@ def test_content_is_of_the_rows_and_not_of_their_folder(tmp_path, monkeypatch):
         return saved(tmp_path / name, 2, images=cells, text=(texts, TEXT), label=(list(labels), PETS))
 
     def read(path, content=None):
-        return HuggingFace(path, size=16, held_out=0.0, label="label", content=content)
+        return HuggingFace(path, size=16, test_fraction=0.0, label="label", content_hash=content)
 
     path = made("here", ["a", "b"])
     before = read(path)
@@ -277,10 +297,12 @@ def test_a_folder_of_images_moved_is_the_same(tmp_path):
     assert before.classes == ["cat", "dog"]
     images = before.pixels(range(8))
     (tmp_path / "here").rename(tmp_path / "there")
-    assert torch.equal(HuggingFace(str(tmp_path / "there"), **options, content=before.content).pixels(range(8)), images)
+    assert torch.equal(
+        HuggingFace(str(tmp_path / "there"), **options, content_hash=before.content).pixels(range(8)), images
+    )
     (tmp_path / "there" / "cat" / "0.png").write_bytes(png(200, (30, 30)))
     with pytest.raises(UserError, match="not those that this run was made with"):
-        HuggingFace(str(tmp_path / "there"), **options, content=before.content)
+        HuggingFace(str(tmp_path / "there"), **options, content_hash=before.content)
 
 
 @pytest.mark.parametrize("name", ["train", "test", "val"])
@@ -308,8 +330,8 @@ class CaptionsAlone:
 
 def test_a_caption_or_a_label_reads_no_image(tmp_path, monkeypatch):
     columns = {"text": (["a", None, "c", "d"], TEXT), "label": ([0, 1, -1, 0], PETS)}
-    data = HuggingFace(saved(tmp_path / "x", 4, **columns), size=16, held_out=0.0, label="label")
-    latents = Latents(data, torch.zeros(2, 4, 8, 2, 2, dtype=torch.float16))
+    data = HuggingFace(saved(tmp_path / "x", 4, **columns), size=16, test_fraction=0.0, label="label")
+    latents = LatentDataset(data, torch.zeros(2, 4, 8, 2, 2, dtype=torch.float16))
     assert data.source.pictures.column_names == ["image"]
     monkeypatch.delattr(data.source, "pictures")
     monkeypatch.setattr(data.source, "table", CaptionsAlone(data.source.table))

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.autoencoder.posterior import Posterior
-from ldm.data.latents import Latents, batches, encode_all, fill, read_all, write_all
-from ldm.data.stream import Batched, Stream
+from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.data.latents import LatentDataset, batches, encode_into, encode_latents, read_latents, write_latents
+from ldm.data.stream import BatchDataset, BatchStream
 from ldm.data.synthetic import Synthetic
 
 
@@ -12,7 +12,7 @@ class Halves(nn.Module):
     """A first stage whose moments tell left from right: mean = every second pixel, log-variance = minus that."""
 
     def posterior(self, image):
-        return Posterior(image[..., ::2, ::2], -image[..., ::2, ::2])
+        return DiagonalGaussian(image[..., ::2, ::2], -image[..., ::2, ::2])
 
 
 def test_batches_are_all_images_in_order_and_never_flipped():
@@ -25,11 +25,11 @@ def test_batches_are_all_images_in_order_and_never_flipped():
 @pytest.mark.parametrize("flip", [False, True])
 def test_cached_moments_are_those_of_the_image_in_the_batch(flip):
     data = Synthetic(num=9, size=16, flip=flip)
-    moments = encode_all(Halves(), data)
+    moments = encode_latents(Halves(), data)
     assert moments.shape == (1 + flip, 9, 2, 8, 8)
     assert moments.dtype == torch.float16
     at = [(place, i) for place in (0, 3) for i in (8, 0, 4, 5)]
-    batch, cached = data.batch(at), Latents(data, moments).batch(at)
+    batch, cached = data.batch(at), LatentDataset(data, moments).batch(at)
     assert cached["moments"].dtype == torch.float32
     expected = Halves().posterior(batch["image"]).moments
     torch.testing.assert_close(cached["moments"], expected, atol=5e-4, rtol=0)
@@ -39,7 +39,7 @@ def test_cached_moments_are_those_of_the_image_in_the_batch(flip):
     assert set(cached) == set(batch) - {"image"} | {"moments"}
     assert all(torch.equal(cached[k], batch[k]) for k in ("label", "flip"))
     assert all(cached[k] == batch[k] for k in ("caption", "index", "place"))
-    both = Latents(data, moments, image=True).batch(at)  # for objectives that read pixels
+    both = LatentDataset(data, moments, image=True).batch(at)  # for objectives that read pixels
     assert set(both) == {*batch, "moments"}
     assert torch.equal(both["image"], batch["image"])
     assert torch.equal(both["moments"], cached["moments"])
@@ -55,28 +55,28 @@ def test_encoding_leaves_no_graph_and_does_not_depend_on_the_batch():
             return super().posterior(image * self.gain)
 
     data = Synthetic(num=501, size=4)  # one more than a batch
-    moments = encode_all(Weighted(), data)
+    moments = encode_latents(Weighted(), data)
     assert not moments.requires_grad
     assert torch.equal(moments[0, 500:], Weighted().posterior(data.pixels([500])).moments.half())
 
 
 def test_latents_are_streamed_as_images_are():
     data = Synthetic(num=6, size=16)
-    part = Stream(length=6, batch=4, steps=3, rank=1, world=2).at(2)
-    latents = Latents(data, encode_all(Halves(), data))
-    assert len(Batched(latents)) == len(latents) == 6
-    batch = Batched(latents)[part]
+    part = BatchStream(length=6, batch=4, steps=3, rank=1, world=2).batch_at(2)
+    latents = LatentDataset(data, encode_latents(Halves(), data))
+    assert len(BatchDataset(latents)) == len(latents) == 6
+    batch = BatchDataset(latents)[part]
     assert (batch["position"], batch["total"], batch["step"]) == ([2, 3], 4, 2)
-    assert torch.equal(batch["moments"], latents.batch(part.at)["moments"])
+    assert torch.equal(batch["moments"], latents.batch(part.samples)["moments"])
 
 
 def test_moments_of_another_data_set_are_refused():
     plain, flipped = Synthetic(num=5, size=16), Synthetic(num=5, size=16, flip=True)
-    moments = encode_all(Halves(), plain)
+    moments = encode_latents(Halves(), plain)
     with pytest.raises(ValueError, match=r"moments of \(1, 5\) .* do not fit a data set of \(2, 5\)"):
-        Latents(flipped, moments)
+        LatentDataset(flipped, moments)
     with pytest.raises(ValueError, match=r"do not fit a data set of \(1, 6\)"):
-        Latents(Synthetic(num=6, size=16), moments)
+        LatentDataset(Synthetic(num=6, size=16), moments)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -84,31 +84,35 @@ def test_on_the_disk_they_are_those_in_memory(tmp_path, flip):
     from safetensors import safe_open
 
     data = Synthetic(num=30, size=16, flip=flip)
-    write_all(tmp_path / "x.safetensors", Halves(), data, {"autoencoder": "it"})
-    whole, moments = encode_all(Halves(), data), read_all(tmp_path / "x.safetensors")
+    write_latents(tmp_path / "x.safetensors", Halves(), data, {"autoencoder": "it"})
+    whole, moments = encode_latents(Halves(), data), read_latents(tmp_path / "x.safetensors")
     assert moments.dtype == torch.float16
     assert torch.equal(moments, whole)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"autoencoder": "it"}
         assert torch.equal(file.get_tensor("moments"), whole), "a file that anything can read"
     at = [(place, i) for place in (0, 3) for i in (8, 0, 29)]
-    assert torch.equal(Latents(data, moments).batch(at)["moments"], Latents(data, whole).batch(at)["moments"])
+    assert torch.equal(
+        LatentDataset(data, moments).batch(at)["moments"], LatentDataset(data, whole).batch(at)["moments"]
+    )
     moments[0, 0] = 7
-    assert torch.equal(read_all(tmp_path / "x.safetensors"), whole), "writing to what was read leaves the file alone"
+    assert torch.equal(read_latents(tmp_path / "x.safetensors"), whole), (
+        "writing to what was read leaves the file alone"
+    )
 
 
 def test_a_batch_at_a_time_in_any_size():
     data = Synthetic(num=30, size=16, flip=True)
     parts = torch.zeros(2, 30, 2, 8, 8, dtype=torch.float16)
-    fill(parts, Halves(), data, size=7)
-    assert torch.equal(parts, encode_all(Halves(), data))
+    encode_into(parts, Halves(), data, size=7)
+    assert torch.equal(parts, encode_latents(Halves(), data))
 
 
 def test_latents_that_half_precision_cannot_hold_are_refused_and_nothing_is_left(tmp_path):
     class Loud(Halves):
         def posterior(self, image):
-            return Posterior(image * 1e6, image)
+            return DiagonalGaussian(image * 1e6, image)
 
     with pytest.raises(ValueError, match="latents of images 0 to 4 are not finite in float16"):
-        write_all(tmp_path / "x.safetensors", Loud(), Synthetic(num=5, size=16), {})
+        write_latents(tmp_path / "x.safetensors", Loud(), Synthetic(num=5, size=16), {})
     assert not list(tmp_path.iterdir())

@@ -2,17 +2,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.data.mapped import mapped, written
-from ldm.durable import DamagedError
+from ldm.data.memmap import create_memmap, open_memmap
+from ldm.io.atomic import CorruptFileError
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("F16", torch.float16), ("F32", torch.float32), ("U8", torch.uint8)])
 def test_there_and_back(tmp_path, dtype, kind):
     values = torch.arange(24).reshape(2, 3, 4).to(kind)
-    with written(tmp_path / "in" / "x.safetensors", "values", dtype, (2, 3, 4), {"a": "b"}) as tensor:
+    with create_memmap(tmp_path / "in" / "x.safetensors", "values", dtype, (2, 3, 4), {"a": "b"}) as tensor:
         assert not (tmp_path / "in" / "x.safetensors").exists()
         tensor[:] = values
-    assert torch.equal(mapped(tmp_path / "in" / "x.safetensors", "values"), values)
+    assert torch.equal(open_memmap(tmp_path / "in" / "x.safetensors", "values"), values)
     assert torch.equal(load_file(tmp_path / "in" / "x.safetensors")["values"], values)
     assert len(list((tmp_path / "in").iterdir())) == 1
 
@@ -20,7 +20,7 @@ def test_there_and_back(tmp_path, dtype, kind):
 def test_files_of_others_are_read_too(tmp_path):
     state = {"a": torch.rand(3, 2), "b": torch.rand(5).half()}
     save_file(state, tmp_path / "x.safetensors")
-    assert all(torch.equal(mapped(tmp_path / "x.safetensors", name), value) for name, value in state.items())
+    assert all(torch.equal(open_memmap(tmp_path / "x.safetensors", name), value) for name, value in state.items())
 
 
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
@@ -28,13 +28,13 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     save_file({"a": torch.zeros(2)}, path)
 
     def write():
-        with written(path, "a", "F32", (2,), {}) as tensor:
+        with create_memmap(path, "a", "F32", (2,), {}) as tensor:
             tensor[:] = 1
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write()
-    assert mapped(path, "a").tolist() == [0, 0]
+    assert open_memmap(path, "a").tolist() == [0, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -44,8 +44,8 @@ def test_damage_is_named(tmp_path):
     whole = path.read_bytes()
     for content in (whole[:-4], whole[:20], b"", b"{}" * 30):
         path.write_bytes(content)
-        with pytest.raises(DamagedError, match=r"x\.safetensors is not a whole"):
-            mapped(path, "a")
+        with pytest.raises(CorruptFileError, match=r"x\.safetensors is not a whole"):
+            open_memmap(path, "a")
     path.write_bytes(whole)
-    with pytest.raises(DamagedError, match="'b'"):
-        mapped(path, "b")
+    with pytest.raises(CorruptFileError, match="'b'"):
+        open_memmap(path, "b")

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from ldm.data.masks import borders, boxes, one_of, strokes, uniform, whole
+from ldm.data.masks import borders, boxes, randint, random_choice, strokes, uniform
 
 SIZE = (48, 64)
 
@@ -53,15 +53,15 @@ def test_borders_leave_a_rectangle_that_reaches_the_other_sides():
 
 def test_one_of_several_kinds():
     full, empty = (lambda size, draw, v=v: torch.full((1, *size), v) for v in (1.0, 0.0))
-    share = drawn(partial(one_of, kinds=[full, empty, empty, empty]), 400).mean()
+    share = drawn(partial(random_choice, kinds=[full, empty, empty, empty]), 400).mean()
     assert 0.18 < share < 0.32
     with pytest.raises(ValueError, match="kinds is empty"):
-        one_of(SIZE, generator(0), kinds=[])
+        random_choice(SIZE, generator(0), kinds=[])
 
 
 def test_draws_reach_both_ends():
     draw = generator(0)
-    assert {whole(draw, 2, 4) for _ in range(60)} == {2, 3, 4}
+    assert {randint(draw, 2, 4) for _ in range(60)} == {2, 3, 4}
     values = [uniform(draw, -1, 3) for _ in range(500)]
     assert -1 <= min(values) < -0.9
     assert 2.9 < max(values) < 3

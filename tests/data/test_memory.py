@@ -4,8 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from ldm import build
-from ldm.data.memory import InMemory, read_captions
+from ldm.config import build
+from ldm.data.memory import InMemoryDataset, read_captions
 from ldm.data.synthetic import SHAPES, Synthetic
 from ldm.errors import UserError
 
@@ -14,7 +14,7 @@ CAPTIONS = {"left": ["one", "two", "three"], "right": ["four"]}
 
 def make(flip=False, seed=0, captions=CAPTIONS):
     images = torch.arange(4 * 2 * 3, dtype=torch.uint8).reshape(4, 1, 2, 3) * 11
-    return InMemory("tiny", images, torch.tensor([0, 1, 0, 1]), captions, seed, flip)
+    return InMemoryDataset("tiny", images, torch.tensor([0, 1, 0, 1]), captions, seed, flip)
 
 
 def test_a_batch():
@@ -30,7 +30,7 @@ def test_a_batch():
 
 def test_the_ends_of_the_range():
     images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)
-    data = InMemory("ends", images, torch.tensor([0, 1]), CAPTIONS)
+    data = InMemoryDataset("ends", images, torch.tensor([0, 1]), CAPTIONS)
     assert data.batch([(0, 0), (0, 1)])["image"].flatten().tolist() == [-1, 1]
 
 
@@ -58,22 +58,22 @@ def test_captions_are_keyed_by_seed_pass_and_index_and_all_are_used():
 
 def test_a_sample_without_caption_or_label_trains_the_empty_condition():
     images, labels = torch.zeros(4, 1, 2, 3, dtype=torch.uint8), torch.tensor([0, -1, 1, -1])
-    data = InMemory("x", images, labels, CAPTIONS)
+    data = InMemoryDataset("x", images, labels, CAPTIONS)
     assert (data.uncaptioned, data.unlabelled) == (2, 2)
     assert {data.caption(place, 1) for place in range(9)} == {""}
-    assert data.about([(0, i) for i in range(4)])["label"].tolist() == [0, -1, 1, -1]
-    data = InMemory("x", images, labels.clamp(min=0), CAPTIONS, texts=[["a"], [], [""], ["b", "c"]])
+    assert data.batch_metadata([(0, i) for i in range(4)])["label"].tolist() == [0, -1, 1, -1]
+    data = InMemoryDataset("x", images, labels.clamp(min=0), CAPTIONS, texts=[["a"], [], [""], ["b", "c"]])
     assert (data.uncaptioned, data.unlabelled) == (2, 0)
     assert [{data.caption(place, i) for place in range(9)} for i in range(4)] == [{"a"}, {""}, {""}, {"b", "c"}]
     with pytest.raises(ValueError, match="captions of 1 samples, 4 labels"):
-        InMemory("x", images, labels, CAPTIONS, texts=[["a"]])
+        InMemoryDataset("x", images, labels, CAPTIONS, texts=[["a"]])
 
 
 def test_a_classifier_is_refused_samples_without_a_label():
     images = torch.zeros(4, 1, 2, 3, dtype=torch.uint8)
-    build.labelled(make(), make())
+    build.require_labels(make(), make())
     with pytest.raises(UserError, match="2 of 8 samples have no label, and a classifier needs one of each"):
-        build.labelled(make(), InMemory("x", images, torch.tensor([0, -1, 1, -1]), CAPTIONS))
+        build.require_labels(make(), InMemoryDataset("x", images, torch.tensor([0, -1, 1, -1]), CAPTIONS))
 
 
 def test_a_flip_mirrors_half_of_the_rows_and_says_which():
@@ -101,13 +101,13 @@ def test_the_fingerprint_is_of_the_pixels_labels_and_classes():
 def test_what_does_not_fit_is_named():
     images, labels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"x: expected uint8 images .*, got torch\.float32 \(2, 1, 4, 4\)"):
-        InMemory("x", images.float(), labels, CAPTIONS)
+        InMemoryDataset("x", images.float(), labels, CAPTIONS)
     with pytest.raises(ValueError, match=r", 1$"):
-        InMemory("x", images, labels[:1], CAPTIONS)
+        InMemoryDataset("x", images, labels[:1], CAPTIONS)
     with pytest.raises(ValueError, match="labels reach from 0 to 2 but 2 classes"):
-        InMemory("x", images, labels * 2, CAPTIONS)
+        InMemoryDataset("x", images, labels * 2, CAPTIONS)
     with pytest.raises(ValueError, match="no caption for right"):
-        InMemory("x", images, labels, {"left": ["one"], "right": []})
+        InMemoryDataset("x", images, labels, {"left": ["one"], "right": []})
 
 
 def test_captions_are_read_as_they_are(tmp_path):

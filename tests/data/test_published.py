@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.decode import adm_square, square
-from ldm.data.published import COCO, LSUN, ImageNet
+from ldm.data.decode import adm_square, load_square
+from ldm.data.standard_datasets import COCO, LSUN, ImageNet
 from ldm.errors import UserError
 
 
@@ -37,7 +37,9 @@ def test_imagenet(imagenet):
     assert train.classes == ["n01440764", "n02012849", "n03126707"]
     (imagenet / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn02012849 crane\nn03126707 crane\n")
     assert ImageNet(imagenet, size=16).classes == ["tench n01440764", "crane n02012849", "crane n03126707"]
-    (imagenet / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn02012849 crane\nn03126707 crane2\n")
+    (imagenet / "LOC_synset_mapping.txt").write_text(
+        "n01440764 tench, Tinca tinca\nn02012849 crane\nn03126707 crane2\n"
+    )
     named = ImageNet(imagenet, size=16)
     assert named.classes[0] == "tench"
     assert named.caption(0, 0) in ("tench", "a photo of tench", "a picture of tench")
@@ -52,7 +54,11 @@ def test_imagenet_as_kaggle_has_it(imagenet):
         paint(inner / "val" / f"ILSVRC2012_val_{i:08d}.JPEG", i)
     with pytest.raises(UserError, match=r"LOC_val_solution\.csv: no such file"):
         ImageNet(imagenet / "k", "test")
-    rows = ["ImageId,PredictionString", "ILSVRC2012_val_00000000,n02012849 1 2 3 4 ", "ILSVRC2012_val_00000001,n01440764 1 2 3 4"]
+    rows = [
+        "ImageId,PredictionString",
+        "ILSVRC2012_val_00000000,n02012849 1 2 3 4 ",
+        "ILSVRC2012_val_00000001,n01440764 1 2 3 4",
+    ]
     (imagenet / "k" / "LOC_val_solution.csv").write_text("\n".join(rows))
     assert ImageNet(imagenet / "k", "test", size=16).batch([(0, 0), (0, 1)])["label"].tolist() == [1, 0]
     assert len(ImageNet(imagenet / "k", size=16)) == 6
@@ -64,7 +70,9 @@ def test_coco(tmp_path):
     images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in (12, 7, 9)]
     annotations = [{"image_id": i, "caption": f"{word} {i}\n"} for i in (7, 12) for word in ("one", "two")]
     (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(
+        json.dumps({"images": images, "annotations": annotations})
+    )
     data = COCO(tmp_path, "test", size=16)
     assert all(abs(a - b) <= 3 for a, b in zip(reds(data), [140, 240], strict=True)), "by name, those with captions"
     assert {data.caption(place, 0) for place in range(20)} == {"one 7", "two 7"}
@@ -106,7 +114,7 @@ def test_adm_crops_by_halves_then_bicubic_then_the_middle(tmp_path):
     made = adm_square(tmp_path / "a.png", 16, 3)[0].permute(1, 2, 0).numpy()
     assert made.shape == (16, 16, 3)
     assert np.abs(made.astype(int) - small[:, 3:19]).max() <= 2  # grey levels: Pillow's rounding of a half
-    other = square(tmp_path / "a.png", 16, 3)[0].permute(1, 2, 0).numpy()
+    other = load_square(tmp_path / "a.png", 16, 3)[0].permute(1, 2, 0).numpy()
     assert np.abs(made.astype(int) - other).mean() > 3
 
 

@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
 
-from ldm.data.relief import DEEPEST, HIGHEST, RAMP, grey, heights, smooth
+from ldm.data.relief import DEEPEST, HIGHEST, RAMP, heights, median_filter, to_bytes
 
 
 def test_the_ramps_own_colours_give_their_heights():
     table = np.array(RAMP)
     found = heights(table[None, :, 1:].astype(np.uint8))[0]
-    assert (np.abs(found - table[:, 0]) <= np.where(table[:, 0] > -9000, 350, 900)).all(), "the deepest are hardly told apart"
+    assert (np.abs(found - table[:, 0]) <= np.where(table[:, 0] > -9000, 350, 900)).all(), (
+        "the deepest are hardly told apart"
+    )
     assert ((found < 0) == (table[:, 0] < 0)).all()
     plains = (table[:, 0] >= 0) & (table[:, 0] <= 500)
     assert (np.abs(found - table[:, 0])[plains] <= 50).all()
@@ -23,12 +25,12 @@ def test_shade_moves_heights_little_and_never_across_the_shore():
 
 def test_bytes_grow_with_height_and_part_at_the_shore():
     metres = np.array([-DEEPEST, -5000, -200, -1, 0, 200, 1000, HIGHEST])
-    found = grey(metres)
+    found = to_bytes(metres)
     assert found[[0, -1]].tolist() == [0, 255]
     assert (np.diff(found.astype(int)) > 0).all()
     assert found[3] <= 127 < 128 <= found[4]
     assert found[5] == 128 + round(127 * (200 / HIGHEST) ** 0.5)
-    assert grey(metres.astype(np.int16)).tolist() == found.tolist(), "no overflow"
+    assert to_bytes(metres.astype(np.int16)).tolist() == found.tolist(), "no overflow"
 
 
 def test_lone_pixels_are_smoothed_away():
@@ -36,7 +38,7 @@ def test_lone_pixels_are_smoothed_away():
     picture[:, 5:] = 200
     noisy = picture.copy()
     noisy[4, 2] = 255
-    assert smooth(noisy).tolist() == picture.tolist()
+    assert median_filter(noisy).tolist() == picture.tolist()
 
 
 @pytest.mark.slow

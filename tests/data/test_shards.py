@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm.data import shards
-from ldm.data.shards import Shards, expanded
-from ldm.data.stream import Batched, Stream
+from ldm.data.shards import TarShardDataset, expand_pattern
+from ldm.data.stream import BatchDataset, BatchStream
 from ldm.errors import UserError
 
 
@@ -57,7 +57,7 @@ def red(batch):
 
 
 def test_any_sample_can_be_had_at_once(folder):
-    data = Shards(folder, size=16, held_out=0.0)
+    data = TarShardDataset(folder, size=16, test_fraction=0.0)
     assert len(data) == 30
     batch = data.batch([(0, 25), (3, 0), (3, 11)])
     assert red(batch) == [25, 0, 11]
@@ -66,19 +66,24 @@ def test_any_sample_can_be_had_at_once(folder):
     assert {data.caption(place, 7) for place in range(20)} == {"picture 7", "number 7"}
     assert data.classes == ["image"]
     assert "picture 7" in data.captions[0]
-    assert set(data.about([(0, 1)])) == set(batch) - {"image"}
+    assert set(data.batch_metadata([(0, 1)])) == set(batch) - {"image"}
 
 
 def test_a_sample_is_a_function_of_pass_and_index_for_any_workers_and_ranks(folder):
-    data, stream = Shards(folder, size=16, held_out=0.0), Stream(30, 8, steps=5)
-    plain = [Batched(data)[part] for part in stream]
-    loader = DataLoader(Batched(Shards(folder, size=16, held_out=0.0)), sampler=stream, batch_size=None, num_workers=2)
+    data, stream = TarShardDataset(folder, size=16, test_fraction=0.0), BatchStream(30, 8, steps=5)
+    plain = [BatchDataset(data)[part] for part in stream]
+    loader = DataLoader(
+        BatchDataset(TarShardDataset(folder, size=16, test_fraction=0.0)),
+        sampler=stream,
+        batch_size=None,
+        num_workers=2,
+    )
     for one, other in zip(plain, loader, strict=True):
         assert torch.equal(one["image"], other["image"])
         assert one["caption"] == other["caption"]
-    halves = [Batched(data)[Stream(30, 8, 5, rank=r, world=2).at(3)] for r in range(2)]
+    halves = [BatchDataset(data)[BatchStream(30, 8, 5, rank=r, world=2).batch_at(3)] for r in range(2)]
     assert torch.equal(torch.cat([half["image"] for half in halves]), plain[3]["image"])
-    assert sorted(i for part in Stream(30, 10, 3) for _, i in part.at) == list(range(30))
+    assert sorted(i for part in BatchStream(30, 10, 3) for _, i in part.samples) == list(range(30))
     again = pickle.loads(pickle.dumps(data))
     assert torch.equal(again.batch([(2, 9)])["image"], data.batch([(2, 9)])["image"])
     flips = data.batch([(place, 3) for place in range(40)])["flip"]
@@ -86,13 +91,13 @@ def test_a_sample_is_a_function_of_pass_and_index_for_any_workers_and_ranks(fold
 
 
 def test_splits_are_by_name_and_do_not_depend_on_the_others(folder):
-    train, test = (Shards(folder, split, size=16, held_out=0.3) for split in ("train", "test"))
+    train, test = (TarShardDataset(folder, split, size=16, test_fraction=0.3) for split in ("train", "test"))
     seen = [set(red(data.batch([(0, i) for i in range(len(data))]))) for data in (train, test)]
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == set(range(30))
     assert train.fingerprint != test.fingerprint
     assert train.content == test.content
-    part = Shards(folder / "x-{001..002}.tar", "test", size=16, held_out=0.3)
+    part = TarShardDataset(folder / "x-{001..002}.tar", "test", size=16, test_fraction=0.3)
     assert set(red(part.batch([(0, i) for i in range(len(part))]))) == {i for i in seen[1] if i >= 10}
 
 
@@ -101,56 +106,69 @@ def test_classes_by_number_and_by_name(tmp_path):
     for i in range(6):
         files |= sample(i, cls=str(i % 3).encode())
     path = shard(tmp_path / "c.tar", files)
-    data = Shards(path, size=16, held_out=0.0)
+    data = TarShardDataset(path, size=16, test_fraction=0.0)
     assert data.batch([(0, i) for i in range(6)])["label"].tolist() == [0, 1, 2, 0, 1, 2]
     assert data.classes == ["0", "1", "2"]
     (tmp_path / "names.txt").write_text("cat\nsea_lion\ndog\n")
-    data = Shards(path, size=16, held_out=0.0, names=tmp_path / "names.txt")
-    assert {data.caption(place, 1) for place in range(20)} == {"sea lion", "a photo of sea lion", "a picture of sea lion"}
+    data = TarShardDataset(path, size=16, test_fraction=0.0, names=tmp_path / "names.txt")
+    assert {data.caption(place, 1) for place in range(20)} == {
+        "sea lion",
+        "a photo of sea lion",
+        "a picture of sea lion",
+    }
     (tmp_path / "names.txt").write_text("cat\n")
     with pytest.raises(UserError, match="1 classes, but labels reach to 2"):
-        Shards(path, names=tmp_path / "names.txt")
+        TarShardDataset(path, names=tmp_path / "names.txt")
 
 
 def test_captions_in_json_and_samples_without_any(tmp_path):
-    files = {**sample(0, json=json.dumps({"caption": ["a", " b  c "]}).encode()), **sample(1), **sample(2, json=b"{broken")}
-    data = Shards(shard(tmp_path / "j.tar", files), size=16, held_out=0.0)
+    files = {
+        **sample(0, json=json.dumps({"caption": ["a", " b  c "]}).encode()),
+        **sample(1),
+        **sample(2, json=b"{broken"),
+    }
+    data = TarShardDataset(shard(tmp_path / "j.tar", files), size=16, test_fraction=0.0)
     assert [data.source.texts(i) for i in range(3)] == [["a", "b c"], [], []]
     assert {data.caption(place, 0) for place in range(20)} == {"a", "b c"}
-    bare = Shards(shard(tmp_path / "bare.tar", sample(1)), size=16, held_out=0.0)
+    bare = TarShardDataset(shard(tmp_path / "bare.tar", sample(1)), size=16, test_fraction=0.0)
     assert bare.caption(0, 0) == ""
 
 
 def test_a_sample_without_a_caption_trains_the_empty_condition_and_is_counted(tmp_path):
-    files = {**sample(0, txt=b"one"), **sample(1), **sample(2, txt=b" \n"), **sample(3, txt=b"", json=b'{"caption": [{"raw": "four"}]}')}
-    data = Shards(shard(tmp_path / "m.tar", files), size=16, held_out=0.0)
+    files = {
+        **sample(0, txt=b"one"),
+        **sample(1),
+        **sample(2, txt=b" \n"),
+        **sample(3, txt=b"", json=b'{"caption": [{"raw": "four"}]}'),
+    }
+    data = TarShardDataset(shard(tmp_path / "m.tar", files), size=16, test_fraction=0.0)
     assert [{data.caption(place, i) for place in range(9)} for i in range(4)] == [{"one"}, {""}, {""}, {"four"}]
     assert ", 2 without a caption" in data.summary
     assert "label" not in data.summary
     labelled = {**sample(0, cls=b"1"), **sample(1, cls=b"-1"), **sample(2, json=b'{"id": 3}')}
-    data = Shards(shard(tmp_path / "l.tar", labelled), size=16, held_out=0.0)
-    assert data.about([(0, i) for i in range(3)])["label"].tolist() == [1, -1, -1]
+    data = TarShardDataset(shard(tmp_path / "l.tar", labelled), size=16, test_fraction=0.0)
+    assert data.batch_metadata([(0, i) for i in range(3)])["label"].tolist() == [1, -1, -1]
     assert [data.caption(0, 1), data.caption(0, 2)] == ["", ""]
     assert {data.caption(place, 0) for place in range(30)} == {"1", "a photo of 1", "a picture of 1"}
     assert ", 2 without a caption (the empty one stands for it), 2 without a label" in data.summary
-    bare = Shards(shard(tmp_path / "bare.tar", sample(1)), size=16, held_out=0.0)
+    bare = TarShardDataset(shard(tmp_path / "bare.tar", sample(1)), size=16, test_fraction=0.0)
     assert ", 1 without a caption" in bare.summary
 
 
 def test_where_shards_are_makes_no_difference_to_what_they_are(folder, tmp_path):
-    before = Shards(folder, size=16)
+    before = TarShardDataset(folder, size=16)
     folder.rename(tmp_path / "elsewhere")
-    after = Shards(tmp_path / "elsewhere", size=16, content=before.content)
+    after = TarShardDataset(tmp_path / "elsewhere", size=16, content_hash=before.content)
     assert (after.content, after.fingerprint) == (before.content, before.fingerprint)
 
 
 def test_in_the_place_of_a_damaged_image_stands_the_next(tmp_path, caplog):
     files = {**sample(0), "000001.png": b"no image", **sample(2)}
-    data = Shards(shard(tmp_path / "d.tar", files), size=16, held_out=0.0)
+    data = TarShardDataset(shard(tmp_path / "d.tar", files), size=16, test_fraction=0.0)
     with caplog.at_level(logging.WARNING):
         assert red(data.batch([(0, 0), (0, 1), (0, 2)])) == [0, 2, 2]
     assert "d.tar at byte" in caplog.text
-    broken = Shards(shard(tmp_path / "e.tar", {"1.png": b"", "2.png": b""}), size=16, held_out=0.0)
+    broken = TarShardDataset(shard(tmp_path / "e.tar", {"1.png": b"", "2.png": b""}), size=16, test_fraction=0.0)
     with pytest.raises(UserError, match=r"images in a row cannot be read, from .*e\.tar"):
         broken.batch([(0, 0)])
 
@@ -159,44 +177,47 @@ def test_no_more_shards_are_open_than_may_be(tmp_path):
     """A thousand shards and more, where a process may open a thousand files: those read last stay open."""
     for i in range(300):
         shard(tmp_path / "many" / f"{i:03d}.tar", sample(i % 200))
-    data = Shards(tmp_path / "many", size=16, held_out=0.0)
+    data = TarShardDataset(tmp_path / "many", size=16, test_fraction=0.0)
     before = len(os.listdir("/proc/self/fd"))
-    assert len({data.caption(0, i) for i in range(300)} | {data.source.image(i).getbuffer().nbytes for i in range(300)}) > 1
+    assert (
+        len({data.caption(0, i) for i in range(300)} | {data.source.image(i).getbuffer().nbytes for i in range(300)})
+        > 1
+    )
     assert len(os.listdir("/proc/self/fd")) - before <= 256
 
 
 def test_an_index_is_made_once(folder, monkeypatch):
-    first = Shards(folder, size=16)
-    monkeypatch.setattr(shards, "index", None)
-    assert len(Shards(folder, size=32)) == len(first)
+    first = TarShardDataset(folder, size=16)
+    monkeypatch.setattr(shards, "build_index", None)
+    assert len(TarShardDataset(folder, size=32)) == len(first)
     os.utime(folder / "x-001.tar", (1, 1))
     with pytest.raises(TypeError):
-        Shards(folder)
+        TarShardDataset(folder)
 
 
 def test_other_shards_are_refused_and_named_otherwise(folder):
-    content = Shards(folder, size=16).settled["content"]
-    assert Shards(folder, "test", size=16, held_out=0.5, content=content)
+    content = TarShardDataset(folder, size=16).resolved_config["content"]
+    assert TarShardDataset(folder, "test", size=16, test_fraction=0.5, content_hash=content)
     shard(folder / "x-000.tar", sample(99))
     with pytest.raises(UserError, match=f"not those that this run was made with .*then {content}"):
-        Shards(folder, size=16, content=content)
+        TarShardDataset(folder, size=16, content_hash=content)
 
 
 def test_urls_are_fetched_once(folder, tmp_path):
     pattern = f"file://{folder}/x-{{000..001}}.tar"
-    data = Shards(pattern, size=16, held_out=0.0)
+    data = TarShardDataset(pattern, size=16, test_fraction=0.0)
     assert red(data.batch([(0, 19)])) == [19]
     for path in folder.iterdir():
         path.unlink()
-    assert red(Shards(pattern, size=16, held_out=0.0).batch([(0, 4)])) == [4]
+    assert red(TarShardDataset(pattern, size=16, test_fraction=0.0).batch([(0, 4)])) == [4]
     assert not list((tmp_path / "cache").rglob("*.part"))
     with pytest.raises(UserError, match=r"path=file://.*x-002\.tar: cannot be fetched"):
-        Shards(f"file://{folder}/x-002.tar")
+        TarShardDataset(f"file://{folder}/x-002.tar")
 
 
 def test_patterns():
-    assert expanded("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
-    assert expanded("https://host/a.tar") == ["https://host/a.tar"]
+    assert expand_pattern("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand_pattern("https://host/a.tar") == ["https://host/a.tar"]
 
 
 def test_mistakes_are_one_line(folder, tmp_path):
@@ -215,11 +236,11 @@ def test_mistakes_are_one_line(folder, tmp_path):
     }
     for name, why in {**said, "gone.tar": "no such file"}.items():
         with pytest.raises(UserError, match=why) as error:
-            Shards(tmp_path / name)
+            TarShardDataset(tmp_path / name)
         assert name in str(error.value)
         assert "\n" not in str(error.value)
     for option in ({"split": "val"}, {"size": 8}, {"channels": 2}):
         with pytest.raises(UserError, match=next(iter(option))):
-            Shards(folder, **option)
+            TarShardDataset(folder, **option)
     with pytest.raises(UserError, match="no sample in this split"):
-        Shards(folder, "test", held_out=0.0)
+        TarShardDataset(folder, "test", test_fraction=0.0)

@@ -5,85 +5,98 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.data import stream
-from ldm.data.stream import Batched, Stream
+from ldm.data.stream import BatchDataset, BatchStream
 from ldm.data.synthetic import Synthetic
-from ldm.tensors import key
+from ldm.tensors import derive_seed
 
 
 def rows(stream):
-    return [at for part in stream for at in part.at]
+    return [at for part in stream for at in part.samples]
 
 
 def test_every_pass_has_every_sample_once_and_an_order_of_its_own():
-    seen = rows(Stream(length=10, batch=4, steps=5))
+    seen = rows(BatchStream(length=10, batch=4, steps=5))
     assert [place for place, _ in seen] == [0] * 10 + [1] * 10
     first, second = [i for _, i in seen[:10]], [i for _, i in seen[10:]]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
-    assert rows(Stream(length=10, batch=4, steps=5)) == seen
-    assert rows(Stream(length=10, batch=4, steps=5, seed=1)) != seen
+    assert rows(BatchStream(length=10, batch=4, steps=5)) == seen
+    assert rows(BatchStream(length=10, batch=4, steps=5, seed=1)) != seen
 
 
 def test_the_order_is_uniform():
-    first = Counter(Stream(length=4, batch=1, steps=1, seed=s).at(0).at[0][1] for s in range(2000))
+    first = Counter(BatchStream(length=4, batch=1, steps=1, seed=s).batch_at(0).samples[0][1] for s in range(2000))
     assert all(abs(n - 500) < 100 for n in first.values())
 
 
 def test_a_later_start_goes_on_where_the_stream_was():
-    whole = list(Stream(7, 3, steps=9))
-    assert list(Stream(7, 3, steps=9, start=4)) == whole[4:]
-    assert len(Stream(7, 3, steps=9, start=4)) == 5
+    whole = list(BatchStream(7, 3, steps=9))
+    assert list(BatchStream(7, 3, steps=9, start=4)) == whole[4:]
+    assert len(BatchStream(7, 3, steps=9, start=4)) == 5
     assert [part.step for part in whole] == list(range(9))
 
 
 @pytest.mark.parametrize(("batch", "world"), [(6, 1), (6, 2), (6, 3), (7, 3)])
 def test_the_ranks_slices_make_up_the_batch(batch, world):
-    whole = list(Stream(10, batch, steps=4))
-    ranks = [list(Stream(10, batch, steps=4, rank=r, world=world)) for r in range(world)]
+    whole = list(BatchStream(10, batch, steps=4))
+    ranks = [list(BatchStream(10, batch, steps=4, rank=r, world=world)) for r in range(world)]
     for step, part in enumerate(whole):
-        assert [at for r in ranks for at in r[step].at] == part.at
+        assert [at for r in ranks for at in r[step].samples] == part.samples
         assert [p for r in ranks for p in r[step].position] == part.position == list(range(batch))
         assert {r[step].total for r in ranks} == {batch}
 
 
 def test_a_data_set_smaller_than_the_batch():
-    part = Stream(length=3, batch=8, steps=1).at(0)
-    assert [place for place, _ in part.at] == [0, 0, 0, 1, 1, 1, 2, 2]
+    part = BatchStream(length=3, batch=8, steps=1).batch_at(0)
+    assert [place for place, _ in part.samples] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"length": 0}, "empty"), ({"batch": 1, "world": 2}, "batch=1"), ({"rank": 2, "world": 2}, "rank 2 of 2"), ({"start": 9}, "start=9")],
+    [
+        ({"length": 0}, "empty"),
+        ({"batch": 1, "world": 2}, "batch=1"),
+        ({"rank": 2, "world": 2}, "rank 2 of 2"),
+        ({"start": 9}, "start=9"),
+    ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        Stream(**{"length": 10, "batch": 2, "steps": 8, **options})
+        BatchStream(**{"length": 10, "batch": 2, "steps": 8, **options})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_gives_the_streams_batches_whatever_its_workers(workers):
-    data, stream = Synthetic(num=20), Stream(20, 8, steps=6, start=2)
-    loader = DataLoader(Batched(data), sampler=stream, batch_size=None, num_workers=workers)
+    data, stream = Synthetic(num=20), BatchStream(20, 8, steps=6, start=2)
+    loader = DataLoader(BatchDataset(data), sampler=stream, batch_size=None, num_workers=workers)
     assert len(loader) == 4
     for batch, part in zip(loader, stream, strict=True):
-        assert list(zip(batch["place"], batch["index"], strict=True)) == part.at
+        assert list(zip(batch["place"], batch["index"], strict=True)) == part.samples
         assert (batch["position"], batch["total"], batch["step"]) == (part.position, 8, part.step)
-        assert torch.equal(batch["image"], data.batch(part.at)["image"])
-        assert batch["caption"] == data.batch(part.at)["caption"]
+        assert torch.equal(batch["image"], data.batch(part.samples)["image"])
+        assert batch["caption"] == data.batch(part.samples)["caption"]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
 def test_a_computed_order_is_a_permutation(length):
-    keys = [key(0, "order", turn) for turn in range(stream.ROUNDS)]
-    assert sorted(stream.shuffled(torch.arange(length), length, keys).tolist()) == list(range(length))
+    keys = [derive_seed(0, "order", turn) for turn in range(stream.ROUNDS)]
+    assert sorted(stream.feistel_permutation(torch.arange(length), length, keys).tolist()) == list(range(length))
     some = torch.randperm(length)[:7]
-    assert torch.equal(stream.shuffled(some, length, keys), stream.shuffled(torch.arange(length), length, keys)[some])
+    assert torch.equal(
+        stream.feistel_permutation(some, length, keys),
+        stream.feistel_permutation(torch.arange(length), length, keys)[some],
+    )
 
 
 def test_a_computed_order_looks_drawn():
     """Neighbours come from anywhere, other keys give another order, and a value is no likelier in one half than in the other."""
     length = 1 << 16
-    orders = [stream.shuffled(torch.arange(length), length, [key(seed, turn) for turn in range(stream.ROUNDS)]).double() for seed in (0, 1)]
+    orders = [
+        stream.feistel_permutation(
+            torch.arange(length), length, [derive_seed(seed, turn) for turn in range(stream.ROUNDS)]
+        ).double()
+        for seed in (0, 1)
+    ]
     places = torch.arange(length).double()
     for one, other in ((orders[0], orders[1]), (orders[0], places), (orders[0][1:], orders[0][:-1])):
         assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 4 / length**0.5
@@ -94,19 +107,19 @@ def test_a_computed_order_looks_drawn():
 
 def test_a_large_set_is_streamed_as_a_small_one(monkeypatch):
     """Every sample once a pass, on any number of ranks, resumed anywhere."""
-    monkeypatch.setattr(stream, "LISTED", 10)
-    whole = [part.at for part in Stream(1000, 30, 100, seed=3)]
+    monkeypatch.setattr(stream, "MAX_LISTED_SAMPLES", 10)
+    whole = [part.samples for part in BatchStream(1000, 30, 100, seed=3)]
     flat = [pair for at in whole for pair in at]
     for place in range(3):
         assert sorted(i for e, i in flat if e == place) == list(range(1000))
     assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
-    shared = [Stream(1000, 30, 100, seed=3, rank=r, world=4).at(33).at for r in range(4)]
+    shared = [BatchStream(1000, 30, 100, seed=3, rank=r, world=4).batch_at(33).samples for r in range(4)]
     assert [pair for at in shared for pair in at] == whole[33]
-    assert next(iter(Stream(1000, 30, 100, seed=3, start=50))).at == whole[50]
+    assert next(iter(BatchStream(1000, 30, 100, seed=3, start=50))).samples == whole[50]
 
 
 def test_a_billion_samples_take_no_memory():
-    stream_of_all = Stream(10**9, 4096, 10**6, rank=7, world=1024)
-    at = stream_of_all.at(244_141).at
+    stream_of_all = BatchStream(10**9, 4096, 10**6, rank=7, world=1024)
+    at = stream_of_all.batch_at(244_141).samples
     assert len(at) == 4
     assert all(0 <= i < 10**9 and e in (0, 1) for e, i in at)

@@ -11,7 +11,13 @@ from cases import f64
 
 from ldm.diffusion import correction, sampler, schedule, variance
 
-ORDERED = {"linear": schedule.linear(), "vp": schedule.VP(), "cosine": schedule.cosine(), "flow": schedule.Flow(), "edm": schedule.EDM()}
+ORDERED = {
+    "linear": schedule.linear(),
+    "vp": schedule.VP(),
+    "cosine": schedule.cosine(),
+    "flow": schedule.Flow(),
+    "edm": schedule.EDM(),
+}
 
 
 def affine_step(g, t, A, E, C):
@@ -83,7 +89,7 @@ def langevin_step(snr):
 
 STOCHASTIC = {
     "ddpm": (sampler.ddpm, ddpm_step(False)),
-    "ddpm_large": (partial(sampler.ddpm, variance=variance.large), ddpm_step(True)),
+    "ddpm_large": (partial(sampler.ddpm, variance=variance.fixed_large), ddpm_step(True)),
     "ddim_1": (partial(sampler.ddim, eta=1.0), ddim_step(1.0)),
     "ddim_half": (partial(sampler.ddim, eta=0.5), ddim_step(0.5)),
     "interpolant_sde": (sampler.interpolant_sde, sde_step(1.0)),
@@ -104,7 +110,7 @@ def recursion(steps):
 def noised(g, t, gamma):
     """Algorithm 2, line 6, as a step; and the time it leads to."""
     alpha, sigma = (float(c) for c in g.schedule.alpha_sigma(t))
-    t_hat = g.schedule.t_at(-2 * f64(sigma / alpha * (1 + gamma)).log())[0]
+    t_hat = g.schedule.t_from_log_snr(-2 * f64(sigma / alpha * (1 + gamma)).log())[0]
     a_hat, s_hat = (float(c) for c in g.schedule.alpha_sigma(t_hat))
     return (a_hat / alpha, 0.0, s_hat**2 - (a_hat / alpha * sigma) ** 2), t_hat
 
@@ -113,7 +119,8 @@ def euler_step(g, t, s, second):
     """Lines 7-11, in y = x / m over u = sigma / m, where dy/du = (y - E[x0 | x]) / u."""
     flow = g.schedule == schedule.Flow()
     (m_t, u_t), (m_s, u_s) = (
-        (1.0, c[1]) if flow else (c[0], c[1] / c[0]) for c in (tuple(map(float, g.schedule.alpha_sigma(v))) for v in (t, s))
+        (1.0, c[1]) if flow else (c[0], c[1] / c[0])
+        for c in (tuple(map(float, g.schedule.alpha_sigma(v))) for v in (t, s))
     )
 
     def slope(v, m, u):  # dy/du as a map of y

@@ -6,7 +6,7 @@ import torch
 from cases import F64, SCHEDULES, SHAPES, f64
 from oracle import Gaussian, affine
 
-from ldm.diffusion import constraint, correction, sampler, schedule, times, variance
+from ldm.diffusion import constraint, correction, grids, sampler, schedule, variance
 from ldm.diffusion.denoiser import Denoised
 
 T = f64(0.6)[0]
@@ -66,7 +66,7 @@ def test_the_known_part_comes_out_known(run):
     generator = torch.Generator().manual_seed(0)
     noise = lambda x: torch.randn(x.shape, dtype=F64, generator=generator)  # noqa: E731
     denoise = constraint.keep_known(Gaussian(sched), sched, mask, known)
-    got = run(denoise, sched, noise(known), times.trailing(sched, 20), noise)
+    got = run(denoise, sched, noise(known), grids.trailing(sched, 20), noise)
     assert torch.allclose(got[:, 0], known[:, 0])
     assert not torch.isclose(got[:, 1], known[:, 1]).any()
 
@@ -79,18 +79,50 @@ def test_guided_holds_what_guidance_gives():
         assert (cond, uncond, scale) == ("cond", "uncond", 7.0)
         return wide(denoiser.schedule)
 
-    got = constraint.guided(denoiser, "cond", "uncond", partial(constraint.clip, hi=0.5), guidance, scale=7.0)(x, T)
+    got = constraint.constrained_guidance(
+        denoiser, "cond", "uncond", partial(constraint.clip, hi=0.5), guidance, scale=7.0
+    )(x, T)
     assert torch.allclose(got.x0, wide(sched)(x, T).x0.clamp(-1, 0.5))
 
 
 def test_up_and_down():
-    walk = correction.up_and_down(10, jump=3, repeats=2)
+    walk = correction.repaint_steps(10, jump=3, repeats=2)
     # RePaint's get_schedule_jump(t_T=10, jump_length=3, jump_n_sample=2), whose t is 9 - place
-    assert [9 - k for k in walk] == [9, 8, 7, 6, 7, 8, 9, 8, 7, 6, 5, 4, 3, 4, 5, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, -1]
-    assert correction.up_and_down(4, jump=2, repeats=1) == [0, 1, 2, 3, 4]
+    assert [9 - k for k in walk] == [
+        9,
+        8,
+        7,
+        6,
+        7,
+        8,
+        9,
+        8,
+        7,
+        6,
+        5,
+        4,
+        3,
+        4,
+        5,
+        6,
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+        1,
+        2,
+        3,
+        2,
+        1,
+        0,
+        -1,
+    ]
+    assert correction.repaint_steps(4, jump=2, repeats=1) == [0, 1, 2, 3, 4]
     for bad in ({"jump": 0, "repeats": 2}, {"jump": 1, "repeats": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
-            correction.up_and_down(4, **bad)
+            correction.repaint_steps(4, **bad)
 
 
 def test_repaint_keeps_the_marginals():
@@ -99,11 +131,11 @@ def test_repaint_keeps_the_marginals():
 
     def exact(var_frac, sched, t, s):
         of_x0 = sched.alpha_sigma(s)[0] * variance.forward_variance(sched, t, s) / sched.alpha_sigma(t)[1] ** 2
-        return (variance.small(None, sched, t, s).exp() + of_x0**2 * g.posterior_variance(t)).log()
+        return (variance.fixed_small(None, sched, t, s).exp() + of_x0**2 * g.posterior_variance(t)).log()
 
     ts = torch.linspace(0.9, 0.2, 8, dtype=F64)
-    walk = correction.up_and_down(7, jump=2, repeats=3)
-    run = partial(correction.repaint, step=partial(sampler.ddpm, variance=exact), jump=2, repeats=3)
+    walk = correction.repaint_steps(7, jump=2, repeats=3)
+    run = partial(correction.repaint, step=partial(sampler.ddpm, variance=exact), jump_length=2, num_resamples=3)
     a, b, c = affine(run, g, g.schedule, ts, draws=len(walk) - 1)
     (mean, var), (mean_s, var_s) = g.moments(ts[0]), g.moments(ts[-1])
     assert a * mean + b == pytest.approx(float(mean_s))
@@ -115,7 +147,9 @@ def test_one_step_up_and_one_correction_in_full():
     stay = lambda denoise, schedule, x, ts, noise: x  # noqa: E731
     ts, draw = f64(0.8, 0.6, 0.4), lambda x: torch.full_like(x, 0.5)
     (alpha_t, _), (alpha_s, _) = (sched.alpha_sigma(v) for v in (ts[0], ts[1]))
-    got = correction.repaint(Gaussian(sched), sched, x, ts, draw, step=stay, jump=1, repeats=2)  # the walk is 0, 1, 0, 1, 2
+    got = correction.repaint(
+        Gaussian(sched), sched, x, ts, draw, step=stay, jump_length=1, num_resamples=2
+    )  # the walk is 0, 1, 0, 1, 2
     assert torch.allclose(got, alpha_t / alpha_s * x + 0.5 * variance.forward_variance(sched, ts[0], ts[1]).sqrt())
     d, sigma = Gaussian(sched)(x, ts[1]), sched.alpha_sigma(ts[1])[1]
     got = correction.langevin(Gaussian(sched), sched, x, ts[:2], draw, step=stay, snr=0.1)
@@ -134,7 +168,9 @@ def test_langevin_pulls_to_the_marginal():
     k = 1 - size / var  # score = -(x - mean) / var
     assert (a, b) == pytest.approx((k**3, mean * (1 - k**3)))
     assert c**2 == pytest.approx(2 * size * (1 + k**2 + k**4))
-    a, b, c = affine(partial(correction.langevin, step=start, snr=0.05, corrections=2000), g, g.schedule, ts, draws=2000)
+    a, b, c = affine(
+        partial(correction.langevin, step=start, snr=0.05, corrections=2000), g, g.schedule, ts, draws=2000
+    )
     assert b == pytest.approx(mean, abs=1e-3)
     assert c**2 == pytest.approx(var, rel=0.01)
     ends = affine(partial(correction.langevin, corrections=2), g, g.schedule, f64(0.8, 0.4, 0.0), draws=2)

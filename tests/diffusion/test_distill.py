@@ -11,10 +11,16 @@ from torch import nn
 from ldm.condition import Condition
 from ldm.diffusion import distill, guidance, objective, prediction, sampler, schedule, times, weighting
 from ldm.diffusion.denoiser import Denoiser, eps_at
-from ldm.diffusion.distill import Consistency, GuidanceTold, Imitation, Progressive, Teacher
-from ldm.tensors import Noise, expand
+from ldm.diffusion.distill import (
+    ConsistencyDistillation,
+    GuidanceDistillation,
+    KnowledgeDistillation,
+    ProgressiveDistillation,
+    Teacher,
+)
+from ldm.tensors import KeyedNoise, expand
 
-NOISE = Noise(0, range(64))
+NOISE = KeyedNoise(0, range(64))
 VP, COSINE = schedule.VP(), schedule.cosine()
 DISCRETE = partial(times.independent, density=times.discrete)
 
@@ -38,7 +44,7 @@ class Known(nn.Module):
     def condition(self, batch):
         return Condition(vector=torch.full((64, 1), self.mean, dtype=F64))
 
-    def uncondition(self, batch):
+    def null_condition(self, batch):
         return Condition(vector=torch.zeros(64, 1, dtype=F64))
 
 
@@ -64,7 +70,7 @@ def data():
 @pytest.mark.parametrize("name", ["cosine", "vp", "flow"])
 def test_what_is_reached_is_reached_again(name):
     sched, x_t, x_s, t, s = SCHEDULES[name], data()[:3], data()[3:6], f64(0.9, 0.5, 0.1), f64(0.8, 0.25, 0.0)
-    x0 = distill.reached(sched, x_t, t, x_s, s)
+    x0 = distill.ddim_target_x0(sched, x_t, t, x_s, s)
     eps = eps_at(sched, x_t, t, x0)
     alpha, sigma = (c[:, None] for c in sched.alpha_sigma(s))
     torch.testing.assert_close(alpha * x0 + sigma * eps, x_s)
@@ -74,17 +80,17 @@ def test_what_is_reached_is_reached_again(name):
 
 def test_one_step_of_the_student_is_two_of_the_teacher():
     """The error of a student that answers 0 is the wanted x0 squared, and DDIM's own two steps from x_t end where it points."""
-    found = Progressive(Teacher(Known()), 4, weighting.x0)(student(), data(), Condition(), NOISE, {})
+    found = ProgressiveDistillation(Teacher(Known()), 4, weighting.x0)(student(), data(), Condition(), NOISE, {})
     assert set(found["t"].tolist()) == {0.25, 0.5, 0.75, 1.0}
     eps = NOISE.normal("eps", data())
     for row in range(0, 64, 9):
         t = found["t"][row].double()
-        x_t = distill.noised(VP, data()[row : row + 1], t[None], Noise(0, [row]))
+        x_t = distill.sample_x_t(VP, data()[row : row + 1], t[None], KeyedNoise(0, [row]))
         torch.testing.assert_close(
             x_t, VP.alpha_sigma(t)[0] * data()[row] + VP.alpha_sigma(t)[1] * eps[row : row + 1], rtol=1e-5, atol=1e-5
         )
         end = sampler.ddim(Gaussian(VP), VP, x_t, torch.stack([t, t - 0.125, t - 0.25]), lambda x: x)
-        x0 = distill.reached(VP, x_t, t[None], end, t[None] - 0.25)
+        x0 = distill.ddim_target_x0(VP, x_t, t[None], end, t[None] - 0.25)
         torch.testing.assert_close(found["error"][row], x0.square().mean(), rtol=1e-4, atol=1e-5)
 
 
@@ -92,14 +98,15 @@ def test_a_student_that_has_arrived_has_no_loss():
     """x0 of data without spread is the mean for teacher and student alike, at every step."""
     sharp = Teacher(Known(std=0.0))
     at = student(0.6)
-    for made in (Progressive(sharp, 4, weighting.x0), Consistency(sharp, 4, weighting.x0)):
+    for made in (ProgressiveDistillation(sharp, 4, weighting.x0), ConsistencyDistillation(sharp, 4, weighting.x0)):
         assert made(at, data(), Condition(), NOISE, {})["loss"].abs().max() < 1e-5
         assert made(student(0.5), data(), Condition(), NOISE, {})["loss"].mean() > 1e-3
 
 
 def test_what_a_consistency_student_sees_near_the_data_counts_by_the_weighting():
     plain, weighted = (
-        Consistency(Teacher(Known()), 8, way)(student(0.5), data(), Condition(), NOISE, {}) for way in (weighting.x0, weighting.v)
+        ConsistencyDistillation(Teacher(Known()), 8, way)(student(0.5), data(), Condition(), NOISE, {})
+        for way in (weighting.x0, weighting.v)
     )
     _, sigma = VP.alpha_sigma(plain["t"])
     torch.testing.assert_close(weighted["loss"], plain["loss"] / sigma**2, rtol=1e-4, atol=1e-7)
@@ -123,7 +130,13 @@ def test_the_exact_consistency_function_has_the_loss_of_one_ddim_step():
 
     def loss(steps, drift=0.0):
         at = Denoiser(Solved(drift), VP, prediction.X0())
-        return Consistency(Teacher(Known()), steps, weighting.x0, objective.l1)(at, data(), Condition(), NOISE, {})["loss"].mean().item()
+        return (
+            ConsistencyDistillation(Teacher(Known()), steps, weighting.x0, objective.l1)(
+                at, data(), Condition(), NOISE, {}
+            )["loss"]
+            .mean()
+            .item()
+        )
 
     assert loss(10) > 3 * loss(20) > 9 * loss(40)
     assert loss(40, drift=0.5) > 5 * loss(40)
@@ -146,7 +159,7 @@ def test_consistency_sampling_with_the_exact_function_gives_the_data():
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
 def test_a_teacher_guides_each_row_as_sampling_does(interval):
     model = Known()
-    told = (model.condition({}), model.uncondition({}))
+    told = (model.condition({}), model.null_condition({}))
     t = torch.linspace(0.1, 0.9, 64, dtype=F64)
     seen = Teacher(model, 3.0, interval)(data(), t, told)
     for row in (0, 20, 40, 63):
@@ -165,15 +178,17 @@ def test_a_student_told_the_scale_is_shown_that_guidance():
             return 0.6 * cond.scale.to(x)[:, None] + 0 * x
 
     teach = Teacher(Known(std=0.0))
-    made = GuidanceTold(teach, DISCRETE, weighting.x0, (1.0, 5.0))
+    made = GuidanceDistillation(teach, DISCRETE, weighting.x0, (1.0, 5.0))
     assert made(Denoiser(Answers(), COSINE, prediction.X0()), data(), Condition(), NOISE, {})["loss"].max() < 1e-5
     assert made(student(0.6, sched=COSINE), data(), Condition(), NOISE, {})["loss"].mean() > 0.1
 
 
 def test_imitation_goes_from_the_data_to_the_teacher():
-    x0, made = data(), partial(Imitation, Teacher(Known(std=0.0)), DISCRETE, weighting.x0)
+    x0, made = data(), partial(KnowledgeDistillation, Teacher(Known(std=0.0)), DISCRETE, weighting.x0)
     plain = objective.Objective(DISCRETE, weighting.x0)(student(0.2, sched=COSINE), x0, Condition(), NOISE, {})
-    torch.testing.assert_close(made(part=0.0)(student(0.2, sched=COSINE), x0, Condition(), NOISE, {})["loss"], plain["loss"])
+    torch.testing.assert_close(
+        made(part=0.0)(student(0.2, sched=COSINE), x0, Condition(), NOISE, {})["loss"], plain["loss"]
+    )
     assert made(part=1.0)(student(0.6, sched=COSINE), x0, Condition(), NOISE, {})["loss"].max() < 1e-10
 
 
@@ -191,5 +206,5 @@ def test_the_teacher_stays_as_it_is():
 
 
 def test_guidance_that_is_told_is_one_evaluation():
-    seen = guidance.told(student(pred=prediction.X0()), Condition(), None, 4.0)(data(), f64(0.5)[0])
+    seen = guidance.guidance_embedded(student(pred=prediction.X0()), Condition(), None, 4.0)(data(), f64(0.5)[0])
     torch.testing.assert_close(seen.x0, torch.full_like(seen.x0, 4.0))

@@ -98,7 +98,12 @@ def test_a_guided_draw_with_a_learned_variance():
     """DDPM's step from guided x0 and the conditional's own variance, written out."""
     d, x, s = make(learned=True), states(), f64(0.4)[0]
     got = sampler.ddpm(
-        guidance.cfg(d, COND, UNCOND, scale=2.0), d.schedule, x, torch.stack([T, s]), torch.ones_like, variance=variance.learned_range
+        guidance.cfg(d, COND, UNCOND, scale=2.0),
+        d.schedule,
+        x,
+        torch.stack([T, s]),
+        torch.ones_like,
+        variance=variance.learned_range,
     )
     c, u = d(x, T, COND), d(x, T, UNCOND)
     mean, _ = variance.q_posterior(d.schedule, 2 * c.x0 - u.x0, x, T, s)
@@ -107,7 +112,11 @@ def test_a_guided_draw_with_a_learned_variance():
 
 def test_cfg_channels_is_dits():
     d, x = make(), states()
-    got, whole, told = guidance.cfg_channels(d, COND, UNCOND, 4.0, 3)(x, T), guidance.cfg(d, COND, UNCOND, 4.0)(x, T), d(x, T, COND)
+    got, whole, told = (
+        guidance.cfg_channels(d, COND, UNCOND, 4.0, 3)(x, T),
+        guidance.cfg(d, COND, UNCOND, 4.0)(x, T),
+        d(x, T, COND),
+    )
     for g, w, c in [(got.x0, whole.x0, told.x0), (got.eps, whole.eps, told.eps)]:
         assert torch.allclose(g[:, :3], w[:, :3])
         assert torch.allclose(g[:, 3:], c[:, 3:])

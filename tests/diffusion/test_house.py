@@ -12,7 +12,16 @@ from ldm.diffusion import sampler
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "ldm/diffusion").glob("*.py"))
-GROUPS = ("schedule", "prediction", "weighting", "times", "sampler", "guidance", "grid", "objective")
+GROUPS = (
+    "schedule",
+    "prediction",
+    "weighting",
+    "timestep_sampling",
+    "sampler",
+    "guidance",
+    "timestep_spacing",
+    "objective",
+)
 OPTIONS = [p for g in GROUPS for p in sorted((ROOT / "conf" / g).glob("*.yaml"))]
 STANDARD = {"math", "collections", "dataclasses", "functools", "itertools", "typing"}
 
@@ -20,9 +29,17 @@ STANDARD = {"math", "collections", "dataclasses", "functools", "itertools", "typ
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
 def test_imports_torch_and_floor_0_alone(file):
     for node in ast.walk(ast.parse(file.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         for name in names:
-            ok = name.split(".")[0] in STANDARD | {"torch"} or name.startswith(("ldm.diffusion.", "ldm.tensors", "ldm.condition"))
+            ok = name.split(".")[0] in STANDARD | {"torch"} or name.startswith(
+                ("ldm.diffusion.", "ldm.tensors", "ldm.condition")
+            )
             assert ok, f"{file.name} imports {name}"
 
 
@@ -47,7 +64,11 @@ def test_every_sampler_is_found():
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
 def test_every_public_function_says_what_it_is(file):
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and node in ast.parse(file.read_text()).body:
+        if (
+            isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith("_")
+            and node in ast.parse(file.read_text()).body
+        ):
             assert ast.get_docstring(node), node.name
     assert len(file.read_text().splitlines()) < 350
 
@@ -55,8 +76,15 @@ def test_every_public_function_says_what_it_is(file):
 def load(path):
     """The option alone, what it interpolates from other groups included."""
     loaded = OmegaConf.load(path)
-    config = OmegaConf.create({path.parent.name: loaded} if "_target_" in loaded else loaded)  # one that sets other keys names its own too
-    for group, option in [("schedule", "linear"), ("prediction", "v"), ("weighting", "output"), ("times", "discrete")]:
+    config = OmegaConf.create(
+        {path.parent.name: loaded} if "_target_" in loaded else loaded
+    )  # one that sets other keys names its own too
+    for group, option in [
+        ("schedule", "linear"),
+        ("prediction", "v"),
+        ("weighting", "output"),
+        ("timestep_sampling", "discrete"),
+    ]:
         if group not in config:
             config[group] = OmegaConf.load(ROOT / f"conf/{group}/{option}.yaml")
     return config[path.parent.name]
@@ -81,7 +109,9 @@ def check(node, around=frozenset()):
     given = {k for k in node if not k.startswith("_")}
     assert given <= {p.name for p in parameters}, target
     optional = {p.name for p in parameters if p.default is not inspect.Parameter.empty and p.name != "floor"}
-    assert optional <= given | around, f"{target} does not write out {optional - given}"  # what the node around it passes on is there
+    assert optional <= given | around, (
+        f"{target} does not write out {optional - given}"
+    )  # what the node around it passes on is there
     for child in node.values():
         if OmegaConf.is_dict(child) and "_target_" in child:
             check(child, given)
@@ -92,6 +122,6 @@ def test_processes_name_options_that_exist(path):
     config = OmegaConf.load(path)
     assert path.read_text().startswith("# @package _global_\n")
     chosen = {k.removeprefix("override /"): v for d in config.defaults for k, v in d.items()}
-    assert {"schedule", "prediction", "weighting", "times"} <= set(chosen)
+    assert {"schedule", "prediction", "weighting", "timestep_sampling"} <= set(chosen)
     for group, option in chosen.items():
         assert (ROOT / f"conf/{group}/{option}.yaml").exists(), (group, option)

@@ -9,10 +9,10 @@ from torch import nn
 from ldm.condition import Condition
 from ldm.diffusion import objective, prediction, schedule, times, variance, weighting
 from ldm.diffusion.denoiser import Denoised, Denoiser
-from ldm.tensors import Noise
+from ldm.tensors import KeyedNoise
 
 DISCRETE = partial(times.independent, density=times.discrete)
-NOISE = Noise(0, range(3))
+NOISE = KeyedNoise(0, range(3))
 
 
 class Net(nn.Module):
@@ -36,7 +36,7 @@ def make(pred="v", sched="cosine", factor=1, channels=2):
 @pytest.mark.parametrize("shape", [(3, 2), *SHAPES[1:]])
 def test_loss_is_the_weighted_error_of_the_output(shape):
     d, (x0, eps), t = make(), data(shape), f64(0.1, 0.5, 0.9)
-    terms = objective.Objective(DISCRETE, weighting.min_snr).at(d, x0, Condition(), t, eps)
+    terms = objective.Objective(DISCRETE, weighting.min_snr).loss_at(d, x0, Condition(), t, eps)
     alpha, sigma = (c.view(3, *[1] * (len(shape) - 1)) for c in d.schedule.alpha_sigma(t))
     out = d.net(alpha * x0 + sigma * eps, 1000 * t - 1, None)
     error = (out - (alpha * eps - sigma * x0)).square().flatten(1).mean(1)
@@ -45,7 +45,9 @@ def test_loss_is_the_weighted_error_of_the_output(shape):
     assert torch.allclose(terms["loss"], snr.clamp(max=5) / (snr + 1) * error)
 
 
-@pytest.mark.parametrize("weigh", [weighting.eps, weighting.x0, weighting.v, weighting.flow, weighting.min_snr, weighting.edm])
+@pytest.mark.parametrize(
+    "weigh", [weighting.eps, weighting.x0, weighting.v, weighting.flow, weighting.min_snr, weighting.edm]
+)
 def test_a_weighting_is_the_same_loss_for_every_prediction(weigh):
     """For one and the same estimate of x0; only `output` depends on what the network predicts."""
     (x0, eps), t = data(), f64(0.1, 0.5, 0.9)
@@ -55,9 +57,9 @@ def test_a_weighting_is_the_same_loss_for_every_prediction(weigh):
         alpha, sigma = (c.view(3, 1, 1, 1) for c in d.schedule.alpha_sigma(t))
         x_t = alpha * x0 + sigma * eps
         estimate = 0.9 * x0 + 0.1
-        a, b = (c.view(3, 1, 1, 1) for c in pred.row(*d.schedule.alpha_sigma(t)))
+        a, b = (c.view(3, 1, 1, 1) for c in pred.coefficients(*d.schedule.alpha_sigma(t)))
         d.net.forward = lambda x, time, cond, out=a * estimate + b * (x_t - alpha * estimate) / sigma: out
-        losses.append(objective.Objective(DISCRETE, weigh).at(d, x0, Condition(), t, eps)["loss"])
+        losses.append(objective.Objective(DISCRETE, weigh).loss_at(d, x0, Condition(), t, eps)["loss"])
     assert all(torch.allclose(losses[0], other) for other in losses[1:])
 
 
@@ -66,9 +68,9 @@ def test_forward_draws_keyed_times_and_noise():
     run = objective.Objective(DISCRETE, weighting.output)
     terms = run(d, x0, Condition(), NOISE, {})
     t, eps = run.draw(NOISE, x0, d.schedule)
-    assert torch.equal(terms["loss"], run.at(d, x0, Condition(), t, eps)["loss"])
+    assert torch.equal(terms["loss"], run.loss_at(d, x0, Condition(), t, eps)["loss"])
     assert t.dtype == torch.float32
-    one = run(d, x0[1:2], Condition(), Noise(0, [1]), {})
+    one = run(d, x0[1:2], Condition(), KeyedNoise(0, [1]), {})
     assert torch.allclose(one["loss"], terms["loss"][1:2])
     assert set(terms) == {"loss", "error", "t"}
     assert torch.equal(eps, NOISE.normal("eps", x0))
@@ -87,7 +89,8 @@ def test_the_exact_denoiser_has_the_least_loss():
     x0 = 0.5 + 0.8 * torch.randn(n, 8, dtype=F64, generator=torch.Generator().manual_seed(0))
     eps = torch.randn(n, 8, dtype=F64, generator=torch.Generator().manual_seed(1))
     loss = {
-        s: float(objective.Objective(DISCRETE, weighting.x0).at(net(s), x0, Condition(), t, eps)["loss"].mean()) for s in (0.9, 1.0, 1.1)
+        s: float(objective.Objective(DISCRETE, weighting.x0).loss_at(net(s), x0, Condition(), t, eps)["loss"].mean())
+        for s in (0.9, 1.0, 1.1)
     }
     assert loss[1.0] == pytest.approx(float(g.posterior_variance(t[0])), rel=0.03)
     assert loss[0.9] > loss[1.0] < loss[1.1]
@@ -100,21 +103,26 @@ def test_errors():
     assert objective.huber(out, wanted).tolist() == pytest.approx([0, 0.125, 2.5])
     assert objective.huber(out, wanted, delta=2.0).tolist() == pytest.approx([0, 0.125, 4])
     d, (x0, eps), t = make(), data(), f64(0.1, 0.5, 0.9)
-    l1 = objective.Objective(DISCRETE, weighting.output, error=objective.l1).at(d, x0, Condition(), t, eps)
-    l2 = objective.Objective(DISCRETE, weighting.output).at(d, x0, Condition(), t, eps)
+    l1 = objective.Objective(DISCRETE, weighting.output, error=objective.l1).loss_at(d, x0, Condition(), t, eps)
+    l2 = objective.Objective(DISCRETE, weighting.output).loss_at(d, x0, Condition(), t, eps)
     assert (l1["loss"] ** 2 < l2["loss"]).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_offset_noise_moves_whole_channels(shape):
-    x0, noise = torch.zeros(shape), Noise(5, range(3))
+    x0, noise = torch.zeros(shape), KeyedNoise(5, range(3))
     moved = objective.offset(noise, x0, strength=0.3) - objective.gaussian(noise, x0)
     by_channel = moved.reshape(*shape[:2], -1)
     first = noise.normal("offset", by_channel[..., :1] if len(shape) > 2 else x0)
     assert torch.allclose(by_channel[..., 0], 0.3 * first.reshape(shape[:2]), atol=1e-6)
     assert torch.allclose(by_channel, by_channel[..., :1].expand(by_channel.shape), atol=1e-6)
     draws = torch.stack(
-        [(objective.offset(Noise(k, [0]), x0[:1], 0.3) - objective.gaussian(Noise(k, [0]), x0[:1]))[0].flatten()[0] for k in range(800)]
+        [
+            (objective.offset(KeyedNoise(k, [0]), x0[:1], 0.3) - objective.gaussian(KeyedNoise(k, [0]), x0[:1]))[
+                0
+            ].flatten()[0]
+            for k in range(800)
+        ]
     )
     assert float(draws.std()) == pytest.approx(0.3, rel=0.1)
     assert float(draws.mean()) == pytest.approx(0, abs=0.04)
@@ -125,7 +133,7 @@ def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_the_error_alone
     grads = {}
     for vlb in (0.0, 0.001, 0.002):
         d = make("eps", "linear", factor=2)
-        terms = objective.Objective(DISCRETE, weighting.eps, vlb=vlb).at(d, x0, Condition(), t, eps)
+        terms = objective.Objective(DISCRETE, weighting.eps, vlb=vlb).loss_at(d, x0, Condition(), t, eps)
         terms["loss"].sum().backward()
         grads[vlb] = d.net.mix.weight.grad
     mean, var = slice(0, 2), slice(2, 4)
@@ -147,10 +155,17 @@ def test_learned_range_gradient_is_analytic(t):
     estimate = Denoised(guess.detach(), eps, frac)
     bits = variance.vlb_term(sched, x0, x_t, t, s, estimate, variance.learned_range, variance.gaussian_nll)
     bits.sum().backward()
-    lo, hi = variance.small(None, sched, t, s), variance.large(None, sched, t, s)
+    lo, hi = variance.fixed_small(None, sched, t, s), variance.fixed_large(None, sched, t, s)
     var_p = (0.6 * hi + 0.4 * lo).exp()
     (mean_q, var_q), (mean_p, _) = (variance.q_posterior(sched, v, x_t, t, s) for v in (x0, 0.8 * x0))
-    want = (1 - (var_q + (mean_q - mean_p) ** 2) / var_p) / 2 * (hi - lo) / 2 / x0[0].numel() / torch.tensor(2.0, dtype=F64).log()
+    want = (
+        (1 - (var_q + (mean_q - mean_p) ** 2) / var_p)
+        / 2
+        * (hi - lo)
+        / 2
+        / x0[0].numel()
+        / torch.tensor(2.0, dtype=F64).log()
+    )
     assert torch.allclose(frac.grad, want, rtol=1e-6)
     assert guess.grad is None
 
@@ -164,7 +179,9 @@ def test_bound_is_a_fair_estimate_of_the_whole():
     alpha, sigma = (c[:, None] for c in table.alpha_sigma(t))
     x_t = alpha * x0 + sigma * eps
     for time in (t, t.float()):  # float32 times find their entries
-        bits = objective.bound(table, x0.expand(40, 4), x_t, time, g(x_t, t), variance.small, variance.gaussian_nll)
+        bits = objective.vlb_estimate(
+            table, x0.expand(40, 4), x_t, time, g(x_t, t), variance.fixed_small, variance.gaussian_nll
+        )
         draws = iter(eps.flip(0)[:, None])
         ts = torch.cat([t.flip(0), f64(0.0)])
         whole = variance.bits_per_dim(g, table, x0, ts, lambda x, d=draws: next(d), decoder=variance.gaussian_nll)
@@ -184,19 +201,19 @@ def test_bound_stays_in_float32():
 
 def test_the_bound_refuses_times_between_entries():
     d, (x0, eps) = make("eps", "linear", factor=2), data()
-    run = objective.Likelihood(DISCRETE)
+    run = objective.VLBObjective(DISCRETE)
     entry = torch.tensor([0.001, 0.333, 1.0])  # float32, as drawn
-    assert run.at(d, x0, Condition(), entry, eps)["loss"].isfinite().all()
+    assert run.loss_at(d, x0, Condition(), entry, eps)["loss"].isfinite().all()
     for between in (0.0003, 0.3334, 0.99985):
         with pytest.raises(ValueError, match="sum over the schedule's 1000 entries"):
-            run.at(d, x0, Condition(), torch.tensor([0.001, between, 1.0]), eps)
+            run.loss_at(d, x0, Condition(), torch.tensor([0.001, between, 1.0]), eps)
 
 
 def test_likelihood_objective():
     d, (x0, eps), t = make("eps", "linear", factor=2), data(), f64(0.001, 0.5, 0.9)
-    run = objective.Likelihood(DISCRETE)
-    got = run.at(d, x0, Condition(), t, eps)["loss"]
-    hybrid = objective.Objective(DISCRETE, weighting.eps, vlb=1.0).at(d, x0, Condition(), t, eps)
+    run = objective.VLBObjective(DISCRETE)
+    got = run.loss_at(d, x0, Condition(), t, eps)["loss"]
+    hybrid = objective.Objective(DISCRETE, weighting.eps, vlb=1.0).loss_at(d, x0, Condition(), t, eps)
     assert torch.allclose(got, hybrid["vlb"])
     got.sum().backward()
     assert d.net.mix.weight.grad[:2].abs().min() > 0  # here the mean is trained by the bound
@@ -206,12 +223,12 @@ def test_likelihood_objective():
 def test_log_variance_settles_at_the_log_of_the_loss():
     d, (x0, eps), t = make(), data(), f64(0.0005, 0.3, 1.0)
     run = objective.LogVariance(objective.Objective(DISCRETE, weighting.output), T=10, init=0.5).double()
-    terms = run.at(d, x0, Condition(), t, eps)
+    terms = run.loss_at(d, x0, Condition(), t, eps)
     assert torch.allclose(terms["loss"], terms["balanced"] / f64(0.5).exp() + 0.5)
     assert objective.bin_of(t, 10).tolist() == [0, 2, 9]
     with torch.no_grad():
         run.log_variance[[0, 2, 9]] = terms["balanced"].log()
-    run.at(d, x0, Condition(), t, eps)["loss"].sum().backward()
+    run.loss_at(d, x0, Condition(), t, eps)["loss"].sum().backward()
     assert torch.allclose(run.log_variance.grad, torch.zeros(10, dtype=F64), atol=1e-12)
     assert run(d, x0, Condition(), NOISE, {})["loss"].shape == (3,)
     assert [n for n, _ in run.named_parameters()] == ["log_variance"]
@@ -231,7 +248,7 @@ class Losses(nn.Module):
     def draw(self, noise, x0, schedule):
         return None, x0
 
-    def at(self, denoiser, x0, cond, t, eps):
+    def loss_at(self, denoiser, x0, cond, t, eps):
         return {"loss": (t * 4).round() ** 2}
 
 
@@ -239,13 +256,13 @@ def test_second_moment_draws_in_proportion_and_stays_unbiased():
     d = Denoiser(nn.Identity(), schedule.cosine(4), prediction.V())
     run = objective.LossSecondMoment(Losses(), T=4, history=3, floor=0.1)
     assert torch.allclose(run.probabilities(), torch.full((4,), 0.25, dtype=F64))
-    run.remember(torch.tensor([0, 1, 2, 3] * 2), torch.tensor([1.0, 4, 9, 16] * 2))
+    run.update_history(torch.tensor([0, 1, 2, 3] * 2), torch.tensor([1.0, 4, 9, 16] * 2))
     assert torch.allclose(run.probabilities(), torch.full((4,), 0.25, dtype=F64))  # two each: not full yet
-    run.remember(torch.tensor([3, 2, 1, 0]), torch.tensor([16.0, 9, 4, 1]))
+    run.update_history(torch.tensor([3, 2, 1, 0]), torch.tensor([16.0, 9, 4, 1]))
     want = 0.9 * f64(1, 4, 9, 16) / 30 + 0.1 / 4
     assert torch.allclose(run.probabilities(), want)
     n = 8000
-    terms = run.eval()(d, torch.zeros(n, 1), Condition(), Noise(0, range(n)), {})
+    terms = run.eval()(d, torch.zeros(n, 1), Condition(), KeyedNoise(0, range(n)), {})
     assert float(terms["loss"].mean()) == pytest.approx(7.5, rel=0.02)  # the mean of 1, 4, 9, 16
     kinds = terms["loss"].unique()
     assert torch.allclose(kinds, (f64(1, 4, 9, 16) / (4 * want)).sort().values.float())
@@ -255,16 +272,16 @@ def test_second_moment_draws_in_proportion_and_stays_unbiased():
 
 def test_second_moment_remembers_the_latest():
     run = objective.LossSecondMoment(Losses(), T=3, history=2)
-    run.remember(torch.tensor([1, 1, 1, 0]), torch.tensor([1.0, 2.0, 3.0, 7.0]))
+    run.update_history(torch.tensor([1, 1, 1, 0]), torch.tensor([1.0, 2.0, 3.0, 7.0]))
     assert sorted(run.losses[1].tolist()) == [2, 3]
     assert run.losses[0].tolist() == [7, 0]
     assert run.count.tolist() == [1, 3, 0]
-    run.remember(torch.tensor([1, 0]), torch.tensor([4.0, 8.0]))
+    run.update_history(torch.tensor([1, 0]), torch.tensor([4.0, 8.0]))
     assert sorted(run.losses[1].tolist()) == [3, 4]
     assert sorted(run.losses[0].tolist()) == [7, 8]
     longer = objective.LossSecondMoment(Losses(), T=2, history=3)
-    longer.remember(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
-    longer.remember(torch.tensor([1]), torch.tensor([3.0]))
+    longer.update_history(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
+    longer.update_history(torch.tensor([1]), torch.tensor([3.0]))
     assert longer.losses[1].tolist() == [1, 2, 3]
     rms = ((f64(7, 3, 0) ** 2 + f64(8, 4, 0) ** 2) / 2).sqrt()
     run.count.fill_(2)
@@ -273,19 +290,19 @@ def test_second_moment_remembers_the_latest():
 
 def test_second_moment_learns_in_training_only_and_checks_T():
     d, (x0, _) = make("eps", "linear", factor=2), data()
-    run = objective.LossSecondMoment(objective.Likelihood(DISCRETE), T=1000)
+    run = objective.LossSecondMoment(objective.VLBObjective(DISCRETE), T=1000)
     run.eval()(d, x0, Condition(), NOISE, {})
     assert run.count.sum() == 0
     terms = run.train()(d, x0, Condition(), NOISE, {})
     assert run.count.sum() == 3
     assert not run.losses.requires_grad
     assert terms["loss"].requires_grad
-    other = objective.LossSecondMoment(objective.Likelihood(DISCRETE), T=1000)
+    other = objective.LossSecondMoment(objective.VLBObjective(DISCRETE), T=1000)
     other.load_state_dict(run.state_dict())
     assert torch.equal(other.losses, run.losses)
     assert torch.equal(other.count, run.count)
     with pytest.raises(ValueError, match="the schedule has T = 1000, the objective T = 500; set"):
-        objective.LossSecondMoment(objective.Likelihood(DISCRETE), T=500)(d, x0, Condition(), NOISE, {})
+        objective.LossSecondMoment(objective.VLBObjective(DISCRETE), T=500)(d, x0, Condition(), NOISE, {})
 
 
 def test_gather_is_nothing_in_one_process():
@@ -303,7 +320,7 @@ def test_gather_asks_every_rank(monkeypatch):
 def rank(number, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
     run = objective.LossSecondMoment(Losses(), T=3, history=2)
-    run.remember(torch.tensor([number, 2]), torch.tensor([1.0 + number, 5.0]))
+    run.update_history(torch.tensor([number, 2]), torch.tensor([1.0 + number, 5.0]))
     torch.save(run.losses, f"{folder}/{number}.pt")
     torch.distributed.destroy_process_group()
 
@@ -324,7 +341,7 @@ def test_training_makes_the_exact_denoiser():
     g = Gaussian(flow, 0.5, 0.6)
     opt = torch.optim.Adam(d.parameters(), lr=0.03)
     for step in range(200):
-        noise = Noise(0, [(step, i) for i in range(128)])
+        noise = KeyedNoise(0, [(step, i) for i in range(128)])
         x0 = 0.5 + 0.6 * noise.normal("data", torch.empty(128, 1))
         loss = run(d, x0, Condition(), noise, {})["loss"].mean()
         opt.zero_grad()

@@ -14,7 +14,7 @@ PAIRS = [(s, p) for s in SCHEDULES for p in PREDICTIONS if not (p == "eps" and s
 def test_round_trip(sched, pred):
     t = f64(0.05, 0.4, 0.93)
     alpha, sigma = SCHEDULES[sched].alpha_sigma(t)
-    row = PREDICTIONS[pred].row(alpha, sigma)
+    row = PREDICTIONS[pred].coefficients(alpha, sigma)
     for shape in SHAPES:
         x0, eps = torch.randn(2, *shape, dtype=F64, generator=torch.Generator().manual_seed(0))
         wide = (3,) + (1,) * (len(shape) - 1)
@@ -23,17 +23,19 @@ def test_round_trip(sched, pred):
         got_x0, got_eps = prediction.solve(row, alpha, sigma, x_t, out)
         # conditioning: at t = 0.05 sigma is small, at t = 0.93 alpha is
         assert torch.allclose(got_x0, x0, rtol=1e-12, atol=1e-12 * float((x_t.abs().max() / alpha.min()).clamp(min=1)))
-        assert torch.allclose(got_eps, eps, rtol=1e-12, atol=1e-12 * float((x_t.abs().max() / sigma.min()).clamp(min=1)))
+        assert torch.allclose(
+            got_eps, eps, rtol=1e-12, atol=1e-12 * float((x_t.abs().max() / sigma.min()).clamp(min=1))
+        )
         wrong = out + 1e-3
         error = ((prediction.solve(row, alpha, sigma, x_t, wrong)[0] - x0) ** 2).flatten(1).mean(1)
-        assert torch.allclose(1e-6 / error, prediction.gain(row, alpha, sigma), rtol=1e-6)
+        assert torch.allclose(1e-6 / error, prediction.output_gain(row, alpha, sigma), rtol=1e-6)
 
 
 def test_targets_are_the_papers():
     alpha, sigma, x0, eps = f64(0.8), f64(0.6), f64(2.0), f64(-3.0)
     want = {"eps": -3.0, "x0": 2.0, "v": 0.8 * -3 - 0.6 * 2, "flow": -3.0 - 2.0}
     for name, value in want.items():
-        assert prediction.target(PREDICTIONS[name].row(alpha, sigma), x0, eps) == pytest.approx(value)
+        assert prediction.target(PREDICTIONS[name].coefficients(alpha, sigma), x0, eps) == pytest.approx(value)
 
 
 def test_edm_is_table_1():
@@ -42,18 +44,24 @@ def test_edm_is_table_1():
     y = x0 + sigma * eps
     c_skip, c_out, c_in = s**2 / (sigma**2 + s**2), sigma * s / (sigma**2 + s**2).sqrt(), 1 / (sigma**2 + s**2).sqrt()
     edm = prediction.EDM(s)
-    out = prediction.target(edm.row(alpha, sigma), x0, eps)
+    out = prediction.target(edm.coefficients(alpha, sigma), x0, eps)
     assert torch.allclose(out, (x0 - c_skip * y) / c_out, rtol=1e-9)  # eq. 8
     assert torch.allclose(edm.input_scale(alpha, sigma), c_in)
     anything = f64(0.2, 0.5, -1.0)
-    assert torch.allclose(prediction.solve(edm.row(alpha, sigma), alpha, sigma, y, anything)[0], c_skip * y + c_out * anything)  # eq. 7
+    assert torch.allclose(
+        prediction.solve(edm.coefficients(alpha, sigma), alpha, sigma, y, anything)[0], c_skip * y + c_out * anything
+    )  # eq. 7
 
 
 def test_edm_on_a_unit_variance_schedule_is_minus_v():
     alpha, sigma = schedule.cosine().alpha_sigma(f64(0.1, 0.6, 0.99))
-    for ours, v in zip(prediction.EDM(1.0).row(alpha, sigma), prediction.V().row(alpha, sigma), strict=True):
+    for ours, v in zip(
+        prediction.EDM(1.0).coefficients(alpha, sigma), prediction.V().coefficients(alpha, sigma), strict=True
+    ):
         assert torch.allclose(ours, -v, atol=1e-12)
-    assert all(torch.equal(p.input_scale(alpha, sigma), torch.ones_like(alpha)) for n, p in PREDICTIONS.items() if n != "edm")
+    assert all(
+        torch.equal(p.input_scale(alpha, sigma), torch.ones_like(alpha)) for n, p in PREDICTIONS.items() if n != "edm"
+    )
 
 
 @pytest.mark.parametrize("sched", NO_SIGNAL)

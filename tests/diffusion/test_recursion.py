@@ -54,21 +54,23 @@ def test_churn_is_exact(run, second, sched):
 def test_repaint_is_exact(sched):
     """Down by DDPM, up by q(x_t | x_s), along the walk."""
     g, ts = Gaussian(ORDERED[sched]), torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, 0.0], dtype=F64)
-    walk, steps = correction.up_and_down(5, jump=2, repeats=3), []
+    walk, steps = correction.repaint_steps(5, jump=2, repeats=3), []
     for here, there in itertools.pairwise(walk):
         if there > here:
             steps.append(ddpm_step(False)(g, ts[here], ts[there]))
         else:
             a_t, s_t, a_s, s_s = coefficients(g.schedule, ts[there], ts[here])
             steps.append((a_t / a_s, 0.0, s_t**2 - (a_t / a_s * s_s) ** 2))
-    got = affine(partial(correction.repaint, jump=2, repeats=3), g, g.schedule, ts, draws=len(steps) - 1)
+    got = affine(partial(correction.repaint, jump_length=2, num_resamples=3), g, g.schedule, ts, draws=len(steps) - 1)
     assert got == pytest.approx(recursion(steps), rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("sched", ["linear", "cosine", "flow", "edm"])
 def test_ddpm_is_ddim_at_eta_1(sched):
     g, ts = Gaussian(ORDERED[sched]), torch.linspace(0.99, 0, 8, dtype=F64)
-    assert affine(sampler.ddpm, g, g.schedule, ts, 6) == pytest.approx(affine(partial(sampler.ddim, eta=1.0), g, g.schedule, ts, 6))
+    assert affine(sampler.ddpm, g, g.schedule, ts, 6) == pytest.approx(
+        affine(partial(sampler.ddim, eta=1.0), g, g.schedule, ts, 6)
+    )
 
 
 def test_dpmpp_2m_sde_is_first_order_exact_recursion():

@@ -32,7 +32,7 @@ from cases import F64, Net, draw, f64
 from torch import nn
 
 from ldm.condition import Condition
-from ldm.diffusion import prediction, sampler, schedule, times, variance
+from ldm.diffusion import grids, prediction, sampler, schedule, variance
 from ldm.diffusion.denoiser import Denoiser
 
 TABLE = schedule.scaled_linear()
@@ -60,7 +60,9 @@ def theirs(cls, n, scaled=False, table=TABLE, **config):
     x = X * (scheduler.sigmas[0].double() ** 2 + 1).sqrt() if scaled else X
     step = {"generator": torch.Generator().manual_seed(1)} if "generator" in scheduler.step.__code__.co_varnames else {}
     for t in scheduler.timesteps:
-        x = scheduler.step(NET(scheduler.scale_model_input(x, t), t.double()), t, x, **step, **config.get("step", {})).prev_sample
+        x = scheduler.step(
+            NET(scheduler.scale_model_input(x, t), t.double()), t, x, **step, **config.get("step", {})
+        ).prev_sample
     return x, scheduler
 
 
@@ -80,18 +82,20 @@ def test_ddim(n, eta, predict):
     run = partial(sampler.ddim, eta=eta)
     config = {"clip_sample": False, "prediction_type": predict}
     x, _ = theirs(Ddim, n, timestep_spacing="leading", **config)
-    close(ours(run, times.leading(TABLE, n), predict), x, 1e-9)
+    close(ours(run, grids.leading(TABLE, n), predict), x, 1e-9)
     x, _ = theirs(Ddim, n, timestep_spacing="trailing", **config)
-    close(ours(run, times.trailing(TABLE, n), predict), x, 1e-9)
+    close(ours(run, grids.trailing(TABLE, n), predict), x, 1e-9)
     x, _ = theirs(Ddim, n, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, **config)
-    close(ours(run, times.ending_at(times.leading(TABLE, n, offset=1), 1e-3), predict), x, 1e-9)
+    close(ours(run, grids.replace_end(grids.leading(TABLE, n, offset=1), 1e-3), predict), x, 1e-9)
 
 
 @pytest.mark.parametrize("n", [20, 1000])
-@pytest.mark.parametrize(("kind", "choice"), [("fixed_small", variance.small), ("fixed_large", variance.large)])
+@pytest.mark.parametrize(
+    ("kind", "choice"), [("fixed_small", variance.fixed_small), ("fixed_large", variance.fixed_large)]
+)
 def test_ddpm(n, kind, choice):
     x, _ = theirs(diffusers.DDPMScheduler, n, variance_type=kind, clip_sample=False)
-    close(ours(partial(sampler.ddpm, variance=choice), times.leading(TABLE, n)), x, 1e-8)
+    close(ours(partial(sampler.ddpm, variance=choice), grids.leading(TABLE, n)), x, 1e-8)
 
 
 def test_ddpm_learned_range():
@@ -110,7 +114,7 @@ def test_ddpm_learned_range():
         lambda x, t: denoiser(x, t, Condition()),
         TABLE,
         X,
-        times.leading(TABLE, 20),
+        grids.leading(TABLE, 20),
         lambda x: torch.randn(x.shape, generator=generator, dtype=F64),
         variance=variance.learned_range,
     )
@@ -128,34 +132,45 @@ def grid(scheduler):
 @pytest.mark.parametrize("n", [8, 20])
 def test_dpmpp_2m_and_unipc(spacing, predict, n):
     config = {"timestep_spacing": spacing, "prediction_type": predict}
-    for cls, run in [(diffusers.DPMSolverMultistepScheduler, sampler.dpmpp_2m), (diffusers.UniPCMultistepScheduler, sampler.unipc)]:
+    for cls, run in [
+        (diffusers.DPMSolverMultistepScheduler, sampler.dpmpp_2m),
+        (diffusers.UniPCMultistepScheduler, sampler.unipc),
+    ]:
         x, scheduler = theirs(cls, n, final_sigmas_type="zero", **config)
         close(ours(run, grid(scheduler), predict), x)
-        assert torch.equal(grid(scheduler), times.trailing(TABLE, n)) or spacing != "trailing"
+        assert torch.equal(grid(scheduler), grids.trailing(TABLE, n)) or spacing != "trailing"
 
 
 def test_dpmpp_2m_to_final_alpha():
     x, _scheduler = theirs(
-        diffusers.DPMSolverMultistepScheduler, 20, final_sigmas_type="sigma_min", lower_order_final=False, timestep_spacing="trailing"
+        diffusers.DPMSolverMultistepScheduler,
+        20,
+        final_sigmas_type="sigma_min",
+        lower_order_final=False,
+        timestep_spacing="trailing",
     )
-    close(ours(sampler.dpmpp_2m, times.ending_at(times.trailing(TABLE, 20), 1e-3)), x)
+    close(ours(sampler.dpmpp_2m, grids.replace_end(grids.trailing(TABLE, 20), 1e-3)), x)
 
 
 def test_dpmpp_2m_sde():
-    x, _scheduler = theirs(diffusers.DPMSolverMultistepScheduler, 20, algorithm_type="sde-dpmsolver++", timestep_spacing="trailing")
-    close(ours(partial(sampler.dpmpp_2m, eta=1.0), times.trailing(TABLE, 20), drawn=torch.float32), x)
+    x, _scheduler = theirs(
+        diffusers.DPMSolverMultistepScheduler, 20, algorithm_type="sde-dpmsolver++", timestep_spacing="trailing"
+    )
+    close(ours(partial(sampler.dpmpp_2m, eta=1.0), grids.trailing(TABLE, 20), drawn=torch.float32), x)
 
 
 @pytest.mark.parametrize("n", [25, 50])
 def test_plms(n):
     x, _ = theirs(diffusers.PNDMScheduler, n, skip_prk_steps=True, steps_offset=1)
-    close(ours(sampler.plms, times.ending_at(times.leading(TABLE, n, offset=1), 1e-3)), x)
+    close(ours(sampler.plms, grids.replace_end(grids.leading(TABLE, n, offset=1), 1e-3)), x)
     x, _ = theirs(diffusers.PNDMScheduler, n, skip_prk_steps=True, set_alpha_to_one=True)
-    close(ours(sampler.plms, times.leading(TABLE, n)), x)
+    close(ours(sampler.plms, grids.leading(TABLE, n)), x)
 
 
 # Their linspace is on the table's entries where n - 1 divides 999; between entries they are linear in sigma / alpha.
-@pytest.mark.parametrize(("spacing", "n"), [("linspace", 10), ("linspace", 28), ("leading", 10), ("leading", 25), ("trailing", 25)])
+@pytest.mark.parametrize(
+    ("spacing", "n"), [("linspace", 10), ("linspace", 28), ("leading", 10), ("leading", 25), ("trailing", 25)]
+)
 def test_euler_heun_and_ancestral(spacing, n):
     for cls, run in [
         (diffusers.EulerDiscreteScheduler, sampler.euler),
@@ -196,7 +211,7 @@ def k_diffusion(run, sched, ts, sigmas):
 @pytest.mark.parametrize("run", [run for run in RUNS if "churn" not in run])
 def test_k_diffusion_on_a_table(run, n):
     """DiscreteEpsDDPMDenoiser and its own get_sigmas(n), on Stable Diffusion's table."""
-    ts = times.linspace(TABLE, int(n))
+    ts = grids.linspace(TABLE, int(n))
     alpha, sigma = TABLE.alpha_sigma(ts)
     close(k_diffusion(run, TABLE, ts, sigma / alpha), f64(*RECORDED["table"][n][run]), 1e-9)
 
@@ -206,8 +221,8 @@ def test_k_diffusion_on_a_table(run, n):
 def test_k_diffusion_on_its_karras_grid(run, n):
     """A denoiser of sigma that is Song's continuous VP process, on get_sigmas_karras(n, 0.03, 14), which is float32 there."""
     sched, sigmas = schedule.VP(), f64(*RECORDED["vp"][n]["sigmas"])
-    ts = sched.t_at(-2 * sigmas.log())
-    assert torch.allclose(ts, times.karras(sched, int(n), 0.03, 14.0), rtol=1e-5)
+    ts = sched.t_from_log_snr(-2 * sigmas.log())
+    assert torch.allclose(ts, grids.karras(sched, int(n), 0.03, 14.0), rtol=1e-5)
     close(k_diffusion(run, sched, ts, sigmas), f64(*RECORDED["vp"][n][run]), 1e-9)
 
 
@@ -224,5 +239,11 @@ def test_flow_euler_and_heun():
             x = scheduler.step(NET(x, t.double()), t, x).prev_sample
         flow = schedule.Flow()
         denoiser = Denoiser(NET, flow, prediction.Flow())
-        got = run(lambda x, t, d=denoiser: d(x, t, Condition()), flow, X, scheduler.sigmas.double().unique(sorted=True).flip(0), None)
+        got = run(
+            lambda x, t, d=denoiser: d(x, t, Condition()),
+            flow,
+            X,
+            scheduler.sigmas.double().unique(sorted=True).flip(0),
+            None,
+        )
         close(got, x)

@@ -9,8 +9,8 @@ from cases import F64, SHAPES, f64
 from oracle import Gaussian, affine
 from steps import ORDERED, STOCHASTIC
 
-from ldm.diffusion import correction, sampler, schedule, times
-from ldm.tensors import Noise
+from ldm.diffusion import correction, grids, sampler, schedule
+from ldm.tensors import KeyedNoise
 
 SPAN = {"edm": (0.5, 0.001)}  # t from and to; (0.9, 0.1) otherwise
 # UniPC-p is of order p + 1 (Zhao et al. 2023, section 3): its predictor's 2, and one more by the corrector.
@@ -27,7 +27,7 @@ START = torch.linspace(-1, 2, 4, dtype=F64)[:, None]
 
 def even_log_snr(sched, n, start, end):
     hi, lo = sched.log_snr(f64(start, end))
-    return sched.t_at(torch.linspace(0, 1, n + 1, dtype=F64) * (lo - hi) + hi)
+    return sched.t_from_log_snr(torch.linspace(0, 1, n + 1, dtype=F64) * (lo - hi) + hi)
 
 
 def slope(run, sched, grid, ns=(64, 128, 256)):
@@ -51,23 +51,27 @@ def test_order(name, sched):
 def test_plms_is_of_order_3_on_a_grid_even_in_u():
     """Its Adams-Bashforth 4 weights are those of equal steps; then its start, an improved Euler step, is what limits it."""
     flow = schedule.Flow()
-    assert slope(sampler.plms, flow, lambda n: torch.linspace(0.95, 0.05, n + 1, dtype=F64)) == pytest.approx(3, abs=0.15)
+    assert slope(sampler.plms, flow, lambda n: torch.linspace(0.95, 0.05, n + 1, dtype=F64)) == pytest.approx(
+        3, abs=0.15
+    )
     assert slope(sampler.plms, flow, lambda n: torch.linspace(0.6, 0.2, n + 1, dtype=F64)) == pytest.approx(3, abs=0.15)
 
 
 @pytest.mark.parametrize("sched", [schedule.Flow(), schedule.GVP(), schedule.zero_terminal_snr(schedule.cosine())])
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
 def test_order_from_no_signal_at_all(sched, name, order):
-    assert slope(ORDER[name][0], sched, lambda n: torch.linspace(1, 0.1, n + 1, dtype=F64)) == pytest.approx(order, abs=0.15)
+    assert slope(ORDER[name][0], sched, lambda n: torch.linspace(1, 0.1, n + 1, dtype=F64)) == pytest.approx(
+        order, abs=0.15
+    )
 
 
 @pytest.mark.parametrize("name", ORDER)
 @pytest.mark.parametrize("sched", [*ORDERED.values(), schedule.GVP(), schedule.zero_terminal_snr(schedule.linear())])
 def test_all_the_way_from_noise_to_data(name, sched):
     g = Gaussian(sched)
-    ts = times.uniform_grid(sched, 400)
+    ts = grids.uniform_grid(sched, 400)
     if sched is ORDERED["edm"]:
-        ts = times.karras(sched, 400)
+        ts = grids.karras(sched, 400)
     mean, var = g.moments(ts[0])
     x = mean + var.sqrt() * START
     got = ORDER[name][0](g, sched, x, ts, None)
@@ -77,7 +81,7 @@ def test_all_the_way_from_noise_to_data(name, sched):
 def test_straight_frames():
     """y = x / m moves along u = sigma / m at (y - x0) / u: eps where there is signal at t = 1, eps - x0 where there is none."""
     for sched, velocity in [(schedule.cosine(), lambda d: d.eps), (schedule.GVP(), lambda d: d.eps - d.x0)]:
-        frame, t, g = sampler.straight(sched), f64(0.4)[0], Gaussian(sched)
+        frame, t, g = sampler.ode_frame(sched), f64(0.4)[0], Gaussian(sched)
         m, u = frame(t)
         d = g(START, t)
         assert torch.allclose((START / m - d.x0) / u, velocity(d))
@@ -90,29 +94,31 @@ def test_straight_frames():
 def test_churn_keeps_the_marginal(run, sched):
     """More noise, then more steps: on a fine grid the mean and variance of the data come out, whatever the churn."""
     g = Gaussian(ORDERED[sched])
-    ts = times.karras(g.schedule, 200, sigma_min=0.01, sigma_max=20.0)
+    ts = grids.karras(g.schedule, 200, sigma_min=0.01, sigma_max=20.0)
     a, b, c = affine(partial(run, churn=40.0), g, g.schedule, ts, draws=200)
     mean, var = g.moments(ts[0])
     assert a * float(mean) + b == pytest.approx(g.mean, abs=0.01)
-    assert math.sqrt(a**2 * float(var) + c**2) == pytest.approx(g.std, rel={sampler.euler: 0.06, sampler.heun: 0.005}[run])
+    assert math.sqrt(a**2 * float(var) + c**2) == pytest.approx(
+        g.std, rel={sampler.euler: 0.06, sampler.heun: 0.005}[run]
+    )
     assert c > 0.5 * g.std
 
 
 def test_stir_is_algorithm_2():
     sched = schedule.EDM()
     x, t = f64(1.0, 2.0)[:, None], f64(0.1)[0]
-    y, t_hat = sampler.stir(sched, x, t, torch.ones_like, 0.3, (0.0, 50.0), 1.1)
+    y, t_hat = sampler.add_churn(sched, x, t, torch.ones_like, 0.3, (0.0, 50.0), 1.1)
     assert 80 * t_hat == pytest.approx(8 * 1.3)
     assert torch.allclose(y, x + 1.1 * math.sqrt((8 * 1.3) ** 2 - 64))
     for within in [(0.0, 7.9), (8.1, 50.0)]:
-        assert sampler.stir(sched, x, t, torch.ones_like, 0.3, within, 1.0) == (x, t)
+        assert sampler.add_churn(sched, x, t, torch.ones_like, 0.3, within, 1.0) == (x, t)
     sched = schedule.cosine()
-    y, t_hat = sampler.stir(sched, x, t, torch.ones_like, 0.3, (0.0, 50.0), 1.0)
+    y, t_hat = sampler.add_churn(sched, x, t, torch.ones_like, 0.3, (0.0, 50.0), 1.0)
     (a, s), (a_hat, s_hat) = sched.alpha_sigma(t), sched.alpha_sigma(t_hat)
     assert s_hat / a_hat == pytest.approx(float(1.3 * s / a))
     assert torch.allclose(y / a_hat, x / a + ((s_hat / a_hat) ** 2 - (s / a) ** 2).sqrt())  # algorithm 2 in x / alpha
     flow = schedule.Flow()
-    assert sampler.stir(flow, x, f64(1.0)[0], torch.ones_like, 0.3, (0.0, math.inf), 1.0)[1] == 1
+    assert sampler.add_churn(flow, x, f64(1.0)[0], torch.ones_like, 0.3, (0.0, math.inf), 1.0)[1] == 1
 
 
 @pytest.mark.parametrize("run", [sampler.euler, sampler.heun])
@@ -136,7 +142,7 @@ def test_churn_is_at_most_sqrt_2(run):
 
 def test_inversion_and_back():
     g = Gaussian(schedule.linear())
-    ts = times.ending_at(times.trailing(g.schedule, 500), 1e-3)
+    ts = grids.replace_end(grids.trailing(g.schedule, 500), 1e-3)
     x = g.mean + g.std * START
     noise = sampler.ddim_invert(g, g.schedule, x, ts, None)
     assert torch.allclose(noise, g.flow(x, ts[-1], ts[0]), atol=0.03)
@@ -146,11 +152,11 @@ def test_inversion_and_back():
     alpha, sigma = g.schedule.alpha_sigma(f64(0.5)[0])
     assert torch.allclose(one, alpha * d.x0 + sigma * d.eps)
     with pytest.raises(ValueError, match="cannot start at t = 0"):
-        sampler.ddim_invert(g, g.schedule, x, times.trailing(g.schedule, 5), None)
+        sampler.ddim_invert(g, g.schedule, x, grids.trailing(g.schedule, 5), None)
 
 
 EVERY = ORDER | STOCHASTIC | {"dpmpp_2m_sde": (partial(sampler.dpmpp_2m, eta=1.0), None)}
-EVERY |= {"repaint": (partial(correction.repaint, jump=2, repeats=2), None)}
+EVERY |= {"repaint": (partial(correction.repaint, jump_length=2, num_resamples=2), None)}
 
 
 @pytest.mark.parametrize("name", [*EVERY, "ddim_invert"])
@@ -166,7 +172,7 @@ def test_refuses_a_grid_that_does_not_descend(name, ts):
 def test_shapes_types_and_evaluations(name):
     """Shape-blind, float32 in float32 out, never asked at t = 0, no argument changed, the same at any batch size."""
     run, g = EVERY[name][0], Gaussian(schedule.cosine())
-    ts = times.trailing(g.schedule, 7)
+    ts = grids.trailing(g.schedule, 7)
     asked = []
 
     def denoise(x, t):
@@ -176,12 +182,12 @@ def test_shapes_types_and_evaluations(name):
     for shape in SHAPES:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         before = x.clone()
-        whole = run(denoise, g.schedule, x, ts, Noise(0, range(3)).stream("s"))
+        whole = run(denoise, g.schedule, x, ts, KeyedNoise(0, range(3)).sampler_noise("s"))
         assert whole.shape == x.shape
         assert whole.dtype == torch.float32
         assert torch.equal(x, before)
         assert whole.isfinite().all()
-        alone = run(denoise, g.schedule, x[1:2], ts, Noise(0, [1]).stream("s"))
+        alone = run(denoise, g.schedule, x[1:2], ts, KeyedNoise(0, [1]).sampler_noise("s"))
         assert torch.allclose(alone, whole[1:2], atol=1e-6)
     assert min(asked) > 0
     if name in ORDER:

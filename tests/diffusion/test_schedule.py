@@ -20,7 +20,12 @@ ENTRIES = torch.arange(1, 1001, dtype=F64) / 1000
         (schedule.sigmoid_beta(), {"beta_schedule": "sigmoid"}),
         (
             schedule.zero_terminal_snr(schedule.scaled_linear()),
-            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True},
+            {
+                "beta_schedule": "scaled_linear",
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "rescale_betas_zero_snr": True,
+            },
         ),
     ],
 )
@@ -36,9 +41,12 @@ def test_formulas_of_the_other_tables():
     beta = (1 - (1 - (t + 1e-4).sqrt()) / (1 - (t - 1e-3 + 1e-4).sqrt())).clamp(max=0.999)
     assert torch.allclose(schedule.sqrt().alpha_bar, (1 - beta).cumprod(0), rtol=1e-12)
     low, high = 1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3))
-    assert torch.allclose(schedule.sigmoid().alpha_bar, ((high - 1 / (1 + (3 - 6 * t).exp())) / (high - low)).clamp(min=1e-9), rtol=1e-9)
     assert torch.allclose(
-        schedule.sigmoid(start=0, end=3, tau=0.5).alpha_bar[499], (f64(6).sigmoid() - f64(3).sigmoid()) / (f64(6).sigmoid() - 0.5)
+        schedule.sigmoid().alpha_bar, ((high - 1 / (1 + (3 - 6 * t).exp())) / (high - low)).clamp(min=1e-9), rtol=1e-9
+    )
+    assert torch.allclose(
+        schedule.sigmoid(start=0, end=3, tau=0.5).alpha_bar[499],
+        (f64(6).sigmoid() - f64(3).sigmoid()) / (f64(6).sigmoid() - 0.5),
     )
 
 
@@ -46,7 +54,9 @@ def test_another_T_refines_the_same_process():
     for make in (schedule.linear, schedule.scaled_linear, schedule.sigmoid_beta, schedule.cosine):
         coarse, fine = make(1000).log_snr(f64(0.3, 0.5, 0.9)), make(8000).log_snr(f64(0.3, 0.5, 0.9))
         assert torch.allclose(coarse, fine, atol=0.06)
-    assert 1 - schedule.linear(4000).alpha_bar[0] == pytest.approx(0.25e-4)  # improved-diffusion scales beta by 1000 / T
+    assert 1 - schedule.linear(4000).alpha_bar[0] == pytest.approx(
+        0.25e-4
+    )  # improved-diffusion scales beta by 1000 / T
 
 
 def test_closed_forms():
@@ -96,16 +106,16 @@ def test_every_schedule(name):
     assert (log_snr.diff() < 0).all()
     assert (sigma.diff() >= 0).all()
     assert (alpha.diff() <= 0).all()
-    assert torch.allclose(sched.t_at(log_snr), t, atol=1e-9)
-    assert torch.allclose(sched.log_snr(sched.t_at(log_snr)), log_snr, rtol=1e-8, atol=1e-8)
-    assert sched.t_at(log_snr.float()).dtype == torch.float32
-    assert sched.t_at(log_snr[3]).shape == ()
+    assert torch.allclose(sched.t_from_log_snr(log_snr), t, atol=1e-9)
+    assert torch.allclose(sched.log_snr(sched.t_from_log_snr(log_snr)), log_snr, rtol=1e-8, atol=1e-8)
+    assert sched.t_from_log_snr(log_snr.float()).dtype == torch.float32
+    assert sched.t_from_log_snr(log_snr[3]).shape == ()
     zero, one = f64(0, 1)
     assert [float(c) for c in sched.alpha_sigma(zero)] == [1, 0]
     assert (float(sched.alpha_sigma(one)[0]) == 0) == (name in NO_SIGNAL)
     assert torch.isposinf(sched.log_snr(zero))
-    assert sched.t_at(sched.log_snr(zero)) == 0
-    assert sched.t_at(sched.log_snr(one)) == pytest.approx(1)
+    assert sched.t_from_log_snr(sched.log_snr(zero)) == 0
+    assert sched.t_from_log_snr(sched.log_snr(one)) == pytest.approx(1)
     single, double = sched.alpha_sigma(t.float()), sched.alpha_sigma(t.float().double())
     for s, d in zip(single, double, strict=True):
         assert s.dtype == torch.float32
@@ -150,7 +160,7 @@ def test_tables_first_read_while_sampling_serve_training():
 @pytest.mark.parametrize("bar", [[0.9, 0.9], [1.0, 0.5], [0.5, -0.1], [float("nan")]])
 def test_refuses_a_table_that_does_not_fall(bar):
     with pytest.raises(ValueError, match="alpha_bar must fall"):
-        schedule.Table(f64(*bar))
+        schedule.DiscreteSchedule(f64(*bar))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -6,8 +6,8 @@ import torch
 from cases import F64, f64
 from diffusers import DDIMScheduler
 
-from ldm.diffusion import schedule, times
-from ldm.tensors import Noise
+from ldm.diffusion import grids, schedule, times
+from ldm.tensors import KeyedNoise
 
 TABLE = schedule.linear()
 U = (torch.arange(100_000) + 0.5) / 100_000  # every quantile
@@ -50,7 +50,9 @@ def test_logit_normal():
     assert logit.mean() == pytest.approx(0.3, abs=1e-3)
     assert logit.std() == pytest.approx(0.8, abs=1e-3)
     shifted = times.logit_normal(U.double(), TABLE, mean=0.3, std=0.8, shift=3.0)
-    assert torch.allclose(shifted.logit() - logit, torch.full_like(logit, math.log(3)))  # sigma / alpha times 3 on a flow
+    assert torch.allclose(
+        shifted.logit() - logit, torch.full_like(logit, math.log(3))
+    )  # sigma / alpha times 3 on a flow
     edge = times.logit_normal(torch.tensor([0.0, 1 - 2**-24]), TABLE)
     assert (edge > 0).all()
     assert (edge < 1).all()
@@ -58,8 +60,8 @@ def test_logit_normal():
 
 def test_independent_draws_do_not_depend_on_the_batch():
     x0 = torch.zeros(6, 2)
-    whole = times.independent(Noise(3, range(6)), x0, TABLE, times.discrete)
-    parts = [times.independent(Noise(3, r), x0[:3], TABLE, times.discrete) for r in (range(3), range(3, 6))]
+    whole = times.independent(KeyedNoise(3, range(6)), x0, TABLE, times.discrete)
+    parts = [times.independent(KeyedNoise(3, r), x0[:3], TABLE, times.discrete) for r in (range(3), range(3, 6))]
     assert torch.equal(whole, torch.cat(parts))
     assert whole.dtype == torch.float32
     assert len(whole.unique()) > 3
@@ -67,11 +69,13 @@ def test_independent_draws_do_not_depend_on_the_batch():
 
 def test_stratified_has_one_draw_a_stratum_over_all_ranks():
     def rank(rows):
-        return times.stratified(Noise(0, rows, position=rows, total=8), torch.zeros(4, 3), TABLE, times.uniform)
+        return times.stratified(
+            KeyedNoise(0, rows, position=rows, global_batch_size=8), torch.zeros(4, 3), TABLE, times.uniform
+        )
 
     t = torch.cat([rank([0, 2, 4, 6]), rank([1, 3, 5, 7])])
     assert (8 * (1 - t)).floor().sort().values.tolist() == list(range(8))
-    alone = times.stratified(Noise(0, range(8)), torch.zeros(8, 3), TABLE, times.uniform)
+    alone = times.stratified(KeyedNoise(0, range(8)), torch.zeros(8, 3), TABLE, times.uniform)
     assert torch.equal(alone.sort().values, t.sort().values)
     assert len((alone * 8).frac().unique()) == 8
 
@@ -90,7 +94,7 @@ def test_grids_have_diffusers_indices(n, spacing, offset):
         return
     theirs = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
     theirs.set_timesteps(n)
-    grid = times.leading(TABLE, n, offset) if spacing == "leading" else getattr(times, spacing)(TABLE, n)
+    grid = grids.leading(TABLE, n, offset) if spacing == "leading" else getattr(times, spacing)(TABLE, n)
     if spacing == "linspace" and n == 1:
         theirs.timesteps = torch.tensor([999])  # theirs starts a single step at 0
     assert TABLE.net_time(grid[:-1]).tolist() == theirs.timesteps.tolist()
@@ -104,20 +108,20 @@ def test_exact_indices():
     def index(ts):
         return (ts * 1000 - 1).round().int().tolist()
 
-    assert index(times.leading(TABLE, 4)) == [750, 500, 250, 0, -1]
-    assert index(times.leading(TABLE, 4, offset=1)) == [751, 501, 251, 1, -1]
-    assert index(times.trailing(TABLE, 4)) == [999, 749, 499, 249, -1]
-    assert index(times.linspace(TABLE, 4)) == [999, 666, 333, 0, -1]
-    assert index(times.ending_at(times.trailing(TABLE, 4), 1 / 1000)) == [999, 749, 499, 249, 0]
+    assert index(grids.leading(TABLE, 4)) == [750, 500, 250, 0, -1]
+    assert index(grids.leading(TABLE, 4, offset=1)) == [751, 501, 251, 1, -1]
+    assert index(grids.trailing(TABLE, 4)) == [999, 749, 499, 249, -1]
+    assert index(grids.linspace(TABLE, 4)) == [999, 666, 333, 0, -1]
+    assert index(grids.replace_end(grids.trailing(TABLE, 4), 1 / 1000)) == [999, 749, 499, 249, 0]
 
 
 def test_uniform_grid():
-    assert times.uniform_grid(schedule.Flow(), 4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert grids.uniform_grid(schedule.Flow(), 4).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 def test_log_snr_is_even():
     for sched in (schedule.VP(), TABLE):
-        ts = times.log_snr(sched, 9, end=0.01)
+        ts = grids.log_snr(sched, 9, end=0.01)
         gaps = sched.log_snr(ts[:-1]).diff()
         assert torch.allclose(gaps, gaps[:1].expand(8))
         assert gaps[0] > 0
@@ -126,36 +130,36 @@ def test_log_snr_is_even():
         assert ts[-1] == 0
         assert len(ts) == 10
     with pytest.raises(ValueError, match=r"set start=0.999"):
-        times.log_snr(schedule.Flow(), 9)
-    assert times.log_snr(schedule.Flow(), 9, start=0.999)[0] == pytest.approx(0.999)
+        grids.log_snr(schedule.Flow(), 9)
+    assert grids.log_snr(schedule.Flow(), 9, start=0.999)[0] == pytest.approx(0.999)
 
 
 def test_karras_is_equation_5():
-    ts = times.karras(schedule.EDM(), 5)
+    ts = grids.karras(schedule.EDM(), 5)
     i = torch.arange(5, dtype=F64)
     want = (80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     assert torch.allclose(80 * ts[:-1], want, rtol=1e-9)
     assert ts[-1] == 0
     assert ts[0] == 1
-    ts = times.karras(TABLE, 5, sigma_min=0.1, sigma_max=10.0)
+    ts = grids.karras(TABLE, 5, sigma_min=0.1, sigma_max=10.0)
     assert (-TABLE.log_snr(ts[:-1]) / 2).exp()[[0, -1]].tolist() == pytest.approx([10, 0.1])
     with pytest.raises(ValueError, match="beyond this schedule, whose sigma / alpha ends at 157"):
-        times.karras(TABLE, 5, sigma_max=200.0)
+        grids.karras(TABLE, 5, sigma_max=200.0)
 
 
 def test_strength_starts_where_it_says():
-    ts = times.uniform_grid(schedule.Flow(), 10)
-    assert times.strength(ts, 0.35).tolist() == pytest.approx([0.35, 0.3, 0.2, 0.1, 0])
-    assert torch.allclose(times.strength(ts, float(ts[4])), ts[4:])
-    assert torch.equal(times.strength(ts, 1.0), ts)
+    ts = grids.uniform_grid(schedule.Flow(), 10)
+    assert grids.start_at(ts, 0.35).tolist() == pytest.approx([0.35, 0.3, 0.2, 0.1, 0])
+    assert torch.allclose(grids.start_at(ts, float(ts[4])), ts[4:])
+    assert torch.equal(grids.start_at(ts, 1.0), ts)
     for bad in (0.0, 1.2):
         with pytest.raises(ValueError, match=f"strength {bad}"):
-            times.strength(ts, bad)
+            grids.start_at(ts, bad)
 
 
 def test_bad_grids():
     with pytest.raises(ValueError, match="Flow is continuous, it has no entries"):
-        times.trailing(schedule.Flow(), 4)
+        grids.trailing(schedule.Flow(), 4)
     for n in (0, 1001):
         with pytest.raises(ValueError, match=f"{n} steps on a schedule of 1000 entries; choose 1 to 1000"):
-            times.leading(TABLE, n)
+            grids.leading(TABLE, n)

@@ -6,7 +6,7 @@ from cases import F64, SCHEDULES, f64
 from oracle import Gaussian
 from scipy import stats
 
-from ldm.diffusion import schedule, times, variance
+from ldm.diffusion import grids, schedule, variance
 from ldm.diffusion.denoiser import Denoised
 
 TABLE = schedule.linear()
@@ -29,8 +29,8 @@ def test_posterior_is_ddpm_equation_7(i):
     assert torch.allclose(mean, want, rtol=1e-9)
     assert torch.allclose(var, tilde, rtol=1e-9)
     assert variance.forward_variance(TABLE, t, s) == pytest.approx(float(beta))
-    assert variance.small(None, TABLE, t, s).exp() == pytest.approx(float(tilde))
-    assert variance.large(None, TABLE, t, s).exp() == pytest.approx(float(beta))
+    assert variance.fixed_small(None, TABLE, t, s).exp() == pytest.approx(float(tilde))
+    assert variance.fixed_large(None, TABLE, t, s).exp() == pytest.approx(float(beta))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -49,9 +49,9 @@ def test_posterior_is_bayes(name):
 def test_the_last_step_takes_the_next_variance_up():
     t, zero = f64(0.001)[0], f64(0.0)[0]
     _, tilde, _, _ = ddpm(1)
-    assert variance.small(None, TABLE, t, zero).exp() == pytest.approx(float(tilde))
-    assert variance.small(None, TABLE, t, zero, floor=f64(1e-3)[0]).exp() == pytest.approx(1e-3)
-    assert variance.large(None, TABLE, t, zero).exp() == pytest.approx(1e-4)
+    assert variance.fixed_small(None, TABLE, t, zero).exp() == pytest.approx(float(tilde))
+    assert variance.fixed_small(None, TABLE, t, zero, floor=f64(1e-3)[0]).exp() == pytest.approx(1e-3)
+    assert variance.fixed_large(None, TABLE, t, zero).exp() == pytest.approx(1e-4)
     frac = torch.full((2, 3), -1.0, dtype=F64)
     assert variance.learned_range(frac, TABLE, t, zero).exp().flatten().tolist() == pytest.approx([float(tilde)] * 6)
 
@@ -108,7 +108,7 @@ def entropy(g):
 
 def exact_end(g):
     """`small`, but with the true Var[x0 | x_t] at the last step."""
-    return lambda var_frac, sched, t, s: variance.small(None, sched, t, s, floor=g.posterior_variance(t))
+    return lambda var_frac, sched, t, s: variance.fixed_small(None, sched, t, s, floor=g.posterior_variance(t))
 
 
 def terms(g, ts):
@@ -119,15 +119,19 @@ def terms(g, ts):
     x0 = x0.repeat(n, 1)
     alpha, sigma = (c[:, None] for c in g.schedule.alpha_sigma(t))
     x_t = alpha * x0 + sigma * noise(x0[:4]).repeat(n, 1)
-    return variance.vlb_term(g.schedule, x0, x_t, t, s, g(x_t, t), exact_end(g), variance.gaussian_nll).view(n, 4).mean(1)
+    return (
+        variance.vlb_term(g.schedule, x0, x_t, t, s, g(x_t, t), exact_end(g), variance.gaussian_nll).view(n, 4).mean(1)
+    )
 
 
-@pytest.mark.parametrize(("sched", "start"), [(schedule.VP(), 1.0), (schedule.linear(), 1.0), (schedule.cosine(), 0.99)])
+@pytest.mark.parametrize(
+    ("sched", "start"), [(schedule.VP(), 1.0), (schedule.linear(), 1.0), (schedule.cosine(), 0.99)]
+)
 def test_bound_tends_to_the_likelihood(sched, start):
     g = Gaussian(sched, mean=0.2, std=0.7)
     gaps = {}
     for n in (1000, 2000, 4000):
-        ts = times.log_snr(sched, n, start=start, end=0.02)
+        ts = grids.log_snr(sched, n, start=start, end=0.02)
         each = terms(g, ts)
         assert (each[:-1] > -1e-12).all()  # each a KL
         gaps[n] = float(each.sum()) - entropy(g)
@@ -139,13 +143,15 @@ def test_bound_tends_to_the_likelihood(sched, start):
 def test_bits_per_dim_sums_its_terms():
     g = Gaussian(schedule.linear(), mean=0.2, std=0.7)
     x0, noise = four(g)
-    ts = times.log_snr(g.schedule, 30, end=0.02)
+    ts = grids.log_snr(g.schedule, 30, end=0.02)
     bits = variance.bits_per_dim(g, g.schedule, x0, ts, noise, exact_end(g), variance.gaussian_nll)
     assert bits["terms"].shape == (30, 4)
     assert torch.allclose(bits["terms"].mean(1), terms(g, ts), rtol=1e-9)
     assert torch.allclose(bits["prior"] + bits["terms"].sum(0), bits["total"])
     alpha, sigma = g.schedule.alpha_sigma(ts[0])
-    assert torch.allclose(bits["prior"], (sigma**2 + (alpha * x0[:, 0]) ** 2 - 1 - 2 * sigma.log()) / 2 / math.log(2), rtol=1e-6)
+    assert torch.allclose(
+        bits["prior"], (sigma**2 + (alpha * x0[:, 0]) ** 2 - 1 - 2 * sigma.log()) / 2 / math.log(2), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("sched", [schedule.VP(), schedule.linear(), schedule.EDM(3.0)])
@@ -175,7 +181,9 @@ def test_learned_variance_reaches_the_same_bound():
     def denoise(x, t):
         return Denoised(*g(x, t)[:2], torch.zeros_like(x))
 
-    middle = lambda f, sched, t, s: (variance.small(None, sched, t, s) + variance.large(None, sched, t, s)) / 2  # noqa: E731
+    middle = lambda f, sched, t, s: (
+        (variance.fixed_small(None, sched, t, s) + variance.fixed_large(None, sched, t, s)) / 2
+    )  # noqa: E731
     got, want = (
         variance.bits_per_dim(d, g.schedule, x0, ts, noise, v, variance.gaussian_nll)["total"]
         for d, v in [(denoise, variance.learned_range), (g, middle)]
@@ -190,7 +198,9 @@ def test_discrete_pixels():
     mass = (-variance.decoder_nll(levels, f64(0.1), 2 * f64(0.3).log())).exp()
     x0 = levels[torch.multinomial(mass, 2000, replacement=True, generator=torch.Generator().manual_seed(0))][:, None]
     generator = torch.Generator().manual_seed(1)
-    ts = times.log_snr(g.schedule, 500, end=1 / 4000)
-    bits = variance.bits_per_dim(g, g.schedule, x0, ts, lambda x: torch.randn(x.shape, dtype=F64, generator=generator), exact_end(g))
+    ts = grids.log_snr(g.schedule, 500, end=1 / 4000)
+    bits = variance.bits_per_dim(
+        g, g.schedule, x0, ts, lambda x: torch.randn(x.shape, dtype=F64, generator=generator), exact_end(g)
+    )
     nll = variance.decoder_nll(x0, f64(0.1), 2 * f64(0.3).log()).squeeze(1) / math.log(2)
     assert -0.02 < float((bits["total"] - nll).mean()) < 0.2

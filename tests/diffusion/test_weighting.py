@@ -5,7 +5,7 @@ import torch
 from cases import F64, PREDICTIONS, f64
 
 from ldm.diffusion import schedule, weighting
-from ldm.diffusion.prediction import gain
+from ldm.diffusion.prediction import output_gain
 
 LOG_SNR = f64(-6, -2, 0, 1, 5)
 ALPHA, SIGMA = LOG_SNR.sigmoid().sqrt(), (-LOG_SNR).sigmoid().sqrt()
@@ -31,31 +31,33 @@ PAPER = {
 @pytest.mark.parametrize("name", PAPER)
 def test_papers(name, pred):
     weigh, error, want = PAPER[name]
-    row = PREDICTIONS[pred].row(ALPHA, SIGMA)
-    on_output = weigh(ALPHA, SIGMA, row) / gain(row, ALPHA, SIGMA)
+    row = PREDICTIONS[pred].coefficients(ALPHA, SIGMA)
+    on_output = weigh(ALPHA, SIGMA, row) / output_gain(row, ALPHA, SIGMA)
     output_per_x0 = PER_X0[pred] if pred != "edm" else (SIGMA**2 + ALPHA**2 / 4) / (SIGMA / 2) ** 2
     assert torch.allclose(on_output * output_per_x0, want * PER_X0[error], rtol=1e-9)
 
 
 @pytest.mark.parametrize("pred", PREDICTIONS)
 def test_output_is_plain_error_of_the_output(pred):
-    row = PREDICTIONS[pred].row(ALPHA, SIGMA)
-    assert torch.allclose(weighting.output(ALPHA, SIGMA, row) / gain(row, ALPHA, SIGMA), torch.ones_like(SNR))
+    row = PREDICTIONS[pred].coefficients(ALPHA, SIGMA)
+    assert torch.allclose(weighting.output(ALPHA, SIGMA, row) / output_gain(row, ALPHA, SIGMA), torch.ones_like(SNR))
 
 
 def test_at_log_snr_0_plain_output_error_weighs_2_for_v_and_4_for_flow():
     half = f64(0.5).sqrt()
-    weight = {name: float(weighting.output(half, half, p.row(half, half))) for name, p in PREDICTIONS.items()}
+    weight = {name: float(weighting.output(half, half, p.coefficients(half, half))) for name, p in PREDICTIONS.items()}
     assert weight == pytest.approx({"eps": 1, "x0": 1, "v": 2, "flow": 4, "edm": 5})
     straight = f64(0.5)
-    assert weighting.output(straight, straight, PREDICTIONS["flow"].row(straight, straight)) == pytest.approx(4)
+    assert weighting.output(straight, straight, PREDICTIONS["flow"].coefficients(straight, straight)) == pytest.approx(
+        4
+    )
 
 
 def test_no_signal_is_no_trouble():
     alpha, sigma = f64(0.0), f64(1.0)
-    row = PREDICTIONS["v"].row(alpha, sigma)
+    row = PREDICTIONS["v"].coefficients(alpha, sigma)
     for weigh, want in [(weighting.output, 1), (weighting.v, 1), (weighting.min_snr, 0), (weighting.eps, 0)]:
-        assert weigh(alpha, sigma, row) / gain(row, alpha, sigma) == want
+        assert weigh(alpha, sigma, row) / output_gain(row, alpha, sigma) == want
 
 
 def test_edm_is_lambda_of_table_1():
@@ -72,8 +74,12 @@ def test_vlb_is_ddpm_equation_12():
     beta = 1 - bar / before
     tilde = beta * (1 - before) / (1 - bar)
     on_eps = beta**2 / (2 * tilde * (1 - beta) * (1 - bar))
-    row = PREDICTIONS["eps"].row(alpha.double(), sigma.double())
-    got = weighting.vlb(alpha.double(), sigma.double(), row, table) / gain(row, alpha.double(), sigma.double()) / 1000
+    row = PREDICTIONS["eps"].coefficients(alpha.double(), sigma.double())
+    got = (
+        weighting.vlb(alpha.double(), sigma.double(), row, table)
+        / output_gain(row, alpha.double(), sigma.double())
+        / 1000
+    )
     assert torch.allclose(got, on_eps, rtol=1e-3)
     first, second = (weighting.vlb(*table.alpha_sigma(torch.tensor(t, dtype=F64)), row, table) for t in (0.001, 0.002))
     assert first == pytest.approx(float(second))

@@ -10,9 +10,9 @@ from typing import Any
 
 def after_step(step: int, act: Callable[[], None], ranks: Collection[int], rank: int) -> None:
     """Call act() when training step `step` has been recorded, before anybody asks whether to stop."""
-    from ldm.training.callbacks import Record
+    from ldm.training.callbacks import MetricsRecorder
 
-    record = Record.on_train_batch_end
+    record = MetricsRecorder.on_train_batch_end
 
     @wraps(record)
     def then(self, trainer, lit, outputs, batch, batch_idx):
@@ -20,7 +20,7 @@ def after_step(step: int, act: Callable[[], None], ranks: Collection[int], rank:
         if batch["step"] + 1 == step and rank in ranks:
             act()
 
-    Record.on_train_batch_end = then
+    MetricsRecorder.on_train_batch_end = then
 
 
 def signals(numbers: Collection[int]) -> None:
@@ -57,16 +57,16 @@ def _poison(owner: Any, steps: Collection[int], here: bool) -> None:
 
 def full_disk(step: int, rank: int) -> None:
     """From the checkpoint of this step on, the disk has no room."""
-    from ldm import durable
+    from ldm.checkpoint.step import save_checkpoint
 
-    save = durable.save_step
+    save = save_checkpoint
 
     def saved(folder, at, *args, **kwargs):
         if at >= step:
             shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
         return save(folder, at, *args, **kwargs)
 
-    durable.save_step = saved
+    save_checkpoint = saved
 
 
 def powerless(rank: int) -> None:

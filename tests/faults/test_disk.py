@@ -8,9 +8,17 @@ import harm
 import pytest
 from smoke import command, here, process, processes
 
-from ldm import durable, runs
+from ldm.checkpoint import step
+from ldm.runs.folder import lock_run
 
-DIFFUSION = ("train.py", "budget=smoke", "metrics=none", "training.steps=6", "training.save_every=2", "training.grid_every=100")
+DIFFUSION = (
+    "train.py",
+    "budget=smoke",
+    "metrics=none",
+    "training.steps=6",
+    "training.save_every=2",
+    "training.sample_every=100",
+)
 
 
 @pytest.mark.slow
@@ -22,11 +30,11 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_it_is_whole(smoke, tmp_pa
     assert "MiB free in" in done.stdout
     (folder,) = tmp_path.glob("runs/*/checkpoints")
     assert [path.name for path in folder.iterdir()] == ["step-00000002"]
-    assert durable.load_step(folder / "step-00000002").step == 2
+    assert step.load_checkpoint(folder / "step-00000002").step == 2
 
 
 def test_two_runs_in_one_folder_the_second_is_refused(smoke, tmp_path, capfd):
-    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")), runs.lock(tmp_path / "runs" / smoke.run.name):
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")), lock_run(tmp_path / "runs" / smoke.run.name):
         assert command("train.py", "budget=smoke") == 2
     assert "is in use by process" in capfd.readouterr().err
 
@@ -45,7 +53,7 @@ def test_a_folder_that_is_not_ours_to_write_is_named(smoke, tmp_path):
 @pytest.mark.slow
 def test_a_killed_reader_ends_the_run_in_one_line_and_the_run_goes_on(smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
-    job = (*DIFFUSION, "trainer=cpu", "trainer.workers=2")
+    job = (*DIFFUSION, "trainer=cpu", "trainer.num_workers=2")
     (done,) = processes(job, cwd=tmp_path, harm=partial(harm.after_step, 3, harm.end_readers, (0,)))
     assert done.returncode == 2, done.stdout
     assert "a process that reads data is gone" in done.stdout
@@ -63,5 +71,7 @@ def test_a_port_that_is_taken_hinders_no_training(smoke, tmp_path):
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("0.0.0.0", 29500))
         taken.listen()
-        done = process(*DIFFUSION, "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32", cwd=tmp_path, timeout=300)
+        done = process(
+            *DIFFUSION, "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32", cwd=tmp_path, timeout=300
+        )
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from smoke import ROOT
 
-from ldm import runs
+from ldm.config import serialize
+from ldm.runs import metrics_log
 
 
 def of_home(home: Path) -> list[str]:
@@ -54,17 +55,25 @@ def on_a_terminal(line: list[str], **options) -> tuple[int, str]:
 @pytest.mark.parametrize("terminal", [True, False], ids=["tty", "no tty"])
 def test_without_a_key_nothing_is_asked_and_nothing_left(terminal, smoke, tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "LDM"))}
-    env = {**kept, "HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "LDM_CACHE": str(smoke.kept), "OMP_NUM_THREADS": "1"}
+    env = {
+        **kept,
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "none"),
+        "LDM_CACHE": str(smoke.kept),
+        "OMP_NUM_THREADS": "1",
+    }
     line = [sys.executable, str(ROOT / "train.py"), "budget=smoke", "metrics=none", "logger=wandb"]
     if terminal:
         code, said = on_a_terminal(line, cwd=tmp_path, env=env)
     else:
-        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+        )
         code, said = done.returncode, done.stdout + done.stderr
     assert code == 0, said
     assert "Enter your choice" not in said
     (run,) = (tmp_path / "runs").iterdir()
-    assert [row["step"] for row in runs.read_journal(run / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in metrics_log.read_metrics_log(run / "metrics.jsonl")] == [1, 2]
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
     for _ in range(50):  # its service may take a moment to end
         if not (left := of_home(tmp_path)):
@@ -87,19 +96,19 @@ def test_a_sweep_trains_its_first_stage_once_and_before_all_else(tmp_path, monke
     """As a job of its own, before the first: no diffusion model has begun by then, and no job trains one."""
     from smoke import command, here, in_process
 
-    from ldm import launch
+    from ldm.launch import process
 
     begun: list[tuple[str, int]] = []
 
     def noted(script: Path, folder: Path, devices: int = 1, env: object = None) -> int:
-        target = runs.load_config(folder / "config.yaml")["training"]["_target_"]
+        target = serialize.load_config(folder / "config.yaml")["training"]["_target_"]
         begun.append((target, len(list(tmp_path.glob("runs/*/metrics.jsonl")))))
         return in_process(script, folder, devices, env)
 
     with here(tmp_path):
-        monkeypatch.setattr(launch, "run_config", noted)
+        monkeypatch.setattr(process, "run_in_subprocess", noted)
         assert command("train.py", "-m", "budget=smoke", "metrics=none", "seed=1,2") == 0
-    job, first = ("ldm.stage.diffusion.train", "ldm.stage.autoencoder.train")
+    job, first = ("ldm.recipes.diffusion.train", "ldm.recipes.autoencoder.train")
     assert [target for target, _ in begun] == [first, job, job]
     assert begun[0] == (first, 0)
     assert len(list(tmp_path.glob("runs/*/metrics.json"))) == 2

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.build import dataset
+from ldm.config.build import build_dataset
 from ldm.data import check, lazy
-from ldm.data.folder import Folder
-from ldm.data.published import LSUN
-from ldm.data.shards import Shards
-from ldm.data.stream import Batched, Stream
+from ldm.data.folder import ImageFolder
+from ldm.data.shards import TarShardDataset
+from ldm.data.standard_datasets import LSUN
+from ldm.data.stream import BatchDataset, BatchStream
 from ldm.errors import UserError
 
 
@@ -73,15 +73,16 @@ def shards(pictures) -> Path:
 
 
 def test_a_folder_names_exactly_what_it_leaves_out(pictures):
-    data = Folder(pictures, size=16, channels=3, held_out=0)
+    data = ImageFolder(pictures, size=16, channels=3, test_fraction=0)
     assert sorted(data.skipped) == [*sorted(BAD), "z_gone.png"]
     assert "megapixels" in data.skipped["h_bomb.png"] or "bomb" in data.skipped["h_bomb.png"]
     assert len(data) == 40
     assert "5 skipped" in data.summary
     with pytest.raises(
-        UserError, match=r"5 of 45 images cannot be read, more than data\.bad=0\.1: b_cut\.jpg, d_empty\.png, f_page\.jpg, \.\.\."
+        UserError,
+        match=r"5 of 45 images cannot be read, more than data\.bad=0\.1: b_cut\.jpg, d_empty\.png, f_page\.jpg, \.\.\.",
     ):
-        Folder(pictures, size=16, channels=3, held_out=0, bad=0.1)
+        ImageFolder(pictures, size=16, channels=3, test_fraction=0, max_unreadable=0.1)
 
 
 def test_the_check_s_manifest(pictures, tmp_path, capsys):
@@ -93,7 +94,7 @@ def test_the_check_s_manifest(pictures, tmp_path, capsys):
     whole = next(row for row in rows if row["name"].endswith("a00.png"))
     assert (whole["width"], whole["height"], int(whole["size"])) == ("24", "24", len(picture(0)))
     assert len(whole["sha256"]) == 64
-    for words, why in ((["nowhere"], "no such"), ([str(pictures), "bad=1"], "expected a path and at most out=")):
+    for words, why in ((["nowhere"], "no such"), ([str(pictures), "bad=1"], "expected a path and at most output_dir=")):
         with pytest.raises(UserError, match=why):
             check.main(words)
 
@@ -103,12 +104,12 @@ def test_what_was_checked_is_left_out_alike(pictures):
     root = pictures.parent
     before = LSUN(root, category="church", size=16)
     assert len(before) == 45
-    check.checked(str(root))
+    check.check_dataset(str(root))
     data = LSUN(root, category="church", size=16)
     assert len(data) == 40
     assert "5 quarantined" in data.summary
     assert data.content == LSUN(root, category="church", size=16).content != before.content
-    ranks = [[i for part in Stream(len(data), 8, 5, rank=r, world=2) for _, i in part.at] for r in range(2)]
+    ranks = [[i for part in BatchStream(len(data), 8, 5, rank=r, world=2) for _, i in part.samples] for r in range(2)]
     assert sorted(ranks[0] + ranks[1]) == list(range(40))
     assert torch.isfinite(data.batch([(0, i) for i in range(40)])["image"]).all()
     assert data.unreadable == set()
@@ -117,37 +118,39 @@ def test_what_was_checked_is_left_out_alike(pictures):
 
 
 def test_shards_are_checked_by_sample(shards):
-    looked = check.checked(str(shards))
+    looked = check.check_dataset(str(shards))
     assert sum(bool(one.fault) for one in looked) == 4
-    assert len(Shards(shards, size=16, held_out=0)) == 40
+    assert len(TarShardDataset(shards, size=16, test_fraction=0)) == 40
     again = shutil.copy(shards, shards.with_name("y.tar"))
-    assert len(Shards(again, size=16, held_out=0)) == 44, "another path was not checked"
+    assert len(TarShardDataset(again, size=16, test_fraction=0)) == 44, "another path was not checked"
 
 
 def test_what_was_not_checked_is_replaced_alike(shards):
     """The next that can be read stands for it: on two ranks and with two workers as in one process."""
-    data = Shards(shards, size=16, held_out=0, flip=False)
-    stream = Stream(len(data), 8, 6)
-    alone = [Batched(data)[part]["image"] for part in stream]
+    data = TarShardDataset(shards, size=16, test_fraction=0, flip=False)
+    stream = BatchStream(len(data), 8, 6)
+    alone = [BatchDataset(data)[part]["image"] for part in stream]
     for rank in range(2):
-        fresh = Shards(shards, size=16, held_out=0, flip=False)
-        half = [Batched(fresh)[part]["image"] for part in Stream(len(data), 8, 6, rank=rank, world=2)]
+        fresh = TarShardDataset(shards, size=16, test_fraction=0, flip=False)
+        half = [BatchDataset(fresh)[part]["image"] for part in BatchStream(len(data), 8, 6, rank=rank, world=2)]
         assert all(torch.equal(one, whole[4 * rank : 4 * rank + 4]) for one, whole in zip(half, alone, strict=True))
-    fresh = Shards(shards, size=16, held_out=0, flip=False)
-    worked = DataLoader(Batched(fresh), sampler=stream, batch_size=None, num_workers=2)
+    fresh = TarShardDataset(shards, size=16, test_fraction=0, flip=False)
+    worked = DataLoader(BatchDataset(fresh), sampler=stream, batch_size=None, num_workers=2)
     assert all(torch.equal(batch["image"], whole) for batch, whole in zip(worked, alone, strict=True))
     assert len(data.unreadable) == 4
 
 
 def test_too_many_end_the_run(shards, pictures, monkeypatch):
-    monkeypatch.setattr(lazy, "TRIED", 3)
-    data = Shards(shards, size=16, held_out=0)
-    with pytest.raises(UserError, match=rf"4 of 44 images could not be read so far, .*python -m ldm\.data\.check {shards}"):
+    monkeypatch.setattr(lazy, "MAX_CONSECUTIVE_FAILURES", 3)
+    data = TarShardDataset(shards, size=16, test_fraction=0)
+    with pytest.raises(
+        UserError, match=rf"4 of 44 images could not be read so far, .*python -m ldm\.data\.check {shards}"
+    ):
         data.batch([(0, i) for i in range(44)])
     monkeypatch.setattr(lazy, "KNOWN", 0.05)
-    check.checked(str(shards))
+    check.check_dataset(str(shards))
     with pytest.raises(UserError, match="4 of 44 images are quarantined, more than 5%"):
-        Shards(shards, size=16, held_out=0)
+        TarShardDataset(shards, size=16, test_fraction=0)
 
 
 EXPECTED = {
@@ -167,6 +170,6 @@ def test_a_place_that_is_not_there_says_what_was_expected(option, tmp_path):
     node = OmegaConf.load(ROOT / "conf" / "data" / f"{option}.yaml")
     node.path = str(tmp_path / "nowhere")
     with pytest.raises(Exception, match=EXPECTED[option]) as error:
-        dataset(OmegaConf.create({"data": node}))
+        build_dataset(OmegaConf.create({"data": node}))
     assert isinstance(error.value.__cause__, UserError)
     assert not os.path.exists(tmp_path / "nowhere")

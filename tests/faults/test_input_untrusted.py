@@ -16,15 +16,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from smoke import command, composed, here
 
-from ldm import admit, foreign, picture
-from ldm.data.folder import Folder
-from ldm.data.published import COCO
-from ldm.data.shards import Shards
+from ldm.checkpoint import external
+from ldm.checkpoint.load import load_data_card, load_run_config
+from ldm.config import trust
+from ldm.data.folder import ImageFolder
+from ldm.data.shards import TarShardDataset
+from ldm.data.standard_datasets import COCO
 from ldm.errors import UserError
-from ldm.load import DataCard, config_of, load_data_card
-from ldm.parse import json_of, yaml_of
-from ldm.request import Request
-from ldm.source import Wanted, image
+from ldm.io import images
+from ldm.io.parse import parse_json, parse_yaml
+from ldm.runs.data_card import DataCard
+from ldm.sampling.inputs import InputSpec, image_input
+from ldm.sampling.request import SampleRequest
 
 HOSTILE = [  # all of these can be called from a config that a person types, or by Hydra, or both
     *(
@@ -36,19 +39,37 @@ HOSTILE = [  # all of these can be called from a config that a person types, or 
         "torch.utils.collect_env.run",
         "torch.distributed.run.main",
     ),
-    *("numpy.save", "numpy.f2py.main", "pip.main", "pip._internal.main", "safetensors.torch.save_file", "lightning.Trainer", "wandb.init"),
-    *("torch.optim.optimizer.torch.utils.collect_env.run", "torch.nn.modules.module.torch.save", "torch.nn._reduction.warnings.warn"),
     *(
-        "ldm.durable.write_text",
-        "ldm.data.kept.write_tensors",
-        "ldm.data.latents.write_all",
-        "ldm.data.shards.local",
-        "ldm.stage.cache.ensured",
+        "numpy.save",
+        "numpy.f2py.main",
+        "pip.main",
+        "pip._internal.main",
+        "safetensors.torch.save_file",
+        "lightning.Trainer",
+        "wandb.init",
     ),
-    *("ldm.metrics.features.fetch", "ldm.browse.main", "ldm.picture.save", "ldm.interop.single.save", "ldm.training.callbacks.Checkpoints"),
+    *(
+        "torch.optim.optimizer.torch.utils.collect_env.run",
+        "torch.nn.modules.module.torch.save",
+        "torch.nn._reduction.warnings.warn",
+    ),
+    *(
+        "ldm.io.atomic.write_text",
+        "ldm.data.image_cache.write_tensors",
+        "ldm.data.latents.write_latents",
+        "ldm.data.shards.local_path",
+        "ldm.runs.cache.ensure_trained",
+    ),
+    *(
+        "ldm.metrics.features.fetch",
+        "ldm.report.browse.main",
+        "ldm.io.images.save_png",
+        "ldm.interop.single_file.save",
+        "ldm.training.callbacks.CheckpointCallback",
+    ),
     *(
         "ldm.net.unet.UNet.forward.__globals__.clear",
-        "ldm.load.load",
+        "ldm.checkpoint.load.load_model",
         "train.train",
         "sample.sample",
         "spy.torch.save",
@@ -81,33 +102,47 @@ def run_with(folder: Path, config: object) -> Path:
 
 @pytest.mark.parametrize("target", HOSTILE)
 def test_a_run_s_config_may_name_no_more_than_models(tmp_path, target, ran):
-    for place, node in enumerate(({"net": {"_target_": target, "_partial_": True}}, {"a": [{"b": {"_target_": target, "_args_": ["x"]}}]})):
+    for place, node in enumerate(
+        ({"net": {"_target_": target, "_partial_": True}}, {"a": [{"b": {"_target_": target, "_args_": ["x"]}}]})
+    ):
         with pytest.raises(UserError, match=r"_target_") as error:
-            config_of(run_with(tmp_path / str(place), node))
+            load_run_config(run_with(tmp_path / str(place), node))
         assert "\n" not in str(error.value)
     assert not ran
 
 
 def test_what_models_are_made_of_is_let_in(monkeypatch):
-    for name in ("ldm.net.unet.UNet", "ldm.data.folder.Folder", "ldm.data.degrade.bicubic", "ldm.stage.diffusion.train", "spy.Spy"):
-        admit.target(name)
-    for name in ("torch.optim.AdamW", "torch.nn.LayerNorm", "torch.nn.functional.silu", "ldm.load.autoguidance", "ldm.training.lr.cosine"):
-        admit.target(name)
+    for name in (
+        "ldm.net.unet.UNet",
+        "ldm.data.folder.ImageFolder",
+        "ldm.data.degrade.bicubic",
+        "ldm.recipes.diffusion.train",
+        "spy.Spy",
+    ):
+        trust.check_target(name)
+    for name in (
+        "torch.optim.AdamW",
+        "torch.nn.LayerNorm",
+        "torch.nn.functional.silu",
+        "ldm.checkpoint.teachers.autoguidance",
+        "ldm.training.lr.cosine",
+    ):
+        trust.check_target(name)
     with pytest.raises(UserError, match="LDM_TRUST=lightning says so"):
-        admit.target("lightning.pytorch.callbacks.EarlyStopping")
+        trust.check_target("lightning.pytorch.callbacks.EarlyStopping")
     monkeypatch.setenv("LDM_TRUST", "timm,lightning")
-    admit.target("lightning.pytorch.callbacks.EarlyStopping")
+    trust.check_target("lightning.pytorch.callbacks.EarlyStopping")
 
 
 def test_every_target_of_ours_is_let_in():
-    for file in (Path(admit.__file__).parents[1] / "conf").rglob("*.yaml"):
+    for file in (Path(trust.__file__).parents[1] / "conf").rglob("*.yaml"):
         for line in file.read_text().splitlines() if file.parent.name != "logger" else ():
             if "_target_: " in line and "{" not in line.partition("_target_: ")[2]:
-                admit.target(line.partition("_target_: ")[2].split("#")[0].split(",")[0].strip("} "))
+                trust.check_target(line.partition("_target_: ")[2].split("#")[0].split(",")[0].strip("} "))
 
 
 def test_who_was_told_of_a_run_is_left_out(tmp_path, ran):
-    cfg = config_of(run_with(tmp_path / "run", {"logger": {"_target_": HOSTILE[0]}, "seed": 3}))
+    cfg = load_run_config(run_with(tmp_path / "run", {"logger": {"_target_": HOSTILE[0]}, "seed": 3}))
     assert "logger" not in cfg
     assert cfg.seed == 3
 
@@ -115,7 +150,9 @@ def test_who_was_told_of_a_run_is_left_out(tmp_path, ran):
 def test_text_in_a_run_s_config_stays_text(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "told")
     planted = "${oc.create:{_target_:os.system}}"
-    cfg = config_of(run_with(tmp_path / "run", {"name": "${oc.env:SECRET}", "net": planted, "prompt": "a ${ b", "missing": "???"}))
+    cfg = load_run_config(
+        run_with(tmp_path / "run", {"name": "${oc.env:SECRET}", "net": planted, "prompt": "a ${ b", "missing": "???"})
+    )
     assert (cfg.name, cfg.net, cfg.prompt, cfg.missing) == ("${oc.env:SECRET}", planted, "a ${ b", "???")
 
 
@@ -132,29 +169,39 @@ def test_a_hostile_run_as_a_command(smoke, tmp_path, capsys, ran):
 
 def test_a_checkpoint_s_header(tmp_path, ran):
     header = {"config": {"net": {"_target_": "torch.utils.collect_env.run", "command": "x"}}, "data": {}}
-    save_file({"net.w": torch.ones(1), "autoencoder.w": torch.ones(1)}, tmp_path / "a.safetensors", {"ldm": json.dumps(header)})
+    save_file(
+        {"net.w": torch.ones(1), "autoencoder.w": torch.ones(1)},
+        tmp_path / "a.safetensors",
+        {"ldm": json.dumps(header)},
+    )
     with pytest.raises(UserError, match=r"collect_env\.run.* is refused"):
-        foreign.opened(tmp_path / "a.safetensors")
+        external.open_pipeline(tmp_path / "a.safetensors")
     assert not ran
 
 
 def test_an_image_that_says_how_to_make_it_again(tmp_path, ran):
     cfg = composed(name="sample")
-    told = {"request": {**dict(cfg), "task": {"_target_": "torch.utils.collect_env.run"}, "run": "x"}, "rows": [0], "row": 0}
+    told = {
+        "request": {**dict(cfg), "task": {"_target_": "torch.utils.collect_env.run"}, "run": "x"},
+        "rows": [0],
+        "row": 0,
+    }
     told |= {"told": [], "inputs": {}, "weights": ""}
-    from ldm.build import plain
+    from ldm.config.build import to_container
 
     for change, why in (
         ({}, "is refused"),
         ({"inputs": 3, "task": None}, "run=x: no such folder"),
-        ({"run": {"a": 1}, "task": None}, "again="),
+        ({"run": {"a": 1}, "task": None}, "reproduce="),
     ):
-        text = json.dumps(told | {"request": {key: plain(one) for key, one in (told["request"] | change).items()}})
-        picture.save(tmp_path / "a.png", torch.zeros(1, 4, 4, dtype=torch.uint8), {"again": text})
+        text = json.dumps(
+            told | {"request": {key: to_container(one) for key, one in (told["request"] | change).items()}}
+        )
+        images.save_png(tmp_path / "a.png", torch.zeros(1, 4, 4, dtype=torch.uint8), {"reproduce": text})
         asked = cfg.copy()
         asked.again = str(tmp_path / "a.png")
         with pytest.raises(UserError, match=why):
-            Request.of(asked)
+            SampleRequest.from_config(asked)
     assert not ran
 
 
@@ -180,28 +227,37 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 def test_a_yaml_bomb_is_one_error(tmp_path, text, why):
     with pytest.raises(UserError, match=why) as error:
-        config_of(run_with(tmp_path / "run", text))
+        load_run_config(run_with(tmp_path / "run", text))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
 
 
 def test_dates_are_text():
-    assert yaml_of("a: 2001-99-99\nb: 2001-01-01") == {"a": "2001-99-99", "b": "2001-01-01"}
+    assert parse_yaml("a: 2001-99-99\nb: 2001-01-01") == {"a": "2001-99-99", "b": "2001-01-01"}
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5000, "[" * 200 + "]" * 200, "9" * 5000, "nan", ""])
 def test_a_json_bomb_is_one_error(tmp_path, text):
     with pytest.raises(ValueError, match=r"nested|limit|Expecting"):
-        json_of(text)
+        parse_json(text)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"classes": 3}, {"classes": [3]}, {"captions": [[]]}, {"captions": []}, {"size": 10**9}, {"size": "32"}, {"channels": 2}, {"more": 1}],
+    [
+        {"classes": 3},
+        {"classes": [3]},
+        {"captions": [[]]},
+        {"captions": []},
+        {"size": 10**9},
+        {"size": "32"},
+        {"channels": 2},
+        {"more": 1},
+    ],
 )
 def test_a_data_card_says_what_it_must(change, tmp_path):
     card = {"fingerprint": "", "classes": ["a"], "captions": [["a"]], "channels": 1, "size": 32}
-    assert DataCard.described(card).size == 32
+    assert DataCard.from_dict(card).size == 32
     (tmp_path / "data.json").write_text(json.dumps(card | change))
     with pytest.raises(UserError, match=r"data\.json is damaged \(expected"):
         load_data_card(tmp_path)
@@ -243,13 +299,13 @@ def test_bombs_and_programs_among_images(tmp_path, ran):
     for name, data in {**BAD_IMAGES, "good.png": good()}.items():
         (root / name).write_bytes(data)
     with pytest.raises(UserError, match=r"more than data\.bad=0\.2: giant\.png"):
-        Folder(root, size=16, channels=3, held_out=0)
-    data = Folder(root, size=16, channels=3, held_out=0, bad=1.0)
+        ImageFolder(root, size=16, channels=3, test_fraction=0)
+    data = ImageFolder(root, size=16, channels=3, test_fraction=0, max_unreadable=1.0)
     assert len(data) <= 3, "two may be read after all: their words or profile were left out"
     assert {"giant.png", "list.jpg", "page.png", "script.jpg", "wide.png"} <= set(data.skipped)
     for name in ("giant.png", "wide.png", "script.jpg"):
         with pytest.raises(UserError, match=name):
-            image(Wanted((16, 16), 3), str(root / name))
+            image_input(InputSpec((16, 16), 3), str(root / name))
     assert not ran
 
 
@@ -277,7 +333,7 @@ def test_members_of_a_shard_that_lead_elsewhere(tmp_path):
         ("pipe.png", b"", {"type": tarfile.FIFOTYPE}),
     )
     before = sorted(tmp_path.rglob("*"))
-    data = Shards(path, size=16, held_out=0)
+    data = TarShardDataset(path, size=16, test_fraction=0)
     assert len(data) == 2
     assert data.batch([(0, 0), (0, 1)])["image"].shape == (2, 3, 16, 16)
     assert [one for one in sorted(tmp_path.rglob("*")) if one not in before and "cache" not in one.parts] == []
@@ -293,7 +349,7 @@ def test_members_of_a_shard_that_lead_elsewhere(tmp_path):
 )
 def test_labels_that_would_fill_the_memory(tmp_path, members, why):
     with pytest.raises(UserError, match=why):
-        Shards(tarred(tmp_path / "x.tar", *members), size=16, held_out=0)
+        TarShardDataset(tarred(tmp_path / "x.tar", *members), size=16, test_fraction=0)
 
 
 def test_headers_of_headers_of_headers(tmp_path):
@@ -302,7 +358,7 @@ def test_headers_of_headers_of_headers(tmp_path):
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 5
     (tmp_path / "x.tar").write_bytes((info.tobuf() + b"name\0".ljust(512, b"\0")) * 10_000)
     with pytest.raises(UserError, match="not a whole, uncompressed tar"):
-        Shards(tmp_path / "x.tar", size=16, held_out=0)
+        TarShardDataset(tmp_path / "x.tar", size=16, test_fraction=0)
 
 
 def test_captions_without_end(tmp_path):
@@ -315,7 +371,7 @@ def test_captions_without_end(tmp_path):
     }.items():
         (root / name).write_text(text)
         (root / Path(name).with_suffix(".png")).write_bytes(good())
-    data = Folder(root, size=16, held_out=0)
+    data = ImageFolder(root, size=16, test_fraction=0)
     assert max(len(text) for texts in data.texts for text in texts) <= 1 << 20
     path = tarred(
         tmp_path / "x.tar",
@@ -324,7 +380,7 @@ def test_captions_without_end(tmp_path):
         ("2.png", good(), {}),
         ("2.txt", b"a " * (1 << 20), {}),
     )
-    data = Shards(path, size=16, held_out=0)
+    data = TarShardDataset(path, size=16, test_fraction=0)
     assert data.batch([(0, 0), (0, 1)])["caption"] == ["", ""]
 
 
@@ -334,11 +390,11 @@ def test_lists_that_name_files_elsewhere(tmp_path):
     root.mkdir()
     (root / "a.png").write_bytes(good())
     (root / "metadata.csv").write_text(f"file_name,caption\na.png,red\n../secret.png,out\n{tmp_path}/secret.png,out\n")
-    data = Folder(root, size=16, held_out=0)
+    data = ImageFolder(root, size=16, test_fraction=0)
     assert (len(data), data.texts) == (1, [["red"]])
     (root / "metadata.csv").write_text('file_name,caption\na.png,"' + "x" * 200_000 + '"\n')
     with pytest.raises(UserError, match="is no list of captions"):
-        Folder(root, size=16, held_out=0)
+        ImageFolder(root, size=16, test_fraction=0)
 
     for name in ("../../secret.png", str(tmp_path / "secret.png")):
         listed = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}

@@ -9,13 +9,28 @@ import harm
 import pytest
 from smoke import processes
 
-from ldm import durable, runs
+from ldm.checkpoint.step import latest_valid_checkpoint, load_checkpoint
+from ldm.io import atomic
+from ldm.runs import metrics_log
 
-SIZES = ("training.steps=6", "training.save_every=2", "training.grid_every=100", "training.log_every=1", "metrics=none")
+SIZES = (
+    "training.steps=6",
+    "training.save_every=2",
+    "training.sample_every=100",
+    "training.log_every=1",
+    "metrics=none",
+)
 STAGES = {
     "diffusion": ("train.py", "budget=smoke", *SIZES),
     "autoencoder": (
-        *("train.py", "budget=smoke", "training=autoencoder", "~training.score", "training.batch_size=8", "training.discriminator_start=0"),
+        *(
+            "train.py",
+            "budget=smoke",
+            "training=autoencoder",
+            "~training.score",
+            "training.batch_size=8",
+            "training.discriminator_start=0",
+        ),
         *SIZES,
     ),
 }
@@ -29,17 +44,25 @@ def test_on_one_rank_of_two_both_skip_the_step_and_go_on(stage, smoke, tmp_path)
     done = processes(*[(*STAGES[stage], *TWO)] * 2, cwd=tmp_path, harm=partial(harm.not_a_number, (3,), (1,)))
     assert [one.returncode for one in done] == [0, 0], done
     (evidence,) = tmp_path.rglob("nonfinite.json")
-    rows = runs.read_journal(evidence.parent / "metrics.jsonl")
-    assert [(row["step"], row.get("train/skipped")) for row in rows] == [(step, 1 if step == 3 else None) for step in range(1, 7)]
+    rows = metrics_log.read_metrics_log(evidence.parent / "metrics.jsonl")
+    assert [(row["step"], row.get("train/skipped")) for row in rows] == [
+        (step, 1 if step == 3 else None) for step in range(1, 7)
+    ]
     assert len(json.loads(evidence.read_text())["batch"]["pass, index"]) == 8
-    assert all(value.isfinite().all() for value in durable.read_tensors(evidence.parent / "weights.safetensors").values())
+    assert all(
+        value.isfinite().all() for value in atomic.read_tensors(evidence.parent / "weights.safetensors").values()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_for_ever_it_ends_with_3_and_a_checkpoint_that_is_whole(stage, smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
-    (done,) = processes((*STAGES[stage], "skips=3", "trainer=cpu"), cwd=tmp_path, harm=partial(harm.not_a_number, range(3, 7), (0,)))
+    (done,) = processes(
+        (*STAGES[stage], "max_skipped_steps=3", "trainer=cpu"),
+        cwd=tmp_path,
+        harm=partial(harm.not_a_number, range(3, 7), (0,)),
+    )
     assert done.returncode == 3, done.stdout
     assert "error: the gradients of 3 steps in a row, up to step 5, are not finite" in done.stdout
     assert "Traceback" not in done.stdout
@@ -47,8 +70,12 @@ def test_for_ever_it_ends_with_3_and_a_checkpoint_that_is_whole(stage, smoke, tm
     assert str(evidence.relative_to(tmp_path)) in done.stdout
     assert json.loads(evidence.read_text())["step"] == 5
     assert not (evidence.parent / "metrics.json").is_file()
-    step = durable.load_step(durable.latest_valid(evidence.parent / "checkpoints")[0])
+    step = load_checkpoint(latest_valid_checkpoint(evidence.parent / "checkpoints")[0])
     assert step.step == 4
     assert all(value.isfinite().all() for state in step.tensors.values() for value in state.values())
-    losses = [row["train/loss"] for row in runs.read_journal(evidence.parent / "metrics.jsonl") if "train/loss" in row]
+    losses = [
+        row["train/loss"]
+        for row in metrics_log.read_metrics_log(evidence.parent / "metrics.jsonl")
+        if "train/loss" in row
+    ]
     assert all(map(math.isfinite, losses))

@@ -11,18 +11,29 @@ import pytest
 import torch
 from smoke import processes
 
-from ldm import durable, runs
+from ldm.checkpoint.step import Checkpoint, load_checkpoint
+from ldm.runs import metrics_log
 
-DIFFUSION = ("train.py", "budget=smoke", "metrics=none", "training.steps=6", "training.save_every=2", "training.grid_every=100")
+DIFFUSION = (
+    "train.py",
+    "budget=smoke",
+    "metrics=none",
+    "training.steps=6",
+    "training.save_every=2",
+    "training.sample_every=100",
+)
 ONE = ("trainer=cpu",)
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32")
 
 
-def ended(folder: Path) -> tuple[list[dict], durable.Step]:
+def ended(folder: Path) -> tuple[list[dict], Checkpoint]:
     """The losses and the last step of the one run in a folder."""
     (run,) = (folder / "runs").iterdir()
-    rows = [{key: row[key] for key in row if key.startswith("train/")} for row in runs.read_journal(run / "metrics.jsonl")]
-    return rows, durable.load_step(run / "checkpoints" / "step-00000006")
+    rows = [
+        {key: row[key] for key in row if key.startswith("train/")}
+        for row in metrics_log.read_metrics_log(run / "metrics.jsonl")
+    ]
+    return rows, load_checkpoint(run / "checkpoints" / "step-00000006")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +62,21 @@ def test_a_killed_rank_ends_the_other_and_nothing_is_lost(again, whole, smoke, t
     for row, other in zip(losses, expected, strict=True):
         assert row == (other if again == 2 else pytest.approx(other, rel=1e-5))
     if again == 2:
-        assert all(torch.equal(step.tensors[kind][name], value) for kind, held in last.tensors.items() for name, value in held.items())
+        assert all(
+            torch.equal(step.tensors[kind][name], value)
+            for kind, held in last.tensors.items()
+            for name, value in held.items()
+        )
 
 
 @pytest.mark.slow
 def test_a_killed_training_leaves_no_process_that_reads_for_it(smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
-    (killed,) = processes((*DIFFUSION, *ONE, "trainer.workers=2"), cwd=tmp_path, harm=partial(harm.after_step, 3, harm.killed_beside, (0,)))
+    (killed,) = processes(
+        (*DIFFUSION, *ONE, "trainer.num_workers=2"),
+        cwd=tmp_path,
+        harm=partial(harm.after_step, 3, harm.killed_beside, (0,)),
+    )
     assert killed.returncode == -signal.SIGKILL
     readers = [int(word) for word in (tmp_path / "readers.txt").read_text().split()]
     assert len(readers) == 2

@@ -12,11 +12,14 @@ def test_a_run_taken_up_with_another_rate_only_where_that_is_said(smoke, tmp_pat
         said = capfd.readouterr().err
         assert said.startswith(f"error: resume={smoke.run} is a checkpoint of another training: ")
         assert "training.optimizer.lr: 0.002 -> 0.001; training.steps: 2 -> 3" in said
-        run = train(*typed[1:], "resume_with=[training.optimizer.lr,training.steps]")
+        run = train(*typed[1:], "resume_allow_changes=[training.optimizer.lr,training.steps]")
         assert "resuming from step 2 " in capfd.readouterr().out
         row = (run / "metrics.jsonl").read_text().splitlines()[-1]
         assert '"step": 3' in row
         assert command("train.py", "budget=smoke", "metrics=none", "resume=must", "seed=5") == 2
         said = capfd.readouterr().err
     assert "error: resume=must: no valid checkpoint in runs/" in said
-    assert "has, and differs from what is asked in seed: 0 -> 5; training.optimizer.lr: 0.001 -> 0.002; training.steps: 3 -> 2" in said
+    assert (
+        "has, and differs from what is asked in seed: 0 -> 5; training.optimizer.lr: 0.001 -> 0.002; training.steps: 3 -> 2"
+        in said
+    )

@@ -10,9 +10,17 @@ import harm
 import pytest
 from smoke import process, processes
 
-from ldm import durable, runs
+from ldm.io import atomic
+from ldm.runs import metrics_log
 
-DIFFUSION = ("train.py", "budget=smoke", "metrics=none", "training.steps=6", "training.save_every=2", "training.grid_every=100")
+DIFFUSION = (
+    "train.py",
+    "budget=smoke",
+    "metrics=none",
+    "training.steps=6",
+    "training.save_every=2",
+    "training.sample_every=100",
+)
 ONE = ("trainer=cpu",)
 TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32")
 
@@ -20,8 +28,11 @@ TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32")
 def ended(folder: Path) -> tuple[list[dict], dict]:
     """The losses and the final averaged weights of the one run in a folder."""
     (run,) = (folder / "runs").iterdir()
-    rows = [{key: row[key] for key in row if key.startswith("train/")} for row in runs.read_journal(run / "metrics.jsonl")]
-    return rows, durable.read_tensors(run / "weights.safetensors")
+    rows = [
+        {key: row[key] for key in row if key.startswith("train/")}
+        for row in metrics_log.read_metrics_log(run / "metrics.jsonl")
+    ]
+    return rows, atomic.read_tensors(run / "weights.safetensors")
 
 
 @pytest.mark.slow

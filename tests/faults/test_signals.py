@@ -10,9 +10,18 @@ import harm
 import pytest
 from smoke import processes
 
-from ldm import durable, runs
+from ldm.checkpoint import step
+from ldm.io import atomic
+from ldm.runs import metrics_log
 
-DIFFUSION = ("train.py", "budget=smoke", "metrics=none", "training.steps=6", "training.save_every=100", "training.grid_every=100")
+DIFFUSION = (
+    "train.py",
+    "budget=smoke",
+    "metrics=none",
+    "training.steps=6",
+    "training.save_every=100",
+    "training.sample_every=100",
+)
 ALONE, TWO = ("trainer=cpu",), ("trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32")
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
@@ -25,7 +34,7 @@ def stopped(smoke, folder: Path, numbers: tuple[int, ...], ranks: tuple[int, ...
 
 
 def steps(folder: Path) -> list[str]:
-    return [path.name for path in durable.steps(next(folder.glob("runs/*")) / "checkpoints")]
+    return [path.name for path in step.list_checkpoints(next(folder.glob("runs/*")) / "checkpoints")]
 
 
 CASES = {
@@ -52,7 +61,7 @@ def test_told_once_it_keeps_its_step_and_goes_on_there(case, smoke, tmp_path):
     assert [one.returncode for one in again] == [0] * world, again
     assert "resuming from step 3 " in again[0].stdout
     (journal,) = tmp_path.glob("runs/*/metrics.jsonl")
-    assert [row["step"] for row in runs.read_journal(journal)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics_log.read_metrics_log(journal)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
@@ -68,11 +77,11 @@ def test_a_training_ended_after_its_last_step_goes_on_with_what_it_learned(smoke
     """Nothing is left to train, and the weights that are drawn from and kept are the checkpoint's, not fresh ones."""
     shutil.copytree(smoke.run, run := tmp_path / "runs" / smoke.run.name)
     shutil.copytree(smoke.kept, tmp_path / "cache")
-    learned = durable.read_tensors(run / "weights.safetensors")
+    learned = atomic.read_tensors(run / "weights.safetensors")
     for name in ("metrics.json", "weights.safetensors"):
         os.remove(run / name)
     (done,) = processes(("train.py", "budget=smoke"), cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "resuming from step 2 " in done.stdout
-    again = durable.read_tensors(run / "weights.safetensors")
+    again = atomic.read_tensors(run / "weights.safetensors")
     assert all((again[name] == learned[name]).all() for name in learned)

@@ -18,7 +18,7 @@ from smoke import ROOT, command, here, process, processes
 SCRIPT = """
 import json, os
 from pathlib import Path
-from ldm.command import command
+from ldm.cli.main import command
 
 
 def main(cfg):
@@ -44,7 +44,11 @@ def script(tmp_path) -> Path:
 @pytest.mark.slow
 def test_each_job_is_a_world_of_its_own_whose_ranks_agree(script, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(script), "-m", "trainer.devices=1,2,1", "rate=0.1"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), "-m", "trainer.devices=1,2,1", "rate=0.1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
@@ -54,7 +58,15 @@ def test_each_job_is_a_world_of_its_own_whose_ranks_agree(script, tmp_path):
     assert "3 of 3 jobs done" in done.stdout
 
 
-SWEEP = ("-m", "budget=smoke", "metrics=none", "training.steps=20", "training.save_every=2", "training.grid_every=100", "trainer=cpu")
+SWEEP = (
+    "-m",
+    "budget=smoke",
+    "metrics=none",
+    "training.steps=20",
+    "training.save_every=2",
+    "training.sample_every=100",
+    "trainer=cpu",
+)
 
 
 def held_by(folder: Path, rows: int, seconds: float) -> int:
@@ -73,7 +85,9 @@ def test_a_killed_job_fails_alone_and_the_same_sweep_goes_on_with_it(smoke, tmp_
     shutil.copytree(smoke.kept, tmp_path / "cache")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "LDM_CACHE": str(tmp_path / "cache"), "LDM_OFFLINE": "1"}
     line = [sys.executable, str(ROOT / "train.py"), *SWEEP, "seed=0,1"]
-    with subprocess.Popen(line, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as sweep:
+    with subprocess.Popen(
+        line, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as sweep:
         os.kill(held_by(tmp_path, 3, 500), signal.SIGKILL)
         said, _ = sweep.communicate(timeout=600)
     assert sweep.returncode == 1, said
@@ -109,7 +123,11 @@ def harm(failing: int | None, killed: int | None, rank: int) -> None:
 def started(folder: Path, failing: int | None = None, killed: int | None = None) -> tuple[int, str, dict[str, int]]:
     """The sweep of eight once more: its exit code, what it said, and when each finished run was."""
     (sweep,) = processes(EIGHT, cwd=folder, harm=partial(harm, failing, killed))
-    return sweep.returncode, sweep.stdout, {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")}
+    return (
+        sweep.returncode,
+        sweep.stdout,
+        {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")},
+    )
 
 
 def numbers(said: str, how: str = "") -> list[int]:
@@ -140,7 +158,9 @@ def test_eight_jobs_killed_in_the_middle_finish_exactly_the_missing_ones(smoke, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0]
+)
 def test_other_launchers_come_to_the_end_and_tell_what_became_of_each(launcher, smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     shutil.copytree(smoke.run, tmp_path / "runs" / smoke.run.name)
@@ -148,7 +168,9 @@ def test_other_launchers_come_to_the_end_and_tell_what_became_of_each(launcher, 
     done = process("train.py", "-m", *jobs, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "3 of 3 jobs done, 1 of them before" in done.stdout
-    found = {path.parent.name: json.loads(path.read_text())["fd_fashion"] for path in tmp_path.glob("runs/*/metrics.json")}
+    found = {
+        path.parent.name: json.loads(path.read_text())["fd_fashion"] for path in tmp_path.glob("runs/*/metrics.json")
+    }
     assert sorted(name[-2:] for name in found) == ["s0", "s1", "s2"]
     for name, value in found.items():
         assert re.search(rf"seed={name[-1]} .*(done|skipped) +{re.escape(f'{value:.6g}')}", done.stdout), name
@@ -171,12 +193,27 @@ def test_a_search_of_six_goes_by_the_runs_numbers_and_is_the_same_again(smoke, t
             assert said.count("this run is done") == (6 if times == 2 else 0)
             assert "6 of 6 jobs done" in said
             assert re.search(rf"best: training.optimizer.lr=\S+  {re.escape(f'{min(found):.6g}')}$", said, re.MULTILINE)
-        assert command("train.py", "-m", "budget=smoke", "metrics=fd", "optimize=nothing", *search, "hydra.sweeper.n_trials=1") == 1
-    assert "no number for the search to go by: optimize= must name one of the run's metrics.json" in capfd.readouterr().err
+        assert (
+            command(
+                "train.py",
+                "-m",
+                "budget=smoke",
+                "metrics=fd",
+                "optimized_metric=nothing",
+                *search,
+                "hydra.sweeper.n_trials=1",
+            )
+            == 1
+        )
+    assert (
+        "no number for the search to go by: optimize= must name one of the run's metrics.json" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "code", "end"), [(5, 3, "step 5: .* are not finite"), (3, 0, "step 3: every module's .* are finite")])
+@pytest.mark.parametrize(
+    ("step", "code", "end"), [(5, 3, "step 5: .* are not finite"), (3, 0, "step 3: every module's .* are finite")]
+)
 def test_a_step_of_a_run_is_gone_through_once_more(step, code, end, smoke, tmp_path):
     """The run skips its fifth step, whose loss is not a number; it is looked at again from the checkpoint before."""
     from harm import not_a_number

@@ -14,7 +14,10 @@ import pytest
 from smoke import ROOT
 from test_input_logs import of_home
 
-BLOCK, HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log: checksum, length, and whether whole, first, middle or last
+BLOCK, HEADER = (
+    32768,
+    struct.Struct("<IHB"),
+)  # LevelDB's log: checksum, length, and whether whole, first, middle or last
 
 
 def records(path: Path) -> Iterator[object]:
@@ -72,8 +75,21 @@ def test_four_jobs_are_four_runs_of_one_group(smoke, tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "LDM"))}
     home = tmp_path / "home"
     home.mkdir()
-    env = {**kept, "HOME": str(home), "NETRC": str(home / "none"), "LDM_CACHE": str(shutil.copytree(smoke.kept, tmp_path / "cache"))}
-    words = ("-m", "budget=smoke", "logger=wandb", "logger.tags=[mine]", "seed=0,1", "schedule=linear,cosine", "name=study")
+    env = {
+        **kept,
+        "HOME": str(home),
+        "NETRC": str(home / "none"),
+        "LDM_CACHE": str(shutil.copytree(smoke.kept, tmp_path / "cache")),
+    }
+    words = (
+        "-m",
+        "budget=smoke",
+        "logger=wandb",
+        "logger.tags=[mine]",
+        "seed=0,1",
+        "schedule=linear,cosine",
+        "name=study",
+    )
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *words],
         cwd=tmp_path,
@@ -95,13 +111,18 @@ def test_four_jobs_are_four_runs_of_one_group(smoke, tmp_path):
         journal = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert losses == pytest.approx([row["train/loss"] for row in journal if "train/loss" in row])
         pictures = [
-            value for row in run["history"] for value in row.values() if isinstance(value, dict) and value.get("_type") == "image-file"
+            value
+            for row in run["history"]
+            for value in row.values()
+            if isinstance(value, dict) and value.get("_type") == "image-file"
         ]
         assert pictures
         assert all((file.parent / "files" / one["path"]).read_bytes().startswith(b"\x89PNG") for one in pictures)
         (table,) = (row["scores"] for row in run["history"] if "scores" in row)
         shown = json.loads((file.parent / "files" / table["path"]).read_text())
-        assert dict(zip(shown["columns"], shown["data"][0], strict=True))["fd_fashion"] == pytest.approx(metrics["fd_fashion"])
+        assert dict(zip(shown["columns"], shown["data"][0], strict=True))["fd_fashion"] == pytest.approx(
+            metrics["fd_fashion"]
+        )
         assert run["summary"]["fd_fashion"] == pytest.approx(metrics["fd_fashion"])
     assert len(runs) == 4
     chosen = {(run["config"]["choice"]["schedule"], run["config"]["seed"]) for run in runs.values()}

@@ -16,7 +16,9 @@ import torch
 sys.path = [place for place in sys.path if place not in ("", str(Path(__file__).parents[2]))]
 import ldm  # noqa: E402
 
-assert "diffusionmodules" in " ".join(str(p) for p in Path(ldm.__path__[0]).rglob("*")), "PYTHONPATH must lead to stable-diffusion-sdkit"
+assert "diffusionmodules" in " ".join(str(p) for p in Path(ldm.__path__[0]).rglob("*")), (
+    "PYTHONPATH must lead to stable-diffusion-sdkit"
+)
 from ldm.models.autoencoder import AutoencoderKL  # noqa: E402
 from ldm.modules import attention  # noqa: E402
 from ldm.modules.diffusionmodules import openaimodel, util  # noqa: E402
@@ -26,18 +28,37 @@ COMMON = {"image_size": 8, "in_channels": 4, "out_channels": 4, "num_res_blocks"
 SD = {"use_spatial_transformer": True, "transformer_depth": 1, **COMMON}
 PAPER = {"image_size": 64, "num_res_blocks": 2}
 UNETS = {
-    "sd": {**SD, "model_channels": 32, "attention_resolutions": [2, 1], "channel_mult": [1, 2, 2], "num_heads": 4, "context_dim": 24},
+    "sd": {
+        **SD,
+        "model_channels": 32,
+        "attention_resolutions": [2, 1],
+        "channel_mult": [1, 2, 2],
+        "num_heads": 4,
+        "context_dim": 24,
+    },
     "sd2": {
         **{**SD, "model_channels": 32, "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 16},
         **{"use_linear_in_transformer": True, "transformer_depth": 2, "context_dim": [24, 24]},
     },
-    "ffhq": {**COMMON, "model_channels": 32, "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 16},
+    "ffhq": {
+        **COMMON,
+        "model_channels": 32,
+        "attention_resolutions": [2],
+        "channel_mult": [1, 2],
+        "num_head_channels": 16,
+    },
     "churches": {
         **{**COMMON, "model_channels": 32, "attention_resolutions": [1, 2], "channel_mult": [1, 2, 2], "num_heads": 4},
         **{"use_scale_shift_norm": True, "resblock_updown": True},
     },
     "new_order": {
-        **{**COMMON, "model_channels": 32, "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 16},
+        **{
+            **COMMON,
+            "model_channels": 32,
+            "attention_resolutions": [2],
+            "channel_mult": [1, 2],
+            "num_head_channels": 16,
+        },
         **{"use_new_attention_order": True},
     },
 }
@@ -51,26 +72,60 @@ PAPER_UNETS = {
         **{"num_head_channels": 64, "context_dim": 1024, "use_linear_in_transformer": True},
     },
     "ldm4_ffhq": {
-        **{**COMMON, **PAPER, "in_channels": 3, "out_channels": 3, "model_channels": 224, "attention_resolutions": [8, 4, 2]},
+        **{
+            **COMMON,
+            **PAPER,
+            "in_channels": 3,
+            "out_channels": 3,
+            "model_channels": 224,
+            "attention_resolutions": [8, 4, 2],
+        },
         **{"channel_mult": [1, 2, 3, 4], "num_head_channels": 32},
     },
     "ldm8_churches": {
-        **{**COMMON, **PAPER, "model_channels": 192, "attention_resolutions": [1, 2, 4, 8], "channel_mult": [1, 2, 2, 4, 4]},
+        **{
+            **COMMON,
+            **PAPER,
+            "model_channels": 192,
+            "attention_resolutions": [1, 2, 4, 8],
+            "channel_mult": [1, 2, 2, 4, 4],
+        },
         **{"num_heads": 8, "use_scale_shift_norm": True, "resblock_updown": True},
     },
     "ldm4_cin256": {
-        **{**SD, **PAPER, "in_channels": 3, "out_channels": 3, "model_channels": 192, "attention_resolutions": [8, 4, 2]},
+        **{
+            **SD,
+            **PAPER,
+            "in_channels": 3,
+            "out_channels": 3,
+            "model_channels": 192,
+            "attention_resolutions": [8, 4, 2],
+        },
         **{"channel_mult": [1, 2, 3, 5], "num_heads": 1, "context_dim": 512},
     },
 }
 VAE = {"double_z": True, "in_channels": 3, "out_ch": 3, "num_res_blocks": 2, "dropout": 0.0}
 AUTOENCODERS = {
     "kl_f4": {**VAE, "z_channels": 3, "resolution": 16, "ch": 32, "ch_mult": [1, 2, 2], "attn_resolutions": []},
-    "kl_f4_attn": {**VAE, "z_channels": 4, "resolution": 16, "ch": 32, "ch_mult": [1, 1, 2], "attn_resolutions": [4, 8]},
+    "kl_f4_attn": {
+        **VAE,
+        "z_channels": 4,
+        "resolution": 16,
+        "ch": 32,
+        "ch_mult": [1, 1, 2],
+        "attn_resolutions": [4, 8],
+    },
 }
 PAPER_AUTOENCODERS = {
     "kl_f8": {**VAE, "z_channels": 4, "resolution": 256, "ch": 128, "ch_mult": [1, 2, 4, 4], "attn_resolutions": []},
-    "kl_f16": {**VAE, "z_channels": 16, "resolution": 256, "ch": 128, "ch_mult": [1, 1, 2, 2, 4], "attn_resolutions": [16]},
+    "kl_f16": {
+        **VAE,
+        "z_channels": 16,
+        "resolution": 256,
+        "ch": 128,
+        "ch_mult": [1, 1, 2, 2, 4],
+        "attn_resolutions": [16],
+    },
 }
 in_float32 = openaimodel.timestep_embedding
 util.GroupNorm32.forward = torch.nn.GroupNorm.forward  # which it is, but for a detour over float32
@@ -122,9 +177,17 @@ def reconstructed(options: dict, size: int) -> dict:
 def main() -> None:
     made: dict = {"unet": {}, "autoencoder": {}, "paper_unet": {}, "paper_autoencoder": {}}
     for name, options in UNETS.items():
-        made["unet"][name] = {"options": options, **shapes(openaimodel.UNetModel(**options)), "output": asked(options, 8)}
+        made["unet"][name] = {
+            "options": options,
+            **shapes(openaimodel.UNetModel(**options)),
+            "output": asked(options, 8),
+        }
     for name, options in AUTOENCODERS.items():
-        made["autoencoder"][name] = {"options": options, **shapes(autoencoder(options)), "output": reconstructed(options, 16)}
+        made["autoencoder"][name] = {
+            "options": options,
+            **shapes(autoencoder(options)),
+            "output": reconstructed(options, 16),
+        }
     for name, options in PAPER_UNETS.items():
         with torch.device("meta"):
             made["paper_unet"][name] = {"options": options, **shapes(openaimodel.UNetModel(**options))}

@@ -9,12 +9,14 @@ from omegaconf import OmegaConf
 from seeded import fill, numbers
 from torch import nn
 
-from ldm import build, export, foreign
-from ldm.diffusion import times
+from ldm.checkpoint import external
+from ldm.cli import export
+from ldm.config import build
+from ldm.diffusion import grids
 from ldm.diffusion.sampler import ddim
 from ldm.errors import UserError
-from ldm.interop import bert, checkpoint, nodes
-from ldm.interop.pipeline import Pipeline, unseen
+from ldm.interop import bert, checkpoint, config_nodes
+from ldm.interop.pipeline import Pipeline, unknown_data_info
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "cat", "##s", "!"]
 DIM, HEADS, EACH, DEPTH = 16, 2, 8, 2
@@ -27,7 +29,9 @@ def vocabulary(tmp_path_factory):
 
     cut = Tokenizer(models.WordPiece({word: n for n, word in enumerate(WORDS)}, unk_token="[UNK]"))
     cut.normalizer, cut.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    cut.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    cut.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     file = tmp_path_factory.mktemp("words") / "tokenizer.json"
     cut.save(str(file))
     return file
@@ -35,22 +39,28 @@ def vocabulary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(vocabulary):
-    words = {"_target_": "ldm.conditioner.transformer.WordPiece", "dim": DIM, "layers": DEPTH, "heads": HEADS, "head_channels": EACH}
+    words = {
+        "_target_": "ldm.conditioner.transformer.WordPiece",
+        "dim": DIM,
+        "layers": DEPTH,
+        "heads": HEADS,
+        "head_channels": EACH,
+    }
     config = {
-        "net": nodes.unet(16, (1, 2), 1, (1, 2), nodes.transformer(True), heads=2, groups=8),
-        "autoencoder": nodes.first_stage(4, 8, (1, 1, 1, 1), 1, groups=4),
+        "net": config_nodes.unet(16, (1, 2), 1, (1, 2), config_nodes.transformer(True), heads=2, groups=8),
+        "autoencoder": config_nodes.first_stage(4, 8, (1, 1, 1, 1), 1, groups=4),
         "conditioner": {**words, "length": 77, "logits": True, "vocabulary": str(vocabulary)},
-        "schedule": nodes.betas("scaled_linear", 1000, 0.0015, 0.0195),
-        "prediction": nodes.prediction("Eps"),
+        "schedule": config_nodes.betas("scaled_linear", 1000, 0.0015, 0.0195),
+        "prediction": config_nodes.prediction("Eps"),
         "seed": 0,
     }
     built = OmegaConf.create(config)
-    card = foreign.card_of(unseen(3, 32))
-    stage = fill(build.autoencoder(built.autoencoder, 3))
+    card = external.data_card(unknown_data_info(3, 32))
+    stage = fill(build.build_autoencoder(built.autoencoder, 3))
     stage.scale.fill_(0.2)
-    model = build.model(built, stage, card)
+    model = build.build_model(built, stage, card)
     net, told = fill(model.denoiser.net).state_dict(), fill(model.conditioner).state_dict()
-    return Pipeline(config, net, stage.state_dict(), unseen(3, 32), {}, told)
+    return Pipeline(config, net, stage.state_dict(), unknown_data_info(3, 32), {}, told)
 
 
 class Attends(nn.Module):
@@ -71,7 +81,9 @@ class Feeds(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU()), nn.Dropout(0), nn.Linear(4 * DIM, DIM))
+        self.net = nn.Sequential(
+            nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU()), nn.Dropout(0), nn.Linear(4 * DIM, DIM)
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -85,7 +97,9 @@ class Theirs(nn.Module):
         self.token_emb, self.pos_emb, self.attn_layers = nn.Embedding(len(WORDS), DIM), nn.Module(), nn.Module()
         self.pos_emb.emb = nn.Embedding(77, DIM)
         kinds = [Attends, Feeds] * DEPTH
-        self.attn_layers.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(DIM), kind(), nn.Identity()]) for kind in kinds)
+        self.attn_layers.layers = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(DIM), kind(), nn.Identity()]) for kind in kinds
+        )
         self.norm, self.to_logits = nn.LayerNorm(DIM), nn.Linear(DIM, len(WORDS))
 
     def forward(self, ids):
@@ -99,7 +113,7 @@ class Theirs(nn.Module):
 def test_compvis_bert_reads_the_same(pipeline):
     theirs = fill(Theirs())
     ours = bert.import_bert(theirs.state_dict())
-    told = foreign.model_of(Pipeline(**{**vars(pipeline), "conditioner": ours})).conditioner
+    told = external.build_from_pipeline(Pipeline(**{**vars(pipeline), "conditioner": ours})).conditioner
     ids = torch.tensor([told.ids("a photo of cats!")])
     assert ids[0, :9].tolist() == [2, 4, 5, 6, 7, 8, 9, 3, 0]
     assert torch.allclose(told({"caption": ["a photo of cats!"]}).context, theirs(ids), atol=1e-5)
@@ -122,22 +136,27 @@ def test_a_whole_checkpoint_of_ldms_text_to_image(pipeline):
 def test_ldms_pipeline_of_diffusers_draws_the_same_image(pipeline, tmp_path):
     from diffusers import LDMTextToImagePipeline
 
-    export.diffusers(pipeline, tmp_path / "out")
+    export.export_diffusers(pipeline, tmp_path / "out")
     theirs = LDMTextToImagePipeline.from_pretrained(tmp_path / "out")
     theirs.set_progress_bar_config(disable=True)
     z, prompt = numbers("z", (1, 4, 4, 4)), "a photo of cats!"
     found = theirs([prompt], num_inference_steps=5, guidance_scale=1.0, latents=z.clone(), output_type="pt").images
-    back = foreign.opened(tmp_path / "out")
+    back = external.open_pipeline(tmp_path / "out")
     assert back.config["conditioner"] | {"vocabulary": 0} == pipeline.config["conditioner"] | {"vocabulary": 0}
     for one in (pipeline, back):
-        model = foreign.model_of(one)
+        model = external.build_from_pipeline(one)
         cond, schedule = model.condition({"caption": [prompt]}), model.denoiser.schedule
-        ts = times.ending_at(times.leading(schedule, 5, offset=1), 1 / 1000)
+        ts = grids.replace_end(grids.leading(schedule, 5, offset=1), 1 / 1000)
         with torch.inference_mode():
-            image = (model.decode(ddim(lambda x, t, m=model, c=cond: m.denoiser(x, t, c), schedule, z, ts, lambda x: x)) + 1) / 2
+            image = (
+                model.decode(ddim(lambda x, t, m=model, c=cond: m.denoiser(x, t, c), schedule, z, ts, lambda x: x)) + 1
+            ) / 2
         assert image.std() > 0.05
         assert float((found - image).abs().max()) <= 2e-3
     (tmp_path / "out" / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file; expected one for a list of 10 words"):
-        foreign.opened(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["bert"] == ["latent_diffusion", "LDMBertModel"]
+        external.open_pipeline(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["bert"] == [
+        "latent_diffusion",
+        "LDMBertModel",
+    ]

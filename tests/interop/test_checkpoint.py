@@ -6,7 +6,7 @@ from seeded import fill, state
 from test_tables import same_shapes, shapes
 
 from ldm.errors import UserError
-from ldm.interop import checkpoint, compvis, nodes
+from ldm.interop import checkpoint, compvis, config_nodes
 from ldm.interop.checkpoint import EMA, FOUNDATION, LOSS, NET, STAGE, TOLD
 
 
@@ -21,8 +21,15 @@ def same(a, b):
 
 
 def test_a_loss_is_known_by_every_name(stage):
-    same(checkpoint.first_stage({**stage, **{name: torch.zeros(1) for name in LOSS}}), compvis.import_autoencoder(stage))
-    for unknown in ("loss.discriminator.main.12.weight", "loss.perceptual_loss.net.slice6.0.bias", "loss.logvars", "model_emas.decay"):
+    same(
+        checkpoint.first_stage({**stage, **{name: torch.zeros(1) for name in LOSS}}), compvis.import_autoencoder(stage)
+    )
+    for unknown in (
+        "loss.discriminator.main.12.weight",
+        "loss.perceptual_loss.net.slice6.0.bias",
+        "loss.logvars",
+        "model_emas.decay",
+    ):
         with pytest.raises(UserError, match=f"no place for {unknown}"):
             checkpoint.first_stage({**stage, unknown: torch.zeros(1)})
 
@@ -65,17 +72,17 @@ def test_stable_diffusion_1_is_known_by_its_shapes():
         named = {f"{NET}{name}": torch.empty(shape) for name, shape in shapes("paper_unet", "sd1").items()}
         named |= {f"{STAGE}{name}": torch.empty(shape) for name, shape in shapes("paper_autoencoder", "kl_f8").items()}
         named[f"{TOLD}transformer.text_model.final_layer_norm.weight"] = torch.empty(768)
-    found = checkpoint.sd1(named)
+    found = checkpoint.detect_sd1(named)
     assert found is not None
     assert (found["scale"], found["prediction"]["_target_"]) == (0.18215, "ldm.diffusion.prediction.Eps")
-    parts = checkpoint.apart({**named, **{name: torch.empty(0, device="meta") for name in checkpoint.TABLES}})
+    parts = checkpoint.split_parts({**named, **{name: torch.empty(0, device="meta") for name in checkpoint.TABLES}})
     same_shapes(compvis.import_unet(parts.net), found["net"], in_channels=4, out_channels=4, context_dim=768)
     same_shapes(compvis.import_autoencoder(parts.stage), found["autoencoder"])
     stem, small = f"{NET}input_blocks.0.0.weight", f"{NET}time_embed.0.weight"
-    inpaints = checkpoint.sd1({**named, stem: torch.empty(320, 9, 3, 3, device="meta")})
-    assert inpaints == {**found, "conditioner": nodes.inpainting(found["conditioner"])}
-    assert checkpoint.sd1({**named, small: torch.empty(64, 32)}) is None
-    assert checkpoint.sd1({}) is None
+    inpaints = checkpoint.detect_sd1({**named, stem: torch.empty(320, 9, 3, 3, device="meta")})
+    assert inpaints == {**found, "conditioner": config_nodes.inpainting(found["conditioner"])}
+    assert checkpoint.detect_sd1({**named, small: torch.empty(64, 32)}) is None
+    assert checkpoint.detect_sd1({}) is None
 
 
 def test_fill_and_state_are_the_same_draw():

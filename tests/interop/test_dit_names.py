@@ -14,8 +14,8 @@ from ldm.diffusion import prediction, schedule
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import UserError
 from ldm.interop.dit import dit, import_dit, import_labels, import_sit
-from ldm.interop.keymap import exported
-from ldm.net.blocks import toward_data
+from ldm.interop.keymap import export_state
+from ldm.net.blocks import reversed_timestep_embedding
 from ldm.net.dit import DiT, SwiGLU
 from ldm.net.positions import rope_2d, sincos_2d
 
@@ -60,7 +60,10 @@ class Turned(Attention):
         row, column = torch.arange(SIDE * SIDE) // SIDE, torch.arange(SIDE * SIDE) % SIDE
         angle = torch.cat([row[:, None] * rates, column[:, None] * rates], dim=1)
         turn = torch.polar(torch.ones_like(angle), angle)
-        q, k = (torch.view_as_real(torch.view_as_complex(one.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2) for one in (q, k))
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(one.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+            for one in (q, k)
+        )
         return self.proj(((q @ k.transpose(-1, -2) * d**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
@@ -71,7 +74,11 @@ class Block(nn.Module):
         self.norm1, self.norm2 = norm(CHANNELS), norm(CHANNELS)
         self.attn = (Turned if lightning else Attention)(CHANNELS, num_heads=HEADS, qkv_bias=True)
         inside = 4 * CHANNELS
-        self.mlp = Gated(int(2 / 3 * inside)) if lightning else Mlp(CHANNELS, inside, act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = (
+            Gated(int(2 / 3 * inside))
+            if lightning
+            else Mlp(CHANNELS, inside, act_layer=partial(nn.GELU, approximate="tanh"))
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(CHANNELS, 6 * CHANNELS))
 
     def forward(self, x, c):
@@ -83,7 +90,9 @@ class Block(nn.Module):
 class Final(nn.Module):
     def __init__(self, features, lightning):
         super().__init__()
-        self.norm_final = nn.RMSNorm(CHANNELS, eps=1e-6) if lightning else nn.LayerNorm(CHANNELS, elementwise_affine=False, eps=1e-6)
+        self.norm_final = (
+            nn.RMSNorm(CHANNELS, eps=1e-6) if lightning else nn.LayerNorm(CHANNELS, elementwise_affine=False, eps=1e-6)
+        )
         self.linear = nn.Linear(CHANNELS, features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(CHANNELS, 2 * CHANNELS))
 
@@ -126,7 +135,9 @@ def theirs_of(**options):
 
 def ours_of(outputs=3, **options):
     options = {"patch": 2, **options}
-    return DiT(3, outputs, channels=CHANNELS, depth=DEPTH, heads=HEADS, vector_dim=CHANNELS, **options).double().eval()
+    return (
+        DiT(3, outputs, channels=CHANNELS, depth=DEPTH, num_heads=HEADS, vector_dim=CHANNELS, **options).double().eval()
+    )
 
 
 def labels_of(state):
@@ -155,7 +166,7 @@ def test_dit():
 @torch.no_grad()
 def test_what_runs_from_noise_to_data(lightning):
     net = theirs_of(patch=1, outputs=3, lightning=True) if lightning else theirs_of(halved=True)
-    ours = ours_of(sinusoid=toward_data, **(LIGHTNING if lightning else {}))
+    ours = ours_of(sinusoid=reversed_timestep_embedding, **(LIGHTNING if lightning else {}))
     state = net.state_dict()
     ours.load_state_dict(import_sit(state))
     size = SIDE * net.patch
@@ -169,7 +180,7 @@ def test_what_runs_from_noise_to_data(lightning):
 @pytest.mark.parametrize("lightning", [False, True], ids=["dit", "lightningdit"])
 def test_the_table_is_read_both_ways(lightning):
     state = theirs_of(lightning=lightning).state_dict()
-    back = exported(dit(DEPTH, lightning), import_dit(state), "DiT")
+    back = export_state(dit(DEPTH, lightning), import_dit(state), "DiT")
     computed = {"pos_embed", "y_embedder.embedding_table.weight", "feat_rope.freqs_cos", "feat_rope.freqs_sin"}
     assert back.keys() == state.keys() - computed
     assert all(torch.equal(back[name], state[name]) for name in back)

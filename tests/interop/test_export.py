@@ -1,4 +1,4 @@
-"""python -m ldm.export and sample.py on what it writes, as a person types them."""
+"""python -m ldm.cli.export and sample.py on what it writes, as a person types them."""
 
 import json
 import shutil
@@ -9,9 +9,9 @@ from PIL import Image
 from smoke import command, here, train
 from whole import IMAGE, TEXT, whole
 
-from ldm import export, foreign
-from ldm.ema import PowerEMA  # noqa: F401  imported here, its numpy is not charged to the first test
-from ldm.load import load
+from ldm.checkpoint import external
+from ldm.checkpoint.load import load_model
+from ldm.cli import export
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +34,23 @@ def test_our_own_file_draws_what_its_run_draws(lively, place, capsys):
     assert "as safetensors in model.safetensors" in capsys.readouterr().out
     from_run = drawn(place / "a", f"run={lively}")
     assert drawn(place / "b", "run=model.safetensors") == from_run
-    assert json.loads((place / "b" / "metrics.json").read_text())["autoencoder"] == foreign.described("model.safetensors").space
+    assert (
+        json.loads((place / "b" / "metrics.json").read_text())["autoencoder"]
+        == external.pipeline_info("model.safetensors").space
+    )
 
 
 def test_the_average_or_the_weights_themselves(smoke, place):
     for kind in ("ema", "raw"):
         assert export.main([f"run={smoke.run}", "to=safetensors", f"out={kind}.safetensors", f"weights={kind}"]) == 0
-        kept = load(smoke.run, kind).denoiser.net.state_dict()
-        written = foreign.opened(f"{kind}.safetensors").net
+        kept = load_model(smoke.run, kind).denoiser.net.state_dict()
+        written = external.open_pipeline(f"{kind}.safetensors").net
         assert all(torch.equal(written[name], kept[name]) for name in kept)
-    assert any(not torch.equal(foreign.opened("ema.safetensors").net[name], written[name]) for name in written)
+    assert any(not torch.equal(external.open_pipeline("ema.safetensors").net[name], written[name]) for name in written)
 
 
 def test_a_diffusers_folder_is_a_run(place, capsys):
-    export.diffusers(whole(place), place / "pipeline")
+    export.export_diffusers(whole(place), place / "pipeline")
     images = drawn(place / "a", "run=pipeline", "prompt=a cat")
     assert len(images) == 2
     assert command("sample.py", "run=pipeline", "num=1", "steps=2", "prompt=a dog, isn't it", "save=all") == 0
@@ -68,7 +71,10 @@ def test_a_diffusers_folder_is_a_run(place, capsys):
         (["run=x", "to=diffusers"], "out=... must be given"),
         (["run=x", "to=onnx", "out=y"], "to=onnx: expected one of diffusers, compvis, safetensors"),
         (["run=x", "to=diffusers", "out=."], "out=. exists; name another place"),
-        (["run=x", "to=diffusers", "out=y", "half=true"], "half=true: expected run=..., to=..., out=..., weights=..., config=..."),
+        (
+            ["run=x", "to=diffusers", "out=y", "half=true"],
+            "half=true: expected run=..., to=..., out=..., weights=..., config=...",
+        ),
         (["run=x", "to=diffusers", "out=y"], "run=x: no such folder"),
     ],
 )
@@ -101,25 +107,42 @@ def test_help_says_how(capsys):
 def test_a_trained_preset_draws_in_diffusers_what_it_draws_here(place):
     from diffusers import StableDiffusionPipeline
 
-    from ldm.diffusion import times
+    from ldm.diffusion import grids
     from ldm.diffusion.guidance import cfg
     from ldm.diffusion.sampler import ddim
 
-    (place / "tower.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": IMAGE, "text_cfg": TEXT, "quick_gelu": True}))
+    (place / "tower.json").write_text(
+        json.dumps({"embed_dim": 8, "vision_cfg": IMAGE, "text_cfg": TEXT, "quick_gelu": True})
+    )
     tower = ("conditioner=clip_context", "conditioner.encoder.model=tower.json", "conditioner.encoder.random=true")
-    small = ("process=sd", "autoencoder=kl_f4_small", "metrics=none", "net.attention=[1,2]")
-    run = train(*tower, *small, "first_stage.steps=60", "training.steps=60", "training.batch_size=16", "first_stage.batch_size=16")
+    small = ("process=sd", "autoencoder=kl_f4_small", "metrics=none", "net.attention_resolutions=[1,2]")
+    run = train(
+        *tower,
+        *small,
+        "first_stage.steps=60",
+        "training.steps=60",
+        "training.batch_size=16",
+        "first_stage.batch_size=16",
+    )
     assert export.main([f"run={run}", "to=diffusers", "out=pipeline"]) == 0
-    model, theirs = load(run).cpu(), StableDiffusionPipeline.from_pretrained("pipeline")
+    model, theirs = load_model(run).cpu(), StableDiffusionPipeline.from_pretrained("pipeline")
     theirs.set_progress_bar_config(disable=True)
     side = model.size[0]
-    z, prompt = torch.randn(4, *model.latent_shape(1)[1:], generator=torch.Generator().manual_seed(0)), "a photo of a square"
+    z, prompt = (
+        torch.randn(4, *model.latent_shape(1)[1:], generator=torch.Generator().manual_seed(0)),
+        "a photo of a square",
+    )
     options = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": side, "width": side, "output_type": "pt"}
     found = theirs([prompt] * 4, latents=z.clone(), **options).images
-    told, untold = model.condition({"caption": [prompt] * 4}), model.uncondition({"caption": [prompt] * 4})
-    ts = times.ending_at(times.leading(model.denoiser.schedule, 20, offset=1), 1 / 1000)
+    told, untold = model.condition({"caption": [prompt] * 4}), model.null_condition({"caption": [prompt] * 4})
+    ts = grids.replace_end(grids.leading(model.denoiser.schedule, 20, offset=1), 1 / 1000)
     with torch.inference_mode():
-        ours = (model.decode(ddim(cfg(model.denoiser, told, untold, scale=3.0), model.denoiser.schedule, z, ts, lambda x: x)) + 1) / 2
+        ours = (
+            model.decode(
+                ddim(cfg(model.denoiser, told, untold, scale=3.0), model.denoiser.schedule, z, ts, lambda x: x)
+            )
+            + 1
+        ) / 2
     difference = float((found - ours).abs().max())
     print(f"largest difference of a pixel in [0, 1]: {difference:.1e}, spread {float(ours.std()):.2f}")
     assert ours.std() > 0.05

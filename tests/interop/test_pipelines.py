@@ -11,11 +11,15 @@ from safetensors.torch import load_file, save_file
 from seeded import numbers
 from whole import PROMPT, START, drawn, whole
 
-from ldm import durable, export, foreign
+from ldm.checkpoint import external
+from ldm.cli import export
 from ldm.errors import UserError
-from ldm.interop import checkpoint, folder
+from ldm.interop import checkpoint
 from ldm.interop.checkpoint import EMA, NET, STAGE
-from ldm.interop.pipeline import one_scale
+from ldm.interop.folder import is_folder
+from ldm.interop.pipeline import fold_scale
+from ldm.io import atomic
+from ldm.runs import folder
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +41,7 @@ def sd2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def image(pipeline):
     """What the pipeline draws."""
-    return drawn(foreign.model_of(pipeline))
+    return drawn(external.build_from_pipeline(pipeline))
 
 
 def far(a, b):
@@ -52,7 +56,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def exported(pipeline, tmp_path_factory):
     out = tmp_path_factory.mktemp("diffusers") / "out"
-    export.diffusers(pipeline, out)
+    export.export_diffusers(pipeline, out)
     return out
 
 
@@ -68,8 +72,8 @@ def test_diffusers_opens_the_folder_and_draws_the_same_image(exported, image):
 
 
 def test_every_exported_file_has_the_umasks_mode(exported, pipeline, tmp_path):
-    export.compvis(pipeline, tmp_path / "one.safetensors")
-    export.safetensors(pipeline, tmp_path / "two.safetensors")
+    export.export_compvis(pipeline, tmp_path / "one.safetensors")
+    export.export_safetensors(pipeline, tmp_path / "two.safetensors")
     (tmp_path / "plain").touch()
     files = [*tmp_path.iterdir(), *(path for path in exported.rglob("*") if path.is_file())]
     assert sum(path.suffix == ".safetensors" for path in files) == 5
@@ -77,10 +81,10 @@ def test_every_exported_file_has_the_umasks_mode(exported, pipeline, tmp_path):
 
 
 def test_the_folder_comes_back(exported, pipeline, image):
-    back = foreign.opened(exported)
+    back = external.open_pipeline(exported)
     same(back.net, pipeline.net)
     assert {**back.config, "conditioner": 0} == {**pipeline.config, "conditioner": 0}
-    assert far(drawn(foreign.model_of(back)), image) <= 1e-5
+    assert far(drawn(external.build_from_pipeline(back)), image) <= 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -99,42 +103,51 @@ def hole():
 def test_diffusers_inpaints_the_same_image(inpainting, hole, tmp_path):
     from diffusers import StableDiffusionInpaintPipeline
 
-    image = drawn(foreign.model_of(inpainting), **hole)
-    export.diffusers(inpainting, tmp_path / "out")
+    image = drawn(external.build_from_pipeline(inpainting), **hole)
+    export.export_diffusers(inpainting, tmp_path / "out")
     theirs = StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "out")
     theirs.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 5, "guidance_scale": 3.0, "height": 32, "width": 32, "output_type": "pt", "strength": 1.0}
+    options = {
+        "num_inference_steps": 5,
+        "guidance_scale": 3.0,
+        "height": 32,
+        "width": 32,
+        "output_type": "pt",
+        "strength": 1.0,
+    }
     found = theirs(PROMPT, hole["image"], hole["mask"], latents=START.clone(), **options).images
     assert far(found, image) <= 2e-3
-    assert far(drawn(foreign.model_of(inpainting), image=hole["image"], mask=1 - hole["mask"]), image) > 0.01
-    back = foreign.opened(tmp_path / "out")
+    assert (
+        far(drawn(external.build_from_pipeline(inpainting), image=hole["image"], mask=1 - hole["mask"]), image) > 0.01
+    )
+    back = external.open_pipeline(tmp_path / "out")
     same(back.net, inpainting.net)
-    assert far(drawn(foreign.model_of(back), **hole), image) <= 1e-5
+    assert far(drawn(external.build_from_pipeline(back), **hole), image) <= 1e-5
 
 
 def test_a_checkpoint_that_inpaints_is_read(inpainting, tmp_path, monkeypatch, small_tower):
-    from ldm.interop import config, nodes
+    from ldm.interop import compvis_config, config_nodes
 
-    (told, _) = nodes.parts_of(inpainting.config["conditioner"])
-    monkeypatch.setitem(config.CONDITIONERS, "FrozenCLIPEmbedder", lambda given: told)
+    (told, _) = config_nodes.parts_of(inpainting.config["conditioner"])
+    monkeypatch.setitem(compvis_config.CONDITIONERS, "FrozenCLIPEmbedder", lambda given: told)
     save_file(checkpoint.save(inpainting), tmp_path / "inpaint.safetensors")
     said = yaml(inpainting)
     said["model"]["params"] |= {"conditioning_key": "hybrid", "finetune_keys": None}
     said["model"]["params"]["unet_config"]["params"]["in_channels"] = 9
     (tmp_path / "inpaint.yaml").write_text(json.dumps(said))
-    found = foreign.opened(tmp_path / "inpaint.safetensors")
+    found = external.open_pipeline(tmp_path / "inpaint.safetensors")
     assert found.config == inpainting.config
     same(found.net, inpainting.net)
     said["model"]["params"]["unet_config"]["params"]["in_channels"] = 5
     (tmp_path / "inpaint.yaml").write_text(json.dumps(said))
     with pytest.raises(UserError, match=r"in_channels=5: expected 4, or 9"):
-        foreign.opened(tmp_path / "inpaint.safetensors")
+        external.open_pipeline(tmp_path / "inpaint.safetensors")
 
 
 def test_a_scale_for_each_channel_goes_into_the_weights(pipeline):
-    weights, scale = one_scale(pipeline.autoencoder)
+    weights, scale = fold_scale(pipeline.autoencoder)
     assert scale == 1.0
-    folded = foreign.model_of(pipeline).autoencoder
+    folded = external.build_from_pipeline(pipeline).autoencoder
     x = numbers("image", (1, 3, 32, 32)).clamp(-1, 1)
     z, image = folded.encode(x), folded.decode(START)
     before = folded.posterior(x)
@@ -146,7 +159,7 @@ def test_a_scale_for_each_channel_goes_into_the_weights(pipeline):
 
 
 def test_one_number_is_no_reason_to_touch_the_weights(sd2):
-    weights, scale = one_scale(sd2.autoencoder)
+    weights, scale = fold_scale(sd2.autoencoder)
     assert scale == pytest.approx(0.18215)
     assert all(weights[name] is sd2.autoencoder[name] for name in weights)
 
@@ -171,47 +184,81 @@ def released(pipeline, monkeypatch, averages=True):
         state |= {f"{EMA}decay": torch.tensor(0.9999), f"{EMA}num_updates": torch.tensor(7)}
     best = callback()
     best.best_model_path, best.kth = "epoch=0.ckpt", callback
-    return {"epoch": 4, "global_step": 470000, "callbacks": {callback: {"best": best}}, "state_dict": OrderedDict(state)}
+    return {
+        "epoch": 4,
+        "global_step": 470000,
+        "callbacks": {callback: {"best": best}},
+        "state_dict": OrderedDict(state),
+    }
 
 
 def yaml(pipeline):
     """CompVis' config of the pipeline."""
     net, stage = pipeline.config["net"], pipeline.config["autoencoder"]["encoder"]
-    dd = {"double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": stage["width"], "dropout": 0.0}
+    dd = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 32,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": stage["width"],
+        "dropout": 0.0,
+    }
     dd |= {"ch_mult": stage["mult"], "num_res_blocks": stage["blocks"], "attn_resolutions": []}
-    unet = {"image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": net["mult"], "num_res_blocks": 1}
-    unet |= {"attention_resolutions": net["attention"], "num_heads": 4, "use_spatial_transformer": True, "context_dim": 16}
-    params = {"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000, "image_size": 8, "channels": 4, "monitor": "val/loss"}
+    unet = {
+        "image_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "channel_mult": net["mult"],
+        "num_res_blocks": 1,
+    }
+    unet |= {
+        "attention_resolutions": net["attention"],
+        "num_heads": 4,
+        "use_spatial_transformer": True,
+        "context_dim": 16,
+    }
+    params = {
+        "linear_start": 0.00085,
+        "linear_end": 0.012,
+        "timesteps": 1000,
+        "image_size": 8,
+        "channels": 4,
+        "monitor": "val/loss",
+    }
     params |= {"unet_config": {"target": "x.UNetModel", "params": unet}, "scale_by_std": True}
     params |= {"first_stage_config": {"target": "x.AutoencoderKL", "params": {"embed_dim": 4, "ddconfig": dd}}}
     params |= {"cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}}
-    return {"model": {"base_learning_rate": 1e-4, "target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+    return {
+        "model": {"base_learning_rate": 1e-4, "target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
+    }
 
 
 @pytest.fixture
 def small_tower(pipeline, monkeypatch):
     """FrozenCLIPEmbedder means the small tower; groups are the small networks'."""
-    from ldm.interop import config, nodes
+    from ldm.interop import compvis_config, config_nodes
 
     def sized(make, groups):
         return lambda *args, **kwargs: make(*args, **{**kwargs, "groups": groups})
 
-    monkeypatch.setitem(config.CONDITIONERS, "FrozenCLIPEmbedder", lambda given: pipeline.config["conditioner"])
-    monkeypatch.setattr(nodes, "unet", sized(nodes.unet, 16))
-    monkeypatch.setattr(nodes, "first_stage", sized(nodes.first_stage, 8))
+    monkeypatch.setitem(compvis_config.CONDITIONERS, "FrozenCLIPEmbedder", lambda given: pipeline.config["conditioner"])
+    monkeypatch.setattr(config_nodes, "unet", sized(config_nodes.unet, 16))
+    monkeypatch.setattr(config_nodes, "first_stage", sized(config_nodes.first_stage, 8))
 
 
 def test_a_checkpoint_like_the_released_one_is_read(pipeline, image, tmp_path, monkeypatch, small_tower):
     with monkeypatch.context() as patch:
         torch.save(released(pipeline, patch), tmp_path / "model.ckpt")
     (tmp_path / "model.yaml").write_text(json.dumps(yaml(pipeline)))  # which is yaml as well
-    found = foreign.opened(tmp_path / "model.ckpt")
+    found = external.open_pipeline(tmp_path / "model.ckpt")
     same(found.net, pipeline.net)
     assert found.text.keys() == pipeline.text.keys() - {"text_projection"}
     assert found.config == pipeline.config
     assert found.data == pipeline.data
-    assert far(drawn(foreign.model_of(found)), image) <= 1e-5
-    raw = foreign.opened(tmp_path / "model.ckpt", "raw")
+    assert far(drawn(external.build_from_pipeline(found)), image) <= 1e-5
+    raw = external.open_pipeline(tmp_path / "model.ckpt", "raw")
     same(raw.net, {name: value + 1 for name, value in pipeline.net.items()})
 
 
@@ -219,64 +266,78 @@ def test_averages_of_something_else_are_refused(pipeline, tmp_path, monkeypatch,
     (tmp_path / "config.yaml").write_text(json.dumps(yaml(pipeline)))
     state = released(pipeline, monkeypatch)["state_dict"]
     for broken, said in (
-        ({**state, f"{EMA}diffusion_modelother": torch.ones(1)}, r"moving averages \(model_ema\): no place for diffusion_modelother"),
-        ({n: v for n, v in state.items() if n != f"{EMA}diffusion_modelout0bias"}, r"1 weights have no moving average, .* out\.0\.bias"),
+        (
+            {**state, f"{EMA}diffusion_modelother": torch.ones(1)},
+            r"moving averages \(model_ema\): no place for diffusion_modelother",
+        ),
+        (
+            {n: v for n, v in state.items() if n != f"{EMA}diffusion_modelout0bias"},
+            r"1 weights have no moving average, .* out\.0\.bias",
+        ),
         ({**state, "lora.down": torch.ones(1)}, r"CompVis checkpoint: no place for lora\.down"),
         ({**state, f"{STAGE}encoder.extra": torch.ones(1)}, r"no place for encoder\.extra"),
         ({**state, "cond_stage_model.transformer.extra": torch.ones(1)}, r"CLIP text model: no place for extra"),
         ({n: v for n, v in state.items() if not n.startswith(STAGE)}, r"this file has no first_stage_model\.\*"),
-        ({n: v for n, v in state.items() if n != "scale_factor"}, r"neither the config nor the file says the latent's scale"),
+        (
+            {n: v for n, v in state.items() if n != "scale_factor"},
+            r"neither the config nor the file says the latent's scale",
+        ),
     ):
         save_file({n: v.contiguous().clone() for n, v in broken.items()}, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=said) as error:
-            foreign.opened(tmp_path / "model.safetensors", yaml=tmp_path / "config.yaml")
+            external.open_pipeline(tmp_path / "model.safetensors", yaml=tmp_path / "config.yaml")
         assert str(error.value).startswith(str(tmp_path / "model.safetensors"))
 
 
 def test_a_checkpoint_needs_its_yaml(pipeline, tmp_path):
-    export.compvis(pipeline, tmp_path / "model.ckpt")
+    export.export_compvis(pipeline, tmp_path / "model.ckpt")
     with pytest.raises(UserError, match=r"nothing says what model it is; put its yaml beside it as model\.yaml"):
-        foreign.opened(tmp_path / "model.ckpt")
+        external.open_pipeline(tmp_path / "model.ckpt")
     with pytest.raises(UserError, match=r"config=.*gone\.yaml: no such file"):
-        foreign.opened(tmp_path / "model.ckpt", yaml=tmp_path / "gone.yaml")
+        external.open_pipeline(tmp_path / "model.ckpt", yaml=tmp_path / "gone.yaml")
     for text, said in (("{", "is no yaml"), ("a: 1", r"has no model\.params")):
         (tmp_path / "model.yaml").write_text(text)
         with pytest.raises(UserError, match=said):
-            foreign.opened(tmp_path / "model.ckpt")
+            external.open_pipeline(tmp_path / "model.ckpt")
 
 
 def test_compvis_and_back_is_the_identical_dict(sd2):
     state = checkpoint.save(sd2)
-    assert sum(name.startswith("cond_stage_model.model.") for name in state) == len(sd2.text)  # open_clip's names, as Stable Diffusion 2
+    assert sum(name.startswith("cond_stage_model.model.") for name in state) == len(
+        sd2.text
+    )  # open_clip's names, as Stable Diffusion 2
     back = checkpoint.load(state, {**sd2.config, "scale": None}, 32)
     same(checkpoint.save(back), state)
     same(back.net, sd2.net)
     same(back.text, sd2.text)
-    same({**back.autoencoder, "calibrated_on": 0 * START[0, 0, 0, 0]}, {**sd2.autoencoder, "calibrated_on": 0 * START[0, 0, 0, 0]})
+    same(
+        {**back.autoencoder, "calibrated_on": 0 * START[0, 0, 0, 0]},
+        {**sd2.autoencoder, "calibrated_on": 0 * START[0, 0, 0, 0]},
+    )
 
 
 def test_stable_diffusion_2_reads_all_but_the_last_layer(sd2, tmp_path):
-    expected = drawn(foreign.model_of(sd2))
-    export.diffusers(sd2, tmp_path / "out")
+    expected = drawn(external.build_from_pipeline(sd2))
+    export.export_diffusers(sd2, tmp_path / "out")
     held = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
     assert not any(".layers.2." in name for name in held)
     assert json.loads((tmp_path / "out" / "text_encoder" / "config.json").read_text())["num_hidden_layers"] == 2
-    back = foreign.opened(tmp_path / "out")
+    back = external.open_pipeline(tmp_path / "out")
     assert back.config["conditioner"]["encoder"]["layer"] == -1  # of the two that are there
     assert back.config["prediction"] == sd2.config["prediction"]
-    assert far(drawn(foreign.model_of(back)), expected) <= 1e-5
+    assert far(drawn(external.build_from_pipeline(back)), expected) <= 1e-5
     other = {**sd2.text, "transformer.resblocks.2.mlp.c_fc.bias": sd2.text["transformer.resblocks.2.mlp.c_fc.bias"] + 1}
     from dataclasses import replace
 
-    assert far(drawn(foreign.model_of(replace(sd2, text=other))), expected) == 0
+    assert far(drawn(external.build_from_pipeline(replace(sd2, text=other))), expected) == 0
 
 
 def test_our_own_file_carries_its_config(pipeline, image, tmp_path):
-    export.safetensors(pipeline, tmp_path / "model.safetensors")
-    found = foreign.opened(tmp_path / "model.safetensors")
+    export.export_safetensors(pipeline, tmp_path / "model.safetensors")
+    found = external.open_pipeline(tmp_path / "model.safetensors")
     assert found.config == pipeline.config
     same(found.autoencoder, pipeline.autoencoder)
-    assert torch.equal(drawn(foreign.model_of(found)), image)
+    assert torch.equal(drawn(external.build_from_pipeline(found)), image)
 
 
 def test_an_older_first_stage_folder_is_read(exported, pipeline, tmp_path):
@@ -292,11 +353,14 @@ def test_an_older_first_stage_folder_is_read(exported, pipeline, tmp_path):
     torch.save(state, vae / "diffusion_pytorch_model.bin")
     config = json.loads((vae / "config.json").read_text())
     kept = {
-        name: config[name] for name in ("block_out_channels", "down_block_types", "latent_channels", "layers_per_block", "norm_num_groups")
+        name: config[name]
+        for name in ("block_out_channels", "down_block_types", "latent_channels", "layers_per_block", "norm_num_groups")
     }
-    (vae / "config.json").write_text(json.dumps({**kept, "scaling_factor": config["scaling_factor"], "_diffusers_version": "0.2.2"}))
+    (vae / "config.json").write_text(
+        json.dumps({**kept, "scaling_factor": config["scaling_factor"], "_diffusers_version": "0.2.2"})
+    )
     assert "encoder.mid_block.attentions.0.query.weight" in state
-    same(foreign.opened(tmp_path / "old").autoencoder, foreign.opened(exported).autoencoder)
+    same(external.open_pipeline(tmp_path / "old").autoencoder, external.open_pipeline(exported).autoencoder)
 
 
 def changed(path, **options):
@@ -307,7 +371,11 @@ def changed(path, **options):
 @pytest.mark.parametrize(
     ("place", "options", "said"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "_class_name=FluxPipeline: expected one of StableDiffusionPipeline"),
+        (
+            "model_index.json",
+            {"_class_name": "FluxPipeline"},
+            "_class_name=FluxPipeline: expected one of StableDiffusionPipeline",
+        ),
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn='gelu' has no counterpart in ours; expected 'silu'"),
         ("unet/config.json", {"in_channels": 9}, "in_channels=9; expected 4 for a first stage of 4"),
         ("unet/config.json", {"block_out_channels": [32, 48]}, r"block_out_channels=\[32, 48\]; expected multiples"),
@@ -326,40 +394,62 @@ def test_a_config_without_counterpart_is_one_error(exported, tmp_path, place, op
     shutil.copytree(exported, tmp_path / "out")
     changed(tmp_path / "out" / place, **options)
     with pytest.raises(UserError, match=said):
-        foreign.opened(tmp_path / "out")
+        external.open_pipeline(tmp_path / "out")
 
 
 def test_a_damaged_folder_is_one_error(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
     (tmp_path / "out" / "vae" / "config.json").write_text("{")
-    with pytest.raises(durable.DamagedError, match=r"vae/config\.json is damaged"):
-        foreign.opened(tmp_path / "out")
+    with pytest.raises(atomic.CorruptFileError, match=r"vae/config\.json is damaged"):
+        external.open_pipeline(tmp_path / "out")
     (tmp_path / "out" / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match=r"vae/config\.json: no such file"):
-        foreign.opened(tmp_path / "out")
+        external.open_pipeline(tmp_path / "out")
     shutil.copy(exported / "vae" / "config.json", tmp_path / "out" / "vae")
     weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(durable.DamagedError, match=r"unet/diffusion_pytorch_model\.safetensors .* is not a whole safetensors file"):
-        foreign.opened(tmp_path / "out")
+    with pytest.raises(
+        atomic.CorruptFileError, match=r"unet/diffusion_pytorch_model\.safetensors .* is not a whole safetensors file"
+    ):
+        external.open_pipeline(tmp_path / "out")
     weights.unlink()
     with pytest.raises(UserError, match=r"unet: no weights in it"):
-        foreign.opened(tmp_path / "out")
+        external.open_pipeline(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("part", "change", "said"),
     [
-        ("net", {"stem.weight": torch.zeros(32, 9, 3, 3)}, r"U-Net: stem\.weight is \[32, 9, 3, 3\], the config makes it \[32, 4, 3, 3\]"),
+        (
+            "net",
+            {"stem.weight": torch.zeros(32, 9, 3, 3)},
+            r"U-Net: stem\.weight is \[32, 9, 3, 3\], the config makes it \[32, 4, 3, 3\]",
+        ),
         ("net", {"stem.bias": None}, r"U-Net: 1 weights are missing, the first is stem\.bias"),
-        ("net", {"more": torch.zeros(1)}, "U-Net: 1 weights belong to another architecture than the config's, the first is more"),
+        (
+            "net",
+            {"more": torch.zeros(1)},
+            "U-Net: 1 weights belong to another architecture than the config's, the first is more",
+        ),
         ("autoencoder", {"encoder.out.0.bias": torch.zeros(3)}, r"first stage: encoder\.out\.0\.bias is \[3\]"),
         ("text", {"ln_final.bias": None}, r"text tower: 1 weights are missing, the first is ln_final\.bias"),
-        ("net", {"stem.bias": torch.ones(32, dtype=torch.int8)}, r"U-Net: stem\.bias is int8; expected floating-point weights"),
+        (
+            "net",
+            {"stem.bias": torch.ones(32, dtype=torch.int8)},
+            r"U-Net: stem\.bias is int8; expected floating-point weights",
+        ),
         ("net", {"stem.bias": torch.ones(32, dtype=torch.complex64)}, r"U-Net: stem\.bias is complex64; expected"),
-        ("autoencoder", {"encoder.out.2.bias": torch.ones(8, dtype=torch.bool)}, r"first stage: encoder\.out\.2\.bias is bool; expected"),
-        ("text", {"ln_final.bias": torch.ones(16, dtype=torch.int64)}, r"text tower: ln_final\.bias is int64; expected"),
+        (
+            "autoencoder",
+            {"encoder.out.2.bias": torch.ones(8, dtype=torch.bool)},
+            r"first stage: encoder\.out\.2\.bias is bool; expected",
+        ),
+        (
+            "text",
+            {"ln_final.bias": torch.ones(16, dtype=torch.int64)},
+            r"text tower: ln_final\.bias is int64; expected",
+        ),
     ],
 )
 def test_weights_of_another_shape_are_one_error(pipeline, part, change, said):
@@ -367,7 +457,7 @@ def test_weights_of_another_shape_are_one_error(pipeline, part, change, said):
 
     state = {name: value for name, value in {**getattr(pipeline, part), **change}.items() if value is not None}
     with pytest.raises(UserError, match=said):
-        foreign.model_of(replace(pipeline, **{part: state}))
+        external.build_from_pipeline(replace(pipeline, **{part: state}))
 
 
 def test_a_config_may_not_name_what_could_run(pipeline, tmp_path):
@@ -375,22 +465,22 @@ def test_a_config_may_not_name_what_could_run(pipeline, tmp_path):
 
     for target in ("os.system", "torch.load", "builtins.eval", "subprocess.run"):
         planted = replace(pipeline, config={**pipeline.config, "schedule": {"_target_": target, "command": "true"}})
-        export.safetensors(planted, tmp_path / "model.safetensors")
+        export.export_safetensors(planted, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match="is refused"):
-            foreign.opened(tmp_path / "model.safetensors")
+            external.open_pipeline(tmp_path / "model.safetensors")
 
 
 def test_a_damaged_header_is_one_error(tmp_path):
     for header in ("{", "{}", '{"config": {}, "data": 1}'):
         save_file({"net.a": torch.ones(1)}, tmp_path / "a.safetensors", {"ldm": header})
-        with pytest.raises(durable.DamagedError, match=r"a\.safetensors: its header is damaged"):
-            foreign.opened(tmp_path / "a.safetensors")
+        with pytest.raises(atomic.CorruptFileError, match=r"a\.safetensors: its header is damaged"):
+            external.open_pipeline(tmp_path / "a.safetensors")
     save_file({"net.a": torch.ones(1)}, tmp_path / "a.safetensors", {"ldm": '{"config": {}, "data": {}}'})
     with pytest.raises(UserError, match="holds no net or no autoencoder"):
-        foreign.opened(tmp_path / "a.safetensors")
+        external.open_pipeline(tmp_path / "a.safetensors")
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", {"ldm": '{"config": {}, "data": {}}'})
     with pytest.raises(UserError, match=r"a\.safetensors: no place for a"):
-        foreign.opened(tmp_path / "a.safetensors")
+        external.open_pipeline(tmp_path / "a.safetensors")
 
 
 def test_what_diffusers_has_no_counterpart_for(pipeline, tmp_path):
@@ -407,18 +497,21 @@ def test_what_diffusers_has_no_counterpart_for(pipeline, tmp_path):
         (with_(net={**net, "_target_": "ldm.net.dit.DiT"}), "expects a UNet of transformer blocks"),
         (with_(prediction={"_target_": "ldm.diffusion.prediction.Flow"}), "to=diffusers expects one of Eps, V, X0"),
         (with_(schedule={"_target_": "ldm.diffusion.schedule.Flow"}), "expects one that is a table of betas"),
-        (with_(autoencoder={"_target_": "ldm.autoencoder.identity.Identity", "factor": 4}), "expects the convolutional encoder"),
+        (
+            with_(autoencoder={"_target_": "ldm.autoencoder.identity.Identity", "factor": 4}),
+            "expects the convolutional encoder",
+        ),
     ):
         with pytest.raises(UserError, match=said):
-            export.diffusers(broken, tmp_path / "out")
+            export.export_diffusers(broken, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_an_index_is_no_pipeline(tmp_path):
-    assert not foreign.is_foreign(tmp_path)
-    assert not folder.is_folder(tmp_path)
+    assert not folder.is_external(tmp_path)
+    assert not is_folder(tmp_path)
     (tmp_path / "model.ckpt").write_bytes(b"")
-    assert foreign.is_foreign(tmp_path / "model.ckpt")
+    assert folder.is_external(tmp_path / "model.ckpt")
     for name in ("config.yaml", "data.json"):
         (tmp_path / name).write_text("")
-    assert not foreign.is_foreign(tmp_path / "model.ckpt")  # a run's own
+    assert not folder.is_external(tmp_path / "model.ckpt")  # a run's own

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.durable import DamagedError
 from ldm.errors import UserError
-from ldm.interop import pickled, torchfile
-from ldm.interop.read import metadata, weights
+from ldm.interop import safe_unpickler, torchfile
+from ldm.interop.weights_file import metadata, read_weights
+from ldm.io.atomic import CorruptFileError
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 
@@ -53,12 +53,12 @@ def same(read, state):
 @pytest.mark.parametrize("how", [{}, LEGACY, {"pickle_protocol": 4}], ids=["zip", "legacy", "protocol 4"])
 def test_a_file_of_torch_is_read_to_the_bit(tmp_path, state, how):
     torch.save(state, tmp_path / "a.pt", **how)
-    same(weights(tmp_path / "a.pt"), state)
+    same(read_weights(tmp_path / "a.pt"), state)
 
 
 def test_tied_weights_stay_tied_and_may_be_written_to(tmp_path, state):
     torch.save(state, tmp_path / "a.pt")
-    read = weights(tmp_path / "a.pt")
+    read = read_weights(tmp_path / "a.pt")
     read["one"][0] = 9
     assert read["same"][0] == 9
 
@@ -66,22 +66,28 @@ def test_tied_weights_stay_tied_and_may_be_written_to(tmp_path, state):
 def test_safetensors_and_its_words(tmp_path):
     state = {"a": torch.ones(2), "b": torch.zeros(3, dtype=torch.bfloat16)}
     save_file(state, tmp_path / "a.safetensors", {"config": "net: 1"})
-    same(weights(tmp_path / "a.safetensors"), state)
+    same(read_weights(tmp_path / "a.safetensors"), state)
     assert metadata(tmp_path / "a.safetensors") == {"config": "net: 1"}
     os.rename(tmp_path / "a.safetensors", tmp_path / "a.ckpt")  # told by what is in it, not by its name
-    same(weights(tmp_path / "a.ckpt"), state)
+    same(read_weights(tmp_path / "a.ckpt"), state)
 
 
 @pytest.mark.parametrize("how", [{}, LEGACY], ids=["zip", "legacy"])
 def test_a_training_checkpoint_gives_its_weights(tmp_path, how):
     raw, ema = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
-    torch.save({"model": raw, "ema": ema, "opt": {"state": {0: {"step": 1}}}, "args": Namespace(lr=1e-4)}, tmp_path / "dit.pt", **how)
-    same(weights(tmp_path / "dit.pt"), ema)
-    same(weights(tmp_path / "dit.pt", "raw"), raw)
-    torch.save({"state_dict": {f"module.{name}": one for name, one in raw.items()}, "epoch": 3}, tmp_path / "pl.ckpt", **how)
-    same(weights(tmp_path / "pl.ckpt"), raw)
+    torch.save(
+        {"model": raw, "ema": ema, "opt": {"state": {0: {"step": 1}}}, "args": Namespace(lr=1e-4)},
+        tmp_path / "dit.pt",
+        **how,
+    )
+    same(read_weights(tmp_path / "dit.pt"), ema)
+    same(read_weights(tmp_path / "dit.pt", "raw"), raw)
+    torch.save(
+        {"state_dict": {f"module.{name}": one for name, one in raw.items()}, "epoch": 3}, tmp_path / "pl.ckpt", **how
+    )
+    same(read_weights(tmp_path / "pl.ckpt"), raw)
     with pytest.raises(UserError, match="weights=best: expected ema or raw"):
-        weights(tmp_path / "pl.ckpt", "best")
+        read_weights(tmp_path / "pl.ckpt", "best")
 
 
 class Asks:
@@ -129,19 +135,21 @@ def test_what_a_file_asks_to_run_is_never_run(tmp_path, legacy, monkeypatch):
     file = tmp_path / "planted.ckpt"
     for one in asked:
         torch.save({"state_dict": {"w": torch.ones(2)}, "callbacks": one}, file, **(LEGACY if legacy else {}))
-        same(weights(file), {"w": torch.ones(2)})
+        same(read_weights(file), {"w": torch.ones(2)})
         torch.save({"w": one, "v": torch.ones(2)}, file, **(LEGACY if legacy else {}))
         with pytest.raises(UserError, match=r"w is a .*, not a plain tensor"):
-            weights(file)
+            read_weights(file)
         assert not proof.exists()
     for one in hand_written(proof):
         if legacy:
-            file.write_bytes(pickle.dumps(torchfile.MAGIC) + pickle.dumps(1001) + pickle.dumps({}) + one + pickle.dumps([]))
+            file.write_bytes(
+                pickle.dumps(torchfile.MAGIC) + pickle.dumps(1001) + pickle.dumps({}) + one + pickle.dumps([])
+            )
         else:
             with zipfile.ZipFile(file, "w") as archive:
                 archive.writestr("archive/data.pkl", one)
         with pytest.raises(UserError, match="holds no state dict"):
-            weights(file)
+            read_weights(file)
         assert not proof.exists()
     assert not ran
 
@@ -153,11 +161,9 @@ def test_python_itself_would_have_run_them(tmp_path):
 
 
 def test_classes_that_are_not_there_are_no_obstacle(tmp_path):
-    body = (
-        b"\x80\x02}(X\x05\x00\x00\x00epochK\x03X\x09\x00\x00\x00callbacks}cgone.away\nClass\n}(X\x04\x00\x00\x00bestX\x01\x00\x00\x00xusu."
-    )
-    tree = pickled.Machine().run(io.BytesIO(body))
-    assert tree == {"epoch": 3, "callbacks": {pickled.Name("gone.away.Class"): {"best": "x"}}}
+    body = b"\x80\x02}(X\x05\x00\x00\x00epochK\x03X\x09\x00\x00\x00callbacks}cgone.away\nClass\n}(X\x04\x00\x00\x00bestX\x01\x00\x00\x00xusu."
+    tree = safe_unpickler.PickleMachine().run(io.BytesIO(body))
+    assert tree == {"epoch": 3, "callbacks": {safe_unpickler.Name("gone.away.Class"): {"best": "x"}}}
 
 
 BOMBS = {  # what never ends doubles a tuple 60 times: to hash it, print it or walk it naively takes 2^60 steps
@@ -166,7 +172,9 @@ BOMBS = {  # what never ends doubles a tuple 60 times: to hash it, print it or w
     "ten thousand tuples deep": b"\x80\x02}X\x01\x00\x00\x00w)" + b"\x85" * 10_000 + b"s.",
     "a name that never ends": b"\x80\x04)" + b"2\x86" * 60 + b"2\x93.",
     "a reference that never ends": b"\x80\x04)" + b"2\x86" * 60 + b"Q.",
-    "a storage whose name never ends": b"\x80\x04(\x8c\x07storagectorch\nFloatStorage\n)" + b"2\x86" * 60 + b"NK\x01tQ.",
+    "a storage whose name never ends": b"\x80\x04(\x8c\x07storagectorch\nFloatStorage\n)"
+    + b"2\x86" * 60
+    + b"NK\x01tQ.",
     "a shape that never ends": b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00)" + b"2\x86" * 60 + b"2tR.",
     "a memo of 32 GiB": b"\x80\x02}r\xff\xff\xff\xff.",
     "a count of 2^60 bytes": b"\x80\x05\x96" + struct.pack("<Q", 1 << 60) + b".",
@@ -185,7 +193,7 @@ def test_a_bomb_is_one_error(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
         archive.writestr("archive/data.pkl", BOMBS[name])
     with pytest.raises(UserError) as error:
-        weights(tmp_path / "a.ckpt")
+        read_weights(tmp_path / "a.ckpt")
     assert str(tmp_path / "a.ckpt") in str(error.value)
     assert len(str(error.value)) < 400
     assert "\n" not in str(error.value)
@@ -194,8 +202,22 @@ def test_a_bomb_is_one_error(tmp_path, name):
 def tensor(shape, stride, numel=4, offset=0, storage=b"FloatStorage"):
     """A pickle of {"w": a tensor} with a storage of `numel` numbers."""
     numbers = lambda values: b"(" + b"".join(b"J" + struct.pack("<i", v) for v in values) + b"t"  # noqa: E731
-    pid = b"(X\x07\x00\x00\x00storagectorch\n" + storage + b"\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuJ" + struct.pack("<i", numel) + b"tQ"
-    made = b"ctorch._utils\n_rebuild_tensor_v2\n(" + pid + b"J" + struct.pack("<i", offset) + numbers(shape) + numbers(stride) + b"\x89}tR"
+    pid = (
+        b"(X\x07\x00\x00\x00storagectorch\n"
+        + storage
+        + b"\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuJ"
+        + struct.pack("<i", numel)
+        + b"tQ"
+    )
+    made = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + pid
+        + b"J"
+        + struct.pack("<i", offset)
+        + numbers(shape)
+        + numbers(stride)
+        + b"\x89}tR"
+    )
     return b"\x80\x02}X\x01\x00\x00\x00w" + made + b"s."
 
 
@@ -218,15 +240,15 @@ def test_a_tensor_that_its_storage_does_not_hold(tmp_path, body):
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
         archive.writestr("archive/data.pkl", body)
         archive.writestr("archive/data/0", bytes(16))
-    with pytest.raises(DamagedError, match=r"is not (a )?whole"):
-        weights(tmp_path / "a.ckpt")
+    with pytest.raises(CorruptFileError, match=r"is not (a )?whole"):
+        read_weights(tmp_path / "a.ckpt")
 
 
 def test_the_tensor_of_that_test_is_one(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
         archive.writestr("archive/data.pkl", tensor((2, 2), (2, 1)))
         archive.writestr("archive/data/0", struct.pack("<4f", 1, 2, 3, 4))
-    assert weights(tmp_path / "a.ckpt")["w"].tolist() == [[1, 2], [3, 4]]
+    assert read_weights(tmp_path / "a.ckpt")["w"].tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("how", [{}, LEGACY], ids=["zip", "legacy"])
@@ -237,7 +259,7 @@ def test_cut_anywhere_it_says_so(tmp_path, how):
     for size in [1, 2, 20, 100, len(data) // 2, len(data) - 100, len(data) - 1]:
         (tmp_path / "cut.pt").write_bytes(data[:size])
         with pytest.raises(UserError, match=r"cut\.pt"):
-            weights(tmp_path / "cut.pt")
+            read_weights(tmp_path / "cut.pt")
 
 
 def test_a_flipped_bit_in_the_numbers_is_seen(tmp_path):
@@ -245,15 +267,15 @@ def test_a_flipped_bit_in_the_numbers_is_seen(tmp_path):
     data = bytearray((tmp_path / "a.pt").read_bytes())
     data[data.find(struct.pack("<f", 3.0)) + 1] ^= 4
     (tmp_path / "a.pt").write_bytes(data)
-    with pytest.raises(DamagedError, match=r"a\.pt: w is not whole \(Bad CRC"):
-        weights(tmp_path / "a.pt")
+    with pytest.raises(CorruptFileError, match=r"a\.pt: w is not whole \(Bad CRC"):
+        read_weights(tmp_path / "a.pt")
 
 
 def test_a_zip_that_unpacks_to_more_than_it_is(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(1 << 20))
-    with pytest.raises(DamagedError, match="unpacks to more"):
-        weights(tmp_path / "a.ckpt")
+    with pytest.raises(CorruptFileError, match="unpacks to more"):
+        read_weights(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +294,7 @@ def test_a_zip_that_unpacks_to_more_than_it_is(tmp_path):
 def test_another_kind_of_file_is_named(tmp_path, data, said, ending):
     (tmp_path / f"a{ending}").write_bytes(data)
     with pytest.raises(UserError) as error:
-        weights(tmp_path / f"a{ending}")
+        read_weights(tmp_path / f"a{ending}")
     assert f"a{ending}" in str(error.value)
     assert said in str(error.value) or (ending == ".safetensors" and "not a whole safetensors file" in str(error.value))
 
@@ -282,25 +304,25 @@ def test_a_cut_safetensors_file(tmp_path, size):
     save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
     data = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(data[:size])
-    with pytest.raises(DamagedError, match=r"a\.safetensors .*is not a whole safetensors file"):
-        weights(tmp_path / "a.safetensors")
+    with pytest.raises(CorruptFileError, match=r"a\.safetensors .*is not a whole safetensors file"):
+        read_weights(tmp_path / "a.safetensors")
 
 
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        weights(tmp_path / "gone.ckpt")
+        read_weights(tmp_path / "gone.ckpt")
     with pytest.raises(UserError, match=r"no weights in it; expected diffusion_pytorch_model\.safetensors"):
-        weights(tmp_path)
+        read_weights(tmp_path)
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     with pytest.raises(UserError, match="holds no state dict of tensors"):
-        weights(tmp_path / "list.pt")
+        read_weights(tmp_path / "list.pt")
     torch.jit.script(torch.nn.Linear(1, 1)).save(str(tmp_path / "script.pt"))
     with pytest.raises(UserError, match="is a TorchScript program"):
-        weights(tmp_path / "script.pt")
+        read_weights(tmp_path / "script.pt")
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
     with pytest.raises(UserError, match=r"is a zip without data\.pkl"):
-        weights(tmp_path / "a.zip")
+        read_weights(tmp_path / "a.zip")
 
 
 def test_a_folder_of_shards(tmp_path):
@@ -310,17 +332,17 @@ def test_a_folder_of_shards(tmp_path):
         save_file(state, tmp_path / f"{part}.safetensors")
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    same(weights(tmp_path), {**parts["one"], **parts["two"]})
+    same(read_weights(tmp_path), {**parts["one"], **parts["two"]})
 
     index.write_text(json.dumps({"weight_map": {**places, "d": "two.safetensors"}}))
-    with pytest.raises(DamagedError, match="differ in 1 names, the first is d"):
-        weights(tmp_path)
+    with pytest.raises(CorruptFileError, match="differ in 1 names, the first is d"):
+        read_weights(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "../one.safetensors"}}))
-    with pytest.raises(DamagedError, match="outside its folder"):
-        weights(tmp_path)
+    with pytest.raises(CorruptFileError, match="outside its folder"):
+        read_weights(tmp_path)
     index.write_text("{")
-    with pytest.raises(DamagedError, match="is not an index of shards"):
-        weights(tmp_path)
+    with pytest.raises(CorruptFileError, match="is not an index of shards"):
+        read_weights(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "three.safetensors"}}))
     with pytest.raises(UserError, match=r"three\.safetensors: no such file"):
-        weights(tmp_path)
+        read_weights(tmp_path)

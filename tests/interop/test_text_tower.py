@@ -10,13 +10,20 @@ import transformers
 from seeded import fill
 from whole import IMAGE, PROMPT, TEXT
 
-from ldm import drawing
-from ldm.conditioner.clip import CLIP, cleaned
+from ldm.checkpoint import weights
+from ldm.conditioner.clip import CLIP, clean_text
 from ldm.errors import UserError
 from ldm.interop import clip_config
 from ldm.interop.text import NOT_TEXT, export_text, import_open_clip, import_text
+from ldm.sampling import run
 
-SAID = {"vocab_size": 49408, "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+SAID = {
+    "vocab_size": 49408,
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
 SAID |= {"projection_dim": 8, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
 
 
@@ -33,13 +40,22 @@ def theirs(act):
 def ours(tmp_path, act, layer=-1, layers=3):
     file = tmp_path / f"tower-{act}-{layers}.json"
     file.write_text(
-        json.dumps({"embed_dim": 8, "vision_cfg": IMAGE, "text_cfg": {**TEXT, "layers": layers}, "quick_gelu": act == "quick_gelu"})
+        json.dumps(
+            {
+                "embed_dim": 8,
+                "vision_cfg": IMAGE,
+                "text_cfg": {**TEXT, "layers": layers},
+                "quick_gelu": act == "quick_gelu",
+            }
+        )
     )
-    return CLIP(str(file), layer=layer, pad=49407, random=True)
+    return CLIP(str(file), layer=layer, pad_token_id=49407, random=True)
 
 
 def load(clip, state):
-    clip.clip.load_state_dict({**{name: value for name, value in clip.clip.state_dict().items() if name in NOT_TEXT}, **state})
+    clip.clip.load_state_dict(
+        {**{name: value for name, value in clip.clip.state_dict().items() if name in NOT_TEXT}, **state}
+    )
     return clip
 
 
@@ -52,7 +68,9 @@ def test_the_hidden_states_are_transformers(theirs, act, tmp_path):
     assert torch.allclose(features.context, told.last_hidden_state, atol=1e-5)
     assert torch.allclose(features.vector, told.text_embeds, atol=1e-5)
     other = ours(tmp_path, {"quick_gelu": "gelu", "gelu": "quick_gelu"}[act])
-    assert not torch.allclose(load(other, import_text(theirs.state_dict()))([PROMPT]).context, told.last_hidden_state, atol=1e-3)
+    assert not torch.allclose(
+        load(other, import_text(theirs.state_dict()))([PROMPT]).context, told.last_hidden_state, atol=1e-3
+    )
 
 
 @torch.no_grad()
@@ -85,7 +103,10 @@ def test_open_clips_own_layouts_are_read(tmp_path):
     towers = {**clip.state_dict(), "attn_mask": torch.zeros(77, 77)}
     text = import_open_clip(towers)
     assert text.keys() == {name for name in clip.state_dict() if not name.startswith("visual.")} - {"logit_scale"}
-    custom = {(name if name.startswith("visual.") or name == "logit_scale" else f"text.{name}"): value for name, value in towers.items()}
+    custom = {
+        (name if name.startswith("visual.") or name == "logit_scale" else f"text.{name}"): value
+        for name, value in towers.items()
+    }
     assert import_open_clip(custom).keys() == text.keys()
 
 
@@ -100,7 +121,9 @@ def test_what_is_no_text_tower(theirs):
     with pytest.raises(UserError, match=r"CLIP text model: no place for vision_model\.x"):
         import_text({**state, "vision_model.x": torch.zeros(1)})
     with pytest.raises(UserError, match=r"self_attn\.v_proj\.bias is missing beside"):
-        import_text({name: value for name, value in state.items() if not name.endswith("layers.0.self_attn.v_proj.bias")})
+        import_text(
+            {name: value for name, value in state.items() if not name.endswith("layers.0.self_attn.v_proj.bias")}
+        )
     with pytest.raises(UserError, match="no token_embedding"):
         import_open_clip({"visual.proj": torch.zeros(1)})
     with pytest.raises(UserError, match="depth=4: the text tower has 3 layers"):
@@ -117,10 +140,10 @@ def test_config_file_that_is_no_json_is_refused(tmp_path):
 def test_published_towers_are_known_by_their_shape(name, layers):
     config = clip_config.open_clip_config(name)
     said = clip_config.to_transformers(config, layers, 49407)
-    assert clip_config.named(clip_config.of_transformers(said)) == (name, -1)
+    assert clip_config.known_open_clip_name(clip_config.of_transformers(said)) == (name, -1)
     shorter = clip_config.to_transformers(config, layers - 1, 0)
-    assert clip_config.named(clip_config.of_transformers(shorter)) == (name, -2)
-    assert clip_config.named(clip_config.of_transformers({**said, "hidden_size": 64})) is None
+    assert clip_config.known_open_clip_name(clip_config.of_transformers(shorter)) == (name, -2)
+    assert clip_config.known_open_clip_name(clip_config.of_transformers({**said, "hidden_size": 64})) is None
 
 
 def test_the_words_are_transformers_own(tmp_path):
@@ -142,36 +165,38 @@ def test_cleaned_is_what_openai_reads_and_transformers_5_does_not(tmp_path):
     for file, content in clip_config.tokenizer_files(49407, 77).items():
         (tmp_path / file).write_text(content)
     theirs, ours = transformers.CLIPTokenizer.from_pretrained(tmp_path), open_clip.tokenizer.SimpleTokenizer()
-    assert [cleaned(text) is not None for text in (*ODD, *EVEN)] == [True] * len(ODD) + [False] * len(EVEN)
-    assert cleaned(ODD[0]) == 'a "cat"'
-    assert cleaned(ODD[3]) == "rock & roll"
+    assert [clean_text(text) is not None for text in (*ODD, *EVEN)] == [True] * len(ODD) + [False] * len(EVEN)
+    assert clean_text(ODD[0]) == 'a "cat"'
+    assert clean_text(ODD[3]) == "rock & roll"
     for text in ODD:
-        assert ours.encode(text) == ours.encode(cleaned(text))
+        assert ours.encode(text) == ours.encode(clean_text(text))
     if int(transformers.__version__.split(".")[0]) == 5:
         for text in (*ODD, *EVEN):
-            assert (theirs(text).input_ids[1:-1] == ours.encode(text)) == (cleaned(text) is None), text
+            assert (theirs(text).input_ids[1:-1] == ours.encode(text)) == (clean_text(text) is None), text
 
 
 def test_one_line_says_that_diffusers_may_read_a_prompt_otherwise(tmp_path, monkeypatch, capsys):
     """Of a pipeline folder with CLIP's tower, for the first such prompt; of no other run."""
-    monkeypatch.setattr("ldm.foreign.tower_of", lambda model: model)
+    monkeypatch.setattr("ldm.checkpoint.external.text_tower", lambda model: model)
     told = {0: ("a cat", None), 1: (ODD[0], None), 2: (ODD[2], None)}
     request = SimpleNamespace(folder=tmp_path, told=told, cfg=SimpleNamespace(negative=None))
-    drawing.note_cleaned("a tower", request)
+    run.note_cleaned("a tower", request)
     assert capsys.readouterr().err == ""
     (tmp_path / "model_index.json").write_text("{}")
-    drawing.note_cleaned(None, request)
+    run.note_cleaned(None, request)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(drawing, "heard", lambda model, request: None)
-    monkeypatch.setattr(drawing, "fingerprint", lambda model: 1 / 0)
+    monkeypatch.setattr(run, "check_conditions", lambda model, request: None)
+    monkeypatch.setattr(weights, "hash_model", lambda model: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # before anything is drawn
-        drawing.draw("a tower", request)
+        run.generate_images("a tower", request)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert said.startswith("prompt 'a “cat”' is read as 'a \"cat\"', as CLIP was trained; diffusers with transformers 5")
+    assert said.startswith(
+        "prompt 'a “cat”' is read as 'a \"cat\"', as CLIP was trained; diffusers with transformers 5"
+    )
     plain = SimpleNamespace(folder=tmp_path, told={0: ("a cat", None)}, cfg=SimpleNamespace(negative=EVEN[0]))
-    drawing.note_cleaned("a tower", plain)
+    run.note_cleaned("a tower", plain)
     assert capsys.readouterr().err == ""
     plain.cfg.negative = ODD[1]
-    drawing.note_cleaned("a tower", plain)
+    run.note_cleaned("a tower", plain)
     assert "it’s" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ldm.metrics.baseline import PCAGaussian, noisy
-from ldm.tensors import Noise
+from ldm.metrics.baseline import PCAGaussian, add_noise
+from ldm.tensors import KeyedNoise
 
 LABEL = torch.arange(400) % 2
 
@@ -20,7 +20,7 @@ def test_samples_have_each_class_s_mean_and_covariance():
     x = images()
     pca = PCAGaussian.fit(x, LABEL, rank=3)
     label = torch.arange(8000) % 2
-    y = pca.sample(label, Noise(0, range(8000)))
+    y = pca.sample(label, KeyedNoise(0, range(8000)))
     assert y.shape == (8000, 1, 3, 4)
     assert y.abs().max() <= 1
     for k in (0, 1):
@@ -32,8 +32,8 @@ def test_samples_have_each_class_s_mean_and_covariance():
 
 def test_a_sample_depends_on_its_key_alone():
     pca = PCAGaussian.fit(images(), LABEL, rank=3)
-    all_of_them = pca.sample(torch.tensor([0, 1, 1]), Noise(0, [5, 6, 7]))
-    torch.testing.assert_close(pca.sample(torch.tensor([1]), Noise(0, [6])), all_of_them[1:2])
+    all_of_them = pca.sample(torch.tensor([0, 1, 1]), KeyedNoise(0, [5, 6, 7]))
+    torch.testing.assert_close(pca.sample(torch.tensor([1]), KeyedNoise(0, [6])), all_of_them[1:2])
 
 
 def test_rank_needs_more_images_than_components():
@@ -43,7 +43,7 @@ def test_rank_needs_more_images_than_components():
 
 def test_noise_counts_in_units_of_black_to_white():
     image = torch.zeros(50, 1, 16, 16)
-    out = noisy(image, 0.05, Noise(0, range(50)))
+    out = add_noise(image, 0.05, KeyedNoise(0, range(50)))
     assert (out + 1).div(2).std().item() == pytest.approx(0.05, rel=0.02)
-    assert noisy(image - 1, 0.05, Noise(0, range(50))).min() == -1
+    assert add_noise(image - 1, 0.05, KeyedNoise(0, range(50))).min() == -1
     assert torch.equal(image, torch.zeros_like(image))

@@ -2,7 +2,7 @@
 
 import torch
 
-from ldm.metrics.distribution import FrechetDistance, Score
+from ldm.metrics.distribution import FrechetDistance, MetricSuite
 from ldm.metrics.features import Brightness, extract
 
 
@@ -13,7 +13,7 @@ def test_the_distance_of_brightness_is_that_of_two_normals():
     net = Brightness()
     reference = extract(net, [images])
     assert reference.shape == (40, 1)
-    score = Score(net, reference, {"fd": FrechetDistance})
+    score = MetricSuite(net, reference, {"fd": FrechetDistance})
     score.update(0.5 * images + 0.25)
     other = extract(net, [0.5 * images + 0.25])
     (mu, sigma), (nu, tau) = ((x.double().mean(), x.double().std()) for x in (reference, other))

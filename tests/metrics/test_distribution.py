@@ -13,16 +13,16 @@ from ldm.metrics.distribution import (
     FrechetDistance,
     GaussianDistance,
     KernelDistance,
+    MetricSuite,
     PrecisionRecall,
-    Score,
     frechet,
     polynomial_mmd,
     precision_recall,
-    spread,
+    subsample,
 )
 from ldm.metrics.features import to_uint8
 from ldm.metrics.foundation import CLIPScore
-from ldm.metrics.inception import InceptionScore, Part
+from ldm.metrics.inception import InceptionScore, SlicedMetric
 from ldm.metrics.neighbours import DensityCoverage, Memorisation
 from ldm.metrics.paired import Reconstruction
 
@@ -65,8 +65,8 @@ def moments(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)
 
 
-def score(reference: Tensor, **metrics) -> Score:
-    return Score(Toy(), reference, metrics or {"fd": FrechetDistance})
+def score(reference: Tensor, **metrics) -> MetricSuite:
+    return MetricSuite(Toy(), reference, metrics or {"fd": FrechetDistance})
 
 
 def to_features(image: Tensor) -> Tensor:
@@ -90,7 +90,9 @@ def test_frechet_distance_is_scipys_and_torch_fidelitys(offset):
     (m1, s1), (m2, s2) = moments(a), moments(b)
     root = scipy.linalg.sqrtm(s1 @ s2)
     expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * root.real)
-    theirs = fid_statistics_to_metric(fid_features_to_statistics(b.double()), fid_features_to_statistics(a.double()), False)
+    theirs = fid_statistics_to_metric(
+        fid_features_to_statistics(b.double()), fid_features_to_statistics(a.double()), False
+    )
     ours = frechet(*map(torch.as_tensor, (m1, s1, m2, s2))).item()
     assert fd(a, b) == pytest.approx(expected, rel=1e-6)
     assert fd(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
@@ -101,7 +103,9 @@ def test_frechet_distance_of_gaussians_with_a_closed_form():
     s1, s2 = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 0.0, 1.0])  # commuting, one singular
     expected = 3 * 0.25 + (s1.sqrt() - s2.sqrt()).square().sum().item()
     for a, b in ((s1, s2), (s2, s1)):  # the root is taken of the singular one too
-        assert frechet(torch.zeros(3), a.diag(), torch.full((3,), 0.5), b.diag()).item() == pytest.approx(expected, rel=1e-12)
+        assert frechet(torch.zeros(3), a.diag(), torch.full((3,), 0.5), b.diag()).item() == pytest.approx(
+            expected, rel=1e-12
+        )
 
 
 def test_identical_sets_are_at_distance_zero_and_order_does_not_matter():
@@ -117,7 +121,9 @@ def test_identical_sets_are_at_distance_zero_and_order_does_not_matter():
 def test_kernel_distance_is_the_written_out_sum_and_unbiased(monkeypatch):
     x, y = features(30, 1), features(21, 2, 0.4)
     kernel = lambda a, b: (sum(float(p) * float(q) for p, q in zip(a, b, strict=True)) / D + 1) ** 3  # noqa: E731
-    pairs = lambda z: sum(kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1))  # noqa: E731
+    pairs = lambda z: (
+        sum(kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1))
+    )  # noqa: E731
     expected = pairs(x) + pairs(y) - 2 * sum(kernel(a, b) for a in x for b in y) / (len(x) * len(y))
     assert polynomial_mmd(x, y).item() == pytest.approx(expected, rel=1e-9)
     null = torch.stack([polynomial_mmd(features(40, 2 * i), features(40, 2 * i + 1)) for i in range(1, 200)])
@@ -168,10 +174,14 @@ def test_precision_and_recall_know_too_narrow_from_too_wide():
         precision_recall(reference[:3], reference)
 
 
-EVERYTHING = {"fd": FrechetDistance, "kid": partial(KernelDistance, reference_size=90), "pr": partial(PrecisionRecall, reference_size=90)}
+EVERYTHING = {
+    "fd": FrechetDistance,
+    "kid": partial(KernelDistance, reference_size=90),
+    "pr": partial(PrecisionRecall, reference_size=90),
+}
 EVERYTHING |= {"accuracy": ClassAccuracy, "clip_score": CLIPScore, "cmmd": GaussianDistance, "memory": Memorisation}
 EVERYTHING |= {"density": DensityCoverage, "is": partial(InceptionScore, block=20)}
-EVERYTHING["part"] = partial(Part, metric=FrechetDistance, name="half", start=2, stop=5)
+EVERYTHING["part"] = partial(SlicedMetric, metric=FrechetDistance, name="half", start=2, stop=5)
 KEYS = {"n", "fd_toy", "kid_toy", "precision", "recall", "accuracy", "clip_score", "cmmd_toy", "authenticity", "copies"}
 KEYS |= {"density", "coverage", "inception_score", "fd_half"}
 CAPTIONS = ["a" * (i % 7) for i in range(90)]
@@ -230,8 +240,8 @@ def test_features_that_are_nan_raise(monkeypatch):
 
 def test_spread_takes_evenly_spaced_rows():
     x = torch.arange(10)[:, None]
-    assert spread(x, 4).flatten().tolist() == [0, 2, 5, 7]
-    assert spread(x, 10) is x
+    assert subsample(x, 4).flatten().tolist() == [0, 2, 5, 7]
+    assert subsample(x, 10) is x
 
 
 def share(rank: int, world: int, folder: str) -> None:

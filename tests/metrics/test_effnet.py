@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 from ldm.metrics.effnet import EfficientNet
 from ldm.metrics.features import to_uint8
 
@@ -28,7 +28,9 @@ def test_features_are_the_classifiers_last_but_one(file):
     whole = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     whole.load_state_dict(dict(zip(whole.state_dict(), torch.load(file).values(), strict=True)))
     x = torch.nn.functional.interpolate((images / 255 - 0.5) / 0.5, size=(48, 48), mode="bilinear", antialias=True)
-    torch.testing.assert_close(net(images), whole.forward_head(whole.forward_features(x), pre_logits=True), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        net(images), whole.forward_head(whole.forward_features(x), pre_logits=True), rtol=1e-4, atol=1e-5
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert net(images).dtype == torch.float32
     assert net(images[:, :1]).shape == (2, net.num_features)
@@ -45,6 +47,6 @@ def test_its_name_and_identity(file):
 def test_missing_weights_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetError, match="efficientnet-lite0 is missing") as error:
+    with pytest.raises(AssetNotFoundError, match="efficientnet-lite0 is missing") as error:
         EfficientNet()
     assert "\n" not in str(error.value)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 from ldm.metrics.features import Inception, SpatialInception, extract, hash_weights, require_uint8, to_uint8
 from ldm.metrics.judge import FashionNet
 
@@ -44,7 +44,9 @@ def test_identity_follows_every_weight_and_buffer():
     for name, value in sorted(b.state_dict().items()):
         old.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy().tobytes())
     assert hash_weights(b) == old.hexdigest()
-    assert len({hash_weights(nn.Linear(3, 3).to(t).requires_grad_(False)) for t in (torch.float32, torch.bfloat16)}) == 2
+    assert (
+        len({hash_weights(nn.Linear(3, 3).to(t).requires_grad_(False)) for t in (torch.float32, torch.bfloat16)}) == 2
+    )
 
 
 def judge(seed: int = 0) -> FashionNet:
@@ -106,7 +108,7 @@ def test_missing_inception_weights_name_the_file_and_its_place(monkeypatch, tmp_
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.delenv("LDM_INCEPTION", raising=False)
-    with pytest.raises(AssetError) as error:
+    with pytest.raises(AssetNotFoundError) as error:
         Inception()
     assert f"put {Inception.FILE} into {tmp_path / 'inception'}" in str(error.value)
     assert "\n" not in str(error.value)
@@ -114,7 +116,7 @@ def test_missing_inception_weights_name_the_file_and_its_place(monkeypatch, tmp_
         lambda: Inception(tmp_path / "no.pth"),
         lambda: monkeypatch.setenv("LDM_INCEPTION", str(tmp_path / "no.pth")) or Inception(),
     ):
-        with pytest.raises(AssetError, match=r"no\.pth is not a file"):
+        with pytest.raises(AssetNotFoundError, match=r"no\.pth is not a file"):
             given()
 
 

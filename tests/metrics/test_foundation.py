@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.conditioner.clip import towers
+from ldm.conditioner.clip import load_towers
 from ldm.errors import UserError
-from ldm.fetch import AssetError
+from ldm.io.download import AssetNotFoundError
 from ldm.metrics.distribution import GaussianDistance, gaussian_mmd
 from ldm.metrics.features import Inception
 from ldm.metrics.foundation import CLIP, CLIPScore, DINOv2
@@ -26,7 +26,7 @@ def clip(tmp_path_factory):
     known = factory._MODEL_CONFIGS.copy()
     file = tmp_path_factory.mktemp("clip") / "seen.json"
     file.write_text(json.dumps(TINY))
-    yield CLIP(towers(str(file), random=True))
+    yield CLIP(load_towers(str(file), random=True))
     factory._MODEL_CONFIGS.clear()
     factory._MODEL_CONFIGS.update(known)
 
@@ -88,7 +88,9 @@ def test_dinov2_is_timm_s_class_token(tmp_path):
     net, images = DINOv2(tag, tmp_path / "dino.pth", size=28).train(), pictures(2)
     x = F.interpolate(images.float(), size=(28, 28), mode="bicubic", antialias=True).clamp(0, 255) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(net(images), theirs((x - mean[:, None, None]) / std[:, None, None]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        net(images), theirs((x - mean[:, None, None]) / std[:, None, None]), atol=1e-5, rtol=1e-5
+    )
     assert net(images).shape == (2, net.num_features)
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not hold timm's weights"):
@@ -101,8 +103,8 @@ def test_missing_weights_are_one_line(tmp_path, monkeypatch):
         (DINOv2, "LDM_OFFLINE is set"),
         (lambda: DINOv2(weights=tmp_path / "no.pth"), "is not a file"),
         (lambda: Inception(tmp_path / "no.pth"), "is not a file"),
-        (lambda: CLIP(towers(weights=None)), "has no weights"),
+        (lambda: CLIP(load_towers(weights=None)), "has no weights"),
     ):
-        with pytest.raises(AssetError, match=said) as error:
+        with pytest.raises(AssetNotFoundError, match=said) as error:
             make()
         assert "\n" not in str(error.value)

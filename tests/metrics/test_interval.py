@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.metrics.interval import bootstrap, paired, student, wilson
+from ldm.metrics.interval import bootstrap, paired, t_quantile, wilson
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,11 @@ def test_what_is_no_count_or_no_list_is_refused():
         bootstrap(torch.ones(2, 2))
 
 
-@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)])
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
 def test_student_is_as_tabled(freedom, t):
-    assert student(0.95, freedom) == pytest.approx(t, abs=1e-4)
+    assert t_quantile(0.95, freedom) == pytest.approx(t, abs=1e-4)
 
 
 def test_a_paired_interval_by_hand():

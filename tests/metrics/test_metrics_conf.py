@@ -5,9 +5,13 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.metrics.judge import FashionNet
-from ldm.metrics.names import names_of
+from ldm.metrics.names import metric_names
 
-KEYS = {"fd": ["fd_fashion"], "full": ["fd_fashion", "accuracy"], "diversity": ["recall", "density", "coverage", "authenticity", "copies"]}
+KEYS = {
+    "fd": ["fd_fashion"],
+    "full": ["fd_fashion", "accuracy"],
+    "diversity": ["recall", "density", "coverage", "authenticity", "copies"],
+}
 CONF = Path(__file__).parents[2] / "conf" / "metrics"
 
 
@@ -28,7 +32,7 @@ def test_names_are_known_before_anything_is_built(option, monkeypatch):
     from hydra.utils import get_object, instantiate
 
     node = OmegaConf.load(CONF / f"{option}.yaml")
-    names = names_of(node, {"_target_": "ldm.metrics.judge.FashionNet"})
+    names = metric_names(node, {"_target_": "ldm.metrics.judge.FashionNet"})
     net = FashionNet(width=2, num_features=4).eval()
     net.embed = lambda captions: torch.ones(len(captions), 4)
     monkeypatch.setattr(FashionNet, "name", get_object(node.net._target_).name if "net" in node else "fashion")
@@ -51,7 +55,9 @@ def test_fid_asks_for_inception(option, monkeypatch):
         instantiate(OmegaConf.load(CONF / f"{option}.yaml"))
 
 
-@pytest.mark.parametrize(("option", "said"), [("clip", "CLIP ViT-L-14-336"), ("dinov2", "DINOv2"), ("lpips", "LPIPS needs VGG-16")])
+@pytest.mark.parametrize(
+    ("option", "said"), [("clip", "CLIP ViT-L-14-336"), ("dinov2", "DINOv2"), ("lpips", "LPIPS needs VGG-16")]
+)
 def test_others_say_which_weights_are_missing(option, said, monkeypatch, tmp_path):
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -59,7 +65,9 @@ def test_others_say_which_weights_are_missing(option, said, monkeypatch, tmp_pat
     monkeypatch.setenv("LDM_OFFLINE", "1")
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    config = OmegaConf.load(CONF.parent / ("paired" if option == "lpips" else "metrics") / f"{option}.yaml")
+    config = OmegaConf.load(
+        CONF.parent / ("reconstruction_metrics" if option == "lpips" else "metrics") / f"{option}.yaml"
+    )
     if option == "clip":
         config.net.towers.weights = None
     with pytest.raises(InstantiationException, match=said):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.metrics.neighbours import DensityCoverage, Memorisation, density_coverage, memorised
+from ldm.metrics.neighbours import DensityCoverage, Memorisation, density_coverage, memorisation
 
 
 def features(n: int, seed: int) -> Tensor:
@@ -38,17 +38,17 @@ def test_authenticity_and_copies_by_hand():
     np.fill_diagonal(own, np.inf)
     to = distances(x, training)
     nearest = to.argmin(1)
-    authenticity, copies = memorised(x, training)
+    authenticity, copies = memorisation(x, training)
     assert authenticity.item() == pytest.approx((to.min(1) > own.min(1)[nearest]).mean(), abs=1e-12)
     assert copies.item() == pytest.approx((to.min(1) <= np.sort(own.min(1))[2]).mean(), abs=1e-12)
     assert 0.3 < authenticity < 0.7  # of the same distribution: as far as those are from each other
-    copied = memorised(training[:50] + 1e-4, training)
+    copied = memorisation(training[:50] + 1e-4, training)
     assert copied[0] <= 0.02
     assert copied[1] >= 0.98
-    assert memorised(x + 100, training) == (1, 0)
+    assert memorisation(x + 100, training) == (1, 0)
 
 
-@pytest.mark.parametrize(("found", "said"), [(density_coverage, "more than k=5"), (memorised, "needs one and two")])
+@pytest.mark.parametrize(("found", "said"), [(density_coverage, "more than k=5"), (memorisation, "needs one and two")])
 def test_too_few_are_refused(found, said):
     for x, y in ((features(0, 1), features(9, 2)), (features(9, 1), features(1, 2))):
         with pytest.raises(ValueError, match=said):

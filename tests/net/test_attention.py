@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm.net.attention import (
-    FEW,
+    MAX_SMALL_SEQUENCE,
     CrossAttention,
     FeedForward,
     QKVAttention,
@@ -10,7 +10,7 @@ from ldm.net.attention import (
     SpatialTransformer,
     TransformerBlock,
     sdpa,
-    softmax,
+    softmax_attention,
 )
 
 
@@ -23,16 +23,18 @@ def test_softmax_attention_equals_the_fused_kernel(masked):
         mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
         mask[0, ..., 4:] = False
         mask[1, ..., 1:] = False
-    torch.testing.assert_close(softmax(q, k, v, mask), sdpa(q, k, v, mask), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(softmax_attention(q, k, v, mask), sdpa(q, k, v, mask), rtol=1e-6, atol=1e-6)
     if masked:  # one token left: its value, whatever the query
-        torch.testing.assert_close(softmax(q, k, v, mask)[1], v[1, :, :1].expand(3, 5, 8), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            softmax_attention(q, k, v, mask)[1], v[1, :, :1].expand(3, 5, 8), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_softmax_attention_has_the_fused_kernels_gradients():
     g = torch.Generator().manual_seed(1)
     grads = []
-    for attend in (sdpa, softmax):
-        size = (1, 2, FEW + 1, 8)
+    for attend in (sdpa, softmax_attention):
+        size = (1, 2, MAX_SMALL_SEQUENCE + 1, 8)
         q, k, v = (torch.randn(size, generator=torch.Generator().manual_seed(s), requires_grad=True) for s in range(3))
         (attend(q, k, v) * torch.randn(size, generator=g.manual_seed(9))).sum().backward()
         grads.append([x.grad for x in (q, k, v)])
@@ -44,7 +46,7 @@ def test_of_few_keys_training_in_bfloat16_writes_attention_out(monkeypatch):
     def fused(*_, **__):
         raise AssertionError("the fused kernel")
 
-    q, k = torch.randn(1, 2, 300, 8, requires_grad=True).bfloat16(), torch.randn(1, 2, FEW, 8).bfloat16()
+    q, k = torch.randn(1, 2, 300, 8, requires_grad=True).bfloat16(), torch.randn(1, 2, MAX_SMALL_SEQUENCE, 8).bfloat16()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, k)
     monkeypatch.setattr("ldm.net.attention.F.scaled_dot_product_attention", fused)
     torch.testing.assert_close(sdpa(q, k, k), expected, rtol=2e-2, atol=1e-2)
@@ -90,7 +92,7 @@ def test_block_without_context_has_no_cross_attention():
     assert block(torch.randn(2, 4, 8)).shape == (2, 4, 8)
 
 
-@pytest.mark.parametrize("attend", [sdpa, softmax])
+@pytest.mark.parametrize("attend", [sdpa, softmax_attention])
 def test_spatial_transformer_begins_as_nothing_and_then_hears(attend):
     torch.manual_seed(0)
     layer = SpatialTransformer(8, heads=2, context_dim=6, depth=2, attend=attend, groups=4)
@@ -123,7 +125,7 @@ def test_convolutions_project_as_linear_layers_do():
     torch.testing.assert_close(conv(x, memory), linear(x, memory))
 
 
-@pytest.mark.parametrize("attend", [sdpa, softmax])
+@pytest.mark.parametrize("attend", [sdpa, softmax_attention])
 @pytest.mark.parametrize("new_order", [False, True])
 def test_qkv_attention_is_softmax_written_out(new_order, attend):
     """The projection's channels are (q, k, v) of heads, or heads of (q, k, v); every place attends to every place."""

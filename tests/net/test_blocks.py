@@ -3,12 +3,25 @@ import math
 import pytest
 import torch
 
-from ldm.net.blocks import Downsample, ResBlock, Upsample, added, call, ddpm_sinusoid, double, halve, mlp, norm, sinusoid, zeroed
+from ldm.net.blocks import (
+    Downsample,
+    ResBlock,
+    Upsample,
+    ddpm_sinusoid,
+    downsample,
+    identity_embedding,
+    maybe_checkpoint,
+    mlp,
+    norm,
+    timestep_embedding,
+    upsample,
+    zero_module,
+)
 
 
 def test_sinusoid_is_cosines_then_sines_of_falling_rates():
     t = torch.tensor([0.0, 1.0, 250.0])
-    emb = sinusoid(t, 8)
+    emb = timestep_embedding(t, 8)
     assert emb.shape == (3, 8)
     torch.testing.assert_close(emb[0], torch.tensor([1.0] * 4 + [0.0] * 4))
     rates = [10_000 ** (-k / 4) for k in range(4)]
@@ -16,7 +29,9 @@ def test_sinusoid_is_cosines_then_sines_of_falling_rates():
     torch.testing.assert_close(emb[2, 4], torch.tensor(math.sin(250.0)))
 
 
-@pytest.mark.parametrize(("channels", "groups", "expected"), [(64, 32, 32), (48, 32, 16), (16, 8, 8), (6, 4, 2), (7, 8, 1)])
+@pytest.mark.parametrize(
+    ("channels", "groups", "expected"), [(64, 32, 32), (48, 32, 16), (16, 8, 8), (6, 4, 2), (7, 8, 1)]
+)
 def test_norm_takes_the_groups_that_fit(channels, groups, expected):
     assert norm(channels, groups).num_groups == expected
 
@@ -79,7 +94,7 @@ def test_upsample_repeats_pixels_before_it_convolves():
 
 
 def test_zeroed_is_nothing():
-    layer = zeroed(torch.nn.Linear(3, 2))
+    layer = zero_module(torch.nn.Linear(3, 2))
     assert torch.equal(layer(torch.randn(4, 3)), torch.zeros(4, 2))
 
 
@@ -88,27 +103,29 @@ def test_ddpm_sinusoid_is_sines_then_cosines_down_to_the_slowest():
     rates = [10_000 ** (-k / 3) for k in range(4)]
     assert rates[-1] == pytest.approx(1e-4)
     torch.testing.assert_close(ddpm_sinusoid(t, 8)[0], torch.tensor([0.0] * 4 + [1.0] * 4))
-    torch.testing.assert_close(ddpm_sinusoid(t, 8)[1], torch.tensor([f(250 * r) for f in (math.sin, math.cos) for r in rates]))
+    torch.testing.assert_close(
+        ddpm_sinusoid(t, 8)[1], torch.tensor([f(250 * r) for f in (math.sin, math.cos) for r in rates])
+    )
 
 
 def test_a_vector_is_projected_or_added_as_it_is():
     assert mlp(6, 8)(torch.randn(2, 6)).shape == (2, 8)
     x = torch.randn(2, 8)
-    assert torch.equal(added(8, 8)(x), x)
+    assert torch.equal(identity_embedding(8, 8)(x), x)
     with pytest.raises(ValueError, match=r"conditioner\.dim=8"):
-        added(6, 8)
+        identity_embedding(6, 8)
 
 
 def test_halve_is_means_and_double_repeats():
     x = torch.arange(12.0).reshape(1, 1, 2, 6)
-    torch.testing.assert_close(halve(x)[0, 0], torch.tensor([[3.5, 5.5, 7.5]]))
-    assert torch.equal(halve(double(x)), x)
-    assert halve(torch.zeros(1, 1, 5, 1)).shape == (1, 1, 3, 1)
-    assert double(torch.zeros(1, 1, 3, 1), torch.Size((5, 1))).shape == (1, 1, 5, 1)
-    assert torch.equal(double(x, torch.Size((4, 12))), double(x))
+    torch.testing.assert_close(downsample(x)[0, 0], torch.tensor([[3.5, 5.5, 7.5]]))
+    assert torch.equal(downsample(upsample(x)), x)
+    assert downsample(torch.zeros(1, 1, 5, 1)).shape == (1, 1, 3, 1)
+    assert upsample(torch.zeros(1, 1, 3, 1), torch.Size((5, 1))).shape == (1, 1, 5, 1)
+    assert torch.equal(upsample(x, torch.Size((4, 12))), upsample(x))
 
 
-@pytest.mark.parametrize(("resize", "size"), [(halve, (2, 3)), (double, (8, 12))])
+@pytest.mark.parametrize(("resize", "size"), [(downsample, (2, 3)), (upsample, (8, 12))])
 def test_a_res_block_may_change_the_size(resize, size):
     """Both branches: the skip alone at first, and the normalised one before its convolution."""
     torch.manual_seed(0)
@@ -125,7 +142,10 @@ def test_a_res_block_may_change_the_size(resize, size):
 def test_an_asymmetric_downsample_looks_right_and_down():
     x = torch.zeros(1, 1, 4, 4)
     x[0, 0, 0, 0], x[0, 0, 3, 3] = 1.0, 100.0
-    for asymmetric, corner, end in ((False, 5, 9), (True, 1, 5)):  # which of the 9 weights, counted from 1, meets the first and last pixel
+    for asymmetric, corner, end in (
+        (False, 5, 9),
+        (True, 1, 5),
+    ):  # which of the 9 weights, counted from 1, meets the first and last pixel
         down = Downsample(1, asymmetric)
         with torch.no_grad():
             down.conv.weight.copy_(torch.arange(1.0, 10.0).reshape(1, 1, 3, 3))
@@ -142,11 +162,11 @@ def test_activations_not_kept_are_computed_again():
     x = torch.randn(2, 3, requires_grad=True)
     for keep, expected in ((True, 1), (False, 2)):
         calls.clear()
-        call(layer, x, keep=keep).sum().backward()
+        maybe_checkpoint(layer, x, keep=keep).sum().backward()
         assert len(calls) == expected
     with torch.no_grad():
         calls.clear()
-        call(layer, x, keep=False)
+        maybe_checkpoint(layer, x, keep=False)
         assert len(calls) == 1
 
 
@@ -168,4 +188,4 @@ def test_an_embedding_is_added_before_the_second_normalisation():
 
 def test_a_period_that_is_none_is_refused():
     with pytest.raises(ValueError, match="longest=0"):
-        sinusoid(torch.ones(1), 4, longest=0)
+        timestep_embedding(torch.ones(1), 4, max_period=0)

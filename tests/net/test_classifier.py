@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.net.attention import SpatialTransformer, sdpa, softmax
+from ldm.net.attention import SpatialTransformer, sdpa, softmax_attention
 from ldm.net.classifier import AttentionPool, NoisyClassifier
 
 
@@ -16,7 +16,7 @@ def lively(net: torch.nn.Module, seed: int = 0):
 SMALL = dict(channels=8, mult=(1, 2), blocks=1, attention=(2,), head_channels=4, groups=4)
 
 
-@pytest.mark.parametrize("attend", [sdpa, softmax])
+@pytest.mark.parametrize("attend", [sdpa, softmax_attention])
 def test_pooling_is_the_mean_token_s_attention(attend):
     pool = AttentionPool(3, 8, heads=2, out=5, attend=attend).double()
     x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
@@ -45,7 +45,7 @@ def test_logits_depend_on_state_and_time_and_guide():
 def test_checkpointing_gives_the_same_gradients():
     grads = []
     for checkpoint in (False, True):
-        net = lively(NoisyClassifier(3, 5, size=8, checkpoint=checkpoint, **SMALL)).train()
+        net = lively(NoisyClassifier(3, 5, size=8, gradient_checkpointing=checkpoint, **SMALL)).train()
         net(torch.ones(2, 3, 8, 8), torch.tensor([1.0, 500.0])).square().sum().backward()
         grads.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -88,7 +88,15 @@ ROWS = {
     "ADM-64": Row("adm_64", 3, "296", None, 768, 6, 1000 * 768),
     "ADM-256": Row("adm_256", 3, "554", None, 1024, 6, 1000 * 1024),
 }
-CALLED = ("sd1_inpaint", "sdxl", "ldm8_churches", "inpaint_attn", "ddpm_cifar", "adm_64", "dit_s2")  # together they have every part
+CALLED = (
+    "sd1_inpaint",
+    "sdxl",
+    "ldm8_churches",
+    "inpaint_attn",
+    "ddpm_cifar",
+    "adm_64",
+    "dit_s2",
+)  # together they have every part
 SKIPPED = {"ControlNet SD1.5": "ldm/adapter has no ControlNet yet: 361,279,120"}
 
 
@@ -100,7 +108,11 @@ def config(net: str, *typed: str):
 def built(row: Row) -> torch.nn.Module:
     with torch.device("meta"):
         return instantiate(
-            config(row.net, *row.typed), in_channels=row.z, out_channels=row.out or row.z, context_dim=row.context, vector_dim=row.vector
+            config(row.net, *row.typed),
+            in_channels=row.z,
+            out_channels=row.out or row.z,
+            context_dim=row.context,
+            vector_dim=row.vector,
         )
 
 
@@ -149,7 +161,14 @@ def test_parameters_are_those_published(name):
 )
 def test_classifiers_are_of_the_published_size(size, mult, blocks, printed):
     with torch.device("meta"):
-        net = NoisyClassifier(3, 1000, size, mult=mult, blocks=blocks, attention=[size // at for at in (32, 16, 8)])
+        net = NoisyClassifier(
+            3,
+            1000,
+            size,
+            channel_mult=mult,
+            num_res_blocks=blocks,
+            attention_resolutions=[size // at for at in (32, 16, 8)],
+        )
     check(count(net), printed)
 
 
@@ -165,4 +184,7 @@ def test_larger_patches_change_the_first_and_the_last_layer_alone(patch):
 
 
 def test_lightningdit_is_of_dits_size():
-    check(count(built(Row("lightningdit_xl1", 32, 0, None, 1152))) + 1001 * 1152 + sincos_2d(16, 16, 1152).numel(), 675_256_736)
+    check(
+        count(built(Row("lightningdit_xl1", 32, 0, None, 1152))) + 1001 * 1152 + sincos_2d(16, 16, 1152).numel(),
+        675_256_736,
+    )

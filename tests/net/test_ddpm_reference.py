@@ -38,7 +38,13 @@ def take(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def take_layer(ours: Layer, res: nn.Module, attention: nn.Module | None) -> None:
-    for name, other in (("norm1", "norm1"), ("conv1", "conv1"), ("emb", "time_emb_proj"), ("norm2", "norm2"), ("conv2", "conv2")):
+    for name, other in (
+        ("norm1", "norm1"),
+        ("conv1", "conv1"),
+        ("emb", "time_emb_proj"),
+        ("norm2", "norm2"),
+        ("conv2", "conv2"),
+    ):
         take(getattr(ours.res, name), getattr(res, other))
     if res.conv_shortcut is not None:
         take(ours.res.skip, res.conv_shortcut)
@@ -55,7 +61,9 @@ def take_layer(ours: Layer, res: nn.Module, attention: nn.Module | None) -> None
 def test_answers_as_diffusers_does(reference):
     from hydra.utils import instantiate
 
-    ours = instantiate(config("ddpm_cifar", "channels=32"), in_channels=3, out_channels=3, context_dim=None, vector_dim=None).eval()
+    ours = instantiate(
+        config("ddpm_cifar", "channels=32"), in_channels=3, out_channels=3, context_dim=None, vector_dim=None
+    ).eval()
     take(ours.stem, reference.conv_in)
     take(ours.time[0], reference.time_embedding.linear_1)
     take(ours.time[2], reference.time_embedding.linear_2)

@@ -5,18 +5,22 @@ import torch
 from torch import nn
 
 from ldm.condition import Condition
-from ldm.net.attention import softmax
-from ldm.net.blocks import mlp, sinusoid
+from ldm.net.attention import softmax_attention
+from ldm.net.blocks import mlp, timestep_embedding
 from ldm.net.dit import MLP, DiT, SwiGLU
 from ldm.net.positions import rope_2d, sincos_2d
 
 SMALL = dict(channels=16, depth=2, heads=2, frequencies=8)
 OPTIONS = {
     "plain": {},
-    "told": dict(context_dim=6, vector_dim=16, attend=softmax),
+    "told": dict(context_dim=6, vector_dim=16, attend=softmax_attention),
     "projected": dict(vector_dim=5, vector=mlp),
     "lightning": dict(
-        norm=partial(nn.RMSNorm, eps=1e-6), feed_forward=SwiGLU, rotary=rope_2d, qk_norm=partial(nn.RMSNorm, eps=1e-6), checkpoint=True
+        norm=partial(nn.RMSNorm, eps=1e-6),
+        feed_forward=SwiGLU,
+        rotary=rope_2d,
+        qk_norm=partial(nn.RMSNorm, eps=1e-6),
+        checkpoint=True,
     ),
 }
 X, T = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 500.0])
@@ -81,17 +85,19 @@ def test_the_head_shifts_and_scales_and_the_time_is_told_with_the_vector():
     net.head.register_forward_pre_hook(lambda module, args: seen.extend(args))
     row = torch.randn(2, 16)
     out = net(X, T, Condition(vector=row))
-    told = nn.functional.silu(net.time(sinusoid(T, 8)) + row)
+    told = nn.functional.silu(net.time(timestep_embedding(T, 8)) + row)
     torch.testing.assert_close(seen[1], told)
     shift, scale = net.head.modulation(told)[:, None].split(16, dim=-1)
     patches = net.head.out(nn.functional.layer_norm(seen[0], (16,), eps=1e-6) * (1 + scale) + shift)
-    torch.testing.assert_close(out[:, :, 2:4, :2], patches[:, 2].reshape(2, 2, 2, 3).permute(0, 3, 1, 2))  # row 1, column 0
+    torch.testing.assert_close(
+        out[:, :, 2:4, :2], patches[:, 2].reshape(2, 2, 2, 3).permute(0, 3, 1, 2)
+    )  # row 1, column 0
 
 
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_rectangles_of_any_size(options, patch):
-    net = lively(DiT(3, 3, patch=patch, **SMALL, **options))
+    net = lively(DiT(3, 3, patch_size=patch, **SMALL, **options))
     for size in ((2, 2), (4, 10)):
         assert net(torch.randn(2, 3, *size), T, told(net)).shape == (2, 3, *size)
 
@@ -109,7 +115,13 @@ def test_what_does_not_fit_is_refused():
 
 def test_patches_come_back_where_they_were():
     """Without blocks and positions, and with a head that undoes the cutting, the answer is x."""
-    net = DiT(3, 3, **{**SMALL, "depth": 0}, norm=lambda channels: nn.Identity(), positions=lambda h, w, d, device: torch.zeros(h * w, d))
+    net = DiT(
+        3,
+        3,
+        **{**SMALL, "depth": 0},
+        norm=lambda channels: nn.Identity(),
+        positions=lambda h, w, d, device: torch.zeros(h * w, d),
+    )
     with torch.no_grad():
         net.patch.weight.copy_(
             torch.eye(16)[:, :12].reshape(16, 2, 2, 3).permute(0, 3, 1, 2)
@@ -162,7 +174,9 @@ def test_each_block_is_given_its_own_keys_and_values():
     net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"]))
     cond, seen = told(net), []
     for block in net.blocks:
-        block.cross_attention.register_forward_pre_hook(lambda module, args: seen.append((module.memory(cond.context), args[1])))
+        block.cross_attention.register_forward_pre_hook(
+            lambda module, args: seen.append((module.memory(cond.context), args[1]))
+        )
     net(X, T, cond)
     assert len(seen) == 2
     assert all(torch.equal(own, given) for pair in seen for own, given in zip(*pair, strict=True))
@@ -200,8 +214,14 @@ def test_places_matter_by_what_is_added_or_turned():
     """Blind to the order of patches without either; RoPE alone tells them apart."""
     x, swapped = X, X.roll(2, 2)  # whole rows of patches
     for rotary, blind in ((None, True), (rope_2d, False)):
-        net = lively(DiT(3, 3, **SMALL, positions=lambda h, w, d, device: torch.zeros(h * w, d), rotary=rotary)).double()
-        same = (net(swapped.double(), T.double(), Condition()) - net(x.double(), T.double(), Condition()).roll(2, 2)).abs().max()
+        net = lively(
+            DiT(3, 3, **SMALL, positions=lambda h, w, d, device: torch.zeros(h * w, d), rotary=rotary)
+        ).double()
+        same = (
+            (net(swapped.double(), T.double(), Condition()) - net(x.double(), T.double(), Condition()).roll(2, 2))
+            .abs()
+            .max()
+        )
         assert (same < 1e-9) == blind
 
 

@@ -13,7 +13,9 @@ def test_places_are_sines_and_cosines_of_column_and_then_row(height, width):
     assert found.dtype == torch.float32
     for row in range(height):
         for column in range(width):
-            expected = [f(place / 10_000 ** (k / 2)) for place in (column, row) for f in (math.sin, math.cos) for k in range(2)]
+            expected = [
+                f(place / 10_000 ** (k / 2)) for place in (column, row) for f in (math.sin, math.cos) for k in range(2)
+            ]
             torch.testing.assert_close(found[row * width + column], torch.tensor(expected))
 
 

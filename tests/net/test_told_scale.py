@@ -5,14 +5,14 @@ from functools import partial
 import torch
 
 from ldm.condition import Condition
-from ldm.net.told_scale import ToldScale
+from ldm.net.guidance_embedding import GuidanceEmbedding
 from ldm.net.unet import UNet
 
 
 def test_it_begins_as_the_plain_network_and_hears_the_scale():
     torch.manual_seed(0)
-    net = partial(UNet, channels=16, groups=8, head_channels=8)
-    told = ToldScale(net, 2, 2, context_dim=4)
+    net = partial(UNet, channels=16, num_groups=8, num_head_channels=8)
+    told = GuidanceEmbedding(net, 2, 2, context_dim=4)
     with torch.no_grad():
         for p in told.net.parameters():
             p.normal_(std=0.1)

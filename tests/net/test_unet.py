@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ldm.condition import Condition
-from ldm.net.attention import QKVAttention, SpatialTransformer, softmax
-from ldm.net.blocks import Downsample, ResBlock, Upsample, added, sinusoid
+from ldm.net.attention import QKVAttention, SpatialTransformer, softmax_attention
+from ldm.net.blocks import Downsample, ResBlock, Upsample, identity_embedding, timestep_embedding
 from ldm.net.unet import Layer, UNet
 
 
@@ -30,7 +30,7 @@ SHAPES = {
     "deep": dict(mult=(1, 2, 2), blocks=2, attention=(1, 4)),
     "flat": dict(mult=(1,), blocks=1, attention=(1,)),
     "no attention": dict(mult=(1, 2), blocks=1, attention=()),
-    "heads": dict(mult=(1, 2), blocks=1, attention=(2,), heads=4, depth=2, scale_shift=True, attend=softmax),
+    "heads": dict(mult=(1, 2), blocks=1, attention=(2,), heads=4, depth=2, scale_shift=True, attend=softmax_attention),
     "depths": dict(mult=(1, 2, 2), blocks=1, attention=(2, 4), depth=(1, 2, 3), checkpoint=True),
     "ADM": dict(mult=(1, 2), blocks=1, attention=(2,), scale_shift=True, resblock_updown=True),
     "QKV": dict(mult=(1, 2), blocks=1, attention=(2,), context_dim=None, block=QKVAttention),
@@ -57,7 +57,19 @@ def test_embedding_and_memory_computed_before_give_the_plain_call(options):
 
 
 def test_every_thing_told_is_heard():
-    net = lively(UNet(3, 3, channels=8, context_dim=6, vector_dim=5, concat_channels=2, head_channels=8, groups=4, blocks=1))
+    net = lively(
+        UNet(
+            3,
+            3,
+            channels=8,
+            context_dim=6,
+            vector_dim=5,
+            concat_channels=2,
+            num_head_channels=8,
+            num_groups=4,
+            num_res_blocks=1,
+        )
+    )
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0])
     mask = torch.ones(2, 4, dtype=torch.bool)
     cond = told(mask=mask, vector=torch.randn(2, 5), concat=torch.randn(2, 2, 8, 8))
@@ -75,7 +87,7 @@ def test_every_thing_told_is_heard():
 
 
 def test_masked_tokens_and_padding_say_nothing():
-    net = lively(UNet(3, 3, channels=8, context_dim=6, head_channels=8, groups=4, blocks=1))
+    net = lively(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0])
     short = told(length=2)
     padded = Condition(torch.cat([short.context, torch.full((2, 3, 6), 7.0)], 1), torch.arange(5).expand(2, 5) < 2)
@@ -83,7 +95,7 @@ def test_masked_tokens_and_padding_say_nothing():
 
 
 def test_rows_do_not_see_each_other():
-    net = lively(UNet(3, 3, channels=8, context_dim=6, head_channels=8, groups=4, blocks=1))
+    net = lively(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
     x, t, cond = torch.randn(3, 3, 8, 8), torch.tensor([10.0, 500.0, 3.0]), told(3)
     one = net(x[1:2], t[1:2], cond.index(slice(1, 2)))
     torch.testing.assert_close(net(x, t, cond)[1:2], one, rtol=1e-4, atol=1e-5)
@@ -91,7 +103,7 @@ def test_rows_do_not_see_each_other():
 
 @pytest.mark.parametrize(("mult", "blocks"), [((1, 2), 1), ((1, 2, 3), 2), ((1,), 3)])
 def test_every_skip_is_used_once_in_reverse(mult, blocks):
-    net = UNet(3, 3, channels=8, mult=mult, blocks=blocks, attention=(), groups=4)
+    net = UNet(3, 3, channels=8, channel_mult=mult, num_res_blocks=blocks, attention_resolutions=(), num_groups=4)
     down = [8]
     for level in net.down:
         down += [layer.res.conv2.out_channels for layer in level.layers]
@@ -102,7 +114,11 @@ def test_every_skip_is_used_once_in_reverse(mult, blocks):
             assert layer.res.conv1.in_channels == came + down.pop()
             came = layer.res.conv2.out_channels
     assert not down
-    assert sum(isinstance(m, Downsample) for m in net.modules()) == len(mult) - 1 == sum(isinstance(m, Upsample) for m in net.modules())
+    assert (
+        sum(isinstance(m, Downsample) for m in net.modules())
+        == len(mult) - 1
+        == sum(isinstance(m, Upsample) for m in net.modules())
+    )
 
 
 def skip_shapes(net: UNet, x: torch.Tensor) -> list[torch.Size]:
@@ -117,7 +133,7 @@ def skip_shapes(net: UNet, x: torch.Tensor) -> list[torch.Size]:
 
 
 def test_residuals_are_added_to_the_skips_and_the_middle():
-    net = lively(UNet(3, 3, channels=8, context_dim=6, head_channels=8, groups=4, blocks=1))
+    net = lively(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
     x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0]), told()
     shapes = skip_shapes(net, x)
     zeros = [torch.zeros(s) for s in (*shapes, shapes[-1])]
@@ -132,7 +148,7 @@ def test_residuals_are_added_to_the_skips_and_the_middle():
 
 def test_skips_carry_the_input_past_the_middle():
     """With the middle's answer cut off the output still depends on x, and each skip's channels are the second half of a concatenation."""
-    net = lively(UNet(3, 3, channels=8, mult=(1,), blocks=1, attention=(), groups=4))
+    net = lively(UNet(3, 3, channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4))
     seen = []
     net.up[0].layers[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
     x = torch.randn(1, 3, 4, 4)
@@ -144,7 +160,17 @@ def test_skips_carry_the_input_past_the_middle():
 
 @pytest.mark.parametrize("attention", [(), (2,), (1, 2)])
 def test_attention_stands_where_it_is_asked_for(attention):
-    net = UNet(3, 3, channels=8, mult=(1, 2), blocks=1, attention=attention, context_dim=6, head_channels=8, groups=4)
+    net = UNet(
+        3,
+        3,
+        channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=attention,
+        context_dim=6,
+        num_head_channels=8,
+        num_groups=4,
+    )
     levels = [2**i for i, level in enumerate(net.down) if level.layers[0].attention is not None]
     assert tuple(levels) == attention
     assert (net.middle1.attention is not None) == bool(attention)
@@ -155,7 +181,19 @@ def test_attention_stands_where_it_is_asked_for(attention):
 
 @pytest.mark.parametrize("attention", [(1,), (2,), (1, 2)])
 def test_each_transformer_is_given_its_own_keys_and_values(attention):
-    net = lively(UNet(3, 3, channels=8, mult=(1, 2), blocks=2, attention=attention, context_dim=6, head_channels=8, groups=4))
+    net = lively(
+        UNet(
+            3,
+            3,
+            channels=8,
+            channel_mult=(1, 2),
+            num_res_blocks=2,
+            attention_resolutions=attention,
+            context_dim=6,
+            num_head_channels=8,
+            num_groups=4,
+        )
+    )
     cond, wrong = told(), []
 
     def look(module, args):
@@ -206,13 +244,15 @@ def test_depth_is_by_level_and_the_middle_has_the_last():
 
 
 def test_factors_that_no_level_has_leave_attention_in_the_middle():
-    net = UNet(3, 3, mult=(1, 2), blocks=1, attention=(32, 16, 8), **SMALL)
+    net = UNet(3, 3, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(32, 16, 8), **SMALL)
     assert net.middle1.attention is not None
     assert [m for m in net.modules() if isinstance(m, SpatialTransformer)] == [net.middle1.attention]
 
 
 def test_res_blocks_change_the_size_and_hear_the_time():
-    net = lively(UNet(3, 3, mult=(1, 2), blocks=1, attention=(), resblock_updown=True, **SMALL))
+    net = lively(
+        UNet(3, 3, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), resblock_updown=True, **SMALL)
+    )
     resized = [level.resample for level in (*net.down, *net.up) if level.resample]
     assert len(resized) == 2
     assert all(isinstance(m, ResBlock) and m.emb is not None for m in resized)
@@ -225,34 +265,41 @@ def test_res_blocks_change_the_size_and_hear_the_time():
 
 
 def test_a_class_row_is_added_to_the_time():
-    net = lively(UNet(3, 3, vector_dim=32, vector=added, **SMALL))
+    net = lively(UNet(3, 3, vector_dim=32, vector_embedding=identity_embedding, **SMALL))
     t, row = torch.tensor([1.0, 500.0]), torch.randn(2, 32)
     torch.testing.assert_close(net.embed(t, Condition(vector=row)), net.embed(t, Condition(vector=0 * row)) + row)
 
 
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="head_channels=8 does not divide a level's 12 channels"):
-        UNet(3, 3, channels=12, attention=(1,), head_channels=8, groups=4)
+        UNet(3, 3, channels=12, attention_resolutions=(1,), num_head_channels=8, num_groups=4)
     with pytest.raises(ValueError, match="head_channels=0 does not divide"):
-        UNet(1, 1, channels=12, head_channels=0, groups=4)
+        UNet(1, 1, channels=12, num_head_channels=0, num_groups=4)
     with pytest.raises(ValueError, match="heads=3 does not divide a level's 8 channels"):
-        UNet(3, 3, channels=8, attention=(1,), heads=3, groups=4)
-    assert UNet(3, 3, channels=8, attention=(1,), heads=1, groups=4).middle1.attention.blocks[0].self_attention.heads == 1
+        UNet(3, 3, channels=8, attention_resolutions=(1,), num_heads=3, num_groups=4)
+    assert (
+        UNet(3, 3, channels=8, attention_resolutions=(1,), num_heads=1, num_groups=4)
+        .middle1.attention.blocks[0]
+        .self_attention.heads
+        == 1
+    )
 
 
 @pytest.mark.parametrize("block", [SpatialTransformer, QKVAttention])
 def test_a_context_that_cannot_be_heard_is_refused(block):
-    net = UNet(3, 3, channels=8, attention=(2,), head_channels=8, groups=4, block=block)
+    net = UNet(3, 3, channels=8, attention_resolutions=(2,), num_head_channels=8, num_groups=4, block=block)
     with pytest.raises(ValueError, match="without cross-attention cannot hear"):
         net(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), told())
 
 
 @pytest.mark.parametrize("odd", [False, True])
 def test_the_whole_is_its_parts(odd):
-    net = lively(UNet(3, 3, mult=(1, 2), blocks=1, attention=(2,), vector_dim=5, **SMALL))
+    net = lively(UNet(3, 3, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), vector_dim=5, **SMALL))
     x, t, cond = torch.randn(2, 3, 8 - odd, 8), torch.tensor([1.0, 500.0]), told(vector=torch.randn(2, 5))
-    emb = net.time(sinusoid(t, 8)) + net.vector(cond.vector)
-    first, middle, second, third = ((m.memory(cond.context), None) for m in net.modules() if isinstance(m, SpatialTransformer))
+    emb = net.time(timestep_embedding(t, 8)) + net.vector(cond.vector)
+    first, middle, second, third = (
+        (m.memory(cond.context), None) for m in net.modules() if isinstance(m, SpatialTransformer)
+    )
     none = (None, None)
     a = net.stem(x)
     b = net.down[0].layers[0](a, emb, *none)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.objective.prior import PriorPreservation
+from ldm.diffusion.prior_preservation import PriorPreservation
 
 
 class Given(nn.Module):

@@ -5,13 +5,13 @@ import torch
 from smoke import here, train
 from torch import nn
 
+from ldm.checkpoint.step import latest_valid_checkpoint, load_checkpoint
 from ldm.condition import Condition
 from ldm.diffusion import objective, prediction, schedule, times, weighting
 from ldm.diffusion.denoiser import Denoiser
-from ldm.durable import latest_valid, load_step
-from ldm.objective.repa import REPA, tokens_to_map
-from ldm.runs import read_journal
-from ldm.tensors import Noise
+from ldm.diffusion.repa import REPA, tokens_to_map
+from ldm.runs.metrics_log import read_metrics_log
+from ldm.tensors import KeyedNoise
 
 PLAIN = objective.Objective(partial(times.stratified, density=times.uniform), weighting.output)
 BATCH = {"image": torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1}
@@ -47,7 +47,10 @@ def make(layer="stem", **options):
 
 def test_loss_is_the_objectives_less_the_similarity():
     d, repa = make(weight=0.7)
-    terms, plain = repa(d, Z, Condition(), Noise(0, range(4)), BATCH), PLAIN(d, Z, Condition(), Noise(0, range(4)), BATCH)
+    terms, plain = (
+        repa(d, Z, Condition(), KeyedNoise(0, range(4)), BATCH),
+        PLAIN(d, Z, Condition(), KeyedNoise(0, range(4)), BATCH),
+    )
     assert torch.allclose(terms["loss"], plain["loss"] - 0.7 * terms["similarity"])
     assert set(terms) == {"loss", "error", "t", "similarity"}
     assert terms["similarity"].abs().max() <= 1
@@ -71,7 +74,7 @@ def test_a_step_trains_the_net_and_the_projector_and_not_the_encoder():
     frozen = [p.clone() for p in repa.encoder.parameters()]
     similarity = []
     for step in range(60):
-        terms = repa(d, Z, Condition(), Noise(0, [(step, i) for i in range(4)]), BATCH)
+        terms = repa(d, Z, Condition(), KeyedNoise(0, [(step, i) for i in range(4)]), BATCH)
         opt.zero_grad()
         terms["loss"].mean().backward()
         opt.step()
@@ -95,10 +98,12 @@ def test_trains_from_the_command_line_on_cached_latents(smoke, tmp_path):
     typed = ("encoder._target_=test_repa.Downloaded", "stage=1", "channels=32", "features=5", "hidden=16")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         run = train("objective=repa", *(f"objective.{word}" for word in typed), "metrics=none")
-    rows = read_journal(run / "metrics.jsonl")
+    rows = read_metrics_log(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(row["train/loss"] == pytest.approx(row["train/error"] - 0.5 * row["train/similarity"], rel=1e-3) for row in rows)
-    kept = load_step(latest_valid(run / "checkpoints")[0]).tensors["model"]
+    assert all(
+        row["train/loss"] == pytest.approx(row["train/error"] - 0.5 * row["train/similarity"], rel=1e-3) for row in rows
+    )
+    kept = load_checkpoint(latest_valid_checkpoint(run / "checkpoints")[0]).tensors["model"]
     assert "objective.project.0.weight" in kept  # the projector goes on where it stopped
     assert not any("encoder" in name and name.startswith("objective") for name in kept)
 
@@ -106,19 +111,19 @@ def test_trains_from_the_command_line_on_cached_latents(smoke, tmp_path):
 def test_bad_input():
     d, repa = make("midle")
     with pytest.raises(ValueError, match=r"no layer 'midle'; REPA can align one of stem, head"):
-        repa(d, Z, Condition(), Noise(0, range(4)), BATCH)
+        repa(d, Z, Condition(), KeyedNoise(0, range(4)), BATCH)
     with pytest.raises(ValueError, match="the batch has no `image`"):
-        make()[1](d, Z, Condition(), Noise(0, range(4)), {})
+        make()[1](d, Z, Condition(), KeyedNoise(0, range(4)), {})
     with pytest.raises(ValueError, match="channels=6: head has 2 channels; set channels=2"):
-        make("head")[1](d, Z, Condition(), Noise(0, range(4)), BATCH)
+        make("head")[1](d, Z, Condition(), KeyedNoise(0, range(4)), BATCH)
     repa.layer, repa.stage = "stem", 0
     with pytest.raises(ValueError, match="features=5: stage 0 of the encoder has 4 channels"):
-        repa(d, Z, Condition(), Noise(0, range(4)), BATCH)
+        repa(d, Z, Condition(), KeyedNoise(0, range(4)), BATCH)
 
 
 def test_the_hook_goes_even_when_the_objective_fails():
     d, repa = make()
     repa.objective.forward = lambda *args: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        repa(d, Z, Condition(), Noise(0, range(4)), BATCH)
+        repa(d, Z, Condition(), KeyedNoise(0, range(4)), BATCH)
     assert not d.net.stem._forward_hooks

@@ -6,14 +6,23 @@ import pytest
 import torch
 from smoke import command, here, train
 
-from ldm import durable
-from ldm.load import load
+from ldm.checkpoint.load import load_model
+from ldm.io import atomic
 
-TAUGHT = ("metrics=none", "training.drop=0.0")
+TAUGHT = ("metrics=none", "training.cond_drop_prob=0.0")
 WAYS = {
-    "progressive": (("objective.steps=4", "grid=uniform"), ("sampler=ddim", "grid=uniform", "steps=4", "guidance=cfg")),
-    "consistency": (("objective.steps=8", "grid=uniform"), ("sampler=consistency", "grid=uniform", "steps=2", "guidance=cfg")),
-    "guidance_told": (("net=smoke_told_scale", "guidance=told"), ("guidance=told", "guidance.scale=3", "steps=3")),
+    "progressive": (
+        ("objective.steps=4", "timestep_spacing=uniform"),
+        ("sampler=ddim", "timestep_spacing=uniform", "steps=4", "guidance=cfg"),
+    ),
+    "consistency": (
+        ("objective.steps=8", "timestep_spacing=uniform"),
+        ("sampler=consistency", "timestep_spacing=uniform", "steps=2", "guidance=cfg"),
+    ),
+    "guidance_told": (
+        ("net=smoke_guidance_embed", "guidance=embedded"),
+        ("guidance=embedded", "guidance.scale=3", "steps=3"),
+    ),
     "imitation": (("net.channels=32",), ("steps=3",)),
 }
 
@@ -24,13 +33,17 @@ def place(smoke, tmp_path_factory):
         yield Path.cwd()
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way == "guidance_told" else pytest.mark.slow) for way in WAYS])
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=() if way == "guidance_told" else pytest.mark.slow) for way in WAYS]
+)
 def test_a_student_is_trained_and_drawn_from(way, lively, smoke):
     typed, asked = WAYS[way]
     teacher, begun = (smoke.run, ()) if way == "imitation" else (lively, (f"init={lively}",))
     run = train(f"objective={way}", f"objective.teacher.run={teacher}", *TAUGHT, *begun, *typed)
-    assert not [name for name in durable.read_tensors(run / "weights.safetensors") if "teacher" in name], "a teacher is named, not kept"
-    before, after = (list(load(one).denoiser.state_dict().values()) for one in (lively, run))
+    assert not [name for name in atomic.read_tensors(run / "weights.safetensors") if "teacher" in name], (
+        "a teacher is named, not kept"
+    )
+    before, after = (list(load_model(one).denoiser.state_dict().values()) for one in (lively, run))
     assert way == "imitation" or not all(map(torch.equal, before, after[: len(before)]))
     assert command("sample.py", f"run={run}", "num=2", *asked) == 0
 
@@ -46,4 +59,9 @@ def test_a_teacher_of_other_latents_or_another_schedule_is_refused(lively, smoke
     refused("distillation needs a teacher: objective.teacher.run=RUN")
     refused("run=nowhere: no such folder", "objective.teacher.run=nowhere")
     refused("belongs to autoencoder", f"objective.teacher.run={lively}", f"init={smoke.run}")
-    refused("was trained on another noise schedule", f"objective.teacher.run={smoke.run}", f"init={smoke.run}", "schedule=linear")
+    refused(
+        "was trained on another noise schedule",
+        f"objective.teacher.run={smoke.run}",
+        f"init={smoke.run}",
+        "schedule=linear",
+    )

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import durable, runs
+from ldm.checkpoint.step import load_checkpoint, save_checkpoint
+from ldm.config import serialize
 from ldm.errors import UserError
-from ldm.stage.resume import checkpoint, finished
+from ldm.io import atomic
+from ldm.recipes.resume import final_metrics, find_resume_checkpoint
+from ldm.runs import metrics_log
+from ldm.runs.folder import lock_run
 
 CONFIG = {
     "seed": 0,
@@ -21,15 +25,15 @@ CONFIG = {
 
 def run(folder: Path, config: dict, *steps: int) -> Path:
     """A run folder with checkpoints of these steps."""
-    runs.save_config(config, folder / "config.yaml")
+    serialize.save_config(config, folder / "config.yaml")
     for step in steps:
         text = (folder / "config.yaml").read_text()
-        durable.save_step(folder / "checkpoints", step, {"model": {"w": torch.full((3,), float(step))}}, {}, text, keep=0)
+        save_checkpoint(folder / "checkpoints", step, {"model": {"w": torch.full((3,), float(step))}}, {}, text, keep=0)
     return folder
 
 
 def resumed(folder: Path, wanted: str | None, config: dict = CONFIG, **more) -> int | None:
-    found = checkpoint({**config, "resume": wanted, **more}, folder, chief=True)
+    found = find_resume_checkpoint({**config, "resume": wanted, **more}, folder, chief=True)
     return found and found.step
 
 
@@ -51,7 +55,9 @@ def test_the_newest_that_is_whole(wanted, tmp_path, capfd):
 
 def test_what_a_killed_process_was_writing_is_cleared_first(tmp_path):
     folder = run(tmp_path / "run", CONFIG, 2, 4)
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    ).stdout.strip()
     (folder / "checkpoints" / "step-00000004").rename(folder / "checkpoints" / f".step-00000004.{dead}.old.tmp")
     for place in ("", "checkpoints", "averages"):
         half = folder / place / f".weights.safetensors.{dead}.tmp"
@@ -66,7 +72,9 @@ def test_none_to_go_on_from(tmp_path):
     durable_file = folder / "checkpoints" / "step-00000002" / "model.safetensors"
     durable_file.write_bytes(durable_file.read_bytes()[:-1] + b"x")
     assert resumed(folder, "auto") is None
-    with pytest.raises(UserError, match=r"resume=must: no valid checkpoint in .*run/checkpoints; resume=auto begins anew"):
+    with pytest.raises(
+        UserError, match=r"resume=must: no valid checkpoint in .*run/checkpoints; resume=auto begins anew"
+    ):
         resumed(folder, "must")
 
 
@@ -80,16 +88,16 @@ def test_must_names_what_differs_from_the_most_similar_run(tmp_path):
 
 def test_never_sets_aside_what_was_there(tmp_path):
     folder = run(tmp_path / "run", CONFIG, 2)
-    runs.finish(folder, {"fd": 1.0})
-    assert finished({"resume": "auto"}, folder) == {"fd": 1.0}
-    assert finished({"resume": "never"}, folder) is None
-    with runs.lock(folder):
+    metrics_log.write_final_metrics(folder, {"fd": 1.0})
+    assert final_metrics({"resume": "auto"}, folder) == {"fd": 1.0}
+    assert final_metrics({"resume": "never"}, folder) is None
+    with lock_run(folder):
         assert resumed(folder, "never") is None
         assert names(folder / "before-1") == ["checkpoints", "config.yaml", "metrics.json"]
         run(folder, CONFIG, 3)
         assert resumed(folder, "never") is None
     assert names(folder) == [".lock", "before-1", "before-2"] or names(folder) == ["before-1", "before-2"]
-    assert durable.load_step(folder / "before-2" / "checkpoints" / "step-00000003").step == 3
+    assert load_checkpoint(folder / "before-2" / "checkpoints" / "step-00000003").step == 3
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step-00000004"])
@@ -109,7 +117,9 @@ def test_a_step_that_is_looked_at_is_come_to_from_the_checkpoint_before(step, be
 
 def test_a_step_before_all_checkpoints_is_come_to_from_the_first(tmp_path):
     other = run(tmp_path / "other", CONFIG, 2)
-    with pytest.raises(UserError, match="none of its valid checkpoints is before step 2; without resume= it begins with the first"):
+    with pytest.raises(
+        UserError, match="none of its valid checkpoints is before step 2; without resume= it begins with the first"
+    ):
         resumed(run(tmp_path / "new", CONFIG), str(other), debug={"step": 2})
 
 
@@ -142,21 +152,38 @@ def test_a_path_of_another_training_is_refused_with_its_keys_unless_they_are_nam
 
 def test_what_changes_no_step_may_differ(tmp_path):
     other, new = run(tmp_path / "other", CONFIG, 2), run(tmp_path / "new", CONFIG)
-    changed = {**CONFIG, "trainer": {"devices": 2}, "sampler": {"eta": 1}, "training": {**CONFIG["training"], "log_every": 5}}
+    changed = {
+        **CONFIG,
+        "trainer": {"devices": 2},
+        "sampler": {"eta": 1},
+        "training": {**CONFIG["training"], "log_every": 5},
+    }
     assert resumed(new, str(other), changed) == 2
-    assert checkpoint({**CONFIG, "net": {"width": 9}, "resume": str(other)}, new, True, ("data", "training")).step == 2
+    assert (
+        find_resume_checkpoint(
+            {**CONFIG, "net": {"width": 9}, "resume": str(other)}, new, True, ("data", "training")
+        ).step
+        == 2
+    )
 
 
 def test_a_path_to_nothing(tmp_path):
     new = run(tmp_path / "new", CONFIG)
-    with pytest.raises(UserError, match=r"resume=.*nowhere: no valid checkpoint there; expected auto, must, never, a step folder"):
+    with pytest.raises(
+        UserError, match=r"resume=.*nowhere: no valid checkpoint there; expected auto, must, never, a step folder"
+    ):
         resumed(new, str(tmp_path / "nowhere"))
-    with pytest.raises(durable.DamagedError, match="step-00000009 is not there"):
+    with pytest.raises(atomic.CorruptFileError, match="step-00000009 is not there"):
         resumed(new, str(tmp_path / "step-00000009"))
 
 
 def test_a_rank_that_does_not_write_moves_nothing(tmp_path):
     folder = run(tmp_path / "run", CONFIG, 2, 4)
-    assert checkpoint({**CONFIG, "resume": "never"}, folder, chief=False) is None
-    assert checkpoint({**CONFIG, "resume": str(folder / "checkpoints/step-00000002")}, folder, chief=False).step == 2
+    assert find_resume_checkpoint({**CONFIG, "resume": "never"}, folder, chief=False) is None
+    assert (
+        find_resume_checkpoint(
+            {**CONFIG, "resume": str(folder / "checkpoints/step-00000002")}, folder, chief=False
+        ).step
+        == 2
+    )
     assert names(folder / "checkpoints") == ["step-00000002", "step-00000004"]

@@ -3,18 +3,18 @@
 import pytest
 from rows import Line, Rows, Seen, train
 
-from ldm.data.stream import Stream
-from ldm.training.accumulate import Parted
+from ldm.data.stream import BatchStream
+from ldm.training.accumulate import MicroBatchStream
 
 
 def test_the_parts_of_a_stream_are_its_batches_cut():
-    whole, parts = Stream(10, 6, 3, seed=1), Parted(Stream(10, 6, 3, seed=1), 3)
+    whole, parts = BatchStream(10, 6, 3, seed=1), MicroBatchStream(BatchStream(10, 6, 3, seed=1), 3)
     assert len(parts) == 9
     for step, one in enumerate(whole):
         cut = list(parts)[3 * step : 3 * step + 3]
-        assert [key for part in cut for key in part.at] == one.at
+        assert [key for part in cut for key in part.samples] == one.samples
         assert [place for part in cut for place in part.position] == one.position
-        assert {(part.step, part.total, len(part.at)) for part in cut} == {(step, 6, 2)}
+        assert {(part.step, part.total, len(part.samples)) for part in cut} == {(step, 6, 2)}
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -29,13 +29,19 @@ def test_losses_and_weights_are_those_of_whole_batches(parts):
 
 
 def test_rows_that_cannot_be_shared_out_are_refused():
-    with pytest.raises(ValueError, match=r"batch_size=4 cannot be split into 3 equal parts \(1 processes, accumulate=3\)"):
+    with pytest.raises(
+        ValueError, match=r"batch_size=4 cannot be split into 3 equal parts \(1 processes, accumulate=3\)"
+    ):
         train(Line(), Rows(), [], steps=1, accumulate=3)
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
-    [({"workers": -1}, "workers=-1: expected 0"), ({"accumulate": 0}, "accumulate=0: expected 1"), ({"strategy": "0x10"}, "expected auto")],
+    [
+        ({"workers": -1}, "workers=-1: expected 0"),
+        ({"accumulate": 0}, "accumulate=0: expected 1"),
+        ({"strategy": "0x10"}, "expected auto"),
+    ],
 )
 def test_numbers_and_names_that_cannot_be_are_refused(typed, said):
     with pytest.raises(ValueError, match=said):

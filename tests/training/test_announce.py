@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 from rows import Line, Rows, train
 
-from ldm.training.announce import TIMED, WORTH, Announce
 from ldm.training.callbacks import LearningRate
 from ldm.training.lr import cosine
+from ldm.training.startup_report import MEASURED_STEPS, MIN_REMAINING_STEPS, StartupReport
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_size_batch_and_peak_rate_are_said_once(accumulate, capfd):
-    steps, schedule = TIMED + 1 + WORTH, partial(cosine, warmup=4, end=0.5)
-    around = [Announce("a line", steps, schedule, accumulate), LearningRate(schedule, steps)]
+    steps, schedule = MEASURED_STEPS + 1 + MIN_REMAINING_STEPS, partial(cosine, warmup=4, end=0.5)
+    around = [StartupReport("a line", steps, schedule, accumulate), LearningRate(schedule, steps)]
     train(Line(), Rows(), around, steps=steps, accumulate=accumulate)
     first, *others = [line for line in capfd.readouterr().out.splitlines() if line.startswith("a line")]
     peak = 0.1 * max(schedule(step, steps) for step in range(steps))
@@ -26,6 +26,8 @@ def test_size_batch_and_peak_rate_are_said_once(accumulate, capfd):
 
 def test_of_what_is_left_of_a_resumed_one(capfd):
     schedule = partial(cosine, end=0.0)
-    train(Line(), Rows(), [Announce("a line", 8, schedule)], steps=8, start=4)
-    (said,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("a line")]  # too little for an estimate
+    train(Line(), Rows(), [StartupReport("a line", 8, schedule)], steps=8, start=4)
+    (said,) = [
+        line for line in capfd.readouterr().out.splitlines() if line.startswith("a line")
+    ]  # too little for an estimate
     assert said.endswith(f"learning rate up to {0.1 * schedule(4, 8):.3g}")

@@ -5,28 +5,34 @@ import torch
 from omegaconf import OmegaConf
 from smoke import composed
 
-from ldm import durable
+from ldm.checkpoint.step import save_checkpoint
 from ldm.errors import UserError
-from ldm.score import Protocol
-from ldm.stage import cache
-from ldm.stage.diffusion import scored
+from ldm.evaluation.evaluate import EvaluationConfig
+from ldm.io import atomic
+from ldm.recipes.diffusion import scored_metrics
+from ldm.runs import cache
 from ldm.training.best import Best, lowest, read_best, require_metric, restore_best
 
-ROWS = [{"step": step, "train/loss": loss, "val/psnr": psnr} for step, loss, psnr in ((1, 3.0, 9), (2, 1.0, 8), (3, 2.0, 11), (4, 0.5, 12))]
+ROWS = [
+    {"step": step, "train/loss": loss, "val/psnr": psnr}
+    for step, loss, psnr in ((1, 3.0, 9), (2, 1.0, 8), (3, 2.0, 11), (4, 0.5, 12))
+]
 
 
 def test_lowest_of_the_steps_that_are_there():
     assert lowest("train/loss", ROWS, {1, 2, 3}) == Best("train/loss", 2, 1.0)
     assert lowest("-val/psnr", ROWS, {1, 2, 3}) == Best("-val/psnr", 3, -11.0)
     assert lowest("val/nosuch", ROWS, {1, 2, 3}) is None
-    assert lowest("train/loss", [{"step": 1, "train/loss": None}, {"step": 2, "train/loss": float("nan")}], {1, 2}) is None
+    assert (
+        lowest("train/loss", [{"step": 1, "train/loss": None}, {"step": 2, "train/loss": float("nan")}], {1, 2}) is None
+    )
 
 
 def test_a_resumed_run_takes_its_best_from_the_journal(tmp_path):
     """Of the metric of now, of checkpoints that are complete, up to the step that it is resumed from."""
     for step in (1, 2, 3, 4):
-        durable.save_step(tmp_path, step, {"model": {"w": torch.zeros(1)}}, {}, keep=0)
-    durable.write_json(tmp_path / "best.json", {"metric": "-val/psnr", "step": 3, "value": -11.0})
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.zeros(1)}}, {}, keep=0)
+    atomic.write_json(tmp_path / "best.json", {"metric": "-val/psnr", "step": 3, "value": -11.0})
     assert restore_best(tmp_path, "train/loss", ROWS, until=3) == read_best(tmp_path) == Best("train/loss", 2, 1.0)
     (tmp_path / "step-00000002" / "model.safetensors").write_bytes(b"")
     assert restore_best(tmp_path, "train/loss", ROWS, until=3) == Best("train/loss", 3, 2.0)
@@ -34,7 +40,9 @@ def test_a_resumed_run_takes_its_best_from_the_journal(tmp_path):
     assert not (tmp_path / "best.json").exists()
 
 
-@pytest.mark.parametrize("name", [None, "", "train/loss", "-train/any", "perf/mfu", "-perf/images_per_s", "val/fd_x_1k", "-val/fd_x_1k"])
+@pytest.mark.parametrize(
+    "name", [None, "", "train/loss", "-train/any", "perf/mfu", "-perf/images_per_s", "val/fd_x_1k", "-val/fd_x_1k"]
+)
 def test_require_metric_admits_what_may_come(name):
     require_metric(name, {"val/fd_x_1k"})
 
@@ -60,21 +68,24 @@ def test_require_metric_refuses_what_never_comes(name, scores, why, text):
 
 def test_what_a_training_scores():
     cfg, steps = composed("budget=smoke", "metrics=fd"), 10
-    assert scored(cfg, Protocol(every=5), steps) == ({"val/fd_fashion_1k"}, "")
-    assert scored(cfg, Protocol(every=5, every_num=250), steps) == ({"val/fd_fashion_250"}, "")
-    assert "training.score.every=STEPS" in scored(cfg, Protocol(), steps)[1]
-    assert "is more than training.steps=10" in scored(cfg, Protocol(every=11), steps)[1]
-    assert scored(composed("budget=smoke", "metrics=none"), Protocol(every=5), steps) == (set(), "metrics=none measures nothing")
+    assert scored_metrics(cfg, EvaluationConfig(eval_every=5), steps) == ({"val/fd_fashion_1k"}, "")
+    assert scored_metrics(cfg, EvaluationConfig(eval_every=5, eval_num=250), steps) == ({"val/fd_fashion_250"}, "")
+    assert "training.score.eval_every=STEPS" in scored_metrics(cfg, EvaluationConfig(), steps)[1]
+    assert "is more than training.steps=10" in scored_metrics(cfg, EvaluationConfig(eval_every=11), steps)[1]
+    assert scored_metrics(composed("budget=smoke", "metrics=none"), EvaluationConfig(eval_every=5), steps) == (
+        set(),
+        "metrics=none measures nothing",
+    )
     own = OmegaConf.merge(cfg, {"metrics": {"metrics": {"own": {"_target_": "torch.nn.Identity"}}}})
-    assert scored(own, Protocol(every=5), steps) == (None, "")
+    assert scored_metrics(own, EvaluationConfig(eval_every=5), steps) == (None, "")
 
 
 def test_a_training_on_the_way_keeps_no_best(monkeypatch, tmp_path):
     """The judge never writes the number that its user is to be judged by."""
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     configs = []
-    monkeypatch.setattr("ldm.launch.write_config", lambda config, folder: configs.append(config))
-    monkeypatch.setattr("ldm.launch.run_config", lambda *args: 1)
+    monkeypatch.setattr("ldm.config.serialize.write_config", lambda config, folder: configs.append(config))
+    monkeypatch.setattr("ldm.launch.process.run_in_subprocess", lambda *args: 1)
     with pytest.raises(UserError, match="failed with exit code 1"):
-        cache.judge(composed("budget=smoke", "keep_best=val/fd_fashion_1k", "training.score.every=1"))
+        cache.ensure_evaluator(composed("budget=smoke", "keep_best=val/fd_fashion_1k", "training.score.eval_every=1"))
     assert configs[0]["keep_best"] is None

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.diffusion.objective import Likelihood, LossSecondMoment
-from ldm.durable import latest_valid, load_step, step_of, steps
+from ldm.checkpoint.step import checkpoint_step, latest_valid_checkpoint, list_checkpoints, load_checkpoint
+from ldm.diffusion.objective import LossSecondMoment, VLBObjective
 from ldm.training.best import Best, BestLater, read_best
-from ldm.training.callbacks import Checkpoints, Keep
+from ldm.training.callbacks import CheckpointCallback, RetentionPolicy
 
 
 class Plain:
@@ -24,14 +24,19 @@ TRAINER = SimpleNamespace(is_global_zero=True, optimizers=[], precision_plugin=P
 class Lit(nn.Module):
     def __init__(self):
         super().__init__()
-        self.model, self.objective = nn.Linear(2, 2), LossSecondMoment(Likelihood(times=None), T=3, history=2)
+        self.model, self.objective = (
+            nn.Linear(2, 2),
+            LossSecondMoment(VLBObjective(timestep_sampling=None), T=3, history=2),
+        )
 
 
 def test_a_training_goes_on_with_what_its_objective_remembers(tmp_path):
     before, after, trainer = Lit(), Lit(), SimpleNamespace(is_global_zero=True, optimizers=[], precision_plugin=Plain())
-    before.objective.remember(torch.tensor([0, 2, 2, 0, 1, 1]), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
-    Checkpoints(tmp_path, None, 1, 1, "").on_train_batch_end(trainer, before, None, {"step": 0}, 0)
-    Checkpoints(tmp_path, None, 1, 1, "", load_step(latest_valid(tmp_path)[0])).on_fit_start(trainer, after)
+    before.objective.update_history(torch.tensor([0, 2, 2, 0, 1, 1]), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
+    CheckpointCallback(tmp_path, None, 1, 1, "").on_train_batch_end(trainer, before, None, {"step": 0}, 0)
+    CheckpointCallback(tmp_path, None, 1, 1, "", load_checkpoint(latest_valid_checkpoint(tmp_path)[0])).on_fit_start(
+        trainer, after
+    )
     assert torch.equal(after.objective.count, torch.tensor([2, 2, 2]))
     assert torch.equal(after.objective.probabilities(), before.objective.probabilities())
     assert torch.equal(after.model.weight, before.model.weight)
@@ -40,12 +45,14 @@ def test_a_training_goes_on_with_what_its_objective_remembers(tmp_path):
 def test_which_checkpoints_stay(tmp_path):
     """The newest two, every fourth, and the one whose number was lowest, by now the third."""
     values = iter([None, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
-    run_steps(Checkpoints(tmp_path, None, 1, 100, "", keep=Keep(2, 4, lambda: next(values), "val/fd")), 10)
-    assert [step_of(path) for path in steps(tmp_path)] == [10, 9, 8, 4, 3]
+    run_steps(
+        CheckpointCallback(tmp_path, None, 1, 100, "", keep=RetentionPolicy(2, 4, lambda: next(values), "val/fd")), 10
+    )
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [10, 9, 8, 4, 3]
     assert json.loads((tmp_path / "best.json").read_text()) == {"metric": "val/fd", "step": 3, "value": 1.0}
 
 
-def run_steps(saving: Checkpoints, number: int, *later: BestLater) -> None:
+def run_steps(saving: CheckpointCallback, number: int, *later: BestLater) -> None:
     """The hooks of so many steps and of the end."""
     for step in range(number):
         for one in (saving, *later):
@@ -55,9 +62,11 @@ def run_steps(saving: Checkpoints, number: int, *later: BestLater) -> None:
 
 def test_a_new_best_is_saved_between_two_saves(tmp_path):
     values = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
-    run_steps(Checkpoints(tmp_path, None, 4, 8, "", keep=Keep(2, None, lambda: next(values), "val/fd")), 8)
-    assert [step_of(path) for path in steps(tmp_path)] == [8, 4, 2]
-    assert load_step(tmp_path / "step-00000002").step == 2
+    run_steps(
+        CheckpointCallback(tmp_path, None, 4, 8, "", keep=RetentionPolicy(2, None, lambda: next(values), "val/fd")), 8
+    )
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [8, 4, 2]
+    assert load_checkpoint(tmp_path / "step-00000002").step == 2
     assert read_best(tmp_path) == Best("val/fd", 2, 1.0)
 
 
@@ -66,19 +75,31 @@ def test_a_new_best_is_saved_between_two_saves(tmp_path):
 )
 def test_a_number_that_is_not_finite_is_never_best(values, tmp_path, capsys):
     turn, finite = iter(values), [value for value in values if math.isfinite(value)]
-    run_steps(Checkpoints(tmp_path, None, 1, 3, "", keep=Keep(2, None, lambda: next(turn), "val/fd", lambda: {"val/fd"})), 3)
-    assert latest_valid(tmp_path)[0].name == "step-00000003"
+    run_steps(
+        CheckpointCallback(
+            tmp_path, None, 1, 3, "", keep=RetentionPolicy(2, None, lambda: next(turn), "val/fd", lambda: {"val/fd"})
+        ),
+        3,
+    )
+    assert latest_valid_checkpoint(tmp_path)[0].name == "step-00000003"
     best = Best("val/fd", values.index(2.0) + 1, 2.0) if finite else None
     assert read_best(tmp_path) == best
-    assert ("keep_best=val/fd: the number was never finite: there is no best checkpoint" in capsys.readouterr().out) == (not finite)
+    assert (
+        "keep_best=val/fd: the number was never finite: there is no best checkpoint" in capsys.readouterr().out
+    ) == (not finite)
 
 
-@pytest.mark.parametrize("left", ['{"metric": "-perf/images_per_s", "step": 1, "value": -70.0}', '{"step": 1, "value": -70.0}', '{"met'])
+@pytest.mark.parametrize(
+    "left", ['{"metric": "-perf/images_per_s", "step": 1, "value": -70.0}', '{"step": 1, "value": -70.0}', '{"met']
+)
 def test_a_best_of_another_metric_is_not_compared(left, tmp_path):
     """Nor one of which no metric is known, nor half a file."""
     (tmp_path / "best.json").write_text(left)
     values = iter([3.0, 2.0, 4.0])
-    run_steps(Checkpoints(tmp_path, None, 1, 3, "", keep=Keep(2, None, lambda: next(values), "train/loss")), 3)
+    run_steps(
+        CheckpointCallback(tmp_path, None, 1, 3, "", keep=RetentionPolicy(2, None, lambda: next(values), "train/loss")),
+        3,
+    )
     assert read_best(tmp_path) == Best("train/loss", 2, 2.0)
 
 
@@ -86,27 +107,33 @@ def test_a_best_of_another_metric_is_not_compared(left, tmp_path):
 def test_a_number_written_after_the_save_belongs_to_its_step(every, tmp_path):
     """As that of a picture, which is after the checkpoint: the best is of step 2, whether that is saved anyway or not."""
     values = iter([None, 3.0, None, 1.0, None, 2.0])
-    saving = Checkpoints(tmp_path, None, every, 3, "", keep=Keep(2, None, lambda: next(values), "val/psnr"))
+    saving = CheckpointCallback(
+        tmp_path, None, every, 3, "", keep=RetentionPolicy(2, None, lambda: next(values), "val/psnr")
+    )
     run_steps(saving, 3, BestLater(saving))
     assert read_best(tmp_path) == Best("val/psnr", 2, 1.0)
-    assert [step_of(path) for path in steps(tmp_path)] == [3, 2]
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 2]
 
 
 def test_the_former_best_stays_until_the_new_one_is_saved(tmp_path, monkeypatch):
     """A save that fails leaves the former best, and best.json says so."""
     values = iter([1.0, 2.0, 2.0, 0.5])
-    saving = Checkpoints(tmp_path, None, 1, 9, "", keep=Keep(2, None, lambda: next(values), "val/fd"))
+    saving = CheckpointCallback(tmp_path, None, 1, 9, "", keep=RetentionPolicy(2, None, lambda: next(values), "val/fd"))
     run_steps(saving, 3)
-    monkeypatch.setattr("ldm.durable._room", lambda *args: (_ for _ in ()).throw(OSError(28, "no space")))
+    monkeypatch.setattr(
+        "ldm.io.atomic._require_disk_space", lambda *args: (_ for _ in ()).throw(OSError(28, "no space"))
+    )
     with pytest.raises(OSError, match="no space"):
         saving.on_train_batch_end(TRAINER, Lit(), None, {"step": 3}, 0)
     assert read_best(tmp_path) == Best("val/fd", 1, 1.0)
-    assert [step_of(path) for path in steps(tmp_path)] == [3, 2, 1]
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 2, 1]
 
 
 def test_a_number_that_is_not_written_is_reported_once_and_at_the_end(tmp_path, capsys):
     written = set()
-    saving = Checkpoints(tmp_path, None, 1, 3, "", keep=Keep(2, None, lambda: None, "-train/nosuch", lambda: written))
+    saving = CheckpointCallback(
+        tmp_path, None, 1, 3, "", keep=RetentionPolicy(2, None, lambda: None, "-train/nosuch", lambda: written)
+    )
     saving.on_train_batch_end(TRAINER, Lit(), None, {"step": 0}, 0)
     assert not capsys.readouterr().out, "nothing of its group was written yet"
     written.update({"train/loss", "train/lr"})

@@ -9,19 +9,19 @@ import pytest
 import torch
 from smoke import command, here, process, train
 
-from ldm import durable
-from ldm.conditioner.clip import CLIP, network
+from ldm.conditioner.clip import CLIP, build_clip
 from ldm.conditioner.clip_image import CLIPImage
-from ldm.stage.clip import groups
-from ldm.tensors import Noise
-from ldm.training.clip import LitCLIP, contrast, cropped
+from ldm.io import atomic
+from ldm.recipes.clip import split_groups
+from ldm.tensors import KeyedNoise
+from ldm.training.clip import LitCLIP, clip_loss, random_crop
 
 MODEL = (
     "training.model.embed_dim=16",
     "training.model.vision_cfg={image_size: 16, layers: 1, width: 32, head_width: 32, patch_size: 8}",
     "training.model.text_cfg={context_length: 8, width: 32, heads: 2, layers: 1}",
 )
-SMALL = ("training=clip", "~training.score", "~training.grid_every", "metrics=none", *MODEL)
+SMALL = ("training=clip", "~training.score", "~training.sample_every", "metrics=none", *MODEL)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +45,7 @@ def test_loss_is_the_mean_over_both_directions():
 
     rows = [cross([5 * x for x in row], i) for i, row in enumerate(cosines)]
     columns = [cross([5 * row[j] for row in cosines], j) for j in range(2)]
-    terms = contrast(image, text, torch.tensor(5.0), torch.eye(2, dtype=torch.bool))
+    terms = clip_loss(image, text, torch.tensor(5.0), torch.eye(2, dtype=torch.bool))
     assert terms["loss"].item() == pytest.approx((sum(rows) + sum(columns)) / 4, rel=1e-5)
     assert terms["accuracy"] == 1
 
@@ -54,30 +54,32 @@ def test_equal_captions_are_each_others_answer():
     """Two images of one caption and one of another, all embeddings right: the loss is that of a choice between two equals."""
     image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    terms = contrast(image, image, torch.tensor(100.0), same)
+    terms = clip_loss(image, image, torch.tensor(100.0), same)
     assert terms["loss"].item() == pytest.approx(2 * math.log(2) / 3, rel=1e-5)
     assert terms["accuracy"] == 1
 
 
 def test_a_crop_is_a_part_of_the_image_keyed_by_its_row():
     x = torch.linspace(-1, 1, 16)
-    image = torch.stack([x.expand(16, 16), x[:, None].expand(16, 16)])[None].repeat(3, 1, 1, 1)  # the coordinates themselves
-    noise = Noise(0, [(0, 3), (0, 5), (1, 3)])
-    out = cropped(image, noise, 0.5)
+    image = torch.stack([x.expand(16, 16), x[:, None].expand(16, 16)])[None].repeat(
+        3, 1, 1, 1
+    )  # the coordinates themselves
+    noise = KeyedNoise(0, [(0, 3), (0, 5), (1, 3)])
+    out = random_crop(image, noise, 0.5)
     step = out[:, 0, 0].diff(dim=1)[:, 2:-2].mean(1) / x.diff()[0]  # the side that was kept
     assert ((step > 0.5) & (step < 1)).all()
     torch.testing.assert_close(out[:, 0, 0].diff(dim=1).mean(1), out[:, 1, :, 0].diff(dim=1).mean(1), atol=0.03, rtol=0)
     assert out.abs().max() <= 1
     assert len({round(one, 4) for one in out[:, 0, 8, 8].tolist()}) == 3
-    assert torch.equal(cropped(image[1:2], Noise(0, [(0, 5)]), 0.5), out[1:2])
-    assert torch.equal(cropped(image, noise, 1.0), image)
+    assert torch.equal(random_crop(image[1:2], KeyedNoise(0, [(0, 5)]), 0.5), out[1:2])
+    assert torch.equal(random_crop(image, noise, 1.0), image)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(cropped(image, noise, 0.5), out)
+        assert torch.equal(random_crop(image, noise, 0.5), out)
 
 
 @pytest.mark.parametrize(("total", "sizes"), [(740, [100] * 7), (100, [100]), (60, [60]), (199, [100])])
 def test_groups_are_spread_over_all(total, sizes):
-    found = groups(total, 100)
+    found = split_groups(total, 100)
     assert [len(one) for one in found] == sizes
     assert len({row for one in found for row in one}) == sum(sizes)
     assert all(0 <= row < total for one in found for row in one)
@@ -91,8 +93,8 @@ def test_its_files_are_read_as_published_ones_are(made):
     assert (context.shape, vector.shape) == ((2, 8, 32), (2, 16))
     assert mask.all()
     assert encoder.identity != CLIP(model, random=True).identity
-    net, _ = network("model", weights, False, False)
-    saved = durable.read_tensors(made / "weights.safetensors")
+    net, _ = build_clip("model", weights, False, False)
+    saved = atomic.read_tensors(made / "weights.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
     assert CLIPImage("model", weights)({"image": torch.zeros(2, 1, 32, 32)}).vector.shape == (2, 16)
 
@@ -105,14 +107,17 @@ def test_retrieval_is_said_beside_chance(made):
 
 
 def test_a_diffusion_model_is_told_by_it(made):
-    typed = (f"conditioner.encoder.model={made / 'model.json'}", f"conditioner.encoder.weights={made / 'weights.safetensors'}")
-    run = train("conditioner=clip", *typed, "conditioner.length=8", "metrics=none", "training.steps=1")
-    assert command("sample.py", f"run={run}", "prompt=a ring", "num=2", "steps=2", "out=drawn") == 0
+    typed = (
+        f"conditioner.encoder.model={made / 'model.json'}",
+        f"conditioner.encoder.weights={made / 'weights.safetensors'}",
+    )
+    run = train("conditioner=clip", *typed, "conditioner.max_length=8", "metrics=none", "training.steps=1")
+    assert command("sample.py", f"run={run}", "prompt=a ring", "num=2", "steps=2", "output_dir=drawn") == 0
     assert len(list(Path("drawn").glob("0*.png"))) == 2
 
 
 def test_what_a_resnet_learns_beside_its_parameters_is_kept():
-    from ldm.training.callbacks import extra
+    from ldm.checkpoint.state import extra_state
 
     def lit() -> LitCLIP:
         net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
@@ -120,7 +125,7 @@ def test_what_a_resnet_learns_beside_its_parameters_is_kept():
 
     one, other = lit(), lit()
     one.net(torch.randn(8, 3, 4, 4))
-    for name, state in extra(one).items():
+    for name, state in extra_state(one).items():
         other.get_submodule(name).set_extra_state(state)
     assert one.net[1].running_mean.abs().min() > 0
     assert all(torch.equal(a, b) for a, b in zip(one.net.buffers(), other.net.buffers(), strict=True))
@@ -132,13 +137,13 @@ def test_taken_up_where_it_stopped(place):
     typed = (*SMALL, "training.steps=2", "training.save_every=1", "name=resumed")
     whole = train(*typed)
     (step,) = (whole / "checkpoints").glob("step-00000001")
-    before = durable.read_tensors(whole / "weights.safetensors")
+    before = atomic.read_tensors(whole / "weights.safetensors")
     (whole / "metrics.json").unlink()
     (whole / "weights.safetensors").unlink()
     shutil.rmtree(whole / "checkpoints" / "step-00000002")
     done = process("train.py", "budget=smoke", *typed, cwd=place)
     assert done.returncode == 0, done.stderr
-    after = durable.read_tensors(whole / "weights.safetensors")
+    after = atomic.read_tensors(whole / "weights.safetensors")
     assert step.is_dir()
     assert [name for name, value in before.items() if not torch.equal(value, after[name])] == []
 
@@ -146,6 +151,6 @@ def test_taken_up_where_it_stopped(place):
 @pytest.mark.parametrize("training", ["autoencoder", "classifier", "clip"])
 def test_what_is_told_nothing_takes_no_degraded_images(training, capfd):
     capfd.readouterr()
-    typed = ("~training.score", "degrade=mask", *(() if training == "autoencoder" else ("~training.grid_every",)))
+    typed = ("~training.score", "degradation=mask", *(() if training == "autoencoder" else ("~training.sample_every",)))
     assert command("train.py", "budget=smoke", f"training={training}", *typed) == 2
     assert "degrade= is for training=diffusion alone" in capfd.readouterr().err

@@ -11,9 +11,9 @@ from rows import Line, Rows, train
 from torch import nn
 
 from ldm.ema import PowerEMA
-from ldm.training import callbacks, clock
-from ldm.training.callbacks import Average, Pictures, Record
-from ldm.training.clock import ORDER, Spent, count_flops, during, peak, table
+from ldm.training import callbacks
+from ldm.training.callbacks import EMACallback, MetricsRecorder, SampleGridCallback
+from ldm.training.profiler import ORDER, PhaseProfiler, count_flops, peak_flops, phase, table
 
 NAP = 0.02
 
@@ -30,7 +30,7 @@ class Slow(Line):
             time.sleep(NAP)
 
     def training_step(self, batch, batch_idx):
-        with during(self, "encode"):
+        with phase(self, "encode"):
             self.nap("encode")
         self.nap("forward")
         out = super().training_step(batch, batch_idx)
@@ -63,24 +63,29 @@ class Napping(Rows):
 @pytest.mark.parametrize(
     ("where", "accumulate"),
     [
-        *((where, 1) for where in ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging", "saving", "own")),
+        *(
+            (where, 1)
+            for where in ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging", "saving", "own")
+        ),
         ("data", 2),
         ("EMA", 2),
         ("own", 2),
     ],
 )
 def test_a_nap_is_found_where_it_was_taken(where, accumulate, monkeypatch):
-    peak("32-true", torch.device("cpu"))  # measured once in a process
+    peak_flops("32-true", torch.device("cpu"))  # measured once in a process
     lit, spent = Slow(where), []
-    made = clock.Spent.__init__
-    monkeypatch.setattr(clock.Spent, "__init__", lambda self, *args, **more: (made(self, *args, **more), spent.append(self))[0])
+    made = PhaseProfiler.__init__
+    monkeypatch.setattr(
+        PhaseProfiler, "__init__", lambda self, *args, **more: (made(self, *args, **more), spent.append(self))[0]
+    )
     ema = PowerEMA(lit, 0.1)
     update = ema.update
     monkeypatch.setattr(ema, "update", lambda step: (lit.nap("EMA"), update(step))[1])
-    record = Record(lambda step, values: lit.nap("logging"), 1, 4)
-    pictures = Pictures(lambda step: lit.nap("saving"), 1)
+    record = MetricsRecorder(lambda step, values: lit.nap("logging"), 1, 4)
+    pictures = SampleGridCallback(lambda step: lit.nap("saving"), 1)
     own = Own(lit)  # of any name: what counts is its phase
-    train(lit, Napping(lit), [Average(ema), record, pictures, own], steps=4, accumulate=accumulate)
+    train(lit, Napping(lit), [EMACallback(ema), record, pictures, own], steps=4, accumulate=accumulate)
     seconds = spent[0].seconds
     where = Own.phase if where == "own" else where
     naps = 4 * NAP * (accumulate if where in ("data", "encode", "forward", "backward") else 1)
@@ -91,14 +96,14 @@ def test_a_nap_is_found_where_it_was_taken(where, accumulate, monkeypatch):
 def test_each_second_is_of_one_kind():
     """By a clock that ticks once each time that it is looked at."""
     ticks = iter(range(100))
-    spent = Spent(clock=lambda: next(ticks), callbacks=[Record(print, 1, 1)])
+    spent = PhaseProfiler(clock=lambda: next(ticks), callbacks=[MetricsRecorder(print, 1, 1)])
     spent.start("[Strategy]One.training_step")
     spent.start("encode")
     spent.stop("encode")
     spent.stop("[Strategy]One.training_step")
     spent.start("[Callback]Record.on_train_batch_end")
     spent.stop("[Callback]Record.on_train_batch_end")
-    found = spent.so_far()
+    found = spent.elapsed()
     assert {kind: n for kind, n in found.items() if n} == {"forward": 2, "encode": 1, "logging": 1, "other": 3}
     assert list(found) == list(ORDER)
     said = table(found, 2).splitlines()
@@ -109,7 +114,7 @@ def test_each_second_is_of_one_kind():
 def test_what_comes_between_two_hooks_is_the_backward_pass():
     """However it was asked for: of a step with two optimisers too."""
     ticks = iter(range(100))
-    spent = Spent(clock=lambda: next(ticks))
+    spent = PhaseProfiler(clock=lambda: next(ticks))
     spent.start("[Strategy]One.training_step")
     for _ in range(2):
         for hook in ("on_before_backward", "on_after_backward"):
@@ -118,14 +123,18 @@ def test_what_comes_between_two_hooks_is_the_backward_pass():
                 spent.stop(f"{owner}.{hook}")
     spent.stop("[Strategy]One.training_step")
     found = {kind: n for kind, n in spent.seconds.items() if n}
-    assert found == {"forward": 5, "backward": 4, "other": 9}, "the hooks are 8 of the others, and forward goes on behind them"
+    assert found == {"forward": 5, "backward": 4, "other": 9}, (
+        "the hooks are 8 of the others, and forward goes on behind them"
+    )
 
 
 def test_the_wait_is_that_since_the_last_record(monkeypatch):
-    ticks, rows, spent = iter(range(0, 1000, 10)), [], Spent()
+    ticks, rows, spent = iter(range(0, 1000, 10)), [], PhaseProfiler()
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    record = Record(lambda step, values: rows.append(values), 1, 3)
-    trainer = SimpleNamespace(is_global_zero=True, profiler=spent, optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])])
+    record = MetricsRecorder(lambda step, values: rows.append(values), 1, 3)
+    trainer = SimpleNamespace(
+        is_global_zero=True, profiler=spent, optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])]
+    )
     for step, wait in enumerate((2.0, 5.0, 1.0)):
         spent.seconds["data"] += wait
         record.on_train_batch_end(trainer, None, {"loss": torch.ones(())}, {"step": step, "total": 4}, step)
@@ -145,12 +154,20 @@ def test_products_are_counted_forward_and_backward():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_pace_is_always_recorded(accumulate):
     rows = []
-    train(Line(), Rows(), [Record(lambda step, values: rows.append(values), 2, 6)], steps=6, accumulate=accumulate)
+    train(
+        Line(),
+        Rows(),
+        [MetricsRecorder(lambda step, values: rows.append(values), 2, 6)],
+        steps=6,
+        accumulate=accumulate,
+    )
     for row in rows:
         assert {"perf/images_per_s", "perf/data_wait", "perf/mfu"} <= row.keys()
         assert 0 < row["perf/data_wait"] < 1
         flops = 4 * 2 * 2  # a weight, four rows, forward and its gradient; the data want none
-        assert row["perf/mfu"] * peak("32-true", torch.device("cpu")) == pytest.approx(flops * row["perf/images_per_s"] / 4)
+        assert row["perf/mfu"] * peak_flops("32-true", torch.device("cpu")) == pytest.approx(
+            flops * row["perf/images_per_s"] / 4
+        )
 
 
 @pytest.mark.parametrize("low", [False, True])

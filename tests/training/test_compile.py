@@ -7,13 +7,13 @@ import torch
 from rows import Line, Rows, Seen, train
 from smoke import command, here
 
-from ldm.training.announce import Announce
 from ldm.training.autoencoder import LitAutoencoder
 from ldm.training.classifier import LitClassifier
 from ldm.training.clip import LitCLIP
 from ldm.training.diffusion import LitDiffusion
-from ldm.training.judge import LitJudge
+from ldm.training.evaluator import LitEvaluator
 from ldm.training.lr import cosine
+from ldm.training.startup_report import StartupReport
 
 
 class Compiled(Line):
@@ -25,7 +25,7 @@ class Compiled(Line):
 
 def fitted(lit, steps, **given):
     seen = Seen()
-    train(lit, Rows(), [Announce("a line", steps, partial(cosine, end=1.0)), seen], steps=steps, **given)
+    train(lit, Rows(), [StartupReport("a line", steps, partial(cosine, end=1.0)), seen], steps=steps, **given)
     return seen.weights
 
 
@@ -55,7 +55,7 @@ def test_what_is_compiled_is_the_network(lit):
     assert one._compiled_call_impl is None
 
 
-@pytest.mark.parametrize("lit", [LitAutoencoder, LitJudge])
+@pytest.mark.parametrize("lit", [LitAutoencoder, LitEvaluator])
 def test_what_is_not_compiled_does_not_say_so(lit):
     one = lit.__new__(lit)
     torch.nn.Module.__init__(one)
@@ -68,5 +68,7 @@ def test_a_diffusion_model_is_trained_by_it(smoke, tmp_path, monkeypatch, capfd)
     whole = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend="eager", **given))
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        assert command("train.py", "budget=smoke", "trainer.torch_compile=true", "training.steps=12", "metrics=none") == 0
+        assert (
+            command("train.py", "budget=smoke", "trainer.torch_compile=true", "training.steps=12", "metrics=none") == 0
+        )
     assert "diffusion   compiled in " in capfd.readouterr().out

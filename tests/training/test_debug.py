@@ -4,10 +4,10 @@ import pytest
 from rows import Line, Rows, Seen, train
 from torch import nn
 
-from ldm.data.stream import Stream
+from ldm.data.stream import BatchStream
 from ldm.errors import NonFiniteError, UserError
-from ldm.training.clock import ORDER
-from ldm.training.debug import FirstNonFinite, Overfit, Profile
+from ldm.training.debug import NonFiniteDetector, OverfitOneBatch, Profile
+from ldm.training.profiler import ORDER
 
 
 class Deep(Line):
@@ -50,28 +50,32 @@ SAID = {
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_first_that_is_not_finite_is_named(harm, accumulate, tmp_path):
     with pytest.raises(NonFiniteError, match=SAID[harm]):
-        train(Deep(harm), Rows(), [FirstNonFinite(tmp_path)], steps=5, accumulate=accumulate)
+        train(Deep(harm), Rows(), [NonFiniteDetector(tmp_path)], steps=5, accumulate=accumulate)
 
 
 def test_nothing_is_named_where_all_is_finite(tmp_path):
     lit = Deep(None)
-    train(lit, Rows(), [FirstNonFinite(tmp_path)], steps=3)
+    train(lit, Rows(), [NonFiniteDetector(tmp_path)], steps=3)
     assert not any(module._forward_hooks for module in lit.modules())
 
 
-@pytest.mark.parametrize(("step", "said"), [(2, None), (3, r"step 3: inner"), (4, r"step 4: before.0 .* and its weight, bias$")])
+@pytest.mark.parametrize(
+    ("step", "said"), [(2, None), (3, r"step 3: inner"), (4, r"step 4: before.0 .* and its weight, bias$")]
+)
 def test_one_step_is_looked_at_and_is_the_last(step, said, tmp_path, capfd):
     """The third is harmed, and the weights after it."""
     seen = Seen()
     with pytest.raises(NonFiniteError if said else SystemExit, match=said or "^0$"):
-        train(Deep("module"), Rows(), [FirstNonFinite(tmp_path, step), seen], steps=6)
+        train(Deep("module"), Rows(), [NonFiniteDetector(tmp_path, step), seen], steps=6)
     assert ("every module's answer, the loss and its gradient are finite" in capfd.readouterr().out) == (said is None)
     assert len(seen.terms) == step - 1
 
 
 def test_a_step_that_is_past_cannot_be_looked_at(tmp_path):
-    with pytest.raises(UserError, match=r"debug.step=2: this begins with step 4; choose an earlier checkpoint by resume="):
-        train(Line(), Rows(), [FirstNonFinite(tmp_path, 2)], steps=6, start=3)
+    with pytest.raises(
+        UserError, match=r"debug.step=2: this begins with step 4; choose an earlier checkpoint by resume="
+    ):
+        train(Line(), Rows(), [NonFiniteDetector(tmp_path, 2)], steps=6, start=3)
 
 
 def test_one_batch_over_and_over(tmp_path):
@@ -81,8 +85,8 @@ def test_one_batch_over_and_over(tmp_path):
         def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
             keys.append((batch["step"], list(zip(batch["place"], batch["index"], strict=True))))
 
-    train(Line(), Rows(), [Overfit(tmp_path), losses, Keys()], steps=40)
-    first = Stream(16, 4, 1).at(0).at
+    train(Line(), Rows(), [OverfitOneBatch(tmp_path), losses, Keys()], steps=40)
+    first = BatchStream(16, 4, 1).batch_at(0).samples
     assert keys == [(step, first) for step in range(40)]
     assert losses.terms[-1]["loss"] < 0.1 * losses.terms[0]["loss"]
 

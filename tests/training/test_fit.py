@@ -6,8 +6,8 @@ import torch
 from rows import Line, Rows, train
 
 from ldm.ema import PowerEMA
-from ldm.training.callbacks import Average, Pictures, Scores
-from ldm.training.parallel import disband
+from ldm.training.callbacks import EMACallback, EvaluationCallback, SampleGridCallback
+from ldm.training.parallel import destroy_process_group
 from ldm.training.sharded import shard
 
 
@@ -33,7 +33,7 @@ def alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     yield
-    disband()
+    destroy_process_group()
 
 
 def outcome(lit, accumulate=1, steps=6, **options):
@@ -48,10 +48,10 @@ def outcome(lit, accumulate=1, steps=6, **options):
         return dict(zip(("weight", "output"), shown(), strict=True))
 
     around = [
-        Average(ema),
+        EMACallback(ema),
         losses,
-        Scores(measure, lambda step, values: scores.update({step: list(values.values())}), 2, ema),
-        Pictures(lambda step: pictures.update({step: list(shown())}), 2, ema),
+        EvaluationCallback(measure, lambda step, values: scores.update({step: list(values.values())}), 2, ema),
+        SampleGridCallback(lambda step: pictures.update({step: list(shown())}), 2, ema),
     ]
     train(lit, Rows(), around, steps=steps, accumulate=accumulate, **options)
     assert ema.module is lit.line

@@ -6,17 +6,17 @@ import math
 import pytest
 from rows import Line, Rows, Seen, train
 
-from ldm.data.stream import Stream
+from ldm.data.stream import BatchStream
 from ldm.errors import NonFiniteError
-from ldm.training.callbacks import Record
-from ldm.training.gradients import EVIDENCE, Gradients
+from ldm.training.callbacks import MetricsRecorder
+from ldm.training.gradients import NONFINITE_REPORT, GradientGuard
 
-KEYS = [part.at for part in Stream(16, 4, 6)]  # of the batches of the trainings here
+KEYS = [part.samples for part in BatchStream(16, 4, 6)]  # of the batches of the trainings here
 
 
 def watched(tmp_path, bad, patience=3, every=1, accumulate=1):
-    gradients, seen, rows, lit = Gradients(tmp_path, patience), Seen(), [], Line(bad)
-    record = Record(lambda step, values: rows.append((step, values)), every, 6, gradients)
+    gradients, seen, rows, lit = GradientGuard(tmp_path, patience), Seen(), [], Line(bad)
+    record = MetricsRecorder(lambda step, values: rows.append((step, values)), every, 6, gradients)
     train(lit, Rows(), [gradients, record, seen], steps=6, accumulate=accumulate)
     return seen, rows
 
@@ -29,7 +29,7 @@ def test_one_bad_row_costs_one_step(tmp_path, accumulate):
     assert len(set(seen.weights)) == 5
     assert [step for step, values in rows if values.get("train/skipped")] == [3]
     assert all(values["train/grad_norm"] > 0 for step, values in rows if step != 3)
-    evidence = json.loads((tmp_path / EVIDENCE).read_text())
+    evidence = json.loads((tmp_path / NONFINITE_REPORT).read_text())
     assert evidence["step"] == 3
     assert evidence["gradients"] == ["line.weight", "line.bias"]
     assert [tuple(key) for key in evidence["batch"]["pass, index"]] == KEYS[2]
@@ -46,11 +46,11 @@ def test_a_record_leaves_out_what_was_skipped(tmp_path):
 def test_nothing_but_bad_rows_ends_the_training(tmp_path):
     with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 5, .*line.weight.*nonfinite.json"):
         watched(tmp_path, [key for step in (0, 2, 3, 4) for key in KEYS[step]])
-    assert json.loads((tmp_path / EVIDENCE).read_text())["skipped_in_a_row"] == 3
+    assert json.loads((tmp_path / NONFINITE_REPORT).read_text())["skipped_in_a_row"] == 3
 
 
 def test_the_norm_is_that_of_the_gradients(tmp_path):
-    class Norm(Gradients):
+    class Norm(GradientGuard):
         def on_before_optimizer_step(self, trainer, lit, optimizer):
             self.expected = math.sqrt(sum(float(p.grad.square().sum()) for p in lit.parameters()))
             super().on_before_optimizer_step(trainer, lit, optimizer)

@@ -33,17 +33,28 @@ class Watch(L.Callback):
         self.terms.append({name: float(value) for name, value in outputs.items()})
         self.counts.append((batch["step"], trainer.global_step))
         nets = zip(self.before, (lit.autoencoder, lit.discriminator), strict=True)
-        self.moved.append(tuple(any(not torch.equal(a, b) for a, b in zip(old, net.parameters(), strict=True)) for old, net in nets))
+        self.moved.append(
+            tuple(any(not torch.equal(a, b) for a, b in zip(old, net.parameters(), strict=True)) for old, net in nets)
+        )
 
 
 def stage(kind: str, f: int, start: int = 0, ramp: int = 1, weight: float = 0.5) -> LitAutoencoder:
     torch.manual_seed(0)
     cls, _ = FACTORS[kind]
-    options = dict(z_channels=2, width=4, mult=(1,) * f.bit_length(), blocks=1, groups=2, attention=(f,) if f > 8 else ())
-    autoencoder = cls(Encoder(1, double=kind == "kl", **options), Decoder(1, **options), 2, f)
+    options = dict(
+        z_channels=2, width=4, mult=(1,) * f.bit_length(), blocks=1, groups=2, attention=(f,) if f > 8 else ()
+    )
+    autoencoder = cls(Encoder(1, double_z=kind == "kl", **options), Decoder(1, **options), 2, f)
     adam = partial(torch.optim.Adam, lr=1e-3)
     return LitAutoencoder(
-        autoencoder, ReconstructionLoss(), adam, PatchDiscriminator(1, width=4, layers=2, groups=2), adam, start, ramp, weight
+        autoencoder,
+        ReconstructionLoss(),
+        adam,
+        PatchDiscriminator(1, width=4, layers=2, num_groups=2),
+        adam,
+        start,
+        ramp,
+        weight,
     )
 
 

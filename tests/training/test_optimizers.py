@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ldm.training.optimizers import Joined, adamw, muon
-from ldm.training.shares import whole
+from ldm.checkpoint.dtensor import full_tensors
+from ldm.training.optimizers import ChainedOptimizer, adamw, muon
 
 
 def net() -> nn.Sequential:
@@ -26,7 +26,10 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) 
 
 def test_vectors_do_not_decay():
     groups = adamw(net().parameters(), weight_decay=0.3).param_groups
-    assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [(0.3, {2, 4}), (0.0, {1})]
+    assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [
+        (0.3, {2, 4}),
+        (0.0, {1}),
+    ]
     assert [group["weight_decay"] for group in adamw(nn.GroupNorm(1, 4).parameters()).param_groups] == [0.0]
 
 
@@ -61,7 +64,7 @@ def test_a_rate_set_from_outside_reaches_both():
         group["lr"] = 0.0
     before = copy.deepcopy(model.state_dict())
     stepped(model, both)
-    assert isinstance(both, Joined)
+    assert isinstance(both, ChainedOptimizer)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -76,7 +79,7 @@ def after_two_steps(rows, mesh=None):
         net(torch.randn(8, 64)).sin().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return whole(net.weight.detach())
+    return full_tensors(net.weight.detach())
 
 
 def compare_on_two(rank, folder):

@@ -7,8 +7,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from ldm.checkpoint.dtensor import distribute_optimizer_state, full_tensors, is_dtensor
 from ldm.training.optimizers import adamw, muon
-from ldm.training.shares import is_share, states_like, whole
 
 LAYOUTS = ("contiguous", "channels_last", "sharded")
 OPTIMIZERS = {
@@ -51,7 +51,12 @@ def moments(optimizer):
     states = [one.state for one in getattr(optimizer, "optimizers", [optimizer])]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     found = [(i, p, state[p]) for i, p in enumerate(parameters) for state in states if p in state]
-    return {(i, name): (value, p) for i, p, values in found for name, value in values.items() if torch.is_tensor(value) and value.ndim}
+    return {
+        (i, name): (value, p)
+        for i, p, values in found
+        for name, value in values.items()
+        if torch.is_tensor(value) and value.ndim
+    }
 
 
 @pytest.mark.parametrize("reader", LAYOUTS)
@@ -61,19 +66,19 @@ def test_a_loaded_state_is_laid_out_as_its_parameters(make, writer, reader, mesh
     """Shards, strides, device and type are those of the parameter, the values those that were saved, and the next step can be taken."""
     _, source = after_a_step(make, writer, mesh)
     net, target = after_a_step(make, reader, mesh)
-    expected = {key: whole(value).clone() for key, (value, _) in moments(source).items()}
-    target.load_state_dict(states_like(copy.deepcopy(whole(source.state_dict())), target))
+    expected = {key: full_tensors(value).clone() for key, (value, _) in moments(source).items()}
+    target.load_state_dict(distribute_optimizer_state(copy.deepcopy(full_tensors(source.state_dict())), target))
     loaded = moments(target)
     assert loaded.keys() == expected.keys() != set()
     for key, (value, p) in loaded.items():
-        assert is_share(value) == is_share(p) == (reader == "sharded")
+        assert is_dtensor(value) == is_dtensor(p) == (reader == "sharded")
         assert (value.dtype, value.device, value.shape) == (p.dtype, p.device, p.shape)
-        if is_share(p):
+        if is_dtensor(p):
             assert (value.placements, value.device_mesh) == (p.placements, p.device_mesh)
             assert value.to_local().stride() == p.to_local().stride()
         else:
             assert value.stride() == p.stride()
-        assert torch.equal(whole(value), expected[key])
+        assert torch.equal(full_tensors(value), expected[key])
     step(net, target)
 
 
@@ -97,6 +102,6 @@ def test_moments_lie_in_memory_as_their_parameters_do(layout, saved, make):
                     for values in part["state"].values():
                         for name, value in values.items():
                             values[name] = value.contiguous(memory_format=source) if value.ndim == 4 else value
-                optimizer.load_state_dict(states_like(state, optimizer))
+                optimizer.load_state_dict(distribute_optimizer_state(state, optimizer))
         ends.append(net[0].weight.detach().clone())
     assert torch.equal(*ends)

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 from rows import Line, Rows, train
 
-from ldm.training.stop import Stop
+from ldm.training.preemption import GracefulStop
 
 
 class Told(L.Callback):
@@ -34,7 +34,7 @@ class Told(L.Callback):
 def test_a_training_that_is_told_to_stop(numbers, code, capfd):
     kept, before = [], signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        train(Line(), Rows(), [Told(numbers), Stop(lambda trainer, lit, step: kept.append(step))], steps=6)
+        train(Line(), Rows(), [Told(numbers), GracefulStop(lambda trainer, lit, step: kept.append(step))], steps=6)
     assert end.value.code == code
     assert kept == [3]
     assert "after step 3, which is kept: the same command goes on from there" in capfd.readouterr().err

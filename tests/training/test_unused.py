@@ -5,7 +5,7 @@ from rows import Line, Rows, Seen, train
 from torch import nn
 
 from ldm.errors import UserError
-from ldm.training.parallel import disband
+from ldm.training.parallel import destroy_process_group
 
 
 class Spare(Line):
@@ -19,14 +19,16 @@ class Spare(Line):
 @pytest.fixture(autouse=True)
 def group_ends():
     yield
-    disband()
+    destroy_process_group()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_parameter_without_gradient_is_named_where_none_was_expected(accumulate):
     lit = Spare()
     lit.has_unused_parameters = False
-    with pytest.raises(UserError, match=r"the loss does not depend on spare\.weight in this step; set has_unused_parameters = True"):
+    with pytest.raises(
+        UserError, match=r"the loss does not depend on spare\.weight in this step; set has_unused_parameters = True"
+    ):
         train(lit, Rows(), [], steps=2, strategy="ddp", accumulate=accumulate)
 
 
@@ -37,7 +39,7 @@ def test_a_parameter_without_gradient_is_no_matter_where_it_may_be(unused):
     if unused is not None:
         lit.has_unused_parameters = unused
     train(lit, Rows(), [after], steps=3, strategy="ddp")
-    disband()
+    destroy_process_group()
     train(Line(), Rows(), [alone], steps=3)
     assert after.weights == alone.weights
 

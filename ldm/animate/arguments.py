@@ -1,0 +1,92 @@
+"""What a person names: an option of conf/, an image file, a trained run and what it is told."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm.cli.args import choose
+from ldm.data.decode import open_image, to_tensor
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.model import LatentDiffusion
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def load_option(group: str, name: str, text: str | None = None) -> Any:
+    """The object, or the function with its options bound, of conf/<group>/<name>.yaml. Raises UserError with the nearest name.
+
+    text: the key that it was given by, where that is not the group's name.
+    """
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    files = {file.stem: file for file in (CONF / group).glob("*.yaml")}
+    return instantiate(OmegaConf.load(files[choose(group, text or group, name, files)]))
+
+
+def load_image(path: str, size: int, crop: Sequence[float] | None = None) -> Tensor:
+    """The middle square of an image file, (C, size, size) in [-1, 1]; crop: left, top, width, height of the part to take it from.
+
+    Raises UserError.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with open_image(Path(path).expanduser()) as file:
+            whole = file.convert("L" if file.mode in ("1", "L", "I", "F", "I;16") else "RGB")
+            if crop is not None:
+                whole = whole.crop(_box(crop, whole.size))
+            square = ImageOps.fit(whole, (size, size), Image.Resampling.LANCZOS)
+    except FileNotFoundError:
+        raise UserError(f"image={path}: no such file") from None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's plugins raise what they please
+        raise UserError(
+            f"image={path}: {' '.join(str(error).split()) or 'unreadable'}; expected an image file"
+        ) from None
+    return to_tensor(square, len(square.getbands())).float() / 127.5 - 1
+
+
+def _box(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    left, top, width, height = (int(one) for one in crop) if len(crop) == 4 else (0, 0, 0, 0)
+    if not (0 <= left < left + width <= size[0] and 0 <= top < top + height <= size[1]):
+        raise UserError(
+            f"crop={','.join(f'{one:g}' for one in crop)}: expected left,top,width,height within {size[0]} x {size[1]} pixels"
+        )
+    return left, top, left + width, top + height
+
+
+def require_at_least(least: int, /, **values: float) -> None:
+    """Raises UserError naming the first of the values that is below `least`."""
+    for key, value in values.items():
+        if value < least:
+            raise UserError(f"{key}={value}: expected {least} or more")
+
+
+def model_of(run: str) -> "LatentDiffusion":
+    """The trained model of a run. Raises UserError."""
+    from ldm.checkpoint.load import load_model
+    from ldm.runs.folder import find_run
+
+    find_run(run)  # before much is imported
+    return load_model(run)
+
+
+def prompt_batch(run: str, prompt: str | None, num: int) -> dict[str, Any]:
+    """The batch of `num` images that are told the prompt; without one, captions and classes of the run's data, class by class."""
+    from ldm.checkpoint.load import load_data_card
+    from ldm.runs.folder import find_run
+    from ldm.sampling import request
+
+    asked: Any = SimpleNamespace(prompt=prompt, prompts=None, label=None, labels="balanced", num=num)
+    pairs = request.captions_and_labels(asked, load_data_card(find_run(run)))
+    batch: dict[str, Any] = {"index": list(range(num)), "caption": [caption for caption, _ in pairs]}
+    labels = [label for _, label in pairs]
+    return batch if None in labels else batch | {"label": torch.tensor(labels)}

@@ -1,0 +1,60 @@
+"""What a person chose on the page, as the config that `python sample.py` would have composed of it."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from ldm.config.overrides import ConfigSearchPath, escape
+from ldm.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+COMPOSING = Lock()  # Hydra composes one config at a time in a process
+
+
+def compose_request(choices: Mapping[str, str], values: Mapping[str, Any]) -> Any:
+    """The config of `python sample.py GROUP=OPTION ... KEY=VALUE ...`, checked as that is.
+
+    choices: group -> option.  values: dotted key -> plain value; text arrives as it is.  Raises UserError.
+    """
+    from omegaconf import OmegaConf
+
+    from ldm.config.build import RUNTIME_PARAMETERS, to_container
+    from ldm.config.validate import validate
+
+    base = composed(tuple(sorted(choices.items())))
+    cfg = OmegaConf.create(base)
+    for key, value in values.items():
+        OmegaConf.update(cfg, key, escape(value) if isinstance(value, str) else value)
+    validate(to_container(cfg), base, RUNTIME_PARAMETERS)
+    return cfg
+
+
+@cache
+def composed(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """conf/sample.yaml with these options as plain data, interpolations left as they are. Raises UserError for one that is not there."""
+    from omegaconf import OmegaConf
+
+    import ldm.config.search_path  # noqa: F401  makes experiments/ a group
+    from ldm.config.compose import Composition
+
+    groups = ConfigSearchPath((CONF,), CONF.parent).groups()
+    for group, option in choices:
+        if option not in groups[group]:
+            raise UserError(f"{group}={option}: expected one of {', '.join(groups[group])}")
+    plan = Composition(
+        ConfigSearchPath((CONF,), CONF.parent), "sample", False, [f"{group}={option}" for group, option in choices]
+    )
+    with COMPOSING:
+        whole = plan.compose(plan.overrides)
+    return OmegaConf.to_container(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"]))  # type: ignore[return-value]
+
+
+def available_samplers() -> list[str]:
+    """The options of conf/sampler that draw from noise with any model and any grid."""
+    return [
+        name
+        for name in ConfigSearchPath((CONF,), CONF.parent).groups()["sampler"]
+        if name not in ("ddim_invert", "ddpm_learned", "repaint")
+    ]

@@ -1,0 +1,182 @@
+"""What the page does, whatever it looks like: each answer is a sequence of Views, the last of which stays."""
+
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ldm.app import requests, storage, style
+from ldm.app.limits import Limits
+from ldm.app.queue import Job, RequestQueue
+from ldm.app.requests import TaskRequest
+from ldm.app.session import Session, SessionCache
+from ldm.cli.errors import user_error_message
+from ldm.errors import UserError
+from ldm.sampling.monitor import SamplerState
+
+POLL_SECONDS = 0.3  # seconds between two looks at what is being drawn
+PREVIEW_IMAGES = 16  # images of a preview
+
+Form = Callable[..., TaskRequest]  # (session, limits, fields)
+
+
+@dataclass(frozen=True)
+class View:
+    """stage: HTML.  drawn: the files of each run that was asked, None while they are being made.  names: of the runs.
+
+    archive: all the files, zipped.
+    """
+
+    stage: str
+    images: Sequence[Sequence[Path]] | None = None
+    names: Sequence[str] = ()
+    archive: Path | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every tab asks for; label: a class by name, None for all in turn."""
+
+    prompt: str | None = ""
+    negative: str | None = ""
+    label: str | None = None
+    sampler: str = "ddim"
+    steps: Any = 20
+    scale: Any = 4.0
+    seed: Any = 0
+    num: Any = 4
+
+
+@dataclass
+class AppController:
+    """The one place where requests come in. who: a name for each person's page; a new request of theirs ends the one before."""
+
+    sessions: SessionCache
+    limits: Limits = field(default_factory=Limits)
+    looks: float = POLL_SECONDS
+
+    def __post_init__(self) -> None:
+        self.line = RequestQueue(self.limits.waiting)
+        self.jobs: dict[str, Job] = {}
+        self.scratch = TemporaryDirectory(prefix="ldm-app-")
+
+    def draw(
+        self, who: str, runs: Sequence[str], form: Form, fields: Sequence[Any], settings: Settings
+    ) -> Iterator[View]:
+        """Images of each run, from the same seeds."""
+
+        def check() -> list[tuple[Session, Any]]:
+            return [
+                (session, self.request(session, form, fields, settings))
+                for session in (self.sessions[run] for run in runs)
+            ]
+
+        def work(asked: list[tuple[Session, Any]], job: Job) -> list[list[Path]]:
+            return [session.draw(request, job.watch) for session, request in asked]
+
+        for view in self._served(who, check, work):
+            if view.images is None:
+                yield view
+                continue
+            names = [Path(run).name for run in runs]
+            if len(set(names)) < len(names):
+                names = [f"{name} {number}" for number, name in enumerate(names, 1)]
+            path = Path(self.scratch.name) / f"images-{time.time_ns()}.zip"
+            yield View(
+                view.stage, view.images, names, storage.zip_files(dict(zip(names, view.images, strict=True)), path)
+            )
+
+    def repeat(self, who: str, run: str, file: Path) -> Iterator[View]:
+        """An image of a run made once more: the drawn are what it was and what it is."""
+        said = ""
+
+        def work(session: Session, job: Job) -> list[list[Path]]:
+            nonlocal said
+            new, said = session.repeat(file, job.watch)
+            return [[file, new]]
+
+        for view in self._served(who, lambda: self.sessions[run], work):
+            yield view if view.images is None else View(style.note(f"Made again: {said}."), view.images)
+
+    def request(self, session: Session, form: Form, fields: Sequence[Any], settings: Settings) -> Any:
+        """The request of sample.py for a form of the page. Raises UserError before anything is computed."""
+        own = form(session, self.limits, *fields)
+        values = {
+            **requests.conditions(session, settings.prompt, settings.negative, settings.label),
+            **{name: getattr(settings, name) for name in ("steps", "seed", "num")},
+            "guidance.scale": settings.scale,
+            **own.values,
+        }
+        self.limits.check(values, own.size)
+        if not isinstance(settings.scale, int | float) or not -100 <= settings.scale <= 100:
+            raise UserError(f"guidance {settings.scale}: expected a number from -100 to 100")
+        whole = {name: int(values[name]) for name in ("steps", "seed", "num")}
+        return session.request(
+            {"task": own.task, "sampler": settings.sampler},
+            {**values, **whole, "guidance.scale": float(settings.scale)},
+        )
+
+    def stop(self, who: str) -> None:
+        """End what someone asked for last, if it has not ended."""
+        if who in self.jobs:
+            self.line.stop(self.jobs[who])
+
+    def disconnect(self, who: str) -> None:
+        """Someone's page was closed."""
+        self.stop(who)
+        self.jobs.pop(who, None)
+
+    def list_images(self, run: str) -> list[Path]:
+        """What was drawn from a run, the newest first."""
+        return storage.list_images(self.sessions[run].home)
+
+    def _served(self, who: str, check: Callable[[], Any], work: Callable[[Any, Job], Any]) -> Iterator[View]:
+        self.stop(who)
+        yield View(style.note("Looking at the request …"))
+        try:
+            asked = check()
+            job = self.jobs[who] = self.line.start(lambda job: work(asked, job))
+        except Exception as error:
+            said = user_error_message(error)
+            if said is None:
+                raise
+            yield View(style.error(said))
+            return
+        began, last = time.monotonic(), None
+        while not job.done.wait(self.looks):
+            before = self.line.position(job)
+            if before:
+                yield View(style.note(f"Waiting: {before} request{'s' if before > 1 else ''} before this one."))
+            elif job.watch.state is not None and job.watch.state is not last:
+                last = job.watch.state
+                yield View(style.progress(last.done, last.total, last.seconds_left, preview(last)))
+        if job.result is None:
+            yield View(
+                style.note("Stopped; nothing of it was kept.")
+                if job.watch.stop.is_set()
+                else style.error(job.error or "")
+            )
+            return
+        count = sum(map(len, job.result))
+        yield View(
+            style.note(
+                f"{count} image{'s' if count > 1 else ''} in {time.monotonic() - began:.1f} s, in {job.result[0][0].parent}"
+            ),
+            job.result,
+        )
+
+
+def preview(seen: SamplerState) -> str:
+    """The images that a sampler expects, as the address of a PNG."""
+    import torch
+
+    from ldm.io.images import encode_png, make_grid
+    from ldm.metrics.features import to_uint8
+
+    with torch.inference_mode():
+        images = to_uint8(seen.decode(seen.x0[:PREVIEW_IMAGES])).cpu()
+    sheet = make_grid(images, max(1, round(len(images) ** 0.5)), zoom=max(1, 96 // images.shape[-1]))
+    return f"data:image/png;base64,{b64encode(encode_png(sheet)).decode()}"

@@ -1,0 +1,115 @@
+"""The page itself: what stands where, each button wired to the desk."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ldm.app import components, style
+from ldm.app.controller import AppController, Form, Settings, View
+from ldm.app.gallery import build_gallery, gallery, with_captions
+from ldm.cli.errors import user_error_message
+
+ABOUT = "Everything that is drawn here is kept in the run's folder, with all that is needed to draw it again."
+
+
+def page(desk: AppController, beside: str | None = None) -> Any:
+    """The whole page of a desk, a gradio.Blocks. beside: the run that is drawn from as well, to begin with."""
+    import gradio as gr
+
+    runs, session = desk.sessions.runs, desk.sessions[desk.sessions.runs[0]]
+    keys, names = session.model.conditioner.keys, [(Path(run).name, run) for run in runs]
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    with gr.Blocks(title="ldm", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gr.HTML(style.head("ldm", ABOUT), elem_id="head")
+        with gr.Row():
+            run = gr.Dropdown(names, value=runs[0], label="Run", elem_id="run")
+            other = gr.Dropdown(
+                [("none", ""), *names], value=beside or "", label="Beside it, from the same seeds", elem_id="beside"
+            )
+        with gr.Tabs():
+            with gr.Tab("Draw"), gr.Row():
+                with gr.Column(scale=4, min_width=380):
+                    settings = components.common_fields(desk.limits, session)
+                    with gr.Tabs():
+                        tabs, forms = [], []
+                        for name, (title, key, make) in components.TABS.items():
+                            with gr.Tab(title, elem_id=f"tab-{name}", visible=key is None or key in keys) as tab:
+                                forms.append(make(session))
+                            tabs.append(tab)
+                with gr.Column(scale=5, min_width=380):
+                    stage = gr.HTML(style.note("Nothing was drawn yet."), elem_id="stage")
+                    stop = gr.Button("Stop", size="sm", elem_id="stop")
+                    first, second = gallery("drawn"), gallery("drawn-beside", visible=bool(beside))
+                    archive = gr.DownloadButton("Download all (zip)", size="sm", visible=False, elem_id="archive")
+            with gr.Tab("Gallery") as opened:
+                before = build_gallery(desk)
+        for form in forms:
+            inputs, outputs = [run, other, *settings, *form.fields], [stage, first, second, archive]
+            form.button.click(_drawing(desk, form.form), inputs, outputs, concurrency_limit=None, **quiet)
+        stop.click(_for_whom(desk.stop), None, None, queue=False, **quiet)
+        other.change(lambda name: gr.update(visible=bool(name)), other, second, **quiet)
+        run.change(_switching(desk), run, [stage, *settings[:3], *forms[0].fields, *tabs], **quiet)
+        before.connect_events(run, [opened.select, run.change])
+        blocks.unload(_for_whom(desk.disconnect))
+    return blocks
+
+
+def _drawing(desk: AppController, form: Form) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    import gradio as gr
+
+    def draw(request: gr.Request, run: str, other: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        settings, own = Settings(*values[:8]), values[8:]
+        for view in desk.draw(str(request.session_hash), [run, *([other] if other else [])], form, own, settings):
+            yield _shown(view)
+
+    return draw
+
+
+def _shown(view: View) -> tuple[Any, ...]:
+    """A View as the values of the stage, the two galleries and the archive."""
+    import gradio as gr
+
+    if view.images is None:
+        return view.stage, gr.update(), gr.update(), gr.update()
+    names = view.names if len(view.names) > 1 else [""]
+    galleries = [
+        gr.update(value=with_captions(files, name)) for files, name in zip(view.images, names, strict=True)
+    ] + [gr.update()]
+    return view.stage, galleries[0], galleries[1], gr.update(value=str(view.archive), visible=True)
+
+
+def _for_whom(act: Callable[[str], None]) -> Callable[..., None]:
+    import gradio as gr
+
+    def acted(request: gr.Request) -> None:
+        act(str(request.session_hash))
+
+    return acted
+
+
+def _switching(desk: AppController) -> Callable[[str], tuple[Any, ...]]:
+    """What another run changes: what it can be told, and which tabs it has."""
+    import gradio as gr
+
+    needed = [key for _, key, _ in components.TABS.values()]
+
+    def switch(run: str) -> tuple[Any, ...]:
+        try:
+            session = desk.sessions[run]
+        except Exception as error:
+            return style.error(user_error_message(error) or repr(error)), *[gr.update()] * (5 + len(needed))
+        keys = session.model.conditioner.keys
+        words = gr.update(visible="caption" in keys)
+        label = gr.update(choices=components.classes(session), value="", visible="label" in keys)
+        tabs = [gr.update(visible=key is None or key in keys) for key in needed]
+        return (
+            style.note(f"{Path(run).name} is loaded."),
+            words,
+            words,
+            label,
+            session.card.size,
+            session.card.size,
+            *tabs,
+        )
+
+    return switch

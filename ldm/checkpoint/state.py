@@ -1,0 +1,36 @@
+"""The trainable parameters and extra state of a module."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.dtensor import distribute_like
+from ldm.errors import UserError
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters a run trains, by name: what a checkpoint holds; frozen parts are kept elsewhere, once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy saved parameters into the module. Raises UserError unless names and shapes are the same."""
+    live = trainable_parameters(module)
+    other = sorted(live.keys() ^ state.keys()) or [n for n in live if live[n].shape != state[n].shape]
+    if other:
+        raise UserError(
+            f"the weights are of another architecture: {', '.join(other[:4])}{' ...' if len(other) > 4 else ''} do not match"
+        )
+    for name, p in live.items():
+        p.copy_(distribute_like(state[name], p))
+
+
+def extra_state(module: nn.Module) -> dict[str, Any]:
+    """What modules keep besides parameters, by name: the extra state of those that have one, as torch means it."""
+    return {
+        name: m.get_extra_state()
+        for name, m in module.named_modules()
+        if type(m).get_extra_state is not nn.Module.get_extra_state
+    }

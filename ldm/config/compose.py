@@ -1,0 +1,279 @@
+"""The jobs that a command line stands for, composed and checked but not run."""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ldm.config.build import to_container
+from ldm.config.overrides import (
+    ConfigSearchPath,
+    escape,
+    expand_group_list,
+    explain_override_error,
+    normalize_override,
+    quote,
+)
+from ldm.config.sweeps import name_job, take_first, write_sweep
+from ldm.errors import UserError
+from ldm.launch import gpus
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+LITERAL_KEYS = ("prompt", "negative", "source_prompt", "precision")
+
+
+PATH_KEYS = (
+    "run",
+    "runs",
+    "output_dir",
+    "init",
+    "resume",
+    "label",
+    "prompts",
+    "data.path",
+    "data.captions",
+    "guidance.classifier",
+)
+
+
+@dataclass(frozen=True)
+class ComposedJob:
+    """One job: the overrides that make it, its config as the task would be given it, and the option chosen in each group."""
+
+    overrides: Sequence[str]
+    cfg: Any
+    choices: Mapping[str, str]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Plain data, interpolations resolved."""
+        return to_container(self.cfg)
+
+    def lookup(self, key: str) -> Any:
+        """The option of a group, or the value at a dotted key of the config; None where there is neither."""
+        node: Any = self.choices.get(key, self.config)
+        if key in self.choices:
+            return node
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, Mapping) else None
+        return node
+
+
+def compose_jobs(
+    script: str, typed: Sequence[str], supplied: Mapping[str, Collection[str]] | None = None
+) -> list[ComposedJob]:
+    """The jobs of `python SCRIPT.py -m TYPED`, in its order. Raises UserError for what the command would refuse.
+
+    supplied: as ldm.cli.main.run_command has it.
+    """
+    from omegaconf import OmegaConf
+
+    import ldm.config.search_path  # noqa: F401  makes experiments/ a group
+    from ldm.config.validate import validate
+
+    tree = ConfigSearchPath((ROOT / "conf",), ROOT)
+    written = [normalize_override(one, tree, LITERAL_KEYS, PATH_KEYS, True) for one in typed]
+    plan = Composition(tree, script, True, [one for override in written for one in expand_group_list(override, tree)])
+    jobs = []
+    with plan.translate_errors(SimpleNamespace(started=False)):  # type: ignore[arg-type]
+        for overrides in plan.job_overrides():
+            config = plan.compose(overrides)
+            chosen = {
+                name: option
+                for name, option in config.hydra.runtime.choices.items()
+                if option is not None and "/" not in name
+            }
+            jobs.append(
+                ComposedJob(
+                    overrides, OmegaConf.masked_copy(config, [name for name in config if name != "hydra"]), chosen
+                )
+            )
+            validate(jobs[-1].config, None, supplied)
+    return jobs
+
+
+NO_HYDRA_OUTPUT = (
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+)  # nothing on disk
+
+
+def current_choices() -> dict[str, str]:
+    """Group -> option of the running job, also where a sweep or a launcher handed the composed config on: {"schedule": "cosine", ...}."""
+    from hydra.core.hydra_config import HydraConfig
+
+    runtime = HydraConfig.get().runtime
+    for source in runtime.config_sources:
+        if source.provider == "main" and (kept := Path(source.path) / "choices.json").is_file():
+            return json.loads(kept.read_text())
+    return {
+        group: option
+        for group, option in runtime.choices.items()
+        if option is not None and not group.startswith("hydra/")
+    }
+
+
+@dataclass
+class Composition:
+    """What is about to run: the config, its overrides, and whether they stand for several jobs."""
+
+    tree: ConfigSearchPath
+    name: str
+    multirun: bool
+    overrides: list[str]
+    enumerable: bool = True  # the jobs are known before the first runs
+    runs_locally: bool = True  # they run on this machine
+    sequential: bool = True  # one after another, called by this process
+    names: list[str] = field(default_factory=list)
+    gpus: tuple[str, ...] = ()
+    first_config: Any = None
+    launched: bool = False  # Hydra runs the jobs
+    written: list[str] = field(
+        default_factory=list
+    )  # the overrides that Hydra is given, whose jobs are `names` whenever it reads them
+
+    def __post_init__(self) -> None:
+        self.written = self.overrides
+
+    def compose(self, overrides: list[str]) -> Any:
+        """The composed config, its `hydra` node included."""
+        from hydra import compose, initialize_config_dir
+
+        with initialize_config_dir(str(self.tree.folders[0]), version_base="1.3"):
+            return compose(self.name, [*overrides, *self.tree.search_path()], return_hydra_config=True)
+
+    def check(self, supplied: Mapping[str, Collection[str]]) -> list[Any]:
+        """Each job's config, composed and validated before the first starts.  Raises UserError."""
+        from ldm.config.validate import validate
+
+        configs = []
+        for overrides in self.job_overrides():
+            config = self.compose(overrides)
+            added = [override for override in overrides if re.match(r"\+\w+@", override)]  # what `several` made
+            known = {override[1:].partition("=")[0] for override in added}
+            choices = config.hydra.runtime.choices.items()
+            chosen = added + [
+                f"{group}={quote(option)}"
+                for group, option in choices
+                if _is_group_choice(group, option) and group not in known
+            ]
+            validate(
+                resolved_config(config),
+                resolved_config(self.compose(chosen), missing=True) if overrides else None,
+                supplied,
+            )
+            configs.append(config)
+        return configs
+
+    def job_overrides(self) -> list[list[str]]:
+        """The overrides of each job; none for a sweep that draws its values as it goes, whose jobs check themselves."""
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        from ldm.compat import BasicSweeper
+
+        parse = OverridesParser.create().parse_overrides
+        typed = parse(self.overrides)
+        firsts = [(one, take_first(one, self.tree.options)) for one in typed]
+        first = self.compose([line for _, line in firsts if line])
+        self.multirun = self.multirun or (first.hydra.mode is not None and first.hydra.mode.name == "MULTIRUN")
+        self.enumerable = "basic" in first.hydra.sweeper._target_
+        self.runs_locally, self.sequential = (
+            "submitit_folder" not in first.hydra.launcher,
+            "basic" in first.hydra.launcher._target_,
+        )
+        self.first_config = first
+        if not self.multirun:
+            self.names = [" ".join(self.overrides)]
+            return [self._single(typed)]
+        if first.hydra.runtime.choices.get("hydra/launcher") == "gpus":
+            self.gpus = gpus.idle_gpus()
+        if any(one.key_or_group == "experiments" and one.is_sweep_override() for one in typed):
+            first = self.compose(
+                [line for one, line in firsts if line and one.key_or_group != "experiments"]
+            )  # Hydra's sweeper knows no study
+        params = parse([f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()])
+        self.written, swept = write_sweep(params, typed, first.hydra.sweeper, self.tree.options)
+        if not self.enumerable:
+            return []
+        jobs = BasicSweeper.split_arguments([one for one in parse(swept) if not one.is_hydra_override()], None)[0]
+        self.names = [name_job(job) for job in jobs]
+        return jobs
+
+    @property
+    def sweep_name(self) -> str:
+        """The sweep's name: its study's, the one that name= gives, or what it is over."""
+        study = self.first_config.hydra.runtime.choices.get("experiments") or ""
+        over = [one.partition("=")[0] for one in self.overrides if not one.startswith("hydra.")]
+        return str(study.removesuffix("/sweep") or self.first_config.get("name") or ",".join(over))[:128]
+
+    def sweep_dir(self, scratch: str) -> Path:
+        """Where Hydra's own files of a sweep go: nowhere that lasts, unless other machines are to see them."""
+        return Path(scratch) if self.runs_locally else Path(self.first_config.hydra.sweep.dir).absolute()
+
+    def _single(self, typed: list[Any]) -> list[str]:
+        for override in typed:
+            if override.is_sweep_override():
+                raise UserError(f"{override.input_line} is a sweep over several values: add -m, or quote the value")
+        return self.overrides
+
+    def hydra_overrides(self, script: Path, scratch: str) -> list[str]:
+        """Overrides that keep Hydra's own files and logs off the disk, unless the person set them."""
+        ours = [*NO_HYDRA_OUTPUT, f"hydra.job.name={script.stem}", *self.tree.search_path()]
+        if self.multirun and self.first_config is not None:
+            ours += [f"hydra.sweep.dir={quote(escape(str(self.sweep_dir(scratch))))}", "hydra.sweep.subdir=."]
+            ours += [f"hydra.launcher.n_jobs={len(self.gpus)}"] * bool(self.gpus)
+            ours += ["hydra.sweeper.max_failure_rate=1.0"] * (
+                "max_failure_rate" in self.first_config.hydra.sweeper
+            )  # a failed job stops no other
+        typed = {override.partition("=")[0] for override in self.overrides}
+        return [override for override in ours if override.partition("=")[0] not in typed]
+
+    @contextmanager
+    def translate_errors(self, job: Any):
+        """Turn what is raised before the task runs into one UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if job.started or (self.launched and not self.sequential):
+                raise
+            raise UserError(
+                explain_override_error(
+                    error,
+                    self.overrides,
+                    self.tree,
+                    lambda some: resolved_config(self.compose(some), missing=True),
+                    self.multirun,
+                )
+            ) from error
+
+
+def _is_group_choice(group: str, option: Any) -> bool:
+    return isinstance(option, str) and group != "experiments" and not group.startswith("hydra/")
+
+
+def _without_hydra_node(config: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
+def resolved_config(config: Any, missing: bool = False) -> dict[str, Any]:
+    """The config as resolved plain data without Hydra's node.  Raises UserError for a value that must be given, unless missing."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue
+
+    try:
+        return OmegaConf.to_container(_without_hydra_node(config), resolve=not missing, throw_on_missing=not missing)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}=... must be given (see --help)") from None

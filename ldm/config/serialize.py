@@ -1,0 +1,42 @@
+"""Resolved configs as yaml files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.config.overrides import escape, unescape
+from ldm.config.tree import map_strings
+from ldm.errors import UserError
+from ldm.io import atomic
+from ldm.io.parse import parse_yaml
+
+
+def write_config(plain: Mapping[str, Any], folder: Path, choices: Mapping[str, str] | None = None) -> Path:
+    """Write resolved plain data as folder/config.yaml, which a command takes by --config-path; choices: group -> option, kept beside it."""
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "choices.json").write_text(json.dumps(dict(choices or {})))
+    save_config(plain, folder / "config.yaml")
+    return folder / "config.yaml"
+
+
+def save_config(config: Mapping[str, Any], path: Path | str) -> None:
+    """Write resolved plain data as yaml that Hydra and load_config read back to the same values."""
+    from omegaconf import OmegaConf  # its yaml quotes text that its reader, unlike yaml's own, takes for a number: 1e-3
+
+    atomic.write_text(path, OmegaConf.to_yaml(OmegaConf.create(map_strings(dict(config), escape))))
+
+
+def load_config(path: Path | str) -> dict[str, Any]:
+    """The plain data of a saved config; nothing in it is resolved or called.  Raises UserError naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not there: {path.parent} is not a run folder")
+    try:
+        config = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no config")
+    return map_strings(config, unescape)

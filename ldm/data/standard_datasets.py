@@ -1,0 +1,212 @@
+"""ImageNet, COCO and LSUN as they are published, unpacked."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldm.data.lazy import LazyDataset, class_captions
+from ldm.errors import UserError
+from ldm.io.parse import parse_json
+
+FOLDERS = {"train": "train", "test": "val"}
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass
+class FileSource:
+    """A source of files: their paths, captions of each or none at all, labels."""
+
+    paths: Sequence[Path]
+    captions: Sequence[Sequence[str]]
+    labels: Sequence[int]
+    classes: Mapping[str, Sequence[str]]
+    root: Path
+
+    def __post_init__(self):
+        names = [path.relative_to(self.root).as_posix() for path in self.paths]
+        self.place, self.captioned = str(self.root), bool(self.captions)
+        self.unlabelled = torch.tensor(self.labels) < 0
+        self.uncaptioned = (
+            torch.tensor([not any(texts) for texts in self.captions]) if self.captions else self.unlabelled
+        )
+        self.identity = repr((names, list(self.captions), list(self.labels), list(self.classes)))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, i: int) -> Path:
+        """The image's file."""
+        return self.paths[i]
+
+    def texts(self, i: int) -> Sequence[str]:
+        """The image's captions."""
+        return self.captions[i] if self.captions else ()
+
+    def label(self, i: int) -> int:
+        """The image's class."""
+        return self.labels[i]
+
+    def name(self, i: int) -> str:
+        """The image's path."""
+        return str(self.paths[i])
+
+
+class StandardDataset(LazyDataset):
+    """All of a source of files."""
+
+    def __init__(
+        self,
+        name: str,
+        source: FileSource,
+        size: int,
+        channels: int,
+        content: str | None,
+        seed: int,
+        flip: bool,
+        crop: str = "centre",
+    ):
+        super().__init__(name, source, range(len(source)), size, channels, content, seed, flip, crop)
+
+
+class ImageNet(StandardDataset):
+    """ImageNet's classification set (Russakovsky et al. 2015): path/train/n01440764/*.JPEG and path/val, also inside Kaggle's folders.
+
+    Validation images lie in class folders too, or loose beside Kaggle's LOC_val_solution.csv.  Classes have the names of
+    LOC_synset_mapping.txt if it is there, else their codes.  Raises UserError naming what is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        size: int = 256,
+        channels: int = 3,
+        content_hash: str | None = None,
+        seed: int = 0,
+        flip: bool = True,
+        crop: str = "centre",
+    ):
+        root = Path(path).expanduser()
+        inner = root / "ILSVRC" / "Data" / "CLS-LOC"
+        data = inner if inner.is_dir() else root
+        train = _folder(data / "train", "a folder for each class, n01440764, ...")
+        codes = sorted(one.name for one in train.iterdir() if one.is_dir())
+        if not codes:
+            raise UserError(f"path={path}: no class folders in {train}; expected n01440764, ...")
+        place = {code: i for i, code in enumerate(codes)}
+        folder = _folder(data / _named(split), "the images of this split")
+        solution = root / "LOC_val_solution.csv"
+        if split == "test" and not any(one.is_dir() for one in folder.iterdir()):
+            _file(solution, "it says which class the loose images of val are of")
+            try:
+                with solution.open(newline="", encoding="utf-8") as file:
+                    told = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+            except (csv.Error, ValueError, LookupError, AttributeError) as error:
+                raise UserError(f"{solution} is not Kaggle's list of classes ({error}); fetch it again") from None
+            found = [(one, told[one.stem]) for one in _images(folder) if told.get(one.stem) in place]
+        else:
+            found = [(one, one.parent.name) for code in codes for one in _images(folder / code)]
+        mapping = root / "LOC_synset_mapping.txt"
+        lines = mapping.read_text(encoding="utf-8").splitlines() if mapping.is_file() else []
+        words = {line[:9]: line[10:].split(",")[0] for line in lines}
+        classes = class_captions([words.get(code, code) for code in codes])
+        if len(classes) < len(codes):  # "crane" and "maillot" are two classes each
+            classes = class_captions([f"{words[code]} {code}" if code in words else code for code in codes])
+        files = FileSource([one for one, _ in found], (), [place[code] for _, code in found], classes, root)
+        super().__init__(f"{path} ({split})", files, size, channels, content_hash, seed, flip, crop)
+
+
+class COCO(StandardDataset):
+    """COCO's captioned images (Lin et al. 2014): path/train2017/*.jpg and path/annotations/captions_train2017.json, and val2017.
+
+    Raises UserError naming what is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        size: int = 256,
+        channels: int = 3,
+        year: int = 2017,
+        content_hash: str | None = None,
+        seed: int = 0,
+        flip: bool = True,
+    ):
+        root = Path(path).expanduser()
+        part = f"{_named(split)}{year}"
+        folder = _folder(root / part, "the images")
+        file = _file(root / "annotations" / f"captions_{part}.json", "the captions")
+        told: dict[int, list[str]] = {}
+        try:
+            listed = parse_json(file.read_text(encoding="utf-8"))
+            for one in listed["annotations"]:
+                told.setdefault(one["image_id"], []).append(" ".join(one["caption"].split()))
+            images = sorted((str(one["file_name"]), told[one["id"]]) for one in listed["images"] if one["id"] in told)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is not COCO's list of captions ({error}); fetch it again") from None
+        if outside := [name for name, _ in images if Path(name).name != name]:
+            raise UserError(f"{file} names a file outside its folder: {outside[0]!r}")
+        some = [texts[0] for _, texts in images[:: max(1, len(images) // 500)]]
+        files = FileSource(
+            [folder / name for name, _ in images],
+            [texts for _, texts in images],
+            [0] * len(images),
+            {"image": some or [""]},
+            root,
+        )
+        super().__init__(f"{path} ({split})", files, size, channels, content_hash, seed, flip)
+
+
+class LSUN(StandardDataset):
+    """A category of LSUN (Yu et al. 2015): path/church_outdoor_train, the folder of images that LSUN's own `data.py export` makes.
+
+    Raises UserError naming what is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        category: str = "church_outdoor",
+        size: int = 256,
+        channels: int = 3,
+        content_hash: str | None = None,
+        seed: int = 0,
+        flip: bool = True,
+        crop: str = "centre",
+    ):
+        root = Path(path).expanduser()
+        name = f"{category}_{_named(split)}"
+        folder = _folder(root / name, f"LSUN's `python data.py export {name}_lmdb --out_dir {name}` makes it")
+        paths = _images(folder)
+        files = FileSource(paths, (), [0] * len(paths), class_captions([category]), root)
+        super().__init__(f"{path} ({category}, {split})", files, size, channels, content_hash, seed, flip, crop)
+
+
+def _named(split: str) -> str:
+    if split not in FOLDERS:
+        raise UserError(f"split={split!r}: expected train or test")
+    return FOLDERS[split]
+
+
+def _folder(path: Path, what: str) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder ({what})")
+    return path
+
+
+def _file(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file ({what})")
+    return path
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images below a folder, by name, hidden ones aside."""
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".")
+    )

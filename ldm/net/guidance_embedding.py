@@ -1,0 +1,51 @@
+"""A network that is told the guidance scale."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+from ldm.net.blocks import mlp, timestep_embedding, zero_module
+
+
+class GuidanceEmbedding(nn.Module):
+    """A network with cond.scale (B,) added to its time embedding, at first without effect (Meng et al. 2023, section 3.1).
+
+    net: its constructor, options bound; called with the keywords that are not this one's own.  width: of the scale's sinusoid.
+    """
+
+    net: Any  # a network with embed and memory
+
+    def __init__(
+        self,
+        net: Callable[..., nn.Module],
+        in_channels: int,
+        out_channels: int,
+        context_dim: int | None = None,
+        vector_dim: int | None = None,
+        concat_channels: int = 0,
+        width: int = 64,
+    ):
+        super().__init__()
+        sizes: dict[str, Any] = {
+            "context_dim": context_dim,
+            "vector_dim": vector_dim,
+            "concat_channels": concat_channels,
+        }
+        self.net = net(in_channels=in_channels, out_channels=out_channels, **sizes)
+        self.width = width
+        self.scale = mlp(width, self.net.time[-1].out_features)
+        zero_module(self.scale[-1])
+
+    def embed(self, t: Tensor, cond: Condition) -> Tensor:
+        """The network's embedding plus that of the scale, 1 where none is told."""
+        emb = self.net.embed(t, cond)
+        scale = t.new_ones(len(t)) if cond.scale is None else cond.scale
+        return emb + self.scale(timestep_embedding(100 * scale, self.width).to(emb))
+
+    def memory(self, cond: Condition) -> Any:
+        return self.net.memory(cond)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition, *, emb: Tensor | None = None, **given: Any) -> Tensor:
+        return self.net(x, t, cond, emb=self.embed(t, cond) if emb is None else emb, **given)

@@ -1,0 +1,137 @@
+"""Figures measured in pixels: what all pictures here share of matplotlib, their type, colours and frames."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INK, SOFT, PALE = "#222222", "#767676", "#d8d8d8"
+BLUE, RED, GREEN, YELLOW = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+)  # told apart by the colour-blind (Okabe & Ito 2008)
+PURPLE, SKY = "#CC79A7", "#56B4E9"  # of the same palette
+DPI = 100
+POINT = 72 / DPI  # one pixel
+
+
+def canvas(width: int, height: int) -> Any:
+    """A white matplotlib Figure of so many pixels. Raises UserError where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install -e '.[pictures]'") from None
+    figure = Figure((width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def frame(figure: Any) -> "Tensor":
+    """The figure as it would be seen: (H, W, 3) uint8."""
+    import torch
+
+    figure.canvas.draw()
+    return (
+        torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
+        .reshape(*_size(figure), 4)[..., :3]
+        .clone()
+    )
+
+
+def panel(
+    figure: Any,
+    left: float,
+    top: float,
+    width: float,
+    height: float,
+    title: str = "",
+    x: str = "",
+    y: str = "",
+    **kind: Any,
+) -> Any:
+    """Axes at a place in pixels from the figure's upper left corner, with two spines; x and y name what they show."""
+    high, wide = _size(figure)
+    axes = figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high), **kind)
+    axes.set_title(title, fontsize=13 * POINT, color=INK, pad=4)
+    axes.set_xlabel(x, fontsize=12 * POINT, color=INK, labelpad=2)
+    axes.set_ylabel(y, fontsize=12 * POINT, color=INK, labelpad=2)
+    axes.tick_params(labelsize=11 * POINT, colors=SOFT, length=2, width=0.6, pad=2)
+    for name, spine in axes.spines.items():
+        spine.set(visible=name in ("left", "bottom"), color=SOFT, linewidth=0.6)
+    return axes
+
+
+def hide_axes(axes: Any) -> Any:
+    """The axes without ticks and spines."""
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return axes
+
+
+def image(figure: Any, pixels: "Tensor", left: float, top: float, zoom: int = 1, title: str = "") -> Any:
+    """An image (C, H, W) in [-1, 1] with `zoom` x `zoom` pixels for each of its own, at a place from the upper left corner."""
+    height, width = pixels.shape[-2:]
+    axes = hide_axes(panel(figure, left, top, width * zoom, height * zoom, title))
+    shown = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu()
+    axes.imshow(shown.numpy(), interpolation="nearest", aspect="auto")
+    return axes
+
+
+def words(figure: Any, text: str, left: float, top: float, colour: str = INK, size: float = 12, **how: Any) -> Any:
+    """Text whose upper left corner, or what ha= and va= say, is at a place from the figure's upper left corner."""
+    high, wide = _size(figure)
+    options = {"ha": "left", "va": "top"} | how
+    return figure.text(left / wide, 1 - top / high, text, fontsize=size * POINT, color=colour, **options)
+
+
+def concatenate(images: "Tensor", columns: int, gap: int = 1) -> "Tensor":
+    """Images (N, C, H, W) in [-1, 1] in rows on white: (C, H', W')."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    out = images.new_ones(c, rows * (h + gap) - gap, columns * (w + gap) - gap)
+    for i, one in enumerate(images):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        out[:, top : top + h, left : left + w] = one
+    return out
+
+
+def stack_rows(rows: "Mapping[str, Tensor]", columns: int, left: int = 110) -> Any:
+    """A figure with a row for each name: `columns` of its images (N, C, H, W) in [-1, 1], evenly spaced; one height for all, gaps of 2."""
+    shown = {
+        name: concatenate(images[:: len(images) // columns][:columns], columns, 2) for name, images in rows.items()
+    }
+    height, width = next(iter(shown.values())).shape[-2:]
+    figure = canvas(left + width, len(shown) * (height + 2))
+    for i, (name, strip) in enumerate(shown.items()):
+        words(figure, name.replace(", ", ",\n"), left - 6, (i + 0.5) * (height + 2), size=10, ha="right", va="center")
+        image(figure, strip, left, i * (height + 2))
+    return figure
+
+
+def cut(text: str, most: int) -> str:
+    """The text, shortened in its middle if it is longer."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]} … {text[-(most // 2 - 1) :]}"
+
+
+def columns_of(n: int) -> int:
+    """The columns of a sheet of n images that is about square."""
+    return max(1, round(n**0.5))
+
+
+def legend(axes: Any, names: Sequence[str] | None = None, **how: Any) -> None:
+    """A legend without a frame."""
+    axes.legend(
+        *([] if names is None else [names]), frameon=False, fontsize=11 * POINT, **({"handlelength": 1.4} | how)
+    )
+
+
+def _size(figure: Any) -> tuple[int, int]:
+    width, height = figure.canvas.get_width_height()
+    return height, width
