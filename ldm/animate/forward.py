@@ -10,7 +10,7 @@ from ldm.animate import arguments
 from ldm.animate.animation import Animation
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.tasks import noised
+from ldm.diffusion.schedule import add_noise
 from ldm.tensors import KeyedNoise
 
 COLOURS = (plotting.BLUE, plotting.RED)
@@ -36,7 +36,7 @@ def process(image: Tensor, schedule: Schedule, ts: Tensor, seed: int = 0) -> Ten
     """alpha x0 + sigma eps (N, C, H, W) of an image (C, H, W) at times (N,), all with the one eps of the seed."""
     x0 = image[None]
     eps = KeyedNoise(seed, [0]).normal("forward", x0)
-    return torch.cat([noised(schedule, x0, t, eps) for t in ts])
+    return torch.cat([add_noise(schedule, x0, eps, t) for t in ts])
 
 
 def alpha_bar(schedule: Schedule, ts: Tensor) -> Tensor:
