@@ -76,14 +76,14 @@ LARGE = ("1000000", "999999999999", "1" + "0" * 40)  # for what costs memory, no
 TIME = (
     "steps",
     "num",
-    "repeats",
-    "jump",
-    "guidances",
+    "num_resamples",
+    "jump_length",
+    "guidance_scales",
     "every",
-    "workers",
+    "num_workers",
     "batches",
     "devices",
-    "accumulate",
+    "accumulate_grad_batches",
 )  # keys by which work only lasts
 SMALL = {  # options that a smoke run can afford, of groups with large ones
     "net": ("smoke", "tiny", "quick", "small"),

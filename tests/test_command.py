@@ -28,18 +28,18 @@ Examples:
   python train.py schedule=cosine
 """
 import json, os, sys
-from ldm.cli.main import choices, command
+from ldm.config.compose import current_choices; from ldm.cli.main import run_command
 
 
 def main(cfg):
-    from ldm.config.overrides import nearest
+    from ldm.config.overrides import did_you_mean
     print(json.dumps({"prompt": cfg.prompt, "seed": cfg.seed, "run": cfg.run, "runs": cfg.runs, "net": cfg.net.width,
-                      "pid": os.getpid(), "choices": choices(), "torch": "torch" in sys.modules}, ensure_ascii=True))
+                      "pid": os.getpid(), "choices": current_choices(), "torch": "torch" in sys.modules}, ensure_ascii=True))
     if cfg.fail == "bug":
         raise RuntimeError("a bug")
     if cfg.fail == "contract":
-        from ldm.io.parse import shallow
-        shallow(object())
+        from ldm.io.parse import check_plain_data
+        check_plain_data(object())
     if cfg.fail == "config":
         from hydra.utils import instantiate
         instantiate({"ema": {"_target_": "ldm.ema.std_to_exponent", "sigma_rel": 3.0}})
@@ -56,7 +56,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    command(main, "train", text=("prompt",), paths=("run",))
+    run_command(main, "train", text=("prompt",), paths=("run",))
 '''
 
 FILES = {

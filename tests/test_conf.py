@@ -32,7 +32,7 @@ SMALL = (
 )
 PARTNERS = {  # what an option needs beside it, or what it leaves no room for; of each kind of large network one, made small
     "net/sd1": (*SMALL, "net.num_heads=2"),
-    "net/sdxl": (*SMALL, "net.num_head_channels=16", "net.depth=[1,2]"),
+    "net/sdxl": (*SMALL, "net.num_head_channels=16", "net.transformer_depth=[1,2]"),
     "net/ddpm_cifar": (*SMALL, "conditioner=none"),
     "net/adm_64": (
         *SMALL,
@@ -272,7 +272,16 @@ def test_option_is_built(option):
 def test_trainer_options_take_every_precision(option, precision):
     trainer = composed(*typed(option), f"trainer.precision={precision}").trainer
     assert instantiate(trainer).keywords.keys() == {
-        *("accelerator", "devices", "strategy", "precision", "workers", "accumulate", "nodes", "timeout"),
+        *(
+            "accelerator",
+            "devices",
+            "strategy",
+            "precision",
+            "num_workers",
+            "accumulate_grad_batches",
+            "num_nodes",
+            "timeout_minutes",
+        ),
         *(() if option == "trainer/fsdp" else ("torch_compile",)),
     }
 

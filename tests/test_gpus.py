@@ -80,7 +80,7 @@ def test_more_than_there_are(machine):
 SCRIPT = """
 import os, time
 from pathlib import Path
-from ldm.cli.main import command
+from ldm.cli.main import run_command
 
 
 def main(cfg):
@@ -90,7 +90,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    command(main, "train")
+    run_command(main, "train")
 """
 
 

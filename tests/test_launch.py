@@ -16,12 +16,12 @@ from ldm.launch.process import is_launched_rank, run_in_subprocess
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
-from ldm.cli.main import choices, command
+from ldm.config.compose import current_choices; from ldm.cli.main import run_command
 
 
 def main(cfg):
     rank = int(os.environ.get("RANK", 0))
-    told = {"world": os.environ.get("WORLD_SIZE", "1"), "prompt": cfg.prompt, "choices": choices(), "pid": os.getpid()}
+    told = {"world": os.environ.get("WORLD_SIZE", "1"), "prompt": cfg.prompt, "choices": current_choices(), "pid": os.getpid()}
     Path(cfg.output_dir, f"{rank}.json").write_text(json.dumps(told))
     if cfg.do == "wait":
         def leave(number, frame):
@@ -42,7 +42,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    command(main, "train", text=("prompt",), paths=("out",))
+    run_command(main, "train", text=("prompt",), paths=("out",))
 """
 
 
@@ -117,7 +117,7 @@ def test_a_failing_rank_ends_the_other_and_no_process_stays(script, tmp_path):
 
 def test_ranks_leave_when_the_command_is_killed(script, tmp_path):
     composed, out = config(tmp_path, "wait")
-    code = f"from ldm.launch.process import run_config; run_config({str(script)!r}, {str(composed)!r})"
+    code = f"from ldm.launch.process import run_in_subprocess; run_in_subprocess({str(script)!r}, {str(composed)!r})"
     parent = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: (out / "0.ready").exists())
     parent.kill()

@@ -99,9 +99,9 @@ def test_a_unet_costs_what_torch_counts_when_it_runs():
     from ldm.net.attention import softmax_attention
 
     with flops.meta_device():
-        net = unet(attend=softmax_attention)
+        net = unet(attention_fn=softmax_attention)
     cost = flops.training_cost(lambda n: told(net, n, "meta"), list(net.parameters()), 3)
-    real = unet(attend=softmax_attention)
+    real = unet(attention_fn=softmax_attention)
     with FlopCounterMode(display=False) as count:
         told(real, 3, "cpu").backward()
     assert cost.flops == count.get_total_flops()
@@ -121,7 +121,7 @@ def test_a_unet_costs_what_torch_counts_when_it_runs():
 
 def test_checkpointing_keeps_less_and_computes_more():
     with flops.meta_device():
-        plain, checkpointed = unet(), unet(checkpoint=True)
+        plain, checkpointed = unet(), unet(gradient_checkpointing=True)
     costs = [
         flops.training_cost(lambda n, net=net: told(net, n, "meta"), list(net.parameters()), 4, torch.bfloat16)
         for net in (plain, checkpointed)

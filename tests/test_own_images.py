@@ -53,7 +53,7 @@ def test_it_says_first_what_there_is_and_how_long_it_will_take(place, capsys, mo
     (run,) = (place / "runs").iterdir()
     chosen = serialize.load_config(run / "config.yaml")["data"]
     assert (chosen["size"], chosen["channels"]) == (64, 1)
-    assert chosen["content"] == build.build_dataset(composed(*SMALL, "data.path=images")).content
+    assert chosen["content_hash"] == build.build_dataset(composed(*SMALL, "data.path=images")).content
     assert json.loads((run / "data.json").read_text())["size"] == 64
 
     monkeypatch.setattr("ldm.recipes.diffusion.announce", lambda cfg, data: None)

@@ -152,7 +152,7 @@ def test_runs_are_found_by_content_and_rows_kept_without_them(toy, capsys):
     ran(every[0], prefix="of_another_study-", fd_fashion=3.0, accuracy=0.5)
     folder = ran(every[1], fd_fashion=3.99499996)  # the table is of what the csv keeps of it
     older = serialize.load_config(folder / "config.yaml")
-    del older["max_skipped_steps"], older["training"]["clip"]  # made when there were fewer options
+    del older["max_skipped_steps"], older["training"]["grad_clip_norm"]  # made when there were fewer options
     serialize.save_config(older, folder / "config.yaml")
     folder.rename(folder.with_name("fashion_mnist-00000000-s1"))
     unfinished = ran(every[2], fd_fashion=5.0)

@@ -86,7 +86,7 @@ def test_the_journal_after_kills_and_resumes(tmp_path):
 
 
 def test_rows_are_on_the_disk_when_the_process_is_killed(tmp_path):
-    code = f"import os\nfrom ldm.runs.identity import Journal\nj = Journal({str(tmp_path / 'm')!r})\nj.write(1, dict(a=1))\nos.kill(os.getpid(), 9)"
+    code = f"import os\nfrom ldm.runs.metrics_log import MetricsLog\nj = MetricsLog({str(tmp_path / 'm')!r})\nj.write(1, dict(a=1))\nos.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code])
     assert [row["a"] for row in read_metrics_log(tmp_path / "m")] == [1]
 
@@ -99,7 +99,7 @@ def test_the_mark_of_a_finished_run(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     with lock_run(tmp_path / "run"):
-        code = f"from ldm.runs.identity import lock\nwith lock({str(tmp_path / 'run')!r}): print('in')"
+        code = f"from ldm.runs.folder import lock_run\nwith lock_run({str(tmp_path / 'run')!r}): print('in')"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "UserError" in other.stderr
         assert "is in use by process" in other.stderr

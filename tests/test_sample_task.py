@@ -55,7 +55,7 @@ def hole(name: str, size: tuple[int, int], box: tuple[int, ...]) -> None:
 @pytest.fixture(scope="module")
 def run(place):
     """A model with every kind of condition, after two steps on degraded images, its weights then drawn at random."""
-    small = ("conditioner.layout.dim=16", "conditioner.layout.layers=1", "conditioner.low_res.augment=0.4")
+    small = ("conditioner.layout.dim=16", "conditioner.layout.layers=1", "conditioner.low_res.noise_augmentation=0.4")
     drop = "conditioner.drop={low_res: 0.5, masked_image: 0.5}"
     made = train(
         f"conditioner=[{PARTS}]",

@@ -21,7 +21,7 @@ def test_numbers_of_samples_are_said_as_papers_do(n, said):
     assert format_count(n) == said
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"every": -1}, {"every": 1, "every_num": 1}])
+@pytest.mark.parametrize("wrong", [{"eval_every": 0}, {"eval_every": -1}, {"eval_every": 1, "eval_num": 1}])
 def test_periods_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="expected null or a step or more"):
         EvaluationConfig(**wrong)

@@ -18,8 +18,8 @@ from ldm.errors import UserError
 
 GRID = """
 from pathlib import Path
-from ldm.cli.main import command
-from ldm.cli.sweep import Known
+from ldm.cli.main import run_command
+from ldm.runs.status import JobStatus
 
 
 def folder(cfg):
@@ -32,11 +32,11 @@ def main(cfg):
 
 
 def ahead(cfg):
-    return Known({"lr": cfg.lr}, cfg.lr) if folder(cfg).is_dir() else Known()
+    return JobStatus({"lr": cfg.lr}, cfg.lr) if folder(cfg).is_dir() else JobStatus()
 
 
 if __name__ == "__main__":
-    command(main, "train", ahead=ahead)
+    run_command(main, "train", ahead=ahead)
 """
 PLAIN = """
 import hydra

@@ -116,9 +116,9 @@ def test_why_a_job_failed():
 
 SCRIPT = """
 from pathlib import Path
-from ldm.cli.main import command
+from ldm.cli.main import run_command
 from ldm.errors import UserError
-from ldm.cli.sweep import Known
+from ldm.runs.status import JobStatus
 
 
 def main(cfg):
@@ -134,12 +134,12 @@ def shared():
 
 def ahead(cfg):
     if cfg.seed == 1:
-        return Known({"fd": 7.0}, 7.0)
-    return Known(needs={Path("cache/first_stage/abc"): shared}, seconds=36 * cfg.seed)
+        return JobStatus({"fd": 7.0}, 7.0)
+    return JobStatus(needs={Path("cache/first_stage/abc"): shared}, seconds=36 * cfg.seed)
 
 
 if __name__ == "__main__":
-    command(main, "train", ahead=ahead)
+    run_command(main, "train", ahead=ahead)
 """
 
 

@@ -188,7 +188,7 @@ def under(engine: str, whole: Path, folder: Path) -> tuple[tuple[str, ...], int]
     config = serialize.load_config(whole / "config.yaml")
     trainer = yaml.safe_load((ROOT / "conf" / "trainer" / f"{option}.yaml").read_text())
     trainer |= {"accelerator": "cpu", "devices": world} | {
-        name: config["trainer"][name] for name in ("accumulate", "precision")
+        name: config["trainer"][name] for name in ("accumulate_grad_batches", "precision")
     }
     place = folder / f"config-{engine.replace(' ', '-')}"
     serialize.write_config({**config, "trainer": trainer}, place, json.loads((whole / "choices.json").read_text()))

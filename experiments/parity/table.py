@@ -54,7 +54,7 @@ def dit(halved: bool) -> Differences:
     for precision in ("float32", "float64"):
         dtype = getattr(torch, precision)
         net = theirs_of(halved=halved).to(dtype)
-        ours = ours_of(3, sinusoid=reversed_timestep_embedding).to(dtype) if halved else ours_of(6).to(dtype)
+        ours = ours_of(3, time_embedding=reversed_timestep_embedding).to(dtype) if halved else ours_of(6).to(dtype)
         ours.load_state_dict((import_sit if halved else import_dit)(net.state_dict()))
         told = labels_of(net.state_dict()).to(dtype)({"label": Y})
         x, t = numbers("x", (2, 3, 8, 8)).to(dtype), torch.tensor([0.25, 0.9], dtype=dtype)

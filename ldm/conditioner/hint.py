@@ -28,7 +28,7 @@ class HintConditioner(nn.Module):
     def __init__(self, told: Any, extractor: Callable[[Any], Tensor], text_drop_prob: float = 0.5):
         super().__init__()
         if not 0 <= text_drop_prob <= 1:
-            raise ConfigError(f"untold={text_drop_prob}: expected a probability")
+            raise ConfigError(f"text_drop_prob={text_drop_prob}: expected a probability")
         self.told, self.make, self.untold = told, extractor, text_drop_prob
         number = getattr(told, "number", 0) + 1
         self.number, self.name = number, "hint" if number == 1 else f"hint{number}"
@@ -39,7 +39,7 @@ class HintConditioner(nn.Module):
             told.vector_dim,
             told.concat_channels,
         )
-        self.register_buffer("here", torch.empty(0), persistent=False)
+        self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     @property
     def conditioners(self) -> Any:

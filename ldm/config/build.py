@@ -43,6 +43,8 @@ def to_container(cfg: Any) -> Any:
 def build_dataset(cfg: Any, split: str = "train"):
     """The data set of a config's `data` node; split: train or test."""
 
+    from hydra.utils import instantiate
+
     return instantiate(cfg.data, split=split)
 
 
@@ -52,6 +54,8 @@ def resolve_dataset_config(cfg: Any) -> Any:
     Then comes its `choose` node, where it has one: a function that changes the config and says so.
     The process that a person started, which finds the config without, prints what they say.
     """
+    from hydra.utils import instantiate
+
     import os
 
     from hydra.utils import get_object
@@ -77,6 +81,8 @@ def build_degraded_dataset(cfg: Any, split: str = "train"):
     To train on, in the images' own shapes where it has these.
     """
 
+    from hydra.utils import instantiate
+
     data = build_dataset(cfg, split)
     if split == "train" and hasattr(data, "to_buckets"):
         data = data.to_buckets(image_size_multiple(cfg))
@@ -88,7 +94,7 @@ def image_size_multiple(cfg: Any) -> int:
     net = cfg.net
     while hasattr(net.get("net"), "items"):  # one around another
         net = net["net"]
-    return cfg.autoencoder.get("factor", 1) * net.get("patch", 2 ** (len(net.get("mult", [1])) - 1))
+    return cfg.autoencoder.get("factor", 1) * net.get("patch_size", 2 ** (len(net.get("channel_mult", [1])) - 1))
 
 
 def reject_degradation(cfg: Any) -> None:
@@ -117,11 +123,15 @@ def require_labels(*data: Any) -> None:
 def build_autoencoder(node: Any, channels: int):
     """A first stage for images of `channels` channels, not trained."""
 
+    from hydra.utils import instantiate
+
     return instantiate(node, **nested_kwargs(node, {"channels": channels}))
 
 
 def build_conditioner(node: Any, autoencoder, data):
     """A conditioner, whole or composed of several, for a first stage and a data set."""
+
+    from hydra.utils import instantiate
 
     known = {
         "num_classes": len(data.classes),
@@ -138,6 +148,8 @@ def build_conditioner(node: Any, autoencoder, data):
 def build_network(cfg: Any, autoencoder, told):
     """A config's network for the latents of a first stage, told by a conditioner."""
 
+    from hydra.utils import instantiate
+
     return instantiate(
         cfg.net,
         in_channels=autoencoder.z_channels,
@@ -150,6 +162,8 @@ def build_network(cfg: Any, autoencoder, told):
 
 def build_model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
     """A latent diffusion model in the given first stage's latent space, with fresh weights drawn from the config's seed."""
+    import torch
+
     from hydra.utils import instantiate
 
     from ldm.diffusion.denoiser import Denoiser

@@ -27,12 +27,12 @@ KNOWN = 0.2  # and the part that may be quarantined
 class SampleSource(Protocol):
     """Where samples 0..N-1 are. identity: text that changes when they do. classes: {class: captions} of the labels.
 
-    place: the path by which ldm.data.check knows them.  captioned: whether samples have captions of their own, else the class's are theirs.
+    root: the path by which ldm.data.check knows them.  captioned: whether samples have captions of their own, else the class's are theirs.
     uncaptioned, unlabelled: (N,) bool, which train the empty condition for want of a caption, and which have no label.
     """
 
     @property
-    def root(self) -> str: ...
+    def root(self) -> str | Path: ...
     @property
     def identity(self) -> str: ...
     @property
@@ -80,7 +80,7 @@ class LazyDataset(Dataset):
             )
         if not len(rows):
             raise UserError(f"{name}: no sample in this split")
-        faults = quarantined_rows(source.root)
+        faults = quarantined_rows(str(source.root))
         if faults:
             every, rows = len(rows), [row for row in rows if source.name(int(row)) not in faults]
             if len(rows) < (1 - KNOWN) * every:
@@ -111,7 +111,7 @@ class LazyDataset(Dataset):
     @property
     def resolved_config(self) -> dict[str, str]:
         """content makes the names of runs depend on the files."""
-        return {"content": self.content}
+        return {"content_hash": self.content}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -42,7 +42,7 @@ class EvaluationConfig:
     def __post_init__(self):
         if (self.eval_every is not None and self.eval_every < 1) or self.eval_num < 2:
             raise ConfigError(
-                f"training.score: every={self.eval_every} every_num={self.eval_num}: expected null or a step or more, and 2 or more"
+                f"training.score: eval_every={self.eval_every} eval_num={self.eval_num}: expected null or a step or more, and 2 or more"
             )
 
 

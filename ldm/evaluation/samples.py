@@ -55,7 +55,7 @@ def sampling_protocol(request: SampleRequest) -> dict[str, Any]:
     told = next(
         (f"{name}={cfg[name]}" for name in ("prompt", "prompts", "label") if cfg[name] is not None), cfg["labels"]
     )
-    lengths = {"ema": load_run_config(request.folder).training.get("sigma_rel"), "raw": None}
+    lengths = {"ema": load_run_config(request.folder).training.get("ema_sigma_rel"), "raw": None}
     sigma_rel = lengths[cfg["weights"]] if cfg["weights"] in lengths else parse_ema_length(cfg["weights"])
     scale, arithmetic = float(cfg["guidance"].get("scale", 1.0)), resolve_precision(str(cfg["precision"]))
     said = {"data": request.card.fingerprint, "labels": "held out" if request.held_out is not None else told}

@@ -194,7 +194,7 @@ class QKVAttention(nn.Module):
     ):
         super().__init__()
         if context_dim or depth != 1:
-            wanted = f"context_dim={context_dim}" if context_dim else f"depth={depth}"
+            wanted = f"context_dim={context_dim}" if context_dim else f"transformer_depth={depth}"
             raise ConfigError(
                 f"{wanted}: QKVAttention is one self-attention; use SpatialTransformer, or conditioner=none or label_vector"
             )

@@ -54,7 +54,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     Raises ConfigError for a period `longest` that is none.
     """
     if max_period <= 0:
-        raise ConfigError(f"longest={max_period}: expected a period above 0")
+        raise ConfigError(f"max_period={max_period}: expected a period above 0")
     half = dim // 2
     rates = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=t.dtype))
     angles = t[:, None] * rates

@@ -136,7 +136,7 @@ class DiT(nn.Module):
     ):
         super().__init__()
         if num_heads < 1 or channels % num_heads:
-            raise ConfigError(f"heads={num_heads} does not divide channels={channels}")
+            raise ConfigError(f"num_heads={num_heads} does not divide channels={channels}")
         self.size, self.channels, self.heads, self.frequencies, self.context_dim = (
             patch_size,
             channels,

@@ -112,7 +112,7 @@ class UNetBlockConfig:
     def attention_resolutions(self, width: int, depth: int) -> Attention:
         divisor = self.num_heads or self.num_head_channels
         if divisor < 1 or width % divisor:
-            option = "heads" if self.num_heads else "head_channels"
+            option = "num_heads" if self.num_heads else "num_head_channels"
             raise ConfigError(f"{option}={divisor} does not divide a level's {width} channels; choose another")
         heads = self.num_heads or width // self.num_head_channels
         return self.block(
@@ -144,7 +144,9 @@ def transformer_depths(depth: int | Sequence[int], attention: Sequence[int], lev
     """
     each = [depth] * levels if isinstance(depth, int) else list(depth)
     if len(each) != levels:
-        raise ConfigError(f"depth={each}: expected one number, or {levels}, one for each level of mult")
+        raise ConfigError(
+            f"transformer_depth={each}: expected one number, or {levels}, one for each level of channel_mult"
+        )
     return [d if 2**level in attention else 0 for level, d in enumerate(each)] + [each[-1] if attention else 0]
 
 

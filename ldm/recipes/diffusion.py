@@ -151,7 +151,7 @@ def evaluation_protocol(
     network = {name.removeprefix("score/"): value for name, value in values.items() if name.startswith("score/")}
     tried = [f"{one:g}" for one in score.guidance_scales]
     scale = float(values["guidance"]) if len(tried) < 2 else f"best of {', '.join(tried)} on {score.guidance_num}"
-    sigma_rel = config["training"]["sigma_rel"]
+    sigma_rel = config["training"]["ema_sigma_rel"]
     drawn = protocol.sampling_settings(
         config, steps=score.steps, scale=scale, sigma_rel=sigma_rel, arithmetic=values["arithmetic"]
     )

@@ -119,7 +119,7 @@ class TrainingRun:
         return [
             RankConsistencyCheck({"config": identity.hash_config(self.config), "first step": self.start}),
             *debug,
-            StartupReport(name, steps, lr_schedule, self.config["trainer"].get("accumulate", 1)),
+            StartupReport(name, steps, lr_schedule, self.config["trainer"].get("accumulate_grad_batches", 1)),
             LearningRate(lr_schedule, steps),
             gradients,
             *([EMACallback(ema)] if ema else []),

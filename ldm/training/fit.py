@@ -55,17 +55,15 @@ def fit(
     """
     rank, ranks = rank_and_world_size()
     for name, number, least in (
-        ("workers", num_workers, 0),
-        ("accumulate", accumulate_grad_batches, 1),
-        ("nodes", num_nodes, 1),
+        ("num_workers", num_workers, 0),
+        ("accumulate_grad_batches", accumulate_grad_batches, 1),
+        ("num_nodes", num_nodes, 1),
         ("batch_size", batch_size, 1),
     ):
         if number < least:
             raise ConfigError(f"{name}={number}: expected {least} or more")
     if batch_size % (ranks * accumulate_grad_batches):
-        parts = (
-            f"{ranks * accumulate_grad_batches} equal parts ({ranks} processes, accumulate={accumulate_grad_batches})"
-        )
+        parts = f"{ranks * accumulate_grad_batches} equal parts ({ranks} processes, accumulate_grad_batches={accumulate_grad_batches})"
         raise ConfigError(
             f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate_grad_batches}"
         )

@@ -11,7 +11,15 @@ from ldm.condition import Condition
 from ldm.interop.adapters import export_controlnet
 from ldm.net.unet import UNet
 
-SHAPE = {"channels": 32, "mult": (1, 2), "blocks": 1, "attention": (1, 2), "context_dim": 16, "heads": 4, "groups": 8}
+SHAPE = {
+    "channels": 32,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (1, 2),
+    "context_dim": 16,
+    "num_heads": 4,
+    "num_groups": 8,
+}
 
 
 def lively(module, seed=0):

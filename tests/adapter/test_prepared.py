@@ -32,7 +32,9 @@ SMALL = partial(
 NETS = {
     "words": partial(SMALL, context_dim=16),
     "vector and concat": partial(SMALL, vector_dim=6, concat_channels=2),
-    "scale and shift, resized by blocks": partial(SMALL, context_dim=16, scale_shift=True, resblock_updown=True),
+    "scale and shift, resized by blocks": partial(
+        SMALL, context_dim=16, use_scale_shift_norm=True, resblock_updown=True
+    ),
     "ADM's attention": partial(SMALL, block=QKVAttention),
     "transformer": partial(DiT, 4, 4, channels=32, depth=2, num_heads=4, context_dim=16),
     "told the scale": partial(GuidanceEmbedding, SMALL.func, in_channels=4, out_channels=4, context_dim=16),

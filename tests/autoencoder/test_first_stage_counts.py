@@ -46,4 +46,4 @@ def test_kl_f8_divides_its_parameters_as_published():
 def test_the_discriminator_has_the_papers_parameters():
     node = OmegaConf.load(ROOT / "conf/training/autoencoder.yaml").discriminator
     with torch.device("meta"):
-        assert count(instantiate(node, width=64, layers=3, groups=32)()) == 2_765_633
+        assert count(instantiate(node, width=64, layers=3, num_groups=32)()) == 2_765_633

@@ -30,7 +30,7 @@ def exact() -> AutoencoderKL:
 
 def conv(f: int) -> AutoencoderKL:
     mult = {2: (1, 2), 4: (1, 2, 2), 8: (1, 2, 2, 2)}[f]
-    options = dict(z_channels=3, width=8, mult=mult, blocks=1, groups=4)
+    options = dict(z_channels=3, width=8, channel_mult=mult, num_res_blocks=1, num_groups=4)
     return AutoencoderKL(Encoder(1, **options), Decoder(1, **options), 3, f)
 
 
@@ -192,7 +192,15 @@ def test_training_decodes_a_sample_and_not_the_mode():
 
 
 def test_attention_stands_at_the_factors_it_was_asked_for():
-    options = dict(z_channels=2, width=8, mult=(1, 2, 2), blocks=2, groups=4, attention=(4,), middle_attention=False)
+    options = dict(
+        z_channels=2,
+        width=8,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=2,
+        num_groups=4,
+        attention_resolutions=(4,),
+        middle_attention=False,
+    )
     encoder, decoder = Encoder(1, **options), Decoder(1, **options)
     assert [len(level.attention) for level in encoder.down] == [0, 0, 2]
     assert [len(level.attention) for level in decoder.up] == [0, 0, 3]

@@ -81,7 +81,7 @@ def test_perplexity_and_dead_codes():
 
 
 def test_shapes_of_a_convolutional_one():
-    options = dict(z_channels=3, width=8, mult=(1, 2), blocks=1, groups=4)
+    options = dict(z_channels=3, width=8, channel_mult=(1, 2), num_res_blocks=1, num_groups=4)
     model = AutoencoderVQ(Encoder(1, **options, double_z=False), Decoder(1, **options), 3, 2, num_codes=16)
     image = torch.randn(2, 1, 8, 12)
     assert model.posterior(image).moments.shape == (2, 3, 4, 6)

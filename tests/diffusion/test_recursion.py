@@ -46,7 +46,7 @@ def test_churn_is_exact(run, second, sched):
             steps, draws = [*steps, up], draws + 1
         steps.append(euler_step(g, t, s, second))
     assert draws > 0
-    got = affine(partial(run, churn=1.5, churn_range=within), g, g.schedule, ts, draws)
+    got = affine(partial(run, s_churn=1.5, s_range=within), g, g.schedule, ts, draws)
     assert got == pytest.approx(recursion(steps), rel=1e-9, abs=1e-9)
 
 

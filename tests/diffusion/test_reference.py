@@ -184,7 +184,7 @@ def test_euler_heun_and_ancestral(spacing, n):
 
 
 RECORDED = json.loads(Path(__file__).with_name("k_diffusion.json").read_text())  # by record_k_diffusion.py
-CHURN = {"churn": 5.0, "churn_range": (0.1, 10.0), "churn_noise": 1.01}
+CHURN = {"s_churn": 5.0, "s_range": (0.1, 10.0), "s_noise": 1.01}
 RUNS = {
     "euler": sampler.euler,
     "heun": sampler.heun,
@@ -200,7 +200,7 @@ RUNS = {
 
 def k_diffusion(run, sched, ts, sigmas):
     """Ours from k-diffusion's start, sigmas[0] draws of x / alpha, with its noise: the k-th draw in its k-th step that draws."""
-    lo, hi = CHURN["churn_range"]
+    lo, hi = CHURN["s_range"]
     drawn = (k for k, sigma in enumerate(sigmas[:-1], 1) if "churn" not in run or lo <= sigma <= hi)
     denoiser = Denoiser(NET, sched, prediction.Eps())
     x = sched.alpha_sigma(ts[0])[0] * sigmas[0] * draw(0)

@@ -95,7 +95,7 @@ def test_churn_keeps_the_marginal(run, sched):
     """More noise, then more steps: on a fine grid the mean and variance of the data come out, whatever the churn."""
     g = Gaussian(ORDERED[sched])
     ts = grids.karras(g.schedule, 200, sigma_min=0.01, sigma_max=20.0)
-    a, b, c = affine(partial(run, churn=40.0), g, g.schedule, ts, draws=200)
+    a, b, c = affine(partial(run, s_churn=40.0), g, g.schedule, ts, draws=200)
     mean, var = g.moments(ts[0])
     assert a * float(mean) + b == pytest.approx(g.mean, abs=0.01)
     assert math.sqrt(a**2 * float(var) + c**2) == pytest.approx(
@@ -131,12 +131,12 @@ def test_churn_is_at_most_sqrt_2(run):
         seen.append(float(t))
         return g(x, t)
 
-    run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, churn=1000.0)
+    run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, s_churn=1000.0)
     assert seen[0] == pytest.approx(0.1 * math.sqrt(2))
-    run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, churn=0.25, churn_range=(0.0, 7.0))
+    run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, s_churn=0.25, s_range=(0.0, 7.0))
     assert seen[-1] in (0.01, 0.1)
     assert 0.1 in seen
-    run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, churn=0.25)
+    run(denoise, g.schedule, torch.zeros(1, 1, dtype=F64), ts, torch.ones_like, s_churn=0.25)
     assert max(seen[-2:]) == pytest.approx(0.125)
 
 

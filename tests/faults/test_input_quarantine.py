@@ -80,7 +80,7 @@ def test_a_folder_names_exactly_what_it_leaves_out(pictures):
     assert "5 skipped" in data.summary
     with pytest.raises(
         UserError,
-        match=r"5 of 45 images cannot be read, more than data\.bad=0\.1: b_cut\.jpg, d_empty\.png, f_page\.jpg, \.\.\.",
+        match=r"5 of 45 images cannot be read, more than data\.max_unreadable=0\.1: b_cut\.jpg, d_empty\.png, f_page\.jpg, \.\.\.",
     ):
         ImageFolder(pictures, size=16, channels=3, test_fraction=0, max_unreadable=0.1)
 

@@ -18,7 +18,7 @@ from smoke import ROOT, command, here, process, processes
 SCRIPT = """
 import json, os
 from pathlib import Path
-from ldm.cli.main import command
+from ldm.cli.main import run_command
 
 
 def main(cfg):
@@ -29,7 +29,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    command(main, "train")
+    run_command(main, "train")
 """
 
 

@@ -43,13 +43,13 @@ def pipeline(vocabulary):
         "_target_": "ldm.conditioner.transformer.WordPiece",
         "dim": DIM,
         "layers": DEPTH,
-        "heads": HEADS,
-        "head_channels": EACH,
+        "num_heads": HEADS,
+        "num_head_channels": EACH,
     }
     config = {
         "net": config_nodes.unet(16, (1, 2), 1, (1, 2), config_nodes.transformer(True), heads=2, groups=8),
         "autoencoder": config_nodes.first_stage(4, 8, (1, 1, 1, 1), 1, groups=4),
-        "conditioner": {**words, "length": 77, "logits": True, "vocabulary": str(vocabulary)},
+        "conditioner": {**words, "max_length": 77, "keep_logits_head": True, "vocabulary": str(vocabulary)},
         "schedule": config_nodes.betas("scaled_linear", 1000, 0.0015, 0.0195),
         "prediction": config_nodes.prediction("Eps"),
         "seed": 0,

@@ -122,8 +122,8 @@ def test_published_configs_are_the_options_of_conf(config, net, stage):
     found = from_compvis(config)
     wanted = to_container(composed("budget=full", f"net={net}", f"autoencoder={stage}"))
     mine = {**wanted["net"]}
-    if mine["heads"]:
-        mine["head_channels"] = found["net"]["head_channels"]  # unread
+    if mine["num_heads"]:
+        mine["num_head_channels"] = found["net"]["num_head_channels"]  # unread
     assert found["net"] == mine
     assert found["autoencoder"] == wanted["autoencoder"]
 
@@ -133,14 +133,14 @@ def test_stable_diffusion_1():
     assert found["scale"] == 0.18215
     assert found["prediction"] == {"_target_": "ldm.diffusion.prediction.Eps"}
     assert found["conditioner"]["encoder"]["model"] == "ViT-L-14-quickgelu"
-    assert (found["conditioner"]["encoder"]["layer"], found["conditioner"]["encoder"]["pad"]) == (-1, 49407)
+    assert (found["conditioner"]["encoder"]["layer"], found["conditioner"]["encoder"]["pad_token_id"]) == (-1, 49407)
 
 
 def test_the_other_parts():
     assert from_compvis(SD2)["prediction"] == {"_target_": "ldm.diffusion.prediction.V"}
     assert from_compvis(SD2)["conditioner"]["encoder"] | {"weights": 0} == {
         **{"_target_": "ldm.conditioner.clip.CLIP", "model": "ViT-H-14", "weights": 0, "hub": False},
-        **{"layer": -2, "pad": 0, "random": False},
+        **{"layer": -2, "pad_token_id": 0, "random": False},
     }
     assert from_compvis(FFHQ)["conditioner"] == {"_target_": "ldm.conditioner.none.Unconditional"}
     assert from_compvis(CHURCHES)["scale"] is None
@@ -152,9 +152,9 @@ def test_the_other_parts():
     assert (node["num_classes"], node["dim"]) == (1000, 512)
     words = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {"n_embed": 1280, "n_layer": 32}}
     node = from_compvis(changed(cond_stage_config=words))["conditioner"]
-    assert (node["dim"], node["layers"], node["length"]) == (1280, 32, 77)
+    assert (node["dim"], node["layers"], node["max_length"]) == (1280, 32, 77)
     attended = {**STAGE, "params": {**STAGE["params"], "ddconfig": {**KL, "attn_resolutions": [32, 16]}}}
-    assert from_compvis(changed(stage=attended))["autoencoder"]["encoder"]["attention"] == [
+    assert from_compvis(changed(stage=attended))["autoencoder"]["encoder"]["attention_resolutions"] == [
         8
     ]  # 16 px is none of its four levels
     plain_middle = {**STAGE, "params": {**STAGE["params"], "ddconfig": {**KL, "attn_type": "none"}}}

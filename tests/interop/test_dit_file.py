@@ -81,7 +81,7 @@ def test_sample_draws_from_a_dit_file(state, folder):
 def test_sit_file_is_a_flow_model(state, folder):
     torch.save({"ema": state, "model": {}}, folder / "SiT-S-2.pt")
     model = external.build_from_pipeline(external.open_pipeline(folder / "SiT-S-2.pt"))
-    plain = net(4, sinusoid=reversed_timestep_embedding)
+    plain = net(4, time_embedding=reversed_timestep_embedding)
     plain.load_state_dict(import_sit(state))
     x, t, cond = numbers("x", (1, 4, 8, 8)), torch.tensor([300.0]), model.condition({"label": torch.tensor([1])})
     assert torch.equal(model.denoiser.net(x, t, cond), plain(x, t, cond))

@@ -134,7 +134,7 @@ def theirs_of(**options):
 
 
 def ours_of(outputs=3, **options):
-    options = {"patch": 2, **options}
+    options = {"patch_size": 2, **options}
     return (
         DiT(3, outputs, channels=CHANNELS, depth=DEPTH, num_heads=HEADS, vector_dim=CHANNELS, **options).double().eval()
     )
@@ -146,7 +146,7 @@ def labels_of(state):
     return labels
 
 
-LIGHTNING = {"norm": partial(nn.RMSNorm, eps=1e-6), "feed_forward": SwiGLU, "rotary": rope_2d, "patch": 1}
+LIGHTNING = {"norm": partial(nn.RMSNorm, eps=1e-6), "feed_forward": SwiGLU, "rotary": rope_2d, "patch_size": 1}
 Y = torch.tensor([1, 4])
 
 
@@ -166,7 +166,7 @@ def test_dit():
 @torch.no_grad()
 def test_what_runs_from_noise_to_data(lightning):
     net = theirs_of(patch=1, outputs=3, lightning=True) if lightning else theirs_of(halved=True)
-    ours = ours_of(sinusoid=reversed_timestep_embedding, **(LIGHTNING if lightning else {}))
+    ours = ours_of(time_embedding=reversed_timestep_embedding, **(LIGHTNING if lightning else {}))
     state = net.state_dict()
     ours.load_state_dict(import_sit(state))
     size = SIDE * net.patch

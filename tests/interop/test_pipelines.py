@@ -204,17 +204,17 @@ def yaml(pipeline):
         "ch": stage["width"],
         "dropout": 0.0,
     }
-    dd |= {"ch_mult": stage["mult"], "num_res_blocks": stage["blocks"], "attn_resolutions": []}
+    dd |= {"ch_mult": stage["channel_mult"], "num_res_blocks": stage["num_res_blocks"], "attn_resolutions": []}
     unet = {
         "image_size": 8,
         "in_channels": 4,
         "out_channels": 4,
         "model_channels": 32,
-        "channel_mult": net["mult"],
+        "channel_mult": net["channel_mult"],
         "num_res_blocks": 1,
     }
     unet |= {
-        "attention_resolutions": net["attention"],
+        "attention_resolutions": net["attention_resolutions"],
         "num_heads": 4,
         "use_spatial_transformer": True,
         "context_dim": 16,
@@ -493,7 +493,7 @@ def test_what_diffusers_has_no_counterpart_for(pipeline, tmp_path):
     for broken, said in (
         (with_(conditioner={"_target_": "ldm.conditioner.label.Label"}), "to=diffusers expects a CLIP text tower"),
         (with_(net={**net, "resblock_updown": True}), "resblock_updown=True has no counterpart"),
-        (with_(net={**net, "groups": 24}), "groups=24 does not divide"),
+        (with_(net={**net, "num_groups": 24}), "num_groups=24 does not divide"),
         (with_(net={**net, "_target_": "ldm.net.dit.DiT"}), "expects a UNet of transformer blocks"),
         (with_(prediction={"_target_": "ldm.diffusion.prediction.Flow"}), "to=diffusers expects one of Eps, V, X0"),
         (with_(schedule={"_target_": "ldm.diffusion.schedule.Flow"}), "expects one that is a table of betas"),

@@ -149,7 +149,7 @@ def test_qkv_attention_hears_nothing_and_says_so():
     assert QKVAttention(8, 2, groups=4).memory(torch.randn(1, 3, 6)) == ()
     with pytest.raises(ValueError, match="context_dim=6: QKVAttention is one self-attention"):
         QKVAttention(8, 2, context_dim=6)
-    with pytest.raises(ValueError, match="depth=2"):
+    with pytest.raises(ValueError, match="transformer_depth=2"):
         QKVAttention(8, 2, depth=2)
 
 

@@ -13,7 +13,9 @@ def lively(net: torch.nn.Module, seed: int = 0):
     return net.eval()
 
 
-SMALL = dict(channels=8, mult=(1, 2), blocks=1, attention=(2,), head_channels=4, groups=4)
+SMALL = dict(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_head_channels=4, num_groups=4
+)
 
 
 @pytest.mark.parametrize("attend", [sdpa, softmax_attention])

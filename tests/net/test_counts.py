@@ -50,7 +50,7 @@ CELEBA = {  # LDM tab. 14
 
 
 def ablation(net: str, z: int, channels: int, mult, attention, expected: str, context: int | None = None) -> Row:
-    typed = (f"channels={channels}", f"mult={list(mult)}", f"attention={list(attention)}")
+    typed = (f"channels={channels}", f"channel_mult={list(mult)}", f"attention_resolutions={list(attention)}")
     return Row(net, z, expected, context, typed=typed)
 
 
@@ -179,7 +179,7 @@ def test_every_paper_option_is_in_the_table():
 
 @pytest.mark.parametrize("patch", [4, 8])
 def test_larger_patches_change_the_first_and_the_last_layer_alone(patch):
-    two, more = (built(Row("dit_s2", 4, 0, None, 384, 8, typed=(f"patch={p}",))) for p in (2, patch))
+    two, more = (built(Row("dit_s2", 4, 0, None, 384, 8, typed=(f"patch_size={p}",))) for p in (2, patch))
     assert count(more) - count(two) == (patch**2 - 4) * (4 * 384 + 8 * (384 + 1))
 
 

@@ -10,17 +10,17 @@ from ldm.net.blocks import mlp, timestep_embedding
 from ldm.net.dit import MLP, DiT, SwiGLU
 from ldm.net.positions import rope_2d, sincos_2d
 
-SMALL = dict(channels=16, depth=2, heads=2, frequencies=8)
+SMALL = dict(channels=16, depth=2, num_heads=2, frequencies=8)
 OPTIONS = {
     "plain": {},
-    "told": dict(context_dim=6, vector_dim=16, attend=softmax_attention),
+    "told": dict(context_dim=6, vector_dim=16, attention_fn=softmax_attention),
     "projected": dict(vector_dim=5, vector=mlp),
     "lightning": dict(
         norm=partial(nn.RMSNorm, eps=1e-6),
         feed_forward=SwiGLU,
         rotary=rope_2d,
         qk_norm=partial(nn.RMSNorm, eps=1e-6),
-        checkpoint=True,
+        gradient_checkpointing=True,
     ),
 }
 X, T = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 500.0])
@@ -105,8 +105,8 @@ def test_rectangles_of_any_size(options, patch):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="5 x 4 cannot be cut into patches of 2"):
         DiT(3, 3, **SMALL)(torch.randn(2, 3, 5, 4), T, Condition())
-    with pytest.raises(ValueError, match="heads=3 does not divide channels=16"):
-        DiT(3, 3, **{**SMALL, "heads": 3})
+    with pytest.raises(ValueError, match="num_heads=3 does not divide channels=16"):
+        DiT(3, 3, **{**SMALL, "num_heads": 3})
     with pytest.raises(ValueError, match="without cross-attention cannot hear"):
         DiT(3, 3, **SMALL)(X, T, Condition(context=torch.randn(2, 3, 6)))
     with pytest.raises(ValueError, match=r"conditioner\.dim=16"):
@@ -203,7 +203,7 @@ def test_residuals_are_added_after_each_block():
 def test_recomputing_activations_gives_the_same_gradients(name):
     grads = []
     for checkpoint in (False, True):
-        net = lively(DiT(3, 3, **SMALL, **{**OPTIONS[name], "checkpoint": checkpoint}))
+        net = lively(DiT(3, 3, **SMALL, **{**OPTIONS[name], "gradient_checkpointing": checkpoint}))
         net(X, T, told(net)).square().sum().backward()
         grads.append([p.grad for p in net.parameters()])
     for a, b in zip(*grads, strict=True):

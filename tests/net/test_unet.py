@@ -24,16 +24,38 @@ def told_to(net: UNet, **other) -> Condition:
     return told(**other) if net.context_dim else Condition(vector=other.get("vector"))
 
 
-SMALL = dict(channels=8, context_dim=6, head_channels=8, groups=4)
+SMALL = dict(channels=8, context_dim=6, num_head_channels=8, num_groups=4)
 SHAPES = {
-    "plain": dict(mult=(1, 2), blocks=1, attention=(2,)),
-    "deep": dict(mult=(1, 2, 2), blocks=2, attention=(1, 4)),
-    "flat": dict(mult=(1,), blocks=1, attention=(1,)),
-    "no attention": dict(mult=(1, 2), blocks=1, attention=()),
-    "heads": dict(mult=(1, 2), blocks=1, attention=(2,), heads=4, depth=2, scale_shift=True, attend=softmax_attention),
-    "depths": dict(mult=(1, 2, 2), blocks=1, attention=(2, 4), depth=(1, 2, 3), checkpoint=True),
-    "ADM": dict(mult=(1, 2), blocks=1, attention=(2,), scale_shift=True, resblock_updown=True),
-    "QKV": dict(mult=(1, 2), blocks=1, attention=(2,), context_dim=None, block=QKVAttention),
+    "plain": dict(channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,)),
+    "deep": dict(channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(1, 4)),
+    "flat": dict(channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,)),
+    "no attention": dict(channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=()),
+    "heads": dict(
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_heads=4,
+        transformer_depth=2,
+        use_scale_shift_norm=True,
+        attention_fn=softmax_attention,
+    ),
+    "depths": dict(
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2, 4),
+        transformer_depth=(1, 2, 3),
+        gradient_checkpointing=True,
+    ),
+    "ADM": dict(
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    ),
+    "QKV": dict(
+        channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), context_dim=None, block=QKVAttention
+    ),
 }
 
 
@@ -222,7 +244,7 @@ def test_recomputing_activations_gives_the_same_gradients(name):
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
     grads = []
     for checkpoint in (False, True):
-        net = lively(UNet(3, 3, dropout=0.5, **{**SMALL, **SHAPES[name], "checkpoint": checkpoint})).train()
+        net = lively(UNet(3, 3, dropout=0.5, **{**SMALL, **SHAPES[name], "gradient_checkpointing": checkpoint})).train()
         torch.manual_seed(3)
         net(x, t, told_to(net)).square().sum().backward()
         grads.append([p.grad for p in net.parameters()])
@@ -240,7 +262,7 @@ def test_depth_is_by_level_and_the_middle_has_the_last():
     assert depths(net.up) == [3, 2, 0]
     assert len(net.middle1.attention.blocks) == 3
     with pytest.raises(ValueError, match="3, one for each level"):
-        UNet(3, 3, **{**SMALL, **SHAPES["depths"], "depth": (1, 2)})
+        UNet(3, 3, **{**SMALL, **SHAPES["depths"], "transformer_depth": (1, 2)})
 
 
 def test_factors_that_no_level_has_leave_attention_in_the_middle():
@@ -271,11 +293,11 @@ def test_a_class_row_is_added_to_the_time():
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="head_channels=8 does not divide a level's 12 channels"):
+    with pytest.raises(ValueError, match="num_head_channels=8 does not divide a level's 12 channels"):
         UNet(3, 3, channels=12, attention_resolutions=(1,), num_head_channels=8, num_groups=4)
-    with pytest.raises(ValueError, match="head_channels=0 does not divide"):
+    with pytest.raises(ValueError, match="num_head_channels=0 does not divide"):
         UNet(1, 1, channels=12, num_head_channels=0, num_groups=4)
-    with pytest.raises(ValueError, match="heads=3 does not divide a level's 8 channels"):
+    with pytest.raises(ValueError, match="num_heads=3 does not divide a level's 8 channels"):
         UNet(3, 3, channels=8, attention_resolutions=(1,), num_heads=3, num_groups=4)
     assert (
         UNet(3, 3, channels=8, attention_resolutions=(1,), num_heads=1, num_groups=4)

@@ -21,7 +21,7 @@ def test_the_parts_of_a_stream_are_its_batches_cut():
 def test_losses_and_weights_are_those_of_whole_batches(parts):
     seen = [Seen(), Seen()]
     for one, accumulate in zip(seen, (1, parts), strict=True):
-        train(Line(), Rows(), [one], steps=5, accumulate=accumulate)
+        train(Line(), Rows(), [one], steps=5, accumulate_grad_batches=accumulate)
     assert len(seen[1].terms) == 5
     assert seen[1].weights == pytest.approx(seen[0].weights, rel=1e-5)
     for whole, cut in zip(seen[0].terms, seen[1].terms, strict=True):
@@ -30,16 +30,16 @@ def test_losses_and_weights_are_those_of_whole_batches(parts):
 
 def test_rows_that_cannot_be_shared_out_are_refused():
     with pytest.raises(
-        ValueError, match=r"batch_size=4 cannot be split into 3 equal parts \(1 processes, accumulate=3\)"
+        ValueError, match=r"batch_size=4 cannot be split into 3 equal parts \(1 processes, accumulate_grad_batches=3\)"
     ):
-        train(Line(), Rows(), [], steps=1, accumulate=3)
+        train(Line(), Rows(), [], steps=1, accumulate_grad_batches=3)
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ({"workers": -1}, "workers=-1: expected 0"),
-        ({"accumulate": 0}, "accumulate=0: expected 1"),
+        ({"num_workers": -1}, "num_workers=-1: expected 0"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0: expected 1"),
         ({"strategy": "0x10"}, "expected auto"),
     ],
 )

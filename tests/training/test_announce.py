@@ -15,7 +15,7 @@ from ldm.training.startup_report import MEASURED_STEPS, MIN_REMAINING_STEPS, Sta
 def test_size_batch_and_peak_rate_are_said_once(accumulate, capfd):
     steps, schedule = MEASURED_STEPS + 1 + MIN_REMAINING_STEPS, partial(cosine, warmup=4, end=0.5)
     around = [StartupReport("a line", steps, schedule, accumulate), LearningRate(schedule, steps)]
-    train(Line(), Rows(), around, steps=steps, accumulate=accumulate)
+    train(Line(), Rows(), around, steps=steps, accumulate_grad_batches=accumulate)
     first, *others = [line for line in capfd.readouterr().out.splitlines() if line.startswith("a line")]
     peak = 0.1 * max(schedule(step, steps) for step in range(steps))
     parts = " (2 batches x 2)" if accumulate == 2 else ""

@@ -85,7 +85,7 @@ def test_a_nap_is_found_where_it_was_taken(where, accumulate, monkeypatch):
     record = MetricsRecorder(lambda step, values: lit.nap("logging"), 1, 4)
     pictures = SampleGridCallback(lambda step: lit.nap("saving"), 1)
     own = Own(lit)  # of any name: what counts is its phase
-    train(lit, Napping(lit), [EMACallback(ema), record, pictures, own], steps=4, accumulate=accumulate)
+    train(lit, Napping(lit), [EMACallback(ema), record, pictures, own], steps=4, accumulate_grad_batches=accumulate)
     seconds = spent[0].seconds
     where = Own.phase if where == "own" else where
     naps = 4 * NAP * (accumulate if where in ("data", "encode", "forward", "backward") else 1)
@@ -159,7 +159,7 @@ def test_the_pace_is_always_recorded(accumulate):
         Rows(),
         [MetricsRecorder(lambda step, values: rows.append(values), 2, 6)],
         steps=6,
-        accumulate=accumulate,
+        accumulate_grad_batches=accumulate,
     )
     for row in rows:
         assert {"perf/images_per_s", "perf/data_wait", "perf/mfu"} <= row.keys()

@@ -50,7 +50,7 @@ SAID = {
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_first_that_is_not_finite_is_named(harm, accumulate, tmp_path):
     with pytest.raises(NonFiniteError, match=SAID[harm]):
-        train(Deep(harm), Rows(), [NonFiniteDetector(tmp_path)], steps=5, accumulate=accumulate)
+        train(Deep(harm), Rows(), [NonFiniteDetector(tmp_path)], steps=5, accumulate_grad_batches=accumulate)
 
 
 def test_nothing_is_named_where_all_is_finite(tmp_path):

@@ -53,7 +53,7 @@ def outcome(lit, accumulate=1, steps=6, **options):
         EvaluationCallback(measure, lambda step, values: scores.update({step: list(values.values())}), 2, ema),
         SampleGridCallback(lambda step: pictures.update({step: list(shown())}), 2, ema),
     ]
-    train(lit, Rows(), around, steps=steps, accumulate=accumulate, **options)
+    train(lit, Rows(), around, steps=steps, accumulate_grad_batches=accumulate, **options)
     assert ema.module is lit.line
     return {
         "losses": losses.losses,

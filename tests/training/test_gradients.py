@@ -17,7 +17,7 @@ KEYS = [part.samples for part in BatchStream(16, 4, 6)]  # of the batches of the
 def watched(tmp_path, bad, patience=3, every=1, accumulate=1):
     gradients, seen, rows, lit = GradientGuard(tmp_path, patience), Seen(), [], Line(bad)
     record = MetricsRecorder(lambda step, values: rows.append((step, values)), every, 6, gradients)
-    train(lit, Rows(), [gradients, record, seen], steps=6, accumulate=accumulate)
+    train(lit, Rows(), [gradients, record, seen], steps=6, accumulate_grad_batches=accumulate)
     return seen, rows
 
 

@@ -42,7 +42,12 @@ def stage(kind: str, f: int, start: int = 0, ramp: int = 1, weight: float = 0.5)
     torch.manual_seed(0)
     cls, _ = FACTORS[kind]
     options = dict(
-        z_channels=2, width=4, mult=(1,) * f.bit_length(), blocks=1, groups=2, attention=(f,) if f > 8 else ()
+        z_channels=2,
+        width=4,
+        channel_mult=(1,) * f.bit_length(),
+        num_res_blocks=1,
+        num_groups=2,
+        attention_resolutions=(f,) if f > 8 else (),
     )
     autoencoder = cls(Encoder(1, double_z=kind == "kl", **options), Decoder(1, **options), 2, f)
     adam = partial(torch.optim.Adam, lr=1e-3)

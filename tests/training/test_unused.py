@@ -29,7 +29,7 @@ def test_a_parameter_without_gradient_is_named_where_none_was_expected(accumulat
     with pytest.raises(
         UserError, match=r"the loss does not depend on spare\.weight in this step; set has_unused_parameters = True"
     ):
-        train(lit, Rows(), [], steps=2, strategy="ddp", accumulate=accumulate)
+        train(lit, Rows(), [], steps=2, strategy="ddp", accumulate_grad_batches=accumulate)
 
 
 @pytest.mark.parametrize("unused", [True, None])
