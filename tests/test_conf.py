@@ -59,11 +59,11 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
     "schedule/edm": ("process=edm",),
     "prediction/edm": ("process=edm",),
     "weighting/edm": ("process=edm",),
-    "times/log_normal": ("process=edm",),
-    "grid/karras": ("process=edm",),
+    "timestep_sampling/log_normal": ("process=edm",),
+    "timestep_spacing/karras": ("process=edm",),
     "training/autoencoder": ("~training.score",),
     "training/autoencoder_ldm": ("~training.score", "training.loss.perceptual=null"),  # LPIPS wants half a gigabyte
-    "training/judge": ("~training.score", "~training.sample_every"),
+    "training/evaluator": ("~training.score", "~training.sample_every"),
     **dict.fromkeys(("training/classifier", "training/clip"), ("~training.score", "~training.sample_every")),
     **dict.fromkeys(("schedule/flow", "schedule/flow_3", "schedule/flow_at"), ("process=sit",)),
     **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("timestep_sampling=uniform", "timestep_spacing=uniform")),
@@ -74,9 +74,9 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
     ),
     **{
         f"objective/{way}": ("objective.teacher._target_=test_conf.Taught",)
-        for way in ("progressive", "consistency", "imitation")
+        for way in ("progressive", "consistency", "knowledge_distillation")
     },
-    "objective/guidance_told": ("objective.teacher._target_=test_conf.Taught", "net=smoke_guidance_embed"),
+    "objective/guidance_distillation": ("objective.teacher._target_=test_conf.Taught", "net=smoke_guidance_embed"),
     "sampler/ddpm_learned": ("objective=hybrid",),
     "conditioner/wordpiece": ("conditioner.dim=16", "conditioner.layers=1"),
     "conditioner/layout": ("conditioner.dim=16", "conditioner.layers=1"),
@@ -299,7 +299,7 @@ def test_data_options_are_built_or_say_what_is_missing(option, tmp_path, monkeyp
         assert data.batch([(0, 0)])["image"].shape[1:] == (data.channels, data.size, data.size)
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("degrade/")])
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("degradation/")])
 def test_degrade_options_add_to_the_batch(option):
     cfg = composed(*typed(option))
     batch = build.build_degraded_dataset(cfg).batch([(0, 0), (0, 1)])
@@ -321,7 +321,7 @@ def test_a_process_sets_four_choices_and_each_can_be_set_beside_it(process):
     assert composed("budget=smoke", f"process={process}", "schedule=gvp").schedule._target_.endswith("GVP")
 
 
-@pytest.mark.parametrize("option", ["sampler/heun", "grid/karras", "guidance/cfg", "metrics/fid"])
+@pytest.mark.parametrize("option", ["sampler/heun", "timestep_spacing/karras", "guidance/cfg", "metrics/fid"])
 def test_sampling_takes_the_options_of_training(option):
     group, name = option.split("/")
     assert composed("run=x", f"{group}={name}", name="sample")[group] == composed(*typed(option))[group]
@@ -330,7 +330,7 @@ def test_sampling_takes_the_options_of_training(option):
 def test_nothing_that_owns_weights_is_interpolated():
     """`${net}` in two places would be built twice."""
     for path in CONF.rglob("*.yaml"):
-        found = re.findall(r"\$\{(net|autoencoder|conditioner|first_stage|judge|objective)[}.]", path.read_text())
+        found = re.findall(r"\$\{(net|autoencoder|conditioner|first_stage|evaluator|objective)[}.]", path.read_text())
         assert not found, path
 
 
@@ -385,7 +385,7 @@ def test_a_network_that_learns_its_variance_serves_every_other_choice():
     assert torch.isfinite(drawn(cfg, model)).all()
 
 
-@pytest.mark.parametrize("option", ["cfg", "cfg_interval", "cfg_channels", "clip", "dynamic_threshold"])
+@pytest.mark.parametrize("option", ["cfg", "cfg_interval", "cfg_channels", "clip_x0", "dynamic_threshold"])
 def test_guidance_options_draw(option):
     cfg = composed("budget=smoke", f"guidance={option}", "guidance.scale=3.0")
     assert torch.isfinite(drawn(cfg, model_of(cfg))).all()

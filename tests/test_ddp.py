@@ -134,7 +134,7 @@ def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", ["judge", "classifier", "clip"])
+@pytest.mark.parametrize("training", ["evaluator", "classifier", "clip"])
 def test_no_process_searches_in_vain_for_parameters_without_gradient(training, smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     none = (
@@ -150,7 +150,7 @@ def test_no_process_searches_in_vain_for_parameters_without_gradient(training, s
         "budget=smoke",
         f"training={training}",
         *none,
-        "training.seed=1" if training == "judge" else "seed=1",
+        "training.seed=1" if training == "evaluator" else "seed=1",
         *CPU,
     )
     done = processes(*[job] * 2, cwd=tmp_path)

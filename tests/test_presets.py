@@ -65,7 +65,7 @@ def test_parameters_are_the_papers(preset):
         autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels)
         conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card)
         parts = {"network": build.build_network(cfg, autoencoder, conditioner), "conditioner": conditioner}
-        if "classifier" in said.parts:
+        if "classifier" in said.modules:
             parts["classifier"] = instantiate(cfg.training.net)(
                 in_channels=card.channels, classes=said.classes, size=card.size
             )
@@ -73,8 +73,8 @@ def test_parameters_are_the_papers(preset):
         told = conditioner(placeholder_batch(2, card, conditioner))  # a plan can make a batch for it
     assert (told.context is None) == (conditioner.context_dim is None)
     assert (told.concat is None) == (not conditioner.concat_channels)
-    count = sum(p.numel() for name in said.parts for p in parts[name].parameters())
-    assert counts_match(count + said.beside, said.parameters), f"{count + said.beside:,} {said.parameters}"
+    count = sum(p.numel() for name in said.modules for p in parts[name].parameters())
+    assert counts_match(count + said.extra_parameters, said.parameters), f"{count + said.extra_parameters:,} {said.parameters}"
 
 
 def test_a_preset_is_checked_as_a_command_line_is():

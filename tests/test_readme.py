@@ -109,7 +109,7 @@ def of_training(typed: list[str]) -> tuple[str, ...]:
     sized = [
         word
         for word in typed
-        if not re.match(r"(training|first_stage|judge)\.(steps|batch_size)=|logger=|logger\.", word)
+        if not re.match(r"(training|first_stage|evaluator)\.(steps|batch_size)=|logger=|logger\.", word)
     ]
     return (
         *first_job(*[word for word in sized if not word.startswith(("-h", "--"))], *small, "logger=none"),

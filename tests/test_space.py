@@ -33,7 +33,7 @@ def test_a_space_is_named_by_config_weights_shift_and_scale():
         space.identity == LatentSpace.from_autoencoder(autoencoder, node, "toy-2").identity
     )  # what it was calibrated on is told, and no part of the name
     assert re.fullmatch(r"f4c8-[0-9a-f]{12}", space.name)
-    other, node2 = tiny(**{"encoder.groups": 2})
+    other, node2 = tiny(**{"encoder.num_groups": 2})
     other.load_state_dict(autoencoder.state_dict())
     seen = {
         space.identity,

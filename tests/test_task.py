@@ -281,14 +281,14 @@ def test_a_hole_is_filled_from_its_edge():
 
 
 @pytest.mark.parametrize(
-    "sides", [{"left": 4}, {"right": 2}, {"top": 6}, {"bottom": 2}, {"left": 2, "right": 4, "top": 2, "bottom": 4}]
+    "sides", [{"pad_left": 4}, {"pad_right": 2}, {"pad_top": 6}, {"pad_bottom": 2}, {"pad_left": 2, "pad_right": 4, "pad_top": 2, "pad_bottom": 4}]
 )
 def test_outpainting_keeps_the_original(sides):
     made, image = patched(), images(2, 8, 12)
     out = sample(
         made, {"caption": ["", ""], "image": image}, [0, 1], trailing(linear(), 5), task=partial(outpaint, **sides)
     )
-    left, right, top, bottom = (sides.get(side, 0) for side in ("left", "right", "top", "bottom"))
+    left, right, top, bottom = (sides.get(f"pad_{side}", 0) for side in ("left", "right", "top", "bottom"))
     assert out.shape == (2, 1, 8 + top + bottom, 12 + left + right)
     assert torch.equal(out[:, :, top : top + 8, left : left + 12], image)
     frame = torch.ones_like(out, dtype=torch.bool)
@@ -296,7 +296,7 @@ def test_outpainting_keeps_the_original(sides):
     assert out[frame].std() > 0.1
 
 
-@pytest.mark.parametrize("sides", [{}, {"left": -2, "right": 4}])
+@pytest.mark.parametrize("sides", [{}, {"pad_left": -2, "pad_right": 4}])
 def test_outpainting_nowhere_is_refused(sides):
     with pytest.raises(ValueError, match="expected pixels to add"):
         chosen(patched(), partial(outpaint, **sides), {"image": images(2, 8, 12)})

@@ -181,7 +181,7 @@ def row_of(row: Row) -> dict[str, str]:
     published = to_container(cfg.paper)
     found = estimate(cfg, card_of(cfg, said or published))
     count = sum(found.parts[name]["parameters"] for name in row.parts) + (
-        published["beside"] if row.published is None else 0
+        published["extra_parameters"] if row.published is None else 0
     )
     expected = row.published or published["parameters"]
     differences = row.differences()

@@ -38,8 +38,8 @@ class PlanResult:
     @property
     def published_count(self) -> int:
         """Our parameters of the parts that the paper's count is of, with what it counts beside them."""
-        counts = (self.parts[name]["parameters"] for name in self.published["parts"] if name in self.parts)
-        return sum(counts) + self.published["beside"]
+        counts = (self.parts[name]["parameters"] for name in self.published["modules"] if name in self.parts)
+        return sum(counts) + self.published["extra_parameters"]
 
     @property
     def device_hours(self) -> float | None:

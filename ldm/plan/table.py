@@ -17,7 +17,7 @@ def table(found: PlanResult) -> str:
     }
     section("parameters", whole)
     if "parameters" in found.published:
-        theirs, parts = found.published["parameters"], " + ".join(found.published["parts"])
+        theirs, parts = found.published["parameters"], " + ".join(found.published["modules"])
         same = "the same" if counts_match(found.published_count, theirs) else f"ours has {found.published_count:,}"
         lines.append(
             f"  {found.published['table']} ({parts}): {theirs if isinstance(theirs, str) else format(theirs, ',')}, {same}"
@@ -28,7 +28,7 @@ def table(found: PlanResult) -> str:
     fixed = sum(found.memory[name] for name in names if name != "gradients")
     for precision, costs in found.activations.items():
         for batch, cost in costs.items():
-            what = f"precision {precision}, batch {batch}: activations {format_bytes(cost['kept'])}, in all {format_bytes(fixed + cost['peak'])}"
+            what = f"precision {precision}, batch {batch}: activations {format_bytes(cost['saved_for_backward'])}, in all {format_bytes(fixed + cost['peak'])}"
             lines.append(f"  {what}")
     section(
         "memory of sampling, beside the weights",

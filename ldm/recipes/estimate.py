@@ -56,7 +56,7 @@ def time_stages(cfg: Any, data) -> list[tuple[str, int, float]]:
     every = moments[None].expand(2 if data.flip else 1, len(data), *moments.shape[1:])
     second = instantiate(cfg.training).keywords
     lit = LitDiffusion(
-        build.build_model(cfg, autoencoder, data), instantiate(cfg.objective), second["optimizer"], second["drop"]
+        build.build_model(cfg, autoencoder, data), instantiate(cfg.objective), second["optimizer"], second["cond_drop_prob"]
     )
     seconds = time_steps(cfg, lit, LatentDataset(data, every), second["batch_size"], STEPS)
     return [*parts, ("the diffusion model", second["steps"], min(seconds[1:]))]

@@ -102,7 +102,7 @@ def inpaint(model: LatentDiffusion, batch: Batch, noise: KeyedNoise, ts: Tensor)
         return torch.where(hole, model.decode(torch.where(known, z, new)), image)
 
     whole = generate(model, batch, noise, ts, image.shape[-2:])
-    return replace(whole, constraint=keep, finish=finish)
+    return replace(whole, wrap_denoise=keep, decode=finish)
 
 
 def outpaint(
@@ -141,7 +141,7 @@ def super_resolution(
     low_res = batch["low_res"]
     height, width = (scale * side for side in low_res.shape[-2:])
     whole = generate(model, {**batch, "level": noise_level}, noise, ts, (height, width))
-    return replace(whole, finish=lambda z: back_project(model.decode(z), low_res, back_projection_steps))
+    return replace(whole, decode=lambda z: back_project(model.decode(z), low_res, back_projection_steps))
 
 
 def back_project(image: Tensor, low_res: Tensor, rounds: int) -> Tensor:

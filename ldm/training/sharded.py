@@ -75,7 +75,7 @@ class Gathered:
         self.average, self.module = average, module
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Within the block the module has the averaged weights, on the device of the shards; all processes must enter it."""
         before, shadow = next(self.module.parameters()).device, self.average.shadow
         load_trainable(self.module, full_tensors(shadow))

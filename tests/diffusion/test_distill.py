@@ -187,9 +187,9 @@ def test_imitation_goes_from_the_data_to_the_teacher():
     x0, made = data(), partial(KnowledgeDistillation, Teacher(Known(std=0.0)), DISCRETE, weighting.x0)
     plain = objective.Objective(DISCRETE, weighting.x0)(student(0.2, sched=COSINE), x0, Condition(), NOISE, {})
     torch.testing.assert_close(
-        made(part=0.0)(student(0.2, sched=COSINE), x0, Condition(), NOISE, {})["loss"], plain["loss"]
+        made(distill_weight=0.0)(student(0.2, sched=COSINE), x0, Condition(), NOISE, {})["loss"], plain["loss"]
     )
-    assert made(part=1.0)(student(0.6, sched=COSINE), x0, Condition(), NOISE, {})["loss"].max() < 1e-10
+    assert made(distill_weight=1.0)(student(0.6, sched=COSINE), x0, Condition(), NOISE, {})["loss"].max() < 1e-10
 
 
 def test_the_teacher_stays_as_it_is():

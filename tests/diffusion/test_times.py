@@ -94,7 +94,7 @@ def test_grids_have_diffusers_indices(n, spacing, offset):
         return
     theirs = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
     theirs.set_timesteps(n)
-    grid = grids.leading(TABLE, n, offset) if spacing == "leading" else getattr(times, spacing)(TABLE, n)
+    grid = grids.leading(TABLE, n, offset) if spacing == "leading" else getattr(grids, spacing)(TABLE, n)
     if spacing == "linspace" and n == 1:
         theirs.timesteps = torch.tensor([999])  # theirs starts a single step at 0
     assert TABLE.net_time(grid[:-1]).tolist() == theirs.timesteps.tolist()

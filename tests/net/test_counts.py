@@ -173,7 +173,7 @@ def test_classifiers_are_of_the_published_size(size, mult, blocks, printed):
 
 
 def test_every_paper_option_is_in_the_table():
-    own = {"quick", "quick_told_scale", "smoke", "smoke_told_scale", "lightningdit_xl1"}  # no published count
+    own = {"quick", "quick_guidance_embed", "smoke", "smoke_guidance_embed", "lightningdit_xl1"}  # no published count
     assert {p.stem for p in (ROOT / "conf/net").glob("*.yaml")} - own == {row.net for row in ROWS.values()}
 
 

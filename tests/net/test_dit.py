@@ -14,7 +14,7 @@ SMALL = dict(channels=16, depth=2, num_heads=2, frequencies=8)
 OPTIONS = {
     "plain": {},
     "told": dict(context_dim=6, vector_dim=16, attention_fn=softmax_attention),
-    "projected": dict(vector_dim=5, vector=mlp),
+    "projected": dict(vector_dim=5, vector_embedding=mlp),
     "lightning": dict(
         norm=partial(nn.RMSNorm, eps=1e-6),
         feed_forward=SwiGLU,

@@ -19,11 +19,11 @@ WAYS = {
         ("objective.steps=8", "timestep_spacing=uniform"),
         ("sampler=consistency", "timestep_spacing=uniform", "steps=2", "guidance=cfg"),
     ),
-    "guidance_told": (
+    "guidance_distillation": (
         ("net=smoke_guidance_embed", "guidance=embedded"),
         ("guidance=embedded", "guidance.scale=3", "steps=3"),
     ),
-    "imitation": (("net.channels=32",), ("steps=3",)),
+    "knowledge_distillation": (("net.channels=32",), ("steps=3",)),
 }
 
 
@@ -34,17 +34,17 @@ def place(smoke, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=() if way == "guidance_told" else pytest.mark.slow) for way in WAYS]
+    "way", [pytest.param(way, marks=() if way == "guidance_distillation" else pytest.mark.slow) for way in WAYS]
 )
 def test_a_student_is_trained_and_drawn_from(way, lively, smoke):
     typed, asked = WAYS[way]
-    teacher, begun = (smoke.run, ()) if way == "imitation" else (lively, (f"init={lively}",))
+    teacher, begun = (smoke.run, ()) if way == "knowledge_distillation" else (lively, (f"init={lively}",))
     run = train(f"objective={way}", f"objective.teacher.run={teacher}", *TAUGHT, *begun, *typed)
     assert not [name for name in atomic.read_tensors(run / "weights.safetensors") if "teacher" in name], (
         "a teacher is named, not kept"
     )
     before, after = (list(load_model(one).denoiser.state_dict().values()) for one in (lively, run))
-    assert way == "imitation" or not all(map(torch.equal, before, after[: len(before)]))
+    assert way == "knowledge_distillation" or not all(map(torch.equal, before, after[: len(before)]))
     assert command("sample.py", f"run={run}", "num=2", *asked) == 0
 
 
