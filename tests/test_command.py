@@ -75,8 +75,8 @@ FILES = {
         """,
     "conf/schedule/linear.yaml": "beta: 1.0",
     "conf/schedule/cosine.yaml": "s: 0.008",
-    "conf/net/unet.yaml": "{width: 32, mult: [1, 2], lr: 1.0e-3}",
-    "conf/net/nan.yaml": "{width: 1, mult: [1, 2], lr: 1.0e-3}",
+    "conf/net/unet.yaml": "{width: 32, channel_mult: [1, 2], lr: 1.0e-3}",
+    "conf/net/nan.yaml": "{width: 1, channel_mult: [1, 2], lr: 1.0e-3}",
     "experiments/noise/sweep.yaml": """
         # @package _global_
         defaults:

@@ -192,7 +192,7 @@ def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
 def test_a_disk_that_fills_while_writing_leaves_no_half(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr(
-        "ldm.io.atomic._write_tensor_file",
+        "ldm.checkpoint.step._write_tensor_file",
         lambda state, path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     with pytest.raises(OSError, match="No space left"):
@@ -282,7 +282,7 @@ def test_a_killed_write_of_tensors_leaves_nothing_that_stays(tmp_path):
 
 WRITER = """
 import sys, torch
-from ldm.io.atomic import save_checkpoint
+from ldm.checkpoint.step import save_checkpoint
 folder, step = sys.argv[1], 0
 weights = {"w": torch.zeros(1 << 18)}
 while True:

@@ -42,14 +42,14 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run_command(main, "train", text=("prompt",), paths=("out",))
+    run_command(main, "train", text=("prompt",), paths=("output_dir",))
 """
 
 
 @pytest.fixture
 def script(tmp_path):
     (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "train.yaml").write_text("{prompt: '', out: null, do: nothing, trainer: {devices: 1}}")
+    (tmp_path / "conf" / "train.yaml").write_text("{prompt: '', output_dir: null, do: nothing, trainer: {devices: 1}}")
     (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
     return tmp_path / "train.py"
 
@@ -57,7 +57,7 @@ def script(tmp_path):
 def config(tmp_path, do="nothing", devices=1):
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
-    plain = {"prompt": "the cat's ${x}, \\", "out": str(out), "do": do, "trainer": {"devices": devices}}
+    plain = {"prompt": "the cat's ${x}, \\", "output_dir": str(out), "do": do, "trainer": {"devices": devices}}
     write_config(plain, tmp_path / "composed", {"schedule": "cosine"})
     return tmp_path / "composed", out
 

@@ -250,7 +250,7 @@ def test_values_of_the_default_s_kind_pass(change):
         ({"sizes": ["a"]}, "sizes=[a]: expected a list"),
         ({"node": 3}, "node=3: expected a node"),
         ({"node": {"a": "x"}}, "node.a=x: expected a whole number"),
-        ({"again": {"made": -0.5}}, "reproduce.made=-0.5: expected a node"),
+        ({"again": {"made": -0.5}}, "again.made=-0.5: expected a node"),
         ({"made": {"_partial_": True}}, "made: a node needs its _target_, as in made._target_=torch.nn.Identity"),
         ({"made": {**KINDS["made"], "_partial_": 3}}, "made._partial_=3: expected true or false"),
         ({"made": {**KINDS["made"], "_args_": "x"}}, "made._args_=x: expected a list"),

@@ -49,7 +49,7 @@ def attention(
 def maps(model: LatentDiffusion, prompt: str, ts: Tensor, scale: float, seed: int = 0) -> Maps:
     """The Maps of one prompt drawn on the grid. Raises UserError for a model that attends to no words."""
     places = [module for module in model.denoiser.net.modules() if isinstance(module, CrossAttention)]
-    tokens = getattr(model.conditioner, "tokens", None)
+    tokens = getattr(model.conditioner, "tokenize", None)
     if not places or tokens is None:
         raise UserError(
             "this model attends to no words: attention needs a network with cross-attention and a text conditioner"

@@ -26,8 +26,7 @@ class Terms(NamedTuple):
 
 
 def loss(
-    run: str
-    | None = None,  # a run folder, or a folder of runs: the newest; without one, Gaussians in the plane and their exact score
+    run: str | None = None,  # a run folder, or a folder of runs: the newest; without one, Gaussians in the plane
     num: int = 32,  # held-out images, or points of the plane
     points: int = 40,  # steps that are looked at
     seed: int = 0,  # of the noise

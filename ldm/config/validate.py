@@ -52,16 +52,7 @@ FORBIDDEN_NAMES = {  # a part of a dotted name that runs, reads or removes what 
 }
 
 
-FORBIDDEN_LDM_MODULES = (
-    "argv",
-    "command",
-    "durable",
-    "fetch",
-    "launch",
-    "runs",
-    "studies",
-    "validate",
-)  # of ldm: what writes, fetches or starts processes
+FORBIDDEN_LDM_MODULES = ("cli", "config", "io", "launch", "runs")  # they write or download files, or start processes
 
 
 SEQUENCE_TYPES = ("tuple", "list", "Sequence", "Iterable", "Collection", "set", "frozenset")

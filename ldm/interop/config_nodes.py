@@ -99,7 +99,7 @@ def clip(model: str, layer: int, pad: int, length: int = 77) -> Node:
     return {
         "_target_": "ldm.conditioner.text.TextTokensOnly",
         "encoder": {"_target_": "ldm.conditioner.clip.CLIP", **encoder},
-        "length": length,
+        "max_length": length,
     }
 
 

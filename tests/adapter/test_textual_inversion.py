@@ -23,7 +23,7 @@ class Encoder(nn.Module):
         torch.manual_seed(0)
         self.embedding = nn.Embedding(len(WORDS), 4).requires_grad_(False)
 
-    def pieces(self, text):
+    def token_ids(self, text):
         return [WORDS.index(word) for word in text.replace("zorbo", "zor bo").split()]
 
     def features(self, texts, length):

@@ -320,7 +320,7 @@ def test_names_of_any_bytes(tmp_path):
 def test_the_second_start_decodes_nothing(pictures, tmp_path, monkeypatch):
     first = ImageFolder(pictures)
     calls = Counter()
-    monkeypatch.setattr(folder, "rectangle", lambda *args: (calls.update(["read"]), load_rectangle(*args))[1])
+    monkeypatch.setattr(folder, "load_rectangle", lambda *args: (calls.update(["read"]), load_rectangle(*args))[1])
     assert torch.equal(ImageFolder(pictures).images, first.images)
     assert ImageFolder(pictures, "test", seed=3, flip=False, test_fraction=0.5)
     assert not calls

@@ -101,8 +101,8 @@ def test_each_second_is_of_one_kind():
     spent.start("encode")
     spent.stop("encode")
     spent.stop("[Strategy]One.training_step")
-    spent.start("[Callback]Record.on_train_batch_end")
-    spent.stop("[Callback]Record.on_train_batch_end")
+    spent.start("[Callback]MetricsRecorder.on_train_batch_end")
+    spent.stop("[Callback]MetricsRecorder.on_train_batch_end")
     found = spent.elapsed()
     assert {kind: n for kind, n in found.items() if n} == {"forward": 2, "encode": 1, "logging": 1, "other": 3}
     assert list(found) == list(ORDER)
