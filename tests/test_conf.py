@@ -54,7 +54,7 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
     ),
     **{
         f"data/{name}": ("data.path=here",)
-        for name in ("folder", "buckets", "webdataset", "hf", "imagenet", "coco", "lsun")
+        for name in ("folder", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun")
     },
     "schedule/edm": ("process=edm",),
     "prediction/edm": ("process=edm",),
