@@ -18,7 +18,7 @@ from ldm.errors import UserError
 
 ALLOWED_LDM_TARGETS = re.compile(  # what makes models, data and samples; not what writes files, fetches or starts processes
     r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net|objective|score|source|task)\..+"
-    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|stage\.\w+\.(train|guidance)|training\.(fit|lr|debug|optimizers)\.\w+|load\.(autoguidance|teacher))"
+    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|recipes\.\w+\.\w+Recipe|training\.(fit|lr|debug|optimizers)\.\w+|load\.(autoguidance|teacher))"
 )
 LIBRARIES = ("torch.nn", "torch.optim")
 REPOSITORY_SCRIPTS = ("conf", "experiments", "sample", "tests", "train")  # of the repository: commands, not parts
