@@ -28,13 +28,13 @@ class NoLogger:
     def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
         pass
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         pass
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def log_image(self, step: int, name: str, path: Path) -> None:
         pass
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         pass
 
     def finish(self, summary: Mapping[str, Any]) -> None:
