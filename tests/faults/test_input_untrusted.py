@@ -116,7 +116,7 @@ def test_what_models_are_made_of_is_let_in(monkeypatch):
         "ldm.net.unet.UNet",
         "ldm.data.folder.ImageFolder",
         "ldm.data.degrade.bicubic",
-        "ldm.recipes.diffusion.train",
+        "ldm.recipes.diffusion.DiffusionRecipe",
         "spy.Spy",
     ):
         trust.check_target(name)
@@ -298,7 +298,7 @@ def test_bombs_and_programs_among_images(tmp_path, ran):
     root.mkdir()
     for name, data in {**BAD_IMAGES, "good.png": good()}.items():
         (root / name).write_bytes(data)
-    with pytest.raises(UserError, match=r"more than data\.bad=0\.2: giant\.png"):
+    with pytest.raises(UserError, match=r"more than data\.max_unreadable=0\.2: giant\.png"):
         ImageFolder(root, size=16, channels=3, test_fraction=0)
     data = ImageFolder(root, size=16, channels=3, test_fraction=0, max_unreadable=1.0)
     assert len(data) <= 3, "two may be read after all: their words or profile were left out"
