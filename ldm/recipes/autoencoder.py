@@ -37,9 +37,11 @@ from ldm.training.parallel import all_reduce_sum, destroy_process_group
 class AutoencoderRecipe:
     """The options of a first stage's training.
 
-    optimizer, discriminator_optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on their rates.
+    optimizer, discriminator_optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on their
+    rates.
     discriminator: builds the discriminator from channels=.  discriminator_start: its first step.
-    discriminator_ramp: steps over which its weight grows linearly.  calibration: statistics of the latents -> shift and scale.
+    discriminator_ramp: steps over which its weight grows linearly.  calibration: statistics of the latents -> shift and
+    scale.
     ema_sigma_rel: relative width of the weight average, in (0, 0.28).
     """
 
@@ -73,8 +75,8 @@ class AutoencoderRecipe:
     def train(self, cfg: Any) -> float:
         """Train, average the weights, calibrate shift and scale, write weights.safetensors.
 
-        Returns the PSNR of test images in dB.  Raises UserError for a first stage without weights, and where the network
-        that measures it is also in its loss.
+        Returns the PSNR of test images in dB.  Raises UserError for a first stage without weights, and where the
+        network that measures it is also in its loss.
         """
         build.reject_degradation(cfg)
         folder = self.run_dir(cfg)
@@ -95,9 +97,8 @@ class AutoencoderRecipe:
             torch.manual_seed(derive_seed(self.seed, "weights"))
             autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels)
             if is_parameter_free(autoencoder):
-                raise UserError(
-                    f"{type(autoencoder).__name__} has no weights to train: use it as it is, or choose another autoencoder="
-                )
+                name = type(autoencoder).__name__
+                raise UserError(f"{name} has no weights to train: use it as it is, or choose another autoencoder=")
             lit = LitAutoencoder(
                 autoencoder,
                 self.loss,
@@ -130,9 +131,7 @@ class AutoencoderRecipe:
                 destroy_process_group()
                 if not run.is_main_process:
                     return 0.0
-                space = LatentSpace.from_autoencoder(
-                    autoencoder, build.to_container(cfg.autoencoder), data.fingerprint
-                )
+                space = LatentSpace.from_autoencoder(autoencoder, build.to_container(cfg.autoencoder), data.fingerprint)
                 metrics: dict[str, Any] = {
                     **evaluate_reconstruction(autoencoder, test, score),
                     "identity": space.identity,
@@ -173,7 +172,7 @@ def first_stage_dependency(cfg: Any) -> list[cache.CacheEntry]:
 
 
 def load_or_train_first_stage(cfg: Any, channels: int) -> tuple[FirstStage, LatentSpace, dict[str, Any]]:
-    """Load the config's first stage, after training it if it is not in the cache; return its latent space and metrics too.
+    """Load the config's first stage, trained now if it is not in the cache; return it, its latent space and its metrics.
 
     Raises UserError naming both autoencoders when the weights in the cache are not those that the metrics are of.
     """

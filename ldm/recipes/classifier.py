@@ -1,4 +1,4 @@
-"""A classifier of noisy latents for guidance=classifier, trained and measured on held-out images at several noise levels."""
+"""A classifier of noisy latents for guidance=classifier, measured on test images at several noise levels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -28,7 +28,8 @@ Tokenize = Callable[[Sequence[str]], Tensor]
 class CLIPRecipe:
     """The options of the training of a small CLIP.
 
-    model: open_clip's description of both towers.  crop: least part of a side that a random square crop keeps, in (0, 1].
+    model: open_clip's description of both towers.  crop: least part of a side that a random square crop keeps, in (0,
+    1].
     optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on its rate.
     num_candidates: captions among which a test image's own is to be ranked first.
     """
@@ -112,6 +113,6 @@ def retrieval(net: nn.Module, tokenize: Tokenize, test: Any, num_candidates: int
 
 
 def split_groups(total: int, size: int) -> list[list[int]]:
-    """Split `total` rows into as many groups of `size` as fit, each spread over all rows; one of all if there are fewer."""
+    """Split `total` rows into as many groups of `size` as fit, each spread over all rows; one if `size` is larger."""
     stride = max(1, total // size)
     return [list(range(first, total, stride))[:size] for first in range(stride)]

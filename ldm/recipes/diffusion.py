@@ -158,14 +158,15 @@ class DiffusionRecipe:
             values |= {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
             metrics = run.finish(values | {f"first_stage/{name}": value for name, value in reconstruction.items()})
             run.print(
-                f"\n{format_summary(metrics)}\n\nsamples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
+                f"\n{format_summary(metrics)}\n\n"
+                f"samples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
                 f'next     python sample.py run={folder} prompt="{data.captions[-1][0]}" num=16'
             )
             return metrics.get(cfg.optimized_metric)
 
 
 def scored_metrics(cfg: Any, score: EvaluationConfig, steps: int) -> tuple[set[str] | None, str]:
-    """Return the names val/... of the numbers that a training writes, None if unknown, and the reason if there are none."""
+    """Return the names val/... of the numbers that a training writes, None if unknown, and why there are none if so."""
     if "_target_" not in cfg.metrics:
         return set(), "metrics=none measures nothing"
     if score.eval_every is None:

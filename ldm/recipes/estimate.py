@@ -39,7 +39,8 @@ def format_estimate(*parts: tuple[str, int, float]) -> str:
 def time_stages(cfg: Any, data) -> list[tuple[str, int, float]]:
     """Time steps with random weights of the first stage, unless it is in the cache, and of the diffusion model.
 
-    Returns (name, steps, seconds per step) of each.  For a first stage that is not trained here, encoding the images is timed.
+    Returns (name, steps, seconds per step) of each.  For a first stage that is not trained here, encoding the images is
+    timed.
     """
     autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels)
     parts = []

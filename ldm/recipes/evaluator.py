@@ -1,4 +1,4 @@
-"""The evaluator: trained once on real images; its features measure samples, and baselines put the numbers in context."""
+"""The evaluator: a network trained on real images, whose features measure samples; and the scores of baselines."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ from ldm.training.parallel import destroy_process_group
 class EvaluatorRecipe:
     """The options of the training of the evaluator, the network whose features the metrics compare.
 
-    net: builds the network.  optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on its rate.
+    net: builds the network.  optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on its
+    rate.
     """
 
     seed: int
@@ -54,7 +55,8 @@ class EvaluatorRecipe:
     def train(self, cfg: Any) -> float:
         """Train the evaluator and standardise its features over the training set; return the accuracy on test images.
 
-        Writes weights.safetensors, and the features of the training set as reference.safetensors; measures the baselines.
+        Writes weights.safetensors, and the features of the training set as reference.safetensors; measures the
+        baselines.
         """
         folder = self.run_dir(cfg)
         if done := final_metrics(cfg, folder):
@@ -99,8 +101,8 @@ def evaluator_dependency(cfg: Any) -> list[cache.CacheEntry]:
 def baseline_scores(net: Any, reference: Tensor, data, test, num: int = 5000) -> dict[str, float]:
     """Compute the scores of three baselines of up to `num` images.
 
-    test: real test images.  noisy: the same with noise of standard deviation 0.05.  pca: samples of a Gaussian per class,
-    fitted to the training images' leading principal components.
+    test: real test images.  noisy: the same with noise of standard deviation 0.05.  pca: samples of a Gaussian per
+    class, fitted to the training images' leading principal components.
     """
     num = min(num, len(test))
     rows = [(0, i) for i in range(num)]

@@ -12,7 +12,7 @@ from ldm.io.download import cache_dir
 
 
 def cached_moments(autoencoder, space: LatentSpace, data) -> Any:
-    """Read the data set's posterior moments (flips, N, 2C, h, w) from the cache, after computing them if they are not there.
+    """Read the data set's posterior moments (flips, N, 2C, h, w) from the cache, computed now if they are not there.
 
     Those of a data set of several shapes are joined.  Raises UserError for a file of another autoencoder or data set.
     """

@@ -1,4 +1,4 @@
-"""A published first stage: an autoencoder in diffusers' layout, measured on the data and stored as one trained here is."""
+"""A published first stage: an autoencoder in diffusers' layout, measured on the data, stored like one trained here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ def config_node(path: Path) -> dict[str, Any]:
 
 
 def weights_digest(path: Path) -> str:
-    """Return 16 hex digits of the SHA-256 of config.json and the weights in a folder. Raises UserError without weights."""
+    """Return 16 hex digits of the SHA-256 of config.json and weights in a folder. Raises UserError without weights."""
     files = [
         file
         for ending in weights_file.ENDINGS

@@ -29,7 +29,7 @@ class Recipe(Protocol):
         ...
 
     def train(self, cfg: Any) -> float | None:
-        """Train, write the run folder and return the number that a sweep optimizes; the stored one if the run is done."""
+        """Train, write the run folder and return the number that a sweep optimizes, at once if the run is done."""
         ...
 
 
@@ -45,14 +45,14 @@ def recipe_class(node: Mapping[str, Any]) -> type[Recipe]:
     target = get_object(name)
     if missing := [method for method in METHODS if not _has_method(target, method)]:
         raise UserError(
-            f"training._target_={name}: expected a class with the static methods run_dir(cfg) and dependencies(cfg) and "
-            f"the method train(cfg), as in ldm.recipes.recipe.Recipe; {', '.join(missing)} missing or not static"
+            f"training._target_={name}: expected a class with static methods run_dir(cfg) and dependencies(cfg) and a "
+            f"method train(cfg), as in ldm.recipes.recipe.Recipe; {', '.join(missing)} missing or not static"
         )
     return target
 
 
 def build_recipe(node: Mapping[str, Any]) -> Recipe:
-    """Build the recipe of a `training` node with its optimizer factories and losses. Raises UserError as recipe_class does."""
+    """Build the recipe of a `training` node with its optimizers and losses. Raises UserError as recipe_class does."""
     recipe_class(node)
     return instantiate(node)
 

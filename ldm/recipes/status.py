@@ -72,7 +72,7 @@ def recipe_and_batch_size(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 @once
 def read_past_run(path: Path) -> tuple[dict[str, Any], float | None]:
-    """Read config and seconds of the finished run whose metrics.json is `path`; ({}, None) if one of them is damaged."""
+    """Read config and seconds of the finished run whose metrics.json is `path`; ({}, None) for a damaged one."""
     try:
         metrics = metrics_log.read_final_metrics(path.parent) or {}
         return serialize.load_config(path.with_name("config.yaml")), metrics.get("seconds")
