@@ -13,7 +13,7 @@ from ldm.ema import PowerEMA
 from ldm.evaluation.evaluate import EvaluationConfig, format_count
 from ldm.io import atomic
 from ldm.runs import metrics_log
-from ldm.training.callbacks import EMASnapshots
+from ldm.training.checkpoints import EMASnapshots
 
 
 @pytest.mark.parametrize(("n", "said"), [(5000, "5k"), (50000, "50k"), (250, "250"), (1500, "1500"), (0, "0")])
@@ -21,7 +21,7 @@ def test_numbers_of_samples_are_said_as_papers_do(n, said):
     assert format_count(n) == said
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"every": -1}, {"every": 1, "every_num": 1}])
+@pytest.mark.parametrize("wrong", [{"eval_every": 0}, {"eval_every": -1}, {"eval_every": 1, "eval_num": 1}])
 def test_periods_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="expected null or a step or more"):
         EvaluationConfig(**wrong)

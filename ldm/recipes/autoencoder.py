@@ -172,7 +172,7 @@ def first_stage_dependency(cfg: Any) -> list[cache.CacheEntry]:
 
 
 def load_or_train_first_stage(cfg: Any, channels: int) -> tuple[FirstStage, LatentSpace, dict[str, Any]]:
-    """Load the config's first stage, trained now if it is not in the cache; return it, its latent space and its metrics.
+    """Load the config's first stage, trained now if it is not in the cache; return it, its latent space and metrics.
 
     Raises UserError naming both autoencoders when the weights in the cache are not those that the metrics are of.
     """

@@ -24,17 +24,9 @@ from ldm.recipes import resume
 from ldm.runs import identity, provenance
 from ldm.runs.folder import lock_run
 from ldm.runs.metrics_log import MetricsLog, read_metrics_log, write_final_metrics
-from ldm.training.best import BestLater, restore_best, signed
-from ldm.training.callbacks import (
-    CheckpointCallback,
-    EMACallback,
-    EMASnapshots,
-    LearningRate,
-    MetricsRecorder,
-    Progress,
-    RetentionPolicy,
-    SampleGridCallback,
-)
+from ldm.training.best import restore_best, signed
+from ldm.training.callbacks import EMACallback, LearningRate, MetricsRecorder, Progress, SampleGridCallback
+from ldm.training.checkpoints import BestLater, CheckpointCallback, EMASnapshots, RetentionPolicy
 from ldm.training.gradients import GradientGuard
 from ldm.training.loggers import Logger, NoLogger
 from ldm.training.parallel import RankConsistencyCheck

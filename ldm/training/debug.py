@@ -16,7 +16,8 @@ from ldm.training.profiler import profiler_of, synchronized_time, table
 class NonFiniteDetector(L.Callback):
     """Ends a training by NonFiniteError where the first number that is not finite appears, naming the module, the loss or the gradient.
 
-    step: the one that is looked at, counted from 1, and the last; None for all.  Raises UserError where that one is past.
+    step: the one that is looked at, counted from 1, and the last; None for all.  Raises UserError where that one is
+    past.
     """
 
     def __init__(self, folder: Path, step: int | None = None):

@@ -48,24 +48,22 @@ def fit(
 
     devices: of each of `nodes` machines.  accumulate: batches that a step is made of, one after the other.
     timeout: minutes that a rank waits for the others before it gives up.
-    torch_compile: the network that lit.compile() names, by torch.compile.
-    Where lit.has_unused_parameters is false every step gives every parameter a gradient, and DDP does not search for those without.
+    torch_compile: the network that lit.compile() names, by torch.compile. Where lit.has_unused_parameters is false
+    every step gives every parameter a gradient, and DDP does not search for those without.
     strategy: fsdp shards modules that have configure_model; others are trained with ddp, which is printed.
     Raises ConfigError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = rank_and_world_size()
     for name, number, least in (
-        ("workers", num_workers, 0),
-        ("accumulate", accumulate_grad_batches, 1),
-        ("nodes", num_nodes, 1),
+        ("num_workers", num_workers, 0),
+        ("accumulate_grad_batches", accumulate_grad_batches, 1),
+        ("num_nodes", num_nodes, 1),
         ("batch_size", batch_size, 1),
     ):
         if number < least:
             raise ConfigError(f"{name}={number}: expected {least} or more")
     if batch_size % (ranks * accumulate_grad_batches):
-        parts = (
-            f"{ranks * accumulate_grad_batches} equal parts ({ranks} processes, accumulate={accumulate_grad_batches})"
-        )
+        parts = f"{ranks * accumulate_grad_batches} equal parts ({ranks} processes, accumulate_grad_batches={accumulate_grad_batches})"
         raise ConfigError(
             f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate_grad_batches}"
         )
@@ -146,7 +144,8 @@ def is_shardable(lit: L.LightningModule) -> bool:
 def make_strategy(name: str, timeout: timedelta, unused: bool = True) -> Any:
     """Lightning's strategy of a name; DDP with a time-out; fsdp as FSDP2 over all processes.
 
-    unused: whether DDP looks in every step, by a walk through the graph, for parameters that the loss does not depend on.
+    unused: whether DDP looks in every step, by a walk through the graph, for parameters that the loss does not depend
+    on.
 
     Raises ConfigError for a name that Lightning does not know.
     """

@@ -47,8 +47,10 @@ class NoLogger:
 class WandB:
     """Weights & Biases: config (flat by group choice too), curves, pictures, tables; one run a folder, taken up again on resume.
 
-    group: by default the sweep's name, where the run is of one.  tags: beside the study and the paper, where the config names them.
-    mode: online, offline, or None: online where there is a key, else offline, for W&B would ask or wait.  Its failures never end a run.
+    group: by default the sweep's name, where the run is of one.  tags: beside the study and the paper, where the config
+    names them.
+    mode: online, offline, or None: online where there is a key, else offline, for W&B would ask or wait.  Its failures
+    never end a run.
     patience: seconds that it may send for when the run has ended; what is left by then is on disk.
     """
 

@@ -19,8 +19,8 @@ DUPLICATE_SIGNAL_WINDOW = 2.0  # seconds within which the same signal is an echo
 class GracefulStop(L.Callback):
     """Ends a training that was told to end: a checkpoint when its step is done, then exit code 85 (SIGTERM, SIGUSR1) or 130 (Ctrl-C).
 
-    save: (trainer, lit, step) -> None.  The handler sets a flag and nothing else; ranks agree after every step, so that a signal to one of
-    them ends all.  A second signal has the effect it has without us: out at once.
+    save: (trainer, lit, step) -> None.  The handler sets a flag and nothing else; ranks agree after every step, so that
+    a signal to one of them ends all.  A second signal has the effect it has without us: out at once.
     """
 
     def __init__(self, save: Callable[[L.Trainer, L.LightningModule, int], None]):

@@ -58,7 +58,8 @@ class PhaseProfiler(Profiler):
     """seconds: spent so far by kind (ORDER), each second in one of them.  flops: of this process's second step, None before its end: in
     the first much is done once, as captions are read.
 
-    parts: batches that a step is made of.  clock: what tells the time.  callbacks: what they do counts as their `phase` says.
+    parts: batches that a step is made of.  clock: what tells the time.  callbacks: what they do counts as their `phase`
+    says.
     """
 
     def __init__(

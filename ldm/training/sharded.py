@@ -37,8 +37,9 @@ def sharded_copy(
 ) -> Iterator[tuple[L.LightningModule, list[L.Callback]]]:
     """A copy of lit to be sharded and trained, and the callbacks for it; at the end lit, and its averages, are what it became.
 
-    Scores and pictures are of the copy's average, gathered in lit: what draws by lit's network needs no change, one process may draw alone,
-    and no sharded module runs without gradients, after which FSDP2 would go on with the weights that it gathered for that.
+    Scores and pictures are of the copy's average, gathered in lit: what draws by lit's network needs no change, one
+    process may draw alone, and no sharded module runs without gradients, after which FSDP2 would go on with the weights
+    that it gathered for that.
     """
     other = copy.deepcopy(lit)
     averages = [one.ema for one in callbacks if isinstance(one, EMACallback)]

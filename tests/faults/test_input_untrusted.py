@@ -65,7 +65,7 @@ HOSTILE = [  # all of these can be called from a config that a person types, or 
         "ldm.report.browse.main",
         "ldm.io.images.save_png",
         "ldm.interop.single_file.save",
-        "ldm.training.callbacks.CheckpointCallback",
+        "ldm.training.checkpoints.CheckpointCallback",
     ),
     *(
         "ldm.net.unet.UNet.forward.__globals__.clear",

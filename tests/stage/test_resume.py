@@ -147,7 +147,7 @@ def test_a_path_of_another_training_is_refused_with_its_keys_unless_they_are_nam
     with pytest.raises(UserError, match=said.replace(".", r"\.")) as caught:
         resumed(new, str(other), changed)
     assert caught.value.args[0].count(" -> ") == 1
-    assert resumed(new, str(other), changed, resume_with=[said.split(":")[0]]) == 2
+    assert resumed(new, str(other), changed, resume_allow_changes=[said.split(":")[0]]) == 2
 
 
 def test_what_changes_no_step_may_differ(tmp_path):
