@@ -55,9 +55,10 @@ class MetricsRecorder(L.Callback):
     """Write the mean of each term since the last record, over steps and ranks: write(step, {"train/loss": ...}).
 
     every: steps between two records.  gradients: measures their norms; the terms of a step that it skipped are left
-    out, and "train/skipped" counts such steps. Of LOSS_BY_T, the mean loss in each part that has a sample:
-    "train/loss/t=0.25-0.5".  Also written: "perf/images_per_s"; "perf/data_wait", the share of the time that this
-    process waited for data; "perf/mfu", the FLOP/s as a share of the device's peak.
+    out, and "train/skipped" counts such steps.
+    Of LOSS_BY_T, the mean loss in each part that has a sample is written: "train/loss/t=0.25-0.5".  Also written:
+    "perf/images_per_s"; "perf/data_wait", the share of the time that this process waited for data; "perf/mfu", the
+    FLOP/s as a share of the device's peak.
     Raises NonFiniteError, with the last checkpoint intact, if the loss is not finite though its gradients were.
     """
 

@@ -44,7 +44,7 @@ class LitDiffusion(L.LightningModule):
 
     @property
     def has_unused_parameters(self) -> bool:
-        """Return whether a step may leave some parameter without gradient, as a module of the model or objective states."""
+        """Return whether a step may leave a parameter without gradient, as a module of model or objective states."""
         return any(
             getattr(module, "has_unused_parameters", False) for part in self.children() for module in part.modules()
         )
@@ -86,7 +86,6 @@ class LitDiffusion(L.LightningModule):
 
 
 def loss_by_t(loss: Tensor, t: Tensor, parts: int = 4) -> Tensor:
-    """Return (2, parts): for each of `parts` equal parts of [0, 1], the sum of the losses (B,) whose t (B,) is in it, and
-    their number."""
+    """Sum the losses (B,), and count them, by equal parts of [0, 1] in which their t (B,) lies; returns (2, parts)."""
     part = (t * parts).long().clamp(max=parts - 1)
     return torch.stack([loss.new_zeros(parts).index_add(0, part, value) for value in (loss, torch.ones_like(loss))])

@@ -62,16 +62,16 @@ class GradientGuard(L.Callback):
             return
         self.row += 1
         step = batch["step"] + 1
-        keys = [
-            key for rank in all_gather_objects(list(zip(batch["place"], batch["index"], strict=True))) for key in rank
-        ]
+        keys = list(zip(batch["place"], batch["index"], strict=True))
+        keys = [key for rank_keys in all_gather_objects(keys) for key in rank_keys]
         report = {"step": step, "skipped_in_a_row": self.row, "gradients": self.bad, "batch": {"pass, index": keys}}
         if trainer.is_global_zero:
             atomic.write_json(self.folder / NONFINITE_REPORT, report)
         if self.row >= self.patience:
             raise NonFiniteError(
-                f"the gradients of {self.row} steps in a row, up to step {step}, are not finite ({', '.join(self.bad[:2])}, ...); "
-                f"the samples are named in {self.folder / NONFINITE_REPORT}, the weights from before are stored; "
+                f"the gradients of {self.row} steps in a row, up to step {step}, are not finite "
+                f"({', '.join(self.bad[:2])}, ...); the samples are named in {self.folder / NONFINITE_REPORT}, "
+                "the weights are those before these steps; "
                 "lower the learning rate, or train in float32"
             )
 

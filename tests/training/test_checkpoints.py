@@ -121,7 +121,7 @@ def test_the_former_best_stays_until_the_new_one_is_saved(tmp_path, monkeypatch)
     saving = CheckpointCallback(tmp_path, None, 1, 9, "", keep=RetentionPolicy(2, None, lambda: next(values), "val/fd"))
     run_steps(saving, 3)
     monkeypatch.setattr(
-        "ldm.io.atomic._require_disk_space", lambda *args: (_ for _ in ()).throw(OSError(28, "no space"))
+        "ldm.checkpoint.step._require_disk_space", lambda *args: (_ for _ in ()).throw(OSError(28, "no space"))
     )
     with pytest.raises(OSError, match="no space"):
         saving.on_train_batch_end(TRAINER, Lit(), None, {"step": 3}, 0)
