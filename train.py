@@ -5,16 +5,19 @@ from ldm.config.build import RUNTIME_PARAMETERS
 
 
 def train(cfg):
-    """Stage one and the judge are found by their recipes or trained first; then the chosen stage is trained, drawn from and scored."""
-    from hydra.utils import instantiate
+    """Run the recipe that cfg.training names; return the number that a sweep optimizes.
 
+    The first stage and the evaluator are read from the cache, or trained first if they are not there.
+    """
     from ldm.config.build import resolve_dataset_config
+    from ldm.recipes.recipe import build_recipe
 
-    return instantiate(cfg.training)(resolve_dataset_config(cfg))
+    recipe = build_recipe(cfg.training)
+    return recipe.train(resolve_dataset_config(cfg))
 
 
-def ahead(cfg):
-    """Whether a config's run is done, what it needs, how long it may take; nothing is trained."""
+def status(cfg):
+    """Return the status of a config's run: what is done, which dependencies are missing, how long it may take."""
     from ldm.config.build import resolve_dataset_config
     from ldm.recipes.status import job_status
 
@@ -27,5 +30,5 @@ if __name__ == "__main__":
         "train",
         paths=("runs", "init", "resume", "data.path", "data.captions", "auto.pretrained"),
         supplied=RUNTIME_PARAMETERS,
-        ahead=ahead,
+        ahead=status,
     )

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_one_line(smoke, lively, factors, place, capsys):
     assert re.search(
         "belongs to autoencoder .*, run=.* to", refused(f"run={smoke.run}", *put[1:], f"adapters=[{{run: {factors}}}]")
     )
-    assert "init=RUN says which" in refused("budget=smoke", "adapter=lora", script="train.py")
+    assert "choose it by init=RUN" in refused("budget=smoke", "adapter=lora", script="train.py")
     shutil.copytree(factors, place / "moved")
     (place / "moved" / "base.json").write_text(json.dumps({"path": str(smoke.run), "weights": "0" * 64}))
     assert "was trained on other weights" in refused(f"run={place / 'moved'}", *put[1:])

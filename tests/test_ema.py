@@ -12,7 +12,7 @@ from ldm.checkpoint.weights import load_weights_dict, parse_ema_length
 from ldm.ema import SIGMA_RELS, PowerEMA, posthoc_coefficients, profile_correlation, std_to_exponent
 from ldm.errors import UserError
 from ldm.io import atomic
-from ldm.training.callbacks import CheckpointCallback
+from ldm.training.checkpoints import CheckpointCallback
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.6)])

@@ -56,7 +56,7 @@ def test_it_says_first_what_there_is_and_how_long_it_will_take(place, capsys, mo
     assert chosen["content_hash"] == build.build_dataset(composed(*SMALL, "data.path=images")).content
     assert json.loads((run / "data.json").read_text())["size"] == 64
 
-    monkeypatch.setattr("ldm.recipes.diffusion.announce", lambda cfg, data: None)
+    monkeypatch.setattr("ldm.recipes.diffusion.print_estimate", lambda cfg, data: None)
     assert command("train.py", *SMALL, "data.path=images", "runs=others") == 0
     journals = [
         metrics_log.read_metrics_log(folder / run.name / "metrics.jsonl")
@@ -125,7 +125,8 @@ def test_a_pretrained_first_stage_is_taken_where_its_weights_are(weights, place,
     said = capsys.readouterr().out
     assert f"first stage pretrained, {place / 'cache' / 'autoencoder' / 'tiny'}, factor 8, 4 channels" in said
     assert said.index("40 images") < said.index("first stage")
-    assert (cfg.first_stage["_target_"], cfg.autoencoder.z_channels) == ("ldm.recipes.pretrained_autoencoder.train", 4)
+    assert cfg.first_stage["_target_"] == "ldm.recipes.pretrained_autoencoder.PretrainedAutoencoderRecipe"
+    assert cfg.autoencoder.z_channels == 4
     data = build.build_dataset(cfg)
     assert next((name, steps) for name, steps, _ in estimate.time_stages(cfg, data)) == (
         "encoding an image",
@@ -141,19 +142,20 @@ def test_a_pretrained_first_stage_is_taken_where_its_weights_are(weights, place,
     assert measured["psnr"] > 0
     assert space.identity == measured["identity"]
     (place / "cache" / "autoencoder" / "tiny" / "config.json").write_text("{}")
-    assert chosen().first_stage["_target_"] == "ldm.recipes.autoencoder.train", "and what is broken is passed over"
+    recipe = "ldm.recipes.autoencoder.AutoencoderRecipe"
+    assert chosen().first_stage["_target_"] == recipe, "and what is broken is passed over"
 
 
 def test_why_a_first_stage_is_its_own(weights, place, capsys, monkeypatch):
     def why(*typed):
         cfg = chosen(*typed)
-        assert cfg.first_stage["_target_"] == "ldm.recipes.autoencoder.train"
+        assert cfg.first_stage["_target_"] == "ldm.recipes.autoencoder.AutoencoderRecipe"
         return re.search(r"first stage (.*)", capsys.readouterr().out)[1]
 
     assert "tiny: for images of 1 channels, these have 3)" in why("data.channels=3")
     assert "tiny: of factor 8, images of 32 px give latents of 4 on a side)" in why("data.size=32")
     assert why("auto.pretrained=never") == "its own (auto.pretrained=never)"
-    with pytest.raises(UserError, match=r"choose\.pretrained=images: no config\.json there; expected"):
+    with pytest.raises(UserError, match=r"auto\.pretrained=images: no config\.json there; expected"):
         chosen("auto.pretrained=images")
     (place / "cache" / "autoencoder" / "tiny").rename(place / "elsewhere")
     assert why().startswith(f"its own (no pretrained one in {place / 'cache' / 'autoencoder'}/*, nor among")
@@ -171,18 +173,18 @@ def test_why_a_first_stage_is_its_own(weights, place, capsys, monkeypatch):
 def test_what_is_typed_stays(weights, place, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "ldm.recipes.diffusion.train",
-            lambda cfg, **options: print(cfg.autoencoder["factor"], cfg.first_stage["_target_"]),
+            "ldm.recipes.diffusion.DiffusionRecipe.train",
+            lambda self, cfg: print(cfg.autoencoder["factor"], cfg.first_stage["_target_"]),
         )
         assert command("train.py", *SMALL, "data.path=images", "autoencoder=kl_f4_small") == 0
-    assert "first stage as typed\n4 ldm.recipes.autoencoder.train" in capsys.readouterr().out
+    assert "first stage as typed\n4 ldm.recipes.autoencoder.AutoencoderRecipe" in capsys.readouterr().out
 
 
 def test_a_gpu_and_large_latents_have_a_larger_net(place, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen("data.size=256").net.channels == 128
     assert "net         small, for latents of 32 x 32" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"choose\.large=huge"):
+    with pytest.raises(UserError, match=r"auto\.large=huge"):
         chosen("data.size=256", "auto.large=huge")
     assert chosen("data.size=128").net.channels == 16, "the budget's own"
 

@@ -13,7 +13,7 @@ from ldm.ema import PowerEMA
 from ldm.evaluation.evaluate import EvaluationConfig, format_count
 from ldm.io import atomic
 from ldm.runs import metrics_log
-from ldm.training.callbacks import EMASnapshots
+from ldm.training.checkpoints import EMASnapshots
 
 
 @pytest.mark.parametrize(("n", "said"), [(5000, "5k"), (50000, "50k"), (250, "250"), (1500, "1500"), (0, "0")])

@@ -23,13 +23,7 @@ RUNTIME_PARAMETERS = {  # what the builders pass themselves, which a config need
     "ldm.conditioner.spatial.SpatialMap": ("factor",),
     "ldm.conditioner.spatial.LowResolution": ("factor", "channels"),
     "ldm.conditioner.spatial.MaskedImage": ("factor", "z_channels", "encode"),
-    "ldm.recipes.diffusion.train": ("cfg",),
-    "ldm.recipes.autoencoder.train": ("cfg",),
-    "ldm.recipes.pretrained_autoencoder.train": ("cfg",),
     "ldm.recipes.auto_config.choose_first_stage_and_net": ("cfg",),
-    "ldm.recipes.evaluator.train": ("cfg",),
-    "ldm.recipes.classifier.train": ("cfg",),
-    "ldm.recipes.clip.train": ("cfg",),
 }
 
 

@@ -17,9 +17,8 @@ from ldm.config.validate import check_target_allowed, find_module, is_user_code,
 from ldm.errors import UserError
 
 ALLOWED_LDM_TARGETS = re.compile(  # what makes models, data and samples; not what writes files, fetches or starts processes
-    r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net(?!\.pretrained)|sampling\.(classifier_guidance|inputs|tasks))\..+"
-    r"|checkpoint\.teachers\.(autoguidance|load_teacher)|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|evaluation\.evaluate\.[A-Z]\w*"
-    r"|recipes\.\w+\.(\w+Recipe|train)|training\.(fit|lr|debug|optimizers)\.\w+)"
+    r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net|objective|score|source|task)\..+"
+    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|recipes\.\w+\.\w+Recipe|training\.(fit|lr|debug|optimizers)\.\w+|load\.(autoguidance|teacher))"
 )
 LIBRARIES = ("torch.nn", "torch.optim")
 REPOSITORY_SCRIPTS = ("conf", "experiments", "sample", "tests", "train")  # of the repository: commands, not parts

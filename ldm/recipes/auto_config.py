@@ -1,4 +1,4 @@
-"""What a training on somebody's own images begins with: a first stage that others trained, where its weights are there, and a net."""
+"""Choice of first stage and network for a person's own images: a published first stage if its weights are on disk."""
 
 import os
 from collections.abc import Iterator
@@ -10,99 +10,104 @@ import torch
 from ldm.errors import UserError
 from ldm.io.download import cache_dir
 
-KNOWN_VAES = (  # first stages of the Hugging Face hub that are taken where its own library has fetched them, the best first
+# first stages that are used where the Hugging Face hub's library has downloaded them, the best first
+KNOWN_VAES = (
     *("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema", "stable-diffusion-v1-5/stable-diffusion-v1-5/vae"),
     *("runwayml/stable-diffusion-v1-5/vae", "CompVis/stable-diffusion-v1-4/vae"),
 )
 CONF = Path(__file__).parents[2] / "conf"
-MIN_LATENT_SIZE = 8  # places on a side of a latent: fewer say too little of an image
-MAX_SMALL_LATENT = 16  # and up to so many the experiment's own net serves
+MIN_LATENT_SIZE = 8  # positions per side of a latent; fewer carry too little of an image
+MAX_SMALL_LATENT = 16  # positions per side up to which the experiment's own network is large enough
 
 
 def choose_first_stage_and_net(cfg: Any, pretrained: str = "auto", large: str | None = None) -> str:
-    """Give a settled config the first stage and the net that suit its images, unless they were typed; returns in words which, and why.
+    """Set the first stage and the network of a config that suit its images, unless the command line names them.
 
-    pretrained: auto, never, or a folder with an autoencoder in diffusers' layout.  large: option of net= for a GPU and large latents.
-    Raises UserError for a folder that does not serve.
+    pretrained: auto, never, or a folder with an autoencoder in diffusers' layout.  large: option of net= for a GPU and
+    large latents.  Returns a message that says which were chosen, and why.  Raises UserError for a folder that is not
+    suitable.
     """
-    said = f"first stage {_first_stage(cfg, pretrained)}"
+    message = f"first stage {_first_stage(cfg, pretrained)}"
     side = cfg.data.size // cfg.autoencoder.get("factor", 1)
     if large is not None and torch.cuda.is_available() and side > MAX_SMALL_LATENT and not _was_overridden("net"):
         cfg.net = _net(large)
-        said += f"\nnet         {large}, for latents of {side} x {side}"
-    return said
+        message += f"\nnet         {large}, for latents of {side} x {side}"
+    return message
 
 
 def _first_stage(cfg: Any, pretrained: str) -> str:
+    """Set cfg.autoencoder and cfg.first_stage; return the choice and its reason."""
     if _was_overridden("autoencoder", "first_stage"):
         return "as typed"
     if pretrained == "never":
         return "its own (auto.pretrained=never)"
-    places = list(find_pretrained_autoencoders()) if pretrained == "auto" else [Path(pretrained).expanduser()]
+    folders = list(find_pretrained_autoencoders()) if pretrained == "auto" else [Path(pretrained).expanduser()]
     reasons = []
-    for place in places:
+    for folder in folders:
         try:
-            cfg.autoencoder, cfg.first_stage = pretrained_config(place, cfg.data.size, cfg.data.channels)
+            cfg.autoencoder, cfg.first_stage = pretrained_config(folder, cfg.data.size, cfg.data.channels)
         except UserError as error:
             if pretrained != "auto":
                 raise UserError(f"auto.pretrained={error}") from None
             reasons.append(str(error))
         else:
-            return f"pretrained, {place}, factor {cfg.autoencoder.factor}, {cfg.autoencoder.z_channels} channels"
-    nowhere = f"no pretrained one in {cache_dir() / 'autoencoder'}/*, nor among the Hugging Face hub's"
-    return f"its own ({'; '.join(reasons) or nowhere})"
+            return f"pretrained, {folder}, factor {cfg.autoencoder.factor}, {cfg.autoencoder.z_channels} channels"
+    default = f"no pretrained one in {cache_dir() / 'autoencoder'}/*, nor among the Hugging Face hub's"
+    return f"its own ({'; '.join(reasons) or default})"
 
 
 def _net(option: str) -> Any:
-    """The node of an option of net=. Raises UserError for none, and for one that is made of others."""
+    """Return the node of an option of net=. Raises UserError if there is none, or if it is composed of other files."""
     from omegaconf import OmegaConf
 
     file = CONF / "net" / f"{option}.yaml"
     node: Any = OmegaConf.load(file) if file.is_file() else {}
     if "_target_" not in node or "defaults" in node:
-        raise UserError(
-            f"auto.large={option}: expected an option of net= that is whole in its own file, as small, base"
-        )
+        raise UserError(f"auto.large={option}: expected an option of net= without a defaults list, as small or base")
     return node
 
 
 def find_pretrained_autoencoders() -> Iterator[Path]:
-    """Folders with a first stage in diffusers' layout: those in the cache by name, then what the Hugging Face hub's library has fetched."""
+    """Yield folders with a first stage in diffusers' layout: those in the cache, then the hub library's downloads."""
     yield from sorted(config.parent for config in (cache_dir() / "autoencoder").glob("*/config.json"))
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     for name in KNOWN_VAES:
         owner, repository, *inner = name.split("/")
-        places = hub.glob(f"models--{owner}--{repository}/snapshots/*")
-        yield from (
-            place.joinpath(*inner) for place in sorted(places) if place.joinpath(*inner, "config.json").is_file()
-        )
+        snapshots = sorted(hub.glob(f"models--{owner}--{repository}/snapshots/*"))
+        folders = [snapshot.joinpath(*inner) for snapshot in snapshots]
+        yield from (folder for folder in folders if (folder / "config.json").is_file())
 
 
-def pretrained_config(place: Path, size: int, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The nodes autoencoder and first_stage for the first stage in a folder. Raises UserError where it does not suit such images."""
+def pretrained_config(folder: Path, size: int, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the nodes autoencoder and first_stage for the first stage in a folder.
+
+    size: pixels per side of the images.  Raises UserError for a folder without one, or one that does not suit such
+    images.
+    """
     from ldm.interop import diffusers_config
     from ldm.interop.text_tower import read_config
     from ldm.recipes import pretrained_autoencoder
 
-    if not (place / "config.json").is_file():
-        raise UserError(f"{place}: no config.json there; expected a folder with an AutoencoderKL as diffusers saves it")
-    given = read_config(place)
-    try:
-        node = diffusers_config.first_stage(given)
-    except KeyError as error:
-        raise UserError(f"{place}: its config.json has no {error}; expected an AutoencoderKL's") from None
-    if given.get("in_channels", 3) != channels:
-        raise UserError(f"{place}: for images of {given.get('in_channels', 3)} channels, these have {channels}")
-    if size % node["factor"] or size // node["factor"] < MIN_LATENT_SIZE:
+    if not (folder / "config.json").is_file():
         raise UserError(
-            f"{place}: of factor {node['factor']}, images of {size} px give latents of {size / node['factor']:g} on a side"
+            f"{folder}: no config.json there; expected a folder with an AutoencoderKL as diffusers saves it"
         )
-    return node, pretrained_autoencoder.config_node(place)
+    config = read_config(folder)
+    try:
+        node = diffusers_config.first_stage(config)
+    except KeyError as error:
+        raise UserError(f"{folder}: its config.json has no {error}; expected an AutoencoderKL's") from None
+    if config.get("in_channels", 3) != channels:
+        raise UserError(f"{folder}: for images of {config.get('in_channels', 3)} channels, these have {channels}")
+    if size % node["factor"] or size // node["factor"] < MIN_LATENT_SIZE:
+        latent = f"{size / node['factor']:g}"
+        raise UserError(f"{folder}: of factor {node['factor']}, images of {size} px give latents of {latent} on a side")
+    return node, pretrained_autoencoder.config_node(folder)
 
 
 def _was_overridden(*names: str) -> bool:
-    """Whether the command line says anything of these parts of the config."""
+    """Return whether the command line sets one of these parts of the config, or a key in it."""
     from hydra.core.hydra_config import HydraConfig
 
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []

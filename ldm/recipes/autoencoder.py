@@ -1,5 +1,7 @@
 """Stage one: an autoencoder trained against its discriminator, calibrated over the training set, and measured."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from ldm.metrics.features import to_uint8
 from ldm.metrics.paired import Reconstruction
 from ldm.recipes.evaluator import evaluator_dependency
 from ldm.recipes.resume import final_metrics
-from ldm.recipes.run import open_run
+from ldm.recipes.run import TrainingRun, open_run
 from ldm.runs import cache, metrics_log
 from ldm.tensors import KeyedNoise, derive_seed
 from ldm.training.autoencoder import LitAutoencoder
@@ -31,124 +33,148 @@ from ldm.training.best import require_metric
 from ldm.training.parallel import all_reduce_sum, destroy_process_group
 
 
-def train(
-    cfg: Any,
-    *,
-    seed: int,
-    steps: int,
-    batch_size: int,
-    optimizer,
-    lr_schedule,
-    loss: nn.Module,
-    discriminator,
-    discriminator_optimizer,
-    discriminator_start: int,
-    discriminator_ramp: int,
-    discriminator_weight: float,
-    calibration: Calibration,
-    ema_sigma_rel: float,
-    log_every: int,
-    sample_every: int,
-    save_every: int,
-) -> float:
-    """Train, average the weights, calibrate shift and scale, write weights.safetensors; returns the PSNR of test images in dB.
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe:
+    """The options of a first stage's training.
 
-    Raises UserError for a first stage without weights, and where the network that is to measure it is also in its loss.
+    optimizer, discriminator_optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on their
+    rates.
+    discriminator: builds the discriminator from channels=.  discriminator_start: its first step.
+    discriminator_ramp: steps over which its weight grows linearly.  calibration: statistics of the latents -> shift and
+    scale.
+    ema_sigma_rel: relative width of the weight average, in (0, 0.28).
     """
-    build.reject_degradation(cfg)
-    folder = run_dir(cfg)
-    if done := final_metrics(cfg, folder):
-        return done["psnr"]
-    pictured = {"val/psnr", "val/ssim"} if sample_every <= steps else set()
-    require_metric(
-        cfg.get("keep_best"), pictured, f"training.sample_every={sample_every} is more than training.steps={steps}"
-    )
-    make_score, _ = evaluator.make_scorer(cfg, cfg.metrics)
-    score = make_score() if make_score else None
-    if score and score.net.name == getattr(loss.perceptual, "name", None):
-        raise UserError(
-            f"{score.net.name} is in the training loss and cannot measure what it trained: choose another metrics= or loss"
-        )
-    with open_run(cfg, folder, cache.FIRST_STAGE) as run:
-        data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
-        torch.manual_seed(derive_seed(seed, "weights"))
-        autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels)
-        if is_parameter_free(autoencoder):
+
+    seed: int
+    steps: int
+    batch_size: int
+    optimizer: Callable[..., Any]
+    lr_schedule: Callable[..., float]
+    loss: nn.Module
+    discriminator: Callable[..., nn.Module]
+    discriminator_optimizer: Callable[..., Any]
+    discriminator_start: int
+    discriminator_ramp: int
+    discriminator_weight: float
+    calibration: Calibration
+    ema_sigma_rel: float
+    log_every: int
+    sample_every: int
+    save_every: int
+
+    @staticmethod
+    def run_dir(cfg: Any) -> Path:
+        """Return the folder in the cache for the first stage that cfg trains."""
+        return cache.first_stage_dir(cfg)
+
+    @staticmethod
+    def dependencies(cfg: Any) -> list[cache.CacheEntry]:
+        """Return the evaluator, where cfg.metrics measure with it."""
+        return evaluator_dependency(cfg)
+
+    def train(self, cfg: Any) -> float:
+        """Train, average the weights, calibrate shift and scale, write weights.safetensors.
+
+        Returns the PSNR of test images in dB.  Raises UserError for a first stage without weights, and where the
+        network that measures it is also in its loss.
+        """
+        build.reject_degradation(cfg)
+        folder = self.run_dir(cfg)
+        if done := final_metrics(cfg, folder):
+            return done["psnr"]
+        scores = {"val/psnr", "val/ssim"} if self.sample_every <= self.steps else set()
+        reason = f"training.sample_every={self.sample_every} is more than training.steps={self.steps}"
+        require_metric(cfg.get("keep_best"), scores, reason)
+        make_score, _ = evaluator.make_scorer(cfg, cfg.metrics)
+        score = make_score() if make_score else None
+        if score and score.net.name == getattr(self.loss.perceptual, "name", None):
             raise UserError(
-                f"{type(autoencoder).__name__} has no weights to train: use it as it is, or choose another autoencoder="
+                f"{score.net.name} is in the training loss and cannot measure what it trained: "
+                "choose another metrics= or loss"
             )
-        lit = LitAutoencoder(
-            autoencoder,
-            loss,
-            optimizer,
-            discriminator(channels=data.channels),
-            discriminator_optimizer,
-            discriminator_start,
-            discriminator_ramp,
-            discriminator_weight,
-            seed,
-        )
-        ema = PowerEMA(autoencoder, ema_sigma_rel)
-        some = test.batch([(0, i) for i in range(min(64, len(test)))])["image"]
-
-        @torch.no_grad()
-        def draw(step: int) -> None:
-            again = autoencoder.decode(autoencoder.encode(some.to(autoencoder.shift))).to(some)
-            pairs = torch.cat([some[:16], again[:16]])
-            run.save_image(
-                step,
-                f"grids/step-{step:06d}",
-                images.make_grid(to_uint8(pairs.float()), columns=len(pairs) // 2, zoom=2),
+        with open_run(cfg, folder, cache.FIRST_STAGE) as run:
+            data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
+            torch.manual_seed(derive_seed(self.seed, "weights"))
+            autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels)
+            if is_parameter_free(autoencoder):
+                name = type(autoencoder).__name__
+                raise UserError(f"{name} has no weights to train: use it as it is, or choose another autoencoder=")
+            lit = LitAutoencoder(
+                autoencoder,
+                self.loss,
+                self.optimizer,
+                self.discriminator(channels=data.channels),
+                self.discriminator_optimizer,
+                self.discriminator_start,
+                self.discriminator_ramp,
+                self.discriminator_weight,
+                self.seed,
             )
-            scores = Reconstruction()
-            scores.update(some, again)
-            run.log_metrics(step, {f"val/{name}": value for name, value in scores.compute().items()})
+            ema = PowerEMA(autoencoder, self.ema_sigma_rel)
+            callbacks = run.callbacks(
+                "autoencoder",
+                steps=self.steps,
+                lr_schedule=self.lr_schedule,
+                ema=ema,
+                draw=make_grid_writer(run, autoencoder, test),
+                log_every=self.log_every,
+                save_every=self.save_every,
+                grid_every=self.sample_every,
+            )
+            instantiate(cfg.trainer)(
+                lit, data, callbacks, batch_size=self.batch_size, steps=self.steps, start=run.start, seed=self.seed
+            )
+            with ema.swapped_in():
+                autoencoder.eval().requires_grad_(False).to("cpu", torch.float32)
+                moments = (autoencoder.posterior(image).moments for image in batches(data, 500, *rank_and_world_size()))
+                autoencoder.calibrate(moments, self.calibration, all_reduce_sum)
+                destroy_process_group()
+                if not run.is_main_process:
+                    return 0.0
+                space = LatentSpace.from_autoencoder(autoencoder, build.to_container(cfg.autoencoder), data.fingerprint)
+                metrics: dict[str, Any] = {
+                    **evaluate_reconstruction(autoencoder, test, score),
+                    "identity": space.identity,
+                }
+                atomic.write_tensors(folder / "weights.safetensors", autoencoder.state_dict(), space.metadata)
+            run.finish(metrics)
+            run.print("autoencoder " + format_numbers(metrics))
+            return metrics["psnr"]
 
-        often: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "grid_every": sample_every}
-        callbacks = run.callbacks("autoencoder", steps=steps, lr_schedule=lr_schedule, ema=ema, draw=draw, **often)
-        instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed)
-        with ema.swapped_in():
-            autoencoder.eval().requires_grad_(False).to("cpu", torch.float32)
-            moments = (autoencoder.posterior(image).moments for image in batches(data, 500, *rank_and_world_size()))
-            autoencoder.calibrate(moments, calibration, all_reduce_sum)
-            destroy_process_group()
-            if not run.is_main_process:
-                return 0.0
-            space = LatentSpace.from_autoencoder(autoencoder, build.to_container(cfg.autoencoder), data.fingerprint)
-            metrics: dict[str, Any] = {
-                **evaluate_reconstruction(autoencoder, test, score),
-                "identity": space.identity,
-            }
-            atomic.write_tensors(folder / "weights.safetensors", autoencoder.state_dict(), space.metadata)
-        run.finish(metrics)
-        run.print(
-            "autoencoder "
-            + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if isinstance(value, float))
-        )
-        return metrics["psnr"]
+
+def make_grid_writer(run: TrainingRun, autoencoder: FirstStage, test) -> Callable[[int], None]:
+    """Return draw(step), which writes test images above their reconstructions, and logs PSNR and SSIM of 64 of them."""
+    images_in = test.batch([(0, i) for i in range(min(64, len(test)))])["image"]
+
+    @torch.no_grad()
+    def draw(step: int) -> None:
+        images_out = autoencoder.decode(autoencoder.encode(images_in.to(autoencoder.shift))).to(images_in)
+        pairs = torch.cat([images_in[:16], images_out[:16]])
+        grid = images.make_grid(to_uint8(pairs.float()), columns=len(pairs) // 2, zoom=2)
+        run.save_image(step, f"grids/step-{step:06d}", grid)
+        scores = Reconstruction()
+        scores.update(images_in, images_out)
+        run.log_metrics(step, {f"val/{name}": value for name, value in scores.compute().items()})
+
+    return draw
 
 
-def run_dir(cfg: Any) -> Path:
-    """Where the first stage that cfg trains is kept."""
-    return cache.first_stage_dir(cfg)
-
-
-def dependencies(cfg: Any) -> list[cache.CacheEntry]:
-    """What must be there before a first stage: who measures it."""
-    return evaluator_dependency(cfg)
+def format_numbers(metrics: Mapping[str, Any]) -> str:
+    """Format the metrics that are floats on one line."""
+    return "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if isinstance(value, float))
 
 
 def first_stage_dependency(cfg: Any) -> list[cache.CacheEntry]:
-    """The first stage that a config names, unless it has no weights."""
+    """Return the first stage that a config names; nothing for one without weights."""
     with torch.device("meta"):
         untrained = build.build_autoencoder(cfg.autoencoder, channels=3)
     return [] if is_parameter_free(untrained) else [cache.first_stage_entry(cfg)]
 
 
 def load_or_train_first_stage(cfg: Any, channels: int) -> tuple[FirstStage, LatentSpace, dict[str, Any]]:
-    """The config's first stage, trained now if it is not there, its latent space, and what was measured of it.
+    """Load the config's first stage, trained now if it is not in the cache; return it, its latent space and metrics.
 
-    Raises UserError naming both autoencoders when the weights in the cache are not those that were measured there.
+    Raises UserError naming both autoencoders when the weights in the cache are not those that the metrics are of.
     """
     untrained = build.build_autoencoder(cfg.autoencoder, channels)
     if is_parameter_free(untrained):
@@ -156,18 +182,18 @@ def load_or_train_first_stage(cfg: Any, channels: int) -> tuple[FirstStage, Late
         return untrained.eval(), space, {"identity": space.identity}
     folder = cache.ensure_first_stage(cfg)
     autoencoder, space = load_first_stage(cfg.autoencoder, folder / "weights.safetensors", channels)
-    measured = metrics_log.read_final_metrics(folder) or {}
-    trained = LatentSpace(str(measured.get("identity")), space.shape)
+    metrics = metrics_log.read_final_metrics(folder) or {}
+    trained = LatentSpace(str(metrics.get("identity")), space.shape)
     if trained != LatentSpace(space.identity, space.shape):
         raise UserError(
             f"{folder / 'weights.safetensors'} is autoencoder {space.name}, the one trained there was {trained.name}; "
             f"put it back, or remove {folder} and the same command trains it again"
         )
-    return autoencoder, space, measured
+    return autoencoder, space, metrics
 
 
 def is_parameter_free(autoencoder: FirstStage) -> bool:
-    """Whether there is nothing to train and nothing to load, as in pixel space."""
+    """Return whether there is nothing to train and nothing to load, as in pixel space."""
     return next(autoencoder.parameters(), None) is None
 
 
@@ -175,7 +201,10 @@ def is_parameter_free(autoencoder: FirstStage) -> bool:
 def evaluate_reconstruction(
     autoencoder: FirstStage, test, score: MetricSuite | None, num: int = 5000
 ) -> dict[str, float]:
-    """PSNR, SSIM and, with a feature network, rFD of test images from a posterior sample, as the second stage sees them."""
+    """Compute PSNR, SSIM and, with a feature network, rFD of up to `num` test images.
+
+    Each is decoded from a sample of its posterior, on which the second stage is trained.
+    """
     scores = Reconstruction(score.net, score.reference) if score else Reconstruction()
     for start in range(0, min(num, len(test)), 500):
         rows = range(start, min(start + 500, num, len(test)))

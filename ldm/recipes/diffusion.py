@@ -1,5 +1,7 @@
 """Stage two: a denoiser trained in the latent space of the first stage, sampled and scored."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,107 +35,138 @@ from ldm.training.callbacks import EvaluationCallback
 from ldm.training.diffusion import LitDiffusion
 
 
-def train(
-    cfg: Any,
-    *,
-    steps: int,
-    batch_size: int,
-    cond_drop_prob: float,
-    grad_clip_norm: float | None,
-    ema_sigma_rel: float,
-    optimizer,
-    lr_schedule,
-    log_every: int,
-    sample_every: int,
-    save_every: int,
-    score: EvaluationConfig,
-    snapshot_every: int | None = None,
-) -> float | None:
-    """Train on cached latents, average the weights, choose the guidance, draw and score; returns the metric named by cfg.optimized_metric."""
-    cfg = init_weights.inherit_base_config(cfg)
-    folder = run_dir(cfg)
-    if done := final_metrics(cfg, folder):
-        print(f"this run is done: {folder}\n{format_summary(done)}")
-        return done.get(cfg.optimized_metric)
-    require_metric(cfg.get("keep_best"), *scored_metrics(cfg, score, steps))
-    make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
-    data = build.build_degraded_dataset(cfg, "train")
-    print_estimate(cfg, data)
-    source = init_weights.load_init_model(cfg)
-    autoencoder, space, reconstruction = (
-        load_or_train_first_stage(cfg, data.channels)
-        if source is None
-        else init_weights.adopt_first_stage(cfg, source, data.channels)
-    )
-    init_weights.check_teacher(cfg, space)
-    with open_run(cfg, folder) as run:
-        check_resumed_latent_space(run, space)
-        model, adapter = init_weights.build_training_model(cfg, run, autoencoder, data, source), cfg.get("adapter")
-        if run.is_main_process:
-            DataCard.from_dataset(data).write(folder)
-            if not adapter:  # whose first stage is its base's
-                atomic.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
-        objective = instantiate(cfg.objective)
-        lit = LitDiffusion(model, objective, optimizer, cond_drop_prob, grad_clip_norm, cfg.seed)
-        ema = PowerEMA(model, ema_sigma_rel)
-        told = CaptionSource(data.classes, data.captions)
-        sampler, guidance, grid = (instantiate(cfg[name]) for name in ("sampler", "guidance", "timestep_spacing"))
+@dataclass(frozen=True, kw_only=True)
+class DiffusionRecipe:
+    """The options of a diffusion model's training.
 
-        def draw(step: int) -> None:
-            sheet = sample_grid(model, told, grid(model.denoiser.schedule, score.steps), sampler, guidance)
-            run.save_image(step, f"grids/step-{step:06d}", sheet)
+    optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on the optimizer's rate.
+    cond_drop_prob: probability with which a sample's condition is dropped, in [0, 1].
+    ema_sigma_rel: relative width of the weight average, in (0, 0.28).
+    score: sampling settings of the evaluation at the end and during training.
+    snapshot_every: steps between two pairs of averages stored for a length chosen afterwards; None for none.
+    """
 
-        if shapes := getattr(data, "shapes", None):
-            run.print(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
-        often: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "grid_every": sample_every}
-        beside: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
-        if snapshot_every is not None:
-            beside |= {
-                "averages": {f"ema_{length:g}": PowerEMA(model, length) for length in SIGMA_RELS},
-                "snapshot_every": snapshot_every,
-            }
-        if make_score and score.eval_every is not None:
-            beside["watch"] = [
-                EvaluationCallback(
-                    partial(evaluate_during_training, model, score, told, make_score(), sampler, guidance, grid),
-                    run.log_metrics,
-                    score.eval_every,
-                    ema,
-                )
-            ]
-        callbacks = run.callbacks("diffusion", steps=steps, lr_schedule=lr_schedule, **beside, **often)
-        reads = getattr(model.conditioner, "reads", ())
-        image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
-        latents = LatentDataset(data, cached_moments(autoencoder, space, data), image)
-        instantiate(cfg.trainer)(
-            lit, latents, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=cfg.seed
+    steps: int
+    batch_size: int
+    cond_drop_prob: float
+    grad_clip_norm: float | None
+    ema_sigma_rel: float
+    optimizer: Callable[..., Any]
+    lr_schedule: Callable[..., float]
+    log_every: int
+    sample_every: int
+    save_every: int
+    score: EvaluationConfig
+    snapshot_every: int | None = None
+
+    @staticmethod
+    def run_dir(cfg: Any) -> Path:
+        """Return the folder of the run."""
+        return cache.run_dir(cfg)
+
+    @staticmethod
+    def dependencies(cfg: Any) -> list[cache.CacheEntry]:
+        """Return the evaluator, and the first stage unless the run starts from a model that has one."""
+        return [*evaluator_dependency(cfg), *([] if cfg.get("init") else first_stage_dependency(cfg))]
+
+    def train(self, cfg: Any) -> float | None:
+        """Train on cached latents, choose the guidance scale, sample and score with the averaged weights.
+
+        Returns the metric named by cfg.optimized_metric, None if it was not measured.
+        """
+        cfg = init_weights.inherit_base_config(cfg)
+        folder = self.run_dir(cfg)
+        if done := final_metrics(cfg, folder):
+            print(f"this run is done: {folder}\n{format_summary(done)}")
+            return done.get(cfg.optimized_metric)
+        score = self.score
+        require_metric(cfg.get("keep_best"), *scored_metrics(cfg, score, self.steps))
+        make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
+        data = build.build_degraded_dataset(cfg, "train")
+        print_estimate(cfg, data)
+        source = init_weights.load_init_model(cfg)
+        autoencoder, space, reconstruction = (
+            load_or_train_first_stage(cfg, data.channels)
+            if source is None
+            else init_weights.adopt_first_stage(cfg, source, data.channels)
         )
-
-        with ema.swapped_in():
-            values = evaluate(model, score, told, make_score, sampler, guidance, grid, run.print) if make_score else {}
+        init_weights.check_teacher(cfg, space)
+        with open_run(cfg, folder) as run:
+            check_resumed_latent_space(run, space)
+            model, adapter = init_weights.build_training_model(cfg, run, autoencoder, data, source), cfg.get("adapter")
             if run.is_main_process:
-                found = (
-                    {adapters.local_parameter_name(name): value for name, value in ema.shadow.items()}
-                    if adapter
-                    else ema.shadow
+                DataCard.from_dataset(data).write(folder)
+                if not adapter:  # an adapter's base has the first stage
+                    atomic.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
+            objective = instantiate(cfg.objective)
+            lit = LitDiffusion(model, objective, self.optimizer, self.cond_drop_prob, self.grad_clip_norm, cfg.seed)
+            ema = PowerEMA(model, self.ema_sigma_rel)
+            captions = CaptionSource(data.classes, data.captions)
+            sampler, guidance, grid = (instantiate(cfg[name]) for name in ("sampler", "guidance", "timestep_spacing"))
+
+            def draw(step: int) -> None:
+                sheet = sample_grid(model, captions, grid(model.denoiser.schedule, score.steps), sampler, guidance)
+                run.save_image(step, f"grids/step-{step:06d}", sheet)
+
+            if shapes := getattr(data, "shapes", None):
+                run.print(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
+            options: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
+            if self.snapshot_every is not None:
+                options["averages"] = {f"ema_{length:g}": PowerEMA(model, length) for length in SIGMA_RELS}
+                options["snapshot_every"] = self.snapshot_every
+            if make_score and score.eval_every is not None:
+                measure = partial(
+                    evaluate_during_training, model, score, captions, make_score(), sampler, guidance, grid
                 )
-                atomic.write_tensors(folder / "weights.safetensors", found, space.metadata)
-                chosen = partial(guidance, scale=values["guidance"]) if make_score else guidance
-                sheet = sample_grid(model, told, grid(model.denoiser.schedule, score.steps), sampler, chosen)
-                run.save_image(steps, "samples", sheet)
-        beside = {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
-        if make_score:
-            values |= protocol.with_protocol_hash(
-                evaluation_protocol(run.config, score, values, data.fingerprint, space.name)
+                options["watch"] = [EvaluationCallback(measure, run.log_metrics, score.eval_every, ema)]
+            callbacks = run.callbacks(
+                "diffusion",
+                steps=self.steps,
+                lr_schedule=self.lr_schedule,
+                log_every=self.log_every,
+                save_every=self.save_every,
+                grid_every=self.sample_every,
+                **options,
             )
-        metrics = run.finish(values | beside | {f"first_stage/{name}": value for name, value in reconstruction.items()})
-        run.print(f"\n{format_summary(metrics)}\n\nsamples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
-                f"next     python sample.py run={folder} prompt=\"{data.captions[-1][0]}\" num=16")  # fmt: skip
-        return metrics.get(cfg.optimized_metric)
+            reads = getattr(model.conditioner, "reads", ())
+            image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
+            latents = LatentDataset(data, cached_moments(autoencoder, space, data), image)
+            instantiate(cfg.trainer)(
+                lit, latents, callbacks, batch_size=self.batch_size, steps=self.steps, start=run.start, seed=cfg.seed
+            )
+
+            with ema.swapped_in():
+                values = (
+                    evaluate(model, score, captions, make_score, sampler, guidance, grid, run.print)
+                    if make_score
+                    else {}
+                )
+                if run.is_main_process:
+                    weights = (
+                        {adapters.local_parameter_name(name): value for name, value in ema.shadow.items()}
+                        if adapter
+                        else ema.shadow
+                    )
+                    atomic.write_tensors(folder / "weights.safetensors", weights, space.metadata)
+                    scaled = partial(guidance, scale=values["guidance"]) if make_score else guidance
+                    sheet = sample_grid(model, captions, grid(model.denoiser.schedule, score.steps), sampler, scaled)
+                    run.save_image(self.steps, "samples", sheet)
+            if make_score:
+                values |= protocol.with_protocol_hash(
+                    evaluation_protocol(run.config, score, values, data.fingerprint, space.name)
+                )
+            values |= {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
+            metrics = run.finish(values | {f"first_stage/{name}": value for name, value in reconstruction.items()})
+            run.print(
+                f"\n{format_summary(metrics)}\n\n"
+                f"samples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
+                f'next     python sample.py run={folder} prompt="{data.captions[-1][0]}" num=16'
+            )
+            return metrics.get(cfg.optimized_metric)
 
 
 def scored_metrics(cfg: Any, score: EvaluationConfig, steps: int) -> tuple[set[str] | None, str]:
-    """The numbers val/... that a training writes, None where that cannot be known, and why there are none."""
+    """Return the names val/... of the numbers that a training writes, None if unknown, and why there are none if so."""
     if "_target_" not in cfg.metrics:
         return set(), "metrics=none measures nothing"
     if score.eval_every is None:
@@ -147,12 +180,12 @@ def scored_metrics(cfg: Any, score: EvaluationConfig, steps: int) -> tuple[set[s
 def evaluation_protocol(
     config: Any, score: EvaluationConfig, values: dict[str, Any], data: str, autoencoder: str
 ) -> dict[str, Any]:
-    """What the protocol of the numbers that `evaluate` gave says: of the network that measured, of the data and of the samples."""
+    """Return the protocol of the numbers of `evaluate`: the network that measured them, the data and the samples."""
     network = {name.removeprefix("score/"): value for name, value in values.items() if name.startswith("score/")}
-    tried = [f"{one:g}" for one in score.guidance_scales]
-    scale = float(values["guidance"]) if len(tried) < 2 else f"best of {', '.join(tried)} on {score.guidance_num}"
+    scales = [f"{scale:g}" for scale in score.guidance_scales]
+    scale = float(values["guidance"]) if len(scales) < 2 else f"best of {', '.join(scales)} on {score.guidance_num}"
     sigma_rel = config["training"]["ema_sigma_rel"]
-    drawn = protocol.sampling_settings(
+    sampling = protocol.sampling_settings(
         config, steps=score.steps, scale=scale, sigma_rel=sigma_rel, arithmetic=values["arithmetic"]
     )
     return {
@@ -162,43 +195,33 @@ def evaluation_protocol(
         "labels": "balanced",
         "autoencoder": autoencoder,
         "task": "generate()",
-        **drawn,
+        **sampling,
     }
 
 
-def run_dir(cfg: Any) -> Path:
-    """The folder of the run."""
-    return cache.run_dir(cfg)
-
-
-def dependencies(cfg: Any) -> list[cache.CacheEntry]:
-    """What must be there before a diffusion model: who measures it, and the first stage, unless it begins from a model that has one."""
-    return [*evaluator_dependency(cfg), *([] if cfg.get("init") else first_stage_dependency(cfg))]
-
-
 def check_resumed_latent_space(run: TrainingRun, space: LatentSpace) -> None:
-    """Raises UserError, naming both, if what the run has so far was made in the latent space of another autoencoder."""
+    """Check that a resumed run was trained in this latent space so far. Raises UserError naming both otherwise."""
     if run.resume is None:
         return
     remedy = "the first stage was replaced since this run began: put it back, or give the run another name="
     space.require_same(run.resume.metadata, run.checkpoints / f"step-{run.resume.step:08d}", remedy)
-    kept = run.folder / "first_stage.safetensors"
-    if run.is_main_process and kept.is_file():
-        space.require_same_file(kept, "remove it, and the same command writes the run's own")
+    weights = run.folder / "first_stage.safetensors"
+    if run.is_main_process and weights.is_file():
+        space.require_same_file(weights, "remove it, and the same command writes the run's own")
 
 
-def sample_grid(model, told: CaptionSource, ts, sampler, guidance, each: int = 10) -> torch.Tensor:
-    """A picture with a row of `each` samples for every class, for the first ten."""
-    classes = min(len(told.classes), 10)
-    rows = [column * len(told.classes) + row for row in range(classes) for column in range(each)]
+def sample_grid(model, captions: CaptionSource, ts, sampler, guidance, each: int = 10) -> torch.Tensor:
+    """Sample an image (C, H, W) uint8 with a row of `each` samples for each of the first ten classes."""
+    classes = min(len(captions.classes), 10)
+    rows = [column * len(captions.classes) + row for row in range(classes) for column in range(each)]
     images = torch.cat(
-        [image for image, _ in generate_samples(model, told.batch, rows, 0, len(rows), ts, sampler, guidance)]
+        [image for image, _ in generate_samples(model, captions.batch, rows, 0, len(rows), ts, sampler, guidance)]
     )
     return make_grid(to_uint8(images.cpu()), columns=each, zoom=2)
 
 
 def format_summary(metrics: dict[str, Any]) -> str:
-    """The table a run ends with: ours beside what is good and what is bad."""
+    """Format the table that a run ends with: the scores of its samples beside the baselines'."""
     columns = [
         ("", "samples"),
         ("baseline/test/", "real test"),

@@ -1,5 +1,7 @@
-"""The judge: trained once on real images, then it measures, and says what a good and a bad number are."""
+"""The evaluator: a network trained on real images, whose features measure samples; and the scores of baselines."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,66 +24,86 @@ from ldm.training.evaluator import LitEvaluator
 from ldm.training.parallel import destroy_process_group
 
 
-def train(
-    cfg: Any,
-    *,
-    seed: int,
-    steps: int,
-    batch_size: int,
-    net,
-    optimizer,
-    lr_schedule,
-    label_smoothing: float,
-    log_every: int,
-    save_every: int,
-) -> float:
-    """Train the judge, standardise its features over the training set, keep them as the reference, measure the baselines."""
-    folder = run_dir(cfg)
-    if done := final_metrics(cfg, folder):
-        return done["accuracy"]
-    require_metric(cfg.get("keep_best"), (), "this training writes no number val/...")
-    torch.manual_seed(derive_seed(seed, "weights"))
-    net = net()
-    with open_run(cfg, folder, cache.JUDGE) as run:
-        data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
-        build.require_labels(data, test)
-        lit = LitEvaluator(net, optimizer, label_smoothing)
-        callbacks = run.callbacks(
-            "evaluator", steps=steps, lr_schedule=lr_schedule, log_every=log_every, save_every=save_every
-        )
-        instantiate(cfg.trainer)(lit, data, callbacks, batch_size=batch_size, steps=steps, start=run.start, seed=seed)
-        destroy_process_group()
-        if not run.is_main_process:
-            return 0.0
-        net.eval().to("cpu", torch.float32)
-        with torch.no_grad():
-            net.standardise(torch.cat([net.penultimate(to_uint8(image)) for image in batches(data)]))
-        reference = extract(net, batches(data))
-        atomic.write_tensors(folder / "weights.safetensors", net.state_dict())
-        atomic.write_tensors(folder / "reference.safetensors", {"features": reference})
-        metrics = baseline_scores(net, reference, data, test)
-        run.finish(metrics)
-        run.print(f"judge       accuracy {metrics['accuracy']:.3f} on the test images")
-        return metrics["accuracy"]
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorRecipe:
+    """The options of the training of the evaluator, the network whose features the metrics compare.
 
+    net: builds the network.  optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on its
+    rate.
+    """
 
-def run_dir(cfg: Any) -> Path:
-    """Where the judge that cfg trains is kept."""
-    return cache.evaluator_dir(cfg)
+    seed: int
+    steps: int
+    batch_size: int
+    net: Callable[..., Any]
+    optimizer: Callable[..., Any]
+    lr_schedule: Callable[..., float]
+    label_smoothing: float
+    log_every: int
+    save_every: int
 
+    @staticmethod
+    def run_dir(cfg: Any) -> Path:
+        """Return the folder in the cache for the evaluator that cfg trains."""
+        return cache.evaluator_dir(cfg)
 
-def dependencies(cfg: Any) -> list[cache.CacheEntry]:
-    """Nothing must be there before a judge."""
-    return []
+    @staticmethod
+    def dependencies(cfg: Any) -> list[cache.CacheEntry]:
+        """Return nothing: an evaluator depends on the data alone."""
+        return []
+
+    def train(self, cfg: Any) -> float:
+        """Train the evaluator and standardise its features over the training set; return the accuracy on test images.
+
+        Writes weights.safetensors, and the features of the training set as reference.safetensors; measures the
+        baselines.
+        """
+        folder = self.run_dir(cfg)
+        if done := final_metrics(cfg, folder):
+            return done["accuracy"]
+        require_metric(cfg.get("keep_best"), (), "this training writes no number val/...")
+        torch.manual_seed(derive_seed(self.seed, "weights"))
+        net = self.net()
+        with open_run(cfg, folder, cache.JUDGE) as run:
+            data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
+            build.require_labels(data, test)
+            lit = LitEvaluator(net, self.optimizer, self.label_smoothing)
+            callbacks = run.callbacks(
+                "evaluator",
+                steps=self.steps,
+                lr_schedule=self.lr_schedule,
+                log_every=self.log_every,
+                save_every=self.save_every,
+            )
+            instantiate(cfg.trainer)(
+                lit, data, callbacks, batch_size=self.batch_size, steps=self.steps, start=run.start, seed=self.seed
+            )
+            destroy_process_group()
+            if not run.is_main_process:
+                return 0.0
+            net.eval().to("cpu", torch.float32)
+            with torch.no_grad():
+                net.standardise(torch.cat([net.penultimate(to_uint8(image)) for image in batches(data)]))
+            reference = extract(net, batches(data))
+            atomic.write_tensors(folder / "weights.safetensors", net.state_dict())
+            atomic.write_tensors(folder / "reference.safetensors", {"features": reference})
+            metrics = baseline_scores(net, reference, data, test)
+            run.finish(metrics)
+            run.print(f"evaluator   accuracy {metrics['accuracy']:.3f} on the test images")
+            return metrics["accuracy"]
 
 
 def evaluator_dependency(cfg: Any) -> list[cache.CacheEntry]:
-    """The judge, where the config's metrics are measured by it."""
+    """Return the evaluator, where the config's metrics measure with it."""
     return [cache.evaluator_entry(cfg)] if "_target_" in cfg.metrics and "net" not in cfg.metrics else []
 
 
 def baseline_scores(net: Any, reference: Tensor, data, test, num: int = 5000) -> dict[str, float]:
-    """Scores of what is no generative model worth the name: real test images, the same with noise, and a Gaussian per class."""
+    """Compute the scores of three baselines of up to `num` images.
+
+    test: real test images.  noisy: the same with noise of standard deviation 0.05.  pca: samples of a Gaussian per
+    class, fitted to the training images' leading principal components.
+    """
     num = min(num, len(test))
     rows = [(0, i) for i in range(num)]
     batch = test.batch(rows)
@@ -89,9 +111,9 @@ def baseline_scores(net: Any, reference: Tensor, data, test, num: int = 5000) ->
     rank = min(50, int(train_images["label"].bincount().min()) - 1)
     gaussian = PCAGaussian.fit(train_images["image"], train_images["label"], rank)
     noise = KeyedNoise(0, list(range(num)))
-    wanted: dict[str, Any] = {"fd": FrechetDistance, "accuracy": ClassAccuracy, "precision_recall": PrecisionRecall}
-    score = MetricSuite(net, reference, wanted)
-    found: dict[str, float] = {}
+    metrics: dict[str, Any] = {"fd": FrechetDistance, "accuracy": ClassAccuracy, "precision_recall": PrecisionRecall}
+    score = MetricSuite(net, reference, metrics)
+    scores: dict[str, float] = {}
     sets = {
         "test": batch["image"],
         "noisy": add_noise(batch["image"], 0.05, noise),
@@ -102,5 +124,5 @@ def baseline_scores(net: Any, reference: Tensor, data, test, num: int = 5000) ->
         for part, label in zip(image.split(500), batch["label"].split(500), strict=True):
             score.update(part, label)
         values = score.compute()
-        found |= {f"{name}/{metric}": value for metric, value in values.items() if metric != "n"}
-    return {"accuracy": found["test/accuracy"], **found}
+        scores |= {f"{name}/{metric}": value for metric, value in values.items() if metric != "n"}
+    return {"accuracy": scores["test/accuracy"], **scores}

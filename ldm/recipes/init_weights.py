@@ -1,4 +1,4 @@
-"""A training that begins with the weights of another model: fine-tuning, domain adaptation, new classes, more conditions."""
+"""Initial weights from another model: fine-tuning, domain adaptation, new classes, more conditions, adapters."""
 
 import re
 from pathlib import Path
@@ -20,52 +20,50 @@ from ldm.recipes.run import TrainingRun
 from ldm.runs.folder import find_run
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from ldm.model import LatentDiffusion
 
 
-OPTIONAL_PREFIXES = (
-    "conditioner.",
-    "denoiser.net.scale.",
-)  # what another model need not have: these begin without effect, or are to be learned
+# parameters that the other model need not have: new ones have no effect at first, or are learned from scratch
+OPTIONAL_PREFIXES = ("conditioner.", "denoiser.net.scale.")
+
+# parts of the config that an adapter takes from its base
+INHERITED_KEYS = ("autoencoder", "conditioner", "net", "schedule", "prediction", "learned_variance")
 
 
 def load_init_model(cfg: Any) -> Any:
-    """The model that cfg.init names, on the CPU: a run, a step, a weights file or a whole pipeline; None without one."""
+    """Load the model that cfg.init names (run, checkpoint, weights file or pipeline) on the CPU; None without one."""
     return load_model(cfg.init).cpu() if cfg.get("init") else None
 
 
 def adopt_first_stage(cfg: Any, model: Any, channels: int) -> tuple[nn.Module, LatentSpace, dict[str, Any]]:
-    """The model's own first stage, in whose latent space alone its weights mean something; nothing was measured of it.
+    """Return the model's first stage, in whose latent space it was trained, its latent space, and no metrics.
 
-    Raises UserError if the config names one of another architecture.
+    Raises UserError if the config names a first stage of another architecture.
     """
     autoencoder = build.build_autoencoder(cfg.autoencoder, channels)
     try:
         autoencoder.load_state_dict(model.autoencoder.state_dict())
     except RuntimeError:
-        said = f"init={cfg.init} has a first stage of another architecture, or for images of other channels, than this config"
-        raise UserError(f"{said}; choose autoencoder=... as it was trained with") from None
-    return (
-        autoencoder.eval().requires_grad_(False),
-        LatentSpace.from_autoencoder(autoencoder, build.to_container(cfg.autoencoder)),
-        {},
-    )
+        raise UserError(
+            f"init={cfg.init} has a first stage of another architecture, or for images of other channels, than this "
+            "config; choose autoencoder=... as it was trained with"
+        ) from None
+    space = LatentSpace.from_autoencoder(autoencoder, build.to_container(cfg.autoencoder))
+    return autoencoder.eval().requires_grad_(False), space, {}
 
 
 def build_training_model(cfg: Any, run: TrainingRun, autoencoder: Any, data: Any, source: Any) -> Any:
-    """The model that a run trains: with fresh weights, with those of `source`, or `source` itself, frozen, with an adapter on it.
+    """Build the model that a run trains: with random weights, with those of `source`, or `source` with an adapter.
 
-    Raises UserError if the run goes on from an adapter of another base.
+    Raises UserError if the run is resumed from an adapter of another base.
     """
     if not cfg.get("adapter"):
-        made = build.build_model(cfg, autoencoder, data)
+        model = build.build_model(cfg, autoencoder, data)
         if source is not None:
-            run.print(copy_weights(made, source, cfg.init))
-        return made
-    base, said = create_adapter(cfg, source, data)
-    run.print(said)
+            run.print(copy_weights(model, source, cfg.init))
+        return model
+    base, message = create_adapter(cfg, source, data)
+    run.print(message)
     if run.resume is not None:
         adapters.BaseModelRef.read(run.folder).check_weights(base.weights, run.folder)
     elif run.is_main_process:
@@ -74,9 +72,12 @@ def build_training_model(cfg: Any, run: TrainingRun, autoencoder: Any, data: Any
 
 
 def check_teacher(cfg: Any, space: LatentSpace) -> None:
-    """Raises UserError if the objective has a teacher that belongs to another latent space, or looks at noise by another schedule."""
+    """Check that the objective's teacher, if it has one, shares the latent space and the noise schedule of the model.
+
+    Raises UserError otherwise.
+    """
     node = cfg.objective.get("teacher")
-    if not node or node.run is None:  # which load.teacher says
+    if not node or node.run is None:  # building the objective reports a missing run
         return
     teacher, student = (f"objective.teacher.run={node.run}", latent_space_of(node.run)), ("this model", space.name)
     remedy = "a teacher and its student share their first stage; begin from init= of a model that has the teacher's"
@@ -89,34 +90,35 @@ def check_teacher(cfg: Any, space: LatentSpace) -> None:
 
 @torch.no_grad()
 def copy_weights(model: nn.Module, other: nn.Module, init: str) -> str:
-    """Copy other's trained weights into model; returns what was not taken, in words.
+    """Copy other's trained weights into model; return a message that names what has no counterpart there.
 
-    A layer that reads more channels than before, as of a new condition, reads nothing of them at first.  A conditioner's parts that are new
-    or of another size stay fresh.  Raises UserError if the denoiser is of another architecture.
+    The weights of additional input channels, as of a new condition, are zero at first.  Parts of a conditioner that are
+    new or of another size stay as initialised.  Raises UserError if the denoiser is of another architecture.
     """
     old = {strip_wrappers(name): value for name, value in trainable_parameters(other).items()}
-    fresh: list[str] = []
+    new: list[str] = []
     wrong: list[str] = []
     for name, p in ((strip_wrappers(name), p) for name, p in trainable_parameters(model).items()):
         if name not in old or not shapes_compatible(old[name], p):
-            (fresh if name.startswith(OPTIONAL_PREFIXES) else wrong).append(name)
+            (new if name.startswith(OPTIONAL_PREFIXES) else wrong).append(name)
         else:
             p.zero_()
             p[:, : old[name].shape[1]].copy_(old[name]) if p.ndim > 1 else p.copy_(old[name])
     if wrong:
+        names = ", ".join(wrong[:3])
         raise UserError(
-            f"init={init} is of another architecture: {', '.join(wrong[:3])} differ; choose net=... as it was trained with"
+            f"init={init} is of another architecture: {names} differ; choose net=... as it was trained with"
         )
-    return f"begun from {init}" + (f"; new: {', '.join(fresh)}" if fresh else "")
+    return f"weights     from {init}" + (f"; new: {', '.join(new)}" if new else "")
 
 
 def strip_wrappers(name: str) -> str:
-    """A parameter's name as it is where no other network is around its own."""
+    """Return a parameter's name without wrappers of the denoiser's network: denoiser.net.net.x -> denoiser.net.x."""
     return re.sub(r"^denoiser\.(net\.)+", "denoiser.net.", name)
 
 
 def shapes_compatible(old: Tensor, new: Tensor) -> bool:
-    """Whether old's numbers have a place in new: the same shape, or more input channels of a convolution."""
+    """Return whether old can be copied into new: the same shape, or more input channels of a convolution."""
     return old.shape == new.shape or (
         old.ndim == new.ndim == 4
         and old.shape[1] < new.shape[1]
@@ -124,56 +126,43 @@ def shapes_compatible(old: Tensor, new: Tensor) -> bool:
     )
 
 
-INHERITED_KEYS = (
-    "autoencoder",
-    "conditioner",
-    "net",
-    "schedule",
-    "prediction",
-    "learned_variance",
-)  # what the base decides
-
-
 def inherit_base_config(cfg: Any) -> Any:
-    """The config with the parts that its base decides, where it has an adapter, so that a person need not name them again.
+    """Set the INHERITED_KEYS of a config with an adapter to those of its base; return the config.
 
-    Raises UserError without init=.
+    Raises UserError for an adapter without init=.
     """
     if not cfg.get("adapter"):
         return cfg
     if not cfg.get("init"):
-        raise UserError("adapter= is trained on top of a trained model: init=RUN says which")
+        raise UserError("adapter= is trained on top of a trained model: choose it by init=RUN")
     base = load_run_config(find_run(cfg.init))
     for name in INHERITED_KEYS:
-        cfg[name] = base.get(name, False)  # a pipeline of another project does not say that its variance is not learned
+        cfg[name] = base.get(name, False)  # the config of an imported pipeline has no learned_variance
     return cfg
 
 
 def create_adapter(cfg: Any, model: "LatentDiffusion", data: Any) -> tuple[BaseModelRef, str]:
-    """Put a fresh adapter of the config on the model of cfg.init, all else frozen; the base, and in words how much is trained.
+    """Freeze the model of cfg.init and add the config's adapter to it, initialised from the seed.
 
-    Raises UserError for data that the model cannot be told.
+    Returns the reference to the base, and a message with the number of trained parameters.  Raises UserError for data
+    of other channels or, where the model is conditioned on labels, of another number of classes.
     """
-    import torch
-    from hydra.utils import instantiate
-
     from ldm.checkpoint.weights import hash_model
     from ldm.tensors import derive_seed
 
     card = load_data_card(find_run(cfg.init))
     if data.channels != card.channels or ("label" in model.conditioner.keys and len(data.classes) != len(card.classes)):
-        was = f"{card.channels} channels and {len(card.classes)} classes"
+        former = f"{card.channels} channels and {len(card.classes)} classes"
         raise UserError(
-            f"init={cfg.init} was trained on images of {was}, these have {data.channels} and {len(data.classes)}: choose data= alike"
+            f"init={cfg.init} was trained on images of {former}, these have {data.channels} and {len(data.classes)}: "
+            "choose data= alike"
         )
     base = BaseModelRef(str(Path(cfg.init).expanduser().absolute()), hash_model(model))
     torch.manual_seed(derive_seed(cfg.seed, "weights"))
     model.requires_grad_(False)
     instantiate(cfg.adapter).apply_to(model)
     model.size = (data.size, data.size)
-    trained, every = (sum(p.numel() for p in some) for some in (adapter_parameters(model).values(), model.parameters()))
-    frozen = every - trained
-    return (
-        base,
-        f"adapter     {trained:,} parameters on {frozen:,} frozen ones of {cfg.init}: {100 * trained / frozen:.2f}%",
-    )
+    trained = sum(p.numel() for p in adapter_parameters(model).values())
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    share = f"{100 * trained / frozen:.2f}%"
+    return base, f"adapter     {trained:,} parameters on {frozen:,} frozen ones of {cfg.init}: {share}"

@@ -12,19 +12,16 @@ from ldm.io.download import cache_dir
 
 
 def cached_moments(autoencoder, space: LatentSpace, data) -> Any:
-    """The data set's cached moments (flips, N, 2C, h, w), computed now and kept if they are not there; of several shapes, joined.
+    """Read the data set's posterior moments (flips, N, 2C, h, w) from the cache, computed now if they are not there.
 
-    Raises UserError for a file that holds another autoencoder's latents, or another data set's.
+    Those of a data set of several shapes are joined.  Raises UserError for a file of another autoencoder or data set.
     """
     from filelock import FileLock
 
     if hasattr(data, "joined"):
         return data.joined([cached_moments(autoencoder, space, part) for part in data.parts])
-    path = (
-        cache_dir()
-        / "latents"
-        / f"{data.fingerprint}-{space.identity[:16]}-{'both' if data.flip else 'plain'}.safetensors"
-    )
+    name = f"{data.fingerprint}-{space.identity[:16]}-{'both' if data.flip else 'plain'}.safetensors"
+    path = cache_dir() / "latents" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():

@@ -1,5 +1,6 @@
-"""Stage one that others trained: an autoencoder in diffusers' layout, measured on the data at hand and kept as our own are."""
+"""A published first stage: an autoencoder in diffusers' layout, measured on the data, stored like one trained here."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,71 +12,77 @@ from ldm.interop.keymap import load_strict, require_floating
 from ldm.interop.pipeline import with_scale
 from ldm.interop.text_tower import read_config
 from ldm.io import atomic
-from ldm.recipes.autoencoder import evaluate_reconstruction
+from ldm.recipes.autoencoder import evaluate_reconstruction, format_numbers
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import open_run
 from ldm.runs import cache
 
-EVAL_IMAGES = 64  # images: one takes a wide encoder and decoder a second on a CPU
+EVAL_IMAGES = 64  # few, because a wide encoder and decoder take about a second an image on a CPU
 
 
-def train(cfg: Any, *, path: str, content: str) -> float:
-    """Read the weights, measure them, write weights.safetensors; returns the PSNR of test images in dB.
+@dataclass(frozen=True, kw_only=True)
+class PretrainedAutoencoderRecipe:
+    """A first stage that is read instead of trained.
 
-    path: a folder with config.json and weights, as diffusers saves an AutoencoderKL; its own scale and shift stay.
-    content: digest of the weights that are expected.  Raises UserError, CorruptFileError naming the file.
+    path: folder with config.json and weights, as diffusers saves an AutoencoderKL; its own scale and shift stay.
+    content: expected digest of its files (weights_digest).
     """
-    folder = run_dir(cfg)
-    if done := final_metrics(cfg, folder):
-        return done["psnr"]
-    if (found := weights_digest(Path(path))) != content:
-        raise UserError(
-            f"{path}: its weights are not those that were there ({content}, now {found}); put them back, or begin anew"
-        )
-    with open_run(cfg, folder, cache.FIRST_STAGE) as run:
-        if not run.is_main_process:
-            return 0.0
-        data, given = build.build_dataset(cfg, "test"), read_config(Path(path))
-        autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels).eval().requires_grad_(False)
-        published = diffusers.import_autoencoder(weights_file.read_weights(path))
-        require_floating(published, str(path))
-        weights = {name: value.float() for name, value in published.items()}
-        scaled = with_scale(
-            weights, given.get("scaling_factor", 0.18215), autoencoder.z_channels, given.get("shift_factor") or 0.0
-        )
-        load_strict(autoencoder, scaled, str(path))
-        space = LatentSpace.from_autoencoder(autoencoder, build.to_container(cfg.autoencoder))
-        metrics: dict[str, Any] = {
-            **evaluate_reconstruction(autoencoder, data, None, EVAL_IMAGES),
-            "identity": space.identity,
-        }
-        atomic.write_tensors(folder / "weights.safetensors", autoencoder.state_dict(), space.metadata)
-        run.finish(metrics)
-        run.print(
-            "first stage "
-            + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if isinstance(value, float))
-        )
-        return metrics["psnr"]
 
+    path: str
+    content: str
 
-def run_dir(cfg: Any) -> Path:
-    """Where the first stage is kept."""
-    return cache.first_stage_dir(cfg)
+    @staticmethod
+    def run_dir(cfg: Any) -> Path:
+        """Return the folder in the cache for the first stage."""
+        return cache.first_stage_dir(cfg)
 
+    @staticmethod
+    def dependencies(cfg: Any) -> list[cache.CacheEntry]:
+        """Return nothing: its metrics need no evaluator."""
+        return []
 
-def dependencies(cfg: Any) -> list[cache.CacheEntry]:
-    """Nothing must be there before it."""
-    return []
+    def train(self, cfg: Any) -> float:
+        """Read the weights, measure them, write weights.safetensors; return the PSNR of test images in dB.
+
+        Raises UserError if the files are not those of `content`, CorruptFileError naming the file.
+        """
+        folder = self.run_dir(cfg)
+        if done := final_metrics(cfg, folder):
+            return done["psnr"]
+        if (digest := weights_digest(Path(self.path))) != self.content:
+            raise UserError(
+                f"{self.path}: its weights have changed (digest {self.content} expected, now {digest}); "
+                "put the former ones back, or start a new run"
+            )
+        with open_run(cfg, folder, cache.FIRST_STAGE) as run:
+            if not run.is_main_process:
+                return 0.0
+            data, config = build.build_dataset(cfg, "test"), read_config(Path(self.path))
+            autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels).eval().requires_grad_(False)
+            published = diffusers.import_autoencoder(weights_file.read_weights(self.path))
+            require_floating(published, self.path)
+            weights = {name: value.float() for name, value in published.items()}
+            scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
+            load_strict(autoencoder, with_scale(weights, scale, autoencoder.z_channels, shift), self.path)
+            space = LatentSpace.from_autoencoder(autoencoder, build.to_container(cfg.autoencoder))
+            metrics: dict[str, Any] = {
+                **evaluate_reconstruction(autoencoder, data, None, EVAL_IMAGES),
+                "identity": space.identity,
+            }
+            atomic.write_tensors(folder / "weights.safetensors", autoencoder.state_dict(), space.metadata)
+            run.finish(metrics)
+            run.print("first stage " + format_numbers(metrics))
+            return metrics["psnr"]
 
 
 def config_node(path: Path) -> dict[str, Any]:
-    """The plain config of this stage for a folder of diffusers. Raises UserError for one without weights."""
-    target = f"{train.__module__}.{train.__name__}"
-    return {"_target_": target, "_partial_": True, "path": str(path.absolute()), "content": weights_digest(path)}
+    """Return the plain `first_stage` node for a folder of diffusers. Raises UserError for one without weights."""
+    target = f"{PretrainedAutoencoderRecipe.__module__}.{PretrainedAutoencoderRecipe.__qualname__}"
+    return {"_target_": target, "path": str(path.absolute()), "content": weights_digest(path)}
 
 
 def weights_digest(path: Path) -> str:
-    """16 hex digits that depend on every byte of the weights in a folder, and on its config. Raises UserError for one without any."""
+    """Return 16 hex digits of the SHA-256 of config.json and weights in a folder. Raises UserError without weights."""
     files = [
         file
         for ending in weights_file.ENDINGS

@@ -1,4 +1,4 @@
-"""Where a run begins: at its newest valid checkpoint, at one that is named, or anew."""
+"""The checkpoint from which a run is resumed: its newest valid one, one that resume= names, or none."""
 
 import os
 import sys
@@ -19,127 +19,122 @@ from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.runs import identity, metrics_log
 
-KEYS_FREE_TO_DIFFER = {  # what may differ from the checkpoint's config: it changes no step
-    *(
-        "sampler",
-        "guidance",
-        "timestep_spacing",
-        "metrics",
-        "evaluator",
-        "training.log_every",
-        "training.sample_every",
-        "training.save_every",
-    ),
-    *("training.score", "debug", *identity.NOT_HASHED),
+# keys of the config that may differ from the checkpoint's, because no training step depends on them
+KEYS_FREE_TO_DIFFER = {
+    *("sampler", "guidance", "timestep_spacing", "metrics", "evaluator", "debug"),
+    *("training.log_every", "training.sample_every", "training.save_every", "training.score"),
+    *identity.NOT_HASHED,
 } - {"seed"}
 
 
 def final_metrics(cfg: Any, folder: Path) -> dict[str, Any] | None:
-    """The final metrics of a run that is done, unless it is to begin anew."""
+    """Read the final metrics of a finished run; None if it is not finished, or resume=never starts it again."""
     return None if cfg.get("resume") == "never" else metrics_log.read_final_metrics(folder)
 
 
 def find_resume_checkpoint(
     config: Mapping[str, Any], folder: Path, chief: bool, parts: Collection[str] | None = None
 ) -> Checkpoint | None:
-    """The checkpoint that the run of `config` in `folder` goes on from, by its `resume`: auto, must, never, or a path; None to begin.
+    """Return the checkpoint from which the run of `config` in `folder` goes on; None to start at step 0.
 
-    parts: the top keys of the config that decide its steps; None for all.  What was damaged and passed over is said.  The chief sets aside
-    what is overtaken.  Raises UserError if there is none though there must be, or naming the keys in which the one named differs.
+    config["resume"]: auto, must, never, or a path.  chief: whether this is the main process, which prints the damaged
+    checkpoints that are skipped, and archives the files of the run that are superseded.  parts: top-level keys of the
+    config on which the training steps depend; None for all.
+    Raises UserError if resume=must finds no checkpoint, or naming the keys in which that of a path differs.
     """
-    wanted = config.get("resume") or "auto"
-    for place in (folder, folder / "checkpoints", folder / "averages") if chief else ():
-        atomic.remove_stale_temporaries(place)  # what a killed process was writing
-    if wanted == "never":
+    requested = config.get("resume") or "auto"
+    for path in (folder, folder / "checkpoints", folder / "averages") if chief else ():
+        atomic.remove_stale_temporaries(path)  # of a process that was killed while it wrote
+    if requested == "never":
         if chief:
             archive_run(
                 folder, [path for path in folder.iterdir() if not path.name.startswith((".lock", "before-", "log.txt"))]
             )
         return None
-    if wanted in ("auto", "must"):
+    if requested in ("auto", "must"):
         step = newest_valid(folder / "checkpoints", chief)
-        if step is None and wanted == "must":
+        if step is None and requested == "must":
             raise UserError(
                 f"resume=must: no valid checkpoint in {folder / 'checkpoints'}{describe_nearest_run(config, folder)}"
             )
         return load_and_announce(step, chief)
-    step = resolve_resume_path(wanted, chief, (config.get("debug") or {}).get("step"))
+    step = resolve_resume_path(requested, chief, (config.get("debug") or {}).get("step"))
     if step.parent != (folder / "checkpoints").absolute():
-        own, _ = latest_valid_checkpoint(folder / "checkpoints")  # of an earlier start of the same command
-        if own is not None and checkpoint_step(own) > checkpoint_step(step):
-            return load_and_announce(own, chief)
-    if other := differing_keys(serialize.load_config(step / "config.yaml"), config, parts):
+        later, _ = latest_valid_checkpoint(folder / "checkpoints")  # of an earlier start of the same command
+        if later is not None and checkpoint_step(later) > checkpoint_step(step):
+            return load_and_announce(later, chief)
+    if differences := differing_keys(serialize.load_config(step / "config.yaml"), config, parts):
         raise UserError(
-            f"resume={wanted} is a checkpoint of another training: {'; '.join(other)}; choose what it was trained with, "
-            "or name in resume_allow_changes=[...] the keys that may differ"
+            f"resume={requested} is a checkpoint of another training: {'; '.join(differences)}; "
+            "choose what it was trained with, or name in resume_allow_changes=[...] the keys that may differ"
         )
     if chief:
-        archive_run(
-            folder,
-            [
-                path
-                for path in list_checkpoints(folder / "checkpoints")
-                if checkpoint_step(path) > checkpoint_step(step)
-            ],
-        )
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        archive_run(folder, [path for path in checkpoints if checkpoint_step(path) > checkpoint_step(step)])
     return load_and_announce(step, chief)
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], parts: Collection[str] | None) -> list[str]:
-    """Each key of two configs that decides a step and differs, as `key: old -> new`."""
+    """Return each key that differs in two configs and on which a training step depends, as `key: old -> new`."""
     free = KEYS_FREE_TO_DIFFER | set(new.get("resume_allow_changes") or ())
-    one, two = (
-        identity.drop_keys({key: value for key, value in all.items() if parts is None or key in parts}, free)
-        for all in (old, new)
+    before, after = (
+        identity.drop_keys({key: value for key, value in config.items() if parts is None or key in parts}, free)
+        for config in (old, new)
     )
-    return identity.config_diff(one, two)
+    return identity.config_diff(before, after)
 
 
 def newest_valid(folder: Path, chief: bool, before: int | None = None) -> Path | None:
+    """Return the newest valid checkpoint in a folder, of a step below `before`; `chief` prints those it skips."""
     step, skipped = latest_valid_checkpoint(folder, before)
     for path, reason in skipped if chief else []:
         print(f"skipping checkpoint {path}: {reason}", file=sys.stderr)
     return step
 
 
-def resolve_resume_path(wanted: str, chief: bool, before: int | None = None) -> Path:
-    """The step folder that a path names: itself, or the newest valid one of a run, of an earlier step than `before`. Raises UserError."""
-    path = Path(wanted).expanduser().absolute()
+def resolve_resume_path(requested: str, chief: bool, before: int | None = None) -> Path:
+    """Return the step folder that resume= names: itself, or the newest valid one of a run, of a step below `before`.
+
+    Raises UserError without a valid one.
+    """
+    path = Path(requested).expanduser().absolute()
     if path.name.startswith("step-"):
         verify_checkpoint(path)
         return path
     step = newest_valid(path / "checkpoints" if (path / "checkpoints").is_dir() else path, chief, before)
     if step is None and before is not None and list_checkpoints(path / "checkpoints"):
         raise UserError(
-            f"resume={wanted}: none of its valid checkpoints is before step {before}; without resume= it begins with the first"
+            f"resume={requested}: none of its valid checkpoints is before step {before}; "
+            "without resume= it begins with the first"
         )
     if step is None:
         raise UserError(
-            f"resume={wanted}: no valid checkpoint there; expected auto, must, never, a step folder, or a run with one"
+            f"resume={requested}: no valid checkpoint there; "
+            "expected auto, must, never, a step folder, or a run with one"
         )
     return step
 
 
 def describe_nearest_run(config: Mapping[str, Any], folder: Path) -> str:
-    """In words, how the config of the most similar run beside `folder` differs."""
-    found = []
+    """Return a message with the differences to the most similar run beside `folder` that has a checkpoint."""
+    candidates = []
     for path in folder.parent.glob("*/config.yaml"):
         if path.parent != folder and list_checkpoints(path.parent / "checkpoints"):
             try:
-                old, new = (
-                    identity.drop_keys(one, KEYS_FREE_TO_DIFFER) for one in (serialize.load_config(path), config)
-                )
-                found.append((identity.config_diff(old, new), path.parent))
+                old = identity.drop_keys(serialize.load_config(path), KEYS_FREE_TO_DIFFER)
+                new = identity.drop_keys(config, KEYS_FREE_TO_DIFFER)
+                candidates.append((identity.config_diff(old, new), path.parent))
             except UserError:
                 continue
-    if not found:
-        return "; resume=auto begins anew"
-    keys, other = min(found, key=lambda one: (len(one[0]), str(one[1])))
+    if not candidates:
+        return "; resume=auto starts from step 0"
+    keys, other = min(candidates, key=lambda candidate: (len(candidate[0]), str(candidate[1])))
     shown = "; ".join(keys[:8]) + ("; ..." if len(keys) > 8 else "")
-    return f"; {other.name} has, and differs from what is asked in {shown or 'name'}"
+    return f"; {other.name} has, and differs from this config in {shown or 'name'}"
 
 
 def load_and_announce(step: Path | None, chief: bool) -> Checkpoint | None:
+    """Load the checkpoint of a step folder; the main process prints which it is."""
     if step is None:
         return None
     if chief:
@@ -148,11 +143,11 @@ def load_and_announce(step: Path | None, chief: bool) -> Checkpoint | None:
 
 
 def archive_run(folder: Path, paths: Collection[Path]) -> None:
-    """Move what a run overtakes into before-1, before-2, ... of its folder."""
+    """Move superseded files of a run to the first free of before-1, before-2, ... in its folder."""
     if not paths:
         return
-    aside = next(path for n in range(1, 10**6) if not (path := folder / f"before-{n}").exists())
-    aside.mkdir()
+    archive = next(path for n in range(1, 10**6) if not (path := folder / f"before-{n}").exists())
+    archive.mkdir()
     for path in paths:
-        os.replace(path, aside / path.name)
-    print(f"what was there is now in {aside}", file=sys.stderr)
+        os.replace(path, archive / path.name)
+    print(f"what was there is now in {archive}", file=sys.stderr)

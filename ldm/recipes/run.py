@@ -1,4 +1,4 @@
-"""A run in progress: its folder, and whatever is written there and to the logger."""
+"""A run in progress: its folder, what is written to it and to the logger, and the callbacks of its training."""
 
 import shutil
 import time
@@ -24,17 +24,9 @@ from ldm.recipes import resume
 from ldm.runs import identity, provenance
 from ldm.runs.folder import lock_run
 from ldm.runs.metrics_log import MetricsLog, read_metrics_log, write_final_metrics
-from ldm.training.best import BestLater, restore_best, signed
-from ldm.training.callbacks import (
-    CheckpointCallback,
-    EMACallback,
-    EMASnapshots,
-    LearningRate,
-    MetricsRecorder,
-    Progress,
-    RetentionPolicy,
-    SampleGridCallback,
-)
+from ldm.training.best import restore_best, signed
+from ldm.training.callbacks import EMACallback, LearningRate, MetricsRecorder, Progress, SampleGridCallback
+from ldm.training.checkpoints import BestLater, CheckpointCallback, EMASnapshots, RetentionPolicy
 from ldm.training.gradients import GradientGuard
 from ldm.training.loggers import Logger, NoLogger
 from ldm.training.parallel import RankConsistencyCheck
@@ -44,7 +36,12 @@ from ldm.training.startup_report import StartupReport
 
 @dataclass
 class TrainingRun:
-    """folder: all that the run writes.  resume: the checkpoint it goes on from, or None.  chief: whether this process writes."""
+    """A run in progress.
+
+    folder: where the run writes.  resume: the checkpoint from which it goes on, or None.
+    is_main_process: whether this process writes.  metrics_log: of the main process, None in others.
+    start_time: of time.monotonic(), in seconds.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -53,25 +50,30 @@ class TrainingRun:
     metrics_log: MetricsLog | None
     logger: Logger
     start_time: float
-    unread: dict[str, float] = field(default_factory=dict)  # numbers since `worth` was last called
-    written: set[str] = field(default_factory=set)  # the names of all numbers
+    unread: dict[str, float] = field(default_factory=dict)  # numbers since the last call of best_metric
+    written: set[str] = field(default_factory=set)  # names of all numbers so far
 
     @property
     def start(self) -> int:
+        """Return the number of steps done before this process started."""
         return self.resume.step if self.resume else 0
 
     @property
     def checkpoints(self) -> Path:
+        """Return the folder of the step folders."""
         return self.folder / "checkpoints"
 
     def config_text(self) -> str:
+        """Return the text of config.yaml; empty in processes that do not write."""
         return (self.folder / "config.yaml").read_text() if self.is_main_process else ""
 
     def print(self, text: str) -> None:
+        """Print a text in the main process."""
         if self.is_main_process:
             print(text, flush=True)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Write numbers of the state after `step` steps to metrics.jsonl and the logger."""
         self.unread |= values
         self.written |= values.keys()
         if self.metrics_log is not None:
@@ -79,7 +81,7 @@ class TrainingRun:
             self.logger.log_metrics(step, values)
 
     def save_image(self, step: int, name: str, image: Tensor) -> Path:
-        """Keep a picture (C, H, W) uint8 as <name>.png; returns where."""
+        """Write an image (C, H, W) uint8 to <name>.png in the folder and to the logger; return its path."""
         path = self.folder / f"{name}.png"
         if self.is_main_process:
             images.save_png(path, image)
@@ -102,9 +104,13 @@ class TrainingRun:
         averages: Mapping[str, PowerEMA] = MappingProxyType({}),
         snapshot_every: int | None = None,
     ) -> list[Any]:
-        """What goes on around each step of a training shown as `name`, in this order: what looks, what writes, what ends it.
+        """Return the callbacks of a training that is displayed as `name`, in the order in which Lightning calls them.
 
-        watch: more of what looks, before a checkpoint is kept.  averages: others than ema, by name, kept every snapshot_every steps.
+        Checks come first, then records, then checkpoints, images and the stop on a signal.
+        lr_schedule: (step, total steps) -> factor on each optimizer's rate.  metadata: of the checkpoint's weights.
+        draw: writes an image of the state after a step, every grid_every steps.  watch: callbacks before the
+        checkpoint's.
+        averages: weight averages besides ema, by name, stored every snapshot_every steps.
         """
         gradients = GradientGuard(self.folder, self.config.get("max_skipped_steps", 10))
         metric = self.config.get("keep_best") or ""
@@ -139,39 +145,39 @@ class TrainingRun:
         ]
 
     def best_metric(self) -> float | None:
-        """The number that keep_best names if it was written since the last call, its sign turned for -name."""
+        """Return the number that keep_best names, negated for -name, if written since the last call, else None."""
         metric = self.config.get("keep_best") or ""
         value = self.unread.pop(metric.removeprefix("-"), None)
         return None if value is None else signed(metric, value)
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Write metrics.json, the mark of a finished run."""
-        whole = {**metrics, "seconds": round(time.monotonic() - self.start_time, 1)}
+        """Write metrics.json, which marks the run as finished; return the metrics with its seconds."""
+        metrics = {**metrics, "seconds": round(time.monotonic() - self.start_time, 1)}
         if self.is_main_process:
-            write_final_metrics(self.folder, whole)
-            self.logger.log_table(
-                "scores", [{name: value for name, value in whole.items() if isinstance(value, int | float)}]
-            )
-            self.logger.finish(whole)
-        return whole
+            write_final_metrics(self.folder, metrics)
+            scores = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            self.logger.log_table("scores", [scores])
+            self.logger.finish(metrics)
+        return metrics
 
 
 @contextmanager
 def open_run(cfg: Any, folder: Path, parts: Collection[str] | None = None) -> Iterator[TrainingRun]:
-    """The run of this config in `folder`, taken up as its `resume` says; parts: the top keys that decide its steps, None for all.
+    """Open the run of a config in `folder`, resumed as cfg.resume says.
 
-    Raises UserError if another process holds the folder, or as resume.checkpoint does.
+    parts: top-level keys of the config on which the training steps depend; None for all.
+    Raises UserError if another process has locked the folder, or as find_resume_checkpoint does.
     """
     config, chief = to_container(cfg), rank_and_world_size()[0] == 0
-    since, new = time.monotonic(), not folder.exists()
+    start_time, is_new = time.monotonic(), not folder.exists()
     with ExitStack() as stack:
         if chief:
             stack.enter_context(lock_run(folder))
             stack.enter_context(provenance.tee_output(folder / "log.txt"))
         try:
-            found = resume.find_resume_checkpoint(config, folder, chief, parts)
+            checkpoint = resume.find_resume_checkpoint(config, folder, chief, parts)
         except UserError:
-            if chief and new:  # with nothing in it but our own lock and log
+            if chief and is_new:  # the folder has nothing but this process's lock and log
                 shutil.rmtree(folder)
             raise
         if chief:
@@ -180,12 +186,12 @@ def open_run(cfg: Any, folder: Path, parts: Collection[str] | None = None) -> It
             provenance.write_provenance(folder, Path(__file__).parent)
             print(f"writing to {folder}", flush=True)
             if config.get("keep_best"):
-                rows, until = read_metrics_log(folder / "metrics.jsonl"), found.step if found else 0
+                rows, until = read_metrics_log(folder / "metrics.jsonl"), checkpoint.step if checkpoint else 0
                 restore_best(folder / "checkpoints", config["keep_best"], rows, until)
-        journal = MetricsLog(folder / "metrics.jsonl", found.step if found else 0) if chief else None
+        journal = MetricsLog(folder / "metrics.jsonl", checkpoint.step if checkpoint else 0) if chief else None
         if journal is not None:
             stack.callback(journal.close)
         logger: Logger = instantiate(cfg.logger) if chief else NoLogger()
         logger.start(folder, config, current_choices())
         stack.callback(logger.close)
-        yield TrainingRun(folder, config, found, chief, journal, logger, since)
+        yield TrainingRun(folder, config, checkpoint, chief, journal, logger, start_time)

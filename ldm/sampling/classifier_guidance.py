@@ -20,6 +20,8 @@ from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.runs.folder import find_run
 
+CLASSIFIER_RECIPE = "ldm.recipes.classifier.ClassifierRecipe"  # by name: recipes import this package
+
 
 def classifier_guidance(
     denoiser: Denoiser,
@@ -63,7 +65,7 @@ def check_latent_space(run: str, space: str) -> None:
 def weights_path(run: str) -> Path:
     """The weights file of a classifier's run. Raises UserError for a run of another kind, or one that has not ended."""
     folder = find_run(run)
-    if load_run_config(folder).training._target_ != f"{__name__}.train":
+    if load_run_config(folder).training._target_ != CLASSIFIER_RECIPE:
         raise UserError(
             f"guidance.classifier={run}: that run trained no classifier; expected one made by train.py training=classifier"
         )

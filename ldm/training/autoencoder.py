@@ -1,4 +1,4 @@
-"""Stage one: the autoencoder against its discriminator."""
+"""Stage one: the training step of an autoencoder and its discriminator."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,14 +19,13 @@ OptimizerOf = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 class LitAutoencoder(L.LightningModule):
     """The training step of a first stage with an adversary (VQGAN, Esser et al. 2021, eq. 6-7; LDM eq. 25).
 
-    loss: (reconstruction, image, penalties) -> terms (B,).  The discriminator enters at step `discriminator_start`; its weight is adaptive,
-    times discriminator_weight, and rises linearly over `discriminator_ramp` steps.  Steps are the batch's own: Lightning's count goes up
-    with each optimiser.
+    loss: (reconstruction, image, penalties) -> terms (B,).  The discriminator enters at step `discriminator_start`; its
+    weight is the adaptive one times discriminator_weight, and grows linearly over `discriminator_ramp` steps.  Steps
+    are counted by the batches, because Lightning's global_step also counts each optimizer.
     """
 
-    has_unused_parameters = (
-        True  # each of two backward passes is for one optimiser's parameters, and the adversary begins late
-    )
+    # each of the two backward passes is for one optimizer's parameters, and the discriminator starts late
+    has_unused_parameters = True
 
     def __init__(
         self,
@@ -45,12 +44,8 @@ class LitAutoencoder(L.LightningModule):
         self.autoencoder, self.loss, self.discriminator = autoencoder, loss, discriminator
         self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
         self.parts = 1  # batches that a step is made of
-        self.start, self.ramp, self.weight, self.seed = (
-            discriminator_start,
-            discriminator_ramp,
-            discriminator_weight,
-            seed,
-        )
+        self.start, self.ramp, self.weight = discriminator_start, discriminator_ramp, discriminator_weight
+        self.seed = seed
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         image = batch["image"]
@@ -101,13 +96,13 @@ class LitAutoencoder(L.LightningModule):
         return {name: term.detach() for name, term in (terms | {"loss": loss}).items()}
 
     def adaptive_weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
-        """The adaptive weight, from gradients averaged over all processes so that each has the same."""
+        """Compute the adaptive weight from gradients averaged over all processes, so that each has the same."""
         last = self.autoencoder.last_layer
         rec, adv = (torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction, adversarial))
         return adaptive_weight(all_reduce_mean(rec), all_reduce_mean(adv))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is: the adaptive weight goes back through one graph twice."""
+        """Compile nothing: the adaptive weight needs two backward passes through one graph."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [

@@ -1,20 +1,15 @@
-"""The checkpoint at which one number of a training was best, and whether that number will be written at all."""
+"""The checkpoint at which a metric was best (best.json), and the check that the metric is written at all."""
 
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import lightning as L
+from typing import Any
 
 from ldm.checkpoint.step import complete_steps
 from ldm.errors import UserError
 from ldm.io import atomic
-
-if TYPE_CHECKING:
-    from ldm.training.callbacks import CheckpointCallback
 
 FILE = "best.json"  # beside the step folders
 PACE = ("perf/images_per_s", "perf/data_wait", "perf/mfu")
@@ -22,7 +17,11 @@ PACE = ("perf/images_per_s", "perf/data_wait", "perf/mfu")
 
 @dataclass(frozen=True)
 class Best:
-    """metric: as keep_best names it, -name for the highest.  value: its number at `step`, the sign turned for -name: lower is better."""
+    """The best checkpoint.
+
+    metric: as keep_best names it, -name for the highest.  value: the number at `step`, negated for -name, so that lower
+    is better.
+    """
 
     metric: str
     step: int
@@ -30,12 +29,12 @@ class Best:
 
 
 def signed(metric: str, value: float) -> float:
-    """A number of which the lowest is best, of the value that `metric` names."""
+    """Return the value of a metric, negated if its name begins with -, so that lower is better."""
     return float(-value if metric.startswith("-") else value)
 
 
 def read_best(folder: Path) -> Best | None:
-    """What best.json of a folder says; None without the file, or with one that is damaged or names no metric, as older runs wrote it."""
+    """Read best.json of a folder; None if it does not exist, is damaged, or names no metric."""
     try:
         best = Best(**json.loads((folder / FILE).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -48,19 +47,19 @@ def read_best(folder: Path) -> Best | None:
 
 
 def lowest(metric: str, rows: Iterable[Mapping[str, Any]], steps: Collection[int]) -> Best | None:
-    """The best of a journal's rows at some steps, the first of equals; None where none of them has a finite number of that name."""
+    """Return the best of a journal's rows at some steps, the first of equals; None if none has a finite number."""
     name = metric.removeprefix("-")
     pairs = [
         (row["step"], row[name]) for row in rows if row["step"] in steps and isinstance(row.get(name), int | float)
     ]
     values = [Best(metric, step, signed(metric, value)) for step, value in pairs if math.isfinite(value)]
-    return min(values, key=lambda one: (one.value, one.step), default=None)
+    return min(values, key=lambda best: (best.value, best.step), default=None)
 
 
 def restore_best(folder: Path, metric: str, rows: Iterable[Mapping[str, Any]], until: int) -> Best | None:
-    """Write best.json again for `metric`, of a journal's rows and the complete checkpoints up to step `until`; remove it without any.
+    """Write best.json for `metric` from a journal's rows and the complete checkpoints up to step `until`.
 
-    So a run that is resumed with another metric is never compared with a number of the first.
+    Removes it if there is no number, so that a run resumed with another metric is not compared with one of the former.
     """
     best = lowest(metric, rows, {step for step in complete_steps(folder) if step <= until})
     if best is not None:
@@ -71,9 +70,9 @@ def restore_best(folder: Path, metric: str, rows: Iterable[Mapping[str, Any]], u
 
 
 def require_metric(metric: str | None, scores: Collection[str] | None, why: str = "") -> None:
-    """Raises UserError if the training never writes the number that keep_best names.
+    """Check that the training writes the number that keep_best names. Raises UserError if it does not.
 
-    scores: the names val/... that it writes, None where that cannot be known.  why: there are none.
+    metric: the value of keep_best.  scores: the names val/... that it writes, None if unknown.  why: reason for none.
     """
     name = (metric or "").removeprefix("-")
     group = name.partition("/")[0]
@@ -87,17 +86,3 @@ def require_metric(metric: str | None, scores: Collection[str] | None, why: str 
     }
     problem = reason.get(group, "the numbers of metrics.jsonl begin with train/, val/ or perf/")
     raise UserError(f"keep_best={metric}: {problem}; expected {expected}")
-
-
-class BestLater(L.Callback):
-    """Keeps the best by a number that is written after the checkpoint of its step, as those of pictures are."""
-
-    phase = "saving"
-
-    def __init__(self, checkpoints: "CheckpointCallback"):
-        self.checkpoints = checkpoints
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
-        self.checkpoints.save_best(trainer, lit, batch["step"] + 1)

@@ -1,4 +1,4 @@
-"""The classifier of noisy latents, which guides (Dhariwal & Nichol 2021, sec. 4.1)."""
+"""The training step of a classifier of noisy latents, for guidance (Dhariwal & Nichol 2021, sec. 4.1)."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -14,9 +14,10 @@ from ldm.training.diffusion import batch_noise
 
 
 class LitClassifier(L.LightningModule):
-    """Cross-entropy of net(x_t, net_time) against a batch's label, x_t being its latent at a random t.
+    """Cross-entropy of net(x_t, net_time) against a batch's label, where x_t is its latent at a random t.
 
-    net: (B, C, h, w) and time (B,) -> logits (B, classes).  autoencoder: frozen, owner of the latent.  A batch carries moments.
+    net: (B, C, h, w) and time (B,) -> logits (B, classes).  autoencoder: the frozen first stage of the latents.
+    times: draws t.  A batch has the moments of the first stage's posterior.
     """
 
     has_unused_parameters = False
@@ -33,10 +34,10 @@ class LitClassifier(L.LightningModule):
         super().__init__()
         self.net, self.optimizer, self.seed = net, optimizer, seed
         self.schedule, self.times = schedule, times
-        self.kept = [autoencoder]  # in a list: not to be trained or saved
+        self.frozen = [autoencoder]  # in a list, so that it is no submodule, which would be trained and saved
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        noise, autoencoder = batch_noise(self.seed, batch), cast(Any, self.kept[0].to(self.device))
+        noise, autoencoder = batch_noise(self.seed, batch), cast(Any, self.frozen[0].to(self.device))
         with torch.no_grad():
             posterior = autoencoder.posterior_of(batch["moments"])
             z = autoencoder.normalise(posterior.sample(noise.normal("posterior", posterior.mean)))
@@ -46,7 +47,7 @@ class LitClassifier(L.LightningModule):
         return {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": right.mean()}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As nn.Module.compile, of the network."""
+        """Compile the network, with the arguments of nn.Module.compile."""
         self.net.compile(*args, **kwargs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -54,5 +55,5 @@ class LitClassifier(L.LightningModule):
 
 
 def noisy_logits(net: nn.Module, schedule: Schedule, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Logits (B, classes) float32 of z (B, C, h, w) with noise eps at t (B,)."""
+    """Compute logits (B, classes) float32 of z (B, C, h, w) with noise eps at t (B,)."""
     return net(add_noise(schedule, z, eps, t), schedule.net_time(t).to(z)).float()

@@ -1,4 +1,4 @@
-"""CLIP: images and their captions brought to one space (Radford et al. 2021)."""
+"""The training step of CLIP: images and captions embedded in one space (Radford et al. 2021)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,10 +16,11 @@ MAX_LOGIT_SCALE = 100.0  # the largest factor on cosines (Radford et al. 2021, s
 
 
 class LitCLIP(L.LightningModule):
-    """The symmetric cross-entropy of a batch's images against its captions (Radford et al. 2021, fig. 3), over this process's rows.
+    """Symmetric cross-entropy of a batch's images against its captions, over the rows of one process.
 
-    net: open_clip's model.  tokenize: B texts -> ids (B, L) int64.  crop: the least part of a side that a random square crop keeps.
-    Rows with the same caption are each other's right answer, in equal parts.
+    Radford et al. 2021, fig. 3.  net: open_clip's model.  tokenize: B texts -> ids (B, L) int64.  crop: least part of a
+    side that a random square crop keeps, in (0, 1].  Rows with the same caption are targets of each other, in equal
+    parts.
     """
 
     has_unused_parameters = False
@@ -43,14 +44,14 @@ class LitCLIP(L.LightningModule):
         return clip_loss(image, text, scale.clamp(max=MAX_LOGIT_SCALE), (ids[:, None] == ids).all(-1))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As nn.Module.compile, of the network."""
+        """Compile the network, with the arguments of nn.Module.compile."""
         self.net.compile(*args, **kwargs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.parameters())
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """What is learned beside parameters: the statistics of a ResNet's batch normalisation."""
+        """Return what is learned besides parameters: the statistics of a ResNet's batch normalisation."""
         return dict(self.net.named_buffers())
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
@@ -59,17 +60,20 @@ class LitCLIP(L.LightningModule):
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> dict[str, Tensor]:
-    """loss () and accuracy () of embeddings (B, D) of norm 1; same (B, B) bool: which texts are right for which images."""
+    """Compute loss (), accuracy () and scale () of embeddings (B, D) of norm 1.
+
+    same: (B, B) bool, whether a text (column) belongs to an image (row).
+    """
     with torch.autocast(image.device.type, enabled=False):
         logits = scale.float() * image.float() @ text.float().T  # (B, B)
         right = same.float() / same.sum(1, keepdim=True)
         loss = 0.5 * (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right))
-    found = same.gather(1, logits.argmax(1, keepdim=True))
-    return {"loss": loss, "accuracy": found.float().mean(), "scale": scale.detach()}
+    correct = same.gather(1, logits.argmax(1, keepdim=True))
+    return {"loss": loss, "accuracy": correct.float().mean(), "scale": scale.detach()}
 
 
 def random_crop(image: Tensor, noise: KeyedNoise, least: float) -> Tensor:
-    """A random square crop of each image (B, C, H, W), from `least` to all of its side, at its own size again."""
+    """Crop a random square of each image (B, C, H, W), of `least` to 1 times its side, and resize it to (H, W)."""
     if least == 1:
         return image
     side, x, y = noise.uniform("crop", torch.empty(len(image), 3, device=image.device)).unbind(1)
@@ -78,6 +82,6 @@ def random_crop(image: Tensor, noise: KeyedNoise, least: float) -> Tensor:
     theta = torch.stack([side, zero, (1 - side) * (2 * x - 1), zero, side, (1 - side) * (2 * y - 1)], 1).unflatten(
         1, (2, 3)
     )
-    with torch.autocast(image.device.type, enabled=False):  # in bfloat16 a place would be a pixel off
-        places = F.affine_grid(theta, list(image.shape), align_corners=False)
-    return F.grid_sample(image, places, "bilinear", "border", align_corners=False)
+    with torch.autocast(image.device.type, enabled=False):  # in bfloat16 positions would be off by a pixel
+        positions = F.affine_grid(theta, list(image.shape), align_corners=False)
+    return F.grid_sample(image, positions, "bilinear", "border", align_corners=False)

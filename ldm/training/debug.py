@@ -1,4 +1,4 @@
-"""A training looked at: where numbers stop being finite, whether it can learn one batch by heart, where its time goes."""
+"""Callbacks of debug=: where numbers stop being finite, whether a network can overfit one batch, where time goes."""
 
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ from ldm.training.profiler import profiler_of, synchronized_time, table
 
 
 class NonFiniteDetector(L.Callback):
-    """Ends a training by NonFiniteError where the first number that is not finite appears, naming the module, the loss or the gradient.
+    """End a training by NonFiniteError at the first number that is not finite; name the module, loss or gradient.
 
-    step: the one that is looked at, counted from 1, and the last; None for all.  Raises UserError where that one is past.
+    step: the only step that is checked, counted from 1, after which the training ends; None for all.  Raises UserError
+    if the training begins after it.
     """
 
     def __init__(self, folder: Path, step: int | None = None):
@@ -24,6 +25,7 @@ class NonFiniteDetector(L.Callback):
 
     @property
     def is_watched_step(self) -> bool:
+        """Return whether the current step is checked."""
         return self.only in (None, self.step)
 
     def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
@@ -32,16 +34,17 @@ class NonFiniteDetector(L.Callback):
                 self.hooks.append(module.register_forward_hook(self._named(name)))
 
     def _named(self, name: str) -> Any:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            if self.is_watched_step and not all_finite(output):  # a module's parts come before it
-                given = "its input was finite" if all_finite(args) else "so was its input already"
+        def check(module: nn.Module, args: Any, output: Any) -> None:
+            if self.is_watched_step and not all_finite(output):  # submodules are checked before their parent
+                inputs = "its input was finite" if all_finite(args) else "so was its input already"
                 broken = [key for key, p in module.named_parameters() if not all_finite(p)]
-                held = f", and its {', '.join(broken[:3])}" if broken else ""
+                parameters = f", and its {', '.join(broken[:3])}" if broken else ""
                 raise NonFiniteError(
-                    f"step {self.step}: {name} ({type(module).__name__}) gives numbers that are not finite; {given}{held}"
+                    f"step {self.step}: {name} ({type(module).__name__}) gives numbers that are not finite; "
+                    f"{inputs}{parameters}"
                 )
 
-        return look
+        return check
 
     def on_train_batch_start(
         self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int
@@ -75,7 +78,7 @@ class NonFiniteDetector(L.Callback):
 
 
 class OverfitOneBatch(L.Callback):
-    """Every step has the first step's batch, its noise and times included: a network that can learn at all learns it by heart."""
+    """Replace every step's batch, its noise and times included, by the first: a working network overfits it."""
 
     def __init__(self, folder: Path):
         self.first: dict[str, Any] = {}
@@ -88,45 +91,44 @@ class OverfitOneBatch(L.Callback):
 
 
 class Profile(L.Callback):
-    """Where the time goes, in folder/profile: a trace of `traced` steps from `first` on (chrome://tracing), then a table of `steps` more.
+    """Write a profile to folder/profile: a trace of `traced` steps from `first_step` on, then a table of `steps` more.
 
-    The table says what a step's time goes into, then which of torch's operators took longest in those traced.
+    trace.json is for chrome://tracing.  table.txt has the time of a step by phase, then the torch operators that took
+    longest in the traced steps.
     """
 
     def __init__(self, folder: Path, first_step: int = 3, traced: int = 3, steps: int = 20):
-        self.folder, self.first, self.timed, self.end = (
-            folder / "profile",
-            first_step,
-            first_step + traced,
-            first_step + traced + steps,
-        )
+        self.folder = folder / "profile"
+        self.first, self.timed = first_step, first_step + traced
+        self.end = self.timed + steps
         self.trace: Any = None
         self.before: dict[str, float] = {}
-        self.operators, self.begun, self.seen = "", 0.0, 0
+        self.operators = ""
+        self.step = 0  # steps since the start of this process
 
     def on_train_batch_start(
         self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self.seen += 1  # steps, whatever batches they are made of
+        self.step += 1
         if not trainer.is_global_zero:
             return
-        if self.seen == self.timed:
+        if self.step == self.timed:
             self.stop()
             profiler_of(trainer).clock = partial(synchronized_time, lit.device)
             self.before = profiler_of(trainer).elapsed()
-        if self.seen == self.end:
+        if self.step == self.end:
             self.write(trainer, self.end - self.timed)
-        if self.seen == self.first:
+        if self.step == self.first:
             self.trace = torch.profiler.profile(record_shapes=True)
             self.trace.start()
 
     def on_train_end(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
-        if trainer.is_global_zero and self.first <= self.seen < self.end:  # a training shorter than that
+        if trainer.is_global_zero and self.first <= self.step < self.end:  # the training was shorter
             self.stop()
-            self.write(trainer, self.seen + 1 - self.timed)
+            self.write(trainer, self.step + 1 - self.timed)
 
     def stop(self) -> None:
-        """End the trace, unless that was done."""
+        """End the trace and write it, unless that was done."""
         if self.trace is None:
             return
         self.trace.stop()
@@ -136,15 +138,14 @@ class Profile(L.Callback):
         self.operators, self.trace = self.trace.key_averages().table(sort_by=by, row_limit=30), None
 
     def write(self, trainer: L.Trainer, steps: int) -> None:
-        """Write the table of so many steps, and say where it is."""
+        """Write the table of a number of steps and print it."""
         spent = {kind: seconds - self.before.get(kind, 0.0) for kind, seconds in profiler_of(trainer).elapsed().items()}
-        said = table(spent, steps) if steps > 0 else "too few steps to time"
-        (self.folder / "table.txt").write_text(f"{said}\n\n{self.operators}")
-        print(f"\n{said}\nprofile     {self.folder / 'table.txt'}, {self.folder / 'trace.json'}", flush=True)
+        text = table(spent, steps) if steps > 0 else "too few steps to time"
+        (self.folder / "table.txt").write_text(f"{text}\n\n{self.operators}")
+        print(f"\n{text}\nprofile     {self.folder / 'table.txt'}, {self.folder / 'trace.json'}", flush=True)
 
 
 def all_finite(value: Any) -> bool:
-    """Whether every number in every tensor of nested data is finite."""
-    return all(
-        bool(one.isfinite().all()) for one in tree_leaves(value) if isinstance(one, Tensor) and one.is_floating_point()
-    )
+    """Return whether every number in every tensor of nested data is finite."""
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

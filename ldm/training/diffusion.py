@@ -1,4 +1,4 @@
-"""Stage two: the denoiser trained in the latent space of a frozen first stage."""
+"""Stage two: the training step of a denoiser in the latent space of a frozen first stage."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,7 +16,7 @@ from ldm.training.sharded import shard
 
 
 def batch_noise(seed: int, batch: dict[str, Any]) -> KeyedNoise:
-    """The keyed noise of a training batch: rows are (pass, index), strata are positions in the global batch."""
+    """Return the keyed noise of a training batch: rows are (epoch, index), strata are positions in the global batch."""
     rows = list(zip(batch["place"], batch["index"], strict=True))
     return KeyedNoise(seed, rows, batch["position"], batch["total"])
 
@@ -24,9 +24,9 @@ def batch_noise(seed: int, batch: dict[str, Any]) -> KeyedNoise:
 class LitDiffusion(L.LightningModule):
     """The training step of a latent diffusion model (Ho et al. 2020, algorithm 1; LDM eq. 3).
 
-    objective: (denoiser, z, cond, noise, batch) -> {"loss": (B,), ...}.  drop: probability with which a sample's condition is dropped.
-    clip: largest norm of the gradient.
-    A batch carries moments (B, M, h, w) of the first stage's posterior, or an image to encode.
+    objective: (denoiser, z, cond, noise, batch) -> {"loss": (B,), ...}.  drop: probability with which a sample's
+    condition is dropped, in [0, 1].  clip: largest norm of the gradient, None for any. A batch has the moments (B, M,
+    h, w) of the first stage's posterior, or an image to encode.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LitDiffusion(L.LightningModule):
 
     @property
     def has_unused_parameters(self) -> bool:
-        """Whether a step may give some parameter no gradient: where a module of the model or the objective says so of itself."""
+        """Return whether a step may leave a parameter without gradient, as a module of model or objective states."""
         return any(
             getattr(module, "has_unused_parameters", False) for part in self.children() for module in part.modules()
         )
@@ -62,7 +62,7 @@ class LitDiffusion(L.LightningModule):
 
     @torch.no_grad()
     def sample_latent(self, batch: dict[str, Any], noise: KeyedNoise) -> Tensor:
-        """A sample of the normalised posterior, z (B, C, h, w)."""
+        """Draw a sample z (B, C, h, w) of the normalised posterior."""
         autoencoder = self.model.autoencoder
         posterior = (
             autoencoder.posterior_of(batch["moments"]) if "moments" in batch else autoencoder.posterior(batch["image"])
@@ -70,13 +70,11 @@ class LitDiffusion(L.LightningModule):
         return autoencoder.normalise(posterior.sample(noise.normal("posterior", posterior.mean)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As nn.Module.compile, of the network."""
+        """Compile the network, with the arguments of nn.Module.compile."""
         self.model.denoiser.net.compile(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if (
-            self.clip is not None
-        ):  # here and not in the trainer, which refuses to clip for a fused optimiser under autocast
+        if self.clip is not None:  # Lightning's trainer refuses to clip for a fused optimizer under autocast
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.clip)
 
     def configure_model(self) -> None:
@@ -88,6 +86,6 @@ class LitDiffusion(L.LightningModule):
 
 
 def loss_by_t(loss: Tensor, t: Tensor, parts: int = 4) -> Tensor:
-    """(2, parts): in each of so many equal parts of [0, 1], the sum of the losses (B,) whose t (B,) lies in it, and their number."""
+    """Sum the losses (B,), and count them, by equal parts of [0, 1] in which their t (B,) lies; returns (2, parts)."""
     part = (t * parts).long().clamp(max=parts - 1)
     return torch.stack([loss.new_zeros(parts).index_add(0, part, value) for value in (loss, torch.ones_like(loss))])

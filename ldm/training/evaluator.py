@@ -1,4 +1,4 @@
-"""The small classifier whose features score Fashion-MNIST samples; it is part of no loss."""
+"""The training step of the evaluator, a small classifier whose features measure samples; it is part of no loss."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from ldm.metrics.features import to_uint8
 
 
 class LitEvaluator(L.LightningModule):
-    """Cross-entropy training of net, whose `logits` takes uint8 images, on a batch's images in [-1, 1]."""
+    """Cross-entropy of net.logits, which takes uint8 images, against a batch's labels; its images are in [-1, 1]."""
 
     net: Any
     has_unused_parameters = False
@@ -32,7 +32,7 @@ class LitEvaluator(L.LightningModule):
         return {"loss": loss, "accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is: it is small, and trained once."""
+        """Compile nothing: the network is small, and trained once."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.parameters())

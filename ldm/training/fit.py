@@ -1,4 +1,4 @@
-"""Lightning's trainer, run once over the remaining steps of a stream of batches."""
+"""Training with Lightning over the remaining steps of a stream of batches."""
 
 import logging
 import signal
@@ -44,13 +44,14 @@ def fit(
     timeout_minutes: float = 30.0,
     torch_compile: bool = False,
 ) -> None:
-    """Train lit on steps start..steps-1, batch_size rows a step over all ranks together.
+    """Train lit on steps start..steps-1, batch_size rows per step over all ranks together.
 
-    devices: of each of `nodes` machines.  accumulate: batches that a step is made of, one after the other.
-    timeout: minutes that a rank waits for the others before it gives up.
-    torch_compile: the network that lit.compile() names, by torch.compile.
-    Where lit.has_unused_parameters is false every step gives every parameter a gradient, and DDP does not search for those without.
+    devices: per machine, of num_nodes machines.  accumulate_grad_batches: consecutive batches that make a step.
+    timeout_minutes: minutes that a rank waits for the others before it gives up.
+    torch_compile: whether to compile what lit.compile() compiles.
     strategy: fsdp shards modules that have configure_model; others are trained with ddp, which is printed.
+    If lit.has_unused_parameters is false, every step must give every parameter a gradient, and DDP does not search for
+    those without.
     Raises ConfigError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
     """
     rank, ranks = rank_and_world_size()
@@ -63,9 +64,10 @@ def fit(
         if number < least:
             raise ConfigError(f"{name}={number}: expected {least} or more")
     if batch_size % (ranks * accumulate_grad_batches):
-        parts = f"{ranks * accumulate_grad_batches} equal parts ({ranks} processes, accumulate_grad_batches={accumulate_grad_batches})"
+        parts = ranks * accumulate_grad_batches
         raise ConfigError(
-            f"batch_size={batch_size} cannot be split into {parts}; choose a multiple of {ranks * accumulate_grad_batches}"
+            f"batch_size={batch_size} cannot be split into {parts} equal parts ({ranks} processes, "
+            f"accumulate_grad_batches={accumulate_grad_batches}); choose a multiple of {parts}"
         )
     if torch_compile and strategy == "fsdp":
         raise ConfigError(
@@ -79,10 +81,10 @@ def fit(
                 f"trainer     strategy=fsdp shards diffusion models alone; {name} is trained with strategy={strategy}",
                 flush=True,
             )
-    stream_of = getattr(
+    make_stream = getattr(
         dataset, "stream", partial(BatchStream, len(dataset))
-    )  # a data set of several shapes has its own
-    stream = stream_of(batch_size, steps, seed, start, rank, ranks)
+    )  # data of several shapes have their own
+    stream = make_stream(batch_size, steps, seed, start, rank, ranks)
     if accumulate_grad_batches > 1:
         stream = MicroBatchStream(stream, accumulate_grad_batches)
     if not lit.automatic_optimization:
@@ -90,18 +92,17 @@ def fit(
     loader = DataLoader(
         BatchDataset(dataset), sampler=stream, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker
     )
-    if resolve_precision(precision) != "64" and strategy != "fsdp":  # which takes weights only as they are
-        lit.to(
-            memory_format=torch.channels_last
-        )  # convolutions are faster so on CPUs and GPUs alike; the numbers are the same to rounding
+    if resolve_precision(precision) != "64" and strategy != "fsdp":  # FSDP2 takes contiguous weights only
+        # faster convolutions on CPUs and GPUs; the results differ by rounding
+        lit.to(memory_format=torch.channels_last)
     if torch_compile:
         lit.compile()
     strategy = "ddp" if strategy == "auto" and ranks > 1 else strategy
-    unused = getattr(lit, "has_unused_parameters", True)  # one of your own need not say
+    unused = getattr(lit, "has_unused_parameters", True)  # modules of others need not have it
     if strategy == "ddp" and not unused:
         callbacks = [EveryGradient(), *callbacks]
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # its advice is for other ways of working
+        logging.getLogger(name).setLevel(logging.ERROR)  # its warnings do not apply to this loop
     warnings.filterwarnings("ignore", module="lightning")
     trainer: Any = L.Trainer(
         accelerator=accelerator,
@@ -119,50 +120,48 @@ def fit(
         profiler=PhaseProfiler(accumulate_grad_batches, callbacks=callbacks),
     )
     try:
-        with sharded_copy(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (trainee, around):
-            trainer.callbacks = (
-                [GradientAccumulation(around, accumulate_grad_batches)] if accumulate_grad_batches > 1 else list(around)
-            )
-            trainer.fit(trainee, loader)
-    except (
-        SystemExit
-    ) as end:  # before the first step Lightning answers Ctrl-C with 1, SIGTERM without a code or, after 2.6, with 143
+        with sharded_copy(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (module, hooks):
+            trainer.callbacks = list(hooks)
+            if accumulate_grad_batches > 1:
+                trainer.callbacks = [GradientAccumulation(hooks, accumulate_grad_batches)]
+            trainer.fit(module, loader)
+    except SystemExit as end:
+        # before the first step Lightning exits with 1 on Ctrl-C, and with no code or, after 2.6, 143 on SIGTERM
         raise SystemExit({1: 130, None: 85, 143: 85}.get(cast(Any, end.code), end.code)) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        what = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         remedy = "the same command goes on from the last checkpoint, lower trainer.num_workers if memory is short"
-        raise UserError(f"a process that reads data is gone ({what}); {remedy}") from None
+        raise UserError(f"a process that reads data is gone ({message}); {remedy}") from None
 
 
 def is_shardable(lit: L.LightningModule) -> bool:
-    """Whether a module defines which of its parts FSDP shards; Lightning cannot train one that does not with that strategy."""
+    """Return whether a module defines in configure_model which of its parts FSDP shards, as Lightning requires."""
     return is_overridden("configure_model", lit)
 
 
 def make_strategy(name: str, timeout: timedelta, unused: bool = True) -> Any:
-    """Lightning's strategy of a name; DDP with a time-out; fsdp as FSDP2 over all processes.
+    """Return Lightning's strategy of a name: DDP with a time-out, fsdp as FSDP2 over all processes, or another's name.
 
-    unused: whether DDP looks in every step, by a walk through the graph, for parameters that the loss does not depend on.
-
+    unused: whether DDP searches the graph in every step for parameters on which the loss does not depend.
     Raises ConfigError for a name that Lightning does not know.
     """
-    made = {
+    strategies = {
         "ddp": lambda: DDPStrategy(find_unused_parameters=unused, timeout=timeout),
         "fsdp": lambda: ModelParallelStrategy(
             data_parallel_size=rank_and_world_size()[1], tensor_parallel_size=1, timeout=timeout
         ),
     }
-    if name in made:
-        return made[name]()
+    if name in strategies:
+        return strategies[name]()
     if name != "auto" and name not in StrategyRegistry.available_strategies():
-        raise ConfigError(f"strategy={name!r}: expected auto, {', '.join(made)}, or one of Lightning's own names")
+        raise ConfigError(f"strategy={name!r}: expected auto, {', '.join(strategies)}, or one of Lightning's own names")
     return name
 
 
 def init_worker(worker: int) -> None:
-    """A process that reads data leaves signals to the one that trains, which ends it in its time, and does not outlive it."""
+    """Let a process that reads data ignore signals, which the training process handles, and exit with that process."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     compat.exit_with_parent()

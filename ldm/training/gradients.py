@@ -1,4 +1,4 @@
-"""Gradients watched before every update: how large they are, and that they are finite."""
+"""Gradients checked before every update: their norm, and that they are finite."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ NONFINITE_REPORT = "nonfinite.json"
 
 
 class GradientGuard(L.Callback):
-    """Skips an update whose gradients are not finite, on all ranks together, for they look after the gradients were averaged.
+    """Skip an update whose gradients are not finite, on all ranks alike, because they check averaged gradients.
 
-    folder: where EVIDENCE names the samples of the last skipped step.  patience: how many steps in a row may be skipped before
-    NonFiniteError ends the training, its weights and its last checkpoint intact.
-    norms: of the step's gradients, before clipping, by the name to record them under.  skipped: whether this step was.
+    folder: where NONFINITE_REPORT names the samples of the last skipped step.  patience: number of consecutive skipped
+    steps after which NonFiniteError ends the training, its weights and its last checkpoint intact.
+    norms: of the step's gradients before clipping, by their name in the records.  skipped: whether this step was
+    skipped.
     """
 
     def __init__(self, folder: Path, patience: int):
@@ -31,6 +32,7 @@ class GradientGuard(L.Callback):
 
     @property
     def skipped(self) -> bool:
+        """Return whether the update of the current step was skipped."""
         return bool(self.bad)
 
     def on_train_batch_start(
@@ -41,16 +43,16 @@ class GradientGuard(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, lit: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = total_norm([p.grad for p in given if p.grad is not None])
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
         self.norms["grad_norm" if not self.norms else f"grad_norm_{len(self.norms) + 1}"] = norm
         if norm.isfinite():
             return
         names = {id(p): name for name, p in lit.named_parameters()}
-        self.bad += [names[id(p)] for p in given if not total_norm([p.grad]).isfinite()]  # type: ignore[list-item]
+        self.bad += [names[id(p)] for p in parameters if not total_norm([p.grad]).isfinite()]  # type: ignore[list-item]
         self.bad = self.bad or ["their norm overflows"]
-        for p in given:
-            p.grad = None  # nothing to learn from: the optimiser leaves weights and moments alone
+        for p in parameters:
+            p.grad = None  # so that the optimizer leaves weights and moments as they are
 
     def on_train_batch_end(
         self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
@@ -60,20 +62,20 @@ class GradientGuard(L.Callback):
             return
         self.row += 1
         step = batch["step"] + 1
-        keys = [
-            key for rank in all_gather_objects(list(zip(batch["place"], batch["index"], strict=True))) for key in rank
-        ]
-        evidence = {"step": step, "skipped_in_a_row": self.row, "gradients": self.bad, "batch": {"pass, index": keys}}
+        keys = list(zip(batch["place"], batch["index"], strict=True))
+        keys = [key for rank_keys in all_gather_objects(keys) for key in rank_keys]
+        report = {"step": step, "skipped_in_a_row": self.row, "gradients": self.bad, "batch": {"pass, index": keys}}
         if trainer.is_global_zero:
-            atomic.write_json(self.folder / NONFINITE_REPORT, evidence)
+            atomic.write_json(self.folder / NONFINITE_REPORT, report)
         if self.row >= self.patience:
             raise NonFiniteError(
-                f"the gradients of {self.row} steps in a row, up to step {step}, are not finite ({', '.join(self.bad[:2])}, ...); "
-                f"the samples are named in {self.folder / NONFINITE_REPORT}, the weights from before are kept; "
+                f"the gradients of {self.row} steps in a row, up to step {step}, are not finite "
+                f"({', '.join(self.bad[:2])}, ...); the samples are named in {self.folder / NONFINITE_REPORT}, "
+                "the weights are those before these steps; "
                 "lower the learning rate, or train in float32"
             )
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, on the whole of those that are sharded."""
+    """Compute the norm of all gradients together, unsharded."""
     return full_tensors(nn.utils.get_total_norm(grads))

@@ -1,4 +1,4 @@
-"""Where numbers and pictures go besides the run folder."""
+"""Loggers: where numbers and images go besides the run folder."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from ldm.runs.metrics_log import read_metrics_log
 
 
 class Logger(Protocol):
-    """A mirror of what a run writes to its folder; `close` is the last call, also of a run that does not come to `finish`."""
+    """A mirror of what a run writes to its folder; `close` is always the last call, even without `finish`."""
 
     def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None: ...
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -45,11 +45,11 @@ class NoLogger:
 
 
 class WandB:
-    """Weights & Biases: config (flat by group choice too), curves, pictures, tables; one run a folder, taken up again on resume.
+    """Weights & Biases: config and group choices, curves, images, tables; one W&B run per folder, continued on resume.
 
-    group: by default the sweep's name, where the run is of one.  tags: beside the study and the paper, where the config names them.
-    mode: online, offline, or None: online where there is a key, else offline, for W&B would ask or wait.  Its failures never end a run.
-    patience: seconds that it may send for when the run has ended; what is left by then is on disk.
+    group: by default the name of the sweep that the run belongs to.  tags: besides the study and the paper of the
+    config.  mode: online, offline, or None: online if there is a key, else offline, because W&B would prompt or wait.
+    patience: seconds that it may send after the end of the run; the rest stays on disk.  Its failures never end a run.
     """
 
     patience = 60.0
@@ -80,8 +80,8 @@ class WandB:
             print(f"W&B did not answer ({first_line(error)}); writing offline, `wandb sync` sends it later")
             try:
                 self.run = wandb.init(mode="offline", **options)
-            except Exception as again:
-                print(f"W&B is off for this run: {first_line(again)}")
+            except Exception as second_error:
+                print(f"W&B is off for this run: {first_line(second_error)}")
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._send(lambda run: run.log(dict(values), step=step))
@@ -111,13 +111,13 @@ class WandB:
         self._end(send)
 
     def close(self) -> None:
-        self._end(lambda run: run.finish(exit_code=1))  # what has not finished by now was broken off
+        self._end(lambda run: run.finish(exit_code=1))  # a run that has not finished was interrupted
 
     def _end(self, send: Callable[[Any], None]) -> None:
         if self.run is not None:
             last = threading.Thread(target=self._send, args=(send,), daemon=True)
             last.start()
-            last.join(2 * self.patience)  # its own limit comes first
+            last.join(2 * self.patience)  # W&B's own limit comes first
             if last.is_alive():
                 self.run = None
             if self.run is None:
@@ -137,7 +137,7 @@ class WandB:
 
 
 class TensorBoard:
-    """Curves, pictures, config and scores as TensorBoard's event files in the run folder: tensorboard --logdir runs.
+    """Curves, images, config and scores as TensorBoard's event files in the run folder: tensorboard --logdir runs.
 
     Raises UserError without the package.  Its failures never end a run.
     """
@@ -152,9 +152,7 @@ class TensorBoard:
 
     def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
         steps = [row["step"] for row in read_metrics_log(folder / "metrics.jsonl")]
-        purge = (
-            max(steps) + 1 if steps else None
-        )  # of a run that goes on: what an earlier start wrote beyond its checkpoint
+        purge = max(steps) + 1 if steps else None  # a resumed run drops what was written after its checkpoint
         self._send(lambda: setattr(self, "writer", self.open(str(folder / "tensorboard"), purge_step=purge)))
         self._send(
             lambda: self.writer.add_text(
@@ -200,19 +198,18 @@ class TensorBoard:
 
 
 def run_tags(config: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]:
-    """The study, the preset and the paper's table that a config names."""
+    """Return the study, the preset and the paper that a config names, as tags of at most 64 characters, W&B's limit."""
     study = choices.get("experiments", "").removesuffix("/sweep")
     table = (config.get("paper") or {}).get("table")
-    return [
-        str(word)[:64] for word in (study, choices.get("preset"), config.get("paper") or table) if word
-    ]  # no tag may be longer
+    return [str(tag)[:64] for tag in (study, choices.get("preset"), config.get("paper") or table) if tag]
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
     return (str(error).splitlines() or [repr(error)])[0]
 
 
 def has_wandb_key() -> bool:
-    """Whether a W&B key is set, in the environment or in ~/.netrc."""
+    """Return whether a W&B key is set, in the environment or in ~/.netrc."""
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="ignore"))

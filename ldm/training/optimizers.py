@@ -1,4 +1,4 @@
-"""Optimisers that treat a network's parameters by their kind."""
+"""Optimizers that treat a network's parameters by their number of dimensions."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ def adamw(
     weight_decay: float = 0.01,
     fused: bool = True,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that decays matrices and kernels, not biases, gains and other vectors."""
-    heavy, light = split_parameters(parameters, lambda p: p.ndim > 1)
-    groups = [{"params": heavy, "weight_decay": weight_decay}, {"params": light, "weight_decay": 0.0}]
+    """Build AdamW (Loshchilov & Hutter 2019) that decays matrices and kernels, not biases, gains and other vectors."""
+    decayed, others = split_parameters(parameters, lambda p: p.ndim > 1)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr, (betas[0], betas[1]), weight_decay=weight_decay, fused=fused
     )
@@ -33,7 +33,10 @@ def muon(
     matrix_lr: float = 0.02,
     momentum: float = 0.95,
 ) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024) on matrices, at its own rate, and `adamw` on the rest: kernels, vectors; adamw alone without a matrix."""
+    """Build Muon (Jordan et al. 2024) for matrices, with the rate matrix_lr, and `adamw` for kernels and vectors.
+
+    Returns adamw alone if there is no matrix.
+    """
     matrices, rest = split_parameters(parameters, lambda p: p.ndim == 2)
     if not matrices:
         return adamw(rest, lr, betas, weight_decay, fused)
@@ -44,21 +47,22 @@ def muon(
 def split_parameters(
     parameters: Iterable[nn.Parameter], first: Callable[[Tensor], bool]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Those that are of the first kind, and the others."""
-    found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    """Split parameters into those for which `first` is true, and the others."""
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for p in parameters:
-        found[not first(p)].append(p)
-    return found
+        groups[not first(p)].append(p)
+    return groups
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, which takes its step on the unsharded matrix where parameters are sharded, one matrix at a time.
+    """torch's Muon, with the step of each sharded matrix taken on the unsharded one, one matrix at a time.
 
-    Products of shards in bfloat16 have other rounding than those of one process, and torch has none for fewer rows than processes.
+    Products of shards in bfloat16 round differently from those of one process, and torch has none for fewer rows than
+    processes.
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """As torch's; parameters, momenta and gradients stay sharded between steps."""
+        """Take a step as torch's Muon does; parameters, momenta and gradients stay sharded between steps."""
         groups = self.param_groups
         if not any(is_dtensor(p) for group in groups for p in group["params"]):
             return super().step(closure)
@@ -88,7 +92,7 @@ class Muon(torch.optim.Muon):
 
 
 class ChainedOptimizer(torch.optim.Optimizer):
-    """Several optimisers that step as one; its groups are theirs."""
+    """Several optimizers that step as one; its parameter groups are theirs."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
         self.optimizers = list(optimizers)
@@ -99,7 +103,7 @@ class ChainedOptimizer(torch.optim.Optimizer):
         self.param_groups = [group for one in self.optimizers for group in one.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Each takes its step, after closure() if there is one, whose value is returned."""
+        """Take a step of each optimizer, after closure() if there is one; return the value of closure()."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The few collectives that training needs; each is the identity in a single process."""
+"""Collective operations and checks across ranks; each collective is the identity in a single process."""
 
 import os
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from ldm.errors import UserError
 
 
 def is_single_process() -> bool:
-    """Whether this process is the only one."""
+    """Return whether this process is the only one."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """Mean of x over all processes, without gradient."""
+    """Return the mean of x over all processes, without gradient."""
     if is_single_process():
         return x.detach()
     x = x.detach().clone()
@@ -27,7 +27,7 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of x over all processes, without gradient, where x is."""
+    """Return the sum of x over all processes, without gradient, on the device of x."""
     if is_single_process():
         return x.detach()
     total = x.detach().to("cuda" if dist.get_backend() == "nccl" else x.device, copy=True)
@@ -36,13 +36,13 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def destroy_process_group() -> None:
-    """End the process group: from here on each process is alone, and what one of them measures waits for no other."""
+    """End the process group, so that a process that measures or writes afterwards waits for no other."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def all_reduce_max(x: Tensor) -> Tensor:
-    """The largest x of all processes, elementwise."""
+    """Return the elementwise maximum of x over all processes."""
     if is_single_process():
         return x
     x = x.clone()
@@ -51,23 +51,23 @@ def all_reduce_max(x: Tensor) -> Tensor:
 
 
 def chief_decides(flag: bool, device: torch.device) -> bool:
-    """The flag of the first process, on all of them; the others give False."""
+    """Return the first process's flag on all processes; the others must pass False."""
     return flag if is_single_process() else bool(all_reduce_max(torch.tensor(int(flag), device=device)))
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """A plain value of every process, in the order of the ranks."""
+    """Return a picklable value of every process, in the order of the ranks."""
     if is_single_process():
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 class EveryGradient(L.Callback):
-    """Ends a training with DDP whose step gives some parameter no gradient, which DDP then does not average with those around it.
+    """Check that every parameter has a gradient, for a training with DDP that does not search for unused parameters.
 
-    Raises UserError naming them.
+    DDP would not average the gradients in the bucket of such a parameter.  Raises UserError naming the parameters.
     """
 
     def on_before_optimizer_step(self, trainer: L.Trainer, lit: L.LightningModule, optimizer: Any) -> None:
@@ -79,9 +79,9 @@ class EveryGradient(L.Callback):
 
 
 class RankConsistencyCheck(L.Callback):
-    """Lets a training begin only if all ranks are of one world and would do the same; facts: what must be equal, by name.
+    """Check before the first step that all ranks belong to one process group and would do the same.
 
-    Raises UserError naming what differs.
+    facts: values that must be equal, by name.  Raises UserError naming the one that differs.
     """
 
     def __init__(self, facts: Mapping[str, Any]):
@@ -92,12 +92,11 @@ class RankConsistencyCheck(L.Callback):
         for rank, other in enumerate(all_gather_objects(facts)):
             for name, value in other.items():
                 if value != facts[name]:
-                    mine = trainer.global_rank
-                    raise UserError(
-                        f"ranks {mine} and {rank} differ in the {name} ({facts[name]}, {value}): start all alike"
-                    )
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if trainer.world_size != ranks:
+                    ranks = f"ranks {trainer.global_rank} and {rank}"
+                    raise UserError(f"{ranks} differ in the {name} ({facts[name]}, {value}): start all alike")
+        running = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if trainer.world_size != running:
             raise UserError(
-                f"a trainer for {trainer.world_size} processes, but {ranks} are there: start as many as trainer.devices says"
+                f"the trainer is for {trainer.world_size} processes, but {running} are running: "
+                "start as many as trainer.devices"
             )

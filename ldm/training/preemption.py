@@ -1,4 +1,4 @@
-"""Signals: a training ends in order, at the end of a step, on all ranks at the same one."""
+"""Signals: on all ranks a training ends after the same step, with a checkpoint."""
 
 import signal
 import sys
@@ -12,15 +12,18 @@ import torch
 
 from ldm.training.parallel import all_reduce_max
 
-EXIT_CODES = {signal.SIGTERM: 85, signal.SIGUSR1: 85, signal.SIGINT: 130}  # preempted, requeue me; Ctrl-C
-DUPLICATE_SIGNAL_WINDOW = 2.0  # seconds within which the same signal is an echo: a scheduler tells every process, and our launcher passes it on once more
+# by signal: preempted, to be requeued; interrupted by Ctrl-C
+EXIT_CODES = {signal.SIGTERM: 85, signal.SIGUSR1: 85, signal.SIGINT: 130}
+# seconds within which a signal is a duplicate: a scheduler signals every process, and the launcher forwards it as well
+DUPLICATE_SIGNAL_WINDOW = 2.0
 
 
 class GracefulStop(L.Callback):
-    """Ends a training that was told to end: a checkpoint when its step is done, then exit code 85 (SIGTERM, SIGUSR1) or 130 (Ctrl-C).
+    """End a training on a signal: save a checkpoint after the step, then exit.
 
-    save: (trainer, lit, step) -> None.  The handler sets a flag and nothing else; ranks agree after every step, so that a signal to one of
-    them ends all.  A second signal has the effect it has without us: out at once.
+    The exit code is 85 on SIGTERM and SIGUSR1, 130 on Ctrl-C.  save: (trainer, lit, step) -> None.  The handler only
+    sets a flag; ranks agree after every step, so that a signal to one of them ends all.  A second signal has its
+    default effect: the process ends at once.
     """
 
     def __init__(self, save: Callable[[L.Trainer, L.LightningModule, int], None]):
@@ -29,18 +32,15 @@ class GracefulStop(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (
-                EXIT_CODES
-            ):  # over Lightning's, which talk to the other ranks from within; it puts the former ones back at its end
+            # replaces Lightning's handlers, which communicate with other ranks; Lightning restores the former ones
+            for number in EXIT_CODES:
                 signal.signal(number, self.handle_signal)
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """The handler of a signal."""
+        """Handle a signal: set the flag at the first, end the process at the next."""
         if not self.code:
             self.code, self.since = EXIT_CODES[signal.Signals(number)], time.monotonic()
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # Ctrl-C from here on ends even a process that waits for another rank
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that Ctrl-C ends even a process that waits for a rank
         elif time.monotonic() - self.since > DUPLICATE_SIGNAL_WINDOW:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -54,9 +54,9 @@ class GracefulStop(L.Callback):
         step = batch["step"] + 1
         self.save(trainer, lit, step)
         if trainer.is_global_zero:
-            why = "preempted" if code == EXIT_CODES[signal.SIGTERM] else "interrupted"
+            reason = "preempted" if code == EXIT_CODES[signal.SIGTERM] else "interrupted"
             print(
-                f"\n{why} after step {step}, which is kept: the same command goes on from there",
+                f"\n{reason} after step {step}, which is saved: the same command goes on from there",
                 file=sys.stderr,
                 flush=True,
             )

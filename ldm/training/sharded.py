@@ -1,4 +1,4 @@
-"""Training with weights, gradients and optimiser states shared out among the processes (FSDP2, Zhao et al. 2023)."""
+"""Training with weights, gradients and optimizer states sharded over the processes (FSDP2, Zhao et al. 2023)."""
 
 import copy
 import warnings
@@ -12,17 +12,23 @@ from torch import nn
 
 from ldm.checkpoint.dtensor import distribute_like, full_tensors
 from ldm.checkpoint.state import extra_state, load_trainable, trainable_parameters
+from ldm.conditioner.none import Unconditional
+from ldm.diffusion.objective import Objective
 from ldm.ema import PowerEMA
+from ldm.net.unet import UNet
 from ldm.training.callbacks import EMACallback, EvaluationCallback, SampleGridCallback
 
-FSDP_METHODS = ("null", "embed", "memory", "at")  # besides forward, through which parameters of ours are used
+# methods besides forward that use a module's parameters: of a conditioner, of a network and of an objective
+FSDP_METHODS = tuple(method.__name__ for method in (Unconditional.null, UNet.embed, UNet.memory, Objective.loss_at))
 
 
 def shard(modules: Iterable[nn.Module], mesh: Any) -> None:
-    """Share out the parameters of each module that has any over the processes of a mesh; it is put together while it is used."""
+    """Shard the parameters of each trainable module over the processes of a mesh; each is gathered while it is used."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # views changed in place: ours are not
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module"
+    )  # about views changed in place, of which there are none
     for module in modules:
         if any(p.requires_grad for p in module.parameters()):
             fully_shard(module, mesh=mesh)
@@ -35,23 +41,26 @@ def shard(modules: Iterable[nn.Module], mesh: Any) -> None:
 def sharded_copy(
     lit: L.LightningModule, callbacks: Sequence[L.Callback]
 ) -> Iterator[tuple[L.LightningModule, list[L.Callback]]]:
-    """A copy of lit to be sharded and trained, and the callbacks for it; at the end lit, and its averages, are what it became.
+    """Yield a copy of lit to be sharded and trained, and its callbacks; at the end lit and its averages get the result.
 
-    Scores and pictures are of the copy's average, gathered in lit: what draws by lit's network needs no change, one process may draw alone,
-    and no sharded module runs without gradients, after which FSDP2 would go on with the weights that it gathered for that.
+    Scores and sample grids use the copy's average, gathered in lit: functions that sample with lit's network need no
+    change, one process may sample alone, and no sharded module runs without gradients, after which FSDP2 would go on
+    with the weights that it gathered for that.
     """
     other = copy.deepcopy(lit)
-    averages = [one.ema for one in callbacks if isinstance(one, EMACallback)]
+    averages = [callback.ema for callback in callbacks if isinstance(callback, EMACallback)]
     names = {id(module): name for name, module in lit.named_modules()}
-    modules = [one.module for one in averages]
+    modules = [average.module for average in averages]
     viewers: list[Any] = [
-        one for one in callbacks if isinstance(one, EvaluationCallback | SampleGridCallback) and one.ema is not None
+        callback
+        for callback in callbacks
+        if isinstance(callback, EvaluationCallback | SampleGridCallback) and callback.ema is not None
     ]
-    viewed = [one.ema for one in viewers]
+    viewed = [viewer.ema for viewer in viewers]
     for viewer in viewers:
         viewer.ema = Gathered(viewer.ema, viewer.ema.module)
-    for one in averages:
-        one.module = other.get_submodule(names[id(one.module)])
+    for average in averages:
+        average.module = other.get_submodule(names[id(average.module)])
     try:
         yield other, [ShardAverages(averages), *callbacks]
         with torch.no_grad():
@@ -59,24 +68,24 @@ def sharded_copy(
                 lit.get_parameter(name).copy_(value)
         for name, state in extra_state(other).items():
             lit.get_submodule(name).set_extra_state(state)
-        for one in averages:
-            one.shadow = {name: value.cpu() for name, value in full_tensors(one.shadow).items()}
+        for average in averages:
+            average.shadow = {name: value.cpu() for name, value in full_tensors(average.shadow).items()}
     finally:
-        for one, module in zip(averages, modules, strict=True):
-            one.module = module
+        for average, module in zip(averages, modules, strict=True):
+            average.module = module
         for viewer, average in zip(viewers, viewed, strict=True):
             viewer.ema = average
 
 
 class Gathered:
-    """The average of a sharded module, shown in an unsharded module with parameters of the same names, which nothing trains."""
+    """The average of a sharded module, for an unsharded module of the same parameter names that is not trained."""
 
     def __init__(self, average: PowerEMA, module: nn.Module):
         self.average, self.module = average, module
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the module has the averaged weights, on the device of the shards; all processes must enter it."""
+        """Give the module the averaged weights within the block, on the shards' device; all processes must enter it."""
         before, shadow = next(self.module.parameters()).device, self.average.shadow
         load_trainable(self.module, full_tensors(shadow))
         self.module.eval().to(next(iter(shadow.values())).device)
@@ -87,12 +96,12 @@ class Gathered:
 
 
 class ShardAverages(L.Callback):
-    """Shares out averages as the weights that they are of."""
+    """Shard averages as their modules' weights are."""
 
     def __init__(self, averages: Sequence[Any]):
         self.averages = averages
 
     def on_fit_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
-        for one in self.averages:
-            live = trainable_parameters(one.module)
-            one.shadow = {name: distribute_like(value, live[name]) for name, value in one.shadow.items()}
+        for average in self.averages:
+            live = trainable_parameters(average.module)
+            average.shadow = {name: distribute_like(value, live[name]) for name, value in average.shadow.items()}

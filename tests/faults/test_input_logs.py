@@ -108,7 +108,7 @@ def test_a_sweep_trains_its_first_stage_once_and_before_all_else(tmp_path, monke
     with here(tmp_path):
         monkeypatch.setattr(process, "run_in_subprocess", noted)
         assert command("train.py", "-m", "budget=smoke", "metrics=none", "seed=1,2") == 0
-    job, first = ("ldm.recipes.diffusion.train", "ldm.recipes.autoencoder.train")
+    job, first = ("ldm.recipes.diffusion.DiffusionRecipe", "ldm.recipes.autoencoder.AutoencoderRecipe")
     assert [target for target, _ in begun] == [first, job, job]
     assert begun[0] == (first, 0)
     assert len(list(tmp_path.glob("runs/*/metrics.json"))) == 2

@@ -65,7 +65,7 @@ HOSTILE = [  # all of these can be called from a config that a person types, or 
         "ldm.report.browse.main",
         "ldm.io.images.save_png",
         "ldm.interop.single_file.save",
-        "ldm.training.callbacks.CheckpointCallback",
+        "ldm.training.checkpoints.CheckpointCallback",
     ),
     *(
         "ldm.net.unet.UNet.forward.__globals__.clear",
@@ -116,7 +116,7 @@ def test_what_models_are_made_of_is_let_in(monkeypatch):
         "ldm.net.unet.UNet",
         "ldm.data.folder.ImageFolder",
         "ldm.data.degrade.bicubic",
-        "ldm.recipes.diffusion.train",
+        "ldm.recipes.diffusion.DiffusionRecipe",
         "spy.Spy",
     ):
         trust.check_target(name)

@@ -20,6 +20,6 @@ def test_a_run_taken_up_with_another_rate_only_where_that_is_said(smoke, tmp_pat
         said = capfd.readouterr().err
     assert "error: resume=must: no valid checkpoint in runs/" in said
     assert (
-        "has, and differs from what is asked in seed: 0 -> 5; training.optimizer.lr: 0.001 -> 0.002; training.steps: 3 -> 2"
+        "has, and differs from this config in seed: 0 -> 5; training.optimizer.lr: 0.001 -> 0.002; training.steps: 3 -> 2"
         in said
     )

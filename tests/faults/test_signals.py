@@ -53,7 +53,7 @@ def test_told_once_it_keeps_its_step_and_goes_on_there(case, smoke, tmp_path):
     numbers, ranks, world, code = CASES[case]
     done = stopped(smoke, tmp_path, numbers, ranks, world)
     assert [one.returncode for one in done] == [code] * world, done
-    assert "after step 3, which is kept" in done[0].stdout
+    assert "after step 3, which is saved" in done[0].stdout
     assert not any("Traceback" in one.stdout for one in done)
     assert steps(tmp_path) == ["step-00000003"]
     assert not list(tmp_path.glob("runs/*/metrics.json"))

@@ -73,7 +73,7 @@ def test_none_to_go_on_from(tmp_path):
     durable_file.write_bytes(durable_file.read_bytes()[:-1] + b"x")
     assert resumed(folder, "auto") is None
     with pytest.raises(
-        UserError, match=r"resume=must: no valid checkpoint in .*run/checkpoints; resume=auto begins anew"
+        UserError, match=r"resume=must: no valid checkpoint in .*run/checkpoints; resume=auto starts from step 0"
     ):
         resumed(folder, "must")
 
@@ -82,7 +82,7 @@ def test_must_names_what_differs_from_the_most_similar_run(tmp_path):
     run(tmp_path / "far", {**CONFIG, "seed": 3, "net": {"width": 9}, "data": {"path": "there"}}, 2)
     run(tmp_path / "near", {**CONFIG, "data": {"path": "there"}}, 2)
     run(tmp_path / "new", CONFIG)
-    with pytest.raises(UserError, match=r"; near has, and differs from what is asked in data.path: there -> here$"):
+    with pytest.raises(UserError, match=r"; near has, and differs from this config in data.path: there -> here$"):
         resumed(tmp_path / "new", "must")
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from ldm.checkpoint.step import checkpoint_step, latest_valid_checkpoint, list_checkpoints, load_checkpoint
 from ldm.diffusion.objective import LossSecondMoment, VLBObjective
-from ldm.training.best import Best, BestLater, read_best
-from ldm.training.callbacks import CheckpointCallback, RetentionPolicy
+from ldm.training.best import Best, read_best
+from ldm.training.checkpoints import BestLater, CheckpointCallback, RetentionPolicy
 
 
 class Plain:

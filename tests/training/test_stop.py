@@ -37,7 +37,7 @@ def test_a_training_that_is_told_to_stop(numbers, code, capfd):
         train(Line(), Rows(), [Told(numbers), GracefulStop(lambda trainer, lit, step: kept.append(step))], steps=6)
     assert end.value.code == code
     assert kept == [3]
-    assert "after step 3, which is kept: the same command goes on from there" in capfd.readouterr().err
+    assert "after step 3, which is saved: the same command goes on from there" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
