@@ -19,7 +19,7 @@ from ldm.evaluation import adm
 from ldm.io import npz
 from ldm.io.download import AssetNotFoundError
 from ldm.metrics import features
-from ldm.sampling.request import captions_and_labels
+from ldm.sampling.prompts import captions_and_labels
 
 
 class Toy(nn.Module):
@@ -236,9 +236,7 @@ def test_labels_are_balanced_or_random_by_seed():
     def labels(**asked) -> list:
         return [
             k
-            for _, k in captions_and_labels(
-                SimpleNamespace(prompt=None, prompts=None, label=None, num=600, seed=0, **asked), card
-            )
+            for _, k in captions_and_labels(card, 600, **asked)
         ]
 
     assert labels(labels="balanced")[:5] == [0, 1, 2, 0, 1]

@@ -240,7 +240,7 @@ def test_a_broken_run_is_one_line(name, smoke, place, capfd):
         (("save=some",), "save=some: expected all, grid, npz or none"),
         (("prompts=nowhere.txt",), "prompts=nowhere.txt: no such file"),
         (("prompt=a ring", "label=disc"), "prompt and label were given"),
-        (("prompt=a ring",), "prompt=a ring: this model is not told words; expected label="),
+        (("prompt=a ring",), "prompt=a ring: this model has no text condition; expected label="),
         (("weights=best",), "weights=best: expected ema, raw, or ema:0.15"),
         (("precision=16",), "precision=16: expected"),
     ],

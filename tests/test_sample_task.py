@@ -55,7 +55,7 @@ def hole(name: str, size: tuple[int, int], box: tuple[int, ...]) -> None:
 @pytest.fixture(scope="module")
 def run(place):
     """A model with every kind of condition, after two steps on degraded images, its weights then drawn at random."""
-    small = ("conditioner.layout.dim=16", "conditioner.layout.layers=1", "conditioner.low_res.augment=0.4")
+    small = ("conditioner.layout.dim=16", "conditioner.layout.layers=1", "conditioner.low_res.noise_augmentation=0.4")
     drop = "conditioner.drop={low_res: 0.5, masked_image: 0.5}"
     made = train(
         f"conditioner=[{PARTS}]",
@@ -224,9 +224,9 @@ def test_an_image_that_cannot_be_made_again_says_why(run, place, capfd):
     file = draw(run, "num=2", "task=img2img", "image=fleeting.png") / "000001.png"
     shutil.copytree(run, place / "changed")
     wrong_weights(place / "changed")
-    one_line(capfd, "was drawn with other weights than run=changed has now", f"reproduce={file}", "run=changed")
+    one_line(capfd, "was sampled with other weights than run=changed has now", f"reproduce={file}", "run=changed")
     picture("fleeting.png", (32, 32), 6)
-    one_line(capfd, "fleeting.png is not what it was when", f"reproduce={file}")
+    one_line(capfd, "fleeting.png has changed since", f"reproduce={file}")
     Path("fleeting.png").unlink()
     one_line(capfd, "fleeting.png: no such file", f"reproduce={file}")
     one_line(capfd, "reproduce=in.png: 'reproduce'; expected an image that sample.py made", "reproduce=in.png")
@@ -275,8 +275,8 @@ MISTAKES = {
         "scale=2",
     ): "the condition is for latents of 6x10, those to be drawn are 3x5",
     ("task=variations", "variation_strength=2"): "variation_strength=2: expected 0",
-    ("negative=a ring",): "negative=a ring: this model is not told words",
-    ("keep_conditions=[caption]",): "keep_conditions=caption: this model is told label, low_res",
+    ("negative=a ring",): "negative=a ring: this model has no text condition",
+    ("keep_conditions=[caption]",): "keep_conditions=caption: this model's conditions are label, low_res",
     ("held_out=true", "num=5000"): "num=5000: expected at most 512",
     ("prompts=binary.txt",): "prompts=binary.txt is not text in UTF-8",
     ("prompts=short.csv",): "prompts=short.csv, line 2: expected a label and a prompt",

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from smoke import command, composed, here
 
 from ldm.checkpoint import external
-from ldm.checkpoint.load import load_data_card, load_run_config
+from ldm.checkpoint.load import load_run_config, read_data_card
 from ldm.config import trust
 from ldm.data.folder import ImageFolder
 from ldm.data.shards import TarShardDataset
@@ -260,7 +260,7 @@ def test_a_data_card_says_what_it_must(change, tmp_path):
     assert DataCard.from_dict(card).size == 32
     (tmp_path / "data.json").write_text(json.dumps(card | change))
     with pytest.raises(UserError, match=r"data\.json is damaged \(expected"):
-        load_data_card(tmp_path)
+        read_data_card(tmp_path)
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -298,7 +298,7 @@ def test_bombs_and_programs_among_images(tmp_path, ran):
     root.mkdir()
     for name, data in {**BAD_IMAGES, "good.png": good()}.items():
         (root / name).write_bytes(data)
-    with pytest.raises(UserError, match=r"more than data\.bad=0\.2: giant\.png"):
+    with pytest.raises(UserError, match=r"more than data\.max_unreadable=0\.2: giant\.png"):
         ImageFolder(root, size=16, channels=3, test_fraction=0)
     data = ImageFolder(root, size=16, channels=3, test_fraction=0, max_unreadable=1.0)
     assert len(data) <= 3, "two may be read after all: their words or profile were left out"
