@@ -1,10 +1,10 @@
-"""Sample from a trained model: python sample.py run=FOLDER prompt="a photo of a sneaker" num=16 [task=...] [key=value ...]"""
+"""Sample images: python sample.py run=FOLDER prompt="a photo of a sneaker" num=16 [task=...] [key=value ...]"""
 
 from ldm.cli.main import run_command
 
 
 def sample(cfg):
-    """Load the model, sample one image per seed, save them with a grid and the record to reproduce them, and score them."""
+    """Load the model, sample one image per seed, save the images with the record to reproduce them, and score them."""
     from ldm import devices
     from ldm.evaluation import samples
     from ldm.sampling import adapters, run

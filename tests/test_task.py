@@ -281,14 +281,21 @@ def test_a_hole_is_filled_from_its_edge():
 
 
 @pytest.mark.parametrize(
-    "sides", [{"left": 4}, {"right": 2}, {"top": 6}, {"bottom": 2}, {"left": 2, "right": 4, "top": 2, "bottom": 4}]
+    "sides",
+    [
+        {"pad_left": 4},
+        {"pad_right": 2},
+        {"pad_top": 6},
+        {"pad_bottom": 2},
+        {"pad_left": 2, "pad_right": 4, "pad_top": 2, "pad_bottom": 4},
+    ],
 )
 def test_outpainting_keeps_the_original(sides):
     made, image = patched(), images(2, 8, 12)
     out = sample(
         made, {"caption": ["", ""], "image": image}, [0, 1], trailing(linear(), 5), task=partial(outpaint, **sides)
     )
-    left, right, top, bottom = (sides.get(side, 0) for side in ("left", "right", "top", "bottom"))
+    left, right, top, bottom = (sides.get(f"pad_{side}", 0) for side in ("left", "right", "top", "bottom"))
     assert out.shape == (2, 1, 8 + top + bottom, 12 + left + right)
     assert torch.equal(out[:, :, top : top + 8, left : left + 12], image)
     frame = torch.ones_like(out, dtype=torch.bool)
@@ -296,7 +303,7 @@ def test_outpainting_keeps_the_original(sides):
     assert out[frame].std() > 0.1
 
 
-@pytest.mark.parametrize("sides", [{}, {"left": -2, "right": 4}])
+@pytest.mark.parametrize("sides", [{}, {"pad_left": -2, "pad_right": 4}])
 def test_outpainting_nowhere_is_refused(sides):
     with pytest.raises(ValueError, match="expected pixels to add"):
         chosen(patched(), partial(outpaint, **sides), {"image": images(2, 8, 12)})
@@ -377,7 +384,7 @@ def test_a_negative_prompt_is_what_guidance_leaves():
     ts, guided = trailing(cosine(), 5), partial(cfg, scale=3.0)
     image = sample(model(), {"caption": ["four"], "negative": ["xx"]}, [0], ts, ddim, guided)
     torch.testing.assert_close(image, torch.full((1, 1, 8, 12), 0.5 * (0.2 + 3 * 0.2)), rtol=1e-4, atol=1e-4)
-    held = sample(model(), {"caption": ["four"]}, [0], ts, ddim, guided, hold=("caption",))
+    held = sample(model(), {"caption": ["four"]}, [0], ts, ddim, guided, keep_conditions=("caption",))
     torch.testing.assert_close(held, torch.full((1, 1, 8, 12), 0.5 * 0.4), rtol=1e-4, atol=1e-4)
 
 

@@ -41,7 +41,7 @@ class Adapter(Protocol):
 
 
 class ModelSource(Protocol):
-    """A trained model on disk, opened once by `open_model`: its kind is decided and its config validated only there."""
+    """A trained model on disk. `open_model` decides once which kind it is; its config is read and validated once."""
 
     @property
     def folder(self) -> Path:
@@ -207,8 +207,8 @@ class ExternalSource:
 def open_model(run: str | Path) -> ModelSource:
     """Open the model that `run` names, without loading its weights.
 
-    run: a run folder, a step folder or weights file in it, a folder of runs (the newest is taken), a pipeline folder of diffusers, or
-    a checkpoint file.
+    run: a run folder, a step folder or weights file in it, a folder of runs (the newest is taken), a pipeline folder of
+    diffusers, or a checkpoint file.
     Raises UserError if there is none, or if its config names anything but the parts of a model.
     """
     path = Path(run).expanduser()
@@ -238,7 +238,10 @@ def load_model(run: str | Path, weights: str = "ema") -> "LatentDiffusion":
 
 
 def load_run_config(run: str | Path) -> Any:
-    """Return the validated config of what `run` names. Raises UserError if it names anything but the parts of a model."""
+    """Return the validated config of what `run` names.
+
+    Raises UserError if it names anything but the parts of a model.
+    """
     return open_model(run).config
 
 
@@ -248,7 +251,10 @@ def load_data_card(run: str | Path) -> DataCard:
 
 
 def latent_space_of(run: str | Path) -> str:
-    """Return the name of the latent space of what `run` names. Raises UserError for a file that does not name its own."""
+    """Return the name of the latent space of what `run` names.
+
+    Raises UserError for a file that does not name its own.
+    """
     return open_model(run).latent_space
 
 
@@ -269,7 +275,8 @@ def load_first_stage(node: Any, path: Path, channels: int) -> "tuple[FirstStage,
     """Load an autoencoder, frozen, from a weights file and return it with its latent space.
 
     node: the `autoencoder` node of a config.  channels: of the images.
-    Raises CorruptFileError, or UserError if the weights under this config do not have the identity recorded in the file.
+    Raises CorruptFileError, or UserError if the weights under this config do not have the identity recorded in the
+    file.
     """
     from ldm.config import build
 

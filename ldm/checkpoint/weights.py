@@ -35,7 +35,8 @@ def load_weights_dict(run: str | Path, kind: str = "ema") -> dict[str, Any]:
 def load_weights(path: Path, folder: Path, kind: str = "ema") -> LoadedWeights:
     """Load trained weights of a run, to the CPU.
 
-    path: a weights file or a step folder in the run, or the run folder for its final weights (its newest ones before it has ended).
+    path: a weights file or a step folder in the run, or the run folder for its final weights (its newest ones before it
+    has ended).
     folder: the run folder.
     kind: ema, raw, or ema:0.15, a post-hoc EMA of that length.
     Raises UserError if there are none, CorruptFileError for a broken file.
@@ -51,7 +52,8 @@ def load_weights(path: Path, folder: Path, kind: str = "ema") -> LoadedWeights:
     step, skipped = latest_valid_checkpoint(folder / "checkpoints")
     if step is None:
         reason = f"; {skipped[0][1]}" if skipped else ""
-        raise UserError(f"run={path}: no weights in it yet{reason}; run train.py with its config to the first checkpoint")
+        remedy = "run train.py with its config to the first checkpoint"
+        raise UserError(f"run={path}: no weights in it yet{reason}; {remedy}")
     return weights_from_checkpoint(step, kind)
 
 
@@ -63,7 +65,8 @@ def weights_from_file(path: Path) -> LoadedWeights:
 def weights_from_checkpoint(path: Path, kind: str) -> LoadedWeights:
     """Read the weights of a LatentDiffusion from a step folder. Raises CorruptFileError.
 
-    The folder's `model` file holds the complete Lightning module, that is the model (prefix "model.") and its objective.
+    The folder's `model` file holds the complete Lightning module, that is the model (prefix "model.") and its
+    objective.
     """
     step = load_checkpoint(path)
     if kind == "ema":
@@ -91,7 +94,8 @@ def parse_ema_length(kind: str) -> float:
 
 
 def posthoc_ema(folder: Path, sigma_rel: float) -> LoadedWeights:
-    """Compute an EMA of any length at the end of a run from its snapshots of two EMAs (post-hoc EMA: EDM2, section 3.2).
+    """Compute an EMA of any length at the end of a run from its snapshots of two EMAs (post-hoc EMA: EDM2, section
+    3.2).
 
     folder: the run's `averages` folder.  sigma_rel: the length, relative to the training.
     Raises UserError if there are no snapshots, or too few for this length.
@@ -101,7 +105,8 @@ def posthoc_ema(folder: Path, sigma_rel: float) -> LoadedWeights:
     snapshots = {path: path.stem.removeprefix("ema_").split("-") for path in sorted(folder.glob("ema_*-*.safetensors"))}
     if not snapshots:
         raise UserError(
-            f"weights=ema:{sigma_rel:g}: {folder.parent} holds no snapshots; train with training.snapshot_every=N, or choose ema"
+            f"weights=ema:{sigma_rel:g}: {folder.parent} holds no snapshots; train with training.snapshot_every=N, "
+            "or choose ema"
         )
     lengths = [(float(length), int(step)) for length, step in snapshots.values()]
     last = max(step for _, step in lengths)
@@ -109,7 +114,8 @@ def posthoc_ema(folder: Path, sigma_rel: float) -> LoadedWeights:
     if error > 0.1:
         nearest = f"the nearest that its {len(lengths)} snapshots make is {error:.0%} off"
         raise UserError(
-            f"weights=ema:{sigma_rel:g}: {nearest}, expected 10% or less; choose a length nearer to 0.05..0.1, or train with more"
+            f"weights=ema:{sigma_rel:g}: {nearest}, expected 10% or less; choose a length nearer to 0.05..0.1, "
+            "or train with more"
         )
     average: dict[str, Any] = {}
     for coefficient, path in zip(coefficients, snapshots, strict=True):

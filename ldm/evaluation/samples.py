@@ -15,7 +15,8 @@ BATCH = 500  # images at a time
 
 
 def evaluate_samples(request: SampleRequest, images: "dict[int, Tensor]") -> dict[str, Any]:
-    """Measure the request's metrics over all processes and, for held-out images, their reconstruction; {} for metrics=none.
+    """Measure the request's metrics over all processes and, for held-out images, their reconstruction; {} for
+    metrics=none.
 
     images: this process's images, seed -> (C, H, W) uint8.
     """
@@ -50,8 +51,8 @@ def evaluate_with(request: SampleRequest, images: "dict[int, Tensor]", metrics: 
 def sampling_protocol(request: SampleRequest) -> dict[str, Any]:
     """Describe how the images of `request` were sampled, for the protocol stored with their scores.
 
-    Includes data set, labels, task, sampler, steps, guidance, EMA length and arithmetic precision. Two scores are comparable only if
-    these entries are equal (see `protocol_differences`).
+    Includes data set, labels, task, sampler, steps, guidance, EMA length and arithmetic precision. Two scores are
+    comparable only if these entries are equal (see `protocol_differences`).
     """
     from ldm.devices import resolve_precision
 
@@ -76,7 +77,9 @@ def sampling_protocol(request: SampleRequest) -> dict[str, Any]:
 
 
 def _conditions(request: SampleRequest) -> str:
-    """Describe what the images are conditioned on: held-out data, the option that was given, or how classes are assigned."""
+    """Describe what the images are conditioned on: held-out data, the option that was given, or how classes are
+    assigned.
+    """
     if request.held_out is not None:
         return "held out"
     given = (name for name in ("prompt", "prompts", "label") if request.options[name] is not None)

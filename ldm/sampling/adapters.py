@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class AdapterSpec:
     """One entry of sample.py's adapters=: an adapter run or a LoRA file of diffusers, and the factor on its effect.
 
-    source: the adapter run, opened; None for a LoRA file.
+    source: the adapter run; None for a LoRA file.
     """
 
     run: str
@@ -30,7 +30,7 @@ class AdapterSpec:
 def parse_adapter_specs(entries: Sequence[Any], run: str, model: ModelSource) -> list[AdapterSpec]:
     """Check the entries of adapters= before a model is loaded, and open their runs.
 
-    run, model: the model that they will be applied to, as the user named it and opened.
+    run, model: the model that they will be applied to, as named by the user, and its source.
     Raises UserError for an entry of another form, and for an adapter of another latent space than the model's.
     """
     specs = []
@@ -56,7 +56,10 @@ def parse_adapter_specs(entries: Sequence[Any], run: str, model: ModelSource) ->
 
 
 def apply_adapters(model: "LatentDiffusion", specs: Sequence[AdapterSpec], weights: str) -> "LatentDiffusion":
-    """Apply the adapters of a request to `model` in place and return it; weights: ema, raw or ema:0.15. Raises UserError."""
+    """Apply the adapters of a request to `model` in place and return it; weights: ema, raw or ema:0.15.
+
+    Raises UserError.
+    """
     for spec in specs:
         if spec.source is None:
             apply_lora_file(model, Path(spec.run).expanduser(), spec.scale)

@@ -66,12 +66,13 @@ def check_latent_space(run: str, space: str) -> None:
 def weights_path(run: str, source: ModelSource) -> Path:
     """Return the weights file of a classifier's run.
 
-    run, source: the run, as the user named it and opened.
+    run, source: the run, as named by the user, and its source.
     Raises UserError for a run of another kind, or one that has not ended.
     """
     if source.config.get("training", {}).get("_target_") != CLASSIFIER_RECIPE:
         raise UserError(
-            f"guidance.classifier={run}: that run trained no classifier; expected one made by train.py training=classifier"
+            f"guidance.classifier={run}: that run trained no classifier; "
+            "expected one made by train.py training=classifier"
         )
     path = source.folder / "weights.safetensors"
     if not path.is_file():

@@ -23,7 +23,9 @@ READERS: Mapping[str, Callable[[InputSpec, str], InputFiles]] = {  # an extracto
 
 
 def hint_extractors(model: ModelSource, adapters: Sequence[AdapterSpec]) -> dict[str, Any]:
-    """Return the hint extractor of each ControlNet, as hint, hint2, ...: those of the model first, then those of adapters=."""
+    """Return the hint extractor of each ControlNet, as hint, hint2, ...: those of the model first, then those of
+    adapters=.
+    """
     from hydra.utils import instantiate
 
     runs = [*model.adapters, *(run for spec in adapters if spec.source is not None for run in spec.source.adapters)]
@@ -51,7 +53,8 @@ def hint_sources(
     hints: the value of hints=, one file for each ControlNet in the order of `extractors`.
     preprocess: whether the files are what hints are extracted from, instead of hints.
     available: the inputs of a batch that a hint without a file may be extracted from; None if any may.
-    Raises UserError for another number of files than of ControlNets, and for a hint that has no file and nothing to be extracted from.
+    Raises UserError for another number of files than of ControlNets, and for a hint that has no file and nothing to be
+    extracted from.
     """
     files = hint_files(hints)
     if files and len(files) != len(extractors):
@@ -79,8 +82,8 @@ def read_hint(spec: InputSpec, path: str) -> InputFiles:
         height, width = spec.size
         if image.size != (width, height):
             raise UserError(
-                f"hints={file} is {image.size[0]}x{image.size[1]} (width x height): expected {width}x{height}, the size "
-                "of the images; size= sets another, preprocess_hints=true takes a picture of any size"
+                f"hints={file} is {image.size[0]}x{image.size[1]} (width x height): expected {width}x{height}, "
+                "the size of the images; size= sets another, preprocess_hints=true takes a picture of any size"
             )
         return inputs.to_tensor(image) / 255
 

@@ -18,10 +18,11 @@ def captions_and_labels(
 ) -> list[tuple[str, int | None]]:
     """Return (caption, class) of each image; the class is None where the prompts do not name one.
 
-    card: of the model's training data.  num: images; with `prompts`, images of each prompt.  prompt: one text for all images.
+    card: of the model's training data.  num: images; with `prompts`, images of each prompt.  prompt: one text for all
+    images.
     prompts: a file of prompts, see `read_prompts`.  label: one class for all images, by name or number.
-    labels: without any of these three, "balanced" gives image i the class i mod K, "random" one drawn by seed + i; the captions are
-    then the data's own.
+    labels: without any of these three, "balanced" gives image i the class i mod K, "random" a class chosen by seed + i;
+    the captions are then the data's own.
     Raises UserError.
     """
     from ldm.tensors import choose, derive_seed

@@ -1,4 +1,4 @@
-"""A request of sample.py as a typed object: which images to sample, under which conditions, with what; and the same request again.
+"""A request of sample.py as a typed object, made from a config or from an image file that is to be reproduced.
 
 This is the one module of sampling that reads the composed config of conf/sample.yaml.
 """
@@ -45,14 +45,16 @@ RECORD_KEYS = {"request", "rows", "row", "told", "inputs", "weights"}  # of the 
 class SampleRequest:
     """A checked request for images, complete before a model is loaded.
 
-    Image i, for each i in `rows`, has the seed `seed + i`; the images of `saved_rows` are saved. Objects (sampler, guidance, task,
-    timestep_spacing) have their options bound.
+    Image i, for each i in `rows`, has the seed `seed + i`; the images of `saved_rows` are saved. Objects (sampler,
+    guidance, task, timestep_spacing) have their options bound.
 
-    run, source: the model, as the user named it and opened.  weights: ema, raw, or ema:0.15 (post-hoc EMA).
-    prompts: i -> (caption, class), the class None where the prompts do not name one; empty if held-out data give the conditions.
+    run, source: the model, as named by the user, and its source.  weights: ema, raw, or ema:0.15 (post-hoc EMA).
+    prompts: i -> (caption, class), the class None where the prompts do not name one; empty if held-out data give the
+    conditions.
     negative: the caption that guidance leads away from.  keep_conditions: the conditions that guidance does not drop.
     text_option: the option that gave the prompts, as `prompt=...`, if they have no classes.
-    inputs: name in the batch -> reader of the user's files.  hints: name -> extractor, for hints that are not read from files.
+    inputs: name in the batch -> reader of the user's files.  hints: name -> extractor, for hints that are not read from
+    files.
     held_out: the held-out data of the run, or None.
     classifier_run, weak_run: the runs that guidance evaluates besides the model, or None.
     tile: side in latent cells of the tiles for large images, or None.
@@ -117,7 +119,8 @@ class SampleRequest:
         return {name: extractor(batch[extractor.reads]) for name, extractor in self.hints.items()} | batch
 
     def reproduction_record(self, batch: Mapping[str, Any], weights: str) -> dict[str, Any]:
-        """Return all that is needed to sample one batch again, paths absolute; an image file records it with its own `row`.
+        """Return all that is needed to sample one batch again, paths absolute; an image file records it with its own
+        `row`.
 
         weights: sha256 (hex) of the model's weights, see `hash_model`.
         """
@@ -197,9 +200,8 @@ def repeat_request(cfg: Any) -> SampleRequest:
         adapters, inputs, hints = conditioning_inputs(recorded, source)
         for name, files in inputs.items():
             if files.digest != record["inputs"].get(name):
-                raise UserError(
-                    f"{name}={recorded.get(name, recorded.hints)} has changed since {cfg.reproduce} was sampled: restore it"
-                )
+                value = recorded.get(name, recorded.hints)
+                raise UserError(f"{name}={value} has changed since {cfg.reproduce} was sampled: restore it")
         return build_request(
             recorded,
             source=source,

@@ -31,7 +31,8 @@ def generate_images(
     request: SampleRequest,
     wrap_sampler: "Callable[[Sampler], Sampler]" = lambda sampler: sampler,
 ) -> "dict[int, Tensor]":
-    """Sample this process's share of the images and return them as seed -> (C, H, W) uint8, each saved when its batch is complete.
+    """Sample this process's share of the images and return them as seed -> (C, H, W) uint8, each saved when its batch
+    is complete.
 
     wrap_sampler: applied to the request's sampler, to observe it (see SamplerMonitor).
     Raises UserError before sampling if the request does not fit the model.
@@ -95,8 +96,8 @@ def generate_images(
 def check_conditions(model: "LatentDiffusion", request: SampleRequest) -> None:
     """Check that the model accepts every condition in `request`.
 
-    Raises UserError if the request has a prompt or a `keep_conditions` entry that the model's conditioner does not use, or if the
-    guidance classifier or the weak model for autoguidance was trained in a different latent space.
+    Raises UserError if the request has a prompt or a `keep_conditions` entry that the model's conditioner does not use,
+    or if the guidance classifier or the weak model for autoguidance was trained in a different latent space.
     """
     keys = model.conditioner.keys
     text = request.text_option
@@ -120,7 +121,7 @@ def check_conditions(model: "LatentDiffusion", request: SampleRequest) -> None:
 
 
 def note_cleaned(model: "LatentDiffusion", request: SampleRequest) -> None:
-    """Print one line on the first prompt that diffusers may tokenize differently, for a pipeline folder of diffusers."""
+    """Print one line on the first prompt that diffusers may tokenize differently, for a folder of diffusers."""
     from ldm.checkpoint.external import text_tower
     from ldm.interop.folder import is_folder
 
@@ -132,8 +133,9 @@ def note_cleaned(model: "LatentDiffusion", request: SampleRequest) -> None:
     for text in dict.fromkeys(texts):
         if (cleaned := clean_text(text)) is not None:
             print(
-                f"prompt {text!r} is read as {cleaned!r}, as CLIP was trained; diffusers with transformers 5 takes typographic quotes "
-                "and HTML entities as they stand and draws another image of the same seed",
+                f"prompt {text!r} is read as {cleaned!r}, as CLIP was trained; "
+                "diffusers with transformers 5 takes typographic quotes and HTML entities as they stand "
+                "and draws another image of the same seed",
                 file=sys.stderr,
             )
             return
@@ -152,7 +154,8 @@ def gather_images(images: "dict[int, Tensor]", most: int) -> "dict[int, Tensor]"
 
 
 def save_results(request: SampleRequest, images: "dict[int, Tensor]", score: dict[str, Any]) -> float | None:
-    """Write grid.png, samples.npz for save=npz, and metrics.json, which holds the scores with everything needed to repeat them.
+    """Write grid.png, samples.npz for save=npz, and metrics.json, which holds the scores with everything needed to
+    repeat them.
 
     images: this process's images by seed.  score: the values of `evaluate_samples`.
     Returns the Frechet distance if it was measured; None on all ranks but the first.
