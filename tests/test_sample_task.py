@@ -149,7 +149,7 @@ def test_inpainting_keeps_the_known_pixels(run):
 
 @pytest.mark.parametrize("side", some_slow(["left", "right", "top", "bottom"], ["top"]))
 def test_outpainting_keeps_the_original(side, run):
-    drawn = pixels(draw(run, "task=outpaint", "image=in.png", f"{side}=8", "num=1"))[0]
+    drawn = pixels(draw(run, "task=outpaint", "image=in.png", f"pad_{side}=8", "num=1"))[0]
     top, left = (8 if side == name else 0 for name in ("top", "left"))
     assert (drawn[top : top + 32, left : left + 32] - of_file("in.png")).abs().max() <= 1
 
