@@ -217,8 +217,8 @@ def test_processes_write_one_file(tmp_path):
 
 def test_samples_are_written_as_the_evaluators_read_them(lively, smoke, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=all", "out=a") == 0
-        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=npz", "out=c") == 0
+        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=all", "output_dir=a") == 0
+        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=npz", "output_dir=c") == 0
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["grid.png", "metrics.json", "samples.npz"]
     with zipfile.ZipFile(tmp_path / "c" / "samples.npz") as archive:
         assert archive.namelist() == ["arr_0.npy"]
