@@ -14,7 +14,7 @@ from ldm.app import requests
 from ldm.app.limits import Limits
 from ldm.app.session import Session
 from ldm.checkpoint import adapters
-from ldm.checkpoint.load import load_run_config
+from ldm.checkpoint.load import apply_adapter, load_run_config
 from ldm.cli.export import main as export
 from ldm.conditioner.edges import Canny
 from ldm.config import build
@@ -187,7 +187,7 @@ def test_an_adapter_of_another_network_is_one_line(factors):
     cfg = composed("budget=smoke", "net.channels=48")
     model = build.build_model(cfg, build.build_autoencoder(cfg.autoencoder, 1), DataCard("", ["a"], [["a"]], 1, 16))
     with pytest.raises(UserError, match=f"{factors} is an adapter of another network: .* do not match"):
-        adapters.apply_to(model, factors)
+        apply_adapter(model, factors)
 
 
 def test_a_file_of_another_networks_factors_is_one_line(place):
@@ -200,7 +200,7 @@ def test_a_file_of_another_networks_factors_is_one_line(place):
     }.items():
         atomic.write_tensors(place / f"{file}.safetensors", state)
         with pytest.raises(UserError, match=f"{file}.safetensors is no LoRA of this network"):
-            adapters.apply_to(model, place / f"{file}.safetensors")
+            apply_adapter(model, place / f"{file}.safetensors")
 
 
 def test_an_adapters_names_do_not_depend_on_what_else_is_put_on():

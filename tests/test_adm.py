@@ -19,7 +19,7 @@ from ldm.evaluation import adm
 from ldm.io import npz
 from ldm.io.download import AssetNotFoundError
 from ldm.metrics import features
-from ldm.sampling.request import captions_and_labels
+from ldm.sampling.prompts import captions_and_labels
 
 
 class Toy(nn.Module):
@@ -217,8 +217,8 @@ def test_processes_write_one_file(tmp_path):
 
 def test_samples_are_written_as_the_evaluators_read_them(lively, smoke, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=all", "out=a") == 0
-        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=npz", "out=c") == 0
+        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=all", "output_dir=a") == 0
+        assert command("sample.py", f"run={lively}", "num=6", "steps=1", "save=npz", "output_dir=c") == 0
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["grid.png", "metrics.json", "samples.npz"]
     with zipfile.ZipFile(tmp_path / "c" / "samples.npz") as archive:
         assert archive.namelist() == ["arr_0.npy"]
@@ -236,9 +236,7 @@ def test_labels_are_balanced_or_random_by_seed():
     def labels(**asked) -> list:
         return [
             k
-            for _, k in captions_and_labels(
-                SimpleNamespace(prompt=None, prompts=None, label=None, num=600, seed=0, **asked), card
-            )
+            for _, k in captions_and_labels(card, 600, **asked)
         ]
 
     assert labels(labels="balanced")[:5] == [0, 1, 2, 0, 1]

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,23 @@ def test_one_image_a_seed_a_grid_and_the_record(lively, drawn):
     assert Image.open(drawn / "grid.png").size == (3 * 66 + 2, 4 * 66 + 2)
 
 
+def test_a_request_reads_the_config_of_its_run_once(lively, place, monkeypatch):
+    reads, load_config = [], serialize.load_config
+    monkeypatch.setattr(serialize, "load_config", lambda path: reads.append(path) or load_config(path))
+    draw(lively, "num=1", "steps=1", out="once")
+    assert reads == [lively / "config.yaml"]
+
+
+@pytest.mark.slow  # a process of its own, because the tests' process has trained
+def test_sampling_does_not_import_lightning(lively):
+    code = (
+        "import sys, ldm.sampling.run; from ldm.checkpoint.load import load_model; load_model(sys.argv[1]); "
+        "print([name for name in sys.modules if 'lightning' in name.split('.')[0]])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(lively)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
 @pytest.mark.slow
 def test_autoguidance_leads_away_from_another_run(smoke, lively, place):
     """weak + s (model - weak): itself as the weak one changes nothing; another one does, and more at a larger scale."""
@@ -104,8 +123,8 @@ def test_tile_changes_only_images_larger_than_a_tile(lively, drawn):
     assert torch.equal(pixels(draw(lively, *FEW, "tile=64", out="one_tile")), pixels(drawn))
     tiled = draw(lively, *FEW, "tile=2", out="tiles")
     assert (pixels(tiled) != pixels(drawn)).any()
-    weights = [{json.loads(one["again"])["weights"] for one in said(folder).values()} for folder in (drawn, tiled)]
-    assert weights[0] == weights[1]  # `again` finds the same model with and without tiles
+    weights = [{json.loads(one["reproduce"])["weights"] for one in said(folder).values()} for folder in (drawn, tiled)]
+    assert weights[0] == weights[1]  # `reproduce` finds the same model with and without tiles
 
 
 def test_two_processes_draw_the_same_to_rounding(smoke, lively, drawn, place):
@@ -179,7 +198,7 @@ def test_the_record_is_enough_to_draw_it_again(lively, place):
     )
     record = json.loads((folder / "metrics.json").read_text())
     assert {"command", "commit", "packages"} <= record["provenance"].keys()
-    rest = {"trainer": {"devices": 1}, "save": "all", "out": str(place / "second")}
+    rest = {"trainer": {"devices": 1}, "save": "all", "output_dir": str(place / "second")}
     serialize.write_config({**record["request"], **rest}, place / "record")
     assert command("sample.py", "--config-path", str(place / "record"), "--config-name", "config") == 0
     for file in folder.glob("*.png"):
@@ -240,7 +259,7 @@ def test_a_broken_run_is_one_line(name, smoke, place, capfd):
         (("save=some",), "save=some: expected all, grid, npz or none"),
         (("prompts=nowhere.txt",), "prompts=nowhere.txt: no such file"),
         (("prompt=a ring", "label=disc"), "prompt and label were given"),
-        (("prompt=a ring",), "prompt=a ring: this model is not told words; expected label="),
+        (("prompt=a ring",), "prompt=a ring: this model has no text condition; expected label="),
         (("weights=best",), "weights=best: expected ema, raw, or ema:0.15"),
         (("precision=16",), "precision=16: expected"),
     ],

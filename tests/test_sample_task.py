@@ -149,7 +149,7 @@ def test_inpainting_keeps_the_known_pixels(run):
 
 @pytest.mark.parametrize("side", some_slow(["left", "right", "top", "bottom"], ["top"]))
 def test_outpainting_keeps_the_original(side, run):
-    drawn = pixels(draw(run, "task=outpaint", "image=in.png", f"{side}=8", "num=1"))[0]
+    drawn = pixels(draw(run, "task=outpaint", "image=in.png", f"pad_{side}=8", "num=1"))[0]
     top, left = (8 if side == name else 0 for name in ("top", "left"))
     assert (drawn[top : top + 32, left : left + 32] - of_file("in.png")).abs().max() <= 1
 
@@ -224,9 +224,9 @@ def test_an_image_that_cannot_be_made_again_says_why(run, place, capfd):
     file = draw(run, "num=2", "task=img2img", "image=fleeting.png") / "000001.png"
     shutil.copytree(run, place / "changed")
     wrong_weights(place / "changed")
-    one_line(capfd, "was drawn with other weights than run=changed has now", f"reproduce={file}", "run=changed")
+    one_line(capfd, "was sampled with other weights than run=changed has now", f"reproduce={file}", "run=changed")
     picture("fleeting.png", (32, 32), 6)
-    one_line(capfd, "fleeting.png is not what it was when", f"reproduce={file}")
+    one_line(capfd, "fleeting.png has changed since", f"reproduce={file}")
     Path("fleeting.png").unlink()
     one_line(capfd, "fleeting.png: no such file", f"reproduce={file}")
     one_line(capfd, "reproduce=in.png: 'reproduce'; expected an image that sample.py made", "reproduce=in.png")
@@ -275,8 +275,8 @@ MISTAKES = {
         "scale=2",
     ): "the condition is for latents of 6x10, those to be drawn are 3x5",
     ("task=variations", "variation_strength=2"): "variation_strength=2: expected 0",
-    ("negative=a ring",): "negative=a ring: this model is not told words",
-    ("keep_conditions=[caption]",): "keep_conditions=caption: this model is told label, low_res",
+    ("negative=a ring",): "negative=a ring: this model has no text condition",
+    ("keep_conditions=[caption]",): "keep_conditions=caption: this model's conditions are label, low_res",
     ("held_out=true", "num=5000"): "num=5000: expected at most 512",
     ("prompts=binary.txt",): "prompts=binary.txt is not text in UTF-8",
     ("prompts=short.csv",): "prompts=short.csv, line 2: expected a label and a prompt",

@@ -377,7 +377,7 @@ def test_a_negative_prompt_is_what_guidance_leaves():
     ts, guided = trailing(cosine(), 5), partial(cfg, scale=3.0)
     image = sample(model(), {"caption": ["four"], "negative": ["xx"]}, [0], ts, ddim, guided)
     torch.testing.assert_close(image, torch.full((1, 1, 8, 12), 0.5 * (0.2 + 3 * 0.2)), rtol=1e-4, atol=1e-4)
-    held = sample(model(), {"caption": ["four"]}, [0], ts, ddim, guided, hold=("caption",))
+    held = sample(model(), {"caption": ["four"]}, [0], ts, ddim, guided, keep_conditions=("caption",))
     torch.testing.assert_close(held, torch.full((1, 1, 8, 12), 0.5 * 0.4), rtol=1e-4, atol=1e-4)
 
 

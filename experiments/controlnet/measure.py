@@ -93,7 +93,7 @@ def drawn(path: Path, model: Any, hints: Tensor, captions: list[str], how: dict[
             batch |= {"hint": hints[part]} if how.get("hint") else {}
             ts = trailing(model.denoiser.schedule, STEPS)
             guidance = partial(cfg, scale=how["scale"])
-            parts.append(sample(model, batch, part, ts, dpmpp_2m, guidance, hold=how.get("hold", ())))
+            parts.append(sample(model, batch, part, ts, dpmpp_2m, guidance, keep_conditions=how.get("hold", ())))
         atomic.write_tensors(path, {"images": to_uint8(torch.cat(parts))})
     return atomic.read_tensors(path)["images"].float() / 127.5 - 1
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,21 +71,17 @@ def require_at_least(least: int, /, **values: float) -> None:
 
 def model_of(run: str) -> "LatentDiffusion":
     """The trained model of a run. Raises UserError."""
-    from ldm.checkpoint.load import load_model
-    from ldm.runs.folder import find_run
+    from ldm.checkpoint.load import open_model
 
-    find_run(run)  # before much is imported
-    return load_model(run)
+    return open_model(run).load()
 
 
 def prompt_batch(run: str, prompt: str | None, num: int) -> dict[str, Any]:
     """The batch of `num` images that are told the prompt; without one, captions and classes of the run's data, class by class."""
-    from ldm.checkpoint.load import load_data_card
-    from ldm.runs.folder import find_run
-    from ldm.sampling import request
+    from ldm.checkpoint.load import open_model
+    from ldm.sampling.prompts import captions_and_labels
 
-    asked: Any = SimpleNamespace(prompt=prompt, prompts=None, label=None, labels="balanced", num=num)
-    pairs = request.captions_and_labels(asked, load_data_card(find_run(run)))
+    pairs = captions_and_labels(open_model(run).data_card, num, prompt)
     batch: dict[str, Any] = {"index": list(range(num)), "caption": [caption for caption, _ in pairs]}
     labels = [label for _, label in pairs]
     return batch if None in labels else batch | {"label": torch.tensor(labels)}

@@ -1,13 +1,13 @@
 """Trained runs, each loaded once, and what is drawn from them: what sample.py does, by the same code."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from ldm.app import compose
-from ldm.checkpoint.load import load_data_card, load_model
+from ldm.checkpoint.load import open_model
 from ldm.errors import UserError
 from ldm.model import LatentDiffusion
 from ldm.runs.data_card import DataCard
@@ -29,8 +29,8 @@ class Session:
     @staticmethod
     def open(run: str) -> "Session":
         """Load a run. Raises UserError, CorruptFileError."""
-        folder = find_run(run)
-        return Session(run, output_dir(folder), load_data_card(folder), load_model(run))
+        source = open_model(run)
+        return Session(run, output_dir(source.folder), source.data_card, source.load())
 
     def request(self, choices: Mapping[str, str], values: Mapping[str, Any]) -> SampleRequest:
         """The request of sample.py with these choices and values. Raises UserError.
@@ -39,7 +39,7 @@ class Session:
         """
         request = SampleRequest.from_config(compose.compose_request(choices, {"run": self.run, **values}))
         if self.home.absolute() in Path(self.run).expanduser().absolute().parents and "reproduce" not in values:
-            request.cfg.output_dir = f"{request.output_dir}-{Path(self.run).stem}"
+            return replace(request, output_dir=Path(f"{request.output_dir}-{Path(self.run).stem}"))
         return request
 
     def draw(self, request: SampleRequest, watch: SamplerMonitor) -> list[Path]:

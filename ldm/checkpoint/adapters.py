@@ -1,4 +1,4 @@
-"""Models with adapters: a base that stays as it is, named by path and hash, and what was trained on top of it."""
+"""Adapters: the reference to the unchanged base model (path and hash), and the parameters trained on top of it."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -18,49 +18,62 @@ if TYPE_CHECKING:
 BASE_REF_FILE = "base.json"
 
 
-WRAPPER_PREFIX = re.compile(  # where in a model a part happens to be
+WRAPPER_PREFIX = re.compile(  # the part of a parameter's name that depends on the modules wrapped around the network
     r"^denoiser\.(net\.)+|^controls\.\d+\.|^conditioner\.(told\.)*|parametrizations\.weight\.\d+\."
 )
 
 
 @dataclass(frozen=True)
 class BaseModelRef:
-    """What an adapter run was trained on.  path: absolute, as init= named it.  weights: drawing.fingerprint of that model."""
+    """The base model of an adapter run.
+
+    path: absolute, as init= named it.  weights: `weights.hash_model` of that model.
+    """
 
     path: str
     weights: str
 
     def write(self, folder: Path) -> None:
+        """Write the reference into an adapter's run folder."""
         atomic.write_json(folder / BASE_REF_FILE, asdict(self))
 
     @staticmethod
     def read(folder: Path) -> "BaseModelRef":
-        """The base of an adapter run. Raises CorruptFileError naming the file, UserError where the base is not there any more."""
-        place = folder / BASE_REF_FILE
+        """Read the reference from an adapter's run folder.
+
+        Raises CorruptFileError naming the file, UserError if the base model does not exist any more.
+        """
+        path = folder / BASE_REF_FILE
         try:
-            said = parse_json(place.read_text(encoding="utf-8"))
-            base = BaseModelRef(str(said["path"]), str(said["weights"]))
+            fields = parse_json(path.read_text(encoding="utf-8"))
+            base = BaseModelRef(str(fields["path"]), str(fields["weights"]))
         except (ValueError, KeyError, TypeError, FileNotFoundError):
             raise atomic.CorruptFileError(
-                f'{place} is damaged or gone; expected {{"path": RUN, "weights": HASH}}, as the same train.py command writes it'
+                f'{path} is damaged or gone; expected {{"path": RUN, "weights": HASH}}, '
+                "as the same train.py command writes it"
             ) from None
         if not Path(base.path).exists():
             raise UserError(
-                f"{folder} is an adapter on {base.path}, which is not there: put it back, or name in {place} where it is"
+                f"{folder} is an adapter on {base.path}, which is not there: put it back, or name in {path} where it is"
             )
         return base
 
     def check_weights(self, weights: str, where: Path) -> None:
-        """Raises UserError if the weights there are now are not those that the run in `where` was trained on."""
+        """Raise UserError unless `weights`, the hash of the base model now, is the one that the run in `where` was
+        trained on.
+        """
         if weights != self.weights:
             raise UserError(
-                f"{where} was trained on other weights of {self.path} ({self.weights[:12]}) than are there now ({weights[:12]}): "
-                f"put those back, or name in {where / BASE_REF_FILE} where they are"
+                f"{where} was trained on other weights of {self.path} ({self.weights[:12]}) than are there now "
+                f"({weights[:12]}): put those back, or name in {where / BASE_REF_FILE} where they are"
             )
 
 
 def apply_lora_file(model: "LatentDiffusion", path: Path, scale: float) -> None:
-    """Put the factors in a LoRA file of diffusers on a model. Raises UserError naming the file."""
+    """Add the factors in a LoRA file of diffusers to a model in place, and freeze all parameters.
+
+    scale: factor on the LoRA's contribution. Raises UserError, naming the file, if it does not match the network.
+    """
     from ldm.adapter import lora
     from ldm.interop import adapters, weights_file
 
@@ -76,23 +89,26 @@ def apply_lora_file(model: "LatentDiffusion", path: Path, scale: float) -> None:
 
 
 def adapter_parameters(model: "nn.Module") -> "dict[str, Tensor]":
-    """What is trained of a model, by the adapter's own names."""
+    """Return the trainable parameters of a model, by the adapter's names for them (see `local_parameter_name`)."""
     from ldm.checkpoint.state import trainable_parameters
 
     return {local_parameter_name(name): p for name, p in trainable_parameters(model).items()}
 
 
 def local_parameter_name(name: str) -> str:
-    """An adapter's name of a parameter, wherever in whatever model it lies: middle1.res.conv1.down, copied.stem.weight."""
+    """Return an adapter's name of a parameter, independent of the modules around it: middle1.res.conv1.down,
+    copied.stem.weight.
+    """
     return WRAPPER_PREFIX.sub("", WRAPPER_PREFIX.sub("", name))
 
 
 def copy_parameters(live: "dict[str, Tensor]", state: "dict[str, Tensor]") -> None:
-    """Copy saved parameters into live ones. Raises ValueError naming what does not fit."""
+    """Copy the saved parameters `state` into `live` in place. Raises ValueError naming those that do not match."""
     import torch
 
-    if other := sorted(live.keys() ^ state.keys()) or [name for name in live if live[name].shape != state[name].shape]:
-        raise ValueError(f"{', '.join(other[:3])}{' ...' if len(other) > 3 else ''} do not match")
+    mismatched = sorted(live.keys() ^ state.keys()) or [n for n in live if live[n].shape != state[n].shape]
+    if mismatched:
+        raise ValueError(f"{', '.join(mismatched[:3])}{' ...' if len(mismatched) > 3 else ''} do not match")
     with torch.no_grad():
         for name, p in live.items():
             p.copy_(state[name])

@@ -1,4 +1,4 @@
-"""Tensors that lie with several processes, a share with each: put together, and shared out."""
+"""Sharded tensors (DTensor): gathering the full tensor, and distributing one like another."""
 
 from typing import Any
 
@@ -7,21 +7,24 @@ from torch import Tensor
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether a value is a tensor of which each process holds a share (a DTensor)."""
+    """Return whether a value is a DTensor, a tensor of which each process has a shard."""
     return hasattr(value, "full_tensor")
 
 
 def full_tensors(value: Any) -> Any:
-    """Nested plain data with every sharded tensor put together; all processes must call it."""
+    """Return nested plain data with every DTensor replaced by its full tensor; all processes must call it."""
     if is_dtensor(value):
         return value.full_tensor()
     if isinstance(value, dict):
-        return {key: full_tensors(one) for key, one in value.items()}
-    return [full_tensors(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: full_tensors(item) for key, item in value.items()}
+    return [full_tensors(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def distribute_like(value: Tensor, p: Any) -> Tensor:
-    """A whole tensor that every process has, sharded as p is, each shard laid out in memory as that of p."""
+    """Shard a full tensor, which every process has, like the parameter p, with the memory layout of p's shards.
+
+    Returns it unchanged if p is not sharded. No communication takes place.
+    """
     if not is_dtensor(p):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -34,29 +37,35 @@ def distribute_like(value: Tensor, p: Any) -> Tensor:
 
 
 def match_layout(value: Tensor, p: Tensor) -> Tensor:
-    """A tensor of the shape of p, on the device of p and with its strides."""
+    """Copy a tensor of the shape of p to the device of p, with the strides of p."""
     return torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def distribute_optimizer_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """An optimiser's state_dict with each tensor on the device of its parameter, sharded and laid out in memory as that is.
+    """Return an optimiser's state_dict with each tensor on the device of its parameter, with its sharding and memory
+    layout.
 
-    Whatever wrote it: fused optimisers go through the memory of parameter and moments side by side, whatever their strides.
-    optimizer: one, or several that step as one, which are its `optimizers`, as the dicts in state["optimizers"] are theirs.
+    The layout matters because fused optimisers traverse the memory of parameter and moments in parallel, whatever their
+    strides.
+    optimizer: one optimiser, or several that step together as its `optimizers`, whose states are in
+    state["optimizers"].
     """
     if "optimizers" in state:
         pairs = zip(state["optimizers"], optimizer.optimizers, strict=True)
-        return {**state, "optimizers": [distribute_optimizer_state(one, other) for one, other in pairs]}
+        return {**state, "optimizers": [distribute_optimizer_state(part, owner) for part, owner in pairs]}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {
-        number: {name: moment_like(value, parameters[number]) for name, value in values.items()}
-        for number, values in state["state"].items()
+        index: {name: moment_like(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
     }
     return {**state, "state": moments}
 
 
 def moment_like(value: Any, p: Tensor) -> Any:
-    """A value of a parameter's state as the parameter is, if it is a tensor of its shape; torch sees to numbers, as the step is."""
+    """Distribute a value of a parameter's optimiser state like the parameter p, if it is a tensor of p's shape.
+
+    Other values, such as the step count, are returned unchanged; torch moves them itself.
+    """
     if not isinstance(value, Tensor) or value.ndim == 0 or value.shape != p.shape:
         return value
     return distribute_like(value, p) if is_dtensor(p) else match_layout(value, p)

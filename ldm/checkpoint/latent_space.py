@@ -1,4 +1,4 @@
-"""The contract of a latent space: its name goes with everything that was made in it, and nothing of another one is let in."""
+"""Latent spaces: every file that depends on one records its identity, and files of another one are refused."""
 
 import json
 from collections.abc import Mapping
@@ -16,10 +16,11 @@ KEY = "latent_space"  # in the metadata of safetensors files
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Which autoencoder a latent means something to.
+    """The latent space of one autoencoder.
 
-    identity: sha256 of its config, weights, shift and scale.  form: factor and channels, for the eye.
-    data, images: fingerprint and size of the set that shift and scale were taken over; "" and 0 where that is not known.
+    identity: sha256 of the autoencoder's config, weights, shift and scale.  shape: its factor and channels, as in f8c4,
+    for readability.
+    data, images: fingerprint and size of the data set that shift and scale were computed on; "" and 0 if unknown.
     """
 
     identity: str
@@ -29,7 +30,11 @@ class LatentSpace:
 
     @staticmethod
     def from_autoencoder(autoencoder: Any, config: Mapping[str, Any], data: str = "") -> "LatentSpace":
-        """The space of an autoencoder built from the plain `autoencoder` node `config`, calibrated on the data set of that fingerprint."""
+        """Return the latent space of an autoencoder.
+
+        config: the plain `autoencoder` node it was built from.  data: the fingerprint of the data set it was calibrated
+        on.
+        """
         identity = hash_config([config, autoencoder.weights_hash()])
         return LatentSpace(
             identity, f"f{autoencoder.factor}c{autoencoder.z_channels}", data, int(autoencoder.calibrated_on)
@@ -37,37 +42,43 @@ class LatentSpace:
 
     @staticmethod
     def from_metadata(metadata: Mapping[str, str], where: Path | str) -> "LatentSpace":
-        """The space that a file's metadata names. Raises UserError naming the file for one without a name."""
+        """Return the latent space recorded in a file's metadata.
+
+        Raises UserError, naming the file, if there is none.
+        """
         try:
             return LatentSpace(**parse_json(metadata[KEY]))
         except (KeyError, ValueError, TypeError):
-            said = (
+            raise UserError(
                 f"{where} does not say which autoencoder it belongs to; make it again with this version, or remove it"
-            )
-            raise UserError(said) from None
+            ) from None
 
     @property
     def name(self) -> str:
+        """The short name, as in f8c4-0123456789ab."""
         return f"{self.shape}-{self.identity[:12]}"
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the safetensors files of this space carry."""
+        """The metadata that safetensors files of this space carry."""
         return {KEY: json.dumps(asdict(self))}
 
     def require_same(self, metadata: Mapping[str, str], where: Path | str, remedy: str) -> None:
-        """Raises UserError, with both names in one line, for a file made in another space or in none."""
+        """Raise UserError, with both names in one line, unless a file's metadata record this space."""
         other = LatentSpace.from_metadata(metadata, where)
         if other.identity != self.identity:
             raise UserError(f"{where} belongs to autoencoder {other.name}, the one here is {self.name}; {remedy}")
 
     def require_same_file(self, path: Path, remedy: str) -> None:
-        """As admit, for a safetensors file."""
+        """Check the metadata of a safetensors file, see `require_same`."""
         self.require_same(atomic.read_metadata(path), path, remedy)
 
 
-def require_same_latent_space(one: tuple[str, str], other: tuple[str, str], remedy: str) -> None:
-    """Refuse two parts, each given as what it is and the name of its latent space, unless these names are equal. Raises UserError."""
-    (what, space), (reference, expected) = one, other
+def require_same_latent_space(part: tuple[str, str], reference_part: tuple[str, str], remedy: str) -> None:
+    """Check that two parts share a latent space, each given as (description, name of its latent space).
+
+    Raises UserError otherwise.
+    """
+    (what, space), (reference, expected) = part, reference_part
     if space != expected:
         raise UserError(f"{what} belongs to autoencoder {space}, {reference} to {expected}: {remedy}")

@@ -10,25 +10,24 @@ from ldm.errors import UserError
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters a run trains, by name: what a checkpoint holds; frozen parts are kept elsewhere, once."""
+    """Return the trainable parameters by name, which checkpoints contain; frozen parts are stored once, elsewhere."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def load_trainable(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy saved parameters into the module. Raises UserError unless names and shapes are the same."""
+    """Copy saved parameters into the module in place. Raises UserError unless names and shapes are the same."""
     live = trainable_parameters(module)
-    other = sorted(live.keys() ^ state.keys()) or [n for n in live if live[n].shape != state[n].shape]
-    if other:
-        raise UserError(
-            f"the weights are of another architecture: {', '.join(other[:4])}{' ...' if len(other) > 4 else ''} do not match"
-        )
+    mismatched = sorted(live.keys() ^ state.keys()) or [n for n in live if live[n].shape != state[n].shape]
+    if mismatched:
+        names = f"{', '.join(mismatched[:4])}{' ...' if len(mismatched) > 4 else ''}"
+        raise UserError(f"the weights are of another architecture: {names} do not match")
     for name, p in live.items():
         p.copy_(distribute_like(state[name], p))
 
 
 def extra_state(module: nn.Module) -> dict[str, Any]:
-    """What modules keep besides parameters, by name: the extra state of those that have one, as torch means it."""
+    """Return torch's extra state (`get_extra_state`) of each submodule that has one, by module name."""
     return {
         name: m.get_extra_state()
         for name, m in module.named_modules()

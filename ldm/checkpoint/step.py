@@ -1,4 +1,4 @@
-"""Checkpoints: step folders with a manifest, written atomically and verified before they are loaded."""
+"""Checkpoints: one folder per step with a manifest, written atomically and verified before it is loaded."""
 
 import json
 import os
@@ -41,19 +41,22 @@ def save_checkpoint(
     metadata: Mapping[str, str] | None = None,
     spared: Callable[[int], bool] = lambda step: False,
 ) -> Path:
-    """Write folder/step-00012000 with <name>.safetensors per entry of tensors, train_state.pt, config.yaml and last a manifest of sha256.
+    """Write folder/step-00012000: <name>.safetensors per entry of tensors, train_state.pt, config.yaml, and last a
+    manifest of sha256.
 
-    state: tensors and plain values only (it is read back with weights_only=True).  keep: newest steps left on the disk, at least 2, so that
-    one good older step outlives a newest one that turns out damaged; 0 keeps all.  metadata: goes into every safetensors file.
-    spared: whether an older step stays all the same.
-    Raises UserError for weights that are not finite, OSError for a disk too full, in both cases before anything was changed.
+    state: tensors and plain values only (it is read back with weights_only=True).
+    keep: number of newest steps to leave on the disk, at least 2, so that an older one remains if the newest turns out
+    damaged; 0 for all.
+    metadata: written into every safetensors file.  spared: step -> whether that older step is not to be removed.
+    Raises UserError for weights that are not finite and OSError for a full disk, in both cases before anything is
+    changed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(folder)
     for name, weights in tensors.items():
         _require_finite(weights, name)
-    _require_disk_space(folder, sum(_num_bytes(one) for one in (*tensors.values(), state)))
+    _require_disk_space(folder, sum(_num_bytes(value) for value in (*tensors.values(), state)))
     final = folder / f"step-{step:08d}"
     with _temporary_sibling(final) as temporary:
         temporary.mkdir()
@@ -83,17 +86,23 @@ def save_checkpoint(
 
 
 def verify_checkpoint(step: Path | str) -> dict[str, Any]:
-    """The manifest of a step folder whose every file is what was written.  Raises CorruptFileError naming the file and what is wrong."""
+    """Verify every file of a step folder by its sha256 and return the manifest.
+
+    Raises CorruptFileError naming the file and the defect.
+    """
     step = Path(step)
-    manifest = _complete(step)
+    manifest = _read_manifest(step)
     for name, entry in manifest["files"].items():
         if file_sha256(step / name) != entry["sha256"]:
             raise CorruptFileError(f"{step / name} was changed: its sha256 is not the manifest's")
     return manifest
 
 
-def _complete(step: Path) -> dict[str, Any]:
-    """The manifest of a step folder whose files all have their sizes: what can be known without reading them."""
+def _read_manifest(step: Path) -> dict[str, Any]:
+    """Read the manifest of a step folder and check that all files have their sizes, without reading them.
+
+    Raises CorruptFileError.
+    """
     if not step.is_dir():
         raise CorruptFileError(f"{step} is not there")
     try:
@@ -112,13 +121,13 @@ def _complete(step: Path) -> dict[str, Any]:
             raise CorruptFileError(f"{step / MANIFEST} names a file outside its folder: {name!r}")
         if not (step / name).is_file():
             raise CorruptFileError(f"{step / name} is missing")
-        if (there := (step / name).stat().st_size) != size:
-            raise CorruptFileError(f"{step / name} has {there} bytes, not {size}")
+        if (actual := (step / name).stat().st_size) != size:
+            raise CorruptFileError(f"{step / name} has {actual} bytes, not {size}")
     return manifest
 
 
 def list_checkpoints(folder: Path | str) -> list[Path]:
-    """The step folders in `folder`, newest first, damaged ones included."""
+    """List the step folders in `folder`, newest first, including damaged ones."""
     return sorted(
         (path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)),
         key=checkpoint_step,
@@ -127,16 +136,16 @@ def list_checkpoints(folder: Path | str) -> list[Path]:
 
 
 def checkpoint_step(path: Path | str) -> int:
-    """The step a step folder's name stands for."""
+    """Return the step number in the name of a step folder."""
     return int(Path(path).name.removeprefix("step-"))
 
 
 def latest_valid_checkpoint(
     folder: Path | str, before: int | None = None
 ) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest step folder that verifies (None when there is none), and each newer one that was skipped with the reason.
+    """Return the newest step folder that verifies, or None, and each newer one that was skipped with the reason.
 
-    before: only those of earlier steps.
+    before: consider only earlier steps.
     """
     skipped = []
     for step in list_checkpoints(folder):
@@ -152,7 +161,7 @@ def latest_valid_checkpoint(
 
 
 class Checkpoint(NamedTuple):
-    """What a step folder holds; metadata: that of its safetensors files."""
+    """The contents of a step folder; metadata: that of its safetensors files."""
 
     step: int
     tensors: "dict[str, dict[str, Tensor]]"
@@ -162,7 +171,10 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(step: Path | str) -> Checkpoint:
-    """Verify and read a step folder, to the CPU, without unpickling anything but tensors and plain values.  Raises CorruptFileError."""
+    """Verify and load a step folder, to the CPU, unpickling nothing but tensors and plain values.
+
+    Raises CorruptFileError.
+    """
     import torch
 
     step = Path(step)
@@ -181,26 +193,28 @@ def load_checkpoint(step: Path | str) -> Checkpoint:
 
 
 def prune_checkpoints(folder: Path | str, keep: int, spared: Callable[[int], bool] = lambda step: False) -> None:
-    """Remove all but the newest `keep` steps (at least 2; 0 keeps all) and those spared; never one of the newest two that are complete."""
-    found = list_checkpoints(folder)
-    kept = {step for step in found if spared(checkpoint_step(step))}
-    kept |= set(found[: max(2, keep)] if keep else found) | set([step for step in found if _is_complete(step)][:2])
-    for step in found:
-        if step not in kept:
-            os.replace(
-                step, gone := step.with_name(f".{step.name}.{os.getpid()}.gone.tmp")
-            )  # at once: no half of it keeps the name
-            shutil.rmtree(gone)
+    """Remove all steps but the newest `keep` (at least 2; 0 for all), the spared ones, and the newest two that are
+    complete.
+    """
+    steps = list_checkpoints(folder)
+    remaining = {step for step in steps if spared(checkpoint_step(step))}
+    remaining |= set(steps[: max(2, keep)] if keep else steps)
+    remaining |= set([step for step in steps if _is_complete(step)][:2])
+    for step in steps:
+        if step not in remaining:
+            # renamed first, so that no partly removed folder has the name of a step
+            os.replace(step, doomed := step.with_name(f".{step.name}.{os.getpid()}.gone.tmp"))
+            shutil.rmtree(doomed)
 
 
 def complete_steps(folder: Path | str) -> list[int]:
-    """The steps in `folder` of which every file has its size, newest first; their contents are not read."""
+    """List the steps in `folder` whose files all have their sizes, newest first, without reading the files."""
     return [checkpoint_step(path) for path in list_checkpoints(folder) if _is_complete(path)]
 
 
 def _is_complete(step: Path) -> bool:
     try:
-        _complete(step)
+        _read_manifest(step)
     except CorruptFileError:
         return False
     return True

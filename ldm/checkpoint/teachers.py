@@ -23,9 +23,9 @@ def _load_cached(run: str) -> "LatentDiffusion":
 def autoguidance(
     denoiser: "Denoiser", cond: "Condition", uncond: "Condition | None", weak: str | None = None, scale: float = 1.0
 ) -> "Denoise":
-    """Away from the model of the run, or the step of a run, that `weak` names (Karras et al. 2024a); it is told the same Condition.
+    """Guide away from a weaker model under the same condition (autoguidance; Karras et al. 2024a).
 
-    Raises UserError without one.
+    weak: a run, or a step folder in it. Raises UserError without one.
     """
     from ldm.diffusion import guidance
 
@@ -37,7 +37,10 @@ def autoguidance(
 
 
 def load_teacher(run: str | None = None, scale: float = 1.0, interval: Sequence[float] = (0.0, 1.0)) -> "Teacher":
-    """The model of a run as a teacher, guided at `scale` within the interval of t. Raises UserError without one."""
+    """Load the model of a run as a teacher for distillation, guided at `scale` within the interval of t.
+
+    run: a run, or a step folder in it. Raises UserError without one.
+    """
     from ldm.diffusion.distill import Teacher
 
     if run is None:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def hash_model(model: "LatentDiffusion") -> str:
-    """sha256 (hex) of everything in a model that a file of weights may change."""
+    """Return the sha256 (hex) of a model's state dict, that is of everything that a weights file may change."""
     from ldm.tensors import hash_state_dict
 
     return hash_state_dict(model.state_dict())
 
 
 class LoadedWeights(NamedTuple):
-    """Trained weights, where they were found, and what the file says of them."""
+    """Trained weights, the file they were read from, and that file's metadata."""
 
     path: Path
     tensors: dict[str, Any]
@@ -28,16 +28,19 @@ class LoadedWeights(NamedTuple):
 
 
 def load_weights_dict(run: str | Path, kind: str = "ema") -> dict[str, Any]:
-    """The tensors of `kept`."""
-    return load_weights(run, kind).tensors
+    """Load the trained weights that `run` names, as a dict of tensors. Raises as `load_weights` does."""
+    return load_weights(Path(run).expanduser(), find_run(run), kind).tensors
 
 
-def load_weights(run: str | Path, kind: str = "ema") -> LoadedWeights:
-    """The trained weights that `run` names: a weights file, a step folder, or the run's final or newest ones; kind: ema, raw, or ema:0.15.
+def load_weights(path: Path, folder: Path, kind: str = "ema") -> LoadedWeights:
+    """Load trained weights of a run, to the CPU.
 
+    path: a weights file or a step folder in the run, or the run folder for its final weights (its newest ones before it
+    has ended).
+    folder: the run folder.
+    kind: ema, raw, or ema:0.15, a post-hoc EMA of that length.
     Raises UserError if there are none, CorruptFileError for a broken file.
     """
-    path, folder = Path(run).expanduser(), find_run(run)
     if kind not in ("ema", "raw"):
         return posthoc_ema(folder / "averages", parse_ema_length(kind))
     if path.is_file() and path.suffix == ".safetensors":
@@ -48,17 +51,23 @@ def load_weights(run: str | Path, kind: str = "ema") -> LoadedWeights:
         return weights_from_file(folder / "weights.safetensors")
     step, skipped = latest_valid_checkpoint(folder / "checkpoints")
     if step is None:
-        why = f"; {skipped[0][1]}" if skipped else ""
-        raise UserError(f"run={run}: no weights in it yet{why}; run train.py with its config to the first checkpoint")
+        reason = f"; {skipped[0][1]}" if skipped else ""
+        remedy = "run train.py with its config to the first checkpoint"
+        raise UserError(f"run={path}: no weights in it yet{reason}; {remedy}")
     return weights_from_checkpoint(step, kind)
 
 
 def weights_from_file(path: Path) -> LoadedWeights:
+    """Read a weights file. Raises CorruptFileError."""
     return LoadedWeights(path, atomic.read_tensors(path), atomic.read_metadata(path))
 
 
 def weights_from_checkpoint(path: Path, kind: str) -> LoadedWeights:
-    """The weights of a LatentDiffusion in a step folder, whose `model` is the whole Lightning module: the model and its objective."""
+    """Read the weights of a LatentDiffusion from a step folder. Raises CorruptFileError.
+
+    The folder's `model` file holds the complete Lightning module, that is the model (prefix "model.") and its
+    objective.
+    """
     step = load_checkpoint(path)
     if kind == "ema":
         return LoadedWeights(path, step.tensors["ema"], step.metadata)
@@ -69,7 +78,7 @@ def weights_from_checkpoint(path: Path, kind: str) -> LoadedWeights:
 
 
 def parse_ema_length(kind: str) -> float:
-    """The length in `ema:0.15`, a part of the training. Raises UserError for anything else."""
+    """Return the length in `ema:0.15`, a fraction of the training. Raises UserError for any other text."""
     from ldm.ema import std_to_exponent
 
     try:
@@ -85,28 +94,35 @@ def parse_ema_length(kind: str) -> float:
 
 
 def posthoc_ema(folder: Path, sigma_rel: float) -> LoadedWeights:
-    """The average of any length at the end of a run that kept averages of two (post-hoc EMA: EDM2, section 3.2).
+    """Compute an EMA of any length at the end of a run from its snapshots of two EMAs (post-hoc EMA: EDM2, section
+    3.2).
 
-    Raises UserError where there are none, or too few for this length.
+    folder: the run's `averages` folder.  sigma_rel: the length, relative to the training.
+    Raises UserError if there are no snapshots, or too few for this length.
     """
     from ldm.ema import posthoc_coefficients
 
-    named = {path: path.stem.removeprefix("ema_").split("-") for path in sorted(folder.glob("ema_*-*.safetensors"))}
-    if not named:
+    snapshots = {path: path.stem.removeprefix("ema_").split("-") for path in sorted(folder.glob("ema_*-*.safetensors"))}
+    if not snapshots:
         raise UserError(
-            f"weights=ema:{sigma_rel:g}: {folder.parent} holds no snapshots; train with training.snapshot_every=N, or choose ema"
+            f"weights=ema:{sigma_rel:g}: {folder.parent} holds no snapshots; train with training.snapshot_every=N, "
+            "or choose ema"
         )
-    kept = [(float(length), int(step)) for length, step in named.values()]
-    last = max(step for _, step in kept)
-    parts, off = posthoc_coefficients(kept, sigma_rel, last)
-    if off > 0.1:
-        said = f"the nearest that its {len(kept)} snapshots make is {off:.0%} off"
+    lengths = [(float(length), int(step)) for length, step in snapshots.values()]
+    last = max(step for _, step in lengths)
+    coefficients, error = posthoc_coefficients(lengths, sigma_rel, last)
+    if error > 0.1:
+        nearest = f"the nearest that its {len(lengths)} snapshots make is {error:.0%} off"
         raise UserError(
-            f"weights=ema:{sigma_rel:g}: {said}, expected 10% or less; choose a length nearer to 0.05..0.1, or train with more"
+            f"weights=ema:{sigma_rel:g}: {nearest}, expected 10% or less; choose a length nearer to 0.05..0.1, "
+            "or train with more"
         )
-    found: dict[str, Any] = {}
-    for part, path in zip(parts, named, strict=True):
-        if abs(part) > 1e-9:  # a length that was kept is that file and no other
+    average: dict[str, Any] = {}
+    for coefficient, path in zip(coefficients, snapshots, strict=True):
+        if abs(coefficient) > 1e-9:  # so that a length that was saved is read from its own file, exactly
             for name, value in atomic.read_tensors(path).items():
-                found[name] = found[name].add_(value, alpha=part) if name in found else value * part
-    return LoadedWeights(path, found, atomic.read_metadata(path))
+                if name in average:
+                    average[name].add_(value, alpha=coefficient)
+                else:
+                    average[name] = value * coefficient
+    return LoadedWeights(path, average, atomic.read_metadata(path))

@@ -96,7 +96,7 @@ def load_adapter_state(run: str, weights: str, kind: str) -> tuple[dict, Any, di
     from ldm.checkpoint.weights import load_weights_dict
     from ldm.config.build import to_container
 
-    config = to_container(load.load_run_config(load.adapter_folder(run)).adapter)
+    config = to_container(load.open_adapter(run).config.adapter)
     if config["_target_"] != f"ldm.adapter.{kind}":
         raise UserError(f"run={run} is of {config['_target_']}: expected one of ldm.adapter.{kind}")
     found = {adapters.local_parameter_name(name): value for name, value in load_weights_dict(run, weights).items()}

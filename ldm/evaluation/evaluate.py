@@ -1,4 +1,4 @@
-"""Samples drawn to be measured, and the measurement: who is asked for what, with which seeds, at which guidance."""
+"""Evaluation of a model: the conditions, seeds and guidance scale of its samples, and their metrics."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +21,14 @@ from ldm.tensors import choose
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How a model is scored: `num` samples in batches of batch_size, seeds from `seed` on, `steps` solver steps, classes in equal parts.
+    """How a model is evaluated: on `num` samples in batches of batch_size, with seeds from `seed` on and `steps` solver
+    steps.
 
-    guidances: the scales among which the lowest distance of guidance_num samples with seeds from guidance_seed on decides.
-    precision: of the network while it draws: auto, 32 or bf16.
-    every: steps of training between two scores of every_num samples, None for none before the end.
+    The classes are in equal proportions.
+    guidance_scales: the candidates, of which the one with the lowest Frechet distance of guidance_num samples, with
+    seeds from guidance_seed on, is used.
+    precision: of the network while sampling: auto, 32 or bf16.
+    eval_every: training steps between two evaluations on eval_num samples, None for none before the end.
     """
 
     num: int = 5000
@@ -42,100 +45,108 @@ class EvaluationConfig:
     def __post_init__(self):
         if (self.eval_every is not None and self.eval_every < 1) or self.eval_num < 2:
             raise ConfigError(
-                f"training.score: eval_every={self.eval_every} eval_num={self.eval_num}: expected null or a step or more, and 2 or more"
+                f"training.score: eval_every={self.eval_every} eval_num={self.eval_num}: "
+                "expected null or a step or more, and 2 or more"
             )
 
 
 @dataclass(frozen=True)
 class CaptionSource:
-    """What each of num samples is told: a caption of class i mod K, the caption drawn with `seed`, for sample i."""
+    """The conditions of samples: sample i gets class i mod K and a caption of that class, chosen by `seed` and i."""
 
     classes: Sequence[str]
     captions: Sequence[Sequence[str]]
     seed: int = field(default=0)
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
-        """caption (list), label (B,) and index of the given samples."""
+        """Return caption (list), label (B,) int64 and index (list) of the given samples."""
         label = [i % len(self.classes) for i in rows]
         caption = [choose(self.captions[k], self.seed, "told", i) for i, k in zip(rows, label, strict=True)]
         return {"caption": caption, "label": torch.tensor(label), "index": list(rows)}
 
 
-def compute_scores(score: MetricSuite, drawn: Iterator[tuple[Tensor, dict[str, Any]]]) -> dict[str, float]:
-    """Every metric of the drawn samples, over all processes."""
-    score.reset()
-    for image, batch in drawn:
-        score.update(image, batch["label"], batch.get("caption"))
-    return score.compute()
+def compute_scores(metrics: MetricSuite, samples: Iterator[tuple[Tensor, dict[str, Any]]]) -> dict[str, float]:
+    """Compute every metric of the samples, over all processes; samples: (images, batch) pairs of `generate_samples`."""
+    metrics.reset()
+    for image, batch in samples:
+        metrics.update(image, batch["label"], batch.get("caption"))
+    return metrics.compute()
 
 
 def evaluate(
     model: LatentDiffusion,
     protocol: EvaluationConfig,
-    told: CaptionSource,
+    conditions: CaptionSource,
     make_score: Callable[[], MetricSuite],
     sampler: Sampler,
     guidance: Guidance,
     grid: Callable[..., Tensor] = trailing,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Choose the guidance scale by the distance alone, then take every number of make_score() at that scale, from other seeds."""
-    score = make_score()
-    distance = MetricSuite(score.net, score.reference, {"fd": FrechetDistance})
+    """Choose the guidance scale by the Frechet distance alone, then compute all metrics at that scale, from other
+    seeds.
+
+    grid: (schedule, steps) -> the sampler's times.  report: receives one line of text for each guidance scale.
+    Returns the values, the guidance scales with their distances, the seed, and the metrics' provenance as
+    `score/<key>`.
+    """
+    metrics = make_score()
+    distance = MetricSuite(metrics.net, metrics.reference, {"fd": FrechetDistance})
     ts = grid(model.denoiser.schedule, protocol.steps)
-    draws = partial(
+    generate = partial(
         generate_samples,
         model,
-        told.batch,
+        conditions.batch,
         batch_size=protocol.batch_size,
         ts=ts,
         sampler=sampler,
         precision=protocol.precision,
     )
-    tried: dict[str, float] = {}
+    distances: dict[str, float] = {}
     for scale in protocol.guidance_scales:
-        drawn = draws(
+        samples = generate(
             rank_slice(protocol.guidance_num), protocol.guidance_seed, guidance=partial(guidance, scale=scale)
         )
-        tried[str(scale)] = frechet_distance(compute_scores(distance, drawn))
-        say(f"guidance {scale}: distance {tried[str(scale)]:.2f} of {protocol.guidance_num} samples")
-    scale = float(min(tried, key=lambda s: tried[s])) if tried else 1.0
-    drawn = draws(rank_slice(protocol.num), protocol.seed, guidance=partial(guidance, scale=scale))
-    values = compute_scores(score, drawn)
-    how = {
+        distances[str(scale)] = frechet_distance(compute_scores(distance, samples))
+        report(f"guidance {scale}: distance {distances[str(scale)]:.2f} of {protocol.guidance_num} samples")
+    scale = float(min(distances, key=lambda s: distances[s])) if distances else 1.0
+    samples = generate(rank_slice(protocol.num), protocol.seed, guidance=partial(guidance, scale=scale))
+    values = compute_scores(metrics, samples)
+    settings = {
         "guidance": scale,
-        "guidance_tried": tried,
+        "guidance_tried": distances,
         "steps": protocol.steps,
         "arithmetic": resolve_precision(protocol.precision),
+        "seed": protocol.seed,
     }
-    return values | how | {"seed": protocol.seed} | {f"score/{name}": value for name, value in score.provenance.items()}
+    return values | settings | {f"score/{name}": value for name, value in metrics.provenance.items()}
 
 
 def evaluate_during_training(
     model: LatentDiffusion,
     protocol: EvaluationConfig,
-    told: CaptionSource,
-    score: MetricSuite,
+    conditions: CaptionSource,
+    metrics: MetricSuite,
     sampler: Sampler,
     guidance: Guidance,
     grid: Callable[..., Tensor],
 ) -> dict[str, float]:
-    """Every number of every_num samples at the first guidance scale, said with network and number: {"val/fd_fashion_1k": ...}."""
+    """Compute all metrics of eval_num samples at the first guidance scale, named as in {"val/fd_fashion_1k": ...}."""
     scale = next(iter(protocol.guidance_scales), 1.0)
     ts, rows = grid(model.denoiser.schedule, protocol.steps), rank_slice(protocol.eval_num)
-    part = partial(guidance, scale=scale)
-    drawn = generate_samples(
-        model, told.batch, rows, protocol.guidance_seed, protocol.batch_size, ts, sampler, part, protocol.precision
+    guided, seed = partial(guidance, scale=scale), protocol.guidance_seed
+    samples = generate_samples(
+        model, conditions.batch, rows, seed, protocol.batch_size, ts, sampler, guided, protocol.precision
     )
-    values = compute_scores(score, drawn)
+    values = compute_scores(metrics, samples)
     return {f"val/{name}_{format_count(int(values['n']))}": value for name, value in values.items() if name != "n"}
 
 
 def format_count(n: int) -> str:
-    """A number of samples as papers write it: 5k, 250."""
+    """Format a number of samples as papers do: 5k, 250."""
     return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
 
 
 def frechet_distance(values: dict[str, float]) -> float:
-    """The Frechet distance among a Score's numbers."""
+    """Return the Frechet distance among the values of a MetricSuite."""
     return next(value for name, value in values.items() if name.startswith("fd_"))

@@ -17,16 +17,18 @@ from ldm.runs import cache, metrics_log
 
 
 def load_evaluator(cfg: Any, folder: Path) -> tuple[Any, Tensor]:
-    """The judge kept in a folder and its reference features (N, D)."""
+    """Load the evaluator in a folder, frozen, and its reference features (N, D)."""
     net = instantiate(cfg.evaluator.net)()
     net.load_state_dict(atomic.read_tensors(folder / "weights.safetensors"))
     return net.eval().requires_grad_(False), atomic.read_tensors(folder / "reference.safetensors")["features"]
 
 
 def make_scorer(cfg: Any, metrics: Any) -> tuple[Callable[[], MetricSuite] | None, dict[str, Any]]:
-    """What makes a Score of a `metrics` node's numbers, and the baselines measured with the same network; (None, {}) for metrics=none.
+    """Return a constructor of the MetricSuite of a `metrics` node, and the baselines of its network; (None, {}) for
+    metrics=none.
 
-    The node's own network if it has one (Inception), its reference taken from the training set now; else the judge, trained now if need be.
+    A node with a network of its own (Inception) takes its reference from the training set of cfg, which is computed
+    now; other nodes use the evaluator of cfg's data, which is trained now unless it is cached.
     """
     if "_target_" not in metrics:
         return None, {}

@@ -1,4 +1,4 @@
-"""The protocol of a score: all that must be equal for two numbers to be compared, and the short hash that tells."""
+"""The protocol of a score: all settings that must be equal for two scores to be comparable, and their hash."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +10,11 @@ OMITTED_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "scale")
 
 
 def describe_node(node: Any) -> str:
-    """A config node in short, `ddim(eta=0)`: a target's last word and its options but null ones and the scale, which is said beside it.
+    """Describe a config node in short, as in `ddim(eta=0)`: the last part of its target and its options.
 
-    Of a path the last part is said: a run's folder is named by what determines it.
+    Options that are null are left out, and the guidance scale, which the protocol lists on its own. Of a path only the
+    last part is
+    used: the name of a run's folder is determined by its config.
     """
     if isinstance(node, Mapping):
         inner = ", ".join(
@@ -31,9 +33,9 @@ def describe_node(node: Any) -> str:
 def sampling_settings(
     cfg: Mapping[str, Any], *, steps: int, scale: float | str, sigma_rel: float | None, arithmetic: str
 ) -> dict[str, Any]:
-    """How samples were drawn, of a plain config with sampler, grid and guidance.
+    """Describe the sampling settings of a plain config with the nodes sampler, timestep_spacing and guidance.
 
-    scale: of the guidance, or how it was chosen.  sigma_rel: of the averaged weights, None for those of the last step.
+    scale: the guidance scale, or how it was chosen.  sigma_rel: length of the EMA weights, None for the raw weights.
     """
     return {
         "sampler": describe_node(cfg["sampler"]),
@@ -46,12 +48,15 @@ def sampling_settings(
     }
 
 
-def with_protocol_hash(said: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes beside the numbers: `protocol`, the hash (12 hex digits), and `score/<key>` for all that is hashed."""
-    return {"protocol": identity.hash_config(said)[:12], **{f"score/{name}": value for name, value in said.items()}}
+def with_protocol_hash(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is stored beside scores: `protocol`, a hash (12 hex digits) of the settings, and each as
+    `score/<key>`.
+    """
+    digest = identity.hash_config(settings)[:12]
+    return {"protocol": digest, **{f"score/{name}": value for name, value in settings.items()}}
 
 
-def protocol_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys `score/...` in which two rows of numbers differ, a key that one of them lacks among them."""
-    names = {name for row in (one, other) for name in row if name.startswith("score/")}
-    return sorted(name for name in names if one.get(name) != other.get(name))
+def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Return the `score/...` keys in which two rows of scores differ, including keys that one of them lacks."""
+    names = {name for row in (a, b) for name in row if name.startswith("score/")}
+    return sorted(name for name in names if a.get(name) != b.get(name))

@@ -2,9 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint.load import latent_space_of, load_run_config
 from ldm.checkpoint.weights import parse_ema_length
-from ldm.config.build import to_container
 from ldm.evaluation import protocol
 from ldm.sampling.request import SampleRequest
 
@@ -13,54 +11,76 @@ if TYPE_CHECKING:
 
     from ldm.metrics.distribution import MetricSuite
 
+BATCH = 500  # images at a time
+
 
 def evaluate_samples(request: SampleRequest, images: "dict[int, Tensor]") -> dict[str, Any]:
-    """The numbers of cfg.metrics over all processes, and of held-out images how near they were come to; empty for metrics=none."""
+    """Measure the request's metrics over all processes and, for held-out images, their reconstruction; {} for
+    metrics=none.
+
+    images: this process's images, seed -> (C, H, W) uint8.
+    """
     from ldm.evaluation import evaluator
 
-    make, _ = evaluator.make_scorer(load_run_config(request.folder), request.cfg.metrics)
+    make, _ = evaluator.make_scorer(request.source.config, request.metrics)
     return {} if make is None else evaluate_with(request, images, make())
 
 
-def evaluate_with(request: SampleRequest, images: "dict[int, Tensor]", scores: "MetricSuite") -> dict[str, Any]:
-    """As score, by a Score that may have measured others before."""
+def evaluate_with(request: SampleRequest, images: "dict[int, Tensor]", metrics: "MetricSuite") -> dict[str, Any]:
+    """Measure as `evaluate_samples` does, with metrics that may have measured other images before."""
     import torch
     from hydra.utils import instantiate
 
-    scores.reset()
-    pairs = instantiate(request.cfg.reconstruction_metrics)()
-    rows = [seed - request.cfg.seed for seed in images]
+    metrics.reset()
+    pairs = instantiate(request.reconstruction_metrics)()
+    rows = [seed - request.seed for seed in images]
     paired = request.held_out is not None and "image" not in request.inputs
-    for start in range(0, len(rows), 500):
-        part = rows[start : start + 500]
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
         batch = request.batch(part)
-        image = torch.stack([images[request.cfg.seed + i] for i in part]).float() / 127.5 - 1
-        scores.update(image, batch.get("label", torch.zeros(len(part), dtype=torch.long)), batch.get("caption"))
+        image = torch.stack([images[request.seed + i] for i in part]).float() / 127.5 - 1
+        metrics.update(image, batch.get("label", torch.zeros(len(part), dtype=torch.long)), batch.get("caption"))
         if paired and batch["image"].shape == image.shape:
             pairs.update(batch["image"], image)
-    near = pairs.compute() if paired else {}
-    values = scores.compute()
-    return {
-        **values,
-        **near,
-        **protocol.with_protocol_hash({**scores.provenance, "n": values["n"], **sampling_protocol(request)}),
-    }
+    reconstruction = pairs.compute() if paired else {}
+    values = metrics.compute()
+    settings = {**metrics.provenance, "n": values["n"], **sampling_protocol(request)}
+    return {**values, **reconstruction, **protocol.with_protocol_hash(settings)}
 
 
 def sampling_protocol(request: SampleRequest) -> dict[str, Any]:
-    """What the protocol of a score says of its samples."""
+    """Describe how the images of `request` were sampled, for the protocol stored with their scores.
+
+    Includes data set, labels, task, sampler, steps, guidance, EMA length and arithmetic precision. Two scores are
+    comparable only if these entries are equal (see `protocol_differences`).
+    """
     from ldm.devices import resolve_precision
 
-    cfg = to_container(request.cfg)
-    told = next(
-        (f"{name}={cfg[name]}" for name in ("prompt", "prompts", "label") if cfg[name] is not None), cfg["labels"]
+    options = request.options
+    lengths = {"ema": request.source.config.training.get("ema_sigma_rel"), "raw": None}
+    weights = request.weights
+    settings = {
+        "data": request.source.data_card.fingerprint,
+        "labels": _conditions(request),
+        "autoencoder": request.source.latent_space,
+        "task": protocol.describe_node(options["task"]),
+    }
+    if request.tile is not None:
+        settings["tile"] = request.tile
+    return settings | protocol.sampling_settings(
+        options,
+        steps=request.steps,
+        scale=float(options["guidance"].get("scale", 1.0)),
+        sigma_rel=lengths[weights] if weights in lengths else parse_ema_length(weights),
+        arithmetic=resolve_precision(request.precision),
     )
-    lengths = {"ema": load_run_config(request.folder).training.get("ema_sigma_rel"), "raw": None}
-    sigma_rel = lengths[cfg["weights"]] if cfg["weights"] in lengths else parse_ema_length(cfg["weights"])
-    scale, arithmetic = float(cfg["guidance"].get("scale", 1.0)), resolve_precision(str(cfg["precision"]))
-    said = {"data": request.card.fingerprint, "labels": "held out" if request.held_out is not None else told}
-    said |= {"autoencoder": latent_space_of(request.folder), "task": protocol.describe_node(cfg["task"])}
-    said |= {} if cfg["tile"] is None else {"tile": cfg["tile"]}
-    return said | protocol.sampling_settings(
-        cfg, steps=cfg["steps"], scale=scale, sigma_rel=sigma_rel, arithmetic=arithmetic
-    )
+
+
+def _conditions(request: SampleRequest) -> str:
+    """Describe what the images are conditioned on: held-out data, the option that was given, or how classes are
+    assigned.
+    """
+    if request.held_out is not None:
+        return "held out"
+    given = (name for name in ("prompt", "prompts", "label") if request.options[name] is not None)
+    return next((f"{name}={request.options[name]}" for name in given), request.options["labels"])

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from ldm.checkpoint import adapters
 from ldm.checkpoint.adapters import BaseModelRef, adapter_parameters
 from ldm.checkpoint.latent_space import LatentSpace, require_same_latent_space
-from ldm.checkpoint.load import latent_space_of, load_data_card, load_model, load_run_config
+from ldm.checkpoint.load import load_data_card, load_model, load_run_config, open_model
 from ldm.checkpoint.state import trainable_parameters
 from ldm.config import build
 from ldm.diffusion.schedule import schedules_equal
 from ldm.errors import UserError
 from ldm.recipes.run import TrainingRun
-from ldm.runs.folder import find_run
 
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
@@ -79,10 +78,11 @@ def check_teacher(cfg: Any, space: LatentSpace) -> None:
     node = cfg.objective.get("teacher")
     if not node or node.run is None:  # building the objective reports a missing run
         return
-    teacher, student = (f"objective.teacher.run={node.run}", latent_space_of(node.run)), ("this model", space.name)
+    source = open_model(node.run)
+    teacher, student = (f"objective.teacher.run={node.run}", source.latent_space), ("this model", space.name)
     remedy = "a teacher and its student share their first stage; begin from init= of a model that has the teacher's"
     require_same_latent_space(teacher, student, remedy)
-    if not schedules_equal(instantiate(load_run_config(find_run(node.run)).schedule), instantiate(cfg.schedule)):
+    if not schedules_equal(instantiate(source.config.schedule), instantiate(cfg.schedule)):
         raise UserError(
             f"objective.teacher.run={node.run} was trained on another noise schedule; choose schedule=... as it was"
         )
@@ -134,8 +134,8 @@ def inherit_base_config(cfg: Any) -> Any:
     if not cfg.get("adapter"):
         return cfg
     if not cfg.get("init"):
-        raise UserError("adapter= is trained on top of a trained model: choose it by init=RUN")
-    base = load_run_config(find_run(cfg.init))
+        raise UserError("adapter= is trained on top of a trained model: init=RUN says which")
+    base = load_run_config(cfg.init)
     for name in INHERITED_KEYS:
         cfg[name] = base.get(name, False)  # the config of an imported pipeline has no learned_variance
     return cfg
@@ -150,7 +150,7 @@ def create_adapter(cfg: Any, model: "LatentDiffusion", data: Any) -> tuple[BaseM
     from ldm.checkpoint.weights import hash_model
     from ldm.tensors import derive_seed
 
-    card = load_data_card(find_run(cfg.init))
+    card = load_data_card(cfg.init)
     if data.channels != card.channels or ("label" in model.conditioner.keys and len(data.classes) != len(card.classes)):
         former = f"{card.channels} channels and {len(card.classes)} classes"
         raise UserError(

@@ -37,7 +37,7 @@ DEFAULTS = {
     "metrics": "full",
     "save": "none",
 }  # unless a study or a person says else
-IRRELEVANT_KEYS = ("run", "out", "save", "batch_size", "trainer")  # of a request: what changes no image and no number
+IRRELEVANT_KEYS = ("run", "output_dir", "save", "batch_size", "trainer")  # of a request: what changes no image and no number
 
 
 def to_overrides(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -85,7 +85,6 @@ def count_evaluations(net: "nn.Module") -> Iterator[list[int]]:
 def evaluate_points(run: str, wanted: Sequence[compose.ComposedJob], keys: Sequence[str], out: Path) -> int:
     """Draw and score a run's points that are not in the csv yet; returns how many that were. Raises UserError."""
     from ldm.checkpoint import weights
-    from ldm.checkpoint.load import load_model, load_run_config
     from ldm.evaluation import evaluator, samples
     from ldm.sampling import adapters
     from ldm.sampling.request import SampleRequest
@@ -97,13 +96,13 @@ def evaluate_points(run: str, wanted: Sequence[compose.ComposedJob], keys: Seque
         requests.append(SampleRequest.from_config(job.cfg))
         if "_target_" not in job.cfg.metrics:
             raise UserError("metrics=none: a point is measured; expected metrics=full or another")
-    folder, done = requests[0].folder, 0
-    config, made = load_run_config(folder), {}
+    source, done, made = requests[0].source, 0, {}
     for worn in dict.fromkeys(
         _with_adapters(job) for job in wanted
     ):  # a model is loaded once, and its points are drawn one after another
         some = [(job, request) for job, request in zip(wanted, requests, strict=True) if _with_adapters(job) == worn]
-        model = adapters.apply_adapters(load_model(run, some[0][0].cfg.weights), some[0][1].cfg)
+        first = some[0][1]
+        model = adapters.apply_adapters(source.load(first.weights), first.adapters, first.weights)
         identity = weights.hash_model(model)[:12]
         for job, request in some:
             point = {"point": point_id(job), "model": identity}
@@ -114,12 +113,12 @@ def evaluate_points(run: str, wanted: Sequence[compose.ComposedJob], keys: Seque
                 images = generate_images(model, request)
             measured = hash_config(job.config["metrics"])
             if measured not in made:
-                make, _ = evaluator.make_scorer(config, job.cfg.metrics)
+                make, _ = evaluator.make_scorer(source.config, request.metrics)
                 made[measured] = make()  # type: ignore[misc]
             values = samples.evaluate_with(request, images, made[measured])
             row = {
-                "run": folder.name,
-                "seed": config.seed,
+                "run": source.folder.name,
+                "seed": source.config.seed,
                 **{key: job.lookup(key) for key in keys},
                 "nfe": sum(seen) / len(images),
             }

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldm.checkpoint.latent_space import LatentSpace, require_same_latent_space
-from ldm.checkpoint.load import load_data_card, load_run_config
+from ldm.checkpoint.load import ModelSource, open_model
 from ldm.condition import Condition
 from ldm.config import build
 from ldm.config.build import build_classifier
@@ -18,7 +18,8 @@ from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.schedule import schedules_equal
 from ldm.errors import UserError
 from ldm.io import atomic
-from ldm.runs.folder import find_run
+
+CLASSIFIER_RECIPE = "ldm.recipes.classifier.train"  # training._target_ of a classifier's run
 
 CLASSIFIER_RECIPE = "ldm.recipes.classifier.ClassifierRecipe"  # by name: recipes import this package
 
@@ -31,9 +32,10 @@ def classifier_guidance(
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Denoise:
-    """Classifier guidance towards cond.label by the network that the run `classifier` trained; uncond is not used.
+    """Guide towards cond.label with the noisy-latent classifier that the run `classifier` trained; uncond is not used.
 
-    Raises UserError without a class or a classifier, and for one of another schedule.
+    scale: factor on the gradient of log p(label | x_t).  interval: of t in [0, 1], outside of which guidance is off.
+    Raises UserError without a class or a classifier, and for a classifier of another noise schedule.
     """
     if classifier is None:
         raise UserError(
@@ -47,41 +49,46 @@ def classifier_guidance(
     label = cond.label
 
     def log_prob(x_t: Tensor, time: Tensor) -> Tensor:
-        logits = net.to(x_t.device)(
-            x_t, time.clone()
-        ).float()  # a copy, as what was made in inference mode has no gradient
+        # a copy of the time, because a tensor created in inference mode cannot take part in autograd
+        logits = net.to(x_t.device)(x_t, time.clone()).float()
         return logits.log_softmax(1)[torch.arange(len(x_t)), label.to(x_t.device)]
 
     return guidance_module.classifier(denoiser, cond, uncond, log_prob, scale, interval)
 
 
 def check_latent_space(run: str, space: str) -> None:
-    """Raises UserError if the classifier of a run was trained in another latent space than the one of that name."""
-    weights = weights_path(run)
-    own = LatentSpace.from_metadata(atomic.read_metadata(weights), weights).name
-    require_same_latent_space((f"guidance.classifier={run}", own), ("this model", space), "train one in its latents")
+    """Check that the classifier of a run was trained in the latent space named `space`. Raises UserError otherwise."""
+    path = weights_path(run, open_model(run))
+    trained_in = LatentSpace.from_metadata(atomic.read_metadata(path), path).name
+    require_same_latent_space(
+        (f"guidance.classifier={run}", trained_in), ("this model", space), "train one in its latents"
+    )
 
 
-def weights_path(run: str) -> Path:
-    """The weights file of a classifier's run. Raises UserError for a run of another kind, or one that has not ended."""
-    folder = find_run(run)
-    if load_run_config(folder).training._target_ != CLASSIFIER_RECIPE:
+def weights_path(run: str, source: ModelSource) -> Path:
+    """Return the weights file of a classifier's run.
+
+    run, source: the run, as named by the user, and its source.
+    Raises UserError for a run of another kind, or one that has not ended.
+    """
+    if source.config.get("training", {}).get("_target_") != CLASSIFIER_RECIPE:
         raise UserError(
-            f"guidance.classifier={run}: that run trained no classifier; expected one made by train.py training=classifier"
+            f"guidance.classifier={run}: that run trained no classifier; "
+            "expected one made by train.py training=classifier"
         )
-    if not (folder / "weights.safetensors").is_file():
+    path = source.folder / "weights.safetensors"
+    if not path.is_file():
         raise UserError(f"guidance.classifier={run} has no weights yet: the same train.py command goes on with it")
-    return folder / "weights.safetensors"
+    return path
 
 
 @lru_cache(maxsize=2)
 def load_classifier(run: str) -> tuple[nn.Module, Any]:
-    """The classifier of a run and its schedule. Raises UserError as `weights_path` does."""
-    weights = weights_path(run)
-    cfg, card = load_run_config(weights.parent), load_data_card(weights.parent)
-    with torch.inference_mode(False):  # or its weights could not be differentiated through
-        net = build_classifier(
-            instantiate(cfg.training.net), build.build_autoencoder(cfg.autoencoder, card.channels), card
-        )
-        net.load_state_dict(atomic.read_tensors(weights))
+    """Load the classifier of a run, frozen, and its noise schedule. Raises UserError as `weights_path` does."""
+    source = open_model(run)
+    path, cfg, card = weights_path(run, source), source.config, source.data_card
+    with torch.inference_mode(False):  # parameters created in inference mode could not be differentiated through
+        autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels)
+        net = build_classifier(instantiate(cfg.training.net), autoencoder, card)
+        net.load_state_dict(atomic.read_tensors(path))
     return net.eval().requires_grad_(False), instantiate(cfg.schedule)

@@ -1,92 +1,96 @@
-"""The hints of a request: which ControlNets draw along, and the files that tell them what."""
+"""The hints of a sampling request: the ControlNets of its model, and the images or files that condition them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoint import load
-from ldm.checkpoint.load import load_run_config
+from ldm.checkpoint.load import ModelSource
 from ldm.data.decode import composite_alpha
 from ldm.errors import UserError
-from ldm.sampling import adapters, inputs
+from ldm.sampling import inputs
+from ldm.sampling.adapters import AdapterSpec
 from ldm.sampling.inputs import InputFiles, InputSpec
 
-READERS: Mapping[str, Callable[[InputSpec, str], InputFiles]] = {  # what a hint is made of -> what reads it
-    "image": lambda wanted, path: inputs.image_input(wanted, path, "hints"),
-    "map": lambda wanted, path: inputs.label_map(wanted, path, "hints"),
-    "relief": lambda wanted, path: inputs.image_input(replace(wanted, channels=1), path, "hints"),
-    "points": lambda wanted, path: inputs.keypoints_input(path, "hints"),
+READERS: Mapping[str, Callable[[InputSpec, str], InputFiles]] = {  # an extractor's `reads` -> the reader of its files
+    "image": lambda spec, path: inputs.image_input(spec, path, "hints"),
+    "map": lambda spec, path: inputs.label_map(spec, path, "hints"),
+    "relief": lambda spec, path: inputs.image_input(replace(spec, channels=1), path, "hints"),
+    "points": lambda spec, path: inputs.keypoints_input(path, "hints"),
 }
 
 
-def hint_sources(cfg: Any, wanted: InputSpec) -> dict[str, InputFiles]:
-    """hint, hint2, ... -> what reads its file, of the ControlNets of cfg.run and of cfg.adapters in this order.
-
-    Raises UserError for another number of files than of ControlNets, and for none where nothing else says what they are to be told.
+def hint_extractors(model: ModelSource, adapters: Sequence[AdapterSpec]) -> dict[str, Any]:
+    """Return the hint extractor of each ControlNet, as hint, hint2, ...: those of the model first, then those of
+    adapters=.
     """
-    every, files = control_hints(cfg), hint_files(cfg)
-    if files and len(files) != len(every):
-        raise UserError(
-            f"hints={cfg.hints}: expected {len(every)} files, one for each ControlNet of run= and adapters="
-        )
-    made = {}
-    for (name, make), file in zip(every.items(), files or [None] * len(every), strict=True):
-        if file is not None:
-            made[name] = extract_hint(make, wanted, file) if cfg.preprocess_hints else read_hint(wanted, file)
-        elif not cfg.held_out and make.reads not in cfg.inputs:
-            kind = type(make).__name__.lower()
-            raise UserError(
-                f"hints=FILE must be given for the ControlNet of {kind}, or preprocess_hints=true hints=FILE of its {make.reads}"
-            )
-    return made
-
-
-def hint_makers(cfg: Any, read: Mapping[str, InputFiles]) -> dict[str, Any]:
-    """hint, hint2, ... -> what makes it of the rest of a batch, of those that no file is read for."""
-    return {name: make for name, make in control_hints(cfg).items() if name not in read}
-
-
-def control_hints(cfg: Any) -> dict[str, Any]:
-    """hint, hint2, ... -> what makes the hint of each ControlNet that draws along."""
     from hydra.utils import instantiate
 
-    runs = [
-        folder
-        for run in (cfg.run, *(one.run for one in adapters.parse_adapter_specs(cfg)))
-        for folder in load.adapter_chain(run)
-    ]
-    nodes = [config.adapter.hint.extractor for config in map(load_run_config, runs) if config.adapter.get("hint")]
+    runs = [*model.adapters, *(run for spec in adapters if spec.source is not None for run in spec.source.adapters)]
+    nodes = [run.config.adapter.hint.extractor for run in runs if run.config.adapter.get("hint")]
     return {"hint" if number == 1 else f"hint{number}": instantiate(node) for number, node in enumerate(nodes, 1)}
 
 
-def hint_files(cfg: Any) -> list[str | None]:
-    """The files of hints=, which is one or a list of them."""
-    from ldm.config.build import to_container
-
-    hint = to_container(cfg)["hints"]
-    return (
-        [] if hint is None else list(hint) if isinstance(hint, Sequence) and not isinstance(hint, str) else [str(hint)]
-    )
+def hint_files(hints: Any) -> list[str | None]:
+    """Return the files of hints=, a path or a list of paths, None for a hint that is not read from a file."""
+    if hints is None:
+        return []
+    return list(hints) if isinstance(hints, Sequence) and not isinstance(hints, str) else [str(hints)]
 
 
-def read_hint(wanted: InputSpec, path: str) -> InputFiles:
-    """Hints as they are, (3, H, W) in [0, 1]. Raises UserError for one of another size than the images."""
+def hint_sources(
+    extractors: Mapping[str, Any],
+    hints: Any,
+    spec: InputSpec,
+    *,
+    preprocess: bool,
+    available: Collection[str] | None,
+) -> dict[str, InputFiles]:
+    """Return the reader of each hint, as hint, hint2, ..., that is given by a file.
+
+    hints: the value of hints=, one file for each ControlNet in the order of `extractors`.
+    preprocess: whether the files are what hints are extracted from, instead of hints.
+    available: the inputs of a batch that a hint without a file may be extracted from; None if any may.
+    Raises UserError for another number of files than of ControlNets, and for a hint that has no file and nothing to be
+    extracted from.
+    """
+    files = hint_files(hints)
+    if files and len(files) != len(extractors):
+        raise UserError(
+            f"hints={hints}: expected {len(extractors)} files, one for each ControlNet of run= and adapters="
+        )
+    sources = {}
+    for (name, extractor), file in zip(extractors.items(), files or [None] * len(extractors), strict=True):
+        if file is not None:
+            sources[name] = extract_hint(extractor, spec, file) if preprocess else read_hint(spec, file)
+        elif available is not None and extractor.reads not in available:
+            kind = type(extractor).__name__.lower()
+            raise UserError(
+                f"hints=FILE must be given for the ControlNet of {kind}, "
+                f"or preprocess_hints=true hints=FILE of its {extractor.reads}"
+            )
+    return sources
+
+
+def read_hint(spec: InputSpec, path: str) -> InputFiles:
+    """Return a reader of hints (3, H, W) in [0, 1]. Raises UserError for a hint of another size than the images."""
 
     def read(file: Path) -> Tensor:
-        picture = composite_alpha(inputs.open_image("hints", file), "black").convert("RGB")
-        height, width = wanted.size
-        if picture.size != (width, height):
-            said = f"hints={file} is {picture.size[0]}x{picture.size[1]} (width x height): expected {width}x{height}, the size of the images"
-            raise UserError(f"{said}; size= says another, preprocess_hints=true takes a picture of any size")
-        return inputs.to_tensor(picture) / 255
+        image = composite_alpha(inputs.open_image("hints", file), "black").convert("RGB")
+        height, width = spec.size
+        if image.size != (width, height):
+            raise UserError(
+                f"hints={file} is {image.size[0]}x{image.size[1]} (width x height): expected {width}x{height}, "
+                "the size of the images; size= sets another, preprocess_hints=true takes a picture of any size"
+            )
+        return inputs.to_tensor(image) / 255
 
     return inputs.open_input("hints", path, read)
 
 
-def extract_hint(make: Callable[[Any], Tensor], wanted: InputSpec, path: str) -> InputFiles:
-    """Hints (3, H, W) in [0, 1] made of what the file holds."""
-    inner = READERS[make.reads](wanted, path)  # type: ignore[attr-defined]
-    return InputFiles(inner.files, lambda file: make(inner.join([inner.read(file)]))[0], inputs.stacked)
+def extract_hint(extractor: Callable[[Any], Tensor], spec: InputSpec, path: str) -> InputFiles:
+    """Return a reader of hints (3, H, W) in [0, 1], extracted from the contents of the files."""
+    source = READERS[extractor.reads](spec, path)  # type: ignore[attr-defined]
+    return InputFiles(source.files, lambda file: extractor(source.join([source.read(file)]))[0], inputs.stacked)

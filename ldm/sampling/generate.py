@@ -1,4 +1,4 @@
-"""Samples by row: each row has its own seed, whatever the batch size or rank."""
+"""Generation in batches: each row has its own seed, independent of batch size and rank."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from ldm.sampling.tasks import Task, generate, sample
 
 
 def rank_slice(num: int) -> range:
-    """The samples of `num` that this process draws: a contiguous share, none drawn twice."""
+    """Return the contiguous block of range(num) that this rank processes; the blocks of all ranks partition it."""
     rank, ranks = rank_and_world_size()
     return range(num * rank // ranks, num * (rank + 1) // ranks)
 
 
 def generate_samples(
     model: LatentDiffusion,
-    told: Callable[[Sequence[int]], dict[str, Any]],
+    make_batch: Callable[[Sequence[int]], dict[str, Any]],
     rows: Sequence[int],
     seed: int,
     batch_size: int,
@@ -31,14 +31,20 @@ def generate_samples(
     guidance: Guidance,
     precision: str = "32",
     task: Task = generate,
-    hold: Sequence[str] = (),
+    keep_conditions: Sequence[str] = (),
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Images (B, C, H, W) in [-1, 1] of the given rows, row i with seed + i, and what they were told."""
+    """Yield images (B, C, H, W) in [-1, 1] of the given rows with their batches, `batch_size` rows at a time.
+
+    make_batch: rows -> the conditions and inputs of these rows.  seed: row i has the seed `seed + i`.  ts: descending
+    grid (N + 1,).
+    sampler, guidance, task: with their options bound.  precision: auto, 32 or bf16.
+    keep_conditions: the conditions that guidance does not drop.
+    """
     low = resolve_precision(precision) == "bf16"
     with fast_inference(model, torch.bfloat16 if low else torch.float32):
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            batch = told(part)
+            batch, seeds = make_batch(part), [seed + i for i in part]
             with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
-                image = sample(model, batch, [seed + i for i in part], ts, sampler, guidance, task, hold)
+                image = sample(model, batch, seeds, ts, sampler, guidance, task, keep_conditions)
             yield image.float(), batch

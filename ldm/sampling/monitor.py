@@ -1,4 +1,6 @@
-"""A denoise function that writes down what passes: every sampler, guidance and task can be watched, and none of them knows."""
+"""Observing a sampler through its denoise function: every sampler, guidance and task can be observed without knowing of
+it.
+"""
 
 import time
 from collections.abc import Callable
@@ -16,51 +18,56 @@ from ldm.diffusion.schedule import Schedule
 
 
 class Evaluation(NamedTuple):
-    """One evaluation: the time t (), the state x_t (B, ...), and the data x0 (B, ...) that was expected there."""
+    """One evaluation of the denoiser: the time t (), the state x_t (B, ...), and the predicted data x0 (B, ...)."""
 
     t: Tensor
     x_t: Tensor
     x0: Tensor
 
 
-def record_evaluations(denoise: Denoise, seen: list[Evaluation]) -> Denoise:
-    """The same denoise function, each of its evaluations appended to `seen`."""
+def record_evaluations(denoise: Denoise, evaluations: list[Evaluation]) -> Denoise:
+    """Wrap a denoise function so that each of its evaluations is appended to `evaluations`."""
 
-    def watch(x_t: Tensor, t: Tensor) -> Denoised:
+    def recorded(x_t: Tensor, t: Tensor) -> Denoised:
         estimate = denoise(x_t, t)
-        seen.append(Evaluation(t, x_t.clone(), estimate.x0.clone()))
+        evaluations.append(Evaluation(t, x_t.clone(), estimate.x0.clone()))
         return estimate
 
-    return watch
+    return recorded
 
 
-def recorded_guidance(guidance: Guidance, seen: list[Evaluation]) -> Guidance:
-    """The same guidance, what it answers appended to `seen`."""
-    return lambda denoiser, cond, uncond: record_evaluations(guidance(denoiser, cond, uncond), seen)
+def recorded_guidance(guidance: Guidance, evaluations: list[Evaluation]) -> Guidance:
+    """Wrap a guidance so that each evaluation of its guided denoise function is appended to `evaluations`."""
+    return lambda denoiser, cond, uncond: record_evaluations(guidance(denoiser, cond, uncond), evaluations)
 
 
-def first_on_grid(seen: list[Evaluation], ts: Tensor) -> list[Evaluation]:
-    """Of what was seen the first at each time of the grid (N + 1,): a sampler of higher order also looks elsewhere, or twice."""
+def first_on_grid(evaluations: list[Evaluation], ts: Tensor) -> list[Evaluation]:
+    """Return the first evaluation at each time of the grid (N + 1,); samplers of higher order also evaluate elsewhere,
+    or twice.
+    """
     first: dict[float, Evaluation] = {}
-    for one in seen:
-        first.setdefault(float(one.t), one)
+    for evaluation in evaluations:
+        first.setdefault(float(evaluation.t), evaluation)
     return [first[float(t)] for t in ts if float(t) in first]
 
 
 def states(run: Callable[[Denoise], Tensor], denoise: Denoise, ts: Tensor) -> Tensor:
-    """The states (N + 1, B, ...) at each time of the grid that run(denoise), a sampler's call, passes through."""
-    seen: list[Evaluation] = []
-    last = run(record_evaluations(denoise, seen))
-    return torch.stack([*(one.x_t for one in first_on_grid(seen, ts[:-1])), last])
+    """Return the states (N + 1, B, ...) at the times of the grid that run(denoise), a sampler's call, passes through.
+    """
+    evaluations: list[Evaluation] = []
+    last = run(record_evaluations(denoise, evaluations))
+    return torch.stack([*(evaluation.x_t for evaluation in first_on_grid(evaluations, ts[:-1])), last])
 
 
 class SamplingCancelled(Exception):
-    """A person asked for an end."""
+    """Raised within a sampler after its monitor was asked to stop."""
 
 
 class SamplerState(NamedTuple):
-    """Step `done` of `total`, begun so many seconds ago; x0 (B, C, h, w) is the data expected there, guidance and constraints in it.
+    """The progress of a sampler.
 
+    done, total: steps.  seconds: since the first step started.  x0: the predicted data (B, C, h, w), after guidance and
+    constraints.
     decode: x0 -> images (B, C, H, W) in [-1, 1].
     """
 
@@ -72,38 +79,40 @@ class SamplerState(NamedTuple):
 
     @property
     def seconds_left(self) -> float:
-        """At the pace so far."""
+        """Estimate the remaining time in seconds from the mean time of the steps so far."""
         return self.seconds / self.done * (self.total - self.done)
 
 
 @dataclass
 class SamplerMonitor:
-    """What a drawing has come to: `seen` at its last step, None before the first."""
+    """The latest state of a running sampler, None before its first step; setting `stop` ends the sampler."""
 
     stop: Event = field(default_factory=Event)
     state: SamplerState | None = None
 
     def wrap(self, decode: Callable[[Tensor], Tensor]) -> Callable[[Sampler], Sampler]:
-        """What makes of a sampler the same one, looked at; once `stop` is set its next evaluation raises Stopped."""
+        """Return a wrapper of samplers that updates `state`; once `stop` is set, the next evaluation raises
+        SamplingCancelled.
+        """
 
-        def around(sampler: Sampler) -> Sampler:
-            def watched(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-                return sampler(self._on(denoise, ts, decode), schedule, x, ts, noise)
+        def wrap_sampler(sampler: Sampler) -> Sampler:
+            def monitored(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
+                return sampler(self._monitored(denoise, ts, decode), schedule, x, ts, noise)
 
-            return watched
+            return monitored
 
-        return around
+        return wrap_sampler
 
-    def _on(self, denoise: Denoise, ts: Tensor, decode: Callable[[Tensor], Tensor]) -> Denoise:
-        total, began = len(ts) - 1, time.monotonic()
+    def _monitored(self, denoise: Denoise, ts: Tensor, decode: Callable[[Tensor], Tensor]) -> Denoise:
+        total, start = len(ts) - 1, time.monotonic()
 
-        def look(x_t: Tensor, t: Tensor) -> Denoised:
+        def monitored(x_t: Tensor, t: Tensor) -> Denoised:
             if self.stop.is_set():
                 raise SamplingCancelled
             estimate = denoise(x_t, t)
             self.state = SamplerState(
-                max(1, int((ts[:-1] >= t).sum())), total, time.monotonic() - began, estimate.x0, decode
+                max(1, int((ts[:-1] >= t).sum())), total, time.monotonic() - start, estimate.x0, decode
             )
             return estimate
 
-        return look
+        return monitored

@@ -1,24 +1,33 @@
-"""What was asked of sample.py: which images, told what, made of what; and the same from an image that it made before."""
+"""A request of sample.py as a typed object, made from a config or from an image file that is to be reproduced.
 
-import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+This is the one module of sampling that reads the composed config of conf/sample.yaml.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint.load import load_data_card, load_run_config
+from ldm.checkpoint.load import ModelSource, open_model
 from ldm.config import trust
 from ldm.config.build import build_dataset, build_degraded_dataset, to_container
 from ldm.config.tree import map_strings
 from ldm.errors import UserError
 from ldm.io.parse import parse_json
 from ldm.runs import identity
-from ldm.runs.data_card import DataCard
-from ldm.runs.folder import find_run, is_external
 from ldm.sampling import control
+from ldm.sampling.adapters import AdapterSpec, parse_adapter_specs
 from ldm.sampling.inputs import InputFiles, InputSpec
+from ldm.sampling.prompts import captions_and_labels
 
-IGNORED_IN_NAME = (
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.diffusion.guidance import Guidance
+    from ldm.diffusion.sampler import Sampler
+    from ldm.sampling.tasks import Task
+
+IGNORED_IN_NAME = (  # keys that do not enter the name of the default output folder
     "run",
     "num",
     "batch_size",
@@ -27,60 +36,73 @@ IGNORED_IN_NAME = (
     "output_dir",
     "metrics",
     "reproduce",
-)  # what the default folder's name leaves out
+)
+NOT_RECORDED = ("reproduce", "output_dir", "save", "trainer")  # keys that an image file does not record
+RECORD_KEYS = {"request", "rows", "row", "told", "inputs", "weights"}  # of the record in an image file
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Image i, for i of rows, has seed + i; those of `kept` are kept.
+    """A checked request for images, complete before a model is loaded.
 
-    told[i]: (caption, class), the class None where the words say none.  inputs: name in the batch -> what reads it.  held_out: the run's
-    held-out data, or None.  carried: what the image to be made again says of itself.  hints: name -> what makes it of the rest.
+    Image i, for each i in `rows`, has the seed `seed + i`; the images of `saved_rows` are saved. Objects (sampler,
+    guidance, task, timestep_spacing) have their options bound.
+
+    run, source: the model, as named by the user, and its source.  weights: ema, raw, or ema:0.15 (post-hoc EMA).
+    prompts: i -> (caption, class), the class None where the prompts do not name one; empty if held-out data give the
+    conditions.
+    negative: the caption that guidance leads away from.  keep_conditions: the conditions that guidance does not drop.
+    text_option: the option that gave the prompts, as `prompt=...`, if they have no classes.
+    inputs: name in the batch -> reader of the user's files.  hints: name -> extractor, for hints that are not read from
+    files.
+    held_out: the held-out data of the run, or None.
+    classifier_run, weak_run: the runs that guidance evaluates besides the model, or None.
+    tile: side in latent cells of the tiles for large images, or None.
+    metrics, reconstruction_metrics: config nodes of the evaluation.
+    output_dir: the folder that files are written to.  save: all, grid, npz or none.
+    reproduce, record: the image file to reproduce and the record in it, or None.
+    options: the complete request as plain data, which output files record and which names the default output folder.
     """
 
-    cfg: Any
-    folder: Path
-    card: DataCard
-    prompts: Mapping[int, tuple[str, int | None]]
-    inputs: Mapping[str, InputFiles]
-    held_out: Any
+    run: str
+    source: ModelSource
+    weights: str
+    adapters: Sequence[AdapterSpec]
+    seed: int
     rows: Sequence[int]
     saved_rows: Sequence[int]
-    record: Mapping[str, Any] | None = None
-    hints: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Mapping[int, tuple[str, int | None]]
+    negative: str | None
+    text_option: str | None
+    keep_conditions: Sequence[str]
+    inputs: Mapping[str, InputFiles]
+    hints: Mapping[str, Any]
+    held_out: Any
+    sampler: "Sampler"
+    guidance: "Guidance"
+    task: "Task"
+    timestep_spacing: "Callable[..., Tensor]"
+    classifier_run: str | None
+    weak_run: str | None
+    steps: int
+    batch_size: int
+    precision: str
+    tile: int | None
+    metrics: Any
+    reconstruction_metrics: Any
+    save: str
+    output_dir: Path
+    reproduce: str | None
+    record: Mapping[str, Any] | None
+    options: Mapping[str, Any]
 
     @staticmethod
     def from_config(cfg: Any) -> "SampleRequest":
-        """Check what was asked before a model is loaded. Raises UserError."""
+        """Check a composed conf/sample.yaml and return its request. Raises UserError."""
         return new_request(cfg) if cfg.reproduce is None else repeat_request(cfg)
 
-    @property
-    def output_dir(self) -> Path:
-        """Where files go: cfg.output_dir; or beside the image made again; or a folder in the run's, named by what was asked."""
-        if self.cfg.output_dir is not None:
-            return Path(self.cfg.output_dir)
-        if self.cfg.reproduce is not None:
-            return Path(self.cfg.reproduce).with_suffix("").with_name(f"{Path(self.cfg.reproduce).stem}-again")
-        home = (
-            self.folder if self.folder.is_dir() else self.folder.with_suffix("")
-        )  # a checkpoint's samples lie beside it
-        return (
-            home
-            / "samples"
-            / f"{self.cfg.seed}-{identity.hash_config(identity.drop_keys(to_container(self.cfg), IGNORED_IN_NAME))[:8]}"
-        )
-
-    @property
-    def text_option(self) -> str | None:
-        """The option by which words and nothing else were asked for, or None."""
-        words = {
-            "prompt": self.cfg.prompt,
-            "prompts": None if str(self.cfg.prompts).endswith(".csv") else self.cfg.prompts,
-        }
-        return next((f"{name}={value}" for name, value in words.items() if value is not None), None)
-
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
-        """What these images are told and made of."""
+        """Return the conditions and inputs of the given images, as the batch of a task."""
         import torch
 
         batch: dict[str, Any] = {"index": list(rows)}
@@ -91,28 +113,25 @@ class SampleRequest:
             labels = [self.prompts[i][1] for i in rows]
             if None not in labels:
                 batch["label"] = torch.tensor(labels)
-        if self.cfg.negative is not None:
-            batch["negative"] = [self.cfg.negative] * len(rows)
+        if self.negative is not None:
+            batch["negative"] = [self.negative] * len(rows)
         batch |= {name: source(rows) for name, source in self.inputs.items()}
-        return {name: make(batch[make.reads]) for name, make in self.hints.items()} | batch
+        return {name: extractor(batch[extractor.reads]) for name, extractor in self.hints.items()} | batch
 
     def reproduction_record(self, batch: Mapping[str, Any], weights: str) -> dict[str, Any]:
-        """All that is needed to make the images of one batch again: a file carries it, with its own `row`."""
-        config = to_container(self.cfg)
-        given = [
-            config["run"],
-            config["guidance"].get("classifier"),
-            *(config[name] for name in self.inputs if name in config["inputs"]),
-        ]
-        given += [*(one["run"] for one in config["adapters"]), *control.hint_files(self.cfg)]
-        places = {path: str(Path(path).expanduser().absolute()) for path in given if path is not None}
-        if not Path(places[config["run"]]).is_relative_to(self.folder.absolute()):
-            places[config["run"]] = str(self.folder.absolute())  # the newest of a folder of runs, today
+        """Return all that is needed to sample one batch again, paths absolute; an image file records it with its own
+        `row`.
+
+        weights: sha256 (hex) of the model's weights, see `hash_model`.
+        """
+        options, folder = self.options, self.source.folder.absolute()
+        named = [self.run, self.classifier_run, *(options[name] for name in self.inputs if name in options["inputs"])]
+        named += [*(spec.run for spec in self.adapters), *control.hint_files(options["hints"])]
+        paths = {path: str(Path(path).expanduser().absolute()) for path in named if path is not None}
+        if not Path(paths[self.run]).is_relative_to(folder):
+            paths[self.run] = str(folder)  # run= names a folder of runs, whose newest may be another one later
         return {
-            "request": map_strings(
-                identity.drop_keys(config, ("reproduce", "output_dir", "save", "trainer")),
-                lambda text: places.get(text, text),
-            ),
+            "request": map_strings(identity.drop_keys(options, NOT_RECORDED), lambda text: paths.get(text, text)),
             "rows": batch["index"],
             "told": [self.prompts[i] for i in batch["index"]] if self.prompts else [],
             "inputs": {name: source.digest for name, source in self.inputs.items()},
@@ -121,11 +140,11 @@ class SampleRequest:
 
 
 def new_request(cfg: Any) -> SampleRequest:
-    """The request of a command line. Raises UserError."""
+    """Return the request of a command line. Raises UserError."""
     if cfg.run is None:
         raise UserError("run=... must be given (see --help)")
-    folder = find_run(cfg.run)
-    card = load_data_card(folder)
+    source = open_model(cfg.run)
+    card = source.data_card
     for name in ("num", "steps", "batch_size"):
         if cfg[name] < 1:
             raise UserError(f"{name}={cfg[name]}: expected 1 or more")
@@ -135,142 +154,174 @@ def new_request(cfg: Any) -> SampleRequest:
         raise UserError(f"save={cfg.save}: expected all, grid, npz or none")
     if cfg.labels not in ("balanced", "random"):
         raise UserError(f"labels={cfg.labels}: expected balanced, the same number of each class, or random")
-    asked = [name for name in ("prompt", "prompts", "label") if cfg[name] is not None]
-    if len(asked) > 1:
-        raise UserError(f"{' and '.join(asked)} were given: expected one of them")
-    if is_external(folder) and (cfg.held_out or "_target_" in cfg.metrics):
+    texts = [name for name in ("prompt", "prompts", "label") if cfg[name] is not None]
+    if len(texts) > 1:
+        raise UserError(f"{' and '.join(texts)} were given: expected one of them")
+    if not source.has_dataset and (cfg.held_out or "_target_" in cfg.metrics):
         raise UserError(
             f"run={cfg.run} was not trained here, its data are not known: expected metrics=none held_out=false"
         )
-    data = load_held_out(folder) if cfg.held_out else None
-    if data is not None and cfg.num > len(data):
-        raise UserError(f"num={cfg.num}: expected at most {len(data)}, the held-out images of the run's data")
-    pairs = [] if data is not None and not asked else captions_and_labels(cfg, card)
+    held_out = held_out_dataset(source.config) if cfg.held_out else None
+    if held_out is not None and cfg.num > len(held_out):
+        raise UserError(f"num={cfg.num}: expected at most {len(held_out)}, the held-out images of the run's data")
+    pairs = []
+    if held_out is None or texts:
+        pairs = captions_and_labels(card, cfg.num, cfg.prompt, cfg.prompts, cfg.label, cfg.labels, cfg.seed)
     rows = range(len(pairs) or cfg.num)
-    given = input_sources(cfg, card)
-    return SampleRequest(
-        cfg, folder, card, dict(enumerate(pairs)), given, data, rows, rows, None, control.hint_makers(cfg, given)
+    adapters, inputs, hints = conditioning_inputs(cfg, source)
+    return build_request(
+        cfg,
+        source=source,
+        adapters=adapters,
+        prompts=dict(enumerate(pairs)),
+        inputs=inputs,
+        hints=hints,
+        held_out=held_out,
+        rows=rows,
+        saved_rows=rows,
+        record=None,
     )
 
 
 def repeat_request(cfg: Any) -> SampleRequest:
-    """The request that made the image cfg.reproduce, for its batch, of which it alone is kept; cfg.run, if given, is where the run is now.
+    """Return the request that sampled the image cfg.reproduce: its batch, of which only that image is saved.
 
-    Raises UserError for a file that is none of ours, and for inputs that are not what they were.
+    cfg.run, if given, is where the run is now.
+    Raises UserError for a file that sample.py did not write, and for inputs that have changed.
     """
-    carried = read_reproduction_record(Path(cfg.reproduce).expanduser())
-    since = to_container(cfg)  # what a version of fewer options did not say was as it is by default
-    config = {**since, **carried["request"]} | {
-        name: since[name] for name in ("reproduce", "output_dir", "save", "trainer")
-    }
-    config |= {"run": cfg.run or config["run"], "metrics": {}}
-    new = trust.sanitize_config(config, f"reproduce={cfg.reproduce}")
+    record = read_reproduction_record(Path(cfg.reproduce).expanduser())
+    defaults = to_container(cfg)  # for options that the version which wrote the record did not have
+    options = {**defaults, **record["request"]} | {name: defaults[name] for name in NOT_RECORDED}
+    options |= {"run": cfg.run or options["run"], "metrics": {}}
+    recorded = trust.sanitize_config(options, f"reproduce={cfg.reproduce}")
+    recorded.batch_size = len(record["rows"])
     with trust.construction_errors(f"reproduce={cfg.reproduce}"):
-        folder = find_run(new.run)
-        card = load_data_card(folder)
-        sources = input_sources(new, card)
-    for name, source in sources.items():
-        if source.digest != carried["inputs"].get(name):
-            raise UserError(
-                f"{name}={new.get(name, new.hints)} is not what it was when {cfg.reproduce} was drawn: put it back"
-            )
-    pairs = {row: (pair[0], pair[1]) for row, pair in zip(carried["rows"], carried["told"], strict=False)}
-    new.batch_size = len(carried["rows"])
-    data = load_held_out(folder) if new.held_out else None
-    made = control.hint_makers(new, sources)
-    return SampleRequest(new, folder, card, pairs, sources, data, carried["rows"], [carried["row"]], carried, made)
+        source = open_model(recorded.run)
+        adapters, inputs, hints = conditioning_inputs(recorded, source)
+        for name, files in inputs.items():
+            if files.digest != record["inputs"].get(name):
+                value = recorded.get(name, recorded.hints)
+                raise UserError(f"{name}={value} has changed since {cfg.reproduce} was sampled: restore it")
+        return build_request(
+            recorded,
+            source=source,
+            adapters=adapters,
+            prompts={row: (pair[0], pair[1]) for row, pair in zip(record["rows"], record["told"], strict=False)},
+            inputs=inputs,
+            hints=hints,
+            held_out=held_out_dataset(source.config) if recorded.held_out else None,
+            rows=record["rows"],
+            saved_rows=[record["row"]],
+            record=record,
+        )
+
+
+def build_request(cfg: Any, **parts: Any) -> SampleRequest:
+    """Return the request of a checked config; parts: the fields that do not follow from the config alone."""
+    from hydra.utils import instantiate
+
+    options = to_container(cfg)
+    return SampleRequest(
+        run=str(cfg.run),
+        weights=cfg.weights,
+        seed=cfg.seed,
+        negative=cfg.negative,
+        text_option=text_option(cfg.prompt, cfg.prompts),
+        keep_conditions=tuple(cfg.keep_conditions),
+        sampler=instantiate(cfg.sampler),
+        guidance=instantiate(cfg.guidance),
+        task=instantiate(cfg.task),
+        timestep_spacing=instantiate(cfg.timestep_spacing),
+        classifier_run=cfg.guidance.get("classifier"),
+        weak_run=cfg.guidance.get("weak"),
+        steps=cfg.steps,
+        batch_size=cfg.batch_size,
+        precision=str(cfg.precision),
+        tile=cfg.tile,
+        metrics=cfg.metrics,
+        reconstruction_metrics=cfg.reconstruction_metrics,
+        save=cfg.save,
+        output_dir=Path(cfg.output_dir) if cfg.output_dir is not None else default_output_dir(options, parts["source"]),
+        reproduce=cfg.reproduce,
+        options=options,
+        **parts,
+    )
+
+
+def default_output_dir(options: Mapping[str, Any], source: ModelSource) -> Path:
+    """Return a folder beside the image to reproduce, or one in the run's folder that is named by seed and options.
+
+    The samples of an external model lie beside its file.
+    """
+    if options["reproduce"] is not None:
+        path = Path(options["reproduce"])
+        return path.with_suffix("").with_name(f"{path.stem}-again")
+    folder = source.folder if source.folder.is_dir() else source.folder.with_suffix("")
+    digest = identity.hash_config(identity.drop_keys(options, IGNORED_IN_NAME))[:8]
+    return folder / "samples" / f"{options['seed']}-{digest}"
+
+
+def text_option(prompt: str | None, prompts: str | None) -> str | None:
+    """Return the option that gives captions without classes, as `prompt=...`, or None."""
+    if prompt is not None:
+        return f"prompt={prompt}"
+    return f"prompts={prompts}" if prompts is not None and not str(prompts).endswith(".csv") else None
 
 
 def read_reproduction_record(path: Path) -> dict[str, Any]:
-    """What Request.memory put into a PNG, with its `row`. Raises UserError."""
+    """Read the record that `reproduction_record` left in a PNG, with its `row`. Raises UserError."""
     from PIL import Image
 
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.load()
-            carried = parse_json(image.text["reproduce"])  # type: ignore[attr-defined]
-        if {"request", "rows", "row", "told", "inputs", "weights"} <= carried.keys() and carried["row"] in carried[
-            "rows"
-        ]:
-            return carried
+            record = parse_json(image.text["reproduce"])  # type: ignore[attr-defined]
+        if record.keys() >= RECORD_KEYS and record["row"] in record["rows"]:
+            return record
     except FileNotFoundError:
         raise UserError(f"reproduce={path}: no such file; expected an image that sample.py made") from None
-    except Exception as error:  # Pillow's plugins raise what they please
+    except Exception as error:  # Pillow's plugins raise exceptions of many types
+        reason = " ".join(str(error).split()) or "unreadable"
         raise UserError(
-            f"reproduce={path}: {' '.join(str(error).split()) or 'unreadable'}; expected an image that sample.py made, whole and unedited"
+            f"reproduce={path}: {reason}; expected an image that sample.py made, whole and unedited"
         ) from None
     raise UserError(
         f"reproduce={path} does not say how it was made; expected an image that sample.py made, whole and unedited"
     )
 
 
-def input_sources(cfg: Any, card: DataCard) -> dict[str, InputFiles]:
-    """Readers of the files that the task needs, unless held-out images stand for them. Raises UserError."""
+def conditioning_inputs(
+    cfg: Any, source: ModelSource
+) -> tuple[list[AdapterSpec], dict[str, InputFiles], dict[str, Any]]:
+    """Return the adapters, the readers of all input files and hints, and the extractors of the remaining hints.
+
+    Held-out images stand for files that the task needs and that were not given. Raises UserError.
+    """
     from hydra.utils import instantiate
 
+    card = source.data_card
     size = tuple(cfg.size or (card.size, card.size))
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise UserError(f"size={cfg.size}: expected [height,width] in pixels")
-    wanted, found = InputSpec((size[0], size[1]), card.channels, card.classes), {}
-    for name, node in cfg.inputs.items():
-        if cfg[name] is not None or not cfg.held_out:
-            found[name] = instantiate(node)(wanted)
-    return found | control.hint_sources(cfg, wanted)
+    spec = InputSpec((size[0], size[1]), card.channels, card.classes)
+    files = {
+        name: instantiate(node)(spec) for name, node in cfg.inputs.items() if cfg[name] is not None or not cfg.held_out
+    }
+    options = to_container(cfg)
+    adapters = parse_adapter_specs(options["adapters"], str(cfg.run), source)
+    extractors = control.hint_extractors(source, adapters)
+    available: Collection[str] | None = None if cfg.held_out else options["inputs"]
+    read = control.hint_sources(
+        extractors, options["hints"], spec, preprocess=cfg.preprocess_hints, available=available
+    )
+    return adapters, files | read, {name: make for name, make in extractors.items() if name not in read}
 
 
-def load_held_out(folder: Path) -> Any:
-    """The held-out images of a run's data, with the low resolution and the masks that it was trained with."""
-    config = load_run_config(folder)
+def held_out_dataset(config: Any) -> Any:
+    """Return the held-out images of a run's data, degraded (low resolution, masks) as the run was trained on."""
     return build_degraded_dataset(config, "test") if "degradation" in config else build_dataset(config, "test")
 
 
-def captions_and_labels(cfg: Any, card: DataCard) -> list[tuple[str, int | None]]:
-    """(caption, class) for each image."""
-    from ldm.tensors import choose, derive_seed
-
-    if cfg.prompt is not None:
-        return [(cfg.prompt, None)] * cfg.num
-    if cfg.prompts is not None:
-        return [pair for pair in read_prompts(Path(cfg.prompts), card) for _ in range(cfg.num)]
-    classes = len(card.classes)
-    if cfg.label is not None:
-        labels = [parse_class(cfg.label, card)] * cfg.num
-    else:
-        labels = [
-            derive_seed(cfg.seed + i, "label") % classes if cfg.labels == "random" else i % classes
-            for i in range(cfg.num)
-        ]
-    return [(choose(card.captions[k], 0, "told", i), k) for i, k in enumerate(labels)]
-
-
-def read_prompts(path: Path, card: DataCard) -> list[tuple[str, int | None]]:
-    """Prompts of a text file, one a line, or of a csv with the columns prompt and label (a class). Raises UserError naming the file."""
-    if not path.is_file():
-        raise UserError(
-            f"prompts={path}: no such file; expected one prompt a line, or a csv with the columns label,prompt"
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"prompts={path} is not text in UTF-8; expected one prompt a line") from None
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
-        if not rows or not {"label", "prompt"} <= rows[0].keys():
-            raise UserError(f"prompts={path}: expected the columns label,prompt and at least one row")
-        for number, row in enumerate(rows, 2):
-            if row["label"] is None or row["prompt"] is None:
-                raise UserError(f"prompts={path}, line {number}: expected a label and a prompt")
-        return [(row["prompt"], parse_class(row["label"], card)) for row in rows]
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"prompts={path}: the file is empty; expected one prompt a line")
-    return [(line, None) for line in lines]
-
-
-def parse_class(label: str, card: DataCard) -> int:
-    """The number of a class given by name or number. Raises UserError listing the classes."""
-    if label in card.classes:
-        return list(card.classes).index(label)
-    if str(label).isdigit() and int(label) < len(card.classes):
-        return int(label)
-    raise UserError(f"label={label}: expected one of {', '.join(card.classes)}, or 0..{len(card.classes) - 1}")
+def load_held_out(run: str | Path) -> Any:
+    """Return the held-out images of the data of the run that `run` names, see `held_out_dataset`."""
+    return held_out_dataset(open_model(run).config)

@@ -1,4 +1,4 @@
-"""What sample.py does with a request: images one by one by seed, files, scores, and in each file the words to make it again."""
+"""Execute a sampling request: sample the images by seed and save them with the record that reproduces them."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.latent_space import require_same_latent_space
-from ldm.checkpoint.load import latent_space_of, load_run_config
+from ldm.checkpoint.load import open_model
 from ldm.checkpoint.weights import hash_model
 from ldm.config.build import to_container
 from ldm.errors import UserError
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
     from ldm.diffusion.sampler import Sampler
     from ldm.model import LatentDiffusion
 
+UNRECORDED_OPTIONS = ("trainer", "output_dir", "save")  # what metrics.json leaves out of the request
+GRID_IMAGES = 400  # images in grid.png at most
+
 
 def generate_images(
-    model: "LatentDiffusion", request: SampleRequest, around: "Callable[[Sampler], Sampler]" = lambda sampler: sampler
+    model: "LatentDiffusion",
+    request: SampleRequest,
+    wrap_sampler: "Callable[[Sampler], Sampler]" = lambda sampler: sampler,
 ) -> "dict[int, Tensor]":
-    """This process's share of the images: seed -> (C, H, W) uint8; saved as they come. Raises UserError before any is drawn.
+    """Sample this process's share of the images and return them as seed -> (C, H, W) uint8, each saved when its batch
+    is complete.
 
-    around: what wraps the sampler, to look at it.
+    wrap_sampler: applied to the request's sampler, to observe it (see SamplerMonitor).
+    Raises UserError before sampling if the request does not fit the model.
     """
-    from hydra.utils import instantiate
-
     from ldm.autoencoder.tiled import Tiled
     from ldm.io.images import save_png
     from ldm.io.progress import ProgressBar
@@ -39,153 +44,162 @@ def generate_images(
     from ldm.model import LatentDiffusion
     from ldm.sampling.generate import generate_samples, rank_slice
 
-    cfg = request.cfg
     check_conditions(model, request)
     note_cleaned(model, request)
     weights = hash_model(model)
     if request.record and request.record["weights"] != weights:
         raise UserError(
-            f"reproduce={cfg.reproduce} was drawn with other weights than run={cfg.run} has now; run=... says where they are"
+            f"reproduce={request.reproduce} was sampled with other weights than run={request.run} has now; "
+            "run=RUN names the run that has them"
         )
-    config = identity.hash_config([to_container(load_run_config(request.folder)), weights])[:16]
-    ts = instantiate(cfg.timestep_spacing)(model.denoiser.schedule, cfg.steps)
-    sampler, guidance, task = (instantiate(cfg[name]) for name in ("sampler", "guidance", "task"))
+    config = identity.hash_config([to_container(request.source.config), weights])[:16]
+    ts = request.timestep_spacing(model.denoiser.schedule, request.steps)
     rows = [request.rows[i] for i in rank_slice(len(request.rows))]
-    images: dict[int, Tensor] = {}
-    if cfg.tile is not None:
-        model = LatentDiffusion(
-            Tiled(model.autoencoder, cfg.tile, cfg.tile // 4), model.conditioner, model.denoiser, model.size
-        )
+    if request.tile is not None:
+        tiled = Tiled(model.autoencoder, request.tile, request.tile // 4)
+        model = LatentDiffusion(tiled, model.conditioner, model.denoiser, model.size)
     bar = ProgressBar("sampling", len(rows), unit="images")
-    looked = around(sampler)
-    drawn = generate_samples(
+    samples = generate_samples(
         model,
         request.batch,
         rows,
-        cfg.seed,
-        cfg.batch_size,
+        request.seed,
+        request.batch_size,
         ts,
-        looked,
-        guidance,
-        str(cfg.precision),
-        task,
-        list(cfg.keep_conditions),
+        wrap_sampler(request.sampler),
+        request.guidance,
+        request.precision,
+        request.task,
+        request.keep_conditions,
     )
-    for image, batch in drawn:
-        memory = request.reproduction_record(batch, weights) if cfg.save == "all" else {}
-        for place, (i, one) in enumerate(zip(batch["index"], to_uint8(image).cpu(), strict=True)):
+    images: dict[int, Tensor] = {}
+    for image, batch in samples:
+        record = request.reproduction_record(batch, weights) if request.save == "all" else {}
+        for position, (i, pixels) in enumerate(zip(batch["index"], to_uint8(image).cpu(), strict=True)):
             if i not in request.saved_rows:
                 continue
-            images[cfg.seed + i] = one
-            if cfg.save == "all":
+            seed = request.seed + i
+            images[seed] = pixels
+            if request.save == "all":
                 text = {
-                    "prompt": batch["caption"][place] if "caption" in batch else "",
-                    "seed": str(cfg.seed + i),
-                    "run": str(cfg.run),
+                    "prompt": batch["caption"][position] if "caption" in batch else "",
+                    "seed": str(seed),
+                    "run": request.run,
+                    "config": config,
+                    "reproduce": json.dumps({**record, "row": i}, ensure_ascii=False),
                 }
-                carried = {"config": config, "reproduce": json.dumps({**memory, "row": i}, ensure_ascii=False)}
-                save_png(request.output_dir / f"{cfg.seed + i:06d}.png", one, text | carried)
+                save_png(request.output_dir / f"{seed:06d}.png", pixels, text)
         bar.update(len(images))
     return images
 
 
 def check_conditions(model: "LatentDiffusion", request: SampleRequest) -> None:
-    """Raises UserError for words or keys that this model is not told, and for a classifier or weak model of another latent space."""
-    keys, label = model.conditioner.keys, request.cfg.label
-    asked = {"caption": request.text_option, "label": None if label is None else f"label={label}"}
-    if request.cfg.negative is not None and asked["caption"] is None:
-        asked["caption"] = f"negative={request.cfg.negative}"
-    if asked["caption"] and "caption" not in keys:
-        raise UserError(
-            f"{asked['caption']}: this model is not told words; expected {'label=...' if 'label' in keys else 'no prompt'}"
-        )
-    if missing := [name for name in request.cfg.keep_conditions if name not in keys]:
-        raise UserError(f"keep_conditions={missing[0]}: this model is told {', '.join(keys) or 'nothing'}")
-    if (run := request.cfg.guidance.get("classifier")) is not None:
+    """Check that the model accepts every condition in `request`.
+
+    Raises UserError if the request has a prompt or a `keep_conditions` entry that the model's conditioner does not use,
+    or if the guidance classifier or the weak model for autoguidance was trained in a different latent space.
+    """
+    keys = model.conditioner.keys
+    text = request.text_option
+    if text is None and request.negative is not None:
+        text = f"negative={request.negative}"
+    if text and "caption" not in keys:
+        remedy = "label=..." if "label" in keys else "no prompt"
+        raise UserError(f"{text}: this model has no text condition; expected {remedy}")
+    if missing := [name for name in request.keep_conditions if name not in keys]:
+        raise UserError(f"keep_conditions={missing[0]}: this model's conditions are {', '.join(keys) or 'none'}")
+    if request.classifier_run is not None:
         from ldm.sampling import classifier_guidance
 
-        classifier_guidance.check_latent_space(run, latent_space_of(request.folder))
-    if (run := request.cfg.guidance.get("weak")) is not None:
-        model = "this model", latent_space_of(request.folder)
+        classifier_guidance.check_latent_space(request.classifier_run, request.source.latent_space)
+    if request.weak_run is not None:
         require_same_latent_space(
-            (f"guidance.weak={run}", latent_space_of(run)), model, "choose one trained in its latents"
+            (f"guidance.weak={request.weak_run}", open_model(request.weak_run).latent_space),
+            ("this model", request.source.latent_space),
+            "choose one trained in its latents",
         )
 
 
 def note_cleaned(model: "LatentDiffusion", request: SampleRequest) -> None:
-    """Print one line on a prompt for a pipeline folder of diffusers that diffusers itself may read as other tokens."""
+    """Print one line on the first prompt that diffusers may tokenize differently, for a folder of diffusers."""
     from ldm.checkpoint.external import text_tower
     from ldm.interop.folder import is_folder
 
-    if not is_folder(request.folder) or text_tower(model) is None or os.environ.get("RANK", "0") != "0":
+    if not is_folder(request.source.folder) or text_tower(model) is None or os.environ.get("RANK", "0") != "0":
         return
     from ldm.conditioner.clip import clean_text
 
-    texts = [caption for caption, _ in request.prompts.values()] + [request.cfg.negative or ""]
+    texts = [caption for caption, _ in request.prompts.values()] + [request.negative or ""]
     for text in dict.fromkeys(texts):
-        if (after := clean_text(text)) is not None:
+        if (cleaned := clean_text(text)) is not None:
             print(
-                f"prompt {text!r} is read as {after!r}, as CLIP was trained; diffusers with transformers 5 takes typographic quotes and "
-                "HTML entities as they stand and draws another image of the same seed",
+                f"prompt {text!r} is read as {cleaned!r}, as CLIP was trained; "
+                "diffusers with transformers 5 takes typographic quotes and HTML entities as they stand "
+                "and draws another image of the same seed",
                 file=sys.stderr,
             )
             return
 
 
 def gather_images(images: "dict[int, Tensor]", most: int) -> "dict[int, Tensor]":
-    """The `most` images of the lowest seeds over all processes, by seed."""
+    """Gather the `most` images of the lowest seeds from all processes, by seed; all processes must call it."""
     import torch.distributed as dist
 
     parts: list[Any] = [dict(list(images.items())[:most])]
     if dist.is_available() and dist.is_initialized():
         parts = parts * dist.get_world_size()
         dist.all_gather_object(parts, parts[0])
-    whole = {seed: image for part in parts for seed, image in part.items()}
-    return {seed: whole[seed] for seed in sorted(whole)[:most]}
+    gathered = {seed: image for part in parts for seed, image in part.items()}
+    return {seed: gathered[seed] for seed in sorted(gathered)[:most]}
 
 
 def save_results(request: SampleRequest, images: "dict[int, Tensor]", score: dict[str, Any]) -> float | None:
-    """Write grid.png and metrics.json, the numbers with everything needed to repeat them; returns the distance if there is one."""
+    """Write grid.png, samples.npz for save=npz, and metrics.json, which holds the scores with everything needed to
+    repeat them.
+
+    images: this process's images by seed.  score: the values of `evaluate_samples`.
+    Returns the Frechet distance if it was measured; None on all ranks but the first.
+    """
     import torch
 
     from ldm.io.images import make_grid, save_png
 
-    cfg, out = request.cfg, request.output_dir
-    first = gather_images(images, 400) if cfg.save != "none" else {}
-    if cfg.save == "npz":
+    out, seeds = request.output_dir, [request.seed + i for i in request.saved_rows]
+    first = gather_images(images, GRID_IMAGES) if request.save != "none" else {}
+    if request.save == "npz":
         height, width = next(iter(first.values())).shape[1:]
-        place = {cfg.seed + i: row for row, i in enumerate(request.saved_rows)}
+        row_of = {seed: row for row, seed in enumerate(seeds)}
         npz.write_npz(
-            out / "samples.npz", {place[seed]: one for seed, one in images.items()}, (len(place), height, width)
+            out / "samples.npz",
+            {row_of[seed]: image for seed, image in images.items()},
+            (len(seeds), height, width),
         )
     if int(os.environ.get("RANK", 0)):
         return None
-    if cfg.save != "none":
-        shown = torch.stack(list(first.values()))
-        columns = 16 if len(shown) > 64 else max(1, round(len(shown) ** 0.5))
-        save_png(out / "grid.png", make_grid(shown, columns, zoom=2))
-    asked = {name: value for name, value in to_container(cfg).items() if name not in ("trainer", "out", "save")}
+    if request.save != "none":
+        stack = torch.stack(list(first.values()))
+        columns = 16 if len(stack) > 64 else max(1, round(len(stack) ** 0.5))
+        save_png(out / "grid.png", make_grid(stack, columns, zoom=2))
+    options = {name: value for name, value in request.options.items() if name not in UNRECORDED_OPTIONS}
     record = {
         **score,
-        "autoencoder": latent_space_of(request.folder),
-        "request": asked,
+        "autoencoder": request.source.latent_space,
+        "request": options,
         "provenance": provenance.provenance(Path(__file__).parent),
     }
     atomic.write_json(out / "metrics.json", record)
-    for name, value in (pair for pair in score.items() if not pair[0].startswith("score/")):
-        print(f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value}")
-    if cfg.reproduce is not None:
-        print(
-            f"{cfg.reproduce}: made again, {compare_with_file(Path(cfg.reproduce).expanduser(), next(iter(images.values())))}"
-        )
-    print(
-        f"{len(request.saved_rows)} images, seeds {cfg.seed + request.saved_rows[0]}..{cfg.seed + request.saved_rows[-1]}, in {out}"
-    )
+    for name, value in score.items():
+        if not name.startswith("score/"):
+            print(f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value}")
+    if request.reproduce is not None:
+        comparison = compare_with_file(Path(request.reproduce).expanduser(), next(iter(images.values())))
+        print(f"{request.reproduce}: made again, {comparison}")
+    print(f"{len(seeds)} images, seeds {seeds[0]}..{seeds[-1]}, in {out}")
     return next((value for name, value in score.items() if name.startswith("fd_")), None)
 
 
 def compare_with_file(path: Path, image: "Tensor") -> str:
-    """How an image (C, H, W) uint8 compares with a file, in words."""
+    """Describe in words how an image (C, H, W) uint8 differs from a PNG file."""
     import numpy as np
     import torch
     from PIL import Image

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from smoke import command, composed, here
 
 from ldm.checkpoint import external
-from ldm.checkpoint.load import load_data_card, load_run_config
+from ldm.checkpoint.load import load_run_config, read_data_card
 from ldm.config import trust
 from ldm.data.folder import ImageFolder
 from ldm.data.shards import TarShardDataset
@@ -260,7 +260,7 @@ def test_a_data_card_says_what_it_must(change, tmp_path):
     assert DataCard.from_dict(card).size == 32
     (tmp_path / "data.json").write_text(json.dumps(card | change))
     with pytest.raises(UserError, match=r"data\.json is damaged \(expected"):
-        load_data_card(tmp_path)
+        read_data_card(tmp_path)
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:

@@ -178,8 +178,8 @@ def test_cleaned_is_what_openai_reads_and_transformers_5_does_not(tmp_path):
 def test_one_line_says_that_diffusers_may_read_a_prompt_otherwise(tmp_path, monkeypatch, capsys):
     """Of a pipeline folder with CLIP's tower, for the first such prompt; of no other run."""
     monkeypatch.setattr("ldm.checkpoint.external.text_tower", lambda model: model)
-    told = {0: ("a cat", None), 1: (ODD[0], None), 2: (ODD[2], None)}
-    request = SimpleNamespace(folder=tmp_path, prompts=told, cfg=SimpleNamespace(negative=None))
+    prompts = {0: ("a cat", None), 1: (ODD[0], None), 2: (ODD[2], None)}
+    request = SimpleNamespace(source=SimpleNamespace(folder=tmp_path), prompts=prompts, negative=None)
     run.note_cleaned("a tower", request)
     assert capsys.readouterr().err == ""
     (tmp_path / "model_index.json").write_text("{}")
@@ -194,9 +194,9 @@ def test_one_line_says_that_diffusers_may_read_a_prompt_otherwise(tmp_path, monk
     assert said.startswith(
         "prompt 'a “cat”' is read as 'a \"cat\"', as CLIP was trained; diffusers with transformers 5"
     )
-    plain = SimpleNamespace(folder=tmp_path, prompts={0: ("a cat", None)}, cfg=SimpleNamespace(negative=EVEN[0]))
+    plain = SimpleNamespace(source=request.source, prompts={0: ("a cat", None)}, negative=EVEN[0])
     run.note_cleaned("a tower", plain)
     assert capsys.readouterr().err == ""
-    plain.cfg.negative = ODD[1]
+    plain.negative = ODD[1]
     run.note_cleaned("a tower", plain)
     assert "it’s" in capsys.readouterr().err
