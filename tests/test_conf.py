@@ -10,6 +10,7 @@ import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from smoke import ROOT, command, composed, here
+from tools.conf_readme import description, groups, readme
 
 from ldm.config import build
 from ldm.config.compose import compose_option
@@ -467,3 +468,13 @@ def test_compose_option_names_what_exists():
         compose_option("net", "sdd1")
     with pytest.raises(UserError, match=r"net=_unet: no such option"):
         compose_option("net", "_unet")
+
+
+def test_readme_is_generated_from_the_files():
+    assert (CONF / "README.md").read_text() == readme(), "run python tests/tools/conf_readme.py"
+    assert set(groups()) == set(GROUPS)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_file_begins_with_its_description(path):
+    assert len(description(path)) > 9
