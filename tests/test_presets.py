@@ -66,7 +66,7 @@ def test_parameters_are_the_papers(preset):
         autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels)
         conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card)
         parts = {"network": build.build_network(cfg, autoencoder, conditioner), "conditioner": conditioner}
-        if "classifier" in said.parts:
+        if "classifier" in said.modules:
             parts["classifier"] = instantiate(cfg.training.net)(
                 in_channels=card.channels, classes=said.classes, size=card.size
             )
@@ -74,8 +74,8 @@ def test_parameters_are_the_papers(preset):
         told = conditioner(placeholder_batch(2, card, conditioner))  # a plan can make a batch for it
     assert (told.context is None) == (conditioner.context_dim is None)
     assert (told.concat is None) == (not conditioner.concat_channels)
-    count = sum(p.numel() for name in said.parts for p in parts[name].parameters())
-    assert counts_match(count + said.beside, said.parameters), f"{count + said.beside:,} {said.parameters}"
+    count = sum(p.numel() for name in said.modules for p in parts[name].parameters())
+    assert counts_match(count + said.extra_parameters, said.parameters), f"{count + said.extra_parameters:,} {said.parameters}"
 
 
 def test_a_preset_is_checked_as_a_command_line_is():
@@ -99,7 +99,7 @@ def test_a_preset_is_checked_as_a_command_line_is():
         ("sd1", "schedule.beta_start", 0.00085),
         ("ldm8_churches256", "objective.error._target_", "ldm.diffusion.objective.l1"),
         ("ldm4_sr_x4", "objective.error._target_", "ldm.diffusion.objective.l2"),
-        ("ldm8_churches256", "net.scale_shift", True),
+        ("ldm8_churches256", "net.use_scale_shift_norm", True),
         ("ldm8_churches256", "training.lr_schedule.warmup", 10000),
         ("ldm4_cin256", "training.batch_size", 1200),
         ("ldm4_ffhq256", "training.optimizer.lr", 8.4e-5),

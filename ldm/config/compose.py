@@ -107,13 +107,15 @@ def compose_option(group: str, option: str, folder: Path = ROOT / "conf") -> Any
     Interpolations of other groups, as `${weighting}`, stay unresolved.  Raises UserError for an option that does not exist.
     """
     from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
 
     options = ConfigSearchPath((folder,), ROOT).groups().get(group, [])
     if option not in options:
         raise UserError(f"{group}={option}: no such option{did_you_mean(option, options)}{format_choices(options)}")
     with initialize_config_dir(str(folder), version_base="1.3"):
         config = compose(f"{group}/{option}")
-    return config.get(group, config)  # an option with `@package _global_` sets other keys as well
+    # A root of its own, as a file is: a node of the composed config refuses new keys.  `@package _global_` sets other keys as well.
+    return OmegaConf.create(OmegaConf.to_container(config.get(group, config)))
 
 
 NO_HYDRA_OUTPUT = (
