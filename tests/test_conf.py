@@ -1,4 +1,4 @@
-"""Every option of every group composes with the smoke budget, passes the strict check, and is built and used for one step."""
+"""Every option of every group composes with the smoke budget, passes the strict check, and is built and used for a step."""
 
 import re
 from dataclasses import dataclass
@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from smoke import ROOT, command, composed, here
+from tools.conf_readme import description, groups, readme
 
 from ldm.config import build
+from ldm.config.compose import compose_option
+from ldm.config.overrides import ConfigSearchPath, help_text, normalize_override
+from ldm.config.tree import iter_nodes
+from ldm.config.validate import read_signature
 from ldm.diffusion.distill import Teacher
 from ldm.ema import PowerEMA
 from ldm.errors import UserError
@@ -19,10 +25,10 @@ from ldm.sampling.tasks import sample
 from ldm.training.diffusion import LitDiffusion
 
 CONF = ROOT / "conf"
-FILES = (
-    p for p in CONF.glob("*/**/*.yaml") if p.parent.name not in ("preset", "launcher")
-)  # tests/test_presets.py; tests/test_sweeps.py
-OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in FILES)
+GROUPS = ConfigSearchPath((CONF,), ROOT).groups()
+OPTIONS = [  # of presets: tests/test_presets.py
+    f"{group}/{option}" for group, options in GROUPS.items() if group != "preset" for option in options
+]
 SMALL = (
     "net.channels=16",
     "net.channel_mult=[1,2]",
@@ -30,7 +36,7 @@ SMALL = (
     "net.attention_resolutions=[2]",
     "net.num_groups=8",
 )
-PARTNERS = {  # what an option needs beside it, or what it leaves no room for; of each kind of large network one, made small
+PARTNERS = {  # overrides that an option needs; one of each kind of large network is narrowed
     "net/sd1": (*SMALL, "net.num_heads=2"),
     "net/sdxl": (*SMALL, "net.num_head_channels=16", "net.transformer_depth=[1,2]"),
     "net/ddpm_cifar": (*SMALL, "conditioner=none"),
@@ -83,15 +89,11 @@ PARTNERS = {  # what an option needs beside it, or what it leaves no room for; o
     "adapter/textual_inversion": ("adapter.placeholder_token=zorbo",),
     "sampler/repaint": ("sampler.jump_length=1", "sampler.num_resamples=1"),
 }
-PAPER = [  # first stages at a paper's scale: looked at on the meta device
-    o
-    for o in OPTIONS
-    if o.startswith("autoencoder/") and OmegaConf.load(CONF / f"{o}.yaml").get("encoder", {}).get("width", 0) >= 128
+PAPER = [  # first stages at a paper's scale: built on the meta device
+    o for o in OPTIONS if o.startswith(("autoencoder/kl_f", "autoencoder/vq_f")) and not o.endswith("_small")
 ]
-PAPER_NETS = [  # and networks, which tests/net/test_counts.py builds there; an option that derives from another may say no width
-    o
-    for o in OPTIONS
-    if o.startswith("net/") and o not in PARTNERS and OmegaConf.load(CONF / f"{o}.yaml").get("channels", 64) >= 64
+PAPER_NETS = [  # networks at a paper's scale, which tests/net/test_counts.py builds on the meta device
+    o for o in OPTIONS if o.startswith("net/") and o not in (*PARTNERS, "net/quick", "net/smoke")
 ]
 ALONE = (
     *(
@@ -110,6 +112,21 @@ ALONE = (
         "hint",
     ),
 )  # no part of the model or of its step
+
+
+BY_CALLER = {  # target -> parameters with a default that the code which calls a `_partial_` node passes
+    "ldm.autoencoder.discriminator.PatchDiscriminator": ("channels",),
+    "ldm.evaluation.evaluate.EvaluationConfig": ("precision",),  # the trainer's
+    "ldm.metrics.paired.Reconstruction": ("device", "net", "reference"),
+    "ldm.training.fit.fit": ("seed", "start"),
+    **dict.fromkeys(("ldm.net.positions.rope_2d", "ldm.net.positions.sincos_2d"), ("device",)),
+    **dict.fromkeys(("ldm.net.attention.sdpa", "ldm.net.attention.softmax_attention"), ("mask",)),
+    **{f"ldm.diffusion.variance.{name}": ("floor",) for name in ("fixed_small", "fixed_large", "learned_range")},
+    **{
+        f"ldm.net.attention.{name}": ("attend", "context_dim", "depth", "groups")
+        for name in ("SpatialTransformer", "QKVAttention")
+    },
+}
 
 
 def typed(option: str) -> tuple[str, ...]:
@@ -185,7 +202,8 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_option_composes(option):
+def test_option_composes_with_every_default(option):
+    """Every parameter with a default is in the composed config: `--cfg job` shows it, and a run folder records it."""
     group = option.split("/")[0]
     config = (
         composed(option.replace("/", "=", 1), name="sample")
@@ -193,6 +211,17 @@ def test_option_composes(option):
         else composed(*typed(option))
     )
     assert group in ("budget", "process", "optimizer") or option == "debug/smoke" or group in config
+    plain = OmegaConf.to_container(config)
+    nodes = dict(iter_nodes(plain))
+    missing = {}
+    for path, node in nodes.items():
+        target, parent = node["_target_"], path.rpartition(".")[0]
+        signature = read_signature(target) if target.startswith("ldm.") else None
+        optional = {name for name, one in signature.parameters.items() if not one.required} if signature else set()
+        passed = {*build.RUNTIME_PARAMETERS.get(target, ()), *BY_CALLER.get(target, ()), *nodes.get(parent, ())}
+        if absent := optional - node.keys() - passed:
+            missing[path] = absent
+    assert missing == ({"trainer": {"torch_compile"}} if option == "trainer/fsdp" else {})  # it cannot be compiled
 
 
 @pytest.mark.parametrize(
@@ -314,10 +343,7 @@ def test_a_process_sets_four_choices_and_each_can_be_set_beside_it(process):
     text = (CONF / "process" / f"{process}.yaml").read_text()
     for group in ("schedule", "prediction", "weighting", "timestep_sampling"):
         (option,) = re.findall(rf"override /{group}: (\w+)", text)
-        wanted = OmegaConf.load(CONF / group / f"{option}.yaml")
-        assert OmegaConf.masked_copy(composed("budget=smoke", f"process={process}")[group], list(wanted)) == wanted, (
-            group
-        )
+        assert composed("budget=smoke", f"process={process}")[group] == compose_option(group, option), group
     assert composed("budget=smoke", f"process={process}", "schedule=gvp").schedule._target_.endswith("GVP")
 
 
@@ -399,3 +425,56 @@ def test_every_group_is_a_choice_of_a_command():
         "hydra"
     } <= named  # which is how Hydra itself goes about it
     assert Path(CONF / "train.yaml").is_file()
+
+
+BASES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/_*.yaml"))
+
+
+def test_bases_are_in_no_list_of_options():
+    assert not [option for options in GROUPS.values() for option in options if option.startswith("_")]
+    tree = ConfigSearchPath((CONF,), ROOT)
+    assert {group for group, _ in BASES} >= {"net", "autoencoder", "preset"}
+    assert tree.options("net") == GROUPS["net"]  # Hydra's own list, which glob() selects from
+    assert "_unet" not in help_text(CONF, "train", "")
+
+
+@pytest.mark.parametrize("sweep", ["", "quick,"])
+@pytest.mark.parametrize(("group", "base"), BASES)
+def test_a_base_is_refused_as_a_choice(group, base, sweep):
+    tree = ConfigSearchPath((CONF,), ROOT)
+    with pytest.raises(UserError, match=f"^{group}={sweep}{base}: {base} is the base of other options") as error:
+        normalize_override(f"{group}={sweep}{base}", tree, (), (), bool(sweep))
+    assert "\n" not in str(error.value)
+
+
+def test_every_base_is_used():
+    used = {
+        (path.parent.name, name)
+        for path in CONF.glob("*/*.yaml")
+        for entry in yaml.safe_load(path.read_text()).get("defaults", [])
+        for name in ([entry.partition("@")[0]] if isinstance(entry, str) else [])
+    }
+    assert set(BASES) <= used
+
+
+def test_compose_option_names_what_exists():
+    assert compose_option("net", "sd1").block == {
+        "_target_": "ldm.net.attention.SpatialTransformer",
+        "_partial_": True,
+        "conv": True,
+        "eps": 1e-6,
+    }
+    with pytest.raises(UserError, match=r"net=sdd1: no such option; did you mean 'sd1'\?"):
+        compose_option("net", "sdd1")
+    with pytest.raises(UserError, match=r"net=_unet: no such option"):
+        compose_option("net", "_unet")
+
+
+def test_readme_is_generated_from_the_files():
+    assert (CONF / "README.md").read_text() == readme(), "run python tests/tools/conf_readme.py"
+    assert set(groups()) == set(GROUPS)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_file_begins_with_its_description(path):
+    assert len(description(path)) > 9

@@ -13,13 +13,14 @@ from test_conf import drawn, trained
 
 from ldm.config import build
 from ldm.config.build import RUNTIME_PARAMETERS
+from ldm.config.overrides import ConfigSearchPath
 from ldm.config.validate import validate
 from ldm.plan import flops
 from ldm.plan.data_info import DataInfo
 from ldm.plan.placeholders import placeholder_batch, stub_text_encoders, use_random_weights
 from ldm.plan.table import counts_match
 
-PRESETS = sorted(file.stem for file in (ROOT / "conf" / "preset").glob("*.yaml"))
+PRESETS = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["preset"]
 MISSING = {
     "sdxl": "no conditioner yet joins two text encoders along their channels and tells sizes: 2,567,463,684",
 }
@@ -37,8 +38,8 @@ NARROW = {  # preset -> what makes it small; its process, objective, conditioner
 @cache
 def composed(preset: str, *typed: str):
     """The config of `train.py preset=... data.path=.` after the strict check; not to be changed."""
-    of_folder = "override /data: folder" in (ROOT / "conf/preset" / f"{preset}.yaml").read_text()
-    path = ("data.path=.",) if of_folder and not any(word.startswith("data=") for word in typed) else ()
+    of_folder = not preset.endswith("cifar10") and not any(word.startswith("data=") for word in typed)
+    path = ("data.path=.",) if of_folder else ()
     job = plan_of(f"preset={preset}", *path, *typed)
     config = job.compose(job.overrides)
     bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
@@ -98,7 +99,7 @@ def test_a_preset_is_checked_as_a_command_line_is():
         ("sd1", "schedule.beta_start", 0.00085),
         ("ldm8_churches256", "objective.error._target_", "ldm.diffusion.objective.l1"),
         ("ldm4_sr_x4", "objective.error._target_", "ldm.diffusion.objective.l2"),
-        ("ldm8_churches256", "net.scale_shift", True),
+        ("ldm8_churches256", "net.use_scale_shift_norm", True),
         ("ldm8_churches256", "training.lr_schedule.warmup", 10000),
         ("ldm4_cin256", "training.batch_size", 1200),
         ("ldm4_ffhq256", "training.optimizer.lr", 8.4e-5),
@@ -117,9 +118,7 @@ def test_what_is_special_is_there(preset, key, value):
 @pytest.mark.parametrize("preset", NARROW)
 def test_a_narrow_one_trains_a_step_and_draws(preset, monkeypatch):
     torch.manual_seed(0)
-    first_stage = (
-        () if "identity" in (ROOT / "conf/preset" / f"{preset}.yaml").read_text() else ("autoencoder=patch_f4",)
-    )
+    first_stage = () if composed(preset).autoencoder._target_.endswith("Identity") else ("autoencoder=patch_f4",)
     cfg = composed(preset, "data=synthetic", "data.size=16", *first_stage, *NARROW[preset]).copy()
     cfg.pop("paper")
     monkeypatch.setattr(Small, "size", 16)

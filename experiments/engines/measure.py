@@ -180,13 +180,12 @@ def reference(case: Case) -> Path:
 
 def under(engine: str, whole: Path, folder: Path) -> tuple[tuple[str, ...], int]:
     """The command, as the launcher gives it to a process, of the training of the run `whole` under an engine, and how many processes."""
-    import yaml
-
     from ldm.config import serialize
+    from ldm.config.compose import compose_option
 
     option, world = ENGINES[engine]
     config = serialize.load_config(whole / "config.yaml")
-    trainer = yaml.safe_load((ROOT / "conf" / "trainer" / f"{option}.yaml").read_text())
+    trainer = dict(compose_option("trainer", option))
     trainer |= {"accelerator": "cpu", "devices": world} | {
         name: config["trainer"][name] for name in ("accumulate_grad_batches", "precision")
     }

@@ -14,8 +14,6 @@ from ldm.errors import UserError
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-
 
 def load_option(group: str, name: str, text: str | None = None) -> Any:
     """The object, or the function with its options bound, of conf/<group>/<name>.yaml. Raises UserError with the nearest name.
@@ -23,10 +21,12 @@ def load_option(group: str, name: str, text: str | None = None) -> Any:
     text: the key that it was given by, where that is not the group's name.
     """
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
-    files = {file.stem: file for file in (CONF / group).glob("*.yaml")}
-    return instantiate(OmegaConf.load(files[choose(group, text or group, name, files)]))
+    from ldm.config.compose import ROOT, compose_option
+    from ldm.config.overrides import ConfigSearchPath
+
+    options = ConfigSearchPath((ROOT / "conf",), ROOT).groups()[group]
+    return instantiate(compose_option(group, choose(group, text or group, name, options)))
 
 
 def load_image(path: str, size: int, crop: Sequence[float] | None = None) -> Tensor:

@@ -45,6 +45,11 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def is_base(option: str) -> bool:
+    """Return whether a file of a group is only the base of options, and none itself: `_unet` of conf/net/_unet.yaml."""
+    return option.startswith("_")
+
+
 @dataclass(frozen=True)
 class ConfigSearchPath:
     """The configs that can be named: folders searched for groups, and the repository's root, which holds experiments/.
@@ -56,12 +61,12 @@ class ConfigSearchPath:
     root: Path
 
     def groups(self) -> dict[str, list[str]]:
-        """Group -> its options, by the folders' yaml files."""
+        """Map each group to its options, by the folders' yaml files; the bases of options, `_name.yaml`, are left out."""
         found: dict[str, set[str]] = {}
         for folder in self.folders:
             for file in folder.rglob("*.yaml"):
                 group = file.parent.relative_to(folder).as_posix()
-                if group != "." and not group.startswith(("hydra", "experiments")):
+                if group != "." and not group.startswith(("hydra", "experiments")) and not is_base(file.stem):
                     found.setdefault(group, set()).add(file.stem)
         return {group: sorted(options) for group, options in sorted(found.items())}
 
@@ -71,7 +76,8 @@ class ConfigSearchPath:
         from hydra.core.global_hydra import GlobalHydra
 
         with initialize_config_dir(str(self.folders[0]), version_base="1.3"):
-            return GlobalHydra.instance().config_loader().get_group_options(group, overrides=self.search_path())
+            options = GlobalHydra.instance().config_loader().get_group_options(group, overrides=self.search_path())
+        return [option for option in options if not is_base(option)]
 
     def search_path(self) -> list[str]:
         """Write the override that adds experiments/ and the folders after the first to those that Hydra searches."""
@@ -126,6 +132,12 @@ def normalize_override(
         if value in ("", "null"):
             return "experiments=null"
         return "experiments=" + ",".join(map(tree.resolve_study, _study_names(value, tree) if multirun else [value]))
+    bases = re.findall(r"(?:^|[\[,(\s'\"])(_\w+)", value)
+    if bases and (options := tree.groups().get(key.lstrip("+~").partition("@")[0])):
+        raise UserError(
+            f"{override}: {bases[0]} is the base of other options and no option itself"
+            f"{did_you_mean(bases[0].lstrip('_'), options)}{format_choices(options)}"
+        )
     if multirun and re.fullmatch(r"choice\(.*\)", value, re.DOTALL):
         return override
     if value == "nan" and key in tree.groups():  # else a number

@@ -15,9 +15,8 @@ KNOWN_VAES = (
     *("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema", "stable-diffusion-v1-5/stable-diffusion-v1-5/vae"),
     *("runwayml/stable-diffusion-v1-5/vae", "CompVis/stable-diffusion-v1-4/vae"),
 )
-CONF = Path(__file__).parents[2] / "conf"
-MIN_LATENT_SIZE = 8  # positions per side of a latent; fewer carry too little of an image
-MAX_SMALL_LATENT = 16  # positions per side up to which the experiment's own network is large enough
+MIN_LATENT_SIZE = 8  # places on a side of a latent: fewer say too little of an image
+MAX_SMALL_LATENT = 16  # and up to so many the experiment's own net serves
 
 
 def choose_first_stage_and_net(cfg: Any, pretrained: str = "auto", large: str | None = None) -> str:
@@ -57,14 +56,14 @@ def _first_stage(cfg: Any, pretrained: str) -> str:
 
 
 def _net(option: str) -> Any:
-    """Return the node of an option of net=. Raises UserError if there is none, or if it is composed of other files."""
-    from omegaconf import OmegaConf
+    """Return the node of an option of net=. Raises UserError for an option that does not exist."""
+    from ldm.config.compose import compose_option
 
-    file = CONF / "net" / f"{option}.yaml"
-    node: Any = OmegaConf.load(file) if file.is_file() else {}
-    if "_target_" not in node or "defaults" in node:
-        raise UserError(f"auto.large={option}: expected an option of net= without a defaults list, as small or base")
-    return node
+    try:
+        return compose_option("net", option)
+    except UserError as error:
+        choices = str(error).partition("no such option")[2]
+        raise UserError(f"auto.large={option}: expected an option of net={choices}") from None
 
 
 def find_pretrained_autoencoders() -> Iterator[Path]:

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
-from smoke import ROOT
 
 from ldm.config import build
+from ldm.config.compose import compose_option
 
 TABLE = {  # Rombach et al. 2022, tab. 8 and their released configs
     "kl_f4": 55_312_063,
@@ -31,19 +30,19 @@ def test_a_first_stage_has_the_papers_parameters(name):
     if TABLE[name] is None:
         pytest.skip(f"{name}: no count was published")
     with torch.device("meta"):
-        autoencoder = build.build_autoencoder(OmegaConf.load(ROOT / f"conf/autoencoder/{name}.yaml"), 3)
+        autoencoder = build.build_autoencoder(compose_option("autoencoder", name), 3)
     assert count(autoencoder) == TABLE[name]
     assert len(autoencoder.encoder.down) == len(autoencoder.decoder.up) == autoencoder.factor.bit_length()
 
 
 def test_kl_f8_divides_its_parameters_as_published():
     with torch.device("meta"):
-        autoencoder = build.build_autoencoder(OmegaConf.load(ROOT / "conf/autoencoder/kl_f8.yaml"), 3)
+        autoencoder = build.build_autoencoder(compose_option("autoencoder", "kl_f8"), 3)
     assert count(autoencoder.encoder) == 34_163_664
     assert count(autoencoder.decoder) == 49_490_199
 
 
 def test_the_discriminator_has_the_papers_parameters():
-    node = OmegaConf.load(ROOT / "conf/training/autoencoder.yaml").discriminator
+    node = compose_option("training", "autoencoder").discriminator
     with torch.device("meta"):
         assert count(instantiate(node, width=64, layers=3, num_groups=32)()) == 2_765_633

@@ -137,7 +137,7 @@ def test_what_models_are_made_of_is_let_in(monkeypatch):
 def test_every_target_of_ours_is_let_in():
     for file in (Path(trust.__file__).parents[1] / "conf").rglob("*.yaml"):
         for line in file.read_text().splitlines() if file.parent.name != "logger" else ():
-            if "_target_: " in line and "{" not in line.partition("_target_: ")[2]:
+            if "_target_: " in line and not {"{", "?"} & set(line.partition("_target_: ")[2]):
                 trust.check_target(line.partition("_target_: ")[2].split("#")[0].split(",")[0].strip("} "))
 
 

@@ -1,9 +1,9 @@
-from pathlib import Path
-
 import pytest
 import torch
-from omegaconf import OmegaConf
+from smoke import ROOT
 
+from ldm.config.compose import compose_option
+from ldm.config.overrides import ConfigSearchPath
 from ldm.metrics.judge import FashionNet
 from ldm.metrics.names import metric_names
 
@@ -12,7 +12,7 @@ KEYS = {
     "full": ["fd_fashion", "accuracy"],
     "diversity": ["recall", "density", "coverage", "authenticity", "copies"],
 }
-CONF = Path(__file__).parents[2] / "conf" / "metrics"
+OPTIONS = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["metrics"]
 
 
 @pytest.mark.parametrize("option", ["fd", "full", "diversity"])
@@ -20,18 +20,18 @@ def test_every_option_scores_what_the_judge_sees(option):
     from hydra.utils import instantiate
 
     net = FashionNet(width=2, num_features=4).eval()
-    score = instantiate(OmegaConf.load(CONF / f"{option}.yaml"))(net=net, reference=torch.randn(20, 4))
+    score = instantiate(compose_option("metrics", option))(net=net, reference=torch.randn(20, 4))
     score.update(torch.rand(8, 1, 32, 32) * 2 - 1, torch.arange(8))
     with pytest.warns(UserWarning, match="biased"):
         assert {"n", *KEYS[option]} <= score.compute().keys()
 
 
-@pytest.mark.parametrize("option", sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "none"))
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option != "none"])
 def test_names_are_known_before_anything_is_built(option, monkeypatch):
     """The keys that compute() gives, of each option, with a small network under the name of its own."""
     from hydra.utils import get_object, instantiate
 
-    node = OmegaConf.load(CONF / f"{option}.yaml")
+    node = compose_option("metrics", option)
     names = metric_names(node, {"_target_": "ldm.metrics.judge.FashionNet"})
     net = FashionNet(width=2, num_features=4).eval()
     net.embed = lambda captions: torch.ones(len(captions), 4)
@@ -52,7 +52,7 @@ def test_fid_asks_for_inception(option, monkeypatch):
 
     monkeypatch.setenv("LDM_INCEPTION", "/nowhere.pth")
     with pytest.raises(InstantiationException, match=r"/nowhere\.pth is not a file"):
-        instantiate(OmegaConf.load(CONF / f"{option}.yaml"))
+        instantiate(compose_option("metrics", option))
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,7 @@ def test_others_say_which_weights_are_missing(option, said, monkeypatch, tmp_pat
     monkeypatch.setenv("LDM_OFFLINE", "1")
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    config = OmegaConf.load(
-        CONF.parent / ("reconstruction_metrics" if option == "lpips" else "metrics") / f"{option}.yaml"
-    )
+    config = compose_option("reconstruction_metrics" if option == "lpips" else "metrics", option)
     if option == "clip":
         config.net.towers.weights = None
     with pytest.raises(InstantiationException, match=said):

@@ -1,7 +1,7 @@
 """The networks of the literature have the parameters that were published, to the last one; nothing is allocated.
 
-What tells a network its class is not its own: the table lives in the conditioner (conditioner=label, label_vector), and DiT's fixed
-positions are computed. Where the published number holds them, `beside` adds them here.
+The class table belongs to the conditioner (conditioner=label, label_vector), and DiT's fixed positions are computed. Where the published
+number includes them, `beside` adds them here.
 """
 
 from dataclasses import dataclass, field
@@ -13,13 +13,17 @@ from hydra.utils import instantiate
 from smoke import ROOT
 
 from ldm.condition import Condition
+from ldm.config.overrides import ConfigSearchPath
 from ldm.net.classifier import NoisyClassifier
 from ldm.net.positions import sincos_2d
 
 
 @dataclass(frozen=True)
 class Row:
-    """net: its option and what is typed beside it.  z: channels in and out.  expected: a count, or millions and decimals as printed."""
+    """One published count.
+
+    net: its option, with the overrides `typed`.  z: channels in and out.  expected: a count, or millions and decimals as printed.
+    """
 
     net: str
     z: int
@@ -173,8 +177,9 @@ def test_classifiers_are_of_the_published_size(size, mult, blocks, printed):
 
 
 def test_every_paper_option_is_in_the_table():
-    own = {"quick", "quick_guidance_embed", "smoke", "smoke_guidance_embed", "lightningdit_xl1"}  # no published count
-    assert {p.stem for p in (ROOT / "conf/net").glob("*.yaml")} - own == {row.net for row in ROWS.values()}
+    uncounted = {"unet", "quick", "quick_guidance_embed", "smoke", "smoke_guidance_embed", "lightningdit_xl1"}
+    options = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["net"]
+    assert set(options) - uncounted == {row.net for row in ROWS.values()}
 
 
 @pytest.mark.parametrize("patch", [4, 8])
