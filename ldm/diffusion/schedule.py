@@ -103,7 +103,10 @@ class DiscreteSchedule:
 
 
 def from_betas(betas: Tensor) -> DiscreteSchedule:
-    """Build a schedule from forward variances beta (T,): alpha_bar is the product of 1 - beta up to i (Ho 2020, eq. 4)."""
+    """Build a schedule from forward variances beta (T,).
+
+    alpha_bar is the running product of 1 - beta (Ho 2020, eq. 4).
+    """
     return DiscreteSchedule((1 - betas.double()).cumprod(0))
 
 

@@ -187,5 +187,5 @@ def test_an_embedding_is_added_before_the_second_normalisation():
 
 
 def test_a_period_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="longest=0"):
+    with pytest.raises(ValueError, match="max_period=0"):
         timestep_embedding(torch.ones(1), 4, max_period=0)
