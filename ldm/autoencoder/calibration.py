@@ -1,4 +1,4 @@
-"""Normalisation of a latent space: from its statistics over a data set to shift and scale, z = (raw - shift) * scale."""
+"""Normalisation of a latent space, z = (raw - shift) * scale: shift and scale from its statistics over a data set."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

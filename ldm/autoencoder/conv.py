@@ -15,7 +15,7 @@ norm = partial(group_norm, eps=1e-6)  # eps differs from the U-Net's
 
 
 class Residual(nn.Module):
-    """Two normalised 3x3 convolutions (B, C, H, W) -> (B, C', H, W), added to the input: the U-Net's block without time."""
+    """Two normalised 3x3 convolutions (B, C, H, W) -> (B, C', H, W) with a skip: the U-Net's block without time."""
 
     def __init__(self, channels: int, out_channels: int, groups: int = 32):
         super().__init__()
@@ -44,7 +44,7 @@ class SpatialAttention(nn.Module):
 
 
 class PaddedDownsample(nn.Module):
-    """Halve height and width with a strided 3x3 convolution, padded on the right and below as the first stages of LDM do."""
+    """Halve height and width with a strided 3x3 convolution, padded on the right and below as in LDM's first stages."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -35,10 +35,10 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Compute the discriminator's hinge loss from its logits for real and generated images (VQGAN eq. 5; Lim & Ye 2017)."""
+    """Compute the discriminator's hinge loss from its logits for real and fake images (VQGAN eq. 5; Lim & Ye 2017)."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, limit: float = 1e4) -> Tensor:
-    """Compute ||d rec / d w|| / ||d adv / d w||, at most `limit`, for gradients of the decoder's last layer w (VQGAN eq. 7)."""
+    """Compute ||d rec / d w|| / ||d adv / d w||, at most `limit`, for the decoder's last layer w (VQGAN eq. 7)."""
     return (reconstruction.norm() / (adversarial.norm() + 1e-4)).clamp(0.0, limit).detach()

@@ -26,7 +26,7 @@ class TrainingOutput(NamedTuple):
 
 
 class FirstStage(nn.Module):
-    """An encoder image -> moments and a decoder latent -> image, with the shift and scale that give the latent z unit variance.
+    """An encoder image -> moments, a decoder latent -> image, and the shift and scale that give z unit variance.
 
     encoder: (B, C, H, W) in [-1, 1] -> moments (B, M, H/factor, W/factor).  decoder: (B, z_channels, h, w) -> (B, C, H,
     W).
@@ -115,7 +115,7 @@ class FirstStage(nn.Module):
         self.calibrated_on.fill_(statistics.images)
 
     def weights_hash(self) -> str:
-        """Compute the sha256 of weights, shift and scale: it identifies the latent space in everything trained in it."""
+        """Compute the sha256 of weights, shift and scale, which identifies the latent space in models trained in it."""
         return hash_state_dict(self.state_dict())
 
 

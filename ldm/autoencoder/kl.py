@@ -27,7 +27,7 @@ class AutoencoderKL(FirstStage):
         return TrainingOutput(reconstruction, {"kl": posterior.kl()}, posterior.kl_per_channel().detach())
 
     def diagnostics(self, values: Tensor) -> dict[str, Tensor]:
-        """Return the smallest and largest divergence of a channel in nats per position, and the number of dead channels."""
+        """Return the smallest and largest divergence of a channel, in nats per position, and the count of dead ones."""
         return {
             "kl_channel_min": values.min(),
             "kl_channel_max": values.max(),

@@ -1,4 +1,4 @@
-"""The reconstruction loss of first stages: errors summed over an image, as kl_weight = 1e-6 presumes (LDM), and penalties."""
+"""Loss of first stages: errors summed over an image, as kl_weight = 1e-6 presumes (LDM), and latent penalties."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
