@@ -71,7 +71,7 @@ def has_fast_bfloat16() -> bool:
 
 
 def lerp_(values: list[Any], ends: list[Any], weight: float) -> None:
-    """Apply torch.lerp_ to each tensor and its end in one call, as torch's optimisers do; one call per tensor is slow."""
+    """Apply lerp_ to each tensor and its end in one call, as torch's optimisers do; a call per tensor is slow."""
     import torch
 
     torch._foreach_lerp_(values, ends, weight)

@@ -3,22 +3,17 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ldm import compat
 from ldm.errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Set up a process group within the block if several processes were launched."""
-    import torch
-
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return

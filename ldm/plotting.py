@@ -51,7 +51,7 @@ def panel(
     y: str = "",
     **kind: Any,
 ) -> Any:
-    """Add axes with two spines, at (left, top) in pixels from the figure's upper left corner; x and y are axis labels."""
+    """Add axes with two spines at (left, top), in pixels from the upper left corner; x and y are axis labels."""
     high, wide = _size(figure)
     axes = figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high), **kind)
     axes.set_title(title, fontsize=13 * POINT, color=INK, pad=4)
@@ -72,7 +72,7 @@ def hide_axes(axes: Any) -> Any:
 
 
 def image(figure: Any, pixels: "Tensor", left: float, top: float, zoom: int = 1, title: str = "") -> Any:
-    """Draw an image (C, H, W) in [-1, 1], each pixel `zoom` x `zoom` large, at (left, top) from the upper left corner."""
+    """Draw an image (C, H, W) in [-1, 1], magnified `zoom` times, at (left, top) from the upper left corner."""
     height, width = pixels.shape[-2:]
     axes = hide_axes(panel(figure, left, top, width * zoom, height * zoom, title))
     shown = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu()

@@ -100,7 +100,7 @@ class TokenEmbeddingOverride(nn.Module):
 
     @contextmanager
     def embeddings_replaced(self, embedding: nn.Module) -> Iterator[None]:
-        """Within the block `embedding` returns the trained vectors for this word and for those of wrapped overrides."""
+        """Make `embedding` return the trained vectors, of this word and of wrapped overrides, within the block."""
         vectors = self.began + self.scale * (self.vectors - self.began)
 
         def substitute(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class TokenEmbeddingOverride(nn.Module):
 
 
 def replace_embeddings(embedded: Tensor, ids: Tensor, token_ids: Sequence[int], vectors: Tensor) -> Tensor:
-    """Replace embeddings (B, L, D) of ids (B, L) by vectors (P, D) wherever the ids contain token_ids (P,) in sequence."""
+    """Replace embeddings (B, L, D) of ids (B, L) by vectors (P, D) where the ids contain the sequence token_ids."""
     pattern = torch.tensor(token_ids, device=ids.device)
     n = len(token_ids)
     matches = (ids.unfold(1, n, 1) == pattern).all(-1) if ids.shape[1] >= n else ids[:, :0].bool()

@@ -52,7 +52,10 @@ class FirstStage(nn.Module):
         raise NotImplementedError
 
     def training_forward(self, image: Tensor, normal: Callable[[Tensor], Tensor]) -> TrainingOutput:
-        """Encode, sample and decode for training; normal: draws standard normal noise shaped like its argument."""
+        """Encode, sample and decode for training.
+
+        normal: draws standard normal noise shaped like its argument.
+        """
         raise NotImplementedError
 
     def diagnostics(self, values: Tensor) -> dict[str, Tensor]:

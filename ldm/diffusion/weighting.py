@@ -17,7 +17,7 @@ Weighting = Callable[[Tensor, Tensor, Row], Tensor]
 
 
 def output(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
-    """Weight the error of whatever the network predicts by 1."""
+    """Weight the error of the network's output by 1, whatever it predicts."""
     return output_gain(row, alpha, sigma)
 
 
