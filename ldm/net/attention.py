@@ -202,7 +202,7 @@ class QKVAttention(nn.Module):
     ):
         super().__init__()
         if context_dim or depth != 1:
-            option = f"context_dim={context_dim}" if context_dim else f"depth={depth}"
+            option = f"context_dim={context_dim}" if context_dim else f"transformer_depth={depth}"
             raise ConfigError(
                 f"{option}: QKVAttention is one self-attention; "
                 "use SpatialTransformer, or conditioner=none or label_vector"
