@@ -1,7 +1,7 @@
-"""Names of other packages that are not part of their public interface, gathered so that a release that moves one breaks this file alone.
+"""Private names of other packages, collected so that a release that moves one breaks only this file.
 
-Each is imported when it is first used: train.py reads much of this package before torch and Hydra.  The operators of oneDNN are in
-ldm/net/cpu_kernels.py, of which they are the subject.
+Each is imported when it is first used, because train.py imports much of this package before torch and Hydra.  The
+operators of oneDNN are in ldm/net/cpu_kernels.py instead, which consists of them.
 """
 
 import os
@@ -36,19 +36,22 @@ __all__ = [
 ]
 
 MODULES = {
-    # the jobs of a sweep are listed before it begins, split exactly as Hydra's own sweeper splits them; it has no public way to ask
+    # the jobs of a sweep are listed before it starts, split exactly as Hydra's sweeper splits them, which has no public
+    # method for it
     "BasicSweeper": ("hydra._internal.core_plugins.basic_sweeper", "BasicSweeper"),
-    # experiments/ is a config group, but lies outside conf/: a source of our own, for which Hydra has no public base class with files
+    # experiments/ is a config group outside conf/: a custom source, for which Hydra has no public base class with files
     "FileConfigSource": ("hydra._internal.core_plugins.file_config_source", "FileConfigSource"),
     "SourcesRegistry": ("hydra._internal.sources_registry", "SourcesRegistry"),
-    # the command line is read once before Hydra does, with its own flags, so that mistakes are one line each
+    # the command line is parsed once before Hydra parses it, with Hydra's flags, so that each mistake is reported in
+    # one line
     "get_args_parser": ("hydra._internal.utils", "get_args_parser"),
-    # every operator that runs is counted, in the backward pass too; torch.utils.flop_counter is built on it, PyTorch documents the module
+    # counts every operator, in the backward pass too; torch.utils.flop_counter is built on it, and PyTorch documents
+    # the module
     "TorchDispatchMode": ("torch.utils._python_dispatch", "TorchDispatchMode"),
-    # tensors within the arguments of an operator, or within the answer of a module
+    # tensors in the arguments of an operator or in the output of a module
     "tree_leaves": ("torch.utils._pytree", "tree_leaves"),
     "tree_map": ("torch.utils._pytree", "tree_map"),
-    # Tensor.backward() switches a TorchFunctionMode off, and what gradient checkpointing computes again would not be counted
+    # Tensor.backward() disables a TorchFunctionMode, and what gradient checkpointing recomputes would not be counted
     "run_backward": ("torch.autograd.graph", "_engine_run_backward"),
 }
 
@@ -61,34 +64,35 @@ def __getattr__(name: str) -> Any:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in tiles (AMX), which torch knows and has no public function for."""
+    """Return whether this CPU multiplies bfloat16 in tiles (AMX), for which torch has no public function."""
     import torch
 
     return torch.cpu._is_amx_tile_supported()
 
 
 def lerp_(values: list[Any], ends: list[Any], weight: float) -> None:
-    """torch.lerp of each tensor with its end, in place, in one call for all, as torch's optimisers do; one by one is slow."""
+    """Apply lerp_ to each tensor and its end in one call, as torch's optimisers do; a call per tensor is slow."""
     import torch
 
     torch._foreach_lerp_(values, ends, weight)
 
 
 def is_compiled(module: "nn.Module") -> bool:
-    """Whether module.compile() was called: nn.Module keeps what it compiled to, and has no other way to ask."""
+    """Return whether module.compile() was called, which nn.Module stores in a private attribute only."""
     return module._compiled_call_impl is not None
 
 
 def trainer_of(lit: Any) -> Any:
-    """The trainer that a LightningModule is in, None outside of one, where its public `trainer` raises."""
+    """Return the trainer of a LightningModule, or None without one, where its public `trainer` raises."""
     return lit._trainer
 
 
 def exit_with_parent() -> None:
-    """Ends this process when the one that started it by multiprocessing ends.
+    """End this process when the process that started it by multiprocessing ends.
 
-    torch's own watch compares process ids, and the parent of one that a fork server started is the server; parent_process() is the right
-    one, and waits on a pipe that closes with it (its join is documented for processes, not for a parent).
+    torch's watchdog compares process ids, but the parent of a process started by a fork server is the server.
+    parent_process() is the right one; its join waits on a pipe that closes with it (documented for child processes, not
+    for a parent).
     """
     import multiprocessing
 

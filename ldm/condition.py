@@ -1,4 +1,4 @@
-"""Everything a network may be told besides x_t and t."""
+"""The conditions of a network: its inputs besides x_t and t."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,13 +13,14 @@ from ldm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Condition:
-    """What the network is told; a field that is None (or an empty tuple) is not used.
+    """The inputs of a network besides x_t and t; a field that is None (or an empty tuple) is not used.
 
-    context: (B, L, D) tokens for cross-attention.  mask: (B, L) bool, True = a real token.  vector: (B, D) added to the time embedding.
-    concat: (B, C, h, w) stacked on x_t's channels; h = w = 1 says the same of every place.  hint: (B, 3, H, W) each, one per ControlNet,
-    in [0, 1]; H = W = 1 likewise.
-    label: (B,) int64, the class, for a classifier that guides; networks do not read it.
-    scale: (B,), the guidance scale, for a network that was distilled to be told it.
+    context: (B, L, D) tokens for cross-attention.  mask: (B, L) bool, True = a real token.
+    vector: (B, D) added to the time embedding.
+    concat: (B, C, h, w) concatenated to x_t's channels; h = w = 1 broadcasts over all positions.
+    hint: (B, 3, H, W) each, one per ControlNet, in [0, 1]; H = W = 1 broadcasts.
+    label: (B,) int64, the class, for classifier guidance; networks do not read it.
+    scale: (B,), the guidance scale, for a network distilled to take it.
     """
 
     context: Tensor | None = None
@@ -31,7 +32,7 @@ class Condition:
     scale: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
-        """The Condition with f applied to every tensor in it."""
+        """Apply f to every tensor."""
         values: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(self)}
         changed: dict[str, Any] = {
             k: tuple(map(f, v)) if isinstance(v, tuple) else f(v) for k, v in values.items() if v is not None
@@ -45,38 +46,42 @@ class Condition:
         )
 
     def index(self, rows: slice | Tensor | Sequence[int]) -> "Condition":
-        """The given rows of every tensor."""
+        """Select rows of every tensor."""
         return self.map(lambda v: v[rows])
 
     def where(self, keep: Tensor, other: "Condition") -> "Condition":
-        """Row by row: self where keep (B,) is True, other elsewhere (condition dropout, Ho & Salimans 2022, algorithm 1).
+        """Choose row by row: self where keep (B,) is True, other elsewhere.
 
-        Raises ValueError if the fields in use differ.
+        Condition dropout, Ho & Salimans 2022, algorithm 1.  Raises ValueError if the fields in use differ.
         """
         a, b = align_fields(self, other)
 
-        def choose(mine: Tensor, theirs: Tensor) -> Tensor:
-            return torch.where(keep.to(mine.device).reshape(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+        def choose(x: Tensor, y: Tensor) -> Tensor:
+            return torch.where(keep.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
         chosen = {}
         for name in ("context", "mask", "vector", "concat"):
-            if (mine := getattr(a, name)) is not None:
-                chosen[name] = choose(mine, getattr(b, name))
+            if (value := getattr(a, name)) is not None:
+                chosen[name] = choose(value, getattr(b, name))
         return Condition(**chosen, hint=tuple(map(choose, a.hint, b.hint)), label=a.label)
 
     def expand_concat(self, height: int, width: int) -> "Condition":
-        """Its concat spread over that many places if it says the same of every place. Raises ConfigError if it is of another size."""
+        """Expand a 1x1 concat to height x width. Raises ConfigError for a concat of another size."""
         if self.concat is None or self.concat.shape[-2:] == (height, width):
             return self
         if self.concat.shape[-2:] != (1, 1):
-            here = "x".join(map(str, self.concat.shape[-2:]))
+            size = "x".join(map(str, self.concat.shape[-2:]))
             raise ConfigError(
-                f"the condition is for latents of {here}, those to be drawn are {height}x{width}; give both one size in pixels"
+                f"the condition is for latents of {size}, those to be sampled are {height}x{width}; "
+                "give both the same size in pixels"
             )
         return replace(self, concat=self.concat.expand(-1, -1, height, width))
 
     def cat(self, *others: "Condition") -> "Condition":
-        """Stack batches; shorter contexts are padded with masked tokens. Raises ValueError if the fields in use differ."""
+        """Concatenate batches; shorter contexts are padded with masked tokens.
+
+        Raises ValueError if the fields in use differ.
+        """
         parts = align_fields(self, *others)
 
         def stack(values: Sequence[Tensor | None]) -> Tensor | None:
@@ -95,8 +100,10 @@ class Condition:
 
 
 def align_fields(*parts: Condition) -> list[Condition]:
-    """The conditions with contexts padded to the longest and, where lengths differ or any has one, masks; concat and hints spread.
+    """Give conditions the same shapes, so that their rows can be mixed.
 
+    Contexts are padded to the longest; masks are added if lengths differ or any condition has one; 1x1 concats and
+    hints are expanded.
     Raises ValueError if the fields in use differ.
     """
     used = [
@@ -108,7 +115,7 @@ def align_fields(*parts: Condition) -> list[Condition]:
             f"conditions with different fields cannot be joined (context, vector, concat, hint in use: {used})"
         )
     hints = (
-        zip(*(expand_spatial(each) for each in zip(*(p.hint for p in parts), strict=True)), strict=True)
+        zip(*(expand_spatial(column) for column in zip(*(p.hint for p in parts), strict=True)), strict=True)
         if parts[0].hint
         else [()] * len(parts)
     )
@@ -123,7 +130,7 @@ def align_fields(*parts: Condition) -> list[Condition]:
 
 
 def pad_context(cond: Condition, length: int) -> Condition:
-    """The condition with its context padded to `length` tokens and a mask that says so."""
+    """Pad the context to `length` tokens and mask the padding."""
     if cond.context is None:
         return cond
     mask = (
@@ -140,7 +147,7 @@ def pad_context(cond: Condition, length: int) -> Condition:
 
 
 def expand_spatial(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Those (B, C, h, w) that say the same of every place, h = w = 1, expanded to the size of the largest."""
+    """Expand tensors (B, C, 1, 1) to the size of the largest (B, C, h, w)."""
     size = max((part.shape[-2:] for part in parts if part is not None), default=None)
     return [
         part.expand(-1, -1, *size) if part is not None and size and part.shape[-2:] == (1, 1) else part

@@ -1,24 +1,19 @@
-"""Process groups, ranks and the precision that this hardware is fast at."""
+"""Process groups, ranks, and the precision that is fast on this hardware."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ldm import compat
 from ldm.errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """A process group while several processes were launched; nothing otherwise."""
-    import torch
-
+    """Set up a process group within the block if several processes were launched."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -32,19 +27,22 @@ def process_group() -> Iterator[None]:
 PRECISION: dict[str, Any] = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def resolve_precision(wanted: str | int) -> str:
-    """`auto` resolved: bf16 where the hardware multiplies it fast (a recent GPU, a CPU with AMX), else 32."""
-    if wanted != "auto":
-        if str(wanted) not in PRECISION:
-            raise ConfigError(f"precision={wanted}: expected auto or one of {', '.join(PRECISION)}")
-        return str(wanted)
+def resolve_precision(precision: str | int) -> str:
+    """Resolve `auto`: bf16 if the hardware multiplies it fast (a recent GPU, a CPU with AMX), else 32.
+
+    Raises ConfigError for an unknown precision.
+    """
+    if precision != "auto":
+        if str(precision) not in PRECISION:
+            raise ConfigError(f"precision={precision}: expected auto or one of {', '.join(PRECISION)}")
+        return str(precision)
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "32"
     return "bf16" if compat.has_fast_bfloat16() else "32"
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """(rank, number of processes) as torch's launcher or Slurm says."""
+    """Return (rank, number of processes) from the environment of torch's launcher or of Slurm."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

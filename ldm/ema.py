@@ -1,4 +1,4 @@
-"""Averages of weights over training, and averages of any length made afterwards of two that were kept."""
+"""Moving averages of weights, and post-hoc averages of any length from the snapshots of two."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,54 +10,60 @@ from torch import Tensor, nn
 from ldm.compat import lerp_
 from ldm.errors import ConfigError
 
-SIGMA_RELS = (
-    0.05,
-    0.10,
-)  # of the averages that are kept along a training, where snapshots are asked for (EDM2, section 3.2)
+SIGMA_RELS = (0.05, 0.10)  # relative widths of the averages that snapshots store (EDM2, section 3.2)
 
 
 def std_to_exponent(sigma_rel: float) -> float:
-    """The exponent gamma of the power-function average whose relative width is sigma_rel, below 0.28 (EDM2 eq. 126, algorithm 2).
+    """Return the exponent gamma of the power-function average of relative width sigma_rel (EDM2 eq. 126, algorithm 2).
 
-    Raises ConfigError for another width.
+    Raises ConfigError unless 0 < sigma_rel < 0.28.
     """
     if not 0 < sigma_rel < 0.28:
-        raise ConfigError(f"sigma_rel={sigma_rel}: expected a part of the training above 0 and below 0.28")
+        raise ConfigError(f"sigma_rel={sigma_rel}: expected a fraction of the training above 0 and below 0.28")
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
 def profile_correlation(gamma_a, t_a, gamma_b, t_b):
-    """The integral over time of the product of two averages' densities (gamma + 1) t^gamma / T^(gamma + 1), T = t_a and t_b > 0, as arrays
-    that broadcast (EDM2, algorithm 3, p_dot_p)."""
+    """Integrate over time the product of two averages' densities (gamma + 1) t^gamma / T^(gamma + 1).
+
+    T = t_a and t_b > 0; the arguments are arrays that broadcast (EDM2, algorithm 3, p_dot_p).
+    """
     exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** exponent / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
 
 
-def posthoc_coefficients(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> tuple[list[float], float]:
-    """What each kept average, of length and step (sigma_rel, t), weighs in the average of length sigma_rel at `step` that comes nearest in
-    the least squares of densities over time (EDM2, algorithm 3), and how far off it is, as a part of that one's own norm.
+def posthoc_coefficients(
+    snapshots: Sequence[tuple[float, int]], sigma_rel: float, step: int
+) -> tuple[list[float], float]:
+    """Compute the weights of snapshots that best approximate the average of length sigma_rel at `step`.
 
-    The parts are held to a sum of 1, which the paper leaves to the number of snapshots: what stands still in training stays as it is.
+    snapshots: length and step (sigma_rel, t) of each stored average.
+    Returns the weights and the error, relative to the target's norm.  Least squares of densities over time (EDM2,
+    algorithm 3).
+    The weights are constrained to a sum of 1, so that a constant parameter is reproduced exactly; the paper relies on
+    the number of snapshots.
     Raises ConfigError for a length that no average has.
     """
-    gamma, t = np.array([std_to_exponent(length) for length, _ in kept]), np.array([at / step for _, at in kept])
-    wanted = std_to_exponent(sigma_rel)
+    gamma = np.array([std_to_exponent(length) for length, _ in snapshots])
+    t = np.array([t_snapshot / step for _, t_snapshot in snapshots])
+    target = std_to_exponent(sigma_rel)
     gram, towards = (
         profile_correlation(gamma[:, None], t[:, None], gamma, t),
-        profile_correlation(gamma, t, wanted, 1.0),
+        profile_correlation(gamma, t, target, 1.0),
     )
-    n = len(kept)
-    held = np.block([[gram, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])  # with Lagrange's multiplier
-    x = np.linalg.lstsq(held, np.append(towards, 1.0), rcond=None)[0][:n]
-    whole = profile_correlation(wanted, 1.0, wanted, 1.0)
-    return x.tolist(), float(np.sqrt(max(0.0, whole - 2 * x @ towards + x @ gram @ x) / whole))
+    n = len(snapshots)
+    system = np.block([[gram, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])  # with a Lagrange multiplier
+    x = np.linalg.lstsq(system, np.append(towards, 1.0), rcond=None)[0][:n]
+    norm = profile_correlation(target, 1.0, target, 1.0)
+    return x.tolist(), float(np.sqrt(max(0.0, norm - 2 * x @ towards + x @ gram @ x) / norm))
 
 
 class PowerEMA:
     """Power-function moving average of a module's trainable parameters (EDM2, Karras et al. 2024, eq. 122-127).
 
-    The weight of step t in the average at step T is proportional to (t / T)^gamma: no warm-up to tune, the length grows with training.
+    The weight of step t in the average at step T is proportional to (t / T)^gamma: no warm-up to tune, the length grows
+    with training.
     """
 
     def __init__(self, module: nn.Module, sigma_rel: float = 0.1):
@@ -70,17 +76,16 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimiser step `step`, counted from 1 (beta of eq. 127)."""
+        """Update the average with the weights after optimiser step `step`, counted from 1 (beta of eq. 127)."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
         live = self._live()
-        self.shadow = {
-            name: value.to(live[name]) for name, value in self.shadow.items()
-        }  # the trainer may have moved or widened them
+        # the trainer may have changed the weights' device or dtype
+        self.shadow = {name: value.to(live[name]) for name, value in self.shadow.items()}
         lerp_(list(self.shadow.values()), list(live.values()), 1 - beta)
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved average in the precision it was saved in; raises KeyError if the names differ."""
+        """Load a saved average in the precision it was saved in. Raises KeyError if the names differ."""
         if state.keys() != self.shadow.keys():
             raise KeyError(
                 f"average of other weights: {sorted(state.keys() ^ self.shadow.keys())[:4]} are in one of the two only"
@@ -90,10 +95,10 @@ class PowerEMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the module holds the averaged weights."""
+        """Give the module the averaged weights within the block."""
         live = self._live()
         with torch.no_grad():
-            kept = {name: p.clone() for name, p in live.items()}
+            saved = {name: p.clone() for name, p in live.items()}
             for name, p in live.items():
                 p.copy_(self.shadow[name])
         try:
@@ -101,4 +106,4 @@ class PowerEMA:
         finally:
             with torch.no_grad():
                 for name, p in live.items():
-                    p.copy_(kept[name])
+                    p.copy_(saved[name])

@@ -1,16 +1,22 @@
-"""Errors that a command answers with an exit code of its own."""
+"""Errors for which commands have their own exit code."""
 
 
 class UserError(ValueError):
-    """A wrong key, value, file or combination; the text names it, what was expected and the remedy (commands print it and exit with 2)."""
+    """A wrong key, value, file or combination: commands print the message and exit with 2.
+
+    The message names the key or file, its value, what was expected and the remedy.
+    """
 
 
 class ConfigError(UserError):
-    """An option or size that a person chose and the code cannot use; raised by the constructor or function that it was passed to.
+    """An invalid option or size in the config, raised by the constructor or function that it was passed to.
 
-    A mistake in what one function passes to another is a plain ValueError, a bug, and keeps its traceback.
+    A wrong argument between two functions is a bug instead: a plain ValueError, printed with its traceback.
     """
 
 
 class NonFiniteError(FloatingPointError):
-    """A training whose numbers are no longer finite; the text says where its evidence lies (commands print it and exit with 3)."""
+    """A training with numbers that are no longer finite: commands print the message and exit with 3.
+
+    The message names the file with the details.
+    """

@@ -13,9 +13,10 @@ from ldm.errors import ConfigError
 
 
 class LatentDiffusion(nn.Module):
-    """Everything needed to draw an image from words (LDM fig. 3).
+    """A first stage, a conditioner and a denoiser: everything needed to sample an image from text (LDM fig. 3).
 
-    autoencoder: frozen; has posterior, normalise, encode, decode.  conditioner: batch -> Condition.  denoiser: works on z (B, C, h, w).
+    autoencoder: frozen; has posterior, normalise, encode, decode.  conditioner: batch -> Condition.  denoiser: works on
+    z (B, C, h, w).
     size: (height, width) of the images it was trained on, in pixels.
     """
 
@@ -37,7 +38,7 @@ class LatentDiffusion(nn.Module):
         return next(self.denoiser.parameters()).device
 
     def latent_shape(self, num: int, size: Sequence[int] | None = None) -> tuple[int, int, int, int]:
-        """Shape of z for `num` images of a size in pixels, by default that of the training images.
+        """Return the shape of z for `num` images of a size in pixels, by default that of the training images.
 
         Raises ConfigError for a size that the first stage's factor does not divide.
         """
@@ -57,7 +58,7 @@ class LatentDiffusion(nn.Module):
         return self.autoencoder.decode(z).clamp(-1, 1)
 
     def condition(self, batch: dict[str, Any]) -> Condition:
-        """What the network is told; the null condition where the batch says nothing."""
+        """Return the condition of a batch; the null condition if the batch has none of the conditioner's keys."""
         return condition_or_null(self.conditioner, batch)
 
     def null_condition(self, batch: dict[str, Any]) -> Condition:

@@ -1,4 +1,4 @@
-"""Figures measured in pixels: what all pictures here share of matplotlib, their type, colours and frames."""
+"""Matplotlib figures measured in pixels: the fonts, colours and frames that all figures share."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,19 +9,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INK, SOFT, PALE = "#222222", "#767676", "#d8d8d8"
-BLUE, RED, GREEN, YELLOW = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#E69F00",
-)  # told apart by the colour-blind (Okabe & Ito 2008)
-PURPLE, SKY = "#CC79A7", "#56B4E9"  # of the same palette
+# a palette that the colour-blind can distinguish (Okabe & Ito 2008)
+BLUE, RED, GREEN, YELLOW = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+PURPLE, SKY = "#CC79A7", "#56B4E9"
 DPI = 100
-POINT = 72 / DPI  # one pixel
+POINT = 72 / DPI  # points per pixel
 
 
 def canvas(width: int, height: int) -> Any:
-    """A white matplotlib Figure of so many pixels. Raises UserError where matplotlib is missing."""
+    """Create a white matplotlib Figure; width and height in pixels. Raises UserError if matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -33,7 +29,7 @@ def canvas(width: int, height: int) -> Any:
 
 
 def frame(figure: Any) -> "Tensor":
-    """The figure as it would be seen: (H, W, 3) uint8."""
+    """Render the figure: (H, W, 3) uint8."""
     import torch
 
     figure.canvas.draw()
@@ -55,7 +51,7 @@ def panel(
     y: str = "",
     **kind: Any,
 ) -> Any:
-    """Axes at a place in pixels from the figure's upper left corner, with two spines; x and y name what they show."""
+    """Add axes with two spines at (left, top), in pixels from the upper left corner; x and y are axis labels."""
     high, wide = _size(figure)
     axes = figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high), **kind)
     axes.set_title(title, fontsize=13 * POINT, color=INK, pad=4)
@@ -68,7 +64,7 @@ def panel(
 
 
 def hide_axes(axes: Any) -> Any:
-    """The axes without ticks and spines."""
+    """Remove ticks and spines from axes; return the axes."""
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -76,7 +72,7 @@ def hide_axes(axes: Any) -> Any:
 
 
 def image(figure: Any, pixels: "Tensor", left: float, top: float, zoom: int = 1, title: str = "") -> Any:
-    """An image (C, H, W) in [-1, 1] with `zoom` x `zoom` pixels for each of its own, at a place from the upper left corner."""
+    """Draw an image (C, H, W) in [-1, 1], magnified `zoom` times, at (left, top) from the upper left corner."""
     height, width = pixels.shape[-2:]
     axes = hide_axes(panel(figure, left, top, width * zoom, height * zoom, title))
     shown = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu()
@@ -84,26 +80,29 @@ def image(figure: Any, pixels: "Tensor", left: float, top: float, zoom: int = 1,
     return axes
 
 
-def words(figure: Any, text: str, left: float, top: float, colour: str = INK, size: float = 12, **how: Any) -> Any:
-    """Text whose upper left corner, or what ha= and va= say, is at a place from the figure's upper left corner."""
+def words(figure: Any, text: str, left: float, top: float, colour: str = INK, size: float = 12, **options: Any) -> Any:
+    """Write text with its upper left corner, or the anchor set by ha= and va=, at (left, top) in pixels."""
     high, wide = _size(figure)
-    options = {"ha": "left", "va": "top"} | how
+    options = {"ha": "left", "va": "top"} | options
     return figure.text(left / wide, 1 - top / high, text, fontsize=size * POINT, color=colour, **options)
 
 
 def concatenate(images: "Tensor", columns: int, gap: int = 1) -> "Tensor":
-    """Images (N, C, H, W) in [-1, 1] in rows on white: (C, H', W')."""
+    """Arrange images (N, C, H, W) in [-1, 1] in rows on white: (C, H', W')."""
     n, c, h, w = images.shape
     rows = -(-n // columns)
     out = images.new_ones(c, rows * (h + gap) - gap, columns * (w + gap) - gap)
-    for i, one in enumerate(images):
+    for i, tile in enumerate(images):
         top, left = i // columns * (h + gap), i % columns * (w + gap)
-        out[:, top : top + h, left : left + w] = one
+        out[:, top : top + h, left : left + w] = tile
     return out
 
 
 def stack_rows(rows: "Mapping[str, Tensor]", columns: int, left: int = 110) -> Any:
-    """A figure with a row for each name: `columns` of its images (N, C, H, W) in [-1, 1], evenly spaced; one height for all, gaps of 2."""
+    """Create a figure with a row for each name: `columns` of its images (N, C, H, W) in [-1, 1], evenly spaced.
+
+    All images have the same height; gaps are 2 pixels.
+    """
     shown = {
         name: concatenate(images[:: len(images) // columns][:columns], columns, 2) for name, images in rows.items()
     }
@@ -116,19 +115,19 @@ def stack_rows(rows: "Mapping[str, Tensor]", columns: int, left: int = 110) -> A
 
 
 def cut(text: str, most: int) -> str:
-    """The text, shortened in its middle if it is longer."""
+    """Shorten text in its middle if it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2 - 1]} … {text[-(most // 2 - 1) :]}"
 
 
 def columns_of(n: int) -> int:
-    """The columns of a sheet of n images that is about square."""
+    """Return the number of columns of an approximately square sheet of n images."""
     return max(1, round(n**0.5))
 
 
-def legend(axes: Any, names: Sequence[str] | None = None, **how: Any) -> None:
-    """A legend without a frame."""
+def legend(axes: Any, names: Sequence[str] | None = None, **options: Any) -> None:
+    """Add a legend without a frame."""
     axes.legend(
-        *([] if names is None else [names]), frameon=False, fontsize=11 * POINT, **({"handlelength": 1.4} | how)
+        *([] if names is None else [names]), frameon=False, fontsize=11 * POINT, **({"handlelength": 1.4} | options)
     )
 
 

@@ -1,4 +1,4 @@
-"""Small tensor operations and the one source of randomness: noise keyed by what it is for, never by who draws it."""
+"""Small tensor operations, and the only source of randomness: noise keyed by sample and purpose, not by process."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,22 +17,25 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
 
 
 def mean_per_sample(x: Tensor) -> Tensor:
-    """Mean of x (B, ...) over all axes but the first: (B,)."""
+    """Average x (B, ...) over all axes but the first: (B,)."""
     return x.flatten(1).mean(1)
 
 
 def derive_seed(*parts: int | str | tuple[int, int]) -> int:
-    """A 63-bit seed that depends on every part and on nothing else."""
+    """Compute a 63-bit seed that depends on every part and on nothing else."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def choose(options: Sequence[T], *parts: int | str | tuple[int, int]) -> T:
-    """Choose one of the options, each as likely as any other, by the key of the parts alone."""
+    """Choose one of the options with equal probabilities, as a function of the parts only."""
     return options[derive_seed(*parts) % len(options)]
 
 
 def hash_state_dict(state: Mapping[str, Tensor]) -> str:
-    """Compute the sha256 (hex) of every name and the bytes of its tensor, in the order of the names; dtypes and shapes do not count."""
+    """Compute the sha256 (hex) of every name and the bytes of its tensor, in the order of the names.
+
+    dtypes and shapes do not enter.
+    """
     digest = sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode())
@@ -44,9 +47,11 @@ def hash_state_dict(state: Mapping[str, Tensor]) -> str:
 class KeyedNoise:
     """Random draws for a batch of rows, row i keyed by (seed, purpose, index[i]).
 
-    seed: of the run.  index: what a row is, once and for all: an image's seed, or (place, index): the pass over the data and the sample.
-    position, total: each row's position in the global batch and that batch's size, for draws that are stratified over the batch.
-    The same row gets the same numbers at any batch size, worker count or rank.  Draws are made on the CPU in float32 and then moved.
+    seed: of the run.  index: identifies a row: an image's seed, or (epoch, sample index).
+    position, global_batch_size: each row's position in the global batch and that batch's size, for draws stratified
+    over the batch.
+    The same row gets the same numbers at any batch size, worker count or rank.  Numbers are drawn on the CPU in float32
+    and then moved.
     """
 
     seed: int
@@ -55,18 +60,17 @@ class KeyedNoise:
     global_batch_size: int | None = None
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Return the number of rows."""
         return len(self.index)
 
     def normal(self, purpose: str, x: Tensor) -> Tensor:
-        """Standard normal shaped, typed and placed like x (B, ...)."""
+        """Draw standard normal numbers with the shape, dtype and device of x (B, ...)."""
         return self._draw(torch.randn, purpose, x)
 
     def uniform(self, purpose: str, x: Tensor) -> Tensor:
-        """Uniform in [0, 1) shaped, typed and placed like x (B, ...)."""
-        below = (
-            1 - torch.finfo(x.dtype).eps / 2
-        )  # the largest number of x's type under 1, to which bfloat16 and float16 would round up
+        """Draw uniform numbers in [0, 1) with the shape, dtype and device of x (B, ...)."""
+        # the largest number of x's dtype below 1: without the clamp, bfloat16 and float16 would round up to 1
+        below = 1 - torch.finfo(x.dtype).eps / 2
 
         def draw(*shape: object, **options: object) -> Tensor:
             return torch.rand(*shape, **options).clamp_(max=below)  # type: ignore[call-overload]
@@ -74,7 +78,7 @@ class KeyedNoise:
         return self._draw(draw, purpose, x)
 
     def sampler_noise(self, purpose: str) -> Callable[[Tensor], Tensor]:
-        """A callable that draws one standard normal shaped like its argument, a new one at each call: a sampler's `noise`."""
+        """Return a sampler's `noise`: a function that draws a new standard normal shaped like its argument."""
         step = 0
 
         def draw(x: Tensor) -> Tensor:

@@ -270,7 +270,7 @@ MISTAKES = {
     ("--config-path", "/nowhere", "--config-name", "config"): "no config config.yaml in /nowhere",
     ("fail=user",): "mend this",
     ("fail=file",): "no weights: put them there",
-    ("fail=config",): "sigma_rel=3.0: expected a part of the training above 0 and below 0.28 (in ema)",
+    ("fail=config",): "sigma_rel=3.0: expected a fraction of the training above 0 and below 0.28 (in ema)",
     ("--cfg", "job", "sed=3"): "did you mean 'seed'?",
 }
 

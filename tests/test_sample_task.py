@@ -273,7 +273,7 @@ MISTAKES = {
         "task=super_resolution",
         "low_res=small.png",
         "scale=2",
-    ): "the condition is for latents of 6x10, those to be drawn are 3x5",
+    ): "the condition is for latents of 6x10, those to be sampled are 3x5",
     ("task=variations", "variation_strength=2"): "variation_strength=2: expected 0",
     ("negative=a ring",): "negative=a ring: this model has no text condition",
     ("keep_conditions=[caption]",): "keep_conditions=caption: this model's conditions are label, low_res",

@@ -1,4 +1,7 @@
-"""ControlNet: a trainable copy of a U-Net's way down reads a hint and adds to the skips of the frozen one (Zhang et al. 2023, sec. 3)."""
+"""ControlNet: a trainable copy of a U-Net's encoder reads a hint and adds to the skips of the frozen U-Net.
+
+Zhang et al. 2023, sec. 3.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -15,14 +18,15 @@ from ldm.net.attention import CrossAttentionCache
 from ldm.net.blocks import zero_module
 from ldm.net.unet import MemoryCursor, UNet, concat_condition
 
-WIDTHS = (16, 32, 96, 256)  # of the hint's encoder, as its own code and diffusers have it
+WIDTHS = (16, 32, 96, 256)  # channels of the hint encoder, as in the authors' code and in diffusers
 
 
 @dataclass(frozen=True)
 class ControlNet:
-    """The adapter that lets a hint draw along; hint: wraps the conditioner, so that it tells one hint more.
+    """The adapter that conditions a U-Net on a hint.
 
-    Raises ConfigError without a hint, and for a network that is no U-Net.
+    hint: wraps the conditioner, so that its Condition has one hint more.
+    Raises ConfigError without a hint, and for a network that is not a U-Net.
     """
 
     hint: Callable[[nn.Module], nn.Module]
@@ -32,14 +36,13 @@ class ControlNet:
             raise ConfigError("adapter=controlnet needs a hint: hint=canny, or another of conf/hint")
 
     def apply_to(self, model: Any, scale: float = 1.0) -> None:
-        """Add a fresh ControlNet, whose residuals count `scale`, to a model's network, all else frozen."""
+        """Add a new ControlNet, its residuals multiplied by `scale`, to a model's network; freeze everything else."""
         net = copy.deepcopy(lora.unwrap(model.denoiser.net))
-        if not hasattr(net, "contract"):
+        if not hasattr(net, "encode"):
             raise ConfigError(f"adapter=controlnet: expected a U-Net, this network is a {type(net).__name__}")
         model.requires_grad_(False)
-        control = ControlBranch(
-            cast(UNet, lora.merge(net)), model.autoencoder.factor
-        )  # its weights come without corrections: these may change
+        # the copy starts from the weights with LoRA merged in, and has no LoRA layers of its own
+        control = ControlBranch(cast(UNet, lora.merge(net)), model.autoencoder.factor)
         wrapped = model.denoiser.net
         if not hasattr(wrapped, "controls"):
             model.denoiser.net = wrapped = ControlledUNet(wrapped, [])
@@ -49,18 +52,21 @@ class ControlNet:
 
 
 class ControlBranch(nn.Module):
-    """Residuals for each skip of a U-Net, first to last, and for its middle, of x_t (B, C, h, w), t, a Condition and a hint.
+    """A ControlNet: from x_t (B, C, h, w), t, a Condition and a hint to residuals for a U-Net's skips and middle.
 
-    net: the U-Net that is to be controlled; its way down is copied, weights included (sec. 3.1), and all residuals begin as zero.
-    factor: the first stage's, 1 to 8.  hint: (B, hint_channels, h * factor, w * factor) in [0, 1], or (B, hint_channels, 1, 1).
+    It returns a residual for each skip, first to last, then one for the middle.
+    net: the U-Net to be controlled; its encoder is copied with its weights (sec. 3.1), and all residuals are initially
+    zero.
+    factor: the first stage's, 1 to 8.  hint: (B, hint_channels, h * factor, w * factor) in [0, 1], or (B,
+    hint_channels, 1, 1).
     Raises ConfigError for another factor, or a hint of another size.
     """
 
     def __init__(self, net: UNet, factor: int, hint_channels: int = 3):
         super().__init__()
         self.factor = factor
-        self.copied = copy.deepcopy(net).requires_grad_()  # the controlled network is frozen, its copy learns
-        del self.copied.up, self.copied.out  # the way up stays the controlled network's
+        self.copied = copy.deepcopy(net).requires_grad_()  # the controlled network is frozen, its copy is trained
+        del self.copied.up, self.copied.out  # the copy is only the encoder
         widths = net.skip_widths
         self.hint = hint_encoder(hint_channels, net.channels, factor)
         self.zeros = nn.ModuleList(zero_module(nn.Conv2d(width, width, 1)) for width in widths)
@@ -81,33 +87,35 @@ class ControlBranch(nn.Module):
 
 
 def hint_encoder(channels: int, out: int, factor: int) -> nn.Sequential:
-    """(B, channels, H, W) -> (B, out, H / factor, W / factor), zero at first. Raises ConfigError unless factor is 1, 2, 4 or 8.
+    """Build a hint encoder (B, channels, H, W) -> (B, out, H / factor, W / factor), initially zero.
 
-    Weights keep the size of what passes (He et al. 2015): torch's own make edges fainter at each layer, 600 times in the end, and a
-    ControlNet as good as deaf to them.
+    The initialisation preserves the scale of activations (He et al. 2015): with torch's default each layer attenuates
+    edges, in total by a factor of 600, and a ControlNet hardly reacts to them.
+    Raises ConfigError unless factor is 1, 2, 4 or 8.
     """
     halvings = factor.bit_length() - 1
     if factor < 1 or factor != 2**halvings or halvings >= len(WIDTHS):
         raise ConfigError(f"factor={factor}: a hint's encoder expects 1, 2, 4 or 8")
     widths = WIDTHS[: halvings + 1]
-    made: list[Any] = [nn.Conv2d(channels, widths[0], 3, padding=1), nn.SiLU()]
+    layers: list[Any] = [nn.Conv2d(channels, widths[0], 3, padding=1), nn.SiLU()]
     for narrow, wide in pairwise(widths):
-        made += [
+        layers += [
             nn.Conv2d(narrow, narrow, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(narrow, wide, 3, padding=1, stride=2),
             nn.SiLU(),
         ]
-    for layer in made[::2]:
+    for layer in layers[::2]:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(*made, zero_module(nn.Conv2d(widths[-1], out, 3, padding=1)))
+    return nn.Sequential(*layers, zero_module(nn.Conv2d(widths[-1], out, 3, padding=1)))
 
 
 class ControlledUNet(nn.Module):
-    """A U-Net with ControlNets, in the U-Net's own signature: cond.hint[i] is for the i-th, whose residuals count weights[i].
+    """A U-Net with ControlNets, with the U-Net's signature.
 
-    Raises ValueError for as many hints as there are ControlNets and no other number.
+    cond.hint[i] is for the i-th ControlNet, whose residuals are multiplied by weights[i].
+    Raises ValueError unless there are as many hints as ControlNets.
     """
 
     net: Any
@@ -137,14 +145,14 @@ class ControlledUNet(nn.Module):
     ) -> Tensor:
         if len(cond.hint) != len(self.controls):
             raise ValueError(f"{len(cond.hint)} hints for {len(self.controls)} ControlNets: expected one for each")
-        told = [] if residuals is None else [list(residuals)]
+        sources = [] if residuals is None else [list(residuals)]
         for control, hint, weight in zip(self.controls, cond.hint, self.weights, strict=True):
-            told.append([weight * residual for residual in control(x, t, cond, hint)])
+            sources.append([weight * residual for residual in control(x, t, cond, hint)])
         return self.net(
             x,
             t,
             cond,
             emb=emb,
             memory=memory,
-            residuals=[sum(parts[1:], parts[0]) for parts in zip(*told, strict=True)],
+            residuals=[sum(parts[1:], parts[0]) for parts in zip(*sources, strict=True)],
         )

@@ -1,6 +1,6 @@
-"""LoRA: to a weight its own, narrow correction, put into any network by the names of its layers (Hu et al. 2021).
+"""LoRA: low-rank corrections of the weights of any network, selected by the names of its layers (Hu et al. 2021).
 
-The network stays the object it is, with its signature; what it computes with is W + scale * up @ down.
+The network remains the same object with the same signature; it computes with W + scale * up @ down.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +19,9 @@ LAYERS = (nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class LoRA:
-    """The adapter of factors: `inject` with corrections that count alpha / rank (Hu et al. 2021, sec. 4.1).
+    """The adapter that adds LoRA layers scaled by alpha / rank (Hu et al. 2021, sec. 4.1).
 
-    alpha: null for rank.  Raises ConfigError as `inject` does.
+    alpha: null means rank.  Raises ConfigError as `inject` does.
     """
 
     rank: int = 4
@@ -29,21 +29,21 @@ class LoRA:
     target_modules: Sequence[str] = ("*attention*",)
 
     def apply_to(self, model: Any, scale: float = 1.0) -> None:
-        """Add fresh corrections, `scale` times as strong, to a model's network, all else frozen."""
+        """Add new corrections, multiplied by `scale`, to a model's network; freeze everything else."""
         net = unwrap(model.denoiser.net)
         inject(net, self.rank, self.target_modules)
         set_scale(net, scale * self.scaling)
 
     @property
     def scaling(self) -> float:
-        """What the product of the factors counts."""
+        """The factor on up @ down: alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class LoRAParametrization(nn.Module):
     """W -> W + scale * up @ down for a weight W (out, in, ...) (Hu et al. 2021, eq. 3).
 
-    down: (rank, in, ...).  up: (out, rank).  Raises ValueError for factors of another weight's shape.
+    down: (rank, in, ...).  up: (out, rank).  Raises ValueError for factors that do not match the weight's shape.
     """
 
     def __init__(self, weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0):
@@ -61,66 +61,78 @@ class LoRAParametrization(nn.Module):
 
 
 def inject(
-    net: nn.Module, rank: int = 4, where: Sequence[str] = ("*attention*",), generator: torch.Generator | None = None
+    net: nn.Module,
+    rank: int = 4,
+    target_modules: Sequence[str] = ("*attention*",),
+    generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """The net, its own parameters frozen, a correction of that rank added to each layer whose name matches a pattern; it begins as nothing.
+    """Freeze a network and add a correction of that rank, initially zero, to each layer whose name matches a pattern.
 
-    where: as of file names, on names like down.0.layers.1.attention.blocks.0.self_attention.qkv.
-    Raises ConfigError for a rank below 1, and where no linear or convolutional layer matches.
+    target_modules: patterns as of file names, on names like down.0.layers.1.attention.blocks.0.self_attention.qkv.
+    Returns the same network.  Raises ConfigError for a rank below 1, or if no linear or convolutional layer matches.
     """
     if rank < 1:
         raise ConfigError(f"rank={rank}: expected at least 1")
-    found = {name: layer for name, layer in adaptable_layers(net) if any(fnmatch(name, pattern) for pattern in where)}
-    if not found:
+    matches = {
+        name: layer
+        for name, layer in adaptable_layers(net)
+        if any(fnmatch(name, pattern) for pattern in target_modules)
+    }
+    if not matches:
         some = ", ".join([name for name, _ in adaptable_layers(net)][:3])
-        raise ConfigError(f"where={list(where)}: no layer has such a name; there are {some}, ...")
+        raise ConfigError(f"target_modules={list(target_modules)}: no layer has such a name; there are {some}, ...")
     net.requires_grad_(False)
-    for layer in found.values():
+    for layer in matches.values():
         weight = layer.weight
-        wide = min(rank, len(weight), weight[0].numel())
-        down = torch.randn(wide, *weight.shape[1:], generator=generator) * weight[0].numel() ** -0.5
-        add(layer, LoRAParametrization(weight, down, torch.zeros(len(weight), wide)))
+        width = min(rank, len(weight), weight[0].numel())
+        down = torch.randn(width, *weight.shape[1:], generator=generator) * weight[0].numel() ** -0.5
+        add(layer, LoRAParametrization(weight, down, torch.zeros(len(weight), width)))
     return net
 
 
 def load_factors(net: nn.Module, factors: Mapping[str, Tensor], scale: float = 1.0) -> nn.Module:
-    """The net with saved corrections added, beside those that it has already.
+    """Add saved corrections to a network, in addition to those that it has already; return the network.
 
-    factors: what `factors` gave, LAYER.down and LAYER.up for each layer.  Raises UserError for those of another network.
+    factors: from `export_factors`, LAYER.down and LAYER.up for each layer.  Raises UserError for those of another
+    network.
     """
-    there = dict(adaptable_layers(net))
+    layers = dict(adaptable_layers(net))
     names = sorted({name.rpartition(".")[0] for name in factors})
     for name in names:
-        if name not in there or {f"{name}.down", f"{name}.up"} - factors.keys():
-            why = "lacks a factor" if name in there else "is not here"
-            raise UserError(f"this LoRA is of another network: it corrects {name}, which {why}")
-    made = {}
+        if name not in layers or {f"{name}.down", f"{name}.up"} - factors.keys():
+            reason = "lacks a factor" if name in layers else "does not exist"
+            raise UserError(f"this LoRA is of another network: it corrects {name}, which {reason}")
+    corrections = {}
     for name in names:
         try:
-            made[name] = LoRAParametrization(there[name].weight, factors[f"{name}.down"], factors[f"{name}.up"], scale)
+            down, up = factors[f"{name}.down"], factors[f"{name}.up"]
+            corrections[name] = LoRAParametrization(layers[name].weight, down, up, scale)
         except ValueError as error:
             raise UserError(f"this LoRA is of another network: {name}: {error}") from None
-    for name, correction in made.items():
-        add(there[name], correction)
+    for name, correction in corrections.items():
+        add(layers[name], correction)
     return net
 
 
 def export_factors(net: nn.Module, which: int = -1) -> dict[str, Tensor]:
-    """The factors of a net's corrections, LAYER.down and LAYER.up; which: of several in a layer."""
-    made: dict[str, Tensor] = {}
+    """Return the factors of a network's corrections, LAYER.down and LAYER.up.
+
+    which: index among the corrections of a layer.
+    """
+    factors: dict[str, Tensor] = {}
     for name, corrections in lora_layers(net).items():
-        made |= {f"{name}.down": corrections[which].down.detach(), f"{name}.up": corrections[which].up.detach()}
-    return made
+        factors |= {f"{name}.down": corrections[which].down.detach(), f"{name}.up": corrections[which].up.detach()}
+    return factors
 
 
 def set_scale(net: nn.Module, scale: float, which: int = -1) -> None:
-    """Let a net's corrections count `scale` times; which: of several in a layer."""
+    """Set the scale of a network's corrections; which: index among the corrections of a layer."""
     for corrections in lora_layers(net).values():
         corrections[which].scale = scale
 
 
 def merge(net: nn.Module) -> nn.Module:
-    """The net with its corrections added into its weights once for all, as plain as it was before."""
+    """Add a network's corrections to its weights and remove them as separate parameters; return the network."""
     for _, layer in adaptable_layers(net):
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
@@ -128,32 +140,33 @@ def merge(net: nn.Module) -> nn.Module:
 
 
 def lora_layers(net: nn.Module) -> dict[str, list[LoRAParametrization]]:
-    """The corrections in each layer that has any."""
-    found = {}
+    """Return the corrections of each layer that has any, by the layer's name."""
+    layers = {}
     for name, layer in adaptable_layers(net):
         if parametrize.is_parametrized(layer, "weight"):
-            found[name] = [one for one in layer.parametrizations.weight if isinstance(one, LoRAParametrization)]
-    return found
+            layers[name] = [p for p in layer.parametrizations.weight if isinstance(p, LoRAParametrization)]
+    return layers
 
 
 def adaptable_layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of each layer that can be corrected."""
+    """Iterate over the name and module of each layer that can have a correction."""
     return ((name, module) for name, module in net.named_modules() if isinstance(module, LAYERS))
 
 
 def base_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """The weights of a network by the names that they have without corrections."""
+    """Return the weights of a network under the names that they have without corrections."""
     original = ".parametrizations.weight.original"
     state = {name.replace(original, ".weight"): value for name, value in net.state_dict().items()}
     return {name: value for name, value in state.items() if ".parametrizations." not in name}
 
 
 def unwrap(net: Any) -> Any:
-    """The network within all that wraps it."""
+    """Return the innermost network, without the modules that wrap it."""
     while hasattr(net, "net"):
         net = net.net
     return net
 
 
 def add(layer: nn.Module, correction: LoRAParametrization) -> None:
+    """Register a correction on a layer's weight."""
     parametrize.register_parametrization(layer, "weight", correction)

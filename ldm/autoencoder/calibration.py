@@ -1,4 +1,4 @@
-"""From the statistics of a latent space over a data set to the shift and scale that normalise it: z = (raw - shift) * scale."""
+"""Normalisation of a latent space, z = (raw - shift) * scale: shift and scale from its statistics over a data set."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ldm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and variance (C,) float64 of posterior samples, in every channel, over `images` images."""
+    """Mean and variance (C,) float64 of posterior samples per channel, over `images` images."""
 
     mean: Tensor
     variance: Tensor
@@ -24,21 +24,21 @@ class Statistics:
         channels: int,
         total: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> "Statistics":
-        """The statistics of posteriors over (B, C, h, w), batch by batch, in closed form: no sample is drawn.
+        """Compute the statistics of posteriors over (B, C, h, w), batch by batch, in closed form: no sample is drawn.
 
-        total: adds a vector up over all processes, each of which has its share of the data.  Raises ConfigError if there are none at all.
+        total: sums a vector over all processes, each of which has its share of the data.  Raises ConfigError if there
+        are no posteriors.
         """
-        sums = torch.zeros(
-            2 * channels + 2, dtype=torch.float64
-        )  # images, places, sum and sum of squares of each channel
+        # images, positions, then sum and sum of squares of each channel
+        sums = torch.zeros(2 * channels + 2, dtype=torch.float64)
         for posterior in posteriors:
             mean, variance = posterior.mean.double(), posterior.variance.double()
             first, second = mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))
             sums += torch.cat([sums.new_tensor([len(mean), mean[:, 0].numel()]), first.cpu(), second.cpu()])
-        images, places, *rest = total(sums).tolist()
+        images, positions, *rest = total(sums).tolist()
         if not images:
-            raise ConfigError("calibrate was given no latents: the data set is empty")
-        first, second = torch.tensor(rest, dtype=torch.float64).div(places).chunk(2)
+            raise ConfigError("no latents to calibrate on: the data set is empty")
+        first, second = torch.tensor(rest, dtype=torch.float64).div(positions).chunk(2)
         return Statistics(first, second - first.square(), round(images))
 
 
@@ -46,17 +46,20 @@ Calibration = Callable[[Statistics], tuple[Tensor, Tensor]]  # -> shift, scale, 
 
 
 def per_channel(statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """Mean 0 and variance 1 in every channel."""
+    """Return shift and scale for mean 0 and variance 1 in every channel."""
     return statistics.mean, statistics.variance.rsqrt()
 
 
 def scalar(statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """One scale for all channels, 1 / standard deviation of all numbers, and no shift (LDM app. G; Stable Diffusion's 0.18215)."""
+    """Return no shift and one scale for all channels, 1 / standard deviation of all numbers.
+
+    LDM app. G; Stable Diffusion's 0.18215.
+    """
     mean = statistics.mean.mean()
     variance = (statistics.variance + statistics.mean.square()).mean() - mean.square()
     return torch.zeros_like(statistics.mean), variance.rsqrt().expand_as(statistics.mean)
 
 
 def fixed(statistics: Statistics, scale: float = 0.18215, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-    """A published scale and shift, whatever the data says."""
+    """Return a published scale and shift, independent of the data."""
     return torch.full_like(statistics.mean, shift), torch.full_like(statistics.mean, scale)

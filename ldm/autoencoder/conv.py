@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from ldm.net.attention import AttentionFn, sdpa
 from ldm.net.blocks import Upsample
-from ldm.net.blocks import norm as by_groups
+from ldm.net.blocks import norm as group_norm
 
-norm = partial(by_groups, eps=1e-6)  # the first stages' own
+norm = partial(group_norm, eps=1e-6)  # eps differs from the U-Net's
 
 
 class Residual(nn.Module):
-    """Two normalised 3x3 convolutions (B, C, H, W) -> (B, C', H, W), added to what came in: the U-Net's block without a time."""
+    """Two normalised 3x3 convolutions (B, C, H, W) -> (B, C', H, W) with a skip: the U-Net's block without time."""
 
     def __init__(self, channels: int, out_channels: int, groups: int = 32):
         super().__init__()
@@ -29,7 +29,7 @@ class Residual(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head attention of a feature map (B, C, H, W) over itself, added to what came in."""
+    """Single-head attention of a feature map (B, C, H, W) over itself, added to the input."""
 
     def __init__(self, channels: int, groups: int = 32, attend: AttentionFn = sdpa):
         super().__init__()
@@ -38,14 +38,13 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (
-            each(h).flatten(2).transpose(1, 2).unsqueeze(1) for each in (self.q, self.k, self.v)
-        )  # (B, 1, H W, C)
+        # (B, 1, H W, C) each
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
         return x + self.out(self.attend(q, k, v, None).squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
 class PaddedDownsample(nn.Module):
-    """Halve height and width with a strided 3x3 convolution, padded on the right and below as the first stages of LDM do."""
+    """Halve height and width with a strided 3x3 convolution, padded on the right and below as in LDM's first stages."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -56,7 +55,7 @@ class PaddedDownsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where there is any, then what changes the resolution."""
+    """The residual blocks of one resolution, each followed by attention if there is any, then resampling."""
 
     def __init__(self, blocks: list[Residual], attention: list[SpatialAttention], resample: nn.Module | None):
         super().__init__()
@@ -71,17 +70,19 @@ class Level(nn.Module):
 
 
 def middle(width: int, groups: int, attend: AttentionFn | None) -> nn.Sequential:
-    """Residual block, attention (none where attend is None), residual block."""
+    """Build a residual block, attention (none if attend is None) and a residual block."""
     attention = SpatialAttention(width, groups, attend) if attend else nn.Identity()
     return nn.Sequential(Residual(width, width, groups), attention, Residual(width, width, groups))
 
 
 class Encoder(nn.Module):
-    """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f), or a point (B, z_channels, ...) if not double; f = 2^(len(mult) - 1).
+    """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f), or a point (B, z_channels, ...) if not double_z.
 
-    width, mult: channels, and their factor at each level.  blocks: residual blocks a level.
-    attention: the downsample factors (1, 2, 4, ...) at which every block is followed by attention: a paper's `attn_resolutions: [16]` for
-    256 px is the factor 16.  middle_attention: whether the middle attends (all of LDM's but the VQ model "no attn" of Tab. 8).
+    f = 2^(len(channel_mult) - 1).
+    width, channel_mult: channels, and their factor at each level.  num_res_blocks: residual blocks per level.
+    attention_resolutions: the downsampling factors (1, 2, 4, ...) at which every block is followed by attention: a
+    paper's `attn_resolutions: [16]` for 256 px is the factor 16.
+    middle_attention: whether the middle has attention (all of LDM's models except the VQ model "no attn" of Tab. 8).
     """
 
     def __init__(
@@ -104,13 +105,13 @@ class Encoder(nn.Module):
         for level, factor in enumerate(channel_mult):
             outside = factor * width
             sizes = [inside, *[outside] * (num_res_blocks - 1)]
-            attending = (
+            attention = (
                 [SpatialAttention(outside, num_groups, attention_fn) for _ in sizes]
                 if 2**level in attention_resolutions
                 else []
             )
             resample = PaddedDownsample(outside) if level < len(channel_mult) - 1 else None
-            self.down.append(Level([Residual(size, outside, num_groups) for size in sizes], attending, resample))
+            self.down.append(Level([Residual(size, outside, num_groups) for size in sizes], attention, resample))
             inside = outside
         outputs = 2 * z_channels if double_z else z_channels
         self.middle = middle(inside, num_groups, attention_fn if middle_attention else None)
@@ -125,7 +126,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (B, z_channels, h, w) -> image (B, C, f h, f w), f = 2^(len(mult) - 1); the options are the encoder's."""
+    """Latent (B, z_channels, h, w) -> image (B, C, f h, f w), f = 2^(len(channel_mult) - 1); options as in Encoder."""
 
     def __init__(
         self,
@@ -148,17 +149,15 @@ class Decoder(nn.Module):
         for level, factor in reversed(list(enumerate(channel_mult))):
             outside = factor * width
             sizes = [inside, *[outside] * num_res_blocks]
-            attending = (
+            attention = (
                 [SpatialAttention(outside, num_groups, attention_fn) for _ in sizes]
                 if 2**level in attention_resolutions
                 else []
             )
             resample = Upsample(outside) if level > 0 else None
-            levels.append(Level([Residual(size, outside, num_groups) for size in sizes], attending, resample))
+            levels.append(Level([Residual(size, outside, num_groups) for size in sizes], attention, resample))
             inside = outside
-        self.up = nn.ModuleList(
-            reversed(levels)
-        )  # finest first, as `down`: level i of both works at the same resolution
+        self.up = nn.ModuleList(reversed(levels))  # finest first, as in `down`: level i has the same resolution in both
         self.out = nn.Sequential(norm(inside, num_groups), nn.SiLU(), nn.Conv2d(inside, channels, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -169,5 +168,5 @@ class Decoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight whose gradients balance reconstruction and adversary."""
+        """The weight whose gradients balance the reconstruction and adversarial losses."""
         return cast(Tensor, self.out[-1].weight)

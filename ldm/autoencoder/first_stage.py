@@ -1,4 +1,4 @@
-"""What every first stage is: the owner of a latent space and of its normalisation."""
+"""The base class of first stages: encoder and decoder of a latent space, and its normalisation."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
@@ -13,10 +13,11 @@ from ldm.tensors import hash_state_dict
 
 
 class TrainingOutput(NamedTuple):
-    """What training sees of a batch of images.
+    """The result of a training forward pass over a batch of images.
 
-    reconstruction: (B, C, H, W).  penalties: by name, (B,) each, what keeps the latent in order.  vitals: (K,), a mean over the batch that
-    `diagnose` reads once it is averaged over all processes.
+    reconstruction: (B, C, H, W).  penalties: by name, (B,) each, regularisation of the latent.
+    diagnostics: (K,), a mean over the batch, which `FirstStage.diagnostics` takes once it is averaged over all
+    processes.
     """
 
     reconstruction: Tensor
@@ -25,11 +26,13 @@ class TrainingOutput(NamedTuple):
 
 
 class FirstStage(nn.Module):
-    """An encoder image -> moments and a decoder latent -> image, with the shift and scale that give the latent z unit variance.
+    """An encoder image -> moments, a decoder latent -> image, and the shift and scale that give z unit variance.
 
-    encoder: (B, C, H, W) in [-1, 1] -> moments (B, M, H/factor, W/factor).  decoder: (B, z_channels, h, w) -> (B, C, H, W).
-    shift, scale: buffers (z_channels,), 0 and 1 until `calibrate` has seen the training set.
-    A kind of first stage says what its moments mean (`posterior_of`), what comes between latent and decoder (`render`), and how it trains.
+    encoder: (B, C, H, W) in [-1, 1] -> moments (B, M, H/factor, W/factor).  decoder: (B, z_channels, h, w) -> (B, C, H,
+    W).
+    shift, scale: buffers (z_channels,), 0 and 1 until `calibrate` is called with the training set.
+    A subclass defines what its moments mean (`posterior_of`), what comes between latent and decoder (`decode_raw`), and
+    its training pass (`training_forward`, `diagnostics`).
     """
 
     shift: Tensor
@@ -45,28 +48,34 @@ class FirstStage(nn.Module):
         self.register_buffer("calibrated_on", torch.zeros((), dtype=torch.long))
 
     def posterior_of(self, moments: Tensor) -> DiagonalGaussian | DeterministicPosterior:
-        """The posterior that moments (B, M, h, w), the encoder's or a cache's, stand for."""
+        """Return the posterior with moments (B, M, h, w) of the encoder or of a latent cache."""
         raise NotImplementedError
 
     def training_forward(self, image: Tensor, normal: Callable[[Tensor], Tensor]) -> TrainingOutput:
-        """Encode, sample and decode for training; normal: draws standard normal noise shaped like its argument."""
+        """Encode, sample and decode for training.
+
+        normal: draws standard normal noise shaped like its argument.
+        """
         raise NotImplementedError
 
-    def diagnostics(self, vitals: Tensor) -> dict[str, Tensor]:
-        """Numbers () by name that say whether the latent space is healthy."""
+    def diagnostics(self, values: Tensor) -> dict[str, Tensor]:
+        """Return numbers () by name that show whether the latent space is collapsed.
+
+        values: TrainingOutput.diagnostics (K,), averaged over processes.
+        """
         raise NotImplementedError
 
     def decode_raw(self, raw: Tensor) -> Tensor:
-        """Image (B, C, H, W) of a latent (B, z_channels, h, w) in the posterior's units."""
+        """Decode a latent (B, z_channels, h, w) in the posterior's units to an image (B, C, H, W)."""
         return self.decoder(raw)
 
     @property
     def last_layer(self) -> Tensor:
-        """The decoder's last weight, whose gradients balance reconstruction and adversary."""
+        """The decoder's last weight, whose gradients balance the reconstruction and adversarial losses."""
         return cast(Tensor, self.decoder.last_layer)
 
     def posterior(self, image: Tensor) -> DiagonalGaussian | DeterministicPosterior:
-        """q(z | image) before shift and scale. Raises ConfigError for a size the factor does not divide."""
+        """Return q(z | image) before shift and scale. Raises ConfigError for a size the factor does not divide."""
         self.require_size(image)
         return self.posterior_of(self.encoder(image))
 
@@ -79,16 +88,16 @@ class FirstStage(nn.Module):
             )
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """From the posterior's units to z: (raw - shift) * scale."""
-        return (raw - per_place(self.shift)) * per_place(self.scale)
+        """Convert from the posterior's units to z: (raw - shift) * scale."""
+        return (raw - expand_channels(self.shift)) * expand_channels(self.scale)
 
     def encode(self, image: Tensor) -> Tensor:
-        """z (B, z_channels, h, w) of the posterior's mode."""
+        """Return z (B, z_channels, h, w) of the posterior's mode."""
         return self.normalise(self.posterior(image).mode)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Image (B, C, H, W), about [-1, 1], of z."""
-        return self.decode_raw(z / per_place(self.scale) + per_place(self.shift))
+        """Decode z to an image (B, C, H, W), about [-1, 1]."""
+        return self.decode_raw(z / expand_channels(self.scale) + expand_channels(self.shift))
 
     @torch.no_grad()
     def calibrate(
@@ -97,9 +106,10 @@ class FirstStage(nn.Module):
         calibration: Calibration = per_channel,
         total: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> None:
-        """Set shift and scale from batches of moments; as it stands, samples get mean 0 and variance 1 in every channel.
+        """Set shift and scale from batches of moments; by default, samples get mean 0 and variance 1 in every channel.
 
-        total: adds a vector up over all processes, where each of them is given its share.  Raises ConfigError for no moments at all.
+        total: sums a vector over all processes, if each of them has a share of the moments.  Raises ConfigError if
+        there are no moments.
         """
         statistics = Statistics.of(map(self.posterior_of, moments), self.z_channels, total)
         shift, scale = calibration(statistics)
@@ -108,10 +118,10 @@ class FirstStage(nn.Module):
         self.calibrated_on.fill_(statistics.images)
 
     def weights_hash(self) -> str:
-        """sha256 of the weights, shift and scale: the name of this latent space, carried by whatever is trained in it."""
+        """Compute the sha256 of weights, shift and scale, which identifies the latent space in models trained in it."""
         return hash_state_dict(self.state_dict())
 
 
-def per_place(value: Tensor) -> Tensor:
-    """A number for each channel (C,) as (C, 1, 1)."""
+def expand_channels(value: Tensor) -> Tensor:
+    """Reshape a number for each channel (C,) to (C, 1, 1), so that it broadcasts over an image."""
     return value[:, None, None]

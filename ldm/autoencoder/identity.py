@@ -1,4 +1,4 @@
-"""Pixel space as a first stage: nothing to train, nothing to load."""
+"""Pixel space as a first stage, without weights."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from ldm.autoencoder.posterior import DeterministicPosterior
 
 
 class Identity(FirstStage):
-    """The image is its own latent, z = image in [-1, 1]: diffusion in pixels."""
+    """The first stage whose latent is the image, z = image in [-1, 1]: diffusion in pixel space."""
 
     def __init__(self, channels: int = 3):
         super().__init__(nn.Identity(), nn.Identity(), channels, 1)

@@ -1,4 +1,4 @@
-"""What a first stage is trained on: errors summed over an image, as kl_weight = 1e-6 presumes (LDM), and what they are weighed against."""
+"""Loss of first stages: errors summed over an image, as kl_weight = 1e-6 presumes (LDM), and latent penalties."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -12,29 +12,34 @@ Error = Callable[[Tensor, Tensor], Tensor]  # reconstruction, image (B, C, H, W)
 
 
 def l1(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """Absolute error per image, (B,)."""
+    """Compute the absolute error per image, (B,)."""
     return (reconstruction - image).abs().flatten(1).sum(1)
 
 
 def l2(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """Squared error per image, (B,)."""
+    """Compute the squared error per image, (B,)."""
     return (reconstruction - image).square().flatten(1).sum(1)
 
 
 def gradient_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """Absolute error of the differences between neighbouring pixels, (B,): sharp edges with no pretrained network (Mathieu 2016)."""
+    """Compute the absolute error of the differences between neighbouring pixels, (B,).
+
+    It sharpens edges without a pretrained network (Mathieu 2016).
+    """
     error = reconstruction - image
     across, down = torch.diff(error, dim=-1).abs(), torch.diff(error, dim=-2).abs()
     return across.flatten(1).sum(1) + down.flatten(1).sum(1)
 
 
 class ReconstructionLoss(nn.Module):
-    """pixel + perceptual_weight * perceptual + the penalties of the latent space: what the generator minimises apart from the adversary.
+    """The generator's loss without its adversarial term: pixel + perceptual_weight * perceptual + latent penalties.
 
-    perceptual: an Error of its own (a frozen network's features, or `gradient`); None for none.
-    Each weight means what its paper's code means by it, whatever the reduction: kl_weight that of nats per image beside an error summed
-    over the image (LDM: 1e-6), codebook_weight that of a mean over the latent beside a mean over the image (VQGAN: 1).
-    reduction: `sum`, over the image (LDM's KL models), or `mean`, the same divided by the image's size (LDM's VQ models).
+    perceptual: an Error (a frozen network's features, or `gradient_loss`), or None.
+    Each weight has the meaning of its paper's code, whatever the reduction: kl_weight weights nats per image against an
+    error summed over the image (LDM: 1e-6), codebook_weight a mean over the latent against a mean over the image
+    (VQGAN: 1).
+    reduction: `sum` over the image (LDM's KL models), or `mean`, the same divided by the image's size (LDM's VQ
+    models).
     """
 
     def __init__(
@@ -42,7 +47,9 @@ class ReconstructionLoss(nn.Module):
         pixel: Error = l1,
         perceptual: Error | None = None,
         perceptual_weight: float = 1.0,
-        kl_weight: float = 1e-6,  # beside means instead of sums: times latent / image, at f = 8, 256 px 1e-6 * 4096 / 196608 = 2.1e-8
+        # against means instead of sums it would be kl_weight * latent / image: at f = 8, 256 px 1e-6 * 4096 / 196608 =
+        # 2.1e-8
+        kl_weight: float = 1e-6,
         codebook_weight: float = 1.0,
         reduction: Literal["sum", "mean"] = "sum",
     ):
@@ -54,7 +61,10 @@ class ReconstructionLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, reconstruction: Tensor, image: Tensor, penalties: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(B,) per term: loss, rec (pixel and perceptual together), pixel, perceptual, all four as `reduction` says, and the penalties."""
+        """Return (B,) per term: loss, rec, pixel, perceptual, and the penalties.
+
+        rec is pixel and perceptual together; the first four are reduced by `reduction`.
+        """
         size = image[0].numel()
         weights = {"kl": self.kl_weight, "codebook": self.codebook_weight * size}
         pixel = self.pixel(reconstruction, image)

@@ -1,4 +1,4 @@
-"""A small, fast encoder and decoder that work at the latent's resolution: space-to-depth, residual blocks and a linear shortcut."""
+"""A small, fast encoder and decoder at the latent's resolution: space-to-depth, residual blocks, a linear shortcut."""
 
 from typing import cast
 
@@ -9,8 +9,11 @@ from ldm.net.blocks import ResBlock, norm, require_positive, zero_module
 
 
 class PatchEncoder(nn.Module):
-    """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f): patches of f x f pixels as channels, `blocks` residual blocks of
-    `width` channels, and a linear map of the patch straight to the mean, so that training starts from a linear code."""
+    """Image (B, C, H, W) -> moments (B, 2 z_channels, H/f, W/f).
+
+    Patches of f x f pixels are channels of `num_res_blocks` residual blocks of `width` channels. A linear map from the
+    patch directly to the mean makes training start from a linear code.
+    """
 
     def __init__(
         self, channels: int, z_channels: int, factor: int, width: int = 64, num_res_blocks: int = 2, num_groups: int = 4
@@ -25,9 +28,8 @@ class PatchEncoder(nn.Module):
             norm(width, num_groups), nn.SiLU(), zero_module(nn.Conv2d(width, 2 * z_channels, 3, padding=1))
         )
         self.shortcut = nn.Conv2d(patch, z_channels, 1)
-        nn.init.constant_(
-            cast(Tensor, self.out[-1].bias)[z_channels:], -4.0
-        )  # begin with a narrow posterior, not with unit noise
+        # start with a narrow posterior, not with unit noise
+        nn.init.constant_(cast(Tensor, self.out[-1].bias)[z_channels:], -4.0)
 
     def forward(self, image: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(image, self.factor)  # (B, C f f, h, w)
@@ -37,7 +39,7 @@ class PatchEncoder(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """Latent (B, z_channels, h, w) -> image (B, C, f h, f w): the encoder's mirror, with a linear map from latent to pixels."""
+    """Latent (B, z_channels, h, w) -> image (B, C, f h, f w): the mirrored encoder, with a linear map to the pixels."""
 
     def __init__(
         self, channels: int, z_channels: int, factor: int, width: int = 64, num_res_blocks: int = 3, num_groups: int = 4
@@ -56,5 +58,5 @@ class PatchDecoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight whose gradients balance reconstruction and adversary."""
+        """The weight whose gradients balance the reconstruction and adversarial losses."""
         return cast(Tensor, self.out[-1].weight)

@@ -1,4 +1,4 @@
-"""What a first stage says of an image's latent: a diagonal Gaussian, or a point."""
+"""The posterior of an image's latent: a diagonal Gaussian, or a point."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ class DiagonalGaussian:
 
     @staticmethod
     def of(moments: Tensor) -> "DiagonalGaussian":
-        """The posterior whose mean and log-variance (clamped to [-30, 20]) are stacked on the channels of moments (B, 2C, h, w)."""
+        """Build the posterior from moments (B, 2C, h, w): mean and log-variance (clamped to [-30, 20]) as channels."""
         mean, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     @property
     def moments(self) -> Tensor:
-        """Mean and log-variance stacked on the channels, (B, 2C, h, w): what a latent cache keeps."""
+        """Mean and log-variance along the channels, (B, 2C, h, w), as a latent cache stores them."""
         return torch.cat([self.mean, self.logvar], dim=1)
 
     @property
@@ -33,15 +33,15 @@ class DiagonalGaussian:
         return self.logvar.exp()
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std * noise, noise standard normal (B, C, h, w)."""
+        """Return mean + std * noise, noise standard normal (B, C, h, w)."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """KL(q || N(0, I)) in nats per image, (B,)."""
+        """Compute KL(q || N(0, I)) in nats per image, (B,)."""
         return self._divergence().flatten(1).sum(1)
 
     def kl_per_channel(self) -> Tensor:
-        """KL(q || N(0, I)) in nats per place of the latent for each channel, averaged over the batch, (C,)."""
+        """Compute KL(q || N(0, I)) per channel in nats per position of the latent, averaged over the batch, (C,)."""
         return self._divergence().mean((0, 2, 3))
 
     def _divergence(self) -> Tensor:
@@ -50,13 +50,13 @@ class DiagonalGaussian:
 
 @dataclass(frozen=True)
 class DeterministicPosterior:
-    """A posterior that is sure of itself, as those of VQ and of pixel space are: every sample is the mean (B, C, h, w)."""
+    """A posterior without variance, as those of VQ and of pixel space: every sample is the mean (B, C, h, w)."""
 
     mean: Tensor
 
     @property
     def moments(self) -> Tensor:
-        """The mean alone, (B, C, h, w): what a latent cache keeps."""
+        """The mean only, (B, C, h, w), as a latent cache stores it."""
         return self.mean
 
     @property
@@ -68,5 +68,5 @@ class DeterministicPosterior:
         return torch.zeros_like(self.mean)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """The mean, whatever the noise."""
+        """Return the mean; noise is ignored."""
         return self.mean

@@ -11,34 +11,33 @@ from ldm.autoencoder.posterior import DeterministicPosterior
 
 
 class Codebook(nn.Embedding):
-    """num codes of `channels` numbers each, and the nearest of them to every place of a latent."""
+    """`num` codes of `channels` numbers each, with nearest-neighbour lookup for every position of a latent."""
 
     def __init__(self, num: int, channels: int):
         super().__init__(num, channels)
         nn.init.uniform_(self.weight, -1.0 / num, 1.0 / num)
 
     def nearest(self, raw: Tensor) -> Tensor:
-        """Index (B, h, w) int64 of the code with the smallest Euclidean distance to raw (B, C, h, w) at each place."""
-        with (
-            nullcontext() if raw.is_meta else torch.autocast(raw.device.type, enabled=False)
-        ):  # in full precision: ties would multiply
+        """Find the index (B, h, w) int64 of the code with the smallest Euclidean distance to raw (B, C, h, w)."""
+        # in full precision, because lower precision would produce ties
+        with nullcontext() if raw.is_meta else torch.autocast(raw.device.type, enabled=False):
             codes = self.weight
             flat = raw.detach().to(codes.dtype).movedim(1, -1).flatten(0, 2)  # (B h w, C)
             squares = codes.square().sum(1)
-            near = [torch.addmm(squares, part, codes.T, alpha=-2).argmin(1) for part in flat.split(1 << 14)]
-        return torch.cat(near).view(raw.shape[0], *raw.shape[2:])
+            nearest = [torch.addmm(squares, part, codes.T, alpha=-2).argmin(1) for part in flat.split(1 << 14)]
+        return torch.cat(nearest).view(raw.shape[0], *raw.shape[2:])
 
     def forward(self, index: Tensor) -> Tensor:
-        """The codes (B, C, h, w) of an index (B, h, w)."""
+        """Look up the codes (B, C, h, w) of an index (B, h, w)."""
         return super().forward(index).movedim(-1, 1)
 
 
 class AutoencoderVQ(FirstStage):
-    """A first stage that decodes the nearest codes; what it encodes, and what diffusion works on, is the latent before quantisation.
+    """A first stage that decodes the nearest codes; the latent that diffusion works on is the one before quantisation.
 
-    encoder: moments are the point itself, (B, z_channels, h, w).  num_codes: size of the codebook.
-    codebook_weight, commitment_weight: of the penalty's two parts, |code - sg(raw)|^2 and |sg(code) - raw|^2 (VQ-VAE eq. 3: 1 and beta;
-    the code that LDM's models were trained with has 0.25 and 1).
+    encoder: its moments are the latent (B, z_channels, h, w).  num_codes: size of the codebook.
+    codebook_weight, commitment_weight: of the penalty's two parts, |code - sg(raw)|^2 and |sg(code) - raw|^2 (VQ-VAE
+    eq. 3: 1 and beta; the code that LDM's models were trained with has 0.25 and 1).
     """
 
     def __init__(
@@ -59,11 +58,17 @@ class AutoencoderVQ(FirstStage):
         return DeterministicPosterior(moments)
 
     def decode_raw(self, raw: Tensor) -> Tensor:
-        """Image (B, C, H, W) of the codes nearest to raw (LDM app. G: quantisation is the decoder's first layer)."""
+        """Decode the codes nearest to raw to an image (B, C, H, W).
+
+        LDM app. G: quantisation is the decoder's first layer.
+        """
         return self.decoder(self.codebook(self.codebook.nearest(raw)).to(raw.dtype))
 
     def training_forward(self, image: Tensor, normal: Callable[[Tensor], Tensor]) -> TrainingOutput:
-        """Quantise straight through; the penalty `codebook` is a mean over the latent, vitals are how often each code was used."""
+        """Encode, quantise with a straight-through gradient, and decode.
+
+        The penalty `codebook` is a mean over the latent; diagnostics are the frequencies of the codes.
+        """
         raw = self.encoder(image).to(image.dtype)
         index = self.codebook.nearest(raw)
         codes = self.codebook(index).to(raw.dtype)
@@ -73,7 +78,7 @@ class AutoencoderVQ(FirstStage):
         used = index.flatten().bincount(minlength=self.codebook.num_embeddings).to(image.dtype) / index.numel()
         return TrainingOutput(reconstruction, {"codebook": penalty}, used)
 
-    def diagnostics(self, vitals: Tensor) -> dict[str, Tensor]:
-        """Perplexity of the codes over the batch, and how many of them it did not use."""
-        entropy = -torch.special.xlogy(vitals, vitals).sum()
-        return {"perplexity": entropy.exp(), "dead_codes": (vitals == 0).sum().to(vitals.dtype)}
+    def diagnostics(self, values: Tensor) -> dict[str, Tensor]:
+        """Return the perplexity of the codes over the batch, and the number of unused codes."""
+        entropy = -torch.special.xlogy(values, values).sum()
+        return {"perplexity": entropy.exp(), "dead_codes": (values == 0).sum().to(values.dtype)}

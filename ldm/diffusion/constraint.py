@@ -1,6 +1,6 @@
-"""Constraints: denoise -> denoise. What they change is x0; eps follows from x_t, so that (x0, eps) still make x_t.
+"""Constraints: denoise -> denoise. They change x0 and recompute eps from x_t, so that (x0, eps) still make x_t.
 
-They come after guidance, whose results they hold; `guided` is the two as one guidance.
+They are applied after guidance; `constrained_guidance` combines the two into one guidance.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ldm.tensors import expand
 
 
 def keep_known(denoise: Denoise, schedule: Schedule, mask: Tensor, x0: Tensor) -> Denoise:
-    """x0 where the mask is 1 (known), the estimate where it is 0 (to be drawn).
+    """Replace the estimate by x0 where the mask is 1 (known); leave it where the mask is 0 (to be sampled).
 
     mask: broadcastable to x0 (B, ...), bool or in [0, 1]. Raises ValueError if it is not.
     """
@@ -30,12 +30,15 @@ def keep_known(denoise: Denoise, schedule: Schedule, mask: Tensor, x0: Tensor) -
 
 
 def clip(denoise: Denoise, schedule: Schedule, lo: float = -1.0, hi: float = 1.0) -> Denoise:
-    """x0 held to [lo, hi], for pixels (Ho et al. 2020, their code)."""
+    """Clip x0 to [lo, hi], for pixels (Ho et al. 2020, their code)."""
     return _on_x0(denoise, schedule, lambda estimate: estimate.clamp(lo, hi))
 
 
 def dynamic_threshold(denoise: Denoise, schedule: Schedule, quantile: float = 0.995, bound: float = 1.0) -> Denoise:
-    """x0 held to its own quantile of |x0| and divided by it, where that exceeds bound (Saharia et al. 2022 (Imagen), section 2.3)."""
+    """Clip x0 to the quantile of |x0| per sample and divide by it, where that exceeds bound.
+
+    Dynamic thresholding (Saharia et al. 2022 (Imagen), section 2.3).
+    """
 
     def threshold(x0: Tensor) -> Tensor:
         s = expand(x0.abs().flatten(1).quantile(quantile, dim=1).clamp(min=bound), x0)
@@ -52,7 +55,10 @@ def constrained_guidance(
     guidance: Guidance = cfg,
     scale: float = 1.0,
 ) -> Denoise:
-    """A guidance at `scale` with its x0 under a constraint, as Imagen holds what a large scale drives out of range."""
+    """Apply a constraint to the x0 of a guidance at `scale`.
+
+    Imagen does so because a large scale drives x0 out of range.
+    """
     return constraint(guidance(denoiser, cond, uncond, scale=scale), denoiser.schedule)
 
 

@@ -1,4 +1,4 @@
-"""Combinators over a sampler, with a sampler's signature: each runs `step` over single steps of the grid and does something in between."""
+"""Samplers built from a sampler: each runs `step` over single steps of the grid and changes the state between them."""
 
 from itertools import pairwise
 
@@ -13,9 +13,11 @@ from ldm.errors import ConfigError
 
 
 def repaint_steps(n: int, jump: int, repeats: int) -> list[int]:
-    """RePaint's walk over the n + 1 places of a grid (0 is noise): every `jump` places it goes back as many, repeats - 1 times.
+    """Return RePaint's walk over the n + 1 indices of a grid, of which 0 is noise.
 
-    Lugmayr et al. 2022, section 4.2 and their code (j and r). Raises ConfigError unless 1 <= jump and 1 <= repeats.
+    After every `jump` steps the walk goes back as many, repeats - 1 times (Lugmayr et al. 2022, section 4.2 and their
+    code, j and r).
+    Raises ConfigError unless 1 <= jump and 1 <= repeats.
     """
     if jump < 1 or repeats < 1:
         raise ConfigError(f"jump {jump} and repeats {repeats} must be at least 1 (repeats 1 is no resampling)")
@@ -39,9 +41,10 @@ def repaint(
     jump_length: int = 10,
     num_resamples: int = 10,
 ) -> Tensor:
-    """RePaint's resampling (Lugmayr et al. 2022, algorithm 1): walk the grid down and up again, so that drawn and known parts agree.
+    """Sample with RePaint's resampling (Lugmayr et al. 2022, algorithm 1).
 
-    The known part is the business of constraint.keep_known; with it a DDPM step is the paper's, up to one draw of noise.
+    It walks the grid down and up so that sampled and known parts agree.
+    The known part is imposed by constraint.keep_known; with it a DDPM step is the paper's, up to one draw of noise.
     """
     check_grid(ts)
     for a, b in pairwise(repaint_steps(len(ts) - 1, jump_length, num_resamples)):
@@ -64,9 +67,11 @@ def langevin(
     snr: float = 0.16,
     corrections: int = 1,
 ) -> Tensor:
-    """Predictor-corrector sampling (Song et al. 2021b, algorithms 2-3): after each step, Langevin steps on the score -eps / sigma.
+    """Sample with a predictor and a corrector (Song et al. 2021b, algorithms 2-3).
 
-    Their step size 2 (snr |z| / |score|)^2 is taken at its expectation, |z| / |score| = sigma, so that rows do not depend on one another.
+    Each step is followed by Langevin steps on the score -eps / sigma.
+    Their step size 2 (snr |z| / |score|)^2 is replaced by its expectation, |z| / |score| = sigma, so that rows are
+    independent.
     """
     for t, s in time_pairs(ts):
         x = step(denoise, schedule, x, torch.stack([t, s]), noise)

@@ -14,7 +14,10 @@ from ldm.tensors import expand
 
 
 class Denoised(NamedTuple):
-    """Estimates at a state, (B, ...) each; var_frac in [-1, 1] places the learned variance in its range, None if not learned."""
+    """Estimates at a state, (B, ...) each.
+
+    var_frac: in [-1, 1], the learned variance's position in its range; None if not learned.
+    """
 
     x0: Tensor
     eps: Tensor
@@ -25,9 +28,10 @@ Denoise = Callable[[Tensor, Tensor], Denoised]
 
 
 class Denoiser(nn.Module):
-    """The network read through a schedule and a prediction.
+    """A network whose output is converted to x0 and eps by a schedule and a prediction.
 
-    net: called as net(x, time, cond), x (B, C, ...), time (B,) = schedule.net_time(t); returns C channels, or 2 C with var_frac second.
+    net: called as net(x, time, cond), x (B, C, ...), time (B,) = schedule.net_time(t); returns C channels, or 2 C with
+    var_frac second.
     Raises ConfigError if the prediction does not determine x0 at t = 1.
     """
 
@@ -39,11 +43,12 @@ class Denoiser(nn.Module):
         if (alpha * b - sigma * a).abs() < 1e-6:
             name = type(prediction).__name__
             raise ConfigError(
-                f"prediction {name} does not determine x0 at t = 1 of this schedule, as eps cannot without signal; use v, flow or x0"
+                f"prediction {name} does not determine x0 at t = 1 of this schedule, as eps cannot without signal; "
+                "use v, flow or x0"
             )
 
     def output(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
-        """The network's raw output and var_frac, at x_t (B, C, ...) and t () or (B,)."""
+        """Return the network's raw output and var_frac, at x_t (B, C, ...) and t () or (B,)."""
         scale = self.prediction.input_scale(*self.schedule.alpha_sigma(t))
         out = self.net(expand(scale, x_t) * x_t, self.net_time(x_t, t), cond)
         if out.shape[1] == 2 * x_t.shape[1]:
@@ -52,17 +57,20 @@ class Denoiser(nn.Module):
         return out, None
 
     def net_time(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's time (B,) for x_t (B, ...) and t () or (B,); never below float32, as bfloat16 cannot tell 999 from 1000."""
+        """Return the network's time (B,) for x_t (B, ...) and t () or (B,).
+
+        At least float32, because 999 and 1000 are equal in bfloat16.
+        """
         return self.schedule.net_time(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32)).expand(len(x_t))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Denoised:
-        """Denoised at x_t (B, C, ...) and t () or (B,) in (0, 1]."""
+        """Return Denoised at x_t (B, C, ...) and t () or (B,) in (0, 1]."""
         out, var_frac = self.output(x_t, t, cond)
         alpha, sigma = self.schedule.alpha_sigma(t)
         return Denoised(*solve(self.prediction.coefficients(alpha, sigma), alpha, sigma, x_t, out), var_frac)
 
 
 def eps_at(schedule: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """The eps that makes x_t of x0: (x_t - alpha x0) / sigma, at t () or (B,) in (0, 1]."""
+    """Compute eps from x_t and x0: (x_t - alpha x0) / sigma, at t () or (B,) in (0, 1]."""
     alpha, sigma = schedule.alpha_sigma(t)
     return (x_t - expand(alpha, x_t) * x0) / expand(sigma, x_t)

@@ -1,4 +1,4 @@
-"""Guidance: from a denoiser and its conditions to a denoise function (x_t, t) -> Denoised. Samplers never see it."""
+"""Guidance: from a denoiser and its conditions to a denoise function (x_t, t) -> Denoised, which samplers call."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,7 @@ from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoise, Denoised, Denoiser, eps_at
 from ldm.errors import ConfigError
 
-Guidance = Callable[..., Denoise]  # (denoiser, cond, uncond, options), and most have a scale
+Guidance = Callable[..., Denoise]  # (denoiser, cond, uncond, **options); most have an option `scale`
 
 
 def cfg(
@@ -21,10 +21,12 @@ def cfg(
     interval: tuple[float, float] = (0.0, 1.0),
     rescale: float = 0.0,
 ) -> Denoise:
-    """Classifier-free guidance uncond + scale (cond - uncond) (Ho & Salimans 2022, eq. 6, with w = scale - 1), both in one call.
+    """Return classifier-free guidance uncond + scale (cond - uncond), both evaluated in one call.
 
-    interval: the (lo, hi) of t, inclusive, in which it acts (Kynkaanniemi et al. 2024); elsewhere, and at scale 1, cond alone is evaluated.
-    rescale: in [0, 1], pulls the standard deviation of x0 back to the conditional one's (Lin et al. 2023, eq. 15-16).
+    Ho & Salimans 2022, eq. 6, with w = scale - 1.
+    interval: the (lo, hi) of t, inclusive, in which it acts (Kynkaanniemi et al. 2024); elsewhere, and at scale 1, only
+    cond is evaluated.
+    rescale: in [0, 1], moves the standard deviation of x0 towards the conditional one's (Lin et al. 2023, eq. 15-16).
     Raises ConfigError if scale is not 1 and there is no uncond.
     """
     if scale == 1:
@@ -35,40 +37,41 @@ def cfg(
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         if not lo <= t <= hi:
             return denoiser(x_t, t, cond)
-        told, untold = denoise_pair(denoiser, both, x_t, t)
-        x0, eps = untold.x0.lerp(told.x0, scale), untold.eps.lerp(told.eps, scale)
+        conditional, unconditional = denoise_pair(denoiser, both, x_t, t)
+        x0, eps = unconditional.x0.lerp(conditional.x0, scale), unconditional.eps.lerp(conditional.eps, scale)
         if rescale:
-            x0 = x0.lerp(x0 * (_std(told.x0) / _std(x0)), rescale)
+            x0 = x0.lerp(x0 * (_std(conditional.x0) / _std(x0)), rescale)
             eps = eps_at(denoiser.schedule, x_t, t, x0)
-        return Denoised(x0, eps, told.var_frac)
+        return Denoised(x0, eps, conditional.var_frac)
 
     return denoise
 
 
 def denoise_pair(denoiser: Denoiser, both: Condition, x_t: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
-    """Denoised under the two halves of a stacked condition, in one call of the network."""
+    """Return Denoised under the two halves of a stacked condition, in one call of the network."""
     x0, eps, var_frac = denoiser(torch.cat([x_t, x_t]), t, both)
     parts = [x0.chunk(2), eps.chunk(2), (None, None) if var_frac is None else var_frac.chunk(2)]
-    told, untold = zip(*parts, strict=True)
-    return Denoised(*told), Denoised(*untold)
+    conditional, unconditional = zip(*parts, strict=True)
+    return Denoised(*conditional), Denoised(*unconditional)
 
 
 def cfg_channels(
     denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0, channels: int = 3
 ) -> Denoise:
-    """Classifier-free guidance of the first channels alone, the rest being the conditional ones: how DiT's published samples were drawn.
+    """Return classifier-free guidance of the first `channels` channels only; the others are the conditional ones.
 
+    DiT's published samples were generated in this way.
     Raises ConfigError if there is no uncond.
     """
     both = cond.cat(_null(uncond, f"scale {scale}"))
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        told, untold = denoise_pair(denoiser, both, x_t, t)
+        conditional, unconditional = denoise_pair(denoiser, both, x_t, t)
         x0, eps = (
             torch.cat([u[:, :channels].lerp(c[:, :channels], scale), c[:, channels:]], dim=1)
-            for u, c in [(untold.x0, told.x0), (untold.eps, told.eps)]
+            for u, c in [(unconditional.x0, conditional.x0), (unconditional.eps, conditional.eps)]
         )
-        return Denoised(x0, eps, told.var_frac)
+        return Denoised(x0, eps, conditional.var_frac)
 
     return denoise
 
@@ -76,8 +79,9 @@ def cfg_channels(
 def autoguidance(
     denoiser: Denoiser, cond: Condition, uncond: Condition | None, weak: Denoiser | None = None, scale: float = 1.0
 ) -> Denoise:
-    """weak + scale (denoiser - weak), weak being smaller or less trained (Karras et al. 2024a); uncond is not used.
+    """Return weak + scale (denoiser - weak), weak being smaller or less trained (Karras et al. 2024a).
 
+    uncond is not used.
     Raises ConfigError if there is no weak Denoiser.
     """
     if weak is None:
@@ -98,10 +102,13 @@ def classifier(
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Denoise:
-    """eps - scale sigma grad log p(y | x_t) (Dhariwal & Nichol 2021, algorithm 2); uncond is not used.
+    """Return classifier guidance eps - scale sigma grad log p(y | x_t) (Dhariwal & Nichol 2021, algorithm 2).
 
-    log_prob: (x_t, net_time (B,)) -> log p(y | x_t) (B,), of a classifier trained on noisy states. Where x_t has no signal it is not asked.
-    interval: the (lo, hi) of t, inclusive, in which it acts: x0 moves by scale sigma^2 / alpha grad, without bound at the noise end.
+    uncond is not used.
+    log_prob: (x_t, net_time (B,)) -> log p(y | x_t) (B,), of a classifier trained on noisy states; not called where x_t
+    has no signal.
+    interval: the (lo, hi) of t, inclusive, in which it acts: x0 moves by scale sigma^2 / alpha grad, unbounded at the
+    noise end.
     """
     lo, hi = interval
 
@@ -120,7 +127,10 @@ def classifier(
 
 
 def guidance_embedded(denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0) -> Denoise:
-    """One evaluation of a network that is told the scale itself (Meng et al. 2023, section 3.1); uncond is not used."""
+    """Return one evaluation of a network that takes the scale as a condition (Meng et al. 2023, section 3.1).
+
+    uncond is not used.
+    """
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         return denoiser(x_t, t, replace(cond, scale=x_t.new_full((len(x_t),), scale)))
@@ -128,10 +138,10 @@ def guidance_embedded(denoiser: Denoiser, cond: Condition, uncond: Condition | N
     return denoise
 
 
-def _null(uncond: Condition | None, why: str) -> Condition:
+def _null(uncond: Condition | None, option: str) -> Condition:
     if uncond is None:
         raise ConfigError(
-            f"guidance with {why} needs a null condition and has none; train with condition dropout, or use scale 1"
+            f"guidance with {option} needs a null condition and has none; train with condition dropout, or use scale 1"
         )
     return uncond
 

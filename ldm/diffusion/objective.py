@@ -1,8 +1,8 @@
-"""What is minimised: draw t and eps, make x_t, compare the network's output with a x0 + b eps, weigh.
+"""Training objectives: draw t and eps, compute x_t, compare the network's output with a x0 + b eps, weight the error.
 
-Every objective has forward(denoiser, x0, cond, noise, batch) -> terms (B,), of which `loss` is the one to minimise. Those made of a draw
-and a loss show both, `draw` and `at`, so that others can wrap them and a diagnostic can ask for a given t. One that reads pixels
-has keys = ("image",).
+Every objective has forward(denoiser, x0, cond, noise, batch) -> terms (B,), of which `loss` is minimised. Those that
+consist of a draw and a loss expose both, `draw` and `loss_at`, so that other objectives can wrap them and a diagnostic
+can evaluate a given t. An objective that reads pixels has keys = ("image",).
 """
 
 from collections.abc import Callable
@@ -24,38 +24,44 @@ from ldm.errors import ConfigError
 from ldm.tensors import KeyedNoise, mean_per_sample
 
 
-def l2(out: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error, element by element."""
-    return (out - wanted) ** 2
+def l2(out: Tensor, target: Tensor) -> Tensor:
+    """Compute the squared error, element by element."""
+    return (out - target) ** 2
 
 
-def l1(out: Tensor, wanted: Tensor) -> Tensor:
-    """Absolute error, element by element."""
-    return (out - wanted).abs()
+def l1(out: Tensor, target: Tensor) -> Tensor:
+    """Compute the absolute error, element by element."""
+    return (out - target).abs()
 
 
-def huber(out: Tensor, wanted: Tensor, delta: float = 1.0) -> Tensor:
-    """Half the squared error up to delta, linear beyond, element by element (Huber 1964)."""
-    return huber_loss(out, wanted, reduction="none", delta=delta)
+def huber(out: Tensor, target: Tensor, delta: float = 1.0) -> Tensor:
+    """Compute half the squared error up to delta, linear beyond, element by element (Huber 1964)."""
+    return huber_loss(out, target, reduction="none", delta=delta)
 
 
 def gaussian(noise: KeyedNoise, x0: Tensor) -> Tensor:
-    """Standard normal eps (B, ...)."""
+    """Draw a standard normal eps (B, ...)."""
     return noise.normal("eps", x0)
 
 
 def offset(noise: KeyedNoise, x0: Tensor, strength: float = 0.1) -> Tensor:
-    """Standard normal plus strength times one normal a channel, eps (B, C, ...) (Guttenberg 2023, "Diffusion with offset noise")."""
+    """Draw eps (B, C, ...): a standard normal plus `strength` times one normal per channel.
+
+    Guttenberg 2023, "Diffusion with offset noise".
+    """
     channel = x0[(slice(None), slice(None), *(slice(0, 1),) * (x0.ndim - 2))]
     return noise.normal("eps", x0) + strength * noise.normal("offset", channel)
 
 
 class Objective(nn.Module):
-    """The denoising loss E_t,eps [w error(out, a x0 + b eps)] (Ho et al. 2020, algorithm 1 and eq. 14; Kingma & Gao 2023, section 2).
+    """The denoising loss E_t,eps [w error(out, a x0 + b eps)].
 
-    times: (noise, x0, schedule) -> t (B,).  weighting: weight on the error of x0.  error: (out, wanted) -> elementwise error.
-    draw_eps: (noise, x0) -> eps.  vlb: what the bound in bits per dimension is added with, 0.001 for a learned variance (Nichol & Dhariwal
-    2021, eq. 16); its gradient reaches the variance alone.  decoder: the bound's term at t = 1/T, variance.decoder_nll for pixels.
+    Ho et al. 2020, algorithm 1 and eq. 14; Kingma & Gao 2023, section 2.
+
+    timestep_sampling: (noise, x0, schedule) -> t (B,).  weighting: weight on the error of x0.
+    error: (out, target) -> elementwise error.  noise: (noise, x0) -> eps.
+    vlb: weight of the bound in bits per dimension, 0.001 for a learned variance (Nichol & Dhariwal 2021, eq. 16); its
+    gradient reaches only the variance.  decoder: the bound's term at t = 1/T, variance.decoder_nll for pixels.
     """
 
     def __init__(
@@ -80,15 +86,18 @@ class Objective(nn.Module):
     def forward(
         self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: KeyedNoise, batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`."""
+        """Draw times and noise, and return the terms (B,) for data x0 (B, C, ...)."""
         return self.loss_at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
 
     def draw(self, noise: KeyedNoise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """A time t (B,) and eps (B, C, ...) for each row of x0."""
+        """Draw a time t (B,) and eps (B, C, ...) for each row of x0."""
         return self.times(noise, x0, schedule), self.draw_eps(noise, x0)
 
     def loss_at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """The terms (B,) at given t (B,) and eps: `loss`, `error` (before weighting), `t`, and `vlb` (bits per dimension) if added."""
+        """Return the terms (B,) at the given t (B,) and eps.
+
+        They are `loss`, `error` (before weighting), `t`, and `vlb` (bits per dimension) if it is added.
+        """
         x_t = add_noise(denoiser.schedule, x0, eps, t)
         terms, out, var_frac = denoising_terms(denoiser, x_t, t, cond, x0, eps, self.weighting, self.error)
         if not self.vlb:
@@ -111,26 +120,32 @@ def denoising_terms(
     weighting: Weighting,
     error: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-    """The terms (B,) `loss`, `error` (before weighting) and `t` of the output at x_t (B, C, ...) and t (B,) against a x0 + b eps.
+    """Compare the network's output at x_t (B, C, ...) and t (B,) with a x0 + b eps.
 
-    And the output itself, in x_t's dtype, and var_frac.
+    Returns the terms (B,) `loss`, `error` (before weighting) and `t`, the output in x_t's dtype, and var_frac.
     """
     alpha, sigma = denoiser.schedule.alpha_sigma(t)
     row = denoiser.prediction.coefficients(alpha, sigma)
     out, var_frac = denoiser.output(x_t, t, cond)
     out = out.to(x_t.dtype)
-    far = mean_per_sample(error(out, target(row, x0, eps)))
+    mean_error = mean_per_sample(error(out, target(row, x0, eps)))
     return (
-        {"loss": weighting(alpha, sigma, row) / output_gain(row, alpha, sigma) * far, "error": far, "t": t},
+        {
+            "loss": weighting(alpha, sigma, row) / output_gain(row, alpha, sigma) * mean_error,
+            "error": mean_error,
+            "t": t,
+        },
         out,
         var_frac,
     )
 
 
 class VLBObjective(nn.Module):
-    """The variational bound itself, in bits per dimension (Nichol & Dhariwal 2021, L_vlb; Ho et al. 2020, eq. 5, without its prior term).
+    """The variational bound in bits per dimension, without its prior term.
 
-    times must be on the schedule's entries, as `discrete` is; best wrapped in LossSecondMoment.
+    Nichol & Dhariwal 2021, L_vlb; Ho et al. 2020, eq. 5.
+
+    timestep_sampling: must draw from the schedule's entries, as `discrete` does; best wrapped in LossSecondMoment.
     """
 
     def __init__(
@@ -146,15 +161,15 @@ class VLBObjective(nn.Module):
     def forward(
         self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: KeyedNoise, batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`."""
+        """Draw times and noise, and return the terms (B,) for data x0 (B, C, ...)."""
         return self.loss_at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
 
     def draw(self, noise: KeyedNoise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """A time t (B,) and eps (B, C, ...) for each row of x0."""
+        """Draw a time t (B,) and eps (B, C, ...) for each row of x0."""
         return self.times(noise, x0, schedule), self.draw_eps(noise, x0)
 
     def loss_at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """The terms (B,) at given t (B,) and eps: `loss`, and `t`."""
+        """Return the terms (B,) at the given t (B,) and eps: `loss` and `t`."""
         x_t = add_noise(denoiser.schedule, x0, eps, t)
         return {
             "loss": vlb_estimate(denoiser.schedule, x0, x_t, t, denoiser(x_t, t, cond), self.variance, self.decoder),
@@ -165,22 +180,24 @@ class VLBObjective(nn.Module):
 def vlb_estimate(
     schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, estimate: Denoised, variance: Variance, decoder: Decoder
 ) -> Tensor:
-    """T times the bound's term at each t (B,) in 1/T, 2/T, ..., 1: an unbiased estimate of the bound, bits per dimension.
+    """Estimate the bound, in bits per dimension, from its term at each t (B,) in 1/T, 2/T, ..., 1.
 
-    Raises ConfigError for other times.
+    T times the term is an unbiased estimate of the bound.  Raises ConfigError for other times.
     """
     T = num_timesteps(schedule)
     i = (t.double() * T).round()
     if ((t * T - i).abs() > 0.01).any():
         raise ConfigError(
-            f"the bound is a sum over the schedule's {T} entries and times lie between them; draw them with density discrete"
+            f"the bound is a sum over the schedule's {T} entries and times lie between them; "
+            "draw them with density discrete"
         )
     return T * vlb_term(schedule, x0, x_t, i / T, (i - 1) / T, estimate, variance, decoder)
 
 
 class LogVariance(nn.Module):
-    """An objective's loss balanced over t by a learned log-variance u: loss / e^u + u (Rombach et al. 2022, their code; EDM2).
+    """An objective's loss balanced over t by a learned log-variance u: loss / e^u + u.
 
+    Rombach et al. 2022, their code; EDM2.
     T: number of bins of t, one u each.
     """
 
@@ -192,25 +209,28 @@ class LogVariance(nn.Module):
     def forward(
         self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: KeyedNoise, batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """Terms (B,) for data x0 (B, C, ...), at times and noise drawn from `noise`."""
+        """Draw times and noise, and return the terms (B,) for data x0 (B, C, ...)."""
         return self.loss_at(denoiser, x0, cond, *self.draw(noise, x0, denoiser.schedule))
 
     def draw(self, noise: KeyedNoise, x0: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """A time t (B,) and eps (B, C, ...) for each row of x0."""
+        """Draw a time t (B,) and eps (B, C, ...) for each row of x0."""
         return self.objective.draw(noise, x0, schedule)
 
     def loss_at(self, denoiser: Denoiser, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """The wrapped objective's terms (B,) with `loss` balanced, and `balanced`, what it was."""
+        """Return the wrapped objective's terms (B,) with `loss` balanced, and the original loss as `balanced`."""
         terms = self.objective.loss_at(denoiser, x0, cond, t, eps)
         u = self.log_variance[bin_of(t, len(self.log_variance))]
         return terms | {"loss": terms["loss"] / u.exp() + u, "balanced": terms["loss"]}
 
 
 class LossSecondMoment(nn.Module):
-    """An objective with t drawn in proportion to sqrt(E[loss^2]) and the loss divided by it (Nichol & Dhariwal 2021, eq. 18).
+    """An objective with t drawn in proportion to sqrt(E[loss^2]) and the loss divided by it.
 
-    history: the losses a bin of t remembers; until all T bins are full, t is uniform.  floor: the share of draws that stay uniform.
-    The losses of all ranks are remembered, so that all draw alike. Raises ConfigError if T is not the schedule's.
+    Nichol & Dhariwal 2021, eq. 18.
+    history: number of losses stored per bin of t; until all T bins are full, t is uniform.  floor: the fraction of
+    draws that stays uniform.
+    The losses of all ranks are stored, so that all ranks draw from the same distribution. Raises ConfigError if T is
+    not the schedule's.
     """
 
     losses: Tensor
@@ -225,7 +245,10 @@ class LossSecondMoment(nn.Module):
     def forward(
         self, denoiser: Denoiser, x0: Tensor, cond: Condition, noise: KeyedNoise, batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """The wrapped objective's terms (B,), `loss` being unbiased for uniform t; in training mode they are remembered."""
+        """Return the wrapped objective's terms (B,), with `loss` unbiased for uniform t.
+
+        In training mode the losses are stored.  Raises ConfigError if T is not the schedule's.
+        """
         T = num_timesteps(denoiser.schedule)
         if T != self.T:
             raise ConfigError(
@@ -241,35 +264,35 @@ class LossSecondMoment(nn.Module):
         return terms | {"loss": terms["loss"] / (self.T * p[i]).to(terms["loss"])}
 
     def probabilities(self) -> Tensor:
-        """p (T,), float64, of each bin."""
+        """Return the probability p (T,), float64, of each bin."""
         rms = self.losses.double().square().mean(1).sqrt()
         p = (1 - self.floor) * rms / rms.sum().clamp(min=1e-30) + self.floor / self.T
         return torch.where((self.count >= self.losses.shape[1]).all(), p, torch.full_like(p, 1 / self.T))
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """What a training that goes on must find again."""
+        """Return the stored losses and their counts, which a resumed training needs."""
         return {"losses": self.losses, "count": self.count}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Remember what get_extra_state gave."""
+        """Restore the state that get_extra_state returned."""
         self.losses.copy_(state["losses"])
         self.count.copy_(state["count"])
 
     def update_history(self, i: Tensor, loss: Tensor) -> None:
-        """Write losses (B,) of bins i (B,) over the oldest ones."""
+        """Overwrite the oldest losses of bins i (B,) with losses (B,)."""
         i, order = gather(i).sort(stable=True)
         loss = gather(loss)[order]
         history = self.losses.shape[1]
-        many = torch.bincount(i, minlength=self.T)
-        rank = torch.arange(len(i), device=i.device) - (many.cumsum(0) - many)[i]
-        kept = rank >= many[i] - history
-        place = (self.count[i] + rank) % history
-        self.losses[i[kept], place[kept]] = loss[kept].to(self.losses)
-        self.count += many
+        counts = torch.bincount(i, minlength=self.T)
+        rank = torch.arange(len(i), device=i.device) - (counts.cumsum(0) - counts)[i]
+        newest = rank >= counts[i] - history
+        slot = (self.count[i] + rank) % history
+        self.losses[i[newest], slot[newest]] = loss[newest].to(self.losses)
+        self.count += counts
 
 
 def gather(x: Tensor) -> Tensor:
-    """x (B,) of every rank, in the order of the ranks; x itself in a single process."""
+    """Concatenate x (B,) of every rank, in the order of the ranks; in a single process return x."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
     out = x.new_empty(torch.distributed.get_world_size() * len(x))
@@ -278,5 +301,8 @@ def gather(x: Tensor) -> Tensor:
 
 
 def bin_of(t: Tensor, T: int) -> Tensor:
-    """The index i of the bin (i/T, (i + 1)/T] that t (B,) in (0, 1] lies in; t = (i + 1)/T is i whatever the rounding."""
+    """Return the index i of the bin (i/T, (i + 1)/T] that contains t (B,) in (0, 1].
+
+    t = (i + 1)/T gives i whatever the rounding.
+    """
     return ((t * T - 1e-3).ceil().long() - 1).clamp(min=0)

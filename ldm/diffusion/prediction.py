@@ -1,4 +1,7 @@
-"""What the network's output means: out = a x0 + b eps, one row (a, b) a prediction; with x_t = alpha x0 + sigma eps a 2x2 system."""
+"""Predictions: the network's output is out = a x0 + b eps, with one row (a, b) per prediction.
+
+Together with x_t = alpha x0 + sigma eps this is a 2x2 system.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,11 +14,11 @@ from ldm.tensors import expand
 
 class Prediction(Protocol):
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b), shaped like alpha."""
+        """Return (a, b), shaped like alpha."""
         ...
 
     def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """What x_t is multiplied by before the network sees it."""
+        """Return the factor on the network's input x_t, shaped like alpha."""
         ...
 
 
@@ -50,7 +53,10 @@ class V(_Unscaled):
 
 @dataclass(frozen=True)
 class Flow(_Unscaled):
-    """eps - x0, the velocity of a straight path from data to noise (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23)."""
+    """eps - x0, the velocity of a straight path from data to noise.
+
+    Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23.
+    """
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return -torch.ones_like(alpha), torch.ones_like(alpha)
@@ -60,7 +66,8 @@ class Flow(_Unscaled):
 class EDM(_Unscaled):
     """The preconditioned target F (Karras et al. 2022, eq. 7-8, table 1) of data with standard deviation sigma_data.
 
-    Written for any alpha by applying the paper's alpha = 1 to x_t / alpha; with sigma_data = 1 and alpha^2 + sigma^2 = 1 it is -v.
+    Written for any alpha by applying the paper's alpha = 1 to x_t / alpha; with sigma_data = 1 and alpha^2 + sigma^2 =
+    1 it is -v.
     """
 
     sigma_data: float = 0.5
@@ -74,13 +81,13 @@ class EDM(_Unscaled):
 
 
 def target(row: tuple[Tensor, Tensor], x0: Tensor, eps: Tensor) -> Tensor:
-    """The output a x0 + b eps (B, ...) that a perfect network would give; row entries are () or (B,)."""
+    """Return the output a x0 + b eps (B, ...) of an exact network; row entries are () or (B,)."""
     a, b = row
     return expand(a, x0) * x0 + expand(b, x0) * eps
 
 
 def solve(row: tuple[Tensor, Tensor], alpha: Tensor, sigma: Tensor, x_t: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """(x0, eps) from the state and the output, (B, ...) each: the inverse of (x_t, out) = (alpha x0 + sigma eps, a x0 + b eps)."""
+    """Solve (x_t, out) = (alpha x0 + sigma eps, a x0 + b eps) for (x0, eps), (B, ...) each."""
     a, b = row
     det = alpha * b - sigma * a
     x0 = expand(b / det, x_t) * x_t - expand(sigma / det, x_t) * out
@@ -89,6 +96,6 @@ def solve(row: tuple[Tensor, Tensor], alpha: Tensor, sigma: Tensor, x_t: Tensor,
 
 
 def output_gain(row: tuple[Tensor, Tensor], alpha: Tensor, sigma: Tensor) -> Tensor:
-    """(det / sigma)^2: squared error of the output per squared error of x0, at fixed x_t."""
+    """Return (det / sigma)^2: squared error of the output per squared error of x0, at fixed x_t."""
     a, b = row
     return ((alpha * b - sigma * a) / sigma) ** 2

@@ -1,4 +1,4 @@
-"""Prior preservation: a few images of one thing are learnt, while what its kind looked like before is held on to (DreamBooth)."""
+"""Prior preservation (DreamBooth): learn a few images of one instance without forgetting the rest of its class."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from ldm.tensors import KeyedNoise
 
 
 class PriorPreservation(nn.Module):
-    """The mean loss of the instance's rows plus `weight` times that of the prior's (Ruiz et al. 2023, eq. 2).
+    """The mean loss of the instance's rows plus `weight` times that of the prior's rows (Ruiz et al. 2023, eq. 2).
 
-    objective: any objective.  prior: the label of the rows that show the kind, drawn by the model as it was before.
+    objective: any objective.  prior: the label of the class images, which the model generated before fine-tuning.
     Raises ConfigError if the batch has no labels.
     """
 
@@ -27,10 +27,11 @@ class PriorPreservation(nn.Module):
     def forward(
         self, denoiser: Any, x0: Tensor, cond: Condition, noise: KeyedNoise, batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """The objective's terms (B,), `loss` scaled so that its mean is the sum of the two means."""
+        """Return the objective's terms (B,), with `loss` scaled so that its mean is the sum of the two means."""
         if "label" not in batch:
             raise ConfigError(
-                "prior preservation tells instance and kind apart by label, and the batch has none: give each its own folder"
+                "prior preservation distinguishes instance and class images by label, and the batch has no labels: "
+                "put each kind in its own folder"
             )
         terms = self.objective(denoiser, x0, cond, noise, batch)
         prior = torch.as_tensor(batch["label"], device=x0.device) == self.prior
@@ -39,5 +40,5 @@ class PriorPreservation(nn.Module):
 
 
 def inverse_fraction(rows: Tensor) -> Tensor:
-    """What makes the mean over all (B,) of some rows: B over their number."""
+    """Return the factor that turns the mean over all B rows into the mean over the selected ones: B / their number."""
     return len(rows) / rows.sum().clamp(min=1)

@@ -1,7 +1,8 @@
-"""Samplers: (denoise, schedule, x, ts, noise) -> the state at ts[-1]. Each is one whole function.
+"""Samplers: (denoise, schedule, x, ts, noise) -> the state at ts[-1]. Each is one complete function.
 
-x (B, ...) is the state at ts[0]; ts (N + 1,) descends within [0, 1] and is best kept in float64 on the CPU, where reading it never waits
-for a device; noise(x) draws one standard normal shaped like x. All raise ValueError if ts does not descend within [0, 1].
+x (B, ...) is the state at ts[0]; ts (N + 1,) descends within [0, 1] and should be float64 on the CPU, where reading it
+needs no synchronisation with a device; noise(x) draws one standard normal shaped like x. All raise ConfigError if ts
+does not descend within [0, 1].
 """
 
 import math
@@ -22,7 +23,7 @@ Sampler = Callable[[Denoise, Schedule, Tensor, Tensor, Draw], Tensor]
 
 
 def check_grid(ts: Tensor) -> None:
-    """Raises ConfigError unless ts (N + 1,), N >= 1, descends within [0, 1]."""
+    """Raise ConfigError unless ts (N + 1,), N >= 1, descends within [0, 1]."""
     if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() < 0).all() or ts[0] > 1 or ts[-1] < 0:
         raise ConfigError(
             f"the grid must be two or more times that descend within [0, 1], got {ts.tolist()}; 1 is noise, 0 is data"
@@ -30,7 +31,10 @@ def check_grid(ts: Tensor) -> None:
 
 
 def time_pairs(ts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs (t, s), s < t, of a grid ts (N + 1,). Raises ConfigError unless it descends within [0, 1]."""
+    """Iterate over the pairs (t, s), s < t, of a grid ts (N + 1,).
+
+    Raises ConfigError unless it descends within [0, 1].
+    """
     check_grid(ts)
     return pairwise(ts)
 
@@ -38,7 +42,7 @@ def time_pairs(ts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def ddpm(
     denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, variance: Variance = fixed_small
 ) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), on any sub-grid (Nichol & Dhariwal 2021, section 4)."""
+    """Sample ancestrally (Ho et al. 2020, algorithm 2), on any sub-grid (Nichol & Dhariwal 2021, section 4)."""
     for t, s in time_pairs(ts):
         x0, _, var_frac = denoise(x, t)
         x, _ = q_posterior(schedule, x0, x, t, s)
@@ -48,7 +52,10 @@ def ddpm(
 
 
 def ddim(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, eta: float = 0.0) -> Tensor:
-    """DDIM (Song et al. 2021a, eq. 12 and 16): eta = 0 is deterministic, eta = 1 is DDPM and also Euler-ancestral."""
+    """Sample with DDIM (Song et al. 2021a, eq. 12 and 16).
+
+    eta = 0 is deterministic, eta = 1 is DDPM and also Euler-ancestral.
+    """
     for t, s in time_pairs(ts):
         x0, eps, _ = denoise(x, t)
         alpha_s, sigma_s = schedule.alpha_sigma(s)
@@ -60,7 +67,7 @@ def ddim(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
 
 
 def consistency(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-    """Multistep consistency sampling (Song et al. 2023, algorithm 1): x0 at once, and fresh noise on it for another look."""
+    """Sample a consistency model in several steps (Song et al. 2023, algorithm 1): estimate x0, add noise, repeat."""
     for t, s in time_pairs(ts):
         x0 = denoise(x, t).x0
         alpha_s, sigma_s = schedule.alpha_sigma(s)
@@ -69,14 +76,14 @@ def consistency(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noi
 
 
 def ddim_invert(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-    """DDIM run backwards (Song et al. 2021a, section 4.3): from the state x at ts[-1], which must be above 0, to the state at ts[0].
+    """Run DDIM backwards, from the state x at ts[-1] to the state at ts[0] (Song et al. 2021a, section 4.3).
 
-    Raises ConfigError if ts ends at 0, where eps is not defined; 1/T is the place to start.
+    Raises ConfigError if ts ends at 0, where eps is not defined; start at 1/T instead.
     """
     check_grid(ts)
     if ts[-1] == 0:
         raise ConfigError(
-            "inversion cannot start at t = 0, where there is no eps; give a grid that ends at 1/T (times.ending_at)"
+            "inversion cannot start at t = 0, where there is no eps; give a grid that ends at 1/T (grids.replace_end)"
         )
     for t, s in reversed(list(pairwise(ts))):
         x0, eps, _ = denoise(x, s)
@@ -95,7 +102,10 @@ def euler(
     s_range: tuple[float, float] = (0.0, float("inf")),
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Euler's method on the ODE in a straight frame (Karras et al. 2022, algorithm 2, lines 4-8); without churn it is DDIM."""
+    """Solve the ODE with Euler's method in a straight frame (Karras et al. 2022, algorithm 2, lines 4-8).
+
+    Without churn it is DDIM.
+    """
     frame, pairs = ode_frame(schedule), list(time_pairs(ts))
     gamma = min(s_churn / len(pairs), 2**0.5 - 1)
     for t, s in pairs:
@@ -117,7 +127,10 @@ def heun(
     s_range: tuple[float, float] = (0.0, float("inf")),
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Heun's 2nd-order method on the ODE in a straight frame (Karras et al. 2022, algorithm 2); 2 N - 1 evaluations to s = 0."""
+    """Solve the ODE with Heun's 2nd-order method in a straight frame (Karras et al. 2022, algorithm 2).
+
+    2 N - 1 evaluations to s = 0.
+    """
     frame, pairs = ode_frame(schedule), list(time_pairs(ts))
     gamma = min(s_churn / len(pairs), 2**0.5 - 1)
     for t, s in pairs:
@@ -136,9 +149,11 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 
 def plms(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-    """PLMS (Liu et al. 2022 (PNDM), eq. 12, with the improved Euler start of Rombach et al.'s code); N + 1 evaluations.
+    """Sample with PLMS (Liu et al. 2022 (PNDM), eq. 12); N + 1 evaluations.
 
-    Adams-Bashforth 4 with the weights of equal steps in a straight frame's u: order 2 on a general grid, 3 (by its start) on an even one.
+    The start is the improved Euler step of Rombach et al.'s code.
+    Adams-Bashforth 4 with the weights of equal steps in a straight frame's u: order 2 on a general grid, 3 (by its
+    start) on an even one.
     """
     frame = ode_frame(schedule)
     past: list[Tensor] = []
@@ -157,8 +172,9 @@ def plms(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Dra
 
 
 def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, eta: float = 0.0) -> Tensor:
-    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2); eta = 1 is the same step of the SDE (their SDE-DPM-Solver++ 2M).
+    """Sample with DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2).
 
+    eta = 1 is the same step of the SDE (their SDE-DPM-Solver++ 2M).
     Data prediction; the first step, and one to s = 0, are of first order.
     """
     before: tuple[Tensor, Tensor] | None = None
@@ -181,10 +197,10 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise:
 
 
 def unipc(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-    """UniPC-2 with B(h) = e^h - 1, data prediction (Zhao et al. 2023, algorithms 1-2, "bh2"); N evaluations.
+    """Sample with UniPC-2, B(h) = e^h - 1, data prediction (Zhao et al. 2023, algorithms 1-2, "bh2"); N evaluations.
 
-    Each step is predicted (UniP), then, once x0 is known at its end, made again (UniC). The first, and one to s = 0, are of
-    first order.
+    Each step is predicted (UniP) and, once x0 is known at its end, corrected (UniC). The first, and one to s = 0, are
+    of first order.
     """
     correct: Callable[[Tensor], Tensor] | None = None
     before: tuple[Tensor, Tensor] | None = None
@@ -221,9 +237,10 @@ def _unic(base: Tensor, scale: Tensor, known: Tensor | float, rho: Tensor | floa
 def interpolant_sde(
     denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, strength: float = 1.0
 ) -> Tensor:
-    """Euler-Maruyama on the reverse SDE of a stochastic interpolant, w = strength sigma (Ma et al. 2024 (SiT), eq. 4, section 2.4).
+    """Solve the reverse SDE of a stochastic interpolant with Euler-Maruyama, w = strength sigma.
 
-    Time is measured in sigma, which on a flow is its own. The step to s = 0 has neither score nor noise.
+    Ma et al. 2024 (SiT), eq. 4, section 2.4. Time is measured in sigma, which on a flow is t itself. The step to s = 0
+    has neither score nor noise.
     """
     for t, s in time_pairs(ts):
         x0, eps, _ = denoise(x, t)
@@ -238,7 +255,10 @@ def interpolant_sde(
 def add_churn(
     schedule: Schedule, x: Tensor, t: Tensor, noise: Draw, gamma: float, within: tuple[float, float], noise_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Add noise so that sigma / alpha grows by 1 + gamma, where it is `within` (Karras et al. 2022, algorithm 2, lines 4-6): (x, t)."""
+    """Add noise so that sigma / alpha grows by a factor of 1 + gamma, where it is `within` a range; return (x, t).
+
+    Karras et al. 2022, algorithm 2, lines 4-6.
+    """
     alpha, sigma = schedule.alpha_sigma(t)
     if gamma == 0 or alpha == 0 or not within[0] <= sigma / alpha <= within[1]:
         return x, t
@@ -249,10 +269,10 @@ def add_churn(
 
 
 def ode_frame(schedule: Schedule) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A frame t -> (m, u), u = sigma / m, in which y = x / m has the ODE dy/du = (y - x0) / u.
+    """Return a frame t -> (m, u), u = sigma / m, in which y = x / m has the ODE dy/du = (y - x0) / u.
 
-    m = alpha, where dy/du = eps, if there is signal at t = 1 (Karras et al. 2022, eq. 4); else m = alpha + sigma, where dy/du = eps - x0,
-    which is finite there too and on a flow is dx/dt itself.
+    m = alpha, where dy/du = eps, if there is signal at t = 1 (Karras et al. 2022, eq. 4); else m = alpha + sigma, where
+    dy/du = eps - x0, which is finite there too and on a flow is dx/dt itself.
     """
     signal = schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[0] > 0
 

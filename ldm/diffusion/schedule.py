@@ -14,22 +14,25 @@ from ldm.tensors import expand
 
 
 class Schedule(Protocol):
-    """What samplers and objectives ask of a schedule; float32 t gives float32, float64 t gives float64, any shape of t."""
+    """What samplers and objectives need of a schedule.
+
+    t may have any shape; float32 t gives float32, float64 t gives float64.
+    """
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The coefficients of x0 and eps at t."""
+        """Return the coefficients of x0 and eps at t."""
         ...
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """2 log(alpha / sigma): +inf at t = 0, falling with t."""
+        """Return 2 log(alpha / sigma), which is +inf at t = 0 and falls with t."""
         ...
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The t with this log_snr, the inverse of `log_snr`."""
+        """Return the t with this log_snr, the inverse of `log_snr`."""
         ...
 
     def net_time(self, t: Tensor) -> Tensor:
-        """What the network's time embedding sees at t."""
+        """Return the input of the network's time embedding at t."""
         ...
 
 
@@ -43,7 +46,8 @@ def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 class DiscreteSchedule:
     """A variance-preserving schedule given by alpha_bar = alpha^2 (T,), float64, entry i at t = (i + 1) / T.
 
-    Between entries alpha_bar is linear in t, from 1 at t = 0; sigma^2 = 1 - alpha_bar, taken in float64. The network sees i in 0..T-1.
+    Between entries alpha_bar is linear in t, from 1 at t = 0; sigma^2 = 1 - alpha_bar, computed in float64. The
+    network's time is i in 0..T-1.
     Raises ConfigError unless alpha_bar falls strictly from below 1 (0 is allowed at the end: zero terminal SNR).
     """
 
@@ -70,16 +74,16 @@ class DiscreteSchedule:
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         signal, noise = self._on(log_snr.device, torch.float64)
-        want = log_snr.double()
-        i = (torch.searchsorted(noise.log() - signal.log(), -want, right=True) - 1).clamp(0, self.T - 1)
-        part = (signal.take(i) - want.sigmoid()) / (signal.take(i) - signal.take(i + 1))
+        target = log_snr.double()
+        i = (torch.searchsorted(noise.log() - signal.log(), -target, right=True) - 1).clamp(0, self.T - 1)
+        part = (signal.take(i) - target.sigmoid()) / (signal.take(i) - signal.take(i + 1))
         return ((i + part.clamp(0, 1)) / self.T).to(log_snr.dtype)
 
     def net_time(self, t: Tensor) -> Tensor:
         return (self._position(t) - 1).clamp(min=0)
 
     def _position(self, t: Tensor) -> Tensor:
-        # t T, where a t that rounding alone separates from an entry is that entry: float32 (i + 1) / T gives net_time i exactly.
+        # t T, snapped to an entry if it differs by rounding only: float32 (i + 1) / T gives net_time i exactly.
         x = t * self.T
         nearest = x.round()
         return torch.where((x - nearest).abs() <= torch.finfo(t.dtype).eps * self.T, nearest, x)
@@ -99,64 +103,88 @@ class DiscreteSchedule:
 
 
 def from_betas(betas: Tensor) -> DiscreteSchedule:
-    """The Table of forward variances beta (T,): alpha_bar is the running product of 1 - beta (Ho 2020, eq. 4)."""
+    """Build a schedule from forward variances beta (T,).
+
+    alpha_bar is the running product of 1 - beta (Ho 2020, eq. 4).
+    """
     return DiscreteSchedule((1 - betas.double()).cumprod(0))
 
 
 def from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], T: int) -> DiscreteSchedule:
-    """The Table of a function of t that gives alpha_bar, with beta held to at most 0.999 (Nichol & Dhariwal 2021, section 3.2)."""
+    """Build a schedule of T entries from alpha_bar as a function of t.
+
+    beta is clipped to at most 0.999 (Nichol & Dhariwal 2021, section 3.2).
+    """
     bar = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
     return from_betas((1 - bar[1:] / bar[:-1]).clamp(max=0.999))
 
 
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
-    """Ho et al. 2020, section 4: beta linear in i; the two betas are those for T = 1000, another T refines the same process."""
+    """Return the schedule with beta linear in i (Ho et al. 2020, section 4).
+
+    The two betas are those for T = 1000; another T refines the same process.
+    """
     return from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64) * (1000 / T))
 
 
 def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DiscreteSchedule:
-    """Rombach et al. 2022 (their code's "linear"): sqrt(beta) linear in i; the two betas are those for T = 1000."""
+    """Return the schedule with sqrt(beta) linear in i (Rombach et al. 2022, their code's "linear").
+
+    The two betas are those for T = 1000.
+    """
     return from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2 * (1000 / T))
 
 
 def cosine(T: int = 1000, s: float = 0.008) -> DiscreteSchedule:
-    """Nichol & Dhariwal 2021, eq. 17: alpha_bar = cos^2(pi/2 (t + s) / (1 + s)), relative to t = 0."""
+    """Return alpha_bar = cos^2(pi/2 (t + s) / (1 + s)), relative to t = 0 (Nichol & Dhariwal 2021, eq. 17)."""
     return from_alpha_bar(lambda t: torch.cos(math.pi / 2 * (t + s) / (1 + s)) ** 2, T)
 
 
 def sigmoid(T: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> DiscreteSchedule:
-    """Chen 2023 (arXiv 2301.10972), algorithm 1: alpha_bar a sigmoid of t over [start, end] / tau, scaled to 1..0 and held above 1e-9."""
+    """Return alpha_bar as a sigmoid of t over [start, end] / tau, scaled to 1..0 and clipped below at 1e-9.
+
+    Chen 2023 (arXiv 2301.10972), algorithm 1.
+    """
     t = torch.arange(T + 1, dtype=torch.float64) / T
     y = torch.sigmoid((start + t * (end - start)) / tau)
     return DiscreteSchedule(((y[-1] - y) / (y[-1] - y[0]))[1:].clamp(min=1e-9))
 
 
 def sigmoid_beta(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
-    """Xu et al. 2022 (GeoDiff's code): beta a sigmoid of i over [-6, 6]; the two betas are those for T = 1000."""
+    """Return the schedule with beta a sigmoid of i over [-6, 6] (Xu et al. 2022, GeoDiff's code).
+
+    The two betas are those for T = 1000.
+    """
     rise = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
     return from_betas((beta_start + rise * (beta_end - beta_start)) * (1000 / T))
 
 
 def sqrt(T: int = 1000, s: float = 1e-4) -> DiscreteSchedule:
-    """Li et al. 2022 (Diffusion-LM), appendix A: alpha_bar = 1 - sqrt(t + s), relative to t = 0."""
+    """Return alpha_bar = 1 - sqrt(t + s), relative to t = 0 (Li et al. 2022 (Diffusion-LM), appendix A)."""
     return from_alpha_bar(lambda t: 1 - (t + s).sqrt(), T)
 
 
 def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
-    """The Table shifted and scaled in alpha so that alpha(1) = 0 and the first entry stays (Lin et al. 2023, algorithm 1)."""
+    """Shift and scale alpha so that alpha(1) = 0 and the first entry stays (Lin et al. 2023, algorithm 1)."""
     alpha = schedule.alpha_bar.double().sqrt()
     return DiscreteSchedule(((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2)
 
 
 def shifted(schedule: DiscreteSchedule, shift: float) -> DiscreteSchedule:
-    """The Table with sigma / alpha multiplied by shift, for data of `shift` times the resolution (Hoogeboom et al. 2023, section 3.1)."""
+    """Multiply sigma / alpha of a schedule by `shift`, for data of `shift` times the resolution.
+
+    Hoogeboom et al. 2023, section 3.1.
+    """
     bar = schedule.alpha_bar.double()
     return DiscreteSchedule(bar / (bar + shift**2 * (1 - bar)))
 
 
 @dataclass(frozen=True)
 class VP:
-    """The continuous variance-preserving SDE with beta(t) from beta_min to beta_max (Song et al. 2021b, appendix C); network sees 999 t."""
+    """The continuous variance-preserving SDE with beta(t) from beta_min to beta_max (Song et al. 2021b, appendix C).
+
+    The network's time is 999 t.
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -181,7 +209,10 @@ class VP:
 
 @dataclass(frozen=True)
 class GVP:
-    """The trigonometric path alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Ma et al. 2024 (SiT), "GVP"); the network sees 1000 t."""
+    """The trigonometric path alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Ma et al. 2024 (SiT), "GVP").
+
+    The network's time is 1000 t.
+    """
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)  # sin, not cos: exactly 0 at t = 1
@@ -199,7 +230,7 @@ class GVP:
 
 @dataclass(frozen=True)
 class EDM:
-    """alpha = 1, sigma = sigma_max t (Karras et al. 2022, table 1); the network sees c_noise = log(sigma) / 4."""
+    """alpha = 1, sigma = sigma_max t (Karras et al. 2022, table 1); the network's time is c_noise = log(sigma) / 4."""
 
     sigma_max: float = 80.0
 
@@ -218,9 +249,10 @@ class EDM:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow (Liu 2022; Esser 2024, eq. 13): alpha = 1 - u, sigma = u, with u = shift t / (1 + (shift - 1) t) (Esser 2024, eq. 23).
+    """Rectified flow: alpha = 1 - u, sigma = u, with u = shift t / (1 + (shift - 1) t).
 
-    The network sees 1000 u, so that one network serves every shift.
+    Liu 2022; Esser 2024, eq. 13, and eq. 23 for the shift.
+    The network's time is 1000 u, so that one network serves every shift.
     """
 
     shift: float = 1.0
@@ -240,11 +272,14 @@ class Flow:
 
 
 def flow_at(dim: int, base_dim: int = 4096) -> Flow:
-    """Flow shifted for data of `dim` numbers a sample where shift 1 suits base_dim: shift = sqrt(dim / base_dim) (Esser 2024, eq. 23)."""
+    """Return a Flow shifted for data of `dim` numbers per sample: shift = sqrt(dim / base_dim) (Esser 2024, eq. 23).
+
+    base_dim: the number for which shift 1 is right.
+    """
     return Flow(math.sqrt(dim / base_dim))
 
 
-def schedules_equal(one: Schedule, other: Schedule) -> bool:
-    """Whether two schedules are one: the same noise, and the same time for the network, everywhere."""
+def schedules_equal(a: Schedule, b: Schedule) -> bool:
+    """Return whether two schedules are equal: the same log_snr and the same network time at every t."""
     t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
-    return torch.equal(one.log_snr(t), other.log_snr(t)) and torch.equal(one.net_time(t), other.net_time(t))
+    return torch.equal(a.log_snr(t), b.log_snr(t)) and torch.equal(a.net_time(t), b.net_time(t))

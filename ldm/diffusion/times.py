@@ -1,6 +1,7 @@
-"""When to look: densities of t in training, and descending grids of t for sampling.
+"""Timestep sampling: densities of t in training. The descending grids of t for sampling are in grids.py.
 
-A density maps u in [0, 1) to t, so that it can be fed independent draws (`independent`) or evenly spread ones (`stratified`).
+A density maps u in [0, 1) to t, so that u can be independent draws (`independent`) or evenly spread ones
+(`stratified`).
 """
 
 from collections.abc import Callable
@@ -13,24 +14,28 @@ from ldm.diffusion.schedule import Schedule
 from ldm.tensors import KeyedNoise
 
 Density = Callable[[Tensor, Schedule], Tensor]
-
-
 Times = Callable[[KeyedNoise, Tensor, Schedule], Tensor]
 
 
 def discrete(u: Tensor, schedule: Schedule) -> Tensor:
-    """Each of 1/T, 2/T, ..., 1 alike (Ho et al. 2020, algorithm 1). Raises ConfigError for a schedule without a table."""
+    """Map u to 1/T, 2/T, ..., 1 with equal probabilities (Ho et al. 2020, algorithm 1).
+
+    Raises ConfigError for a schedule without a table.
+    """
     T = num_timesteps(schedule)
     return ((u * T).floor() + 1) / T
 
 
 def uniform(u: Tensor, schedule: Schedule) -> Tensor:
-    """Uniform on (0, 1]."""
+    """Map u to a uniform t on (0, 1]."""
     return 1 - u
 
 
 def log_normal(u: Tensor, schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """log(sigma / alpha) normal (Karras et al. 2022, table 1: P_mean, P_std), cut off at the schedule's noisy end."""
+    """Map u to t with log(sigma / alpha) normal, truncated at the schedule's noisy end.
+
+    Karras et al. 2022, table 1: P_mean, P_std.
+    """
     highest = -schedule.log_snr(torch.ones((), dtype=torch.float64)) / 2
     below = torch.special.ndtr((highest - mean) / std).to(u)
     log_sigma = mean + std * torch.special.ndtri((u * below).clamp(min=2**-24))
@@ -38,20 +43,21 @@ def log_normal(u: Tensor, schedule: Schedule, mean: float = -1.2, std: float = 1
 
 
 def logit_normal(u: Tensor, schedule: Schedule, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Tensor:
-    """logit(t) normal (Esser et al. 2024, eq. 19), then t -> shift t / (1 + (shift - 1) t) (its eq. 23)."""
+    """Map u to t with logit(t) normal (Esser et al. 2024, eq. 19), then to shift t / (1 + (shift - 1) t) (eq. 23)."""
     t = torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(min=2**-24)))
     return shift * t / (1 + (shift - 1) * t)
 
 
 def independent(noise: KeyedNoise, x0: Tensor, schedule: Schedule, density: Density) -> Tensor:
-    """One independent t (B,) float32 for each row of x0 (B, ...)."""
+    """Draw one independent t (B,) float32 for each row of x0 (B, ...)."""
     return density(noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32)), schedule)
 
 
 def stratified(noise: KeyedNoise, x0: Tensor, schedule: Schedule, density: Density) -> Tensor:
-    """One t (B,) float32 a row, one row of the global batch in each of its equal strata (cf. Kingma et al. 2021, appendix I.1).
+    """Draw one t (B,) float32 per row, one row of the global batch in each of as many equal strata.
 
-    The stratum is the row's position in the global batch; without one, its position in x0.
+    cf. Kingma et al. 2021, appendix I.1. The stratum is the row's position in the global batch; without one, its
+    position in x0.
     """
     u = noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32))
     position = torch.arange(len(x0)) if noise.position is None else torch.as_tensor(noise.position)

@@ -1,6 +1,8 @@
 """Loss weights w(alpha, sigma, row): the weight on the squared error of x0, so that each serves every prediction.
 
-The loss itself is taken on the network's output and scaled by w / gain (prediction.gain). SNR = (alpha / sigma)^2. Shapes: () or (B,).
+The loss itself is computed on the network's output and scaled by w / gain (prediction.output_gain). SNR = (alpha /
+sigma)^2.
+Shapes: () or (B,).
 """
 
 from collections.abc import Callable
@@ -15,56 +17,60 @@ Weighting = Callable[[Tensor, Tensor, Row], Tensor]
 
 
 def output(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
-    """Plain error of whatever the network predicts."""
+    """Weight the error of the network's output by 1, whatever it predicts."""
     return output_gain(row, alpha, sigma)
 
 
 def eps(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
-    """Plain error of eps: L_simple (Ho et al. 2020, eq. 14)."""
+    """Weight the error of eps by 1: L_simple (Ho et al. 2020, eq. 14)."""
     return (alpha / sigma) ** 2
 
 
 def x0(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
-    """Plain error of x0."""
+    """Weight the error of x0 by 1."""
     return sigma.new_ones(sigma.shape)
 
 
 def v(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
-    """Plain error of v: SNR + 1 where alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, section 4)."""
+    """Weight the error of v by 1: SNR + 1 where alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, section 4)."""
     return output_gain(V().coefficients(alpha, sigma), alpha, sigma)
 
 
 def flow(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
-    """Plain error of eps - x0: (1 + sqrt(SNR))^2 (Liu et al. 2022, eq. 1)."""
+    """Weight the error of eps - x0 by 1: (1 + sqrt(SNR))^2 (Liu et al. 2022, eq. 1)."""
     return output_gain(Flow().coefficients(alpha, sigma), alpha, sigma)
 
 
 def min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) (Hang et al. 2023, section 3.4)."""
+    """Return min(SNR, gamma) (Hang et al. 2023, section 3.4)."""
     return ((alpha / sigma) ** 2).clamp(max=gamma)
 
 
 def soft_min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> Tensor:
-    """SNR gamma / (SNR + gamma), Min-SNR without the kink (Crowson et al. 2024 (HDiT), eq. 5, where gamma is 4)."""
+    """Return SNR gamma / (SNR + gamma), a smooth Min-SNR (Crowson et al. 2024 (HDiT), eq. 5, where gamma is 4)."""
     snr = (alpha / sigma) ** 2
     return snr * gamma / (snr + gamma)
 
 
 def p2(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 1.0, k: float = 1.0) -> Tensor:
-    """SNR / (k + SNR)^gamma: the error of eps over (k + SNR)^gamma (Choi et al. 2022)."""
+    """Return SNR / (k + SNR)^gamma: the error of eps over (k + SNR)^gamma (Choi et al. 2022)."""
     snr = (alpha / sigma) ** 2
     return snr / (k + snr) ** gamma
 
 
 def edm(alpha: Tensor, sigma: Tensor, row: Row, sigma_data: float = 0.5) -> Tensor:
-    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 at alpha = 1 (Karras et al. 2022, table 1): plain error of EDM's F."""
+    """Weight the error of EDM's F by 1: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 at alpha = 1.
+
+    Karras et al. 2022, table 1.
+    """
     return output_gain(EDM(sigma_data).coefficients(alpha, sigma), alpha, sigma)
 
 
 def vlb(alpha: Tensor, sigma: Tensor, row: Row, schedule: Schedule, T: int = 1000) -> Tensor:
-    """T / 2 (SNR(t - 1/T) - SNR(t)): the diffusion loss of T steps, t uniform (Kingma et al. 2021, eq. 13; Ho et al. 2020, eq. 12).
+    """Return T / 2 (SNR(t - 1/T) - SNR(t)): the diffusion loss of T steps, t uniform.
 
-    t = 1/T, whose own term is the decoder's, weighs what 2/T weighs.
+    Kingma et al. 2021, eq. 13; Ho et al. 2020, eq. 12.
+    t = 1/T, whose own term is the decoder's, has the weight of 2/T.
     """
     t = schedule.t_from_log_snr(2 * (alpha / sigma).log()).clamp(min=2 / T)
     return T / 2 * (schedule.log_snr(t - 1 / T).exp() - schedule.log_snr(t).exp())

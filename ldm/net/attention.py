@@ -13,36 +13,41 @@ from ldm.errors import ConfigError
 from ldm.net.blocks import norm, zero_module
 
 MAX_SMALL_SEQUENCE = 128  # keys
-AttentionFn = Callable[
-    [Tensor, Tensor, Tensor, Tensor | None], Tensor
-]  # q, k, v (B, heads, N, d), mask (B, 1, 1, L) or None -> (B, heads, N, d)
+# q, k, v (B, heads, N, d), mask (B, 1, 1, L) or None -> (B, heads, N, d)
+AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, d)
-Rotate = Callable[[Tensor], Tensor]  # queries or keys (B, heads, N, d), each turned by its place
+Rotate = Callable[[Tensor], Tensor]  # queries or keys (B, heads, N, d), each rotated by its position
 
 
 class CrossAttentionCache(NamedTuple):
-    """What cross-attention looks up: each place's keys and values, in the order of the forward pass, and the mask (B, 1, 1, L)."""
+    """Keys and values of every cross-attention layer, in the order of the forward pass, and the mask (B, 1, 1, L)."""
 
     layers: tuple[tuple[KeyValue, ...], ...]
     mask: Tensor | None
 
 
 def require_context(cond: Condition, context_dim: int | None) -> Tensor | None:
-    """The context of a condition. Raises ConfigError if there is one and the network was built without cross-attention."""
+    """Return cond.context (B, L, D), or None if there is none.
+
+    Raises ConfigError if there is a context but the network has no cross-attention (context_dim is None).
+    """
     if cond.context is not None and not context_dim:
         raise ConfigError(
-            "the condition has a context, which a network without cross-attention cannot hear; build it with context_dim"
+            "the condition has a context but the network has no cross-attention; build it with context_dim"
         )
     return cond.context
 
 
 def make_memory(layers: Iterable[tuple[KeyValue, ...]], cond: Condition) -> CrossAttentionCache:
-    """The Memory of these keys and values, with the condition's mask in the shape that attention takes."""
+    """Build the cache of these keys and values, with the condition's mask in the shape that attention takes."""
     return CrossAttentionCache(tuple(layers), None if cond.mask is None else cond.mask[:, None, None, :])
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention by torch's fused kernel, but training in bfloat16 on a CPU, where for few keys that kernel's gradients take longer."""
+    """Compute attention with torch's fused kernel.
+
+    When training in bfloat16 on a CPU, few keys go through softmax_attention instead, whose gradients are faster there.
+    """
     if (
         v.device.type == "cpu"
         and v.dtype == torch.bfloat16
@@ -54,7 +59,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention written out: the same result."""
+    """Compute attention without a fused kernel; the result is that of sdpa."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -64,7 +69,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 class SelfAttention(nn.Module):
     """Multi-head attention of x (B, N, C) over itself, with one projection for query, key and value.
 
-    bias: of that projection.  qk_norm: makes the normalisation of queries and of keys over a head's d (Dehghani et al. 2023), or None.
+    bias: whether that projection has one.
+    qk_norm: builds the normalisation of queries and of keys over a head's d (Dehghani et al. 2023), or None.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of x (B, N, C) over a context (B, L, D) whose keys and values are computed beforehand by `memory`."""
+    """Multi-head attention of x (B, N, C) over a context (B, L, D), whose keys and values `memory` computes."""
 
     def __init__(self, channels: int, context_dim: int, heads: int, attend: AttentionFn = sdpa):
         super().__init__()
@@ -100,7 +106,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def memory(self, context: Tensor) -> KeyValue:
-        """Keys and values of the context (B, L, D): two of (B, heads, L, d)."""
+        """Compute keys and values of the context (B, L, D): two of (B, heads, L, d)."""
         k, v = rearrange(self.kv(context), "b n (two h d) -> two b h n d", two=2, h=self.heads)
         return k, v
 
@@ -123,7 +129,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention, cross-attention (where there is a context) and feed-forward on x (B, N, C) (LDM tab. 16)."""
+    """Pre-norm self-attention, cross-attention (with a context_dim) and feed-forward on x (B, N, C) (LDM tab. 16)."""
 
     def __init__(self, channels: int, heads: int, context_dim: int | None = None, attend: AttentionFn = sdpa):
         super().__init__()
@@ -140,9 +146,9 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A feature map (B, C, H, W) read as H*W tokens by `depth` transformer blocks, added to what came in (LDM app. E.2.1).
+    """`depth` transformer blocks over a feature map (B, C, H, W) as H*W tokens, added to the input (LDM app. E.2.1).
 
-    conv: the projections are stored as 1x1 convolutions (SD 1), not as linear layers (SD 2, SDXL); they compute the same.
+    conv: store the projections as 1x1 convolutions (SD 1), not as linear layers (SD 2, SDXL); they compute the same.
     """
 
     def __init__(
@@ -163,7 +169,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(nn.Conv2d(channels, channels, 1) if conv else nn.Linear(channels, channels))
 
     def memory(self, context: Tensor) -> tuple[KeyValue, ...]:
-        """Keys and values of the context (B, L, D) for each block."""
+        """Compute keys and values of the context (B, L, D) for each block."""
         return tuple(m.memory(context) for m in self.modules() if isinstance(m, CrossAttention))
 
     def forward(self, x: Tensor, memory: tuple[KeyValue, ...] | None = None, mask: Tensor | None = None) -> Tensor:
@@ -175,10 +181,12 @@ class SpatialTransformer(nn.Module):
 
 
 class QKVAttention(nn.Module):
-    """ADM's attention of a feature map (B, C, H, W) over itself, added to what came in (Dhariwal & Nichol 2021; DDPM with one head).
+    """ADM's attention of a feature map (B, C, H, W) over itself, added to the input.
 
-    new_order: the projection's 3C channels are (q, k, v) of (heads, d), ADM's `use_new_attention_order`, not heads of (q, k, v).
-    depth: must be 1.  Raises ConfigError for another depth, or for a context, which it cannot hear.
+    Dhariwal & Nichol 2021; DDPM with one head.
+    new_order: the projection's 3C channels are (q, k, v) of (heads, d), ADM's `use_new_attention_order`, not heads of
+    (q, k, v).
+    depth: must be 1.  Raises ConfigError for another depth, or for a context, which it does not support.
     """
 
     def __init__(
@@ -194,9 +202,10 @@ class QKVAttention(nn.Module):
     ):
         super().__init__()
         if context_dim or depth != 1:
-            wanted = f"context_dim={context_dim}" if context_dim else f"transformer_depth={depth}"
+            option = f"context_dim={context_dim}" if context_dim else f"transformer_depth={depth}"
             raise ConfigError(
-                f"{wanted}: QKVAttention is one self-attention; use SpatialTransformer, or conditioner=none or label_vector"
+                f"{option}: QKVAttention is one self-attention; "
+                "use SpatialTransformer, or conditioner=none or label_vector"
             )
         self.heads, self.attend = heads, attend
         self.order = "b n (three h d) -> three b h n d" if new_order else "b n (h three d) -> three b h n d"
@@ -205,7 +214,7 @@ class QKVAttention(nn.Module):
         self.out = zero_module(nn.Linear(channels, channels))
 
     def memory(self, context: Tensor) -> tuple[KeyValue, ...]:
-        """Nothing: it hears no context."""
+        """Return an empty tuple: there is no cross-attention."""
         return ()
 
     def forward(self, x: Tensor, memory: tuple[KeyValue, ...] | None = None, mask: Tensor | None = None) -> Tensor:
@@ -215,10 +224,10 @@ class QKVAttention(nn.Module):
 
 
 def tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H*W, C)."""
+    """Flatten a feature map (B, C, H, W) to tokens (B, H*W, C)."""
     return rearrange(x, "b c h w -> b (h w) c")
 
 
 def image(h: Tensor, height: int) -> Tensor:
-    """(B, H*W, C) -> (B, C, H, W)."""
+    """Reshape tokens (B, H*W, C) to a feature map (B, C, H, W)."""
     return rearrange(h, "b (h w) c -> b c h w", h=height)

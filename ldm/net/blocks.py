@@ -1,4 +1,4 @@
-"""The convolutional blocks of the ADM / Stable Diffusion U-Net and of the autoencoders, and how time and vectors are embedded."""
+"""Convolutional blocks of the ADM / Stable Diffusion U-Net and of the autoencoders; embeddings of time and vectors."""
 
 import math
 from collections.abc import Callable
@@ -11,47 +11,50 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ConfigError
 
-PLACES = 256  # of smaller maps bfloat16 is normalised sooner as it is
-Resize = Callable[[Tensor, Size | None], Tensor]  # (B, C, H, W) and, for the way up, the (height, width) to reach
+MIN_POSITIONS_FLOAT32_NORM = 256  # on smaller maps torch's bfloat16 kernel is faster
+Resize = Callable[[Tensor, Size | None], Tensor]  # (B, C, H, W) and, when upsampling, the target (height, width)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """The module with all its parameters set to zero, so that the residual branch it ends begins as nothing (ADM, app. A)."""
+    """Set all parameters of a module to zero, so that the residual branch it ends is initially zero (ADM, app. A)."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 def maybe_checkpoint(module: nn.Module, *args: Any, keep: bool = True) -> Tensor:
-    """module(*args); without `keep` its activations are computed again in the backward pass instead (Chen et al. 2016)."""
+    """Call module(*args); if not `keep`, recompute its activations in the backward pass (Chen et al. 2016)."""
     return module(*args) if keep or not torch.is_grad_enabled() else checkpoint(module, *args, use_reentrant=False)
 
 
 def require_positive(**sizes: int) -> None:
-    """Raises ConfigError for a size below 1."""
+    """Raise ConfigError for a size below 1."""
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name}={size}: expected 1 or more")
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's; maps of bfloat16 on a CPU go through it in the precision of its weights (ADM's GroupNorm32), in half the time."""
+    """torch's GroupNorm, computed in the precision of its weights (ADM's GroupNorm32) for bfloat16 maps on a CPU.
+
+    On all but small maps this takes half the time there.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype == self.weight.dtype or x.shape[2:].numel() < PLACES:
+        if x.device.type != "cpu" or x.dtype == self.weight.dtype or x.shape[2:].numel() < MIN_POSITIONS_FLOAT32_NORM:
             return super().forward(x)
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def norm(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNorm:
-    """Group normalisation with `groups` groups, or their largest common divisor with `channels`."""
+    """Build a group normalisation with `groups` groups, or their largest common divisor with `channels`."""
     return GroupNorm(math.gcd(channels, groups), channels, eps=eps)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of t (B,), in the network's time units, as (B, dim) float: cosines, then sines (ADM; DDPM, sec. B).
+    """Embed t (B,), in the network's time units, as (B, dim) float: cosines, then sines (ADM; DDPM, sec. B).
 
-    Raises ConfigError for a period `longest` that is none.
+    Raises ConfigError unless max_period is above 0.
     """
     if max_period <= 0:
         raise ConfigError(f"max_period={max_period}: expected a period above 0")
@@ -62,7 +65,10 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 
 def ddpm_sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """As `sinusoid`, the way DDPM's own code has it: sines, then cosines, the slowest of period 2 pi `longest` exactly."""
+    """Embed t as DDPM's code does: sines, then cosines, the slowest of period 2 pi max_period exactly.
+
+    Shapes are those of timestep_embedding.
+    """
     half = dim // 2
     rates = torch.exp(-math.log(max_period) / (half - 1) * torch.arange(half, device=t.device, dtype=t.dtype))
     angles = t[:, None] * rates
@@ -70,34 +76,38 @@ def ddpm_sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
 
 
 def reversed_timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """As `sinusoid`, of 1 - t / 1000: time as SiT's and LightningDiT's networks are told it, from noise at 0 to data at 1."""
+    """Embed 1 - t / 1000 by timestep_embedding: SiT's and LightningDiT's time runs from noise at 0 to data at 1."""
     return timestep_embedding(1 - t / 1000, dim, max_period)
 
 
 def mlp(inputs: int, width: int) -> nn.Sequential:
-    """Two linear layers and a SiLU between: (B, inputs) -> (B, width), for a time embedding or for a vector added to it (SDXL)."""
+    """Build two linear layers with a SiLU between: (B, inputs) -> (B, width).
+
+    For a time embedding, or for a vector added to it (SDXL).
+    """
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def identity_embedding(inputs: int, width: int) -> nn.Identity:
-    """Nothing at all: the vector is added to the time embedding as it is, as ADM and DiT add a class's row.
+    """Build the identity: the vector is added to the time embedding unchanged, as ADM and DiT add a class's row.
 
     Raises ConfigError if the two widths differ.
     """
     if inputs != width:
         raise ConfigError(
-            f"a vector of {inputs} cannot be added to an embedding of {width}: set conditioner.dim={width}, or net.vector to mlp"
+            f"a vector of {inputs} cannot be added to an embedding of {width}: "
+            f"set conditioner.dim={width}, or net.vector_embedding to mlp"
         )
     return nn.Identity()
 
 
 def downsample(x: Tensor, size: Size | None = None) -> Tensor:
-    """x (B, C, H, W) at half the height and width, rounded up: means of 2x2 pixels."""
+    """Halve height and width of x (B, C, H, W), rounded up, by means of 2x2 pixels."""
     return F.avg_pool2d(x, 2, ceil_mode=True)
 
 
 def upsample(x: Tensor, size: Size | None = None) -> Tensor:
-    """x (B, C, H, W) at twice the height and width, or at `size` for what was odd: pixels repeated."""
+    """Double height and width of x (B, C, H, W), or resize it to `size` if that was odd, by repeating pixels."""
     return (
         F.interpolate(x, scale_factor=2.0, mode="nearest")
         if size is None
@@ -106,10 +116,12 @@ def upsample(x: Tensor, size: Size | None = None) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Residual block of two 3x3 convolutions that is told the time (ADM fig. 8): h (B, C, H, W), emb (B, E) -> (B, C', H, W).
+    """Residual block of two 3x3 convolutions with a time embedding: h (B, C, H, W), emb (B, E) -> (B, C', H, W).
 
-    scale_shift: the embedding scales and shifts the second normalisation (ADM's AdaGN) and is not merely added.
-    resize: `halve` or `double`, done between the first normalisation and convolution, and to the skip (BigGAN; ADM's up and down blocks).
+    ADM fig. 8.
+    scale_shift: the embedding scales and shifts the second normalisation (ADM's AdaGN) instead of being added.
+    resize: `downsample` or `upsample`, applied between the first normalisation and convolution and to the skip (BigGAN;
+    ADM's up and down blocks).
     """
 
     def __init__(
@@ -141,19 +153,21 @@ class ResBlock(nn.Module):
         if self.emb is None or emb is None:
             h = self.norm2(h)
         else:
-            told = self.emb(F.silu(emb))[:, :, None, None]
+            projected = self.emb(F.silu(emb))[:, :, None, None]
             if self.scale_shift:
-                scale, shift = told.chunk(2, dim=1)
+                scale, shift = projected.chunk(2, dim=1)
                 h = self.norm2(h) * (1 + scale) + shift
             else:
-                h = self.norm2(h + told)
+                h = self.norm2(h + projected)
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 
 class Downsample(nn.Module):
-    """Halve height and width, rounded up, with a strided 3x3 convolution; it is called as a ResBlock is, and the time tells it nothing.
+    """Halve height and width, rounded up, with a strided 3x3 convolution.
 
-    asymmetric: zeros at the right and at the bottom alone, as DDPM's own code and the autoencoders have it (even sizes only).
+    It has the signature of a ResBlock and ignores the time embedding.
+    asymmetric: pad with zeros only at the right and at the bottom, as DDPM's code and the autoencoders do (even sizes
+    only).
     """
 
     def __init__(self, channels: int, asymmetric: bool = False):
@@ -166,7 +180,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width (or reach `size`) by nearest neighbour, then a 3x3 convolution; called as a ResBlock is."""
+    """Double height and width (or reach `size`) by nearest neighbour, then a 3x3 convolution.
+
+    It has the signature of a ResBlock and ignores the time embedding.
+    """
 
     def __init__(self, channels: int):
         super().__init__()

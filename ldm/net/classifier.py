@@ -1,4 +1,7 @@
-"""ADM's classifier of noisy states: the U-Net's way down, and attention that pools (Dhariwal & Nichol 2021, sec. 4 and app. H)."""
+"""ADM's classifier of noisy states: the U-Net's encoder and attention pooling.
+
+Dhariwal & Nichol 2021, sec. 4 and app. H.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -14,9 +17,9 @@ from ldm.net.unet import Attention, MemoryCursor, UNetBlockConfig, UNetEncoder, 
 
 
 class AttentionPool(nn.Module):
-    """A feature map (B, C, size, size) -> (B, out): the mean of its places, as a token, attends to it and to them (CLIP's pooling).
+    """A feature map (B, C, size, size) -> (B, out): the mean of its positions is a token that attends to all tokens.
 
-    Raises ConfigError for a map of another size: its places are learned.
+    CLIP's pooling.  Raises ConfigError for a map of another size, because the position embeddings are learned.
     """
 
     def __init__(self, size: int, channels: int, heads: int, out: int, attend: AttentionFn = sdpa):
@@ -28,7 +31,7 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (self.size, self.size):
             raise ConfigError(
-                f"a map of {x.shape[2]} x {x.shape[3]}: this pooling has learned {self.size} x {self.size} places"
+                f"a map of {x.shape[2]} x {x.shape[3]}: this pooling has learned {self.size} x {self.size} positions"
             )
         h = tokens(x)
         h = torch.cat([h.mean(1, keepdim=True), h], dim=1) + self.positions  # (B, 1 + N, C)
@@ -37,9 +40,10 @@ class AttentionPool(nn.Module):
 
 
 class NoisyClassifier(UNetEncoder):
-    """Class logits (B, classes) of x_t (B, in_channels, size, size) at the network's time t (B,), for guidance=classifier.
+    """Class logits (B, classes) of x_t (B, in_channels, size, size) at the network's time t (B,).
 
-    size: height and width of x_t.  channels, mult, blocks, attention, head_channels, dropout, checkpoint: as UNet's.
+    For guidance=classifier.
+    size: height and width of x_t.  The other options are UNet's.
     Raises ConfigError for an x_t of another size.
     """
 
@@ -60,7 +64,7 @@ class NoisyClassifier(UNetEncoder):
         attention_fn: AttentionFn = sdpa,
         gradient_checkpointing: bool = False,
     ):
-        recipe = UNetBlockConfig(
+        config = UNetBlockConfig(
             4 * channels,
             None,
             None,
@@ -74,14 +78,14 @@ class NoisyClassifier(UNetEncoder):
             Downsample,
             attention_fn,
         )
-        attended = transformer_depths(1, attention_resolutions, len(channel_mult))
+        depths = transformer_depths(1, attention_resolutions, len(channel_mult))
         super().__init__(
-            recipe,
+            config,
             in_channels,
             channels,
             channel_mult,
             num_res_blocks,
-            attended,
+            depths,
             gradient_checkpointing=gradient_checkpointing,
         )
         width, factor = self.skip_widths[-1], 2 ** (len(channel_mult) - 1)

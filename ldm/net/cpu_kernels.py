@@ -1,4 +1,4 @@
-"""Layers for drawing on a CPU: the answers of the network's own by oneDNN's kernels, the weights laid out for them beforehand."""
+"""Layers for sampling on a CPU: they compute what the network's layers do, with oneDNN's kernels and packed weights."""
 
 from typing import Any, cast
 
@@ -10,38 +10,41 @@ from torch.nn.utils import parametrize
 from ldm.net.attention import FeedForward
 from ldm.net.blocks import GroupNorm, ResBlock, Upsample, upsample
 
-# overloads of an operator looked up at each call would cost more than a small product, so they are named here
+# looking up an operator's overload at each call would cost more than a small product, so the overloads are named here
 LINEAR, LINEAR_AND = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
 CONV_AND = torch.ops.mkldnn._convolution_pointwise.binary
-ALONE: Any = ("none", [], "")  # nothing is done to the product
-ADDED: Any = ("add", 1.0, None, [], None)
+NO_POST_OP: Any = ("none", [], "")
+ADD_POST_OP: Any = ("add", 1.0, None, [], None)
 
-MIN_POSITIONS_BF16_NORM = 1024  # from so many on bfloat16 is normalised sooner as it is; with gradients, in ldm.net.blocks, it is the other way about
+# on smaller maps float32 is faster than bfloat16; with gradients, in ldm.net.blocks, the opposite is true
+MIN_POSITIONS_BF16_NORM = 1024
 
-# nearest-neighbour doubling, then 3 taps, is 4 taps at stride 2 (rows: those taps, columns: the convolution's)
-DOUBLED = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+# nearest-neighbour upsampling, then 3 taps, is 4 taps at stride 2 (rows: those taps, columns: the convolution's)
+UPSAMPLE_TAPS = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 
 
 def pack(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The module with every layer in it that has a twin here replaced by it, which multiplies in dtype; a layer itself becomes its twin."""
+    """Replace every layer of a module that has a packed version here by it, and return the module.
+
+    The packed layers multiply in dtype.  A module that is such a layer itself is returned packed.
+    """
     if isinstance(module, Upsample) and (dtype != torch.float32 or module.conv.in_channels < 64):
-        module.conv = cast(
-            Any, pack(module.conv, dtype)
-        )  # of few channels and in bfloat16 the transposed convolution takes longer
+        # the transposed convolution of PackedUpsample is slower for few channels and in bfloat16
+        module.conv = cast(Any, pack(module.conv, dtype))
         return module
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return module  # nobody's here, but of somebody's own network
-    if (
-        twin := PACKED_TYPES.get(parametrize.type_before_parametrizations(module))
-    ) is not None:  # corrections are in the weights it is made of
-        return twin(module, dtype)
+        return module  # no network of this package has such a layer, but a user's may
+    # a LoRA correction is a parametrization: layer.weight, which the packed layer copies, includes it
+    packed_type = PACKED_TYPES.get(parametrize.type_before_parametrizations(module))
+    if packed_type is not None:
+        return packed_type(module, dtype)
     for name, child in module.named_children():
         setattr(module, name, pack(child, dtype))
     return module
 
 
 class Linear(nn.Module):
-    """torch.nn.Linear."""
+    """Packed torch.nn.Linear."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype):
         super().__init__()
@@ -50,32 +53,36 @@ class Linear(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return LINEAR(x.to(self.weight.dtype), self.weight, self.bias, *ALONE)
+        return LINEAR(x.to(self.weight.dtype), self.weight, self.bias, *NO_POST_OP)
 
 
 class Conv2d(nn.Module):
-    """torch.nn.Conv2d, padded with so many zeros."""
+    """Packed torch.nn.Conv2d, with explicit zero padding."""
 
     def __init__(self, layer: nn.Conv2d, dtype: torch.dtype):
         super().__init__()
-        self.how = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        # not packed: oneDNN's layout is for one shape of input, and of another it takes up to 40 times as long
+        self.geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        # not reordered: oneDNN's layout is for one input shape, and other shapes take up to 40 times as long
         self.weight = layer.weight.detach().to(dtype, memory_format=torch.channels_last)
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
 
-    def forward(self, x: Tensor, by: Tensor | None = None) -> Tensor:
-        """by: (C,), added everywhere."""
-        bias = self.bias if by is None else by.to(self.weight.dtype) if self.bias is None else self.bias + by
-        padding, stride, dilation, groups = self.how
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Convolve x (B, C, H, W) and add shift (C',) at every position."""
+        bias = self.bias if shift is None else shift.to(self.weight.dtype) if self.bias is None else self.bias + shift
+        padding, stride, dilation, groups = self.geometry
         return F.conv2d(x.to(self.weight.dtype), self.weight, bias, stride, padding, dilation, groups)
 
     def add_to(self, x: Tensor, other: Tensor) -> Tensor:
-        """What forward answers plus another (B, C, H, W)."""
-        return CONV_AND(x.to(self.weight.dtype), other.to(self.weight.dtype), self.weight, self.bias, *self.how, *ADDED)
+        """Convolve x and add another (B, C', H', W') in the same kernel."""
+        x, other = x.to(self.weight.dtype), other.to(self.weight.dtype)
+        return CONV_AND(x, other, self.weight, self.bias, *self.geometry, *ADD_POST_OP)
 
 
 class Norm(nn.Module):
-    """torch.nn.GroupNorm: its statistics in float32, as its kernel has them; of few places that of bfloat16 channels last is slow."""
+    """torch.nn.GroupNorm with statistics in float32, as in its kernel.
+
+    Small maps are normalised in float32, because the kernel for bfloat16 in channels_last is slow on them.
+    """
 
     def __init__(self, layer: nn.GroupNorm, dtype: torch.dtype):
         super().__init__()
@@ -87,12 +94,12 @@ class Norm(nn.Module):
 
 
 class PackedUpsample(nn.Module):
-    """Upsample: doubling and convolution as one transposed convolution, of 16 products where those two have 36."""
+    """Packed Upsample: doubling and convolution as one transposed convolution, with 16 products instead of 36."""
 
     def __init__(self, layer: Upsample, dtype: torch.dtype):
         super().__init__()
-        self.plain = Conv2d(layer.conv, dtype)  # for the odd sizes, which are not doubled
-        taps = DOUBLED.to(layer.conv.weight)
+        self.plain = Conv2d(layer.conv, dtype)  # for odd sizes, which are not doubled
+        taps = UPSAMPLE_TAPS.to(layer.conv.weight)
         weight = torch.einsum("oikl,ak,bl->ioab", layer.conv.weight.detach(), taps, taps)
         self.weight = weight.to(dtype, memory_format=torch.channels_last)
 
@@ -103,7 +110,10 @@ class PackedUpsample(nn.Module):
 
 
 class PackedResBlock(nn.Module):
-    """ResBlock: what one embedding tells all rows is in the first convolution's bias, and the second is made onto what it is added to."""
+    """Packed ResBlock, with the additions in the kernels of its convolutions.
+
+    An embedding that all rows share is added to the first convolution's bias; the skip is added in the second's kernel.
+    """
 
     def __init__(self, block: Any, dtype: torch.dtype):
         super().__init__()
@@ -119,19 +129,19 @@ class PackedResBlock(nn.Module):
         if self.emb is None or emb is None:
             h = self.norm2(self.conv1(h))
         else:
-            told = self.emb(F.silu(emb))
+            projected = self.emb(F.silu(emb))
             if self.block.scale_shift:
-                scale, shift = told[:, :, None, None].chunk(2, dim=1)
+                scale, shift = projected[:, :, None, None].chunk(2, dim=1)
                 h = torch.addcmul(shift, self.norm2(self.conv1(h)), 1 + scale)
-            elif len(told) == 1:
-                h = self.norm2(self.conv1(h, told[0]))
+            elif len(projected) == 1:
+                h = self.norm2(self.conv1(h, projected[0]))
             else:
-                h = self.norm2(self.conv1(h) + told[:, :, None, None])
+                h = self.norm2(self.conv1(h) + projected[:, :, None, None])
         return self.conv2.add_to(F.silu(h, inplace=True), self.skip(x))
 
 
 class GEGLU(nn.Module):
-    """FeedForward, whose gate and product with it are made with the projections."""
+    """Packed FeedForward: GELU and the product with the gate are post-operations of the projections."""
 
     def __init__(self, layer: FeedForward, dtype: torch.dtype):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The diffusion transformer DiT with adaLN-Zero (Peebles & Xie 2023), and the blocks that came after it as options."""
+"""The diffusion transformer DiT with adaLN-Zero (Peebles & Xie 2023), with later blocks as options."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,7 +29,7 @@ plain_norm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 
 
 class MLP(nn.Module):
-    """Two linear layers on x (B, N, C), `mult` times as wide inside, and a GELU (its tanh form) between."""
+    """Two linear layers on x (B, N, C), `mult` times as wide inside, with a GELU (its tanh form) between."""
 
     def __init__(self, channels: int, mult: float = 4.0):
         super().__init__()
@@ -40,7 +40,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer of x (B, N, C), two thirds of `mult` times as wide inside: an MLP's size (Shazeer 2020, eq. 6)."""
+    """Gated feed-forward layer of x (B, N, C), 2/3 `mult` times as wide inside: an MLP's size (Shazeer 2020, eq. 6)."""
 
     def __init__(self, channels: int, mult: float = 4.0):
         super().__init__()
@@ -53,9 +53,10 @@ class SwiGLU(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, cross-attention (where there is a context) and feed-forward on x (B, N, C), told silu(emb) (B, C) by adaLN-Zero.
+    """Self-attention, cross-attention (with a context_dim) and feed-forward on x (B, N, C), with adaLN-Zero.
 
-    Cross-attention stands as in PixArt-alpha (Chen et al. 2023, fig. 4): not modulated, and nothing at first.
+    The modulation is a linear function of silu(emb) (B, C).
+    Cross-attention is placed as in PixArt-alpha (Chen et al. 2023, fig. 4): not modulated, and initially zero.
     """
 
     def __init__(
@@ -75,9 +76,14 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(channels, 6 * channels)
 
     def forward(
-        self, x: Tensor, told: Tensor, memory: tuple[KeyValue, ...] | None, mask: Tensor | None, rotate: Rotate | None
+        self,
+        x: Tensor,
+        silu_emb: Tensor,
+        memory: tuple[KeyValue, ...] | None,
+        mask: Tensor | None,
+        rotate: Rotate | None,
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(told)[:, None].chunk(6, dim=-1)  # (B, 1, C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(silu_emb)[:, None].chunk(6, dim=-1)  # (B, 1, C)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, rotate)
         if self.cross_attention is not None and memory is not None:
             x = x + self.cross_attention(x, memory[0], mask)
@@ -85,7 +91,7 @@ class DiTBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """From tokens (B, N, C) to their patches (B, N, features), told silu(emb) (B, C) by adaLN."""
+    """From tokens (B, N, C) to their patches (B, N, features), modulated by adaLN on silu(emb) (B, C)."""
 
     def __init__(self, channels: int, features: int, norm: Callable[[int], nn.Module]):
         super().__init__()
@@ -95,21 +101,26 @@ class Head(nn.Module):
             nn.Linear(channels, features),
         )
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        shift, scale = self.modulation(told)[:, None].chunk(2, dim=-1)  # (B, 1, C)
+    def forward(self, x: Tensor, silu_emb: Tensor) -> Tensor:
+        shift, scale = self.modulation(silu_emb)[:, None].chunk(2, dim=-1)  # (B, 1, C)
         return self.out(self.norm(x) * (1 + scale) + shift)
 
 
 class DiT(nn.Module):
-    """Transformer over the patches of x (B, in_channels [+ concat], H, W), told t and a Condition; answers (B, out_channels, H, W).
+    """Transformer over the patches of x (B, in_channels [+ concat], H, W); returns (B, out_channels, H, W).
 
-    patch: their height and width, which must divide H and W.  channels, depth, heads: width, blocks, attention heads.
+    patch_size: height and width of a patch, which must divide H and W.  channels, depth, num_heads: width, blocks,
+    attention heads.
     context_dim, vector_dim, concat_channels: sizes of the Condition's fields; None or 0 where the field is not used.
-    norm, feed_forward: layers by width.  qk_norm: the normalisation of queries and keys by a head's width, or None.
-    positions: what is added to the tokens of a grid.  rotary: rope_2d, or None.  sinusoid, vector: what t is read as in `frequencies`
-    numbers, and by what cond.vector reaches the time embedding: DiT adds a class's row as it is.
-    residuals: one (B, N, channels) for each block, added to its answer.  checkpoint: recompute activations in the backward pass.
-    LightningDiT (Yao & Wang 2025) is torch.nn.RMSNorm, SwiGLU and rope_2d.  Raises ConfigError for sizes the patch does not divide.
+    norm, feed_forward: constructors of the layers, called with the width.  qk_norm: constructor of the normalisation of
+    queries and keys, called with a head's width, or None.
+    positions: embeddings added to the tokens of a grid.  rotary: rope_2d, or None.  time_embedding: embeds t in
+    `frequencies` numbers.
+    vector_embedding: maps cond.vector to the time embedding; DiT adds a class's row unchanged.
+    residuals: one (B, N, channels) for each block, added to its output.
+    gradient_checkpointing: recompute activations in the backward pass.
+    LightningDiT (Yao & Wang 2025) is torch.nn.RMSNorm, SwiGLU and rope_2d.  Raises ConfigError for sizes the patch does
+    not divide.
     """
 
     def __init__(
@@ -160,7 +171,11 @@ class DiT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Draw the weights as DiT's code does (sec. 3.2): Xavier, small for the time, and nothing where a residual or the answer ends."""
+        """Initialise the weights as DiT's code does (sec. 3.2).
+
+        Xavier; a small normal for the time embedding; zero for the last layer of each residual branch and of the
+        network.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -177,14 +192,14 @@ class DiT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def embed(self, t: Tensor, cond: Condition) -> Tensor:
-        """Embedding (B, channels) of the network's time t (B,) and of cond.vector."""
+        """Embed the network's time t (B,) and cond.vector: (B, channels)."""
         emb = self.time(self.sinusoid(t, self.frequencies).to(self.patch.weight.dtype))
         return emb if self.vector is None else emb + self.vector(cond.vector)
 
     def memory(self, cond: Condition) -> CrossAttentionCache | None:
-        """Keys and values of cond.context for every block, to be computed once per prompt; None without a context.
+        """Compute keys and values of cond.context for every block, once per prompt; None without a context.
 
-        Raises ConfigError for a context that no block could hear.
+        Raises ConfigError for a context if the network has no cross-attention.
         """
         context = require_context(cond, self.context_dim)
         if context is None:
@@ -205,15 +220,16 @@ class DiT(nn.Module):
             raise ConfigError(
                 f"{x.shape[2]} x {x.shape[3]} cannot be cut into patches of {self.size}; choose another size of image"
             )
-        told = F.silu(self.embed(t, cond) if emb is None else emb)
+        silu_emb = F.silu(self.embed(t, cond) if emb is None else emb)
         memory = self.memory(cond) if memory is None else memory
         h = self.patch(x if cond.concat is None else torch.cat([x, cond.concat], dim=1))  # (B, C, h, w)
         rows, columns = h.shape[2:]
         rotate = self.rotary(rows, columns, self.channels // self.heads, h.device) if self.rotary else None
         h = tokens(h) + self.positions(rows, columns, self.channels, h.device).to(h.dtype)  # (B, N, C)
-        looked: Sequence[tuple[KeyValue, ...] | None] = memory.layers if memory else [None] * len(self.blocks)
-        more: Sequence[Tensor | None] = residuals if residuals is not None else [None] * len(self.blocks)
-        for block, kv, residual in zip(self.blocks, looked, more, strict=True):
-            h = maybe_checkpoint(block, h, told, kv, memory.mask if memory else None, rotate, keep=not self.checkpoint)
+        layers: Sequence[tuple[KeyValue, ...] | None] = memory.layers if memory else [None] * len(self.blocks)
+        added: Sequence[Tensor | None] = residuals if residuals is not None else [None] * len(self.blocks)
+        mask, keep = memory.mask if memory else None, not self.checkpoint
+        for block, kv, residual in zip(self.blocks, layers, added, strict=True):
+            h = maybe_checkpoint(block, h, silu_emb, kv, mask, rotate, keep=keep)
             h = h if residual is None else h + residual
-        return rearrange(self.head(h, told), "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.size, q=self.size)
+        return rearrange(self.head(h, silu_emb), "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.size, q=self.size)

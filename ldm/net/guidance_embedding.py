@@ -1,4 +1,4 @@
-"""A network that is told the guidance scale."""
+"""A network that takes the guidance scale as a condition."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,12 @@ from ldm.net.blocks import mlp, timestep_embedding, zero_module
 
 
 class GuidanceEmbedding(nn.Module):
-    """A network with cond.scale (B,) added to its time embedding, at first without effect (Meng et al. 2023, section 3.1).
+    """A network with cond.scale (B,) added to its time embedding, initially without effect.
 
-    net: its constructor, options bound; called with the keywords that are not this one's own.  width: of the scale's sinusoid.
+    Meng et al. 2023, section 3.1.
+
+    net: constructor of the network, called with the keywords in_channels to concat_channels.
+    width: number of frequencies in the scale's embedding.
     """
 
     net: Any  # a network with embed and memory
@@ -39,7 +42,7 @@ class GuidanceEmbedding(nn.Module):
         zero_module(self.scale[-1])
 
     def embed(self, t: Tensor, cond: Condition) -> Tensor:
-        """The network's embedding plus that of the scale, 1 where none is told."""
+        """Compute the network's embedding plus that of the scale, which is 1 if cond.scale is None."""
         emb = self.net.embed(t, cond)
         scale = t.new_ones(len(t)) if cond.scale is None else cond.scale
         return emb + self.scale(timestep_embedding(100 * scale, self.width).to(emb))
@@ -47,5 +50,5 @@ class GuidanceEmbedding(nn.Module):
     def memory(self, cond: Condition) -> Any:
         return self.net.memory(cond)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Condition, *, emb: Tensor | None = None, **given: Any) -> Tensor:
-        return self.net(x, t, cond, emb=self.embed(t, cond) if emb is None else emb, **given)
+    def forward(self, x: Tensor, t: Tensor, cond: Condition, *, emb: Tensor | None = None, **options: Any) -> Tensor:
+        return self.net(x, t, cond, emb=self.embed(t, cond) if emb is None else emb, **options)

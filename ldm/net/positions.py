@@ -1,4 +1,4 @@
-"""Where a token stands in its image: fixed embeddings to add, and rotations of queries and keys."""
+"""Positions of tokens in an image: fixed embeddings to add, and rotations of queries and keys."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,9 @@ from ldm.net.attention import Rotate
 
 
 def sincos_2d(height: int, width: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Sines and cosines of each place's column, then of its row: (height * width, dim) float32, row by row (DiT, from MAE).
+    """Compute sines and cosines of each position's column, then of its row: (height * width, dim) float32, row by row.
 
+    DiT, from MAE.
     Raises ConfigError unless 4 divides dim.
     """
     column = _angles(torch.arange(width, device=device), dim).repeat(height, 1)  # (N, dim / 4)
@@ -18,9 +19,12 @@ def sincos_2d(height: int, width: int, dim: int, device: torch.device | str = "c
 
 
 def rope_2d(height: int, width: int, dim: int, device: torch.device | str = "cpu", theta: float = 10_000.0) -> Rotate:
-    """The rotation of (B, heads, height * width, dim), the first half of dim by the row and the second by the column, so that the product
-    of a query and a key depends on how far apart they are (Su et al. 2021, eq. 34; in two dimensions Fang et al. 2023).
+    """Return the rotation of (B, heads, height * width, dim): half of dim by the row, half by the column.
 
+    The first half of dim is rotated by the row.
+
+    The product of a query and a key then depends on their distance (Su et al. 2021, eq. 34; in two dimensions Fang et
+    al. 2023).
     Raises ConfigError unless 4 divides dim.
     """
     row = _angles(torch.arange(height, device=device), dim, theta).repeat_interleave(width, 0)
@@ -35,9 +39,9 @@ def rope_2d(height: int, width: int, dim: int, device: torch.device | str = "cpu
     return rotate
 
 
-def _angles(place: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
-    """place (N,) times dim / 4 falling rates: (N, dim / 4) float32."""
+def _angles(position: Tensor, dim: int, theta: float = 10_000.0) -> Tensor:
+    """Multiply position (N,) by dim / 4 decreasing rates: (N, dim / 4) float32."""
     if dim % 4:
         raise ConfigError(f"two-dimensional positions need a width that 4 divides, not {dim}")
-    rates = longest ** (-torch.arange(dim // 4, device=place.device, dtype=torch.float32) / (dim // 4))
-    return place[:, None] * rates
+    rates = theta ** (-torch.arange(dim // 4, device=position.device, dtype=torch.float32) / (dim // 4))
+    return position[:, None] * rates

@@ -1,4 +1,4 @@
-"""Published networks with their published weights, built where more than one room looks through them."""
+"""Published networks with their published weights, which more than one package uses."""
 
 from pathlib import Path
 from typing import Any
@@ -10,31 +10,32 @@ from ldm.io.download import efficientnet_lite0, vgg16
 
 
 def load_efficientnet_lite0(weights: str | Path | None = None) -> Any:
-    """EfficientNet-Lite0 (Tan & Le 2019; timm's `tf_efficientnet_lite0`), frozen, for RGB (B, 3, H, W) in [-1, 1].
+    """Load EfficientNet-Lite0 (Tan & Le 2019; timm's `tf_efficientnet_lite0`), frozen, for RGB (B, 3, H, W) in [-1, 1].
 
-    weights: a file, None for the published ones.  Raises AssetNotFoundError where those are not to be had.
+    weights: a file, None for the published ones.  Raises AssetNotFoundError if those are not available.
     """
     import timm
 
     state = torch.load(weights or efficientnet_lite0(), map_location="cpu", weights_only=True)
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    net.load_state_dict(
-        dict(zip(net.state_dict(), state.values(), strict=True))
-    )  # the file has timm's order and other names
+    # the file has timm's order and other names
+    net.load_state_dict(dict(zip(net.state_dict(), state.values(), strict=True)))
     return net.eval().requires_grad_(False)
 
 
 def load_vgg16_features(weights: str | Path | None = None) -> nn.Sequential:
-    """VGG-16's convolutions (torchvision's `features`), frozen, for RGB (B, 3, H, W) of ImageNet's mean 0 and variance 1.
+    """Load VGG-16's convolutions (torchvision's `features`), frozen.
 
-    weights: a file of the whole classifier, None for the published one.  Raises AssetNotFoundError where that is not to be had.
+    They take RGB (B, 3, H, W) normalised to ImageNet's mean 0 and variance 1.
+    weights: a file of the complete classifier, None for the published one.  Raises AssetNotFoundError if that is not
+    available.
     """
-    path = weights or vgg16()  # before the import below, which is slow: a missing file is said at once
-    from torchvision.models import vgg16 as make
+    path = weights or vgg16()  # before the import below, which is slow, so that a missing file is reported at once
+    from torchvision.models import vgg16 as build_vgg16
 
     state = torch.load(path, map_location="cpu", weights_only=True)
     with torch.device("meta"):  # most of its weights are the classifier's, which is left out
-        net = make(weights=None).features
+        net = build_vgg16(weights=None).features
     net.load_state_dict(
         {name.removeprefix("features."): v for name, v in state.items() if name.startswith("features.")}, assign=True
     )
@@ -42,7 +43,7 @@ def load_vgg16_features(weights: str | Path | None = None) -> nn.Sequential:
 
 
 def lpips_weights() -> list[Tensor]:
-    """LPIPS's learned weights (C_k,) for VGG-16's five stages (Zhang et al. 2018, v0.1; they come with torchmetrics)."""
+    """Load LPIPS's learned weights (C_k,) for VGG-16's five stages (Zhang et al. 2018, v0.1; part of torchmetrics)."""
     import torchmetrics.functional.image
 
     path = Path(torchmetrics.functional.image.__file__).with_name("lpips_models") / "vgg.pth"

@@ -1,4 +1,4 @@
-"""The U-Net of ADM and of latent diffusion (LDM fig. 3): residual blocks, attention of either kind, and everything a Condition tells."""
+"""The U-Net of ADM and of latent diffusion (LDM fig. 3): residual blocks, two kinds of attention, and conditioning."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,63 +33,63 @@ from ldm.net.blocks import (
 )
 
 Attention = SpatialTransformer | QKVAttention
-Looked = tuple[KeyValue, ...] | None
+LayerMemory = tuple[KeyValue, ...] | None
 
 
 class Layer(nn.Module):
-    """A residual block, then attention if there is any."""
+    """A residual block, followed by attention unless it is None."""
 
     def __init__(self, res: ResBlock, attention: Attention | None):
         super().__init__()
         self.res, self.attention = res, attention
 
-    def forward(self, h: Tensor, emb: Tensor, memory: Looked, mask: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, memory: LayerMemory, mask: Tensor | None) -> Tensor:
         h = self.res(h, emb)
         return h if self.attention is None else self.attention(h, memory, mask)
 
 
 class MemoryCursor:
-    """Hands each layer its part of a Memory, in the order of the forward pass."""
+    """An iterator that gives each layer its part of a CrossAttentionCache, in the order of the forward pass."""
 
     def __init__(self, memory: CrossAttentionCache | None):
         self.layers: Iterator[tuple[KeyValue, ...]] = iter(memory.layers if memory else ())
         self.mask = memory.mask if memory else None
 
-    def __call__(self, layer: nn.Module) -> tuple[Looked, Tensor | None]:
+    def __call__(self, layer: nn.Module) -> tuple[LayerMemory, Tensor | None]:
         return (next(self.layers, None) if layer.attention is not None else None), self.mask
 
 
 class Down(nn.Module):
-    """The layers of one resolution, then, but for the last, what halves it: h (B, C, H, W) -> every state on the way, the skips."""
+    """The layers of one resolution, then downsampling, except at the last: h (B, C, H, W) -> each output, the skips."""
 
     def __init__(self, layers: Sequence[Layer], resample: nn.Module | None):
         super().__init__()
         self.layers, self.resample = nn.ModuleList(layers), resample
 
-    def forward(self, h: Tensor, emb: Tensor, look: MemoryCursor, keep: bool) -> list[Tensor]:
+    def forward(self, h: Tensor, emb: Tensor, cursor: MemoryCursor, keep: bool) -> list[Tensor]:
         states = []
         for layer in self.layers:
-            h = maybe_checkpoint(layer, h, emb, *look(layer), keep=keep)
+            h = maybe_checkpoint(layer, h, emb, *cursor(layer), keep=keep)
             states.append(h)
         return states if self.resample is None else [*states, maybe_checkpoint(self.resample, h, emb, keep=keep)]
 
 
 class Up(nn.Module):
-    """The layers of one resolution, each with a skip taken off the end of `skips`, then, but for the last, what doubles it."""
+    """The layers of one resolution, each with a skip popped off `skips`, then upsampling, except at the finest."""
 
     def __init__(self, layers: Sequence[Layer], resample: nn.Module | None):
         super().__init__()
         self.layers, self.resample = nn.ModuleList(layers), resample
 
-    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor, look: MemoryCursor, keep: bool) -> Tensor:
+    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor, cursor: MemoryCursor, keep: bool) -> Tensor:
         for layer in self.layers:
-            h = maybe_checkpoint(layer, torch.cat([h, skips.pop()], dim=1), emb, *look(layer), keep=keep)
+            h = maybe_checkpoint(layer, torch.cat([h, skips.pop()], dim=1), emb, *cursor(layer), keep=keep)
         return h if self.resample is None else maybe_checkpoint(self.resample, h, emb, skips[-1].shape[2:], keep=keep)
 
 
 @dataclass(frozen=True)
 class UNetBlockConfig:
-    """How the layers of a U-Net are made: its options but for those that say where a layer stands."""
+    """The options of a U-Net's layers, except those that depend on a layer's position."""
 
     emb_dim: int
     context_dim: int | None
@@ -105,11 +105,12 @@ class UNetBlockConfig:
     attention_fn: AttentionFn
 
     def layer(self, inputs: int, width: int, depth: int) -> Layer:
-        """Width `inputs` to `width`; depth 0 is no attention."""
+        """Build a layer from width `inputs` to `width`; depth 0: without attention."""
         res = ResBlock(inputs, width, self.emb_dim, self.dropout, self.use_scale_shift_norm, self.num_groups, self.eps)
-        return Layer(res, self.attention_resolutions(width, depth) if depth else None)
+        return Layer(res, self.attention(width, depth) if depth else None)
 
-    def attention_resolutions(self, width: int, depth: int) -> Attention:
+    def attention(self, width: int, depth: int) -> Attention:
+        """Build an attention of `depth` blocks. Raises ConfigError if the heads do not divide the width."""
         divisor = self.num_heads or self.num_head_channels
         if divisor < 1 or width % divisor:
             option = "num_heads" if self.num_heads else "num_head_channels"
@@ -132,14 +133,15 @@ class UNetBlockConfig:
 
 
 def concat_condition(x: Tensor, cond: Condition) -> Tensor:
-    """x_t (B, C, h, w) with cond.concat, if there is any, on its channels."""
+    """Concatenate x_t (B, C, h, w) and cond.concat, if there is any, along the channels."""
     return x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
 
 
 def transformer_depths(depth: int | Sequence[int], attention: Sequence[int], levels: int) -> list[int]:
-    """Transformer blocks at each level, and last in the middle; 0 where there is no attention.
+    """Return the number of transformer blocks at each level, and last in the middle; 0 means no attention.
 
-    The middle attends as soon as a factor is listed, even one that no level has: so do the published configurations that list such.
+    The middle has attention if any factor is listed, even one that no level has, as in the published configurations
+    that list such a factor.
     Raises ConfigError if there are not as many depths as levels.
     """
     each = [depth] * levels if isinstance(depth, int) else list(depth)
@@ -151,19 +153,19 @@ def transformer_depths(depth: int | Sequence[int], attention: Sequence[int], lev
 
 
 class UNetEncoder(nn.Module):
-    """The U-Net's way down and its middle, which classifiers and ControlNets have too; the options are UNet's.
+    """The U-Net's downsampling path and its middle, which classifiers and ControlNets share; the options are UNet's.
 
-    attended: the depths of `transformer_depths`.
+    depths: from `transformer_depths`.
     """
 
     def __init__(
         self,
-        recipe: UNetBlockConfig,
+        config: UNetBlockConfig,
         in_channels: int,
         channels: int,
         channel_mult: Sequence[int],
         num_res_blocks: int,
-        attended: Sequence[int],
+        depths: Sequence[int],
         vector_dim: int | None = None,
         vector_embedding: Callable[[int, int], nn.Module] = mlp,
         time_embedding: Callable[[Tensor, int], Tensor] = timestep_embedding,
@@ -172,34 +174,34 @@ class UNetEncoder(nn.Module):
         super().__init__()
         self.channels, self.context_dim, self.sinusoid, self.checkpoint = (
             channels,
-            recipe.context_dim,
+            config.context_dim,
             time_embedding,
             gradient_checkpointing,
         )
-        self.time = mlp(channels, recipe.emb_dim)
-        self.vector = vector_embedding(vector_dim, recipe.emb_dim) if vector_dim else None
+        self.time = mlp(channels, config.emb_dim)
+        self.vector = vector_embedding(vector_dim, config.emb_dim) if vector_dim else None
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down = nn.ModuleList()
-        width, self.skip_widths = channels, [channels]  # the width of each skip
+        width, self.skip_widths = channels, [channels]
         for level, factor in enumerate(channel_mult):
             last = level == len(channel_mult) - 1
             widths = [width, *[factor * channels] * num_res_blocks]
-            layers = [recipe.layer(a, b, attended[level]) for a, b in pairwise(widths)]
+            layers = [config.layer(a, b, depths[level]) for a, b in pairwise(widths)]
             width = widths[-1]
-            self.down.append(Down(layers, None if last else recipe.down(width)))
+            self.down.append(Down(layers, None if last else config.down(width)))
             self.skip_widths += [*widths[1:], *[width] * (not last)]
-        self.middle1 = recipe.layer(width, width, attended[-1])
-        self.middle2 = recipe.layer(width, width, 0)
+        self.middle1 = config.layer(width, width, depths[-1])
+        self.middle2 = config.layer(width, width, 0)
 
     def embed(self, t: Tensor, cond: Condition) -> Tensor:
-        """Embedding (B, 4*channels) of the network's time t (B,) and of cond.vector."""
+        """Embed the network's time t (B,) and cond.vector: (B, 4*channels)."""
         emb = self.time(self.sinusoid(t, self.channels).to(self.stem.weight.dtype))
         return emb if self.vector is None else emb + self.vector(cond.vector)
 
     def memory(self, cond: Condition) -> CrossAttentionCache | None:
-        """Keys and values of cond.context for every attention, to be computed once per prompt; None without a context.
+        """Compute keys and values of cond.context for every attention, once per prompt; None without a context.
 
-        Raises ConfigError for a context that no layer could hear.
+        Raises ConfigError for a context if the network has no cross-attention.
         """
         context = require_context(cond, self.context_dim)
         if context is None:
@@ -209,27 +211,33 @@ class UNetEncoder(nn.Module):
             cond,
         )
 
-    def encode(self, h: Tensor, emb: Tensor, look: MemoryCursor) -> tuple[Tensor, list[Tensor]]:
-        """The middle's answer (B, C, h, w) and the skips, first to last, of the stem's h (B, channels, H, W)."""
+    def encode(self, h: Tensor, emb: Tensor, cursor: MemoryCursor) -> tuple[Tensor, list[Tensor]]:
+        """Return the middle's output (B, C, h, w) and the skips, first to last, of the stem's h (B, channels, H, W)."""
         skips, keep = [h], not self.checkpoint
         for level in self.down:
-            skips += level(skips[-1], emb, look, keep)
-        h = maybe_checkpoint(self.middle1, skips[-1], emb, *look(self.middle1), keep=keep)
-        return maybe_checkpoint(self.middle2, h, emb, *look(self.middle2), keep=keep), skips
+            skips += level(skips[-1], emb, cursor, keep)
+        h = maybe_checkpoint(self.middle1, skips[-1], emb, *cursor(self.middle1), keep=keep)
+        return maybe_checkpoint(self.middle2, h, emb, *cursor(self.middle2), keep=keep), skips
 
 
 class UNet(UNetEncoder):
-    """U-Net over x (B, in_channels [+ concat], H, W) that is told t and a Condition, and answers (B, out_channels, H, W); H, W of any size.
+    """U-Net over x (B, in_channels [+ concat], H, W) of any H and W; returns (B, out_channels, H, W).
 
-    channels, mult: width, and its factor at each level; every level halves height and width.  blocks: residual blocks a level.
-    attention: the downsample factors (1, 2, 4, ...) that have attention; the middle has it if any factor is listed.
+    channels, channel_mult: width, and its factor at each level; every level halves height and width.
+    num_res_blocks: residual blocks per level.
+    attention_resolutions: the downsampling factors (1, 2, 4, ...) that have attention; the middle has it if any factor
+    is listed.
     context_dim, vector_dim, concat_channels: sizes of the Condition's fields; None or 0 where the field is not used.
-    heads: attention heads, or None for as many as give head_channels each.  depth: transformer blocks at each place, or for each level.
-    scale_shift, resblock_updown: ADM's residual blocks, and such blocks to change the resolution.  groups, eps: of their normalisations.
-    block: SpatialTransformer or QKVAttention, its options bound.  downsample, sinusoid, vector: what halves a level where no block does,
-    what t is read as, and by what cond.vector reaches the time embedding.  checkpoint: recompute activations in the backward pass.
+    num_heads: attention heads, or None for as many as have num_head_channels each.
+    transformer_depth: transformer blocks per attention, one number or one for each level.
+    use_scale_shift_norm, resblock_updown: ADM's residual blocks, and such blocks to change the resolution.
+    num_groups, eps: of the residual blocks' normalisations.
+    block: constructor of the attention, SpatialTransformer or QKVAttention with their options.
+    downsample: constructor of the layer that halves a level without resblock_updown.
+    time_embedding: embeds t.  vector_embedding: maps cond.vector to the time embedding.
+    gradient_checkpointing: recompute activations in the backward pass.
     residuals: a tensor for each skip, first to last, and one for the middle, added to them (ControlNet).
-    Raises ConfigError for heads or head_channels that do not divide, or depths of another number than levels.
+    Raises ConfigError for num_heads or num_head_channels that do not divide, or depths of another number than levels.
     """
 
     def __init__(
@@ -258,7 +266,7 @@ class UNet(UNetEncoder):
         attention_fn: AttentionFn = sdpa,
         gradient_checkpointing: bool = False,
     ):
-        recipe = UNetBlockConfig(
+        config = UNetBlockConfig(
             4 * channels,
             context_dim,
             num_heads,
@@ -272,29 +280,28 @@ class UNet(UNetEncoder):
             downsample,
             attention_fn,
         )
-        attended = transformer_depths(transformer_depth, attention_resolutions, len(channel_mult))
+        depths = transformer_depths(transformer_depth, attention_resolutions, len(channel_mult))
         super().__init__(
-            recipe,
+            config,
             in_channels + concat_channels,
             channels,
             channel_mult,
             num_res_blocks,
-            attended,
+            depths,
             vector_dim,
             vector_embedding,
             time_embedding,
             gradient_checkpointing,
         )
         width, skips = self.skip_widths[-1], list(self.skip_widths)
-        self.up = (
-            nn.ModuleList()
-        )  # after the middle: `memory` goes through the modules in the order of the forward pass
+        # registered after the middle: `memory` visits the modules in the order of the forward pass
+        self.up = nn.ModuleList()
         for level, factor in reversed(list(enumerate(channel_mult))):
             layers = []
             for _ in range(num_res_blocks + 1):
-                layers.append(recipe.layer(width + skips.pop(), factor * channels, attended[level]))
+                layers.append(config.layer(width + skips.pop(), factor * channels, depths[level]))
                 width = factor * channels
-            self.up.append(Up(layers, recipe.up(width) if level else None))
+            self.up.append(Up(layers, config.up(width) if level else None))
         self.out = nn.Sequential(
             norm(width, num_groups, eps), nn.SiLU(), zero_module(nn.Conv2d(width, out_channels, 3, padding=1))
         )
@@ -310,11 +317,11 @@ class UNet(UNetEncoder):
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         emb = self.embed(t, cond) if emb is None else emb
-        look = MemoryCursor(self.memory(cond) if memory is None else memory)
-        h, skips = self.encode(self.stem(concat_condition(x, cond)), emb, look)
+        cursor = MemoryCursor(self.memory(cond) if memory is None else memory)
+        h, skips = self.encode(self.stem(concat_condition(x, cond)), emb, cursor)
         if residuals is not None:
-            *of_skips, of_middle = residuals
-            h, skips = h + of_middle, [s + r for s, r in zip(skips, of_skips, strict=True)]
+            *skip_residuals, middle_residual = residuals
+            h, skips = h + middle_residual, [s + r for s, r in zip(skips, skip_residuals, strict=True)]
         for level in self.up:
-            h = level(h, skips, emb, look, not self.checkpoint)
+            h = level(h, skips, emb, cursor, not self.checkpoint)
         return self.out(h)

@@ -50,7 +50,7 @@ def lively(net, which=-1, seed=1):
 
 def test_it_begins_as_nothing_and_trains_alone(net):
     before, names = net(*told()), set(net.state_dict())
-    lora.inject(net, rank=2, where=EVERY)
+    lora.inject(net, rank=2, target_modules=EVERY)
     assert torch.equal(net(*told()), before)
     net(*told()).square().mean().backward()
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
@@ -64,7 +64,7 @@ def test_it_begins_as_nothing_and_trains_alone(net):
 
 def test_merged_is_unmerged_and_the_scale_counts(net):
     before = net(*told())
-    corrected = lively(lora.inject(net, rank=3, where=EVERY))(*told())
+    corrected = lively(lora.inject(net, rank=3, target_modules=EVERY))(*told())
     assert (corrected - before).abs().max() > 0.01
     lora.set_scale(net, 0.0)
     assert torch.equal(net(*told()), before)
@@ -75,14 +75,14 @@ def test_merged_is_unmerged_and_the_scale_counts(net):
 def test_the_correction_is_up_times_down(net):
     layer = net.middle1.attention.blocks[0].cross_attention.kv
     weight = layer.weight.detach().clone()
-    lively(lora.inject(net, rank=2, where=["middle1.*.kv"]))
+    lively(lora.inject(net, rank=2, target_modules=["middle1.*.kv"]))
     (correction,) = lora.lora_layers(net)["middle1.attention.blocks.0.cross_attention.kv"]
     lora.set_scale(net, 0.5)
     assert torch.equal(layer.weight, weight + 0.5 * (correction.up @ correction.down))
 
 
 def test_saved_factors_reload_to_the_bit_several_at_once(net):
-    first = lora.export_factors(lively(lora.inject(net, rank=2, where=EVERY)))
+    first = lora.export_factors(lively(lora.inject(net, rank=2, target_modules=EVERY)))
     alone = net(*told())
     second = {name: value + 0.1 for name, value in first.items()}
     lora.load_factors(net, second, scale=0.3)
@@ -114,10 +114,10 @@ def test_another_networks_is_refused(net):
     made = lora.export_factors(lora.inject(other, rank=2))
     with pytest.raises(ValueError, match=r"of another network: .*factors .* and .* are not of a weight"):
         lora.load_factors(net, made)
-    with pytest.raises(ValueError, match="corrects nowhere, which is not here"):
+    with pytest.raises(ValueError, match="corrects nowhere, which does not exist"):
         lora.load_factors(net, {"nowhere.down": torch.ones(1, 2), "nowhere.up": torch.ones(2, 1)})
-    with pytest.raises(ValueError, match=r"where=\['\*nothing\*'\]: no layer has such a name; there are"):
-        lora.inject(net, where=["*nothing*"])
+    with pytest.raises(ValueError, match=r"target_modules=\['\*nothing\*'\]: no layer has such a name; there are"):
+        lora.inject(net, target_modules=["*nothing*"])
     with pytest.raises(ValueError, match="rank=0"):
         lora.inject(net, rank=0)
     assert not lora.lora_layers(net)
@@ -139,7 +139,7 @@ def test_diffusers_reads_it_and_answers_the_same(net):
     )
     plain = {name: value.clone() for name, value in net.state_dict().items()}
     theirs.load_state_dict(diffusers.export_unet(plain))
-    lively(lora.inject(net, rank=2, where=EVERY))
+    lively(lora.inject(net, rank=2, target_modules=EVERY))
     made = export_lora(lora.export_factors(net), plain, prefix="")
     theirs.load_lora_adapter(made, prefix=None)
     x, t, cond = told()

@@ -135,7 +135,7 @@ def test_a_condition_is_looked_up_once(monkeypatch):
     assert [id(one) for one in asked] == [id(cond), id(other)]
     for _ in range(9):
         net(x, torch.full((3,), 500.0), cond.index([0, 1, 2]))
-    assert len(net.kept) == 4
+    assert len(net.cache) == 4
 
 
 def test_asked_for_gradients_the_network_answers():

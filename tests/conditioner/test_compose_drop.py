@@ -94,7 +94,7 @@ def test_a_null_of_no_size_is_spread_over_the_others():
     assert not cond.concat[:, 1:].any()
     assert cond.where(torch.tensor([True, False]), two.null({"map": torch.ones(2, 4, 6)})).concat.shape == (2, 3, 2, 3)
     assert cond.cat(two.null({"noise": KeyedNoise(0, [1])})).concat.shape == (3, 3, 2, 3)
-    with pytest.raises(ValueError, match="latents of 2x3, those to be drawn are 4x4"):
+    with pytest.raises(ValueError, match="latents of 2x3, those to be sampled are 4x4"):
         cond.expand_concat(4, 4)
 
 

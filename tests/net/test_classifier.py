@@ -28,7 +28,7 @@ def test_pooling_is_the_mean_token_s_attention(attend):
     parts = [slice(0, 4), slice(4, 8)]
     found = [((q[:, 0, p][:, None] @ k[..., p].mT) / 2).softmax(-1) @ v[..., p] for p in parts]
     torch.testing.assert_close(pool(x), pool.out(torch.cat(found, -1)[:, 0]), rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="has learned 3 x 3 places"):
+    with pytest.raises(ValueError, match="has learned 3 x 3 positions"):
         pool(x[..., :2])
 
 
@@ -59,5 +59,5 @@ def test_its_blocks_are_adms():
     assert net.down[0].layers[0].attention is None
     assert net.down[1].layers[0].attention.heads == net.middle1.attention.heads == 4
     assert not any(isinstance(m, SpatialTransformer) for m in net.modules())
-    with pytest.raises(ValueError, match="4 x 4 places"):
+    with pytest.raises(ValueError, match="4 x 4 positions"):
         net(torch.randn(1, 3, 12, 12), torch.tensor([1.0]))

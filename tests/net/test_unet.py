@@ -310,7 +310,7 @@ def test_heads_that_do_not_divide_are_refused():
 @pytest.mark.parametrize("block", [SpatialTransformer, QKVAttention])
 def test_a_context_that_cannot_be_heard_is_refused(block):
     net = UNet(3, 3, channels=8, attention_resolutions=(2,), num_head_channels=8, num_groups=4, block=block)
-    with pytest.raises(ValueError, match="without cross-attention cannot hear"):
+    with pytest.raises(ValueError, match="the network has no cross-attention"):
         net(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), told())
 
 
