@@ -28,7 +28,7 @@ class CLIPImage(nn.Module):
         clip, config = build_clip(model, weights, hub, random)
         self.kept = [clip.visual.eval().requires_grad_(False)]  # in a list: not to be trained, saved or averaged
         self.context_dim = self.vector_dim = config["embed_dim"]
-        self.register_buffer("here", torch.empty(0), persistent=False)
+        self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         vector = self.embedding(batch["image"].to(self.device_anchor))

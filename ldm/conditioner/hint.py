@@ -39,7 +39,7 @@ class HintConditioner(nn.Module):
             told.vector_dim,
             told.concat_channels,
         )
-        self.register_buffer("here", torch.empty(0), persistent=False)
+        self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     @property
     def conditioners(self) -> Any:

@@ -66,7 +66,7 @@ class SpatialMap(nn.Module):
     def __init__(self, factor: int, key: str = "relief", channels: int = 1):
         super().__init__()
         self.keys, self.factor, self.concat_channels = (key,), factor, channels + 1
-        self.register_buffer("here", torch.empty(0), persistent=False)
+        self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         mean = cell_means(batch[self.keys[0]].to(self.device_anchor), self.factor, self.keys[0])
@@ -99,7 +99,7 @@ class LowResolution(nn.Module):
         self.scale, self.augment, self.channels = scale, noise_augmentation, channels
         self.fold, self.repeat = max(factor // scale, 1), max(scale // factor, 1)
         self.concat_channels = channels * self.fold**2 + 1
-        self.register_buffer("here", torch.empty(0), persistent=False)
+        self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         image = batch["low_res"].to(self.device_anchor)
@@ -151,7 +151,7 @@ class MaskedImage(nn.Module):
     def __init__(self, factor: int, z_channels: int, encode: Callable[[Tensor], Tensor]):
         super().__init__()
         self.factor, self.encode, self.concat_channels = factor, encode, 1 + z_channels
-        self.register_buffer("here", torch.empty(0), persistent=False)
+        self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         image, mask = batch["image"].to(self.device_anchor), (batch["mask"] > 0.5).to(self.device_anchor)

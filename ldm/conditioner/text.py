@@ -36,7 +36,7 @@ class Text(nn.Module):
             raise ConfigError(f"length={max_length}: expected 2 to {encoder.length} tokens, the encoder's limit")
         self.context_dim, self.vector_dim = encoder.context_dim, encoder.vector_dim
         self.kept = FeatureCache(encoder, max_length)
-        self.register_buffer("here", torch.empty(0), persistent=False)
+        self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         return self.kept.condition(require_texts(batch["caption"]), self.device_anchor.device)

@@ -79,7 +79,7 @@ class Rows:
             if column is not None and column not in table.features:
                 raise UserError(f"{name}: no column {column!r}; it has {', '.join(table.features)}")
         check_images(f"{name}: column {image!r}", table.features[image])
-        self.named, self.place, self.folder, self.captioned = name, name, folder or Path(), caption is not None
+        self.named, self.root, self.folder, self.captioned = name, name, folder or Path(), caption is not None
         self.table, self.pictures = table, table.select_columns([image]).with_format("arrow")
         self.column = caption
         digest, none = sha256(), torch.zeros(len(table), dtype=torch.bool)

@@ -9,7 +9,7 @@ from ldm.io.download import cache_dir
 from ldm.io.parse import parse_json
 
 
-def quarantined_rows(place: str) -> Mapping[str, str]:
+def quarantined_rows(place: str | Path) -> Mapping[str, str]:
     """Name -> fault of what the last check of a place found, less what has changed since; empty for one that was never checked."""
     try:
         faults = parse_json(_quarantine(place).read_text(encoding="utf-8"))["faults"]
@@ -18,7 +18,7 @@ def quarantined_rows(place: str) -> Mapping[str, str]:
     return {name: fault for name, (file, *state, fault) in faults.items() if _state(file) == state}
 
 
-def _quarantine(place: str) -> Path:
+def _quarantine(place: str | Path) -> Path:
     return (
         cache_dir()
         / "checked"

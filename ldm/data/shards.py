@@ -58,9 +58,9 @@ class TarShardDataset(LazyDataset):
 class TarSource:
     """The source of Shards: tar files and the index of what lies where in them."""
 
-    def __init__(self, paths: tuple[Path, ...], names: str | Path | None = None, place: str = ""):
+    def __init__(self, paths: tuple[Path, ...], names: str | Path | None = None, root: str = ""):
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        self.paths, self.place, self.identity = paths, place, repr([(Path(name).name, *rest) for name, *rest in files])
+        self.paths, self.root, self.identity = paths, root, repr([(Path(name).name, *rest) for name, *rest in files])
         table, _ = cached("shards", (INDEX, files), lambda: (build_index(paths), {}))
         self.keys, self.table = table[:, 0].tolist(), table
         labels = int(table[:, COLUMNS.index("label")].max()) + 1

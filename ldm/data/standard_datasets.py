@@ -27,7 +27,7 @@ class FileSource:
 
     def __post_init__(self):
         names = [path.relative_to(self.root).as_posix() for path in self.paths]
-        self.place, self.captioned = str(self.root), bool(self.captions)
+        self.captioned = bool(self.captions)
         self.unlabelled = torch.tensor(self.labels) < 0
         self.uncaptioned = (
             torch.tensor([not any(texts) for texts in self.captions]) if self.captions else self.unlabelled
