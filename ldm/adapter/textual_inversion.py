@@ -27,7 +27,7 @@ class TextualInversion:
     def apply_to(self, model: Any, scale: float = 1.0) -> None:
         """Let a model's conditioner hear the word's own vectors, `scale` of the way from where they began, all else frozen."""
         model.requires_grad_(False)
-        encoder = getattr(getattr(model.conditioner, "kept", None), "encoder", None)
+        encoder = getattr(getattr(model.conditioner, "cache", None), "encoder", None)
         if not hasattr(encoder, "features"):
             raise ConfigError("adapter=textual_inversion: expected a model that is told by minilm or clip alone")
         model.conditioner = TokenEmbeddingOverride(
@@ -38,7 +38,7 @@ class TextualInversion:
 class TokenEmbeddingOverride(nn.Module):
     """A text conditioner that hears one word as it was learnt; captions without it are read as before.
 
-    told: a conditioner with `kept`, whose encoder has pieces(word), embedding and features; or another Inverted.
+    told: a conditioner with `cache`, whose encoder has pieces(word), embedding and features; or another Inverted.
     """
 
     concat_channels = 0
@@ -48,18 +48,18 @@ class TokenEmbeddingOverride(nn.Module):
         super().__init__()
         self.told, self.scale = told, scale
         self.words = (*getattr(told, "words", ()), word.lower())
-        self.keys, self.context_dim, self.vector_dim, self.kept = (
+        self.keys, self.context_dim, self.vector_dim, self.cache = (
             told.keys,
             told.context_dim,
             told.vector_dim,
-            told.kept,
+            told.cache,
         )
-        self.token_ids = self.kept.encoder.token_ids(word)
-        table = self.kept.encoder.embedding.weight.detach()
+        self.token_ids = self.cache.encoder.token_ids(word)
+        table = self.cache.encoder.embedding.weight.detach()
         began = (
             table[self.token_ids]
             if like is None
-            else table[self.kept.encoder.token_ids(like)].mean(0).expand(len(self.token_ids), -1)
+            else table[self.cache.encoder.token_ids(like)].mean(0).expand(len(self.token_ids), -1)
         )
         self.register_buffer("began", began.clone(), persistent=False)
         self.vectors = nn.Parameter(began.clone())
@@ -68,9 +68,9 @@ class TokenEmbeddingOverride(nn.Module):
         captions = list(batch["caption"])
         if not any(word in caption.lower() for caption in captions for word in self.words):
             return self.keep_in_graph(self.told(batch))
-        encoder = self.kept.encoder.to(self.vectors.device)
+        encoder = self.cache.encoder.to(self.vectors.device)
         with self.embeddings_replaced(encoder.embedding):
-            features = encoder.features(captions, self.kept.length)
+            features = encoder.features(captions, self.cache.length)
         vector = None if self.vector_dim is None else normalize(features.vector, dim=1) * self.vector_dim**0.5
         return self.keep_in_graph(Condition(context=features.context, mask=features.mask, vector=vector))
 

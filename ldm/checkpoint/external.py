@@ -132,7 +132,7 @@ def _described(path: Path, kind: str, changed: tuple[int, ...]) -> PipelineInfo:
 def text_tower(model: "LatentDiffusion") -> Any:
     """The module of a model's CLIP text tower, under open_clip's names; None where it has none."""
     for part in model.conditioner.modules():
-        clip = getattr(getattr(getattr(part, "kept", None), "encoder", None), "clip", None)
+        clip = getattr(getattr(getattr(part, "cache", None), "encoder", None), "clip", None)
         if clip is not None:
             return getattr(clip, "text", clip)
     return None

@@ -131,7 +131,7 @@ class BucketedFolder(ImageFolder):
         flip: bool = True,
     ):
         if max_aspect_ratio < 1:
-            raise UserError(f"widest={max_aspect_ratio}: expected 1, for squares alone, or more")
+            raise UserError(f"max_aspect_ratio={max_aspect_ratio}: expected 1, for squares alone, or more")
         super().__init__(path, split, size, channels, captions, test_fraction, max_unreadable, None, seed, flip)
         made_of = (os.path.realpath(self.root), *map(tuple, self.readable))
         seen, _ = cached("files", made_of, lambda: (image_sizes(self.root, self.readable), None))

@@ -43,7 +43,7 @@ class Emoji(InMemoryDataset):
         if not 16 <= size <= 256:
             raise ConfigError(f"size={size}: expected 16 to 256 pixels")
         if not 0 < test_fraction < 1:
-            raise ConfigError(f"held_out={test_fraction}: expected a part between 0 and 1")
+            raise ConfigError(f"test_fraction={test_fraction}: expected a part between 0 and 1")
         pictures, every = glyphs(size, styles, skin_tones)
         rows = [
             i

@@ -66,7 +66,7 @@ class ImageFolder(InMemoryDataset):
         if size is not None and size < 16:
             raise UserError(f"size={size}: expected 16 pixels or more")
         if not 0 <= test_fraction < 1:
-            raise UserError(f"held_out={test_fraction}: expected a part from 0 up to, not with, 1")
+            raise UserError(f"test_fraction={test_fraction}: expected a part from 0 up to, not with, 1")
         root = Path(path).expanduser()
         files = scan(root)
         if size is None or channels is None:
@@ -101,7 +101,7 @@ class ImageFolder(InMemoryDataset):
     @property
     def resolved_config(self) -> dict[str, int | str]:
         """What a config that left it open gets by these files; content makes names of runs depend on images and captions."""
-        return {"size": self.size, "channels": self.channels, "content": self.content}
+        return {"size": self.size, "channels": self.channels, "content_hash": self.content}
 
     def check_content(self, content: str | None) -> None:
         """Raises UserError for a digest, where one is given, that is not that of images and captions."""

@@ -80,7 +80,7 @@ class LazyDataset(Dataset):
             )
         if not len(rows):
             raise UserError(f"{name}: no sample in this split")
-        faults = quarantined_rows(source.root)
+        faults = quarantined_rows(str(source.root))
         if faults:
             every, rows = len(rows), [row for row in rows if source.name(int(row)) not in faults]
             if len(rows) < (1 - KNOWN) * every:
@@ -111,7 +111,7 @@ class LazyDataset(Dataset):
     @property
     def resolved_config(self) -> dict[str, str]:
         """content makes the names of runs depend on the files."""
-        return {"content": self.content}
+        return {"content_hash": self.content}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -38,11 +38,11 @@ class Encoder(nn.Module):
 def model():
     encoder = Encoder()
     told = SimpleNamespace(
-        keys=("caption",), context_dim=4, vector_dim=4, kept=SimpleNamespace(encoder=encoder, length=6)
+        keys=("caption",), context_dim=4, vector_dim=4, cache=SimpleNamespace(encoder=encoder, length=6)
     )
 
     class Told(nn.Module):
-        keys, context_dim, vector_dim, kept = ("caption",), 4, 4, told.kept
+        keys, context_dim, vector_dim, cache = ("caption",), 4, 4, told.cache
 
         def forward(self, batch):
             features = encoder.features(batch["caption"], 6)
@@ -53,7 +53,7 @@ def model():
 
 def test_a_words_vectors_begin_as_its_own_and_learn_alone(model):
     TextualInversion("zorbo").apply_to(model)
-    told, encoder = model.conditioner, model.conditioner.kept.encoder
+    told, encoder = model.conditioner, model.conditioner.cache.encoder
     assert told.vectors.shape == (2, 4)
     captions = ["a zorbo hat", "dog"]
     before, cond = encoder.features(captions, 6), told({"caption": captions})
@@ -82,7 +82,7 @@ def test_a_words_vectors_begin_as_its_own_and_learn_alone(model):
 
 def test_several_words_and_how_strong(model):
     TextualInversion("zorbo", initializer_token="cat").apply_to(model, 0.5)
-    table = model.conditioner.kept.encoder.embedding.weight
+    table = model.conditioner.cache.encoder.embedding.weight
     assert torch.equal(model.conditioner.vectors, table[2].expand(2, 4))
     with torch.no_grad():
         model.conditioner.vectors += 1
