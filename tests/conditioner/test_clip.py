@@ -89,7 +89,7 @@ def test_a_long_text_is_cut_counted_and_told(caplog):
 
 def test_through_text():
     option = OmegaConf.load(Path(__file__).parents[2] / "conf" / "conditioner" / "clip.yaml")
-    text = instantiate(option, encoder={"model": "tiny", "random": True}, length=16)
+    text = instantiate(option, encoder={"model": "tiny", "random": True}, max_length=16)
     text.cache.encoder.double()  # alone and in a batch a processor adds in another order; the table rounds to float32, 2^-22 below 8
     cond = text({"caption": ["a bag", "a photo of a boot"]})
     whole = text.cache.encoder(["a bag", "a photo of a boot"]).context

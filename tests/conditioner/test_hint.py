@@ -55,7 +55,7 @@ def test_in_training_a_row_may_hear_the_hint_alone(batch):
     assert 0.17 < untold.float().mean() < 0.33
     assert torch.equal(cond.hint[0], Canny()(many["image"]))
     assert not (told.eval()(many).context == null.context).flatten(1).all(1).any()
-    with pytest.raises(ValueError, match="untold=2"):
+    with pytest.raises(ValueError, match="text_drop_prob=2"):
         HintConditioner(Label(10), Canny(), text_drop_prob=2)
 
 

@@ -79,7 +79,12 @@ def test_the_noise_of_augmentation_is_keyed_and_told():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"scale": 3}, "scale=3"), ({"augment": 1.0}, "augment=1.0"), ({"augment": -0.1}, "augment")]
+    ("options", "said"),
+    [
+        ({"scale": 3}, "scale=3"),
+        ({"noise_augmentation": 1.0}, "noise_augmentation=1.0"),
+        ({"noise_augmentation": -0.1}, "noise_augmentation"),
+    ],
 )
 def test_a_bad_option_of_low_resolution(options, said):
     with pytest.raises(ValueError, match=said):

@@ -177,7 +177,7 @@ def test_a_run_is_named_by_all_that_its_images_show(pictures):
 
 
 def test_mistakes_are_named(pictures):
-    with pytest.raises(UserError, match=r"widest=0\.5"):
+    with pytest.raises(UserError, match=r"max_aspect_ratio=0\.5"):
         BucketedFolder(pictures, max_aspect_ratio=0.5)
     with pytest.raises(UserError, match="size=16: expected 64 or more"):
         BucketedFolder(pictures, size=16).to_buckets(64)

@@ -154,7 +154,7 @@ def test_one_style_alone(drawn):
 
 
 @pytest.mark.parametrize(
-    "option", [{"split": "val"}, {"styles": ["oil"]}, {"styles": []}, {"size": 8}, {"held_out": 0.0}]
+    "option", [{"split": "val"}, {"styles": ["oil"]}, {"styles": []}, {"size": 8}, {"test_fraction": 0.0}]
 )
 def test_bad_options_are_named(option):
     with pytest.raises(ValueError, match=next(iter(option))):

@@ -389,7 +389,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         if name != "bad":
             assert "x.jpg, x.txt" in str(error.value)
     paint(tmp_path / "good" / "x.png")
-    for option in ({"split": "val"}, {"channels": 4}, {"size": 2}, {"held_out": 1.0}):
+    for option in ({"split": "val"}, {"channels": 4}, {"size": 2}, {"test_fraction": 1.0}):
         with pytest.raises(UserError, match=next(iter(option))):
             ImageFolder(tmp_path / "good", **option)
     with pytest.raises(UserError, match=r"1 images of 10000000x10000000 take .* GiB, "):

@@ -292,7 +292,7 @@ def test_a_folder_of_images_moved_is_the_same(tmp_path):
     for i in range(8):
         (tmp_path / "here" / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "here" / ("cat", "dog")[i % 2] / f"{i}.png").write_bytes(png(i))
-    options = {"size": 16, "held_out": 0.0, "caption": None, "label": "label"}
+    options = {"size": 16, "test_fraction": 0.0, "caption": None, "label": "label"}
     before = HuggingFace(str(tmp_path / "here"), **options)
     assert before.classes == ["cat", "dog"]
     images = before.pixels(range(8))
