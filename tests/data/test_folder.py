@@ -71,7 +71,7 @@ def test_captions_of_classes_from_a_file(pictures, tmp_path):
     assert data.captions == [["a dog"], ["a fast car"]]
     assert (data.caption(0, 0), data.caption(0, 39)) == ("a dog", "a fast car")
     file.write_text(json.dumps({"sports-car": ["a fast car"]}))
-    with pytest.raises(UserError, match=r"nothing on golden_retriever"):
+    with pytest.raises(UserError, match=r"no caption for golden_retriever"):
         ImageFolder(pictures, captions=file)
     file.write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object"):
