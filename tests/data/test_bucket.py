@@ -172,7 +172,7 @@ def test_a_run_is_named_by_all_that_its_images_show(pictures):
     image.putpixel((89, 0), (1, 2, 3))
     image.save(pictures / "02.png")
     assert ImageFolder(pictures, size=32).content == square, "it is not seen there"
-    with pytest.raises(UserError, match="not those that this run was made with"):
+    with pytest.raises(UserError, match="not those of this run"):
         BucketedFolder(pictures, size=32, content_hash=before.content)
 
 

@@ -354,7 +354,7 @@ def test_content_depends_on_images_captions_and_classes_and_on_nothing_else(pict
     for path in pictures.rglob("*.png"):
         os.utime(path, (1, 1))
     assert ImageFolder(pictures).content == first, "touched, not changed"
-    with pytest.raises(UserError, match=f"not those that this run was made with .digest {first}, then 0123"):
+    with pytest.raises(UserError, match=f"not those of this run .digest {first}, then 0123"):
         ImageFolder(pictures, content_hash="0123")
     seen = {first}
     (pictures / "sports-car" / "000.txt").write_text("a car")

@@ -284,7 +284,7 @@ def test_content_is_of_the_rows_and_not_of_their_folder(tmp_path, monkeypatch):
         after = read(other, before.content)
         assert (after.content, after.fingerprint) == (before.content, before.fingerprint)
     for name, changed in (("text", {"texts": ["a", "c"]}), ("image", {"first": 9}), ("label", {"labels": (1, 1)})):
-        with pytest.raises(UserError, match="not those that this run was made with"):
+        with pytest.raises(UserError, match="not those of this run"):
             read(made(name, **{"texts": ["a", "b"], **changed}), before.content)
 
 
@@ -301,7 +301,7 @@ def test_a_folder_of_images_moved_is_the_same(tmp_path):
         HuggingFace(str(tmp_path / "there"), **options, content_hash=before.content).pixels(range(8)), images
     )
     (tmp_path / "there" / "cat" / "0.png").write_bytes(png(200, (30, 30)))
-    with pytest.raises(UserError, match="not those that this run was made with"):
+    with pytest.raises(UserError, match="not those of this run"):
         HuggingFace(str(tmp_path / "there"), **options, content_hash=before.content)
 
 

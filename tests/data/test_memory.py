@@ -42,7 +42,7 @@ def test_a_sample_is_a_row_of_the_batch_of_the_first_pass():
         assert torch.equal(sample["image"], batch["image"][i])
         assert (sample["caption"], sample["label"], sample["index"]) == (batch["caption"][i], int(batch["label"][i]), i)
     assert data[-1]["index"] == 3
-    with pytest.raises(IndexError, match="tiny has 4 images, asked for 4"):
+    with pytest.raises(IndexError, match="tiny has 4 images, index 4 is out of range"):
         data[4]
 
 

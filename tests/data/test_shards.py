@@ -199,7 +199,7 @@ def test_other_shards_are_refused_and_named_otherwise(folder):
     content = TarShardDataset(folder, size=16).resolved_config["content_hash"]
     assert TarShardDataset(folder, "test", size=16, test_fraction=0.5, content_hash=content)
     shard(folder / "x-000.tar", sample(99))
-    with pytest.raises(UserError, match=f"not those that this run was made with .*then {content}"):
+    with pytest.raises(UserError, match=f"not those of this run .*then {content}"):
         TarShardDataset(folder, size=16, content_hash=content)
 
 
