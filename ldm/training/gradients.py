@@ -61,9 +61,9 @@ class GradientGuard(L.Callback):
         self.row += 1
         step = batch["step"] + 1
         keys = [
-            key for rank in all_gather_objects(list(zip(batch["place"], batch["index"], strict=True))) for key in rank
+            key for rank in all_gather_objects(list(zip(batch["epoch"], batch["index"], strict=True))) for key in rank
         ]
-        evidence = {"step": step, "skipped_in_a_row": self.row, "gradients": self.bad, "batch": {"pass, index": keys}}
+        evidence = {"step": step, "skipped_in_a_row": self.row, "gradients": self.bad, "batch": {"epoch, index": keys}}
         if trainer.is_global_zero:
             atomic.write_json(self.folder / NONFINITE_REPORT, evidence)
         if self.row >= self.patience:

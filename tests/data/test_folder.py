@@ -89,7 +89,7 @@ def test_captions_beside_the_images(tmp_path):
     (root / "b.json").write_text(json.dumps({"caption": ["one", "two"], "other": 3}))
     (root / "sub" / "c.json").write_text("{broken")
     data = ImageFolder(root, test_fraction=0)
-    told = [{data.caption(place, i) for place in range(40)} for i in range(5)]
+    told = [{data.caption(epoch, i) for epoch in range(40)} for i in range(5)]
     assert told == [{""}, {"un café, l'été", "at night"}, {"one", "two"}, {"red car"}, {"c"}]
     assert data.classes == ["image"]
     assert data.captions == [["un café, l'été", "at night", "one", "two", "red car", "c"]]
@@ -320,7 +320,7 @@ def test_names_of_any_bytes(tmp_path):
 def test_the_second_start_decodes_nothing(pictures, tmp_path, monkeypatch):
     first = ImageFolder(pictures)
     calls = Counter()
-    monkeypatch.setattr(folder, "rectangle", lambda *args: (calls.update(["read"]), load_rectangle(*args))[1])
+    monkeypatch.setattr(folder, "load_rectangle", lambda *args: (calls.update(["read"]), load_rectangle(*args))[1])
     assert torch.equal(ImageFolder(pictures).images, first.images)
     assert ImageFolder(pictures, "test", seed=3, flip=False, test_fraction=0.5)
     assert not calls
