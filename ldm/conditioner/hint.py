@@ -18,8 +18,8 @@ class HintConditioner(nn.Module):
     """The condition of another conditioner plus one hint (B, 3, H, W) in [0, 1].
 
     The hint is batch[name], else it is extracted from batch[extractor.reads].
-    conditioner: gives all other fields of the condition.  extractor: value -> hint; `reads` is the batch key of the
-    value.
+    conditioner: gives all other fields of the condition.
+    extractor: value -> hint; `reads` is the batch key of the value.
     text_drop_prob: probability with which, in training, a sample gets the hint alone (Zhang et al. 2023, section 3.4).
     name: "hint" for the first, then "hint2", "hint3", ...  The null hint, also of a batch without a hint, is black.
     Raises ValueError for a hint of another shape.

@@ -13,8 +13,7 @@ from ldm.errors import ConfigError
 class Label(nn.Module):
     """Class label as one learned token: batch["label"] (B,) int64 in [0, num_classes) -> context (B, 1, dim).
 
-    A label of -1 (none) gives the null condition, which is a learned class of its own, row num_classes (Ho & Salimans
-    2022).
+    A label of -1 (none) gives the null condition: a learned class of its own, row num_classes (Ho & Salimans 2022).
     Raises ConfigError for a label out of range.
     """
 
@@ -57,8 +56,8 @@ class LabelVector(nn.Module):
 def embed_labels(embedding: nn.Embedding, label: Tensor) -> Tensor:
     """Look up labels (B,) in the table: (B, dim), the null class's row for -1.
 
-    The range is checked on the CPU only, where it costs no synchronisation. Raises ConfigError for a label out of
-    range.
+    The range is checked on the CPU only, where it costs no synchronisation.
+    Raises ConfigError for a label out of range.
     """
     classes = embedding.num_embeddings - 1
     if label.device.type == "cpu" and len(label) and not -1 <= int(label.min()) <= int(label.max()) < classes:

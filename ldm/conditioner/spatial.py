@@ -17,8 +17,8 @@ class SemanticMap(nn.Module):
 
     The map holds classes (B, H, W) int64 or class fractions (B, classes, H, W). Each cell of factor x factor pixels
     gets the fraction of every class in it, then a learned 1x1 convolution without bias (LDM's SpatialRescaler). The
-    null is zero, a cell without any class. Raises ValueError for a class out of range or a size that `factor` does not
-    divide.
+    null is zero, a cell without any class.
+    Raises ValueError for a class out of range or a size that `factor` does not divide.
     """
 
     keys = ("map",)

@@ -22,8 +22,7 @@ class T5(nn.Module):
     google/flan-t5-base.
     hub: whether a name that is not in the hub's local cache may be downloaded.
     max_length: maximum number of tokens, including the end token.
-    Raises AssetNotFoundError if the model is not available, ValueError for a folder with another model or a damaged
-    one.
+    Raises AssetNotFoundError if the model is not available, ValueError for a folder with another or a damaged model.
     """
 
     net: Any  # encoder of transformers

@@ -22,8 +22,8 @@ class Text(nn.Module):
     context (B, L, D) and mask (B, L): the tokens; L is the longest of the batch rounded up to a multiple of 8, at most
     max_length; a longer caption is truncated with a warning.
     vector (B, V): the text's embedding, with norm sqrt(V), about unit variance per dimension.
-    The null condition is that of the empty caption. The encoder is frozen and is not part of this module's parameters
-    or state.
+    The null condition is that of the empty caption.
+    The encoder is frozen and is not part of this module's parameters or state.
     Raises ValueError for a max_length that the encoder does not support, and for captions that are not a list of texts.
     """
 

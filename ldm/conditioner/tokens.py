@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 class TextFeatures(NamedTuple):
     """Features of B texts.
 
-    context: (B, L, D), one vector per token.  mask: (B, L) bool, True for tokens to attend to.  vector: (B, V), one per
-    text.
+    context: (B, L, D), one vector per token.  mask: (B, L) bool, True for tokens to attend to.
+    vector: (B, V), one per text.
     """
 
     context: Tensor

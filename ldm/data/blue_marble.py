@@ -45,8 +45,8 @@ class BlueMarble(InMemoryDataset):
     """Tiles of size x size pixels of the Earth at 15 pixels per degree: image (3, size, size) in [-1, 1].
 
     A batch also has map (B, size, size) int64, indices into `map_classes`, and relief (B, 1, size, size) in [-1, 1],
-    the square root of the height with its sign, 0 at the shore; flips apply to both. Labels are the six kinds of tile
-    that have captions.
+    the square root of the height with its sign, 0 at the shore; flips apply to both.
+    Labels are the six kinds of tile that have captions.
     split: test takes the tiles between the degrees east of `band`, train those that do not touch it.
     stride: pixels from one training tile to the next, by default size.
     land: minimum fraction of a tile that is not sea.

@@ -81,8 +81,8 @@ def bsr(
 ) -> Tensor:
     """Blur, downscale, add noise to and JPEG-compress an image, in random order and by random amounts.
 
-    blur: range of standard deviations, in pixels of the result.  noise: range of standard deviations, for values in
-    [-1, 1].
+    blur: range of standard deviations, in pixels of the result.
+    noise: range of standard deviations, for values in [-1, 1].
     quality: range of the JPEG quality.  Raises ConfigError as `bicubic` does.
     After Zhang et al. 2021 (BSRGAN), section 3, without camera noise; LDM section 4.4 trains on it.
     """

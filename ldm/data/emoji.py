@@ -23,8 +23,8 @@ class Emoji(InMemoryDataset):
     A caption names the emoji and its style; labels are the nine groups of Unicode; a batch also has style (B,) int64,
     an index into `styles`.
     split: train or test, divided by emoji: all styles and skin tones of an emoji are in the same split.
-    test_fraction: fraction of the emoji in the test split.  skin_tones: whether to include people and hands in each
-    skin tone.
+    test_fraction: fraction of the emoji in the test split.
+    skin_tones: whether to include people and hands in each skin tone.
     Raises ConfigError for an invalid option, AssetNotFoundError without the source files.
     """
 

@@ -235,8 +235,8 @@ def decode_all(root: Path, files: Sequence[File], shape: tuple[int, int], channe
 def decode_into(root: Path, names: Sequence[str], images: Tensor) -> dict:
     """Fill images (N, channels, height, width) uint8, except the rows of unreadable ones.
 
-    Returns {"kept": rows of the others, "notes": [remark], "skipped": {row: fault}}; raises UserError if none can be
-    read.
+    Returns {"kept": rows of the others, "notes": [remark], "skipped": {row: fault}}.
+    Raises UserError if none can be read.
     """
     _, channels, height, width = images.shape
     size = min(height, width)

@@ -53,8 +53,8 @@ class Glyph:
 def glyphs(size: int, styles: Sequence[str], skin_tones: bool) -> tuple[Tensor, list[Glyph]]:
     """Load the emoji that exist in every style, from the cache if possible.
 
-    Returns images (N, styles, 3, size, size) uint8 on white, and N glyphs in OpenMoji's order. Raises
-    AssetNotFoundError.
+    Returns images (N, styles, 3, size, size) uint8 on white, and N glyphs in OpenMoji's order.
+    Raises AssetNotFoundError.
     """
     from PIL import features
 

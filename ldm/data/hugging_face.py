@@ -25,8 +25,7 @@ class HuggingFace(LazyDataset):
     """A data set with a column of images, by its name on the hub or the folder written by save_to_disk.
 
     config: name of a variant on the hub.
-    train, test: names of splits; without `test`, test_fraction of the training split is the test split, chosen by row
-    number.
+    train, test: names of splits; without `test`, it is a part test_fraction of the training split, by row number.
     image, caption, label: names of columns.  image: images, their bytes or their paths.
     caption: texts, records with a text, or lists of these; a row without one trains the empty condition.
     label: class numbers or words; -1, null and "" are no label.
@@ -223,8 +222,8 @@ def _item(feature: Any) -> Any:
 def read_labels(what: str, table: Any, column: str, words: Sequence[str] | None = None) -> tuple[list[int], list[str]]:
     """Read a column of class numbers or words: the class of each row, -1 for none, and the names of the classes.
 
-    words: names of the classes, if they are known.  Raises UserError for any other column, and for a label that is no
-    class.
+    words: names of the classes, if they are known.
+    Raises UserError for any other column, and for a label that is not a class.
     """
     feature, values = table.features[column], list(cells(table, column))
     kind = str(getattr(feature, "dtype", None))

@@ -17,8 +17,8 @@ from ldm.tensors import derive_seed
 class InMemoryDataset(Dataset):
     """Images (N, C, H, W) uint8 with a class label each and several captions per class.
 
-    rows: which of the images are the samples, None for all in order. Images that are mapped from the disk stay there
-    until they are read.
+    rows: which of the images are the samples, None for all in order.
+    Images that are mapped from the disk stay there until they are read.
     labels: class numbers; -1 is no label.
     texts: captions of each sample, none for the empty condition; by default a sample gets those of its class.
     A sample's caption, and its left-right flip if flips are on, depend on (seed, epoch, index) alone: they are the same

@@ -34,8 +34,8 @@ class BatchStream:
     Use it as DataLoader(BatchDataset(dataset), sampler=BatchStream(...), batch_size=None).
     length: samples in the data set.
     batch: the GLOBAL batch size, which need not divide length: batches run on into the next epoch.
-    The order in epoch e is a permutation seeded by (seed, "order", e). Rank r of `world` takes a contiguous slice of
-    each batch.
+    The order in epoch e is a permutation seeded by (seed, "order", e).
+    Rank r of `world` takes a contiguous slice of each batch.
     Raises ValueError.
     """
 
@@ -108,9 +108,7 @@ def _order(seed: int, epoch: int, length: int) -> list[int]:
 
 
 class BatchDataset(Dataset):
-    """A data set indexed by BatchSlice: dataset.batch(samples) plus position (list) in the global batch, total,
-    step.
-    """
+    """A data set indexed by BatchSlice: dataset.batch(samples) plus position (list), total and step of the slice."""
 
     def __init__(self, dataset):
         self.dataset = dataset

@@ -13,8 +13,8 @@ from ldm.tensors import KeyedNoise
 class PCAGaussian:
     """A Gaussian per class on the leading principal components of its pixels.
 
-    mean: (K, d).  basis: (K, d, rank), columns scaled by each component's standard deviation.  shape: (C, H, W), d =
-    CHW.
+    mean: (K, d).  basis: (K, d, rank), columns scaled by each component's standard deviation.
+    shape: (C, H, W), d = CHW.
     """
 
     mean: Tensor

@@ -107,8 +107,7 @@ class Metric(Protocol):
     update: features (B, D) float32, labels (B,) and captions with which the samples were generated, None if unknown.
     compute: {key: number} over all processes, called on each of them.
     reset: forget the samples, keep the reference.
-    A class may list its keys in `names`, with {net} for the network's name: keep_best= can then be checked before a
-    training.
+    A class may list its keys in `names`, with {net} for the network's name, so that keep_best= is checked early.
     """
 
     def update(self, features: Tensor, label: Tensor | None, caption: Sequence[str] | None) -> None: ...
@@ -175,8 +174,8 @@ class KernelDistance(GatheredFeatures):
     """`kid_<net>`: the unbiased polynomial MMD of all samples against reference_size evenly spaced references.
 
     torchmetrics' KernelInceptionDistance averages the same estimator over random subsets, so its result changes with
-    the random state and the samples' order. Over all pairs it is deterministic, independent of order and process count,
-    and has less variance.
+    the random state and the samples' order.
+    Over all pairs it is deterministic, independent of order and process count, and has less variance.
     """
 
     names = ("kid_{net}",)

@@ -17,8 +17,8 @@ class FeatureNet(Protocol):
     """A feature network: images (B, C, H, W) uint8 -> features (B, num_features) float32.
 
     An image's features do not depend on the rest of the batch.
-    name: part of the metric's key (`fd_<name>`).  identity: SHA-256 of the weights; numbers of two identities are never
-    compared.
+    name: part of the metric's key (`fd_<name>`).
+    identity: SHA-256 of the weights; numbers of two identities are never compared.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Classifier(FeatureNet, Protocol):
 def to_uint8(image: Tensor) -> Tensor:
     """Quantise an image in [-1, 1] to uint8 (B, C, H, W): clamped, then rounded to the nearest of 256 levels.
 
-    All metrics use this quantisation; torchmetrics' own (`normalize=True`) truncates. Raises ValueError for integers
-    and NaN.
+    All metrics use this quantisation; torchmetrics' own (`normalize=True`) truncates.
+    Raises ValueError for integers and NaN.
     """
     if not image.is_floating_point():
         raise ValueError(

@@ -32,8 +32,8 @@ def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[f
 class CLIP(nn.Module):
     """CLIP's image embeddings (B, D), and its text embeddings, both of length 1.
 
-    towers: from ldm.conditioner.clip.load_towers. With ViT-L-14-336 and OpenAI's weights this is the network of CMMD
-    (Jayasumana et al. 2024).
+    towers: from ldm.conditioner.clip.load_towers.
+    With ViT-L-14-336 and OpenAI's weights this is the network of CMMD (Jayasumana et al. 2024).
     """
 
     name = "clip"
@@ -72,8 +72,8 @@ class CLIP(nn.Module):
 class DINOv2(nn.Module):
     """DINOv2's class token (B, D) after its last norm, for FD-DINOv2 (Stein et al. 2023): ViT-L/14 at 224 px, D = 1024.
 
-    tag: name of the model in timm.  weights: a file in timm's format (.safetensors, .pth), None for the weights of the
-    tag.
+    tag: name of the model in timm.
+    weights: a file in timm's format (.safetensors, .pth), None for the weights of the tag.
     Raises AssetNotFoundError if the weights are not available, UserError for a file with other content.
     """
 

@@ -1,4 +1,4 @@
-"""The evaluator: a small clothing classifier whose features replace Inception's; its distance is never called FID."""
+"""The evaluator: a small clothing classifier whose features replace Inception's; its distance is not called FID."""
 
 import torch
 from torch import Tensor, nn
