@@ -123,14 +123,14 @@ def read(folder: Path) -> Tensor:
     """Read the Earth as (5, 2700, 5400) uint8, north up, from 180 degrees west: red, green, blue, class, relief."""
     from PIL import Image
 
-    picture = np.array(Image.open(folder / "bmng.jpg").convert("RGB"))
+    image = np.array(Image.open(folder / "bmng.jpg").convert("RGB"))
     relief = median_filter(to_bytes(heights(np.array(Image.open(folder / "etopo1.jpg").convert("RGB")))))
     mask = np.frombuffer(gzip.decompress((folder / "lsmask_5min_f.bin").read_bytes()), np.uint8).reshape(2160, 4320)[
         ::-1
     ]
     down, across = (np.arange(n) * m // n for n, m in zip(relief.shape, mask.shape, strict=True))
     water = mask[down][:, across]
-    return torch.from_numpy(np.stack([*picture.transpose(2, 0, 1), classes(relief, water), relief]))
+    return torch.from_numpy(np.stack([*image.transpose(2, 0, 1), classes(relief, water), relief]))
 
 
 def classes(relief: np.ndarray, water: np.ndarray) -> np.ndarray:

@@ -82,7 +82,7 @@ class Rows:
                 raise UserError(f"{name}: no column {column!r}; it has {', '.join(table.features)}")
         check_images(f"{name}: column {image!r}", table.features[image])
         self.named, self.root, self.folder, self.captioned = name, name, folder or Path(), caption is not None
-        self.table, self.pictures = table, table.select_columns([image]).with_format("arrow")
+        self.table, self.images = table, table.select_columns([image]).with_format("arrow")
         self.column = caption
         digest, none = sha256(), torch.zeros(len(table), dtype=torch.bool)
         self.labels, self.unlabelled, self.uncaptioned = none.long(), none, none
@@ -105,7 +105,7 @@ class Rows:
         self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_captions"}
@@ -137,7 +137,7 @@ class Rows:
         return f"{self.named}, row {i}"
 
     def _cell(self, i: int) -> Any:
-        return self.pictures[i].column(0)[0]
+        return self.images[i].column(0)[0]
 
     def _file(self, path: str) -> Path:
         return Path(path) if os.path.isfile(path) else self.folder / path
@@ -148,7 +148,7 @@ class Rows:
         import pyarrow.compute as pc
 
         for start in range(0, len(self), ROWS):
-            column = self.pictures[start : start + ROWS].column(0)
+            column = self.images[start : start + ROWS].column(0)
             paths: list[str | None] = [None] * len(column)
             if pa.types.is_struct(column.type):
                 names = [field.name for field in column.type]

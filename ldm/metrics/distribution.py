@@ -217,7 +217,7 @@ class ClassAccuracy:
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         if label is None:
             raise ConfigError(
-                "class accuracy needs the label each sample was drawn for, got None; "
+                "class accuracy needs the label each sample was generated for, got None; "
                 "pass label, or leave accuracy out of the metrics"
             )
         self.right.update((self.classify(features).argmax(1) == label.to(features.device)).float())

@@ -144,8 +144,8 @@ class CLIPScore:
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         if caption is None:
             raise ConfigError(
-                "the CLIP score needs the caption each sample was drawn for, got None; "
-                "draw with captions, or leave it out"
+                "the CLIP score needs the caption each sample was generated for, got None; "
+                "sample with captions, or leave it out"
             )
         self.mean.update(100 * (features * self.embed(caption)).sum(1).double().clamp(min=0))
 

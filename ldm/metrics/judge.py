@@ -8,7 +8,7 @@ from ldm.metrics.features import hash_weights, require_uint8
 
 
 class FashionNet(nn.Module):
-    """A classifier of images (B, 1, 32, 32) uint8, and after training a feature network, whose distance is `fd_fashion`.
+    """A classifier of images (B, 1, 32, 32) uint8; once trained, a feature network whose distance is `fd_fashion`.
 
     Images: Fashion-MNIST zero-padded from 28 px.
     Training: cross-entropy on `logits(images)`, `standardise(penultimate features of the training set)`, `.eval()`.
