@@ -177,7 +177,7 @@ def batch(n: int = 4) -> dict:
         "mask": (image > 0).float(),
         "boxes": [[(1, 0.0, 0.0, 0.5, 1.0)]] * n,
         "index": rows,
-        "place": [0] * n,
+        "epoch": [0] * n,
         "position": rows,
         "total": n,
         "step": 0,

@@ -59,7 +59,7 @@ def test_a_row_gets_the_same_numbers_in_any_batch():
     assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("change", ["seed", "purpose", "index", "place"])
+@pytest.mark.parametrize("change", ["seed", "purpose", "index", "epoch"])
 def test_another_key_is_another_draw(change):
     x = torch.empty(1, 50)
     base = KeyedNoise(0, [(0, 5)]).normal("a", x)
@@ -67,7 +67,7 @@ def test_another_key_is_another_draw(change):
         "seed": lambda: KeyedNoise(1, [(0, 5)]).normal("a", x),
         "purpose": lambda: KeyedNoise(0, [(0, 5)]).normal("b", x),
         "index": lambda: KeyedNoise(0, [(0, 6)]).normal("a", x),
-        "place": lambda: KeyedNoise(0, [(1, 5)]).normal("a", x),
+        "epoch": lambda: KeyedNoise(0, [(1, 5)]).normal("a", x),
     }[change]()
     assert (base != other).all()
     assert abs(torch.corrcoef(torch.stack([base[0], other[0]]))[0, 1]) < 0.5

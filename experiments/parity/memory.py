@@ -48,7 +48,7 @@ def measured(batch: int) -> int:
         torch.nn.init.normal_(p, std=0.02, generator=generator)
     with torch.no_grad():
         x = torch.randn(batch, autoencoder.z_channels, size, size).bfloat16()
-        context = torch.randn(batch, conditioner.kept.length, conditioner.context_dim).bfloat16()
+        context = torch.randn(batch, conditioner.cache.length, conditioner.context_dim).bfloat16()
         answer = net(x, torch.full((batch,), 500.0), Condition(context=context))
     assert answer.isfinite().all()
     return status("VmHWM") - before

@@ -32,7 +32,7 @@ def main(
     rows = list(csv.DictReader((HERE / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
     wanted = [list(card.classes).index(row["label"]) for row in rows]
     told = [row["prompt"] for row in rows]
-    near = nearest_caption(model.conditioner.kept.encoder, told, card.captions)
+    near = nearest_caption(model.conditioner.cache.encoder, told, card.captions)
     guidance = partial(cfg, interval=(float(low), float(high)))
     images = txt2img(model, told, num=int(num), seed=3_000_000, scale=float(scale), guidance=guidance)
     with torch.no_grad():

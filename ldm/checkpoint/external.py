@@ -137,7 +137,7 @@ def _describe(path: Path, kind: str, changed: tuple[int, ...]) -> PipelineInfo:
 def text_tower(model: "LatentDiffusion") -> Any:
     """Return a model's CLIP text tower, whose parameters have open_clip's names, or None."""
     for part in model.conditioner.modules():
-        clip = getattr(getattr(getattr(part, "kept", None), "encoder", None), "clip", None)
+        clip = getattr(getattr(getattr(part, "cache", None), "encoder", None), "clip", None)
         if clip is not None:
             return getattr(clip, "text", clip)
     return None

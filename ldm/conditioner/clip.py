@@ -1,4 +1,4 @@
-"""CLIP's text tower (Radford et al. 2021), frozen, through open_clip: what Stable Diffusion reads its prompts with."""
+"""CLIP's text tower (Radford et al. 2021), frozen, through open_clip: the text encoder of Stable Diffusion."""
 
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +17,20 @@ from ldm.tensors import hash_state_dict
 
 
 class CLIP(nn.Module):
-    """texts -> Features: hidden state (B, L, D) after ln_final, mask all True, pooled and projected vector (B, V); float32, no gradient.
+    """CLIP's frozen text tower: B texts -> TextFeatures, float32, without gradient.
 
-    model: an open_clip name with CLIP's own tokenizer, or the .json file of a config.  weights: a file (.pt, .safetensors) or an open_clip
-    tag.  hub: whether a tag that is not in the hub's local cache may be fetched.  layer: -1 the last hidden state (SD 1), -2 the
-    penultimate (SD 2).  pad: the token after the end: 0 as open_clip and SD 2 have it, 49407 as SD 1.  Padding is read like any token,
-    which is how those networks were trained.  random: no weights, drawn with seed 0, for tests.
-    Raises AssetNotFoundError without weights, ValueError for a bad option or file.
+    context: hidden state (B, L, D) after ln_final.  mask: all True, as those networks were trained to read padding like
+    any other token.  vector: pooled and projected, (B, V).
+    model: an open_clip name with CLIP's own tokenizer, or the .json file of a config.
+    weights: a file (.pt, .safetensors) or an open_clip tag.
+    hub: whether a tag that is not in the hub's local cache may be downloaded.
+    layer: -1 for the last hidden state (SD 1), -2 for the penultimate (SD 2).
+    pad_token_id: token after the end: 0 as in open_clip and SD 2, 49407 as in SD 1.
+    random: random weights with seed 0 instead, for tests.
+    Raises AssetNotFoundError without weights, ValueError for an invalid option or file.
     """
 
-    clip: Any  # open_clip's model, without its image tower
+    clip: Any  # open_clip's model without its image tower
 
     def __init__(
         self,
@@ -55,20 +59,20 @@ class CLIP(nn.Module):
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 (hex) of the text tower's weights, whatever file they came in."""
+        """SHA-256 (hex) of the text tower's weights, independent of the file that contains them."""
         return hash_state_dict(self.clip.state_dict())
 
     def tokenize(self, text: str) -> list[str]:
-        """The words of the text that are cut into tokens, in CLIP's lower case."""
+        """Split the text into the words that are cut into tokens, in CLIP's lower case."""
         return self.tokenizer.pat.findall(self.tokenizer.clean_fn(text))
 
     @property
     def embedding(self) -> nn.Embedding:
-        """What gives ids (B, L) their vectors."""
+        """The table that maps ids (B, L) to vectors."""
         return getattr(self.clip, "text", self.clip).token_embedding
 
     def token_ids(self, text: str) -> list[int]:
-        """The ids of a text, without marks."""
+        """Return the token ids of a text, without start and end tokens."""
         return list(self.tokenizer.encode(text))
 
     @torch.no_grad()
@@ -76,7 +80,7 @@ class CLIP(nn.Module):
         return self.features(texts, length)
 
     def features(self, texts: Sequence[str], length: int | None = None) -> TextFeatures:
-        """As forward, with gradients."""
+        """Encode texts as `forward` does, but with gradients."""
         limit = min(length or self.length, self.length)
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         device = self.clip.logit_scale.device
@@ -88,26 +92,30 @@ class CLIP(nn.Module):
             out = self.clip.forward_intermediates(
                 text=ids.to(device), text_indices=-self.layer, normalize=False, normalize_intermediates=True
             )
-        context = out["text_intermediates"][0][:, :limit]  # (B, L, D): the first of the last ones
+        context = out["text_intermediates"][0][:, :limit]  # (B, L, D), first of the last -layer states
         return TextFeatures(
             context, torch.ones(context.shape[:2], dtype=torch.bool, device=device), out["text_features"]
         )
 
 
 def clean_text(text: str) -> str | None:
-    """The text after OpenAI's cleaning (ftfy and HTML entities) where that changes more than spaces and case, else None.
+    """Return the text after OpenAI's cleaning (ftfy and HTML entities), or None if that changes only spaces and case.
 
-    It straightens typographic quotes, resolves entities and ligatures and mends wrong encodings.  CLIP was trained on cleaned texts;
-    open_clip and transformers 4 clean too.  transformers 5 takes the characters as they stand, which are other tokens.
+    The cleaning straightens typographic quotes, resolves entities and ligatures and repairs wrong encodings. CLIP was
+    trained on cleaned texts; open_clip and transformers 4 clean too. transformers 5 keeps the characters, which are
+    other tokens.
     """
     from open_clip.tokenizer import basic_clean
 
-    after, before = (" ".join(one.split()) for one in (basic_clean(text), unicodedata.normalize("NFC", text)))
+    after, before = (" ".join(part.split()) for part in (basic_clean(text), unicodedata.normalize("NFC", text)))
     return None if after.lower() == before.lower() else after
 
 
 def register_model_config(model: str) -> str:
-    """open_clip's name of a model; of a .json file with a config, open_clip is told first. Raises AssetNotFoundError if there is no such file."""
+    """Return open_clip's name of a model; for a .json file, register that config with open_clip first.
+
+    Raises AssetNotFoundError if there is no such file.
+    """
     if not model.endswith(".json"):
         return model
     if not (file := Path(model).expanduser()).is_file():
@@ -121,7 +129,10 @@ def register_model_config(model: str) -> str:
 
 
 def build_clip(model: str, weights: str | None, hub: bool, random: bool) -> tuple[Any, dict[str, Any]]:
-    """open_clip's model, both towers, on the CPU in float32, and its config; options and errors as CLIP's."""
+    """Build open_clip's model, both towers, on the CPU in float32; return it and its config.
+
+    Options and errors: see CLIP.
+    """
     if random and weights is not None:
         raise ConfigError(f"weights={weights} and random=true: choose one")
     file = None if random else local_weights(model, weights)  # before open_clip is imported, which takes seconds
@@ -132,19 +143,19 @@ def build_clip(model: str, weights: str | None, hub: bool, random: bool) -> tupl
         raise ConfigError(f"model={model}: open_clip has no such model; open_clip.list_models() names them")
     if other := {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
         raise ConfigError(
-            f"model={model} has another text model or tokenizer ({min(other)}); expected one with CLIP's own, as ViT-L-14"
+            f"model={model} has another text model or tokenizer ({min(other)}); "
+            f"expected one with CLIP's own, as ViT-L-14"
         )
     if not random and file is None:
         file = tagged_weights(model, str(weights), hub)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the weights of other networks do not depend on what is drawn here and replaced
+    # a random state of its own, so that the weights of other networks do not depend on the draws for these
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return create_model(model, file), config
 
 
 class Towers(NamedTuple):
-    """open_clip's model, and what makes ids (B, length) int64 of texts."""
+    """open_clip's model, and its tokenizer: texts -> ids (B, length) int64."""
 
     clip: Any
     tokenize: Callable[[Sequence[str]], Tensor]
@@ -153,7 +164,7 @@ class Towers(NamedTuple):
 def load_towers(
     model: str = "ViT-L-14-quickgelu", weights: str | None = None, hub: bool = False, random: bool = False
 ) -> Towers:
-    """Both of CLIP's towers, for metrics; options and errors as CLIP's."""
+    """Load both towers of CLIP, for metrics. Options and errors: see CLIP."""
     model = register_model_config(model)
     clip, _ = build_clip(model, weights, hub, random)
     from open_clip import get_tokenizer
@@ -162,7 +173,10 @@ def load_towers(
 
 
 def init_towers(model: str) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
-    """open_clip's model, both towers, with weights drawn now, and what makes ids (B, length) int64 of texts; model as CLIP's."""
+    """Return open_clip's model, both towers, with random weights, and its tokenizer: texts -> ids (B, length) int64.
+
+    model: see CLIP.
+    """
     from open_clip import get_tokenizer
 
     model = register_model_config(model)
@@ -170,22 +184,28 @@ def init_towers(model: str) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
 
 
 def local_weights(model: str, weights: str | None) -> Path | None:
-    """The file that `weights` names, None if it looks like a tag. Raises AssetNotFoundError if it is a file that is not there, or nothing."""
+    """Return the file that `weights` names, or None if it looks like a tag.
+
+    Raises AssetNotFoundError for a missing file, and if weights is None.
+    """
     if weights is not None:
         file = Path(weights).expanduser()
         if file.is_file():
             return file
         if file.name == weights and not file.suffix:
             return None
-    said = "weights=null" if weights is None else f"weights={weights} is not a file"
+    reason = "weights=null" if weights is None else f"weights={weights} is not a file"
     raise AssetNotFoundError(
-        f"CLIP {model} has no weights ({said}): put open_clip's .pt or .safetensors somewhere and name it, weights=FILE; "
-        f"or name one of open_clip's tags, such as weights=openai, with hub=true to fetch it"
+        f"CLIP {model} has no weights ({reason}): put open_clip's .pt or .safetensors somewhere and name it, "
+        f"weights=FILE; or name one of open_clip's tags, such as weights=openai, with hub=true to fetch it"
     )
 
 
 def tagged_weights(model: str, tag: str, hub: bool) -> Path:
-    """The file behind an open_clip tag: in the hub's cache, or fetched if `hub`. Raises ConfigError for no such tag, AssetNotFoundError."""
+    """Return the file of an open_clip tag from the hub's cache, or download it if `hub`.
+
+    Raises ConfigError for an unknown tag, AssetNotFoundError if the file is not available.
+    """
     from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
     from open_clip.pretrained import download_pretrained
 
@@ -203,14 +223,17 @@ def tagged_weights(model: str, tag: str, hub: bool) -> Path:
         except Exception as error:
             reason = " ".join(str(error).split()) if online else reason
     raise AssetNotFoundError(
-        f"CLIP {model}, tag {tag}, is not in the Hugging Face hub's cache and was not fetched ({reason}): fetch it with hub=true on a "
-        f"machine that reaches the hub, or name a file, weights=FILE"
+        f"CLIP {model}, tag {tag}, is not in the Hugging Face hub's cache and was not fetched ({reason}): "
+        f"fetch it with hub=true on a machine that reaches the hub, or name a file, weights=FILE"
     )
 
 
 @contextmanager
 def hub_access(online: bool) -> Iterator[None]:
-    """Within it the hub's client asks its local cache only, unless online; the client reads $HF_HUB_OFFLINE at its import alone."""
+    """Restrict the hub's client to its local cache within the block, unless `online`.
+
+    The client reads $HF_HUB_OFFLINE only when it is imported, so the constant itself is set.
+    """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -222,16 +245,16 @@ def hub_access(online: bool) -> Iterator[None]:
 
 
 def create_model(model: str, file: Path | None) -> Any:
-    """open_clip's model with the file's weights, in float32 on the device that is the default; random ones without a file.
+    """Create open_clip's model in float32 on the default device, with the weights in `file`, else random ones.
 
-    Raises ConfigError for another file.
+    Raises ConfigError if the file has other weights or is damaged.
     """
     from open_clip import create_model
 
     try:
-        place = torch.get_default_device()
+        device = torch.get_default_device()
         return create_model(
-            model, pretrained=str(file) if file else None, require_pretrained=file is not None, device=place
+            model, pretrained=str(file) if file else None, require_pretrained=file is not None, device=device
         )
     except Exception as error:
         if file is None:

@@ -1,4 +1,4 @@
-"""CLIP's embedding of an image as the condition: variations of a picture (Ramesh et al. 2022)."""
+"""CLIP's embedding of an image as the condition, for image variations (Ramesh et al. 2022)."""
 
 from typing import Any
 
@@ -12,21 +12,23 @@ from ldm.conditioner.rows import num_rows
 
 
 class CLIPImage(nn.Module):
-    """batch["image"] (B, C, H, W) in [-1, 1]: context (B, 1, V) and vector (B, V), CLIP's embedding with norm sqrt(V); the null is zero.
+    """CLIP's image embedding: batch["image"] (B, C, H, W) in [-1, 1] -> context (B, 1, V) and vector (B, V).
 
-    Options are those of CLIP.  The encoder is frozen and no part of this module's parameters or state.
+    The embedding has norm sqrt(V). The null condition is zero. Options: see CLIP. The encoder is frozen and is not part
+    of this module's parameters or state.
     """
 
     keys = ("image",)
     concat_channels = 0
-    device_anchor: Tensor  # empty, goes where the model goes
+    device_anchor: Tensor  # empty; its device is the model's
 
     def __init__(
         self, model: str = "ViT-L-14-quickgelu", weights: str | None = None, hub: bool = False, random: bool = False
     ):
         super().__init__()
         clip, config = build_clip(model, weights, hub, random)
-        self.kept = [clip.visual.eval().requires_grad_(False)]  # in a list: not to be trained, saved or averaged
+        # in a list, so that it is not trained, saved or averaged
+        self.encoders = [clip.visual.eval().requires_grad_(False)]
         self.context_dim = self.vector_dim = config["embed_dim"]
         self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
@@ -40,16 +42,19 @@ class CLIPImage(nn.Module):
 
     @torch.no_grad()
     def embedding(self, image: Tensor) -> Tensor:
-        """(B, V) with norm sqrt(V)."""
+        """Embed images (B, C, H, W) in [-1, 1]: (B, V) with norm sqrt(V)."""
         device = self.device_anchor.device
-        visual = self.kept[0].to(device)
+        visual = self.encoders[0].to(device)
         with torch.autocast(device.type, enabled=False):
             vector = visual(preprocess(visual, image))
         return normalize(vector, dim=1) * self.vector_dim**0.5
 
 
 def preprocess(visual: Any, image: Tensor) -> Tensor:
-    """Images (B, 1 or 3, H, W) in [-1, 1] as an open_clip image tower takes them: (B, 3, S, S) float32, by its own mean and deviation."""
+    """Preprocess images for an open_clip image tower, with its own size, mean and standard deviation.
+
+    image: (B, 1 or 3, H, W) in [-1, 1]. Returns (B, 3, S, S) float32.
+    """
     mean, std = (torch.tensor(x, device=image.device)[:, None, None] for x in (visual.image_mean, visual.image_std))
     image = (
         interpolate(image.float(), visual.image_size, mode="bicubic", antialias=True).clamp(-1, 1).expand(-1, 3, -1, -1)

@@ -1,4 +1,4 @@
-"""Several conditions at once, and the one place where conditions are dropped in training."""
+"""Combine several conditioners, and drop conditions in training."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -12,15 +12,16 @@ from ldm.tensors import KeyedNoise
 
 
 class Compose(nn.Module):
-    """The conditions of all its conditioners, joined field by field; the null is that of the nulls.
+    """Several conditioners, whose conditions are joined field by field; the null condition joins their nulls.
 
-    Contexts follow one another along L, in the widest's dimension, to which a learned linear map takes the others; vectors are joined
-    along D, concat along C.  A conditioner of whose keys a batch lacks one gives its null.
-    drop: conditioner -> the probability with which, while training, a row's condition by it gives way to its null, one by one; drawn from
-    batch["noise"].  Raises ConfigError without any conditioner, and for a rate that is none or of no conditioner.
+    Contexts are concatenated along L, in the dimension of the widest; a learned linear map takes the others to it.
+    Vectors are concatenated along D, concat along C. A conditioner gives its null if the batch lacks one of its keys.
+    drop: conditioner name -> probability with which, in training, it is replaced by its null, independently for each
+    sample and conditioner; drawn from batch["noise"].
+    Raises ConfigError if there are no conditioners, and for a rate outside [0, 1] or of an unknown conditioner.
     """
 
-    needs = ()  # keys without which it is the null: none, as each of its conditioners sees to its own
+    needs = ()  # no key is required: each conditioner gives its own null
 
     def __init__(self, drop: Mapping[str, float] | None = None, **conditioners: nn.Module):
         super().__init__()
@@ -44,12 +45,13 @@ class Compose(nn.Module):
         self.widen = nn.ModuleDict({name: nn.Linear(dim, widest) for name, dim in narrow.items()})
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        return self._join({name: self._told(name, part, batch) for name, part in self.conditioners.items()})
+        return self._join({name: self._condition(name, part, batch) for name, part in self.conditioners.items()})
 
     def null(self, batch: dict[str, Any]) -> Condition:
         return self._join({name: cast(Any, part).null(batch) for name, part in self.conditioners.items()})
 
-    def _told(self, name: str, part: nn.Module, batch: dict[str, Any]) -> Condition:
+    def _condition(self, name: str, part: nn.Module, batch: dict[str, Any]) -> Condition:
+        """Return one conditioner's condition, with its dropout in training."""
         cond, rate = condition_or_null(part, batch), self.drop.get(name, 0.0) if self.training else 0.0
         return drop_condition(cond, cast(Any, part).null(batch), batch["noise"], f"drop/{name}", rate) if rate else cond
 
@@ -70,7 +72,7 @@ class Compose(nn.Module):
 
 
 def condition_or_null(conditioner: Any, batch: dict[str, Any]) -> Condition:
-    """The conditioner's Condition of a batch; its null where the batch lacks one of its keys, or of those it `needs` if it says so."""
+    """Return the conditioner's condition, or its null if the batch lacks one of its `needs` (by default its `keys`)."""
     return (
         conditioner(batch)
         if all(key in batch for key in getattr(conditioner, "needs", conditioner.keys))
@@ -79,16 +81,20 @@ def condition_or_null(conditioner: Any, batch: dict[str, Any]) -> Condition:
 
 
 def drop_condition(cond: Condition, null: Condition, noise: KeyedNoise, purpose: str, rate: float) -> Condition:
-    """cond, row by row the null with probability `rate` (Ho & Salimans 2022, algorithm 1); which rows is noise's to say."""
+    """Replace each sample's condition by `null` with probability `rate` (Ho & Salimans 2022, algorithm 1).
+
+    cond, null: conditions of B samples.  purpose: key of the random draw, so that several dropouts are independent.
+    Which samples are dropped depends only on `noise` (seed, epoch, sample index), not on batch size or rank.
+    """
     return cond.where(noise.uniform(purpose, torch.empty(len(noise))) >= rate, null)
 
 
 def concat_present(parts: Iterable[Tensor | None]) -> Tensor | None:
-    """The parts that are there, one after another along axis 1; None without any."""
-    there = [part for part in parts if part is not None]
-    return torch.cat(there, 1) if there else None
+    """Concatenate the parts that are not None along axis 1; return None if all are."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present, 1) if present else None
 
 
 def full_mask(context: Tensor) -> Tensor:
-    """The mask (B, L) of a context all of whose tokens are real."""
+    """Return the mask (B, L) of a context (B, L, D) without padding: True everywhere."""
     return torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)

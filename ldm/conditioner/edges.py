@@ -1,4 +1,4 @@
-"""The edges of pictures (Canny 1986), and what a hand would draw of them."""
+"""Extract edges (Canny 1986) and scribbles from images."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from ldm.errors import ConfigError
 
-SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4  # a step of 1 is seen as 1
+# divided by 4 so that a step of height 1 has slope 1
+SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
+# offsets (down, right), each 45 degrees further
 NEIGHBOURS = (
     (0, 1),
     (1, 1),
@@ -19,16 +21,18 @@ NEIGHBOURS = (
     (-1, -1),
     (-1, 0),
     (-1, 1),
-)  # (down, right), each 45 degrees further
-EQUAL = 1e-5  # slopes that differ by less are one
+)
+EQUAL = 1e-5  # slopes that differ by less count as equal
 
 
 @dataclass(frozen=True)
 class Canny:
-    """Images (B, C, H, W) in [-1, 1] -> their edges, thin lines, (B, 3, H, W) of 0 and 1 (Canny 1986).
+    """Edge extractor: images (B, C, H, W) in [-1, 1] -> thin edges (B, 3, H, W), 0 or 1 (Canny 1986).
 
-    sigma: of the blur, in pixels.  low, high: slopes, in brightness from 0 to 1 over two pixels: an edge has `high` somewhere and is
-    followed as far as it has `low`.  Between two pixels the brighter has the edge.  Raises ConfigError unless 0 < low <= high, sigma > 0.
+    sigma: standard deviation of the blur, in pixels.
+    low, high: thresholds on the slope, in brightness (0 to 1) over two pixels: an edge reaches `high` somewhere and is
+    followed as long as it is above `low`. Of two adjacent pixels the brighter one carries the edge.
+    Raises ConfigError unless 0 < low <= high and sigma > 0.
     """
 
     sigma: float = 1.0
@@ -50,9 +54,9 @@ class Canny:
 
 @dataclass(frozen=True)
 class Scribble:
-    """Images (B, C, H, W) in [-1, 1] -> their coarse edges as a thick pen would draw them, (B, 3, H, W) of 0 and 1.
+    """Scribble extractor: images (B, C, H, W) in [-1, 1] -> coarse edges drawn with a thick pen, (B, 3, H, W), 0 or 1.
 
-    sigma, low, high: as Canny's, a wider blur leaving less.  pen: its width in pixels, odd.
+    sigma, low, high: as for Canny; a wider blur leaves fewer edges.  pen: width in pixels, odd.
     """
 
     sigma: float = 2.0
@@ -70,7 +74,10 @@ class Scribble:
 
 
 def luminance(image: Tensor) -> Tensor:
-    """(B, C, H, W) in [-1, 1] -> (B, 1, H, W) in [0, 1], by ITU-R BT.601 for three channels."""
+    """Convert images (B, C, H, W) in [-1, 1] to brightness (B, 1, H, W) in [0, 1].
+
+    RGB: by ITU-R BT.601, else the mean.
+    """
     weights = (
         image.new_tensor([0.299, 0.587, 0.114])
         if image.shape[1] == 3
@@ -80,7 +87,7 @@ def luminance(image: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """x (B, 1, H, W) under a Gaussian of that standard deviation in pixels, the border repeated."""
+    """Blur x (B, 1, H, W) with a Gaussian of standard deviation `sigma` pixels; the border is replicated."""
     reach = math.ceil(3 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1.0, device=x.device) / sigma) ** 2)
     kernel = kernel / kernel.sum()
@@ -89,26 +96,26 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
 
 
 def sobel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The slope of x (B, 1, H, W) to the right and downwards (Sobel & Feldman 1968)."""
+    """Return the slopes of x (B, 1, H, W) to the right and downwards (Sobel & Feldman 1968)."""
     kernel, padded = SOBEL.to(x.device), F.pad(x, (1, 1, 1, 1), mode="replicate")
     return F.conv2d(padded, kernel[None, None]), F.conv2d(padded, kernel.T[None, None])
 
 
 def non_maximum_suppression(across: Tensor, down: Tensor) -> Tensor:
-    """The slope's length (B, 1, H, W) where it is the largest along its own direction, to the nearest of eight; else 0."""
+    """Return the slope's magnitude (B, 1, H, W) where it is a maximum along its direction, one of eight; else 0."""
     length = torch.hypot(across, down)
     sector = (torch.atan2(down, across) / (math.pi / 4)).round().long() % 8
     padded = F.pad(length, (1, 1, 1, 1))
     height, width = length.shape[-2:]
-    around = torch.cat(
+    neighbours = torch.cat(
         [padded[..., 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in NEIGHBOURS], 1
     )  # (B, 8, H, W)
-    brighter, darker = around.gather(1, sector), around.gather(1, (sector + 4) % 8)
+    brighter, darker = neighbours.gather(1, sector), neighbours.gather(1, (sector + 4) % 8)
     return torch.where((length > brighter + EQUAL) & (length > darker - EQUAL), length, 0.0)
 
 
 def hysteresis(weak: Tensor, strong: Tensor) -> Tensor:
-    """The weak pixels (B, 1, H, W) bool that strong ones lead to, by any of the eight neighbours from one to the next."""
+    """Return the weak pixels (B, 1, H, W) bool that are 8-connected to a strong one."""
     reached = strong & weak
     while True:
         further = (F.max_pool2d(reached.float(), 3, 1, 1) > 0) & weak

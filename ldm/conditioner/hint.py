@@ -1,4 +1,4 @@
-"""Hints, the pictures that a ControlNet reads (Zhang et al. 2023): what they are made of, and how they join what a model is told."""
+"""Hints, the images that a ControlNet reads (Zhang et al. 2023): extract them and add them to a condition."""
 
 from collections.abc import Callable, Sequence
 from colorsys import hsv_to_rgb
@@ -15,41 +15,46 @@ from ldm.errors import ConfigError
 
 
 class HintConditioner(nn.Module):
-    """What `told` tells, and one hint (B, 3, H, W) in [0, 1] more: batch[name], else made of batch[make.reads].
+    """The condition of another conditioner plus one hint (B, 3, H, W) in [0, 1].
 
-    make: value -> hint; `reads` is what it is made of.  untold: the probability with which, while training, a row is told the hint alone
-    (Zhang et al. 2023, sec. 3.4).  name: hint for the first, then hint2, hint3, ...  The null hint, also of a batch without, is black.
-    Raises ValueError for a hint that is no such picture.
+    The hint is batch[name], else it is extracted from batch[extractor.reads].
+    conditioner: gives all other fields of the condition.
+    extractor: value -> hint; `reads` is the batch key of the value.
+    text_drop_prob: probability with which, in training, a sample gets the hint alone (Zhang et al. 2023, section 3.4).
+    name: "hint" for the first, then "hint2", "hint3", ...  The null hint, also of a batch without a hint, is black.
+    Raises ValueError for a hint of another shape.
     """
 
-    needs = ()  # it sees to it itself
-    device_anchor: Tensor
+    needs = ()  # no key is required: without a hint it gives the null hint
+    device_anchor: Tensor  # empty; its device is the model's
 
-    def __init__(self, told: Any, extractor: Callable[[Any], Tensor], text_drop_prob: float = 0.5):
+    def __init__(self, conditioner: Any, extractor: Callable[[Any], Tensor], text_drop_prob: float = 0.5):
         super().__init__()
         if not 0 <= text_drop_prob <= 1:
-            raise ConfigError(f"text_drop_prob={text_drop_prob}: expected a probability")
-        self.told, self.make, self.untold = told, extractor, text_drop_prob
-        number = getattr(told, "number", 0) + 1
+            raise ConfigError(f"text_drop_prob={text_drop_prob}: expected a probability, 0 to 1")
+        # `told` is a state dict prefix
+        self.told, self.make, self.text_drop_prob = conditioner, extractor, text_drop_prob
+        number = getattr(conditioner, "number", 0) + 1
         self.number, self.name = number, "hint" if number == 1 else f"hint{number}"
-        self.keys = (*told.keys, self.name)
-        self.reads = (*getattr(told, "reads", ()), extractor.reads)  # type: ignore[attr-defined]
+        self.keys = (*conditioner.keys, self.name)
+        self.reads = (*getattr(conditioner, "reads", ()), extractor.reads)  # type: ignore[attr-defined]
         self.context_dim, self.vector_dim, self.concat_channels = (
-            told.context_dim,
-            told.vector_dim,
-            told.concat_channels,
+            conditioner.context_dim,
+            conditioner.vector_dim,
+            conditioner.concat_channels,
         )
         self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     @property
     def conditioners(self) -> Any:
-        """The parts of what is told besides, by name."""
+        """The other conditioners, by name."""
         return getattr(self.told, "conditioners", {"told": self.told})
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         cond = condition_or_null(self.told, batch)
-        if self.training and self.untold:
-            cond = drop_condition(cond, self.told.null(batch), batch["noise"], f"untold/{self.name}", self.untold)
+        if self.training and self.text_drop_prob:
+            null = self.told.null(batch)
+            cond = drop_condition(cond, null, batch["noise"], f"untold/{self.name}", self.text_drop_prob)
         return replace(cond, hint=(*cond.hint, self.hint(batch)))
 
     def null(self, batch: dict[str, Any]) -> Condition:
@@ -57,7 +62,7 @@ class HintConditioner(nn.Module):
         return replace(cond, hint=(*cond.hint, self.null_hint(batch)))
 
     def hint(self, batch: dict[str, Any]) -> Tensor:
-        """The hint of a batch."""
+        """Return the hint (B, 3, H, W) of a batch: its own, else the extracted one, else the null hint."""
         reads = self.make.reads  # type: ignore[attr-defined]
         if self.name not in batch and reads not in batch:
             return self.null_hint(batch)
@@ -67,13 +72,16 @@ class HintConditioner(nn.Module):
         return hint.to(self.device_anchor)
 
     def null_hint(self, batch: dict[str, Any]) -> Tensor:
-        """Nothing, (B, 3, 1, 1)."""
+        """Return the black hint (B, 3, 1, 1)."""
         return self.device_anchor.new_zeros(num_rows(batch), 3, 1, 1)
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Maps (B, H, W) of classes -> a colour for each class, (B, 3, H, W) in [0, 1]. Raises ConfigError for a class out of range."""
+    """Hint extractor: class maps (B, H, W) -> one colour per class, (B, 3, H, W) in [0, 1].
+
+    Raises ConfigError for a class out of range.
+    """
 
     classes: int = 9
     reads = "map"
@@ -88,7 +96,7 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Relief:
-    """Reliefs, depths (B, 1, H, W) in [-1, 1] -> (B, 3, H, W) in [0, 1], grey."""
+    """Hint extractor: relief or depth maps (B, 1, H, W) in [-1, 1] -> grey images (B, 3, H, W) in [0, 1]."""
 
     reads = "relief"
 
@@ -98,10 +106,11 @@ class Relief:
 
 @dataclass(frozen=True)
 class Keypoints:
-    """Lists of points, each (x, y) in [0, 1] or None where it is not seen -> round dots on black, (B, 3, H, W) in [0, 1].
+    """Hint extractor: B lists of points -> coloured dots on black, (B, 3, H, W) in [0, 1].
 
+    A point is (x, y) in [0, 1], or None if it is not visible.
     Point k of every list has the k-th colour.  size: height and width in pixels.  radius: of the dots, in pixels.
-    Raises ConfigError for what is no list of points.
+    Raises ConfigError for anything but lists of such points.
     """
 
     size: Sequence[int] = (64, 64)
@@ -112,21 +121,21 @@ class Keypoints:
         return torch.stack([self.render(one) for one in points])
 
     def render(self, points: Sequence[Sequence[float] | None]) -> Tensor:
-        """(3, H, W) of one list."""
+        """Draw one list of points, (3, H, W)."""
         height, width = self.size
         y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-        picture = torch.zeros(3, height, width)
+        image = torch.zeros(3, height, width)
         for point, colour in zip(points, palette(len(points) + 1)[1:], strict=True):
             if point is None:
                 continue
             if len(point) != 2 or not all(0 <= one <= 1 for one in point):
                 raise ConfigError(f"point {point}: expected [x, y] in [0, 1], or null")
             inside = torch.hypot(x - point[0] * width, y - point[1] * height) <= self.radius
-            picture = torch.where(inside, colour[:, None, None], picture)
-        return picture
+            image = torch.where(inside, colour[:, None, None], image)
+        return image
 
 
 def palette(number: int) -> Tensor:
-    """(number, 3) colours in [0, 1] that are far from one another, the first black."""
+    """Return `number` well separated colours (number, 3) in [0, 1]; the first is black."""
     ring = [hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.5)[i % 2], (1.0, 1.0, 0.6)[i % 3]) for i in range(number - 1)]
     return torch.tensor([(0.0, 0.0, 0.0), *ring])

@@ -11,9 +11,10 @@ from ldm.errors import ConfigError
 
 
 class Label(nn.Module):
-    """batch["label"] (B,) int64 in [0, num_classes) as one learned token: context (B, 1, dim); -1, no label, gives the null condition.
+    """Class label as one learned token: batch["label"] (B,) int64 in [0, num_classes) -> context (B, 1, dim).
 
-    The null condition is a learned class of its own, row num_classes (Ho & Salimans 2022).  Raises ConfigError for a label out of range.
+    A label of -1 (none) gives the null condition: a learned class of its own, row num_classes (Ho & Salimans 2022).
+    Raises ConfigError for a label out of range.
     """
 
     keys = ("label",)
@@ -32,7 +33,10 @@ class Label(nn.Module):
 
 
 class LabelVector(nn.Module):
-    """As Label, but a vector (B, dim) for the time embedding (Dhariwal & Nichol 2021; DiT): for networks without cross-attention."""
+    """As Label, but as a vector (B, dim) for the time embedding, as in DiT: for networks without cross-attention.
+
+    Dhariwal & Nichol 2021.
+    """
 
     keys = ("label",)
     context_dim, concat_channels = None, 0
@@ -50,7 +54,11 @@ class LabelVector(nn.Module):
 
 
 def embed_labels(embedding: nn.Embedding, label: Tensor) -> Tensor:
-    """Rows (B, dim) of labels (B,), the null class's for -1; they are looked at only on the CPU, where that costs no wait."""
+    """Look up labels (B,) in the table: (B, dim), the null class's row for -1.
+
+    The range is checked on the CPU only, where it costs no synchronisation.
+    Raises ConfigError for a label out of range.
+    """
     classes = embedding.num_embeddings - 1
     if label.device.type == "cpu" and len(label) and not -1 <= int(label.min()) <= int(label.max()) < classes:
         wrong = label[(label < -1) | (label >= classes)][0]
@@ -60,5 +68,5 @@ def embed_labels(embedding: nn.Embedding, label: Tensor) -> Tensor:
 
 
 def null_embedding(embedding: nn.Embedding, num: int) -> Tensor:
-    """The null class's row, num times: (num, dim)."""
+    """Return the null class's row repeated: (num, dim)."""
     return embedding(torch.full((num,), embedding.num_embeddings - 1, device=embedding.weight.device))

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, a frozen pretrained sentence encoder (Wang et al. 2020; Reimers & Gurevych 2019), in plain torch."""
+"""all-MiniLM-L6-v2, a frozen sentence encoder (Wang et al. 2020; Reimers & Gurevych 2019), in plain torch."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -28,15 +28,16 @@ LAYER_NAMES = {
     "down": "output.dense",
     "norm2": "output.LayerNorm",
 }
+# pooler: the head for next-sentence prediction
 IGNORED_KEYS = {
     "embeddings.position_ids",
     "pooler.dense.weight",
     "pooler.dense.bias",
-}  # the pooler is next-sentence prediction's
+}
 
 
 def published_name(name: str) -> str:
-    """The published name of one of Bert's parameters."""
+    """Return the published name of a parameter of Bert."""
     *layer, module, kind = name.split(".")
     return (
         f"encoder.layer.{layer[1]}.{LAYER_NAMES[module]}.{kind}"
@@ -46,7 +47,10 @@ def published_name(name: str) -> str:
 
 
 class Layer(nn.Module):
-    """One post-norm encoder layer (Vaswani et al. 2017, sec. 3.1; Devlin et al. 2019): x (B, L, D), mask (B, 1, 1, L) -> (B, L, D)."""
+    """One post-norm encoder layer: x (B, L, D), mask (B, 1, 1, L) -> (B, L, D).
+
+    Vaswani et al. 2017, section 3.1; Devlin et al. 2019.
+    """
 
     def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()
@@ -64,7 +68,10 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """BERT's encoder (Devlin et al. 2019) for one segment: ids (B, L) int64, mask (B, L) bool -> last hidden state (B, L, dim)."""
+    """BERT's encoder for one segment (Devlin et al. 2019).
+
+    ids (B, L) int64, mask (B, L) bool -> last hidden state (B, L, dim).
+    """
 
     def __init__(
         self,
@@ -88,10 +95,11 @@ class Bert(nn.Module):
 
 
 class MiniLM(nn.Module):
-    """texts -> Features: last hidden state (B, L, 384), mask (B, L), its mean over the real tokens (B, 384); float32, no gradient.
+    """Frozen MiniLM sentence encoder: B texts -> TextFeatures, float32, without gradient.
 
-    path: a folder with model.safetensors and tokenizer.json; null: found or fetched.  Raises AssetNotFoundError without them, ValueError if the
-    weights are another model's.
+    context: last hidden state (B, L, 384).  mask: (B, L).  vector: mean over the real tokens (B, 384).
+    path: a folder with model.safetensors and tokenizer.json; None: a local copy is searched for, else downloaded.
+    Raises AssetNotFoundError without these files, ValueError if the weights belong to another model.
     """
 
     context_dim = vector_dim = 384
@@ -109,10 +117,10 @@ class MiniLM(nn.Module):
             )
         self.known = MINILM["model.safetensors"] if path is None else None
         self.tokenizer = Tokenizer.from_file(str(words))
-        self.tokenizer.no_padding()  # the file's own settings pad and cut every text to 128
+        self.tokenizer.no_padding()  # the file's own settings pad and truncate every text to 128 tokens
         self.tokenizer.no_truncation()
         self.truncation = Truncation()
-        with torch.device("meta"):  # no time spent on random numbers
+        with torch.device("meta"):  # saves the time for random numbers
             self.bert = Bert()
         self._load()
         self.eval().requires_grad_(False)
@@ -120,30 +128,30 @@ class MiniLM(nn.Module):
     def _load(self) -> None:
         from safetensors.torch import load_file
 
-        state, wanted = load_file(self.weights), {name: published_name(name) for name in self.bert.state_dict()}
-        if wrong := ({*wanted.values()} ^ {*state}) - IGNORED_KEYS:
+        state, published = load_file(self.weights), {name: published_name(name) for name in self.bert.state_dict()}
+        if wrong := ({*published.values()} ^ {*state}) - IGNORED_KEYS:
             raise UserError(f"{self.weights} is not all-MiniLM-L6-v2: {len(wrong)} names differ, such as {min(wrong)}")
         try:
-            self.bert.load_state_dict({ours: state[name].float() for ours, name in wanted.items()}, assign=True)
+            self.bert.load_state_dict({ours: state[name].float() for ours, name in published.items()}, assign=True)
         except RuntimeError as error:
             raise UserError(f"{self.weights} is not all-MiniLM-L6-v2: {' '.join(str(error).split())}") from error
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 (hex) of the file of weights."""
+        """SHA-256 (hex) of the weights file."""
         return self.known or sha256(self.weights)
 
     def tokenize(self, text: str) -> list[str]:
-        """The pieces of the text that become tokens, each as it stands in the text."""
+        """Split the text into the pieces that become tokens, as they stand in the text."""
         return [text[start:end] for start, end in self.tokenizer.encode(text, add_special_tokens=False).offsets]
 
     @property
     def embedding(self) -> nn.Embedding:
-        """What gives ids (B, L) their vectors."""
+        """The table that maps ids (B, L) to vectors."""
         return self.bert.word
 
     def token_ids(self, text: str) -> list[int]:
-        """The ids of a text, without marks."""
+        """Return the token ids of a text, without start and end tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     @torch.no_grad()
@@ -151,7 +159,7 @@ class MiniLM(nn.Module):
         return self.features(texts, length)
 
     def features(self, texts: Sequence[str], length: int | None = None) -> TextFeatures:
-        """As forward, with gradients."""
+        """Encode texts as `forward` does, but with gradients."""
         limit = min(length or self.length, self.length)
         cut = [
             self.truncation(t, e.ids, limit)
@@ -161,9 +169,8 @@ class MiniLM(nn.Module):
         size = torch.tensor([len(ids) for ids in cut])
         ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in cut], batch_first=True).to(device)  # (B, L)
         mask = (torch.arange(ids.shape[1]) < size[:, None]).to(device)  # (B, L)
-        with torch.autocast(
-            device.type, enabled=False
-        ):  # the same features whatever precision the network is trained in
+        # in float32, so that the features do not depend on the precision in which the network is trained
+        with torch.autocast(device.type, enabled=False):
             context = self.bert(ids, mask)  # (B, L, D)
         real = mask[..., None]
         return TextFeatures(context, mask, (context * real).sum(1) / real.sum(1))

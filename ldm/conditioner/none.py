@@ -8,7 +8,7 @@ from ldm.condition import Condition
 
 
 class Unconditional(nn.Module):
-    """Tells the network nothing: a Condition with every field empty, which is also its null."""
+    """No condition: every field is empty, also in the null condition."""
 
     keys = ()
     context_dim = vector_dim = None

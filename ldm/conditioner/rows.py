@@ -1,11 +1,14 @@
-"""The size of a batch, whatever it holds."""
+"""The size of a batch, whatever it contains."""
 
 from collections.abc import Sized
 from typing import Any
 
 
 def num_rows(batch: dict[str, Any]) -> int:
-    """B of a batch, by its first tensor, list or keyed noise. Raises ValueError for one that holds none."""
+    """Return the number of rows B of a batch, from its first tensor, list or keyed noise.
+
+    Raises ValueError if it has none.
+    """
     for value in batch.values():
         if isinstance(value, Sized) and not isinstance(value, str):
             return len(value)

@@ -1,4 +1,4 @@
-"""Pictures as the condition: maps, low resolution, masks, brought to the latent's size and stacked on its channels (LDM sec. 3.3)."""
+"""Image conditions as extra channels on the latent's grid: class maps, low resolution and masks (LDM sec. 3.3)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -13,10 +13,12 @@ from ldm.errors import ConfigError
 
 
 class SemanticMap(nn.Module):
-    """batch["map"], classes (B, H, W) int64 or their shares (B, classes, H, W): concat (B, channels, H/factor, W/factor).
+    """Semantic map as input channels: batch["map"] -> concat (B, channels, H/factor, W/factor).
 
-    Each cell gets the share of every class in it, then a learned 1x1 convolution without bias (LDM's SpatialRescaler).  The null is zero,
-    a cell of no class.  Raises ValueError for a class out of range or a size that the factor does not divide.
+    The map holds classes (B, H, W) int64 or class fractions (B, classes, H, W). Each cell of factor x factor pixels
+    gets the fraction of every class in it, then a learned 1x1 convolution without bias (LDM's SpatialRescaler). The
+    null is zero, a cell without any class.
+    Raises ValueError for a class out of range or a size that `factor` does not divide.
     """
 
     keys = ("map",)
@@ -40,7 +42,7 @@ class SemanticMap(nn.Module):
         )
 
     def class_fractions(self, map: Tensor) -> Tensor:
-        """A map as shares (B, classes, H, W)."""
+        """Return a map as class fractions (B, classes, H, W)."""
         if map.ndim == 4 and map.is_floating_point() and map.shape[1] == self.classes:
             return map
         if map.ndim != 3 or map.is_floating_point():
@@ -55,13 +57,14 @@ class SemanticMap(nn.Module):
 
 
 class SpatialMap(nn.Module):
-    """batch[key] (B, channels, H, W), a relief, a depth, a sketch: concat (B, channels + 1, H/factor, W/factor).
+    """Relief, depth map or sketch as input channels.
 
-    Each cell gets the mean over it; the last channel is 1, and 0 in the null, which is zero throughout.
+    batch[key] (B, channels, H, W) -> concat (B, channels + 1, H/factor, W/factor).
+    Each cell gets the mean of its pixels; the last channel is 1. The null is 0 in all channels.
     """
 
     context_dim = vector_dim = None
-    device_anchor: Tensor  # empty, goes where the model goes
+    device_anchor: Tensor  # empty; its device is the model's
 
     def __init__(self, factor: int, key: str = "relief", channels: int = 1):
         super().__init__()
@@ -78,17 +81,19 @@ class SpatialMap(nn.Module):
 
 
 class LowResolution(nn.Module):
-    """batch["low_res"] (B, C, H/scale, W/scale) in [-1, 1]: concat (B, C r^2 + 1, H/factor, W/factor), r = factor / scale or 1.
+    """Low-resolution image as input channels.
 
-    Where it is finer than the latent its r x r pixels become channels, where it is coarser they are repeated.  With `augment` noise is
-    mixed in at a level l up to it, sqrt(1 - l^2) x + l eps, keyed by batch["noise"] (Ho et al. 2022, sec. 4.2); the last channel is l.
-    While training l is uniform in [0, augment], else batch["level"] if there, else 0.  The null is zero at level 1.
-    Raises ConfigError where scale and factor do not divide one another, and for an augment outside [0, 1).
+    batch["low_res"] (B, C, H/scale, W/scale) in [-1, 1] -> concat (B, C r^2 + 1, H/factor, W/factor).
+    r = factor / scale, at least 1: where low_res is finer than the latent, its r x r pixels become channels; where it
+    is coarser, its pixels are repeated. With noise_augmentation > 0 noise is added at a level l up to it, sqrt(1 - l^2)
+    x + l eps, keyed by batch["noise"] (Ho et al. 2022, section 4.2); the last channel is l. In training l is uniform in
+    [0, noise_augmentation], else it is batch["level"], by default 0. The null is zero at level 1.
+    Raises ConfigError if neither of scale and factor divides the other, and for noise_augmentation outside [0, 1).
     """
 
     keys = ("low_res",)
     context_dim = vector_dim = None
-    device_anchor: Tensor
+    device_anchor: Tensor  # empty; its device is the model's
 
     def __init__(self, factor: int, channels: int, scale: int = 4, noise_augmentation: float = 0.0):
         super().__init__()
@@ -96,7 +101,7 @@ class LowResolution(nn.Module):
             raise ConfigError(f"scale={scale}: expected a divisor or a multiple of the first stage's factor, {factor}")
         if not 0 <= noise_augmentation < 1:
             raise ConfigError(
-                f"noise_augmentation={noise_augmentation}: expected a level of noise from 0 up to, not with, 1"
+                f"noise_augmentation={noise_augmentation}: expected a noise level of at least 0 and below 1"
             )
         self.scale, self.augment, self.channels = scale, noise_augmentation, channels
         self.fold, self.repeat = max(factor // scale, 1), max(scale // factor, 1)
@@ -107,12 +112,14 @@ class LowResolution(nn.Module):
         image = batch["low_res"].to(self.device_anchor)
         if image.shape[1] != self.channels or image.shape[-2] % self.fold or image.shape[-1] % self.fold:
             raise ConfigError(
-                f"low_res of {tuple(image.shape)}: expected {self.channels} channels, height and width in multiples of {self.fold}"
+                f"low_res of {tuple(image.shape)}: expected {self.channels} channels, "
+                f"height and width in multiples of {self.fold}"
             )
         level = self.level(batch, image)
-        if (self.training and self.augment) or "level" in batch:  # a look at the level itself would wait for the device
+        # the value of the level is not looked at, which would wait for the device
+        if (self.training and self.augment) or "level" in batch:
             image = (1 - level**2).sqrt() * image + level * batch["noise"].normal("low_res", image)
-        return Condition(concat=self.folded(image, level))
+        return Condition(concat=self._to_latent_grid(image, level))
 
     def null(self, batch: dict[str, Any]) -> Condition:
         size = (
@@ -120,35 +127,38 @@ class LowResolution(nn.Module):
             if "low_res" in batch
             else [self.fold] * 2
         )
-        nothing = self.device_anchor.new_zeros(num_rows(batch), self.channels, *size)
-        concat = self.folded(nothing, torch.ones_like(nothing[:, :1, :1, :1]))
+        zeros = self.device_anchor.new_zeros(num_rows(batch), self.channels, *size)
+        concat = self._to_latent_grid(zeros, torch.ones_like(zeros[:, :1, :1, :1]))
         return Condition(concat=concat if "low_res" in batch else concat[:, :, :1, :1])
 
     def level(self, batch: dict[str, Any], image: Tensor) -> Tensor:
-        """The level of noise for each row, (B, 1, 1, 1)."""
-        one = image[:, 0, 0, 0]
-        level = torch.zeros_like(one) + torch.as_tensor(batch.get("level", 0.0)).to(one)
+        """Return the noise level of each sample, (B, 1, 1, 1)."""
+        template = image[:, 0, 0, 0]
+        level = torch.zeros_like(template) + torch.as_tensor(batch.get("level", 0.0)).to(template)
         if self.training and self.augment:
-            level = self.augment * batch["noise"].uniform("low_res/level", one)
+            level = self.augment * batch["noise"].uniform("low_res/level", template)
         return level[:, None, None, None]
 
-    def folded(self, image: Tensor, level: Tensor) -> Tensor:
-        """The image and its level on the latent's grid."""
+    def _to_latent_grid(self, image: Tensor, level: Tensor) -> Tensor:
+        """Resample the image and its level to the latent's grid and concatenate them."""
         image = F.pixel_unshuffle(image, self.fold)
         image = torch.cat([image, level.expand(-1, 1, *image.shape[-2:])], 1)
         return image.repeat_interleave(self.repeat, -2).repeat_interleave(self.repeat, -1)
 
 
 class MaskedImage(nn.Module):
-    """batch["image"] (B, C, H, W) in [-1, 1] and batch["mask"] (B, 1, H, W), 1 = to be drawn: concat (B, 1 + z_channels, h, w).
+    """Masked image as input channels.
 
-    First the mask, 1 where any pixel of a cell is to be drawn, then the latent of the image with those pixels grey (LDM sec. 4.5; the
-    order is Stable Diffusion's).  encode: the first stage, image -> z.  The null says that all is to be drawn: mask 1, latent 0.
+    batch["image"] (B, C, H, W) in [-1, 1] and batch["mask"] (B, 1, H, W) -> concat (B, 1 + z_channels, h, w).
+    The mask is 1 where pixels are to be generated. Channel 0 is the mask, 1 if any pixel of the cell is to be
+    generated; the others are the latent of the image with those pixels grey (LDM section 4.5; order of channels as in
+    Stable Diffusion).
+    encode: the first stage, image -> z.  The null masks everything: mask 1, latent 0.
     """
 
     keys = ("image", "mask")
     context_dim = vector_dim = None
-    device_anchor: Tensor
+    device_anchor: Tensor  # empty; its device is the model's
 
     def __init__(self, factor: int, z_channels: int, encode: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -159,7 +169,8 @@ class MaskedImage(nn.Module):
         image, mask = batch["image"].to(self.device_anchor), (batch["mask"] > 0.5).to(self.device_anchor)
         if mask.shape != (len(image), 1, *image.shape[-2:]):
             raise ValueError(
-                f"mask of {tuple(mask.shape)}: expected {(len(image), 1, *image.shape[-2:])}, the image's size, one channel"
+                f"mask of {tuple(mask.shape)}: expected {(len(image), 1, *image.shape[-2:])}, "
+                f"the image's size, one channel"
             )
         with torch.no_grad():
             z = self.encode(image * (1 - mask))
@@ -174,17 +185,20 @@ class MaskedImage(nn.Module):
 
 
 def cell_means(x: Tensor, factor: int, name: str) -> Tensor:
-    """The mean of x (B, C, H, W) over cells of factor x factor pixels. Raises ConfigError for a size that the factor does not divide."""
+    """Average x (B, C, H, W) over cells of factor x factor pixels.
+
+    Raises ConfigError for a size that `factor` does not divide.
+    """
     if x.shape[-2] % factor or x.shape[-1] % factor:
         raise ConfigError(f"{name} of {x.shape[-2]}x{x.shape[-1]}: height and width must be multiples of {factor}")
     return F.avg_pool2d(x, factor)
 
 
 def max_pool_mask(mask: Tensor, factor: int) -> Tensor:
-    """1 for every cell of factor x factor pixels in which the mask (B, 1, H, W) is 1 anywhere, else 0."""
+    """Return 1 for every cell of factor x factor pixels in which the mask (B, 1, H, W) is 1 anywhere, else 0."""
     return F.max_pool2d(mask, factor)
 
 
-def latent_size(picture: Tensor | None, factor: int) -> Sequence[int]:
-    """Height and width in cells of a picture (..., H, W); 1 and 1 without one."""
-    return (1, 1) if picture is None else [cast(int, side) // factor for side in picture.shape[-2:]]
+def latent_size(image: Tensor | None, factor: int) -> Sequence[int]:
+    """Return height and width in cells of an image (..., H, W), or (1, 1) without one."""
+    return (1, 1) if image is None else [cast(int, side) // factor for side in image.shape[-2:]]

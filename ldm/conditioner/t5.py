@@ -1,4 +1,4 @@
-"""T5's encoder (Raffel et al. 2020), frozen, through transformers: what Imagen and Stable Diffusion 3 read their prompts with."""
+"""T5's encoder (Raffel et al. 2020), frozen, through transformers: a text encoder of Imagen and Stable Diffusion 3."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,25 +15,30 @@ from ldm.tensors import hash_state_dict
 
 
 class T5(nn.Module):
-    """texts -> Features: last hidden state (B, L, D), mask (B, L), its mean over the real tokens (B, D); float32, no gradient.
+    """Frozen T5 encoder: B texts -> TextFeatures, float32, without gradient.
 
-    model: a folder with config.json, weights and tokenizer, or a name on the Hugging Face hub such as google/flan-t5-base.  hub: whether
-    a name that is not in the hub's local cache may be fetched.  length: the most tokens, the end's mark included.
-    Raises AssetNotFoundError where the model is not to be had, ValueError for a folder that holds another or a damaged one.
+    context: last hidden state (B, L, D).  mask: (B, L).  vector: mean over the real tokens (B, D).
+    model: a folder with config.json, weights and tokenizer, or a name on the Hugging Face hub such as
+    google/flan-t5-base.
+    hub: whether a name that is not in the hub's local cache may be downloaded.
+    max_length: maximum number of tokens, including the end token.
+    Raises AssetNotFoundError if the model is not available, ValueError for a folder with another or a damaged model.
     """
 
-    net: Any  # transformers' encoder
+    net: Any  # encoder of transformers
 
     def __init__(self, model: str | None = None, hub: bool = False, max_length: int = 256):
         super().__init__()
         if model is None:
             raise AssetNotFoundError(
-                "T5 has no weights (model=null): name a folder with its config.json, weights and tokenizer, or a hub name"
+                "T5 has no weights (model=null): name a folder with its config.json, weights and tokenizer, "
+                "or a hub name"
             )
         folder = Path(model).expanduser()
         if not folder.is_dir() and len(Path(model).parts) > 2:
             raise AssetNotFoundError(
-                f"model={model}: no such folder; expected one with T5's config.json, weights and tokenizer, or a hub name"
+                f"model={model}: no such folder; expected one with T5's config.json, weights and tokenizer, "
+                f"or a hub name"
             )
         try:
             from transformers import AutoTokenizer, T5EncoderModel
@@ -41,22 +46,22 @@ class T5(nn.Module):
             raise AssetNotFoundError("T5 needs the library transformers: pip install 'ldm[text]'") from None
         source, local = str(folder) if folder.is_dir() else model, folder.is_dir() or not hub
         try:
-            # no type is asked for: transformers below 4.56 calls it torch_dtype, later ones dtype
-            net, seen = cast(
+            # the dtype is left open: transformers below 4.56 calls the option torch_dtype, later ones dtype
+            net, loading = cast(
                 Any, T5EncoderModel.from_pretrained(source, local_files_only=local, output_loading_info=True)
             )
             self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             if folder.is_dir():
-                raise ConfigError(f"model={model}: damaged, or not T5's: {said}") from None
+                raise ConfigError(f"model={model}: damaged, or not T5's: {reason}") from None
             remedy = "name a folder, model=FOLDER" if hub else "fetch it with hub=true, or name a folder, model=FOLDER"
             raise AssetNotFoundError(
-                f"T5 {model} is not in the Hugging Face hub's cache and was not fetched ({said}): {remedy}"
+                f"T5 {model} is not in the Hugging Face hub's cache and was not fetched ({reason}): {remedy}"
             ) from None
-        if seen["missing_keys"] or seen["mismatched_keys"]:
-            raise ConfigError(f"model={model}: not T5's weights, {len(seen['missing_keys'])} are missing")
-        self.net = net.float()  # exact from the half types, in which transformers 5 leaves weights that are stored so
+        if loading["missing_keys"] or loading["mismatched_keys"]:
+            raise ConfigError(f"model={model}: not T5's weights, {len(loading['missing_keys'])} are missing")
+        self.net = net.float()  # exact, also from half precision, in which transformers 5 leaves weights stored so
         self.eval().requires_grad_(False)
         self.truncation = Truncation()
         self.length = max_length
@@ -64,11 +69,11 @@ class T5(nn.Module):
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 (hex) of the encoder's weights, whatever files they came in."""
+        """SHA-256 (hex) of the encoder's weights, independent of the files that contain them."""
         return hash_state_dict(self.net.state_dict())
 
     def tokenize(self, text: str) -> list[str]:
-        """The pieces of the text that become tokens."""
+        """Split the text into the pieces that become tokens."""
         return [piece.replace("▁", " ").strip() for piece in self.tokenizer.tokenize(text)]
 
     @torch.no_grad()
@@ -79,7 +84,7 @@ class T5(nn.Module):
         device = self.net.shared.weight.device
         ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in cut], batch_first=True).to(
             device
-        )  # (B, L); 0 is <pad>
+        )  # (B, L), padded with 0, <pad>
         mask = (torch.arange(ids.shape[1]) < size[:, None]).to(device)
         with torch.autocast(device.type, enabled=False):
             context: Tensor = self.net(input_ids=ids, attention_mask=mask.long()).last_hidden_state

@@ -1,4 +1,4 @@
-"""Captions as the condition, read by a frozen text encoder whose features are kept."""
+"""Captions as the condition, encoded by a frozen text encoder with a cache of features."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,52 +13,55 @@ from ldm.conditioner.rows import num_rows
 from ldm.conditioner.tokens import TextEncoder
 from ldm.errors import ConfigError
 
-MAX_CACHE_VALUES = 1 << 28  # numbers kept in the table of tokens (1 GiB); when it is full it starts anew
+MAX_CACHE_VALUES = 1 << 28  # float32 values in the token table (1 GiB); when it is full it is cleared
 
 
 class Text(nn.Module):
-    """batch["caption"], B texts: context (B, L, D) and mask (B, L) of their tokens, vector (B, V) of the whole text, float32.
+    """Captions through a frozen text encoder: batch["caption"], B texts -> context, mask, vector, float32.
 
-    L is the longest of the batch rounded up to a multiple of 8, at most `length` tokens; a longer caption is cut with a warning.
-    The vector has norm sqrt(V), about unit variance per dimension.  The null condition is the empty caption's.  The encoder is frozen
-    and no part of this module's parameters or state.  Raises ValueError for a length that the encoder has not, and for captions that
-    are not a list of texts.
+    context (B, L, D) and mask (B, L): the tokens; L is the longest of the batch rounded up to a multiple of 8, at most
+    max_length; a longer caption is truncated with a warning.
+    vector (B, V): the text's embedding, with norm sqrt(V), about unit variance per dimension.
+    The null condition is that of the empty caption.
+    The encoder is frozen and is not part of this module's parameters or state.
+    Raises ValueError for a max_length that the encoder does not support, and for captions that are not a list of texts.
     """
 
     keys = ("caption",)
     concat_channels = 0
     vector_dim: int | None
-    device_anchor: Tensor  # empty, goes where the model goes
+    device_anchor: Tensor  # empty; its device is the model's
 
     def __init__(self, encoder: TextEncoder, max_length: int = 32):
         super().__init__()
         if not 2 <= max_length <= encoder.length:
-            raise ConfigError(f"length={max_length}: expected 2 to {encoder.length} tokens, the encoder's limit")
+            raise ConfigError(f"max_length={max_length}: expected 2 to {encoder.length} tokens, the encoder's limit")
         self.context_dim, self.vector_dim = encoder.context_dim, encoder.vector_dim
-        self.kept = FeatureCache(encoder, max_length)
+        self.cache = FeatureCache(encoder, max_length)
         self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
-        return self.kept.condition(require_texts(batch["caption"]), self.device_anchor.device)
+        return self.cache.condition(require_texts(batch["caption"]), self.device_anchor.device)
 
     def null(self, batch: dict[str, Any]) -> Condition:
-        return self.kept.condition([""] * num_rows(batch), self.device_anchor.device)
+        return self.cache.condition([""] * num_rows(batch), self.device_anchor.device)
 
     def tokenize(self, prompt: str) -> list[str]:
-        """The pieces of the prompt that the encoder reads."""
-        return self.kept.encoder.tokenize(prompt)
+        """Split the prompt into the pieces that the encoder reads."""
+        return self.cache.encoder.tokenize(prompt)
 
     @property
     def identity(self) -> str:
         """SHA-256 (hex) of the encoder's weights."""
-        return self.kept.encoder.identity
+        return self.cache.encoder.identity
 
 
 class FeatureCache:
-    """An encoder's features of every text so far, at most `length` tokens each, in three tables.
+    """The encoder's features of all texts so far, at most `length` tokens each, in three tables.
 
-    context (T, D): the tokens of all texts, one after another; row 0 is zero and stands for padding.  place (N, length): text n's rows
-    in it.  vector (N, V).  A plain object, not a module: nothing here is to be trained, saved, averaged or sent between processes.
+    context (T, D): the tokens of all texts, one text after another; row 0 is zero and stands for padding.
+    token_rows (N, length): for text n, the rows of `context` with its tokens.  vector (N, V).
+    A plain object, not a module: nothing in it is to be trained, saved, averaged or sent between processes.
     """
 
     def __init__(self, encoder: TextEncoder, length: int):
@@ -66,18 +69,18 @@ class FeatureCache:
         self.clear(torch.device("cpu"))
 
     def clear(self, device: torch.device) -> None:
-        """Forget everything; go to a device."""
+        """Drop all features and move the tables to `device`."""
         self.row: dict[str, int] = {}
-        self.size: list[int] = []  # of each text in tokens, here so that no batch waits for the device
+        self.size: list[int] = []  # tokens of each text; a list, so that no batch waits for the device
         self.used = 1
         self.context = torch.zeros(1, self.encoder.context_dim, device=device)
-        self.place = torch.zeros(1, self.length, dtype=torch.int64, device=device)
+        self.token_rows = torch.zeros(1, self.length, dtype=torch.int64, device=device)
         self.vector = torch.zeros(1, self.encoder.vector_dim, device=device)
 
-    @torch.inference_mode(False)  # or tables made while sampling could not be written to in training
+    @torch.inference_mode(False)  # else tables created while sampling could not be written to in training
     @torch.no_grad()
     def condition(self, captions: Sequence[str], device: torch.device) -> Condition:
-        """Features of B captions, padded together."""
+        """Return the features of B captions, padded to a common length."""
         if device != self.context.device or self.used * self.encoder.context_dim > MAX_CACHE_VALUES:
             self.clear(device)
         for text in dict.fromkeys(captions):
@@ -86,18 +89,18 @@ class FeatureCache:
         rows = [self.row[text] for text in captions]
         longest = max((self.size[row] for row in rows), default=1)
         index = torch.tensor(rows, dtype=torch.int64, device=device)
-        place = self.place[index, : min(-(-longest // 8) * 8, self.length)]  # (B, L)
-        return Condition(context=self.context[place], mask=place > 0, vector=self.vector[index])
+        tokens = self.token_rows[index, : min(-(-longest // 8) * 8, self.length)]  # (B, L)
+        return Condition(context=self.context[tokens], mask=tokens > 0, vector=self.vector[index])
 
     def add(self, text: str) -> None:
-        """Encode one text, alone: so its features do not depend, to the last bit, on the batch or process that met it first."""
+        """Encode one text alone, so that its features are bit-identical whichever batch or process needs it first."""
         features = self.encoder.to(self.context.device)([text], self.length)
         tokens = features.context[features.mask]  # (S, D)
         row, size = len(self.size), len(tokens)
         self.context = grow(self.context, self.used + size)
-        self.place, self.vector = grow(self.place, row + 1), grow(self.vector, row + 1)
+        self.token_rows, self.vector = grow(self.token_rows, row + 1), grow(self.vector, row + 1)
         self.context[self.used : self.used + size] = tokens
-        self.place[row, :size] = torch.arange(self.used, self.used + size)
+        self.token_rows[row, :size] = torch.arange(self.used, self.used + size)
         self.vector[row] = normalize(features.vector[0], dim=0) * self.encoder.vector_dim**0.5
         self.row[text] = row
         self.size.append(size)
@@ -105,7 +108,7 @@ class FeatureCache:
 
 
 def grow(table: Tensor, need: int) -> Tensor:
-    """The table with at least `need` rows, doubled when it is too small."""
+    """Return the table with at least `need` rows: at least doubled if it is too small, padded with zeros."""
     return (
         table
         if len(table) >= need
@@ -114,8 +117,8 @@ def grow(table: Tensor, need: int) -> Tensor:
 
 
 def require_texts(captions: Any) -> list[str]:
-    """Captions as a list. Raises ValueError if they are not one of texts."""
-    if isinstance(captions, str) or not all(isinstance(one, str) for one in captions):
+    """Return captions as a list. Raises ValueError if they are not a sequence of texts."""
+    if isinstance(captions, str) or not all(isinstance(text, str) for text in captions):
         raise ValueError(f"caption={captions!r:.80}: expected a list of texts, one for each image")
     return list(captions)
 
@@ -123,15 +126,18 @@ def require_texts(captions: Any) -> list[str]:
 def nearest_caption(
     encoder: TextEncoder, prompts: Sequence[str], captions_by_class: Sequence[Sequence[str]]
 ) -> list[int]:
-    """For each prompt the class that has the nearest single caption, by cosine of the encoder's vectors: what words alone can tell."""
+    """Return, for each prompt, the class with the caption nearest to it, by cosine of the encoder's vectors.
+
+    A baseline that uses words alone.
+    """
     owner = [index for index, captions in enumerate(captions_by_class) for _ in captions]
     captions = [caption for captions in captions_by_class for caption in captions]
-    told, known = (normalize(encoder(require_texts(group)).vector, dim=1) for group in (prompts, captions))
-    return [owner[i] for i in (told @ known.T).argmax(1).tolist()]
+    queries, known = (normalize(encoder(require_texts(group)).vector, dim=1) for group in (prompts, captions))
+    return [owner[i] for i in (queries @ known.T).argmax(1).tolist()]
 
 
 class TextTokensOnly(Text):
-    """As Text, without the vector of the whole text: Stable Diffusion 1 and 2 hear no more (LDM sec. 3.3)."""
+    """As Text, without the vector of the text, as in Stable Diffusion 1 and 2 (LDM section 3.3)."""
 
     def __init__(self, encoder: TextEncoder, max_length: int = 77):
         super().__init__(encoder, max_length)

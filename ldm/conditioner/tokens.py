@@ -1,4 +1,4 @@
-"""What every text encoder shares: its interface, and prompts cut to a length that are counted and told."""
+"""What all text encoders share: their interface, and the truncation of long prompts with a warning."""
 
 import logging
 from collections.abc import Sequence
@@ -10,7 +10,11 @@ log = logging.getLogger(__name__)
 
 
 class TextFeatures(NamedTuple):
-    """What an encoder says of B texts: context (B, L, D) per token, mask (B, L) bool with True = to be read, vector (B, V) of the whole."""
+    """Features of B texts.
+
+    context: (B, L, D), one vector per token.  mask: (B, L) bool, True for tokens to attend to.
+    vector: (B, V), one per text.
+    """
 
     context: Tensor
     mask: Tensor
@@ -18,7 +22,10 @@ class TextFeatures(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """A frozen text encoder; length: the most tokens of a text, marks of start and end included.  identity: SHA-256 of its weights."""
+    """A frozen text encoder.
+
+    length: maximum number of tokens of a text, including start and end tokens.  identity: SHA-256 of its weights.
+    """
 
     context_dim: int
     vector_dim: int
@@ -31,16 +38,16 @@ class TextEncoder(Protocol):
 
 
 class Truncation:
-    """Cuts token ids and counts what it drops; warns of the first ten texts, then at every doubling.
+    """Truncates token ids and counts what it drops; warns for the first ten texts, then whenever the count has doubled.
 
-    texts, dropped: how many texts were cut so far, and how many tokens that cost.
+    texts, dropped: number of texts truncated so far, and of tokens dropped.
     """
 
     def __init__(self):
         self.texts, self.dropped = 0, 0
 
     def __call__(self, text: str, ids: Sequence[int], length: int) -> list[int]:
-        """The first length - 1 ids and the last one, which marks the end."""
+        """Return the first length - 1 ids and the last one, which is the end token; all of them if they fit."""
         if (excess := len(ids) - length) <= 0:
             return list(ids)
         self.texts, self.dropped = self.texts + 1, self.dropped + excess

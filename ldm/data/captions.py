@@ -1,4 +1,4 @@
-"""What is said of a folder's images: beside them, in a list, by their subfolders or by their names."""
+"""Find the captions of a folder's images: in files next to them, in a list, in the subfolders' or the files' names."""
 
 import csv
 import os
@@ -29,27 +29,28 @@ CAMERA = {
     "wa",
     "copy",
 }
-MAX_CAPTION_CHARS = 1 << 20  # characters of captions of one image that are read
-SHOWN = 500  # captions that speak for the whole folder where there are no classes
+MAX_CAPTION_CHARS = 1 << 20  # characters read per caption file
+SHOWN = 500  # captions that represent the data set if there are no classes
 LISTS = (".csv", ".tsv", ".jsonl")
-FOUND = ("metadata.csv", "metadata.jsonl")  # a list that lies in the folder under one of these names is used unasked
-RECORD = (
+LIST_NAMES = ("metadata.csv", "metadata.jsonl")  # a list in the folder under one of these names is used by default
+RECORD = (  # keys of a caption's text in a record
     "caption",
     "text",
     "raw",
     "sentence",
     "description",
     "prompt",
-)  # where a caption that is a record has its text
+)
+# column names, in order of preference
 FILE, TEXT = (
     ("file_name", "filename", "file", "image", "path", "name"),
     ("caption", "text", "description", "prompt"),
-)  # columns
+)
 
 
 @dataclass(frozen=True)
 class ImageAnnotations:
-    """What is said of N images: captions of each, labels, {class: captions}, remarks."""
+    """Annotations of N images: captions of each, labels, {class: captions}, and remarks."""
 
     texts: Sequence[Sequence[str]]
     labels: Sequence[int]
@@ -58,29 +59,30 @@ class ImageAnnotations:
 
 
 def annotate(root: Path, names: Sequence[str], captions: str | Path | None = None) -> ImageAnnotations:
-    """Captions and classes of the images `names` below root.
+    """Find captions and classes of the images `names` below root.
 
-    In this order: from a list `captions`, or metadata.csv or metadata.jsonl in root; from the .txt or .json beside each; where all lie in
-    subfolders, from their class, by the JSON file `captions` if given; from their file names.  Raises UserError for a `captions` file that
-    does not fit.
+    The sources, in order: a list `captions`, or metadata.csv or metadata.jsonl in root; the .txt or .json next to each
+    image; if all images are in subfolders, their class, with its captions from the JSON file `captions` if given; the
+    file names.
+    Raises UserError for a `captions` file that does not match.
     """
-    given = (
+    source = (
         Path(captions).expanduser()
         if captions is not None
-        else next((root / one for one in FOUND if (root / one).is_file()), None)
+        else next((root / name for name in LIST_NAMES if (root / name).is_file()), None)
     )
-    if given is not None and given.suffix.lower() in LISTS:
-        rows = read_list(given)
-        texts, notes = match(given, rows, names)
+    if source is not None and source.suffix.lower() in LISTS:
+        rows = read_list(source)
+        texts, notes = match(source, rows, names)
         return _one_class(names, texts, notes)
-    beside = [sidecar_captions(root / name) for name in names]
+    sidecars = [sidecar_captions(root / name) for name in names]
     folders = [printable(name.split("/")[0]) if "/" in name else "" for name in names]
-    if captions is not None and (any(beside) or not all(folders)):
+    if captions is not None and (any(sidecars) or not all(folders)):
         raise UserError(
-            f"captions={captions} gives captions to classes, but {root} holds no class subfolders alone; leave it null, or name a list of "
-            f"images ({', '.join(LISTS)})"
+            f"captions={captions} gives captions to classes, but {root} has images outside class subfolders, or with "
+            f"captions beside them; leave it null, or name a list of images ({', '.join(LISTS)})"
         )
-    if not any(beside) and all(folders):
+    if not any(sidecars) and all(folders):
         classes = _classes(sorted(set(folders)), captions)
         label = {name: i for i, name in enumerate(classes)}
         return ImageAnnotations(
@@ -89,104 +91,113 @@ def annotate(root: Path, names: Sequence[str], captions: str | Path | None = Non
             classes,
             [f"{len(classes):,} classes"],
         )
-    return _one_class(names, beside, ["captions beside them" if any(beside) else "captions from their names"])
+    return _one_class(names, sidecars, ["captions beside them" if any(sidecars) else "captions from their names"])
 
 
 def _one_class(names: Sequence[str], texts: Sequence[Sequence[str]], notes: list[str]) -> ImageAnnotations:
-    """Images of one class; those without a caption are told by the words of their names."""
+    """Annotate images of a single class; those without a caption get the words of their file names."""
     texts = [list(lines) or [words_from_filename(Path(name).stem)] for name, lines in zip(names, texts, strict=True)]
-    bare = [name for name, one in zip(names, texts, strict=True) if one == [""]]
+    bare = [name for name, lines in zip(names, texts, strict=True) if lines == [""]]
     notes = notes + ([f"{len(bare):,} without caption: {format_names(bare)}"] if bare else [])
-    every = list(dict.fromkeys(text for one in texts for text in one if text)) or [""]
-    return ImageAnnotations(texts, [0] * len(names), {"image": every[:: -(-len(every) // SHOWN)]}, notes)
+    all_texts = list(dict.fromkeys(text for lines in texts for text in lines if text)) or [""]
+    return ImageAnnotations(texts, [0] * len(names), {"image": all_texts[:: -(-len(all_texts) // SHOWN)]}, notes)
 
 
 def _classes(names: Sequence[str], captions: str | Path | None) -> dict[str, list[str]]:
+    """Return {class: captions}, from the JSON file `captions` or the class names in templates."""
     if captions is None:
         return {name: [text.format(words_from_filename(name) or name) for text in TEMPLATES] for name in names}
     try:
-        given = read_captions(Path(captions).expanduser())
+        by_class = read_captions(Path(captions).expanduser())
     except (OSError, ValueError) as error:
         raise UserError(f"captions={captions}: {error}") from None
-    if missing := [name for name in names if not given.get(name)]:
+    if missing := [name for name in names if not by_class.get(name)]:
         raise UserError(
-            f"captions={captions}: nothing on {format_names(missing)}; expected a caption or more on each of {len(names)} subfolders"
+            f"captions={captions}: no caption for {format_names(missing)}; "
+            f"expected at least one for each of {len(names)} subfolders"
         )
-    return {name: given[name] for name in names}
+    return {name: by_class[name] for name in names}
 
 
 def read_list(path: Path) -> list[tuple[str, list[str]]]:
-    """(file name, captions) of each row of a .csv or .tsv file with a header, or of a .jsonl file. Raises UserError naming the row."""
+    """Read (file name, captions) of each row of a .csv or .tsv file with a header, or of a .jsonl file.
+
+    Raises UserError naming the row.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise UserError(f"captions={path}: {error.strerror or error}") from None
     if path.suffix.lower() == ".jsonl":
-        rows = [(place, _object(path, place, line)) for place, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = enumerate(text.splitlines(), 1)
+        rows = [(number, _object(path, number, line)) for number, line in lines if line.strip()]
     else:
         delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in text.partition("\n")[0] else ","
         try:
             rows = list(enumerate(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter), 2))
         except csv.Error as error:
-            raise UserError(f"captions={path} is no list of captions ({error})") from None
+            raise UserError(f"captions={path} is not a list of captions ({error})") from None
     if not rows:
         raise UserError(f"captions={path}: no rows in it; expected a file name and a caption in each")
-    return [_row(path, place, row) for place, row in rows]
+    return [_row(path, number, row) for number, row in rows]
 
 
-def _object(path: Path, place: int, line: str) -> dict:
+def _object(path: Path, number: int, line: str) -> dict:
+    """Parse one line of a .jsonl file. Raises UserError unless it is an object."""
     try:
         value = parse_json(line)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"captions={path}: row {place} is not a JSON object")
+        raise UserError(f"captions={path}: row {number} is not a JSON object")
     return value
 
 
-def _row(path: Path, place: int, row: dict) -> tuple[str, list[str]]:
+def _row(path: Path, number: int, row: dict) -> tuple[str, list[str]]:
+    """Return file name and captions of one row. Raises UserError without these columns."""
     lower = {str(name).strip().lower(): value for name, value in row.items() if name is not None}
     file, text = (next((lower[name] for name in names if name in lower), None) for names in (FILE, TEXT))
     if not isinstance(file, str) or not set(TEXT) & set(lower):
         columns = f"one of {', '.join(FILE)} and one of {', '.join(TEXT)}"
         raise UserError(
-            f"captions={path}: row {place} has {', '.join(map(str, lower)) or 'nothing'}; expected columns {columns}"
+            f"captions={path}: row {number} has {', '.join(map(str, lower)) or 'nothing'}; expected columns {columns}"
         )
-    return file.strip().replace("\\", "/").removeprefix("./"), [
-        " ".join(one.split()) for one in _texts(text) if one.strip()
-    ]
+    captions = [" ".join(caption.split()) for caption in _texts(text) if caption.strip()]
+    return file.strip().replace("\\", "/").removeprefix("./"), captions
 
 
 def match(path: Path, rows: Sequence[tuple[str, list[str]]], names: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    """The captions of each image, by its path below the root or, where no other has it, its bare name; remarks on what fits nothing.
+    """Return the captions of each image, and remarks on images and rows without a match.
 
-    Raises UserError if nothing fits.
+    A row names an image by its path below the root, or by its bare name if only one image has it.
+    Raises UserError if no row matches.
     """
     bare: dict[str, list[str]] = {}
-    for one in names:
-        bare.setdefault(one.rpartition("/")[2], []).append(one)
-    told: dict[str, list[str]] = {one: [] for one in names}
-    lost: list[str] = []
+    for name in names:
+        bare.setdefault(name.rpartition("/")[2], []).append(name)
+    matches: dict[str, list[str]] = {name: [] for name in names}
+    unmatched: list[str] = []
     for file, texts in rows:
         alone = bare.get(file.rpartition("/")[2], [])
-        name: str | None = file if file in told else alone[0] if len(alone) == 1 else None
-        if name is None:
-            lost.append(file)
+        image: str | None = file if file in matches else alone[0] if len(alone) == 1 else None
+        if image is None:
+            unmatched.append(file)
         else:
-            told[name] += texts
-    if len(lost) == len(rows):
+            matches[image] += texts
+    if len(unmatched) == len(rows):
         raise UserError(
-            f"captions={path}: none of {len(rows):,} rows names an image, {format_names(lost)}; the images are {format_names(names)}"
+            f"captions={path}: none of {len(rows):,} rows names an image, {format_names(unmatched)}; "
+            f"the images are {format_names(names)}"
         )
-    silent = [one for one, texts in told.items() if not texts]
+    missing = [name for name, texts in matches.items() if not texts]
     notes = [f"captions from {path.name}"]
-    notes += [f"{len(silent):,} not in it: {format_names(silent)}"] if silent else []
-    notes += [f"{len(lost):,} of its rows without an image: {format_names(lost)}"] if lost else []
-    return [told[one] for one in names], notes
+    notes += [f"{len(missing):,} not in it: {format_names(missing)}"] if missing else []
+    notes += [f"{len(unmatched):,} of its rows without an image: {format_names(unmatched)}"] if unmatched else []
+    return [matches[name] for name in names], notes
 
 
 def sidecar_captions(path: Path) -> list[str]:
-    """The captions beside an image, one a line of its .txt, else those of "caption" in its .json; empty without any."""
+    """Read the captions next to an image: one per line of its .txt, else "caption" in its .json; empty without any."""
     for suffix, parse in ((".txt", str.splitlines), (".json", _caption)):
         try:
             with open(path.with_suffix(suffix), encoding="utf-8-sig", errors="replace") as file:
@@ -199,6 +210,7 @@ def sidecar_captions(path: Path) -> list[str]:
 
 
 def _caption(text: str) -> list[str]:
+    """Return the raw captions in a .json file; empty if it has none."""
     try:
         value = parse_json(text)
     except ValueError:
@@ -207,31 +219,31 @@ def _caption(text: str) -> list[str]:
 
 
 def captions_in(value: object) -> list[str]:
-    """The captions in JSON: a text or number, a record with one of RECORD, or a list of these; none for anything else."""
-    return [text for text in (" ".join(one.split()) for one in _texts(value)) if text]
+    """Return the captions in JSON: a text or number, a record with one of RECORD, or a list of these; else none."""
+    return [text for text in (" ".join(caption.split()) for caption in _texts(value)) if text]
 
 
 def _texts(value: object) -> list[str]:
-    """As captions_in, white space as it is."""
-    found: list[object] = []
-    for one in value if isinstance(value, list) else [value]:
-        part = next((one[name] for name in RECORD if name in one), None) if isinstance(one, dict) else one
-        found += part if isinstance(part, list) else [part]
-    return [str(one) for one in found if isinstance(one, (str, int, float)) and not isinstance(one, bool)]
+    """Return captions as `captions_in` does, with their white space."""
+    parts: list[object] = []
+    for entry in value if isinstance(value, list) else [value]:
+        part = next((entry[name] for name in RECORD if name in entry), None) if isinstance(entry, dict) else entry
+        parts += part if isinstance(part, list) else [part]
+    return [str(part) for part in parts if isinstance(part, (str, int, float)) and not isinstance(part, bool)]
 
 
 def words_from_filename(name: str) -> str:
-    """What a file's name says: its words, without numbers, codes and what cameras write; "red_car-2 (copy)" is "red car"."""
+    """Return the words in a file's name, without numbers and camera prefixes: "red_car-2 (copy)" gives "red car"."""
     parts = (re.fullmatch(r"([^\W\d_]+)\d*", part) for part in re.split(r"[\W_]+", printable(name)))
     return " ".join(part[1] for part in parts if part and part[1].lower() not in CAMERA)
 
 
 def format_names(names: Iterable[str], limit: int = 3) -> str:
-    """The first few names."""
+    """Join the first few names for a message."""
     names = [printable(name) for name in names]
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def printable(name: str) -> str:
-    """A file's name as text that can be printed and encoded, whatever bytes it has."""
+    """Return a file's name as text that can be printed and encoded, whatever bytes it contains."""
     return os.fsencode(name).decode("utf-8", "replace")

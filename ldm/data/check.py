@@ -1,9 +1,10 @@
 """Read every image of a data set once, before a training does: python -m ldm.data.check PATH [out=FILE.csv]
 
-PATH: a folder of images at any depth, a tar shard, a folder of shards, or a pattern such as train-{000..146}.tar.  What cannot be read is
-quarantined: data sets of this path leave it out from then on, all ranks alike, until the file is another.
+PATH: a folder of images at any depth, a tar shard, a folder of shards, or a pattern such as train-{000..146}.tar.
+Images that cannot be read are quarantined: from then on data sets with this path leave them out, on all ranks alike,
+until the file changes.
 
-  out=FILE.csv    a row an image: name, bytes, width, height, sha256, and what keeps it from being read
+  out=FILE.csv    one row per image: name, bytes, width, height, sha256, and the fault that keeps it from being read
 """
 
 import csv
@@ -26,9 +27,9 @@ from ldm.io.progress import ProgressBar
 
 @dataclass(frozen=True)
 class ImageCheck:
-    """An image that was read, or could not be: fault says why, else it is empty.
+    """The result of reading one image; `fault` is the reason why it could not be read, else empty.
 
-    name: as its data set calls it.  size, sha256: of its bytes.
+    name: as in its data set.  size: in bytes.  sha256: of its bytes.
     """
 
     name: str
@@ -40,77 +41,85 @@ class ImageCheck:
 
 
 def check_image(name: str, read) -> ImageCheck:
-    """Read an image whole: read() gives its bytes."""
-    looked = ImageCheck(name)
+    """Read and decode an image completely; `read` returns its bytes."""
+    result = ImageCheck(name)
     try:
         data = read()
-        looked = ImageCheck(name, len(data), sha256=sha256(data).hexdigest())
+        result = ImageCheck(name, len(data), sha256=sha256(data).hexdigest())
         with open_image(io.BytesIO(data)) as file:
             width, height = file.size
-            looked = ImageCheck(name, len(data), width, height, looked.sha256)
+            result = ImageCheck(name, len(data), width, height, result.sha256)
         load_square(io.BytesIO(data), 16, 3)
-    except Exception as error:  # Pillow's many plugins raise what they please at a broken file
-        said = " ".join(str(error).split())
-        return ImageCheck(**{**asdict(looked), "fault": said.partition(" <_io")[0] or repr(error)})
-    return looked
+    except Exception as error:  # Pillow's plugins raise all kinds of exceptions on a broken file
+        message = " ".join(str(error).split())
+        return ImageCheck(**{**asdict(result), "fault": message.partition(" <_io")[0] or repr(error)})
+    return result
 
 
-def images(place: str) -> tuple[list, dict[str, str]]:
-    """((name, what reads it) of each image, the file that each lies in). Raises UserError for a place without any."""
+def list_images(path: str) -> tuple[list, dict[str, str]]:
+    """Return (name, function that reads its bytes) of each image, and the file that contains each.
+
+    Raises UserError if there are no images.
+    """
     from ldm.data.folder import scan
     from ldm.data.shards import TarSource, expand_pattern, local_path
 
-    path = Path(place).expanduser()
-    if path.suffix == ".tar" or "{" in place or (path.is_dir() and any(path.glob("*.tar"))):
-        source = TarSource(tuple(local_path(one) for one in expand_pattern(place)))
+    folder = Path(path).expanduser()
+    if folder.suffix == ".tar" or "{" in path or (folder.is_dir() and any(folder.glob("*.tar"))):
+        source = TarSource(tuple(local_path(shard) for shard in expand_pattern(path)))
         names = [source.name(i) for i in range(len(source))]
         files = {name: str(source.paths[int(shard)]) for name, shard in zip(names, source.table[:, 1], strict=True)}
         return [(name, lambda i=i: source.image(i).getvalue()) for i, name in enumerate(names)], files
-    found = [path / file.name for file in scan(path)]
-    return [(str(file), file.read_bytes) for file in found], {str(file): str(file) for file in found}
+    files_ = [folder / file.name for file in scan(folder)]
+    return [(str(file), file.read_bytes) for file in files_], {str(file): str(file) for file in files_}
 
 
-def check_dataset(place: str) -> list[ImageCheck]:
-    """Every image of a place, looked at; what is wrong goes into the place's quarantine. Raises UserError."""
-    every, files = images(place)
-    bar, looked = ProgressBar("reading", len(every), unit="images"), []
+def check_dataset(path: str) -> list[ImageCheck]:
+    """Read every image of a data set and write its quarantine. Raises UserError."""
+    readers, files = list_images(path)
+    bar, results = ProgressBar("reading", len(readers), unit="images"), []
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # of pixel counts, which are checked, and of odd metadata
-        for one in pool.map(lambda pair: check_image(*pair), every):
-            looked.append(one)
-            bar.update(len(looked))
-    faults = {one.name: [files[one.name], *_state(files[one.name]), one.fault] for one in looked if one.fault}
-    atomic.write_json(_quarantine(place), {"place": place, "images": len(looked), "faults": faults})
-    return looked
+        warnings.simplefilter("ignore")  # about pixel counts, which are checked, and unusual metadata
+        for result in pool.map(lambda pair: check_image(*pair), readers):
+            results.append(result)
+            bar.update(len(results))
+    faults = {
+        result.name: [files[result.name], *_state(files[result.name]), result.fault]
+        for result in results
+        if result.fault
+    }
+    atomic.write_json(_quarantine(path), {"path": path, "images": len(results), "faults": faults})
+    return results
 
 
-def format_report(looked: Sequence[ImageCheck]) -> Iterator[str]:
-    """The lines of the csv."""
+def format_report(results: Sequence[ImageCheck]) -> Iterator[str]:
+    """Yield the lines of the csv."""
     line = io.StringIO()
     writer = csv.writer(line, lineterminator="\n")
-    for row in ([one.name for one in fields(ImageCheck)], *(asdict(one).values() for one in looked)):
+    for row in ([field.name for field in fields(ImageCheck)], *(asdict(result).values() for result in results)):
         writer.writerow(row)
         yield line.getvalue()
         line.seek(line.truncate(0))
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code. Raises UserError."""
+    """Run the command and return its exit code. Raises UserError."""
     if not argv or {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0 if argv else 2
-    place, *more = argv
+    path, *more = argv
     if len(more) > 1 or any(not word.startswith("out=") for word in more):
         raise UserError(f"{' '.join(more)}: expected a path and at most out=FILE.csv (see --help)")
-    looked = check_dataset(place)
+    results = check_dataset(path)
     if more:
         atomic.write_bytes(
-            Path(more[0][4:]).expanduser(), "".join(format_report(looked)).encode("utf-8", "surrogateescape")
+            Path(more[0][4:]).expanduser(), "".join(format_report(results)).encode("utf-8", "surrogateescape")
         )
-    bad = [one for one in looked if one.fault]
-    for one in bad[:20]:
-        print(f"{json.dumps(one.name, ensure_ascii=False)[1:-1]}: {one.fault}")
-    print(f"{place}: {len(looked) - len(bad):,} of {len(looked):,} images can be read, {len(bad):,} quarantined")
+    unreadable = [result for result in results if result.fault]
+    for result in unreadable[:20]:
+        print(f"{json.dumps(result.name, ensure_ascii=False)[1:-1]}: {result.fault}")
+    num = len(unreadable)
+    print(f"{path}: {len(results) - num:,} of {len(results):,} images can be read, {num:,} quarantined")
     return 0
 
 

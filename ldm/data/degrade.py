@@ -1,4 +1,4 @@
-"""Images made worse on purpose: the low resolution and the masks that super-resolution and inpainting are told."""
+"""Degrade images: the low-resolution images and masks that super-resolution and inpainting are conditioned on."""
 
 import io
 import math
@@ -21,10 +21,11 @@ RESIZES = ("bilinear", "bicubic", "area")
 
 
 class DegradedDataset(Dataset):
-    """dataset whose batch has low_res (B, C, H / factor, W / factor) in [-1, 1] and mask (B, 1, H, W), 1 = to be drawn, where asked for.
+    """A data set with degraded images and masks added to its batches.
 
-    Both depend on (seed, place, index) alone; low_res is made of the image as it is in the batch, flipped or not.  Everything else is the
-    data set's own.
+    low_res: creates low_res (B, C, H / factor, W / factor) in [-1, 1].  mask: creates mask (B, 1, H, W), 1 = to be
+    generated. None leaves one out. Both depend on (seed, epoch, index) alone; low_res is computed from
+    the image as it is in the batch, flipped or not. Everything else is the data set's.
     """
 
     def __init__(self, dataset, low_res: Shrink | None = None, mask: Mask | None = None, seed: int = 0):
@@ -34,39 +35,39 @@ class DegradedDataset(Dataset):
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "dataset":  # asked for by pickle before there is a data set
+        if name.startswith("__") or name == "dataset":  # pickle reads attributes before `dataset` is set
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def batch(self, at: Sequence[tuple[int, int]]) -> dict:
-        """The samples at (place, index) pairs, as the data set gives them, and low_res and mask."""
-        batch = self.dataset.batch(at)
+    def batch(self, samples: Sequence[tuple[int, int]]) -> dict:
+        """Return the samples, (epoch, index) pairs, as the data set gives them, with low_res and mask."""
+        batch = self.dataset.batch(samples)
         image = batch["image"]
         if self.low_res is not None:
-            draws = (self.generator("low_res", *one) for one in at)
+            draws = (self.generator("low_res", *sample) for sample in samples)
             batch["low_res"] = torch.stack([self.low_res(x, draw) for x, draw in zip(image, draws, strict=True)])
         if self.mask is not None:
             batch["mask"] = torch.stack(
-                [self.mask(tuple(image.shape[-2:]), self.generator("mask", *one)) for one in at]
+                [self.mask(tuple(image.shape[-2:]), self.generator("mask", *sample)) for sample in samples]
             )
         return batch
 
-    def batch_metadata(self, at: Sequence[tuple[int, int]]) -> dict:
-        """Everything but the pixels, low_res and mask included."""
-        return {name: value for name, value in self.batch(at).items() if name != "image"}
+    def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict:
+        """Return a batch without its images, including low_res and mask."""
+        return {name: value for name, value in self.batch(samples).items() if name != "image"}
 
-    def generator(self, purpose: str, place: int, index: int) -> Generator:
-        """What the choices for one sample of one pass are drawn from."""
-        return Generator().manual_seed(derive_seed(self.seed, purpose, place, index))
+    def generator(self, purpose: str, epoch: int, index: int) -> Generator:
+        """Return the generator for the random choices for one sample in one epoch."""
+        return Generator().manual_seed(derive_seed(self.seed, purpose, epoch, index))
 
 
 def identity(dataset):
-    """The data set as it is."""
+    """Return the data set unchanged."""
     return dataset
 
 
 def bicubic(image: Tensor, draw: Generator, factor: int = 4) -> Tensor:
-    """The image shrunk, without aliasing. Raises ConfigError for a size that factor does not divide."""
+    """Downscale an image by `factor` with antialiasing. Raises ConfigError for a size that `factor` does not divide."""
     return resize(image, reduced_size(image, factor), "bicubic").clamp(-1, 1)
 
 
@@ -78,10 +79,12 @@ def bsr(
     noise: Sequence[float] = (0.0, 0.1),
     quality: Sequence[int] = (40, 95),
 ) -> Tensor:
-    """The image blurred, shrunk, with noise and compressed as JPEG, in an order and to an extent drawn for it.
+    """Blur, downscale, add noise to and JPEG-compress an image, in random order and by random amounts.
 
-    blur: standard deviations in pixels of the result.  noise: of [-1, 1] values.  Raises ConfigError as bicubic does.
-    After Zhang et al. 2021 (BSRGAN), sec. 3, without camera noise; LDM sec. 4.4 trains on it.
+    blur: range of standard deviations, in pixels of the result.
+    noise: range of standard deviations, for values in [-1, 1].
+    quality: range of the JPEG quality.  Raises ConfigError as `bicubic` does.
+    After Zhang et al. 2021 (BSRGAN), section 3, without camera noise; LDM section 4.4 trains on it.
     """
     size = reduced_size(image, factor)
 
@@ -95,7 +98,7 @@ def bsr(
         part = uniform(draw, 1 / factor, 1)
         return resize(
             x,
-            [max(one, round(part * side)) for one, side in zip(size, x.shape[-2:], strict=True)],
+            [max(minimum, round(part * side)) for minimum, side in zip(size, x.shape[-2:], strict=True)],
             RESIZES[randint(draw, 0, 2)],
         )
 
@@ -112,7 +115,7 @@ def bsr(
 
 
 def reduced_size(image: Tensor, factor: int) -> tuple[int, int]:
-    """Height and width divided by factor. Raises ConfigError where it does not divide them."""
+    """Return height and width divided by `factor`. Raises ConfigError if it does not divide them."""
     height, width = image.shape[-2:]
     if height % factor or width % factor:
         raise ConfigError(
@@ -122,13 +125,13 @@ def reduced_size(image: Tensor, factor: int) -> tuple[int, int]:
 
 
 def resize(image: Tensor, size: Sequence[int], mode: str) -> Tensor:
-    """An image (C, H, W) at another size; mode: bilinear, bicubic (neither with aliasing) or area."""
+    """Resize an image (C, H, W); mode: bilinear or bicubic, both with antialiasing, or area."""
     options = {} if mode == "area" else {"antialias": True, "align_corners": False}
     return F.interpolate(image[None], tuple(size), mode=mode, **options)[0]
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
-    """An image (1 or 3, H, W) in [-1, 1] after JPEG compression."""
+    """Compress an image (1 or 3, H, W) in [-1, 1] as JPEG and decode it."""
     from PIL import Image
 
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -141,7 +144,7 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def _kernel(image: Tensor, sigma: Sequence[float], angle: float) -> tuple[Tensor, Tensor]:
-    """The padded image and the kernels (C, 1, k, k) of a Gaussian blur with two standard deviations, turned by an angle."""
+    """Return the padded image and the kernels (C, 1, k, k) of an anisotropic Gaussian blur, rotated by `angle`."""
     reach = min(math.ceil(3 * max(sigma)), *(side - 1 for side in image.shape[-2:]))
     axis = torch.arange(-reach, reach + 1.0)
     y, x = torch.meshgrid(axis, axis, indexing="ij")

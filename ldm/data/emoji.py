@@ -1,4 +1,4 @@
-"""Captioned emoji, each in two styles: 3-D renders and flat drawings."""
+"""Captioned emoji in several styles: 3-D renders, flat drawings, pencil outlines."""
 
 from collections.abc import Sequence
 
@@ -14,16 +14,18 @@ TEMPLATES = {
     "flat": ("a flat illustration of {}", "{}, flat illustration", "a flat drawing: {}"),
     "pencil": ("a pencil drawing of {}", "{}, pencil drawing", "a drawing in pencil: {}"),
 }
-TAGS = 3  # of them in a caption
+TAGS = 3  # tags per caption
 
 
 class Emoji(InMemoryDataset):
-    """Emoji on white, image i showing emoji i // S in style i % S of S: image (3, size, size) in [-1, 1].
+    """Emoji on white: image (3, size, size) in [-1, 1]; with S styles, sample i is emoji i // S in style i % S.
 
-    A caption says what the picture shows and in which style; labels are the nine groups of Unicode; the batch has style (B,) int64, a place
-    in `styles`.  split: train or test, divided by emoji: all styles and skin tones of one are on the same side.
-    held_out: the part that test gets.  skin_tones: also people and hands in each skin tone.
-    Raises ConfigError for a bad option, AssetNotFoundError without the pictures.
+    A caption names the emoji and its style; labels are the nine groups of Unicode; a batch also has style (B,) int64,
+    an index into `styles`.
+    split: train or test, divided by emoji: all styles and skin tones of an emoji are in the same split.
+    test_fraction: fraction of the emoji in the test split.
+    skin_tones: whether to include people and hands in each skin tone.
+    Raises ConfigError for an invalid option, AssetNotFoundError without the source files.
     """
 
     def __init__(
@@ -43,29 +45,29 @@ class Emoji(InMemoryDataset):
         if not 16 <= size <= 256:
             raise ConfigError(f"size={size}: expected 16 to 256 pixels")
         if not 0 < test_fraction < 1:
-            raise ConfigError(f"test_fraction={test_fraction}: expected a part between 0 and 1")
-        pictures, every = glyphs(size, styles, skin_tones)
+            raise ConfigError(f"test_fraction={test_fraction}: expected a fraction between 0 and 1")
+        images, all_glyphs = glyphs(size, styles, skin_tones)
         rows = [
             i
-            for i, glyph in enumerate(every)
+            for i, glyph in enumerate(all_glyphs)
             if (derive_seed("held out", glyph.base) < test_fraction * 2**63) == (split == "test")
         ]
-        self.styles, self.glyphs = list(styles), [every[i] for i in rows]
+        self.styles, self.glyphs = list(styles), [all_glyphs[i] for i in rows]
         every_text = [captions(glyph, style) for glyph in self.glyphs for style in styles]
         labels = torch.tensor([GROUPS.index(glyph.group) for glyph in self.glyphs]).repeat_interleave(len(styles))
-        told: dict[str, list[str]] = {group: [] for group in GROUPS}
+        by_group: dict[str, list[str]] = {group: [] for group in GROUPS}
         for label, texts in zip(labels.tolist(), every_text, strict=True):
-            told[GROUPS[label]].append(texts[0])
-        classes = {group: texts or [group.replace("-", " and ")] for group, texts in told.items()}
-        super().__init__(f"emoji-{split}", pictures[rows].flatten(0, 1), labels, classes, seed, flip, texts=every_text)
+            by_group[GROUPS[label]].append(texts[0])
+        classes = {group: texts or [group.replace("-", " and ")] for group, texts in by_group.items()}
+        super().__init__(f"emoji-{split}", images[rows].flatten(0, 1), labels, classes, seed, flip, texts=every_text)
 
-    def batch_metadata(self, at: Sequence[tuple[int, int]]) -> dict:
-        """Everything but the pixels: as any data set, and style (B,) int64."""
-        return {**super().batch_metadata(at), "style": torch.tensor([i % len(self.styles) for _, i in at])}
+    def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict:
+        """Return a batch without its images, with style (B,) int64; see InMemoryDataset."""
+        return {**super().batch_metadata(samples), "style": torch.tensor([i % len(self.styles) for _, i in samples])}
 
 
 def captions(glyph: Glyph, style: str) -> list[str]:
-    """What is said of an emoji drawn in a style: its annotation in every template, then, in the first, with a few of its tags at a time."""
+    """Return an emoji's captions in a style: the annotation in every template, then with TAGS tags in the first."""
     name = words(glyph.annotation)
     known = set(name.lower().replace(",", "").split())
     tags = [tag for tag in glyph.tags if not set(tag.lower().split()) <= known]
@@ -76,6 +78,6 @@ def captions(glyph: Glyph, style: str) -> list[str]:
 
 
 def words(annotation: str) -> str:
-    """An annotation as one would say it: "flag: Chad" is "the flag of Chad", "man: beard" is "man, beard"."""
+    """Return an annotation as prose: "flag: Chad" becomes "the flag of Chad", "man: beard" becomes "man, beard"."""
     kind, colon, what = annotation.partition(": ")
     return f"the {kind} of {what}" if colon and kind == "flag" else annotation.replace(": ", ", ")

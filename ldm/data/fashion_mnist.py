@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul & Vollgraf 2017): 60,000 + 10,000 grey garments of ten classes, with descriptive captions."""
+"""Fashion-MNIST (Xiao, Rasul & Vollgraf 2017): 60,000 + 10,000 grey images of clothing in ten classes, captioned."""
 
 import gzip
 from pathlib import Path
@@ -16,10 +16,12 @@ CAPTIONS = Path(__file__).with_suffix(".json")
 
 
 class FashionMNIST(InMemoryDataset):
-    """Fashion-MNIST, its 28 px zero-padded to size: image (1, size, size) in [-1, 1], black ground at -1.
+    """Fashion-MNIST, its 28 px zero-padded to `size`: image (1, size, size) in [-1, 1], background -1.
 
-    split: train or test.  root: a folder that may hold the files (else cache, system, download).  captions: a JSON file
-    {class: [caption, ...]}; by default the one beside this module.  Raises ConfigError for a bad option, AssetNotFoundError without the files.
+    split: train or test.
+    root: a folder that may contain the files (else cache, system, download).
+    captions: a JSON file {class: [caption, ...]}; by default the one next to this module.
+    Raises ConfigError for an invalid option, AssetNotFoundError without the files.
     """
 
     def __init__(
@@ -45,7 +47,10 @@ class FashionMNIST(InMemoryDataset):
 
 
 def read_idx(path: Path) -> Tensor:
-    """A gzipped IDX file of bytes as a uint8 tensor of the shape it declares. Raises UserError if it is not one."""
+    """Read a gzipped IDX file of bytes as a uint8 tensor of the shape that it declares.
+
+    Raises UserError for other files.
+    """
     with gzip.open(path) as file:
         content = file.read()
     ndim = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0

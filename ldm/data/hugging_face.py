@@ -1,4 +1,4 @@
-"""A data set of the Hugging Face hub, or one saved by its library, read row by row."""
+"""A data set of the Hugging Face hub, or one saved by the library `datasets`, read row by row."""
 
 import io
 import os
@@ -17,17 +17,19 @@ from ldm.data.shards import CLASSES
 from ldm.errors import UserError
 from ldm.tensors import derive_seed
 
-ROWS = 1000  # of a column in memory at a time
-TAIL = 4096  # last bytes of an image that its digest reads, where PNG and JPEG files depend on every pixel
+ROWS = 1000  # rows of a column in memory at a time
+TAIL = 4096  # bytes at an image's end that enter its digest: in PNG and JPEG files they depend on every pixel
 
 
 class HuggingFace(LazyDataset):
-    """A data set with a column of images, by its name on the hub or the folder that save_to_disk made.
+    """A data set with a column of images, by its name on the hub or the folder written by save_to_disk.
 
-    config: the hub's name of a variant.  train, test: names of splits; without `test` a part held_out of the training split is it, chosen
-    by row number.  image, caption, label: columns.  image: of images, of their bytes or of their paths.  caption: of texts, records with a
-    text or lists of these; a row without one trains the empty condition.  label: of class numbers or of words; -1, null and "" are no
-    label.  Raises UserError naming what is not there, and what is of another kind.
+    config: name of a variant on the hub.
+    train, test: names of splits; without `test`, it is a part test_fraction of the training split, by row number.
+    image, caption, label: names of columns.  image: images, their bytes or their paths.
+    caption: texts, records with a text, or lists of these; a row without one trains the empty condition.
+    label: class numbers or words; -1, null and "" are no label.
+    Raises UserError naming what is missing or of another type.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class HuggingFace(LazyDataset):
 class Rows:
     """The source of HuggingFace: a table of the library `datasets`.
 
-    folder: where paths of images start that are relative.  words: the classes, by default those that the column of labels has.
+    folder: base of relative image paths.  words: names of the classes, by default those of the label column.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Rows:
                 raise UserError(f"{name}: no column {column!r}; it has {', '.join(table.features)}")
         check_images(f"{name}: column {image!r}", table.features[image])
         self.named, self.root, self.folder, self.captioned = name, name, folder or Path(), caption is not None
-        self.table, self.pictures = table, table.select_columns([image]).with_format("arrow")
+        self.table, self.images = table, table.select_columns([image]).with_format("arrow")
         self.column = caption
         digest, none = sha256(), torch.zeros(len(table), dtype=torch.bool)
         self.labels, self.unlabelled, self.uncaptioned = none.long(), none, none
@@ -93,28 +95,28 @@ class Rows:
         if caption is not None:
             check_captions(f"{name}: column {caption!r}", table.features[caption])
             texts = [captions_in(cell) for cell in cells(table, caption)]
-            self.uncaptioned = torch.tensor([not one for one in texts])
+            self.uncaptioned = torch.tensor([not captions for captions in texts])
             digest.update(repr(texts).encode())
             if label is None:
-                some = [text for one in texts[:: -(-len(texts) // SHOWN)] for text in one]
-                self.classes = {"image": list(dict.fromkeys(some)) or [""]}
+                samples = [text for captions in texts[:: -(-len(texts) // SHOWN)] for text in captions]
+                self.classes = {"image": list(dict.fromkeys(samples)) or [""]}
         for part in self._images_digested():
             digest.update(part)
         self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_captions"}
 
     @cached_property
     def _captions(self) -> Any:
-        """The column of captions alone, on the disk where the table is."""
+        """The caption column alone, mapped from the disk where the table is."""
         return self.table.select_columns([self.column]).with_format("arrow")[:].column(0)
 
     def image(self, i: int) -> Path | io.BytesIO:
-        """The image's file. Raises ValueError for a row without one."""
+        """Return the image's file. Raises ValueError for a row without one."""
         cell = self._cell(i).as_py()
         if isinstance(cell, dict):
             cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
@@ -123,34 +125,34 @@ class Rows:
         return io.BytesIO(cell) if isinstance(cell, bytes) else self._file(cell)
 
     def texts(self, i: int) -> list[str]:
-        """The row's captions."""
+        """Return the row's captions."""
         return captions_in(self._captions[i].as_py()) if self.captioned else []
 
     def label(self, i: int) -> int:
-        """The row's class, -1 without one; 0 in a table without labels."""
+        """Return the row's class, -1 without one; 0 in a table without labels."""
         return int(self.labels[i])
 
     def name(self, i: int) -> str:
-        """Which row."""
+        """Return a name of the row for messages."""
         return f"{self.named}, row {i}"
 
     def _cell(self, i: int) -> Any:
-        return self.pictures[i].column(0)[0]
+        return self.images[i].column(0)[0]
 
     def _file(self, path: str) -> Path:
         return Path(path) if os.path.isfile(path) else self.folder / path
 
     def _images_digested(self) -> Iterator[bytes]:
-        """What changes with the images and not with their folder: names and sizes of all, the last bytes of SHOWN at most."""
+        """Yield data that depend on the images, not on their folder: names, sizes, and the last bytes of some."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         for start in range(0, len(self), ROWS):
-            column = self.pictures[start : start + ROWS].column(0)
+            column = self.images[start : start + ROWS].column(0)
             paths: list[str | None] = [None] * len(column)
             if pa.types.is_struct(column.type):
-                inside = [field.name for field in column.type]
-                paths = pc.struct_field(column, "path").to_pylist() if "path" in inside else paths
+                names = [field.name for field in column.type]
+                paths = pc.struct_field(column, "path").to_pylist() if "path" in names else paths
                 column = pc.struct_field(column, "bytes")
             if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                 paths, sizes = column.to_pylist(), [None] * len(column)
@@ -168,12 +170,12 @@ class Rows:
                 with open(self._file(str(data if pa.types.is_string(data.type) else cell["path"])), "rb") as file:
                     file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
                     yield file.read()
-            except (OSError, ValueError, LookupError):  # named when it is to be read
+            except (OSError, ValueError, LookupError):  # reported when the image is decoded
                 yield b"-"
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, -1 where it cannot be looked at."""
+    """Return a file's size in bytes, -1 if it cannot be read."""
     try:
         return path.stat().st_size
     except OSError:
@@ -181,16 +183,18 @@ def size_of(path: Path) -> int:
 
 
 def cells(table: Any, column: str) -> Iterator[Any]:
-    """The cells of one column in turn, as Python has them; no other column is read."""
-    alone = table.select_columns([column]).with_format("arrow")
-    for start in range(0, len(alone), ROWS):
-        yield from alone[start : start + ROWS].column(0).to_pylist()
+    """Yield the cells of one column as Python values, without reading the other columns."""
+    selected = table.select_columns([column]).with_format("arrow")
+    for start in range(0, len(selected), ROWS):
+        yield from selected[start : start + ROWS].column(0).to_pylist()
 
 
 def check_images(what: str, feature: Any) -> None:
-    """Raises UserError for a column that holds no images, no bytes and no paths."""
+    """Raise UserError for a column that contains neither images nor their bytes or paths."""
     dtype = getattr(feature, "dtype", None)
-    inside = {name: getattr(one, "dtype", None) for name, one in feature.items()} if isinstance(feature, dict) else {}
+    inside = (
+        {name: getattr(field, "dtype", None) for name, field in feature.items()} if isinstance(feature, dict) else {}
+    )
     readable = dtype in ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
     if not readable and inside.get("bytes") not in ("binary", "large_binary"):
         raise UserError(
@@ -199,7 +203,7 @@ def check_images(what: str, feature: Any) -> None:
 
 
 def check_captions(what: str, feature: Any) -> None:
-    """Raises UserError for a column whose cells captions_in cannot read."""
+    """Raise UserError for a column whose cells captions_in cannot read."""
     inside = _item(feature)
     if isinstance(inside, dict):
         inside = _item(next((inside[name] for name in RECORD if name in inside), None))
@@ -211,26 +215,27 @@ def check_captions(what: str, feature: Any) -> None:
 
 
 def _item(feature: Any) -> Any:
-    """The kind of a list's items; of anything else its own."""
+    """Return the feature of a list's items; any other feature unchanged."""
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
 
 
 def read_labels(what: str, table: Any, column: str, words: Sequence[str] | None = None) -> tuple[list[int], list[str]]:
-    """(class of each row, -1 for none; names of the classes) of a column of numbers or words; words: the names, where they are known.
+    """Read a column of class numbers or words: the class of each row, -1 for none, and the names of the classes.
 
-    Raises UserError for any other column, and for a label that is no class.
+    words: names of the classes, if they are known.
+    Raises UserError for any other column, and for a label that is not a class.
     """
     feature, values = table.features[column], list(cells(table, column))
     kind = str(getattr(feature, "dtype", None))
     if kind in ("string", "large_string"):
-        found = [" ".join(value.split()) if value else "" for value in values]
-        classes = list(words) if words is not None else sorted({word for word in found if word})
+        labels = [" ".join(value.split()) if value else "" for value in values]
+        classes = list(words) if words is not None else sorted({word for word in labels if word})
         number = {word: i for i, word in enumerate(classes)} | {"": -1}
-        if wrong := next((word for word in found if word not in number), None):
+        if wrong := next((word for word in labels if word not in number), None):
             raise UserError(
-                f"{what} holds {wrong!r:.80}, which is no class of the training split ({len(classes):,} of them)"
+                f"{what} holds {wrong!r:.80}, which is no class of the training split ({len(classes):,} classes)"
             )
-        numbers = [number[word] for word in found]
+        numbers = [number[word] for word in labels]
     elif kind.startswith(("int", "uint", "float", "bool", "null")):
         numbers = [_number(value) for value in values]
         names = words if words is not None else getattr(feature, "names", None)
@@ -253,39 +258,39 @@ def read_labels(what: str, table: Any, column: str, words: Sequence[str] | None 
 
 
 def _number(value: float | None) -> int:
-    """A class number, -1 for none, -2 for what is no class."""
+    """Return a class number, -1 for none, and a number out of range for what is not a class."""
     if value is None or value != value:
         return -1
     return int(value) if -1 <= value < CLASSES and int(value) == value else -2 if value < 0 else CLASSES
 
 
 def load(path: str, config: str | None, split: str) -> Any:
-    """A split as a table. Raises UserError where the library, the data set or the split is not there."""
+    """Load a split as a table. Raises UserError if the library, the data set or the split is missing."""
     try:
         import datasets
     except ImportError:
         raise UserError("data=huggingface needs the library datasets: pip install -e '.[data]'") from None
     folder = Path(path).expanduser()
     try:
-        found = datasets.load_from_disk(str(folder)) if folder.is_dir() and any(folder.glob("data*_*.json")) else None
-        found = datasets.load_dataset(path, config) if found is None else found
-    except Exception as error:  # the library's own, of many kinds
+        splits = datasets.load_from_disk(str(folder)) if folder.is_dir() and any(folder.glob("data*_*.json")) else None
+        splits = datasets.load_dataset(path, config) if splits is None else splits
+    except Exception as error:  # the library raises many kinds
         raise UserError(f"path={path}: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        return found
-    if split not in found:
-        raise UserError(f"path={path}: no split {split!r}; it has {', '.join(found)}")
-    if folder.is_dir() and getattr(found[split].info, "builder_name", None) == "imagefolder":
-        check_splits(folder, {name: len(table) for name, table in found.items()})
-    return found[split]
+    if not isinstance(splits, dict):
+        return splits
+    if split not in splits:
+        raise UserError(f"path={path}: no split {split!r}; it has {', '.join(splits)}")
+    if folder.is_dir() and getattr(splits[split].info, "builder_name", None) == "imagefolder":
+        check_splits(folder, {name: len(table) for name, table in splits.items()})
+    return splits[split]
 
 
 def check_splits(folder: Path, rows: dict[str, int]) -> None:
-    """Raises UserError for a folder of images of which some are in no split: the library takes names such as train and val as splits."""
+    """Raise UserError if images in a folder are in no split: the library takes names like train and val as splits."""
     count = 0
     for _, inner, files in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith((".", "__"))]
-        if any(name.startswith("metadata.") for name in files):  # a list chooses the rows
+        if any(name.startswith("metadata.") for name in files):  # such a list selects the rows
             return
         count += sum(
             name.lower().endswith(EXTENSIONS + OPTIONAL_EXTENSIONS) and not name.startswith(".") for name in files
@@ -293,6 +298,7 @@ def check_splits(folder: Path, rows: dict[str, int]) -> None:
     if count > sum(rows.values()):
         read = ", ".join(f"{name} of {number:,}" for name, number in rows.items())
         raise UserError(
-            f"path={folder}: {count - sum(rows.values()):,} of its {count:,} images are in no split ({read}): names such as train, test "
-            f"and val are read as splits; rename that folder, give data.path of one split, or use data=folder"
+            f"path={folder}: {count - sum(rows.values()):,} of its {count:,} images are in no split ({read}): names "
+            f"such as train, test and val are read as splits; rename that folder, give data.path of one split, "
+            f"or use data=folder"
         )

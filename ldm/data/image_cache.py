@@ -1,4 +1,4 @@
-"""Images that were decoded once and are mapped from the cache."""
+"""A cache of decoded images, which are mapped from the disk."""
 
 import json
 import os
@@ -19,49 +19,49 @@ from ldm.io.download import cache_dir
 from ldm.io.parse import parse_json
 
 
-def cached(room: str, made_of: object, make: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-    """What make() gives, a tensor and plain data on it; from the folder `room` of the cache where that has what was made of the same.
+def cached(room: str, key: object, create: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """Return create()'s result, a tensor and plain data about it, from the cache if it has one for this key.
 
-    made_of: something whose repr says all that determines the result.  Any number of processes may ask at once: the first makes it.
+    room: folder in the cache.  key: an object whose repr determines the result.
+    Several processes may ask at once: the first creates it.
     """
-    with _place(room, made_of) as path:
+    with _locked_file(room, key) as path:
         try:
             return open_memmap(path, "images"), json.loads(bytes(open_memmap(path, "said").tolist()))
         except (FileNotFoundError, CorruptFileError):
-            images, said = make()
+            images, info = create()
             write_tensors(
-                path, {"images": images, "said": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)}
+                path, {"images": images, "said": torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8)}
             )
-            return images, json.loads(json.dumps(said))
+            return images, json.loads(json.dumps(info))
 
 
-def cached_memmap(
-    room: str, made_of: object, shape: Sequence[int], fill: Callable[[Tensor], Any]
-) -> tuple[Tensor, Any]:
-    """As kept, for uint8 images of a known shape (N, C, H, W), which never lie in memory: fill(images) writes them, and says what it says.
+def cached_memmap(room: str, key: object, shape: Sequence[int], fill: Callable[[Tensor], Any]) -> tuple[Tensor, Any]:
+    """As `cached`, for uint8 images of a known shape (N, C, H, W), which are never all in memory.
 
-    Raises UserError where the disk has no room for them.
+    fill: writes the images into a tensor on the disk, and returns plain data about them.
+    Raises UserError if the disk has no room for them.
     """
-    with _place(room, made_of) as path:
-        said = path.with_suffix(".json")
+    with _locked_file(room, key) as path:
+        info = path.with_suffix(".json")
         try:
-            return open_memmap(path, "images"), parse_json(said.read_text(encoding="utf-8"))
+            return open_memmap(path, "images"), parse_json(info.read_text(encoding="utf-8"))
         except (FileNotFoundError, CorruptFileError, ValueError):
-            need, free = (one / 2**30 for one in (torch.Size(shape).numel(), shutil.disk_usage(path.parent).free))
+            need, free = (size / 2**30 for size in (torch.Size(shape).numel(), shutil.disk_usage(path.parent).free))
             if need > free:
                 which = f"{shape[0]:,} images of {shape[2]}x{shape[3]}"
                 raise UserError(f"{which} take {need:,.1f} GiB, {path.parent} has {free:,.1f}; lower size") from None
             with create_memmap(path, "images", "U8", shape, {}) as images:
-                write_json(said, fill(images))
-            return open_memmap(path, "images"), parse_json(said.read_text(encoding="utf-8"))
+                write_json(info, fill(images))
+            return open_memmap(path, "images"), parse_json(info.read_text(encoding="utf-8"))
 
 
 @contextmanager
-def _place(room: str, made_of: object) -> Iterator[Path]:
-    """Where in the cache something is kept, held against other processes within the block."""
+def _locked_file(room: str, key: object) -> Iterator[Path]:
+    """Yield the path of a cache entry, locked against other processes within the block."""
     from filelock import FileLock
 
-    path = cache_dir() / room / f"{sha256(os.fsencode(repr(made_of))).hexdigest()[:32]}.safetensors"
+    path = cache_dir() / room / f"{sha256(os.fsencode(repr(key))).hexdigest()[:32]}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         yield path

@@ -1,4 +1,4 @@
-"""Data sets larger than memory: images decoded as they are asked for, every random choice keyed by (pass, index)."""
+"""Data sets larger than memory: images decoded on demand, with every random choice keyed by (epoch, index)."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,19 @@ from ldm.errors import UserError
 from ldm.tensors import derive_seed
 
 log = logging.getLogger(__name__)
-MAX_CONSECUTIVE_FAILURES = 20  # images in a row of which one must be readable
-UNKNOWN = 0.01  # the part that may turn out unreadable in training
-KNOWN = 0.2  # and the part that may be quarantined
+MAX_CONSECUTIVE_FAILURES = 20  # unreadable images in a row before an error
+MAX_UNREADABLE = 0.01  # fraction of the images that may turn out to be unreadable in training
+MAX_QUARANTINED = 0.2  # fraction of the images that may be quarantined
 
 
 class SampleSource(Protocol):
-    """Where samples 0..N-1 are. identity: text that changes when they do. classes: {class: captions} of the labels.
+    """A source of samples 0..N-1.
 
-    root: the path by which ldm.data.check knows them.  captioned: whether samples have captions of their own, else the class's are theirs.
-    uncaptioned, unlabelled: (N,) bool, which train the empty condition for want of a caption, and which have no label.
+    identity: text that changes when the samples do.  classes: {class: captions} of the labels.
+    root: the path by which ldm.data.check knows the samples.
+    captioned: whether samples have captions of their own, else they get those of their class.
+    uncaptioned, unlabelled: (N,) bool, the samples that train the empty condition as they have no caption, and those
+    without a label.
     """
 
     @property
@@ -51,13 +54,14 @@ class SampleSource(Protocol):
 
 
 class LazyDataset(Dataset):
-    """The samples `rows` of a source as a data set, with the methods of an InMemoryDataset: image (channels, size, size) in [-1, 1].
+    """The samples `rows` of a source, with the methods of an InMemoryDataset: image (channels, size, size) in [-1, 1].
 
-    Each image is scaled and cropped at the centre; crop: adm as ADM does it, for its reference statistics.  A sample is a function of
-    (pass, index) alone, for any number of workers and ranks.  Without a caption it trains the empty condition, "".
-    What ldm.data.check has quarantined is left out, and in the place of another that cannot be read stands the next that can, until they
-    are too many.  content: the digest of the files that are expected.
-    Raises UserError naming what does not fit.
+    Each image is scaled and cropped at the centre; crop="adm" does it as ADM does, for its reference statistics. A
+    sample is a function of (epoch, index) alone, for any number of workers and ranks. Without a caption it trains the
+    empty condition, "". Images quarantined by ldm.data.check are left out; any other that cannot be read is replaced by
+    the next readable one, until there are too many of them.
+    content: expected digest of the files.
+    Raises UserError naming what does not match.
     """
 
     def __init__(
@@ -82,10 +86,11 @@ class LazyDataset(Dataset):
             raise UserError(f"{name}: no sample in this split")
         faults = quarantined_rows(str(source.root))
         if faults:
-            every, rows = len(rows), [row for row in rows if source.name(int(row)) not in faults]
-            if len(rows) < (1 - KNOWN) * every:
+            total, rows = len(rows), [row for row in rows if source.name(int(row)) not in faults]
+            if len(rows) < (1 - MAX_QUARANTINED) * total:
                 raise UserError(
-                    f"{name}: {every - len(rows):,} of {every:,} images are quarantined, more than {KNOWN:.0%}; mend them"
+                    f"{name}: {total - len(rows):,} of {total:,} images are quarantined, "
+                    f"more than {MAX_QUARANTINED:.0%}; repair them"
                 )
         self.unreadable: set[int] = set()
         self.name, self.source, self.rows, self.seed, self.flip = name, source, torch.as_tensor(rows), seed, flip
@@ -93,29 +98,24 @@ class LazyDataset(Dataset):
         self.classes, self.captions = list(source.classes), [list(texts) for texts in source.classes.values()]
         self.content = sha256((source.identity + (repr(sorted(faults)) if faults else "")).encode()).hexdigest()[:16]
         if content not in (None, self.content):
-            raise UserError(
-                f"{name}: its files are not those that this run was made with (digest {self.content}, then {content})"
-            )
+            raise UserError(f"{name}: its files are not those of this run (digest {self.content}, then {content})")
         self.uncaptioned, self.unlabelled = (
-            int(one[self.rows].sum()) for one in (source.uncaptioned, source.unlabelled)
+            int(mask[self.rows].sum()) for mask in (source.uncaptioned, source.unlabelled)
         )
-        self.summary = (
-            (
-                f"{name}: {len(self):,} of {len(source):,} samples, {len(self.classes):,} classes, {size} px, read as they are needed"
-            )
-            + (f", {len(faults):,} quarantined" if faults else "")
-            + (f", {self.uncaptioned:,} without a caption (the empty one stands for it)" if self.uncaptioned else "")
-            + (f", {self.unlabelled:,} without a label" if self.unlabelled else "")
-        )
+        notes = [f"{name}: {len(self):,} of {len(source):,} samples", f"{len(self.classes):,} classes", f"{size} px"]
+        notes += ["read as they are needed", *([f"{len(faults):,} quarantined"] if faults else [])]
+        notes += [f"{self.uncaptioned:,} without a caption (the empty one stands for it)"] if self.uncaptioned else []
+        notes += [f"{self.unlabelled:,} without a label"] if self.unlabelled else []
+        self.summary = ", ".join(notes)
 
     @property
     def resolved_config(self) -> dict[str, str]:
-        """content makes the names of runs depend on the files."""
+        """content_hash makes the names of runs depend on the files."""
         return {"content_hash": self.content}
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the pixels: the same wherever the files are."""
+        """Identity of the pixels, independent of the files' location."""
         parts = (
             self.source.identity,
             self.size,
@@ -129,9 +129,9 @@ class LazyDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        """One sample of the first pass: image, caption, label, index."""
+        """Return one sample of the first epoch: image, caption, label, index."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} images, asked for {index}")
+            raise IndexError(f"{self.name} has {len(self)} images, index {index} is out of range")
         batch = self.batch([(0, index % len(self))])
         return {
             "image": batch["image"][0],
@@ -140,63 +140,69 @@ class LazyDataset(Dataset):
             "index": batch["index"][0],
         }
 
-    def batch(self, at: Sequence[tuple[int, int]]) -> dict:
-        """The samples at (place, index) pairs: what `about` says of them, and image (B, C, H, W) float32 in [-1, 1]."""
-        batch = self.batch_metadata(at)
+    def batch(self, samples: Sequence[tuple[int, int]]) -> dict:
+        """Return the samples, (epoch, index) pairs: `batch_metadata`, and image (B, C, H, W) float32 in [-1, 1]."""
+        batch = self.batch_metadata(samples)
         return {"image": flip_where(self.pixels(batch["index"]), batch["flip"]), **batch}
 
     def pixels(self, index: Sequence[int]) -> Tensor:
-        """Images (B, C, H, W) float32 in [-1, 1], never flipped."""
+        """Return images (B, C, H, W) float32 in [-1, 1], never flipped."""
         return torch.stack([self.decoded(int(i)) for i in index]).float().div_(127.5).sub_(1)
 
     def decoded(self, index: int) -> Tensor:
-        """An image (C, H, W) uint8. Raises UserError where neither it nor the next ones can be read."""
-        for place in range(index, index + min(MAX_CONSECUTIVE_FAILURES, len(self))):
-            row = int(self.rows[place % len(self)])
+        """Decode an image (C, H, W) uint8, or the next readable one.
+
+        Raises UserError if none of the next ones can be read.
+        """
+        for position in range(index, index + min(MAX_CONSECUTIVE_FAILURES, len(self))):
+            row = int(self.rows[position % len(self)])
             try:
                 return CROPS[self.crop](self.source.image(row), self.size, self.channels)[0]
-            except Exception as error:  # Pillow's many plugins raise what they please at a broken file
+            except Exception as error:  # Pillow's plugins raise all kinds of exceptions on a broken file
                 if row not in self.unreadable:
                     self.unreadable.add(row)
-                    said = " ".join(str(error).split())
-                    log.warning("%s cannot be read (%s); the next image stands for it", self.source.name(row), said)
-                if len(self.unreadable) > max(MAX_CONSECUTIVE_FAILURES, UNKNOWN * len(self)):
+                    reason = " ".join(str(error).split())
+                    log.warning("%s cannot be read (%s); the next image stands for it", self.source.name(row), reason)
+                if len(self.unreadable) > max(MAX_CONSECUTIVE_FAILURES, MAX_UNREADABLE * len(self)):
                     raise UserError(
-                        f"{self.name}: {len(self.unreadable)} of {len(self):,} images could not be read so far, the last is "
-                        f"{self.source.name(row)}; `python -m ldm.data.check {self.source.root}` finds and quarantines them all"
+                        f"{self.name}: {len(self.unreadable)} of {len(self):,} images could not be read so far, "
+                        f"the last is {self.source.name(row)}; "
+                        f"`python -m ldm.data.check {self.source.root}` finds and quarantines them all"
                     ) from None
         raise UserError(
-            f"{self.name}: {MAX_CONSECUTIVE_FAILURES} images in a row cannot be read, from {self.source.name(int(self.rows[index]))} on"
+            f"{self.name}: {MAX_CONSECUTIVE_FAILURES} images in a row cannot be read, "
+            f"from {self.source.name(int(self.rows[index]))} on"
         )
 
-    def batch_metadata(self, at: Sequence[tuple[int, int]]) -> dict:
-        """Everything but the pixels: label (B,) int64, flip (B,) bool; caption, index and place are lists."""
-        index = [i for _, i in at]
+    def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict:
+        """Return a batch without its images: label (B,) int64, flip (B,) bool, and lists caption, index and epoch."""
+        index = [i for _, i in samples]
         return {
-            "caption": [self.caption(place, i) for place, i in at],
+            "caption": [self.caption(epoch, i) for epoch, i in samples],
             "label": torch.tensor([self.source.label(int(self.rows[i])) for i in index], dtype=torch.long),
             "flip": torch.tensor(
-                [self.flip and bool(derive_seed(self.seed, "flip", place, i) & 1) for place, i in at], dtype=torch.bool
+                [self.flip and bool(derive_seed(self.seed, "flip", epoch, i) & 1) for epoch, i in samples],
+                dtype=torch.bool,
             ),
             "index": index,
-            "place": [place for place, _ in at],
+            "epoch": [epoch for epoch, _ in samples],
         }
 
-    def caption(self, place: int, index: int) -> str:
-        """The caption that goes with the sample at index in pass place, "" without one."""
+    def caption(self, epoch: int, index: int) -> str:
+        """Return the caption of a sample in an epoch, "" without one."""
         row = int(self.rows[index])
         label = self.source.label(row)
         texts = self.source.texts(row) if self.source.captioned else self.captions[label] if label >= 0 else ()
-        return texts[derive_seed(self.seed, "caption", place, index) % len(texts)] if texts else ""
+        return texts[derive_seed(self.seed, "caption", epoch, index) % len(texts)] if texts else ""
 
 
 def class_captions(classes: Sequence[str]) -> dict[str, list[str]]:
-    """{class: captions} for bare names."""
+    """Return {class: captions} for class names, by templates."""
     return {name: [text.format(name.replace("_", " ")) for text in TEMPLATES] for name in classes}
 
 
 def split_rows(keys: Sequence[int], held_out: float, split: str) -> list[int]:
-    """The samples of a split, chosen by their 63-bit keys alone: whether others are there makes no difference."""
+    """Return the rows of a split, chosen by their 63-bit keys alone, independently of the other rows."""
     if split not in ("train", "test"):
         raise UserError(f"split={split!r}: expected train or test")
-    return [i for i, one in enumerate(keys) if (one < held_out * 2**63) == (split == "test")]
+    return [i for i, key in enumerate(keys) if (key < held_out * 2**63) == (split == "test")]

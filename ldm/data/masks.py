@@ -1,4 +1,4 @@
-"""Masks (1, H, W) float32, 1 = to be drawn, drawn from a generator: what inpainting and outpainting are trained on."""
+"""Random masks (1, H, W) float32, 1 = to be generated, on which inpainting and outpainting are trained."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ Mask = Callable[[tuple[int, int], Generator], Tensor]  # (height, width), genera
 
 
 def uniform(draw: Generator, low: float, high: float) -> float:
-    """A number in [low, high)."""
+    """Return a random number in [low, high)."""
     return low + (high - low) * torch.rand((), generator=draw).item()
 
 
 def randint(draw: Generator, low: int, high: int) -> int:
-    """A whole number from low to high, both among them."""
+    """Return a random integer from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=draw))
 
 
@@ -30,9 +30,10 @@ def strokes(
     length: Sequence[float] = (0.1, 0.4),
     width: Sequence[float] = (0.05, 0.2),
 ) -> Tensor:
-    """Free-form strokes: `times` of them, each bent at `corners`; length of a piece and width as parts of the shorter side.
+    """Draw free-form strokes: polygonal chains of random width (Suvorov et al. 2022, LaMa, section 2.3).
 
-    Suvorov et al. 2022 (LaMa), sec. 2.3: polygonal chains of random width.
+    times: range of the number of strokes.  corners: range of the number of bends of each.
+    length, width: ranges of a segment's length and of the width, as fractions of the shorter side.
     """
     from PIL import Image, ImageDraw
 
@@ -55,10 +56,10 @@ def strokes(
 def boxes(
     size: tuple[int, int], draw: Generator, times: Sequence[int] = (1, 3), side: Sequence[float] = (0.15, 0.5)
 ) -> Tensor:
-    """Rectangles: `times` of them, their sides as parts of the mask's."""
+    """Draw rectangles; times: range of their number.  side: range of their sides, as fractions of the mask's."""
     mask = torch.zeros(1, *size)
     for _ in range(randint(draw, *times)):
-        height, width = (max(1, round(whole_side * uniform(draw, *side))) for whole_side in size)
+        height, width = (max(1, round(full_side * uniform(draw, *side))) for full_side in size)
         y, x = randint(draw, 0, size[0] - height), randint(draw, 0, size[1] - width)
         mask[:, y : y + height, x : x + width] = 1
     return mask
@@ -67,7 +68,10 @@ def boxes(
 def borders(
     size: tuple[int, int], draw: Generator, part: Sequence[float] = (0.125, 0.5), sides: Sequence[int] = (1, 2)
 ) -> Tensor:
-    """All but what outpainting starts from: strips along `sides` neighbouring sides, as parts of the height or width."""
+    """Mask what outpainting has to generate: strips along adjacent sides.
+
+    part: range of a strip's width, as a fraction of the height or width.  sides: range of the number of strips.
+    """
     mask = torch.zeros(1, *size)
     first = randint(draw, 0, 3)
     for turn in range(randint(draw, *sides)):
@@ -81,7 +85,7 @@ def borders(
 
 
 def random_choice(size: tuple[int, int], draw: Generator, kinds: Sequence[Mask]) -> Tensor:
-    """A mask of a kind drawn from `kinds`; name one twice to have it twice as often. Raises ConfigError without any."""
+    """Return a mask of a random kind; list a kind twice to have it twice as often. Raises ConfigError without kinds."""
     if not kinds:
         raise ConfigError("kinds is empty: expected one kind of mask or more")
     return kinds[randint(draw, 0, len(kinds) - 1)](size, draw)

@@ -1,4 +1,4 @@
-"""One large tensor as a safetensors file that is written piece by piece and mapped from the disk, so that it need not fit in memory."""
+"""One large tensor as a safetensors file, written in pieces and mapped from the disk: it need not fit in memory."""
 
 import json
 import os
@@ -20,7 +20,7 @@ DTYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I64": np.int64}
 def create_memmap(
     path: Path, name: str, dtype: str, shape: Sequence[int], metadata: Mapping[str, str]
 ) -> Iterator[Tensor]:
-    """An empty tensor on the disk, to be filled within the block; then, unless that raised, it is the file `path`, all of it.
+    """Create an empty tensor on the disk, to be filled within the block; if that does not raise, it becomes `path`.
 
     dtype: one of DTYPES.
     """
@@ -46,7 +46,7 @@ def create_memmap(
 
 
 def open_memmap(path: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file, read from the disk where and when it is looked at; writing to it leaves the file as it is.
+    """Map a tensor of a safetensors file from the disk; writing to it leaves the file unchanged.
 
     Raises CorruptFileError naming the file.
     """
@@ -61,5 +61,5 @@ def open_memmap(path: Path, name: str) -> Tensor:
         return torch.from_numpy(np.memmap(path, DTYPES[entry["dtype"]], "c", low, tuple(entry["shape"])))
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(
-            f"{path} is not a whole safetensors file with {name!r} ({error}); remove it, and it is made again"
+            f"{path} is not a whole safetensors file with {name!r} ({error}); remove it, and it is created again"
         ) from None

@@ -1,4 +1,4 @@
-"""Captioned, labelled images held in memory as bytes, with every random choice keyed by (pass, index)."""
+"""Captioned, labelled images in memory as bytes, with every random choice keyed by (epoch, index)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -15,12 +15,14 @@ from ldm.tensors import derive_seed
 
 
 class InMemoryDataset(Dataset):
-    """Images (N, C, H, W) uint8 with one class label each and several captions a class.
+    """Images (N, C, H, W) uint8 with a class label each and several captions per class.
 
-    rows: which of the images the samples are, None for all in turn.  Images that were mapped from the disk stay there until they are read.
-    A label of -1 is no label.  texts: captions of each sample, none for the empty condition; by default the class's are the sample's.
-    A sample's caption, and its left-right flip if flips are on, depend on (seed, place, index) alone, place being the pass over the data:
-    the same at any batch size, worker count or rank.  Raises ValueError for labels or captions that do not fit.
+    rows: which of the images are the samples, None for all in order.
+    Images that are mapped from the disk stay there until they are read.
+    labels: class numbers; -1 is no label.
+    texts: captions of each sample, none for the empty condition; by default a sample gets those of its class.
+    A sample's caption, and its left-right flip if flips are on, depend on (seed, epoch, index) alone: they are the same
+    at any batch size, worker count or rank. Raises ValueError for labels or captions that do not match the images.
     """
 
     def __init__(
@@ -36,7 +38,8 @@ class InMemoryDataset(Dataset):
     ):
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images if rows is None else rows) != len(labels):
             raise ValueError(
-                f"{name}: expected uint8 images (N, C, H, W) and N labels, got {images.dtype} {tuple(images.shape)}, {len(labels)}"
+                f"{name}: expected uint8 images (N, C, H, W) and N labels, "
+                f"got {images.dtype} {tuple(images.shape)}, {len(labels)}"
             )
         if missing := [c for c, texts in captions.items() if not texts]:
             raise ConfigError(f"{name}: no caption for {', '.join(missing)}; each class needs one or more")
@@ -60,26 +63,26 @@ class InMemoryDataset(Dataset):
 
     @property
     def images(self) -> Tensor:
-        """The samples' images (N, C, H, W) uint8."""
+        """Images (N, C, H, W) uint8 of the samples."""
         return self.stored if self.rows is None else self.stored[self.rows]
 
     @property
     def unlabelled(self) -> int:
-        """The number of samples without a label."""
+        """Number of samples without a label."""
         return int((self.labels < 0).sum())
 
     @property
     def uncaptioned(self) -> int:
-        """The number of samples that train the empty condition for want of a caption."""
+        """Number of samples that train the empty condition as they have no caption."""
         return self.unlabelled if self.texts is None else sum(not any(texts) for texts in self.texts)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        """One sample of the first pass: image (C, H, W) in [-1, 1], caption, label, index."""
+        """Return one sample of the first epoch: image (C, H, W) in [-1, 1], caption, label, index."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} images, asked for {index}")
+            raise IndexError(f"{self.name} has {len(self)} images, index {index} is out of range")
         batch = self.batch([(0, index % len(self))])
         return {
             "image": batch["image"][0],
@@ -88,41 +91,47 @@ class InMemoryDataset(Dataset):
             "index": batch["index"][0],
         }
 
-    def batch(self, at: Sequence[tuple[int, int]]) -> dict:
-        """The samples at (place, index) pairs: what `about` says of them, and image (B, C, H, W) float32 in [-1, 1]."""
-        batch = self.batch_metadata(at)
+    def batch(self, samples: Sequence[tuple[int, int]]) -> dict:
+        """Return the samples, (epoch, index) pairs: `batch_metadata`, and image (B, C, H, W) float32 in [-1, 1]."""
+        batch = self.batch_metadata(samples)
         image = self.pixels(batch["index"])
         if self.flip:
             image = flip_where(image, batch["flip"])
         return {"image": image, **batch}
 
     def pixels(self, index: Sequence[int] | Tensor) -> Tensor:
-        """Images (B, C, H, W) float32 in [-1, 1], never flipped."""
-        at = torch.as_tensor(index, dtype=torch.long)
-        return self.stored[at if self.rows is None else self.rows[at]].float().div_(127.5).sub_(1)
+        """Return images (B, C, H, W) float32 in [-1, 1], never flipped."""
+        index = torch.as_tensor(index, dtype=torch.long)
+        return self.stored[index if self.rows is None else self.rows[index]].float().div_(127.5).sub_(1)
 
-    def batch_metadata(self, at: Sequence[tuple[int, int]]) -> dict:
-        """Everything but the pixels: label (B,) int64, flip (B,) bool; caption, index and place are lists."""
-        index = [i for _, i in at]
+    def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict:
+        """Return a batch without its images.
+
+        samples: B pairs (epoch, index).
+        Returns label (B,) int64, flip (B,) bool, and the lists caption, index and epoch. Caption and flip are functions
+        of (seed, epoch, index), hence independent of batch size and number of workers.
+        """
+        index = [i for _, i in samples]
         return {
-            "caption": [self.caption(place, i) for place, i in at],
+            "caption": [self.caption(epoch, i) for epoch, i in samples],
             "label": self.labels[torch.tensor(index, dtype=torch.long)],
             "flip": torch.tensor(
-                [self.flip and bool(derive_seed(self.seed, "flip", place, i) & 1) for place, i in at], dtype=torch.bool
+                [self.flip and bool(derive_seed(self.seed, "flip", epoch, i) & 1) for epoch, i in samples],
+                dtype=torch.bool,
             ),
             "index": index,
-            "place": [place for place, _ in at],
+            "epoch": [epoch for epoch, _ in samples],
         }
 
-    def caption(self, place: int, index: int) -> str:
-        """The caption that goes with the sample at index in pass place, "" without one."""
+    def caption(self, epoch: int, index: int) -> str:
+        """Return the caption of a sample in an epoch, "" without one."""
         label = int(self.labels[index])
         texts = self.texts[index] if self.texts is not None else self.captions[label] if label >= 0 else ()
-        return texts[derive_seed(self.seed, "caption", place, index) % len(texts)] if texts else ""
+        return texts[derive_seed(self.seed, "caption", epoch, index) % len(texts)] if texts else ""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the pixels and labels (a change of captions, seed or flip leaves it as it is)."""
+        """Identity of the pixels and labels; captions, seed and flip do not change it."""
         digest = sha256(repr(((len(self), *self.stored.shape[1:]), self.classes)).encode())
         for part in iter_bytes(self.stored, self.rows):
             digest.update(part)
@@ -131,18 +140,21 @@ class InMemoryDataset(Dataset):
 
 
 def iter_bytes(images: Tensor, rows: Tensor | None = None, size: int = 1 << 12) -> Iterator[bytes]:
-    """The bytes of some rows of a tensor, in turn and a few at a time."""
+    """Yield the bytes of some rows of a tensor in order, `size` rows at a time."""
     for start in range(0, len(images if rows is None else rows), size):
         yield (images[start : start + size] if rows is None else images[rows[start : start + size]]).numpy().tobytes()
 
 
 def flip_where(x: Tensor, flip: Tensor) -> Tensor:
-    """x (B, ..., W) with the rows mirrored left to right where flip (B,) bool is set."""
+    """Mirror x (B, ..., W) left to right in the rows where flip (B,) bool is set."""
     return torch.where(flip.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
 
 def read_captions(path: str | Path) -> dict[str, list[str]]:
-    """Captions by class, in the order of the labels, from a JSON file {class: [caption, ...]}. Raises UserError for anything else."""
+    """Read captions by class, in label order, from a JSON file {class: [caption, ...]}.
+
+    Raises UserError for other content.
+    """
     try:
         captions = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Heights read back from a map drawn in the colours of ETOPO1, and what to call them."""
+"""Heights recovered from a map drawn in the colours of ETOPO1, and their representation as bytes."""
 
 from functools import cache
 from itertools import pairwise
@@ -54,43 +54,49 @@ RAMP = (  # metres, red, green, blue: the ETOPO1 colour table of the Generic Map
         (8500, 242, 242, 242),
     ),
 )
-DEEPEST, HIGHEST = 11000, 8500
-BITS = 5  # of each colour that are looked at
+DEEPEST, HIGHEST = 11000, 8500  # metres below and above sea level
+BITS = 5  # bits of each colour channel that are used
 
 
-def heights(picture: np.ndarray) -> np.ndarray:
-    """Metres, int16 (H, W), of a shaded picture (H, W, 3) uint8 in the ramp's colours: those of the nearest hue, then brightness."""
-    red, green, blue = (picture[..., i].astype(np.uint16) >> (8 - BITS) for i in range(3))
+def heights(image: np.ndarray) -> np.ndarray:
+    """Convert a shaded map (H, W, 3) uint8 in the ramp's colours to metres, int16 (H, W), by hue, then brightness."""
+    red, green, blue = (image[..., i].astype(np.uint16) >> (8 - BITS) for i in range(3))
     return _table()[(red << 2 * BITS) | (green << BITS) | blue]
 
 
 @cache
 def _table() -> np.ndarray:
-    """The height for each colour of BITS bits a channel."""
+    """Return the height for each colour of BITS bits per channel."""
     ramp = np.array(RAMP, np.float32)
     parts = [np.linspace(a, b, 8, endpoint=False) for a, b in pairwise(ramp) if (a[0] < 0) == (b[0] < 0)]
     ramp = np.concatenate([*parts, ramp[-1:]])
     level = (np.arange(2**BITS) + 0.5) * 2 ** (8 - BITS)
     colours = np.stack(np.meshgrid(level, level, level, indexing="ij"), -1).reshape(-1, 3).astype(np.float32)
     a, b = _features(colours), _features(ramp[:, 1:])
-    distance = (b**2).sum(1) - 2 * a @ b.T  # squared, less what does not depend on the ramp
+    distance = (b**2).sum(1) - 2 * a @ b.T  # squared distance without the term that does not depend on the ramp
     return ramp[distance.argmin(1), 0].round().astype(np.int16)
 
 
 def _features(colour: np.ndarray) -> np.ndarray:
-    """Hue at full weight, brightness at a quarter: hills are shaded by it."""
+    """Return the hue at full weight and the brightness at a quarter, as hill shading changes the brightness."""
     brightness = np.linalg.norm(colour, axis=1, keepdims=True)
     return np.concatenate([255 * colour / brightness.clip(1), brightness / 4], 1)
 
 
 def to_bytes(metres: np.ndarray) -> np.ndarray:
-    """Heights as bytes, by their roots, so that plains and shelves have their share: 0 deepest sea, 127 | 128 the shore, 255 the top."""
+    """Map heights to bytes by their square roots, which gives plains and shelves enough levels.
+
+    0 is the deepest sea, 127 | 128 the shore, 255 the highest peak.
+    """
     part = np.sqrt(np.abs(metres) / np.where(metres < 0, DEEPEST, HIGHEST))
     return np.where(metres < 0, 127 - 127 * part, 128 + 127 * part).round().clip(0, 255).astype(np.uint8)
 
 
-def median_filter(picture: np.ndarray, side: int = 5) -> np.ndarray:
-    """The median over side x side pixels of a picture (H, W) uint8: slopes in shade are not of the ramp's colours."""
+def median_filter(image: np.ndarray, side: int = 5) -> np.ndarray:
+    """Replace each pixel of an image (H, W) uint8 by the median of side x side pixels.
+
+    It repairs shaded slopes, which do not have the ramp's colours.
+    """
     from PIL import Image, ImageFilter
 
-    return np.array(Image.fromarray(picture).filter(ImageFilter.MedianFilter(side)))
+    return np.array(Image.fromarray(image).filter(ImageFilter.MedianFilter(side)))

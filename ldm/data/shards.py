@@ -1,4 +1,4 @@
-"""Tar shards in webdataset's layout, indexed once and then read by offset, so that any sample can be had at once."""
+"""Tar shards in webdataset's layout, indexed once and then read by offset, which gives random access to the samples."""
 
 import io
 import os
@@ -24,18 +24,20 @@ from ldm.io.parse import parse_json
 from ldm.tensors import derive_seed
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-MAX_MEMBER_BYTES = {"image": 1 << 30, "text": 1 << 20}  # bytes that are read of one
-INDEX = 2  # raise when `index` comes to give another table, so that those made before are not used
-CLASSES = 1 << 20  # a label at or above it is a mistake
-COLUMNS = ("key", "shard", "image", "image_bytes", "text", "text_bytes", "label")  # of the index; -1: none
+MAX_MEMBER_BYTES = {"image": 1 << 30, "text": 1 << 20}  # members above these sizes are not read
+INDEX = 2  # raise it when `build_index` changes its table, so that cached tables are not used
+CLASSES = 1 << 20  # labels at or above it are errors
+COLUMNS = ("key", "shard", "image", "image_bytes", "text", "text_bytes", "label")  # columns of the index; -1: none
 
 
 class TarShardDataset(LazyDataset):
-    """The samples of webdataset shards: files of one name and several endings that follow one another in a tar.
+    """The samples of webdataset shards: consecutive files in a tar with one name and several extensions.
 
-    path: a tar, a folder of tars, or a pattern with numbers, `train-{000..146}.tar`, of files or of URLs, which are fetched once into the
-    cache.  An image's caption is its .txt, a line a caption, or "caption" in its .json; its label the number in its .cls.
-    names: a text file with the classes' names, one a line.  held_out: the part that split=test gets, chosen by each sample's name.
+    path: a tar, a folder of tars, or a pattern with numbers, `train-{000..146}.tar`, of files or of URLs, which are
+    downloaded once into the cache. An image's captions are the lines of its .txt, or "caption" in its .json; its label
+    is the number in its .cls.
+    names: a text file with the classes' names, one per line.
+    test_fraction: fraction of the samples in the test split, chosen by each sample's name.
     """
 
     def __init__(
@@ -50,57 +52,54 @@ class TarShardDataset(LazyDataset):
         seed: int = 0,
         flip: bool = True,
     ):
-        source = TarSource(tuple(local_path(one) for one in expand_pattern(str(path))), names, str(path))
+        source = TarSource(tuple(local_path(shard) for shard in expand_pattern(str(path))), names, str(path))
         rows = split_rows(source.keys, test_fraction, split)
         super().__init__(f"{path} ({split})", source, rows, size, channels, content_hash, seed, flip)
 
 
 class TarSource:
-    """The source of Shards: tar files and the index of what lies where in them."""
+    """The source of TarShardDataset: tar files and an index of the samples' positions in them."""
 
-    def __init__(self, paths: tuple[Path, ...], names: str | Path | None = None, place: str = ""):
+    def __init__(self, paths: tuple[Path, ...], names: str | Path | None = None, root: str = ""):
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        self.paths, self.root, self.identity = paths, place, repr([(Path(name).name, *rest) for name, *rest in files])
+        self.paths, self.root, self.identity = paths, root, repr([(Path(name).name, *rest) for name, *rest in files])
         table, _ = cached("shards", (INDEX, files), lambda: (build_index(paths), {}))
         self.keys, self.table = table[:, 0].tolist(), table
         labels = int(table[:, COLUMNS.index("label")].max()) + 1
         bare = table[:, COLUMNS.index("text")] < 0
         self.captioned = not bool(bare.all())
-        self.alike = not labels and (names is None or not self.captioned)  # all of one class
-        self.unlabelled = (table[:, COLUMNS.index("label")] < 0) & (not self.alike)
-        self.uncaptioned = bare if self.captioned or self.alike else self.unlabelled
+        self.single_class = not labels and (names is None or not self.captioned)
+        self.unlabelled = (table[:, COLUMNS.index("label")] < 0) & (not self.single_class)
+        self.uncaptioned = bare if self.captioned or self.single_class else self.unlabelled
         if names is not None:
-            told = [
-                line.strip()
-                for line in Path(names).expanduser().read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            ]
-            if len(told) < labels:
-                raise UserError(f"names={names}: {len(told)} classes, but labels reach to {labels - 1}")
-            self.classes = class_captions(told)
+            text = Path(names).expanduser().read_text(encoding="utf-8")
+            classes = [line.strip() for line in text.splitlines() if line.strip()]
+            if len(classes) < labels:
+                raise UserError(f"names={names}: {len(classes)} classes, but labels reach to {labels - 1}")
+            self.classes = class_captions(classes)
         else:
             self.classes = class_captions([str(i) for i in range(labels)])
-        if self.alike:
-            some = [text for i in range(0, len(self), -(-len(self) // SHOWN)) for text in self.texts(i)]
-            self.classes = {"image": list(dict.fromkeys(some)) or [""]}
+        if self.single_class:
+            samples = [text for i in range(0, len(self), -(-len(self) // SHOWN)) for text in self.texts(i)]
+            self.classes = {"image": list(dict.fromkeys(samples)) or [""]}
 
     def __len__(self) -> int:
         return len(self.table)
 
     def image(self, i: int) -> io.BytesIO:
-        """The image's file."""
+        """Return the image's file."""
         return io.BytesIO(self._read(i, "image"))
 
     def texts(self, i: int) -> list[str]:
-        """The sample's captions."""
+        """Return the sample's captions."""
         return lines_of(self._read(i, "text"))
 
     def label(self, i: int) -> int:
-        """The sample's class, -1 without one."""
-        return 0 if self.alike else int(self.table[i, COLUMNS.index("label")])
+        """Return the sample's class, -1 without one."""
+        return 0 if self.single_class else int(self.table[i, COLUMNS.index("label")])
 
     def name(self, i: int) -> str:
-        """Where the image is."""
+        """Return the image's location for messages."""
         return f"{self.paths[int(self.table[i, 1])]} at byte {int(self.table[i, 2])}"
 
     def _read(self, i: int, what: str) -> bytes:
@@ -108,11 +107,11 @@ class TarSource:
         shard, offset, size = (int(self.table[i, c]) for c in (1, column, column + 1))
         if size > MAX_MEMBER_BYTES[what]:
             raise ValueError(f"{what} of {size:,} bytes")
-        return _opened(self.paths[shard], os.getpid()).read(size, offset) if size > 0 else b""
+        return _open_shard(self.paths[shard], os.getpid()).read(size, offset) if size > 0 else b""
 
 
-class _Open:
-    """A file open for reading, as long as anyone holds this."""
+class _OpenFile:
+    """A file that is open for reading as long as this object exists."""
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -126,33 +125,34 @@ class _Open:
 
 
 @lru_cache(maxsize=256)
-def _opened(path: Path, process: int) -> _Open:
-    """A shard of this process; of many thousands those read last stay open."""
-    return _Open(path)
+def _open_shard(path: Path, process: int) -> _OpenFile:
+    """Open a shard in this process; of many thousands the most recently read ones stay open."""
+    return _OpenFile(path)
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """The shards that a path stands for, in order. Raises UserError without any."""
+    """Return the shards that a path or pattern stands for, in order. Raises UserError without any."""
     ranged = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
     if ranged:
         before, low, high, after = ranged.groups()
         return [f"{before}{i:0{len(low)}d}{after}" for i in range(int(low), int(high) + 1)]
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = sorted(map(str, path.glob("*.tar")))
-        if not found:
+        shards = sorted(map(str, path.glob("*.tar")))
+        if not shards:
             raise UserError(f"path={pattern}: no .tar in this folder; expected webdataset shards")
-        return found
+        return shards
     return [pattern]
 
 
 def local_path(shard: str) -> Path:
-    """The file of a shard, fetched into the cache if it is a URL and not there yet. Raises UserError naming it."""
+    """Return the file of a shard; a URL is downloaded into the cache first. Raises UserError naming it."""
     if "://" not in shard:
         path = Path(shard).expanduser()
         if not path.is_file():
             raise UserError(
-                f"path={shard}: no such file; expected a tar, a folder of tars, or a pattern like train-{{000..146}}.tar"
+                f"path={shard}: no such file; expected a tar, a folder of tars, "
+                f"or a pattern like train-{{000..146}}.tar"
             )
         return path
     from filelock import FileLock
@@ -161,21 +161,24 @@ def local_path(shard: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
-            beside = path.with_suffix(".part")
+            partial_file = path.with_suffix(".part")
             try:
-                with urlopen(shard, timeout=30) as answer, open(beside, "wb") as file:
-                    shutil.copyfileobj(answer, file, 1 << 20)
+                with urlopen(shard, timeout=30) as response, open(partial_file, "wb") as file:
+                    shutil.copyfileobj(response, file, 1 << 20)
             except OSError as error:
                 raise UserError(f"path={shard}: cannot be fetched ({error})") from None
-            os.replace(beside, path)
+            os.replace(partial_file, path)
     return path
 
 
 def build_index(paths: Sequence[Path]) -> Tensor:
-    """Where everything is: (N, 7) int64, a row a sample, in the shards' order. Raises UserError naming a damaged shard."""
+    """Index the samples: (N, 7) int64, one row per sample with COLUMNS, in the shards' order.
+
+    Raises UserError naming a damaged shard.
+    """
     rows = []
     for shard, path in enumerate(paths):
-        found: dict[str, dict[str, tuple[int, int]]] = {}
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
@@ -183,11 +186,12 @@ def build_index(paths: Sequence[Path]) -> Tensor:
                         "."
                     ):
                         stem, _, ending = member.name.rpartition("/")[2].partition(".")
-                        place = found.setdefault(f"{member.name.rpartition('/')[0]}/{stem}", {})
-                        place[ending.lower()] = (member.offset_data, member.size)
-            end = max((sum(part) for parts in found.values() for part in parts.values()), default=0)
-            if path.stat().st_size < -(-end // 512) * 512 + 512:  # a whole one ends with an empty block
+                        parts = samples.setdefault(f"{member.name.rpartition('/')[0]}/{stem}", {})
+                        parts[ending.lower()] = (member.offset_data, member.size)
+            end = max((sum(part) for parts in samples.values() for part in parts.values()), default=0)
+            if path.stat().st_size < -(-end // 512) * 512 + 512:  # a complete tar ends with an empty block
                 raise tarfile.ReadError("cut short")
+        # made-up headers raise any of these
         except (
             tarfile.TarError,
             ValueError,
@@ -195,10 +199,10 @@ def build_index(paths: Sequence[Path]) -> Tensor:
             EOFError,
             RecursionError,
             struct.error,
-        ) as error:  # of headers made up
+        ) as error:
             raise UserError(f"path={path}: not a whole, uncompressed tar ({error})") from None
-        file = _Open(path)
-        for name, parts in found.items():
+        file = _OpenFile(path)
+        for name, parts in samples.items():
             image = next((parts[ending] for ending in IMAGES if ending in parts), None)
             if image is not None:
                 rows.append(
@@ -206,13 +210,14 @@ def build_index(paths: Sequence[Path]) -> Tensor:
                 )
     if not rows:
         raise UserError(
-            f"path={paths[0]}: no image in {len(paths)} shards; expected files like 000123.jpg beside 000123.txt or 000123.cls"
+            f"path={paths[0]}: no image in {len(paths)} shards; "
+            f"expected files like 000123.jpg beside 000123.txt or 000123.cls"
         )
     return torch.tensor(rows)
 
 
 def lines_of(text: bytes) -> list[str]:
-    """The captions in a .txt, one a line, or in "caption" of a .json."""
+    """Parse captions: the lines of a .txt, or "caption" of a .json."""
     decoded = text.decode("utf-8", "replace")
     if not decoded.lstrip().startswith("{"):
         return [line for line in (" ".join(line.split()) for line in decoded.splitlines()) if line]
@@ -222,8 +227,8 @@ def lines_of(text: bytes) -> list[str]:
         return []
 
 
-def _text(file: _Open, parts: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Where a sample's captions are, offset and bytes; (-1, -1) without any."""
+def _text(file: _OpenFile, parts: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """Return the position of a sample's captions, offset and bytes; (-1, -1) without any."""
     for ending in ("txt", "json"):
         offset, size = parts.get(ending, (-1, -1))
         if 0 < size <= MAX_MEMBER_BYTES["text"] and lines_of(file.read(size, offset)):
@@ -231,8 +236,8 @@ def _text(file: _Open, parts: dict[str, tuple[int, int]]) -> tuple[int, int]:
     return -1, -1
 
 
-def _label(path: Path, file: _Open, parts: dict[str, tuple[int, int]]) -> int:
-    """The number in a sample's .cls; -1 without one, or where it says so itself. Raises UserError for anything else."""
+def _label(path: Path, file: _OpenFile, parts: dict[str, tuple[int, int]]) -> int:
+    """Return the number in a sample's .cls, -1 without one or if it is -1. Raises UserError for anything else."""
     if "cls" not in parts:
         return -1
     offset, size = parts["cls"]

@@ -1,4 +1,4 @@
-"""ImageNet, COCO and LSUN as they are published, unpacked."""
+"""ImageNet, COCO and LSUN in their published layouts, unpacked."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass
 class FileSource:
-    """A source of files: their paths, captions of each or none at all, labels."""
+    """A source of image files: their paths, labels, and captions of each, or none at all."""
 
     paths: Sequence[Path]
     captions: Sequence[Sequence[str]]
@@ -38,24 +38,24 @@ class FileSource:
         return len(self.paths)
 
     def image(self, i: int) -> Path:
-        """The image's file."""
+        """Return the image's file."""
         return self.paths[i]
 
     def texts(self, i: int) -> Sequence[str]:
-        """The image's captions."""
+        """Return the image's captions."""
         return self.captions[i] if self.captions else ()
 
     def label(self, i: int) -> int:
-        """The image's class."""
+        """Return the image's class."""
         return self.labels[i]
 
     def name(self, i: int) -> str:
-        """The image's path."""
+        """Return the image's path for messages."""
         return str(self.paths[i])
 
 
 class StandardDataset(LazyDataset):
-    """All of a source of files."""
+    """A data set with all samples of a FileSource."""
 
     def __init__(
         self,
@@ -72,10 +72,11 @@ class StandardDataset(LazyDataset):
 
 
 class ImageNet(StandardDataset):
-    """ImageNet's classification set (Russakovsky et al. 2015): path/train/n01440764/*.JPEG and path/val, also inside Kaggle's folders.
+    """ImageNet's classification set (Russakovsky et al. 2015).
 
-    Validation images lie in class folders too, or loose beside Kaggle's LOC_val_solution.csv.  Classes have the names of
-    LOC_synset_mapping.txt if it is there, else their codes.  Raises UserError naming what is missing.
+    Files: path/train/n01440764/*.JPEG and path/val, or the same in Kaggle's folders.
+    Validation images are in class folders too, or loose with Kaggle's LOC_val_solution.csv. Classes get the names in
+    LOC_synset_mapping.txt if it exists, else their codes. Raises UserError naming what is missing.
     """
 
     def __init__(
@@ -93,35 +94,37 @@ class ImageNet(StandardDataset):
         inner = root / "ILSVRC" / "Data" / "CLS-LOC"
         data = inner if inner.is_dir() else root
         train = _folder(data / "train", "a folder for each class, n01440764, ...")
-        codes = sorted(one.name for one in train.iterdir() if one.is_dir())
+        codes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
         if not codes:
             raise UserError(f"path={path}: no class folders in {train}; expected n01440764, ...")
-        place = {code: i for i, code in enumerate(codes)}
-        folder = _folder(data / _named(split), "the images of this split")
+        number = {code: i for i, code in enumerate(codes)}
+        folder = _folder(data / _split_folder(split), "the images of this split")
         solution = root / "LOC_val_solution.csv"
-        if split == "test" and not any(one.is_dir() for one in folder.iterdir()):
-            _file(solution, "it says which class the loose images of val are of")
+        if split == "test" and not any(entry.is_dir() for entry in folder.iterdir()):
+            _file(solution, "it has the classes of the loose images in val")
             try:
                 with solution.open(newline="", encoding="utf-8") as file:
-                    told = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+                    code_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
             except (csv.Error, ValueError, LookupError, AttributeError) as error:
                 raise UserError(f"{solution} is not Kaggle's list of classes ({error}); fetch it again") from None
-            found = [(one, told[one.stem]) for one in _images(folder) if told.get(one.stem) in place]
+            files = [(file, code_of[file.stem]) for file in _images(folder) if code_of.get(file.stem) in number]
         else:
-            found = [(one, one.parent.name) for code in codes for one in _images(folder / code)]
+            files = [(file, file.parent.name) for code in codes for file in _images(folder / code)]
         mapping = root / "LOC_synset_mapping.txt"
         lines = mapping.read_text(encoding="utf-8").splitlines() if mapping.is_file() else []
         words = {line[:9]: line[10:].split(",")[0] for line in lines}
         classes = class_captions([words.get(code, code) for code in codes])
-        if len(classes) < len(codes):  # "crane" and "maillot" are two classes each
+        if len(classes) < len(codes):  # "crane" and "maillot" are names of two classes each
             classes = class_captions([f"{words[code]} {code}" if code in words else code for code in codes])
-        files = FileSource([one for one, _ in found], (), [place[code] for _, code in found], classes, root)
-        super().__init__(f"{path} ({split})", files, size, channels, content_hash, seed, flip, crop)
+        labels = [number[code] for _, code in files]
+        source = FileSource([file for file, _ in files], (), labels, classes, root)
+        super().__init__(f"{path} ({split})", source, size, channels, content_hash, seed, flip, crop)
 
 
 class COCO(StandardDataset):
-    """COCO's captioned images (Lin et al. 2014): path/train2017/*.jpg and path/annotations/captions_train2017.json, and val2017.
+    """COCO's captioned images (Lin et al. 2014).
 
+    Files: path/train2017/*.jpg and path/annotations/captions_train2017.json, and the same for val2017.
     Raises UserError naming what is missing.
     """
 
@@ -137,32 +140,36 @@ class COCO(StandardDataset):
         flip: bool = True,
     ):
         root = Path(path).expanduser()
-        part = f"{_named(split)}{year}"
+        part = f"{_split_folder(split)}{year}"
         folder = _folder(root / part, "the images")
         file = _file(root / "annotations" / f"captions_{part}.json", "the captions")
-        told: dict[int, list[str]] = {}
+        captions: dict[int, list[str]] = {}
         try:
             listed = parse_json(file.read_text(encoding="utf-8"))
-            for one in listed["annotations"]:
-                told.setdefault(one["image_id"], []).append(" ".join(one["caption"].split()))
-            images = sorted((str(one["file_name"]), told[one["id"]]) for one in listed["images"] if one["id"] in told)
+            for entry in listed["annotations"]:
+                captions.setdefault(entry["image_id"], []).append(" ".join(entry["caption"].split()))
+            images = sorted(
+                (str(entry["file_name"]), captions[entry["id"]])
+                for entry in listed["images"]
+                if entry["id"] in captions
+            )
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not COCO's list of captions ({error}); fetch it again") from None
         if outside := [name for name, _ in images if Path(name).name != name]:
             raise UserError(f"{file} names a file outside its folder: {outside[0]!r}")
-        some = [texts[0] for _, texts in images[:: max(1, len(images) // 500)]]
-        files = FileSource(
+        samples = [texts[0] for _, texts in images[:: max(1, len(images) // 500)]]
+        source = FileSource(
             [folder / name for name, _ in images],
             [texts for _, texts in images],
             [0] * len(images),
-            {"image": some or [""]},
+            {"image": samples or [""]},
             root,
         )
-        super().__init__(f"{path} ({split})", files, size, channels, content_hash, seed, flip)
+        super().__init__(f"{path} ({split})", source, size, channels, content_hash, seed, flip)
 
 
 class LSUN(StandardDataset):
-    """A category of LSUN (Yu et al. 2015): path/church_outdoor_train, the folder of images that LSUN's own `data.py export` makes.
+    """A category of LSUN (Yu et al. 2015): path/church_outdoor_train, written by LSUN's `data.py export`.
 
     Raises UserError naming what is missing.
     """
@@ -180,33 +187,36 @@ class LSUN(StandardDataset):
         crop: str = "centre",
     ):
         root = Path(path).expanduser()
-        name = f"{category}_{_named(split)}"
-        folder = _folder(root / name, f"LSUN's `python data.py export {name}_lmdb --out_dir {name}` makes it")
+        name = f"{category}_{_split_folder(split)}"
+        folder = _folder(root / name, f"written by LSUN's `python data.py export {name}_lmdb --out_dir {name}`")
         paths = _images(folder)
         files = FileSource(paths, (), [0] * len(paths), class_captions([category]), root)
         super().__init__(f"{path} ({category}, {split})", files, size, channels, content_hash, seed, flip, crop)
 
 
-def _named(split: str) -> str:
+def _split_folder(split: str) -> str:
+    """Return the published name of a split. Raises UserError for an unknown one."""
     if split not in FOLDERS:
         raise UserError(f"split={split!r}: expected train or test")
     return FOLDERS[split]
 
 
 def _folder(path: Path, what: str) -> Path:
+    """Return `path` if it is a folder. Raises UserError naming `what` is missing."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder ({what})")
     return path
 
 
 def _file(path: Path, what: str) -> Path:
+    """Return `path` if it is a file. Raises UserError naming `what` is missing."""
     if not path.is_file():
         raise UserError(f"{path}: no such file ({what})")
     return path
 
 
 def _images(folder: Path) -> list[Path]:
-    """The images below a folder, by name, hidden ones aside."""
+    """List the images below a folder by name, except hidden ones."""
     return sorted(
         path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".")
     )

@@ -1,4 +1,4 @@
-"""Ten classes of drawn shapes: a data set without a download, for smoke runs and tests."""
+"""Ten classes of simple shapes, rendered: a data set without a download, for smoke runs and tests."""
 
 import torch
 from torch import Tensor
@@ -12,29 +12,32 @@ CAPTIONS = ("a photo of a {}", "a white {} on black", "{}", "one {} of some size
 
 
 class Synthetic(InMemoryDataset):
-    """num grey drawings of ten shapes: image (1, size, size) in [-1, 1], labels 0..9 in turn, split train or test."""
+    """`num` grey images of ten shapes: image (1, size, size) in [-1, 1], labels 0..9 in turn, split train or test."""
 
     def __init__(self, split: str = "train", num: int = 512, size: int = 32, seed: int = 0, flip: bool = False):
         if split not in ("train", "test"):
             raise ConfigError(f"split={split!r}: expected train or test")
         if num < 1 or size < 1:
-            raise ConfigError(f"num={num} size={size}: expected one image or more, of one pixel or more")
+            raise ConfigError(f"num={num} size={size}: expected at least one image of at least one pixel")
         labels = torch.arange(num) % len(SHAPES)
         captions = {name: [text.format(name) for text in CAPTIONS] for name in SHAPES}
-        super().__init__(f"synthetic-{split}", draw(labels, size, derive_seed(split)), labels, captions, seed, flip)
+        super().__init__(f"synthetic-{split}", render(labels, size, derive_seed(split)), labels, captions, seed, flip)
 
 
-def draw(labels: Tensor, size: int, seed: int) -> Tensor:
-    """One shape for each label (N,): (N, 1, size, size) uint8, edges one pixel soft; centre, radius and grey level at random."""
+def render(labels: Tensor, size: int, seed: int) -> Tensor:
+    """Render one shape for each label (N,): (N, 1, size, size) uint8, with edges one pixel soft.
+
+    Centre, radius and grey level are random.
+    """
     n = len(labels)
-    place, radius, grey = torch.rand(n, 4, 1, 1, generator=torch.Generator().manual_seed(seed)).split((2, 1, 1), 1)
+    centre, radius, grey = torch.rand(n, 4, 1, 1, generator=torch.Generator().manual_seed(seed)).split((2, 1, 1), 1)
     radius = size * (0.2 + 0.15 * radius)
     axis = torch.arange(size) + 0.5
-    cy, cx = (size / 2 + (0.2 * size) * (place - 0.5)).unbind(1)
+    cy, cx = (size / 2 + (0.2 * size) * (centre - 0.5)).unbind(1)
     y, x = (axis[:, None] - cy[:, :, :]).expand(n, size, size), (axis[None, :] - cx).expand(n, size, size)
     r, thin = radius[:, 0], radius[:, 0] / 3
     round_, box, tilted = torch.hypot(x, y), torch.maximum(x.abs(), y.abs()), x.abs() + y.abs()
-    far = torch.stack(  # signed distance to the edge, in pixels, negative inside
+    distance = torch.stack(  # signed distance to the edge, in pixels, negative inside
         [
             round_ - r,
             (round_ - r).abs() - thin / 2,
@@ -48,5 +51,5 @@ def draw(labels: Tensor, size: int, seed: int) -> Tensor:
             torch.maximum(box - r, -x * y / r),
         ]
     )
-    inside = (0.5 - far[labels, torch.arange(n)]).clamp(0, 1)
+    inside = (0.5 - distance[labels, torch.arange(n)]).clamp(0, 1)
     return (inside * (160 + 95 * grey[:, 0])).round().to(torch.uint8)[:, None]

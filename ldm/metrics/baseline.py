@@ -1,4 +1,4 @@
-"""What a score is held against: a model that needs no network, and real images made slightly worse."""
+"""Baselines for scores: a model that needs no network, and real images with noise."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,8 @@ from ldm.tensors import KeyedNoise
 class PCAGaussian:
     """A Gaussian per class on the leading principal components of its pixels.
 
-    mean: (K, d).  basis: (K, d, rank), columns scaled by each component's standard deviation.  shape: (C, H, W), d = CHW.
+    mean: (K, d).  basis: (K, d, rank), columns scaled by each component's standard deviation.
+    shape: (C, H, W), d = CHW.
     """
 
     mean: Tensor
@@ -30,7 +31,8 @@ class PCAGaussian:
         fewest = int(counts.min())
         if fewest <= rank:
             raise ConfigError(
-                f"class {int(counts.argmin())} has {fewest} images: expected more than rank={rank}; lower rank or give more images"
+                f"class {int(counts.argmin())} has {fewest} images: expected more than rank={rank}; "
+                f"lower rank or give more images"
             )
         means, bases = [], []
         for k in range(len(counts)):
@@ -41,7 +43,7 @@ class PCAGaussian:
         return cls(torch.stack(means).float(), torch.stack(bases).float(), tuple(image.shape[1:]))
 
     def sample(self, label: Tensor, noise: KeyedNoise) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], clipped, of the classes label (B,)."""
+        """Draw images (B, C, H, W) in [-1, 1], clipped, of the classes `label` (B,)."""
         code = noise.normal("pca", self.mean.new_zeros(len(label), self.basis.shape[-1]))  # (B, rank)
         x = self.mean[label]  # (B, d)
         for k in label.unique():
@@ -51,5 +53,8 @@ class PCAGaussian:
 
 
 def add_noise(image: Tensor, std: float, noise: KeyedNoise) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] with Gaussian noise added, clipped; std is a share of black to white, so it is 2 std here."""
+    """Add Gaussian noise to images (B, C, H, W) in [-1, 1] and clip.
+
+    std: standard deviation of the noise, as a fraction of the range from black to white, which is 2 here.
+    """
     return (image + 2 * std * noise.normal("noisy", image)).clamp(-1, 1)

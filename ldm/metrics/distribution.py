@@ -1,4 +1,4 @@
-"""Distances between the distributions of two sets of features, and the Score that feeds them all from one pass of the feature network."""
+"""Distances between the distributions of two sets of features, and MetricSuite, which computes several at once."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +12,11 @@ from ldm.metrics.features import Classifier, FeatureNet, to_uint8
 
 
 def frechet(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
-    """Squared Frechet distance () of two Gaussians, means (D,), covariances (D, D), in float64 (Heusel et al. 2017, eq. 6).
+    """Return the squared Frechet distance () of two Gaussians (Heusel et al. 2017, eq. 6), in float64.
 
-    With S1 = L L', tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of the symmetric L' S2 L: no matrix root, nothing complex.
+    mu1, mu2: means (D,).  sigma1, sigma2: covariances (D, D).
+    With S1 = L L', tr (S1 S2)^(1/2) is the sum of the square roots of the eigenvalues of the symmetric L' S2 L, which
+    avoids matrix square roots and complex numbers.
     """
     mu1, sigma1, mu2, sigma2 = (x.double() for x in (mu1, sigma1, mu2, sigma2))
     root, failed = torch.linalg.cholesky_ex(sigma1)
@@ -26,9 +28,9 @@ def frechet(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
 
 
 def polynomial_mmd(x: Tensor, y: Tensor, degree: int = 3) -> Tensor:
-    """Unbiased squared maximum mean discrepancy () of x (N, D) and y (M, D) under k(a, b) = (a.b / D + 1)^degree, in float64.
+    """Return the unbiased squared maximum mean discrepancy () under k(a, b) = (a.b / D + 1)^degree, in float64.
 
-    Binkowski et al. 2018, eq. 4; negative values are within its noise.
+    x: (N, D).  y: (M, D).  Binkowski et al. 2018, eq. 4. Negative values are within its noise.
     """
 
     def total(a: Tensor, b: Tensor) -> Tensor:
@@ -42,44 +44,48 @@ def polynomial_mmd(x: Tensor, y: Tensor, degree: int = 3) -> Tensor:
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """Squared Euclidean distances in float64 from rows of a (N, D) to all of b (M, D), in blocks (n, M); exactly 0 between equal rows."""
+    """Yield squared Euclidean distances in float64 from a (N, D) to b (M, D), in blocks (n, M).
+
+    They are exactly 0 between equal rows.
+    """
     b = b.double()
     for block in a.double().split(256):
         norms = block.square().sum(1, keepdim=True) + b.square().sum(1)
         d = torch.addmm(norms, block, b.T, alpha=-2)
-        yield d.masked_fill_(
-            d < 1e-14 * norms, 0
-        )  # closer than float32 features can be without being equal: the product's rounding
+        # closer than different float32 features can be: the product's rounding error
+        yield d.masked_fill_(d < 1e-14 * norms, 0)
 
 
 def knn_radii(x: Tensor, k: int) -> Tensor:
-    """Squared distance (N,) from each row of x (N, D) to its k-th nearest other row."""
-    return torch.cat(
-        [d.topk(k + 1, 1, largest=False).values[:, -1] for d in squared_distances(x, x)]
-    )  # the nearest is the row itself
+    """Return the squared distance (N,) from each row of x (N, D) to its k-th nearest other row."""
+    # k + 1, as the nearest is the row itself
+    return torch.cat([d.topk(k + 1, 1, largest=False).values[:, -1] for d in squared_distances(x, x)])
 
 
 def coverage_fraction(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
-    """The share () of points (N, D) that lie in at least one of the balls with centres (M, D) and squared radii (M,)."""
+    """Return the fraction () of points (N, D) in any of the balls with centres (M, D) and squared radii (M,)."""
     return torch.cat([(d <= radius).any(1) for d in squared_distances(points, centres)]).double().mean()
 
 
 def precision_recall(x: Tensor, reference: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
-    """The share of x (N, D) on the reference's k-NN manifold, and of reference (M, D) on x's: (), () (Kynkaanniemi et al. 2019, eq. 2).
+    """Return precision and recall (), () (Kynkaanniemi et al. 2019, eq. 2).
 
-    Both depend on N and M: compare only numbers taken with the same sizes. Raises ConfigError if N or M is not above k.
+    Precision is the fraction of x (N, D) on the k-NN manifold of the reference, recall that of reference (M, D) on x's.
+    Both depend on N and M: compare only numbers for the same sizes. Raises ConfigError if N or M is not above k.
     """
     if min(len(x), len(reference)) <= k:
         raise ConfigError(
-            f"{len(x)} samples and {len(reference)} references: precision and recall need more than k={k} of each; draw more"
+            f"{len(x)} samples and {len(reference)} references: precision and recall need more than k={k} of each; "
+            f"draw more"
         )
     return coverage_fraction(x, reference, knn_radii(reference, k)), coverage_fraction(reference, x, knn_radii(x, k))
 
 
 def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0) -> Tensor:
-    """Squared maximum mean discrepancy () of x (N, D) and y (M, D) under k(a, b) = exp(-|a - b|^2 / (2 sigma^2)), in float64.
+    """Return the squared maximum mean discrepancy () under k(a, b) = exp(-|a - b|^2 / (2 sigma^2)), in float64.
 
-    Jayasumana et al. 2024, eq. 2, by the estimator of their code, which leaves each row's distance to itself in: 0 for equal sets.
+    x: (N, D).  y: (M, D).  Jayasumana et al. 2024, eq. 2, with the estimator of their code, which includes each row's
+    distance to itself: 0 for equal sets.
     """
 
     def mean(a: Tensor, b: Tensor) -> Tensor:
@@ -91,17 +97,17 @@ def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0) -> Tensor:
 
 
 def subsample(x: Tensor, size: int) -> Tensor:
-    """At most size rows of x (N, D), evenly spaced."""
+    """Return at most `size` rows of x (N, D), evenly spaced."""
     return x if len(x) <= size else x[torch.arange(size, device=x.device) * len(x) // size]
 
 
 class Metric(Protocol):
-    """What Score feeds: built from (net, reference features), then features (B, D) float32, labels (B,) and captions, batch by batch.
+    """A metric of a MetricSuite: constructed from (net, reference features), updated batch by batch.
 
-    Labels and captions are what the samples were asked for, None where that is not known.
-
-    compute: {key: number} over all processes, called on each of them; reset: forget the samples, keep the reference.
-    A class may say in `names` what its keys are, {net} for the network's name: then keep_best= can be checked before a training.
+    update: features (B, D) float32, labels (B,) and captions with which the samples were generated, None if unknown.
+    compute: {key: number} over all processes, called on each of them.
+    reset: forget the samples, keep the reference.
+    A class may list its keys in `names`, with {net} for the network's name, so that keep_best= is checked early.
     """
 
     def update(self, features: Tensor, label: Tensor | None, caption: Sequence[str] | None) -> None: ...
@@ -110,7 +116,7 @@ class Metric(Protocol):
 
 
 class PrecomputedFeatures(nn.Identity):
-    """The feature network of features that are already there, as torchmetrics asks for one."""
+    """A stand-in for the feature network that torchmetrics requires; its inputs are features already."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -118,7 +124,7 @@ class PrecomputedFeatures(nn.Identity):
 
 
 class FrechetDistance:
-    """`fd_<net>`: torchmetrics' FrechetInceptionDistance on features that are already there (float64 sums, added up over processes)."""
+    """`fd_<net>`: torchmetrics' FrechetInceptionDistance on precomputed features; float64 sums over processes."""
 
     names = ("fd_{net}",)
 
@@ -133,10 +139,10 @@ class FrechetDistance:
         self.fid.reset()
 
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
-        self.fid.update(features.double(), real=False)  # torchmetrics answers in the type it was last given
+        self.fid.update(features.double(), real=False)  # torchmetrics returns the dtype of its last input
 
     def compute(self) -> dict[str, float]:
-        # torchmetrics adds the states up over the processes: one of them brings the reference
+        # torchmetrics sums the states over the processes: only one of them contributes the reference
         for name, value in self.reference.items():
             setattr(self.fid, name, value if rank() == 0 else torch.zeros_like(value))
         return {self.key: self.fid.compute().item()}
@@ -146,7 +152,7 @@ class FrechetDistance:
 
 
 class GatheredFeatures:
-    """Base of the metrics that need the features of all samples at once: `values` are gathered over all processes."""
+    """Base of the metrics that need all samples' features at once; `values` gathers them over all processes."""
 
     def __init__(self, net: FeatureNet, reference: Tensor):
         from torchmetrics.aggregation import CatMetric
@@ -157,7 +163,7 @@ class GatheredFeatures:
         self.samples.update(features)
 
     def values(self) -> Tensor:
-        """Return all rows (N, D) given to update, concatenated over processes."""
+        """Return all rows (N, D) passed to update, concatenated over processes."""
         return self.samples.compute()
 
     def reset(self) -> None:
@@ -167,8 +173,9 @@ class GatheredFeatures:
 class KernelDistance(GatheredFeatures):
     """`kid_<net>`: the unbiased polynomial MMD of all samples against reference_size evenly spaced references.
 
-    torchmetrics' KernelInceptionDistance averages the same estimator over random subsets, so its number moves with the random state and the
-    order of the samples; over all pairs it is deterministic, blind to the order and the process count, and has the smaller variance.
+    torchmetrics' KernelInceptionDistance averages the same estimator over random subsets, so its result changes with
+    the random state and the samples' order.
+    Over all pairs it is deterministic, independent of order and process count, and has less variance.
     """
 
     names = ("kid_{net}",)
@@ -183,7 +190,7 @@ class KernelDistance(GatheredFeatures):
 
 
 class PrecisionRecall(GatheredFeatures):
-    """`precision` and `recall` of all samples against reference_size evenly spaced references, by k nearest neighbours."""
+    """`precision` and `recall` by k nearest neighbours, against reference_size evenly spaced references."""
 
     names = ("precision", "recall")
 
@@ -197,7 +204,7 @@ class PrecisionRecall(GatheredFeatures):
 
 
 class ClassAccuracy:
-    """`accuracy`: the share of samples whose class, as the network's own classifier sees it, is the one that was asked for."""
+    """`accuracy`: the fraction of samples that the network classifies as the class they were generated for."""
 
     names = ("accuracy",)
 
@@ -210,7 +217,8 @@ class ClassAccuracy:
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         if label is None:
             raise ConfigError(
-                "class accuracy needs the label each sample was drawn for, got None; pass label, or leave accuracy out of the metrics"
+                "class accuracy needs the label each sample was generated for, got None; "
+                "pass label, or leave accuracy out of the metrics"
             )
         self.right.update((self.classify(features).argmax(1) == label.to(features.device)).float())
 
@@ -222,7 +230,7 @@ class ClassAccuracy:
 
 
 class GaussianDistance(GatheredFeatures):
-    """`cmmd_<net>`, with CLIP's image tower the CMMD of Jayasumana et al. 2024: the Gaussian MMD of all samples times 1,000."""
+    """`cmmd_<net>`: 1,000 times the Gaussian MMD; with CLIP's image tower it is CMMD (Jayasumana et al. 2024)."""
 
     names = ("cmmd_{net}",)
 
@@ -236,11 +244,12 @@ class GaussianDistance(GatheredFeatures):
 
 
 class MetricSuite:
-    """Every metric of a set of images from one pass of the feature network.
+    """All metrics of a set of images, from one pass of the feature network.
 
     net: in evaluation mode.  reference: its features (N, D) of real images (see `extract`), on the network's device.
-    metrics: name -> (net, reference) -> Metric.  Under several processes each updates with its own samples, unpadded (a DistributedSampler
-    repeats some, which changes the numbers), and all call compute.  Raises ValueError for a reference that does not fit or is not finite.
+    metrics: name -> (net, reference) -> Metric.
+    With several processes each updates with its own samples, unpadded (a DistributedSampler repeats some, which changes
+    the numbers), and all call compute. Raises ValueError for a reference that does not fit or is not finite.
     """
 
     def __init__(
@@ -250,7 +259,8 @@ class MetricSuite:
 
         if reference.ndim != 2 or reference.shape[1] != net.num_features or len(reference) < 2:
             raise ConfigError(
-                f"reference is {tuple(reference.shape)}: expected at least 2 rows of {net.num_features} features of {net.name}; see extract"
+                f"reference is {tuple(reference.shape)}: expected at least 2 rows of {net.num_features} features of "
+                f"{net.name}; see extract"
             )
         require_finite(reference, "reference")
         self.net, self.reference = net, reference
@@ -259,13 +269,19 @@ class MetricSuite:
 
     @property
     def provenance(self) -> dict[str, str | int]:
-        """What must be equal for two scores to be compared, besides n: network, weights, how images reach it, size of the reference."""
-        taken = {"resize": getattr(self.net, "resize", "none"), "quantisation": "clamped and rounded to 256 levels"}
-        return {"network": self.net.name, "identity": self.net.identity, **taken, "reference": len(self.reference)}
+        """What must be equal for two scores to be compared, besides n.
+
+        These are the network and its weights, how images are prepared for it, and the size of the reference.
+        """
+        pixels = {"resize": getattr(self.net, "resize", "none"), "quantisation": "clamped and rounded to 256 levels"}
+        return {"network": self.net.name, "identity": self.net.identity, **pixels, "reference": len(self.reference)}
 
     @torch.no_grad()
     def update(self, image: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
-        """Take in images (B, C, H, W) in [-1, 1] and what they were asked for: labels (B,), captions. Raises UserError for NaN."""
+        """Add images (B, C, H, W) in [-1, 1] and the labels (B,) and captions they were generated for.
+
+        Raises UserError for NaN.
+        """
         features = self.net(to_uint8(image))
         require_finite(features, "features")
         for metric in self.metrics.values():
@@ -273,11 +289,14 @@ class MetricSuite:
         self.count.update(float(len(features)))
 
     def compute(self) -> dict[str, float]:
-        """{key: number} and the sample count n, over all processes; warns when bias rules so small an n. Raises ConfigError for n < 2."""
+        """Return {key: number} and the sample count n, over all processes.
+
+        Warns if n is so small that bias dominates. Raises ConfigError for n < 2.
+        """
         n = int(self.count.compute())
         if n < 2:
             raise ConfigError(
-                f"{n} samples to score: expected at least 2, and thousands for a number that means anything; raise num"
+                f"{n} samples to score: expected at least 2, and thousands for a meaningful number; raise num"
             )
         enough = max(2048, 2 * self.reference.shape[1])
         if n < enough and rank() == 0:
@@ -288,14 +307,14 @@ class MetricSuite:
         return {"n": n} | {key: value for metric in self.metrics.values() for key, value in metric.compute().items()}
 
     def reset(self) -> None:
-        """Forget the samples, keep the reference."""
+        """Drop the samples and keep the reference."""
         self.count.reset()
         for metric in self.metrics.values():
             metric.reset()
 
 
 def require_finite(features: Tensor, what: str) -> None:
-    """Raise UserError if any of features is NaN or infinite: torchmetrics would answer NaN without a word."""
+    """Raise UserError if any feature is NaN or infinite: torchmetrics would return NaN without an error."""
     broken = int((~features.isfinite()).any(1).sum())
     if broken:
         raise UserError(
@@ -304,7 +323,7 @@ def require_finite(features: Tensor, what: str) -> None:
 
 
 def rank() -> int:
-    """This process's rank, 0 when there is one."""
+    """Return this process's rank, 0 without process group."""
     return (
         torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
     )

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a feature network: for natural images where Inception's weights are not to be had."""
+"""EfficientNet-Lite0 as a feature network, for natural images if Inception's weights are not available."""
 
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from ldm.net.pretrained import load_efficientnet_lite0
 
 
 class EfficientNet(nn.Module):
-    """ImageNet features (B, 1280) of EfficientNet-Lite0 (Tan & Le 2019); its distance is `fd_effnet`, and is never called FID.
+    """EfficientNet-Lite0's ImageNet features (B, 1280) (Tan & Le 2019); its distance is `fd_effnet`, never called FID.
 
-    Images of any size, 3 channels (1 is repeated), are resized to size x size with antialiasing; the size is part of the identity, so
-    that numbers of two sizes are never compared.  weights: a file, None for the published ones, which AssetNotFoundError says are missing.
+    Images of any size, with 3 channels (1 is repeated), are resized to size x size with antialiasing; the size is part
+    of the identity, so that numbers for two sizes are never compared.
+    weights: a file, None for the published ones.  Raises AssetNotFoundError if they are missing.
     """
 
     name = "effnet"
@@ -28,11 +29,11 @@ class EfficientNet(nn.Module):
         self.identity = f"{hash_weights(self.net)}-{size}px"
 
     def train(self, mode: bool = True) -> "EfficientNet":
-        """Stay in evaluation mode, whatever the module that holds it does."""
+        """Stay in evaluation mode, whatever the mode of the parent module."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 1280) float32 of images (B, 1 or 3, H, W) uint8. Raises ValueError for anything else."""
+        """Return features (B, 1280) float32 of images (B, 1 or 3, H, W) uint8. Raises ValueError for other input."""
         require_uint8(images, (1, 3))
         with torch.autocast(images.device.type, enabled=False):
             x = images.expand(-1, 3, -1, -1).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Feature networks: what a distribution metric looks through; every number carries the name and the hash of its network."""
+"""Feature networks for distribution metrics; every number carries the name and the hash of its network."""
 
 import os
 from collections.abc import Iterable
@@ -14,14 +14,16 @@ from ldm.tensors import hash_state_dict
 
 
 class FeatureNet(Protocol):
-    """What a metric needs of a network: images (B, C, H, W) uint8 -> features (B, num_features) float32, whatever else is in the batch.
+    """A feature network: images (B, C, H, W) uint8 -> features (B, num_features) float32.
 
-    name goes into the metric's key (`fd_<name>`); identity is the SHA-256 of the weights; numbers of two identities are never compared.
+    An image's features do not depend on the rest of the batch.
+    name: part of the metric's key (`fd_<name>`).
+    identity: SHA-256 of the weights; numbers of two identities are never compared.
     """
 
     name: str
     num_features: int
-    resize: str  # how it fits images to its size, "none" for one that takes them as they are
+    resize: str  # description of the resizing to its input size, "none" without one
 
     @property
     def identity(self) -> str: ...
@@ -29,31 +31,34 @@ class FeatureNet(Protocol):
 
 
 class Classifier(FeatureNet, Protocol):
-    """A feature network whose features also name the class: (B, num_features) -> logits (B, num_classes)."""
+    """A feature network that also classifies: features (B, num_features) -> logits (B, num_classes)."""
 
     def classify(self, features: Tensor) -> Tensor: ...
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """The 8-bit picture (B, C, H, W) uint8 of an image in [-1, 1]: clamped, then rounded to the nearest of 256 levels.
+    """Quantise an image in [-1, 1] to uint8 (B, C, H, W): clamped, then rounded to the nearest of 256 levels.
 
-    The one quantisation here: torchmetrics' own (`normalize=True`) truncates. Raises ValueError for integers and NaN.
+    All metrics use this quantisation; torchmetrics' own (`normalize=True`) truncates.
+    Raises ValueError for integers and NaN.
     """
     if not image.is_floating_point():
         raise ValueError(
-            f"image is {image.dtype}: expected floating point in [-1, 1]; a uint8 picture u is u / 127.5 - 1"
+            f"image is {image.dtype}: expected floating point in [-1, 1]; convert a uint8 image u to u / 127.5 - 1"
         )
     image = image.float()
     if image.isnan().any():
-        raise UserError("image holds NaN: expected values in [-1, 1]; the model that drew it has diverged")
+        raise UserError("image holds NaN: expected values in [-1, 1]; the model that generated it has diverged")
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def require_uint8(images: Tensor, channels: tuple[int, ...], size: int | None = None) -> None:
-    """Raise ValueError unless images are (B, C, H, W) uint8 with one of these channel counts (and H = W = size, if given)."""
-    if (
-        images.dtype != torch.uint8
-    ):  # torchmetrics hands anything to a custom network: floats in [0, 1] would score without a word
+    """Raise ValueError unless images are (B, C, H, W) uint8 with one of these channel counts and H = W = size.
+
+    size: None allows any size.
+    """
+    # torchmetrics passes any tensor to a custom network: floats in [0, 1] would be scored without an error
+    if images.dtype != torch.uint8:
         raise ValueError(
             f"a feature network takes uint8 images, got {images.dtype}; quantise with ldm.metrics.features.to_uint8"
         )
@@ -65,7 +70,7 @@ def require_uint8(images: Tensor, channels: tuple[int, ...], size: int | None = 
 
 
 def hash_weights(module: nn.Module) -> str:
-    """SHA-256 (hex) of every parameter and buffer of a module: name, type, shape and bytes."""
+    """Return the SHA-256 (hex) of every parameter and buffer of a module: name, type, shape and bytes."""
     return hash_state_dict(
         {f"{name} {value.dtype} {tuple(value.shape)}": value for name, value in module.state_dict().items()}
     )
@@ -73,17 +78,20 @@ def hash_weights(module: nn.Module) -> str:
 
 @torch.inference_mode()
 def extract(net: FeatureNet, batches: Iterable[Tensor]) -> Tensor:
-    """Features (N, D) float32 on the CPU of batches of images (B, C, H, W) in [-1, 1]: the reference that metrics are given."""
+    """Return the features (N, D) float32, on the CPU, of batches of images (B, C, H, W) in [-1, 1].
+
+    They are the reference of a metric.
+    """
     features = [net(to_uint8(image)).cpu() for image in batches]
     if not features:
         raise ConfigError("no images to take features of: the iterable of batches is empty")
-    return torch.cat(features).clone()  # outside inference mode it is an ordinary tensor
+    return torch.cat(features).clone()  # the clone is an ordinary tensor outside inference mode
 
 
 class Brightness(nn.Module):
-    """The mean grey level (B, 1) of images (B, C, H, W) uint8: what a schedule that leaves signal at t = 1 keeps near the middle.
+    """The mean grey level (B, 1) of images (B, C, H, W) uint8.
 
-    Lin et al. 2023, section 3.1.
+    Schedules that leave signal at t = 1 keep it near the middle (Lin et al. 2023, section 3.1).
     """
 
     name = "brightness"
@@ -96,10 +104,12 @@ class Brightness(nn.Module):
 
 
 class Inception(nn.Module):
-    """The Inception-v3 of the FID literature (torch-fidelity's port of the 2015-12-05 TensorFlow weights), pool3 features (B, 2048).
+    """The Inception-v3 of the FID literature, pool3 features (B, 2048).
 
-    Images of any size, 3 channels (1 is repeated), are resized to 299 as TensorFlow 1 did, without antialiasing: the published protocol.
-    weights: a file; else $LDM_INCEPTION, the cache, torch.hub's folder, a download. Raises AssetNotFoundError, naming the file and its place.
+    It is torch-fidelity's port of TensorFlow's weights of 2015-12-05. Images of any size, with 3 channels (1 is
+    repeated), are resized to 299 as TensorFlow 1 did, without antialiasing, as in the published protocol.
+    weights: a file; else $LDM_INCEPTION, the cache, torch.hub's folder, a download.
+    Raises AssetNotFoundError, naming the file and its source.
     """
 
     name = "inception"
@@ -111,7 +121,7 @@ class Inception(nn.Module):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
-        path = self.find(weights)  # before the import below, which is slow: a missing file is said at once
+        path = self.find(weights)  # before the slow import below, so that a missing file is reported at once
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.net = FeatureExtractorInceptionV3(
@@ -120,18 +130,18 @@ class Inception(nn.Module):
         self.identity = hash_weights(self.net)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits (B, 1008) of features (B, 2048), without the bias: what the inception score of the literature is made of."""
+        """Return logits (B, 1008) of features (B, 2048), without the bias, as the literature's inception score does."""
         return features @ self.net.fc.weight.T
 
     @classmethod
     def find(cls, weights: str | Path | None = None) -> Path:
-        """The file of weights, downloaded if need be."""
-        if given := weights or os.environ.get("LDM_INCEPTION"):
-            if not Path(given).is_file():
+        """Return the file of weights, downloaded if needed."""
+        if file := weights or os.environ.get("LDM_INCEPTION"):
+            if not Path(file).is_file():
                 raise AssetNotFoundError(
-                    f"{given} is not a file: expected Inception's weights {cls.FILE}; {cls.ROOT}{cls.FILE} has them"
+                    f"{file} is not a file: expected Inception's weights {cls.FILE}; {cls.ROOT}{cls.FILE} has them"
                 )
-            return Path(given)
+            return Path(file)
         files = {cls.FILE: cls.SHA256}
         hub = Path(torch.hub.get_dir(), "checkpoints")
         try:
@@ -148,21 +158,22 @@ class Inception(nn.Module):
         return folder / cls.FILE
 
     def train(self, mode: bool = True) -> "Inception":
-        """Stay in evaluation mode, whatever the module that holds it does."""
+        """Stay in evaluation mode, whatever the mode of the parent module."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 2048) float32 of images (B, 1 or 3, H, W) uint8. Raises ValueError for anything else."""
+        """Return features (B, 2048) float32 of images (B, 1 or 3, H, W) uint8. Raises ValueError for other input."""
         require_uint8(images, (1, 3))
         with torch.autocast(images.device.type, enabled=False):
             return self.net(images.expand(-1, 3, -1, -1))[0]
 
 
 class SpatialInception(Inception):
-    """Inception with ADM's spatial features beside pool3: (B, 2048 + 2023), for the sFID of Dhariwal & Nichol 2021 (Nash et al. 2021).
+    """Inception with ADM's spatial features after pool3: (B, 2048 + 2023), for sFID.
 
-    Those are 7 of the 192 channels of TensorFlow's `mixed_6/conv`, after its activation, at 17 x 17 places, flattened place by place as
-    TensorFlow lays them out; in torch-fidelity's port that is the output of Mixed_6d.branch1x1.
+    They are 7 of the 192 channels of TensorFlow's `mixed_6/conv`, after its activation, at 17 x 17 positions, flattened
+    position by position as in TensorFlow; in torch-fidelity's port that is the output of Mixed_6d.branch1x1.
+    Dhariwal & Nichol 2021; Nash et al. 2021.
     """
 
     name = "inception_spatial"
@@ -171,15 +182,19 @@ class SpatialInception(Inception):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__(weights)
-        self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self.net.Mixed_6d.branch1x1.register_forward_hook(self._store_spatial)
 
-    def _keep(self, module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-        self.places = out[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17, 17, 7), so 2023 in a row
+    def _store_spatial(self, module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        """Store the spatial features of a forward pass (forward hook)."""
+        self.spatial = out[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17, 17, 7), flattened to 2023
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 4071) float32, pool3 first, of images (B, 1 or 3, H, W) uint8. Raises ValueError for anything else."""
-        return torch.cat([super().forward(images), self.places], 1)
+        """Return features (B, 4071) float32, pool3 first, of images (B, 1 or 3, H, W) uint8.
+
+        Raises ValueError for other input.
+        """
+        return torch.cat([super().forward(images), self.spatial], 1)
 
     def classify(self, features: Tensor) -> Tensor:
-        """As Inception's, of pool3 alone."""
+        """Return logits as Inception's, from pool3 alone."""
         return super().classify(features[:, : self.pooled])

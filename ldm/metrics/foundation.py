@@ -1,4 +1,4 @@
-"""Feature networks trained on very many images: CLIP's two towers, and DINOv2."""
+"""Feature networks trained on very large data sets: CLIP's two towers, and DINOv2."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +15,10 @@ from ldm.metrics.features import FeatureNet, hash_weights, require_uint8
 
 
 def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, 3, size, size) float32, standardised, of images (B, 1 or 3, H, W) uint8: bicubic with antialiasing, a square of any shape."""
+    """Resize images (B, 1 or 3, H, W) uint8 and standardise them: (B, 3, size, size) float32.
+
+    The resize is bicubic with antialiasing, without crop.
+    """
     require_uint8(images, (1, 3))
     x = (
         F.interpolate(images.expand(-1, 3, -1, -1).float(), size=(size, size), mode="bicubic", antialias=True).clamp(
@@ -27,9 +30,10 @@ def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[f
 
 
 class CLIP(nn.Module):
-    """CLIP's image embedding (B, D), of length 1, and its texts' embeddings beside it, from towers built by ldm.conditioner.clip.load_towers.
+    """CLIP's image embeddings (B, D), and its text embeddings, both of length 1.
 
-    With ViT-L-14-336 and OpenAI's weights it is the network of CMMD (Jayasumana et al. 2024).
+    towers: from ldm.conditioner.clip.load_towers.
+    With ViT-L-14-336 and OpenAI's weights this is the network of CMMD (Jayasumana et al. 2024).
     """
 
     name = "clip"
@@ -50,26 +54,27 @@ class CLIP(nn.Module):
         self.identity = hash_weights(self.clip)
 
     def train(self, mode: bool = True) -> "CLIP":
-        """Stay in evaluation mode, whatever the module that holds it does."""
+        """Stay in evaluation mode, whatever the mode of the parent module."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (B, D) float32 of images (B, 1 or 3, H, W) uint8."""
+        """Embed images (B, 1 or 3, H, W) uint8: (B, D) float32."""
         with torch.autocast(images.device.type, enabled=False):
             return self.clip.encode_image(preprocess(images, self.size, *self.stats), normalize=True)
 
     def embed(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings (B, D) float32, of length 1, of texts."""
+        """Embed texts: (B, D) float32, of length 1."""
         device = self.clip.logit_scale.device
         with torch.autocast(device.type, enabled=False):
             return self.clip.encode_text(self.tokens(list(captions)).to(device), normalize=True)
 
 
 class DINOv2(nn.Module):
-    """DINOv2's class token after its last norm (B, D), for FD-DINOv2 (Stein et al. 2023): ViT-L/14 at 224 px, D = 1024.
+    """DINOv2's class token (B, D) after its last norm, for FD-DINOv2 (Stein et al. 2023): ViT-L/14 at 224 px, D = 1024.
 
-    tag: timm's name.  weights: a file of timm's (.safetensors, .pth), None for what the tag names.  Raises AssetNotFoundError where that is not
-    to be had, UserError for a file of something else.
+    tag: name of the model in timm.
+    weights: a file in timm's format (.safetensors, .pth), None for the weights of the tag.
+    Raises AssetNotFoundError if the weights are not available, UserError for a file with other content.
     """
 
     name = "dinov2"
@@ -90,10 +95,10 @@ class DINOv2(nn.Module):
 
         try:
             self.net = timm.create_model(tag, pretrained=weights is None, img_size=size, num_classes=0)
-        except Exception as error:  # the hub's client raises what it pleases
-            said = " ".join(str(error).split())[:200]
+        except Exception as error:  # the hub's client raises many kinds
+            reason = " ".join(str(error).split())[:200]
             raise AssetNotFoundError(
-                f"DINOv2, {tag}, could not be fetched ({said}): name a file of timm's by net.weights=FILE"
+                f"DINOv2, {tag}, could not be fetched ({reason}): name a file of timm's by net.weights=FILE"
             ) from None
         if weights is not None:
             try:
@@ -108,11 +113,11 @@ class DINOv2(nn.Module):
         self.identity = f"{hash_weights(self.net)}-{size}px"
 
     def train(self, mode: bool = True) -> "DINOv2":
-        """Stay in evaluation mode, whatever the module that holds it does."""
+        """Stay in evaluation mode, whatever the mode of the parent module."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, D) float32 of images (B, 1 or 3, H, W) uint8."""
+        """Return features (B, D) float32 of images (B, 1 or 3, H, W) uint8."""
         with torch.autocast(images.device.type, enabled=False):
             return self.net.forward_features(
                 preprocess(images, self.size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -120,13 +125,13 @@ class DINOv2(nn.Module):
 
 
 class ImageTextNet(FeatureNet, Protocol):
-    """A feature network that embeds texts beside images, both with length 1."""
+    """A feature network that also embeds texts; all embeddings have length 1."""
 
     def embed(self, captions: Sequence[str]) -> Tensor: ...
 
 
 class CLIPScore:
-    """`clip_score`: 100 times the cosine of an image with the caption it was drawn for, at least 0, averaged (Hessel et al. 2021)."""
+    """`clip_score`: mean of 100 max(cos, 0) of each image and the caption it was generated for (Hessel et al. 2021)."""
 
     names = ("clip_score",)
 
@@ -139,7 +144,8 @@ class CLIPScore:
     def update(self, features: Tensor, label: Tensor | None = None, caption: Sequence[str] | None = None) -> None:
         if caption is None:
             raise ConfigError(
-                "the CLIP score needs the caption each sample was drawn for, got None; draw with captions, or leave it out"
+                "the CLIP score needs the caption each sample was generated for, got None; "
+                "sample with captions, or leave it out"
             )
         self.mean.update(100 * (features * self.embed(caption)).sum(1).double().clamp(min=0))
 

@@ -1,4 +1,4 @@
-"""What papers count on Inception beside its distance: the inception score, and any metric on a part of its features, as sFID is."""
+"""Further metrics on Inception: the inception score, and metrics on a slice of its features, such as sFID."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,10 @@ from ldm.metrics.features import Classifier, FeatureNet
 
 
 def inception_score(logits: Tensor, block: int = 5000) -> Tensor:
-    """exp E KL(p(y|x) || p(y)) () of logits (N, K), the mean over blocks of so many in their order, in float64 (Salimans et al. 2016)."""
+    """Return the inception score exp E KL(p(y|x) || p(y)) (), in float64 (Salimans et al. 2016).
+
+    logits: (N, K). The score is the mean over consecutive blocks of `block` samples.
+    """
     scores = []
     for part in logits.double().split(block):
         log_p = part.log_softmax(1)
@@ -21,7 +24,7 @@ def inception_score(logits: Tensor, block: int = 5000) -> Tensor:
 
 
 class InceptionScore(GatheredFeatures):
-    """`inception_score`: by the network's own classifier, the mean over blocks of so many samples in the order of their seeds."""
+    """`inception_score` by the network's own classifier, over blocks of samples in the order of their seeds."""
 
     names = ("inception_score",)
 
@@ -37,17 +40,17 @@ class InceptionScore(GatheredFeatures):
 
 
 class FeatureSlice:
-    """A part of a network's features under a name of its own, to a metric; never called."""
+    """A feature network's name and size for a slice of its features, as a metric needs them; it is never called."""
 
     def __init__(self, name: str, num_features: int, net: FeatureNet):
         self.name, self.num_features, self.resize, self.identity = name, num_features, net.resize, net.identity
 
     def __call__(self, images: Tensor) -> Tensor:
-        raise NotImplementedError("the whole network makes the features")
+        raise NotImplementedError("the full network computes the features")
 
 
 class SlicedMetric:
-    """A metric of the features start..stop-1 alone, under a network's name of their own."""
+    """A metric on the features start..stop-1 alone, under a network name of its own."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The judge: a small classifier of grey garments whose features stand in for Inception's; its number is `fd_fashion`, never FID."""
+"""The evaluator: a small clothing classifier whose features replace Inception's; its distance is not called FID."""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,10 @@ from ldm.metrics.features import hash_weights, require_uint8
 
 
 class FashionNet(nn.Module):
-    """A classifier of images (B, 1, 32, 32) uint8 (Fashion-MNIST zero-padded from 28 px), and a feature network once it is trained.
+    """A classifier of images (B, 1, 32, 32) uint8; once trained, a feature network whose distance is `fd_fashion`.
 
-    Training: cross-entropy on `logits(images)`; then `standardise(penultimate features of the training set)`; then `.eval()`.
+    Images: Fashion-MNIST zero-padded from 28 px.
+    Training: cross-entropy on `logits(images)`, `standardise(penultimate features of the training set)`, `.eval()`.
     """
 
     name = "fashion"
@@ -34,7 +35,8 @@ class FashionNet(nn.Module):
             nn.MaxPool2d(2),  # (B, 4w, 4, 4)
             nn.Flatten(),
             nn.Linear(64 * width, num_features, bias=False),
-            # normalised before the activation, so that no feature is nearly dead: standardising such a one would let it rule the distance
+            # normalised before the activation, so that no feature is almost constant: standardised, it would dominate
+            # the distance
             nn.BatchNorm1d(num_features),
             nn.SiLU(),
         )
@@ -44,17 +46,17 @@ class FashionNet(nn.Module):
 
     @property
     def identity(self) -> str:
-        """SHA-256 (hex) of the weights, the standardisation included."""
+        """SHA-256 (hex) of the weights, including the standardisation."""
         return hash_weights(self)
 
     def penultimate(self, images: Tensor) -> Tensor:
-        """Features (B, num_features) before standardisation of images (B, 1, 32, 32) uint8."""
+        """Return features (B, num_features) before standardisation of images (B, 1, 32, 32) uint8."""
         require_uint8(images, (1,), 32)
-        x = (images.float() - 73) / 90  # mean and deviation of the training pixels
+        x = (images.float() - 73) / 90  # mean and standard deviation of the training pixels
         return self.body(x.contiguous(memory_format=torch.channels_last))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, 1, 32, 32) uint8: what training sees."""
+        """Return logits (B, num_classes) of images (B, 1, 32, 32) uint8, for training."""
         return self.head(self.penultimate(images))
 
     @torch.no_grad()
@@ -67,19 +69,25 @@ class FashionNet(nn.Module):
         alive = int((std > 1e-6).sum())
         if alive < len(std):
             raise UserError(
-                f"{len(std) - alive} of {len(std)} features are constant or not finite: expected a trained network; train longer"
+                f"{len(std) - alive} of {len(std)} features are constant or not finite: expected a trained network; "
+                f"train longer"
             )
         self.mean.copy_(mean)
         self.std.copy_(std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Standardised features (B, num_features) of images (B, 1, 32, 32) uint8, in float32. Raises ValueError in training mode."""
+        """Return standardised features (B, num_features) float32 of images (B, 1, 32, 32) uint8.
+
+        Raises ValueError in training mode.
+        """
         if self.training:  # batch normalisation would make a score depend on the batch
-            raise ValueError("FashionNet is in training mode: a judge is used in evaluation mode; call .eval()")
+            raise ValueError(
+                "FashionNet is in training mode: its features are defined in evaluation mode; call .eval()"
+            )
         with torch.autocast(images.device.type, enabled=False):
             return (self.penultimate(images) - self.mean) / self.std
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits (B, num_classes) of standardised features (B, num_features), without a second pass over the images."""
+        """Return logits (B, num_classes) of standardised features (B, num_features), without a pass over the images."""
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features * self.std + self.mean)

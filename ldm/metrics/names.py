@@ -1,4 +1,4 @@
-"""What the numbers of a `metrics` node are called, known before anything is built."""
+"""The names of the numbers that a `metrics` node computes, known before anything is constructed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,10 @@ from ldm.metrics.distribution import MetricSuite
 
 
 def metric_names(metrics: Mapping[str, Any], judge: Mapping[str, Any] | None) -> set[str] | None:
-    """The keys that Score.compute() of a `metrics` node gives, without n; judge: the node of the network for those that name none.
+    """Return the keys of MetricSuite.compute() for a `metrics` node, without n.
 
-    None where that cannot be known: a class of your own need not have `names` (a metric) or `name` (a network).
+    judge: node of the evaluator's network, for a node that names none.
+    Returns None if the keys are unknown: a user's class need not have `names` (a metric) or `name` (a network).
     """
     node = metrics.get("net") or judge
     if get_object(metrics["_target_"]) is not MetricSuite or node is None:
@@ -20,7 +21,7 @@ def metric_names(metrics: Mapping[str, Any], judge: Mapping[str, Any] | None) ->
     names: set[str] = set()
     for node in metrics["metrics"].values():
         name = network
-        while "metric" in node:  # a metric of a part of the features
+        while "metric" in node:  # a metric on a slice of the features
             name, node = node.get("name", name), node["metric"]
         patterns = getattr(get_object(node["_target_"]), "names", None)
         if patterns is None or not isinstance(name, str):

@@ -1,4 +1,4 @@
-"""Samples among their nearest real images: density and coverage, and how many repeat what was trained on."""
+"""Metrics by nearest real images: density and coverage, and memorisation of the training set."""
 
 from functools import cached_property
 
@@ -11,13 +11,15 @@ from ldm.metrics.features import FeatureNet
 
 
 def density_coverage(x: Tensor, reference: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
-    """How many k-NN balls of reference (M, D) a row of x (N, D) lies in, over k, and the share of balls with a row in: (), ().
+    """Return density and coverage (), () of x (N, D) and reference (M, D) (Naeem et al. 2020, eq. 4 and 5).
 
-    Naeem et al. 2020, eq. 4 and 5; density may be above 1. Raises ConfigError if M is not above k.
+    Density is the mean number of k-NN balls of the reference that contain a row of x, divided by k, and may be above 1;
+    coverage is the fraction of the balls that contain a row of x. Raises ConfigError if M is not above k.
     """
     if len(reference) <= k or not len(x):
         raise ConfigError(
-            f"{len(x)} samples and {len(reference)} references: density and coverage need one and more than k={k}; draw more"
+            f"{len(x)} samples and {len(reference)} references: "
+            f"density and coverage need at least one and more than k={k}; draw more"
         )
     radius = knn_radii(reference, k)
     inside = torch.zeros(len(reference), dtype=torch.long, device=x.device)
@@ -26,27 +28,28 @@ def density_coverage(x: Tensor, reference: Tensor, k: int = 5) -> tuple[Tensor, 
     return inside.sum().double() / (k * len(x)), (inside > 0).double().mean()
 
 
-def memorisation(x: Tensor, reference: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """How far samples x (N, D) keep from the training images (M, D), of which each has its own nearest neighbour among the others: (), ().
+def memorisation(x: Tensor, reference: Tensor, radii: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return authenticity and copies (), () of samples x (N, D) and training images (M, D).
 
-    authenticity: the share of samples that are further from the nearest training image than that image is from the rest of the training
-    set (Alaa et al. 2022, section 3.2).  copies: the share at least as near as only 1% of the training images are to another.  Held-out
-    images give what is normal.  own: radii(reference, 1), where that is known.
+    Authenticity is the fraction of samples further from the nearest training image than that image is from the rest of
+    the training set (Alaa et al. 2022, section 3.2). Copies is the fraction at most as far from a training image as the
+    closest 1% of the training images are from another. Held-out images give the normal values.
+    radii: knn_radii(reference, 1), if already known.
     Raises ConfigError for fewer than 2 training images, or no sample.
     """
     if len(reference) < 2 or not len(x):
         raise ConfigError(
-            f"{len(x)} samples and {len(reference)} training images: memorisation needs one and two; draw more"
+            f"{len(x)} samples and {len(reference)} training images: memorisation needs at least one and two; draw more"
         )
-    own = knn_radii(reference, 1) if own is None else own
-    found = [d.min(1) for d in squared_distances(x, reference)]
-    distance, index = (torch.cat([getattr(one, part) for one in found]) for part in ("values", "indices"))
-    close = own.sort().values[len(own) // 100]
-    return (distance > own[index]).double().mean(), (distance <= close).double().mean()
+    radii = knn_radii(reference, 1) if radii is None else radii
+    nearest = [d.min(1) for d in squared_distances(x, reference)]
+    distance, index = (torch.cat([getattr(block, part) for block in nearest]) for part in ("values", "indices"))
+    close = radii.sort().values[len(radii) // 100]
+    return (distance > radii[index]).double().mean(), (distance <= close).double().mean()
 
 
 class DensityCoverage(GatheredFeatures):
-    """`density` and `coverage` of all samples against reference_size evenly spaced references, by k nearest neighbours."""
+    """`density` and `coverage` by k nearest neighbours, against reference_size evenly spaced references."""
 
     names = ("density", "coverage")
 
@@ -60,7 +63,7 @@ class DensityCoverage(GatheredFeatures):
 
 
 class Memorisation(GatheredFeatures):
-    """`authenticity` and `copies` of all samples against the whole training set, whose neighbours are found once."""
+    """`authenticity` and `copies` of all samples against the training set, whose own neighbours are computed once."""
 
     names = ("authenticity", "copies")
 
@@ -70,7 +73,7 @@ class Memorisation(GatheredFeatures):
 
     @cached_property
     def reference_distances(self) -> Tensor:
-        """How far each training image is from the rest."""
+        """Squared distance (M,) of each training image from its nearest neighbour in the rest."""
         return knn_radii(self.reference, 1)
 
     def compute(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How well an autoencoder, or a task with one right answer, gives back what it was given."""
+"""Compare images with their originals: reconstructions, or a task with one correct answer."""
 
 import math
 from typing import Protocol
@@ -12,7 +12,7 @@ from ldm.metrics.features import FeatureNet
 
 
 class Perceptual(Protocol):
-    """What tells how alike images look: ldm.autoencoder.perceptual.LPIPS."""
+    """A perceptual distance between images, such as ldm.autoencoder.perceptual.LPIPS."""
 
     name: str
 
@@ -20,11 +20,13 @@ class Perceptual(Protocol):
 
 
 class Reconstruction:
-    """`psnr` (dB, mean over images), `ssim` and, with a feature network, `rfd_<net>` of reconstructions, over all processes.
+    """`psnr` (dB, mean over images), `ssim` and, with a feature network, `rfd_<net>` of reconstructions.
 
-    reference: its features (N, D) of the originals (see `extract`).  perceptual: gives `lpips_<net>`, the mean over images.
-    PSNR and SSIM (Wang et al. 2004) are torchmetrics', on images clipped to [-1, 1] but not quantised, with sides of at least 11 px,
-    SSIM's window.
+    All are computed over all processes.
+    net, reference: feature network, and its features (N, D) of the originals (see `extract`).
+    perceptual: adds `lpips_<name>`, the mean over images.
+    PSNR and SSIM (Wang et al. 2004) are torchmetrics', on images clipped to [-1, 1] but not quantised, with sides of at
+    least 11 px, SSIM's window.
     """
 
     def __init__(
@@ -38,10 +40,11 @@ class Reconstruction:
 
         if (net is None) != (reference is None):
             raise ValueError(
-                "a feature network and its reference features go together: give both, or neither for psnr and ssim alone"
+                "a feature network and its reference features belong together: give both, "
+                "or neither for psnr and ssim alone"
             )
         self.device, self.perceptual = torch.device(device), perceptual
-        # per image and then averaged: the logarithm of a mean over all pixels would be ruled by the worst images
+        # per image, then averaged: the logarithm of a mean over all pixels would be dominated by the worst images
         names = ("psnr", "ssim", *([f"lpips_{perceptual.name}"] if perceptual else []))
         self.means = {name: MeanMetric(nan_strategy="error").to(device).set_dtype(torch.float64) for name in names}
         self.score = (
@@ -50,7 +53,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def update(self, image: Tensor, reconstruction: Tensor) -> None:
-        """Take in images and their reconstructions (B, C, H, W), floating point in [-1, 1]."""
+        """Add images and their reconstructions (B, C, H, W), floating point in [-1, 1]."""
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
         a, b = (x.float().clamp(-1, 1).to(self.device) for x in (reconstruction, image))
@@ -65,16 +68,16 @@ class Reconstruction:
             self.score.update(reconstruction)
 
     def compute(self) -> dict[str, float]:
-        """{key: number} over all processes. Raises ConfigError for no images at all."""
-        found = {name: mean.compute().item() for name, mean in self.means.items()}
-        if math.isnan(found["psnr"]):  # 0 / 0
-            raise ConfigError("no image was compared with its original: expected one or more; raise num")
-        return found | (
+        """Return {key: number} over all processes. Raises ConfigError without images."""
+        numbers = {name: mean.compute().item() for name, mean in self.means.items()}
+        if math.isnan(numbers["psnr"]):  # 0 / 0
+            raise ConfigError("no image was compared with its original: expected at least one; raise num")
+        return numbers | (
             {f"r{key}": value for key, value in self.score.compute().items() if key != "n"} if self.score else {}
         )
 
     def reset(self) -> None:
-        """Forget the images, keep the reference."""
+        """Drop the images and keep the reference."""
         for mean in self.means.values():
             mean.reset()
         if self.score:

@@ -14,9 +14,9 @@ def stub_text_encoders(conditioner: "torch.nn.Module") -> list["torch.nn.Module"
     told: Any
     encoders = []
     for told in conditioner.modules():
-        if hasattr(told, "kept"):
-            encoders.append(told.kept.encoder)
-            told.kept = StubTextEncoder(told.kept)
+        if hasattr(told, "cache"):
+            encoders.append(told.cache.encoder)
+            told.cache = StubTextEncoder(told.cache)
     return encoders
 
 

@@ -39,7 +39,7 @@ class GradientAccumulation(L.Callback):
     def __init__(self, callbacks: Iterable[L.Callback], parts: int):
         self.callbacks, self.parts = list(callbacks), parts
         self.outputs: list[dict[str, Tensor]] = []
-        self.keys: dict[str, list[int]] = {"place": [], "index": []}
+        self.keys: dict[str, list[int]] = {"epoch": [], "index": []}
 
     def on_fit_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
         for callback in self.callbacks:

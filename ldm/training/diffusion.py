@@ -16,8 +16,8 @@ from ldm.training.sharded import shard
 
 
 def batch_noise(seed: int, batch: dict[str, Any]) -> KeyedNoise:
-    """Return the keyed noise of a training batch: rows are (epoch, index), strata are positions in the global batch."""
-    rows = list(zip(batch["place"], batch["index"], strict=True))
+    """The keyed noise of a training batch: rows are (epoch, index), strata are positions in the global batch."""
+    rows = list(zip(batch["epoch"], batch["index"], strict=True))
     return KeyedNoise(seed, rows, batch["position"], batch["total"])
 
 

@@ -90,9 +90,9 @@ def test_a_long_text_is_cut_counted_and_told(caplog):
 def test_through_text():
     option = OmegaConf.load(Path(__file__).parents[2] / "conf" / "conditioner" / "clip.yaml")
     text = instantiate(option, encoder={"model": "tiny", "random": True}, max_length=16)
-    text.kept.encoder.double()  # alone and in a batch a processor adds in another order; the table rounds to float32, 2^-22 below 8
+    text.cache.encoder.double()  # alone and in a batch a processor adds in another order; the table rounds to float32, 2^-22 below 8
     cond = text({"caption": ["a bag", "a photo of a boot"]})
-    whole = text.kept.encoder(["a bag", "a photo of a boot"]).context
+    whole = text.cache.encoder(["a bag", "a photo of a boot"]).context
     assert whole.abs().max() < 8
     torch.testing.assert_close(cond.context.double(), whole[:, :16], atol=2**-22 + 1e-12, rtol=0)
     assert cond.mask.all()
@@ -194,7 +194,7 @@ def test_an_images_embedding_is_open_clips_own():
     from torchvision.transforms.functional import to_pil_image
 
     conditioner = CLIPImage("tiny", random=True)
-    visual = conditioner.kept[0]
+    visual = conditioner.encoders[0]
     pixels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     own = image_transform(8, is_train=False, mean=visual.image_mean, std=visual.image_std)(to_pil_image(pixels))
     with torch.no_grad():

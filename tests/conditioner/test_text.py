@@ -68,7 +68,7 @@ def test_each_caption_is_encoded_once_and_found_again():
     text = Text(Letters())
     first = text(told("b", "a", "b"))
     again = text(told("c", "b", "a"))
-    assert text.kept.encoder.seen == ["b", "a", "c"]
+    assert text.cache.encoder.seen == ["b", "a", "c"]
     assert torch.equal(first.context[0], again.context[1])
     assert torch.equal(first.context[0], first.context[2])
     assert torch.equal(first.vector[1], again.vector[2])
@@ -88,7 +88,7 @@ def test_a_full_table_starts_anew(monkeypatch):
     text = Text(Letters())
     for caption in ("abcd", "efgh", "ijkl", "abcd"):
         assert text(told(caption)).context[0, 1:5, 0].tolist() == [ord(c) for c in caption]
-    assert len(text.kept.row) < 3
+    assert len(text.cache.row) < 3
 
 
 def test_the_null_condition_is_the_empty_caption():
@@ -151,7 +151,7 @@ def test_captions_must_be_texts(captions):
 
 @pytest.mark.parametrize("length", [1, 65])
 def test_length_must_fit_the_encoder(length):
-    with pytest.raises(ValueError, match=f"length={length}: expected 2 to 64"):
+    with pytest.raises(ValueError, match=f"max_length={length}: expected 2 to 64"):
         Text(Letters(), length)
 
 

@@ -99,5 +99,5 @@ def test_too_many_boxes_are_told(layout, caplog):
     [(8191, 0, 0, 1, 1), (-1, 0, 0, 1, 1), (0.5, 0, 0, 1, 1), (0, 0, 0, 1), (0, 0, 0, 1, 1.1), (0, -0.1, 0, 1, 1)],
 )
 def test_a_box_that_is_none_is_refused(layout, box):
-    with pytest.raises(ValueError, match=r"expected (\(class|parts of)"):
+    with pytest.raises(ValueError, match=r"expected (\(class|fractions of)"):
         layout({"boxes": [[box]]})

@@ -51,7 +51,7 @@ def test_the_planes_lie_on_one_another(earth):
 def test_a_tile_has_a_map_and_a_relief_and_flips_reach_them(earth):
     data = BlueMarble(root=earth, size=32, band=(-180, -170))
     assert (data.channels, data.size) == (3, 32)
-    batch = data.batch([(place, i) for place in range(6) for i in range(len(data))])
+    batch = data.batch([(epoch, i) for epoch in range(6) for i in range(len(data))])
     index, flip = torch.tensor(batch["index"]), batch["flip"]
     assert 0 < flip.sum() < len(flip)
     assert batch["map"].shape == (len(flip), 32, 32)

@@ -56,8 +56,8 @@ def test_batches_are_of_one_bucket_and_each_has_its_share():
     assert all(38 <= n <= 41 for n in seen.values()), (
         "40 passes: every sample as often as any other, however small its bucket"
     )
-    for place in (0, 1):
-        first = [i for at in batches for e, i in at if e == place and i < 20]
+    for epoch in (0, 1):
+        first = [i for at in batches for e, i in at if e == epoch and i < 20]
         assert sorted(first) == list(range(20)), "a bucket's pass has each of its samples once"
 
 
@@ -83,7 +83,7 @@ def test_a_pure_function_of_the_step():
     ("options", "message"),
     [
         ({"buckets": ()}, "empty"),
-        ({"length": 3}, "29 buckets of 3 samples"),
+        ({"length": 3}, "29 buckets for 3 samples"),
         ({"batch": 1, "world": 2}, "batch=1"),
         ({"start": 9}, "start=9"),
     ],
@@ -135,13 +135,13 @@ def test_each_image_is_in_one_shape_and_once_in_a_pass(pictures):
     data = BucketedFolder(pictures, size=32, test_fraction=0).to_buckets(8)
     assert sum(len(part) for part in data.parts) == len(data) == 13
     found = [
-        (bucket, place)
+        (bucket, row)
         for i in range(13)
-        for bucket, (place,) in [(lambda one: (one[0], one[1].tolist()))(data.locate([i]))]
+        for bucket, (row,) in [(lambda one: (one[0], one[1].tolist()))(data.locate([i]))]
     ]
     assert len(set(found)) == 13
     passes = Counter(one for step in range(40) for one in data.stream(2, 40).batch_at(step).samples)
-    assert max(passes.values()) == 1, "no (pass, index) comes twice"
+    assert max(passes.values()) == 1, "no (epoch, index) comes twice"
     assert {i for e, i in passes if e == 0} == set(range(13))
 
 
@@ -172,7 +172,7 @@ def test_a_run_is_named_by_all_that_its_images_show(pictures):
     image.putpixel((89, 0), (1, 2, 3))
     image.save(pictures / "02.png")
     assert ImageFolder(pictures, size=32).content == square, "it is not seen there"
-    with pytest.raises(UserError, match="not those that this run was made with"):
+    with pytest.raises(UserError, match="not those of this run"):
         BucketedFolder(pictures, size=32, content_hash=before.content)
 
 

@@ -105,7 +105,7 @@ def test_the_split_is_by_emoji(drawn):
 def test_captions_say_what_and_in_which_style(drawn):
     data = Emoji(size=16, test_fraction=0.01)
     for i in range(0, len(data), 7):
-        said = {data.caption(place, i) for place in range(60)}
+        said = {data.caption(epoch, i) for epoch in range(60)}
         assert said == set(data.texts[i])
         style = data.batch_metadata([(0, i)])["style"].item()
         assert all(("3d" in text) == (style == 0) and ("flat" in text) == (style == 1) for text in said)

@@ -71,7 +71,7 @@ def test_captions_of_classes_from_a_file(pictures, tmp_path):
     assert data.captions == [["a dog"], ["a fast car"]]
     assert (data.caption(0, 0), data.caption(0, 39)) == ("a dog", "a fast car")
     file.write_text(json.dumps({"sports-car": ["a fast car"]}))
-    with pytest.raises(UserError, match=r"nothing on golden_retriever"):
+    with pytest.raises(UserError, match=r"no caption for golden_retriever"):
         ImageFolder(pictures, captions=file)
     file.write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object"):
@@ -89,7 +89,7 @@ def test_captions_beside_the_images(tmp_path):
     (root / "b.json").write_text(json.dumps({"caption": ["one", "two"], "other": 3}))
     (root / "sub" / "c.json").write_text("{broken")
     data = ImageFolder(root, test_fraction=0)
-    told = [{data.caption(place, i) for place in range(40)} for i in range(5)]
+    told = [{data.caption(epoch, i) for epoch in range(40)} for i in range(5)]
     assert told == [{""}, {"un café, l'été", "at night"}, {"one", "two"}, {"red car"}, {"c"}]
     assert data.classes == ["image"]
     assert data.captions == [["un café, l'été", "at night", "one", "two", "red car", "c"]]
@@ -354,7 +354,7 @@ def test_content_depends_on_images_captions_and_classes_and_on_nothing_else(pict
     for path in pictures.rglob("*.png"):
         os.utime(path, (1, 1))
     assert ImageFolder(pictures).content == first, "touched, not changed"
-    with pytest.raises(UserError, match=f"not those that this run was made with .digest {first}, then 0123"):
+    with pytest.raises(UserError, match=f"not those of this run .digest {first}, then 0123"):
         ImageFolder(pictures, content_hash="0123")
     seen = {first}
     (pictures / "sports-car" / "000.txt").write_text("a car")

@@ -89,7 +89,7 @@ def test_rows_are_samples(library):
     batch = data.batch([(0, 7), (2, 12)])
     assert ((batch["image"][:, 0].mean((1, 2)) + 1) * 127.5).round().tolist() == [7, 12]
     assert batch["caption"][1] == "picture 12"
-    assert {data.caption(place, 7) for place in range(20)} == {"picture 7", "number 7"}
+    assert {data.caption(epoch, 7) for epoch in range(20)} == {"picture 7", "number 7"}
     assert data.classes == ["image"]
     assert torch.equal(data.batch([(2, 12)])["image"], batch["image"][1:])
 
@@ -174,7 +174,7 @@ def test_caption_sources_give_the_same_batches(tmp_path):
 )
 def test_captions_of_every_kind_are_read_and_rows_without_are_counted(tmp_path, values, kind):
     data = HuggingFace(saved(tmp_path / "x", 3, text=(values, kind)), size=16, test_fraction=0.0)
-    assert [{data.caption(place, i) for place in range(9)} for i in range(3)] == [{""}, {""}, {"a cat"}]
+    assert [{data.caption(epoch, i) for epoch in range(9)} for i in range(3)] == [{""}, {""}, {"a cat"}]
     assert ", 2 without a caption" in data.summary
     assert data.captions == [["a cat"]]
 
@@ -284,7 +284,7 @@ def test_content_is_of_the_rows_and_not_of_their_folder(tmp_path, monkeypatch):
         after = read(other, before.content)
         assert (after.content, after.fingerprint) == (before.content, before.fingerprint)
     for name, changed in (("text", {"texts": ["a", "c"]}), ("image", {"first": 9}), ("label", {"labels": (1, 1)})):
-        with pytest.raises(UserError, match="not those that this run was made with"):
+        with pytest.raises(UserError, match="not those of this run"):
             read(made(name, **{"texts": ["a", "b"], **changed}), before.content)
 
 
@@ -301,7 +301,7 @@ def test_a_folder_of_images_moved_is_the_same(tmp_path):
         HuggingFace(str(tmp_path / "there"), **options, content_hash=before.content).pixels(range(8)), images
     )
     (tmp_path / "there" / "cat" / "0.png").write_bytes(png(200, (30, 30)))
-    with pytest.raises(UserError, match="not those that this run was made with"):
+    with pytest.raises(UserError, match="not those of this run"):
         HuggingFace(str(tmp_path / "there"), **options, content_hash=before.content)
 
 

@@ -28,7 +28,7 @@ def test_cached_moments_are_those_of_the_image_in_the_batch(flip):
     moments = encode_latents(Halves(), data)
     assert moments.shape == (1 + flip, 9, 2, 8, 8)
     assert moments.dtype == torch.float16
-    at = [(place, i) for place in (0, 3) for i in (8, 0, 4, 5)]
+    at = [(epoch, i) for epoch in (0, 3) for i in (8, 0, 4, 5)]
     batch, cached = data.batch(at), LatentDataset(data, moments).batch(at)
     assert cached["moments"].dtype == torch.float32
     expected = Halves().posterior(batch["image"]).moments
@@ -38,7 +38,7 @@ def test_cached_moments_are_those_of_the_image_in_the_batch(flip):
         assert not torch.equal(moments[0], moments[1])
     assert set(cached) == set(batch) - {"image"} | {"moments"}
     assert all(torch.equal(cached[k], batch[k]) for k in ("label", "flip"))
-    assert all(cached[k] == batch[k] for k in ("caption", "index", "place"))
+    assert all(cached[k] == batch[k] for k in ("caption", "index", "epoch"))
     both = LatentDataset(data, moments, image=True).batch(at)  # for objectives that read pixels
     assert set(both) == {*batch, "moments"}
     assert torch.equal(both["image"], batch["image"])
@@ -91,7 +91,7 @@ def test_on_the_disk_they_are_those_in_memory(tmp_path, flip):
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"autoencoder": "it"}
         assert torch.equal(file.get_tensor("moments"), whole), "a file that anything can read"
-    at = [(place, i) for place in (0, 3) for i in (8, 0, 29)]
+    at = [(epoch, i) for epoch in (0, 3) for i in (8, 0, 29)]
     assert torch.equal(
         LatentDataset(data, moments).batch(at)["moments"], LatentDataset(data, whole).batch(at)["moments"]
     )

@@ -24,7 +24,7 @@ def test_a_batch():
     assert batch["image"].dtype == torch.float32
     assert batch["label"].tolist() == [1, 1, 0]
     assert batch["caption"][:2] == ["four", "four"]
-    assert (batch["index"], batch["place"]) == ([1, 3, 0], [0, 5, 0])
+    assert (batch["index"], batch["epoch"]) == ([1, 3, 0], [0, 5, 0])
     assert not batch["flip"].any()
 
 
@@ -42,29 +42,29 @@ def test_a_sample_is_a_row_of_the_batch_of_the_first_pass():
         assert torch.equal(sample["image"], batch["image"][i])
         assert (sample["caption"], sample["label"], sample["index"]) == (batch["caption"][i], int(batch["label"][i]), i)
     assert data[-1]["index"] == 3
-    with pytest.raises(IndexError, match="tiny has 4 images, asked for 4"):
+    with pytest.raises(IndexError, match="tiny has 4 images, index 4 is out of range"):
         data[4]
 
 
 def test_captions_are_keyed_by_seed_pass_and_index_and_all_are_used():
     data = make()
-    drawn = [data.caption(place, 0) for place in range(900)]
-    assert drawn == [make().caption(place, 0) for place in range(900)]
-    assert drawn != [make(seed=1).caption(place, 0) for place in range(900)]
-    assert drawn != [data.caption(place, 2) for place in range(900)]
+    drawn = [data.caption(epoch, 0) for epoch in range(900)]
+    assert drawn == [make().caption(epoch, 0) for epoch in range(900)]
+    assert drawn != [make(seed=1).caption(epoch, 0) for epoch in range(900)]
+    assert drawn != [data.caption(epoch, 2) for epoch in range(900)]
     assert all(abs(n - 300) < 70 for n in Counter(drawn).values())
-    assert {data.caption(place, 1) for place in range(9)} == {"four"}
+    assert {data.caption(epoch, 1) for epoch in range(9)} == {"four"}
 
 
 def test_a_sample_without_caption_or_label_trains_the_empty_condition():
     images, labels = torch.zeros(4, 1, 2, 3, dtype=torch.uint8), torch.tensor([0, -1, 1, -1])
     data = InMemoryDataset("x", images, labels, CAPTIONS)
     assert (data.uncaptioned, data.unlabelled) == (2, 2)
-    assert {data.caption(place, 1) for place in range(9)} == {""}
+    assert {data.caption(epoch, 1) for epoch in range(9)} == {""}
     assert data.batch_metadata([(0, i) for i in range(4)])["label"].tolist() == [0, -1, 1, -1]
     data = InMemoryDataset("x", images, labels.clamp(min=0), CAPTIONS, texts=[["a"], [], [""], ["b", "c"]])
     assert (data.uncaptioned, data.unlabelled) == (2, 0)
-    assert [{data.caption(place, i) for place in range(9)} for i in range(4)] == [{"a"}, {""}, {""}, {"b", "c"}]
+    assert [{data.caption(epoch, i) for epoch in range(9)} for i in range(4)] == [{"a"}, {""}, {""}, {"b", "c"}]
     with pytest.raises(ValueError, match="captions of 1 samples, 4 labels"):
         InMemoryDataset("x", images, labels, CAPTIONS, texts=[["a"]])
 
@@ -78,7 +78,7 @@ def test_a_classifier_is_refused_samples_without_a_label():
 
 def test_a_flip_mirrors_half_of_the_rows_and_says_which():
     data = make(flip=True)
-    batch = data.batch([(place, i) for place in range(100) for i in range(4)])
+    batch = data.batch([(epoch, i) for epoch in range(100) for i in range(4)])
     plain = data.pixels(batch["index"])
     flip = batch["flip"]
     assert 150 < flip.sum() < 250

@@ -75,7 +75,7 @@ def test_coco(tmp_path):
     )
     data = COCO(tmp_path, "test", size=16)
     assert all(abs(a - b) <= 3 for a, b in zip(reds(data), [140, 240], strict=True)), "by name, those with captions"
-    assert {data.caption(place, 0) for place in range(20)} == {"one 7", "two 7"}
+    assert {data.caption(epoch, 0) for epoch in range(20)} == {"one 7", "two 7"}
     assert data.captions == [["one 7", "one 12"]]
     with pytest.raises(UserError, match="train2017: no such folder"):
         COCO(tmp_path)

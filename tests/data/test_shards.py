@@ -63,7 +63,7 @@ def test_any_sample_can_be_had_at_once(folder):
     assert red(batch) == [25, 0, 11]
     assert batch["image"].shape == (3, 3, 16, 16)
     assert all(text in (f"picture {i}", f"number {i}") for text, i in zip(batch["caption"], (25, 0, 11), strict=True))
-    assert {data.caption(place, 7) for place in range(20)} == {"picture 7", "number 7"}
+    assert {data.caption(epoch, 7) for epoch in range(20)} == {"picture 7", "number 7"}
     assert data.classes == ["image"]
     assert "picture 7" in data.captions[0]
     assert set(data.batch_metadata([(0, 1)])) == set(batch) - {"image"}
@@ -86,7 +86,7 @@ def test_a_sample_is_a_function_of_pass_and_index_for_any_workers_and_ranks(fold
     assert sorted(i for part in BatchStream(30, 10, 3) for _, i in part.samples) == list(range(30))
     again = pickle.loads(pickle.dumps(data))
     assert torch.equal(again.batch([(2, 9)])["image"], data.batch([(2, 9)])["image"])
-    flips = data.batch([(place, 3) for place in range(40)])["flip"]
+    flips = data.batch([(epoch, 3) for epoch in range(40)])["flip"]
     assert 5 < flips.sum() < 35
 
 
@@ -111,7 +111,7 @@ def test_classes_by_number_and_by_name(tmp_path):
     assert data.classes == ["0", "1", "2"]
     (tmp_path / "names.txt").write_text("cat\nsea_lion\ndog\n")
     data = TarShardDataset(path, size=16, test_fraction=0.0, names=tmp_path / "names.txt")
-    assert {data.caption(place, 1) for place in range(20)} == {
+    assert {data.caption(epoch, 1) for epoch in range(20)} == {
         "sea lion",
         "a photo of sea lion",
         "a picture of sea lion",
@@ -129,7 +129,7 @@ def test_captions_in_json_and_samples_without_any(tmp_path):
     }
     data = TarShardDataset(shard(tmp_path / "j.tar", files), size=16, test_fraction=0.0)
     assert [data.source.texts(i) for i in range(3)] == [["a", "b c"], [], []]
-    assert {data.caption(place, 0) for place in range(20)} == {"a", "b c"}
+    assert {data.caption(epoch, 0) for epoch in range(20)} == {"a", "b c"}
     bare = TarShardDataset(shard(tmp_path / "bare.tar", sample(1)), size=16, test_fraction=0.0)
     assert bare.caption(0, 0) == ""
 
@@ -142,14 +142,14 @@ def test_a_sample_without_a_caption_trains_the_empty_condition_and_is_counted(tm
         **sample(3, txt=b"", json=b'{"caption": [{"raw": "four"}]}'),
     }
     data = TarShardDataset(shard(tmp_path / "m.tar", files), size=16, test_fraction=0.0)
-    assert [{data.caption(place, i) for place in range(9)} for i in range(4)] == [{"one"}, {""}, {""}, {"four"}]
+    assert [{data.caption(epoch, i) for epoch in range(9)} for i in range(4)] == [{"one"}, {""}, {""}, {"four"}]
     assert ", 2 without a caption" in data.summary
     assert "label" not in data.summary
     labelled = {**sample(0, cls=b"1"), **sample(1, cls=b"-1"), **sample(2, json=b'{"id": 3}')}
     data = TarShardDataset(shard(tmp_path / "l.tar", labelled), size=16, test_fraction=0.0)
     assert data.batch_metadata([(0, i) for i in range(3)])["label"].tolist() == [1, -1, -1]
     assert [data.caption(0, 1), data.caption(0, 2)] == ["", ""]
-    assert {data.caption(place, 0) for place in range(30)} == {"1", "a photo of 1", "a picture of 1"}
+    assert {data.caption(epoch, 0) for epoch in range(30)} == {"1", "a photo of 1", "a picture of 1"}
     assert ", 2 without a caption (the empty one stands for it), 2 without a label" in data.summary
     bare = TarShardDataset(shard(tmp_path / "bare.tar", sample(1)), size=16, test_fraction=0.0)
     assert ", 1 without a caption" in bare.summary
@@ -199,7 +199,7 @@ def test_other_shards_are_refused_and_named_otherwise(folder):
     content = TarShardDataset(folder, size=16).resolved_config["content_hash"]
     assert TarShardDataset(folder, "test", size=16, test_fraction=0.5, content_hash=content)
     shard(folder / "x-000.tar", sample(99))
-    with pytest.raises(UserError, match=f"not those that this run was made with .*then {content}"):
+    with pytest.raises(UserError, match=f"not those of this run .*then {content}"):
         TarShardDataset(folder, size=16, content_hash=content)
 
 

@@ -16,7 +16,7 @@ def rows(stream):
 
 def test_every_pass_has_every_sample_once_and_an_order_of_its_own():
     seen = rows(BatchStream(length=10, batch=4, steps=5))
-    assert [place for place, _ in seen] == [0] * 10 + [1] * 10
+    assert [epoch for epoch, _ in seen] == [0] * 10 + [1] * 10
     first, second = [i for _, i in seen[:10]], [i for _, i in seen[10:]]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
@@ -48,7 +48,7 @@ def test_the_ranks_slices_make_up_the_batch(batch, world):
 
 def test_a_data_set_smaller_than_the_batch():
     part = BatchStream(length=3, batch=8, steps=1).batch_at(0)
-    assert [place for place, _ in part.samples] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [epoch for epoch, _ in part.samples] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_loader_gives_the_streams_batches_whatever_its_workers(workers):
     loader = DataLoader(BatchDataset(data), sampler=stream, batch_size=None, num_workers=workers)
     assert len(loader) == 4
     for batch, part in zip(loader, stream, strict=True):
-        assert list(zip(batch["place"], batch["index"], strict=True)) == part.samples
+        assert list(zip(batch["epoch"], batch["index"], strict=True)) == part.samples
         assert (batch["position"], batch["total"], batch["step"]) == (part.position, 8, part.step)
         assert torch.equal(batch["image"], data.batch(part.samples)["image"])
         assert batch["caption"] == data.batch(part.samples)["caption"]
@@ -110,8 +110,8 @@ def test_a_large_set_is_streamed_as_a_small_one(monkeypatch):
     monkeypatch.setattr(stream, "MAX_LISTED_SAMPLES", 10)
     whole = [part.samples for part in BatchStream(1000, 30, 100, seed=3)]
     flat = [pair for at in whole for pair in at]
-    for place in range(3):
-        assert sorted(i for e, i in flat if e == place) == list(range(1000))
+    for epoch in range(3):
+        assert sorted(i for e, i in flat if e == epoch) == list(range(1000))
     assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
     shared = [BatchStream(1000, 30, 100, seed=3, rank=r, world=4).batch_at(33).samples for r in range(4)]
     assert [pair for at in shared for pair in at] == whole[33]

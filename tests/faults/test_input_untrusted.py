@@ -393,7 +393,7 @@ def test_lists_that_name_files_elsewhere(tmp_path):
     data = ImageFolder(root, size=16, test_fraction=0)
     assert (len(data), data.texts) == (1, [["red"]])
     (root / "metadata.csv").write_text('file_name,caption\na.png,"' + "x" * 200_000 + '"\n')
-    with pytest.raises(UserError, match="is no list of captions"):
+    with pytest.raises(UserError, match="is not a list of captions"):
         ImageFolder(root, size=16, test_fraction=0)
 
     for name in ("../../secret.png", str(tmp_path / "secret.png")):

@@ -48,7 +48,7 @@ def test_on_one_rank_of_two_both_skip_the_step_and_go_on(stage, smoke, tmp_path)
     assert [(row["step"], row.get("train/skipped")) for row in rows] == [
         (step, 1 if step == 3 else None) for step in range(1, 7)
     ]
-    assert len(json.loads(evidence.read_text())["batch"]["pass, index"]) == 8
+    assert len(json.loads(evidence.read_text())["batch"]["epoch, index"]) == 8
     assert all(
         value.isfinite().all() for value in atomic.read_tensors(evidence.parent / "weights.safetensors").values()
     )

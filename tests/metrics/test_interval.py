@@ -23,7 +23,7 @@ def test_bootstrap_of_many_is_the_normal_interval():
 def test_what_is_no_count_or_no_list_is_refused():
     with pytest.raises(ValueError, match="3 hits of 2"):
         wilson(3, 2)
-    with pytest.raises(ValueError, match="expected one number for each"):
+    with pytest.raises(ValueError, match="expected one number for each of at least one"):
         bootstrap(torch.ones(2, 2))
 
 

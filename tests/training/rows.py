@@ -16,12 +16,12 @@ class Rows:
         return 16
 
     def batch(self, at):
-        place, index = zip(*at, strict=True)
-        return {"x": torch.tensor(index, dtype=torch.float32)[:, None] / 16, "place": list(place), "index": list(index)}
+        epoch, index = zip(*at, strict=True)
+        return {"x": torch.tensor(index, dtype=torch.float32)[:, None] / 16, "epoch": list(epoch), "index": list(index)}
 
 
 class Line(L.LightningModule):
-    """Squared distance of a line to 1; where (place, index) is in `bad`, the loss of that row is not a number."""
+    """Squared distance of a line to 1; where (epoch, index) is in `bad`, the loss of that row is not a number."""
 
     def __init__(self, bad=()):
         super().__init__()
@@ -29,7 +29,7 @@ class Line(L.LightningModule):
         self.line, self.bad = nn.Linear(1, 1), set(bad)
 
     def training_step(self, batch, batch_idx):
-        poison = [float("nan") if key in self.bad else 1.0 for key in zip(batch["place"], batch["index"], strict=True)]
+        poison = [float("nan") if key in self.bad else 1.0 for key in zip(batch["epoch"], batch["index"], strict=True)]
         error = (self.line(batch["x"]) - 1).square() * torch.tensor(poison)[:, None]
         return {"loss": error.mean(), "twice": 2 * error.detach().mean()}
 

@@ -83,7 +83,7 @@ def test_one_batch_over_and_over(tmp_path):
 
     class Keys(Seen):
         def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
-            keys.append((batch["step"], list(zip(batch["place"], batch["index"], strict=True))))
+            keys.append((batch["step"], list(zip(batch["epoch"], batch["index"], strict=True))))
 
     train(Line(), Rows(), [OverfitOneBatch(tmp_path), losses, Keys()], steps=40)
     first = BatchStream(16, 4, 1).batch_at(0).samples

@@ -32,7 +32,7 @@ def test_one_bad_row_costs_one_step(tmp_path, accumulate):
     evidence = json.loads((tmp_path / NONFINITE_REPORT).read_text())
     assert evidence["step"] == 3
     assert evidence["gradients"] == ["line.weight", "line.bias"]
-    assert [tuple(key) for key in evidence["batch"]["pass, index"]] == KEYS[2]
+    assert [tuple(key) for key in evidence["batch"]["epoch, index"]] == KEYS[2]
 
 
 def test_a_record_leaves_out_what_was_skipped(tmp_path):
