@@ -1,0 +1,110 @@
+"""What is trained once and found again by its recipe: the judge and the first stage, each in a folder of the cache."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm.config import serialize
+from ldm.config.build import to_container
+from ldm.config.compose import current_choices
+from ldm.errors import UserError
+from ldm.io.download import cache_dir
+from ldm.launch import process
+from ldm.launch.exit_codes import STOP_EXIT_CODES
+from ldm.runs import identity, metrics_log
+
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+JUDGE, FIRST_STAGE = ("data", "training"), ("data", "autoencoder", "training")  # the parts of a config that determine them
+
+
+def evaluator_cache_key(cfg: Any) -> identity.CacheKey:
+    """Data and training of the judge that cfg trains: cfg.training is the judge's."""
+    return identity.cache_key({name: to_container(cfg[name]) for name in JUDGE})
+
+
+def first_stage_cache_key(cfg: Any) -> identity.CacheKey:
+    """Data, architecture and training of the first stage that cfg trains: cfg.training is the first stage's."""
+    return identity.cache_key({name: to_container(cfg[name]) for name in FIRST_STAGE})
+
+
+def evaluator_dir(cfg: Any) -> Path:
+    return cache_dir() / "evaluator" / evaluator_cache_key(cfg).key
+
+
+def first_stage_dir(cfg: Any) -> Path:
+    return cache_dir() / "first_stage" / first_stage_cache_key(cfg).key
+
+
+def run_dir(cfg: Any, *words: str) -> Path:
+    """The folder of a run that nothing else is made from; words: its name begins with them."""
+    return Path(cfg.runs) / identity.run_id(to_container(cfg), [*words, current_choices().get("data", "data"), cfg.name])
+
+
+class CacheEntry(NamedTuple):
+    """What belongs in a folder of the cache, and the config that trains it there."""
+
+    folder: Path
+    recipe: identity.CacheKey
+    config: Mapping[str, Any]
+    devices: int
+
+    @property
+    def finished(self) -> bool:
+        return metrics_log.read_final_metrics(self.folder) is not None
+
+
+def evaluator_entry(cfg: Any) -> CacheEntry:
+    """The judge that a config names."""
+    config = {**to_container(cfg), "training": to_container(cfg.evaluator)}
+    return CacheEntry(evaluator_dir(config), evaluator_cache_key(config), config, 1)
+
+
+def first_stage_entry(cfg: Any) -> CacheEntry:
+    """The first stage that a diffusion model's config names."""
+    config = {**to_container(cfg), "training": to_container(cfg.first_stage)}
+    return CacheEntry(first_stage_dir(config), first_stage_cache_key(config), config, config.get("trainer", {}).get("devices", 1))
+
+
+def ensure_evaluator(cfg: Any) -> Path:
+    """The folder of the judge that a diffusion model's config names, trained now if it is not there."""
+    return ensure_trained(cfg, evaluator_entry(cfg))
+
+
+def ensure_first_stage(cfg: Any) -> Path:
+    """The folder of the first stage that a diffusion model's config names, trained now if it is not there."""
+    return ensure_trained(cfg, first_stage_entry(cfg))
+
+
+def ensure_trained(cfg: Any, kept: CacheEntry) -> Path:
+    """The folder, after a process of its own has trained what belongs there, unless it is finished.
+
+    Any number of processes may ask at once: the first trains, the others wait. With cache=rebuild a change of source alone trains again.
+    """
+    from filelock import FileLock
+
+    folder, recipe, config, devices = kept
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.asked")):
+        source = folder / "source.txt"
+        if metrics_log.read_final_metrics(folder) is not None:
+            if not source.is_file() or source.read_text() == recipe.source:
+                return folder
+            if cfg.cache == "trust":
+                return folder
+            folder.rename(folder.with_name(f"{folder.name}-{source.read_text()}"))
+        config = {**config, "trainer": {**config["trainer"], "devices": devices}}
+        config |= {"logger": {"_target_": "ldm.training.loggers.NoLogger"}, "resume": "auto"}
+        config.pop("debug", None)  # which is of the one run that is looked at
+        config["keep_best"] = None  # whose number the training on the way need not write
+        config |= {"degradation": {"_target_": "ldm.data.degrade.identity", "_partial_": True}}  # which is the second stage's
+        if devices == 1 and config["trainer"]["strategy"] != "fsdp":  # which the training itself replaces, and says so
+            config["trainer"]["strategy"] = "auto"
+        serialize.write_config(config, folder)
+        code = process.run_in_subprocess(TRAIN, folder, devices)
+        if code in STOP_EXIT_CODES:
+            sys.exit(code)
+        if code:
+            raise UserError(f"training what belongs in {folder} failed with exit code {code}; its own message is above")
+        source.write_text(recipe.source)
+    return folder
