@@ -15,7 +15,10 @@ from ldm.launch.exit_codes import STOP_EXIT_CODES
 from ldm.runs import identity, metrics_log
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-JUDGE, FIRST_STAGE = ("data", "training"), ("data", "autoencoder", "training")  # the parts of a config that determine them
+JUDGE, FIRST_STAGE = (
+    ("data", "training"),
+    ("data", "autoencoder", "training"),
+)  # the parts of a config that determine them
 
 
 def evaluator_cache_key(cfg: Any) -> identity.CacheKey:
@@ -38,7 +41,9 @@ def first_stage_dir(cfg: Any) -> Path:
 
 def run_dir(cfg: Any, *words: str) -> Path:
     """The folder of a run that nothing else is made from; words: its name begins with them."""
-    return Path(cfg.runs) / identity.run_id(to_container(cfg), [*words, current_choices().get("data", "data"), cfg.name])
+    return Path(cfg.runs) / identity.run_id(
+        to_container(cfg), [*words, current_choices().get("data", "data"), cfg.name]
+    )
 
 
 class CacheEntry(NamedTuple):
@@ -63,7 +68,9 @@ def evaluator_entry(cfg: Any) -> CacheEntry:
 def first_stage_entry(cfg: Any) -> CacheEntry:
     """The first stage that a diffusion model's config names."""
     config = {**to_container(cfg), "training": to_container(cfg.first_stage)}
-    return CacheEntry(first_stage_dir(config), first_stage_cache_key(config), config, config.get("trainer", {}).get("devices", 1))
+    return CacheEntry(
+        first_stage_dir(config), first_stage_cache_key(config), config, config.get("trainer", {}).get("devices", 1)
+    )
 
 
 def ensure_evaluator(cfg: Any) -> Path:
@@ -97,7 +104,9 @@ def ensure_trained(cfg: Any, kept: CacheEntry) -> Path:
         config |= {"logger": {"_target_": "ldm.training.loggers.NoLogger"}, "resume": "auto"}
         config.pop("debug", None)  # which is of the one run that is looked at
         config["keep_best"] = None  # whose number the training on the way need not write
-        config |= {"degradation": {"_target_": "ldm.data.degrade.identity", "_partial_": True}}  # which is the second stage's
+        config |= {
+            "degradation": {"_target_": "ldm.data.degrade.identity", "_partial_": True}
+        }  # which is the second stage's
         if devices == 1 and config["trainer"]["strategy"] != "fsdp":  # which the training itself replaces, and says so
             config["trainer"]["strategy"] = "auto"
         serialize.write_config(config, folder)

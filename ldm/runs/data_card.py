@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from ldm.io import atomic
+from typing import Any
 
+from ldm.io import atomic
 
 MAX_IMAGE_SIZE = 1 << 16  # pixels on a side of anybody's images
 
@@ -35,7 +34,11 @@ class DataCard:
         told = isinstance(captions, list) and all(
             isinstance(one, list) and one and all(isinstance(x, str) for x in one) for one in captions
         )
-        if not isinstance(said["fingerprint"], str) or not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+        if (
+            not isinstance(said["fingerprint"], str)
+            or not isinstance(classes, list)
+            or not all(isinstance(one, str) for one in classes)
+        ):
             raise ValueError("expected a fingerprint and the names of classes")
         if not told or not classes or len(captions) != len(classes):
             raise ValueError("expected captions of each class")

@@ -1,31 +1,12 @@
 """Run folders: finding, recognising and locking them."""
 
-from dataclasses import asdict
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-import ast
-import hashlib
-import importlib.metadata
-import importlib.util
-import json
-import math
 import os
-import platform
-import shlex
-import subprocess
-import sys
-import time
-import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple, TextIO
+from pathlib import Path
+
 from ldm.errors import UserError
 from ldm.interop.folder import is_folder
-
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 
@@ -35,7 +16,9 @@ def is_external(run: str | Path) -> bool:
     path = Path(run).expanduser()
     if path.is_dir():
         return is_folder(path)
-    inside = any((above / "config.yaml").is_file() and (above / "data.json").is_file() for above in path.absolute().parents)
+    inside = any(
+        (above / "config.yaml").is_file() and (above / "data.json").is_file() for above in path.absolute().parents
+    )
     return path.is_file() and path.suffix in WEIGHT_SUFFIXES and not inside
 
 
@@ -50,7 +33,9 @@ def find_run(run: str | Path) -> Path:
         return path
     if not path.exists():
         near = sorted(str(p.parent) for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"run={run}: no such folder{'; there are ' + ', '.join(near[:5]) if near else ''}; expected one that train.py made")
+        raise UserError(
+            f"run={run}: no such folder{'; there are ' + ', '.join(near[:5]) if near else ''}; expected one that train.py made"
+        )
     for folder in (path, *path.parents):
         if is_run_folder(folder):
             return folder

@@ -4,33 +4,41 @@ A run folder holds config.yaml (resolved; a command takes it again by --config-p
 is finished, metrics.json.
 """
 
-
 import ast
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import math
-import os
-import platform
-import shlex
-import subprocess
-import sys
-import time
-import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
+
 from ldm.config.tree import iter_nodes
 from ldm.config.validate import find_module, is_user_code
 
-
 # what does not change the result, or is shown in the name
 NOT_HASHED = (
-    *("seed", "name", "runs", "trainer", "logger", "cache", "optimized_metric", "paper", "resume", "resume_allow_changes", "max_skipped_steps", "dry_run"),
-    *("keep_last", "keep_every", "keep_best", "training.snapshot_every", "training.score.eval_every", "training.score.eval_num"),
+    *(
+        "seed",
+        "name",
+        "runs",
+        "trainer",
+        "logger",
+        "cache",
+        "optimized_metric",
+        "paper",
+        "resume",
+        "resume_allow_changes",
+        "max_skipped_steps",
+        "dry_run",
+    ),
+    *(
+        "keep_last",
+        "keep_every",
+        "keep_best",
+        "training.snapshot_every",
+        "training.score.eval_every",
+        "training.score.eval_num",
+    ),
 )
 
 

@@ -1,23 +1,12 @@
 """The metrics of a run: metrics.jsonl while it trains, metrics.json at its end."""
 
-import ast
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import math
-import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
+
 from ldm.config.tree import map_leaves
 from ldm.io import atomic
 from ldm.io.parse import parse_json

@@ -1,11 +1,7 @@
 """Where a run comes from: git commit, local changes, packages, console output."""
 
-import ast
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import math
 import os
 import platform
 import shlex
@@ -13,18 +9,27 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
+
 from ldm.io import atomic
 
 
 def provenance(root: Path | str) -> dict[str, Any]:
     """What a result comes from: command line, git commit of the folder `root` and whether files differ from it, versions, machine."""
     packages = {}
-    for name in ("torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "safetensors", "open-clip-torch", "numpy"):
+    for name in (
+        "torch",
+        "lightning",
+        "torchmetrics",
+        "hydra-core",
+        "omegaconf",
+        "safetensors",
+        "open-clip-torch",
+        "numpy",
+    ):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -93,7 +98,9 @@ def git_diff(root: Path | str) -> str:
 
 def _git(root: Path | str, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, errors="replace")
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, errors="replace"
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

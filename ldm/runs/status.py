@@ -1,15 +1,7 @@
 """Status of a job before it runs."""
 
-import json
-import math
-import os
-import signal
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
