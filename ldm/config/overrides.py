@@ -69,7 +69,7 @@ class ConfigSearchPath:
         return {group: sorted(names) for group, names in sorted(options.items())}
 
     def options(self, group: str) -> list[str]:
-        """List the options of a group as Hydra sees them, including Hydra's own groups and experiments/; may be empty."""
+        """List a group's options as Hydra sees them, including Hydra's own groups and experiments/; may be empty."""
         from hydra import initialize_config_dir
         from hydra.core.global_hydra import GlobalHydra
 
@@ -211,7 +211,10 @@ def explain_override_error(
         except (OverrideParseException, HydraException):
             key, _, value = text.partition("=")
             safe = shlex.quote(f"{key}={quote(value)}")
-            return f"cannot read {text!r}: blanks, quotes and , = : [ ] {{ }} ( ) have a meaning in a value; quote it: {safe}"
+            return (
+                f"cannot read {text!r}: blanks, quotes and , = : [ ] {{ }} ( ) have a meaning in a value; "
+                f"quote it: {safe}"
+            )
         if override.is_sweep_override() and not multirun:
             return f"{text} is a sweep over several values: add -m, or quote the value"
         group = override.key_or_group

@@ -43,7 +43,7 @@ def list_values(override: Any, options: Options) -> list[str]:
     except (HydraException, ValueError) as error:  # a step of 0
         raise UserError(f"{line}: {' '.join(str(error).split())}") from None
     if not values:
-        raise UserError(f"{line}: a sweep over no values")
+        raise UserError(f"{line}: a sweep over no value")
     return values
 
 
@@ -57,10 +57,12 @@ def take_first(override: Any, options: Options) -> str | None:
 def write_sweep(
     params: Sequence[Any], typed: Sequence[Any], sweeper: Any, options: Options
 ) -> tuple[list[str], list[str]]:
-    """Return the overrides to pass to Hydra, and all those that its sweeper then reads; reading them again changes nothing.
+    """Return the overrides to pass to Hydra, and all those that its sweeper then reads.
 
+    Both lists are stable: reading them again gives the same jobs.
 
-    params: the sweeper's own, from the config.  typed: from the command line.  sweeper: its config.  Raises UserError as write_out does.
+    params: the sweeper's own, from the config.  typed: from the command line.  sweeper: its config.
+    Raises UserError as `write_out` does.
     """
     from hydra.core.override_parser.types import Glob
 
@@ -85,7 +87,7 @@ def write_out(override: Any, options: Options) -> str:
     """Expand glob() and shuffle(), which give other jobs when they are read again, to the list of their values.
 
     Other overrides are returned as typed. The list is a,b,c because choice() drops the quotes of a text, so that 'nan'
-    would become a number.  Raises UserError for a sweep over no values, and for an interval, which has no list.
+    would become a number.  Raises UserError for a sweep over no value, and for an interval, which has no list.
     """
     from hydra.core.override_parser.types import Glob
 
@@ -110,7 +112,7 @@ def write_search(override: Any, options: Options, grid: bool) -> str:
     falling range, and passes text on without quotes. The order of the values has no meaning in a search, so shuffle()
     is dropped: the choices of a stored study must not change. Other overrides are returned as typed.
 
-    grid: whether the sampler is a grid.  Raises UserError for a sweep over no values.
+    grid: whether the sampler is a grid.  Raises UserError for a sweep over no value.
     """
     from hydra.core.override_parser.types import ChoiceSweep, RangeSweep, Transformer
 

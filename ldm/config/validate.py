@@ -460,7 +460,7 @@ def _like(value: Any, base: Any) -> bool:
 
 
 def _kind(base: Any) -> str:
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
     return next((name for kind, name in names.items() if isinstance(base, kind)), "a node")
 
 

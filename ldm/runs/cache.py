@@ -1,4 +1,4 @@
-"""What is trained once and found again by its recipe: the judge and the first stage, each in a folder of the cache."""
+"""Evaluators and first stages: trained once and cached in a folder that is named by a hash of what determines them."""
 
 import sys
 from collections.abc import Mapping
@@ -15,19 +15,17 @@ from ldm.launch.exit_codes import STOP_EXIT_CODES
 from ldm.runs import identity, metrics_log
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-JUDGE, FIRST_STAGE = (
-    ("data", "training"),
-    ("data", "autoencoder", "training"),
-)  # the parts of a config that determine them
+# The parts of a config that determine an evaluator and a first stage.
+JUDGE, FIRST_STAGE = ("data", "training"), ("data", "autoencoder", "training")
 
 
 def evaluator_cache_key(cfg: Any) -> identity.CacheKey:
-    """Data and training of the judge that cfg trains: cfg.training is the judge's."""
+    """Return the cache key (data and training) of the evaluator that cfg trains: cfg.training is the evaluator's."""
     return identity.cache_key({name: to_container(cfg[name]) for name in JUDGE})
 
 
 def first_stage_cache_key(cfg: Any) -> identity.CacheKey:
-    """Data, architecture and training of the first stage that cfg trains: cfg.training is the first stage's."""
+    """Return the cache key (data, architecture, training) of the first stage that cfg trains; cfg.training is its."""
     return identity.cache_key({name: to_container(cfg[name]) for name in FIRST_STAGE})
 
 
@@ -40,14 +38,14 @@ def first_stage_dir(cfg: Any) -> Path:
 
 
 def run_dir(cfg: Any, *words: str) -> Path:
-    """The folder of a run that nothing else is made from; words: its name begins with them."""
+    """Return the folder of a run that is not cached; words: the beginning of its name."""
     return Path(cfg.runs) / identity.run_id(
         to_container(cfg), [*words, current_choices().get("data", "data"), cfg.name]
     )
 
 
 class CacheEntry(NamedTuple):
-    """What belongs in a folder of the cache, and the config that trains it there."""
+    """A folder of the cache, the key of its content, and the config that trains it there."""
 
     folder: Path
     recipe: identity.CacheKey
@@ -60,13 +58,13 @@ class CacheEntry(NamedTuple):
 
 
 def evaluator_entry(cfg: Any) -> CacheEntry:
-    """The judge that a config names."""
+    """Return the cache entry of the evaluator that a config refers to."""
     config = {**to_container(cfg), "training": to_container(cfg.evaluator)}
     return CacheEntry(evaluator_dir(config), evaluator_cache_key(config), config, 1)
 
 
 def first_stage_entry(cfg: Any) -> CacheEntry:
-    """The first stage that a diffusion model's config names."""
+    """Return the cache entry of the first stage that a diffusion model's config refers to."""
     config = {**to_container(cfg), "training": to_container(cfg.first_stage)}
     return CacheEntry(
         first_stage_dir(config), first_stage_cache_key(config), config, config.get("trainer", {}).get("devices", 1)
@@ -74,23 +72,24 @@ def first_stage_entry(cfg: Any) -> CacheEntry:
 
 
 def ensure_evaluator(cfg: Any) -> Path:
-    """The folder of the judge that a diffusion model's config names, trained now if it is not there."""
+    """Return the folder of the evaluator that a diffusion model's config refers to, training it if necessary."""
     return ensure_trained(cfg, evaluator_entry(cfg))
 
 
 def ensure_first_stage(cfg: Any) -> Path:
-    """The folder of the first stage that a diffusion model's config names, trained now if it is not there."""
+    """Return the folder of the first stage that a diffusion model's config refers to, training it if necessary."""
     return ensure_trained(cfg, first_stage_entry(cfg))
 
 
-def ensure_trained(cfg: Any, kept: CacheEntry) -> Path:
-    """The folder, after a process of its own has trained what belongs there, unless it is finished.
+def ensure_trained(cfg: Any, entry: CacheEntry) -> Path:
+    """Return the folder of a cache entry, training it in a separate process unless it is finished.
 
-    Any number of processes may ask at once: the first trains, the others wait. With cache=rebuild a change of source alone trains again.
+    Any number of processes may call this at once: the first trains, the others wait. With cache=rebuild, changed source
+    code alone also causes training.  Raises UserError if training fails; exits if it was interrupted.
     """
     from filelock import FileLock
 
-    folder, recipe, config, devices = kept
+    folder, recipe, config, devices = entry
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.asked")):
         source = folder / "source.txt"
@@ -102,18 +101,17 @@ def ensure_trained(cfg: Any, kept: CacheEntry) -> Path:
             folder.rename(folder.with_name(f"{folder.name}-{source.read_text()}"))
         config = {**config, "trainer": {**config["trainer"], "devices": devices}}
         config |= {"logger": {"_target_": "ldm.training.loggers.NoLogger"}, "resume": "auto"}
-        config.pop("debug", None)  # which is of the one run that is looked at
-        config["keep_best"] = None  # whose number the training on the way need not write
-        config |= {
-            "degradation": {"_target_": "ldm.data.degrade.identity", "_partial_": True}
-        }  # which is the second stage's
-        if devices == 1 and config["trainer"]["strategy"] != "fsdp":  # which the training itself replaces, and says so
+        config.pop("debug", None)  # debugging concerns the run itself, not its dependencies
+        config["keep_best"] = None  # the dependency need not log that metric
+        # Degradations belong to the diffusion model.
+        config |= {"degradation": {"_target_": "ldm.data.degrade.identity", "_partial_": True}}
+        if devices == 1 and config["trainer"]["strategy"] != "fsdp":  # training replaces fsdp itself, with a message
             config["trainer"]["strategy"] = "auto"
         serialize.write_config(config, folder)
         code = process.run_in_subprocess(TRAIN, folder, devices)
         if code in STOP_EXIT_CODES:
             sys.exit(code)
         if code:
-            raise UserError(f"training what belongs in {folder} failed with exit code {code}; its own message is above")
+            raise UserError(f"training {folder} failed with exit code {code}; its own message is above")
         source.write_text(recipe.source)
     return folder

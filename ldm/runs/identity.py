@@ -1,7 +1,7 @@
-"""Run folders: named by what determines them, so that the same command finds its own; config, journal, result and lock in each.
+"""Identify runs and cached models by hashes of what determines them, so that the same command finds its own folder.
 
-A run folder holds config.yaml (resolved; a command takes it again by --config-path), metrics.jsonl (the journal), steps, grids and, when it
-is finished, metrics.json.
+A run folder contains config.yaml (resolved; a command reads it with --config-path), metrics.jsonl (metrics during
+training), checkpoints, sample grids and, once it is finished, metrics.json.
 """
 
 import ast
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ldm.config.tree import iter_nodes
 from ldm.config.validate import find_module, is_user_code
 
-# what does not change the result, or is shown in the name
+# Keys that do not change the result, or that are part of the folder's name.
 NOT_HASHED = (
     *(
         "seed",
@@ -43,21 +43,21 @@ NOT_HASHED = (
 
 
 def run_id(config: Mapping[str, Any], words: Sequence[str] = (), ignore: Collection[str] = NOT_HASHED) -> str:
-    """`<words>-<hash8>-s<seed>`: the name of a run's folder.
+    """Return the name of a run folder, `<words>-<hash8>-s<seed>`.
 
-    config: resolved plain data.  ignore: dotted keys that the hash leaves out.
+    config: resolved plain data.  words: beginning of the name.  ignore: dotted keys that are not hashed.
     """
     parts = [str(word).replace("/", "_").replace(" ", "_") for word in words if word]
     return "-".join([*parts, hash_config(drop_keys(config, ignore))[:8], f"s{config.get('seed', 0)}"])
 
 
 def hash_config(value: Any) -> str:
-    """sha256 of plain data, in hex; the order of keys does not count."""
+    """Return the SHA-256 of plain data in hex, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
 
 
 def drop_keys(config: Mapping[str, Any], keys: Collection[str], above: str = "") -> dict[str, Any]:
-    """A config less some dotted keys."""
+    """Return a config without the given dotted keys."""
     return {
         key: drop_keys(value, keys, f"{above}{key}.") if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -66,35 +66,42 @@ def drop_keys(config: Mapping[str, Any], keys: Collection[str], above: str = "")
 
 
 def config_diff(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> list[str]:
-    """Each dotted key whose value differs, as `key: old -> new`."""
-    found = []
+    """List the dotted keys whose values differ, as `key: old -> new`."""
+    changes = []
     for key in sorted({*old, *new}):
         a, b = old.get(key, "absent"), new.get(key, "absent")
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += config_diff(a, b, f"{above}{key}.")
+            changes += config_diff(a, b, f"{above}{key}.")
         elif a != b:
-            found.append(f"{above}{key}: {a} -> {b}")
-    return found
+            changes.append(f"{above}{key}: {a} -> {b}")
+    return changes
 
 
 class CacheKey(NamedTuple):
-    """What determines something that is trained once and kept: key, of its config; source, of the code that its config names."""
+    """What determines a model that is trained once and cached.
+
+    key: hash of its config.  source: hash of the code that the config refers to.
+    """
 
     key: str
     source: str
 
 
 def cache_key(nodes: Mapping[str, Any], targets: Iterable[str] = ()) -> CacheKey:
-    """The recipe of a cache entry: 16 hex digits each.
+    """Return the key of a cache entry; both hashes have 16 hex digits.
 
-    nodes: resolved plain data, all that determines the result.  targets: dotted names of code besides the nodes' own `_target_`s.
+    nodes: resolved plain data, everything that determines the result.
+    targets: dotted names of code in addition to the nodes' `_target_`s.
     """
     names = [node["_target_"] for _, node in iter_nodes(nodes) if isinstance(node["_target_"], str)]
     return CacheKey(hash_config(nodes)[:16], hash_source([*names, *targets])[:16])
 
 
 def hash_source(targets: Iterable[str]) -> str:
-    """sha256 over the source files behind dotted names and all that these import in turn, libraries left out.  Nothing is imported."""
+    """Return the SHA-256 over the source files behind dotted names and their imports, recursively.
+
+    Libraries are left out. Nothing is imported. The hash depends on content only, not on the path of the clone.
+    """
     files: dict[str, str] = {}
     waiting = [target for target in targets if is_user_code(target.split(".")[0])]
     while waiting:
@@ -103,17 +110,16 @@ def hash_source(targets: Iterable[str]) -> str:
             continue
         files[str(file)], named = _read(file, file.stat().st_mtime_ns)
         waiting += [name for name in named if is_user_code(name.split(".")[0])]
-    # by content: the place of the clone is not in it
     return hashlib.sha256("".join(sorted(files.values())).encode()).hexdigest()
 
 
 @cache
 def _read(file: Path, changed: int) -> tuple[str, list[str]]:
-    """sha256 of a source file, last changed at that moment, and the dotted names that it imports."""
+    """Return the SHA-256 of a source file and the names that it imports; changed: its mtime, part of the cache key."""
     source, named = file.read_bytes(), []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            named += [one.name for one in node.names]
+            named += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            named += [f"{node.module}.{one.name}" for one in node.names]
+            named += [f"{node.module}.{alias.name}" for alias in node.names]
     return hashlib.sha256(source).hexdigest(), named

@@ -1,4 +1,4 @@
-"""Where a run comes from: git commit, local changes, packages, console output."""
+"""Record the origin of a run: git commit, local changes, packages, console output."""
 
 import importlib.metadata
 import importlib.util
@@ -18,7 +18,7 @@ from ldm.io import atomic
 
 
 def provenance(root: Path | str) -> dict[str, Any]:
-    """What a result comes from: command line, git commit of the folder `root` and whether files differ from it, versions, machine."""
+    """Describe the origin of a result: command line, git commit of `root`, whether files differ, versions, machine."""
     packages = {}
     for name in (
         "torch",
@@ -36,7 +36,7 @@ def provenance(root: Path | str) -> dict[str, Any]:
             continue
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     return {
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),  # as typed: Hydra is given another sys.argv
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),  # as typed: Hydra receives a modified sys.argv
         "commit": _git(root, "rev-parse", "HEAD"),
         "changed": None if changed is None else bool(changed),
         "python": platform.python_version(),
@@ -46,13 +46,13 @@ def provenance(root: Path | str) -> dict[str, Any]:
 
 
 def git_commit(root: Path | str) -> str:
-    """The git commit of the folder `root`, 12 hex digits and a + where files differ from it; nothing where there is no git."""
-    found = provenance(root)
-    return f"{found['commit'][:12]}{'+' if found['changed'] else ''}" if found["commit"] else ""
+    """Return the git commit of `root`: 12 hex digits, and + if files differ from it; an empty string without git."""
+    origin = provenance(root)
+    return f"{origin['commit'][:12]}{'+' if origin['changed'] else ''}" if origin["commit"] else ""
 
 
 def write_provenance(folder: Path | str, root: Path | str) -> None:
-    """Write where a run comes from: provenance.json, changes.diff against the commit of the folder `root`, every package's version."""
+    """Write provenance.json, changes.diff (against the commit of `root`) and environment.txt (package versions)."""
     folder = Path(folder)
     atomic.write_json(folder / "provenance.json", provenance(root))
     atomic.write_text(folder / "changes.diff", git_diff(root))
@@ -62,7 +62,7 @@ def write_provenance(folder: Path | str, root: Path | str) -> None:
 
 @contextmanager
 def tee_output(path: Path | str) -> Iterator[None]:
-    """Within it, what this process prints is appended to a file as well, lines redrawn on a terminal aside, and at last what ended it."""
+    """Copy what this process prints, and the traceback that ends it, to a file as well; progress bars are left out."""
     before = sys.stdout, sys.stderr
     with open(path, "a", encoding="utf-8", buffering=1) as file:
         file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()}\n")
@@ -77,7 +77,7 @@ def tee_output(path: Path | str) -> Iterator[None]:
 
 
 class _Tee:
-    """A text stream whose whole lines are written to a file too."""
+    """A text stream that also copies its lines to a file."""
 
     def __init__(self, stream: Any, file: TextIO):
         self.stream, self.file = stream, file
@@ -92,7 +92,7 @@ class _Tee:
 
 
 def git_diff(root: Path | str) -> str:
-    """The difference of the working tree from its commit, empty where there is none or no git."""
+    """Return the working tree's changes against its commit; an empty string if there are none, or without git."""
     return _git(root, "diff", "HEAD") or ""
 
 

@@ -1,4 +1,4 @@
-"""Status of a job before it runs."""
+"""The status of a job before it runs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job before it runs.
+    """Status of a job before it runs.
 
-    metrics: the final ones of a run that is done, else None.  result: of these, the one that a sweeper is told.
-    begun: steps that are kept.  seconds: what a run like it took, None where there is none.
-    needs: what it shares with other jobs and is not there yet, by its folder; the call trains it, and raises UserError.
+    metrics: final metrics of a finished run, else None.  result: the metric of these that a sweeper optimizes.
+    steps_done: step of its newest checkpoint.  seconds: duration of a similar finished run; None if there is none.
+    missing_dependencies: folder -> function that trains what belongs there (shared with other jobs); raises UserError.
     """
 
     metrics: Mapping[str, Any] | None = None

@@ -70,7 +70,7 @@ def test_a_diffusers_folder_is_a_run(place, capsys):
         ([], "run=... must be given"),
         (["run=x", "to=diffusers"], "out=... must be given"),
         (["run=x", "to=onnx", "out=y"], "to=onnx: expected one of diffusers, compvis, safetensors"),
-        (["run=x", "to=diffusers", "out=."], "out=. exists; name another place"),
+        (["run=x", "to=diffusers", "out=."], "out=. exists; choose another path"),
         (
             ["run=x", "to=diffusers", "out=y", "half=true"],
             "half=true: expected run=..., to=..., out=..., weights=..., config=...",

@@ -496,7 +496,7 @@ def test_what_diffusers_has_no_counterpart_for(pipeline, tmp_path):
         (with_(net={**net, "groups": 24}), "groups=24 does not divide"),
         (with_(net={**net, "_target_": "ldm.net.dit.DiT"}), "expects a UNet of transformer blocks"),
         (with_(prediction={"_target_": "ldm.diffusion.prediction.Flow"}), "to=diffusers expects one of Eps, V, X0"),
-        (with_(schedule={"_target_": "ldm.diffusion.schedule.Flow"}), "expects one that is a table of betas"),
+        (with_(schedule={"_target_": "ldm.diffusion.schedule.Flow"}), "expects a schedule with a table of betas"),
         (
             with_(autoencoder={"_target_": "ldm.autoencoder.identity.Identity", "factor": 4}),
             "expects the convolutional encoder",
