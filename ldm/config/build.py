@@ -94,7 +94,7 @@ def image_size_multiple(cfg: Any) -> int:
     net = cfg.net
     while hasattr(net.get("net"), "items"):  # a network that wraps another
         net = net["net"]
-    return cfg.autoencoder.get("factor", 1) * net.get("patch", 2 ** (len(net.get("mult", [1])) - 1))
+    return cfg.autoencoder.get("factor", 1) * net.get("patch_size", 2 ** (len(net.get("channel_mult", [1])) - 1))
 
 
 def reject_degradation(cfg: Any) -> None:

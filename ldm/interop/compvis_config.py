@@ -255,8 +255,8 @@ def _bert(given: Mapping[str, Any]) -> Node:
     )
     return {
         "_target_": "ldm.conditioner.transformer.WordPiece",
-        **{"dim": given["n_embed"], "layers": given["n_layer"], "heads": 8, "head_channels": 64},
-        **{"length": given.get("max_seq_len", 77), "logits": True, "vocabulary": None},
+        **{"dim": given["n_embed"], "layers": given["n_layer"], "num_heads": 8, "num_head_channels": 64},
+        **{"max_length": given.get("max_seq_len", 77), "keep_logits_head": True, "vocabulary": None},
     }
 
 

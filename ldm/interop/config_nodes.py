@@ -36,24 +36,24 @@ def unet(
     return {
         "_target_": "ldm.net.unet.UNet",
         "channels": channels,
-        "mult": list(mult),
-        "blocks": blocks,
-        "attention": list(attention),
+        "channel_mult": list(mult),
+        "num_res_blocks": blocks,
+        "attention_resolutions": list(attention),
         "concat_channels": 0,
-        "heads": heads,
-        "head_channels": head_channels,
-        "depth": depth if isinstance(depth, int) else list(depth),
+        "num_heads": heads,
+        "num_head_channels": head_channels,
+        "transformer_depth": depth if isinstance(depth, int) else list(depth),
         "dropout": dropout,
-        "scale_shift": scale_shift,
+        "use_scale_shift_norm": scale_shift,
         "resblock_updown": resblock_updown,
-        "groups": groups,
+        "num_groups": groups,
         "eps": eps,
         "block": block,
         "downsample": {"_target_": "ldm.net.blocks.Downsample", "_partial_": True, "asymmetric": False},
-        "sinusoid": {"_target_": "ldm.net.blocks.timestep_embedding", "_partial_": True, "longest": 10_000.0},
-        "vector": {"_target_": "ldm.net.blocks.mlp", "_partial_": True},
-        "attend": SDPA,
-        "checkpoint": False,
+        "time_embedding": {"_target_": "ldm.net.blocks.timestep_embedding", "_partial_": True, "max_period": 10_000.0},
+        "vector_embedding": {"_target_": "ldm.net.blocks.mlp", "_partial_": True},
+        "attention_fn": SDPA,
+        "gradient_checkpointing": False,
     }
 
 
@@ -71,11 +71,11 @@ def first_stage(
     shape = {
         "z_channels": z_channels,
         "width": width,
-        "mult": list(mult),
-        "blocks": blocks,
-        "attention": list(attention),
+        "channel_mult": list(mult),
+        "num_res_blocks": blocks,
+        "attention_resolutions": list(attention),
     }
-    shape |= {"middle_attention": middle_attention, "groups": groups, "attend": SDPA}
+    shape |= {"middle_attention": middle_attention, "num_groups": groups, "attention_fn": SDPA}
     kind: Node = {"_target_": "ldm.autoencoder.kl.AutoencoderKL"}
     if num_codes is not None:
         kind = {
@@ -88,7 +88,7 @@ def first_stage(
         **kind,
         "z_channels": z_channels,
         "factor": 2 ** (len(mult) - 1),
-        "encoder": {"_target_": "ldm.autoencoder.conv.Encoder", **shape, "double": num_codes is None},
+        "encoder": {"_target_": "ldm.autoencoder.conv.Encoder", **shape, "double_z": num_codes is None},
         "decoder": {"_target_": "ldm.autoencoder.conv.Decoder", **shape},
     }
 
@@ -132,14 +132,14 @@ def label_vector(classes: int, dim: int) -> Node:
 
 def dit(patch: int, channels: int, depth: int, heads: int, toward_data: bool) -> Node:
     """DiT's transformer; reversed_timestep_embedding: its time runs from noise to data, as SiT's."""
-    reads: Node = {"_target_": "ldm.net.blocks.timestep_embedding", "longest": 10_000.0}
+    reads: Node = {"_target_": "ldm.net.blocks.timestep_embedding", "max_period": 10_000.0}
     return {
         "_target_": "ldm.net.dit.DiT",
         **{
-            "patch": patch,
+            "patch_size": patch,
             "channels": channels,
             "depth": depth,
-            "heads": heads,
+            "num_heads": heads,
             "concat_channels": 0,
             "frequencies": 256,
         },
@@ -148,17 +148,17 @@ def dit(patch: int, channels: int, depth: int, heads: int, toward_data: bool) ->
         "qk_norm": None,
         "positions": {"_target_": "ldm.net.positions.sincos_2d", "_partial_": True},
         "rotary": None,
-        "sinusoid": {
+        "time_embedding": {
             **(
-                {"_target_": "ldm.net.blocks.reversed_timestep_embedding", "longest": 10_000.0}
+                {"_target_": "ldm.net.blocks.reversed_timestep_embedding", "max_period": 10_000.0}
                 if toward_data
                 else reads
             ),
             "_partial_": True,
         },
-        "vector": {"_target_": "ldm.net.blocks.identity_embedding", "_partial_": True},
-        "attend": SDPA,
-        "checkpoint": False,
+        "vector_embedding": {"_target_": "ldm.net.blocks.identity_embedding", "_partial_": True},
+        "attention_fn": SDPA,
+        "gradient_checkpointing": False,
     }
 
 

@@ -209,30 +209,30 @@ def export_net(
             f"net={node['_target_']}: to=diffusers expects a UNet of transformer blocks that hear a context"
         )
     require_values(node, {"resblock_updown": False}, "net")
-    widths = [factor * node["channels"] for factor in node["mult"]]
-    if odd := [width for width in widths if width % node["groups"]]:
+    widths = [factor * node["channels"] for factor in node["channel_mult"]]
+    if odd := [width for width in widths if width % node["num_groups"]]:
         raise UserError(
-            f"net: groups={node['groups']} does not divide a level's {odd[0]} channels, which diffusers wants"
+            f"net: num_groups={node['num_groups']} does not divide a level's {odd[0]} channels, which diffusers wants"
         )
-    attended = [2**level in node["attention"] for level in range(len(widths))]
-    heads = [node["heads"] or width // node["head_channels"] for width in widths]
+    attended = [2**level in node["attention_resolutions"] for level in range(len(widths))]
+    heads = [node["num_heads"] or width // node["num_head_channels"] for width in widths]
     return {
         "_class_name": "UNet2DConditionModel",
         "in_channels": in_channels,
         "out_channels": out_channels,
         "sample_size": size,
         "block_out_channels": widths,
-        "layers_per_block": node["blocks"],
+        "layers_per_block": node["num_res_blocks"],
         "down_block_types": [ATTENDED if one else "DownBlock2D" for one in attended],
         "up_block_types": ["CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attended)],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "cross_attention_dim": context_dim,
-        "attention_head_dim": heads[0] if node["heads"] else heads,
-        "transformer_layers_per_block": node["depth"],
+        "attention_head_dim": heads[0] if node["num_heads"] else heads,
+        "transformer_layers_per_block": node["transformer_depth"],
         "use_linear_projection": not node["block"].get("conv", False),
         "dropout": node["dropout"],
-        "resnet_time_scale_shift": "scale_shift" if node["scale_shift"] else "default",
-        "norm_num_groups": node["groups"],
+        "resnet_time_scale_shift": "scale_shift" if node["use_scale_shift_norm"] else "default",
+        "norm_num_groups": node["num_groups"],
         "norm_eps": node["eps"],
     }
 
@@ -245,22 +245,22 @@ def export_first_stage(node: Mapping[str, Any], channels: int, scale: float, siz
             f"autoencoder={node['_target_']}: to=diffusers expects the convolutional encoder and decoder of latent diffusion"
         )
     part = node["encoder"]
-    same = {name: value for name, value in part.items() if name not in ("_target_", "double", "attend")}
+    same = {name: value for name, value in part.items() if name not in ("_target_", "double_z", "attention_fn")}
     require_values(node["decoder"], same, "autoencoder.decoder")
-    levels = range(len(part["mult"]))
-    attended = [2**level in part["attention"] for level in levels]
+    levels = range(len(part["channel_mult"]))
+    attended = [2**level in part["attention_resolutions"] for level in levels]
     quantised = kind == "AutoencoderVQ"
     return {
         "_class_name": "VQModel" if quantised else "AutoencoderKL",
         "in_channels": channels,
         "out_channels": channels,
         "sample_size": size,
-        "block_out_channels": [factor * part["width"] for factor in part["mult"]],
-        "layers_per_block": part["blocks"],
+        "block_out_channels": [factor * part["width"] for factor in part["channel_mult"]],
+        "layers_per_block": part["num_res_blocks"],
         "down_block_types": ["AttnDownEncoderBlock2D" if one else "DownEncoderBlock2D" for one in attended],
         "up_block_types": ["AttnUpDecoderBlock2D" if one else "UpDecoderBlock2D" for one in reversed(attended)],
         "latent_channels": node["z_channels"],
-        "norm_num_groups": part["groups"],
+        "norm_num_groups": part["num_groups"],
         "mid_block_add_attention": part["middle_attention"],
         "scaling_factor": scale,
         **({"num_vq_embeddings": node["num_codes"]} if quantised else {}),

@@ -59,8 +59,8 @@ def export_clip(pipeline: Pipeline) -> ExportedTextTower:
     given = config_nodes.encoder_of(pipeline.config["conditioner"])
     config = clip_config.open_clip_config(given["model"])
     depth = config["text_cfg"]["layers"] + given["layer"] + 1
-    said = clip_config.to_transformers(config, depth, given["pad"])
-    words = clip_config.tokenizer_files(given["pad"], config["text_cfg"]["context_length"])
+    said = clip_config.to_transformers(config, depth, given["pad_token_id"])
+    words = clip_config.tokenizer_files(given["pad_token_id"], config["text_cfg"]["context_length"])
     listed = ["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]
     return ExportedTextTower(said, text.export_text(pipeline.text, depth), words, config["text_cfg"]["width"], listed)
 
@@ -94,14 +94,14 @@ def export_wordpiece(pipeline: Pipeline) -> ExportedTextTower:
         **{"_class_name": "LDMBertModel", "architectures": ["LDMBertModel"], "model_type": "ldmbert", **BERT},
         **{
             "vocab_size": len(vocabulary),
-            "max_position_embeddings": given["length"],
+            "max_position_embeddings": given["max_length"],
             "d_model": given["dim"],
             "pad_token_id": 0,
         },
         **{"encoder_layers": given["layers"], "encoder_ffn_dim": 4 * given["dim"]},
-        **{"encoder_attention_heads": given["heads"], "head_dim": given["head_channels"]},
+        **{"encoder_attention_heads": given["num_heads"], "head_dim": given["num_head_channels"]},
     }
-    options = {"tokenizer_class": "BertTokenizer", "model_max_length": given["length"], "do_lower_case": True}
+    options = {"tokenizer_class": "BertTokenizer", "model_max_length": given["max_length"], "do_lower_case": True}
     words = {
         "vocab.txt": "\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n",
         "tokenizer.json": json.dumps({**cut, "padding": None, "truncation": None}, ensure_ascii=False),
@@ -134,12 +134,12 @@ def import_wordpiece(folder: Path, tokenizer: Path) -> ImportedTextTower:
         **{
             "dim": dim,
             "layers": given["encoder_layers"],
-            "heads": given["encoder_attention_heads"],
-            "head_channels": given["head_dim"],
+            "num_heads": given["encoder_attention_heads"],
+            "num_head_channels": given["head_dim"],
         },
         **{
-            "length": given.get("max_position_embeddings", 77),
-            "logits": True,
+            "max_length": given.get("max_position_embeddings", 77),
+            "keep_logits_head": True,
             "vocabulary": None if tokens == UNCASED else str(own),
         },
     }

@@ -296,7 +296,7 @@ def test_another_kind_of_file_is_named(tmp_path, data, said, ending):
     with pytest.raises(UserError) as error:
         read_weights(tmp_path / f"a{ending}")
     assert f"a{ending}" in str(error.value)
-    assert said in str(error.value) or (ending == ".safetensors" and "not a whole safetensors file" in str(error.value))
+    assert said in str(error.value) or (ending == ".safetensors" and "not a complete safetensors file" in str(error.value))
 
 
 @pytest.mark.parametrize("size", [4, 8, 30, -1])
@@ -304,7 +304,7 @@ def test_a_cut_safetensors_file(tmp_path, size):
     save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
     data = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(data[:size])
-    with pytest.raises(CorruptFileError, match=r"a\.safetensors .*is not a whole safetensors file"):
+    with pytest.raises(CorruptFileError, match=r"a\.safetensors .*is not a complete safetensors file"):
         read_weights(tmp_path / "a.safetensors")
 
 
