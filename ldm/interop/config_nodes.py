@@ -95,7 +95,7 @@ def first_stage(
 
 def clip(model: str, layer: int, pad: int, length: int = 77) -> Node:
     """Return a conditioner on the token features of CLIP's text tower, whose weights are not set yet."""
-    encoder = {"model": model, "weights": None, "hub": False, "layer": layer, "pad": pad, "random": False}
+    encoder = {"model": model, "weights": None, "hub": False, "layer": layer, "pad_token_id": pad, "random": False}
     return {
         "_target_": "ldm.conditioner.text.TextTokensOnly",
         "encoder": {"_target_": "ldm.conditioner.clip.CLIP", **encoder},

@@ -41,8 +41,8 @@ class PlanResult:
     @property
     def published_count(self) -> int:
         """Parameters of our parts that the paper's count includes, plus those that it counts in addition."""
-        counts = (self.parts[name]["parameters"] for name in self.published["parts"] if name in self.parts)
-        return sum(counts) + self.published["beside"]
+        counts = (self.parts[name]["parameters"] for name in self.published["modules"] if name in self.parts)
+        return sum(counts) + self.published["extra_parameters"]
 
     @property
     def device_hours(self) -> float | None:

@@ -17,7 +17,7 @@ def table(plan: PlanResult) -> str:
     }
     section("parameters", counts)
     if "parameters" in plan.published:
-        theirs, parts = plan.published["parameters"], " + ".join(plan.published["parts"])
+        theirs, parts = plan.published["parameters"], " + ".join(plan.published["modules"])
         same = "the same" if counts_match(plan.published_count, theirs) else f"ours has {plan.published_count:,}"
         printed = theirs if isinstance(theirs, str) else format(theirs, ",")
         lines.append(f"  {plan.published['table']} ({parts}): {printed}, {same}")
