@@ -46,7 +46,7 @@ class Limits:
                 raise UserError(f"{name} of {len(values[name])} characters: expected {self.words} at most")
 
     def image_size(self, name: str, path: Path) -> tuple[int, int]:
-        """Read (height, width) of an uploaded file from its header.  Raises UserError if it is too large or no image."""
+        """Read (height, width) of an uploaded file.  Raises UserError if it is not an image, or too large."""
         from PIL import Image
 
         try:
