@@ -16,9 +16,13 @@ from ldm.config.tree import iter_nodes, map_strings
 from ldm.config.validate import check_target_allowed, find_module, is_user_code, resolve_definition, validate
 from ldm.errors import UserError
 
-ALLOWED_LDM_TARGETS = re.compile(  # models, data and samples; nothing that writes files, downloads or starts processes
-    r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net|objective|score|source|task)\..+"
-    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|stage\.\w+\.(train|guidance)|training\.(fit|lr|debug|optimizers)\.\w+|load\.(autoguidance|teacher))"
+# Models, data and samples; nothing that writes files, downloads or starts processes.
+ALLOWED_LDM_TARGETS = re.compile(
+    r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net)\..+"
+    r"|sampling\.((inputs|tasks)\.\w+|classifier_guidance\.classifier_guidance)|evaluation\.evaluate\.EvaluationConfig"
+    r"|checkpoint\.teachers\.(autoguidance|load_teacher)"
+    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|recipes\.\w+\.(train|\w+Recipe)"
+    r"|training\.(fit|lr|debug|optimizers)\.\w+)"
 )
 LIBRARIES = ("torch.nn", "torch.optim")
 REPOSITORY_SCRIPTS = ("conf", "experiments", "sample", "tests", "train")  # top-level names that are not model parts

@@ -23,49 +23,14 @@ HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 # Parts of a dotted name that could execute, read or delete whatever the config's author likes, at any position in it.
 FORBIDDEN_NAMES = {
-    *(
-        "builtins",
-        "ctypes",
-        "importlib",
-        "os",
-        "pickle",
-        "runpy",
-        "shutil",
-        "socket",
-        "subprocess",
-        "sys",
-        "tempfile",
-        "pathlib",
-    ),
-    *(
-        "compile",
-        "eval",
-        "exec",
-        "open",
-        "system",
-        "popen",
-        "hub",
-        "load",
-        "load_url",
-        "jit",
-        "package",
-        "cpp_extension",
-        "serialization",
-    ),
-    *("_dynamo", "_inductor", "ops", "classes"),
+    *("builtins", "ctypes", "importlib", "os", "pathlib", "pickle", "runpy", "shutil", "socket", "subprocess", "sys"),
+    *("tempfile", "compile", "eval", "exec", "open", "system", "popen", "hub", "load", "load_url", "jit", "package"),
+    *("cpp_extension", "serialization", "_dynamo", "_inductor", "ops", "classes"),
 }
 
 
-FORBIDDEN_LDM_MODULES = (
-    "argv",
-    "command",
-    "durable",
-    "fetch",
-    "launch",
-    "runs",
-    "studies",
-    "validate",
-)  # modules of ldm that write files, download, or start processes
+# Packages of ldm that write files, download, or start processes.
+FORBIDDEN_LDM_MODULES = ("cli", "config", "io", "launch", "runs")
 
 
 SEQUENCE_TYPES = ("tuple", "list", "Sequence", "Iterable", "Collection", "set", "frozenset")
