@@ -118,12 +118,12 @@ def test_broken_and_half_written_runs_are_listed_with_the_reason(tmp_path):
     faults = {folder.name: " | ".join(read_run(folder).problems) for folder in find_runs([str(tmp_path)])}
     assert list(faults) == ["empty", "running", "torn", "whole"]
     assert faults["whole"] == ""
-    assert faults["running"] == "metrics.json: not there, the run has not finished"
+    assert faults["running"] == "metrics.json: missing, the run has not finished"
     for said in (
         "config.yaml cannot be read",
         "metrics.json: ",
         "choices.json: holds list, expected dict",
-        "step-4.png: not a whole PNG",
+        "step-4.png: not a complete PNG",
     ):
         assert said in faults["torn"]
     assert "metrics.jsonl: no row yet" in faults["empty"]

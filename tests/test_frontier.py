@@ -46,7 +46,7 @@ def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypa
 
     assert run("study", f"run={lively}", *SMALL) == 0  # resumes: nothing is left
     assert len(drawn) == 3
-    assert "3 points, 0 of them drawn now" in capsys.readouterr().out
+    assert "3 points, 0 evaluated now" in capsys.readouterr().out
     rows.write(place / "study" / "results.csv", table[:2])
     assert run("study", f"run={lively}", *SMALL) == 0
     assert len(drawn) == 4
@@ -88,7 +88,7 @@ def test_guidance_is_counted_and_weights_are_a_choice(place, smoke, lively):
     ("typed", "said"),
     [
         (("guidance.scale=1",), "run=... must be given"),
-        (("nowhere", "run=."), "no points.yaml there"),
+        (("nowhere", "run=."), "no points.yaml in it"),
         (("run=.", "sampler=dimm"), "did you mean 'ddim'"),
         (("run=.", "stepz=3"), "did you mean 'steps'"),
     ],

@@ -39,7 +39,7 @@ def test_the_free_ones_are_those_that_nobody_uses(machine, monkeypatch):
 
 def test_none_is_one_line(machine, monkeypatch, tmp_path):
     machine("0, GPU-aa, 70000\n")
-    with pytest.raises(UserError, match="all of the 1 GPUs here are in use; wait, or hydra/launcher=joblib"):
+    with pytest.raises(UserError, match="all 1 GPUs of this machine are in use; wait, or hydra/launcher=joblib"):
         gpus.idle_gpus()
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(UserError, match="nvidia-smi finds no GPU on this machine"):
@@ -71,7 +71,7 @@ def test_more_than_there_are(machine):
     with gpus.acquire_gpus(()) as pinned:
         assert pinned == {}
     with (
-        pytest.raises(UserError, match=r"trainer.devices=3: hydra/launcher=gpus has 2 free here"),
+        pytest.raises(UserError, match=r"trainer.devices=3: hydra/launcher=gpus has 2 idle GPUs on this machine"),
         gpus.acquire_gpus(("a", "b"), 3),
     ):
         pass

@@ -37,7 +37,7 @@ def test_a_run_and_what_lies_in_it_is_the_run(tmp_path):
 
 
 def test_no_run_is_said(tmp_path):
-    with pytest.raises(UserError, match="nor a folder of such"):
+    with pytest.raises(UserError, match="nor a folder of runs"):
         find_run(tmp_path)
 
 

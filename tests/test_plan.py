@@ -124,7 +124,7 @@ def test_a_config_differs_from_another_papers_and_not_from_its_own():
         (["throughput=fast"], "throughput=fast: expected a number above 0"),
         (["batches=1,none"], "batches=none: expected a number above 0"),
         (["data=folder"], "data.path=... must be given"),
-        ([*SMALL[:1], "training=evaluator"], "a plan is of training=diffusion"),
+        ([*SMALL[:1], "training=evaluator"], "only training=diffusion can be planned"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

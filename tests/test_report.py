@@ -136,7 +136,7 @@ def test_two_protocols_are_not_mixed(toy):
     with pytest.raises(UserError, match="score/sampler"):  # but never between the seeds of an arm
         table.comparisons(asked, [*found, row("cosine", 1, 9.0)])
     unsaid = {key: value for key, value in found[0].items() if not key.startswith("score/")}
-    with pytest.raises(UserError, match="nothing said"):
+    with pytest.raises(UserError, match="is unset for"):
         table.comparisons(one, [unsaid, row("cosine", 0, 9.0)])
 
 
@@ -204,7 +204,7 @@ def test_a_project_of_wandb_is_read_like_run_folders(toy, monkeypatch):
         (STUDY.replace("axes", "axis"), "no key 'axis'; did you mean 'axes'"),
         (STUDY.replace("scale: reduced", "scale: small"), "scale=small: expected full or reduced"),
         (STUDY.replace("axes: [schedule]", "axes: schedule"), "axes=schedule: expected a list"),
-        (STUDY.replace("baseline: {schedule: linear}", "baseline: {}"), "does not say schedule"),
+        (STUDY.replace("baseline: {schedule: linear}", "baseline: {}"), "does not specify schedule"),
         (STUDY.replace("question: is cosine better?", ""), "question is missing"),
     ],
 )

@@ -240,8 +240,8 @@ def test_studies_are_swept_over_as_hydra_does(grid, in_process, capsys):
 
 
 REFUSED = {
-    "seed=interval(0,1)": "an interval has no list of values, a search draws from it; add hydra/sweeper=optuna, or write values",
-    "schedule=interval(0,1)": "an interval has no list of values, a search draws from it; add hydra/sweeper=optuna, or write values",
+    "seed=interval(0,1)": "an interval has no list of values, a search samples from it; add hydra/sweeper=optuna, or write values",
+    "schedule=interval(0,1)": "an interval has no list of values, a search samples from it; add hydra/sweeper=optuna, or write values",
     "schedule=glob(zz*)": "no option matches (one of cosine, linear, linear2)",
     "schedule=glob(*,exclude=*)": "no option matches (one of cosine, linear, linear2)",
     "seed=glob(*)": "glob() selects options of a group, and seed is none",
@@ -274,7 +274,7 @@ def test_job_that_was_not_announced_is_refused():
     job = SweepJob(print, Path("train.py"), names=("seed=0", "seed=1", "seed=0"))
     assert [job._number(number, name) for number, name in enumerate(job.names)] == [0, 1, 2]
     assert job._number(0, "seed=1") == 1
-    with pytest.raises(RuntimeError, match="the job 'seed=2' is none of the 3 that were announced"):
+    with pytest.raises(RuntimeError, match="the job 'seed=2' is not one of the 3 jobs of the sweep"):
         job._number(2, "seed=2")
 
 

@@ -44,15 +44,15 @@ def test_the_forecast_counts_jobs_and_hours():
         ["a", "seed=3", "to", "run", "about", "60", "min"],
     ]
     assert lines[4:] == [
-        "  first_stage abc is not there: trained first, for 2 jobs",
-        "4 jobs, 1 done, 3 to run, about 4.5 hours one after another, as like runs took",  # 2 + 1 + their mean
+        "  first_stage abc is missing: trained first, for 2 jobs",
+        "4 jobs, 1 done, 3 to run, about 4.5 hours one after another, judging by similar runs",  # 2 + 1 + their mean
     ]
     assert calls == []
 
 
 def test_where_there_is_nothing_to_go_by_it_says_so():
     assert format_forecast(["a"], [JobStatus()]).endswith(
-        "1 job, 0 done, 1 to run, for how long nobody knows: no finished run is like them"
+        "1 job, 0 done, 1 to run, time unknown: no finished run is like them"
     )
     assert format_forecast(["a"], [JobStatus({}, None)]).endswith("1 job, 1 done, 0 to run")
 
@@ -182,12 +182,12 @@ def test_one_job_is_a_forecast_too(script, capfd):
 
 def test_a_search_has_no_forecast(script, capfd):
     assert typed(script, "-m", "hydra/sweeper=optuna", "seed=range(1,9)", "dry_run=true") == 0
-    assert capfd.readouterr().out == "a search chooses its jobs as it goes\n"
+    assert capfd.readouterr().out == "the sweeper chooses its jobs as it goes: there is nothing to list\n"
 
 
 def test_a_plugin_that_is_not_there(script, capfd):
     assert typed(script, "-m", "hydra/launcher=ray", "seed=1,2") == 2
-    assert "pip install -e '.[sweep]' brings joblib" in capfd.readouterr().err
+    assert "pip install -e '.[sweep]' installs joblib" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -202,5 +202,5 @@ def test_a_training_is_known_by_its_folder_and_by_runs_like_it(smoke, capfd):
         "about",
         "no ru",
     ]  # another first stage is another training
-    assert re.fullmatch(r"  first_stage \w+ is not there: trained first, for 2 jobs", lines[4])
+    assert re.fullmatch(r"  first_stage \w+ is missing: trained first, for 2 jobs", lines[4])
     assert lines[5].startswith("4 jobs, 1 done, 3 to run, about ")

@@ -254,7 +254,7 @@ def test_values_of_the_default_s_kind_pass(change):
         ({"made": {"_partial_": True}}, "made: a node needs its _target_, as in made._target_=torch.nn.Identity"),
         ({"made": {**KINDS["made"], "_partial_": 3}}, "made._partial_=3: expected true or false"),
         ({"made": {**KINDS["made"], "_args_": "x"}}, "made._args_=x: expected a list"),
-        ({"node": None}, "node=null: a command needs one"),
+        ({"node": None}, "node=null: the command needs this node"),
     ],
 )
 def test_values_of_another_kind_are_refused(change, said):
@@ -264,7 +264,7 @@ def test_values_of_another_kind_are_refused(change, said):
 
 
 def test_what_a_command_needs_is_there():
-    with pytest.raises(UserError, match="~seed: a command needs this key"):
+    with pytest.raises(UserError, match="~seed: the command needs this key"):
         validate({key: 0 if key == "same" else value for key, value in KINDS.items() if key != "seed"}, KINDS)
 
 

@@ -1,4 +1,4 @@
-"""Frames into one file: GIF by Pillow, MP4 by imageio's ffmpeg, PNG of one frame or of several side by side."""
+"""Write frames to one file: GIF by Pillow, MP4 by imageio's ffmpeg, PNG of one frame or of several side by side."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,16 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.io import atomic
 
-PNG_FRAMES = 6  # frames in the PNG of a film
+PNG_FRAMES = 6  # frames shown in the PNG of an animation
 
 
 @dataclass(frozen=True)
 class Animation:
-    """`count` frames (H, W, 3) uint8, drawn as they are asked for; a film of one frame is a figure.
+    """`count` frames (H, W, 3) uint8, generated lazily; an animation with one frame is a figure.
 
-    seconds: that each is shown.  hold: that the last is shown.  colours: of the GIF's palette, which all frames share.
+    seconds: duration of each frame.  hold: duration of the last frame.  colours: size of the GIF's palette, shared by
+        all
+    frames.
     """
 
     frames: Iterable[Tensor]
@@ -30,7 +32,7 @@ class Animation:
 
 
 def gif(path: Path, film: Animation, frames: Sequence[Tensor]) -> None:
-    """An endless GIF with one palette and no dithering, which flickers and costs bytes."""
+    """Write a looping GIF with one palette and no dithering, which would flicker and enlarge the file."""
     from PIL import Image
 
     images = [Image.fromarray(frame.numpy()) for frame in frames]
@@ -45,7 +47,7 @@ def gif(path: Path, film: Animation, frames: Sequence[Tensor]) -> None:
 
 
 def colours_of(pixels: Tensor, most: int) -> bytes:
-    """The palette of pixels (H, W, 3) uint8: its commonest colours as they are, one half, and the rest spread over what is there."""
+    """Return a palette of pixels (H, W, 3) uint8: one half the most common colours, the other spread over the rest."""
     from PIL import Image
 
     flat, count = pixels.reshape(-1, 3).unique(dim=0, return_counts=True)
@@ -57,37 +59,43 @@ def colours_of(pixels: Tensor, most: int) -> bytes:
 
 
 def mp4(path: Path, film: Animation, frames: Sequence[Tensor]) -> None:
-    """An H.264 file; width and height are made even, as it wants them, and the last frame is repeated while it is held."""
+    """Write an H.264 file.
+
+    Width and height are cropped to even numbers, as H.264 requires, and the last frame is repeated for `hold` seconds.
+    """
     from imageio import mimwrite
 
     even = [frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2].numpy() for frame in frames]
     even += even[-1:] * round(film.hold / film.seconds)
-    beside = path.with_name(f".{path.name}.tmp.mp4")
+    temporary = path.with_name(f".{path.name}.tmp.mp4")
     try:
-        mimwrite(beside, even, format="FFMPEG", fps=1 / film.seconds, macro_block_size=2)
-        atomic.write_bytes(path, beside.read_bytes())
+        mimwrite(temporary, even, format="FFMPEG", fps=1 / film.seconds, macro_block_size=2)
+        atomic.write_bytes(path, temporary.read_bytes())
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def png(path: Path, film: Animation, frames: Sequence[Tensor]) -> None:
-    """The frame, or of a film `SHEET` frames, first and last among them, two a row."""
+    """Write the frame, or PNG_FRAMES frames of an animation including the first and last, two per row."""
     from ldm.io.images import make_grid, save_png
 
-    some = (
+    selected = (
         [frames[round(i * (len(frames) - 1) / (PNG_FRAMES - 1))] for i in range(PNG_FRAMES)]
         if len(frames) > 1
         else list(frames)
     )
-    images = torch.stack(some).permute(0, 3, 1, 2)
-    save_png(path, make_grid(images, 2, gap=4) if len(some) > 1 else images[0])
+    images = torch.stack(selected).permute(0, 3, 1, 2)
+    save_png(path, make_grid(images, 2, gap=4) if len(selected) > 1 else images[0])
 
 
 ENDINGS: dict[str, Callable[[Path, Animation, Sequence[Tensor]], None]] = {".gif": gif, ".mp4": mp4, ".png": png}
 
 
 def writer(path: Path) -> Callable[[Path, Animation, Sequence[Tensor]], None]:
-    """What writes a file of this name. Raises UserError for another ending, or for MP4 where imageio's ffmpeg is missing."""
+    """Return the function that writes a file of this name.
+
+    Raises UserError for another extension, and for MP4 if imageio's ffmpeg is missing.
+    """
     if path.suffix not in ENDINGS:
         raise UserError(f"out={path}: expected a name that ends in {', '.join(ENDINGS)}")
     if path.suffix == ".mp4":
@@ -103,10 +111,10 @@ def writer(path: Path) -> Callable[[Path, Animation, Sequence[Tensor]], None]:
     return ENDINGS[path.suffix]
 
 
-def write(path: Path, film: Animation, seen: Callable[[int], Any] = lambda done: None) -> None:
-    """Draw the frames and write them, all or nothing; seen(done) is told of each. Raises UserError as `writer` does."""
+def write(path: Path, film: Animation, on_frame: Callable[[int], Any] = lambda done: None) -> None:
+    """Generate the frames and write them atomically; on_frame(done) is called after each.  Raises as `writer` does."""
     save, frames = writer(path), []
     for frame in film.frames:
         frames.append(frame)
-        seen(len(frames))
+        on_frame(len(frames))
     save(path, film, frames)

@@ -1,4 +1,4 @@
-"""What a person names: an option of conf/, an image file, a trained run and what it is told."""
+"""Resolve arguments of the animations: an option of conf/, an image file, a trained run and its conditions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def load_option(group: str, name: str, text: str | None = None) -> Any:
-    """The object, or the function with its options bound, of conf/<group>/<name>.yaml. Raises UserError with the nearest name.
+    """Build conf/<group>/<name>.yaml: an object, or a function with its options bound.
 
-    text: the key that it was given by, where that is not the group's name.
+    text: the argument that names it, if that is not called as the group.  Raises UserError with the closest name.
     """
     from hydra.utils import instantiate
 
@@ -30,23 +30,23 @@ def load_option(group: str, name: str, text: str | None = None) -> Any:
 
 
 def load_image(path: str, size: int, crop: Sequence[float] | None = None) -> Tensor:
-    """The middle square of an image file, (C, size, size) in [-1, 1]; crop: left, top, width, height of the part to take it from.
+    """Load the central square of an image file as (C, size, size) in [-1, 1].
 
-    Raises UserError.
+    crop: left, top, width, height in pixels of the part to take it from.  Raises UserError.
     """
     from PIL import Image, ImageOps
 
     try:
         with open_image(Path(path).expanduser()) as file:
-            whole = file.convert("L" if file.mode in ("1", "L", "I", "F", "I;16") else "RGB")
+            image = file.convert("L" if file.mode in ("1", "L", "I", "F", "I;16") else "RGB")
             if crop is not None:
-                whole = whole.crop(_box(crop, whole.size))
-            square = ImageOps.fit(whole, (size, size), Image.Resampling.LANCZOS)
+                image = image.crop(_box(crop, image.size))
+            square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     except FileNotFoundError:
         raise UserError(f"image={path}: no such file") from None
     except UserError:
         raise
-    except Exception as error:  # Pillow's plugins raise what they please
+    except Exception as error:  # Pillow's plugins raise any type
         raise UserError(
             f"image={path}: {' '.join(str(error).split()) or 'unreadable'}; expected an image file"
         ) from None
@@ -57,13 +57,14 @@ def _box(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, i
     left, top, width, height = (int(one) for one in crop) if len(crop) == 4 else (0, 0, 0, 0)
     if not (0 <= left < left + width <= size[0] and 0 <= top < top + height <= size[1]):
         raise UserError(
-            f"crop={','.join(f'{one:g}' for one in crop)}: expected left,top,width,height within {size[0]} x {size[1]} pixels"
+            f"crop={','.join(f'{one:g}' for one in crop)}: "
+            f"expected left,top,width,height within {size[0]} x {size[1]} pixels"
         )
     return left, top, left + width, top + height
 
 
 def require_at_least(least: int, /, **values: float) -> None:
-    """Raises UserError naming the first of the values that is below `least`."""
+    """Check that all values are at least `least`.  Raises UserError naming the first that is not."""
     for key, value in values.items():
         if value < least:
             raise UserError(f"{key}={value}: expected {least} or more")

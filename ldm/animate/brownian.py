@@ -1,4 +1,4 @@
-"""Brownian motion: what the forward process does to one particle, and to many."""
+"""Animation of Brownian motion: what the forward process does to one particle, and to many."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -19,9 +19,10 @@ def brownian(
     frames: int = 40,  # steps in time
     seed: int = 0,  # of the particles' noise
 ) -> Animation:
-    """Particles that start together and wander in the plane and in space, one followed; their spread grows as the closed form says.
+    """Move particles from one point in the plane and in space, follow one, compare their spread with the closed form.
 
-    Each step adds independent noise; where a particle goes cannot be told, how far all of them go can: E|x|^2 = D t in D dimensions.
+    Each step adds independent noise. The path of a single particle is unpredictable, the spread of all is not:
+    E|x|^2 = D t in D dimensions.
     """
     arguments.require_at_least(1, num=num)
     arguments.require_at_least(2, frames=frames)
@@ -29,9 +30,9 @@ def brownian(
 
 
 def paths(num: int, steps: int, dim: int, seed: int = 0) -> Tensor:
-    """Paths (steps + 1, num, dim), float64, from 0 to time 1: x_t = x_s + noise of variance t - s.
+    """Return paths (steps + 1, num, dim), float64, from time 0 to 1: x_t = x_s + noise of variance t - s.
 
-    The forward process q(x_t | x_s) of the schedule with alpha = 1 and sigma^2 = time.
+    This is the forward process q(x_t | x_s) of the schedule with alpha = 1 and sigma^2 = time.
     """
     ts = torch.linspace(0, 1, steps + 1, dtype=torch.float64).sqrt()  # the schedule's sigma is its t
     draw = KeyedNoise(seed, list(range(num))).sampler_noise(f"brownian {dim}")
@@ -44,7 +45,7 @@ def paths(num: int, steps: int, dim: int, seed: int = 0) -> Tensor:
 
 
 def spread(paths: Tensor) -> Tensor:
-    """The mean of |x|^2 over the particles (steps + 1,)."""
+    """Return the mean of |x|^2 over the particles, (steps + 1,)."""
     return paths.square().sum(-1).mean(-1)
 
 

@@ -1,4 +1,4 @@
-"""The forward process on an image under two schedules."""
+"""Animation of the forward process on an image under two schedules."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,9 +8,8 @@ from torch import Tensor
 from ldm import plotting
 from ldm.animate import arguments
 from ldm.animate.animation import Animation
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.errors import UserError
-from ldm.diffusion.schedule import add_noise
 from ldm.tensors import KeyedNoise
 
 COLOURS = (plotting.BLUE, plotting.RED)
@@ -24,7 +23,7 @@ def forward(
     crop: Sequence[float] | None = None,  # left,top,width,height of the part to show, in pixels
     seed: int = 0,  # of the noise, which is the same under both schedules
 ) -> Animation:
-    """An image with more and more noise under two schedules, and alpha bar of both (Nichol & Dhariwal 2021, fig. 3 and 5)."""
+    """Show an image with growing noise under two schedules, and their alpha bar (Nichol & Dhariwal 2021, fig. 3, 5)."""
     arguments.require_at_least(2, frames=frames)
     arguments.require_at_least(8, size=size)
     if len(schedules) != 2:
@@ -33,14 +32,14 @@ def forward(
 
 
 def process(image: Tensor, schedule: Schedule, ts: Tensor, seed: int = 0) -> Tensor:
-    """alpha x0 + sigma eps (N, C, H, W) of an image (C, H, W) at times (N,), all with the one eps of the seed."""
+    """Return alpha x0 + sigma eps, (N, C, H, W), for an image (C, H, W) at times (N,), with one eps for all times."""
     x0 = image[None]
     eps = KeyedNoise(seed, [0]).normal("forward", x0)
     return torch.cat([add_noise(schedule, x0, eps, t) for t in ts])
 
 
 def alpha_bar(schedule: Schedule, ts: Tensor) -> Tensor:
-    """The signal's share (N,) of the variance at times (N,); alpha^2 where the variance is kept."""
+    """Return the signal's share of the variance at times (N,): alpha^2 for a variance-preserving schedule."""
     return schedule.log_snr(ts).sigmoid()
 
 

@@ -1,4 +1,4 @@
-"""What guidance does: the same seeds at several scales."""
+"""Figure of classifier-free guidance: the same seeds at several guidance scales."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,22 +23,22 @@ def guidance(
     steps: int = 20,  # of DDIM
     seed: int = 0,  # the first row's
 ) -> Animation:
-    """A row for each seed, a column for each scale of classifier-free guidance (Ho & Salimans 2022, fig. 3)."""
+    """Sample each seed (row) with each scale of classifier-free guidance (column) (Ho & Salimans 2022, fig. 3)."""
     arguments.require_at_least(1, num=num, steps=steps)
     model, batch = arguments.model_of(run), arguments.prompt_batch(run, prompt, num)
     ts = grids.trailing(model.denoiser.schedule, steps)
     seeds = range(seed, seed + num)
-    drawn = [tasks.sample(model, batch, seeds, ts, ddim, partial(cfg, scale=scale)) for scale in scales]
-    return Animation(_figure(torch.stack(drawn).cpu(), scales, batch["caption"], seed), 1)
+    images = [tasks.sample(model, batch, seeds, ts, ddim, partial(cfg, scale=scale)) for scale in scales]
+    return Animation(_figure(torch.stack(images).cpu(), scales, batch["caption"], seed), 1)
 
 
-def _figure(drawn: Tensor, scales: Sequence[float], captions: list[str], seed: int) -> Iterator[Tensor]:
-    high, wide = drawn.shape[-2:]
+def _figure(images: Tensor, scales: Sequence[float], captions: list[str], seed: int) -> Iterator[Tensor]:
+    high, wide = images.shape[-2:]
     zoom = max(1, 64 // wide)
     high, wide, gap, left = zoom * high, zoom * wide, 4, 190
-    figure = plotting.canvas(left + len(scales) * (wide + gap) + 8, 30 + drawn.shape[1] * (high + gap) + 4)
+    figure = plotting.canvas(left + len(scales) * (wide + gap) + 8, 30 + images.shape[1] * (high + gap) + 4)
     plotting.words(figure, "guidance scale", left - 10, 8, plotting.SOFT, 12, ha="right")
-    for row in range(drawn.shape[1]):
+    for row in range(images.shape[1]):
         top = 26 + row * (high + gap)
         plotting.words(
             figure, plotting.cut(captions[row], 27), left - 10, top + high / 2 - 8, size=12, ha="right", va="center"
@@ -48,6 +48,6 @@ def _figure(drawn: Tensor, scales: Sequence[float], captions: list[str], seed: i
         )
         for column, scale in enumerate(scales):
             plotting.image(
-                figure, drawn[column, row], left + column * (wide + gap), top, zoom, f"{scale:g}" if row == 0 else ""
+                figure, images[column, row], left + column * (wide + gap), top, zoom, f"{scale:g}" if row == 0 else ""
             )
     yield plotting.frame(figure)

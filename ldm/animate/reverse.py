@@ -1,4 +1,4 @@
-"""The reverse process of a trained model."""
+"""Animation of the reverse process of a trained model."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -27,7 +27,7 @@ def reverse(
     scale: float = 3.0,  # of the guidance
     seed: int = 0,  # the first image's; image i has seed + i
 ) -> Animation:
-    """Images as they are drawn: at each step the state x_t and the data that the model expects from it, both decoded."""
+    """Show sampling step by step: the state x_t and the model's prediction of x0, both decoded."""
     arguments.require_at_least(1, num=num, steps=steps)
     model, batch, draw = (
         arguments.model_of(run),
@@ -35,30 +35,30 @@ def reverse(
         arguments.load_option("sampler", sampler),
     )
     ts = grids.trailing(model.denoiser.schedule, steps)
-    seen, last = sample_states(model, batch, seed, ts, draw, scale)
+    evaluations, last = sample_states(model, batch, seed, ts, draw, scale)
     note = f"{sampler}, {steps} steps, guidance {scale:g}"
-    return Animation(_frames(model, seen, last, note, prompt), len(seen) + 1, seconds=0.12, colours=48)
+    return Animation(_frames(model, evaluations, last, note, prompt), len(evaluations) + 1, seconds=0.12, colours=48)
 
 
 @torch.inference_mode()
 def sample_states(
     model: LatentDiffusion, batch: dict[str, Any], seed: int, ts: Tensor, draw: Sampler, scale: float
 ) -> tuple[list[Evaluation], Tensor]:
-    """What the model was asked and answered at each time of the grid, in latents, and the images (B, C, H, W) of `task.draw`."""
-    seen: list[Evaluation] = []
+    """Record the model's inputs and outputs (latents) at each time of the grid; also return the images (B, C, H, W)."""
+    evaluations: list[Evaluation] = []
     seeds = range(seed, seed + len(batch["index"]))
-    last = tasks.sample(model, batch, seeds, ts, draw, recorded_guidance(partial(cfg, scale=scale), seen))
-    return first_on_grid(seen, ts), last
+    last = tasks.sample(model, batch, seeds, ts, draw, recorded_guidance(partial(cfg, scale=scale), evaluations))
+    return first_on_grid(evaluations, ts), last
 
 
 @torch.inference_mode()
 def _frames(
-    model: LatentDiffusion, seen: list[Evaluation], last: Tensor, note: str, prompt: str | None
+    model: LatentDiffusion, evaluations: list[Evaluation], last: Tensor, note: str, prompt: str | None
 ) -> Iterator[Tensor]:
     columns = plotting.columns_of(len(last))
-    for t, x_t, x0 in [*seen, Evaluation(torch.zeros(()), last, last)]:
-        of = (x_t, x0) if x_t is last else (model.decode(x_t), model.decode(x0))
-        left, right = (plotting.concatenate(images.cpu(), columns) for images in of)
+    for t, x_t, x0 in [*evaluations, Evaluation(torch.zeros(()), last, last)]:
+        pair = (x_t, x0) if x_t is last else (model.decode(x_t), model.decode(x0))
+        left, right = (plotting.concatenate(images.cpu(), columns) for images in pair)
         zoom = max(1, round(200 / left.shape[-1]))
         high, wide = (zoom * side for side in left.shape[-2:])
         figure = plotting.canvas(2 * wide + 36, high + 66)

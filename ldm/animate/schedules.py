@@ -1,4 +1,4 @@
-"""The forward process as a still: one row of images a schedule."""
+"""Figure of the forward process: one row of images per schedule."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +21,10 @@ def schedules(
     crop: Sequence[float] | None = None,  # left,top,width,height of the part to show, in pixels
     seed: int = 0,  # of the noise, the same everywhere
 ) -> Animation:
-    """An image at evenly spaced times under several schedules, one row each, and their alpha bar (Nichol & Dhariwal 2021, fig. 3 and 5)."""
+    """Show an image at evenly spaced times under several schedules (Nichol & Dhariwal 2021, fig. 3, 5).
+
+    The right panel shows their alpha bar.
+    """
     arguments.require_at_least(2, stages=stages)
     arguments.require_at_least(8, size=size)
     return Animation(_figure(arguments.load_image(image, size, crop), names[: len(COLOURS)], stages, seed), 1)

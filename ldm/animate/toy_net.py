@@ -1,4 +1,4 @@
-"""The score of data in the plane, learned: a small network, trained as the large ones are, by the same objective."""
+"""Learn the score of data in the plane with a small network, trained with the same objective as the large ones."""
 
 import math
 from functools import partial
@@ -14,14 +14,14 @@ from ldm.diffusion.objective import Objective
 from ldm.diffusion.prediction import V
 from ldm.tensors import KeyedNoise
 
-BATCH = 512  # rows of a step
-RATE = 4e-3  # of learning, at its highest
-KNOWN = 4096  # points of the data that there are to learn from
-WIDTH = 128  # numbers between two layers
+BATCH = 512  # points per step
+RATE = 4e-3  # maximum learning rate
+KNOWN = 4096  # size of the training set
+WIDTH = 128  # hidden units
 
 
 class ToyNet(nn.Module):
-    """A network of points in the plane: x (B, 2), time (B,) in 0..T-1 -> (B, 2)."""
+    """A network on points in the plane: x (B, 2), time (B,) in 0..T-1 -> (B, 2)."""
 
     def __init__(self, T: int, width: int = WIDTH):
         super().__init__()
@@ -42,9 +42,9 @@ class ToyNet(nn.Module):
 
 
 def train_toy_denoiser(data: Mixture, steps: int, seed: int = 0) -> Denoise:
-    """The denoise function of a network trained for so many steps on points drawn from the data, without a look at its density.
+    """Train a network for `steps` on samples of the data and return its denoise function; the density is not used.
 
-    It takes and gives float64, as the exact one does.
+    Inputs and outputs are float64, as for the exact one.
     """
     T = grids.num_timesteps(data.schedule)
     x0 = data.sample(KeyedNoise(seed, range(KNOWN))).float()
@@ -67,13 +67,16 @@ def train_toy_denoiser(data: Mixture, steps: int, seed: int = 0) -> Denoise:
 
     @torch.no_grad()
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        found = denoiser(x_t.float(), t, Condition())
-        return Denoised(found.x0.to(x_t), found.eps.to(x_t))
+        estimate = denoiser(x_t.float(), t, Condition())
+        return Denoised(estimate.x0.to(x_t), estimate.eps.to(x_t))
 
     return denoise
 
 
 def score_of(denoise: Denoise, data: Mixture, x_t: Tensor, t: Tensor) -> Tensor:
-    """The score (B, 2) that a denoise function implies, -eps / sigma (Song et al. 2021b); at t = 0 that of the schedule's first entry."""
+    """Return the score (B, 2) implied by a denoise function, -eps / sigma (Song et al. 2021b).
+
+    At t = 0 that of the schedule's first entry is returned.
+    """
     t = t.clamp(min=1 / grids.num_timesteps(data.schedule))
     return -denoise(x_t, t).eps / data.schedule.alpha_sigma(t)[1]

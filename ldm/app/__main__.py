@@ -1,6 +1,7 @@
-"""A page to draw in: python -m ldm.app run=RUN [key=value ...]
+"""Serve a web page for sampling: python -m ldm.app run=RUN [key=value ...]
 
-It loads the run once, serves who comes one after another, and keeps what is drawn in the run's folder; it asks no network for anything.
+It loads each run once, serves requests one after another, and saves images in the run's folder; it makes no network
+requests.
 """
 
 import sys
@@ -15,13 +16,13 @@ from ldm.errors import UserError
 
 def app(
     run: str,  # a run folder, or a folder of runs: all of them, the newest first
-    beside: str | None = None,  # another run, drawn from with the same seeds
-    host: str = "127.0.0.1",  # whom it answers: this machine; 0.0.0.0 is everybody who reaches it
+    beside: str | None = None,  # another run, sampled with the same seeds
+    host: str = "127.0.0.1",  # address to serve: this machine only; 0.0.0.0: all network interfaces
     port: int = 7860,
     most_num: int = 64,  # images of one request
     most_steps: int = 500,  # of the sampler
-    most_side: int = 1024,  # pixels, of a drawn image
-    most_megapixels: float = 16.0,  # of a picture that is given
+    most_side: int = 1024,  # pixels, of a generated image
+    most_megapixels: float = 16.0,  # of an uploaded image
 ) -> None:
     """Serve the page until Ctrl-C."""
     from ldm.app.controller import AppController
@@ -39,18 +40,18 @@ def app(
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code. Raises UserError."""
-    asked = read_signature(Path(__file__), "app")
-    if asked is None or {"--help", "-h"} & set(argv):
-        print((__doc__ or "").strip(), asked.describe() if asked else "", sep="\n\n")
+    """Run the command and return its exit code.  Raises UserError."""
+    signature = read_signature(Path(__file__), "app")
+    if signature is None or {"--help", "-h"} & set(argv):
+        print((__doc__ or "").strip(), signature.describe() if signature else "", sep="\n\n")
         return 0
-    given = asked.parse(list(argv))
-    if not 0 <= given.get("port", 0) < 2**16:
-        raise UserError(f"port={given['port']}: expected 0 (any that is free) to 65535")
+    options = signature.parse(list(argv))
+    if not 0 <= options.get("port", 0) < 2**16:
+        raise UserError(f"port={options['port']}: expected 0 (any free port) to 65535")
     try:
-        app(**given)
+        app(**options)
     except KeyboardInterrupt:
-        print("ended")
+        print("stopped")
     return 0
 
 

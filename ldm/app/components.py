@@ -1,4 +1,4 @@
-"""The fields of the page: those that all tabs share, and each tab's own."""
+"""The form fields of the page: those shared by all tabs, and each tab's own."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Tab:
 
 
 def common_fields(limits: Limits, session: Session) -> list[Any]:
-    """The components of desk.Settings, in its order."""
+    """Create the components of controller.Settings, in its order."""
     import gradio as gr
 
     keys = session.model.conditioner.keys
@@ -41,12 +41,12 @@ def common_fields(limits: Limits, session: Session) -> list[Any]:
 
 
 def classes(session: Session) -> list[tuple[str, str]]:
-    """What the field of classes offers."""
+    """Return the choices of the class field."""
     return [("all, in turn", ""), *((name, name) for name in session.card.classes)]
 
 
 def text_tab(session: Session) -> Tab:
-    """From noise."""
+    """Create the tab for images from noise."""
     import gradio as gr
 
     with gr.Row():
@@ -55,46 +55,46 @@ def text_tab(session: Session) -> Tab:
 
 
 def img2img_tab(session: Session) -> Tab:
-    """From a picture."""
+    """Create the tab for variations of an image."""
     import gradio as gr
 
     file = _picture("restyle-file")
-    strength = gr.Slider(0.05, 1.0, 0.6, step=0.05, label="Strength: how much is drawn anew", elem_id="strength")
+    strength = gr.Slider(0.05, 1.0, 0.6, step=0.05, label="Strength: how much is changed", elem_id="strength")
     return Tab(_button("restyle"), requests.img2img, [file, strength])
 
 
 def inpaint(session: Session) -> Tab:
-    """A picture, painted over."""
-    brush = max(2, session.card.size // 8)  # pixels of the picture: `auto` covers a small one whole
-    painted = _editor("inpaint-editor", "Paint over what is to be drawn anew", [RED], brush, height=420)
+    """Create the tab for inpainting."""
+    brush = max(2, session.card.size // 8)  # pixels; `auto` would cover a small image completely
+    painted = _editor("inpaint-editor", "Paint over the region to generate", [RED], brush, height=420)
     return Tab(_button("inpaint"), requests.inpaint, [painted])
 
 
 def outpaint(session: Session) -> Tab:
-    """A picture, made wider or higher."""
+    """Create the tab for outpainting."""
     import gradio as gr
 
     file = _picture("outpaint-file")
     with gr.Row():
-        places = ("left", "right", "above", "below")
+        directions = ("left", "right", "above", "below")
         sides = [
-            gr.Number(0, label=f"Pixels {place}", precision=0, min_width=80, elem_id=f"pixels-{place}")
-            for place in places
+            gr.Number(0, label=f"Pixels {name}", precision=0, min_width=80, elem_id=f"pixels-{name}")
+            for name in directions
         ]
     return Tab(_button("outpaint"), requests.outpaint, [file, *sides])
 
 
 def super_resolution_tab(session: Session) -> Tab:
-    """A picture, made larger."""
+    """Create the tab for super-resolution."""
     return Tab(_button("enlarge"), requests.super_resolution, [_picture("enlarge-file")])
 
 
 def semantic_map_tab(session: Session) -> Tab:
-    """A map of classes, painted."""
+    """Create the tab for a painted semantic map."""
     import gradio as gr
 
-    several = requests.find_conditioner(session, "map").classes if "map" in session.model.conditioner.keys else 2
-    colours = requests.palette(several)
+    num_classes = requests.find_conditioner(session, "map").classes if "map" in session.model.conditioner.keys else 2
+    colours = requests.palette(num_classes)
     gr.HTML(style.legend(colours))
     hexes = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in colours]
     label = "Paint with the colours of the classes; the white ground is class 0"
@@ -103,20 +103,19 @@ def semantic_map_tab(session: Session) -> Tab:
 
 
 def hint(session: Session) -> Tab:
-    """From noise, along a hint of a ControlNet."""
+    """Create the tab for a ControlNet's hint."""
     import gradio as gr
 
     file = _picture("hint-file")
     return Tab(
         _button("hint"),
         requests.controlnet,
-        [file, gr.Checkbox(True, label="Make the hint of this picture", elem_id="extract")],
+        [file, gr.Checkbox(True, label="Compute the hint from this image", elem_id="extract")],
     )
 
 
-TABS: dict[
-    str, tuple[str, str | None, Callable[[Session], Tab]]
-] = {  # id -> (title, the key that a model must listen to, its fields)
+# id -> (title, the key of a batch that the conditioner must read, function that creates the tab)
+TABS: dict[str, tuple[str, str | None, Callable[[Session], Tab]]] = {
     "words": ("From noise", None, text_tab),
     "restyle": ("Image to image", None, img2img_tab),
     "inpaint": ("Inpaint", None, inpaint),
@@ -138,7 +137,7 @@ def _editor(name: str, label: str, colours: list[Any], brush: Any, **more: Any) 
 
     return gr.ImageEditor(
         type="pil",
-        format="png",  # the default loses: webp
+        format="png",  # the default, webp, is lossy
         label=label,
         sources=("upload", "clipboard"),
         transforms=(),
@@ -154,7 +153,7 @@ def _editor(name: str, label: str, colours: list[Any], brush: Any, **more: Any) 
 def _picture(name: str) -> Any:
     import gradio as gr
 
-    unchanged: Any = None  # the file as it came
+    unchanged: Any = None  # keep the file's mode
     return gr.Image(
         type="filepath",
         image_mode=unchanged,

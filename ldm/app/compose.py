@@ -1,4 +1,4 @@
-"""What a person chose on the page, as the config that `python sample.py` would have composed of it."""
+"""Compose the settings of the page to the config that `python sample.py` would have."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -10,13 +10,13 @@ from ldm.config.overrides import ConfigSearchPath, escape
 from ldm.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMPOSING = Lock()  # Hydra composes one config at a time in a process
+COMPOSING = Lock()  # Hydra can compose one config at a time in a process
 
 
 def compose_request(choices: Mapping[str, str], values: Mapping[str, Any]) -> Any:
-    """The config of `python sample.py GROUP=OPTION ... KEY=VALUE ...`, checked as that is.
+    """Compose and validate the config of `python sample.py GROUP=OPTION ... KEY=VALUE ...`.
 
-    choices: group -> option.  values: dotted key -> plain value; text arrives as it is.  Raises UserError.
+    choices: group -> option.  values: dotted key -> plain value; text is taken literally.  Raises UserError.
     """
     from omegaconf import OmegaConf
 
@@ -33,10 +33,13 @@ def compose_request(choices: Mapping[str, str], values: Mapping[str, Any]) -> An
 
 @cache
 def composed(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """conf/sample.yaml with these options as plain data, interpolations left as they are. Raises UserError for one that is not there."""
+    """Compose conf/sample.yaml with these options as plain data, interpolations unresolved.
+
+    Raises UserError for an unknown option.
+    """
     from omegaconf import OmegaConf
 
-    import ldm.config.search_path  # noqa: F401  makes experiments/ a group
+    import ldm.config.search_path  # noqa: F401  registers experiments/ as a config group
     from ldm.config.compose import Composition
 
     groups = ConfigSearchPath((CONF,), CONF.parent).groups()
@@ -47,12 +50,13 @@ def composed(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
         ConfigSearchPath((CONF,), CONF.parent), "sample", False, [f"{group}={option}" for group, option in choices]
     )
     with COMPOSING:
-        whole = plan.compose(plan.overrides)
-    return OmegaConf.to_container(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"]))  # type: ignore[return-value]
+        config = plan.compose(plan.overrides)
+    bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return OmegaConf.to_container(bare)  # type: ignore[return-value]
 
 
 def available_samplers() -> list[str]:
-    """The options of conf/sampler that draw from noise with any model and any grid."""
+    """List the options of conf/sampler that sample from noise with any model and any grid."""
     return [
         name
         for name in ConfigSearchPath((CONF,), CONF.parent).groups()["sampler"]

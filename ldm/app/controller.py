@@ -1,4 +1,4 @@
-"""What the page does, whatever it looks like: each answer is a sequence of Views, the last of which stays."""
+"""The logic of the web page, independent of its layout: each action yields Views, the last of which stays."""
 
 import time
 from base64 import b64encode
@@ -17,17 +17,18 @@ from ldm.cli.errors import user_error_message
 from ldm.errors import UserError
 from ldm.sampling.monitor import SamplerState
 
-POLL_SECONDS = 0.3  # seconds between two looks at what is being drawn
-PREVIEW_IMAGES = 16  # images of a preview
+POLL_SECONDS = 0.3  # between two updates of the progress
+PREVIEW_IMAGES = 16  # maximum images of a preview
 
 Form = Callable[..., TaskRequest]  # (session, limits, fields)
 
 
 @dataclass(frozen=True)
 class View:
-    """stage: HTML.  drawn: the files of each run that was asked, None while they are being made.  names: of the runs.
+    """What the page shows.
 
-    archive: all the files, zipped.
+    stage: HTML.  images: the files of each requested run, None while they are being generated.  names: of the runs.
+    archive: a zip of all files.
     """
 
     stage: str
@@ -38,7 +39,7 @@ class View:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every tab asks for; label: a class by name, None for all in turn."""
+    """Settings shared by all tabs; label: a class name, None for all classes in turn."""
 
     prompt: str | None = ""
     negative: str | None = ""
@@ -52,7 +53,10 @@ class Settings:
 
 @dataclass
 class AppController:
-    """The one place where requests come in. who: a name for each person's page; a new request of theirs ends the one before."""
+    """Entry point of all requests.
+
+    who: identifies the page of one user; a new request of the same user cancels the previous one.
+    """
 
     sessions: SessionCache
     limits: Limits = field(default_factory=Limits)
@@ -66,7 +70,7 @@ class AppController:
     def draw(
         self, who: str, runs: Sequence[str], form: Form, fields: Sequence[Any], settings: Settings
     ) -> Iterator[View]:
-        """Images of each run, from the same seeds."""
+        """Generate images from each run with the same seeds."""
 
         def check() -> list[tuple[Session, Any]]:
             return [
@@ -74,8 +78,8 @@ class AppController:
                 for session in (self.sessions[run] for run in runs)
             ]
 
-        def work(asked: list[tuple[Session, Any]], job: Job) -> list[list[Path]]:
-            return [session.draw(request, job.watch) for session, request in asked]
+        def work(jobs: list[tuple[Session, Any]], job: Job) -> list[list[Path]]:
+            return [session.draw(request, job.watch) for session, request in jobs]
 
         for view in self._served(who, check, work):
             if view.images is None:
@@ -90,16 +94,16 @@ class AppController:
             )
 
     def repeat(self, who: str, run: str, file: Path) -> Iterator[View]:
-        """An image of a run made once more: the drawn are what it was and what it is."""
-        said = ""
+        """Generate an image of a run once more; the result is the old and the new image."""
+        comparison = ""
 
         def work(session: Session, job: Job) -> list[list[Path]]:
-            nonlocal said
-            new, said = session.repeat(file, job.watch)
+            nonlocal comparison
+            new, comparison = session.repeat(file, job.watch)
             return [[file, new]]
 
         for view in self._served(who, lambda: self.sessions[run], work):
-            yield view if view.images is None else View(style.note(f"Made again: {said}."), view.images)
+            yield view if view.images is None else View(style.note(f"Made again: {comparison}."), view.images)
 
     def request(self, session: Session, form: Form, fields: Sequence[Any], settings: Settings) -> Any:
         """The request of sample.py for a form of the page. Raises UserError before anything is computed."""
@@ -120,32 +124,33 @@ class AppController:
         )
 
     def stop(self, who: str) -> None:
-        """End what someone asked for last, if it has not ended."""
+        """Cancel the last request of a user, if it has not finished."""
         if who in self.jobs:
             self.line.stop(self.jobs[who])
 
     def disconnect(self, who: str) -> None:
-        """Someone's page was closed."""
+        """Clean up when a user closes the page."""
         self.stop(who)
         self.jobs.pop(who, None)
 
     def list_images(self, run: str) -> list[Path]:
-        """What was drawn from a run, the newest first."""
+        """List the images generated from a run, newest first."""
         return storage.list_images(self.sessions[run].home)
 
     def _served(self, who: str, check: Callable[[], Any], work: Callable[[Any, Job], Any]) -> Iterator[View]:
+        """Check a request, run it in the queue and yield Views of its progress and result."""
         self.stop(who)
         yield View(style.note("Looking at the request …"))
         try:
-            asked = check()
-            job = self.jobs[who] = self.line.start(lambda job: work(asked, job))
+            request = check()
+            job = self.jobs[who] = self.line.start(lambda job: work(request, job))
         except Exception as error:
-            said = user_error_message(error)
-            if said is None:
+            message = user_error_message(error)
+            if message is None:
                 raise
-            yield View(style.error(said))
+            yield View(style.error(message))
             return
-        began, last = time.monotonic(), None
+        start, last = time.monotonic(), None
         while not job.done.wait(self.looks):
             before = self.line.position(job)
             if before:
@@ -155,28 +160,24 @@ class AppController:
                 yield View(style.progress(last.done, last.total, last.seconds_left, preview(last)))
         if job.result is None:
             yield View(
-                style.note("Stopped; nothing of it was kept.")
-                if job.watch.stop.is_set()
-                else style.error(job.error or "")
+                style.note("Stopped; no image was saved.") if job.watch.stop.is_set() else style.error(job.error or "")
             )
             return
-        count = sum(map(len, job.result))
+        count, seconds = sum(map(len, job.result)), time.monotonic() - start
         yield View(
-            style.note(
-                f"{count} image{'s' if count > 1 else ''} in {time.monotonic() - began:.1f} s, in {job.result[0][0].parent}"
-            ),
+            style.note(f"{count} image{'s' if count > 1 else ''} in {seconds:.1f} s, in {job.result[0][0].parent}"),
             job.result,
         )
 
 
-def preview(seen: SamplerState) -> str:
-    """The images that a sampler expects, as the address of a PNG."""
+def preview(state: SamplerState) -> str:
+    """Return the sampler's current prediction of the images as a data URL of a PNG."""
     import torch
 
     from ldm.io.images import encode_png, make_grid
     from ldm.metrics.features import to_uint8
 
     with torch.inference_mode():
-        images = to_uint8(seen.decode(seen.x0[:PREVIEW_IMAGES])).cpu()
+        images = to_uint8(state.decode(state.x0[:PREVIEW_IMAGES])).cpu()
     sheet = make_grid(images, max(1, round(len(images) ** 0.5)), zoom=max(1, 96 // images.shape[-1]))
     return f"data:image/png;base64,{b64encode(encode_png(sheet)).decode()}"

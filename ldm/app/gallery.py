@@ -1,4 +1,4 @@
-"""What was drawn before: looked at, with how it was made, and made again."""
+"""The gallery tab: earlier images, their settings, and a button that reproduces them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ldm.cli.errors import user_error_message
 
 @dataclass(frozen=True)
 class Gallery:
-    """The components of the tab; files: a State of what the gallery shows, chosen: one of the file that is looked at."""
+    """The components of the tab; files: State of the images shown, chosen: State of the selected file."""
 
     desk: AppController
     listed: Any
@@ -23,19 +23,23 @@ class Gallery:
     stage: Any
     both: Any
 
-    def connect_events(self, run: Any, opened: Sequence[Any]) -> None:
-        """Say what happens when an image is chosen, when the button is pressed, and at the events that show the tab."""
-        for event in opened:
+    def connect_events(self, run: Any, shown: Sequence[Any]) -> None:
+        """Connect the handlers: an image is selected, the button is pressed, or an event in `shown` shows the tab."""
+        for event in shown:
             event(self._list, run, [self.listed, self.files, self.chosen], show_progress="hidden")
         self.listed.select(self._choose(), self.files, [self.chosen, self.message], show_progress="hidden")
         self.button.click(
-            self._again(), [run, self.chosen], [self.stage, self.both], show_progress="hidden", concurrency_limit=None
+            self._reproduce(),
+            [run, self.chosen],
+            [self.stage, self.both],
+            show_progress="hidden",
+            concurrency_limit=None,
         )
 
     def _list(self, run: str) -> tuple[Any, ...]:
         try:
             files = self.desk.list_images(run)
-        except Exception:  # a run that cannot be loaded, which is said elsewhere
+        except Exception:  # a run that cannot be loaded, reported elsewhere
             files = []
         return with_captions(files), [str(file) for file in files], None
 
@@ -50,10 +54,10 @@ class Gallery:
 
         return choose
 
-    def _again(self) -> Any:
+    def _reproduce(self) -> Any:
         import gradio as gr
 
-        def again(request: gr.Request, run: str, file: str | None) -> Iterator[tuple[Any, ...]]:
+        def reproduce(request: gr.Request, run: str, file: str | None) -> Iterator[tuple[Any, ...]]:
             if file is None:
                 yield style.error("choose an image first"), gr.update()
                 return
@@ -63,26 +67,26 @@ class Gallery:
                     gr.update() if view.images is None else gr.update(value=_pair(view.images[0]), visible=True),
                 )
 
-        return again
+        return reproduce
 
 
 def build_gallery(desk: AppController) -> Gallery:
-    """The components, where they stand."""
+    """Create the components in their layout."""
     import gradio as gr
 
     with gr.Row():
         with gr.Column(scale=5, min_width=380):
             listed = gallery("made", columns=6)
         with gr.Column(scale=4, min_width=380):
-            said = gr.HTML(style.note("Choose an image to see how it was made."), elem_id="settings")
+            message = gr.HTML(style.note("Choose an image to see how it was made."), elem_id="settings")
             button = gr.Button("Make it again", variant="primary", elem_id="again")
             stage = gr.HTML("", elem_id="again-said")
             both = gallery("both", columns=2, visible=False)
-    return Gallery(desk, listed, gr.State([]), gr.State(None), said, button, stage, both)
+    return Gallery(desk, listed, gr.State([]), gr.State(None), message, button, stage, both)
 
 
 def gallery(name: str, columns: int = 4, visible: bool = True) -> Any:
-    """Images in rows; a click shows one large."""
+    """Create a gallery of images in rows; a click shows one large."""
     import gradio as gr
 
     return gr.Gallery(
@@ -99,9 +103,9 @@ def gallery(name: str, columns: int = 4, visible: bool = True) -> Any:
 
 
 def with_captions(files: Sequence[Path], name: str = "") -> list[tuple[str, str]]:
-    """Images with their seeds, and the name of their run where there are several."""
+    """Pair image files with captions: the seed, and the name of the run if there are several."""
     return [(str(file), f"seed {int(file.stem)}{', ' if name else ''}{name}") for file in files]
 
 
 def _pair(files: Sequence[Path]) -> list[tuple[str, str]]:
-    return [(str(file), said) for file, said in zip(files, ("as it was", "made again"), strict=True)]
+    return [(str(file), caption) for file, caption in zip(files, ("as it was", "made again"), strict=True)]

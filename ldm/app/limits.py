@@ -1,4 +1,4 @@
-"""What is too much for a page, said before anything is computed."""
+"""Limits on requests to the web page, checked before anything is computed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ RAISE_LIMIT_HINT = "raise it with {} when the page is started"
 
 @dataclass(frozen=True)
 class Limits:
-    """num: images of one request.  steps: of the sampler.  side: of a drawn image, pixels.  megapixels: of a file that is given.
+    """Limits of one request.
 
-    waiting: requests in line.  words: characters of a prompt.
+    num: images.  steps: of the sampler.  side: of a generated image, pixels.  megapixels: of an uploaded file.
+    waiting: requests in the queue.  words: characters of a prompt.
     """
 
     num: int = 64
@@ -25,7 +26,10 @@ class Limits:
     words: int = 2000
 
     def check(self, values: Mapping[str, Any], size: tuple[int, int]) -> None:
-        """Raises UserError naming the value for a request, of images of size (height, width), that is too large or not a request."""
+        """Check a request for images of size (height, width).
+
+        Raises UserError naming the first value that is invalid or above its limit.
+        """
         for name, most, option in (("num", self.num, "most_num"), ("steps", self.steps, "most_steps")):
             value = parse_int(name, values[name])
             if not 1 <= value <= most:
@@ -34,20 +38,21 @@ class Limits:
             raise UserError(f"seed={values['seed']}: expected 0 to {2**31 - 1}")
         if max(size) > self.side or min(size) < 1:
             raise UserError(
-                f"images of {size[1]} x {size[0]} pixels: expected a side of 1 to {self.side}; {RAISE_LIMIT_HINT.format('most_side=')}"
+                f"images of {size[1]} x {size[0]} pixels: expected a side of 1 to {self.side}; "
+                f"{RAISE_LIMIT_HINT.format('most_side=')}"
             )
         for name in ("prompt", "negative"):
             if len(values.get(name) or "") > self.words:
                 raise UserError(f"{name} of {len(values[name])} characters: expected {self.words} at most")
 
     def image_size(self, name: str, path: Path) -> tuple[int, int]:
-        """The (height, width) of a file that a person gave, from its first bytes. Raises UserError for one too large, or no image."""
+        """Read (height, width) of an uploaded file.  Raises UserError if it is not an image, or too large."""
         from PIL import Image
 
         try:
             with Image.open(path) as image:
                 width, height = image.size
-        except Exception as error:  # Pillow's plugins raise what they please
+        except Exception as error:  # Pillow's plugins raise any type
             raise UserError(
                 f"{name} cannot be read as an image ({' '.join(str(error).replace(str(path), name).split())})"
             ) from None
@@ -55,7 +60,7 @@ class Limits:
         return height, width
 
     def check_area(self, name: str, width: int, height: int) -> None:
-        """Raises UserError for a picture that is too large."""
+        """Raise UserError for an image with too many pixels."""
         if width * height > self.megapixels * 1e6:
             many = f"{name} of {width} x {height} pixels, {width * height / 1e6:.1f} megapixels"
             raise UserError(
@@ -64,7 +69,7 @@ class Limits:
 
 
 def parse_int(name: str, value: Any) -> int:
-    """A number from a form as an int. Raises UserError for an empty field, and for what is no whole number."""
+    """Convert a number from a form to int.  Raises UserError for an empty field and for a number with a fraction."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or int(value) != value:
         raise UserError(f"{name}{'' if value is None else f'={value}'}: expected a whole number")
     return int(value)

@@ -1,4 +1,4 @@
-"""The page itself: what stands where, each button wired to the desk."""
+"""The layout of the web page; each button calls the controller."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +9,11 @@ from ldm.app.controller import AppController, Form, Settings, View
 from ldm.app.gallery import build_gallery, gallery, with_captions
 from ldm.cli.errors import user_error_message
 
-ABOUT = "Everything that is drawn here is kept in the run's folder, with all that is needed to draw it again."
+ABOUT = "All images are saved in the run's folder, with everything that is needed to reproduce them."
 
 
 def page(desk: AppController, beside: str | None = None) -> Any:
-    """The whole page of a desk, a gradio.Blocks. beside: the run that is drawn from as well, to begin with."""
+    """Build the page of a controller as a gradio.Blocks; beside: a second run to sample from, selected initially."""
     import gradio as gr
 
     runs, session = desk.sessions.runs, desk.sessions[desk.sessions.runs[0]]
@@ -24,7 +24,7 @@ def page(desk: AppController, beside: str | None = None) -> Any:
         with gr.Row():
             run = gr.Dropdown(names, value=runs[0], label="Run", elem_id="run")
             other = gr.Dropdown(
-                [("none", ""), *names], value=beside or "", label="Beside it, from the same seeds", elem_id="beside"
+                [("none", ""), *names], value=beside or "", label="Compare with, same seeds", elem_id="beside"
             )
         with gr.Tabs():
             with gr.Tab("Draw"), gr.Row():
@@ -37,19 +37,19 @@ def page(desk: AppController, beside: str | None = None) -> Any:
                                 forms.append(make(session))
                             tabs.append(tab)
                 with gr.Column(scale=5, min_width=380):
-                    stage = gr.HTML(style.note("Nothing was drawn yet."), elem_id="stage")
+                    stage = gr.HTML(style.note("No images yet."), elem_id="stage")
                     stop = gr.Button("Stop", size="sm", elem_id="stop")
                     first, second = gallery("drawn"), gallery("drawn-beside", visible=bool(beside))
                     archive = gr.DownloadButton("Download all (zip)", size="sm", visible=False, elem_id="archive")
-            with gr.Tab("Gallery") as opened:
-                before = build_gallery(desk)
+            with gr.Tab("Gallery") as gallery_tab:
+                gallery_view = build_gallery(desk)
         for form in forms:
             inputs, outputs = [run, other, *settings, *form.fields], [stage, first, second, archive]
             form.button.click(_drawing(desk, form.form), inputs, outputs, concurrency_limit=None, **quiet)
         stop.click(_for_whom(desk.stop), None, None, queue=False, **quiet)
         other.change(lambda name: gr.update(visible=bool(name)), other, second, **quiet)
         run.change(_switching(desk), run, [stage, *settings[:3], *forms[0].fields, *tabs], **quiet)
-        before.connect_events(run, [opened.select, run.change])
+        gallery_view.connect_events(run, [gallery_tab.select, run.change])
         blocks.unload(_for_whom(desk.disconnect))
     return blocks
 
@@ -66,7 +66,7 @@ def _drawing(desk: AppController, form: Form) -> Callable[..., Iterator[tuple[An
 
 
 def _shown(view: View) -> tuple[Any, ...]:
-    """A View as the values of the stage, the two galleries and the archive."""
+    """Convert a View to the values of the stage, the two galleries and the archive."""
     import gradio as gr
 
     if view.images is None:
@@ -81,14 +81,14 @@ def _shown(view: View) -> tuple[Any, ...]:
 def _for_whom(act: Callable[[str], None]) -> Callable[..., None]:
     import gradio as gr
 
-    def acted(request: gr.Request) -> None:
+    def handler(request: gr.Request) -> None:
         act(str(request.session_hash))
 
-    return acted
+    return handler
 
 
 def _switching(desk: AppController) -> Callable[[str], tuple[Any, ...]]:
-    """What another run changes: what it can be told, and which tabs it has."""
+    """Return the handler for a change of run: it updates the run's conditions and tabs."""
     import gradio as gr
 
     needed = [key for _, key, _ in components.TABS.values()]

@@ -1,4 +1,4 @@
-"""Requests served one after another, each in a thread of its own that outlives who asked for it, so that the line always moves on."""
+"""Serve requests one after another, each in its own thread, which outlives the page that sent it: the queue moves on."""
 
 import traceback
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ldm.sampling.monitor import SamplerMonitor, SamplingCancelled
 
 @dataclass(eq=False)
 class Job:
-    """One request: what is looked at while it runs, and what it came to; `said` is why it came to nothing."""
+    """One request: its progress while it runs, its result, and the error message if it failed."""
 
     watch: SamplerMonitor = field(default_factory=SamplerMonitor)
     done: Event = field(default_factory=Event)
@@ -22,7 +22,7 @@ class Job:
 
 
 class RequestQueue:
-    """First come, first served. most: that may wait."""
+    """First come, first served; most: maximum number of waiting requests."""
 
     def __init__(self, most: int = 8):
         self.most = most
@@ -30,7 +30,7 @@ class RequestQueue:
         self._moved = Condition()
 
     def start(self, work: Callable[[Job], Any]) -> Job:
-        """The job of work(job), whose turn comes when those before it are done. Raises UserError for a line that is too long."""
+        """Queue work(job) and return the job.  Raises UserError if the queue is full."""
         job = Job()
         with self._moved:
             if len(self._jobs) > self.most:
@@ -40,12 +40,12 @@ class RequestQueue:
         return job
 
     def position(self, job: Job) -> int:
-        """How many are served before a job."""
+        """Return the number of jobs served before this one."""
         with self._moved:
             return self._jobs.index(job) if job in self._jobs else 0
 
     def stop(self, job: Job) -> None:
-        """End a job at its next step, or where it waits."""
+        """Cancel a job at its next step, or while it waits."""
         with self._moved:
             job.watch.stop.set()
             self._moved.notify_all()
@@ -63,7 +63,7 @@ class RequestQueue:
             job.error = user_error_message(error)
             if job.error is None:
                 traceback.print_exc()
-                job.error = f"{type(error).__name__} within the program, which goes on; its terminal says more"
+                job.error = f"{type(error).__name__} in the program, which keeps running; see its terminal"
         finally:
             with self._moved:
                 self._jobs.remove(job)

@@ -1,4 +1,4 @@
-"""What each tab asks for, as values of sample.py: a form is a function (session, limits, its fields) -> Asked."""
+"""Convert each tab's fields to values of sample.py; a form is a function (session, limits, fields) -> TaskRequest."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """An option of conf/task with its values, and the (height, width) of the images it comes to."""
+    """An option of conf/task with its values, and the (height, width) of the resulting images."""
 
     task: str
     values: Mapping[str, Any]
@@ -22,20 +22,23 @@ class TaskRequest:
 
 
 def generate(session: Session, limits: Limits, height: Any, width: Any) -> TaskRequest:
-    """From noise, at a size in pixels."""
+    """Request images from noise, at a size in pixels."""
     size = (parse_int("height", height), parse_int("width", width))
     return TaskRequest("generate", {"size": list(size)}, size)
 
 
 def img2img(session: Session, limits: Limits, file: str | None, strength: float) -> TaskRequest:
-    """From a picture with noise up to `strength`."""
+    """Request variations of an image, with noise up to `strength`."""
     return TaskRequest(
         "img2img", {"image": store_picture(session, limits, file), "strength": float(strength)}, training_size(session)
     )
 
 
 def inpaint(session: Session, limits: Limits, painted: Mapping[str, Any] | None) -> TaskRequest:
-    """What was painted over drawn anew. painted: the `background` and `layers`, Pillow images of one size."""
+    """Request new content for the painted region.
+
+    painted: `background` and `layers`, Pillow images of one size.
+    """
     ground = editor_layer(limits, painted, "background", "a picture")
     image, mask = (
         encode_png(ground.convert("RGB" if session.card.channels == 3 else "L")),
@@ -51,7 +54,7 @@ def inpaint(session: Session, limits: Limits, painted: Mapping[str, Any] | None)
 def outpaint(
     session: Session, limits: Limits, file: str | None, left: Any, right: Any, top: Any, bottom: Any
 ) -> TaskRequest:
-    """A picture with so many pixels added on each side."""
+    """Request an image extended by so many pixels on each side."""
     sides = {
         name: parse_int(name, side)
         for name, side in {"left": left, "right": right, "top": top, "bottom": bottom}.items()
@@ -62,7 +65,7 @@ def outpaint(
 
 
 def super_resolution(session: Session, limits: Limits, file: str | None) -> TaskRequest:
-    """A picture as many times as large as the model was trained to make it."""
+    """Request an image enlarged by the factor that the model was trained for."""
     low_res = store_picture(session, limits, file)
     scale = find_conditioner(session, "low_res").scale
     height, width = limits.image_size("the picture", Path(low_res))
@@ -70,16 +73,16 @@ def super_resolution(session: Session, limits: Limits, file: str | None) -> Task
 
 
 def semantic(session: Session, limits: Limits, painted: Mapping[str, Any] | None) -> TaskRequest:
-    """From a map that was painted in the colours of the classes."""
-    shown = editor_layer(limits, painted, "composite", "a map")
-    values = classes_from_colours(shown, palette(find_conditioner(session, "map").classes))
+    """Request an image of a semantic map painted in the colours of the classes."""
+    canvas = editor_layer(limits, painted, "composite", "a map")
+    values = classes_from_colours(canvas, palette(find_conditioner(session, "map").classes))
     return TaskRequest(
         "semantic", {"map": str(storage.store_upload(session.home, encode_png(values), ".png"))}, training_size(session)
     )
 
 
 def controlnet(session: Session, limits: Limits, file: str | None, extract: bool) -> TaskRequest:
-    """From noise, along a hint; extract: the picture is what the hint is made of, at any size."""
+    """Request images from noise with a hint; extract: compute the hint from the uploaded image, of any size."""
     return TaskRequest(
         "generate",
         {"hints": store_picture(session, limits, file), "preprocess_hints": bool(extract)},
@@ -88,7 +91,7 @@ def controlnet(session: Session, limits: Limits, file: str | None, extract: bool
 
 
 def conditions(session: Session, prompt: str | None, negative: str | None, label: str | None) -> dict[str, Any]:
-    """What the model is told, of what it listens to. Raises UserError for an empty prompt where it listens to nothing else."""
+    """Return the conditions that the model accepts.  Raises UserError if it needs a prompt and the prompt is empty."""
     keys = session.model.conditioner.keys
     prompt, negative = (text.strip() if text else "" for text in (prompt, negative))
     if "caption" in keys and prompt:
@@ -101,7 +104,7 @@ def conditions(session: Session, prompt: str | None, negative: str | None, label
 
 
 def store_picture(session: Session, limits: Limits, file: str | None) -> str:
-    """Where a picture that was given is kept. Raises UserError without one, or for one that is too large."""
+    """Save an uploaded image and return its path.  Raises UserError if there is none, or if it is too large."""
     if not file:
         raise UserError("no picture was given: drop one into its field")
     path = Path(file)
@@ -110,7 +113,7 @@ def store_picture(session: Session, limits: Limits, file: str | None) -> str:
 
 
 def mask_from_strokes(ground: Any, strokes: Sequence[Any]) -> Any:
-    """The mask of all strokes over a picture, Pillow images, white where there is any. Raises UserError without one."""
+    """Return the mask of all strokes, white where any is painted (Pillow).  Raises UserError if nothing is painted."""
     from PIL import Image, ImageChops
 
     mask = Image.new("L", ground.size, 0)
@@ -120,12 +123,12 @@ def mask_from_strokes(ground: Any, strokes: Sequence[Any]) -> Any:
             mask, alpha if alpha.size == mask.size else alpha.resize(mask.size, Image.Resampling.NEAREST)
         )
     if mask.getbbox() is None:
-        raise UserError("nothing was painted: paint over what is to be drawn anew")
+        raise UserError("nothing was painted: paint over the region to generate")
     return mask
 
 
 def editor_layer(limits: Limits, painted: Mapping[str, Any] | None, name: str, what: str) -> Any:
-    """An image of what was painted, laid on white. Raises UserError where there is none, or for one that is too large."""
+    """Return a layer of the editor, composited on white.  Raises UserError if it is missing or too large."""
     from ldm.data.decode import composite_alpha
 
     if painted is None or painted.get(name) is None:
@@ -135,36 +138,37 @@ def editor_layer(limits: Limits, painted: Mapping[str, Any] | None, name: str, w
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:
-    """A colour (red, green, blue) for each class, the first white."""
+    """Return a colour (red, green, blue) for each class; the first is white."""
     from colorsys import hls_to_rgb
 
     ring = [hls_to_rgb((0.58 + i * 0.618) % 1, (0.5, 0.36, 0.64)[i % 3], 0.6) for i in range(classes - 1)]
     return [(255, 255, 255), *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in ring)]
 
 
-def classes_from_colours(shown: Any, colours: Sequence[tuple[int, int, int]]) -> Any:
-    """The map of a painted Pillow image: at each pixel the class of the nearest colour, as a grey Pillow image."""
+def classes_from_colours(painted: Any, colours: Sequence[tuple[int, int, int]]) -> Any:
+    """Map each pixel of a painted Pillow image to the class with the nearest colour, as a grey Pillow image."""
     import torch
     from PIL import Image
 
-    wide, high = shown.size
-    pixels = torch.frombuffer(bytearray(shown.convert("RGB").tobytes()), dtype=torch.uint8).reshape(-1, 3).float()
+    wide, high = painted.size
+    pixels = torch.frombuffer(bytearray(painted.convert("RGB").tobytes()), dtype=torch.uint8).reshape(-1, 3).float()
     nearest = torch.cdist(pixels, torch.tensor(colours).float()).argmin(1).byte()
     return Image.frombytes("L", (wide, high), bytes(nearest.tolist()))
 
 
 def find_conditioner(session: Session, key: str) -> Any:
-    """The conditioner, of those the model has, that listens to a key of the batch."""
-    whole = session.model.conditioner
-    return next(one for one in getattr(whole, "conditioners", {"": whole}).values() if key in one.keys)
+    """Return the model's conditioner, or the one of its composed conditioners, that reads `key` from a batch."""
+    root = session.model.conditioner
+    return next(one for one in getattr(root, "conditioners", {"": root}).values() if key in one.keys)
 
 
 def training_size(session: Session) -> tuple[int, int]:
-    """(height, width) of the images that a run was trained on."""
+    """Return (height, width) of the images that a run was trained on."""
     return session.card.size, session.card.size
 
 
 def encode_png(image: Any) -> bytes:
+    """Encode a Pillow image as PNG."""
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

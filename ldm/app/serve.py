@@ -1,4 +1,4 @@
-"""The page on a port of this machine, with nothing asked of any other."""
+"""Serve the page on a port of this machine, without requests to other hosts."""
 
 import os
 from collections.abc import Iterator
@@ -11,13 +11,17 @@ from ldm.errors import UserError
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; frame-ancestors 'none'"
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "frame-ancestors 'none'"
 )
 
 
 @contextmanager
 def serve(desk: AppController, host: str = "127.0.0.1", port: int = 7860, beside: str | None = None) -> Iterator[str]:
-    """The page's address, while it is served; port 0 is any that is free. Raises UserError where gradio is missing or the port is taken."""
+    """Serve the page while the block runs and yield its address; port 0 is any free port.
+
+    Raises UserError if gradio is missing or the port is in use.
+    """
     for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_TELEMETRY", "GRADIO_RUN_HISTORY"):
         os.environ[name] = "False"
     os.environ.setdefault("GRADIO_TEMP_DIR", desk.scratch.name)
@@ -55,7 +59,7 @@ def serve(desk: AppController, host: str = "127.0.0.1", port: int = 7860, beside
         )
     except OSError as error:
         raise UserError(
-            f"host={host} port={port} cannot be served ({error}); another port=, or 0 for any that is free"
+            f"host={host} port={port} cannot be served ({error}); choose another port=, or 0 for any free port"
         ) from None
     try:
         yield address
@@ -64,7 +68,7 @@ def serve(desk: AppController, host: str = "127.0.0.1", port: int = 7860, beside
 
 
 def image_dirs(desk: AppController) -> list[Any]:
-    """The folders in which the runs' images are."""
+    """Return the folders that contain the runs' images."""
     from ldm.app.session import output_dir
     from ldm.runs.folder import find_run
 
@@ -72,7 +76,7 @@ def image_dirs(desk: AppController) -> list[Any]:
 
 
 def free_port(host: str) -> int:
-    """A port that is free now."""
+    """Return a port that is free now."""
     import socket
 
     with socket.socket() as probe:
@@ -81,7 +85,7 @@ def free_port(host: str) -> int:
 
 
 def _policy() -> Any:
-    """What tells a browser to ask nobody else for anything."""
+    """Return middleware with a policy that keeps the browser from contacting other hosts."""
     from starlette.middleware import Middleware
 
     class Policy:

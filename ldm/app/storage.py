@@ -1,4 +1,4 @@
-"""Files of the page, in the run's folder: what was given, what was made, and what its PNG says of how."""
+"""Files of the web page in the run's folder: uploads, generated images, and the settings stored in their PNGs."""
 
 import hashlib
 import zipfile
@@ -11,7 +11,7 @@ from ldm.sampling import request
 
 
 def store_upload(home: Path, data: bytes, suffix: str) -> Path:
-    """A file that a person gave, kept under the hash of its content, where `again` finds it."""
+    """Save an uploaded file under the hash of its content, where `reproduce` finds it, and return its path."""
     path = home / "given" / f"{hashlib.sha256(data).hexdigest()[:16]}{suffix}"
     if not path.is_file():
         atomic.write_bytes(path, data)
@@ -19,39 +19,47 @@ def store_upload(home: Path, data: bytes, suffix: str) -> Path:
 
 
 def list_images(home: Path, most: int = 200) -> list[Path]:
-    """The images that were drawn from a run, the newest first."""
+    """List the images generated from a run, newest first; most: maximum number."""
     files = [(file.stat().st_mtime_ns, file) for file in home.glob("samples/*/[0-9]*.png")]
     return [file for _, file in sorted(files, reverse=True)[:most]]
 
 
 def image_settings(file: Path) -> Mapping[str, Any]:
-    """What a drawn image says of how it was made, for people. Raises UserError for one that says nothing."""
-    carried = request.read_reproduction_record(file)
-    asked = carried["request"]
-    told = dict(zip(carried["rows"], carried["told"], strict=False)).get(carried["row"], ["", None])
-    task = asked["task"]["_target_"].rpartition(".")[2]
+    """Return the settings stored in a generated image, for display.  Raises UserError if it has none."""
+    record = request.read_reproduction_record(file)
+    request_values = record["request"]
+    prompts = dict(zip(record["rows"], record["told"], strict=False)).get(record["row"], ["", None])
+    task = request_values["task"]["_target_"].rpartition(".")[2]
     shown = {
-        "prompt": told[0],
-        "negative": asked["negative"],
-        "class": asked["label"],
-        "seed": asked["seed"] + carried["row"],
+        "prompt": prompts[0],
+        "negative": request_values["negative"],
+        "class": request_values["label"],
+        "seed": request_values["seed"] + record["row"],
         "task": task,
-        **{name: value for name, value in asked["task"].items() if not name.startswith("_") and value is not None},
-        "sampler": asked["sampler"]["_target_"].rpartition(".")[2],
-        "steps": asked["steps"],
-        "guidance": asked["guidance"].get("scale"),
-        "batch": len(carried["rows"]),
-        **{name: Path(asked[name]).name for name in carried["inputs"] if isinstance(asked.get(name), str)},
-        "run": Path(asked["run"]).name,
+        **{
+            name: value
+            for name, value in request_values["task"].items()
+            if not name.startswith("_") and value is not None
+        },
+        "sampler": request_values["sampler"]["_target_"].rpartition(".")[2],
+        "steps": request_values["steps"],
+        "guidance": request_values["guidance"].get("scale"),
+        "batch": len(record["rows"]),
+        **{
+            name: Path(request_values[name]).name
+            for name in record["inputs"]
+            if isinstance(request_values.get(name), str)
+        },
+        "run": Path(request_values["run"]).name,
         "file": str(file),
     }
     return {name: value for name, value in shown.items() if value not in (None, "")}
 
 
-def zip_files(drawn: Mapping[str, Sequence[Path]], path: Path) -> Path:
-    """Files by the names of their runs in one archive, as they are."""
+def zip_files(files_by_run: Mapping[str, Sequence[Path]], path: Path) -> Path:
+    """Write files, by the names of their runs, to one uncompressed archive and return its path."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, files in drawn.items():
+        for name, files in files_by_run.items():
             for file in files:
                 archive.write(file, f"{name}/{file.name}")
     return path

@@ -1,6 +1,6 @@
-"""The options of a small command: key=value words, read by a function's signature, which is taken from its source; nothing is imported.
+"""Parse key=value arguments of a small command against a function's signature, read from source without importing it.
 
-Each parameter stands on a line of its own, with the comment that --help shows.
+Each parameter must be on a line of its own; its comment is what --help shows.
 """
 
 import ast
@@ -24,7 +24,7 @@ KINDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
 
 @dataclass(frozen=True)
 class Option:
-    """One parameter: the source of its annotation and of its default (None where it must be given), and its comment."""
+    """One parameter: source of its annotation and of its default (None if it is required), and its comment."""
 
     kind: str
     default: str | None
@@ -32,12 +32,12 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default as one would type it."""
+        """The default as a user would type it."""
         value = ast.literal_eval(self.default or "'...'")
         return "null" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
     def read(self, name: str, text: str) -> Any:
-        """The value of a typed text. Raises UserError."""
+        """Convert typed text to the option's value.  Raises UserError."""
         if text == "null" and self.kind.endswith("| None"):
             return None
         expected, kind = KINDS[self.kind.removesuffix("| None").strip()]
@@ -52,14 +52,17 @@ class Option:
 
 @dataclass(frozen=True)
 class CommandSignature:
-    """What a function says of itself: its docstring, and its options in order."""
+    """A command's description (the function's docstring) and its options in order."""
 
     about: str
     options: Mapping[str, Option]
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
-        """The arguments that the words give. Raises UserError with the nearest name, or for one that is missing."""
-        given: dict[str, Any] = {}
+        """Parse key=value words into arguments.
+
+        Raises UserError with the closest name for an unknown key, and for a repeated or missing one.
+        """
+        values: dict[str, Any] = {}
         for word in words:
             name, sign, text = word.partition("=")
             if not sign:
@@ -68,15 +71,16 @@ class CommandSignature:
                 raise UserError(
                     f"{word}: no key {name!r}{did_you_mean(name, self.options)}{format_choices(self.options)}"
                 )
-            if name in given:
+            if name in values:
                 raise UserError(f"{name}= is given twice")
-            given[name] = self.options[name].read(name, text)
-        if missing := [name for name, option in self.options.items() if option.default is None and name not in given]:
+            values[name] = self.options[name].read(name, text)
+        missing = [name for name, option in self.options.items() if option.default is None and name not in values]
+        if missing:
             raise UserError(f"{missing[0]}=... must be given: {self.options[missing[0]].about or 'see --help'}")
-        return given
+        return values
 
     def describe(self) -> str:
-        """The text of --help."""
+        """Return the text of --help."""
         lines = [self.about.strip(), ""]
         for name, option in self.options.items():
             lines.append(f"  {f'{name}={option.default_text}':<28} {option.about}".rstrip())
@@ -84,26 +88,25 @@ class CommandSignature:
 
 
 def read_signature(file: Path, name: str) -> CommandSignature | None:
-    """The signature of the function `name` that a module defines, None if it defines none."""
+    """Return the signature of the top-level function `name` of a module, or None if there is none."""
     source = file.read_text(encoding="utf-8")
-    found = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name]
-    if not found:
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name]
+    if not functions:
         return None
-    lines, arguments = source.splitlines(), found[0].args
-    defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + [
-        ast.unparse(one) for one in arguments.defaults
-    ]
+    lines, arguments = source.splitlines(), functions[0].args
+    defaults: list[str | None] = [None] * (len(arguments.args) - len(arguments.defaults))
+    defaults += [ast.unparse(default) for default in arguments.defaults]
     options = {}
-    for one, default in zip(arguments.args, defaults, strict=True):
-        comment = re.search(r"#\s*(.*)", lines[one.lineno - 1])
-        options[one.arg] = Option(
-            ast.unparse(one.annotation) if one.annotation else "str", default, comment[1] if comment else ""
+    for argument, default in zip(arguments.args, defaults, strict=True):
+        comment = re.search(r"#\s*(.*)", lines[argument.lineno - 1])
+        options[argument.arg] = Option(
+            ast.unparse(argument.annotation) if argument.annotation else "str", default, comment[1] if comment else ""
         )
-    return CommandSignature(ast.get_docstring(found[0]) or "", options)
+    return CommandSignature(ast.get_docstring(functions[0]) or "", options)
 
 
 def choose(group: str, name: str, text: str, options: Collection[str]) -> str:
-    """`text` if it is one of the options. Raises UserError with the nearest one."""
+    """Return `text` if it is one of the options.  Raises UserError with the closest one otherwise."""
     if text not in options:
         raise UserError(f"{name}={text}: no such {group}{did_you_mean(text, options)}{format_choices(options)}")
     return text

@@ -1,12 +1,16 @@
-"""Write a trained model in another project's layout: python -m ldm.cli.export run=RUN to=diffusers out=PLACE [weights=ema] [config=FILE.yaml]
+"""Write a trained model in another project's format.
 
-run: a run folder, a step or weights file in it, a diffusers folder, or a checkpoint.  config: CompVis' yaml of a checkpoint.
-to=diffusers     a folder that diffusers' StableDiffusionPipeline (CLIP), StableDiffusionInpaintPipeline (with a masked image)
-                 or LDMTextToImagePipeline (WordPiece) opens
-to=compvis       one .ckpt or .safetensors with CompVis' and Stability's names
-to=safetensors   one file of ours with the composed config inside; sample.py takes it as run=
-to=peft          of adapter=lora: one .safetensors that diffusers' load_lora_weights reads; the rest writes such a run merged, as one model
-to=controlnet    of adapter=controlnet: the weights of diffusers' ControlNetModel, one .safetensors
+python -m ldm.cli.export run=RUN to=FORMAT out=PATH [weights=ema] [config=FILE.yaml]
+
+run: a run folder, a checkpoint or weights file in it, a diffusers folder, or another project's checkpoint.
+config: CompVis' YAML of a checkpoint.
+to=diffusers     a folder for diffusers' StableDiffusionPipeline (CLIP), StableDiffusionInpaintPipeline (with a masked
+                 image) or LDMTextToImagePipeline (WordPiece)
+to=compvis       one .ckpt or .safetensors with CompVis' and Stability's parameter names
+to=safetensors   one file in this project's format with the composed config inside; sample.py reads it as run=
+to=peft          for adapter=lora: one .safetensors for diffusers' load_lora_weights; the other formats write such a run
+                 merged, as one model
+to=controlnet    for adapter=controlnet: the weights of diffusers' ControlNetModel, one .safetensors
 """
 
 import sys
@@ -28,7 +32,7 @@ REQUIRED_KEYS, KEYS = ("run", "to", "out"), ("run", "to", "out", "weights", "con
 
 
 def export_diffusers(pipeline: "Pipeline", out: Path) -> None:
-    """A pipeline folder of diffusers. Raises UserError for a model that has no counterpart there."""
+    """Write a pipeline folder of diffusers.  Raises UserError for a model without a counterpart there."""
     from hydra.utils import instantiate
 
     from ldm.interop import folder
@@ -36,7 +40,7 @@ def export_diffusers(pipeline: "Pipeline", out: Path) -> None:
     schedule = instantiate(pipeline.config["schedule"])
     if not hasattr(schedule, "alpha_bar"):
         raise UserError(
-            f"schedule={pipeline.config['schedule']['_target_']}: to=diffusers expects one that is a table of betas"
+            f"schedule={pipeline.config['schedule']['_target_']}: to=diffusers expects a schedule with a table of betas"
         )
     bar = schedule.alpha_bar.double()
     betas = (1 - bar / bar.roll(1)).tolist()
@@ -44,7 +48,10 @@ def export_diffusers(pipeline: "Pipeline", out: Path) -> None:
 
 
 def export_compvis(pipeline: "Pipeline", out: Path) -> None:
-    """One file in CompVis' layout: .safetensors, or a .ckpt with its state_dict. Raises UserError for another ending."""
+    """Write one file in CompVis' format: .safetensors, or .ckpt with a state_dict.
+
+    Raises UserError for another file name extension.
+    """
     import torch
 
     from ldm.interop import checkpoint
@@ -64,7 +71,7 @@ def export_compvis(pipeline: "Pipeline", out: Path) -> None:
 
 
 def export_safetensors(pipeline: "Pipeline", out: Path) -> None:
-    """One file of ours. Raises UserError for another ending."""
+    """Write one file in this project's format.  Raises UserError for another file name extension."""
     from ldm.interop import single_file
 
     if out.suffix != ".safetensors":
@@ -73,38 +80,41 @@ def export_safetensors(pipeline: "Pipeline", out: Path) -> None:
 
 
 def export_peft(run: str, weights: str, out: Path) -> None:
-    """The factors of a LoRA run, in float32, with their alpha in them. Raises UserError for another kind of run."""
+    """Write the factors of a LoRA run, in float32 and scaled by alpha.  Raises UserError for another kind of run."""
     from ldm.adapter import lora
     from ldm.interop.adapters import export_lora
 
-    config, net, found = load_adapter_state(run, weights, "lora.LoRA")
-    strength = lora.LoRA(**{name: value for name, value in config.items() if not name.startswith("_")}).scaling
-    factors = {name: strength * value if name.endswith(".up") else value for name, value in found.items()}
+    config, net, trained = load_adapter_state(run, weights, "lora.LoRA")
+    scaling = lora.LoRA(**{name: value for name, value in config.items() if not name.startswith("_")}).scaling
+    factors = {name: scaling * value if name.endswith(".up") else value for name, value in trained.items()}
     write_safetensors(out, export_lora(factors, lora.base_state_dict(net)))
 
 
 def export_controlnet(run: str, weights: str, out: Path) -> None:
-    """The weights of a ControlNet run. Raises UserError for another kind of run."""
+    """Write the weights of a ControlNet run.  Raises UserError for another kind of run."""
     from ldm.interop.adapters import export_controlnet
 
     write_safetensors(out, export_controlnet(load_adapter_state(run, weights, "controlnet.ControlNet")[2]))
 
 
 def load_adapter_state(run: str, weights: str, kind: str) -> tuple[dict, Any, dict]:
-    """The config of an adapter run, its network and what was trained, by the adapter's names. Raises UserError for another kind."""
+    """Return an adapter run's config, its network, and the trained parameters by the adapter's names.
+
+    kind: class name of the adapter within ldm.adapter.  Raises UserError for another kind of run.
+    """
     from ldm.checkpoint import adapters, load
     from ldm.checkpoint.weights import load_weights_dict
     from ldm.config.build import to_container
 
     config = to_container(load.open_adapter(run).config.adapter)
     if config["_target_"] != f"ldm.adapter.{kind}":
-        raise UserError(f"run={run} is of {config['_target_']}: expected one of ldm.adapter.{kind}")
-    found = {adapters.local_parameter_name(name): value for name, value in load_weights_dict(run, weights).items()}
-    return config, load.load_model(run, weights).cpu().denoiser.net, found
+        raise UserError(f"run={run} is a {config['_target_']}: expected a run of ldm.adapter.{kind}")
+    trained = {adapters.local_parameter_name(name): value for name, value in load_weights_dict(run, weights).items()}
+    return config, load.load_model(run, weights).cpu().denoiser.net, trained
 
 
 def write_safetensors(out: Path, state: Mapping[str, Any]) -> None:
-    """One .safetensors. Raises UserError for another ending."""
+    """Write one .safetensors file.  Raises UserError for another file name extension."""
     from ldm.io import atomic
 
     if out.suffix != ".safetensors":
@@ -114,7 +124,6 @@ def write_safetensors(out: Path, state: Mapping[str, Any]) -> None:
 
 ADAPTER_FORMATS: Mapping[str, Callable[[str, str, Path], None]] = {"peft": export_peft, "controlnet": export_controlnet}
 
-
 PIPELINE_FORMATS: Mapping[str, Callable[["Pipeline", Path], None]] = {
     "diffusers": export_diffusers,
     "compvis": export_compvis,
@@ -123,36 +132,60 @@ PIPELINE_FORMATS: Mapping[str, Callable[["Pipeline", Path], None]] = {
 
 
 def parse_args(argv: Sequence[str]) -> dict[str, str]:
-    """What was typed, checked. Raises UserError."""
-    given = {}
+    """Parse and check the command line.  Raises UserError."""
+    arguments = {}
     for word in argv:
         name, equals, value = word.partition("=")
         if not equals or name not in KEYS:
             raise UserError(f"{word}: expected {', '.join(f'{key}=...' for key in KEYS)}")
-        given[name] = value
-    if missing := [name for name in REQUIRED_KEYS if not given.get(name)]:
+        arguments[name] = value
+    if missing := [name for name in REQUIRED_KEYS if not arguments.get(name)]:
         raise UserError(f"{missing[0]}=... must be given (see --help)")
-    if given["to"] not in {*PIPELINE_FORMATS, *ADAPTER_FORMATS}:
-        raise UserError(f"to={given['to']}: expected one of {', '.join([*PIPELINE_FORMATS, *ADAPTER_FORMATS])}")
-    if Path(given["out"]).exists():
-        raise UserError(f"out={given['out']} exists; name another place, or remove it")
-    return given
+    if arguments["to"] not in {*PIPELINE_FORMATS, *ADAPTER_FORMATS}:
+        raise UserError(f"to={arguments['to']}: expected one of {', '.join([*PIPELINE_FORMATS, *ADAPTER_FORMATS])}")
+    if Path(arguments["out"]).exists():
+        raise UserError(f"out={arguments['out']} exists; choose another path, or remove it")
+    return arguments
+
+
+def run_to_pipeline(run: str | Path, kind: str = "ema", yaml: str | Path | None = None) -> Pipeline:
+    """Load the pipeline at `run`: a run folder, or anything that `open_pipeline` reads.
+
+    kind: weights of a run, "ema" or "raw".  yaml: CompVis' YAML of a checkpoint.
+    """
+    if is_external(run):
+        return open_pipeline(run, kind, yaml)
+    from ldm.checkpoint import load
+    from ldm.runs import folder
+
+    model = load.load_model(run, kind).cpu()
+    if hasattr(model.denoiser.net, "controls"):
+        raise UserError(f"run={run} has a ControlNet, which pipelines do not include: use to=controlnet, or its base")
+    net = lora.merge(model.denoiser.net)
+    full = build.to_container(load.load_run_config(folder.find_run(run)))
+    config = {name: full[name] for name in ("net", "autoencoder", "conditioner", "schedule", "prediction", "seed")}
+    config |= {"learned_variance": True} if full.get("learned_variance") else {}
+    tower = text_tower(model)
+    text = {} if tower is None else {name: value for name, value in tower.state_dict().items() if name not in NOT_TEXT}
+    state = model.autoencoder.state_dict()
+    data = asdict(load.load_data_card(folder.find_run(run)))
+    return Pipeline(config, net.state_dict(), state, data, text, model.conditioner.state_dict())
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write what a command line asks for. Raises UserError."""
-    given = parse_args(argv)
-    out, weights = Path(given["out"]), given.get("weights", "ema")
+    """Write what a command line requests.  Raises UserError."""
+    arguments = parse_args(argv)
+    out, weights = Path(arguments["out"]), arguments.get("weights", "ema")
 
-    if given["to"] in ADAPTER_FORMATS:
-        ADAPTER_FORMATS[given["to"]](given["run"], weights, out)
+    if arguments["to"] in ADAPTER_FORMATS:
+        ADAPTER_FORMATS[arguments["to"]](arguments["run"], weights, out)
     else:
-        PIPELINE_FORMATS[given["to"]](run_to_pipeline(given["run"], weights, given.get("config")), out)
-    print(f"{given['run']} as {given['to']} in {given['out']}")
+        PIPELINE_FORMATS[arguments["to"]](run_to_pipeline(arguments["run"], weights, arguments.get("config")), out)
+    print(f"{arguments['run']} as {arguments['to']} in {arguments['out']}")
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
@@ -161,24 +194,3 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
-
-
-def run_to_pipeline(run: str | Path, kind: str = "ema", yaml: str | Path | None = None) -> Pipeline:
-    """The pipeline that `run` names: a run folder of train.py, or anything that `opened` takes."""
-    if is_external(run):
-        return open_pipeline(run, kind, yaml)
-    from ldm.checkpoint import load
-    from ldm.runs import folder
-
-    model = load.load_model(run, kind).cpu()
-    if hasattr(model.denoiser.net, "controls"):
-        raise UserError(f"run={run} has a ControlNet, which no pipeline holds: expected to=controlnet, or its base")
-    net = lora.merge(model.denoiser.net)
-    given = build.to_container(load.load_run_config(folder.find_run(run)))
-    chosen = {name: given[name] for name in ("net", "autoencoder", "conditioner", "schedule", "prediction", "seed")}
-    chosen |= {"learned_variance": True} if given.get("learned_variance") else {}
-    tower = text_tower(model)
-    text = {} if tower is None else {name: value for name, value in tower.state_dict().items() if name not in NOT_TEXT}
-    state = model.autoencoder.state_dict()
-    data = asdict(load.load_data_card(folder.find_run(run)))
-    return Pipeline(chosen, net.state_dict(), state, data, text, model.conditioner.state_dict())

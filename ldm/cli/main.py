@@ -1,7 +1,8 @@
-"""How train.py and sample.py start: Hydra composes, a mistake is one line and exit code 2, and every job of a sweep is its own process.
+"""Entry point of train.py and sample.py.
 
-Exit codes: 0 done, 1 a bug or a failed job of a sweep, 2 a mistake the person can mend, 3 numbers no longer finite, 85 preempted (the same
-command goes on), 130 interrupted; the task's own sys.exit stays.
+Hydra composes the config; a user error is one line with exit code 2; every job of a sweep is its own process.
+Exit codes: 0 done, 1 a bug or a failed job of a sweep, 2 an error the user can fix, 3 non-finite numbers, 85 preempted
+(the same command resumes), 130 interrupted; the task's own sys.exit is kept.
 """
 
 import os
@@ -31,12 +32,13 @@ def run_command(
     supplied: Mapping[str, Collection[str]] | None = None,
     ahead: Callable[[Any], Any] | None = None,
 ) -> None:
-    """Run the script that defines task(cfg) as a command with the config conf/<config_name>.yaml beside it; does not return.
+    """Run the script that defines task(cfg) as a command with the config conf/<config_name>.yaml next to it.
 
-    text: keys whose value arrives as typed, whatever it is.  paths: the same, but `null` is null.
-    supplied: `_target_` -> the parameters that the task passes itself, which a config need not hold.
-    ahead: the ldm.runs.status.JobStatus of a composed config, so that a sweep can skip what is done and train first what its jobs share.
-    The task must import what is heavy inside itself: it runs after the config was found right.
+    text: keys with a literal value, which arrives as typed.  paths: the same, but `null` is null.
+    supplied: `_target_` -> the parameters that the task passes itself, which a config may leave out.
+    ahead: returns the ldm.runs.status.JobStatus of a composed config, so that a sweep can skip finished jobs and train
+        shared dependencies first.
+    Heavy imports belong inside the task, which starts after the config has been validated.  Does not return.
     """
     script = Path(task.__code__.co_filename).resolve()
     with _preemptible(), _rank():
@@ -56,11 +58,11 @@ def _main(
     if {"--help", "-h"} & set(argv):
         print(help_text(script.parent / "conf", config_name, sys.modules["__main__"].__doc__ or ""))
         return 0
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that exceptions come out instead of Hydra's report and exit code 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through instead of Hydra's report and exit code 1
 
     import hydra
 
-    import ldm.config.search_path  # noqa: F401  makes experiments/ a group
+    import ldm.config.search_path  # noqa: F401  registers experiments/ as a config group
     from ldm.cli import sweep
     from ldm.compat import get_args_parser
 
@@ -93,21 +95,16 @@ def _main(
     ]
     with plan.translate_errors(job), tempfile.TemporaryDirectory(prefix="ldm-sweep-") as scratch:
         configs = [] if flags else plan.check(supplied)
-        if not flags and plan.first_config.get("dry"):
+        if not flags and plan.first_config.get("dry_run"):
             known = [_job_status(config, ahead) for config in configs]
-            print(
-                sweep.format_forecast(plan.names, known) if plan.enumerable else "a search chooses its jobs as it goes"
-            )
+            forecast = sweep.format_forecast(plan.names, known)
+            print(forecast if plan.enumerable else "the sweeper chooses its jobs as it goes: there is nothing to list")
             return 0
         if plan.multirun and not flags:
-            job.rows, job.names, job.adaptive, job.gpus = (
-                plan.sweep_dir(scratch) / "rows",
-                plan.names,
-                not plan.enumerable,
-                plan.gpus,
-            )
+            job.rows, job.names = plan.sweep_dir(scratch) / "rows", plan.names
+            job.adaptive, job.gpus = not plan.enumerable, plan.gpus
             job.sweep = plan.sweep_name
-            shutil.rmtree(job.rows, ignore_errors=True)  # of an earlier start in the same hydra.sweep.dir
+            shutil.rmtree(job.rows, ignore_errors=True)  # from an earlier start in the same hydra.sweep.dir
             job.resolved_jobs = sweep.train_dependencies(
                 plan.names, [_job_status(config, ahead) for config in configs], train=plan.runs_locally
             )
@@ -124,13 +121,13 @@ def _main(
         except Exception as error:
             if job.rows is None or not job.rows.is_dir():
                 raise
-            print(f"the sweep was broken off: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"the sweep was aborted: {' '.join(str(error).split())}", file=sys.stderr)
             return job.finish() or 1
         return job.finish()
 
 
 def _job_status(config: Any, ahead: Callable[[Any], Any] | None) -> Any:
-    """What `ahead` says of a composed config, which it finds as the task would."""
+    """Return `ahead`'s status of a composed config, which it receives as the task would."""
     from hydra.core.hydra_config import HydraConfig
 
     from ldm.runs.status import JobStatus
@@ -149,7 +146,7 @@ def _parser_error(message: str) -> None:
 
 @contextmanager
 def _preemptible():
-    """SIGTERM and SIGUSR1 end a command with exit code 85, to be started again; within a training, which sees to them itself, in order."""
+    """Exit with code 85 (requeue) on SIGTERM or SIGUSR1; training handles these itself, to save a checkpoint first."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(85)
@@ -165,7 +162,7 @@ def _preemptible():
 
 @contextmanager
 def _rank():
-    """Under our launcher: tell it this process's id and exit code, and leave when it is gone."""
+    """Under run_in_subprocess: report this rank's process id and exit code, and exit when the parent is gone."""
     world, parent = os.environ.get("LDM_WORLD"), os.environ.pop("LDM_PARENT", None)
     if parent:
         threading.Thread(target=process.exit_with_parent, args=(int(parent),), daemon=True).start()

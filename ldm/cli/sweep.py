@@ -1,4 +1,4 @@
-"""The jobs of a sweep: what is known of each before it runs, each as a process of its own, and a table of what became of them."""
+"""Run the jobs of a sweep, each as its own process: a forecast before, a table of results after."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from ldm.runs.status import JobStatus
 
 @dataclass(frozen=True)
 class JobResult:
-    """What became of a job: done, skipped (it was done before) or failed."""
+    """Outcome of a job: done, skipped (it was done before) or failed."""
 
     job: int
     overrides: str
@@ -49,35 +49,30 @@ def red(text: str) -> str:
 
 
 def format_forecast(jobs: Sequence[str], known: Sequence[JobStatus]) -> str:
-    """The table of a sweep that has not begun: which jobs there are, which are done, how long the others will take."""
+    """Return the table of a sweep before it starts: its jobs, which are done, and the estimated time of the others."""
     width = max(map(len, jobs), default=0)
     lines = []
     for overrides, one in zip(jobs, known, strict=True):
         if one.metrics is not None:
-            took = one.metrics.get("seconds")
-            state, more = (
-                "done",
-                [
-                    *([f"{one.result:.6g}"] if one.result is not None else []),
-                    *([format_duration(took)] if took else []),
-                ],
-            )
+            duration = one.metrics.get("seconds")
+            state = "done"
+            more = [f"{one.result:.6g}"] if one.result is not None else []
+            more += [format_duration(duration)] if duration else []
         else:
             state = f"step {one.steps_done:,}" if one.steps_done else "to run"
-            more = [f"about {format_duration(one.seconds)}" if one.seconds is not None else "no run like it"]
+            more = [f"about {format_duration(one.seconds)}" if one.seconds is not None else "no similar run to go by"]
         lines.append(f"  {overrides:<{width}}  {state:<14}{'  '.join(more)}")
     left = [one for one in known if one.metrics is None]
-    for place, _, numbers in shared_dependencies(known):
-        lines.append(f"  {place.parent.name} {place.name} is not there: trained first, for {count_jobs(len(numbers))}")
-    found = [one.seconds for one in left if one.seconds is not None]
-    total = (
-        f"about {sum(found) / 3600 + (len(left) - len(found)) * statistics.mean(found) / 3600:.2g} hours"
-        if found
-        else ""
-    )
+    for folder, _, numbers in shared_dependencies(known):
+        lines.append(f"  {folder.parent.name} {folder.name} is missing: trained first, for {count_jobs(len(numbers))}")
+    times = [one.seconds for one in left if one.seconds is not None]
+    hours = sum(times) / 3600 + (len(left) - len(times)) * statistics.mean(times) / 3600 if times else 0
+    total = f"about {hours:.2g} hours" if times else ""
     counted = f"{count_jobs(len(known))}, {len(known) - len(left)} done, {len(left)} to run"
-    silent = ", for how long nobody knows: no finished run is like them" if left else ""
-    return "\n".join([*lines, counted + (f", {total} one after another, as like runs took" if total else silent)])
+    unknown = ", time unknown: no finished run is like them" if left else ""
+    return "\n".join(
+        [*lines, counted + (f", {total} one after another, judging by similar runs" if total else unknown)]
+    )
 
 
 def count_jobs(number: int) -> str:
@@ -85,31 +80,32 @@ def count_jobs(number: int) -> str:
 
 
 def shared_dependencies(known: Sequence[JobStatus]) -> list[tuple[Path, Callable[[], object], list[int]]]:
-    """What jobs that are not done need and is not there: its folder, what trains it, and the jobs."""
-    found: dict[Path, tuple[Path, Callable[[], object], list[int]]] = {}
+    """List the missing dependencies of jobs that are not done: (folder, function that trains it, job numbers)."""
+    shared: dict[Path, tuple[Path, Callable[[], object], list[int]]] = {}
     for number, one in enumerate(known):
-        for place, train in one.missing_dependencies.items() if one.metrics is None else ():
-            found.setdefault(place, (place, train, []))[2].append(number)
-    return list(found.values())
+        for folder, train in one.missing_dependencies.items() if one.metrics is None else ():
+            shared.setdefault(folder, (folder, train, []))[2].append(number)
+    return list(shared.values())
 
 
 def train_dependencies(names: Sequence[str], known: Sequence[JobStatus], train: bool = True) -> dict[int, JobResult]:
-    """The jobs that are done, and, after training what the others share, those that now cannot run.
+    """Train the first stages and evaluators that the sweep's jobs share, before any job starts.
 
-    train: whether to; else the first job that needs it does, and the others wait for it.
+    train: if False, only report; the first job that needs a dependency then trains it, and the others wait.
+    Returns a result for each job that need not run, by its number: already finished, or failed with a dependency.
     """
     rows = {}
     for number, one in enumerate(known):
         if one.metrics is not None:
             rows[number] = JobResult(number, names[number], "skipped", one.result, reason="it was done before")
-    for place, call, numbers in shared_dependencies(known) if train else ():
-        print(f"\nfirst, for {count_jobs(len(numbers))}: {place.parent.name} {place.name}", flush=True)
+    for folder, call, numbers in shared_dependencies(known) if train else ():
+        print(f"\nfirst, for {count_jobs(len(numbers))}: {folder.parent.name} {folder.name}", flush=True)
         try:
             call()
         except UserError as error:
-            print(red(f"{place.parent.name} {place.name} failed: {error}"), file=sys.stderr)
+            print(red(f"{folder.parent.name} {folder.name} failed: {error}"), file=sys.stderr)
             rows |= {
-                number: JobResult(number, names[number], "failed", reason=f"{place.parent.name} {place.name} failed")
+                number: JobResult(number, names[number], "failed", reason=f"{folder.parent.name} {folder.name} failed")
                 for number in numbers
             }
     return rows
@@ -117,11 +113,14 @@ def train_dependencies(names: Sequence[str], known: Sequence[JobStatus], train: 
 
 @dataclass
 class SweepJob:
-    """What Hydra calls with each composed config: the task itself, or a job of a sweep, or one on several devices, as its own process.
+    """The task function that Hydra calls with each composed config.
 
-    rows: where jobs leave what became of them, whatever process calls this.  names: the overrides of each job, where they are known before.
-    settled: jobs that need not run, or cannot.  learning: whether the sweeper chooses jobs by the results of others.
-    sweep: its name.  gpus: those that the jobs share, one each.
+    It runs the task in this process, or, for a job of a sweep or a job on several devices, in a process of its own.
+
+    rows: folder where jobs write their results, whichever process calls this.  names: overrides of each job, if known.
+    resolved_jobs: results of jobs that need not or cannot run, by number.
+    adaptive: whether the sweeper chooses jobs by the results of others.  sweep: its name.
+    gpus: GPUs to share among the jobs, one each unless a job asks for more.
     """
 
     task: Callable[..., Any]
@@ -143,11 +142,12 @@ class SweepJob:
         from omegaconf import OmegaConf
 
         self.started = True
-        now = HydraConfig.get()
+        hydra = HydraConfig.get()
         devices = _devices(cfg)
-        if now.mode is not None and now.mode.name == "MULTIRUN":
-            overrides = name_job(OmegaConf.to_container(now.overrides.task, resolve=False))  # as typed, ${...} included
-            return self._run_sweep_job(cfg, self._number(now.job.num, overrides), overrides, devices)
+        if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
+            # as typed, interpolations unresolved
+            overrides = name_job(OmegaConf.to_container(hydra.overrides.task, resolve=False))
+            return self._run_sweep_job(cfg, self._number(hydra.job.num, overrides), overrides, devices)
         if devices > 1 and not process.is_launched_rank():
             self.failure = SystemExit(self._run_subprocess(cfg, devices)[0])
             return None
@@ -162,29 +162,29 @@ class SweepJob:
                 )
             return result
         except Exception as error:
-            said = user_error_message(error) or f"{type(error).__name__}: {error}"
-            _report_result({"error": " ".join(said.split())})
-            self.failure = error  # raised by end(): on the way through Hydra it would be printed a second time
+            message = user_error_message(error) or f"{type(error).__name__}: {error}"
+            _report_result({"error": " ".join(message.split())})
+            self.failure = error  # raised by finish(): raised here, Hydra would print it a second time
             return None
 
     def _run_subprocess(self, cfg: Any, devices: int) -> tuple[int, dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="ldm-job-") as folder:
             serialize.write_config(resolved_config(cfg), Path(folder), current_choices())
-            told = Path(folder) / "told.json"
-            env = {"LDM_RESULT": str(told)} | ({"LDM_SWEEP": self.sweep} if self.sweep else {})
+            report = Path(folder) / "result.json"
+            env = {"LDM_RESULT": str(report)} | ({"LDM_SWEEP": self.sweep} if self.sweep else {})
             with gpus.acquire_gpus(self.gpus, devices) as pinned:
                 code = process.run_in_subprocess(self.script, Path(folder), devices, env | pinned)
-            return code, json.loads(told.read_text()) if told.is_file() else {}
+            return code, json.loads(report.read_text()) if report.is_file() else {}
 
     def _number(self, number: int, overrides: str) -> int:
-        """Return where a job stands among the announced ones, by its overrides; Hydra's own number where none were announced.
+        """Return a job's number in `names` by its overrides; Hydra's own number if `names` is empty.
 
-        Raises RuntimeError for a job that was not announced.
+        Raises RuntimeError for a job that is not in `names`.
         """
         if not self.names or (number < len(self.names) and self.names[number] == overrides):
             return number
         if overrides not in self.names:
-            raise RuntimeError(f"the job {overrides!r} is none of the {len(self.names)} that were announced")
+            raise RuntimeError(f"the job {overrides!r} is not one of the {len(self.names)} jobs of the sweep")
         return self.names.index(overrides)
 
     def _run_sweep_job(self, cfg: Any, number: int, overrides: str, devices: int) -> Any:
@@ -194,17 +194,19 @@ class SweepJob:
             return self.resolved_jobs[number].result
         print(f"\njob {number + 1}{of}: {overrides}", flush=True)
         start = time.monotonic()
-        if process.is_launched_rank():  # a rank that a cluster started
-            code, told = 0, {"result": self.task(cfg)}
+        if process.is_launched_rank():  # started by a cluster's launcher
+            code, report = 0, {"result": self.task(cfg)}
         else:
             try:
-                code, told = self._run_subprocess(cfg, devices)
-            except Exception as error:  # it never began, and a search would leave it out of its table
-                code, told = 1, {"error": user_error_message(error) or f"{type(error).__name__}: {error}"}
-        result = told.get("result")
-        reason = failure_reason(code, told) if code else ""
+                code, report = self._run_subprocess(cfg, devices)
+            except Exception as error:  # it never started; without a row a search would leave it out of its table
+                code, report = 1, {"error": user_error_message(error) or f"{type(error).__name__}: {error}"}
+        result = report.get("result")
+        reason = failure_reason(code, report) if code else ""
         if self.adaptive and not code and result is None:
-            reason = "no number for the search to go by: optimize= must name one of the run's metrics.json"
+            reason = (
+                "no number for the search to optimize: optimized_metric= must name a metric in the run's metrics.json"
+            )
         state = f"failed ({code})" if code else "failed" if reason else "done"
         row = JobResult(number, overrides, state, result, time.monotonic() - start, reason)
         if self.rows is not None and os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")) == "0":
@@ -218,28 +220,27 @@ class SweepJob:
         return result
 
     def finish(self) -> int:
-        """Raise what the task raised; after a sweep print its table and return 1 if a job failed."""
+        """Raise the task's exception, if any; after a sweep print its table and return 1 if a job failed, else 0."""
         if self.failure is not None:
             raise self.failure
         if self.rows is None:
             return 0
-        found = dict(self.resolved_jobs)
+        results = dict(self.resolved_jobs)
         for file in self.rows.glob("*.json"):
             row = JobResult(**json.loads(file.read_text()))
-            found[row.job] = row
+            results[row.job] = row
         for number, overrides in enumerate(self.names):
-            found.setdefault(number, JobResult(number, overrides, "failed", reason="it never came to its end"))
-        code = print_results([found[number] for number in sorted(found)])
-        if (best := self.rows.with_name("optimization_results.yaml")).is_file():  # a search's
-            found_best = parse_yaml(best.read_text())
-            print(
-                f"best: {' '.join(f'{key}={value}' for key, value in found_best['best_params'].items())}  {found_best['best_value']:.6g}"
-            )
+            results.setdefault(number, JobResult(number, overrides, "failed", reason="it did not finish"))
+        code = print_results([results[number] for number in sorted(results)])
+        if (file := self.rows.with_name("optimization_results.yaml")).is_file():  # written by Optuna's sweeper
+            best = parse_yaml(file.read_text())
+            params = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
+            print(f"best: {params}  {best['best_value']:.6g}")
         return code
 
 
 def print_results(rows: Sequence[JobResult]) -> int:
-    """Print what became of each job; 1 if one failed, else 0."""
+    """Print the outcome of each job; return 1 if one failed, else 0."""
     width = max((len(row.overrides) for row in rows), default=0)
     print("\n" + "\n".join(row.text(width) for row in rows))
     states = [row.state.partition(" ")[0] for row in rows]
@@ -249,19 +250,19 @@ def print_results(rows: Sequence[JobResult]) -> int:
     return int(failed > 0)
 
 
-def failure_reason(code: int, told: Mapping[str, Any]) -> str:
-    """One line: what a failed job said, or what ended it."""
-    if "error" in told:
-        return str(told["error"])
+def failure_reason(code: int, report: Mapping[str, Any]) -> str:
+    """Describe in one line why a job failed: its own error message, else what ended its process."""
+    if "error" in report:
+        return str(report["error"])
     if code > 128 and code - 128 in set(signal.Signals):
         return f"killed ({signal.Signals(code - 128).name})"
     return f"exit code {code}"
 
 
-def _report_result(what: Mapping[str, Any]) -> None:
-    """Let the process that started this one know."""
-    if place := os.environ.get("LDM_RESULT"):
-        Path(place).write_text(json.dumps(what))
+def _report_result(report: Mapping[str, Any]) -> None:
+    """Write this job's report for the process that started it, if there is one."""
+    if path := os.environ.get("LDM_RESULT"):
+        Path(path).write_text(json.dumps(report))
 
 
 def _devices(cfg: Any) -> int:

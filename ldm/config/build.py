@@ -1,13 +1,13 @@
-"""Objects from a composed config, leaves first; every node that owns weights is built once and handed on as an object."""
+"""Build objects from a composed config, leaves first; a node that owns weights is built once and passed on."""
 
 from typing import TYPE_CHECKING, Any
 
-
+# torch is slow to import, and train.py reads RUNTIME_PARAMETERS before the config is validated: functions import it.
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
 
 
-RUNTIME_PARAMETERS = {  # what the builders pass themselves, which a config need not hold
+RUNTIME_PARAMETERS = {  # target -> parameters that the builders pass, which a config may leave out
     **dict.fromkeys(
         ("ldm.net.unet.UNet", "ldm.net.dit.DiT", "ldm.net.guidance_embedding.GuidanceEmbedding"),
         ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels"),
@@ -28,14 +28,15 @@ RUNTIME_PARAMETERS = {  # what the builders pass themselves, which a config need
 
 
 def to_container(cfg: Any) -> Any:
-    """A config as plain data, interpolations resolved."""
+    """Return a config as plain data with interpolations resolved."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
 
 
 def build_dataset(cfg: Any, split: str = "train"):
-    """The data set of a config's `data` node; split: train or test."""
+    """Build the data set of a config's `data` node; split: train or test."""
+    from hydra.utils import instantiate
 
     from hydra.utils import instantiate
 
@@ -43,37 +44,39 @@ def build_dataset(cfg: Any, split: str = "train"):
 
 
 def resolve_dataset_config(cfg: Any) -> Any:
-    """The config with what its data set chooses and says of itself on sight of the files, so that the names of runs depend on them.
+    """Fill in, in place, what a config leaves to its data set and to its `auto` node, and return the config.
 
-    Then comes its `choose` node, where it has one: a function that changes the config and says so.
-    The process that a person started, which finds the config without, prints what they say.
+    The data set's `resolved_config` (values read from its files, such as a content hash) replaces keys of `data`, so
+    that run names depend on them. Then the function at `auto`, if any, changes the config. Both describe what they
+    chose; rank 0 prints it, except for a config that was already resolved.
     """
     from hydra.utils import instantiate
 
     import os
 
-    from hydra.utils import get_object
+    from hydra.utils import get_object, instantiate
 
-    said = []
+    messages = []
     if hasattr(get_object(cfg.data["_target_"]), "resolved_config"):
         data = build_dataset(cfg)
         if cfg.data.content_hash is None:
-            said.append(data.summary)
+            messages.append(data.summary)
         for name, value in data.resolved_config.items():
             cfg.data[name] = value
     if cfg.get("auto"):
-        said.append(instantiate(cfg.auto, _recursive_=False)(cfg))
+        messages.append(instantiate(cfg.auto, _recursive_=False)(cfg))
         cfg.auto = None
-    if said and os.environ.get("RANK", "0") == "0":
-        print(*said, sep="\n", flush=True)
+    if messages and os.environ.get("RANK", "0") == "0":
+        print(*messages, sep="\n", flush=True)
     return cfg
 
 
 def build_degraded_dataset(cfg: Any, split: str = "train"):
-    """The data set as a diffusion model sees it: with the low resolution and the masks of the config's `degrade` node.
+    """Build the data set with the degradations (low resolution, masks) of the config's `degradation` node.
 
-    To train on, in the images' own shapes where it has these.
+    The training split keeps the images' own aspect ratios if the data set supports buckets.
     """
+    from hydra.utils import instantiate
 
     from hydra.utils import instantiate
 
@@ -84,38 +87,46 @@ def build_degraded_dataset(cfg: Any, split: str = "train"):
 
 
 def image_size_multiple(cfg: Any) -> int:
-    """What must divide height and width of an image: the first stage's factor times the network's patch, or what it shrinks by."""
+    """Return the number that must divide an image's height and width.
+
+    It is the first stage's factor times the network's patch size or, without patches, its downsampling factor.
+    """
     net = cfg.net
-    while hasattr(net.get("net"), "items"):  # one around another
+    while hasattr(net.get("net"), "items"):  # a network that wraps another
         net = net["net"]
     return cfg.autoencoder.get("factor", 1) * net.get("patch_size", 2 ** (len(net.get("channel_mult", [1])) - 1))
 
 
 def reject_degradation(cfg: Any) -> None:
-    """Raises UserError for a config with a `degrade` node, or an adapter: only a denoiser is told what the one makes, or has the other."""
+    """Check that a config has neither a `degradation` node nor an adapter, which only training=diffusion supports.
+
+    Raises UserError otherwise.
+    """
     from ldm.errors import UserError
 
     if cfg.get("adapter"):
-        raise UserError("adapter= is for training=diffusion alone: leave it out")
+        raise UserError("adapter= is only for training=diffusion: leave it out")
     if cfg.get("degradation") and cfg.degradation["_target_"] != "ldm.data.degrade.identity":
         raise UserError(
-            "degrade= is for training=diffusion alone, this one sees the images as they are: leave it out, or degradation=none"
+            "degradation= is only for training=diffusion, this training uses the images unchanged: "
+            "leave it out, or set degradation=none"
         )
 
 
 def require_labels(*data: Any) -> None:
-    """Raises UserError for data sets with samples that have no label: a classifier learns from the label of each."""
+    """Check that every sample of the data sets has a label, as training a classifier needs; else raise UserError."""
     from ldm.errors import UserError
 
     if count := sum(getattr(one, "unlabelled", 0) for one in data):
         total = sum(map(len, data))
         raise UserError(
-            f"{count:,} of {total:,} samples have no label, and a classifier needs one of each: leave them out"
+            f"{count:,} of {total:,} samples have no label, and a classifier needs one for each: remove them"
         )
 
 
 def build_autoencoder(node: Any, channels: int):
-    """A first stage for images of `channels` channels, not trained."""
+    """Build a first stage (untrained) for images of `channels` channels."""
+    from hydra.utils import instantiate
 
     from hydra.utils import instantiate
 
@@ -123,7 +134,8 @@ def build_autoencoder(node: Any, channels: int):
 
 
 def build_conditioner(node: Any, autoencoder, data):
-    """A conditioner, whole or composed of several, for a first stage and a data set."""
+    """Build a conditioner, single or composed of several, for a first stage and a data set."""
+    from hydra.utils import instantiate
 
     from hydra.utils import instantiate
 
@@ -132,15 +144,15 @@ def build_conditioner(node: Any, autoencoder, data):
         "channels": data.channels,
         "factor": autoencoder.factor,
         "z_channels": autoencoder.z_channels,
-        "encode": lambda image: autoencoder.encode(
-            image
-        ),  # not the bound method: Hydra copies what it is given, the first stage with it
+        # Not the bound method: Hydra would deep-copy it, and the first stage with it.
+        "encode": lambda image: autoencoder.encode(image),
     }
     return instantiate(node, **nested_kwargs(node, known))
 
 
-def build_network(cfg: Any, autoencoder, told):
-    """A config's network for the latents of a first stage, told by a conditioner."""
+def build_network(cfg: Any, autoencoder, conditioner):
+    """Build a config's network for the latents of a first stage and the conditions of a conditioner."""
+    from hydra.utils import instantiate
 
     from hydra.utils import instantiate
 
@@ -148,16 +160,15 @@ def build_network(cfg: Any, autoencoder, told):
         cfg.net,
         in_channels=autoencoder.z_channels,
         out_channels=autoencoder.z_channels * (2 if cfg.get("learned_variance") else 1),
-        context_dim=told.context_dim,
-        vector_dim=told.vector_dim,
-        concat_channels=told.concat_channels,
+        context_dim=conditioner.context_dim,
+        vector_dim=conditioner.vector_dim,
+        concat_channels=conditioner.concat_channels,
     )
 
 
 def build_model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
-    """A latent diffusion model in the given first stage's latent space, with fresh weights drawn from the config's seed."""
+    """Build a latent diffusion model on the given first stage, with weights initialized from the config's seed."""
     import torch
-
     from hydra.utils import instantiate
 
     from ldm.diffusion.denoiser import Denoiser
@@ -165,24 +176,27 @@ def build_model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
     from ldm.tensors import derive_seed
 
     torch.manual_seed(derive_seed(cfg.seed, "weights"))
-    told = build_conditioner(cfg.conditioner, autoencoder, data)
-    denoiser = Denoiser(build_network(cfg, autoencoder, told), instantiate(cfg.schedule), instantiate(cfg.prediction))
-    return LatentDiffusion(autoencoder, told, denoiser, (data.size, data.size))
+    conditioner = build_conditioner(cfg.conditioner, autoencoder, data)
+    net = build_network(cfg, autoencoder, conditioner)
+    denoiser = Denoiser(net, instantiate(cfg.schedule), instantiate(cfg.prediction))
+    return LatentDiffusion(autoencoder, conditioner, denoiser, (data.size, data.size))
 
 
 def supplied_parameters(node: Any) -> tuple[str, ...]:
-    """The parameters of a node's target that the builders supply."""
+    """Return the parameters of a node's target that the builders supply."""
     return RUNTIME_PARAMETERS.get(node.get("_target_", ""), ())
 
 
 def nested_kwargs(node: Any, known: dict[str, Any]) -> dict[str, Any]:
-    """Of what is known, what the targets of a node and of those within it need: keywords for instantiate."""
+    """Return the keywords for `instantiate` that a node's target and the targets nested in it take from `known`."""
     inner = {name: nested_kwargs(child, known) for name, child in node.items() if hasattr(child, "items")}
-    return {name: known[name] for name in supplied_parameters(node)} | {
-        name: found for name, found in inner.items() if found
-    }
+    own = {name: known[name] for name in supplied_parameters(node)}
+    return own | {name: kwargs for name, kwargs in inner.items() if kwargs}
 
 
 def build_classifier(net: Any, autoencoder: Any, data: Any) -> Any:
-    """The network for a first stage's latents of a data set; net: its constructor, options bound."""
+    """Build a classifier for the latents of a data set.
+
+    net: its constructor with options bound.
+    """
     return net(in_channels=autoencoder.z_channels, classes=len(data.classes), size=data.size // autoencoder.factor)

@@ -1,4 +1,4 @@
-"""The jobs that a command line stands for, composed and checked but not run."""
+"""Compose the jobs of a command line and check them without running them."""
 
 import json
 import re
@@ -27,9 +27,7 @@ from ldm.launch import gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
 LITERAL_KEYS = ("prompt", "negative", "source_prompt", "precision")
-
 
 PATH_KEYS = (
     "run",
@@ -47,7 +45,7 @@ PATH_KEYS = (
 
 @dataclass(frozen=True)
 class ComposedJob:
-    """One job: the overrides that make it, its config as the task would be given it, and the option chosen in each group."""
+    """One job: its overrides, its config as the command would receive it, and the option chosen in each group."""
 
     overrides: Sequence[str]
     cfg: Any
@@ -55,11 +53,11 @@ class ComposedJob:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Plain data, interpolations resolved."""
+        """The config as plain data with interpolations resolved."""
         return to_container(self.cfg)
 
     def lookup(self, key: str) -> Any:
-        """The option of a group, or the value at a dotted key of the config; None where there is neither."""
+        """Return the option chosen in a group, or the value at a dotted key of the config; None if there is neither."""
         node: Any = self.choices.get(key, self.config)
         if key in self.choices:
             return node
@@ -71,13 +69,13 @@ class ComposedJob:
 def compose_jobs(
     script: str, typed: Sequence[str], supplied: Mapping[str, Collection[str]] | None = None
 ) -> list[ComposedJob]:
-    """The jobs of `python SCRIPT.py -m TYPED`, in its order. Raises UserError for what the command would refuse.
+    """Compose the jobs of `python SCRIPT.py -m TYPED`, in its order.
 
-    supplied: as ldm.cli.main.run_command has it.
+    supplied: as in ldm.cli.main.run_command.  Raises UserError for what the command would refuse.
     """
     from omegaconf import OmegaConf
 
-    import ldm.config.search_path  # noqa: F401  makes experiments/ a group
+    import ldm.config.search_path  # noqa: F401  registers experiments/ as a config group
     from ldm.config.validate import validate
 
     tree = ConfigSearchPath((ROOT / "conf",), ROOT)
@@ -101,39 +99,26 @@ def compose_jobs(
     return jobs
 
 
-def compose_option(group: str, option: str, folder: Path = ROOT / "conf") -> Any:
-    """Return the node of one option of a group as a config, composed with the base files that it names.
-
-    Interpolations of other groups, as `${weighting}`, stay unresolved.  Raises UserError for an option that does not exist.
-    """
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    options = ConfigSearchPath((folder,), ROOT).groups().get(group, [])
-    if option not in options:
-        raise UserError(f"{group}={option}: no such option{did_you_mean(option, options)}{format_choices(options)}")
-    with initialize_config_dir(str(folder), version_base="1.3"):
-        config = compose(f"{group}/{option}")
-    # A root of its own, as a file is: a node of the composed config refuses new keys.  `@package _global_` sets other keys as well.
-    return OmegaConf.create(OmegaConf.to_container(config.get(group, config)))
-
-
+# Keep Hydra from writing files.
 NO_HYDRA_OUTPUT = (
     "hydra/job_logging=disabled",
     "hydra/hydra_logging=disabled",
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
-)  # nothing on disk
+)
 
 
 def current_choices() -> dict[str, str]:
-    """Group -> option of the running job, also where a sweep or a launcher handed the composed config on: {"schedule": "cosine", ...}."""
+    """Return group -> option of the running job: {"schedule": "cosine", ...}.
+
+    Also works where a sweep or a launcher passed on an already composed config.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     runtime = HydraConfig.get().runtime
     for source in runtime.config_sources:
-        if source.provider == "main" and (kept := Path(source.path) / "choices.json").is_file():
-            return json.loads(kept.read_text())
+        if source.provider == "main" and (file := Path(source.path) / "choices.json").is_file():
+            return json.loads(file.read_text())
     return {
         group: option
         for group, option in runtime.choices.items()
@@ -143,41 +128,44 @@ def current_choices() -> dict[str, str]:
 
 @dataclass
 class Composition:
-    """What is about to run: the config, its overrides, and whether they stand for several jobs."""
+    """A command line to be run: the config, its overrides, and whether they stand for several jobs."""
 
     tree: ConfigSearchPath
     name: str
     multirun: bool
     overrides: list[str]
-    enumerable: bool = True  # the jobs are known before the first runs
-    runs_locally: bool = True  # they run on this machine
-    sequential: bool = True  # one after another, called by this process
+    enumerable: bool = True  # the jobs are known before the first one starts
+    runs_locally: bool = True  # on this machine
+    sequential: bool = True  # jobs run one after another in this process
     names: list[str] = field(default_factory=list)
     gpus: tuple[str, ...] = ()
     first_config: Any = None
-    launched: bool = False  # Hydra runs the jobs
+    launched: bool = False  # Hydra has started running the jobs
     written: list[str] = field(
         default_factory=list
-    )  # the overrides that Hydra is given, whose jobs are `names` whenever it reads them
+    )  # the overrides passed to Hydra, which expand to the jobs in `names`
 
     def __post_init__(self) -> None:
         self.written = self.overrides
 
     def compose(self, overrides: list[str]) -> Any:
-        """The composed config, its `hydra` node included."""
+        """Return the composed config, including its `hydra` node."""
         from hydra import compose, initialize_config_dir
 
         with initialize_config_dir(str(self.tree.folders[0]), version_base="1.3"):
             return compose(self.name, [*overrides, *self.tree.search_path()], return_hydra_config=True)
 
     def check(self, supplied: Mapping[str, Collection[str]]) -> list[Any]:
-        """Each job's config, composed and validated before the first starts.  Raises UserError."""
+        """Compose and validate each job's config before the first one starts.
+
+        supplied: parameters that code passes (see `validate`).  Raises UserError.
+        """
         from ldm.config.validate import validate
 
         configs = []
         for overrides in self.job_overrides():
             config = self.compose(overrides)
-            added = [override for override in overrides if re.match(r"\+\w+@", override)]  # what `several` made
+            added = [override for override in overrides if re.match(r"\+\w+@", override)]  # by expand_group_list
             known = {override[1:].partition("=")[0] for override in added}
             choices = config.hydra.runtime.choices.items()
             chosen = added + [
@@ -194,7 +182,10 @@ class Composition:
         return configs
 
     def job_overrides(self) -> list[list[str]]:
-        """The overrides of each job; none for a sweep that draws its values as it goes, whose jobs check themselves."""
+        """Return the overrides of each job.
+
+        Empty for a sweeper that proposes values as it goes; its jobs are validated when they start.
+        """
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
         from ldm.compat import BasicSweeper
@@ -216,9 +207,8 @@ class Composition:
         if first.hydra.runtime.choices.get("hydra/launcher") == "gpus":
             self.gpus = gpus.idle_gpus()
         if any(one.key_or_group == "experiments" and one.is_sweep_override() for one in typed):
-            first = self.compose(
-                [line for one, line in firsts if line and one.key_or_group != "experiments"]
-            )  # Hydra's sweeper knows no study
+            # Hydra's sweeper does not know the group `experiments`.
+            first = self.compose([line for one, line in firsts if line and one.key_or_group != "experiments"])
         params = parse([f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()])
         self.written, swept = write_sweep(params, typed, first.hydra.sweeper, self.tree.options)
         if not self.enumerable:
@@ -229,13 +219,13 @@ class Composition:
 
     @property
     def sweep_name(self) -> str:
-        """The sweep's name: its study's, the one that name= gives, or what it is over."""
+        """The sweep's name: its study's, else the value of name=, else the keys that it varies."""
         study = self.first_config.hydra.runtime.choices.get("experiments") or ""
         over = [one.partition("=")[0] for one in self.overrides if not one.startswith("hydra.")]
         return str(study.removesuffix("/sweep") or self.first_config.get("name") or ",".join(over))[:128]
 
     def sweep_dir(self, scratch: str) -> Path:
-        """Where Hydra's own files of a sweep go: nowhere that lasts, unless other machines are to see them."""
+        """Return the folder for Hydra's own files of a sweep: temporary, unless other machines have to read them."""
         return Path(scratch) if self.runs_locally else Path(self.first_config.hydra.sweep.dir).absolute()
 
     def _single(self, typed: list[Any]) -> list[str]:
@@ -245,20 +235,22 @@ class Composition:
         return self.overrides
 
     def hydra_overrides(self, script: Path, scratch: str) -> list[str]:
-        """Overrides that keep Hydra's own files and logs off the disk, unless the person set them."""
+        """Return the overrides that keep Hydra's files and logs off the disk, except those that the user set."""
         ours = [*NO_HYDRA_OUTPUT, f"hydra.job.name={script.stem}", *self.tree.search_path()]
         if self.multirun and self.first_config is not None:
             ours += [f"hydra.sweep.dir={quote(escape(str(self.sweep_dir(scratch))))}", "hydra.sweep.subdir=."]
             ours += [f"hydra.launcher.n_jobs={len(self.gpus)}"] * bool(self.gpus)
-            ours += ["hydra.sweeper.max_failure_rate=1.0"] * (
-                "max_failure_rate" in self.first_config.hydra.sweeper
-            )  # a failed job stops no other
+            # A failed job must not stop the others.
+            ours += ["hydra.sweeper.max_failure_rate=1.0"] * ("max_failure_rate" in self.first_config.hydra.sweeper)
         typed = {override.partition("=")[0] for override in self.overrides}
         return [override for override in ours if override.partition("=")[0] not in typed]
 
     @contextmanager
     def translate_errors(self, job: Any):
-        """Turn what is raised before the task runs into one UserError."""
+        """Raise any error that occurs before the task starts as one UserError.
+
+        job: has `started`, true once the task runs.
+        """
         try:
             yield
         except UserError:
@@ -288,7 +280,11 @@ def _without_hydra_node(config: Any) -> Any:
 
 
 def resolved_config(config: Any, missing: bool = False) -> dict[str, Any]:
-    """The config as resolved plain data without Hydra's node.  Raises UserError for a value that must be given, unless missing."""
+    """Return the config as resolved plain data, without Hydra's node.
+
+    missing: accept mandatory values that are not set, and resolve nothing.
+    Raises UserError for a mandatory value that is not set, unless `missing`.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue
 

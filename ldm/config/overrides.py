@@ -1,4 +1,7 @@
-"""What a person types, made safe for Hydra: text kept whole, `experiment=` found, a mistake named with the nearest right word."""
+"""Translate command-line overrides to Hydra's grammar and explain those that it rejects.
+
+Literal text is quoted, `experiment=` is resolved to a study, and an unknown name is reported with the closest one.
+"""
 
 import re
 import shlex
@@ -12,29 +15,29 @@ from ldm.config.sweeps import list_values
 from ldm.config.tree import walk
 from ldm.errors import UserError
 
-NON_CONFIG_FILES = ("study", "points")  # a study's yaml files that say what it asks and where it looks: no configs
-ESCAPED_MISSING = "${oc.decode:\"'???'\"}"  # the text ??? itself, which OmegaConf takes for a value not given yet
+NON_CONFIG_FILES = ("study", "points")  # YAML files of a study that are not configs: its question and evaluation points
+ESCAPED_MISSING = "${oc.decode:\"'???'\"}"  # the text ??? itself, which OmegaConf reads as a missing value
 
 
 def escape(text: str) -> str:
-    """Text that OmegaConf resolves to itself, `${`, backslashes and `???` included."""
+    """Return text that OmegaConf resolves to `text`, including `${`, backslashes and `???`."""
     return ESCAPED_MISSING if text == "???" else re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def unescape(text: str) -> str:
-    """The inverse of escape."""
-    return "???" if text == ESCAPED_MISSING else re.sub(r"((?:\\\\)*)\\\$\{", lambda found: found[1][::2] + "${", text)
+    """Invert `escape`."""
+    return "???" if text == ESCAPED_MISSING else re.sub(r"((?:\\\\)*)\\\$\{", lambda match: match[1][::2] + "${", text)
 
 
 def quote(text: str) -> str:
-    """Text in the quotes of Hydra's override grammar."""
+    """Quote text for Hydra's override grammar."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """The remedy "; did you mean 'x'?", or nothing when no word is close."""
+    """Return the hint "; did you mean 'x'?", or an empty string if no word is close."""
     words = sorted(set(words))
     ends: dict[str, str] = {}
     for name in words:
@@ -52,7 +55,7 @@ def is_base(option: str) -> bool:
 
 @dataclass(frozen=True)
 class ConfigSearchPath:
-    """The configs that can be named: folders searched for groups, and the repository's root, which holds experiments/.
+    """The configs that can be chosen: folders searched for groups, and the repository root with experiments/.
 
     folders: conf/ first, then a user's --config-dir.
     """
@@ -61,17 +64,17 @@ class ConfigSearchPath:
     root: Path
 
     def groups(self) -> dict[str, list[str]]:
-        """Map each group to its options, by the folders' yaml files; the bases of options, `_name.yaml`, are left out."""
-        found: dict[str, set[str]] = {}
+        """Map each group to its options, from the YAML files in the folders."""
+        options: dict[str, set[str]] = {}
         for folder in self.folders:
             for file in folder.rglob("*.yaml"):
                 group = file.parent.relative_to(folder).as_posix()
-                if group != "." and not group.startswith(("hydra", "experiments")) and not is_base(file.stem):
-                    found.setdefault(group, set()).add(file.stem)
-        return {group: sorted(options) for group, options in sorted(found.items())}
+                if group != "." and not group.startswith(("hydra", "experiments")):
+                    options.setdefault(group, set()).add(file.stem)
+        return {group: sorted(names) for group, names in sorted(options.items())}
 
     def options(self, group: str) -> list[str]:
-        """List the options of a group that Hydra itself finds, its own and those of experiments/ included; none where there is no such group."""
+        """List a group's options as Hydra sees them, including Hydra's own groups and experiments/; may be empty."""
         from hydra import initialize_config_dir
         from hydra.core.global_hydra import GlobalHydra
 
@@ -80,28 +83,32 @@ class ConfigSearchPath:
         return [option for option in options if not is_base(option)]
 
     def search_path(self) -> list[str]:
-        """Write the override that adds experiments/ and the folders after the first to those that Hydra searches."""
-        places = [f"studies://{self.root}", *(f"file://{folder}" for folder in self.folders[1:])]
-        return [f"hydra.searchpath=[{','.join(quote(escape(place)) for place in places)}]"]
+        """Return the override that adds experiments/ and all folders but the first to Hydra's search path."""
+        sources = [f"studies://{self.root}", *(f"file://{folder}" for folder in self.folders[1:])]
+        return [f"hydra.searchpath=[{','.join(quote(escape(source)) for source in sources)}]"]
 
     def studies(self) -> dict[str, str]:
-        """What fingers type after `experiment=` -> the option of the group `experiments`: a study's sweep.yaml goes by the study's name."""
-        found = {}
+        """Map what a user types after `experiment=` to the option of the group `experiments`.
+
+        A study's sweep.yaml is also known by the study's name.
+        """
+        options = {}
         for folder in (self.root, *self.folders):
             for file in sorted(folder.glob("experiments/*/*.yaml")):
                 option = file.relative_to(folder / "experiments").with_suffix("").as_posix()
                 if file.stem in NON_CONFIG_FILES:
                     continue
-                found[option.removesuffix("/sweep")] = found[option] = option
-        return found
+                options[option.removesuffix("/sweep")] = options[option] = option
+        return options
 
     def resolve_study(self, name: str) -> str:
-        """The option of `experiments` for one typed name.  Raises UserError with the nearest name."""
+        """Return the option of `experiments` for one typed name.  Raises UserError with the closest name."""
         studies = self.studies()
         if name.strip("/") not in studies:
             names = sorted(name for name in studies if not name.endswith("/sweep"))
             raise UserError(
-                f"experiment={name}: no such study in {self.root / 'experiments'}{did_you_mean(name, names)}{format_choices(names)}"
+                f"experiment={name}: no such study in {self.root / 'experiments'}"
+                f"{did_you_mean(name, names)}{format_choices(names)}"
             )
         return studies[name.strip("/")]
 
@@ -114,17 +121,19 @@ def format_choices(names: Collection[str], limit: int = 20) -> str:
 def normalize_override(
     override: str, tree: ConfigSearchPath, text: Collection[str], paths: Collection[str], multirun: bool
 ) -> str:
-    """One override as Hydra must read it.
+    """Translate one typed override to what Hydra has to read.
 
-    text: keys whose value is any text at all and arrives as typed.  paths: keys whose value is text, but for `null`.
-    With multirun `choice(a,b)` sweeps over either.  Raises UserError for what the commands do not take.
+    text: keys with a literal value, which may be any text.
+    paths: keys whose value is literal text, except `null`.
+    multirun: `choice(a,b)` sweeps over values also for those keys.
+    Raises UserError for what the commands do not accept.
     """
     key, sign, value = override.partition("=")
     if not sign and not key.startswith("~"):
         raise UserError(f"{override!r} is not key=value (see --help)")
-    if key.startswith("+") and "@" not in key:  # `+group@place=option` is what `several` writes
+    if key.startswith("+") and "@" not in key:  # expand_group_list writes `+group@node=option`
         raise UserError(
-            f"{override}: keys are not added from the command line, nothing would read them; write {override.lstrip('+')}"
+            f"{override}: the command line cannot add keys, nothing would read them; write {override.lstrip('+')}"
         )
     if key == "experiments":
         raise UserError(f"experiments is the folder; type experiment={value.removesuffix('/sweep')}")
@@ -140,7 +149,7 @@ def normalize_override(
         )
     if multirun and re.fullmatch(r"choice\(.*\)", value, re.DOTALL):
         return override
-    if value == "nan" and key in tree.groups():  # else a number
+    if value == "nan" and key in tree.groups():  # unquoted it would be a number
         return f"{key}={quote(value)}"
     if key in text:
         return f"{key}={quote(escape(value))}"
@@ -150,7 +159,7 @@ def normalize_override(
 
 
 def _study_names(value: str, tree: ConfigSearchPath) -> list[str]:
-    """List the studies of a sweep over `experiment`: `a,b`, or what a function of the override grammar stands for."""
+    """List the studies of a sweep over `experiment`: `a,b`, or the values of a function of the override grammar."""
     if not re.fullmatch(r"\w+\s*\(.*\)", value, re.DOTALL):
         return value.split(",")
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -166,15 +175,15 @@ def _study_names(value: str, tree: ConfigSearchPath) -> list[str]:
 
 
 def expand_group_list(override: str, tree: ConfigSearchPath) -> list[str]:
-    """`group=[a,b]`, of a group with an option `compose`, as the overrides that put a and b into that option by their names.
+    """Expand `group=[a,b]`, for a group with an option `compose`, to overrides that add a and b to that option by name.
 
-    Raises UserError for an option that is not there.
+    Other overrides are returned unchanged.  Raises UserError for an unknown option.
     """
-    found = re.fullmatch(r"(\w+)=\[([\w, ]+)\]", override)
-    options = tree.groups().get(found[1], []) if found else []
-    if found is None or "compose" not in options:
+    match = re.fullmatch(r"(\w+)=\[([\w, ]+)\]", override)
+    options = tree.groups().get(match[1], []) if match else []
+    if match is None or "compose" not in options:
         return [override]
-    group, names = found[1], [name.strip() for name in found[2].split(",") if name.strip()]
+    group, names = match[1], [name.strip() for name in match[2].split(",") if name.strip()]
     for name in names:
         if name not in options:
             raise UserError(
@@ -184,7 +193,7 @@ def expand_group_list(override: str, tree: ConfigSearchPath) -> list[str]:
 
 
 def dotted_keys(config: Any) -> list[str]:
-    """Every dotted path of a plain config, inner nodes included, what is inside lists left out."""
+    """List every dotted path of a plain config, including inner nodes, but nothing inside lists."""
     return [path for path, _ in walk(config) if path and "[" not in path]
 
 
@@ -195,26 +204,29 @@ def explain_override_error(
     compose: Callable[[list[str]], Any],
     multirun: bool,
 ) -> str:
-    """One line that says which override Hydra could not take and what was expected; Hydra's own words where that cannot be told.
+    """Return one line that names the override Hydra rejected and what was expected, or Hydra's own message if unclear.
 
-    compose: overrides -> the plain config; called with the overrides that choose existing options, to know the keys that are there.
+    compose: overrides -> the plain config; called with the valid group choices, to know which keys exist.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException, OverrideParseException
 
     groups = tree.groups()
-    good, keyed = [], []
+    valid, keyed = [], []
     for text in overrides:
         if text.startswith("hydra"):
-            good.append(text)
+            valid.append(text)
             continue
         try:
             override = OverridesParser.create().parse_override(text)
         except (OverrideParseException, HydraException):
             key, _, value = text.partition("=")
             safe = shlex.quote(f"{key}={quote(value)}")
-            return f"cannot read {text!r}: blanks, quotes and , = : [ ] {{ }} ( ) mean something in a value; quote it: {safe}"
+            return (
+                f"cannot read {text!r}: blanks, quotes and , = : [ ] {{ }} ( ) have a meaning in a value; "
+                f"quote it: {safe}"
+            )
         if override.is_sweep_override() and not multirun:
             return f"{text} is a sweep over several values: add -m, or quote the value"
         group = override.key_or_group
@@ -222,7 +234,7 @@ def explain_override_error(
             keyed.append((override, text))
             continue
         values: list[Any] = [override.value()]
-        if isinstance(values[0], Glob):  # selects among the options that are there
+        if isinstance(values[0], Glob):  # can only select existing options
             continue
         if override.is_interval_sweep():
             return f"{text}: {group} is a choice between configs, not a number{format_choices(groups[group])}"
@@ -235,26 +247,29 @@ def explain_override_error(
                 )
             for option in value if isinstance(value, list) else [value]:
                 if option is not None and str(option) not in groups[group]:
-                    return f"{group}={option}: no such option{did_you_mean(str(option), groups[group])}{format_choices(groups[group])}"
-        good.append(text)
+                    hint = did_you_mean(str(option), groups[group])
+                    return f"{group}={option}: no such option{hint}{format_choices(groups[group])}"
+        valid.append(text)
     try:
-        there = dotted_keys(compose([text for text in good if not text.startswith("experiments=") or "," not in text]))
+        existing = dotted_keys(
+            compose([text for text in valid if not text.startswith("experiments=") or "," not in text])
+        )
     except Exception:
-        there = []
+        existing = []
     for override, text in keyed:
         name = override.key_or_group
-        if there and name not in there and not text.startswith("experiments="):
-            return f"{text.removeprefix('~')}: no key {name!r}{did_you_mean(name, [*there, *groups, 'experiment'])}"
-    said = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
-    line = re.split("(?:Config s|S)earch path:", " ".join(" ".join(line for line in said if line).split()))[0].strip()
+        if existing and name not in existing and not text.startswith("experiments="):
+            return f"{text.removeprefix('~')}: no key {name!r}{did_you_mean(name, [*existing, *groups, 'experiment'])}"
+    texts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+    line = re.split("(?:Config s|S)earch path:", " ".join(" ".join(text for text in texts if text).split()))[0].strip()
     plugin = re.search("Could not find 'hydra/(launcher|sweeper)/", line)
     return line + (
-        "; pip install -e '.[sweep]' brings joblib, submitit_local, submitit_slurm and optuna" if plugin else ""
+        "; pip install -e '.[sweep]' installs joblib, submitit_local, submitit_slurm and optuna" if plugin else ""
     )
 
 
 def help_text(folder: Path, config_name: str, about: str) -> str:
-    """The text of --help: what the script says about itself, the choices with their defaults, and the plain keys with their comments."""
+    """Return the text of --help: the script's description, the groups with defaults, the keys with their comments."""
     import yaml
 
     source = (folder / f"{config_name}.yaml").read_text()
@@ -275,5 +290,5 @@ def help_text(folder: Path, config_name: str, about: str) -> str:
     for name, value, comment in re.findall(r"^(\w+): *([^#\n{\[]*?) *(?:# *(.*))?$", source, re.MULTILINE):
         if name not in ("defaults", "hydra") and value:
             lines.append(f"  {f'{name}={value}':<28} {comment}".rstrip())
-    lines += ["", "--cfg job shows the whole config; -m runs every combination of values given as a=1,2."]
+    lines += ["", "--cfg job prints the complete config; -m runs every combination of values given as a=1,2."]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The repository's experiments/ as Hydra's group `experiments`."""
+"""Register the repository's experiments/ as Hydra's config group `experiments`."""
 
 import os
 
@@ -6,9 +6,10 @@ from ldm.compat import FileConfigSource, SourcesRegistry
 
 
 class ExperimentsConfigSource(FileConfigSource):
-    """studies:///root holds experiments/ and nothing beside it.
+    """Config source studies:///root, which contains experiments/ and nothing else.
 
-    As file:///root every other folder there (runs/, data/) would be a group too, and `runs=elsewhere` the choice of an option.
+    With file:///root every other folder there (runs/, data/) would be a group as well, and `runs=elsewhere` would
+    choose an option of it.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The sweeps among a command's overrides, written so that whoever reads them, this command or Hydra's sweeper, reads the same jobs.
+"""Rewrite the sweeps among a command's overrides so that this command and Hydra's sweeper expand them to the same jobs.
 
 Hydra's grammar of overrides: https://hydra.cc/docs/advanced/override_grammar/extended
 """
@@ -14,14 +14,14 @@ Options = Callable[[str], Sequence[str]]  # config group -> its options, for glo
 
 
 def name_job(overrides: Iterable[str]) -> str:
-    """Join the overrides of a sweep's job as its tables print them."""
+    """Join the overrides of a sweep's job into its name in tables."""
     return " ".join(one for one in overrides if not one.startswith("dry_run="))
 
 
 def list_values(override: Any, options: Options) -> list[str]:
-    """List the values of a discrete sweep as the grammar writes them, in the order in which Hydra's own sweeper runs them.
+    """List the values of a discrete sweep, written in the grammar, in the order of Hydra's basic sweeper.
 
-    override: parsed by Hydra.  A shuffle() is another order at each call.  Raises UserError where there is no value.
+    override: parsed by Hydra.  shuffle() gives another order at each call.  Raises UserError if there is no value.
     """
     from hydra.core.override_parser.types import Glob, RangeSweep
     from hydra.errors import HydraException
@@ -32,7 +32,7 @@ def list_values(override: Any, options: Options) -> list[str]:
     if isinstance(value, Glob):
         names = list(options(override.key_or_group))
         if not names:
-            raise UserError(f"{line}: glob() selects options of a group, and {override.key_or_group} is none")
+            raise UserError(f"{line}: glob() selects options of a group, and {override.key_or_group} is not a group")
         if not (matches := value.filter(names)):
             raise UserError(f"{line}: no option matches (one of {', '.join(names)})")
         return [name if _is_word(name) else _quote(name) for name in matches]
@@ -48,7 +48,7 @@ def list_values(override: Any, options: Options) -> list[str]:
 
 
 def take_first(override: Any, options: Options) -> str | None:
-    """Write the override with the first of its values; None for an interval, which a search draws from."""
+    """Return the override with the first of its values; None for an interval, from which a search samples."""
     if not override.is_sweep_override():
         return override.input_line
     return f"{override.get_key_element()}={list_values(override, options)[0]}" if override.is_discrete_sweep() else None
@@ -57,9 +57,12 @@ def take_first(override: Any, options: Options) -> str | None:
 def write_sweep(
     params: Sequence[Any], typed: Sequence[Any], sweeper: Any, options: Options
 ) -> tuple[list[str], list[str]]:
-    """Return the overrides that Hydra is given, and those that its sweeper then reads in all, none of which a second reading changes.
+    """Return the overrides to pass to Hydra, and all those that its sweeper then reads.
 
-    params: the sweeper's own, from the config.  typed: from the command line.  sweeper: its config.  Raises UserError as write_out does.
+    Both lists are stable: reading them again gives the same jobs.
+
+    params: the sweeper's own, from the config.  typed: from the command line.  sweeper: its config.
+    Raises UserError as `write_out` does.
     """
     from hydra.core.override_parser.types import Glob
 
@@ -69,24 +72,22 @@ def write_sweep(
         return write_out(override, options) if "basic" in sweeper._target_ else override.input_line
 
     for one in params:
-        if (
-            isinstance(one.value(), Glob) and "optuna" in sweeper._target_
-        ):  # asserts that it is no glob before it sees what replaces it
+        # The sweeper asserts that its params have no glob before it sees the override that replaces it.
+        if isinstance(one.value(), Glob) and "optuna" in sweeper._target_:
             raise UserError(
-                f"hydra.sweeper.params: {one.input_line}: Optuna's sweeper takes no glob() here; write choice(...)"
+                f"hydra.sweeper.params: {one.input_line}: Optuna's sweeper does not support glob(); write choice(...)"
             )
     before, after = [write(one) for one in params], [write(one) for one in typed]
-    changed = [
-        line for one, line in zip(params, before, strict=True) if line != one.input_line
-    ]  # replaces the param, in its position
+    # Each replaces the param, in its position.
+    changed = [line for one, line in zip(params, before, strict=True) if line != one.input_line]
     return changed + after, before + after
 
 
 def write_out(override: Any, options: Options) -> str:
-    """Write glob() and shuffle(), which stand for other jobs when they are read again, as the list of their values; the rest as typed.
+    """Expand glob() and shuffle(), which give other jobs when they are read again, to the list of their values.
 
-    The list is a,b,c since choice() takes the quotes off a text, so that 'nan' becomes a number.
-    Raises UserError for a sweep over no value, and for an interval, which has no list.
+    Other overrides are returned as typed. The list is a,b,c because choice() drops the quotes of a text, so that 'nan'
+    would become a number.  Raises UserError for a sweep over no value, and for an interval, which has no list.
     """
     from hydra.core.override_parser.types import Glob
 
@@ -97,18 +98,20 @@ def write_out(override: Any, options: Options) -> str:
         return f"{key}=choice({override.get_value_element_as_str()})" if re.search(r"\bshuffle\s*\(", line) else line
     if override.is_interval_sweep():
         raise UserError(
-            f"{line}: an interval has no list of values, a search draws from it; add hydra/sweeper=optuna, or write values"
+            f"{line}: an interval has no list of values, a search samples from it; "
+            "add hydra/sweeper=optuna, or write values"
         )
     values = list_values(override, options)
     return f"{key}={','.join(values)}" if isinstance(value, Glob) or value.shuffle else line
 
 
 def write_search(override: Any, options: Options, grid: bool) -> str:
-    """Write a sweep so that Optuna's sweeper draws from exactly the values that the grammar gives it; the rest as typed.
+    """Rewrite a sweep so that Optuna's sweeper samples from exactly the values that the grammar gives it.
 
-    The sweeper counts the end of a range as one of its values, its grid leaves out the last one, it refuses glob() and a falling range, and
-    passes a text on without quotes.  The order of the values means nothing to a search, so that shuffle() is dropped: the choices of a study
-    that is stored must not change.
+    The sweeper includes the end of a range in its values, its grid leaves out the last one, it refuses glob() and a
+    falling range, and passes text on without quotes. The order of the values has no meaning in a search, so shuffle()
+    is dropped: the choices of a stored study must not change. Other overrides are returned as typed.
+
     grid: whether the sampler is a grid.  Raises UserError for a sweep over no value.
     """
     from hydra.core.override_parser.types import ChoiceSweep, RangeSweep, Transformer
@@ -123,7 +126,8 @@ def write_search(override: Any, options: Options, grid: bool) -> str:
         numbers = list(value.range())
         values = [Transformer.str(number) for number in numbers]
         if not value.shuffle and not grid:
-            return f"{key}=range({Transformer.str(min(numbers))},{Transformer.str(max(numbers))},{Transformer.str(abs(value.step))})"
+            first, last, step = map(Transformer.str, (min(numbers), max(numbers), abs(value.step)))
+            return f"{key}=range({first},{last},{step})"
     elif isinstance(value, ChoiceSweep):
         texts = [(one, Transformer.str(one)) for one in value.list]
         values = [_quote(one) if isinstance(one, str) and one != text else text for one, text in texts]
@@ -137,5 +141,5 @@ def _quote(text: str) -> str:
 
 
 def _is_word(text: str) -> bool:
-    """Whether the grammar reads the text as a string without quotes."""
+    """Return whether the grammar reads the text as a string without quotes."""
     return bool(re.fullmatch(r"[A-Za-z_][\w/-]*", text)) and text.lower() not in ("nan", "inf", "null", "true", "false")

@@ -1,11 +1,14 @@
-"""Walk plain data, as a config is once resolved: mappings, lists and leaves in one another; nothing here knows OmegaConf."""
+"""Traverse resolved configs as plain data: nested mappings, lists and leaves, independent of OmegaConf."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
 def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted path and the value of everything in plain data, each container before its content: "", "a", "a.b", "a.b[0]"."""
+    """Yield (dotted path, value) for everything in plain data, each container before its content.
+
+    Paths: "", "a", "a.b", "a.b[0]".
+    """
     yield path, value
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -28,14 +31,14 @@ def flatten(value: Any, above: str = "") -> dict[str, Any]:
 
 
 def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Copy plain data with every leaf changed; tuples become lists."""
+    """Return a copy of plain data with `change` applied to every leaf; tuples become lists."""
     if isinstance(value, Mapping):
-        return {key: map_leaves(one, change) for key, one in value.items()}
+        return {key: map_leaves(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [map_leaves(one, change) for one in value]
+        return [map_leaves(inner, change) for inner in value]
     return change(value)
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Copy plain data with every text in it changed, keys left as they are."""
+    """Return a copy of plain data with `change` applied to every string value; keys are left as they are."""
     return map_leaves(value, lambda leaf: change(leaf) if isinstance(leaf, str) else leaf)

@@ -1,6 +1,6 @@
-"""Configs that came with a file, of a run, a checkpoint or an image: they may make a model, and nothing else.
+"""Configs that came with a file (a run, a checkpoint, an image) may build a model and nothing else.
 
-What a person types may call any library (ldm.config.validate). What a file says may have been written by anybody.
+What a user types may call any library (ldm.config.validate); what a file contains may have been written by anybody.
 """
 
 import os
@@ -16,33 +16,41 @@ from ldm.config.tree import iter_nodes, map_strings
 from ldm.config.validate import check_target_allowed, find_module, is_user_code, resolve_definition, validate
 from ldm.errors import UserError
 
-ALLOWED_LDM_TARGETS = re.compile(  # what makes models, data and samples; not what writes files, fetches or starts processes
-    r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net|objective|score|source|task)\..+"
-    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|recipes\.\w+\.\w+Recipe|training\.(fit|lr|debug|optimizers)\.\w+|load\.(autoguidance|teacher))"
+# Models, data and samples; nothing that writes files, downloads or starts processes.
+ALLOWED_LDM_TARGETS = re.compile(
+    r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net)\..+"
+    r"|sampling\.((inputs|tasks)\.\w+|classifier_guidance\.classifier_guidance)|evaluation\.evaluate\.EvaluationConfig"
+    r"|checkpoint\.teachers\.(autoguidance|load_teacher)"
+    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|recipes\.\w+\.(train|\w+Recipe)"
+    r"|training\.(fit|lr|debug|optimizers)\.\w+)"
 )
 LIBRARIES = ("torch.nn", "torch.optim")
-REPOSITORY_SCRIPTS = ("conf", "experiments", "sample", "tests", "train")  # of the repository: commands, not parts
+REPOSITORY_SCRIPTS = ("conf", "experiments", "sample", "tests", "train")  # top-level names that are not model parts
 
 
-def sanitize_config(given: Mapping[str, Any], where: Path | str) -> Any:
-    """The config as OmegaConf's, every text in it literal, less its logger: who was told of a run makes no model.
+def sanitize_config(config: Mapping[str, Any], where: Path | str) -> Any:
+    """Return a stored config as an OmegaConf config with every string literal, without its loggers.
 
-    Raises UserError naming the file `where` for one that may not be built.
+    Loggers are dropped because they are not part of the model.  where: the file that the config came from.
+    Raises UserError naming the file if the config may not be built.
     """
     from omegaconf import OmegaConf
 
-    given = {key: value for key, value in given.items() if key != "logger"}
+    config = {key: value for key, value in config.items() if key != "logger"}
     try:
-        for path, node in iter_nodes(given):
+        for path, node in iter_nodes(config):
             check_target(node["_target_"], path)
-        validate(given, None, RUNTIME_PARAMETERS)
+        validate(config, None, RUNTIME_PARAMETERS)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return OmegaConf.create(map_strings(given, escape))
+    return OmegaConf.create(map_strings(config, escape))
 
 
 def check_target(name: str, path: str = "") -> None:
-    """Raises UserError unless a found config may name this target."""
+    """Check that a stored config may name this target.
+
+    path: dotted path of the node, for the message.  Raises UserError otherwise.
+    """
     check_target_allowed(name, path)
     top, *inner = name.split(".")
     known = (
@@ -53,32 +61,31 @@ def check_target(name: str, path: str = "") -> None:
     )
     if not known or any(part.startswith("_") for part in inner):
         raise UserError(
-            f"{path}._target_={name} is refused: what comes with a file may name parts of ldm's models, {', '.join(LIBRARIES)} and your "
-            f"own packages; if you trust it with more, LDM_TRUST={top} says so"
+            f"{path}._target_={name} is refused: a config that comes with a file may use parts of ldm's models, "
+            f"{', '.join(LIBRARIES)} and your own packages; to trust it with more, set LDM_TRUST={top}"
         )
 
 
 def _in_allowed_library(name: str) -> bool:
-    """Whether a target is something that a module of the listed libraries itself gives: no way through it to what it imports."""
+    """Return whether a module of the listed libraries defines the target itself, rather than importing it."""
     return name.startswith(tuple(f"{library}." for library in LIBRARIES)) and len(find_module(name)[1]) == 1
 
 
 def _in_user_package(name: str) -> bool:
-    """Whether a target is defined in a person's own package."""
+    """Return whether the target is defined in the user's own package."""
     top = name.split(".")[0]
     return top != "ldm" and top not in REPOSITORY_SCRIPTS and is_user_code(top) and resolve_definition(name) is not None
 
 
 @contextmanager
 def construction_errors(where: Path | str) -> Iterator[None]:
-    """Within it, whatever goes wrong in making what a file describes is that file's fault: UserError naming it."""
+    """Raise any error in building what a file describes as a UserError naming that file."""
     try:
         yield
     except Exception as error:
         cause = error.__cause__ or error
-        if isinstance(
-            cause, UserError | FileNotFoundError
-        ):  # says itself what is wrong, a text encoder's missing weights for one
+        # These name the cause themselves, for example a text encoder's missing weights.
+        if isinstance(cause, UserError | FileNotFoundError):
             raise
-        said = " ".join(str(cause).split()) or type(cause).__name__
-        raise UserError(f"{where}: no model can be made of its config ({said:.200})") from error
+        message = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"{where}: no model can be built from its config ({message:.200})") from error

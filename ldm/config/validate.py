@@ -1,4 +1,7 @@
-"""The strict check of a composed config against the signatures of its `_target_`s, read from source: nothing is imported, nothing runs."""
+"""Strict validation of a composed config against the signatures of its `_target_`s.
+
+Signatures are read from source: nothing is imported and nothing runs.
+"""
 
 import ast
 import importlib.metadata
@@ -18,41 +21,16 @@ from ldm.errors import UserError
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
-FORBIDDEN_NAMES = {  # a part of a dotted name that runs, reads or removes what the config's author pleases, wherever it is found
-    *(
-        "builtins",
-        "ctypes",
-        "importlib",
-        "os",
-        "pickle",
-        "runpy",
-        "shutil",
-        "socket",
-        "subprocess",
-        "sys",
-        "tempfile",
-        "pathlib",
-    ),
-    *(
-        "compile",
-        "eval",
-        "exec",
-        "open",
-        "system",
-        "popen",
-        "hub",
-        "load",
-        "load_url",
-        "jit",
-        "package",
-        "cpp_extension",
-        "serialization",
-    ),
-    *("_dynamo", "_inductor", "ops", "classes"),
+# Parts of a dotted name that could execute, read or delete whatever the config's author likes, at any position in it.
+FORBIDDEN_NAMES = {
+    *("builtins", "ctypes", "importlib", "os", "pathlib", "pickle", "runpy", "shutil", "socket", "subprocess", "sys"),
+    *("tempfile", "compile", "eval", "exec", "open", "system", "popen", "hub", "load", "load_url", "jit", "package"),
+    *("cpp_extension", "serialization", "_dynamo", "_inductor", "ops", "classes"),
 }
 
 
-FORBIDDEN_LDM_MODULES = ("cli", "config", "io", "launch", "runs")  # they write or download files, or start processes
+# Packages of ldm that write files, download, or start processes.
+FORBIDDEN_LDM_MODULES = ("cli", "config", "io", "launch", "runs")
 
 
 SEQUENCE_TYPES = ("tuple", "list", "Sequence", "Iterable", "Collection", "set", "frozenset")
@@ -63,9 +41,11 @@ def validate(
     base: Mapping[str, Any] | None = None,
     supplied: Mapping[str, Collection[str]] | None = None,
 ) -> None:
-    """Refuse a config that its `_target_`s could not take.
+    """Check that every node of a config fits the signature of its `_target_`.
 
-    config: resolved plain data.  base: the same choices without other overrides, unresolved; a value must be of the kind it has there.
+    config: resolved plain data.
+    base: the config composed from the same group choices without other overrides, unresolved; each value must have the
+        same kind as its value there.
     supplied: a node's dotted path, or a `_target_` -> the parameters that code passes, so that the config need not.
     Raises UserError with the key, the value and what was expected.
     """
@@ -74,22 +54,22 @@ def validate(
     if base is not None:
         for key, value in base.items():
             if config.get(key) is None and isinstance(value, Mapping):
-                raise UserError(f"{key}=null: a command needs one; leave it as it is, or choose another")
+                raise UserError(f"{key}=null: the command needs this node; leave it out, or choose another option")
             if key not in config:
-                raise UserError(f"~{key}: a command needs this key; leave it as it is")
+                raise UserError(f"~{key}: the command needs this key; leave it in")
         _check_kinds(config, base, "", base)
 
 
 def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None:
     target = node["_target_"]
     check_target_allowed(target, path)
-    for name, kind, said in (
+    for name, kind, expectation in (
         ("_partial_", bool, "true or false"),
         ("_recursive_", bool, "true or false"),
         ("_args_", list, "a list"),
     ):
         if name in node and not isinstance(node[name], kind):
-            raise UserError(f"{path}.{name}={_shown(node[name])}: expected {said}")
+            raise UserError(f"{path}.{name}={_shown(node[name])}: expected {expectation}")
     try:
         signature = read_signature(target)
     except UserError as error:
@@ -108,19 +88,23 @@ def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None
         expected = signature.parameters[key].annotation
         if expected is not None and signature.accepts(expected, value) is False:
             raise UserError(f"{path}.{key}={_shown(value)}: {target} expects {ast.unparse(expected)}")
-    if (
-        node.get("_partial_") and not supplied
-    ) or "_args_" in node:  # of a partial one only where it is known what code adds
+    # A partial node is complete only if it is known what code adds to it.
+    if (node.get("_partial_") and not supplied) or "_args_" in node:
         return
     missing = [
-        name for name, one in signature.parameters.items() if one.required and name not in node and name not in supplied
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.required and name not in node and name not in supplied
     ]
     if missing:
         raise UserError(f"{path}: {target} also needs {', '.join(missing)}")
 
 
 def check_target_allowed(target: Any, path: str = "") -> None:
-    """Raises UserError unless target names something of ldm, of an installed library or of the person's own package, that may be called."""
+    """Check that a `_target_` may be called: part of ldm, of an installed library, or of the user's own package.
+
+    path: dotted path of the node, for the message.  Raises UserError otherwise.
+    """
     where = f"{path}._target_={_shown(target)}"
     parts = target.split(".") if isinstance(target, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
@@ -137,19 +121,20 @@ def check_target_allowed(target: Any, path: str = "") -> None:
     )
     if tools or (ours and parts[1] in FORBIDDEN_LDM_MODULES) or (not ours and FORBIDDEN_NAMES & set(parts)):
         raise UserError(
-            f"{where} is refused: a config may call ldm, a library or your own package, not what could run or remove anything"
+            f"{where} is refused: a config may call ldm, a library or your own package, "
+            "but nothing that can run commands or delete files"
         )
     try:
-        found = importlib.util.find_spec(parts[0])
+        spec = importlib.util.find_spec(parts[0])
     except (ImportError, ValueError):
-        found = None
-    if found is None:
-        raise UserError(f"{where}: no package {parts[0]!r} here{did_you_mean(parts[0], ['ldm', 'torch'])}")
+        spec = None
+    if spec is None:
+        raise UserError(f"{where}: package {parts[0]!r} is not installed{did_you_mean(parts[0], ['ldm', 'torch'])}")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a target: annotation as source, and whether it has no default."""
+    """One parameter of a target: its annotation as an expression, and whether it has no default."""
 
     annotation: ast.expr | None
     required: bool
@@ -157,14 +142,17 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """The named parameters of a function or class; open when it takes any others.  aliases: the module's own names for types."""
+    """The named parameters of a function or class.
+
+    accepts_any: whether it also takes any other keyword.  aliases: type aliases defined in the module.
+    """
 
     parameters: Mapping[str, Parameter]
     accepts_any: bool
     aliases: Mapping[str, ast.expr]
 
     def accepts(self, expected: ast.expr, value: Any) -> bool | None:
-        """Whether a plain value is what an annotation says; None where that cannot be told."""
+        """Return whether a plain value matches an annotation; None if that cannot be decided from source."""
         if isinstance(value, Mapping) and "_target_" in value:
             return None
         match expected:
@@ -184,10 +172,11 @@ class Signature:
         if name == "Optional":
             return _any([value is None, self.accepts(inner[0], value)])
         if name == "Union":
-            return _any([self.accepts(one, value) for one in inner])
+            return _any([self.accepts(option, value) for option in inner])
         if name == "Literal":
             return any(
-                isinstance(one, ast.Constant) and type(one.value) is type(value) and one.value == value for one in inner
+                isinstance(option, ast.Constant) and type(option.value) is type(value) and option.value == value
+                for option in inner
             )
         if name in ("dict", "Mapping"):
             return isinstance(value, Mapping)
@@ -198,7 +187,7 @@ class Signature:
         many = name != "tuple" or (isinstance(inner[-1], ast.Constant) and inner[-1].value is Ellipsis)
         if not many and len(value) != len(inner):
             return False
-        verdicts = [self.accepts(inner[0] if many else inner[place], one) for place, one in enumerate(value)]
+        verdicts = [self.accepts(inner[0] if many else inner[index], item) for index, item in enumerate(value)]
         return False if False in verdicts else None if None in verdicts else True
 
 
@@ -215,9 +204,8 @@ def _named(name: str, value: Any) -> bool | None:
         "Mapping": isinstance(value, Mapping),
         **dict.fromkeys(SEQUENCE_TYPES, isinstance(value, list | tuple)),
     }
-    unknown = (
-        None if value is not None or name in ("Any", "object") else False
-    )  # a class or a type's name, which null is not
+    # Any other name is a class or a type, which null is not an instance of.
+    unknown = None if value is not None or name in ("Any", "object") else False
     return known.get(name, unknown)
 
 
@@ -227,9 +215,9 @@ def _any(verdicts: list[bool | None]) -> bool | None:
 
 @cache
 def read_signature(target: str) -> Signature | None:
-    """The signature behind a dotted name, from its source; None for a library's name whose source does not tell.
+    """Return the signature behind a dotted name, from its source; None for a library's name without readable source.
 
-    Raises UserError with the nearest name when ldm has no such thing.
+    Raises UserError with the closest name if ldm has no such function or class.
     """
     ours = target.split(".")[0] == "ldm"
     module, names = find_module(target)
@@ -243,31 +231,32 @@ def read_signature(target: str) -> Signature | None:
     if ours and names[0] not in defined:
         public = sorted(name for name in defined if not name.startswith("_"))
         raise UserError(
-            f"_target_={target}: {module.name} has no {names[0]!r}{did_you_mean(names[0], public)}{format_choices(public)}"
+            f"_target_={target}: {module.name} has no {names[0]!r}"
+            f"{did_you_mean(names[0], public)}{format_choices(public)}"
         )
     return _defined(module, names)
 
 
 def find_module(target: str) -> tuple[Path | None, list[str]]:
-    """The source file of the longest part of a dotted name that is a module, and the names that remain."""
+    """Return the source file of the longest prefix of a dotted name that is a module, and the remaining names."""
     parts = target.split(".")
     spec = importlib.util.find_spec(parts[0])
     if spec is None:
         return None, parts
     if not spec.submodule_search_locations:
         return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None, parts[1:]
-    place, taken = Path(next(iter(spec.submodule_search_locations))), 1
-    while taken < len(parts) and (place / parts[taken]).is_dir():
-        place, taken = place / parts[taken], taken + 1
-    if taken < len(parts) and (place / f"{parts[taken]}.py").is_file():
-        return place / f"{parts[taken]}.py", parts[taken + 1 :]
-    file = place / "__init__.py"
-    return (file if file.is_file() and file.stat().st_size else None), parts[taken:]
+    folder, depth = Path(next(iter(spec.submodule_search_locations))), 1
+    while depth < len(parts) and (folder / parts[depth]).is_dir():
+        folder, depth = folder / parts[depth], depth + 1
+    if depth < len(parts) and (folder / f"{parts[depth]}.py").is_file():
+        return folder / f"{parts[depth]}.py", parts[depth + 1 :]
+    file = folder / "__init__.py"
+    return (file if file.is_file() and file.stat().st_size else None), parts[depth:]
 
 
 @dataclass(frozen=True)
 class ModuleSource:
-    """What a module defines at its top: functions, classes, aliases of types, and names imported from elsewhere as dotted targets."""
+    """The top level of a module: functions and classes, type aliases, and imported names as dotted targets."""
 
     definitions: Mapping[str, ast.FunctionDef | ast.ClassDef]
     aliases: Mapping[str, ast.expr]
@@ -293,13 +282,13 @@ def _source(file: Path) -> ModuleSource:
                 definitions[name] = node
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 aliases[name] = value
-            case ast.ImportFrom(module=str(origin), names=found, level=0):
-                imports |= {one.asname or one.name: f"{origin}.{one.name}" for one in found}
+            case ast.ImportFrom(module=str(origin), names=imported, level=0):
+                imports |= {alias.asname or alias.name: f"{origin}.{alias.name}" for alias in imported}
     return ModuleSource(definitions, aliases, imports)
 
 
 def resolve_definition(target: str) -> str | None:
-    """The dotted name under which a function or class is defined, that or one that its package imports it from; None for anything else."""
+    """Return the name under which a function or class is defined, following its package's imports, or None."""
     module, names = find_module(target)
     if module is None or not names:
         return None
@@ -321,8 +310,8 @@ def _defined(file: Path, names: list[str]) -> Signature | None:
             if origin and not origin.startswith(("typing.", "collections."))
             else None
         )
-    for name in names[1:]:  # a class's own constructor
-        inner = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == name]
+    for name in names[1:]:  # a classmethod used as constructor
+        inner = [child for child in node.body if isinstance(child, ast.FunctionDef) and child.name == name]
         if not inner:
             return None
         node = inner[0]
@@ -331,29 +320,31 @@ def _defined(file: Path, names: list[str]) -> Signature | None:
 
 
 def _class(node: ast.ClassDef, source: ModuleSource) -> Signature | None:
-    init = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+    init = next((child for child in node.body if isinstance(child, ast.FunctionDef) and child.name == "__init__"), None)
     if init is not None:
         return _function(init, source, bound=True)
-    inherited = [_base(one, source) for one in node.bases]
+    inherited = [_base(child, source) for child in node.bases]
     if not (
-        _decorated(node, "dataclass") or any(isinstance(one, ast.Name) and one.id == "NamedTuple" for one in node.bases)
+        _decorated(node, "dataclass")
+        or any(isinstance(child, ast.Name) and child.id == "NamedTuple" for child in node.bases)
     ):
-        return next((one for one in inherited if one), None)
-    parameters = {name: one for above in reversed(inherited) if above for name, one in above.parameters.items()}
-    for one in node.body:
-        match one:
+        return next((child for child in inherited if child), None)
+    parameters = {name: one for base in reversed(inherited) if base for name, one in base.parameters.items()}
+    for child in node.body:
+        match child:
             case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=value) if (
                 "ClassVar" not in ast.unparse(annotation)
             ):
-                made = (
+                options = (
                     {part.arg: part.value for part in value.keywords}
                     if isinstance(value, ast.Call) and _called(value, "field")
                     else None
                 )
-                if made is not None and "init" in made and ast.unparse(made["init"]) == "False":
+                if options is not None and "init" in options and ast.unparse(options["init"]) == "False":
                     continue
                 parameters[name] = Parameter(
-                    annotation, value is None if made is None else not {"default", "default_factory"} & made.keys()
+                    annotation,
+                    value is None if options is None else not {"default", "default_factory"} & options.keys(),
                 )
     return Signature(parameters, False, source.aliases)
 
@@ -361,8 +352,8 @@ def _class(node: ast.ClassDef, source: ModuleSource) -> Signature | None:
 def _base(node: ast.expr, source: ModuleSource) -> Signature | None:
     if not isinstance(node, ast.Name):
         return None
-    if isinstance(above := source.definitions.get(node.id), ast.ClassDef):
-        return _class(above, source)
+    if isinstance(base := source.definitions.get(node.id), ast.ClassDef):
+        return _class(base, source)
     origin = source.imports.get(node.id, "")
     return read_signature(origin) if origin.startswith("ldm.") else None
 
@@ -370,19 +361,19 @@ def _base(node: ast.expr, source: ModuleSource) -> Signature | None:
 def _function(node: ast.FunctionDef, source: ModuleSource, bound: bool = False) -> Signature:
     arguments = node.args
     plain = [*arguments.posonlyargs, *arguments.args]
-    optional = {one.arg for one in plain[len(plain) - len(arguments.defaults) :]} if arguments.defaults else set()
+    optional = {arg.arg for arg in plain[len(plain) - len(arguments.defaults) :]} if arguments.defaults else set()
     optional |= {
-        one.arg for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is not None
+        arg.arg for arg, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is not None
     }
     named = [*plain[int(bound) :], *arguments.kwonlyargs]
-    parameters = {one.arg: Parameter(one.annotation, one.arg not in optional) for one in named}
+    parameters = {arg.arg: Parameter(arg.annotation, arg.arg not in optional) for arg in named}
     return Signature(parameters, arguments.kwarg is not None, source.aliases)
 
 
 def _decorated(node: ast.FunctionDef | ast.ClassDef, name: str) -> bool:
     return any(
-        _called(one, name) if isinstance(one, ast.Call) else ast.unparse(one).endswith(name)
-        for one in node.decorator_list
+        _called(decorator, name) if isinstance(decorator, ast.Call) else ast.unparse(decorator).endswith(name)
+        for decorator in node.decorator_list
     )
 
 
@@ -391,9 +382,12 @@ def _called(node: ast.Call, name: str) -> bool:
 
 
 def _check_kinds(value: Any, base: Any, path: str, root: Mapping[str, Any]) -> None:
-    """Compare a node with its default: the same kind of value, where source does not say more; root: the whole that base is of."""
+    """Check that a node's values are of the same kind as their defaults, where the signature does not decide it.
+
+    root: the config that `base` is part of, to look up references.
+    """
     named = re.fullmatch(r"\$\{([\w.]+)\}", base) if isinstance(base, str) else None
-    if named:  # of what it refers to, whether that is a node is all that counts
+    if named:  # a reference: only whether it refers to a node matters
         base = root
         for name in named[1].split("."):
             base = base.get(name) if isinstance(base, Mapping) else None
@@ -405,12 +399,12 @@ def _check_kinds(value: Any, base: Any, path: str, root: Mapping[str, Any]) -> N
         signature = read_signature(target) if isinstance(target, str) else None
         for key in base.keys() & value.keys():
             known = signature.parameters.get(key) if signature else None
-            told = (
+            matches = (
                 signature.accepts(known.annotation, value[key])
                 if signature and known and known.annotation is not None
                 else None
             )
-            if key not in HYDRA_KEYS and told is None:
+            if key not in HYDRA_KEYS and matches is None:
                 _check_kinds(value[key], base[key], f"{path}.{key}" if path else key, root)
     elif (
         base is not None
@@ -446,11 +440,11 @@ def _shown(value: Any) -> str:
 
 @cache
 def is_user_code(package: str) -> bool:
-    """Whether a top package is this one or a person's own, not an installed library or the standard one."""
+    """Return whether a top-level package is ldm or the user's own, not an installed or standard library."""
     if package in sys.stdlib_module_names:
         return False
     spec = importlib.util.find_spec(package)
     if spec is None:
         return False
-    place = spec.origin or next(iter(spec.submodule_search_locations or []), "")
-    return bool(place) and not {"site-packages", "dist-packages"} & set(Path(place).parts)
+    location = spec.origin or next(iter(spec.submodule_search_locations or []), "")
+    return bool(location) and not {"site-packages", "dist-packages"} & set(Path(location).parts)

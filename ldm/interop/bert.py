@@ -1,4 +1,4 @@
-"""LDM's own text transformer (BERTEmbedder): the names of CompVis' x_transformer and of diffusers' LDMBertModel, both ways."""
+"""LDM's text transformer (BERTEmbedder): names of CompVis' x_transformer and of diffusers' LDMBertModel, both ways."""
 
 from collections.abc import Iterator
 
@@ -10,27 +10,30 @@ ATTENTION = {"attention.q": "to_q", "attention.k": "to_k", "attention.v": "to_v"
 
 
 def import_bert(state: State) -> dict[str, Tensor]:
-    """A WordPiece's weights of CompVis' BERTEmbedder.transformer. Raises UserError for names that it does not have."""
+    """Convert CompVis' BERTEmbedder.transformer to a WordPiece's weights.  Raises UserError for unknown names."""
     return import_state(compvis(count(r"(?m)^attn_layers\.layers\.(\d+)\.", state) // 2), state, "BERTEmbedder")
 
 
 def export_bert(state: State) -> dict[str, Tensor]:
-    """CompVis' BERTEmbedder.transformer of a WordPiece's weights. Raises UserError for what it has no name for."""
+    """Convert a WordPiece's weights to CompVis' BERTEmbedder.transformer.
+
+    Raises UserError for a weight without a name there.
+    """
     return export_state(compvis(count(r"(?m)^transformer\.layers\.(\d+)\.", state)), state, "BERTEmbedder")
 
 
 def import_ldmbert(state: State) -> dict[str, Tensor]:
-    """A WordPiece's weights of diffusers' LDMBertModel. Raises UserError for names that it does not have."""
+    """Convert diffusers' LDMBertModel to a WordPiece's weights.  Raises UserError for unknown names."""
     return import_state(diffusers(count(r"(?m)^model\.layers\.(\d+)\.", state)), state, "LDMBertModel")
 
 
 def export_ldmbert(state: State) -> dict[str, Tensor]:
-    """diffusers' LDMBertModel of a WordPiece's weights. Raises UserError for what it has no name for."""
+    """Convert a WordPiece's weights to diffusers' LDMBertModel.  Raises UserError for a weight without a name there."""
     return export_state(diffusers(count(r"(?m)^transformer\.layers\.(\d+)\.", state)), state, "LDMBertModel")
 
 
 def compvis(depth: int) -> Iterator[KeyMapping]:
-    """Every name of x_transformer's TransformerWrapper: attention and feed-forward are layers of their own there."""
+    """Yield every name of x_transformer's TransformerWrapper, where attention and feed-forward are separate layers."""
     yield KeyMapping("transformer.token.weight", ("token_emb.weight",))
     yield KeyMapping("transformer.position.weight", ("pos_emb.emb.weight",))
     yield from layer_rows({"norm": "norm", "logits": "to_logits"}, "transformer.", "")
@@ -41,13 +44,13 @@ def compvis(depth: int) -> Iterator[KeyMapping]:
             f"attn_layers.layers.{2 * n + 1}.",
         )
         yield from layer_rows({"norm1": "0", "attention.out": "1.to_out"}, ours, attends)
-        for mine, yours in ATTENTION.items():
-            yield KeyMapping(f"{ours}{mine}.weight", (f"{attends}1.{yours}.weight",))
+        for our_name, their_name in ATTENTION.items():
+            yield KeyMapping(f"{ours}{our_name}.weight", (f"{attends}1.{their_name}.weight",))
         yield from layer_rows({"norm2": "0", "mlp.0": "1.net.0.0", "mlp.2": "1.net.2"}, ours, feeds)
 
 
 def diffusers(depth: int) -> Iterator[KeyMapping]:
-    """Every name of LDMBertModel."""
+    """Yield every name of LDMBertModel."""
     yield KeyMapping("transformer.token.weight", ("model.embed_tokens.weight",))
     yield KeyMapping("transformer.position.weight", ("model.embed_positions.weight",))
     yield from layer_rows({"norm": "model.layer_norm", "logits": "to_logits"}, "transformer.", "")

@@ -1,4 +1,4 @@
-"""CompVis' and Stability's single files: a U-Net, a first stage and a text tower under one roof, beside much that is no weight."""
+"""Single files of CompVis and Stability: U-Net, first stage and text tower, along with much that is not a weight."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from ldm.interop import bert, compvis, config_nodes, text
 from ldm.interop.keymap import State, reject_unknown, strip_prefix
 from ldm.interop.pipeline import Pipeline, fold_scale, unknown_data_info, with_scale
 
-NET, STAGE, TOLD, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
-TRANSFORMERS, OPEN_CLIP, CLASSES = f"{TOLD}transformer.", f"{TOLD}model.", f"{TOLD}embedding.weight"
-SCALE = "scale_factor"  # a buffer, where the model was trained with scale_by_std
+NET, STAGE, COND_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
+TRANSFORMERS, OPEN_CLIP, CLASSES = f"{COND_STAGE}transformer.", f"{COND_STAGE}model.", f"{COND_STAGE}embedding.weight"
+SCALE = "scale_factor"  # a buffer, if the model was trained with scale_by_std
 TABLES = (  # of the noise schedule, computed from its config
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
     *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance"),
     *("posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar"),
 )
-COUNTERS = ("decay", "num_updates")  # of an average
-_LAYERS = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}  # VGG16's, by LPIPS' slices
-LOSS = (  # what a first stage was trained with
+COUNTERS = ("decay", "num_updates")  # of the EMA
+_LAYERS = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}  # layers of VGG16 in LPIPS' slices
+LOSS = (  # of the losses that a first stage was trained with
     *("loss.logvar", "loss.perceptual_loss.scaling_layer.shift", "loss.perceptual_loss.scaling_layer.scale"),
     *(
         f"loss.perceptual_loss.net.slice{n}.{i}.{leaf}"
-        for n, places in _LAYERS.items()
-        for i in places
+        for n, layers in _LAYERS.items()
+        for i in layers
         for leaf in ("weight", "bias")
     ),
     *(f"loss.perceptual_loss.lin{n}.model.1.weight" for n in range(5)),
@@ -49,7 +49,7 @@ _VIT = (
     ),
     *("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias", "ls2.gamma"),
 )
-FOUNDATION = (  # the network that VA-VAE's latent was aligned with, and the projection onto it
+FOUNDATION = (  # the network that VA-VAE's latent space was aligned with, and the projection onto its features
     *("linear_proj.weight", "linear_proj.bias"),
     *(
         f"foundation_model.model.{name}"
@@ -62,7 +62,7 @@ FOUNDATION = (  # the network that VA-VAE's latent was aligned with, and the pro
 
 @dataclass(frozen=True)
 class Parts:
-    """A single file taken apart, each part by its own layout's names.  scale: of the latent, where the file says it."""
+    """A single file split into parts, each with the names of its own layout.  scale: of the latent, if in the file."""
 
     net: dict[str, Tensor]
     stage: dict[str, Tensor]
@@ -71,9 +71,9 @@ class Parts:
 
 
 def first_stage(state: State, kind: str = "ema") -> dict[str, Tensor]:
-    """Our first stage's weights of a file that holds one alone: CompVis' autoencoders, Stability's VAE, VA-VAE.
+    """Convert the weights of a file that contains only a first stage: CompVis' autoencoders, Stability's VAE, VA-VAE.
 
-    kind: ema or raw, where the file has both.  Raises UserError for a name that is neither a weight nor listed here.
+    kind: "ema" or "raw", if the file has both.  Raises UserError for a name that is neither a weight nor listed here.
     """
     averages = strip_prefix(EMA, state)
     rest = {
@@ -83,59 +83,64 @@ def first_stage(state: State, kind: str = "ema") -> dict[str, Tensor]:
 
 
 def apply_ema(raw: State, averages: State, names: Mapping[str, str], kind: str) -> dict[str, Tensor]:
-    """raw, each weight replaced by its average where there are any and kind is ema.
+    """Return `raw` with each weight replaced by its EMA, if there is one and kind is "ema".
 
-    names: of raw, to the name that its module had where the average was taken; the average is kept under that without its dots.
-    Raises UserError for averages of something else, or of a part only.
+    names: name in `raw` -> the module's name when the EMA was taken; the EMA is stored under that name without dots.
+    Raises UserError if the averages do not belong to `raw` or cover only a part of it.
     """
-    flat = {name.replace(".", ""): mine for mine, name in names.items()}
+    flat = {name.replace(".", ""): raw_name for raw_name, name in names.items()}
     reject_unknown(averages.keys() - flat.keys() - set(COUNTERS), "the moving averages (model_ema)")
-    there = {flat[name]: value for name, value in averages.items() if name in flat}
-    if kind == "raw" or not there:
+    averaged = {flat[name]: value for name, value in averages.items() if name in flat}
+    if kind == "raw" or not averaged:
         return dict(raw)
-    if missing := sorted(names.keys() - there.keys()):
-        raise UserError(
-            f"{len(missing)} weights have no moving average, the first is {missing[0]}; ask for weights=raw"
-        )
-    return {**raw, **there}
+    if missing := sorted(names.keys() - averaged.keys()):
+        raise UserError(f"{len(missing)} weights have no moving average, the first is {missing[0]}; use weights=raw")
+    return {**raw, **averaged}
 
 
 def split_parts(state: State, kind: str = "ema") -> Parts:
-    """The parts of a whole pipeline in one file. Raises UserError for a file without a U-Net or a first stage, and for unknown names."""
+    """Split a complete pipeline in one file into its parts.
+
+    Raises UserError for a file without a U-Net or a first stage, and for unknown names.
+    """
     net, stage = strip_prefix(NET, state), strip_prefix(STAGE, state)
     if not net or not stage:
         raise UserError(
-            f"this file has no {NET if not net else STAGE}*; expected a whole pipeline of CompVis or Stability"
+            f"this file has no {NET if not net else STAGE}*; expected a complete pipeline of CompVis or Stability"
         )
     scale = float(state[SCALE]) if SCALE in state else None
-    told = {name: value for name, value in state.items() if name.startswith(TOLD)}
-    mine = {*TABLES, SCALE}
-    left = [name for name in state if not name.startswith((NET, STAGE, TOLD, EMA)) and name not in mine]
+    cond = {name: value for name, value in state.items() if name.startswith(COND_STAGE)}
+    ignored = {*TABLES, SCALE}
+    left = [name for name in state if not name.startswith((NET, STAGE, COND_STAGE, EMA)) and name not in ignored]
     reject_unknown(left, "CompVis checkpoint")
     averages = strip_prefix(EMA, state)
-    return Parts(apply_ema(net, averages, {name: f"diffusion_model.{name}" for name in net}, kind), stage, told, scale)
+    return Parts(apply_ema(net, averages, {name: f"diffusion_model.{name}" for name in net}, kind), stage, cond, scale)
 
 
 def load(state: State, config: Mapping[str, Any], size: int, kind: str = "ema") -> Pipeline:
-    """A pipeline of a single file; config: the nodes and scale of from_compvis.  size: of an image in pixels.
+    """Convert a single file to a pipeline.
 
-    Raises UserError for names without a place, a conditioner that the file does not hold, or a latent without a scale.
+    config: the nodes and scale of `from_compvis`.  size: height and width of an image in pixels.  kind: "ema" or "raw".
+    Raises UserError for unknown names, a conditioner that is not in the file, or a latent without a scale.
     """
     parts = split_parts(state, kind)
     scale = parts.scale if config.get("scale") is None else config["scale"]
     if scale is None:
-        raise UserError(f"neither the config nor the file says the latent's scale ({SCALE})")
+        raise UserError(f"neither the config nor the file has the latent's scale ({SCALE})")
     tower, own = split_text_tower(parts.text_tower)
     weights = first_stage(parts.stage, kind)
-    kept = {name: value for name, value in config.items() if name != "scale"}
+    nodes = {name: value for name, value in config.items() if name != "scale"}
     stage = with_scale(weights, scale, config["autoencoder"]["z_channels"])
     classes = len(own["embedding.weight"]) - 1 if "embedding.weight" in own else 1
     data = unknown_data_info(weights["encoder.stem.weight"].shape[1], size, classes)
-    return Pipeline(kept, compvis.import_unet(parts.net), stage, data, tower, own)
+    return Pipeline(nodes, compvis.import_unet(parts.net), stage, data, tower, own)
 
 
 def split_text_tower(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(text tower in open_clip's names, the conditioner's own weights) of what is under cond_stage_model. Raises UserError."""
+    """Split the weights under cond_stage_model into (text tower in open_clip's names, conditioner's weights).
+
+    Raises UserError for unknown names.
+    """
     if not state:
         return {}, {}
     if f"{TRANSFORMERS}token_emb.weight" in state:
@@ -151,35 +156,36 @@ def split_text_tower(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]
 
 
 def save(pipeline: Pipeline) -> dict[str, Tensor]:
-    """The state dict of a single CompVis file: transformers' names of the text tower for the last layer (SD 1), open_clip's else (SD 2).
+    """Convert a pipeline to the state dict of a single CompVis file.
 
-    Raises UserError for a model that CompVis' code has no counterpart for.
+    The text tower has transformers' names if the last layer is used (SD 1), else open_clip's (SD 2).
+    Raises UserError for a model without a counterpart in CompVis' code.
     """
     weights, scale = fold_scale(pipeline.autoencoder)
-    made = {f"{NET}{name}": value for name, value in compvis.export_unet(pipeline.net).items()}
-    made |= {f"{STAGE}{name}": value for name, value in compvis.export_autoencoder(weights).items()}
-    made[SCALE] = pipeline.autoencoder["scale"].new_tensor(scale)
+    state = {f"{NET}{name}": value for name, value in compvis.export_unet(pipeline.net).items()}
+    state |= {f"{STAGE}{name}": value for name, value in compvis.export_autoencoder(weights).items()}
+    state[SCALE] = pipeline.autoencoder["scale"].new_tensor(scale)
     if pipeline.text:
         last = config_nodes.encoder_of(pipeline.config["conditioner"])["layer"] == -1
-        told = text.export_text(pipeline.text) if last else dict(pipeline.text)
+        tower = text.export_text(pipeline.text) if last else dict(pipeline.text)
         prefix = TRANSFORMERS if last else OPEN_CLIP
-        made |= {f"{prefix}{name}": value for name, value in told.items()}
+        state |= {f"{prefix}{name}": value for name, value in tower.items()}
     own = pipeline.conditioner
     if "transformer.token.weight" in own:
-        made |= {f"{TRANSFORMERS}{name}": value for name, value in bert.export_bert(own).items()}
+        state |= {f"{TRANSFORMERS}{name}": value for name, value in bert.export_bert(own).items()}
     elif own.keys() == {"embedding.weight"}:
-        made[CLASSES] = own["embedding.weight"]
+        state[CLASSES] = own["embedding.weight"]
     elif own:
         raise UserError(
             f"conditioner={pipeline.config['conditioner'].get('_target_')}: to=compvis has no name for its weights"
         )
-    return made
+    return state
 
 
 def detect_sd1(state: State) -> dict[str, Any] | None:
-    """The config of Stable Diffusion 1, whose yaml everybody has mislaid, or of its inpainting model, by a file's names and shapes.
+    """Return the config of Stable Diffusion 1 or its inpainting model if a file has its names and shapes, else None.
 
-    None for another file.
+    Its files are usually passed on without the YAML.
     """
     shapes = {
         f"{NET}input_blocks.0.0.bias": [320],
@@ -189,11 +195,13 @@ def detect_sd1(state: State) -> dict[str, Any] | None:
     tower = f"{TRANSFORMERS}text_model.final_layer_norm.weight"
     if any(name not in state or list(state[name].shape) != shape for name, shape in {**shapes, tower: [768]}.items()):
         return None
-    told = config_nodes.clip("ViT-L-14-quickgelu", layer=-1, pad=49407)
+    prompt = config_nodes.clip("ViT-L-14-quickgelu", layer=-1, pad=49407)
     return {
         "net": config_nodes.unet(320, (1, 2, 4, 4), 2, (4, 2, 1), config_nodes.transformer(conv=True), heads=8),
         "autoencoder": config_nodes.first_stage(4, 128, (1, 2, 4, 4), 2),
-        "conditioner": config_nodes.inpainting(told) if state[f"{NET}input_blocks.0.0.weight"].shape[1] == 9 else told,
+        "conditioner": config_nodes.inpainting(prompt)
+        if state[f"{NET}input_blocks.0.0.weight"].shape[1] == 9
+        else prompt,
         "schedule": config_nodes.betas("scaled_linear", 1000, 0.00085, 0.012),
         "prediction": config_nodes.prediction("Eps"),
         "seed": 0,

@@ -1,4 +1,4 @@
-"""CLIP's text tower by its config: open_clip's model names, transformers' config.json, and the words that both cut prompts into."""
+"""Configs of CLIP's text tower (open_clip's model names, transformers' config.json) and its tokenizer files."""
 
 import json
 from collections.abc import Mapping
@@ -13,31 +13,29 @@ from ldm.io.download import cache_dir
 from ldm.io.parse import parse_json
 
 NAMED = ("ViT-L-14-quickgelu", "ViT-H-14", "ViT-bigG-14")  # of Stable Diffusion 1, 2 and XL
-REQUIRED_VALUES = {
-    "layer_norm_eps": 1e-5,
-    "attention_dropout": 0.0,
-}  # what transformers' config must say for open_clip's tower to compute the same
+# Values that transformers' config must have for open_clip's tower to be equivalent.
+REQUIRED_VALUES = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0}
 ACT = {"quick_gelu": True, "gelu": False}
 END = 49407  # the end-of-text token, whose state is pooled
 
 
 def open_clip_config(model: str) -> dict[str, Any]:
-    """open_clip's config of a model, by name or of a .json file. Raises UserError for a name that it does not have."""
+    """Return open_clip's config of a model, by name or from a .json file.  Raises UserError for an unknown name."""
     if model.endswith(".json"):
         try:
             return dict(parse_json(Path(model).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"model={model} is no JSON object ({error}); expected a config of open_clip") from None
+            raise UserError(f"model={model} is not a JSON object ({error}); expected a config of open_clip") from None
     import open_clip
 
     config = open_clip.get_model_config(model)
     if config is None:
-        raise UserError(f"model={model}: open_clip has no such model; open_clip.list_models() names them")
+        raise UserError(f"model={model}: open_clip has no such model; open_clip.list_models() lists them")
     return config
 
 
 def shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an open_clip config decides its text tower."""
+    """Return the part of an open_clip config that determines its text tower."""
     text = config["text_cfg"]
     numbers = {name: text[name] for name in ("width", "heads", "layers", "context_length", "vocab_size")}
     quick = bool(config.get("quick_gelu", False))
@@ -45,61 +43,64 @@ def shape(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_transformers(config: Mapping[str, Any], depth: int, pad: int) -> dict[str, Any]:
-    """transformers' CLIPTextModel config of an open_clip config; depth: layers kept.  pad: the token after the end."""
-    one = shape(config)
+    """Convert an open_clip config to that of transformers' CLIPTextModel.
+
+    depth: number of layers.  pad: id of the padding token.
+    """
+    tower = shape(config)
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        "vocab_size": one["vocab_size"],
-        "hidden_size": one["width"],
-        "intermediate_size": int(one["width"] * one["mlp_ratio"]),
+        "vocab_size": tower["vocab_size"],
+        "hidden_size": tower["width"],
+        "intermediate_size": int(tower["width"] * tower["mlp_ratio"]),
         "num_hidden_layers": depth,
-        "num_attention_heads": one["heads"],
-        "max_position_embeddings": one["context_length"],
-        "projection_dim": one["embed_dim"],
-        "hidden_act": "quick_gelu" if one["quick_gelu"] else "gelu",
+        "num_attention_heads": tower["heads"],
+        "max_position_embeddings": tower["context_length"],
+        "projection_dim": tower["embed_dim"],
+        "hidden_act": "quick_gelu" if tower["quick_gelu"] else "gelu",
         **REQUIRED_VALUES,
         **{"bos_token_id": END - 1, "eos_token_id": END, "pad_token_id": pad},
     }
 
 
-def of_transformers(given: Mapping[str, Any]) -> dict[str, Any]:
-    """An open_clip config, with an image tower too small to matter, of transformers' CLIPTextModel config. Raises UserError."""
-    require_values(given, REQUIRED_VALUES, "text_encoder/config.json")
-    act = given.get("hidden_act", "quick_gelu")
+def of_transformers(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert transformers' CLIPTextModel config to an open_clip config with a tiny image tower.  Raises UserError."""
+    require_values(options, REQUIRED_VALUES, "text_encoder/config.json")
+    act = options.get("hidden_act", "quick_gelu")
     if act not in ACT:
         raise UserError(f"text_encoder/config.json: hidden_act={act}: expected one of {', '.join(ACT)}")
-    width = given.get("hidden_size", 512)
+    width = options.get("hidden_size", 512)
     text = {
         "width": width,
-        "heads": given.get("num_attention_heads", 8),
-        "layers": given.get("num_hidden_layers", 12),
-        "context_length": given.get("max_position_embeddings", 77),
-        "vocab_size": given.get("vocab_size", END + 1),
-        "mlp_ratio": given.get("intermediate_size", 4 * width) / width,
+        "heads": options.get("num_attention_heads", 8),
+        "layers": options.get("num_hidden_layers", 12),
+        "context_length": options.get("max_position_embeddings", 77),
+        "vocab_size": options.get("vocab_size", END + 1),
+        "mlp_ratio": options.get("intermediate_size", 4 * width) / width,
     }
     image = {"image_size": 16, "layers": 1, "width": 16, "patch_size": 16, "head_width": 16}
-    projection = given.get("projection_dim", 512)
+    projection = options.get("projection_dim", 512)
     return {"embed_dim": projection, "vision_cfg": image, "text_cfg": text, "quick_gelu": ACT[act]}
 
 
 def known_open_clip_name(config: Mapping[str, Any]) -> tuple[str, int] | None:
-    """(open_clip's name, layer to read) of a text tower of Stable Diffusion; None for another tower.
+    """Return (open_clip's name, layer to read) if this is a text tower of Stable Diffusion, else None.
 
-    A folder of Stable Diffusion 2 holds 23 of its tower's 24 layers and reads the last: open_clip's layer -2.
+    A folder of Stable Diffusion 2 has 23 of its tower's 24 layers and reads the last: open_clip's layer -2.
     """
-    wanted = shape(config)
+    tower = {**shape(config), "embed_dim": 0}
     for name in NAMED:
-        one = shape(open_clip_config(name))
-        if {**one, "embed_dim": 0} == {**wanted, "embed_dim": 0}:
+        known = {**shape(open_clip_config(name)), "embed_dim": 0}
+        if known == tower:
             return name, -1
-        if {**one, "embed_dim": 0, "layers": one["layers"] - 1} == {**wanted, "embed_dim": 0}:
+        if {**known, "layers": known["layers"] - 1} == tower:
             return name, -2
     return None
 
 
 def write_config(config: Mapping[str, Any]) -> str:
-    """The file in the cache that holds this open_clip config, named by what it says: what `model` of our CLIP may be."""
+    """Write an open_clip config to the cache, named by its hash, and return its path: a `model` for our CLIP."""
     text = json.dumps(config, indent=1, sort_keys=True)
     path = cache_dir() / "clip" / f"clip-{sha256(text.encode()).hexdigest()[:12]}.json"
     atomic.write_text(path, text)
@@ -107,13 +108,16 @@ def write_config(config: Mapping[str, Any]) -> str:
 
 
 def tokenizer_files(pad: int, length: int) -> dict[str, str]:
-    """vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json of transformers' CLIPTokenizer; pad: after the end."""
+    """Return the files of transformers' CLIPTokenizer by name.
+
+    They are vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json.  pad: id of the padding token.
+    """
     from open_clip.tokenizer import SimpleTokenizer
 
-    cut = SimpleTokenizer()
+    tokenizer = SimpleTokenizer()
     renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {renamed.get(token, token): number for token, number in cut.encoder.items()}
-    merges = sorted(cut.bpe_ranks, key=cut.bpe_ranks.__getitem__)
+    vocabulary = {renamed.get(token, token): number for token, number in tokenizer.encoder.items()}
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     padding = next(token for token, number in vocabulary.items() if number == pad)
     special = {
         "bos_token": "<|startoftext|>",

@@ -1,4 +1,4 @@
-"""ADM's, CompVis' and Stability's names of U-Nets and first stages (LDM's and Stable Diffusion's released checkpoints), both ways."""
+"""Parameter names of U-Nets and first stages by ADM, CompVis and Stability (LDM, Stable Diffusion), both ways."""
 
 from collections.abc import Iterator
 
@@ -18,35 +18,38 @@ ENDS = {
 }
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "skip": "nin_shortcut"}
 ATTENTION = {"norm": "norm", "q": "q", "k": "k", "v": "v", "out": "proj_out"}
-LEVEL = r"\.(?:down|up)\.(\d+)\."  # of a first stage, ours or theirs
+LEVEL = r"\.(?:down|up)\.(\d+)\."  # of a first stage, in ours and theirs
 
 
 def import_unet(state: State) -> dict[str, Tensor]:
-    """Our U-Net's weights of CompVis'. Raises UserError for names that it does not have."""
+    """Convert CompVis' U-Net weights to ours.  Raises UserError for unknown names."""
     return import_state(unet(UNetLayout.of_compvis(state)), state, "CompVis U-Net")
 
 
 def export_unet(state: State) -> dict[str, Tensor]:
-    """CompVis' U-Net weights of ours. Raises UserError for what it has no name for."""
+    """Convert our U-Net's weights to CompVis'.  Raises UserError for a weight without a name there."""
     return export_state(unet(UNetLayout.of_ours(state)), state, "CompVis U-Net")
 
 
 def import_autoencoder(state: State) -> dict[str, Tensor]:
-    """Our first stage's weights of CompVis' AutoencoderKL or VQModel. Raises UserError for names that these do not have."""
+    """Convert CompVis' AutoencoderKL or VQModel to ours.  Raises UserError for unknown names."""
     return import_state(
         autoencoder(count(LEVEL, state), count(r"\.block\.(\d+)\.", state)), state, "CompVis autoencoder"
     )
 
 
 def export_autoencoder(state: State) -> dict[str, Tensor]:
-    """CompVis' first stage of ours, without scale and shift. Raises UserError for what it has no name for."""
+    """Convert our first stage to CompVis', without scale and shift.
+
+    Raises UserError for a weight without a name there.
+    """
     return export_state(
         autoencoder(count(LEVEL, state), count(r"\.blocks\.(\d+)\.", state)), state, "CompVis autoencoder"
     )
 
 
 def unet(layout: UNetLayout) -> Iterator[KeyMapping]:
-    """Every name that a U-Net of this layout may have."""
+    """Yield every name that a U-Net of this layout may have."""
     yield from layer_rows(ENDS, "", "")
     n = 1
     for level in range(layout.levels):
@@ -62,31 +65,31 @@ def unet(layout: UNetLayout) -> Iterator[KeyMapping]:
         for i in range(layout.blocks + 1):
             yield from layer(f"up.{stage}.layers.{i}.", f"output_blocks.{n}.", layout)
             n += 1
-        place = 2 if stage in layout.attended else 1
-        yield from resample(f"up.{stage}.resample.", f"output_blocks.{n - 1}.{place}.", "conv")
+        index = 2 if stage in layout.attended else 1
+        yield from resample(f"up.{stage}.resample.", f"output_blocks.{n - 1}.{index}.", "conv")
 
 
 def layer(ours: str, theirs: str, layout: UNetLayout) -> Iterator[KeyMapping]:
-    """A residual block and the attention after it, of the U-Net's kind."""
+    """Yield the names of a residual block and the attention after it, of the U-Net's kind."""
     yield from layer_rows(RES, f"{ours}res.", f"{theirs}0.")
     attending = transformer if layout.depth else qkv
     yield from attending(f"{ours}attention.", f"{theirs}1.", layout.depth)
 
 
 def qkv(ours: str, theirs: str, depth: int = 0) -> Iterator[KeyMapping]:
-    """A QKVAttention: convolutions of width 1, whose rows are ordered as the net's `new_order` says."""
+    """Yield the names of a QKVAttention: convolutions of width 1; the order of its rows is the net's `new_order`."""
     yield from layer_rows({"norm": "norm"}, ours, theirs)
     yield from layer_rows({"qkv": "qkv", "out": "proj_out"}, ours, theirs, ones=1)
 
 
 def resample(ours: str, theirs: str, convolution: str) -> Iterator[KeyMapping]:
-    """What halves or doubles a level: a convolution, or a residual block."""
+    """Yield the names of a layer that halves or doubles the resolution: a convolution or a residual block."""
     yield from layer_rows({"conv": convolution}, ours, theirs)
     yield from layer_rows(RES, ours, theirs)
 
 
 def autoencoder(levels: int, blocks: int) -> Iterator[KeyMapping]:
-    """Every name that a first stage of so many levels and blocks may have."""
+    """Yield every name that a first stage of so many levels and blocks may have."""
     yield from layer_rows({"encoder.moments": "quant_conv", "decoder.latent": "post_quant_conv"}, "", "")
     yield KeyMapping("codebook.weight", ("quantize.embedding.weight",))
     for half, levelled, change in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
@@ -95,8 +98,8 @@ def autoencoder(levels: int, blocks: int) -> Iterator[KeyMapping]:
         yield from layer_rows(ATTENTION, f"{half}.middle.1.", f"{half}.mid.attn_1.")
         yield from layer_rows(BLOCK, f"{half}.middle.2.", f"{half}.mid.block_2.")
         for level in range(levels):
-            place = f"{half}.{levelled}.{level}."
+            prefix = f"{half}.{levelled}.{level}."
             for i in range(blocks):
-                yield from layer_rows(BLOCK, f"{place}blocks.{i}.", f"{place}block.{i}.")
-                yield from layer_rows(ATTENTION, f"{place}attention.{i}.", f"{place}attn.{i}.")
-            yield from layer_rows({"resample.conv": f"{change}.conv"}, place, place)
+                yield from layer_rows(BLOCK, f"{prefix}blocks.{i}.", f"{prefix}block.{i}.")
+                yield from layer_rows(ATTENTION, f"{prefix}attention.{i}.", f"{prefix}attn.{i}.")
+            yield from layer_rows({"resample.conv": f"{change}.conv"}, prefix, prefix)

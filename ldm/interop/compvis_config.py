@@ -1,4 +1,4 @@
-"""CompVis' and Stability's model configs (the yaml beside a released checkpoint), read as nodes of ours."""
+"""Convert the model configs of CompVis and Stability (the YAML of a released checkpoint) to nodes of ours."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from ldm.interop import config_nodes
 from ldm.interop.config_nodes import Node
 
 PREDICTION = {"eps": "Eps", "v": "V", "x0": "X0"}
-TRAINING = (  # options of LatentDiffusion that say how it was trained or logged, not what it is
+TRAINING = (  # options of LatentDiffusion for training and logging, which do not define the model
     *(
         "base_learning_rate",
         "ckpt_path",
@@ -47,7 +47,7 @@ TRAINING = (  # options of LatentDiffusion that say how it was trained or logged
         "force_null_conditioning",
     ),
 )
-IS = (  # and those that are read below
+IS = (  # options that are read below
     *(
         "linear_start",
         "linear_end",
@@ -93,10 +93,11 @@ NET = (
 
 
 def from_compvis(config: Mapping[str, Any]) -> Node:
-    """{net, autoencoder, conditioner, schedule, prediction, seed, scale} of a CompVis config's `model`; plain data.
+    """Convert the `model` of a CompVis config to plain nodes.
 
-    scale: of the latent, None where the checkpoint holds it (scale_by_std).  Their schedule called `linear` is ours called scaled_linear,
-    their `sqrt_linear` is our linear.  Raises UserError naming an option that ours has no counterpart for.
+    Returns net, autoencoder, conditioner, schedule, prediction, seed and scale. scale is the latent's, None if the
+    checkpoint contains it (scale_by_std). Their schedule `linear` is our scaled_linear, their `sqrt_linear` our linear.
+    Raises UserError naming an option without a counterpart in ours.
     """
     params = config.get("model", config).get("params", {})
     reject_unknown_options(params, (*TRAINING, *IS), "model.params")
@@ -104,19 +105,18 @@ def from_compvis(config: Mapping[str, Any]) -> Node:
         raise UserError(
             f"model.params.parameterization={params['parameterization']}: expected one of {', '.join(PREDICTION)}"
         )
-    given = part(params, "unet_config")
-    told, z = conditioner(params.get("cond_stage_config", "__is_unconditional__")), given["out_channels"]
-    inpaints = (
-        params.get("conditioning_key") == "hybrid" and given["in_channels"] == 2 * z + 1
-    )  # x_t, mask, masked image
-    if given["in_channels"] != z and not inpaints:
+    unet = part(params, "unet_config")
+    cond_node, z = conditioner(params.get("cond_stage_config", "__is_unconditional__")), unet["out_channels"]
+    # Inputs of an inpainting model: x_t, mask, masked image.
+    inpaints = params.get("conditioning_key") == "hybrid" and unet["in_channels"] == 2 * z + 1
+    if unet["in_channels"] != z and not inpaints:
         raise UserError(
-            f"unet_config.params.in_channels={given['in_channels']}: expected {z}, or {2 * z + 1} of a hybrid that inpaints"
+            f"unet_config.params.in_channels={unet['in_channels']}: expected {z}, or {2 * z + 1} for hybrid inpainting"
         )
     return {
-        "net": net(given),
+        "net": net(unet),
         "autoencoder": first_stage(params["first_stage_config"]) if "first_stage_config" in params else None,
-        "conditioner": config_nodes.inpainting(told) if inpaints else told,
+        "conditioner": config_nodes.inpainting(cond_node) if inpaints else cond_node,
         "schedule": schedule(params),
         "prediction": config_nodes.prediction(PREDICTION[params.get("parameterization", "eps")]),
         "seed": 0,
@@ -124,22 +124,22 @@ def from_compvis(config: Mapping[str, Any]) -> Node:
     }
 
 
-def reject_unknown_options(given: Mapping[str, Any], names: Collection[str], where: str) -> None:
-    """Raises UserError for an option that is not among names."""
-    for name, value in given.items():
+def reject_unknown_options(options: Mapping[str, Any], names: Collection[str], where: str) -> None:
+    """Raise UserError for an option that is not among `names`; where: its position in the config, for the message."""
+    for name, value in options.items():
         if name not in names:
             raise UserError(f"{where}.{name}={value!r:.60}: ours has no counterpart for this option")
 
 
 def part(params: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The params of a part. Raises UserError where it is missing."""
+    """Return the params of a part of the model.  Raises UserError if it is missing."""
     if name not in params or "params" not in params[name]:
         raise UserError(f"this config has no {name} with params; expected the model config of latent diffusion")
     return dict(params[name]["params"])
 
 
 def schedule(params: Mapping[str, Any]) -> Node:
-    """The noise schedule; their `linear` is linear in the square root of beta."""
+    """Convert the noise schedule; their `linear` is linear in the square root of beta."""
     kind, T = params.get("beta_schedule", "linear"), int(params.get("timesteps", 1000))
     if kind == "cosine":
         return config_nodes.cosine(T, float(params.get("cosine_s", 0.008)))
@@ -151,41 +151,44 @@ def schedule(params: Mapping[str, Any]) -> Node:
     )
 
 
-def net(given: Mapping[str, Any]) -> Node:
-    """ldm.net.unet.UNet of openaimodel.UNetModel's params."""
-    reject_unknown_options(given, NET, "unet_config.params")
-    if given.get("dims", 2) != 2 or not given.get("conv_resample", True):
-        raise UserError("unet_config.params: expected two dimensions and convolutions that change the resolution")
-    spatial = given.get("use_spatial_transformer", False)
-    each = given.get("num_head_channels", -1)
-    heads = given.get("num_heads", -1) if each in (-1, None) else None
-    depth = given.get("transformer_depth", 1)
+def net(params: Mapping[str, Any]) -> Node:
+    """Convert the params of openaimodel.UNetModel to ldm.net.unet.UNet."""
+    reject_unknown_options(params, NET, "unet_config.params")
+    if params.get("dims", 2) != 2 or not params.get("conv_resample", True):
+        raise UserError("unet_config.params: expected dims=2 and conv_resample=true")
+    spatial = params.get("use_spatial_transformer", False)
+    head_channels = params.get("num_head_channels", -1)
+    heads = params.get("num_heads", -1) if head_channels in (-1, None) else None
+    depth = params.get("transformer_depth", 1)
     return config_nodes.unet(
-        given["model_channels"],
-        given.get("channel_mult", (1, 2, 4, 8)),
-        given["num_res_blocks"],
-        given["attention_resolutions"],
-        config_nodes.transformer(not given.get("use_linear_in_transformer", False))
+        params["model_channels"],
+        params.get("channel_mult", (1, 2, 4, 8)),
+        params["num_res_blocks"],
+        params["attention_resolutions"],
+        config_nodes.transformer(not params.get("use_linear_in_transformer", False))
         if spatial
-        else config_nodes.qkv(bool(given.get("use_new_attention_order"))),
+        else config_nodes.qkv(bool(params.get("use_new_attention_order"))),
         heads=heads,
-        head_channels=64 if heads else each,
+        head_channels=64 if heads else head_channels,
         depth=depth if isinstance(depth, int) else list(depth),
-        dropout=float(given.get("dropout", 0.0)),
-        scale_shift=bool(given.get("use_scale_shift_norm")),
-        resblock_updown=bool(given.get("resblock_updown")),
+        dropout=float(params.get("dropout", 0.0)),
+        scale_shift=bool(params.get("use_scale_shift_norm")),
+        resblock_updown=bool(params.get("resblock_updown")),
     )
 
 
 def first_stage(config: Mapping[str, Any]) -> Node:
-    """AutoencoderKL or AutoencoderVQ of CompVis' AutoencoderKL, VQModel or VQModelInterface; attention sizes become downsample factors."""
-    given = dict(config["params"])
+    """Convert CompVis' AutoencoderKL, VQModel or VQModelInterface to AutoencoderKL or AutoencoderVQ.
+
+    Resolutions with attention become downsampling factors.
+    """
+    params = dict(config["params"])
     reject_unknown_options(
-        given,
+        params,
         ("embed_dim", "n_embed", "ddconfig", "lossconfig", "monitor", "ckpt_path", "ema_decay", "learn_logvar"),
         "first_stage_config.params",
     )
-    dd = given["ddconfig"]
+    dd = params["ddconfig"]
     reject_unknown_options(
         dd,
         (
@@ -204,9 +207,9 @@ def first_stage(config: Mapping[str, Any]) -> Node:
         ),
         "first_stage_config.params.ddconfig",
     )
-    if dd["z_channels"] != given["embed_dim"]:
+    if dd["z_channels"] != params["embed_dim"]:
         raise UserError(
-            f"first_stage_config: embed_dim={given['embed_dim']} and z_channels={dd['z_channels']}; expected the same"
+            f"first_stage_config: embed_dim={params['embed_dim']} and z_channels={dd['z_channels']}; expected the same"
         )
     levels = range(len(dd["ch_mult"]))
     return config_nodes.first_stage(
@@ -216,47 +219,44 @@ def first_stage(config: Mapping[str, Any]) -> Node:
         dd["num_res_blocks"],
         attention=[2**level for level in levels if dd["resolution"] // 2**level in dd["attn_resolutions"]],
         middle_attention=dd.get("attn_type", "vanilla") != "none",
-        num_codes=given.get("n_embed"),
+        num_codes=params.get("n_embed"),
     )
 
 
-def _clip(given: Mapping[str, Any]) -> Node:
-    reject_unknown_options(given, ("version", "device", "max_length", "freeze", "layer"), "cond_stage_config.params")
-    if (
-        given.get("version", "openai/clip-vit-large-patch14") != "openai/clip-vit-large-patch14"
-        or given.get("layer", "last") != "last"
-    ):
+def _clip(params: Mapping[str, Any]) -> Node:
+    reject_unknown_options(params, ("version", "device", "max_length", "freeze", "layer"), "cond_stage_config.params")
+    version = params.get("version", "openai/clip-vit-large-patch14")
+    if version != "openai/clip-vit-large-patch14" or params.get("layer", "last") != "last":
         raise UserError(
-            f"cond_stage_config.params={dict(given)}: expected the last layer of openai/clip-vit-large-patch14"
+            f"cond_stage_config.params={dict(params)}: expected the last layer of openai/clip-vit-large-patch14"
         )
-    return config_nodes.clip("ViT-L-14-quickgelu", layer=-1, pad=49407, length=given.get("max_length", 77))
+    return config_nodes.clip("ViT-L-14-quickgelu", layer=-1, pad=49407, length=params.get("max_length", 77))
 
 
-def _open_clip(given: Mapping[str, Any]) -> Node:
+def _open_clip(params: Mapping[str, Any]) -> Node:
     reject_unknown_options(
-        given, ("arch", "version", "device", "max_length", "freeze", "layer"), "cond_stage_config.params"
+        params, ("arch", "version", "device", "max_length", "freeze", "layer"), "cond_stage_config.params"
     )
-    layer = {"last": -1, "penultimate": -2}[given.get("layer", "last")]
-    return config_nodes.clip(given.get("arch", "ViT-H-14"), layer=layer, pad=0, length=given.get("max_length", 77))
+    layer = {"last": -1, "penultimate": -2}[params.get("layer", "last")]
+    return config_nodes.clip(params.get("arch", "ViT-H-14"), layer=layer, pad=0, length=params.get("max_length", 77))
 
 
-def _classes(given: Mapping[str, Any]) -> Node:
-    reject_unknown_options(given, ("embed_dim", "n_classes", "key"), "cond_stage_config.params")
-    return config_nodes.label(
-        given.get("n_classes", 1000) - 1, given["embed_dim"]
-    )  # the last of theirs is the null class (1001 of ImageNet)
+def _classes(params: Mapping[str, Any]) -> Node:
+    reject_unknown_options(params, ("embed_dim", "n_classes", "key"), "cond_stage_config.params")
+    # The last of their classes is the null class (1001 for ImageNet).
+    return config_nodes.label(params.get("n_classes", 1000) - 1, params["embed_dim"])
 
 
-def _bert(given: Mapping[str, Any]) -> Node:
+def _bert(params: Mapping[str, Any]) -> Node:
     reject_unknown_options(
-        given,
+        params,
         ("n_embed", "n_layer", "vocab_size", "max_seq_len", "device", "use_tokenizer"),
         "cond_stage_config.params",
     )
     return {
         "_target_": "ldm.conditioner.transformer.WordPiece",
-        **{"dim": given["n_embed"], "layers": given["n_layer"], "num_heads": 8, "num_head_channels": 64},
-        **{"max_length": given.get("max_seq_len", 77), "keep_logits_head": True, "vocabulary": None},
+        **{"dim": params["n_embed"], "layers": params["n_layer"], "num_heads": 8, "num_head_channels": 64},
+        **{"max_length": params.get("max_seq_len", 77), "keep_logits_head": True, "vocabulary": None},
     }
 
 
@@ -269,7 +269,7 @@ CONDITIONERS: Mapping[str, Callable[[Mapping[str, Any]], Node]] = {
 
 
 def conditioner(config: Any) -> Node:
-    """Our conditioner of a cond_stage_config. Raises UserError for one that ours has no counterpart for."""
+    """Convert a cond_stage_config to our conditioner.  Raises UserError for one without a counterpart in ours."""
     if config == "__is_unconditional__":
         return config_nodes.NOTHING
     name = (

@@ -1,4 +1,4 @@
-"""Nodes of our config from the numbers that other projects' configs hold, every option written out as in conf/."""
+"""Build config nodes from the numbers in other projects' configs, with every option written out as in conf/."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ SDPA: Node = {"_target_": "ldm.net.attention.sdpa", "_partial_": True}
 
 
 def transformer(conv: bool) -> Node:
-    """The block of a U-Net that hears a context; conv: its projections are 1x1 convolutions (SD 1), not linear (SD 2, SDXL)."""
+    """Return the block of a U-Net with cross-attention; conv: 1x1 convolutions (SD 1) as projections, not linear."""
     return {"_target_": "ldm.net.attention.SpatialTransformer", "_partial_": True, "conv": conv, "eps": 1e-6}
 
 
 def qkv(new_order: bool) -> Node:
-    """ADM's attention, which hears none."""
+    """Return ADM's attention block, without cross-attention."""
     return {"_target_": "ldm.net.attention.QKVAttention", "_partial_": True, "new_order": new_order, "eps": 1e-5}
 
 
@@ -32,7 +32,7 @@ def unet(
     groups: int = 32,
     eps: float = 1e-5,
 ) -> Node:
-    """ldm.net.unet.UNet."""
+    """Return the node of ldm.net.unet.UNet."""
     return {
         "_target_": "ldm.net.unet.UNet",
         "channels": channels,
@@ -67,7 +67,7 @@ def first_stage(
     groups: int = 32,
     num_codes: int | None = None,
 ) -> Node:
-    """ldm.autoencoder.kl.AutoencoderKL, or AutoencoderVQ of num_codes codes; attention: downsample factors."""
+    """Return the node of AutoencoderKL, or of AutoencoderVQ with num_codes codes; attention: downsampling factors."""
     shape = {
         "z_channels": z_channels,
         "width": width,
@@ -94,7 +94,7 @@ def first_stage(
 
 
 def clip(model: str, layer: int, pad: int, length: int = 77) -> Node:
-    """A prompt's tokens through CLIP's text tower; its weights are not in the config yet (`weights`)."""
+    """Return a conditioner on the token features of CLIP's text tower, whose weights are not set yet."""
     encoder = {"model": model, "weights": None, "hub": False, "layer": layer, "pad_token_id": pad, "random": False}
     return {
         "_target_": "ldm.conditioner.text.TextTokensOnly",
@@ -103,36 +103,36 @@ def clip(model: str, layer: int, pad: int, length: int = 77) -> Node:
     }
 
 
-def inpainting(told: Node) -> Node:
-    """A prompt, the mask and the masked image's latent: what Stable Diffusion's inpainting models are told."""
+def inpainting(prompt: Node) -> Node:
+    """Return the conditioner of Stable Diffusion's inpainting models: prompt, mask, and latent of the masked image."""
     masked = {"_target_": "ldm.conditioner.spatial.MaskedImage"}
-    return {"_target_": "ldm.conditioner.compose.Compose", "drop": None, "clip_context": told, "masked_image": masked}
+    return {"_target_": "ldm.conditioner.compose.Compose", "drop": None, "clip_context": prompt, "masked_image": masked}
 
 
 def parts_of(conditioner: Mapping[str, Any]) -> list[Any]:
-    """The nodes that a conditioner is composed of; itself alone where it is not."""
+    """Return the nodes that a conditioner is composed of, or the conditioner itself if it is a single one."""
     inside = [part for part in conditioner.values() if isinstance(part, Mapping)]
     return inside if str(conditioner["_target_"]).endswith(".Compose") else [conditioner]
 
 
 def encoder_of(conditioner: Mapping[str, Any]) -> Any:
-    """The node of a conditioner's text encoder. Raises StopIteration for one without."""
+    """Return the node of a conditioner's text encoder.  Raises StopIteration if there is none."""
     return next(part["encoder"] for part in parts_of(conditioner) if "encoder" in part)
 
 
 def label(classes: int, dim: int) -> Node:
-    """A class as one token; classes: without the null's."""
+    """Return a conditioner on a class as one token; classes: without the null class."""
     return {"_target_": "ldm.conditioner.label.Label", "num_classes": classes, "dim": dim}
 
 
 def label_vector(classes: int, dim: int) -> Node:
-    """A class as a vector added to the time embedding; classes: without the null's."""
+    """Return a conditioner on a class as a vector added to the time embedding; classes: without the null class."""
     return {"_target_": "ldm.conditioner.label.LabelVector", "num_classes": classes, "dim": dim}
 
 
 def dit(patch: int, channels: int, depth: int, heads: int, toward_data: bool) -> Node:
-    """DiT's transformer; reversed_timestep_embedding: its time runs from noise to data, as SiT's."""
-    reads: Node = {"_target_": "ldm.net.blocks.timestep_embedding", "max_period": 10_000.0}
+    """Return DiT's transformer; toward_data: its time runs from noise to data, as in SiT."""
+    embedding: Node = {"_target_": "ldm.net.blocks.timestep_embedding", "max_period": 10_000.0}
     return {
         "_target_": "ldm.net.dit.DiT",
         **{
@@ -152,7 +152,7 @@ def dit(patch: int, channels: int, depth: int, heads: int, toward_data: bool) ->
             **(
                 {"_target_": "ldm.net.blocks.reversed_timestep_embedding", "max_period": 10_000.0}
                 if toward_data
-                else reads
+                else embedding
             ),
             "_partial_": True,
         },
@@ -166,7 +166,10 @@ NOTHING: Node = {"_target_": "ldm.conditioner.none.Unconditional"}
 
 
 def betas(kind: str, T: int, start: float, end: float) -> Node:
-    """schedule.linear or scaled_linear whose betas, as given, are those for this T; ours are those for T = 1000."""
+    """Return schedule.linear or scaled_linear.
+
+    start, end: betas for this T; those of our schedules are for T = 1000.
+    """
     return {
         "_target_": f"ldm.diffusion.schedule.{kind}",
         "T": T,
@@ -176,13 +179,15 @@ def betas(kind: str, T: int, start: float, end: float) -> Node:
 
 
 def cosine(T: int, s: float = 0.008) -> Node:
+    """Return the cosine schedule with offset s."""
     return {"_target_": "ldm.diffusion.schedule.cosine", "T": T, "s": s}
 
 
 def zero_terminal_snr(schedule: Node) -> Node:
+    """Return a schedule rescaled to zero terminal SNR."""
     return {"_target_": "ldm.diffusion.schedule.zero_terminal_snr", "schedule": schedule}
 
 
 def prediction(name: str) -> Node:
-    """name: Eps, V or X0."""
+    """Return the node of a prediction type; name: Eps, V or X0."""
     return {"_target_": f"ldm.diffusion.prediction.{name}"}

@@ -1,4 +1,4 @@
-"""diffusers' config.json of U-Net, first stage and scheduler, into nodes of ours and back."""
+"""Convert diffusers' config.json of U-Net, first stage and scheduler to our nodes and back."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from ldm.interop import config_nodes
 from ldm.interop.config_nodes import Node
 from ldm.interop.pipeline import require_values
 
-NET = {  # what a UNet2DConditionModel must be for ours to compute the same
+NET = {  # values that a UNet2DConditionModel must have for ours to be equivalent
     **{
         "act_fn": "silu",
         "center_input_sample": False,
@@ -64,7 +64,7 @@ SIZES = (
     ),
     *("norm_num_groups",),
 )
-NET_READ = (  # options that are read below, or change no number
+NET_READ = (  # options that are read below, or that do not change the result
     *(
         *NAMES,
         *SIZES,
@@ -93,102 +93,114 @@ ATTENDED = "CrossAttnDownBlock2D"
 ENCODER_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 
 
-def net(given: Mapping[str, Any]) -> Node:
-    """ldm.net.unet.UNet of a UNet2DConditionModel's config. Raises UserError naming an option that ours has no counterpart for."""
+def net(options: Mapping[str, Any]) -> Node:
+    """Convert a UNet2DConditionModel's config to ldm.net.unet.UNet.
+
+    Raises UserError naming an option without a counterpart in ours.
+    """
     what = "unet/config.json"
-    require_values(given, NET, what)
-    refuse_others(given, (*NET, *NET_READ), what)
-    widths, kinds = given["block_out_channels"], list(given["down_block_types"])
+    require_values(options, NET, what)
+    refuse_others(options, (*NET, *NET_READ), what)
+    widths, kinds = options["block_out_channels"], list(options["down_block_types"])
     mirrored = [{ATTENDED: "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}.get(kind) for kind in reversed(kinds)]
-    if None in mirrored or list(given.get("up_block_types", mirrored)) != mirrored:
+    if None in mirrored or list(options.get("up_block_types", mirrored)) != mirrored:
         raise UserError(
             f"{what}: down_block_types={kinds}: expected {ATTENDED} and DownBlock2D, and the same on the way up"
         )
-    heads, each = heads_of(given, widths)
-    depth = given.get("transformer_layers_per_block", 1)
+    heads, head_channels = heads_of(options, widths)
+    depth = options.get("transformer_layers_per_block", 1)
     return config_nodes.unet(
         widths[0],
         mult_of(widths, what),
-        given["layers_per_block"],
-        [2**level for level, kind in enumerate(kinds) if kind == ATTENDED]
-        or [2 ** len(kinds)],  # the middle attends in any case
-        config_nodes.transformer(not given.get("use_linear_projection", False)),
+        options["layers_per_block"],
+        # the middle block has attention in any case
+        [2**level for level, kind in enumerate(kinds) if kind == ATTENDED] or [2 ** len(kinds)],
+        config_nodes.transformer(not options.get("use_linear_projection", False)),
         heads=heads,
-        head_channels=each,
+        head_channels=head_channels,
         depth=depth if isinstance(depth, int) else list(depth),
-        dropout=float(given.get("dropout", 0.0)),
-        scale_shift=given.get("resnet_time_scale_shift", "default") == "scale_shift",
-        groups=given.get("norm_num_groups", 32),
-        eps=given.get("norm_eps", 1e-5),
+        dropout=float(options.get("dropout", 0.0)),
+        scale_shift=options.get("resnet_time_scale_shift", "default") == "scale_shift",
+        groups=options.get("norm_num_groups", 32),
+        eps=options.get("norm_eps", 1e-5),
     )
 
 
-def refuse_others(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
-    """Raises UserError for an option that is set and that ours does not know of."""
-    for name, value in given.items():
+def refuse_others(options: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """Raise UserError for an option that is set but not known; what: the file, for the message."""
+    for name, value in options.items():
         if name not in known and value not in (None, False):
             raise UserError(f"{what}: {name}={value!r:.60} has no counterpart in ours")
 
 
-def heads_of(given: Mapping[str, Any], widths: list[int]) -> tuple[int | None, int]:
-    """(heads, channels of each): diffusers calls the number of heads attention_head_dim. Raises UserError where neither is one number."""
-    heads = given.get("num_attention_heads") or given.get("attention_head_dim", 8)
+def heads_of(options: Mapping[str, Any], widths: list[int]) -> tuple[int | None, int]:
+    """Return (number of heads, channels per head); diffusers stores the number of heads as attention_head_dim.
+
+    Raises UserError if neither of the two is the same at all widths.
+    """
+    heads = options.get("num_attention_heads") or options.get("attention_head_dim", 8)
     if isinstance(heads, int):
         return heads, 64
-    each = {width // number for width, number in zip(widths, heads, strict=True)}
-    if len(each) > 1:
+    sizes = {width // number for width, number in zip(widths, heads, strict=True)}
+    if len(sizes) > 1:
         raise UserError(
-            f"unet/config.json: attention_head_dim={heads} at widths {widths}; expected one number of channels for each head"
+            f"unet/config.json: attention_head_dim={heads} at widths {widths}; "
+            "expected the same number of channels per head"
         )
-    return None, each.pop()
+    return None, sizes.pop()
 
 
 def mult_of(widths: list[int], what: str) -> list[int]:
+    """Return the widths as multiples of the first.  Raises UserError if they are not multiples of it."""
     if any(width % widths[0] for width in widths):
         raise UserError(f"{what}: block_out_channels={widths}; expected multiples of the first")
     return [width // widths[0] for width in widths]
 
 
-def first_stage(given: Mapping[str, Any]) -> Node:
-    """AutoencoderKL, or AutoencoderVQ where the config is a VQModel's. Raises UserError naming an option ours has no counterpart for."""
+def first_stage(options: Mapping[str, Any]) -> Node:
+    """Convert the config of an AutoencoderKL or a VQModel.
+
+    Raises UserError naming an option without a counterpart in ours.
+    """
     what = "vae/config.json"
-    require_values(given, STAGE, what)
-    refuse_others(given, (*STAGE, *STAGE_READ), what)
-    quantised = "num_vq_embeddings" in given
+    require_values(options, STAGE, what)
+    refuse_others(options, (*STAGE, *STAGE_READ), what)
+    quantised = "num_vq_embeddings" in options
     if quantised:
-        require_values(given, {"norm_type": "group", "lookup_from_codebook": False}, what)
-    kinds = given["down_block_types"]
+        require_values(options, {"norm_type": "group", "lookup_from_codebook": False}, what)
+    kinds = options["down_block_types"]
     if unknown := set(kinds) - ENCODER_BLOCKS.keys():
         raise UserError(f"{what}: down_block_types has {min(unknown)}; expected {' and '.join(ENCODER_BLOCKS)}")
     return config_nodes.first_stage(
-        given["latent_channels"],
-        given["block_out_channels"][0],
-        mult_of(given["block_out_channels"], what),
-        given["layers_per_block"],
+        options["latent_channels"],
+        options["block_out_channels"][0],
+        mult_of(options["block_out_channels"], what),
+        options["layers_per_block"],
         attention=[2**level for level, kind in enumerate(kinds) if ENCODER_BLOCKS[kind]],
-        middle_attention=given.get("mid_block_add_attention", True),
-        groups=given.get("norm_num_groups", 32),
-        num_codes=given.get("num_vq_embeddings"),
+        middle_attention=options.get("mid_block_add_attention", True),
+        groups=options.get("norm_num_groups", 32),
+        num_codes=options.get("num_vq_embeddings"),
     )
 
 
-def schedule(given: Mapping[str, Any]) -> Node:
-    """Our schedule of any scheduler's config that is made of betas. Raises UserError for other ones."""
-    require_values(given, SCHEDULE, "scheduler/scheduler_config.json")
-    kind, T = given.get("beta_schedule", "linear"), given.get("num_train_timesteps", 1000)
+def schedule(options: Mapping[str, Any]) -> Node:
+    """Convert the config of any scheduler that is defined by betas.  Raises UserError for others."""
+    require_values(options, SCHEDULE, "scheduler/scheduler_config.json")
+    kind, T = options.get("beta_schedule", "linear"), options.get("num_train_timesteps", 1000)
     if kind == "squaredcos_cap_v2":
         node = config_nodes.cosine(T)
     elif kind in BETAS:
-        node = config_nodes.betas(BETAS[kind], T, given.get("beta_start", 1e-4), given.get("beta_end", 0.02))
+        node = config_nodes.betas(BETAS[kind], T, options.get("beta_start", 1e-4), options.get("beta_end", 0.02))
     else:
         raise UserError(
             f"scheduler/scheduler_config.json: beta_schedule={kind}: expected {', '.join(BETAS)} or squaredcos_cap_v2"
         )
-    return config_nodes.zero_terminal_snr(node) if given.get("rescale_betas_zero_snr") else node
+    return config_nodes.zero_terminal_snr(node) if options.get("rescale_betas_zero_snr") else node
 
 
-def prediction(given: Mapping[str, Any]) -> Node:
-    name = given.get("prediction_type", "epsilon")
+def prediction(options: Mapping[str, Any]) -> Node:
+    """Convert a scheduler's prediction type.  Raises UserError for an unknown one."""
+    name = options.get("prediction_type", "epsilon")
     if name not in PREDICTION:
         raise UserError(
             f"scheduler/scheduler_config.json: prediction_type={name}: expected one of {', '.join(PREDICTION)}"
@@ -199,20 +211,23 @@ def prediction(given: Mapping[str, Any]) -> Node:
 def export_net(
     node: Mapping[str, Any], in_channels: int, out_channels: int, context_dim: int | None, size: int
 ) -> dict[str, Any]:
-    """A UNet2DConditionModel's config of ours; size: of z. Raises UserError for a network that diffusers has no counterpart for."""
+    """Convert our U-Net's node to a UNet2DConditionModel's config; size: height and width of z.
+
+    Raises UserError for a network without a counterpart in diffusers.
+    """
     if (
         not str(node["_target_"]).endswith(".UNet")
         or not str(node["block"]["_target_"]).endswith(".SpatialTransformer")
         or not context_dim
     ):
         raise UserError(
-            f"net={node['_target_']}: to=diffusers expects a UNet of transformer blocks that hear a context"
+            f"net={node['_target_']}: to=diffusers expects a UNet of transformer blocks with cross-attention"
         )
     require_values(node, {"resblock_updown": False}, "net")
     widths = [factor * node["channels"] for factor in node["channel_mult"]]
     if odd := [width for width in widths if width % node["num_groups"]]:
         raise UserError(
-            f"net: num_groups={node['num_groups']} does not divide a level's {odd[0]} channels, which diffusers wants"
+            f"net: num_groups={node['num_groups']} does not divide a level's {odd[0]} channels, as diffusers requires"
         )
     attended = [2**level in node["attention_resolutions"] for level in range(len(widths))]
     heads = [node["num_heads"] or width // node["num_head_channels"] for width in widths]
@@ -238,11 +253,15 @@ def export_net(
 
 
 def export_first_stage(node: Mapping[str, Any], channels: int, scale: float, size: int) -> dict[str, Any]:
-    """An AutoencoderKL's or VQModel's config of ours; size: of an image. Raises UserError for another kind of first stage."""
+    """Convert our first stage's node to an AutoencoderKL's or VQModel's config; size: height and width of an image.
+
+    Raises UserError for another kind of first stage.
+    """
     kind = str(node["_target_"]).rpartition(".")[2]
     if kind not in ("AutoencoderKL", "AutoencoderVQ") or not str(node["encoder"]["_target_"]).endswith(".Encoder"):
         raise UserError(
-            f"autoencoder={node['_target_']}: to=diffusers expects the convolutional encoder and decoder of latent diffusion"
+            f"autoencoder={node['_target_']}: to=diffusers expects "
+            "the convolutional encoder and decoder of latent diffusion"
         )
     part = node["encoder"]
     same = {name: value for name, value in part.items() if name not in ("_target_", "double_z", "attention_fn")}
@@ -268,25 +287,26 @@ def export_first_stage(node: Mapping[str, Any], channels: int, scale: float, siz
 
 
 def export_schedule(node: Mapping[str, Any], prediction: Mapping[str, Any], betas: list[float]) -> dict[str, Any]:
-    """A DDIMScheduler's config with Stable Diffusion's own spacing; betas: of the schedule, said where diffusers has no name for it.
+    """Convert our schedule to a DDIMScheduler's config with Stable Diffusion's timestep spacing.
 
-    Raises UserError for a prediction that diffusers has no counterpart for.
+    betas: of the schedule, written out if diffusers has no name for it.
+    Raises UserError for a prediction without a counterpart in diffusers.
     """
     kinds = {ours: theirs for theirs, ours in PREDICTION.items()}
     name = str(prediction["_target_"]).rpartition(".")[2]
     if name not in kinds:
         raise UserError(f"prediction={prediction['_target_']}: to=diffusers expects one of {', '.join(kinds)}")
     kind = str(node["_target_"]).rpartition(".")[2]
-    said: dict[str, Any] = {"beta_schedule": "linear", "trained_betas": betas}
+    options: dict[str, Any] = {"beta_schedule": "linear", "trained_betas": betas}
     if kind == "cosine" and node["s"] == 0.008:
-        said = {"beta_schedule": "squaredcos_cap_v2"}
+        options = {"beta_schedule": "squaredcos_cap_v2"}
     if kind in BETAS:
         start, end = (node[part] * 1000 / node["T"] for part in ("beta_start", "beta_end"))
-        said = {"beta_schedule": kind, "beta_start": start, "beta_end": end}
+        options = {"beta_schedule": kind, "beta_start": start, "beta_end": end}
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": len(betas),
-        **said,
+        **options,
         "prediction_type": kinds[name],
         "clip_sample": False,
         "set_alpha_to_one": False,

@@ -1,4 +1,4 @@
-"""A released file of DiT or SiT with the first stage of Stable Diffusion beside it, as a whole model."""
+"""Read a released file of DiT or SiT and the first stage of Stable Diffusion next to it as one model."""
 
 import re
 from pathlib import Path
@@ -11,43 +11,40 @@ from ldm.interop.pipeline import Pipeline, unknown_data_info, with_scale
 from ldm.interop.text_tower import read_config
 
 PATCHES = "x_embedder.proj.weight"  # (channels, z_channels, patch, patch)
-HEADS = {
-    384: 6,
-    768: 12,
-    1024: 16,
-    1152: 16,
-}  # by channels: S, B, L and XL of both papers; no weight's shape depends on it
-STAGE = "vae"  # folder of diffusers' AutoencoderKL beside the file
-SCALE = 0.18215  # of the latent in both codes, whatever the first stage's config says
+# Heads by channels, for S, B, L and XL of both papers; no weight's shape depends on it.
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+STAGE = "vae"  # folder of diffusers' AutoencoderKL next to the file
+SCALE = 0.18215  # latent scale in both codes, independent of the first stage's config
 
 
 def is_dit(state: State) -> bool:
-    """Whether these weights have the names of DiT and SiT."""
+    """Return whether these weights have the names of DiT and SiT."""
     return PATCHES in state and "t_embedder.mlp.0.weight" in state
 
 
 def load_dit(state: State, path: Path) -> Pipeline:
-    """The model of a released file, class-conditional, with the first stage in the folder `vae` beside it.
+    """Build the class-conditional model of a released file, with the first stage in the folder `vae` next to it.
 
-    DiT and SiT have the same names and shapes, so the file's own name decides, as released: DiT-XL-2-256x256.pt, SiT-XL-2-256x256.pt.
-    Raises UserError for a file of neither name, for another width than theirs, and where the first stage is missing or of other channels.
+    DiT and SiT have the same names and shapes, so the file's name decides, as released: DiT-XL-2-256x256.pt,
+    SiT-XL-2-256x256.pt.  Raises UserError if the file has neither name or another width, and if the first stage is
+    missing or has other channels.
     """
     kinds = re.findall(r"(?i)(?<![a-z])[ds]it(?![a-z])", path.stem)
     if len(kinds) != 1:
         raise UserError(
-            "DiT and SiT have the same weights' names; expected one of the two in the file's name, as in DiT-XL-2-256x256.pt"
+            "DiT and SiT have weights of the same names; expected one of the two in the file's name, "
+            "as in DiT-XL-2-256x256.pt"
         )
     sit = kinds[0].lower() == "sit"
     channels, z_channels, patch, _ = state[PATCHES].shape
     if channels not in HEADS or "pos_embed" not in state:
         raise UserError(
-            f"a network of {channels} channels; expected DiT or SiT of {', '.join(map(str, HEADS))} channels, with pos_embed"
+            f"a network of {channels} channels; expected DiT or SiT of {', '.join(map(str, HEADS))} channels, "
+            "with pos_embed"
         )
     stage = path.parent / STAGE
     if not (stage / "config.json").is_file():
-        raise UserError(
-            f"no first stage; put diffusers' AutoencoderKL (stabilityai/sd-vae-ft-ema) beside it, in {stage}"
-        )
+        raise UserError(f"no first stage; put diffusers' AutoencoderKL (stabilityai/sd-vae-ft-ema) into {stage}")
     vae, labels = read_config(stage), import_labels(state)
     node = diffusers_config.first_stage(vae)
     if node["z_channels"] != z_channels:

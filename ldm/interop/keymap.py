@@ -1,4 +1,4 @@
-"""A table of names read both ways: from a published layout's state dict to ours, and back to the identical one."""
+"""Convert state dicts between a published layout and ours with one table of names, losslessly in both directions."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """A tensor of ours and the one of theirs that it is, or those that it is stacked of along the first axis.
+    """A tensor of ours and the tensor of theirs that it equals, or those that it is stacked from along the first axis.
 
-    ones: axes of length 1 at the end that theirs has more than ours (a 1x1 convolution where ours is linear), fewer if negative.
-    turned: theirs is the transpose.
+    trailing_ones: axes of length 1 at the end that theirs has more than ours (a 1x1 convolution where ours is linear),
+        fewer if negative.
+    transposed: theirs is the transpose.
     """
 
     ours: str
@@ -26,20 +27,23 @@ class KeyMapping:
     transposed: bool = False
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Ours, of theirs."""
-        one = torch.cat(parts) if len(parts) > 1 else parts[0]
-        one = one.T if self.transposed else one
-        return one.reshape(resized(one.shape, -self.trailing_ones))
+        """Return our tensor, built from theirs."""
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensor = tensor.T if self.transposed else tensor
+        return tensor.reshape(resized(tensor.shape, -self.trailing_ones))
 
-    def split(self, whole: Tensor) -> Iterable[Tensor]:
-        """Theirs, of ours."""
-        whole = whole.reshape(resized(whole.shape, self.trailing_ones))
-        whole = whole.T if self.transposed else whole
-        return [whole] if len(self.theirs) == 1 else whole.chunk(len(self.theirs))
+    def split(self, tensor: Tensor) -> Iterable[Tensor]:
+        """Return their tensors, split from ours."""
+        tensor = tensor.reshape(resized(tensor.shape, self.trailing_ones))
+        tensor = tensor.T if self.transposed else tensor
+        return [tensor] if len(self.theirs) == 1 else tensor.chunk(len(self.theirs))
 
 
 def resized(shape: torch.Size, ones: int) -> tuple[int, ...]:
-    """A shape with `ones` more axes of length 1 at its end, or that many fewer. Raises UserError where those are longer."""
+    """Return a shape with `ones` more axes of length 1 at its end, or fewer if negative.
+
+    Raises UserError if the axes to remove are longer.
+    """
     if ones >= 0:
         return (*shape, *[1] * ones)
     if len(shape) < -ones or any(size != 1 for size in shape[ones:]):
@@ -48,87 +52,92 @@ def resized(shape: torch.Size, ones: int) -> tuple[int, ...]:
 
 
 def layer_rows(names: Mapping[str, str], ours: str, theirs: str, ones: int = 0) -> Iterator[KeyMapping]:
-    """Weight and bias of each layer of a module, by its name in ours and in theirs; ours and theirs: the module's own names."""
-    for mine, yours in names.items():
-        yield KeyMapping(f"{ours}{mine}.weight", (f"{theirs}{yours}.weight",), ones)
-        yield KeyMapping(f"{ours}{mine}.bias", (f"{theirs}{yours}.bias",))
+    """Yield the rows of weight and bias of each layer of a module.
+
+    names: layer name of ours -> theirs.  ours, theirs: prefix of the module.  ones: trailing_ones of the weights.
+    """
+    for our_name, their_name in names.items():
+        yield KeyMapping(f"{ours}{our_name}.weight", (f"{theirs}{their_name}.weight",), ones)
+        yield KeyMapping(f"{ours}{our_name}.bias", (f"{theirs}{their_name}.bias",))
 
 
 def import_state(table: Iterable[KeyMapping], state: State, what: str) -> dict[str, Tensor]:
-    """Our state dict of theirs; what: the layout's name. Rows that theirs has nothing of are left to whoever loads the result.
+    """Convert their state dict to ours; rows of which theirs has nothing are left out.
 
-    Raises UserError for a name that the table does not have, and for a part that is missing beside another.
+    what: name of the layout, for messages.
+    Raises UserError for a name that is not in the table, and if only a part of a stacked tensor is present.
     """
-    made: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     used: set[str] = set()
     for row in table:
-        there = [name for name in row.theirs if name in state]
-        if not there:
+        present = [name for name in row.theirs if name in state]
+        if not present:
             continue
         if missing := [name for name in row.theirs if name not in state]:
-            raise UserError(f"{what}: {missing[0]} is missing beside {there[0]}")
-        made[row.ours] = row.join([state[name] for name in row.theirs])
-        used.update(there)
+            raise UserError(f"{what}: {missing[0]} is missing, but {present[0]} is present")
+        converted[row.ours] = row.join([state[name] for name in row.theirs])
+        used.update(present)
     reject_unknown(state.keys() - used, what)
-    return made
+    return converted
 
 
 def export_state(table: Iterable[KeyMapping], state: State, what: str) -> dict[str, Tensor]:
-    """Their state dict of ours. Raises UserError for a tensor of ours that the layout has no name for."""
-    made: dict[str, Tensor] = {}
+    """Convert our state dict to theirs.  Raises UserError for a tensor of ours without a name in the layout."""
+    converted: dict[str, Tensor] = {}
     used: set[str] = set()
     for row in table:
         if row.ours in state:
-            made.update(zip(row.theirs, row.split(state[row.ours]), strict=True))
+            converted.update(zip(row.theirs, row.split(state[row.ours]), strict=True))
             used.add(row.ours)
     reject_unknown(state.keys() - used, what)
-    return made
+    return converted
 
 
 def reject_unknown(names: Iterable[str], what: str) -> None:
-    """Raises UserError if there are names that a layout has no place for."""
+    """Raise UserError if there are names that a layout does not have."""
     if left := sorted(names):
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        raise UserError(
-            f"{what}: no place for {', '.join(left[:3])}{more}; expected the names of this layout and no other"
-        )
+        raise UserError(f"{what}: unknown names {', '.join(left[:3])}{more}; expected only the names of this layout")
 
 
 def count(pattern: str, names: Iterable[str]) -> int:
-    """One more than the largest number that the pattern's group finds in the names; 0 where it finds none."""
-    return max((int(found) + 1 for found in findall(pattern, "\n".join(names))), default=0)
+    """Return one more than the largest number that the pattern's group matches in the names; 0 without a match."""
+    return max((int(number) + 1 for number in findall(pattern, "\n".join(names))), default=0)
 
 
 def load_strict(module: nn.Module, state: State, what: str, optional: Collection[str] = ()) -> None:
-    """Load a state dict into a module whose every weight it must hold, in its shape, but for optional names.
+    """Load a state dict that must have every weight of a module, in its shape, except optional names.
 
-    A weight that is a floating-point number in the module must be one in the state dict: integers, booleans and complex numbers are
-    packed or other weights, not these.  Raises UserError naming the first that does not fit.
+    A floating-point weight of the module must be floating-point in the state dict: integers, booleans and complex
+    numbers are packed or other weights.  Raises UserError naming the first that does not fit.
     """
-    live = module.state_dict()
-    if missing := sorted(live.keys() - state.keys() - set(optional)):
+    expected = module.state_dict()
+    if missing := sorted(expected.keys() - state.keys() - set(optional)):
         raise UserError(f"{what}: {len(missing)} weights are missing, the first is {missing[0]}")
-    if other := sorted(state.keys() - live.keys()):
+    if other := sorted(state.keys() - expected.keys()):
         raise UserError(
             f"{what}: {len(other)} weights belong to another architecture than the config's, the first is {other[0]}"
         )
     for name, value in state.items():
-        if live[name].shape != value.shape:
-            raise UserError(f"{what}: {name} is {list(value.shape)}, the config makes it {list(live[name].shape)}")
-    require_floating({name: value for name, value in state.items() if live[name].is_floating_point()}, what)
-    module.load_state_dict({**live, **state})
+        if expected[name].shape != value.shape:
+            raise UserError(
+                f"{what}: {name} is {list(value.shape)}, the config's model has {list(expected[name].shape)}"
+            )
+    require_floating({name: value for name, value in state.items() if expected[name].is_floating_point()}, what)
+    module.load_state_dict({**expected, **state})
 
 
 def require_floating(state: State, what: str) -> None:
-    """Raises UserError naming the first tensor whose numbers are not floating-point, as those of quantized weights are not."""
+    """Check that all tensors are floating-point, unlike quantized weights.  Raises UserError naming the first."""
     for name, value in state.items():
         if not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             raise UserError(
-                f"{what}: {name} is {kind}; expected floating-point weights, such as float32 or float16; convert the file"
+                f"{what}: {name} is {kind}; expected floating-point weights, such as float32 or float16; "
+                "convert the file"
             )
 
 
 def strip_prefix(prefix: str, state: State) -> dict[str, Tensor]:
-    """The part of a state dict whose names begin with prefix, without it."""
+    """Return the part of a state dict whose names begin with `prefix`, without the prefix."""
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}

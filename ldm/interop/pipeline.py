@@ -1,4 +1,4 @@
-"""A whole model between two layouts: our config and our weights, whatever file they come from or go to."""
+"""A complete model in our format, between two file formats."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,18 +9,19 @@ from torch import Tensor
 
 from ldm.errors import UserError
 
-STATISTICS = (
-    "shift",
-    "scale",
-    "calibrated_on",
-)  # a first stage's, which other projects keep in a config or fold into weights
+# Statistics of a first stage, which other projects store in a config or fold into weights.
+STATISTICS = ("shift", "scale", "calibrated_on")
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """config: plain nodes net, autoencoder, conditioner, schedule, prediction and seed.  net, autoencoder: our state dicts, the latter with
-    shift and scale.  data: what a model must know of the images it was trained on (DataCard's fields).
-    text: the text tower in open_clip's names, empty where the conditioner is none.  conditioner: its own weights.
+    """A complete model.
+
+    config: plain nodes net, autoencoder, conditioner, schedule, prediction and seed.
+    net, autoencoder: our state dicts, the latter with shift and scale.
+    data: metadata of the training images (the fields of DataCard).
+    text: the text tower in open_clip's names, empty if the conditioner has none.
+    conditioner: the conditioner's other weights.
     """
 
     config: dict[str, Any]
@@ -32,22 +33,24 @@ class Pipeline:
 
 
 def unknown_data_info(channels: int, size: int, classes: int = 1) -> dict[str, Any]:
-    """What is known of data that nobody has here: classes by number, captions that say nothing.  size: in pixels."""
+    """Return metadata for a data set that is not known: numbered classes and empty captions; size: in pixels."""
     names = [str(n) for n in range(classes)] if classes > 1 else ["image"]
     return {"fingerprint": "", "classes": names, "captions": [[""]] * len(names), "channels": channels, "size": size}
 
 
 def with_scale(weights: Mapping[str, Tensor], scale: float, z_channels: int, shift: float = 0.0) -> dict[str, Tensor]:
-    """A first stage's state dict of its weights and the one number that its latents are multiplied by, after shift was taken off."""
+    """Add statistics to a first stage's weights: its latents are (z - shift) * scale."""
     ones = torch.ones(z_channels)
     return {**weights, "shift": shift * ones, "scale": scale * ones, "calibrated_on": torch.zeros((), dtype=torch.long)}
 
 
 def fold_scale(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """A first stage's weights without its statistics, and the one number that others multiply latents by.
+    """Return a first stage's weights without statistics, and the factor that other projects multiply its latents by.
 
-    Where ours has a scale for each channel, or a shift, they go into the two 1x1 convolutions beside the latent, which then gives z itself,
-    and the number is 1: the same function of the image, another rounding.  Raises UserError for a first stage without those convolutions.
+    If ours has a scale per channel, or a shift, they are folded into the two 1x1 convolutions next to the latent, and
+    the
+    factor is 1: the same function of the image up to rounding.  Raises UserError for a first stage without those
+    convolutions.
     """
     weights = {name: value for name, value in state.items() if name not in STATISTICS}
     shift, scale = state["shift"].double(), state["scale"].double()
@@ -59,13 +62,13 @@ def fold_scale(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
         or "codebook.weight" in weights
     ):
         raise UserError(
-            "this first stage has a scale for each channel, and no convolutions to put it into; calibrate it to one scale"
+            "this first stage has a scale per channel and no convolutions to fold it into; calibrate it to one scale"
         )
     z = len(scale)
     double = {
         name: weights[name].double() for name in weights if name.startswith(("encoder.moments.", "decoder.latent."))
     }
-    gain = torch.cat([scale, torch.ones_like(scale)])  # means are scaled, log-variances moved
+    gain = torch.cat([scale, torch.ones_like(scale)])  # for means; log-variances are shifted instead
     bias = (double["encoder.moments.bias"] - torch.cat([shift, torch.zeros_like(shift)])) * gain
     bias[z:] += 2 * scale.log()
     latent = double["decoder.latent.weight"]
@@ -78,8 +81,11 @@ def fold_scale(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     return {**weights, **{name: value.to(weights[name].dtype) for name, value in folded.items()}}, 1.0
 
 
-def require_values(asked: Mapping[str, Any], allowed: Mapping[str, Any], what: str) -> None:
-    """Raises UserError for an option of a config whose value is not the one that our counterpart has."""
+def require_values(options: Mapping[str, Any], allowed: Mapping[str, Any], what: str) -> None:
+    """Check that options, where set, have the values that our implementation supports.
+
+    what: the file, for the message.  Raises UserError otherwise.
+    """
     for name, value in allowed.items():
-        if asked.get(name, value) != value:
-            raise UserError(f"{what}: {name}={asked[name]!r:.60} has no counterpart in ours; expected {value!r}")
+        if options.get(name, value) != value:
+            raise UserError(f"{what}: {name}={options[name]!r:.60} has no counterpart in ours; expected {value!r}")

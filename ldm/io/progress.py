@@ -1,17 +1,20 @@
-"""One line of progress with an ETA: redrawn on a terminal, a line now and then where the output is a file."""
+"""Show progress with an ETA in one line: redrawn on a terminal, printed from time to time if the output is a file."""
 
 import sys
 import time
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as one says it."""
+    """Format a duration for reading: seconds, minutes or hours."""
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 class ProgressBar:
-    """Progress towards `total` from `start`; `at(done)` as often as one likes."""
+    """Progress from `start` towards `total`; `update` may be called as often as convenient.
+
+    unit: of the rate.  seconds: between two lines if the output is not a terminal.
+    """
 
     def __init__(self, name: str, total: int, start: int = 0, unit: str = "it", seconds: float = 15.0):
         self.name, self.total, self.start, self.unit = name, total, start, unit
@@ -20,7 +23,7 @@ class ProgressBar:
         self.begin = self.last = time.monotonic()
 
     def update(self, done: int, note: str = "") -> None:
-        """Show that `done` of total are done."""
+        """Show that `done` of `total` are finished; note: text before the rate."""
         now = time.monotonic()
         if now - self.last < self.every and done != self.total:
             return

@@ -1,3 +1,3 @@
 """Exit codes that end a sweep."""
 
-STOP_EXIT_CODES = (85, 130, 143)  # preempted, Ctrl-C, terminated: a sweep ends instead of going on to its next job
+STOP_EXIT_CODES = (85, 130, 143)  # preempted, Ctrl-C, terminated: the sweep ends instead of starting its next job

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, shared out among jobs: each is held by one at a time, whoever started it."""
+"""Share the GPUs of this machine among jobs: a lock per GPU lets one job use it at a time, whoever started it."""
 
 import getpass
 import os
@@ -11,31 +11,35 @@ from pathlib import Path
 
 from ldm.errors import UserError
 
-IDLE = 1024  # MiB in use on a GPU that nobody works on: what a screen or a driver holds
+IDLE = 1024  # MiB in use on an idle GPU: what a display or the driver may take
 
 
 def idle_gpus() -> tuple[str, ...]:
-    """The ids of the GPUs that nobody uses, of those that CUDA_VISIBLE_DEVICES leaves. Raises UserError where there is none."""
-    remedy = "hydra/launcher=joblib runs hydra.launcher.n_jobs=N jobs at once without; or leave it out, for one after another"
+    """Return the UUIDs of the unused GPUs among those in CUDA_VISIBLE_DEVICES.  Raises UserError if there is none."""
+    remedy = (
+        "hydra/launcher=joblib runs hydra.launcher.n_jobs=N jobs at once without GPUs; "
+        "or leave it out to run one after another"
+    )
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         raise UserError(f"hydra/launcher=gpus: nvidia-smi finds no GPU on this machine; {remedy}") from None
-    found = [tuple(word.strip() for word in line.split(",")) for line in listed.splitlines() if line.strip()]
+    rows = [tuple(word.strip() for word in line.split(",")) for line in output.splitlines() if line.strip()]
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = [one for one in found if allowed is None or {one[0], one[1]} & set(allowed.split(","))]
-    idle = tuple(uuid for _, uuid, used in seen if used.isdigit() and int(used) < IDLE)
+    visible = [row for row in rows if allowed is None or {row[0], row[1]} & set(allowed.split(","))]
+    idle = tuple(uuid for _, uuid, used in visible if used.isdigit() and int(used) < IDLE)
     if not idle:
-        raise UserError(f"hydra/launcher=gpus: all of the {len(seen)} GPUs here are in use; wait, or {remedy}")
+        raise UserError(f"hydra/launcher=gpus: all {len(visible)} GPUs of this machine are in use; wait, or {remedy}")
     return idle
 
 
 @contextmanager
 def acquire_gpus(gpus: Sequence[str], number: int = 1, every: float = 0.2) -> Iterator[dict[str, str]]:
-    """Wait for `number` of the GPUs, and hold them; gives the environment that pins a process to them, for no GPUs at all nothing.
+    """Wait for `number` of the GPUs and lock them while the block runs.
 
-    Raises UserError for more than there are.
+    every: seconds between attempts.  Yields the environment that pins a process to them; empty if `gpus` is empty.
+    Raises UserError if there are fewer than `number`.
     """
     from filelock import FileLock, Timeout
 
@@ -43,22 +47,23 @@ def acquire_gpus(gpus: Sequence[str], number: int = 1, every: float = 0.2) -> It
         yield {}
         return
     if number > len(gpus):
-        raise UserError(f"trainer.devices={number}: hydra/launcher=gpus has {len(gpus)} free here")
+        raise UserError(f"trainer.devices={number}: hydra/launcher=gpus has {len(gpus)} idle GPUs on this machine")
     folder = Path(tempfile.gettempdir()) / f"ldm-gpus-{getpass.getuser()}"
     folder.mkdir(exist_ok=True)
     while True:
         with ExitStack() as stack:
-            mine: list[str] = []
-            with FileLock(folder / "choosing"):  # one at a time, so that no two hold half of what each waits for
+            acquired: list[str] = []
+            # One process chooses at a time, so that no two hold half of what each waits for.
+            with FileLock(folder / "choosing"):
                 for gpu in gpus:
-                    if len(mine) == number:
+                    if len(acquired) == number:
                         break
                     try:
                         stack.enter_context(FileLock(folder / gpu, timeout=0))
-                        mine.append(gpu)
+                        acquired.append(gpu)
                     except Timeout:
                         continue
-            if len(mine) == number:
-                yield {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+            if len(acquired) == number:
+                yield {"CUDA_VISIBLE_DEVICES": ",".join(acquired)}
                 return
         time.sleep(every)

@@ -1,4 +1,4 @@
-"""A composed config as a process of its own, on one device or on several under torch's launcher: no process is ever used for two jobs."""
+"""Run a composed config in its own process, on one device or on several under torchrun; no process runs two jobs."""
 
 import logging
 import os
@@ -13,24 +13,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
-         "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LDM_WORLD", "LDM_RESULT")  # fmt: skip
-
+RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "LDM_WORLD", "LDM_RESULT"),
+)
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def is_launched_rank() -> bool:
-    """Whether this process is already one rank of a world that torch's launcher or Slurm made."""
+    """Return whether this process is one rank of a job that torchrun or Slurm started."""
     slurm = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
     return "LOCAL_RANK" in os.environ or slurm
 
 
 def run_in_subprocess(script: Path, config_folder: Path, devices: int = 1, env: Mapping[str, str] | None = None) -> int:
-    """Run `script` on config_folder/config.yaml in its own process group and return its exit code (128 + n after signal n).
+    """Run `script` on config_folder/config.yaml in its own process group; return its exit code (128 + n for signal n).
 
-    devices: ranks on this machine, under torch's launcher when more than one.  env: added to the environment, without this process's rank.
-    SIGTERM, SIGINT and SIGUSR1 that arrive meanwhile are passed on to every rank.
+    devices: ranks on this machine, started by torchrun if more than one.
+    env: added to the environment, from which this process's rank variables are removed.
+    SIGTERM, SIGINT and SIGUSR1 that arrive meanwhile are forwarded to every rank.
     """
     clean = {
         key: value
@@ -46,17 +49,17 @@ def run_in_subprocess(script: Path, config_folder: Path, devices: int = 1, env: 
             code = child[0].wait()
         codes = [int(file.read_text()) for file in Path(world).glob("*.code")]
     code = 128 - code if code < 0 else code
-    return code or max(codes, default=0)  # a rank that failed ends the others, which then leave in order
+    return code or max(codes, default=0)  # a failed rank ends the others, which then exit in order with 0
 
 
 @contextmanager
 def _forward(world: Path) -> Iterator[list[subprocess.Popen]]:
-    """Pass signals on to the ranks that reported their process id, or to the child while none has; end the child with this block."""
+    """Forward signals to the ranks that have reported a process id, else to the child; terminate the child on exit."""
     child: list[subprocess.Popen] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         ranks = [int(file.read_text() or 0) for file in world.glob("*.pid")]
-        for process in ranks or [one.pid for one in child]:  # torch's launcher would give the ranks 30 s and kill them
+        for process in ranks or [one.pid for one in child]:  # torchrun itself would kill the ranks after 30 s
             if process:
                 _kill(process, number if ranks else signal.SIGTERM)
 
@@ -83,9 +86,10 @@ def _kill(process: int, number: int) -> bool:
 
 @contextmanager
 def report_rank(world: Path) -> Iterator[None]:
-    """One rank's life under run_config: its process id while it runs, its exit code at the end.
+    """Report one rank to run_in_subprocess: write its process id while it runs, and its exit code at the end.
 
-    A rank that leaves in order (85 preempted, 130 interrupted) leaves with 0, so that torch's launcher lets the others finish too.
+    world: folder shared by the ranks of a job.
+    A rank that ends in order (85 preempted, 130 interrupted) exits with 0, so that torchrun lets the others finish too.
     """
     rank = os.environ.get("RANK", "0")
     (world / f"{rank}.pid").write_text(str(os.getpid()))
@@ -100,7 +104,7 @@ def report_rank(world: Path) -> Iterator[None]:
 
 
 def exit_with_parent(parent: int, every: float = 2.0, grace: float = 60.0) -> None:
-    """Wait until the process `parent` is gone, then end this one: SIGTERM, after grace seconds SIGKILL."""
+    """Wait until the process `parent` is gone, then end this one: SIGTERM, and SIGKILL after `grace` seconds."""
     while _kill(parent, 0):
         time.sleep(every)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -109,8 +113,8 @@ def exit_with_parent(parent: int, every: float = 2.0, grace: float = 60.0) -> No
 
 
 def main(devices: str, script: str, *arguments: str) -> int:
-    """torch.distributed.run on one machine; returns the first failed rank's exit code instead of printing a report of it."""
-    logging.disable(logging.ERROR)  # the ranks have said what went wrong
+    """Run torch.distributed.run on one machine and return the first failed rank's exit code, without its report."""
+    logging.disable(logging.ERROR)  # the ranks have already printed what went wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(devices))))
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run

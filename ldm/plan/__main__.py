@@ -1,11 +1,14 @@
-"""Say what a training would cost before anything runs: python -m ldm.plan [what train.py takes] [paper=PRESET] [throughput=N] [json=FILE]
+"""Estimate the cost of a training without running it.
 
-The model is built on the meta device: parameters, FLOPs, memory and disk are those of the config, and no weight exists.
+python -m ldm.plan [arguments of train.py] [paper=PRESET] [throughput=N] [batches=1,8] [json=FILE]
 
-  paper=PRESET      the preset to compare with; by default the one that preset= names
-  throughput=N      images per second that one device trains on, measured by you: gives device-hours
-  batches=1,8       batch sizes per device to list beside the config's own
-  json=FILE         all figures, also those that the table leaves out
+The model is built on the meta device: parameters, FLOPs, memory and disk space follow from the config, and no weight is
+allocated.
+
+  paper=PRESET      the preset to compare with; by default that of preset=
+  throughput=N      measured training speed of one device in images per second: gives device-hours
+  batches=1,8       batch sizes per device to list in addition to the config's own
+  json=FILE         write all figures, including those that the table leaves out
 """
 
 import logging
@@ -23,19 +26,19 @@ from ldm.plan.cost import PlanResult, estimate
 from ldm.plan.data_info import card_of
 from ldm.plan.table import table
 
-OWN = ("paper", "throughput", "batches", "json")
+KEYS = ("paper", "throughput", "batches", "json")
 
 
 def split_args(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The plan's own keys, and what train.py takes."""
+    """Split the command line into the planner's own keys and the arguments of train.py."""
     pairs = [(word.partition("="), word) for word in argv]
-    return {name: value for (name, _, value), _ in pairs if name in OWN}, [
-        word for (name, _, _), word in pairs if name not in OWN
+    return {name: value for (name, _, value), _ in pairs if name in KEYS}, [
+        word for (name, _, _), word in pairs if name not in KEYS
     ]
 
 
 def parse_positive(name: str, text: str, kind: Callable[[str], Any]) -> Any:
-    """Raises UserError for what is no positive number."""
+    """Parse a positive number.  Raises UserError otherwise."""
     try:
         if (value := kind(text)) > 0:
             return value
@@ -45,24 +48,26 @@ def parse_positive(name: str, text: str, kind: Callable[[str], Any]) -> Any:
 
 
 def plan(argv: Sequence[str]) -> PlanResult:
-    """The figures of a command line. Raises UserError."""
-    asked, typed = split_args(argv)
-    throughput = parse_positive("throughput", asked["throughput"], float) if "throughput" in asked else None
+    """Compute the figures for a command line.  Raises UserError."""
+    options, typed = split_args(argv)
+    throughput = parse_positive("throughput", options["throughput"], float) if "throughput" in options else None
     batches = (
-        [parse_positive("batches", one, int) for one in asked["batches"].split(",")] if "batches" in asked else [1]
+        [parse_positive("batches", one, int) for one in options["batches"].split(",")] if "batches" in options else [1]
     )
     chosen = next((word.partition("=")[2] for word in reversed(typed) if word.startswith("preset=")), None)
-    paper = asked.get("paper", chosen)
-    presets = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["preset"]
+    paper = options.get("paper", chosen)
+    presets = sorted(file.stem for file in (ROOT / "conf" / "preset").glob("*.yaml"))
     if paper not in (None, "null", *presets):
         raise UserError(f"paper={paper}: no such preset{format_choices(presets, 60)}")
     cfg, published = composed(typed)
-    found = estimate(cfg, card_of(cfg, published), batches)
-    found.throughput = throughput
-    found.differences = differences(cfg, paper) if paper not in (None, "null") else []
-    if "json" in asked:
-        atomic.write_json(asked["json"], {**asdict(found), "images": found.images, "device_hours": found.device_hours})
-    return found
+    result = estimate(cfg, card_of(cfg, published), batches)
+    result.throughput = throughput
+    result.differences = differences(cfg, paper) if paper not in (None, "null") else []
+    if "json" in options:
+        atomic.write_json(
+            options["json"], {**asdict(result), "images": result.images, "device_hours": result.device_hours}
+        )
+    return result
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,5 +79,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)  # that weights are missing: here they are to be
+    logging.disable(logging.WARNING)  # warnings about missing weights, which are intended here
     sys.exit(run_guarded(lambda: main(sys.argv[1:])))

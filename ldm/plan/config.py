@@ -1,4 +1,4 @@
-"""The config of a command line for planning: data that nobody has here may be missing."""
+"""Compose the config for planning: the data set need not exist on this machine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +15,14 @@ IGNORED = (*identity.NOT_HASHED, "paper", "optimized_metric", "evaluator", "metr
 
 
 def composed(typed: Sequence[str]) -> tuple[Any, dict[str, Any] | None]:
-    """The config of a command line, checked as train.py checks it, and what a preset says of its data where there is no path to them.
+    """Compose the config of a command line, validated as train.py does.
 
+    Returns the config, and the preset's metadata of the paper's data set if `data.path` is not set, else None.
     Raises UserError.
     """
     from omegaconf import OmegaConf
 
-    import ldm.config.search_path  # noqa: F401  makes experiments/ a group
+    import ldm.config.search_path  # noqa: F401  registers experiments/ as a config group
 
     tree = ConfigSearchPath((ROOT / "conf",), ROOT)
     words = [normalize_override(one, tree, (), ("runs", "data.path", "data.captions"), False) for one in typed]
@@ -39,7 +40,10 @@ def composed(typed: Sequence[str]) -> tuple[Any, dict[str, Any] | None]:
 
 
 def differences(cfg: Any, paper: str) -> list[str]:
-    """Each key in which a config is not the preset's, as `key: the paper's -> yours`. Raises UserError for no such preset."""
+    """List the keys in which a config differs from the preset's, as `key: the paper's -> yours`.
+
+    Raises UserError if there is no such preset.
+    """
     theirs, _ = composed([f"preset={paper}"])
-    mine = identity.drop_keys(to_container(cfg), (*IGNORED, "data"))
-    return identity.config_diff(identity.drop_keys(to_container(theirs), (*IGNORED, "data")), mine)
+    ours = identity.drop_keys(to_container(cfg), (*IGNORED, "data"))
+    return identity.config_diff(identity.drop_keys(to_container(theirs), (*IGNORED, "data")), ours)

@@ -1,4 +1,4 @@
-"""What a training costs in parameters, FLOPs, memory and disk, found out on the meta device, where no weight exists."""
+"""Compute parameters, FLOPs, memory and disk space of a training on the meta device, without allocating weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlanResult:
-    """Everything that is found out; memory and disk in bytes, FLOPs of one device's step, a multiplication and an addition being two."""
+    """All figures of a plan.
+
+    Memory and disk are in bytes; FLOPs are per step of one device, a multiplication and an addition counting as two.
+    """
 
     parts: dict[str, dict[str, int]]
     data: DataInfo
@@ -37,7 +40,7 @@ class PlanResult:
 
     @property
     def published_count(self) -> int:
-        """Our parameters of the parts that the paper's count is of, with what it counts beside them."""
+        """Parameters of our parts that the paper's count includes, plus those that it counts in addition."""
         counts = (self.parts[name]["parameters"] for name in self.published["modules"] if name in self.parts)
         return sum(counts) + self.published["extra_parameters"]
 
@@ -47,14 +50,18 @@ class PlanResult:
 
 
 def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResult:
-    """What the config's diffusion model and its training cost. Raises UserError for a config that trains something else."""
+    """Estimate the cost of training the config's diffusion model.
+
+    card: metadata of the data set.  batches: batch sizes per device to list in addition to the config's own.
+    Raises UserError for a config that trains something else.
+    """
     import torch
 
     from ldm.config import build
     from ldm.plan.flops import forward_cost, meta_device, num_bytes, training_cost
 
     if not str(cfg.training._target_).startswith("ldm.recipes.diffusion."):
-        raise UserError(f"training._target_={cfg.training._target_}: a plan is of training=diffusion")
+        raise UserError(f"training._target_={cfg.training._target_}: only training=diffusion can be planned")
     cfg = cfg.copy()
     use_random_weights(cfg.conditioner)
     with meta_device():
@@ -65,7 +72,7 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
         z = (autoencoder.z_channels, *(card.size // autoencoder.factor,) * 2)
         encoders = stub_text_encoders(conditioner)
 
-        def answer(batch: int, training: bool = False) -> "torch.Tensor":
+        def predict(batch: int, training: bool = False) -> "torch.Tensor":
             with torch.no_grad() if not training else torch.enable_grad(), meta_device():
                 batch_ = placeholder_batch(batch, card, conditioner)
                 cond = conditioner(batch_)
@@ -75,7 +82,7 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
                 return net(torch.empty(batch, *z, dtype=weight.dtype), torch.empty(batch), cond.to(weight.dtype))
 
         def step(batch: int) -> "torch.Tensor":
-            return answer(batch, training=True).float().square().mean()
+            return predict(batch, training=True).float().square().mean()
 
         trained = [p for part in (net, conditioner) for p in part.parameters() if p.requires_grad]
         devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
@@ -85,23 +92,23 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
             name: {batch: asdict(training_cost(step, trained, batch, dtype)) for batch in sorted({*batches, local})}
             for name, dtype in precisions.items()
         }
-        one = activations["32"][local]["flops"] // local
+        flops_per_image = activations["32"][local]["flops"] // local
         flops = {
-            "training step, one device": one * local,
-            "training, an image": one,
-            "network, an image": forward_cost(answer, 1).flops,
+            "training step, one device": flops_per_image * local,
+            "training, an image": flops_per_image,
+            "network, an image": forward_cost(predict, 1).flops,
             "first stage encodes an image": forward_cost(lambda n: autoencoder.posterior(image), 1).flops,
             "first stage decodes an image": forward_cost(lambda n: autoencoder.decode(torch.empty(1, *z)), 1).flops,
         }
         per_image = num_bytes([autoencoder.posterior(image).moments.half()])
         optimizer = optimizer_bytes(cfg.training.optimizer, trained)
         sampling = {
-            f"sampling, a forward pass of 1, {name}": forward_cost(answer, 1, d).peak for name, d in precisions.items()
+            f"sampling, a forward pass of 1, {name}": forward_cost(predict, 1, d).peak for name, d in precisions.items()
         }
         frozen = num_bytes([p for part in (autoencoder, *encoders) for p in part.parameters()])
         weights = num_bytes(trained)
         sampling |= {"network in bf16": num_bytes(list(net.to(torch.bfloat16).parameters()))}
-        sampling |= {f"forward pass of {n} in bf16": forward_cost(answer, n).peak for n in (1, 2)}
+        sampling |= {f"forward pass of {n} in bf16": forward_cost(predict, n).peak for n in (1, 2)}
     memory = {
         "weights": weights,
         "frozen weights": frozen,
@@ -127,20 +134,20 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
 
 
 def count_parameters(modules: Sequence["torch.nn.Module"]) -> dict[str, int]:
+    """Count all and trainable parameters of the modules."""
     every = [p for module in modules for p in module.parameters()]
     return {"parameters": sum(p.numel() for p in every), "trained": sum(p.numel() for p in every if p.requires_grad)}
 
 
 def optimizer_bytes(node: Any, parameters: Sequence["torch.Tensor"]) -> int:
-    """Bytes that the config's optimiser keeps of the parameters."""
+    """Return the bytes of the state that the config's optimizer allocates for the parameters."""
     import torch
     from hydra.utils import instantiate
 
     from ldm.plan.flops import num_bytes
 
-    optimizer = instantiate(node, **({"fused": False} if "fused" in node else {}))(
-        parameters
-    )  # a fused one wants a real device
+    # A fused optimizer needs a real device.
+    optimizer = instantiate(node, **({"fused": False} if "fused" in node else {}))(parameters)
     for p in parameters:
         p.grad = torch.empty_like(p)
     optimizer.step()

@@ -1,16 +1,13 @@
-"""What the planner needs to know of a data set."""
+"""Metadata of a data set for planning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a plan must know of the data: the config's own where it is there, else what a preset says of its paper's."""
+    """Metadata of a data set: the config's own if it exists, else what a preset specifies for its paper's."""
 
     name: str
     classes: Sequence[str]
@@ -21,6 +18,7 @@ class DataInfo:
 
 
 def card_of(cfg: Any, published: Mapping[str, Any] | None) -> DataInfo:
+    """Return the metadata in `published` (of a preset), or of the config's data set if that is None."""
     if published is not None:
         classes = [str(i) for i in range(published["classes"])]
         size = cfg.data.get("size") or published["size"]

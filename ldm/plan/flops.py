@@ -1,4 +1,4 @@
-"""What a computation would cost, found out on the meta device: nothing is calculated, every shape, dtype and lifetime is real."""
+"""Measure FLOPs and memory of a computation on the meta device: shapes and lifetimes are real, values are not computed."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ldm.compat import TorchDispatchMode, run_backward, tree_leaves, tree_map
 
+# Functions that autocast runs in low precision.
 LOW = (
     torch.conv2d,
     F.linear,
@@ -22,7 +23,8 @@ LOW = (
     Tensor.__matmul__,
     torch.bmm,
     torch.addmm,
-)  # what autocast rounds
+)
+# Functions that autocast runs in float32.
 FULL = (
     torch.group_norm,
     F.group_norm,
@@ -31,13 +33,16 @@ FULL = (
     torch.softmax,
     F.softmax,
     Tensor.softmax,
-)  # what it does not
+)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward and backward pass: FLOPs (a multiplication and an addition are two), bytes that the backward pass finds kept, and
-    the most bytes alive at any moment, gradients included, parameters not."""
+    """Cost of one forward and backward pass.
+
+    flops: a multiplication and an addition count as two.  saved_for_backward: bytes alive after the forward pass.
+    peak: maximum of bytes alive at any time, including gradients, excluding parameters.
+    """
 
     flops: int
     saved_for_backward: int
@@ -45,7 +50,7 @@ class Cost:
 
 
 class FlopMemoryMode(TorchDispatchMode):
-    """Counts FLOPs, and the bytes of tensors made within it for as long as they live: `now`, and the most there were, `peak`."""
+    """Count FLOPs, and the bytes of tensors created within it while they live: `now`, and the maximum, `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,28 +62,31 @@ class FlopMemoryMode(TorchDispatchMode):
         out = func(*args, **kwargs)
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=out)
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        for one in tree_leaves(out):
-            if isinstance(one, Tensor) and one.untyped_storage()._cdata not in given:
-                self._born(one.untyped_storage())
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in inputs:
+                self._track(x.untyped_storage())
         return out
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self.known:
             return
 
-        def died(_: object) -> None:
+        def forget(_: object) -> None:
             self.known.pop(key, None)
             self.now -= size
 
-        self.known[key] = weakref.ref(storage, died)
+        self.known[key] = weakref.ref(storage, forget)
         self.now += size
         self.peak = max(self.peak, self.now)
 
 
 class GpuKernelMode(TorchFunctionMode):
-    """What a GPU does and the meta device does not: attention in one kernel that keeps no scores, and the casts of autocast in `dtype`."""
+    """Imitate what a GPU does and the meta device does not.
+
+    Attention is one kernel that does not store the scores, and autocast casts to `dtype`.
+    """
 
     def __init__(self, dtype: torch.dtype | None = None):
         super().__init__()
@@ -96,13 +104,13 @@ class GpuKernelMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     @staticmethod
-    def _cast(one: Any, dtype: torch.dtype | None) -> Any:
-        return one.to(dtype) if dtype is not None and isinstance(one, Tensor) and one.is_floating_point() else one
+    def _cast(x: Any, dtype: torch.dtype | None) -> Any:
+        return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """Within it modules are built without memory and without drawing their weights."""
+    """Build modules without allocating or initializing their weights."""
     with torch.device("meta"):
         yield
 
@@ -110,29 +118,29 @@ def meta_device() -> Iterator[None]:
 def training_cost(
     step: Callable[[int], Tensor], parameters: list[Tensor], batch: int, dtype: torch.dtype | None = None
 ) -> Cost:
-    """The cost of step(batch) -> loss and its backward pass. dtype: of autocast, None for none."""
+    """Return the cost of step(batch) -> loss and its backward pass; dtype: of autocast, or None."""
     with FlopMemoryMode() as meter, GpuKernelMode(dtype):
         loss = step(batch)
-        kept = meter.now
+        saved = meter.now
         backward_cost(loss)
     for one in parameters:
         one.grad = None
-    return Cost(meter.flops, kept, meter.peak)
+    return Cost(meter.flops, saved, meter.peak)
 
 
 def backward_cost(loss: Tensor) -> None:
-    """loss.backward(), but that a TorchFunctionMode stays on while it runs: for what checkpointing computes again."""
+    """Run loss.backward() with a TorchFunctionMode kept active, for what activation checkpointing recomputes."""
     run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def forward_cost(run: Callable[[int], Any], batch: int, dtype: torch.dtype | None = None) -> Cost:
-    """The cost of run(batch) without a backward pass."""
+    """Return the cost of run(batch) without a backward pass."""
     with torch.no_grad(), FlopMemoryMode() as meter, GpuKernelMode(dtype):
         run(batch)
     return Cost(meter.flops, 0, meter.peak)
 
 
 def num_bytes(tensors: Mapping[str, Tensor] | list[Tensor]) -> int:
-    """Bytes of tensors, one that is there twice counted once."""
-    found = tensors.values() if isinstance(tensors, Mapping) else tensors
-    return sum(one.numel() * one.element_size() for one in {id(one): one for one in found}.values())
+    """Return the bytes of tensors, counting a tensor that appears twice once."""
+    unique = {id(x): x for x in (tensors.values() if isinstance(tensors, Mapping) else tensors)}
+    return sum(x.numel() * x.element_size() for x in unique.values())

@@ -1,4 +1,4 @@
-"""Stand-ins for what a model is told, so that it runs without data, text or published weights."""
+"""Placeholders for the inputs of a conditioner, so that a model runs without data, text or pretrained weights."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,22 +10,22 @@ if TYPE_CHECKING:
 
 
 def stub_text_encoders(conditioner: "torch.nn.Module") -> list["torch.nn.Module"]:
-    """Let no text be read; returns the encoders that would have read them."""
-    told: Any
+    """Replace the cached text encoders in a conditioner by stubs, in place; return the encoders."""
+    part: Any
     encoders = []
-    for told in conditioner.modules():
-        if hasattr(told, "cache"):
-            encoders.append(told.cache.encoder)
-            told.cache = StubTextEncoder(told.cache)
+    for part in conditioner.modules():
+        if hasattr(part, "kept"):
+            encoders.append(part.kept.encoder)
+            part.kept = StubTextEncoder(part.kept)
     return encoders
 
 
 class StubTextEncoder:
-    """Stands for a frozen text encoder's table of features: as long as texts can be, of no value."""
+    """Stub of a frozen text encoder's feature cache: features of the maximum length, without values."""
 
-    def __init__(self, kept: Any):
-        self.encoder, self.length = None, kept.length
-        self.context_dim, self.vector_dim = kept.encoder.context_dim, kept.encoder.vector_dim
+    def __init__(self, features: Any):
+        self.encoder, self.length = None, features.length
+        self.context_dim, self.vector_dim = features.encoder.context_dim, features.encoder.vector_dim
 
     def condition(self, captions: Sequence[str], device: Any) -> Any:
         import torch
@@ -40,7 +40,7 @@ class StubTextEncoder:
 
 
 def use_random_weights(node: Any) -> None:
-    """Let what can be drawn at random be so: a plan wants no published weights."""
+    """Set `random` in a conditioner's config nodes, in place: planning needs no pretrained weights."""
     for name, child in list(node.items()):
         if name == "random":
             node.random, node.weights = True, None
@@ -49,7 +49,10 @@ def use_random_weights(node: Any) -> None:
 
 
 def placeholder_batch(rows: int, card: "DataInfo", conditioner: "torch.nn.Module") -> dict[str, Any]:
-    """A batch without content that holds all a conditioner may ask for."""
+    """Return a batch without content that has every key a conditioner may read.
+
+    rows: batch size.  card: metadata of the data set.
+    """
     import torch
 
     size = (card.size, card.size)
@@ -63,7 +66,7 @@ def placeholder_batch(rows: int, card: "DataInfo", conditioner: "torch.nn.Module
     part: Any
     for part in conditioner.modules():
         keys = getattr(part, "keys", None)
-        if not isinstance(keys, tuple):  # no conditioner: a container's keys are a method
+        if not isinstance(keys, tuple):  # not a conditioner: `keys` of a container is a method
             continue
         if "map" in keys:
             batch["map"] = torch.empty(rows, part.classes, *size)

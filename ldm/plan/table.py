@@ -1,58 +1,58 @@
-"""A plan for people to read."""
+"""Format a plan as a table."""
 
 from collections.abc import Mapping
 
 from ldm.plan.cost import PlanResult
 
 
-def table(found: PlanResult) -> str:
-    """The figures for people to read."""
+def table(plan: PlanResult) -> str:
+    """Format the figures of a plan for a terminal."""
     lines: list[str] = []
 
     def section(title: str, rows: Mapping[str, str]) -> None:
         lines.extend(["", title, *(f"  {name:<38}{value:>16}" for name, value in rows.items())])
 
-    whole = {
-        name: f"{part['parameters']:,}" + ("" if part["trained"] else " frozen") for name, part in found.parts.items()
+    counts = {
+        name: f"{part['parameters']:,}" + ("" if part["trained"] else " frozen") for name, part in plan.parts.items()
     }
-    section("parameters", whole)
-    if "parameters" in found.published:
-        theirs, parts = found.published["parameters"], " + ".join(found.published["modules"])
-        same = "the same" if counts_match(found.published_count, theirs) else f"ours has {found.published_count:,}"
-        lines.append(
-            f"  {found.published['table']} ({parts}): {theirs if isinstance(theirs, str) else format(theirs, ',')}, {same}"
-        )
-    section("FLOPs", {name: format_si(value, "FLOP") for name, value in found.flops.items()})
+    section("parameters", counts)
+    if "parameters" in plan.published:
+        theirs, parts = plan.published["parameters"], " + ".join(plan.published["modules"])
+        same = "the same" if counts_match(plan.published_count, theirs) else f"ours has {plan.published_count:,}"
+        printed = theirs if isinstance(theirs, str) else format(theirs, ",")
+        lines.append(f"  {plan.published['table']} ({parts}): {printed}, {same}")
+    section("FLOPs", {name: format_si(value, "FLOP") for name, value in plan.flops.items()})
     names = ("weights", "frozen weights", "gradients", "optimizer", "average")
-    section("memory of training, each device", {name: format_bytes(found.memory[name]) for name in names})
-    fixed = sum(found.memory[name] for name in names if name != "gradients")
-    for precision, costs in found.activations.items():
+    section("memory of training, each device", {name: format_bytes(plan.memory[name]) for name in names})
+    fixed = sum(plan.memory[name] for name in names if name != "gradients")
+    for precision, costs in plan.activations.items():
         for batch, cost in costs.items():
-            what = f"precision {precision}, batch {batch}: activations {format_bytes(cost['saved_for_backward'])}, in all {format_bytes(fixed + cost['peak'])}"
-            lines.append(f"  {what}")
+            activations = format_bytes(cost["saved_for_backward"])
+            total = format_bytes(fixed + cost["peak"])
+            lines.append(f"  precision {precision}, batch {batch}: activations {activations}, in all {total}")
     section(
         "memory of sampling, beside the weights",
-        {n: format_bytes(v) for n, v in found.memory.items() if n not in names},
+        {n: format_bytes(v) for n, v in plan.memory.items() if n not in names},
     )
-    section("disk", {name: format_bytes(value) for name, value in found.disk.items()})
-    seen = {
-        "steps": f"{found.steps:,}",
-        "batch, all devices": f"{found.batch_size:,}",
-        "images seen": f"{found.images:,}",
+    section("disk", {name: format_bytes(value) for name, value in plan.disk.items()})
+    training = {
+        "steps": f"{plan.steps:,}",
+        "batch, all devices": f"{plan.batch_size:,}",
+        "images seen": f"{plan.images:,}",
     }
-    seen |= {"passes over the data": f"{found.images / found.data.images:.3g}"}
-    seen |= {"compute": format_si(found.flops["training, an image"] * found.images, "FLOP")}
-    seen |= {"latent": " x ".join(map(str, found.z)), "data": f"{found.data.images:,} of {found.data.name}"}
-    if found.device_hours is not None:
-        seen["device-hours"] = f"{found.device_hours:,.1f}"
-    section("training", seen)
-    if found.differences:
-        lines.extend(["", "differs from the paper's", *(f"  {one}" for one in found.differences)])
+    training |= {"passes over the data": f"{plan.images / plan.data.images:.3g}"}
+    training |= {"compute": format_si(plan.flops["training, an image"] * plan.images, "FLOP")}
+    training |= {"latent": " x ".join(map(str, plan.z)), "data": f"{plan.data.images:,} of {plan.data.name}"}
+    if plan.device_hours is not None:
+        training["device-hours"] = f"{plan.device_hours:,.1f}"
+    section("training", training)
+    if plan.differences:
+        lines.extend(["", "differs from the paper's", *(f"  {line}" for line in plan.differences)])
     return "\n".join(lines[1:])
 
 
 def counts_match(count: int, printed: int | str) -> bool:
-    """Whether a count is the one printed: exactly, or as 390.89M to its last decimal."""
+    """Return whether a count equals the printed one: exactly, or, for text such as 390.89M, to its last decimal."""
     if not isinstance(printed, str):
         return count == printed
     decimals = len(printed.rstrip("M").partition(".")[2])
@@ -60,6 +60,7 @@ def counts_match(count: int, printed: int | str) -> bool:
 
 
 def format_si(value: float, unit: str) -> str:
+    """Format a value with an SI prefix and four significant digits."""
     for prefix in ("", "k", "M", "G", "T", "P", "E", "Z"):
         if value < 1000:
             return f"{value:.4g} {prefix}{unit}"
@@ -68,6 +69,7 @@ def format_si(value: float, unit: str) -> str:
 
 
 def format_bytes(value: float) -> str:
+    """Format bytes with a binary prefix and four significant digits."""
     for prefix in ("", "Ki", "Mi", "Gi"):
         if value < 1024:
             return f"{value:.4g} {prefix}B"

@@ -1,14 +1,20 @@
-"""A study's results beside the paper's: python -m ldm.report [experiments/STUDY | all | compare RUN RUN ...] [key=value ...]
+"""Compare a study's results with the paper's.
 
-experiments/STUDY  reads the run folders of the study's jobs, wherever `runs=` says they are, and of those that are not here the study's
-                   results.csv; writes results.csv, the README's table between its marks, and figure.png
-all                the same of every study; without anything, the table of studies in experiments/LOG.md and README.md alone
-compare RUN RUN    config differences, curves and numbers side by side, and as a page that opens without a server (out=compare.html)
-levels RUN         loss and errors by bin of log-SNR on num=256 held-out images, bins=10, into levels.csv and levels.png in the run's folder
-bits RUN           the variational bound in bits per dimension on num=256 held-out images, steps=1000, into bits.json in the run's folder
+python -m ldm.report [experiments/STUDY | all | compare RUN RUN ...] [key=value ...]
+
+experiments/STUDY  read the run folders of the study's jobs, where `runs=` points to, or results.csv for runs that are
+                   not on this machine; write results.csv, the README's table between its marks, and figure.png
+all                the same for every study; without arguments, only the table of studies in experiments/LOG.md and
+                   README.md
+compare RUN RUN    config differences, curves and numbers side by side, also as a page that opens without a server
+                   (out=compare.html)
+levels RUN         loss and errors by bin of log-SNR on num=256 held-out images, bins=10, to levels.csv and levels.png
+                   in the run's folder
+bits RUN           the variational bound in bits per dimension on num=256 held-out images, steps=1000, to bits.json in
+                   the run's folder
 
   wandb=PROJECT    read a Weights & Biases project instead of run folders
-  key=value        of train.py, for every job of the sweep, as runs=PLACE
+  key=value        of train.py, for every job of the sweep, such as runs=PATH
 """
 
 import sys
@@ -32,7 +38,7 @@ HEAD = """# {title}
 ```
 """
 RESULT = """
-`python -m ldm.report experiments/{name}` writes what follows anew.
+`python -m ldm.report experiments/{name}` updates what follows.
 
 <!-- table -->
 <!-- /table -->
@@ -45,54 +51,58 @@ Not written yet.
 """
 
 
-def update_study(one: study.Study, typed: Sequence[str], project: str | None) -> None:
-    """Write a study's results.csv, table and figure. Raises UserError."""
+def update_study(spec: study.Study, typed: Sequence[str], project: str | None) -> None:
+    """Write a study's results.csv, table and figure; project: a W&B project to read instead of run folders.
+
+    Raises UserError.
+    """
     from ldm.report import figure
 
-    measured, missing = collect.collect_results(one, typed, project)
-    found = [
-        {name: rows.format_cell(value) for name, value in row.items()} for row in measured
-    ]  # as the csv keeps them, digit for digit
-    shown = table.comparisons(
-        one, found, list(dict.fromkeys(one.arm({axis: job.lookup(axis) for axis in one.axes}) for job in missing))
-    )
-    if found:
-        rows.write(one.folder / "results.csv", found)
-    readme = one.folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else HEAD.format(**readme_fields(one))
+    measured, missing = collect.collect_results(spec, typed, project)
+    # As the csv stores them, digit for digit.
+    results = [{name: rows.format_cell(value) for name, value in row.items()} for row in measured]
+    planned = dict.fromkeys(spec.arm({axis: job.lookup(axis) for axis in spec.axes}) for job in missing)
+    lines = table.comparisons(spec, results, list(planned))
+    if results:
+        rows.write(spec.folder / "results.csv", results)
+    readme = spec.folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else HEAD.format(**readme_fields(spec))
     if table.read_block(text, "table") is None:
-        text += RESULT.format(**readme_fields(one))
-    atomic.write_text(readme, table.replace_block(text, "table", table.markdown(one, shown)))
-    figure.write(one, found, one.folder / "figure.png")
+        text += RESULT.format(**readme_fields(spec))
+    atomic.write_text(readme, table.replace_block(text, "table", table.markdown(spec, lines)))
+    figure.write(spec, results, spec.folder / "figure.png")
     print(
-        f"{one.folder}: {len(found)} rows, {len(missing)} jobs without a result; the paper's differences that show: {table.count_verdicts(shown)}"
+        f"{spec.folder}: {len(results)} rows, {len(missing)} jobs without a result; "
+        f"differences of the paper that are reproduced: {table.count_verdicts(lines)}"
     )
 
 
-def readme_fields(one: study.Study) -> dict[str, str]:
-    """What the README of a study that has none says."""
-    trained = "\n".join(f"python train.py experiment={one.name}/{sweep}".removesuffix("/sweep") for sweep in one.sweeps)
+def readme_fields(spec: study.Study) -> dict[str, str]:
+    """Return the fields of the templates for a new README."""
+    trained = "\n".join(
+        f"python train.py experiment={spec.name}/{sweep}".removesuffix("/sweep") for sweep in spec.sweeps
+    )
     command = (
-        f"python -m ldm.report.frontier experiments/{one.name} run=RUN,RUN,RUN" if one.is_sampling_study else trained
+        f"python -m ldm.report.frontier experiments/{spec.name} run=RUN,RUN,RUN" if spec.is_sampling_study else trained
     )
-    return {"title": one.title, "question": one.question, "command": command, "name": one.name}
+    return {"title": spec.title, "question": spec.question, "command": command, "name": spec.name}
 
 
 def update_overview(root: Path) -> None:
-    """Write the table of studies, into the list of them and into the README. Raises UserError."""
-    kept = {
-        one.name: (one, table.comparisons(one, rows.read(one.folder / "results.csv")))
-        for one in study.all_studies(root)
+    """Write the table of studies to the study list and to the README.  Raises UserError."""
+    studies = {
+        spec.name: (spec, table.comparisons(spec, rows.read(spec.folder / "results.csv")))
+        for spec in study.all_studies(root)
     }
     for file, base in ((root / "LOG.md", ""), (root.parent / "README.md", f"{root.name}/")):
         atomic.write_text(
-            file, table.replace_block(file.read_text(encoding="utf-8"), "studies", table.overview(kept, base))
+            file, table.replace_block(file.read_text(encoding="utf-8"), "studies", table.overview(studies, base))
         )
-        print(f"{file}: {len(kept)} studies")
+        print(f"{file}: {len(studies)} studies")
 
 
 def compare(words: Sequence[str]) -> None:
-    """Show runs side by side. Raises UserError."""
+    """Print a comparison of runs and write it as a page.  Raises UserError."""
     from ldm.report import browse
     from ldm.report.compare import format_comparison
 
@@ -100,36 +110,35 @@ def compare(words: Sequence[str]) -> None:
     folders = browse.find_runs([word for word in words if not word.startswith("out=")])
     if len(folders) < 2:
         raise UserError("compare: expected two runs or more; python -m ldm.report compare RUN RUN (see --help)")
-    shown = [browse.read_run(folder) for folder in folders]
-    print(format_comparison(shown))
-    atomic.write_text(out, browse.render_page(shown))
+    records = [browse.read_run(folder) for folder in folders]
+    print(format_comparison(records))
+    atomic.write_text(out, browse.render_page(records))
     print(f"{out}: the same as a page; open it in a browser")
 
 
 def levels(
-    run: str,  # a run folder that train.py made
+    run: str,  # a run folder of train.py
     num: int = 256,  # held-out images
     bins: int = 10,  # of log-SNR
 ) -> None:
-    """Measure a run's errors along the noise. Raises UserError."""
+    """Measure a run's errors by noise level. Raises UserError."""
     from ldm.report import levels as levels_module
     from ldm.report.levels import of_run, plot
     from ldm.runs.folder import find_run
 
     if num < 1 or bins < 1:
         raise UserError(f"num={num} bins={bins}: expected 1 or more")
-    found, folder = of_run(run, num, bins), find_run(run)
-    rows.write(folder / "levels.csv", found)
-    plot(found, folder / "levels.png")
-    print(f"{levels_module.text(found)}\n{folder / 'levels.csv'}, {folder / 'levels.png'}")
+    errors, folder = of_run(run, num, bins), find_run(run)
+    rows.write(folder / "levels.csv", errors)
+    plot(errors, folder / "levels.png")
+    print(f"{levels_module.text(errors)}\n{folder / 'levels.csv'}, {folder / 'levels.png'}")
 
 
 def bits(
-    run: str,  # a run folder that train.py made
+    run: str,  # a run folder of train.py
     num: int = 256,  # held-out images
-    steps: int | None = None,  # of the chain, null for all of the schedule's
-    variance: str
-    | None = None,  # of its steps: small, large or learned; null for learned where the model has it, else small
+    steps: int | None = None,  # length of the chain; null: all steps of the schedule
+    variance: str | None = None,  # small, large or learned; null: learned if the model has it, else small
 ) -> None:
     """Measure a run's bound on the likelihood of images. Raises UserError."""
     from ldm.report.bits import of_run
@@ -137,16 +146,16 @@ def bits(
 
     if num < 1 or (steps is not None and steps < 1):
         raise UserError(f"num={num} steps={steps}: expected 1 or more")
-    found = of_run(run, num, steps, variance)
-    atomic.write_json(find_run(run) / "bits.json", found)
-    print("\n".join(f"{name:<16}{rows.format_cell(value)}" for name, value in found.items()))
+    result = of_run(run, num, steps, variance)
+    atomic.write_json(find_run(run) / "bits.json", result)
+    print("\n".join(f"{name:<16}{rows.format_cell(value)}" for name, value in result.items()))
 
 
 MEASURES: Mapping[str, Callable[..., None]] = {"levels": levels, "bits": bits}
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code. Raises UserError."""
+    """Run the command and return its exit code.  Raises UserError."""
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
@@ -154,18 +163,20 @@ def main(argv: Sequence[str]) -> int:
         compare(argv[1:])
         return 0
     if argv and argv[0] in MEASURES:
-        told = read_signature(Path(__file__), argv[0])
-        MEASURES[argv[0]](**told.parse([*(word if "=" in word else f"run={word}" for word in argv[1:])]))  # type: ignore[union-attr]
+        signature = read_signature(Path(__file__), argv[0])
+        words = [word if "=" in word else f"run={word}" for word in argv[1:]]
+        MEASURES[argv[0]](**signature.parse(words))  # type: ignore[union-attr]
         return 0
-    places = [word for word in argv if "=" not in word]
+    folders = [word for word in argv if "=" not in word]
     typed = [word for word in argv if "=" in word and not word.startswith("wandb=")]
     project = next((word.removeprefix("wandb=") for word in argv if word.startswith("wandb=")), None)
-    chosen = (
-        study.all_studies(STUDIES) if places == ["all"] else [study.read(Path(place).expanduser()) for place in places]
-    )
-    for one in chosen:
-        update_study(one, typed, project)
-    if places in ([], ["all"]) or {one.folder.absolute().parent for one in chosen} == {STUDIES}:
+    if folders == ["all"]:
+        specs = study.all_studies(STUDIES)
+    else:
+        specs = [study.read(Path(folder).expanduser()) for folder in folders]
+    for spec in specs:
+        update_study(spec, typed, project)
+    if folders in ([], ["all"]) or {spec.folder.absolute().parent for spec in specs} == {STUDIES}:
         update_overview(STUDIES)
     return 0
 

@@ -1,4 +1,4 @@
-"""How well a model compresses held-out images: the variational bound in bits per dimension."""
+"""Measure how well a model compresses held-out images: the variational bound in bits per dimension."""
 
 from typing import Any
 
@@ -14,11 +14,14 @@ VARIANCES = {"small": fixed_small, "large": fixed_large, "learned": learned_rang
 
 @torch.inference_mode()
 def of_run(run: str, num: int, steps: int | None, variance: str | None, batch_size: int = 64) -> dict[str, Any]:
-    """bits_per_dim of the first `num` held-out images under a run's averaged model, as told as it was trained (Ho et al. 2020, eq. 5).
+    """Compute bits_per_dim of the first `num` held-out images under a run's EMA weights (Ho et al. 2020, eq. 5).
 
-    In pixel space of the images' 8-bit levels, which compares with papers; else of the latents' densities, which compares with nothing but
-    runs in the same latent space.  steps: of the chain, None for all of the schedule's; fewer are a looser bound.  variance: of the model's
-    steps, by default learned where it is, else small.  low, high: 95% of the mean over images.  Raises UserError.
+    In pixel space the bound is of the images' 8-bit levels, comparable with papers; otherwise of the latents'
+    densities, comparable only with runs in the same latent space. The model is conditioned as in training.
+
+    steps: length of the chain; None: all steps of the schedule. Fewer give a looser bound.
+    variance: of the model's steps; None: learned if the model has it, else small.
+    Returns the mean over images with its 95% interval (low, high) and the prior term.  Raises UserError.
     """
     from ldm.checkpoint.load import load_model, load_run_config
     from ldm.diffusion.grids import trailing
@@ -31,7 +34,8 @@ def of_run(run: str, num: int, steps: int | None, variance: str | None, batch_si
     variance = variance or ("learned" if learned else "small")
     if variance not in VARIANCES or (variance == "learned" and not learned):
         raise UserError(
-            f"variance={variance}: expected small or large{', or learned' if learned else ': this model learned none'}"
+            f"variance={variance}: expected small or large"
+            f"{', or learned' if learned else ': this model has no learned variance'}"
         )
     data, model = load_held_out(folder), load_model(run)
     schedule, denoiser = model.denoiser.schedule, model.denoiser
@@ -46,24 +50,18 @@ def of_run(run: str, num: int, steps: int | None, variance: str | None, batch_si
         cond = model.condition({**batch, "noise": noise}).to(x0).expand_concat(*x0.shape[-2:])
         bits = bits_per_dim(
             lambda x_t, t, cond=cond: denoiser(x_t, t, cond),  # type: ignore[misc]
-            *(
-                schedule,
-                x0,
-                ts,
-                noise.sampler_noise("bits"),
-                VARIANCES[variance],
-                decoder_nll if pixels else gaussian_nll,
-            ),
+            *(schedule, x0, ts, noise.sampler_noise("bits"), VARIANCES[variance]),
+            decoder_nll if pixels else gaussian_nll,
         )
         totals.append(bits["total"])
         priors.append(bits["prior"])
     total = torch.cat(totals).double().cpu()
     low, high = bootstrap(total)
-    said = {"of": "pixels" if pixels else "latents", "variance": variance, "steps": chain, "n": num}
+    setting = {"of": "pixels" if pixels else "latents", "variance": variance, "steps": chain, "n": num}
     return {
         "bits_per_dim": float(total.mean()),
         "low": low,
         "high": high,
         "prior": float(torch.cat(priors).mean()),
-        **said,
+        **setting,
     }

@@ -1,4 +1,4 @@
-"""The rows of a study: what its jobs' run folders say, and what its results.csv kept of those that are not here."""
+"""Collect the rows of a study: from its jobs' run folders or, for runs not on this machine, its results.csv."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,27 +14,28 @@ from ldm.runs import identity, metrics_log
 
 
 def study_jobs(study: Study, typed: Sequence[str] = ()) -> list[compose.ComposedJob]:
-    """The jobs of a study's sweeps, each once. Raises UserError."""
+    """Compose the jobs of a study's sweeps, without duplicates.  Raises UserError."""
     from ldm.config.build import RUNTIME_PARAMETERS
 
-    every = [
+    jobs = [
         job
         for sweep in study.sweeps
         for job in compose.compose_jobs("train", [f"experiment={study.name}/{sweep}", *typed], RUNTIME_PARAMETERS)
     ]
-    return list({job_id(job): job for job in every}.values())
+    return list({job_id(job): job for job in jobs}.values())
 
 
 def job_id(job: compose.ComposedJob) -> str:
-    """What a job is known by in every study: its config's hash and its seed."""
+    """Return the id of a job, the same in every study: its config's hash and its seed."""
     return identity.run_id(job.config)
 
 
 def find_run(job: compose.ComposedJob) -> Path | None:
-    """The finished run of a job, wherever its config says that runs are; None where there is none.
+    """Return the finished run of a job in the folder that its config names, or None.
 
-    It is found by its name; or else by a config that differs in nothing but keys that one of the two does not have: a version of the code
-    that had fewer options, of which each had its default.
+    The run is identified by its name or, failing that, by a config that differs only in keys that one of the two does
+    not
+    have: an older version of the code had fewer options, each of which had its present default.
     """
     home = Path(job.config["runs"]).expanduser()
     named = [
@@ -61,18 +62,18 @@ def _config(folder: Path) -> dict[str, Any]:
         return {"damaged": True}
 
 
-def configs_agree(one: Any, other: Any) -> bool:
-    """Whether plain data differ in nothing but keys that one of the two lacks."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return "damaged" not in other and all(configs_agree(one[key], other[key]) for key in one.keys() & other.keys())
-    return one == other
+def configs_agree(a: Any, b: Any) -> bool:
+    """Return whether plain data differ only in keys that one of the two lacks."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return "damaged" not in b and all(configs_agree(a[key], b[key]) for key in a.keys() & b.keys())
+    return a == b
 
 
 def result_row(study: Study, job: compose.ComposedJob, folder: Path) -> dict[str, Any]:
-    """The row of a finished run: job, axes, seed, numbers, protocol, cost and commit."""
-    found = metrics_log.read_final_metrics(folder) or {}
-    found |= {} if "protocol" in found else infer_protocol(folder, found)
-    plain = {name: value for name, value in found.items() if "/" not in name or name in study.metrics}
+    """Build the row of a finished run: job, axes, seed, numbers, protocol, cost and commit."""
+    metrics = metrics_log.read_final_metrics(folder) or {}
+    metrics |= {} if "protocol" in metrics else infer_protocol(folder, metrics)
+    plain = {name: value for name, value in metrics.items() if "/" not in name or name in study.metrics}
     numbers = {
         name: value
         for name, value in plain.items()
@@ -80,14 +81,14 @@ def result_row(study: Study, job: compose.ComposedJob, folder: Path) -> dict[str
     }
     row = {"job": job_id(job), **{axis: job.lookup(axis) for axis in study.axes}, "seed": job.config["seed"]}
     row |= {name: numbers[name] for name in study.metrics if name in numbers} | numbers
-    row |= {"seconds": found.get("seconds"), "commit": commit_of(folder), "protocol": found.get("protocol")}
-    return row | {name: value for name, value in found.items() if name.startswith("score/")}
+    row |= {"seconds": metrics.get("seconds"), "commit": commit_of(folder), "protocol": metrics.get("protocol")}
+    return row | {name: value for name, value in metrics.items() if name.startswith("score/")}
 
 
-def infer_protocol(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The protocol of a run that does not state its own, as those did not at first: what its folder and the judge in the cache say.
+def infer_protocol(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Infer the protocol of a run of an older version, which did not store it, from its folder and cached evaluator.
 
-    Nothing where the judge is not in the cache, or is not what measured it.
+    Returns {} if the evaluator is not in the cache, or is not the one that scored the run.
     """
     from ldm.checkpoint.load import latent_space_of, load_data_card, load_run_config
     from ldm.evaluation import evaluator, protocol
@@ -96,17 +97,17 @@ def infer_protocol(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     from ldm.recipes import diffusion
     from ldm.runs.cache import evaluator_entry
 
-    if "arithmetic" not in found:  # not scored
+    if "arithmetic" not in metrics:  # the run was not scored
         return {}
     cfg, config = load_run_config(folder), serialize.load_config(folder / "config.yaml")
-    place = evaluator_entry(cfg).folder
-    if metrics_log.read_final_metrics(place) is None or "net" in config["metrics"]:
+    evaluator_folder = evaluator_entry(cfg).folder
+    if metrics_log.read_final_metrics(evaluator_folder) is None or "net" in config["metrics"]:
         return {}
-    network = MetricSuite(*evaluator.load_evaluator(cfg, place), {}).provenance
+    network = MetricSuite(*evaluator.load_evaluator(cfg, evaluator_folder), {}).provenance
     score = EvaluationConfig(
         **{name: value for name, value in config["training"]["score"].items() if name != "_target_"}
     )
-    values = {**found, **{f"score/{name}": value for name, value in network.items()}}
+    values = {**metrics, **{f"score/{name}": value for name, value in network.items()}}
     return protocol.with_protocol_hash(
         diffusion.evaluation_protocol(
             config, score, values, load_data_card(folder).fingerprint, latent_space_of(folder)
@@ -115,32 +116,32 @@ def infer_protocol(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def commit_of(folder: Path) -> str:
-    """The commit that a run was made at, and a + where files differed from it."""
+    """Return the commit that a run was trained at, with + if files differed from it."""
     file = folder / "provenance.json"
-    said = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return f"{said['commit'][:12]}{'+' if said.get('changed') else ''}" if said.get("commit") else ""
+    origin = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return f"{origin['commit'][:12]}{'+' if origin.get('changed') else ''}" if origin.get("commit") else ""
 
 
 def collect_results(
-    study: Study, typed: Sequence[str] = (), place: str | None = None
+    study: Study, typed: Sequence[str] = (), project: str | None = None
 ) -> tuple[list[rows.Row], list[compose.ComposedJob]]:
-    """The rows of a study in its jobs' order, and the jobs that have none. Of points, what the frontier kept.
+    """Return the rows of a study in its jobs' order and the jobs without a row; for a study of points, stored rows.
 
-    place: a Weights & Biases project to read instead of run folders.  Raises UserError.
+    project: a Weights & Biases project to read instead of run folders.  Raises UserError.
     """
-    kept = rows.read(study.folder / "results.csv")
+    stored = rows.read(study.folder / "results.csv")
     if study.is_sampling_study:
-        return list(kept), []
-    by_job = {row["job"]: row for row in kept if "job" in row}
-    found: list[rows.Row] = []
+        return list(stored), []
+    by_job = {row["job"]: row for row in stored if "job" in row}
+    results: list[rows.Row] = []
     missing = []
-    remote = wandb_rows(study, place) if place else {}
+    remote = wandb_rows(study, project) if project else {}
     for job in study_jobs(study, typed):
-        folder = find_run(job) if not place else None
+        folder = find_run(job) if not project else None
         if folder is not None:
-            found.append(result_row(study, job, folder))
+            results.append(result_row(study, job, folder))
         elif (name := job_id(job)) in remote:
-            found.append(
+            results.append(
                 {
                     "job": name,
                     **{axis: job.lookup(axis) for axis in study.axes},
@@ -149,24 +150,24 @@ def collect_results(
                 }
             )
         elif name in by_job:
-            found.append(by_job[name])
+            results.append(by_job[name])
         else:
             missing.append(job)
-    return found, missing
+    return results, missing
 
 
 def wandb_rows(study: Study, project: str) -> dict[str, dict[str, Any]]:
-    """Job -> its numbers, of a W&B project's finished runs, whose names are those of their folders. Raises UserError."""
+    """Return job -> its numbers, from a W&B project's finished runs, named like their folders.  Raises UserError."""
     import wandb
 
     try:
-        every = [run for run in wandb.Api(timeout=20).runs(project) if run.state == "finished"]
+        runs = [run for run in wandb.Api(timeout=20).runs(project) if run.state == "finished"]
     except Exception as error:
         raise UserError(
             f"wandb={project}: {' '.join(str(error).split())[:200]}; expected entity/project and a key"
         ) from None
-    found = {}
-    for run in every:
+    results = {}
+    for run in runs:
         summary = {key: value for key, value in dict(run.summary).items() if not key.startswith("_")}
         numbers = {
             key: value
@@ -174,9 +175,9 @@ def wandb_rows(study: Study, project: str) -> dict[str, dict[str, Any]]:
             if key in study.metrics or key in ("n", "guidance", "seconds", "protocol")
         }
         job = "-".join(run.name.split("-")[-2:])
-        found[job] = {
+        results[job] = {
             **numbers,
             "commit": (run.commit or "")[:12],
             **{k: v for k, v in summary.items() if k.startswith("score/")},
         }
-    return found
+    return results

@@ -1,13 +1,17 @@
-"""Trained runs measured at many points of sampling: python -m ldm.report.frontier [experiments/STUDY] run=RUN[,RUN] [key=value,value] [out=FILE]
+"""Evaluate trained runs at many sampling settings (points).
 
-A point is what sample.py draws and scores with the same words: sampler, steps, eta, guidance, weights. All have the same seeds, so they
-begin at the same noise.  The points are those of the study's points.yaml, every combination of what stands in one of its entries, or of
-what is typed; what is typed also takes the place of what the file says.  A row of the csv is added as soon as its point is done, and a
-command started again draws what is missing.
+python -m ldm.report.frontier [experiments/STUDY] run=RUN[,RUN] [key=value,value] [out=FILE]
 
-  run=RUN,RUN      run folders that train.py made; the table tells them apart by their seeds
-  out=FILE         the csv; by default the study's results.csv, or frontier.csv in the (first) run's folder, a figure beside it
-  key=value,value  of sample.py, as in: python -m ldm.report.frontier run=runs/a guidance.scale=1,2,4 sampler=ddim,dpmpp_2m steps=8,16
+A point is what sample.py generates and scores with the same arguments: sampler, steps, eta, guidance, weights. All
+points use the same seeds, hence the same initial noise. The points are every combination of the values in each entry of
+the study's points.yaml, or of the typed values, which also replace those of the file. A row is added to the csv as soon
+as its point is done; a command that is started again computes only the missing points.
+
+  run=RUN,RUN      run folders of train.py, distinguished by their seeds in the table
+  out=FILE         the csv; by default the study's results.csv, or frontier.csv in the (first) run's folder; a figure is
+                   written next to it
+  key=value,value  keys of sample.py, as in:
+                   python -m ldm.report.frontier run=runs/a guidance.scale=1,2,4 sampler=ddim,dpmpp_2m steps=8,16
 """
 
 import sys
@@ -30,60 +34,67 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Unless a study or the command line sets them.
 DEFAULTS = {
     "num": "1000",
     "seed": "3000000",
     "batch_size": "250",
     "metrics": "full",
     "save": "none",
-}  # unless a study or a person says else
-IRRELEVANT_KEYS = ("run", "output_dir", "save", "batch_size", "trainer")  # of a request: what changes no image and no number
+}
+IRRELEVANT_KEYS = ("run", "out", "save", "batch_size", "trainer")  # of a request: they change neither images nor scores
 
 
 def to_overrides(entry: Mapping[str, Any]) -> dict[str, str]:
-    """key -> value as one types it, of plain yaml data."""
+    """Return plain YAML data as command-line overrides, key -> value."""
     return {key: "null" if value is None else rows.format_cell(value) for key, value in entry.items()}
 
 
-def sampling_points(place: Path | None, typed: Mapping[str, str]) -> tuple[list[compose.ComposedJob], list[str]]:
-    """The points of a points.yaml, None for what is typed alone, and the keys that tell them apart. Raises UserError."""
+def sampling_points(path: Path | None, typed: Mapping[str, str]) -> tuple[list[compose.ComposedJob], list[str]]:
+    """Compose the points of a points.yaml (None: only of the typed keys).
+
+    Returns the points and the keys that distinguish them.  Raises UserError.
+    """
     try:
-        said: Any = {} if place is None else parse_yaml(place.read_text(encoding="utf-8"))
+        spec: Any = {} if path is None else parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{place} cannot be read: {error}") from None
-    entries = said.pop("points", [{}]) if isinstance(said, dict) else None
+        raise UserError(f"{path} cannot be read: {error}") from None
+    entries = spec.pop("points", [{}]) if isinstance(spec, dict) else None
     if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
         raise UserError(
-            f"{place}: expected keys of sample.py and `points`, a list of such keys with their values: steps: 5,10,20"
+            f"{path}: expected keys of sample.py and `points`, a list of such keys with their values: steps: 5,10,20"
         )
-    every = [{**DEFAULTS, **to_overrides(said), **to_overrides(entry), **typed} for entry in entries]
+    every = [{**DEFAULTS, **to_overrides(spec), **to_overrides(entry), **typed} for entry in entries]
     keys = list(dict.fromkeys(key for entry in (*entries, typed) for key in entry if key not in DEFAULTS))
-    found = [
+    points = [
         job
         for words in every
         for job in compose.compose_jobs("sample", [f"{key}={value}" for key, value in words.items()])
     ]
-    return found, keys
+    return points, keys
 
 
 def point_id(job: compose.ComposedJob) -> str:
-    """What a point is known by, wherever it is drawn: the hash of its words, 12 hex digits."""
+    """Return the id of a point, the same for every run: 12 hex digits of the hash of its overrides."""
     return hash_config(sorted(word for word in job.overrides if word.partition("=")[0] not in IRRELEVANT_KEYS))[:12]
 
 
 @contextmanager
 def count_evaluations(net: "nn.Module") -> Iterator[list[int]]:
-    """Within it, a list grows by the images of each evaluation of a network."""
-    seen: list[int] = []
-    hook = net.register_forward_hook(lambda net, given, out: seen.append(len(given[0])))
+    """Record the batch size of each forward pass of a network in the yielded list."""
+    sizes: list[int] = []
+    hook = net.register_forward_hook(lambda net, inputs, output: sizes.append(len(inputs[0])))
     try:
-        yield seen
+        yield sizes
     finally:
         hook.remove()
 
 
-def evaluate_points(run: str, wanted: Sequence[compose.ComposedJob], keys: Sequence[str], out: Path) -> int:
-    """Draw and score a run's points that are not in the csv yet; returns how many that were. Raises UserError."""
+def evaluate_points(run: str, points: Sequence[compose.ComposedJob], keys: Sequence[str], out: Path) -> int:
+    """Generate and score a run's points that are not in the csv yet; return their number.
+
+    keys: columns that distinguish the points.  Raises UserError.
+    """
     from ldm.checkpoint import weights
     from ldm.evaluation import evaluator, samples
     from ldm.sampling import adapters
@@ -91,36 +102,34 @@ def evaluate_points(run: str, wanted: Sequence[compose.ComposedJob], keys: Seque
     from ldm.sampling.run import generate_images
 
     requests = []
-    for job in wanted:
+    for job in points:
         job.cfg.run, job.cfg.save = run, "none"
         requests.append(SampleRequest.from_config(job.cfg))
         if "_target_" not in job.cfg.metrics:
-            raise UserError("metrics=none: a point is measured; expected metrics=full or another")
-    source, done, made = requests[0].source, 0, {}
-    for worn in dict.fromkeys(
-        _with_adapters(job) for job in wanted
-    ):  # a model is loaded once, and its points are drawn one after another
-        some = [(job, request) for job, request in zip(wanted, requests, strict=True) if _with_adapters(job) == worn]
-        first = some[0][1]
-        model = adapters.apply_adapters(source.load(first.weights), first.adapters, first.weights)
+            raise UserError("metrics=none: a point must be scored; expected metrics=full or another option")
+    folder, done = requests[0].folder, 0
+    config, scorers = load_run_config(folder), {}
+    for setup in dict.fromkeys(map(_model_setup, points)):  # load each model once
+        group = [(job, request) for job, request in zip(points, requests, strict=True) if _model_setup(job) == setup]
+        model = adapters.apply_adapters(load_model(run, group[0][0].cfg.weights), group[0][1].cfg)
         identity = weights.hash_model(model)[:12]
-        for job, request in some:
+        for job, request in group:
             point = {"point": point_id(job), "model": identity}
             if any(point.items() <= row.items() for row in rows.read(out)):
                 continue
             start = time.monotonic()
-            with count_evaluations(model.denoiser.net) as seen:
+            with count_evaluations(model.denoiser.net) as sizes:
                 images = generate_images(model, request)
-            measured = hash_config(job.config["metrics"])
-            if measured not in made:
-                make, _ = evaluator.make_scorer(source.config, request.metrics)
-                made[measured] = make()  # type: ignore[misc]
-            values = samples.evaluate_with(request, images, made[measured])
+            metrics_key = hash_config(job.config["metrics"])
+            if metrics_key not in scorers:
+                make_scorer, _ = evaluator.make_scorer(config, job.cfg.metrics)
+                scorers[metrics_key] = make_scorer()  # type: ignore[misc]
+            values = samples.evaluate_with(request, images, scorers[metrics_key])
             row = {
                 "run": source.folder.name,
                 "seed": source.config.seed,
                 **{key: job.lookup(key) for key in keys},
-                "nfe": sum(seen) / len(images),
+                "nfe": sum(sizes) / len(images),
             }
             row |= {
                 **values,
@@ -138,68 +147,68 @@ def evaluate_points(run: str, wanted: Sequence[compose.ComposedJob], keys: Seque
     return done
 
 
-def _with_adapters(job: compose.ComposedJob) -> str:
-    """Which weights a point is drawn with, and which adapters."""
+def _model_setup(job: compose.ComposedJob) -> str:
+    """Return the weights and adapters that a point is sampled with, as a key."""
     return rows.format_cell(
         [job.config["weights"], *(rows.format_cell(list(one.values())) for one in job.config["adapters"])]
     )
 
 
 def format_numbers(values: Mapping[str, Any]) -> str:
-    """The numbers for people."""
+    """Format the scores for printing."""
     numbers = {name: value for name, value in values.items() if isinstance(value, float) and "/" not in name}
     return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
 def plot_frontier(keys: Sequence[str], path: Path) -> None:
-    """The distance of the points in a csv over their evaluations, or over recall where these are the same, as a PNG beside it."""
+    """Plot a csv's distance over the number of evaluations (over recall if that is constant) as a PNG next to it."""
     from ldm.report import figure
     from ldm.report.study import Study
 
-    found = rows.read(path)
-    distance = next((name for name in found[0] if name.startswith("fd_")), None)
+    results = rows.read(path)
+    distance = next((name for name in results[0] if name.startswith("fd_")), None)
     if distance is None:
         return
-    same = len({row["nfe"] for row in found}) == 1
-    named = [key for key in keys if any(rows.parse_number(row.get(key)) is None for row in found)]
-    shown = {"x": "recall" if same and "recall" in found[0] else "nfe", "y": distance, "line": ",".join(named)}
+    same = len({row["nfe"] for row in results}) == 1
+    named = [key for key in keys if any(rows.parse_number(row.get(key)) is None for row in results)]
+    axes = {"x": "recall" if same and "recall" in results[0] else "nfe", "y": distance, "line": ",".join(named)}
     metrics = dict.fromkeys((distance, "recall"))
     figure.write(
-        Study(path.parent, path.stem, "", keys, metrics, {}, "reduced", figure=shown), found, path.with_suffix(".png")
+        Study(path.parent, path.stem, "", keys, metrics, {}, "reduced", figure=axes), results, path.with_suffix(".png")
     )
     print(path.with_suffix(".png"))
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code. Raises UserError."""
+    """Run the command and return its exit code.  Raises UserError."""
     if {"--help", "-h"} & set(argv) or not argv:
         print(__doc__)
         return 0 if argv else 2
     typed: dict[str, str] = {}
-    given: list[str] = []
-    place = None
+    runs: list[str] = []
+    points_file = None
     for word in argv:
         key, sign, value = word.partition("=")
         if not sign:
-            place = Path(word).expanduser()
-            place = place / "points.yaml" if place.is_dir() else place
-            if not place.is_file():
-                raise UserError(f"{word}: no points.yaml there; expected a study's folder, or key=value (see --help)")
+            points_file = Path(word).expanduser()
+            points_file = points_file / "points.yaml" if points_file.is_dir() else points_file
+            if not points_file.is_file():
+                raise UserError(f"{word}: no points.yaml in it; expected a study's folder, or key=value (see --help)")
         elif key == "run":
-            given += value.split(",")
+            runs += value.split(",")
         else:
             typed[key] = value
-    if not given:
+    if not runs:
         raise UserError("run=... must be given (see --help)")
-    home = typed.pop("out", None)
-    wanted, keys = sampling_points(place, typed)
-    own = place.parent / "results.csv" if place else find_run(given[0]) / "frontier.csv"
-    out = Path(home).expanduser() if home else own
-    drawn = [evaluate_points(run, wanted, keys, out) for run in given]
-    total = len(wanted) * len(given)
-    if place is None:
-        plot_frontier(keys, out)
-    print(f"{out}: {total} points, {sum(drawn)} of them drawn now, {total - sum(drawn)} before")
+    out = typed.pop("out", None)
+    points, keys = sampling_points(points_file, typed)
+    default = points_file.parent / "results.csv" if points_file else find_run(runs[0]) / "frontier.csv"
+    path = Path(out).expanduser() if out else default
+    count = sum(evaluate_points(run, points, keys, path) for run in runs)
+    total = len(points) * len(runs)
+    if points_file is None:
+        plot_frontier(keys, path)
+    print(f"{path}: {total} points, {count} evaluated now, {total - count} before")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The look of the run page: its style, the few lines of script in it, and its curves."""
+"""Style, scripts and charts of the HTML page of runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from html import escape
 from ldm.plotting import BLUE, GREEN, PURPLE, RED, SKY, YELLOW
 
 COLOURS = (BLUE, RED, GREEN, PURPLE, YELLOW, SKY)
-DASHES = ("", "6 3", "2 2")  # of the curves beyond as many
+DASHES = ("", "6 3", "2 2")  # cycled when the colours are used up
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 260, 58, 34
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --soft: #6b6b70; --line: #dcdce0; --paper: #fff; --mark: #fff1cc; }
@@ -62,7 +62,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
     const rows = [...table.tBodies[0].rows].sort((a, b) => {
       const [x, y] = [value(a), value(b)];
-      if (x === "" || y === "") return (x === "") - (y === "");  // what is missing stays last
+      if (x === "" || y === "") return (x === "") - (y === "");  // missing values stay last
       const order = head.classList.contains("number") ? x - y : x.localeCompare(y);
       return down ? -order : order;
     });
@@ -74,7 +74,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
 TOGGLE_SCRIPT = """
 for (const box of document.querySelectorAll(".picks input"))
   box.addEventListener("change", () => {
-    for (const line of document.querySelectorAll(`polyline[data-run="${box.dataset.run}"]`)) line.classList.toggle("off", !box.checked);
+    for (const line of document.querySelectorAll(`polyline[data-run="${box.dataset.run}"]`))
+      line.classList.toggle("off", !box.checked);
   });
 for (const figure of document.querySelectorAll(".grids")) {
   const slider = figure.querySelector("input"), images = [...figure.querySelectorAll("img")];
@@ -87,7 +88,7 @@ for (const figure of document.querySelectorAll(".grids")) {
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers within [low, high], no more than about `most`."""
+    """Return round numbers within [low, high], about `most` at the most."""
     if high <= low:
         return [low]
     step = 10 ** math.floor(math.log10((high - low) / most))
@@ -96,53 +97,56 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten whose logarithms are within [low, high]; the powers alone where those would be many."""
+    """Return 1, 2 and 5 times the powers of ten whose logarithms are in [low, high]; only the powers if too many."""
     powers = [10.0**k for k in range(math.floor(low), math.ceil(high) + 1)]
     marks = [factor * power for power in powers for factor in (1, 2, 5)] if high - low < 2.5 else powers
     return [mark for mark in marks if low <= math.log10(mark) <= high]
 
 
 def chart(name: str, lines: Mapping[int, Sequence[tuple[float, float]]], names: Sequence[str]) -> str:
-    """One SVG: the curves of a value in the runs (numbers into `names`) that have it, over the step; log where it is a loss."""
+    """Render one metric's curves over the step as SVG; logarithmic if it is positive with a wide range.
+
+    lines: run number (index into `names`) -> [(step, value)].
+    """
     xs, ys = zip(*(point for line in lines.values() for point in line), strict=True)
-    logged = min(ys) > 0 and max(ys) / min(ys) > 8
-    low, high = (math.log10(min(ys)), math.log10(max(ys))) if logged else (min(ys), max(ys))
+    log_scale = min(ys) > 0 and max(ys) / min(ys) > 8
+    low, high = (math.log10(min(ys)), math.log10(max(ys))) if log_scale else (min(ys), max(ys))
     margin = 0.04 * (high - low) or abs(high) * 0.1 or 1.0
     low, high = low - margin, high + margin
     left, right = min(xs), max(max(xs), min(xs) + 1)
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        y = math.log10(y) if logged else y
+    def to_pixels(x: float, y: float) -> tuple[float, float]:
+        y = math.log10(y) if log_scale else y
         across, up = (x - left) / (right - left), (y - low) / (high - low)
         return LEFT + across * (WIDTH - LEFT - 12), HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - 10)
 
     parts = []
-    marks = decades(low, high) if logged else ticks(low, high)
+    marks = decades(low, high) if log_scale else ticks(low, high)
     for value in marks:
-        y = at(left, value)[1]
+        y = to_pixels(left, value)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{y + 4:.1f}">{value:.3g}</text>')
     for value in ticks(left, right, 6):
-        x = at(value, marks[0] if marks else min(ys))[0]
+        x = to_pixels(value, marks[0] if marks else min(ys))[0]
         parts.append(f'<text class="tick mid" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{value:g}</text>')
     for run, line in lines.items():
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (to_pixels(*point) for point in line))
         parts.append(
             f'<polyline data-run="{run}" {stroke(run)} points="{path}"><title>{escape(names[run])}</title></polyline>'
         )
     parts.append(f'<text class="tick mid" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 2}">step</text>')
-    scale = " (log)" if logged else ""
+    scale = " (log)" if log_scale else ""
     inside = "".join(parts)
     drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)} over the step">{inside}</svg>'
     return f"<figure><figcaption>{escape(name)}{scale}</figcaption>{drawing}</figure>"
 
 
 def stroke(run: int) -> str:
-    """The attributes of run number `run`'s lines."""
+    """Return the SVG stroke attributes of a run's lines."""
     dash = DASHES[run // len(COLOURS) % len(DASHES)]
     return f'stroke="{COLOURS[run % len(COLOURS)]}"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
 def swatch(run: int) -> str:
-    """The line that stands for run number `run`."""
+    """Return an SVG sample of a run's line."""
     return f'<svg class="swatch" viewBox="0 0 22 8"><line x1="0" x2="22" y1="4" y2="4" {stroke(run)}/></svg>'

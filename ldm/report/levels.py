@@ -1,4 +1,4 @@
-"""Where along the noise a model errs: the loss it is trained on, and the errors of x0 and of eps, by bin of log-SNR, on held-out images."""
+"""Measure a model's errors as a function of log-SNR on held-out images: training loss, errors of x0 and of eps."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,23 +17,25 @@ if TYPE_CHECKING:
     from ldm.diffusion.denoiser import Denoise
     from ldm.diffusion.schedule import Schedule
 
-Terms = Callable[[Tensor, Tensor], dict[str, Tensor]]  # (t (B,), eps) -> the objective's terms (B,), `loss` among them
+Terms = Callable[[Tensor, Tensor], dict[str, Tensor]]  # (t (B,), eps) -> the objective's terms (B,), including `loss`
 
 
 @torch.inference_mode()
 def errors_by_snr(
     denoise: "Denoise", schedule: "Schedule", x0: Tensor, noise: KeyedNoise, bins: int, terms: Terms | None = None
 ) -> list[dict[str, float]]:
-    """A row a bin of log_snr, from much signal to little: means over x0 (B, ...), one time drawn within the bin for each of its rows.
+    """Return one row of means per bin of log_snr, in order of decreasing signal.
 
-    Times are on the entries of a schedule that has some.  The same eps serves all bins.
+    x0: clean samples (B, ...); each gets one time per bin, drawn within it, and the same eps in all bins. Times are
+        rounded
+    to the grid of a schedule that has one.  bins: number of bins of equal width in log_snr.  terms: adds `loss`.
     """
     ends = schedule.log_snr(torch.tensor([0.001, 0.999], dtype=torch.float64))
     edges, eps = (
         torch.linspace(float(ends[0]), float(ends[1]), bins + 1, dtype=torch.float64),
         noise.normal("levels", x0),
     )
-    found = []
+    errors = []
     for i, (high, low) in enumerate(pairwise(edges)):
         u = noise.uniform(f"levels/{i}", x0.new_empty(len(x0))).double().cpu()
         t = schedule.t_from_log_snr(high + u * (low - high))
@@ -44,12 +46,12 @@ def errors_by_snr(
         row = {"log_snr_high": float(high), "log_snr_low": float(low), "t": float(t.mean())}
         row |= {"x0_error": float(mean_per_sample((estimate.x0 - x0) ** 2).mean())}
         row |= {"eps_error": float(mean_per_sample((estimate.eps - eps) ** 2).mean())}
-        found.append(row | ({"loss": float(terms(t, eps)["loss"].mean())} if terms else {}))
-    return found
+        errors.append(row | ({"loss": float(terms(t, eps)["loss"].mean())} if terms else {}))
+    return errors
 
 
 def of_run(run: str, num: int, bins: int) -> list[dict[str, float]]:
-    """The rows of a run's averaged model, on the first held-out images of its data. Raises UserError."""
+    """Compute the rows for a run's EMA weights on the first `num` held-out images of its data.  Raises UserError."""
     from hydra.utils import instantiate
 
     from ldm.checkpoint.load import load_model, load_run_config
@@ -64,31 +66,32 @@ def of_run(run: str, num: int, bins: int) -> list[dict[str, float]]:
     z = encode_latents(model, batch["image"])
     with torch.inference_mode():
         cond: Condition = model.condition({**batch, "noise": noise}).to(z).expand_concat(*z.shape[-2:])
-    denoiser, at = model.denoiser, getattr(objective, "at", None)  # an objective that reads pixels shows no draw
-    terms = (lambda t, eps: at(denoiser, z, cond, t, eps)) if at else None
+    denoiser = model.denoiser
+    loss_at = getattr(objective, "loss_at", None)  # absent for an objective that needs pixels
+    terms = (lambda t, eps: loss_at(denoiser, z, cond, t, eps)) if loss_at else None
     return errors_by_snr(lambda x_t, t: denoiser(x_t, t, cond), denoiser.schedule, z, noise, bins, terms)
 
 
-def plot(found: list[dict[str, float]], path: Path) -> None:
-    """The rows as a figure: errors over log_snr, noise to the left. Raises UserError without matplotlib."""
+def plot(errors: list[dict[str, float]], path: Path) -> None:
+    """Plot the rows, errors over log_snr.  Raises UserError without matplotlib."""
     from ldm import plotting
 
-    names: Any = [name for name in ("loss", "x0_error", "eps_error") if name in found[0]]
+    names: Any = [name for name in ("loss", "x0_error", "eps_error") if name in errors[0]]
     figure = plotting.canvas(60 + 250 * len(names), 250)
-    middle = [(row["log_snr_high"] + row["log_snr_low"]) / 2 for row in found]
+    middle = [(row["log_snr_high"] + row["log_snr_low"]) / 2 for row in errors]
     for i, (name, colour) in enumerate(zip(names, (plotting.BLUE, plotting.RED, plotting.GREEN), strict=False)):
         axes = plotting.panel(figure, 52 + 250 * i, 28, 190, 170, name.replace("_", " "), x="log SNR")
-        axes.plot(middle, [row[name] for row in found], "-o", color=colour, lw=1.4, ms=3)
+        axes.plot(middle, [row[name] for row in errors], "-o", color=colour, lw=1.4, ms=3)
         axes.set(yscale="log")
         axes.minorticks_off()
         axes.grid(color=plotting.PALE, lw=0.5)
     figure.savefig(path, dpi=plotting.DPI, metadata={"Software": None})
 
 
-def text(found: list[dict[str, float]]) -> str:
-    """The rows as a table for a terminal."""
-    heads = list(found[0])
+def text(errors: list[dict[str, float]]) -> str:
+    """Format the rows as a table for a terminal."""
+    heads = list(errors[0])
     lines = ["".join(f"{head:>14}" for head in heads)]
     return "\n".join(
-        [*lines, *("".join(f"{rows.format_cell(round(row[head], 5)):>14}" for head in heads) for row in found)]
+        [*lines, *("".join(f"{rows.format_cell(round(row[head], 5)):>14}" for head in heads) for row in errors)]
     )

@@ -1,4 +1,4 @@
-"""A table of results as a csv: one row a run or a point, numbers to six digits, written whole or not at all."""
+"""Tables of results as csv files: one row per run or point, numbers with six digits, written atomically."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 
 def format_cell(value: Any) -> str:
-    """A value as a cell: what reads back to it, floats to six significant digits."""
+    """Format a value as a cell that reads back to it; floats with six significant digits."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -26,7 +26,7 @@ def format_cell(value: Any) -> str:
 
 
 def parse_number(cell: Any) -> float | None:
-    """The number that a cell holds, or None."""
+    """Parse a cell as a number; None if it is not one."""
     try:
         return float(cell)
     except (TypeError, ValueError):
@@ -34,19 +34,19 @@ def parse_number(cell: Any) -> float | None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a csv, none where there is no file. Raises UserError for a row that is longer or shorter than the head."""
+    """Read the rows of a csv; empty if there is no file.  Raises UserError for a row with too few or too many cells."""
     if not path.is_file():
         return []
     rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
     if broken := next((i for i, row in enumerate(rows, 2) if None in row or None in row.values()), None):
         raise UserError(
-            f"{path}, line {broken}: not as many cells as the head has; take the file from git again, or remove it"
+            f"{path}, line {broken}: not as many cells as the header has; restore the file from git, or remove it"
         )
     return rows
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows under the columns of all of them, in the order in which they first come."""
+    """Write rows; the columns are those of all rows, in order of first appearance."""
     out = io.StringIO()
     columns = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(out, columns, lineterminator="\n", restval="")
@@ -56,7 +56,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row to a csv that other processes may add to."""
+    """Append a row to a csv that other processes may append to as well."""
     from filelock import FileLock
 
     lock = cache_dir() / "locks" / f"{identity.hash_config(str(path.absolute()))[:16]}.lock"

@@ -1,4 +1,4 @@
-"""What a study says of itself in its study.yaml: what is asked, what the paper found, and which numbers of ours answer it."""
+"""Read a study.yaml: the question of a study, the paper's results, and the metrics of ours that answer it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,18 +12,22 @@ from ldm.report import rows
 
 FILE = "study.yaml"
 SCALES = ("full", "reduced")
-Arm = tuple[str, ...]  # what stands in a table's cells for the value of each axis
+Arm = tuple[str, ...]  # table cell of each axis' value
 
 
 @dataclass(frozen=True)
 class Study:
-    """title, question, paper, setting: words.
+    """A study, as described in its study.yaml.
 
-    axes: groups or dotted keys of a job's config, or of a point, whose values make an arm.  metrics: ours -> the paper's name of its
-    own, or null.  published: the paper's numbers, each with the axes of its arm.  baseline: the arm that the others are compared with.
-    scale: full, at the paper's own, or reduced.  differs: what of the protocol may differ between arms, being what is asked.
-    sweeps: yaml files of the folder, of which jobs are the cells; none for a study of points.  names: what an arm is called.
-    figure: x and y, and what makes a line; without, the arms side by side.
+    title, question, paper, setting: text.
+    axes: config groups or dotted keys of a job's config, or of a point; their values identify an arm.
+    metrics: our metric -> the paper's name for its own, or null.
+    published: the paper's numbers, each with the axes of its arm.
+    baseline: the arm that the others are compared with.
+    scale: "full" (the paper's) or "reduced".
+    differs: protocol entries that may differ between arms, because they are the question.
+    sweeps: YAML files of the folder that define the jobs; none for a study of points.
+    figure: x and y, and what distinguishes lines; without it the arms are plotted side by side.
     """
 
     folder: Path
@@ -46,46 +50,47 @@ class Study:
 
     @property
     def is_sampling_study(self) -> bool:
-        """Whether its rows are the frontier's."""
+        """Whether its rows are written by ldm.report.frontier."""
         return (self.folder / "points.yaml").is_file()
 
     def arm(self, value: Mapping[str, Any]) -> Arm:
-        """The arm of a row, or of anything else that has the axes."""
+        """Return the arm of a row, or of any mapping with the axes."""
         return tuple(rows.format_cell(value.get(axis)) for axis in self.axes)
 
 
 def read(folder: Path) -> Study:
-    """The study of a folder. Raises UserError naming its study.yaml and the key."""
+    """Read the study in a folder.  Raises UserError naming its study.yaml and the key."""
     path = folder / FILE
     if not path.is_file():
-        studies = sorted(one.parent.name for one in folder.absolute().parent.glob(f"*/{FILE}"))
+        studies = sorted(file.parent.name for file in folder.absolute().parent.glob(f"*/{FILE}"))
         raise UserError(f"{folder}: no {FILE} in it{did_you_mean(folder.name, studies)}{format_choices(studies)}")
     try:
-        said = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     kinds = {
-        name: (list if one.startswith("Seq") else dict if one.startswith("Map") else str)
-        for name, one in _annotations().items()
+        name: (list if annotation.startswith("Seq") else dict if annotation.startswith("Map") else str)
+        for name, annotation in _annotations().items()
     }
-    if not isinstance(said, dict):
+    if not isinstance(values, dict):
         raise UserError(f"{path}: expected {', '.join(kinds)}")
-    for key, value in said.items():
+    for key, value in values.items():
         if key not in kinds:
             raise UserError(f"{path}: no key {key!r}{did_you_mean(key, kinds)}{format_choices(kinds)}")
         if not isinstance(value, kinds[key]):
-            raise UserError(
-                f"{path}: {key}={value}: expected {({list: 'a list', dict: 'keys with values', str: 'text'})[kinds[key]]}"
-            )
-    if missing := [name for name in ("title", "question", "axes", "metrics", "baseline", "scale") if name not in said]:
+            kind = {list: "a list", dict: "keys with values", str: "text"}[kinds[key]]
+            raise UserError(f"{path}: {key}={value}: expected {kind}")
+    if missing := [
+        name for name in ("title", "question", "axes", "metrics", "baseline", "scale") if name not in values
+    ]:
         raise UserError(f"{path}: {missing[0]} is missing")
-    study = Study(folder, **said)
+    study = Study(folder, **values)
     if study.scale not in SCALES:
         raise UserError(f"{path}: scale={study.scale}: expected {' or '.join(SCALES)}")
-    for one in (study.baseline, *study.published):
-        if not isinstance(one, dict) or (unknown := set(study.axes) - one.keys()):
+    for arm in (study.baseline, *study.published):
+        if not isinstance(arm, dict) or (unknown := set(study.axes) - arm.keys()):
             raise UserError(
-                f"{path}: {one} does not say {', '.join(sorted(unknown)) if isinstance(one, dict) else 'its arm'}"
+                f"{path}: {arm} does not specify {', '.join(sorted(unknown)) if isinstance(arm, dict) else 'its arm'}"
             )
     return study
 
@@ -99,5 +104,5 @@ def _annotations() -> dict[str, str]:
 
 
 def all_studies(root: Path) -> list[Study]:
-    """The studies below a folder, by name."""
+    """Read all studies in a folder, sorted by name."""
     return [read(path.parent) for path in sorted(root.glob(f"*/{FILE}"))]

@@ -11,7 +11,7 @@ from test_task import model as echo
 from ldm import plotting
 from ldm.animate import arguments, attention
 from ldm.animate.brownian import brownian, paths, spread
-from ldm.animate.density import carried, density
+from ldm.animate.density import trajectory, density
 from ldm.animate.forward import alpha_bar, forward, process
 from ldm.animate.guidance import guidance
 from ldm.animate.interpolate import interpolate
@@ -152,13 +152,13 @@ def test_the_score_is_the_gradient_of_the_log_density():
 def test_noise_is_carried_to_the_data(draw):
     data = ring(cosine())
     ts = grids.trailing(data.schedule, 30)
-    walk = carried(data, data, ts, 160, 0, draw)
+    walk = trajectory(data, data, ts, 160, 0, draw)
     assert walk.shape == (31, 160, 2)
     assert float(walk[0].std()) == pytest.approx(1, abs=0.1)
     nearest = torch.cdist(walk[-1], data.means).min(1)
     assert (nearest.values < 0.5).double().mean() > 0.95
     assert len(nearest.indices.unique()) == 8  # no Gaussian is forgotten
-    torch.testing.assert_close(walk[0], carried(data, data, ts, 160, 0, sampler.euler)[0])  # every sampler starts there
+    torch.testing.assert_close(walk[0], trajectory(data, data, ts, 160, 0, sampler.euler)[0])  # every sampler starts there
 
 
 @pytest.mark.parametrize("training", [0, 2])
@@ -182,7 +182,7 @@ def test_the_score_is_learned_from_points_alone():
             off[steps, float(t)] = float((score_of(found, data, x, t) - exact).square().sum() / exact.square().sum())
     assert off[400, 0.2] < 0.25 < off[0, 0.2]
     assert off[400, 0.5] < 0.02 < off[0, 0.5]
-    last = carried(data, found, grids.trailing(data.schedule, 20), 80, 0, sampler.ddim)[-1]
+    last = trajectory(data, found, grids.trailing(data.schedule, 20), 80, 0, sampler.ddim)[-1]
     assert (torch.cdist(last, data.means).min(1).values < 0.5).double().mean() > 0.9
 
 
@@ -322,7 +322,7 @@ def test_pieces_are_joined_into_words(prompt, pieces, words):
 
 
 def test_a_model_without_words_is_told_so(run):
-    with pytest.raises(UserError, match="attends to no words"):
+    with pytest.raises(UserError, match="does not attend to words"):
         attention.maps(run, PROMPT, grids.trailing(run.denoiser.schedule, 2), 1.0)
 
 

@@ -32,7 +32,7 @@ def test_help_is_quick_and_says_every_key():
         ([], "run=... must be given"),
         (["run=nowhere"], "run=nowhere: no such folder"),
         (["run=x", "prot=1"], "prot=1: no key 'prot'; did you mean 'port'?"),
-        (["run=x", "port=99999"], "port=99999: expected 0 (any that is free) to 65535"),
+        (["run=x", "port=99999"], "port=99999: expected 0 (any free port) to 65535"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):

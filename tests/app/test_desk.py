@@ -210,7 +210,7 @@ def test_the_line_refuses_when_it_is_long_and_goes_on_after_a_fault(capsys):
         line.start(lambda job: None)
     go.set()
     assert second.done.wait(10)
-    assert "ZeroDivisionError within the program, which goes on" in second.error
+    assert "ZeroDivisionError in the program, which keeps running" in second.error
     assert "division by zero" in capsys.readouterr().err
     third = line.start(lambda job: "made")
     assert third.done.wait(10)

@@ -125,7 +125,7 @@ def test_bad_options_and_missing_files_are_named(tmp_path):
         CIFAR10("val")
     with pytest.raises(
         AssetNotFoundError,
-        match=r"^cifar-10 is missing.*torchvision's files in .*not asked, LDM_OFFLINE.*put data_batch_1.bin",
+        match=r"^cifar-10 is missing.*torchvision's files in .*not tried, LDM_OFFLINE.*put data_batch_1.bin",
     ):
         CIFAR10(root=tmp_path)
 

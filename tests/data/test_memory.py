@@ -72,7 +72,7 @@ def test_a_sample_without_caption_or_label_trains_the_empty_condition():
 def test_a_classifier_is_refused_samples_without_a_label():
     images = torch.zeros(4, 1, 2, 3, dtype=torch.uint8)
     build.require_labels(make(), make())
-    with pytest.raises(UserError, match="2 of 8 samples have no label, and a classifier needs one of each"):
+    with pytest.raises(UserError, match="2 of 8 samples have no label, and a classifier needs one for each"):
         build.require_labels(make(), InMemoryDataset("x", images, torch.tensor([0, -1, 1, -1]), CAPTIONS))
 
 

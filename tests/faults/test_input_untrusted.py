@@ -128,7 +128,7 @@ def test_what_models_are_made_of_is_let_in(monkeypatch):
         "ldm.training.lr.cosine",
     ):
         trust.check_target(name)
-    with pytest.raises(UserError, match="LDM_TRUST=lightning says so"):
+    with pytest.raises(UserError, match="set LDM_TRUST=lightning"):
         trust.check_target("lightning.pytorch.callbacks.EarlyStopping")
     monkeypatch.setenv("LDM_TRUST", "timm,lightning")
     trust.check_target("lightning.pytorch.callbacks.EarlyStopping")

@@ -206,7 +206,8 @@ def test_a_search_of_six_goes_by_the_runs_numbers_and_is_the_same_again(smoke, t
             == 1
         )
     assert (
-        "no number for the search to go by: optimize= must name one of the run's metrics.json" in capfd.readouterr().err
+        "no number for the search to optimize: optimized_metric= must name a metric in the run's metrics.json"
+        in capfd.readouterr().err
     )
 
 

@@ -7,7 +7,7 @@ from test_tables import same_shapes, shapes
 
 from ldm.errors import UserError
 from ldm.interop import checkpoint, compvis, config_nodes
-from ldm.interop.checkpoint import EMA, FOUNDATION, LOSS, NET, STAGE, TOLD
+from ldm.interop.checkpoint import EMA, FOUNDATION, LOSS, NET, STAGE, COND_STAGE
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_loss_is_known_by_every_name(stage):
         "loss.logvars",
         "model_emas.decay",
     ):
-        with pytest.raises(UserError, match=f"no place for {unknown}"):
+        with pytest.raises(UserError, match=f"unknown names {unknown}"):
             checkpoint.first_stage({**stage, unknown: torch.zeros(1)})
 
 
@@ -71,7 +71,7 @@ def test_stable_diffusion_1_is_known_by_its_shapes():
     with torch.device("meta"):
         named = {f"{NET}{name}": torch.empty(shape) for name, shape in shapes("paper_unet", "sd1").items()}
         named |= {f"{STAGE}{name}": torch.empty(shape) for name, shape in shapes("paper_autoencoder", "kl_f8").items()}
-        named[f"{TOLD}transformer.text_model.final_layer_norm.weight"] = torch.empty(768)
+        named[f"{COND_STAGE}transformer.text_model.final_layer_norm.weight"] = torch.empty(768)
     found = checkpoint.detect_sd1(named)
     assert found is not None
     assert (found["scale"], found["prediction"]["_target_"]) == (0.18215, "ldm.diffusion.prediction.Eps")

@@ -102,7 +102,7 @@ def test_sit_file_is_a_flow_model(state, folder):
             {"x_embedder.proj.weight": torch.zeros(384, 8, 2, 2)},
             "has 4 latent channels; expected the file's 8",
         ),
-        ("DiT.pt", {"cls_token": torch.zeros(1)}, "no place for cls_token"),
+        ("DiT.pt", {"cls_token": torch.zeros(1)}, "unknown names cls_token"),
     ],
 )
 def test_file_that_is_no_released_dit_is_refused(name, change, expected, state, folder):

@@ -188,11 +188,11 @@ def test_the_table_is_read_both_ways(lightning):
 
 def test_what_is_no_dit():
     state = theirs_of().state_dict()
-    with pytest.raises(UserError, match=r"DiT: no place for cls_token"):
+    with pytest.raises(UserError, match=r"DiT: unknown names cls_token"):
         import_dit({**state, "cls_token": torch.zeros(1)})
-    with pytest.raises(UserError, match="pos_embed is not the sines and cosines"):
+    with pytest.raises(UserError, match="pos_embed is not the sine-cosine embedding"):
         import_dit({**state, "pos_embed": torch.zeros(1, SIDE * SIDE, CHANNELS)})
-    with pytest.raises(UserError, match="pos_embed is not the sines and cosines"):
+    with pytest.raises(UserError, match="pos_embed is not the sine-cosine embedding"):
         import_dit({**state, "pos_embed": torch.zeros(1, 5, CHANNELS)})
     with pytest.raises(UserError, match="not the weights of a class-conditional DiT"):
         import_labels({})

@@ -70,7 +70,7 @@ def test_a_diffusers_folder_is_a_run(place, capsys):
         ([], "run=... must be given"),
         (["run=x", "to=diffusers"], "out=... must be given"),
         (["run=x", "to=onnx", "out=y"], "to=onnx: expected one of diffusers, compvis, safetensors"),
-        (["run=x", "to=diffusers", "out=."], "out=. exists; name another place"),
+        (["run=x", "to=diffusers", "out=."], "out=. exists; choose another path"),
         (
             ["run=x", "to=diffusers", "out=y", "half=true"],
             "half=true: expected run=..., to=..., out=..., weights=..., config=...",
@@ -90,7 +90,7 @@ def test_what_a_run_has_no_counterpart_for_is_one_line(lively, place, capsys):
     for typed, said in (
         (["to=diffusers", "out=y"], "to=diffusers expects a CLIP text tower"),
         (["to=compvis", "out=y"], "expected a name that ends in .safetensors or .ckpt"),
-        (["to=compvis", "out=y.ckpt"], "a scale for each channel, and no convolutions to put it into"),
+        (["to=compvis", "out=y.ckpt"], "a scale per channel and no convolutions to fold it into"),
         (["to=safetensors", "out=y"], "expected a name that ends in .safetensors"),
     ):
         assert export.main([f"run={lively}", *typed]) == 2

@@ -148,7 +148,7 @@ def test_what_a_file_asks_to_run_is_never_run(tmp_path, legacy, monkeypatch):
         else:
             with zipfile.ZipFile(file, "w") as archive:
                 archive.writestr("archive/data.pkl", one)
-        with pytest.raises(UserError, match="holds no state dict"):
+        with pytest.raises(UserError, match="contains no state dict"):
             read_weights(file)
         assert not proof.exists()
     assert not ran
@@ -267,7 +267,7 @@ def test_a_flipped_bit_in_the_numbers_is_seen(tmp_path):
     data = bytearray((tmp_path / "a.pt").read_bytes())
     data[data.find(struct.pack("<f", 3.0)) + 1] ^= 4
     (tmp_path / "a.pt").write_bytes(data)
-    with pytest.raises(CorruptFileError, match=r"a\.pt: w is not whole \(Bad CRC"):
+    with pytest.raises(CorruptFileError, match=r"a\.pt: w is incomplete \(Bad CRC"):
         read_weights(tmp_path / "a.pt")
 
 
@@ -286,8 +286,8 @@ def test_a_zip_that_unpacks_to_more_than_it_is(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         (b"\x93NUMPY\x01\x00", "is a numpy array"),
         (b"\x1f\x8b\x08", "is gzipped"),
-        (b"hello", "of no known kind"),
-        (pickle.dumps({"w": [1.0]}), "is a pickle, but not one of torch.save"),
+        (b"hello", "of unknown kind"),
+        (pickle.dumps({"w": [1.0]}), "is a pickle, but not of torch.save"),
     ],
 )
 @pytest.mark.parametrize("ending", [".ckpt", ".safetensors"])
@@ -296,7 +296,7 @@ def test_another_kind_of_file_is_named(tmp_path, data, said, ending):
     with pytest.raises(UserError) as error:
         read_weights(tmp_path / f"a{ending}")
     assert f"a{ending}" in str(error.value)
-    assert said in str(error.value) or (ending == ".safetensors" and "not a whole safetensors file" in str(error.value))
+    assert said in str(error.value) or (ending == ".safetensors" and "not a complete safetensors file" in str(error.value))
 
 
 @pytest.mark.parametrize("size", [4, 8, 30, -1])
@@ -304,7 +304,7 @@ def test_a_cut_safetensors_file(tmp_path, size):
     save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
     data = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(data[:size])
-    with pytest.raises(CorruptFileError, match=r"a\.safetensors .*is not a whole safetensors file"):
+    with pytest.raises(CorruptFileError, match=r"a\.safetensors .*is not a complete safetensors file"):
         read_weights(tmp_path / "a.safetensors")
 
 
@@ -314,7 +314,7 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"no weights in it; expected diffusion_pytorch_model\.safetensors"):
         read_weights(tmp_path)
     torch.save([torch.ones(2)], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="holds no state dict of tensors"):
+    with pytest.raises(UserError, match="contains no state dict of tensors"):
         read_weights(tmp_path / "list.pt")
     torch.jit.script(torch.nn.Linear(1, 1)).save(str(tmp_path / "script.pt"))
     with pytest.raises(UserError, match="is a TorchScript program"):

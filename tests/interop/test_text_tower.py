@@ -118,7 +118,7 @@ def ours_name(tmp_path):
 
 def test_what_is_no_text_tower(theirs):
     state = theirs.state_dict()
-    with pytest.raises(UserError, match=r"CLIP text model: no place for vision_model\.x"):
+    with pytest.raises(UserError, match=r"CLIP text model: unknown names vision_model\.x"):
         import_text({**state, "vision_model.x": torch.zeros(1)})
     with pytest.raises(UserError, match=r"self_attn\.v_proj\.bias is missing beside"):
         import_text(
@@ -132,7 +132,7 @@ def test_what_is_no_text_tower(theirs):
 
 def test_config_file_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "own.json").write_text('{"embed_dim": 8')
-    with pytest.raises(UserError, match=r"own\.json is no JSON object .*; expected a config of open_clip"):
+    with pytest.raises(UserError, match=r"own\.json is not a JSON object .*; expected a config of open_clip"):
         clip_config.open_clip_config(str(tmp_path / "own.json"))
 
 

@@ -153,4 +153,4 @@ def test_what_is_told_nothing_takes_no_degraded_images(training, capfd):
     capfd.readouterr()
     typed = ("~training.score", "degradation=mask", *(() if training == "autoencoder" else ("~training.sample_every",)))
     assert command("train.py", "budget=smoke", f"training={training}", *typed) == 2
-    assert "degrade= is for training=diffusion alone" in capfd.readouterr().err
+    assert "degradation= is only for training=diffusion" in capfd.readouterr().err
