@@ -2,7 +2,7 @@
 
 experiments/STUDY  reads the run folders of the study's jobs, wherever `runs=` says they are, and of those that are not here the study's
                    results.csv; writes results.csv, the README's table between its marks, and figure.png
-all                the same of every study; without anything, the table of studies in experiments/LOG.md and README.md alone
+all                the same of every study; without any argument, only the table of studies in experiments/README.md
 compare RUN RUN    config differences, curves and numbers side by side, and as a page that opens without a server (out=compare.html)
 levels RUN         loss and errors by bin of log-SNR on num=256 held-out images, bins=10, into levels.csv and levels.png in the run's folder
 bits RUN           the variational bound in bits per dimension on num=256 held-out images, steps=1000, into bits.json in the run's folder
@@ -79,16 +79,15 @@ def readme_fields(one: study.Study) -> dict[str, str]:
 
 
 def update_overview(root: Path) -> None:
-    """Write the table of studies, into the list of them and into the README. Raises UserError."""
+    """Write the table of studies into the README of their folder. Raises UserError."""
     kept = {
         one.name: (one, table.comparisons(one, rows.read(one.folder / "results.csv")))
         for one in study.all_studies(root)
     }
-    for file, base in ((root / "LOG.md", ""), (root.parent / "README.md", f"{root.name}/")):
-        atomic.write_text(
-            file, table.replace_block(file.read_text(encoding="utf-8"), "studies", table.overview(kept, base))
-        )
-        print(f"{file}: {len(kept)} studies")
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    atomic.write_text(readme, table.replace_block(text, "studies", table.overview(kept)))
+    print(f"{readme}: {len(kept)} studies")
 
 
 def compare(words: Sequence[str]) -> None:
