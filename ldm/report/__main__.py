@@ -32,7 +32,7 @@ HEAD = """# {title}
 ```
 """
 RESULT = """
-`python -m ldm.report experiments/{name}` writes what follows anew.
+`python -m ldm.report experiments/{name}` writes the table and the figure.
 
 <!-- table -->
 <!-- /table -->
