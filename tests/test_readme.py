@@ -1,22 +1,35 @@
-"""Everything in the README that can be typed is typed."""
+"""Every command in a fenced `sh` block of a README is run, every link leads somewhere, every Python block runs."""
 
 import json
 import re
+import runpy
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from smoke import ROOT, command, first_job, here
-from test_experiments import NEEDS, TINY, some_images
+from smoke import ROOT, command, first_job, here, plan_of
+from test_experiments import FIRST, NEEDS, ON_TOP, TINY, some_images
 
+from ldm.cli.errors import run_guarded
+from ldm.config import compose
+from ldm.config.build import RUNTIME_PARAMETERS
 from ldm.io import images
+from ldm.metrics import features
+from ldm.report import __main__ as report
+from ldm.report import frontier
 
 README = ROOT / "README.md"
+READMES = [README, *(ROOT / "ldm").rglob("README.md"), *(ROOT / "experiments").rglob("README.md")]
+READMES += [*(ROOT / "conf").glob("README.md"), ROOT / "tests" / "README.md"]
 SMALL = ("budget=smoke", "training.sample_every=500", "trainer.devices=1")  # no grid: not every stage draws one
-KNOWN = {"python", "pip", "pytest", "cd", "git", "uv", "torchrun", ".ci/run"}
+KNOWN = {"python", "pip", "pytest", "cd", "git", "uv", "torchrun", "ln", ".ci/run"}
 EXAMPLE = """
 # Title
 ```sh
@@ -51,7 +64,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command in the shell blocks; a trailing comment is none, `&&` joins two, a backslash two lines."""
+    """The words of every command in the shell blocks: no comments, `&&` joins two, a backslash joins two lines."""
     found = []
     for block in blocks(text):
         if block.language in ("sh", "bash", "shell", "console"):
@@ -64,14 +77,35 @@ def commands(text: str) -> list[list[str]]:
     return [words for words in found if words]
 
 
+def is_experiment(file: Path) -> bool:
+    """Whether a README belongs to one study: its commands take minutes even when they are small."""
+    return file.is_relative_to(ROOT / "experiments") and file.parent != ROOT / "experiments"
+
+
 TEXT = README.read_text()
-TYPED = commands(TEXT)
-TRAIN = [words[2:] for words in TYPED if words[:2] == ["python", "train.py"] and "--config-dir" not in words]
-OWN = [words[2:] for words in TYPED if words[:2] == ["python", "train.py"] and "--config-dir" in words]
-LOOK = [
-    words[2:] for words in TYPED if words[:2] == ["python", "-m"] and words[2] in ("ldm.animate", "ldm.report.browse")
-]
-SAMPLE = [words[2:] for words in TYPED if words[:2] == ["python", "sample.py"]]
+ALL = {file: commands(file.read_text(encoding="utf-8")) for file in READMES}
+TYPED = [list(words) for words in dict.fromkeys(tuple(words) for typed in ALL.values() for words in typed)]
+STUDY = {tuple(words) for file, typed in ALL.items() if is_experiment(file) for words in typed}
+STUDY -= {tuple(words) for file, typed in ALL.items() if not is_experiment(file) for words in typed}
+
+
+def typed_after(*first: str, study: bool = False) -> list[list[str]]:
+    """What follows the words `first` in the commands of the studies' READMEs, or of all others."""
+    chosen = [words for words in TYPED if (tuple(words) in STUDY) == study and words[: len(first)] == [*first]]
+    return [words[len(first) :] for words in chosen]
+
+
+TRAIN = [words for words in typed_after("python", "train.py") if "--config-dir" not in words]
+OWN = [words for words in typed_after("python", "train.py") if "--config-dir" in words]
+STUDIES = typed_after("python", "train.py", study=True)
+LOOK = [words for words in typed_after("python", "-m") if words[0] in ("ldm.animate", "ldm.report.browse")]
+SAMPLE = typed_after("python", "sample.py")
+PLANS = typed_after("python", "-m", "ldm.plan") + typed_after("python", "-m", "ldm.plan", study=True)
+REPORTS = typed_after("python", "-m", "ldm.report") + typed_after("python", "-m", "ldm.report", study=True)
+FRONTIERS = [words for words in TYPED if "ldm.report.frontier" in words]
+SCRIPTS = [words[1:] for words in TYPED if words[0] == "python" and words[1].startswith("experiments/")]
+TOOLS = {"ldm.animate", "ldm.report.browse", "ldm.plan", "ldm.report", "ldm.report.frontier", "ldm.cli.export"}
+TOOLS |= {"ldm.evaluation.adm", "ldm.app"}  # ldm.app: tests/app/test_app.py
 
 
 def test_commands_are_found():
@@ -84,19 +118,26 @@ def test_commands_are_found():
 
 
 def test_the_readme_has_the_two_commands():
-    assert ["python", "train.py"] in TYPED
-    assert ["pytest"] in TYPED
-    assert ["pip", "install", "-e", ".[dev]"] in TYPED
+    assert {("python", "train.py"), ("pytest",), ("pip", "install", "-e", ".[dev]")} <= {*map(tuple, ALL[README])}
+
+
+def test_the_readme_is_short():
+    assert len(TEXT.splitlines()) < 200
 
 
 @pytest.mark.parametrize("words", TYPED, ids=" ".join)
-def test_command_is_one_we_know_and_its_file_is_there(words):
+def test_command_is_one_that_a_test_runs(words):
+    words = [word for word in words if not re.match(r"[A-Z]+=", word)]
     assert words[0] in KNOWN
+    if words[:2] == ["python", "-m"]:
+        assert words[2] in TOOLS
+    elif words[0] == "python":
+        assert words[1] in ("train.py", "sample.py") or words[1].startswith(("experiments/", "tests/"))
     for word in words[1:]:
         if word.endswith(".py"):
             assert (ROOT / word).is_file()
-        if match := re.fullmatch(r"run=(experiments/.*)", word):
-            assert (ROOT / match[1]).is_dir()
+        if match := re.fullmatch(r"(?:run=)?(experiments/.*)", word):
+            assert (ROOT / match[1]).exists()
 
 
 def of_training(typed: list[str]) -> tuple[str, ...]:
@@ -121,6 +162,7 @@ def of_training(typed: list[str]) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("typed", TRAIN, ids=" ".join)
 def test_train_command_runs(typed, smoke, tmp_path, capfd):
+    typed = [f"init={smoke.run}" if word == "init=RUN" else word for word in typed]
     if "--help" in typed:
         assert command("train.py", *typed) == 0
         assert "schedule" in capfd.readouterr().out
@@ -131,6 +173,29 @@ def test_train_command_runs(typed, smoke, tmp_path, capfd):
         typed = [word for word in typed if not word.startswith("data.path=")] + [*NEEDS[study]]
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         assert command("train.py", *of_training(typed)) == 0
+
+
+def study_of(typed: list[str]) -> str:
+    """The study that a command names by experiment=, or nothing."""
+    return next((word.partition("=")[2] for word in typed if word.startswith("experiment=")), "")
+
+
+@pytest.mark.parametrize("typed", STUDIES, ids=" ".join)
+def test_study_command_composes(typed):
+    typed = [re.sub(r"=(RUN|CLIP/.*)$", "=.", word) for word in typed]
+    plan_of(*typed).check(RUNTIME_PARAMETERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", [typed for typed in STUDIES if "CLIP/" not in " ".join(typed)], ids=" ".join)
+def test_study_command_runs_its_first_job(typed, smoke, tmp_path):
+    study = study_of(typed)
+    base = (f"init={smoke.run}",) if study in ON_TOP else ()
+    typed = [word for word in typed if word != "init=RUN"]
+    sizes = TINY if set(FIRST) != {*NEEDS.get(study, ())} & {*FIRST} else TINY[:4]
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        small = first_job(*typed, "budget=smoke", *sizes, *NEEDS.get(study, ()), *base)
+        assert command("train.py", *small) == 0
 
 
 @pytest.mark.parametrize("typed", OWN, ids=" ".join)
@@ -185,13 +250,14 @@ def test_command_to_look_runs(typed, smoke, prompted, tmp_path):
         own = [f"run={prompted}" if word.startswith("run=") else word for word in words]
         assert import_module(f"{tool}.__main__" if tool == "ldm.animate" else tool).main([*own, *small]) == 0
         for word in words:
-            if word.startswith("output_dir="):
-                assert (tmp_path / word.removeprefix("output_dir=")).stat().st_size > 1000
+            if word.startswith("out="):
+                assert (tmp_path / word.removeprefix("out=")).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("block", [b for b in blocks(TEXT) if b.language == "python"], ids=lambda b: f"line {b.line}")
 def test_python_block_runs(block, prompted):
-    code = re.sub(r"""load\(["'][^"']*["']""", f"load({str(prompted)!r}", block.text)
+    code = re.sub(r"""load_model\(["'][^"']*["']""", f"load_model({str(prompted)!r}", block.text)
+    assert code != block.text or "load_model" not in block.text
     names: dict = {}
     exec(compile(code, f"README.md:{block.line}", "exec"), names)
     for line in block.text.splitlines():  # shapes in the margin are true
@@ -199,9 +265,19 @@ def test_python_block_runs(block, prompted):
             assert tuple(names[match[1]].shape) == tuple(map(int, match[2].split(", "))), line
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", TEXT))))
-def test_link_leads_somewhere(link):
-    assert (ROOT / link).exists()
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("file", [*READMES, ROOT / "experiments" / "LOG.md"], ids=lambda f: str(f.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    text = file.read_text(encoding="utf-8")
+    for path, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = file.parent / path if path else file
+        assert target.exists(), f"{file}: {path}"
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{file}: {path}#{anchor}"
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -211,3 +287,80 @@ def test_ci_runs_the_test_command_of_the_readme():
         r"pip install -\S+ -e", "pip install -e", script
     )  # quieter, but the same
     assert "\npytest -m slow\n" in script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", PLANS, ids=" ".join)
+def test_plan_command_runs(typed, tmp_path, capsys):
+    with here(tmp_path):
+        assert run_guarded(lambda: import_module("ldm.plan.__main__").main(list(typed))) == 0
+    assert "device-hours" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*biased")
+@pytest.mark.parametrize("typed", REPORTS, ids=" ".join)
+def test_report_command_runs(typed, smoke, tmp_path, monkeypatch):
+    """Studies are copies, so that the repository's tables stay as they are; runs are the shared one."""
+    for name in ("conf", "ldm", "experiments"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("A", "B"):
+        shutil.copytree(smoke.run, tmp_path / "runs" / name)
+    monkeypatch.setattr(compose, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "STUDIES", tmp_path / "experiments")
+    small = {"levels": ("num=8", "bins=2"), "bits": ("num=2", "steps=4")}.get(typed[0], ())
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        assert run_guarded(lambda: report.main([*typed, *small])) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*biased")
+@pytest.mark.parametrize("typed", FRONTIERS, ids=" ".join)
+def test_frontier_command_samples_its_first_point(typed, smoke, tmp_path, monkeypatch):
+    every = frontier.sampling_points
+    monkeypatch.setattr(frontier, "sampling_points", lambda *a: (every(*a)[0][:1], every(*a)[1]))
+    monkeypatch.setenv("CLASSIFIER", "a run")
+    words = [f"run={smoke.run}" if word.startswith("run=") else word for word in typed[typed.index("-m") + 2 :]]
+    words = [str(ROOT / word) if word.startswith("experiments/") else word for word in words]
+    small = ["num=6", "batch_size=6", "metrics=fd", "out=points.csv"]
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        assert run_guarded(lambda: frontier.main([*words, *small])) == 0
+        assert (tmp_path / "points.csv").is_file()
+
+
+@pytest.mark.parametrize("typed", typed_after("python", "-m", "ldm.cli.export"), ids=" ".join)
+def test_export_command_runs(typed, smoke, tmp_path):
+    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
+        (tmp_path / "runs").symlink_to(smoke.folder / "runs")
+        assert import_module("ldm.cli.export").main(list(typed)) == 0
+        assert all(Path(word[4:]).exists() for word in typed if word.startswith("out="))
+
+
+@pytest.mark.parametrize("typed", typed_after("python", "-m", "ldm.evaluation.adm"), ids=" ".join)
+def test_adm_command_runs(typed, tmp_path, monkeypatch):
+    """With small images and a toy network in place of Inception."""
+    from test_adm import Toy, pictures
+
+    monkeypatch.setattr(features, "SpatialInception", Toy)
+    for i, word in enumerate(typed):
+        np.savez(tmp_path / word, arr_0=pictures(20, i))
+    with here(tmp_path):
+        assert run_guarded(lambda: import_module("ldm.evaluation.adm").main(list(typed))) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", SCRIPTS, ids=" ".join)
+def test_script_starts_with_its_arguments(typed, tmp_path, monkeypatch):
+    """Scripts that take hours, or runs of another study: they import and their main accepts what is typed."""
+    file = ROOT / typed[0]
+    monkeypatch.syspath_prepend(str(file.parent))
+    names = {path.stem for path in file.parent.glob("*.py")}
+    with here(tmp_path):
+        try:
+            main = runpy.run_path(str(file), run_name="script")["main"]
+        finally:
+            for name in names & {*sys.modules}:
+                del sys.modules[name]
+    parameters = signature(main).parameters.values()
+    if [p.annotation for p in parameters] != [list[str]]:  # one that takes all the words
+        signature(main).bind(*typed[1:])

@@ -1,5 +1,6 @@
 """Reports: rows found by content, intervals by hand, protocols never mixed, the README's table the csv's, runs side by side."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -55,8 +56,7 @@ def toy(tmp_path, monkeypatch) -> Path:
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     (folder / "sweep.yaml").write_text(SWEEP)
     (folder / "study.yaml").write_text(STUDY)
-    (tmp_path / "experiments" / "LOG.md").write_text("# Log\n\n<!-- studies -->\n<!-- /studies -->\n")
-    (tmp_path / "README.md").write_text("# Toy\n\n<!-- studies -->\n<!-- /studies -->\n")
+    (tmp_path / "experiments" / "README.md").write_text("# Toy\n\n<!-- studies -->\n<!-- /studies -->\n")
     monkeypatch.setattr(compose_module, "ROOT", tmp_path)
     monkeypatch.setattr(compose_module, "compose_jobs", once)
     monkeypatch.setattr(__main__, "STUDIES", tmp_path / "experiments")
@@ -175,7 +175,7 @@ def test_runs_are_found_by_content_and_rows_kept_without_them(toy, capsys):
     assert table.read_block(readme, "table") == table.markdown(one, table.comparisons(one, kept))
     assert "-1.5" in readme
     assert 1000 < (toy / "figure.png").stat().st_size < 100_000
-    assert "[toy](toy/README.md)" in (toy.parent / "LOG.md").read_text()
+    assert "[toy](toy/README.md)" in (toy.parent / "README.md").read_text()
     before = readme
     Path("runs").rename("elsewhere")
     assert run_guarded(lambda: __main__.main(["experiments/toy"])) == 0  # as on another machine: the csv says it all
@@ -282,6 +282,18 @@ def test_a_readme_shows_what_its_csv_says(one):
 
 def test_the_table_of_studies_is_what_the_csvs_say():
     kept = {one.name: (one, table.comparisons(one, rows.read(one.folder / "results.csv"))) for one in STUDIES}
-    for file, base in (("experiments/LOG.md", ""), ("README.md", "experiments/")):
-        shown = table.read_block((ROOT / file).read_text(), "studies")
-        assert shown == table.overview(kept, base), f"{file}: python -m ldm.report writes it anew"
+    shown = table.read_block((ROOT / "experiments" / "README.md").read_text(), "studies")
+    assert shown == table.overview(kept), "python -m ldm.report updates experiments/README.md"
+
+
+def test_scores_table_equals_the_stored_metrics():
+    """The scores in experiments/README.md are those of quickstart/metrics.json, and the top README quotes them."""
+    spec = importlib.util.spec_from_file_location("keep", ROOT / "experiments" / "quickstart" / "keep.py")
+    keep = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(keep)
+    metrics = json.loads((ROOT / "experiments" / "quickstart" / "metrics.json").read_text())
+    shown = table.read_block((ROOT / "experiments" / "README.md").read_text(), "scores")
+    assert shown == keep.table(metrics), "python experiments/quickstart/keep.py RUN updates experiments/README.md"
+    names = ("fd_fashion", "accuracy", "baseline/test/fd_fashion", "baseline/noisy/fd_fashion")
+    quoted = (ROOT / "README.md").read_text()
+    assert all(f" {metrics[name]:.3g}" in quoted for name in names)

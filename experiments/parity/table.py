@@ -1,7 +1,7 @@
-"""The README's table of parity, made anew: python experiments/parity/table.py
+"""Write the parity table of experiments/README.md: python experiments/parity/table.py
 
 Counts each network on the meta device, gives the original code and ours the same weights and lets both answer (tests/interop and
-tests/net hold the originals, or what was recorded of them), reckons what an evaluation would take, and writes parity.csv and the README.
+tests/net hold the originals, or what was recorded of them), estimates what an evaluation would cost, and writes parity.csv and the table.
 """
 
 import csv
@@ -233,7 +233,7 @@ def main() -> None:
     table.writeheader()
     table.writerows(rows)
     atomic.write_text(HERE / "parity.csv", text.getvalue())
-    readme = ROOT / "README.md"
+    readme = HERE.parent / "README.md"
     pattern = r"(<!-- parity -->\n).*?(<!-- /parity -->)"
     atomic.write_text(
         readme, re.sub(pattern, lambda m: m[1] + markdown(rows) + "\n" + m[2], readme.read_text(), flags=re.DOTALL)

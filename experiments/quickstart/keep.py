@@ -1,4 +1,7 @@
-"""Keep a finished run's scores and picture here and in the README: python experiments/quickstart/keep.py RUN."""
+"""Copy a finished run's scores and sample grid here and write them into experiments/README.md.
+
+python experiments/quickstart/keep.py RUN
+"""
 
 import csv
 import re
@@ -30,7 +33,7 @@ def table(metrics: dict) -> str:
 
 
 def main(run: str) -> None:
-    """Copy scores and picture; write results.csv and the README's table."""
+    """Copy scores and sample grid; write results.csv and the table in experiments/README.md."""
     folder = Path(run)
     metrics = metrics_log.read_final_metrics(folder)
     if metrics is None:
@@ -44,7 +47,7 @@ def main(run: str) -> None:
             writer.writerow(
                 {"metric": name} | {title: metrics.get(prefix + name, "") for prefix, title in COLUMNS.items()}
             )
-    readme = HERE.parents[1] / "README.md"
+    readme = HERE.parent / "README.md"
     text = re.sub(
         r"(<!-- scores -->\n).*?(<!-- /scores -->)",
         lambda m: m[1] + table(metrics) + "\n" + m[2],
