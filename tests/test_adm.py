@@ -234,10 +234,7 @@ def test_labels_are_balanced_or_random_by_seed():
     card = SimpleNamespace(classes=["a", "b", "c"], captions=[["a"], ["b"], ["c"]])
 
     def labels(**asked) -> list:
-        return [
-            k
-            for _, k in captions_and_labels(card, 600, **asked)
-        ]
+        return [k for _, k in captions_and_labels(card, 600, **asked)]
 
     assert labels(labels="balanced")[:5] == [0, 1, 2, 0, 1]
     drawn = labels(labels="random")

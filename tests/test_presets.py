@@ -75,7 +75,9 @@ def test_parameters_are_the_papers(preset):
     assert (told.context is None) == (conditioner.context_dim is None)
     assert (told.concat is None) == (not conditioner.concat_channels)
     count = sum(p.numel() for name in said.modules for p in parts[name].parameters())
-    assert counts_match(count + said.extra_parameters, said.parameters), f"{count + said.extra_parameters:,} {said.parameters}"
+    assert counts_match(count + said.extra_parameters, said.parameters), (
+        f"{count + said.extra_parameters:,} {said.parameters}"
+    )
 
 
 def test_a_preset_is_checked_as_a_command_line_is():

@@ -281,7 +281,14 @@ def test_a_hole_is_filled_from_its_edge():
 
 
 @pytest.mark.parametrize(
-    "sides", [{"pad_left": 4}, {"pad_right": 2}, {"pad_top": 6}, {"pad_bottom": 2}, {"pad_left": 2, "pad_right": 4, "pad_top": 2, "pad_bottom": 4}]
+    "sides",
+    [
+        {"pad_left": 4},
+        {"pad_right": 2},
+        {"pad_top": 6},
+        {"pad_bottom": 2},
+        {"pad_left": 2, "pad_right": 4, "pad_top": 2, "pad_bottom": 4},
+    ],
 )
 def test_outpainting_keeps_the_original(sides):
     made, image = patched(), images(2, 8, 12)

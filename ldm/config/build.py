@@ -38,8 +38,6 @@ def build_dataset(cfg: Any, split: str = "train"):
     """Build the data set of a config's `data` node; split: train or test."""
     from hydra.utils import instantiate
 
-    from hydra.utils import instantiate
-
     return instantiate(cfg.data, split=split)
 
 
@@ -50,8 +48,6 @@ def resolve_dataset_config(cfg: Any) -> Any:
     that run names depend on them. Then the function at `auto`, if any, changes the config. Both describe what they
     chose; rank 0 prints it, except for a config that was already resolved.
     """
-    from hydra.utils import instantiate
-
     import os
 
     from hydra.utils import get_object, instantiate
@@ -76,8 +72,6 @@ def build_degraded_dataset(cfg: Any, split: str = "train"):
 
     The training split keeps the images' own aspect ratios if the data set supports buckets.
     """
-    from hydra.utils import instantiate
-
     from hydra.utils import instantiate
 
     data = build_dataset(cfg, split)
@@ -128,15 +122,11 @@ def build_autoencoder(node: Any, channels: int):
     """Build a first stage (untrained) for images of `channels` channels."""
     from hydra.utils import instantiate
 
-    from hydra.utils import instantiate
-
     return instantiate(node, **nested_kwargs(node, {"channels": channels}))
 
 
 def build_conditioner(node: Any, autoencoder, data):
     """Build a conditioner, single or composed of several, for a first stage and a data set."""
-    from hydra.utils import instantiate
-
     from hydra.utils import instantiate
 
     known = {
@@ -152,8 +142,6 @@ def build_conditioner(node: Any, autoencoder, data):
 
 def build_network(cfg: Any, autoencoder, conditioner):
     """Build a config's network for the latents of a first stage and the conditions of a conditioner."""
-    from hydra.utils import instantiate
-
     from hydra.utils import instantiate
 
     return instantiate(

@@ -13,11 +13,9 @@ from typing import Any
 from ldm.config.build import to_container
 from ldm.config.overrides import (
     ConfigSearchPath,
-    did_you_mean,
     escape,
     expand_group_list,
     explain_override_error,
-    format_choices,
     normalize_override,
     quote,
 )

@@ -18,10 +18,10 @@ from ldm.errors import UserError
 
 # Models, data and samples; nothing that writes files, downloads or starts processes.
 ALLOWED_LDM_TARGETS = re.compile(
-    r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net)\..+"
+    r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net(?!\.pretrained))\..+"
     r"|sampling\.((inputs|tasks)\.\w+|classifier_guidance\.classifier_guidance)|evaluation\.evaluate\.EvaluationConfig"
     r"|checkpoint\.teachers\.(autoguidance|load_teacher)"
-    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|recipes\.\w+\.(train|\w+Recipe)"
+    r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|recipes\.\w+\.\w+Recipe"
     r"|training\.(fit|lr|debug|optimizers)\.\w+)"
 )
 LIBRARIES = ("torch.nn", "torch.optim")

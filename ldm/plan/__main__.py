@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ldm.cli.errors import run_guarded
-from ldm.config.overrides import ConfigSearchPath, format_choices
+from ldm.config.overrides import format_choices
 from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.plan.config import ROOT, composed, differences

@@ -62,10 +62,9 @@ class GradientGuard(L.Callback):
             return
         self.row += 1
         step = batch["step"] + 1
-        keys = [
-            key for rank in all_gather_objects(list(zip(batch["epoch"], batch["index"], strict=True))) for key in rank
-        ]
-        evidence = {"step": step, "skipped_in_a_row": self.row, "gradients": self.bad, "batch": {"epoch, index": keys}}
+        keys = list(zip(batch["epoch"], batch["index"], strict=True))
+        keys = [key for rank_keys in all_gather_objects(keys) for key in rank_keys]
+        report = {"step": step, "skipped_in_a_row": self.row, "gradients": self.bad, "batch": {"epoch, index": keys}}
         if trainer.is_global_zero:
             atomic.write_json(self.folder / NONFINITE_REPORT, report)
         if self.row >= self.patience:

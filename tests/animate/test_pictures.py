@@ -11,7 +11,7 @@ from test_task import model as echo
 from ldm import plotting
 from ldm.animate import arguments, attention
 from ldm.animate.brownian import brownian, paths, spread
-from ldm.animate.density import trajectory, density
+from ldm.animate.density import density, trajectory
 from ldm.animate.forward import alpha_bar, forward, process
 from ldm.animate.guidance import guidance
 from ldm.animate.interpolate import interpolate
@@ -158,7 +158,9 @@ def test_noise_is_carried_to_the_data(draw):
     nearest = torch.cdist(walk[-1], data.means).min(1)
     assert (nearest.values < 0.5).double().mean() > 0.95
     assert len(nearest.indices.unique()) == 8  # no Gaussian is forgotten
-    torch.testing.assert_close(walk[0], trajectory(data, data, ts, 160, 0, sampler.euler)[0])  # every sampler starts there
+    torch.testing.assert_close(
+        walk[0], trajectory(data, data, ts, 160, 0, sampler.euler)[0]
+    )  # every sampler starts there
 
 
 @pytest.mark.parametrize("training", [0, 2])

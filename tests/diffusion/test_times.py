@@ -82,7 +82,9 @@ def test_stratified_has_one_draw_a_stratum_over_all_ranks():
 
 def test_stratified_never_gives_0():
     """(7 + u) / 8 with the largest u below 1 rounds to 1."""
-    highest = SimpleNamespace(uniform=lambda purpose, x: torch.full_like(x, 1 - 2**-24), position=[7], global_batch_size=8)
+    highest = SimpleNamespace(
+        uniform=lambda purpose, x: torch.full_like(x, 1 - 2**-24), position=[7], global_batch_size=8
+    )
     assert times.stratified(highest, torch.zeros(1, 3), TABLE, times.uniform) == 2**-24
 
 

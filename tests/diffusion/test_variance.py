@@ -183,7 +183,7 @@ def test_learned_variance_reaches_the_same_bound():
 
     middle = lambda f, sched, t, s: (
         (variance.fixed_small(None, sched, t, s) + variance.fixed_large(None, sched, t, s)) / 2
-    )  # noqa: E731
+    )
     got, want = (
         variance.bits_per_dim(d, g.schedule, x0, ts, noise, v, variance.gaussian_nll)["total"]
         for d, v in [(denoise, variance.learned_range), (g, middle)]

@@ -7,7 +7,7 @@ from test_tables import same_shapes, shapes
 
 from ldm.errors import UserError
 from ldm.interop import checkpoint, compvis, config_nodes
-from ldm.interop.checkpoint import EMA, FOUNDATION, LOSS, NET, STAGE, COND_STAGE
+from ldm.interop.checkpoint import COND_STAGE, EMA, FOUNDATION, LOSS, NET, STAGE
 
 
 @pytest.fixture

@@ -410,7 +410,8 @@ def test_a_damaged_folder_is_one_error(exported, tmp_path):
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
     with pytest.raises(
-        atomic.CorruptFileError, match=r"unet/diffusion_pytorch_model\.safetensors .* is not a complete safetensors file"
+        atomic.CorruptFileError,
+        match=r"unet/diffusion_pytorch_model\.safetensors .* is not a complete safetensors file",
     ):
         external.open_pipeline(tmp_path / "out")
     weights.unlink()

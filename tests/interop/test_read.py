@@ -296,7 +296,9 @@ def test_another_kind_of_file_is_named(tmp_path, data, said, ending):
     with pytest.raises(UserError) as error:
         read_weights(tmp_path / f"a{ending}")
     assert f"a{ending}" in str(error.value)
-    assert said in str(error.value) or (ending == ".safetensors" and "not a complete safetensors file" in str(error.value))
+    assert said in str(error.value) or (
+        ending == ".safetensors" and "not a complete safetensors file" in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("size", [4, 8, 30, -1])

@@ -123,7 +123,7 @@ def test_kernel_distance_is_the_written_out_sum_and_unbiased(monkeypatch):
     kernel = lambda a, b: (sum(float(p) * float(q) for p, q in zip(a, b, strict=True)) / D + 1) ** 3  # noqa: E731
     pairs = lambda z: (
         sum(kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1))
-    )  # noqa: E731
+    )
     expected = pairs(x) + pairs(y) - 2 * sum(kernel(a, b) for a in x for b in y) / (len(x) * len(y))
     assert polynomial_mmd(x, y).item() == pytest.approx(expected, rel=1e-9)
     null = torch.stack([polynomial_mmd(features(40, 2 * i), features(40, 2 * i + 1)) for i in range(1, 200)])

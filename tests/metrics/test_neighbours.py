@@ -48,7 +48,9 @@ def test_authenticity_and_copies_by_hand():
     assert memorisation(x + 100, training) == (1, 0)
 
 
-@pytest.mark.parametrize(("found", "said"), [(density_coverage, "more than k=5"), (memorisation, "needs at least one and two")])
+@pytest.mark.parametrize(
+    ("found", "said"), [(density_coverage, "more than k=5"), (memorisation, "needs at least one and two")]
+)
 def test_too_few_are_refused(found, said):
     for x, y in ((features(0, 1), features(9, 2)), (features(9, 1), features(1, 2))):
         with pytest.raises(ValueError, match=said):

@@ -105,8 +105,8 @@ def test_rectangles_of_any_size(options, patch):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="5 x 4 cannot be cut into patches of 2"):
         DiT(3, 3, **SMALL)(torch.randn(2, 3, 5, 4), T, Condition())
-    with pytest.raises(ValueError, match="heads=3 does not divide channels=16"):
-        DiT(3, 3, **{**SMALL, "heads": 3})
+    with pytest.raises(ValueError, match="num_heads=3 does not divide channels=16"):
+        DiT(3, 3, **{**SMALL, "num_heads": 3})
     with pytest.raises(ValueError, match="the network has no cross-attention"):
         DiT(3, 3, **SMALL)(X, T, Condition(context=torch.randn(2, 3, 6)))
     with pytest.raises(ValueError, match=r"conditioner\.dim=16"):

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import yaml
-
 CONF = Path(__file__).resolve().parents[2] / "conf"
 INTRO = """# Configuration
 
