@@ -47,9 +47,11 @@ def hash_state_dict(state: Mapping[str, Tensor]) -> str:
 class KeyedNoise:
     """Random draws for a batch of rows, row i keyed by (seed, purpose, index[i]).
 
-    seed: of the run.  index: what a row is, once and for all: an image's seed, or (epoch, index) of a sample in the data set.
-    position, total: each row's position in the global batch and that batch's size, for draws that are stratified over the batch.
-    The same row gets the same numbers at any batch size, worker count or rank.  Draws are made on the CPU in float32 and then moved.
+    seed: of the run.  index: identifies a row: an image's seed, or (epoch, sample index).
+    position, global_batch_size: each row's position in the global batch and that batch's size, for draws stratified
+    over the batch.
+    The same row gets the same numbers at any batch size, worker count or rank.  Numbers are drawn on the CPU in float32
+    and then moved.
     """
 
     seed: int

@@ -42,7 +42,9 @@ class TextualInversion:
 class TokenEmbeddingOverride(nn.Module):
     """A text conditioner with trained embeddings for one word; captions without the word are encoded as before.
 
-    told: a conditioner with `cache`, whose encoder has pieces(word), embedding and features; or another Inverted.
+    conditioner: one with `cache`, whose encoder has token_ids(word), embedding and features; or another
+    TokenEmbeddingOverride.
+    placeholder_token, initializer_token, scale: as in TextualInversion.
     """
 
     concat_channels = 0
@@ -52,20 +54,20 @@ class TokenEmbeddingOverride(nn.Module):
         self, conditioner: Any, placeholder_token: str, initializer_token: str | None = None, scale: float = 1.0
     ):
         super().__init__()
-        self.told, self.scale = told, scale
-        self.words = (*getattr(told, "words", ()), word.lower())
+        self.told, self.scale = conditioner, scale  # `told` is a prefix in checkpoints
+        self.words = (*getattr(conditioner, "words", ()), placeholder_token.lower())
         self.keys, self.context_dim, self.vector_dim, self.cache = (
-            told.keys,
-            told.context_dim,
-            told.vector_dim,
-            told.cache,
+            conditioner.keys,
+            conditioner.context_dim,
+            conditioner.vector_dim,
+            conditioner.cache,
         )
-        self.token_ids = self.cache.encoder.token_ids(word)
+        self.token_ids = self.cache.encoder.token_ids(placeholder_token)
         table = self.cache.encoder.embedding.weight.detach()
-        began = (
+        initial = (
             table[self.token_ids]
-            if like is None
-            else table[self.cache.encoder.token_ids(like)].mean(0).expand(len(self.token_ids), -1)
+            if initializer_token is None
+            else table[self.cache.encoder.token_ids(initializer_token)].mean(0).expand(len(self.token_ids), -1)
         )
         self.register_buffer("began", initial.clone(), persistent=False)
         self.vectors = nn.Parameter(initial.clone())

@@ -13,9 +13,11 @@ from typing import Any
 from ldm.config.build import to_container
 from ldm.config.overrides import (
     ConfigSearchPath,
+    did_you_mean,
     escape,
     expand_group_list,
     explain_override_error,
+    format_choices,
     normalize_override,
     quote,
 )
@@ -95,6 +97,23 @@ def compose_jobs(
             )
             validate(jobs[-1].config, None, supplied)
     return jobs
+
+
+def compose_option(group: str, option: str, folder: Path = ROOT / "conf") -> Any:
+    """Return the node of one option of a group as a config, composed with the base files that it names.
+
+    Interpolations of other groups, as `${weighting}`, stay unresolved.  Raises UserError for an option that does not exist.
+    """
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    options = ConfigSearchPath((folder,), ROOT).groups().get(group, [])
+    if option not in options:
+        raise UserError(f"{group}={option}: no such option{did_you_mean(option, options)}{format_choices(options)}")
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        config = compose(f"{group}/{option}")
+    # A root of its own, as a file is: a node of the composed config refuses new keys.  `@package _global_` sets other keys as well.
+    return OmegaConf.create(OmegaConf.to_container(config.get(group, config)))
 
 
 # Keep Hydra from writing files.

@@ -64,12 +64,12 @@ class ConfigSearchPath:
     root: Path
 
     def groups(self) -> dict[str, list[str]]:
-        """Map each group to its options, from the YAML files in the folders."""
+        """Map each group to its options, from the YAML files in the folders; base files, `_name.yaml`, are left out."""
         options: dict[str, set[str]] = {}
         for folder in self.folders:
             for file in folder.rglob("*.yaml"):
                 group = file.parent.relative_to(folder).as_posix()
-                if group != "." and not group.startswith(("hydra", "experiments")):
+                if group != "." and not group.startswith(("hydra", "experiments")) and not is_base(file.stem):
                     options.setdefault(group, set()).add(file.stem)
         return {group: sorted(names) for group, names in sorted(options.items())}
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ldm.cli.errors import run_guarded
-from ldm.config.overrides import format_choices
+from ldm.config.overrides import ConfigSearchPath, format_choices
 from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.plan.config import ROOT, composed, differences
@@ -56,7 +56,7 @@ def plan(argv: Sequence[str]) -> PlanResult:
     )
     chosen = next((word.partition("=")[2] for word in reversed(typed) if word.startswith("preset=")), None)
     paper = options.get("paper", chosen)
-    presets = sorted(file.stem for file in (ROOT / "conf" / "preset").glob("*.yaml"))
+    presets = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["preset"]
     if paper not in (None, "null", *presets):
         raise UserError(f"paper={paper}: no such preset{format_choices(presets, 60)}")
     cfg, published = composed(typed)

@@ -14,9 +14,9 @@ def stub_text_encoders(conditioner: "torch.nn.Module") -> list["torch.nn.Module"
     part: Any
     encoders = []
     for part in conditioner.modules():
-        if hasattr(part, "kept"):
-            encoders.append(part.kept.encoder)
-            part.kept = StubTextEncoder(part.kept)
+        if hasattr(part, "cache"):
+            encoders.append(part.cache.encoder)
+            part.cache = StubTextEncoder(part.cache)
     return encoders
 
 

@@ -15,8 +15,8 @@ KNOWN_VAES = (
     *("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema", "stable-diffusion-v1-5/stable-diffusion-v1-5/vae"),
     *("runwayml/stable-diffusion-v1-5/vae", "CompVis/stable-diffusion-v1-4/vae"),
 )
-MIN_LATENT_SIZE = 8  # places on a side of a latent: fewer say too little of an image
-MAX_SMALL_LATENT = 16  # and up to so many the experiment's own net serves
+MIN_LATENT_SIZE = 8  # positions per side of a latent; fewer carry too little of an image
+MAX_SMALL_LATENT = 16  # positions per side up to which the experiment's own network is large enough
 
 
 def choose_first_stage_and_net(cfg: Any, pretrained: str = "auto", large: str | None = None) -> str:

@@ -134,7 +134,7 @@ def inherit_base_config(cfg: Any) -> Any:
     if not cfg.get("adapter"):
         return cfg
     if not cfg.get("init"):
-        raise UserError("adapter= is trained on top of a trained model: init=RUN says which")
+        raise UserError("adapter= is trained on top of a trained model: choose it by init=RUN")
     base = load_run_config(cfg.init)
     for name in INHERITED_KEYS:
         cfg[name] = base.get(name, False)  # the config of an imported pipeline has no learned_variance

@@ -1,11 +1,17 @@
 """Compare a study's results with the paper's.
 
-experiments/STUDY  reads the run folders of the study's jobs, wherever `runs=` says they are, and of those that are not here the study's
-                   results.csv; writes results.csv, the README's table between its marks, and figure.png
-all                the same of every study; without any argument, only the table of studies in experiments/README.md
-compare RUN RUN    config differences, curves and numbers side by side, and as a page that opens without a server (out=compare.html)
-levels RUN         loss and errors by bin of log-SNR on num=256 held-out images, bins=10, into levels.csv and levels.png in the run's folder
-bits RUN           the variational bound in bits per dimension on num=256 held-out images, steps=1000, into bits.json in the run's folder
+python -m ldm.report [experiments/STUDY | all | compare RUN RUN ...] [key=value ...]
+
+experiments/STUDY  read the run folders of the study's jobs, where `runs=` points to, or results.csv for runs that are
+                   not on this machine; write results.csv, the README's table between its marks, and figure.png
+all                the same for every study; without arguments, only the table of studies in
+                   experiments/README.md
+compare RUN RUN    config differences, curves and numbers side by side, also as a page that opens without a server
+                   (out=compare.html)
+levels RUN         loss and errors by bin of log-SNR on num=256 held-out images, bins=10, to levels.csv and levels.png
+                   in the run's folder
+bits RUN           the variational bound in bits per dimension on num=256 held-out images, steps=1000, to bits.json in
+                   the run's folder
 
   wandb=PROJECT    read a Weights & Biases project instead of run folders
   key=value        of train.py, for every job of the sweep, such as runs=PATH
@@ -83,15 +89,15 @@ def readme_fields(spec: study.Study) -> dict[str, str]:
 
 
 def update_overview(root: Path) -> None:
-    """Write the table of studies into the README of their folder. Raises UserError."""
-    kept = {
-        one.name: (one, table.comparisons(one, rows.read(one.folder / "results.csv")))
-        for one in study.all_studies(root)
+    """Write the table of studies into the README of their folder.  Raises UserError."""
+    studies = {
+        spec.name: (spec, table.comparisons(spec, rows.read(spec.folder / "results.csv")))
+        for spec in study.all_studies(root)
     }
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    atomic.write_text(readme, table.replace_block(text, "studies", table.overview(kept)))
-    print(f"{readme}: {len(kept)} studies")
+    atomic.write_text(readme, table.replace_block(text, "studies", table.overview(studies)))
+    print(f"{readme}: {len(studies)} studies")
 
 
 def compare(words: Sequence[str]) -> None:

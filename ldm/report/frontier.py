@@ -42,7 +42,13 @@ DEFAULTS = {
     "metrics": "full",
     "save": "none",
 }
-IRRELEVANT_KEYS = ("run", "out", "save", "batch_size", "trainer")  # of a request: they change neither images nor scores
+IRRELEVANT_KEYS = (
+    "run",
+    "output_dir",
+    "save",
+    "batch_size",
+    "trainer",
+)  # of a request: they change neither images nor scores
 
 
 def to_overrides(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -107,11 +113,11 @@ def evaluate_points(run: str, points: Sequence[compose.ComposedJob], keys: Seque
         requests.append(SampleRequest.from_config(job.cfg))
         if "_target_" not in job.cfg.metrics:
             raise UserError("metrics=none: a point must be scored; expected metrics=full or another option")
-    folder, done = requests[0].folder, 0
-    config, scorers = load_run_config(folder), {}
+    source, done, scorers = requests[0].source, 0, {}
     for setup in dict.fromkeys(map(_model_setup, points)):  # load each model once
         group = [(job, request) for job, request in zip(points, requests, strict=True) if _model_setup(job) == setup]
-        model = adapters.apply_adapters(load_model(run, group[0][0].cfg.weights), group[0][1].cfg)
+        first = group[0][1]
+        model = adapters.apply_adapters(source.load(first.weights), first.adapters, first.weights)
         identity = weights.hash_model(model)[:12]
         for job, request in group:
             point = {"point": point_id(job), "model": identity}
@@ -122,7 +128,7 @@ def evaluate_points(run: str, points: Sequence[compose.ComposedJob], keys: Seque
                 images = generate_images(model, request)
             metrics_key = hash_config(job.config["metrics"])
             if metrics_key not in scorers:
-                make_scorer, _ = evaluator.make_scorer(config, job.cfg.metrics)
+                make_scorer, _ = evaluator.make_scorer(source.config, request.metrics)
                 scorers[metrics_key] = make_scorer()  # type: ignore[misc]
             values = samples.evaluate_with(request, images, scorers[metrics_key])
             row = {

@@ -16,7 +16,7 @@ from ldm.training.sharded import shard
 
 
 def batch_noise(seed: int, batch: dict[str, Any]) -> KeyedNoise:
-    """The keyed noise of a training batch: rows are (epoch, index), strata are positions in the global batch."""
+    """Return the keyed noise of a training batch: rows are (epoch, index), strata are positions in the global batch."""
     rows = list(zip(batch["epoch"], batch["index"], strict=True))
     return KeyedNoise(seed, rows, batch["position"], batch["total"])
 
