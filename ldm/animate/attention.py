@@ -54,7 +54,7 @@ def attention(
 def maps(model: LatentDiffusion, prompt: str, ts: Tensor, scale: float, seed: int = 0) -> Maps:
     """Compute the Maps of one prompt sampled on the grid.  Raises UserError for a model without attention to words."""
     layers = [module for module in model.denoiser.net.modules() if isinstance(module, CrossAttention)]
-    tokens = getattr(model.conditioner, "tokens", None)
+    tokens = getattr(model.conditioner, "tokenize", None)
     if not layers or tokens is None:
         raise UserError(
             "this model does not attend to words: attention needs a network with cross-attention and a text conditioner"
