@@ -76,7 +76,7 @@ def test_refuses_a_row_that_says_nothing_new():
     """An output that is x_t itself leaves x0 open whatever the schedule."""
 
     class State(prediction.X0):
-        def row(self, alpha, sigma):
+        def coefficients(self, alpha, sigma):
             return alpha, sigma
 
     for sched in (schedule.EDM(), schedule.linear()):
