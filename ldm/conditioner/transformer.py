@@ -131,6 +131,7 @@ class WordPiece(nn.Module):
         return self.encode([""] * num_rows(batch))
 
     def encode(self, captions: Sequence[str]) -> Condition:
+        """Tokenise and encode B captions."""
         ids = torch.tensor([self.ids(text) for text in captions], device=self.transformer.norm.weight.device)
         return Condition(context=self.transformer(ids))
 

@@ -249,6 +249,7 @@ class BucketedTensors:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(flips, N): the axes that are indexed."""
         return self.parts[0].shape[0], len(self.data)
 
     def __getitem__(self, key: tuple[Tensor, Tensor]) -> Tensor:

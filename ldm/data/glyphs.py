@@ -151,7 +151,7 @@ def pencil() -> Renderer:
 
     flat = noto()
 
-    def render(glyph: Glyph) -> "Image.Image | None":
+    def render(glyph: Glyph) -> "Image | None":
         image = flat(glyph)
         if image is None:
             return None

@@ -37,7 +37,7 @@ def cached(room: str, key: object, create: Callable[[], tuple[Tensor, Any]]) -> 
 
 
 def cached_memmap(room: str, key: object, shape: Sequence[int], fill: Callable[[Tensor], Any]) -> tuple[Tensor, Any]:
-    """As `cached`, for uint8 images of a known shape (N, C, H, W), which are never all in memory.
+    """Cache uint8 images of a known shape (N, C, H, W) as `cached` does, without having all in memory.
 
     fill: writes the images into a tensor on the disk, and returns plain data about them.
     Raises UserError if the disk has no room for them.

@@ -94,7 +94,7 @@ def test_the_check_s_manifest(pictures, tmp_path, capsys):
     whole = next(row for row in rows if row["name"].endswith("a00.png"))
     assert (whole["width"], whole["height"], int(whole["size"])) == ("24", "24", len(picture(0)))
     assert len(whole["sha256"]) == 64
-    for words, why in ((["nowhere"], "no such"), ([str(pictures), "bad=1"], "expected a path and at most output_dir=")):
+    for words, why in ((["nowhere"], "no such"), ([str(pictures), "bad=1"], "expected a path and at most out=")):
         with pytest.raises(UserError, match=why):
             check.main(words)
 
@@ -147,7 +147,7 @@ def test_too_many_end_the_run(shards, pictures, monkeypatch):
         UserError, match=rf"4 of 44 images could not be read so far, .*python -m ldm\.data\.check {shards}"
     ):
         data.batch([(0, i) for i in range(44)])
-    monkeypatch.setattr(lazy, "KNOWN", 0.05)
+    monkeypatch.setattr(lazy, "MAX_QUARANTINED", 0.05)
     check.check_dataset(str(shards))
     with pytest.raises(UserError, match="4 of 44 images are quarantined, more than 5%"):
         TarShardDataset(shards, size=16, test_fraction=0)
