@@ -85,7 +85,7 @@ def test_a_nap_is_found_where_it_was_taken(where, accumulate, monkeypatch):
     record = MetricsRecorder(lambda step, values: lit.nap("logging"), 1, 4)
     pictures = SampleGridCallback(lambda step: lit.nap("saving"), 1)
     own = Own(lit)  # of any name: what counts is its phase
-    train(lit, Napping(lit), [EMACallback(ema), record, pictures, own], steps=4, accumulate=accumulate)
+    train(lit, Napping(lit), [EMACallback(ema), record, pictures, own], steps=4, accumulate_grad_batches=accumulate)
     seconds = spent[0].seconds
     where = Own.phase if where == "own" else where
     naps = 4 * NAP * (accumulate if where in ("data", "encode", "forward", "backward") else 1)
@@ -96,13 +96,14 @@ def test_a_nap_is_found_where_it_was_taken(where, accumulate, monkeypatch):
 def test_each_second_is_of_one_kind():
     """By a clock that ticks once each time that it is looked at."""
     ticks = iter(range(100))
-    spent = PhaseProfiler(clock=lambda: next(ticks), callbacks=[MetricsRecorder(print, 1, 1)])
+    recorder = MetricsRecorder(print, 1, 1)
+    spent = PhaseProfiler(clock=lambda: next(ticks), callbacks=[recorder])
     spent.start("[Strategy]One.training_step")
     spent.start("encode")
     spent.stop("encode")
     spent.stop("[Strategy]One.training_step")
-    spent.start("[Callback]Record.on_train_batch_end")
-    spent.stop("[Callback]Record.on_train_batch_end")
+    spent.start(f"[Callback]{recorder.state_key}.on_train_batch_end")
+    spent.stop(f"[Callback]{recorder.state_key}.on_train_batch_end")
     found = spent.elapsed()
     assert {kind: n for kind, n in found.items() if n} == {"forward": 2, "encode": 1, "logging": 1, "other": 3}
     assert list(found) == list(ORDER)
@@ -159,7 +160,7 @@ def test_the_pace_is_always_recorded(accumulate):
         Rows(),
         [MetricsRecorder(lambda step, values: rows.append(values), 2, 6)],
         steps=6,
-        accumulate=accumulate,
+        accumulate_grad_batches=accumulate,
     )
     for row in rows:
         assert {"perf/images_per_s", "perf/data_wait", "perf/mfu"} <= row.keys()
