@@ -96,13 +96,14 @@ def test_a_nap_is_found_where_it_was_taken(where, accumulate, monkeypatch):
 def test_each_second_is_of_one_kind():
     """By a clock that ticks once each time that it is looked at."""
     ticks = iter(range(100))
-    spent = PhaseProfiler(clock=lambda: next(ticks), callbacks=[MetricsRecorder(print, 1, 1)])
+    recorder = MetricsRecorder(print, 1, 1)
+    spent = PhaseProfiler(clock=lambda: next(ticks), callbacks=[recorder])
     spent.start("[Strategy]One.training_step")
     spent.start("encode")
     spent.stop("encode")
     spent.stop("[Strategy]One.training_step")
-    spent.start("[Callback]MetricsRecorder.on_train_batch_end")
-    spent.stop("[Callback]MetricsRecorder.on_train_batch_end")
+    spent.start(f"[Callback]{recorder.state_key}.on_train_batch_end")
+    spent.stop(f"[Callback]{recorder.state_key}.on_train_batch_end")
     found = spent.elapsed()
     assert {kind: n for kind, n in found.items() if n} == {"forward": 2, "encode": 1, "logging": 1, "other": 3}
     assert list(found) == list(ORDER)
