@@ -61,7 +61,8 @@ def outpaint(
     }
     height, width = training_size(session)
     size = (height + sides["top"] + sides["bottom"], width + sides["left"] + sides["right"])
-    return TaskRequest("outpaint", {"image": store_picture(session, limits, file), **sides}, size)
+    pads = {f"pad_{name}": side for name, side in sides.items()}
+    return TaskRequest("outpaint", {"image": store_picture(session, limits, file), **pads}, size)
 
 
 def super_resolution(session: Session, limits: Limits, file: str | None) -> TaskRequest:

@@ -199,7 +199,7 @@ def test_an_image_that_says_how_to_make_it_again(tmp_path, ran):
         )
         images.save_png(tmp_path / "a.png", torch.zeros(1, 4, 4, dtype=torch.uint8), {"reproduce": text})
         asked = cfg.copy()
-        asked.again = str(tmp_path / "a.png")
+        asked.reproduce = str(tmp_path / "a.png")
         with pytest.raises(UserError, match=why):
             SampleRequest.from_config(asked)
     assert not ran
