@@ -1,4 +1,4 @@
-"""Measure FLOPs and memory of a computation on the meta device: shapes and lifetimes are real, values are not computed."""
+"""Measure FLOPs and memory of a computation on the meta device: shapes and lifetimes are real, nothing is computed."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
