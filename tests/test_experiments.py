@@ -48,13 +48,13 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     **dict.fromkeys(("conditioning", "text_encoder"), ("training.score.num=20", "conditioner=label")),
     "text_encoder/scratch": (
         *("training.score.num=20", "conditioner=label"),
-        *(f"~conditioner.{name}" for name in ("layers", "heads", "head_channels", "length")),
+        *(f"~conditioner.{name}" for name in ("layers", "num_heads", "num_head_channels", "max_length")),
     ),
     "text_encoder/clip": (*FIRST, "~training.sample_every"),
     "text_encoder/small_clip": (
         "training.score.num=20",
         "conditioner=label",
-        "~conditioner.length",
+        "~conditioner.max_length",
         "~conditioner.encoder",
     ),
     "lora": ("data=synthetic", "~data.styles"),
