@@ -54,7 +54,7 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "text_encoder/small_clip": (
         "training.score.num=20",
         "conditioner=label",
-        "~conditioner.length",
+        "~conditioner.max_length",
         "~conditioner.encoder",
     ),
     "lora": ("data=synthetic", "~data.styles"),
