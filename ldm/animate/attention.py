@@ -54,8 +54,8 @@ def attention(
 def maps(model: LatentDiffusion, prompt: str, ts: Tensor, scale: float, seed: int = 0) -> Maps:
     """Compute the Maps of one prompt sampled on the grid.  Raises UserError for a model without attention to words."""
     layers = [module for module in model.denoiser.net.modules() if isinstance(module, CrossAttention)]
-    tokens = getattr(model.conditioner, "tokens", None)
-    if not layers or tokens is None:
+    tokenize = getattr(model.conditioner, "tokenize", None)
+    if not layers or tokenize is None:
         raise UserError(
             "this model does not attend to words: attention needs a network with cross-attention and a text conditioner"
         )
@@ -68,7 +68,7 @@ def maps(model: LatentDiffusion, prompt: str, ts: Tensor, scale: float, seed: in
     length = shares[0].shape[-1] if read is None else int(read.sum())
     resized = [resize_map(share[0, :, :, :length].mean(0), (height, width)) for share in shares]
     mean = torch.stack(resized).mean(0)  # (L, h, w)
-    names, groups = group_tokens(prompt, tokens(prompt)[: length - 2], length)
+    names, groups = group_tokens(prompt, tokenize(prompt)[: length - 2], length)
     return Maps(image.cpu(), names, torch.stack([mean[group].sum(0) for group in groups]).cpu())
 
 

@@ -1,4 +1,4 @@
-"""Gaussian mixtures as data: their score is known in closed form, so figures show the method, not a network's errors."""
+"""Gaussian mixtures as data: their score is known exactly, so figures show the method, not a network's errors."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Serve requests one after another, each in its own thread, which outlives the page that sent it: the queue moves on."""
+"""Serve requests one by one, each in its own thread, which outlives the page that sent it, so the queue moves on."""
 
 import traceback
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Measure FLOPs and memory of a computation on the meta device: shapes and lifetimes are real, values are not computed."""
+"""Measure FLOPs and memory of a computation on the meta device: shapes and lifetimes are real, nothing is computed."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -129,7 +129,7 @@ def training_cost(
 
 
 def backward_cost(loss: Tensor) -> None:
-    """Run loss.backward() with a TorchFunctionMode kept active, for what activation checkpointing recomputes."""
+    """Run loss.backward() with the TorchFunctionMode still active, for what activation checkpointing recomputes."""
     run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
