@@ -71,14 +71,14 @@ def require_at_least(least: int, /, **values: float) -> None:
 
 
 def model_of(run: str) -> "LatentDiffusion":
-    """The trained model of a run. Raises UserError."""
+    """Load the trained model of a run.  Raises UserError."""
     from ldm.checkpoint.load import open_model
 
     return open_model(run).load()
 
 
 def prompt_batch(run: str, prompt: str | None, num: int) -> dict[str, Any]:
-    """The batch of `num` images that are told the prompt; without one, captions and classes of the run's data, class by class."""
+    """Return a batch of `num` conditions: the prompt or, without one, captions and classes of the data in turn."""
     from ldm.checkpoint.load import open_model
     from ldm.sampling.prompts import captions_and_labels
 

@@ -16,7 +16,7 @@ from ldm.errors import UserError
 
 def app(
     run: str,  # a run folder, or a folder of runs: all of them, the newest first
-    beside: str | None = None,  # another run, sampled with the same seeds
+    compare: str | None = None,  # another run, sampled with the same seeds
     host: str = "127.0.0.1",  # address to serve: this machine only; 0.0.0.0: all network interfaces
     port: int = 7860,
     most_num: int = 64,  # images of one request
@@ -30,9 +30,9 @@ def app(
     from ldm.app.serve import serve
     from ldm.app.session import SessionCache, expand_runs
 
-    runs = expand_runs([run, *([] if beside is None else [beside])])
+    runs = expand_runs([run, *([] if compare is None else [compare])])
     desk = AppController(SessionCache(runs), Limits(most_num, most_steps, most_side, most_megapixels))
-    other = None if beside is None else expand_runs([beside])[0]
+    other = None if compare is None else expand_runs([compare])[0]
     with serve(desk, host, port, other) as address:
         print(f"{Path(runs[0]).name}: {address}  (Ctrl-C ends it)", flush=True)
         while True:

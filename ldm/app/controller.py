@@ -106,7 +106,7 @@ class AppController:
             yield view if view.images is None else View(style.note(f"Made again: {comparison}."), view.images)
 
     def request(self, session: Session, form: Form, fields: Sequence[Any], settings: Settings) -> Any:
-        """The request of sample.py for a form of the page. Raises UserError before anything is computed."""
+        """Build the request of sample.py for a form of the page.  Raises UserError before anything is computed."""
         own = form(session, self.limits, *fields)
         values = {
             **requests.conditions(session, settings.prompt, settings.negative, settings.label),
@@ -117,10 +117,10 @@ class AppController:
         self.limits.check(values, own.size)
         if not isinstance(settings.scale, int | float) or not -100 <= settings.scale <= 100:
             raise UserError(f"guidance {settings.scale}: expected a number from -100 to 100")
-        whole = {name: int(values[name]) for name in ("steps", "seed", "num")}
+        integers = {name: int(values[name]) for name in ("steps", "seed", "num")}
         return session.request(
             {"task": own.task, "sampler": settings.sampler},
-            {**values, **whole, "guidance.scale": float(settings.scale)},
+            {**values, **integers, "guidance.scale": float(settings.scale)},
         )
 
     def stop(self, who: str) -> None:

@@ -12,8 +12,8 @@ from ldm.cli.errors import user_error_message
 ABOUT = "All images are saved in the run's folder, with everything that is needed to reproduce them."
 
 
-def page(desk: AppController, beside: str | None = None) -> Any:
-    """Build the page of a controller as a gradio.Blocks; beside: a second run to sample from, selected initially."""
+def page(desk: AppController, compare: str | None = None) -> Any:
+    """Build the page of a controller as a gradio.Blocks; compare: a second run to sample from, selected initially."""
     import gradio as gr
 
     runs, session = desk.sessions.runs, desk.sessions[desk.sessions.runs[0]]
@@ -24,7 +24,7 @@ def page(desk: AppController, beside: str | None = None) -> Any:
         with gr.Row():
             run = gr.Dropdown(names, value=runs[0], label="Run", elem_id="run")
             other = gr.Dropdown(
-                [("none", ""), *names], value=beside or "", label="Compare with, same seeds", elem_id="beside"
+                [("none", ""), *names], value=compare or "", label="Compare with, same seeds", elem_id="compare"
             )
         with gr.Tabs():
             with gr.Tab("Draw"), gr.Row():
@@ -39,7 +39,7 @@ def page(desk: AppController, beside: str | None = None) -> Any:
                 with gr.Column(scale=5, min_width=380):
                     stage = gr.HTML(style.note("No images yet."), elem_id="stage")
                     stop = gr.Button("Stop", size="sm", elem_id="stop")
-                    first, second = gallery("drawn"), gallery("drawn-beside", visible=bool(beside))
+                    first, second = gallery("drawn"), gallery("drawn-compare", visible=bool(compare))
                     archive = gr.DownloadButton("Download all (zip)", size="sm", visible=False, elem_id="archive")
             with gr.Tab("Gallery") as gallery_tab:
                 gallery_view = build_gallery(desk)

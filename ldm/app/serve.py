@@ -17,7 +17,7 @@ POLICY = (
 
 
 @contextmanager
-def serve(desk: AppController, host: str = "127.0.0.1", port: int = 7860, beside: str | None = None) -> Iterator[str]:
+def serve(desk: AppController, host: str = "127.0.0.1", port: int = 7860, compare: str | None = None) -> Iterator[str]:
     """Serve the page while the block runs and yield its address; port 0 is any free port.
 
     Raises UserError if gradio is missing or the port is in use.
@@ -32,7 +32,7 @@ def serve(desk: AppController, host: str = "127.0.0.1", port: int = 7860, beside
 
     from ldm.app.page import page
 
-    blocks: Any = page(desk, beside).queue(default_concurrency_limit=None, api_open=False)
+    blocks: Any = page(desk, compare).queue(default_concurrency_limit=None, api_open=False)
     try:
         _, address, _ = blocks.launch(
             server_name=host,

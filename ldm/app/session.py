@@ -1,4 +1,4 @@
-"""Trained runs, each loaded once, and what is drawn from them: what sample.py does, by the same code."""
+"""Loaded runs, and sampling from them with the same code as sample.py."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from ldm.sampling.run import compare_with_file, generate_images, save_results
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """A run that is loaded. run: as it was named.  home: the folder where its files go."""
+    """A loaded run; run: as the user named it, home: the folder for its files."""
 
     run: str
     home: Path
@@ -28,14 +28,14 @@ class Session:
 
     @staticmethod
     def open(run: str) -> "Session":
-        """Load a run. Raises UserError, CorruptFileError."""
+        """Load a run.  Raises UserError or CorruptFileError."""
         source = open_model(run)
         return Session(run, output_dir(source.folder), source.data_card, source.load())
 
     def request(self, choices: Mapping[str, str], values: Mapping[str, Any]) -> SampleRequest:
-        """The request of sample.py with these choices and values. Raises UserError.
+        """Build the request that sample.py would have for these choices and values.  Raises UserError.
 
-        Images of a step within a run are kept apart from the run's own.
+        Images of a checkpoint of a run are stored separately from those of the run itself.
         """
         request = SampleRequest.from_config(compose.compose_request(choices, {"run": self.run, **values}))
         if self.home.absolute() in Path(self.run).expanduser().absolute().parents and "reproduce" not in values:
@@ -43,13 +43,13 @@ class Session:
         return request
 
     def draw(self, request: SampleRequest, watch: SamplerMonitor) -> list[Path]:
-        """The files of the images that were asked for. Raises UserError, and Stopped when it was."""
+        """Generate and save the requested images and return their files.  Raises UserError, SamplingCancelled."""
         images = generate_images(self.model, request, watch.wrap(self.model.decode))
         save_results(request, images, {})
         return [request.output_dir / f"{seed:06d}.png" for seed in images]
 
     def repeat(self, file: Path, watch: SamplerMonitor) -> tuple[Path, str]:
-        """An image of this run made once more, with its whole batch: its file, and in words how it compares with what it was."""
+        """Reproduce an image of this run together with its batch; return the new file and a comparison in words."""
         request = self.request({}, {"reproduce": str(file)})
         (image,) = generate_images(self.model, request, watch.wrap(self.model.decode)).values()
         save_results(request, {int(file.stem): image}, {})
@@ -57,12 +57,12 @@ class Session:
 
 
 def output_dir(folder: Path) -> Path:
-    """Where a run's images go: into its folder, or beside its file."""
+    """Return the folder for a run's images: the run folder, or a folder next to a weights file."""
     return folder if folder.is_dir() else folder.with_suffix("")
 
 
 class SessionCache:
-    """The runs that a person can choose among, loaded when first asked for; the last two stay."""
+    """The runs that a user can choose from, loaded on first use; the two used last stay in memory."""
 
     def __init__(self, runs: Sequence[str]):
         self.runs = list(runs)
@@ -70,7 +70,7 @@ class SessionCache:
         self._opening = Lock()
 
     def __getitem__(self, run: str) -> Session:
-        """Raises UserError for a run that is not among them, or cannot be loaded."""
+        """Return a session.  Raises UserError for a run that is not in the list, or that cannot be loaded."""
         if run not in self.runs:
             raise UserError(f"run={run}: expected one of {', '.join(self.runs)}")
         with self._opening:
@@ -81,10 +81,10 @@ class SessionCache:
 
 
 def expand_runs(named: Sequence[str]) -> list[str]:
-    """The runs that were named, a folder of runs as all in it, the newest first. Raises UserError."""
-    found: list[str] = []
+    """Replace each folder of runs by all runs in it, newest first.  Raises UserError."""
+    runs: list[str] = []
     for run in named:
         folder = find_run(run)
         home = Path(run).expanduser()
-        found += list(map(str, list_runs(home))) if folder.parent == home else [str(run)]
-    return list(dict.fromkeys(found))
+        runs += list(map(str, list_runs(home))) if folder.parent == home else [str(run)]
+    return list(dict.fromkeys(runs))

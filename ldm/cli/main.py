@@ -2,7 +2,7 @@
 
 Hydra composes the config; a user error is one line with exit code 2; every job of a sweep is its own process.
 Exit codes: 0 done, 1 a bug or a failed job of a sweep, 2 an error the user can fix, 3 non-finite numbers, 85 preempted
-(the same command resumes), 130 interrupted; the task's own sys.exit is kept.
+(the same command resumes), 130 interrupted; other codes of sys.exit in the task are passed on.
 """
 
 import os

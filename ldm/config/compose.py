@@ -102,7 +102,7 @@ def compose_jobs(
 def compose_option(group: str, option: str, folder: Path = ROOT / "conf") -> Any:
     """Return the node of one option of a group as a config, composed with the base files that it names.
 
-    Interpolations of other groups, as `${weighting}`, stay unresolved.  Raises UserError for an option that does not exist.
+    Interpolations of other groups, as `${weighting}`, stay unresolved.  Raises UserError for an unknown option.
     """
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -112,7 +112,8 @@ def compose_option(group: str, option: str, folder: Path = ROOT / "conf") -> Any
         raise UserError(f"{group}={option}: no such option{did_you_mean(option, options)}{format_choices(options)}")
     with initialize_config_dir(str(folder), version_base="1.3"):
         config = compose(f"{group}/{option}")
-    # A root of its own, as a file is: a node of the composed config refuses new keys.  `@package _global_` sets other keys as well.
+    # Returned as a root of its own, since a node of the composed config refuses new keys. An option with
+    # `@package _global_` sets other keys as well.
     return OmegaConf.create(OmegaConf.to_container(config.get(group, config)))
 
 

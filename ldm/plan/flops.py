@@ -129,7 +129,7 @@ def training_cost(
 
 
 def backward_cost(loss: Tensor) -> None:
-    """Run loss.backward() with a TorchFunctionMode kept active, for what activation checkpointing recomputes."""
+    """Run loss.backward() with the TorchFunctionMode still active, for what activation checkpointing recomputes."""
     run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 

@@ -31,7 +31,7 @@ def table(plan: PlanResult) -> str:
             total = format_bytes(fixed + cost["peak"])
             lines.append(f"  precision {precision}, batch {batch}: activations {activations}, in all {total}")
     section(
-        "memory of sampling, beside the weights",
+        "memory of sampling, in addition to the weights",
         {n: format_bytes(v) for n, v in plan.memory.items() if n not in names},
     )
     section("disk", {name: format_bytes(value) for name, value in plan.disk.items()})

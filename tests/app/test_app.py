@@ -22,7 +22,7 @@ def test_help_is_quick_and_says_every_key():
     code += "except SystemExit: assert 'torch' not in sys.modules and 'gradio' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    for word in ("run=", "beside=null", "host=127.0.0.1", "port=7860", "most_steps=500", "most_megapixels=16.0"):
+    for word in ("run=", "compare=null", "host=127.0.0.1", "port=7860", "most_steps=500", "most_megapixels=16.0"):
         assert f"  {word}" in done.stdout
 
 
@@ -47,7 +47,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatc
 def test_the_page_is_served_as_typed_and_ends_by_ctrl_c(typed, smoke, tmp_path):
     (tmp_path / "runs").symlink_to(smoke.folder / "runs")
     words = [
-        f"beside={smoke.run}" if word == "beside=RUN" else word for word in typed[3:] if not word.startswith("port=")
+        f"compare={smoke.run}" if word == "compare=RUN" else word for word in typed[3:] if not word.startswith("port=")
     ]
     env = {**os.environ, "LDM_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, *typed[1:3], *words, "port=0"]

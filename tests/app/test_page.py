@@ -186,10 +186,10 @@ def test_the_gallery_makes_an_image_again_bit_for_bit(page, runs):
 
 def test_two_runs_side_by_side(page, runs):
     told(page, prompt="a ring", steps="2", num="2", seed="41")
-    choose(page, "beside", "second")
+    choose(page, "compare", "second")
     assert "4 images in" in draw(page)
-    page.wait_for_function("document.querySelectorAll('#drawn img, #drawn-beside img').length >= 4")
-    choose(page, "beside", "none")
+    page.wait_for_function("document.querySelectorAll('#drawn img, #drawn-compare img').length >= 4")
+    choose(page, "compare", "none")
     for name in ("first", "second"):
         assert {"000041.png", "000042.png"} <= {file.name for file in drawn(runs / name)}
 

@@ -154,7 +154,7 @@ def test_ldms_pipeline_of_diffusers_draws_the_same_image(pipeline, tmp_path):
         assert image.std() > 0.05
         assert float((found - image).abs().max()) <= 2e-3
     (tmp_path / "out" / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.json: no such file; expected one for a list of 10 words"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: no such file; expected one for a vocabulary of 10 words"):
         external.open_pipeline(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["bert"] == [
         "latent_diffusion",

@@ -181,7 +181,7 @@ def test_their_linear_is_not_linear(named, betas, T):
         (changed(parameterization="mu"), "parameterization=mu: expected one of eps, v, x0"),
         (changed(embedding_dropout=0.25), r"model\.params\.embedding_dropout=0\.25: ours has no counterpart"),
         (changed({"disable_self_attentions": [True]}), r"unet_config\.params\.disable_self_attentions"),
-        (changed({"dims": 3}), "expected two dimensions"),
+        (changed({"dims": 3}), "expected dims=2"),
         (
             changed(cond_stage_config={"target": "x.SpatialRescaler"}),
             "cond_stage_config=SpatialRescaler: expected one of",

@@ -119,7 +119,7 @@ def test_what_is_no_text_tower(theirs):
     state = theirs.state_dict()
     with pytest.raises(UserError, match=r"CLIP text model: unknown names vision_model\.x"):
         import_text({**state, "vision_model.x": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"self_attn\.v_proj\.bias is missing beside"):
+    with pytest.raises(UserError, match=r"self_attn\.v_proj\.bias is missing, but"):
         import_text(
             {name: value for name, value in state.items() if not name.endswith("layers.0.self_attn.v_proj.bias")}
         )
