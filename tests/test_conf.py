@@ -15,8 +15,8 @@ from tools.conf_readme import description, groups, readme
 from ldm.config import build
 from ldm.config.compose import compose_option
 from ldm.config.overrides import ConfigSearchPath, help_text, normalize_override
+from ldm.config.signatures import read_signature
 from ldm.config.tree import iter_nodes
-from ldm.config.validate import read_signature
 from ldm.diffusion.distill import Teacher
 from ldm.ema import PowerEMA
 from ldm.errors import UserError

@@ -5,7 +5,8 @@ import textwrap
 
 import pytest
 
-from ldm.config.validate import check_target_allowed, read_signature, validate
+from ldm.config.signatures import read_signature
+from ldm.config.validate import check_target_allowed, validate
 from ldm.errors import UserError
 
 MODULE = """

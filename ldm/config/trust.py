@@ -12,8 +12,9 @@ from typing import Any
 
 from ldm.config.build import RUNTIME_PARAMETERS
 from ldm.config.overrides import escape
+from ldm.config.signatures import find_module, is_user_code, resolve_definition
 from ldm.config.tree import iter_nodes, map_strings
-from ldm.config.validate import check_target_allowed, find_module, is_user_code, resolve_definition, validate
+from ldm.config.validate import check_target_allowed, validate
 from ldm.errors import UserError
 
 # Models, data and samples; nothing that writes files, downloads or starts processes.

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm.config.signatures import find_module, is_user_code
 from ldm.config.tree import iter_nodes
-from ldm.config.validate import find_module, is_user_code
 
 # Keys that do not change the result, or that are part of the folder's name.
 NOT_HASHED = (

@@ -113,7 +113,5 @@ def test_file_that_is_no_released_dit_is_refused(name, change, expected, state, 
 
 def test_dit_file_without_a_first_stage_names_the_remedy(state, tmp_path):
     torch.save(state, tmp_path / "DiT.pt")
-    with pytest.raises(
-        UserError, match=r"DiT\.pt: no first stage; put diffusers' AutoencoderKL \(.*\) into .*vae"
-    ):
+    with pytest.raises(UserError, match=r"DiT\.pt: no first stage; put diffusers' AutoencoderKL \(.*\) into .*vae"):
         external.open_pipeline(tmp_path / "DiT.pt")

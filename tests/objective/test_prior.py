@@ -30,5 +30,5 @@ def test_the_loss_is_the_instances_mean_and_the_priors_weighted(label):
 def test_what_it_cannot_do_is_one_line():
     with pytest.raises(ValueError, match="weight=-1"):
         PriorPreservation(Given(), 0, -1)
-    with pytest.raises(ValueError, match="by label, and the batch has none"):
+    with pytest.raises(ValueError, match="by label, and the batch has no labels"):
         PriorPreservation(Given(), 0)(SimpleNamespace(), torch.zeros(4, 1), None, None, {"loss": torch.ones(4)})
