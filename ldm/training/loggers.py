@@ -201,7 +201,7 @@ def run_tags(config: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]
     """Return the study, the preset and the paper that a config names, as tags of at most 64 characters, W&B's limit."""
     study = choices.get("experiments", "").removesuffix("/sweep")
     table = (config.get("paper") or {}).get("table")
-    return [str(tag)[:64] for tag in (study, choices.get("preset"), config.get("paper") or table) if tag]
+    return [str(tag)[:64] for tag in (study, choices.get("preset"), table) if tag]
 
 
 def first_line(error: Exception) -> str:

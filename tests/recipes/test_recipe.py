@@ -111,7 +111,7 @@ def test_own_class_with_the_methods_is_built(tmp_path, monkeypatch):
 
 
 def test_names_stated_elsewhere_are_those_of_the_classes():
-    assert yaml.safe_load((CONF / "classifier.yaml").read_text())["_target_"] == CLASSIFIER_RECIPE
+    assert OmegaConf.load(CONF / "classifier.yaml")._target_ == CLASSIFIER_RECIPE
     assert get_object(CLASSIFIER_RECIPE).__name__ == "ClassifierRecipe"
     assert recipe_class({"_target_": "ldm.recipes.pretrained_autoencoder.PretrainedAutoencoderRecipe"}) is (
         PretrainedAutoencoderRecipe
