@@ -32,7 +32,8 @@ def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypa
     monkeypatch.setattr(run_module, "generate_images", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     (place / "study").mkdir()
     (place / "study" / "points.yaml").write_text(
-        "timestep_spacing: uniform\nguidance.scale: 1.0\npoints:\n- {sampler: ddim, sampler.eta: '0.0,1.0'}\n- {sampler: heun}\n"
+        "timestep_spacing: uniform\nguidance.scale: 1.0\npoints:\n"
+        "- {sampler: ddim, sampler.eta: '0.0,1.0'}\n- {sampler: heun}\n"
     )
     assert run("study", f"run={lively}", *SMALL) == 0
     table = rows.read(place / "study" / "results.csv")
@@ -46,7 +47,7 @@ def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypa
 
     assert run("study", f"run={lively}", *SMALL) == 0  # resumes: nothing is left
     assert len(drawn) == 3
-    assert "3 points, 0 of them drawn now" in capsys.readouterr().out
+    assert "3 points, 0 evaluated now" in capsys.readouterr().out
     rows.write(place / "study" / "results.csv", table[:2])
     assert run("study", f"run={lively}", *SMALL) == 0
     assert len(drawn) == 4
