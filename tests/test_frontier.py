@@ -32,7 +32,8 @@ def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypa
     monkeypatch.setattr(run_module, "generate_images", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     (place / "study").mkdir()
     (place / "study" / "points.yaml").write_text(
-        "grid: uniform\nguidance.scale: 1.0\npoints:\n- {sampler: ddim, sampler.eta: '0.0,1.0'}\n- {sampler: heun}\n"
+        "timestep_spacing: uniform\nguidance.scale: 1.0\npoints:\n"
+        "- {sampler: ddim, sampler.eta: '0.0,1.0'}\n- {sampler: heun}\n"
     )
     assert run("study", f"run={lively}", *SMALL) == 0
     table = rows.read(place / "study" / "results.csv")
@@ -64,7 +65,7 @@ def test_points_are_drawn_once_and_are_what_sample_draws(place, lively, monkeypa
             "sampler=ddim",
             "sampler.eta=0.0",
             "save=none",
-            "out=alone",
+            "output_dir=alone",
         )
         assert command("sample.py", *typed) == 0
     alone = json.loads((place / "alone" / "metrics.json").read_text())
