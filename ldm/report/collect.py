@@ -7,6 +7,7 @@ from typing import Any
 
 from ldm.config import compose, serialize
 from ldm.errors import UserError
+from ldm.io.extras import extra
 from ldm.io.parse import parse_json
 from ldm.report import rows
 from ldm.report.study import Study
@@ -157,7 +158,8 @@ def collect_results(
 
 def wandb_rows(study: Study, project: str) -> dict[str, dict[str, Any]]:
     """Job -> its numbers, of a W&B project's finished runs, whose names are those of their folders. Raises UserError."""
-    import wandb
+    with extra("wandb", f"wandb={project}"):
+        import wandb
 
     try:
         every = [run for run in wandb.Api(timeout=20).runs(project) if run.state == "finished"]
