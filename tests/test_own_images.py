@@ -53,7 +53,7 @@ def test_it_says_first_what_there_is_and_how_long_it_will_take(place, capsys, mo
     (run,) = (place / "runs").iterdir()
     chosen = serialize.load_config(run / "config.yaml")["data"]
     assert (chosen["size"], chosen["channels"]) == (64, 1)
-    assert chosen["content"] == build.build_dataset(composed(*SMALL, "data.path=images")).content
+    assert chosen["content_hash"] == build.build_dataset(composed(*SMALL, "data.path=images")).content
     assert json.loads((run / "data.json").read_text())["size"] == 64
 
     monkeypatch.setattr("ldm.recipes.diffusion.announce", lambda cfg, data: None)
@@ -182,7 +182,7 @@ def test_a_gpu_and_large_latents_have_a_larger_net(place, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen("data.size=256").net.channels == 128
     assert "net         small, for latents of 32 x 32" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"choose\.large=huge"):
+    with pytest.raises(UserError, match=r"auto\.large=huge"):
         chosen("data.size=256", "auto.large=huge")
     assert chosen("data.size=128").net.channels == 16, "the budget's own"
 

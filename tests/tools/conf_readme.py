@@ -14,10 +14,10 @@ python train.py net=tiny --cfg job                      # print the composed con
 python train.py --help                                  # list the groups, the options and the plain keys
 ```
 
-An option's file has its description in its first comment, and the parameters of its `_target_`. What options share is
-in a base file, which they name in their `defaults` list: another option, or a file `_name.yaml`, which is no option itself
-and is not listed. A test (`tests/test_conf.py`) checks that the composed config of every option has every parameter with
-a default.
+An option's file has its description in its first comment, and the parameters of its `_target_`. What options share
+is in a base file, which they name in their `defaults` list: another option, or a file `_name.yaml`, which is no option
+itself and is not listed. A test (`tests/test_conf.py`) checks that the composed config of every option has every
+parameter with a default.
 
 This page is generated from the files by `python tests/tools/conf_readme.py`.
 """
