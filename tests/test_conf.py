@@ -1,4 +1,4 @@
-"""Every option of every group composes with the smoke budget, passes the strict check, and is built and used for a step."""
+"""Every option of every group composes with the smoke budget, passes the strict check, and is used for one step."""
 
 import re
 from dataclasses import dataclass

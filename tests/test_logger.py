@@ -196,7 +196,7 @@ def test_a_tensorboard_that_fails_ends_no_run(tmp_path, capsys, monkeypatch):
     logger.open = lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
     everything(logger, tmp_path)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[log\]'"):
         TensorBoard()
 
 

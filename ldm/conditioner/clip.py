@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.conditioner.tokens import TextFeatures, Truncation
 from ldm.errors import ConfigError
 from ldm.io.download import AssetNotFoundError
+from ldm.io.extras import extra
 from ldm.tensors import hash_state_dict
 
 
@@ -122,7 +123,8 @@ def register_model_config(model: str) -> str:
         raise AssetNotFoundError(
             f"model={model}: no such file; expected one of open_clip's names or the .json of a model's config"
         )
-    from open_clip import add_model_config
+    with extra("clip", f"CLIP {model}"):
+        from open_clip import add_model_config
 
     add_model_config(file)
     return file.stem
@@ -136,7 +138,8 @@ def build_clip(model: str, weights: str | None, hub: bool, random: bool) -> tupl
     if random and weights is not None:
         raise ConfigError(f"weights={weights} and random=true: choose one")
     file = None if random else local_weights(model, weights)  # before open_clip is imported, which takes seconds
-    import open_clip
+    with extra("clip", f"CLIP {model}"):
+        import open_clip
 
     config = open_clip.get_model_config(model)
     if config is None:
@@ -173,11 +176,9 @@ def load_towers(
 
 
 def init_towers(model: str) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
-    """Return open_clip's model, both towers, with random weights, and its tokenizer: texts -> ids (B, length) int64.
-
-    model: see CLIP.
-    """
-    from open_clip import get_tokenizer
+    """open_clip's model, both towers, with weights drawn now, and what makes ids (B, length) int64 of texts; model as CLIP's."""
+    with extra("clip", f"CLIP {model}"):
+        from open_clip import get_tokenizer
 
     model = register_model_config(model)
     return create_model(model, None), get_tokenizer(model)

@@ -43,7 +43,7 @@ class T5(nn.Module):
         try:
             from transformers import AutoTokenizer, T5EncoderModel
         except ImportError:
-            raise AssetNotFoundError("T5 needs the library transformers: pip install 'ldm[text]'") from None
+            raise AssetNotFoundError("T5 needs the library transformers: pip install -e '.[text]'") from None
         source, local = str(folder) if folder.is_dir() else model, folder.is_dir() or not hub
         try:
             # the dtype is left open: transformers below 4.56 calls the option torch_dtype, later ones dtype

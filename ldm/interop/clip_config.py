@@ -10,6 +10,7 @@ from ldm.errors import UserError
 from ldm.interop.pipeline import require_values
 from ldm.io import atomic
 from ldm.io.download import cache_dir
+from ldm.io.extras import extra
 from ldm.io.parse import parse_json
 
 NAMED = ("ViT-L-14-quickgelu", "ViT-H-14", "ViT-bigG-14")  # of Stable Diffusion 1, 2 and XL
@@ -25,8 +26,9 @@ def open_clip_config(model: str) -> dict[str, Any]:
         try:
             return dict(parse_json(Path(model).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"model={model} is not a JSON object ({error}); expected a config of open_clip") from None
-    import open_clip
+            raise UserError(f"model={model} is no JSON object ({error}); expected a config of open_clip") from None
+    with extra("clip", f"CLIP {model}"):
+        import open_clip
 
     config = open_clip.get_model_config(model)
     if config is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.errors import ConfigError, UserError
 from ldm.io.download import AssetNotFoundError, fetch, from_url
+from ldm.io.extras import extra
 from ldm.tensors import hash_state_dict
 
 
@@ -121,8 +122,9 @@ class Inception(nn.Module):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
-        path = self.find(weights)  # before the slow import below, so that a missing file is reported at once
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        path = self.find(weights)  # before the import below, which is slow: a missing file is said at once
+        with extra("metrics", "Inception"):
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.net = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)

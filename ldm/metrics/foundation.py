@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ldm.errors import ConfigError, UserError
 from ldm.io.download import AssetNotFoundError
+from ldm.io.extras import extra
 from ldm.metrics.features import FeatureNet, hash_weights, require_uint8
 
 
@@ -90,8 +91,9 @@ class DINOv2(nn.Module):
             raise AssetNotFoundError(
                 f"DINOv2, {tag}, has no weights (LDM_OFFLINE is set): name a file of timm's by net.weights=FILE"
             )
-        import timm
-        from timm.models import load_checkpoint
+        with extra("metrics", f"DINOv2, {tag},"):
+            import timm
+            from timm.models import load_checkpoint
 
         try:
             self.net = timm.create_model(tag, pretrained=weights is None, img_size=size, num_classes=0)

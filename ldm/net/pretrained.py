@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.io.download import efficientnet_lite0, vgg16
+from ldm.io.extras import extra
 
 
 def load_efficientnet_lite0(weights: str | Path | None = None) -> Any:
@@ -14,7 +15,8 @@ def load_efficientnet_lite0(weights: str | Path | None = None) -> Any:
 
     weights: a file, None for the published ones.  Raises AssetNotFoundError if those are not available.
     """
-    import timm
+    with extra("metrics", "EfficientNet-Lite0"):
+        import timm
 
     state = torch.load(weights or efficientnet_lite0(), map_location="cpu", weights_only=True)
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ldm.config import compose, serialize
 from ldm.errors import UserError
+from ldm.io.extras import extra
 from ldm.io.parse import parse_json
 from ldm.report import rows
 from ldm.report.study import Study
@@ -157,8 +158,9 @@ def collect_results(
 
 
 def wandb_rows(study: Study, project: str) -> dict[str, dict[str, Any]]:
-    """Return job -> its numbers, from a W&B project's finished runs, named like their folders.  Raises UserError."""
-    import wandb
+    """Job -> its numbers, of a W&B project's finished runs, whose names are those of their folders. Raises UserError."""
+    with extra("wandb", f"wandb={project}"):
+        import wandb
 
     try:
         runs = [run for run in wandb.Api(timeout=20).runs(project) if run.state == "finished"]

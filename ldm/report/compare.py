@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldm.config.tree import flatten
+from ldm.io.extras import extra
 from ldm.report import browse
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -30,8 +31,9 @@ def format_comparison(runs: Sequence[browse.RunRecord], width: int = 24) -> str:
     """
     import io
 
-    from rich.console import Console
-    from rich.table import Table
+    with extra("report", "the comparison of runs"):
+        from rich.console import Console
+        from rich.table import Table
 
     console = Console(file=io.StringIO(), width=max(100, 30 + (width + 14) * len(runs)), highlight=False)
 

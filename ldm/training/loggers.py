@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +59,8 @@ class WandB:
     def __init__(
         self, project: str = "ldm", group: str | None = None, tags: Sequence[str] = (), mode: str | None = None
     ):
+        if sys.modules.get("wandb") is None and find_spec("wandb") is None:  # not imported yet, which takes seconds
+            raise UserError("logger=wandb needs the package wandb: pip install -e '.[wandb]'")
         self.project, self.group, self.tags, self.mode = project, group, list(tags), mode
         self.folder = Path()
         self.run: Any = None
@@ -146,7 +150,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("logger=tensorboard needs the package tensorboard: pip install tensorboard") from None
+            raise UserError("logger=tensorboard needs the package tensorboard: pip install -e '.[log]'") from None
         self.open = SummaryWriter
         self.writer: Any = None
 

@@ -6,13 +6,18 @@ from pathlib import Path
 CONF = Path(__file__).resolve().parents[2] / "conf"
 INTRO = """# Configuration
 
-Every component is a [Hydra](https://hydra.cc) config group: a folder here, with one file per option. `python train.py net=tiny
-sampler=ddim sampler.eta=0.5` chooses two options and changes a value; `python train.py net=tiny --cfg job` prints the composed config with
-every parameter, and `python train.py --help` lists the groups, the options and the plain keys.
+Every component is a [Hydra](https://hydra.cc) config group: a folder here, with one file per option.
 
-An option's file has its description in its first comment, and the parameters of its `_target_`. What options share is in a base file, which
-they name in their `defaults` list: another option, or a file `_name.yaml`, which is no option itself and is not listed. A test
-(`tests/test_conf.py`) checks that the composed config of every option has every parameter with a default.
+```sh
+python train.py net=tiny sampler=ddim sampler.eta=0.5   # two options and a value
+python train.py net=tiny --cfg job                      # print the composed config, with every parameter
+python train.py --help                                  # list the groups, the options and the plain keys
+```
+
+An option's file has its description in its first comment, and the parameters of its `_target_`. What options share
+is in a base file, which they name in their `defaults` list: another option, or a file `_name.yaml`, which is no option
+itself and is not listed. A test (`tests/test_conf.py`) checks that the composed config of every option has every
+parameter with a default.
 
 This page is generated from the files by `python tests/tools/conf_readme.py`.
 """
@@ -20,7 +25,7 @@ SCRIPTS = ("train", "sample")
 
 
 def description(path: Path) -> str:
-    """Return the first comment line of a config file; the package header is not counted. Raises ValueError without one."""
+    """Return the first comment line of a config file after the package header. Raises ValueError without one."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
@@ -30,7 +35,7 @@ def description(path: Path) -> str:
 
 
 def groups() -> dict[str, tuple[str, dict[str, str]]]:
-    """Map each group to its comment in the defaults list of a script, and the default option of each script that has it."""
+    """Map each group to its comment in a script's defaults list, and each script that has it to its default option."""
     found: dict[str, tuple[str, dict[str, str]]] = {}
     for script in SCRIPTS:
         text = (CONF / f"{script}.yaml").read_text(encoding="utf-8").split("\n\n")[0]
