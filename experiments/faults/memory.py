@@ -32,7 +32,7 @@ def slope(rows: list[tuple[float, float]]) -> float:
     return sum((a - x) * (b - y) for a, b in rows) / sum((a - x) ** 2 for a, _ in rows)
 
 
-def main(steps: int) -> int:
+def main(steps: int = 10_000) -> int:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     table = WORK / "memory.csv"
