@@ -1,5 +1,6 @@
-"""Loggers: W&B and TensorBoard write a run with no key and no network, one that fails ends nothing, and Silent is silent."""
+"""Loggers: W&B and TensorBoard write a run without key or network; a failure ends nothing; NoLogger writes nothing."""
 
+import inspect
 import sys
 import threading
 
@@ -9,7 +10,7 @@ import torch
 from ldm.errors import UserError
 from ldm.io import images
 from ldm.runs.metrics_log import MetricsLog
-from ldm.training.loggers import NoLogger, TensorBoard, WandB, has_wandb_key
+from ldm.training.loggers import Logger, NoLogger, TensorBoard, WandB, has_wandb_key
 
 CONFIG, CHOICES = {"seed": 3, "net": {"channels": 16}}, {"schedule": "cosine"}
 
@@ -210,3 +211,11 @@ def test_the_real_one_writes_a_run_offline(keyless, tmp_path):
     wandb.teardown()  # waits for its service to have written what it holds
     assert record.stat().st_size > 500
     assert list(run.glob("files/media/images/grids/*.png"))
+
+
+@pytest.mark.parametrize("logger", [NoLogger, WandB, TensorBoard])
+def test_logger_has_every_method_of_the_protocol(logger):
+    """A run calls them on whichever logger it has: signatures are the protocol's."""
+    for name, method in vars(Logger).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            assert inspect.signature(getattr(logger, name)) == inspect.signature(method)

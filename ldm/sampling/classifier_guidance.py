@@ -19,8 +19,6 @@ from ldm.diffusion.schedule import schedules_equal
 from ldm.errors import UserError
 from ldm.io import atomic
 
-CLASSIFIER_RECIPE = "ldm.recipes.classifier.ClassifierRecipe"  # training._target_ of a classifier's run
-
 CLASSIFIER_RECIPE = "ldm.recipes.classifier.ClassifierRecipe"  # by name: recipes import this package
 
 
