@@ -1,4 +1,4 @@
-"""Reports: rows matched by content, intervals, protocols never mixed, README tables equal the csv, runs side by side."""
+"""Reports: rows matched by content, intervals, protocols never mixed, README tables equal the csv, comparisons."""
 
 import importlib.util
 import json
