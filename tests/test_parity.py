@@ -1,4 +1,4 @@
-"""The parity table of experiments/README.md equals its csv, its figures are within their bounds, and its commands compose."""
+"""The parity table of experiments/README.md equals its csv, its figures are in bounds, and its commands compose."""
 
 import csv
 import importlib.util

@@ -1,4 +1,4 @@
-"""Reports: rows found by content, intervals by hand, protocols never mixed, the README's table the csv's, runs side by side."""
+"""Reports: rows matched by content, intervals, protocols never mixed, README tables equal the csv, comparisons."""
 
 import importlib.util
 import json
