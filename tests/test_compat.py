@@ -27,7 +27,7 @@ def names(tree: ast.AST) -> set[str]:
     return read
 
 
-def test_private_names_of_other_packages_are_in_compat_alone():
+def test_private_names_are_used_in_compat_only():
     files = [path for path in (ROOT / "ldm").rglob("*.py") if path != ROOT / "ldm" / "compat.py"]
     private = {
         f"{path.relative_to(ROOT)}: {name}"
@@ -39,10 +39,10 @@ def test_private_names_of_other_packages_are_in_compat_alone():
 
 
 @pytest.mark.parametrize("name", compat.__all__)
-def test_every_name_of_compat_is_there(name):
+def test_compat_names_exist(name):
     assert getattr(compat, name) is not None
 
 
-def test_compat_imports_nothing_heavy():
+def test_compat_imports_nothing_slow():
     code = "import sys, ldm.compat; sys.exit(bool({'torch', 'hydra', 'lightning'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -14,7 +14,7 @@ def full(b: int, length: int = 3, value: float = 1.0) -> Condition:
     )
 
 
-def test_cat_stacks_every_field():
+def test_cat_concatenates_every_field():
     both = full(2).cat(full(3, value=-1.0))
     assert both.context.shape == (5, 3, 2)
     assert both.vector[:, 0].tolist() == [1, 1, -1, -1, -1]
@@ -23,7 +23,7 @@ def test_cat_stacks_every_field():
     assert both.mask.all()
 
 
-def test_cat_pads_the_shorter_context_and_masks_the_padding():
+def test_cat_pads_and_masks_shorter_context():
     both = full(1, 2).cat(full(1, 4, value=2.0))
     assert both.context.shape == (2, 4, 2)
     assert both.mask.tolist() == [[True, True, False, False], [True] * 4]
@@ -31,7 +31,7 @@ def test_cat_pads_the_shorter_context_and_masks_the_padding():
     assert torch.equal(both.context[1], full(1, 4, value=2.0).context[0])
 
 
-def test_cat_makes_a_mask_only_where_one_is_needed():
+def test_cat_adds_mask_only_when_needed():
     a, b = Condition(context=torch.ones(1, 3, 2)), Condition(context=torch.ones(1, 3, 2))
     assert a.cat(b).mask is None
     masked = Condition(context=torch.ones(1, 3, 2), mask=torch.tensor([[True, False, False]]))
@@ -39,18 +39,18 @@ def test_cat_makes_a_mask_only_where_one_is_needed():
     assert a.cat(Condition(context=torch.ones(1, 2, 2))).mask.tolist() == [[True] * 3, [True, True, False]]
 
 
-def test_cat_takes_several():
+def test_cat_accepts_several():
     assert full(1).cat(full(2), full(3)).vector.shape == (6, 5)
 
 
-def test_cat_refuses_different_fields():
+def test_cat_rejects_different_fields():
     with pytest.raises(ValueError, match="different fields"):
         Condition(vector=torch.ones(1, 2)).cat(Condition(context=torch.ones(1, 2, 2)))
     with pytest.raises(ValueError, match="different fields"):
         Condition(hint=(torch.ones(1, 3, 2, 2),)).cat(Condition())
 
 
-def test_where_chooses_row_by_row():
+def test_where_selects_rows():
     keep = torch.tensor([True, False, True])
     mixed = full(3, 2, 1.0).where(keep, full(3, 4, -1.0))
     assert mixed.vector[:, 0].tolist() == [1, -1, 1]
@@ -61,27 +61,27 @@ def test_where_chooses_row_by_row():
     assert nothing == Condition()
 
 
-def test_where_all_is_self():
+def test_where_all_true_is_identity():
     a, b = full(3), full(3, value=-1.0)
     kept = a.where(torch.ones(3, dtype=torch.bool), b)
     assert torch.equal(kept.context, a.context)
     assert torch.equal(a.where(torch.zeros(3, dtype=torch.bool), b).context, b.context)
 
 
-def test_index_takes_rows_of_everything():
+def test_index_selects_rows_of_every_field():
     some = full(4).index([3, 1])
     assert some.context[:, 0, 0].tolist() == [4, 2]
     assert some.hint[0].shape[0] == 2
     assert full(4).index(slice(1, 3)).vector.shape == (2, 5)
 
 
-def test_to_casts_numbers_and_leaves_the_mask():
+def test_to_casts_numbers_but_not_mask():
     cast = full(2).to(torch.float64)
     assert cast.context.dtype == cast.vector.dtype == cast.hint[0].dtype == torch.float64
     assert cast.mask.dtype == torch.bool
 
 
-def test_it_does_not_change_what_it_was_given():
+def test_cat_does_not_modify_inputs():
     a, b = full(1, 2), full(1, 4)
     a.cat(b)
     assert a.context.shape == (1, 2, 2)

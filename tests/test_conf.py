@@ -227,7 +227,7 @@ def test_option_composes_with_every_default(option):
 @pytest.mark.parametrize(
     "option", [o for o in OPTIONS if o.split("/")[0] not in ALONE and o not in (*PAPER, *PAPER_NETS)]
 )
-def test_option_trains_and_draws(option):
+def test_option_trains_and_samples(option):
     torch.manual_seed(0)
     cfg = composed(*typed(option))
     model = model_of(cfg)
@@ -241,7 +241,7 @@ def test_option_trains_and_draws(option):
 
 
 @pytest.mark.parametrize("option", PAPER)
-def test_a_first_stage_of_paper_scale_goes_there_and_back(option):
+def test_paper_scale_autoencoder_round_trip_shapes(option):
     with torch.device("meta"):
         autoencoder = build.build_autoencoder(composed(*typed(option)).autoencoder, 3)
         size = 2 * autoencoder.factor
@@ -251,7 +251,7 @@ def test_a_first_stage_of_paper_scale_goes_there_and_back(option):
 
 
 @pytest.mark.parametrize("some", ["label,relief", "label_vector,semantic_map,low_res"])
-def test_conditioners_are_composed_by_a_list(some):
+def test_conditioner_list_composes(some):
     drop = "{relief: 0.5}" if "relief" in some else "null"
     cfg = composed("budget=smoke", f"conditioner=[{some}]", f"conditioner.drop={drop}")
     model = model_of(cfg)
@@ -261,7 +261,7 @@ def test_conditioners_are_composed_by_a_list(some):
     assert torch.isfinite(drawn(cfg, model)).all()
 
 
-def test_a_list_with_no_such_option_is_named():
+def test_conditioner_list_with_unknown_option_is_named():
     with pytest.raises(
         UserError, match=r"conditioner=\[label,lowres\]: no such option 'lowres'; did you mean 'low_res'"
     ):
@@ -298,7 +298,7 @@ def test_option_is_built(option):
 
 @pytest.mark.parametrize("precision", ["64", "32", "bf16", "auto"])
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("trainer/")])
-def test_trainer_options_take_every_precision(option, precision):
+def test_trainer_option_accepts_every_precision(option, precision):
     trainer = composed(*typed(option), f"trainer.precision={precision}").trainer
     assert instantiate(trainer).keywords.keys() == {
         *(
@@ -316,7 +316,7 @@ def test_trainer_options_take_every_precision(option, precision):
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("data/")])
-def test_data_options_are_built_or_say_what_is_missing(option, tmp_path, monkeypatch):
+def test_data_option_builds_or_reports_missing_files(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         data = build.build_dataset(composed(*typed(option)), "train")
@@ -329,7 +329,7 @@ def test_data_options_are_built_or_say_what_is_missing(option, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("degradation/")])
-def test_degrade_options_add_to_the_batch(option):
+def test_degradation_option_extends_batch(option):
     cfg = composed(*typed(option))
     batch = build.build_degraded_dataset(cfg).batch([(0, 0), (0, 1)])
     side = batch["image"].shape[-1]
@@ -339,7 +339,7 @@ def test_degrade_options_add_to_the_batch(option):
 
 
 @pytest.mark.parametrize("process", [p.stem for p in (CONF / "process").glob("*.yaml")])
-def test_a_process_sets_four_choices_and_each_can_be_set_beside_it(process):
+def test_process_option_sets_four_groups_that_can_be_overridden(process):
     text = (CONF / "process" / f"{process}.yaml").read_text()
     for group in ("schedule", "prediction", "weighting", "timestep_sampling"):
         (option,) = re.findall(rf"override /{group}: (\w+)", text)
@@ -348,19 +348,19 @@ def test_a_process_sets_four_choices_and_each_can_be_set_beside_it(process):
 
 
 @pytest.mark.parametrize("option", ["sampler/heun", "timestep_spacing/karras", "guidance/cfg", "metrics/fid"])
-def test_sampling_takes_the_options_of_training(option):
+def test_sampling_option_equals_training_option(option):
     group, name = option.split("/")
     assert composed("run=x", f"{group}={name}", name="sample")[group] == composed(*typed(option))[group]
 
 
-def test_nothing_that_owns_weights_is_interpolated():
+def test_conf_does_not_interpolate_modules():
     """`${net}` in two places would be built twice."""
     for path in CONF.rglob("*.yaml"):
         found = re.findall(r"\$\{(net|autoencoder|conditioner|first_stage|evaluator|objective)[}.]", path.read_text())
         assert not found, path
 
 
-def test_what_owns_weights_is_built_once(smoke, tmp_path, monkeypatch):
+def test_modules_are_built_once(smoke, tmp_path, monkeypatch):
     """A whole run builds one network and one conditioner, holds them in one model, and averages that."""
     made: dict[str, list] = {}
 
@@ -395,14 +395,14 @@ def test_what_owns_weights_is_built_once(smoke, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("typed", [("objective=denoising", "objective.vlb=0.001"), ("sampler=ddpm_learned",)])
-def test_a_learned_variance_needs_its_network(typed):
+def test_learned_variance_sampler_requires_learned_variance_net(typed):
     cfg = composed("budget=smoke", *typed)
     use = drawn if "sampler" in typed[0] else trained
     with pytest.raises(ValueError, match="train with learned_variance=true"):
         use(cfg, model_of(cfg))
 
 
-def test_a_network_that_learns_its_variance_serves_every_other_choice():
+def test_learned_variance_net_supports_other_options():
     """Twice the channels: plain losses leave the second output alone, samplers with a variance of their own do not ask for it."""
     cfg = composed("budget=smoke", "learned_variance=true", "sampler=ddpm")
     model = model_of(cfg)
@@ -412,12 +412,12 @@ def test_a_network_that_learns_its_variance_serves_every_other_choice():
 
 
 @pytest.mark.parametrize("option", ["cfg", "cfg_interval", "cfg_channels", "clip_x0", "dynamic_threshold"])
-def test_guidance_options_draw(option):
+def test_guidance_option_samples(option):
     cfg = composed("budget=smoke", f"guidance={option}", "guidance.scale=3.0")
     assert torch.isfinite(drawn(cfg, model_of(cfg))).all()
 
 
-def test_every_group_is_a_choice_of_a_command():
+def test_every_group_is_in_a_defaults_list():
     named = set(
         re.findall(r"^  - (\w+)", (CONF / "train.yaml").read_text() + (CONF / "sample.yaml").read_text(), re.MULTILINE)
     )
@@ -430,7 +430,7 @@ def test_every_group_is_a_choice_of_a_command():
 BASES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/_*.yaml"))
 
 
-def test_bases_are_in_no_list_of_options():
+def test_base_options_are_not_listed():
     assert not [option for options in GROUPS.values() for option in options if option.startswith("_")]
     tree = ConfigSearchPath((CONF,), ROOT)
     assert {group for group, _ in BASES} >= {"net", "autoencoder", "preset"}
@@ -440,14 +440,14 @@ def test_bases_are_in_no_list_of_options():
 
 @pytest.mark.parametrize("sweep", ["", "quick,"])
 @pytest.mark.parametrize(("group", "base"), BASES)
-def test_a_base_is_refused_as_a_choice(group, base, sweep):
+def test_base_option_is_refused_as_choice(group, base, sweep):
     tree = ConfigSearchPath((CONF,), ROOT)
     with pytest.raises(UserError, match=f"^{group}={sweep}{base}: {base} is the base of other options") as error:
         normalize_override(f"{group}={sweep}{base}", tree, (), (), bool(sweep))
     assert "\n" not in str(error.value)
 
 
-def test_every_base_is_used():
+def test_every_base_option_is_used():
     used = {
         (path.parent.name, name)
         for path in CONF.glob("*/*.yaml")
@@ -457,7 +457,7 @@ def test_every_base_is_used():
     assert set(BASES) <= used
 
 
-def test_compose_option_names_what_exists():
+def test_compose_option_names_existing_options():
     assert compose_option("net", "sd1").block == {
         "_target_": "ldm.net.attention.SpatialTransformer",
         "_partial_": True,
@@ -470,11 +470,11 @@ def test_compose_option_names_what_exists():
         compose_option("net", "_unet")
 
 
-def test_readme_is_generated_from_the_files():
+def test_conf_readme_is_generated_from_files():
     assert (CONF / "README.md").read_text() == readme(), "run python tests/tools/conf_readme.py"
     assert set(groups()) == set(GROUPS)
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_file_begins_with_its_description(path):
+def test_conf_file_begins_with_its_description(path):
     assert len(description(path)) > 9

@@ -43,7 +43,7 @@ def assert_same(one: list[dict], two: list[dict], limit: float) -> None:
 
 @pytest.mark.parametrize("precision", ["64", pytest.param("32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", [s if "GAN" in s else pytest.param(s, marks=pytest.mark.slow) for s in STAGES])
-def test_two_processes_have_the_losses_of_one(stage, precision, smoke, tmp_path):
+def test_two_processes_have_losses_of_one(stage, precision, smoke, tmp_path):
     typed = ("train.py", *STAGES[stage], "training.steps=4")
     found, calibrated = [], []
     for ranks, trainer in ((1, "trainer=cpu"), (2, "trainer=ddp")):
@@ -70,7 +70,7 @@ def test_two_processes_have_the_losses_of_one(stage, precision, smoke, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["64", "32"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_20_steps_launched_as_a_person_does(stage, precision, smoke, tmp_path):
+def test_ddp_command_matches_one_process_for_20_steps(stage, precision, smoke, tmp_path):
     found = []
     for trainer in ("trainer=cpu", "trainer=ddp"):
         folder = tmp_path / trainer
@@ -90,7 +90,7 @@ def test_20_steps_launched_as_a_person_does(stage, precision, smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_sampling_and_scoring_after_two_processes(smoke, tmp_path):
+def test_ddp_run_samples_and_scores_like_one_process(smoke, tmp_path):
     """The whole of a run on two processes: both stages are trained and the numbers are those of one process."""
     typed = ("budget=smoke", "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32", "seed=0")
     done = process("train.py", *typed, cwd=tmp_path, timeout=300)
@@ -106,7 +106,7 @@ def test_sampling_and_scoring_after_two_processes(smoke, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
+def test_ddp_best_checkpoint_equals_that_of_one_process(trainer, smoke, tmp_path):
     """At steps that only the best makes saving steps, on all ranks: none waits for another."""
     typed = (
         "train.py",
@@ -135,7 +135,7 @@ def test_two_processes_keep_the_best_of_one(trainer, smoke, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", ["evaluator", "classifier", "clip"])
-def test_no_process_searches_in_vain_for_parameters_without_gradient(training, smoke, tmp_path):
+def test_ddp_does_not_search_unused_parameters(training, smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     none = (
         "~training.score",

@@ -16,7 +16,7 @@ from ldm.training.checkpoints import CheckpointCallback
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.6)])
-def test_exponents_of_the_paper(sigma_rel, gamma):
+def test_std_to_exponent_matches_edm2(sigma_rel, gamma):
     """EDM2: sigma_rel = 0.05 and 0.10 are gamma = 16.97 and 6.94; and the width, in closed form (eq. 126), comes back."""
     assert abs(std_to_exponent(sigma_rel) - gamma) < 0.05
     g = std_to_exponent(sigma_rel)
@@ -24,12 +24,12 @@ def test_exponents_of_the_paper(sigma_rel, gamma):
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.28, 1.0])
-def test_a_width_that_no_exponent_has_is_refused(sigma_rel):
+def test_std_to_exponent_rejects_invalid_width(sigma_rel):
     with pytest.raises(ValueError, match="sigma_rel="):
         std_to_exponent(sigma_rel)
 
 
-def test_a_loaded_average_has_every_digit_that_was_saved():
+def test_loaded_average_is_exact():
     """A training in float64 makes its average before the trainer has widened the weights."""
     ema, saved = PowerEMA(nn.Linear(2, 1, bias=False)), torch.tensor([[1 / 3, 2 / 3]], dtype=torch.float64)
     ema.load({"weight": saved})
@@ -53,7 +53,7 @@ def averaged(steps: int, sigma_rel: float) -> tuple[PowerEMA, torch.Tensor]:
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
-def test_weights_of_the_steps_are_the_closed_form(sigma_rel):
+def test_power_ema_weights_match_closed_form(sigma_rel):
     """Step t of T weighs (t/T)^(g+1) - ((t-1)/T)^(g+1), the integral of the power function over the step."""
     steps = 60
     ema, weights = averaged(steps, sigma_rel)
@@ -63,7 +63,7 @@ def test_weights_of_the_steps_are_the_closed_form(sigma_rel):
     torch.testing.assert_close(weights.sum(), torch.ones((), dtype=torch.float64))
 
 
-def test_relative_width_is_sigma_rel():
+def test_power_ema_relative_width_is_sigma_rel():
     steps = 2000
     _, weights = averaged(steps, 0.1)
     t = (torch.arange(1, steps + 1, dtype=torch.float64) - 0.5) / steps
@@ -71,12 +71,12 @@ def test_relative_width_is_sigma_rel():
     assert abs(((weights[1:] * (t - mean) ** 2).sum()) ** 0.5 - 0.1) < 1e-3
 
 
-def test_only_what_is_trained_is_averaged():
+def test_power_ema_averages_trainable_parameters_only():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     assert set(PowerEMA(module).shadow) == {"0.weight", "0.bias"}
 
 
-def test_applied_lends_the_average_and_gives_the_weights_back():
+def test_swapped_in_restores_weights_after_error():
     module = nn.Linear(2, 2)
     ema = PowerEMA(module)
     live = module.weight.detach().clone()
@@ -93,7 +93,7 @@ def test_applied_lends_the_average_and_gives_the_weights_back():
     assert (ema.shadow["weight"] == 5).all()
 
 
-def test_the_average_shares_no_memory_with_the_weights():
+def test_power_ema_does_not_share_memory_with_weights():
     module = nn.Linear(2, 2)
     ema = PowerEMA(module)
     before = ema.shadow["weight"].clone()
@@ -102,7 +102,7 @@ def test_the_average_shares_no_memory_with_the_weights():
     assert torch.equal(ema.shadow["weight"], before)
 
 
-def test_load_takes_over_the_same_names_only():
+def test_power_ema_load_requires_same_names():
     ema, other = PowerEMA(nn.Linear(2, 2)), PowerEMA(nn.Linear(2, 2))
     other.load(ema.shadow)
     assert torch.equal(other.shadow["bias"], ema.shadow["bias"])
@@ -110,7 +110,7 @@ def test_load_takes_over_the_same_names_only():
         other.load({"weight": ema.shadow["weight"]})
 
 
-def test_the_average_follows_its_module_to_another_type():
+def test_power_ema_follows_module_dtype():
     module = nn.Linear(2, 2)
     ema = PowerEMA(module)
     module.double()
@@ -120,7 +120,7 @@ def test_the_average_follows_its_module_to_another_type():
     assert ema.shadow["weight"] is not module.weight
 
 
-def test_overlap_is_the_integral():
+def test_profile_covariance_matches_integral():
     t = (np.arange(200_000) + 0.5) / 200_000
 
     def density(gamma, end):
@@ -141,7 +141,7 @@ def snapshots(steps: int, every: int) -> dict[tuple[float, int], torch.Tensor]:
 
 
 @pytest.mark.parametrize("sigma_rel", [0.04, 0.07, 0.12, 0.15, 0.2])
-def test_a_length_made_afterwards_is_the_one_tracked_directly(sigma_rel):
+def test_posthoc_average_matches_tracked_average(sigma_rel):
     """Of a toy sequence too: parameters that walk."""
     steps = 320
     kept, tracked = snapshots(steps, 20), averaged(steps, sigma_rel)[1]
@@ -155,7 +155,7 @@ def test_a_length_made_afterwards_is_the_one_tracked_directly(sigma_rel):
     assert sum(parts) == pytest.approx(1, abs=1e-9)
 
 
-def test_a_length_that_was_kept_is_itself_and_more_snapshots_come_nearer():
+def test_posthoc_of_tracked_length_is_exact_and_improves_with_snapshots():
     for place, length in enumerate(SIGMA_RELS):
         parts, off = posthoc_coefficients(
             [(one, step) for step in range(20, 320, 20) for one in SIGMA_RELS], length, 300
@@ -173,13 +173,13 @@ def test_a_length_that_was_kept_is_itself_and_more_snapshots_come_nearer():
 
 
 @pytest.mark.parametrize("kind", ["average", "ema:", "ema:long", "ema:0.3", "raw:0.1", "0.1"])
-def test_what_is_no_length_is_named(kind):
+def test_parse_ema_length_rejects_invalid(kind):
     with pytest.raises(UserError, match=f"weights={kind}: expected ema, raw, or ema:0.15"):
         parse_ema_length(kind)
 
 
 @pytest.mark.slow
-def test_a_run_keeps_two_and_gives_any(smoke, tmp_path):
+def test_run_with_snapshots_serves_any_ema_length(smoke, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         typed = (
             "train.py",
@@ -218,7 +218,7 @@ def test_a_run_keeps_two_and_gives_any(smoke, tmp_path):
             load_weights_dict(smoke.run, "ema:0.08")
 
 
-def test_a_run_that_began_without_snapshots_says_so():
+def test_resume_of_run_without_snapshots_is_refused():
     module = nn.Linear(2, 2)
     step = Checkpoint(3, {"model": {name: value.detach() for name, value in module.named_parameters()}}, {}, "", {})
     saving = CheckpointCallback(Path(), None, 1, 4, "", step, averages={"ema_0.1": PowerEMA(module)})

@@ -24,13 +24,13 @@ def work(smoke, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COVER, ids="-".join)
-def test_a_resumed_run_is_that_of_one_process_never_stopped(case, work):
+def test_resumed_run_equals_uninterrupted_run_of_one_process(case, work):
     """Losses, weights, averages, scores and what is kept, under each trainer, optimiser, feature and way of resuming."""
     row = measure.measured(case)
     assert row["agree"] == "yes", row
 
 
-def test_the_cover_has_every_pair():
+def test_cover_contains_every_pair():
     every = {pair for case in measure.CASES for pair in measure.pairs(case)}
     assert {pair for case in COVER for pair in measure.pairs(case)} == every
     assert len(COVER) < len(measure.CASES) / 5
@@ -57,10 +57,10 @@ def outcome(step=0.0, kept=("step-00000004", "step-00000006", 4)):
         (outcome() | {"losses": [{"train/loss": 1.0}, {"train/loss": float("nan")}]}, "NO"),
     ],
 )
-def test_a_difference_of_any_kind_is_disagreement(found, agree):
+def test_compared_detects_any_difference(found, agree):
     assert measure.compared(found, outcome(), measure.BOUNDS["64"])["agree"] == agree
 
 
-def test_a_number_that_is_not_finite_is_disagreement():
+def test_compared_detects_non_finite_values():
     rows = [{"train/loss": 1.0}, {"train/loss": float("nan")}, {"train/loss": 1.0}]
     assert measure.of_rows(rows, [{"train/loss": 1.0}] * 3) == float("inf")

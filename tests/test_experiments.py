@@ -92,7 +92,7 @@ def test_study_runs_its_first_job(study, smoke, tmp_path):
     assert all(json.loads(done.read_text())["seconds"] > 0 for done in made)
 
 
-def test_a_study_keeps_its_findings_beside_it():
+def test_every_study_has_readme():
     for folder in (ROOT / "experiments").iterdir():
         if folder.is_dir() and list(folder.glob("*.yaml")):
             assert (folder / "README.md").is_file(), f"{folder.name} says nowhere what it asks and what came of it"

@@ -39,7 +39,7 @@ def measure(request, monkeypatch, smoke, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*biased")
 @pytest.mark.parametrize("measure", sorted(ARMS), indirect=True)
-def test_a_comparison_begins_and_is_not_done_twice(measure, smoke, request, capsys):
+def test_measure_command_runs_and_skips_done_rows(measure, smoke, request, capsys):
     typed, wanted = ARMS[request.node.callspec.params["measure"]]
     if hasattr(measure, "REAL"):
         measure.REAL = (10, 20, 40)
@@ -53,7 +53,7 @@ def test_a_comparison_begins_and_is_not_done_twice(measure, smoke, request, caps
     assert rows.read(measure.TABLE) == found
 
 
-def test_the_peers_table_is_of_what_is_above_the_reconstructions(monkeypatch):
+def test_peers_table_lists_rows_above_reconstruction(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments" / "peers"))
     import told
 
@@ -69,7 +69,7 @@ def test_the_peers_table_is_of_what_is_above_the_reconstructions(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", ["Diffusers", "DenoisingDiffusion"])
-def test_a_peers_average_follows_its_network(peer, monkeypatch):
+def test_peer_average_follows_network(peer, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments" / "peers"))
     import recipes
 

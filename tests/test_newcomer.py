@@ -11,13 +11,13 @@ ANSWERS = re.findall(
 )
 
 
-def test_every_question_has_one_answer():
+def test_newcomer_question_has_one_answer():
     asked = re.findall(r"^\| Where .*$", (ROOT / "ldm" / "README.md").read_text(), re.MULTILINE)
     assert len(asked) == len(ANSWERS) == len({question for question, _, _ in ANSWERS}) >= 20
 
 
 @pytest.mark.parametrize(("question", "path", "function"), ANSWERS, ids=[question for question, _, _ in ANSWERS])
-def test_answer_is_a_function_of_that_file(question, path, function):
+def test_newcomer_answer_is_function_of_its_file(question, path, function):
     """The name is that of one function or method only, so that the answer is unambiguous."""
     tree = ast.parse((ROOT / path).read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function]

@@ -32,7 +32,7 @@ def test_parity_table_equals_its_csv(table):
     assert shown == table.markdown(rows("parity"))
 
 
-def test_every_model_is_there_and_equals_its_original(table):
+def test_parity_table_covers_every_model_within_bounds(table):
     found = rows("parity")
     assert [row["model"] for row in found] == [row.model for row in table.ROWS]
     for row in found:
@@ -44,14 +44,14 @@ def test_every_model_is_there_and_equals_its_original(table):
 
 
 @pytest.mark.parametrize("row", rows("parity"), ids=lambda row: row["model"])
-def test_its_command_composes(row):
+def test_parity_command_composes(row):
     _, script, *typed = shlex.split(row["command"])
     if script == "train.py":
         typed = [re.sub("IMAGENET|OPENIMAGES", ".", word) for word in typed]
     plan_of(*typed, name=script.removesuffix(".py")).check(RUNTIME_PARAMETERS)
 
 
-def test_memory_was_within_15_percent_of_the_plan():
+def test_measured_memory_is_within_15_percent_of_plan():
     found = rows("memory")
     assert [row["batch"] for row in found] == ["1", "2"]
     assert all(abs(int(row["measured_MiB"]) / int(row["plan_MiB"]) - 1) <= 0.15 for row in found)

@@ -55,7 +55,7 @@ ALIKE = re.compile(
 @pytest.mark.parametrize(
     "preset", [pytest.param(p, marks=pytest.mark.slow) if ALIKE.fullmatch(p) else p for p in (*PRESETS, *MISSING)]
 )
-def test_parameters_are_the_papers(preset):
+def test_preset_has_published_parameter_count(preset):
     if preset in MISSING:
         pytest.skip(MISSING[preset])
     cfg = composed(preset).copy()
@@ -80,7 +80,7 @@ def test_parameters_are_the_papers(preset):
     )
 
 
-def test_a_preset_is_checked_as_a_command_line_is():
+def test_preset_is_validated_like_overrides():
     """Against its own values too: of another kind, or misspelt, they are refused, and every preset's pass."""
     job = plan_of("preset=ldm4_inpaint_big", "data.path=.", "schedule.beta_end=0.02")
     job.check(RUNTIME_PARAMETERS)
@@ -113,12 +113,12 @@ def test_a_preset_is_checked_as_a_command_line_is():
         ("ddpm_cifar10", "training.optimizer.weight_decay", 0.0),
     ],
 )
-def test_what_is_special_is_there(preset, key, value):
+def test_preset_has_special_values(preset, key, value):
     assert OmegaConf.select(composed(preset), key) == value
 
 
 @pytest.mark.parametrize("preset", NARROW)
-def test_a_narrow_one_trains_a_step_and_draws(preset, monkeypatch):
+def test_preset_trains_and_samples_when_narrow(preset, monkeypatch):
     torch.manual_seed(0)
     first_stage = () if composed(preset).autoencoder._target_.endswith("Identity") else ("autoencoder=patch_f4",)
     cfg = composed(preset, "data=synthetic", "data.size=16", *first_stage, *NARROW[preset]).copy()
@@ -129,7 +129,7 @@ def test_a_narrow_one_trains_a_step_and_draws(preset, monkeypatch):
     assert torch.isfinite(drawn(cfg, model)).all()
 
 
-def test_every_preset_names_its_paper_in_its_header():
+def test_preset_header_names_paper():
     for preset in PRESETS:
         first, second = (ROOT / "conf/preset" / f"{preset}.yaml").read_text().splitlines()[:2]
         assert first == "# @package _global_"

@@ -108,7 +108,7 @@ TOOLS = {"ldm.animate", "ldm.report.browse", "ldm.plan", "ldm.report", "ldm.repo
 TOOLS |= {"ldm.evaluation.adm", "ldm.app"}  # ldm.app: tests/app/test_app.py
 
 
-def test_commands_are_found():
+def test_readme_commands_are_parsed():
     assert commands(EXAMPLE) == [
         ["pip", "install", "-e", ".[dev]"],
         ["python", "train.py"],
@@ -117,16 +117,16 @@ def test_commands_are_found():
     assert [b.language for b in blocks(EXAMPLE)] == ["sh", "python", ""]
 
 
-def test_the_readme_has_the_two_commands():
+def test_readme_contains_train_and_test_commands():
     assert {("python", "train.py"), ("pytest",), ("pip", "install", "-e", ".[dev]")} <= {*map(tuple, ALL[README])}
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len(TEXT.splitlines()) < 200
 
 
 @pytest.mark.parametrize("words", TYPED, ids=" ".join)
-def test_command_is_one_that_a_test_runs(words):
+def test_readme_command_is_run_by_a_test(words):
     words = [word for word in words if not re.match(r"[A-Z]+=", word)]
     assert words[0] in KNOWN
     if words[:2] == ["python", "-m"]:
@@ -161,7 +161,7 @@ def of_training(typed: list[str]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("typed", TRAIN, ids=" ".join)
-def test_train_command_runs(typed, smoke, tmp_path, capfd):
+def test_readme_train_command_runs(typed, smoke, tmp_path, capfd):
     typed = [f"init={smoke.run}" if word == "init=RUN" else word for word in typed]
     if "--help" in typed:
         assert command("train.py", *typed) == 0
@@ -181,14 +181,14 @@ def study_of(typed: list[str]) -> str:
 
 
 @pytest.mark.parametrize("typed", STUDIES, ids=" ".join)
-def test_study_command_composes(typed):
+def test_readme_study_command_composes(typed):
     typed = [re.sub(r"=(RUN|CLIP/.*)$", "=.", word) for word in typed]
     plan_of(*typed).check(RUNTIME_PARAMETERS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("typed", [typed for typed in STUDIES if "CLIP/" not in " ".join(typed)], ids=" ".join)
-def test_study_command_runs_its_first_job(typed, smoke, tmp_path):
+def test_readme_study_command_runs_its_first_job(typed, smoke, tmp_path):
     study = study_of(typed)
     base = (f"init={smoke.run}",) if study in ON_TOP else ()
     typed = [word for word in typed if word != "init=RUN"]
@@ -198,7 +198,7 @@ def test_study_command_runs_its_first_job(typed, smoke, tmp_path):
 
 
 @pytest.mark.parametrize("typed", OWN, ids=" ".join)
-def test_command_with_code_of_your_own_runs(typed, smoke, tmp_path, monkeypatch):
+def test_readme_user_code_command_runs(typed, smoke, tmp_path, monkeypatch):
     """The blocks that begin with a file's name are those files."""
     for block in blocks(TEXT):
         if match := re.match(r"# (paper/\S+)\n", block.text):
@@ -223,7 +223,7 @@ def some_files(run: Path, typed: list[str]) -> None:
 
 
 @pytest.mark.parametrize("typed", SAMPLE, ids=" ".join)
-def test_sample_command_runs(typed, smoke, prompted, tmp_path):
+def test_readme_sample_command_runs(typed, smoke, prompted, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         some_files(prompted, typed)
         own = [
@@ -236,7 +236,7 @@ def test_sample_command_runs(typed, smoke, prompted, tmp_path):
 
 
 @pytest.mark.parametrize("typed", LOOK, ids=" ".join)
-def test_command_to_look_runs(typed, smoke, prompted, tmp_path):
+def test_readme_tool_command_runs(typed, smoke, prompted, tmp_path):
     """Pictures with as few frames as there can be."""
     tool, *words = typed
     small = {
@@ -254,7 +254,7 @@ def test_command_to_look_runs(typed, smoke, prompted, tmp_path):
 
 
 @pytest.mark.parametrize("block", [b for b in blocks(TEXT) if b.language == "python"], ids=lambda b: f"line {b.line}")
-def test_python_block_runs(block, prompted):
+def test_readme_python_block_runs(block, prompted):
     code = re.sub(r"""load_model\(["'][^"']*["']""", f"load_model({str(prompted)!r}", block.text)
     assert code != block.text or "load_model" not in block.text
     names: dict = {}
@@ -271,7 +271,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("file", [*READMES, ROOT / "experiments" / "LOG.md"], ids=lambda f: str(f.relative_to(ROOT)))
-def test_links_lead_somewhere(file):
+def test_readme_links_exist(file):
     text = file.read_text(encoding="utf-8")
     for path, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", text):
         target = file.parent / path if path else file
@@ -279,7 +279,7 @@ def test_links_lead_somewhere(file):
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{file}: {path}#{anchor}"
 
 
-def test_ci_runs_the_test_command_of_the_readme():
+def test_readme_test_command_is_that_of_ci():
     script = (ROOT / ".ci" / "run").read_text()
     line = next(line for b in blocks(TEXT) if b.language == "sh" for line in b.text.splitlines() if "&& pytest" in line)
     assert line.split("#")[0].strip() in re.sub(
@@ -290,7 +290,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("typed", PLANS, ids=" ".join)
-def test_plan_command_runs(typed, tmp_path, capsys):
+def test_readme_plan_command_runs(typed, tmp_path, capsys):
     with here(tmp_path):
         assert run_guarded(lambda: import_module("ldm.plan.__main__").main(list(typed))) == 0
     assert "device-hours" in capsys.readouterr().out
@@ -299,7 +299,7 @@ def test_plan_command_runs(typed, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*biased")
 @pytest.mark.parametrize("typed", REPORTS, ids=" ".join)
-def test_report_command_runs(typed, smoke, tmp_path, monkeypatch):
+def test_readme_report_command_runs(typed, smoke, tmp_path, monkeypatch):
     """Studies are copies, so that the repository's tables stay as they are; runs are the shared one."""
     for name in ("conf", "ldm", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -315,7 +315,7 @@ def test_report_command_runs(typed, smoke, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*biased")
 @pytest.mark.parametrize("typed", FRONTIERS, ids=" ".join)
-def test_frontier_command_samples_its_first_point(typed, smoke, tmp_path, monkeypatch):
+def test_readme_frontier_command_samples_its_first_point(typed, smoke, tmp_path, monkeypatch):
     every = frontier.sampling_points
     monkeypatch.setattr(frontier, "sampling_points", lambda *a: (every(*a)[0][:1], every(*a)[1]))
     monkeypatch.setenv("CLASSIFIER", "a run")
@@ -328,7 +328,7 @@ def test_frontier_command_samples_its_first_point(typed, smoke, tmp_path, monkey
 
 
 @pytest.mark.parametrize("typed", typed_after("python", "-m", "ldm.cli.export"), ids=" ".join)
-def test_export_command_runs(typed, smoke, tmp_path):
+def test_readme_export_command_runs(typed, smoke, tmp_path):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         (tmp_path / "runs").symlink_to(smoke.folder / "runs")
         assert import_module("ldm.cli.export").main(list(typed)) == 0
@@ -336,7 +336,7 @@ def test_export_command_runs(typed, smoke, tmp_path):
 
 
 @pytest.mark.parametrize("typed", typed_after("python", "-m", "ldm.evaluation.adm"), ids=" ".join)
-def test_adm_command_runs(typed, tmp_path, monkeypatch):
+def test_readme_adm_command_runs(typed, tmp_path, monkeypatch):
     """With small images and a toy network in place of Inception."""
     from test_adm import Toy, pictures
 
@@ -349,7 +349,7 @@ def test_adm_command_runs(typed, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("typed", SCRIPTS, ids=" ".join)
-def test_script_starts_with_its_arguments(typed, tmp_path, monkeypatch):
+def test_readme_script_starts_with_its_arguments(typed, tmp_path, monkeypatch):
     """Scripts that take hours, or runs of another study: they import and their main accepts what is typed."""
     file = ROOT / typed[0]
     monkeypatch.syspath_prepend(str(file.parent))

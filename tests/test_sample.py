@@ -48,7 +48,7 @@ def said(folder: Path) -> dict[str, dict[str, str]]:
     return {file.name: Image.open(file).text for file in sorted(folder.glob("[0-9]*.png"))}
 
 
-def test_one_image_a_seed_a_grid_and_the_record(lively, drawn):
+def test_sample_writes_one_image_per_seed_grid_and_record(lively, drawn):
     assert sorted(p.name for p in drawn.iterdir()) == [*(f"{i:06d}.png" for i in range(10)), "grid.png", "metrics.json"]
     assert pixels(drawn).float().std(1).min() > 1
     assert (pixels(drawn)[0] != pixels(drawn)[1]).any()
@@ -59,7 +59,7 @@ def test_one_image_a_seed_a_grid_and_the_record(lively, drawn):
     assert Image.open(drawn / "grid.png").size == (3 * 66 + 2, 4 * 66 + 2)
 
 
-def test_a_request_reads_the_config_of_its_run_once(lively, place, monkeypatch):
+def test_sample_request_reads_run_config_once(lively, place, monkeypatch):
     reads, load_config = [], serialize.load_config
     monkeypatch.setattr(serialize, "load_config", lambda path: reads.append(path) or load_config(path))
     draw(lively, "num=1", "steps=1", out="once")
@@ -77,7 +77,7 @@ def test_sampling_does_not_import_lightning(lively):
 
 
 @pytest.mark.slow
-def test_autoguidance_leads_away_from_another_run(smoke, lively, place):
+def test_autoguidance_with_weak_run_changes_image(smoke, lively, place):
     """weak + s (model - weak): itself as the weak one changes nothing; another one does, and more at a larger scale."""
     other = broken(lively, place, "weak")
     metadata = atomic.read_metadata(lively / "weights.safetensors")
@@ -107,19 +107,19 @@ def test_autoguidance_leads_away_from_another_run(smoke, lively, place):
     assert 1 < far[1].float().abs().mean() < far[2].float().abs().mean()
 
 
-def test_it_is_bit_equal_after_a_reload(lively, drawn):
+def test_sample_is_bit_equal_after_reload(lively, drawn):
     again = draw(lively, *FEW, out="again")
     for file in drawn.glob("*.png"):
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_another_batch_size_is_the_same_to_rounding(size, lively, drawn):
+def test_sample_is_independent_of_batch_size(size, lively, drawn):
     other = pixels(draw(lively, *FEW, f"batch_size={size}", out="batches"))
     assert (other - pixels(drawn)).abs().max() <= 1
 
 
-def test_tile_changes_only_images_larger_than_a_tile(lively, drawn):
+def test_sample_tile_changes_only_larger_images(lively, drawn):
     assert torch.equal(pixels(draw(lively, *FEW, "tile=64", out="one_tile")), pixels(drawn))
     tiled = draw(lively, *FEW, "tile=2", out="tiles")
     assert (pixels(tiled) != pixels(drawn)).any()
@@ -127,7 +127,7 @@ def test_tile_changes_only_images_larger_than_a_tile(lively, drawn):
     assert weights[0] == weights[1]  # `reproduce` finds the same model with and without tiles
 
 
-def test_two_processes_draw_the_same_to_rounding(smoke, lively, drawn, place):
+def test_sample_on_two_processes_matches_one(smoke, lively, drawn, place):
     job = ("sample.py", f"run={lively}", f"output_dir={place / 'two'}", *FEW)
     done = processes(job, job, cwd=place, LDM_CACHE=str(smoke.folder / "cache"))
     assert not any(one.returncode for one in done), done
@@ -137,20 +137,20 @@ def test_two_processes_draw_the_same_to_rounding(smoke, lively, drawn, place):
     assert json.loads((place / "two" / "metrics.json").read_text())["request"]["num"] == 10
 
 
-def test_seeds_go_on_where_they_are_told_to(lively, drawn):
+def test_sample_seed_starts_sequence(lively, drawn):
     later = draw(lively, "num=4", "steps=3", "seed=2", "label=disc", out="later")
     assert sorted(said(later)) == [f"{i:06d}.png" for i in range(2, 6)]
     label = draw(lively, "num=1", "steps=3", "seed=0", "label=0", out="label")
     assert (pixels(label)[0] - pixels(drawn)[0]).abs().max() <= 1  # image 0 of all classes in turn is class 0
 
 
-def test_a_label_by_name_is_its_number(lively):
+def test_sample_label_by_name_equals_number(lively):
     by_name, by_number = (pixels(draw(lively, "num=2", "steps=2", f"label={x}", out=x)) for x in ("ring", "1"))
     assert torch.equal(by_name, by_number)
     assert not torch.equal(by_name, pixels(draw(lively, "num=2", "steps=2", "label=square", out="square")))
 
 
-def test_labels_and_prompts_of_a_csv(lively, place):
+def test_sample_reads_labels_and_prompts_of_csv(lively, place):
     (place / "some.csv").write_text('label,prompt\nring,"a ring, thin"\n2,a square\n')
     folder = draw(lively, "prompts=some.csv", "num=2", "steps=2", out="csv")
     assert [words["prompt"] for words in said(folder).values()] == ["a ring, thin"] * 2 + ["a square"] * 2
@@ -158,13 +158,13 @@ def test_labels_and_prompts_of_a_csv(lively, place):
     assert (pixels(folder)[:2] - ring).abs().max() <= 1
 
 
-def test_prompts_of_a_file(prompted, place):
+def test_sample_reads_prompts_of_text_file(prompted, place):
     (place / "some.txt").write_text("it's a=b\n\n[x], ü!\n", encoding="utf-8")
     folder = draw(prompted, "prompts=some.txt", "num=1", "steps=2", out="txt")
     assert [words["prompt"] for words in said(folder).values()] == ["it's a=b", "[x], ü!"]
 
 
-def test_scores_on_demand(lively):
+def test_sample_scores_images(lively):
     folder = draw(lively, "num=20", "steps=2", "metrics=full", "save=grid", out="scored")
     record = json.loads((folder / "metrics.json").read_text())
     assert {"fd_fashion", "kid_fashion", "precision", "recall", "accuracy"} <= record.keys()
@@ -173,7 +173,7 @@ def test_scores_on_demand(lively):
     assert list(draw(lively, "num=1", "steps=1", "save=none", out="none").glob("*.png")) == []
 
 
-def test_two_processes_score_as_one(smoke, lively, place):
+def test_sample_scores_on_two_processes_match_one(smoke, lively, place):
     typed = (f"run={lively}", "num=20", "steps=2", "metrics=full", "save=none", "batch_size=5")
     one = json.loads((draw(lively, *typed[1:], out="one") / "metrics.json").read_text())
     job = ("sample.py", *typed, f"output_dir={place / 'both'}")
@@ -184,7 +184,7 @@ def test_two_processes_score_as_one(smoke, lively, place):
         assert both[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-def test_the_record_is_enough_to_draw_it_again(lively, place):
+def test_sample_record_reproduces_images(lively, place):
     folder = draw(
         lively,
         "num=3",
@@ -205,7 +205,7 @@ def test_the_record_is_enough_to_draw_it_again(lively, place):
         assert (place / "second" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_a_step_a_file_and_raw_weights(smoke):
+def test_sample_accepts_checkpoint_file_and_raw_weights(smoke):
     step = smoke.run / "checkpoints" / "step-00000002"
     by_step = pixels(draw(step, *FEW, out="step"))
     assert torch.equal(by_step, pixels(draw(smoke.run, *FEW, out="run")))
@@ -242,7 +242,7 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_broken_run_is_one_line(name, smoke, place, capfd):
+def test_sample_reports_broken_run_in_one_line(name, smoke, place, capfd):
     damage, expected = MISTAKES[name]
     run = broken(smoke.run, place, "broken")
     damage(run)
@@ -265,7 +265,7 @@ def test_a_broken_run_is_one_line(name, smoke, place, capfd):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )
-def test_a_mistake_is_one_line(typed, expected, smoke, capfd):
+def test_sample_reports_error_in_one_line(typed, expected, smoke, capfd):
     one_line(capfd, re.escape(expected), f"run={smoke.run}", *typed)
 
 

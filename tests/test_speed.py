@@ -20,7 +20,7 @@ def speed(monkeypatch):
 
 
 @torch.inference_mode()
-def test_what_is_timed_is_the_same_network(speed):
+def test_speed_compares_same_network(speed):
     import first_stage
     import sampling
     from built import told, unet, vae
@@ -37,7 +37,7 @@ def test_what_is_timed_is_the_same_network(speed):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_a_dit_is_the_same_network_as_diffusers(speed):
+def test_speed_compares_same_dit(speed):
     import sampling
     from built import drawing
 
@@ -53,7 +53,7 @@ def test_a_dit_is_the_same_network_as_diffusers(speed):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-def test_ratios_are_of_pairs_and_a_row_takes_the_place_of_its_like(speed, monkeypatch, tmp_path):
+def test_speed_ratios_are_paired_and_rows_replaced(speed, monkeypatch, tmp_path):
     import pairs
 
     monkeypatch.setattr(pairs, "TABLE", tmp_path / "results.csv")
@@ -70,7 +70,7 @@ def test_ratios_are_of_pairs_and_a_row_takes_the_place_of_its_like(speed, monkey
     )
 
 
-def test_a_row_says_its_unit_and_what_a_gpu_had_of_it(speed):
+def test_speed_row_has_unit_and_gpu_utilization(speed):
     import measure
     import pairs
 
@@ -84,7 +84,7 @@ def test_a_row_says_its_unit_and_what_a_gpu_had_of_it(speed):
     assert measure.cells(as_read[1])[-1] == "8.0 images/s; 1.5, 2.0 GiB"
 
 
-def test_what_is_expected_of_a_gpu_names_the_rows_that_the_commands_make(speed):
+def test_speed_expectations_name_rows_of_commands(speed):
     import measure
     import sampling
     import training
@@ -109,7 +109,7 @@ def test_what_is_expected_of_a_gpu_names_the_rows_that_the_commands_make(speed):
         assert any(compiled)
 
 
-def test_a_peak_on_a_gpu_is_what_a_call_adds_and_the_weights_that_are_held(speed, monkeypatch):
+def test_speed_gpu_peak_includes_weights(speed, monkeypatch):
     import sampling
 
     gib = 2**30
@@ -134,7 +134,7 @@ def test_a_peak_on_a_gpu_is_what_a_call_adds_and_the_weights_that_are_held(speed
     }  # a quarter of a GiB four times, or half of that, and two more
 
 
-def test_the_exponent_of_a_power_is_found(speed):
+def test_exponent_fits_power_law(speed):
     import curves
 
     xs = [2.0, 8.0, 32.0]
@@ -142,7 +142,7 @@ def test_the_exponent_of_a_power_is_found(speed):
 
 
 @pytest.mark.slow
-def test_the_rows_of_a_gpu_run_and_compile_without_one(speed, monkeypatch, tmp_path):
+def test_speed_gpu_rows_compile_on_cpu(speed, monkeypatch, tmp_path):
     import pairs
     import sampling
 

@@ -6,7 +6,7 @@ import torch
 from ldm.tensors import KeyedNoise, choose, derive_seed, expand, hash_state_dict, mean_per_sample
 
 
-def test_expand_broadcasts_over_all_but_the_batch():
+def test_expand_broadcasts_over_all_but_batch():
     assert expand(torch.arange(3.0), torch.zeros(3, 2, 4, 4)).shape == (3, 1, 1, 1)
     assert expand(torch.tensor(2.0), torch.zeros(3, 2)).shape == ()
 
@@ -15,7 +15,7 @@ def test_mean_per_sample():
     assert mean_per_sample(torch.arange(12.0).reshape(2, 3, 2)).tolist() == [2.5, 8.5]
 
 
-def test_key_depends_on_every_part_and_on_nothing_else():
+def test_derive_seed_depends_on_every_part():
     assert derive_seed(1, "a", 2) == derive_seed(1, "a", 2)
     assert 0 <= derive_seed(1, "a", 2) < 2**63
     assert (
@@ -34,12 +34,12 @@ def test_key_depends_on_every_part_and_on_nothing_else():
     assert derive_seed(0, "weights") == 2934036865011653446  # kept for ever: a run's random numbers are a promise
 
 
-def test_choose_follows_its_key_and_reaches_every_option():
+def test_choose_follows_key_and_reaches_every_option():
     assert [choose("abc", 0, "told", i) for i in range(30)] == ["abc"[derive_seed(0, "told", i) % 3] for i in range(30)]
     assert {choose("abc", 0, "told", i) for i in range(30)} == set("abc")
 
 
-def test_hash_state_dict_keeps_the_values_that_files_hold():
+def test_hash_state_dict_is_stable():
     state = {"b.weight": torch.arange(6.0).reshape(2, 3).t(), "b": torch.tensor(7), "a": torch.tensor([True, False])}
     old = sha256()
     for name, value in sorted(state.items()):
@@ -51,7 +51,7 @@ def test_hash_state_dict_keeps_the_values_that_files_hold():
     assert len(hash_state_dict({"a": torch.zeros(2, dtype=torch.bfloat16)})) == 64  # a dtype that numpy lacks
 
 
-def test_a_row_gets_the_same_numbers_in_any_batch():
+def test_keyed_noise_is_independent_of_batch():
     x = torch.empty(4, 2, 3)
     whole = KeyedNoise(7, [10, 11, (3, 12), 13]).normal("eps", x)
     assert torch.equal(KeyedNoise(7, [(3, 12), 10]).normal("eps", x[:2]), whole[[2, 0]])
@@ -60,7 +60,7 @@ def test_a_row_gets_the_same_numbers_in_any_batch():
 
 
 @pytest.mark.parametrize("change", ["seed", "purpose", "index", "epoch"])
-def test_another_key_is_another_draw(change):
+def test_keyed_noise_changes_with_every_key(change):
     x = torch.empty(1, 50)
     base = KeyedNoise(0, [(0, 5)]).normal("a", x)
     other = {
@@ -73,7 +73,7 @@ def test_another_key_is_another_draw(change):
     assert abs(torch.corrcoef(torch.stack([base[0], other[0]]))[0, 1]) < 0.5
 
 
-def test_draws_have_their_distribution():
+def test_keyed_noise_has_its_distribution():
     noise, x = KeyedNoise(0, list(range(100))), torch.empty(100, 200)
     normal, uniform = noise.normal("n", x), noise.uniform("u", x)
     assert abs(normal.mean()) < 0.02
@@ -83,14 +83,14 @@ def test_draws_have_their_distribution():
     assert abs(torch.corrcoef(normal[:, :50].T).fill_diagonal_(0)).max() < 0.5
 
 
-def test_a_draw_is_like_its_tensor():
+def test_keyed_noise_has_dtype_of_tensor():
     x = torch.empty(2, 3, dtype=torch.float64)
     assert KeyedNoise(0, [0, 1]).normal("a", x).dtype == torch.float64
     assert torch.equal(KeyedNoise(0, [0, 1]).normal("a", x).float(), KeyedNoise(0, [0, 1]).normal("a", x.float()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_uniform_is_below_one_in_every_type(dtype):
+def test_keyed_uniform_is_below_one_in_every_dtype(dtype):
     single = KeyedNoise(0, list(range(100))).uniform("u", torch.empty(100, 1000))
     drawn = KeyedNoise(0, list(range(100))).uniform("u", torch.empty(100, 1000, dtype=dtype))
     assert drawn.dtype == dtype
@@ -100,7 +100,7 @@ def test_uniform_is_below_one_in_every_type(dtype):
     assert torch.equal(drawn, single.to(dtype)) or dtype in (torch.float16, torch.bfloat16)
 
 
-def test_a_stream_draws_anew_at_each_call_and_again_from_its_start():
+def test_sampler_noise_advances_and_restarts():
     x = torch.empty(2, 3)
     first, again = KeyedNoise(0, [0, 1]).sampler_noise("s"), KeyedNoise(0, [0, 1]).sampler_noise("s")
     a, b = first(x), first(x)
@@ -109,13 +109,13 @@ def test_a_stream_draws_anew_at_each_call_and_again_from_its_start():
     assert torch.equal(b, again(x))
 
 
-def test_draws_leave_the_global_generator_alone():
+def test_keyed_noise_preserves_global_generator():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     KeyedNoise(0, [0]).normal("a", torch.empty(1, 3))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_rows_must_be_keyed():
+def test_keyed_noise_requires_one_key_per_row():
     with pytest.raises(ValueError, match="2 rows, the tensor has 3"):
         KeyedNoise(0, [0, 1]).normal("a", torch.empty(3, 1))

@@ -36,7 +36,7 @@ def again(place):
     return train()
 
 
-def test_a_run_leaves_what_it_says(smoke):
+def test_run_folder_has_expected_files(smoke):
     run = smoke.run
     assert {"samples.png", "metrics.json", "metrics.jsonl", "config.yaml", "data.json", "weights.safetensors"} <= {
         p.name for p in run.iterdir()
@@ -49,7 +49,7 @@ def test_a_run_leaves_what_it_says(smoke):
     assert "python sample.py run=" in smoke.said
 
 
-def test_the_numbers_are_all_there(smoke):
+def test_run_metrics_are_complete(smoke):
     metrics = smoke.metrics
     assert {
         "fd_fashion",
@@ -74,7 +74,7 @@ def test_the_numbers_are_all_there(smoke):
     assert all(row["train/loss"] > 0 and row["train/lr"] > 0 for row in rows)
 
 
-def test_provenance_and_choices_are_kept(smoke):
+def test_run_records_provenance_and_choices(smoke):
     provenance = json.loads((smoke.run / "provenance.json").read_text())
     assert provenance["command"].endswith("train.py budget=smoke")
     assert provenance["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
@@ -83,7 +83,7 @@ def test_provenance_and_choices_are_kept(smoke):
     assert choices["schedule"] == "cosine"
 
 
-def test_the_same_command_says_that_it_is_done(smoke, capfd):
+def test_finished_run_is_not_repeated(smoke, capfd):
     before = {p: p.stat().st_mtime_ns for p in smoke.run.rglob("*") if p.is_file()}
     with here(smoke.folder):
         assert command("train.py", "budget=smoke") == 0
@@ -93,14 +93,14 @@ def test_the_same_command_says_that_it_is_done(smoke, capfd):
     assert {p: p.stat().st_mtime_ns for p in smoke.run.rglob("*") if p.is_file()} == before
 
 
-def test_one_seed_gives_the_same_weights_in_another_process(smoke, again):
+def test_same_seed_gives_same_weights_in_another_process(smoke, again):
     assert again.name == smoke.run.name
     for name in ("weights.safetensors", "first_stage.safetensors"):
         assert same(weights(again / name), weights(smoke.run / name)), name
     assert (again / "samples.png").read_bytes() == (smoke.run / "samples.png").read_bytes()
 
 
-def test_another_seed_gives_others_and_shares_the_first_stage(smoke, again, place):
+def test_other_seed_changes_weights_and_shares_first_stage(smoke, again, place):
     found = sorted(p.name for p in (smoke.folder / "cache" / "first_stage").iterdir())
     other = train("seed=1", "metrics=none")
     assert sorted(p.name for p in (smoke.folder / "cache" / "first_stage").iterdir()) == found
@@ -109,7 +109,7 @@ def test_another_seed_gives_others_and_shares_the_first_stage(smoke, again, plac
     assert all(not torch.equal(a[name], b[name]) for name in a if name.endswith("weight") and a[name].ndim > 1)
 
 
-def test_another_first_stage_is_trained_for_another_recipe(place, smoke, tmp_path, monkeypatch):
+def test_other_recipe_trains_another_first_stage(place, smoke, tmp_path, monkeypatch):
     cache = shutil.copytree(smoke.kept, tmp_path / "cache") / "first_stage"
     monkeypatch.setenv("LDM_CACHE", str(cache.parent))
     before = {p.name for p in cache.iterdir() if p.is_dir()}
@@ -120,7 +120,7 @@ def test_another_first_stage_is_trained_for_another_recipe(place, smoke, tmp_pat
 
 
 @pytest.mark.slow
-def test_changed_source_trains_again_only_when_asked(place, smoke, tmp_path, monkeypatch, capfd):
+def test_changed_source_rebuilds_first_stage_only_on_request(place, smoke, tmp_path, monkeypatch, capfd):
     """The recipe's digest of the source is beside the weights: `trust` takes them, `rebuild` sets them aside and trains."""
     cache = shutil.copytree(smoke.kept, tmp_path / "cache")
     monkeypatch.setenv("LDM_CACHE", str(cache))
@@ -159,7 +159,7 @@ AUTOENCODER = (
 
 @pytest.mark.parametrize("typed", [DIFFUSION, AUTOENCODER], ids=["diffusion", "autoencoder with its GAN"])
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_weights(typed, smoke, tmp_path):
+def test_killed_run_resumes_to_same_weights(typed, smoke, tmp_path):
     """SIGKILL after step 5, the last checkpoint being step 4's: the second start takes that up and ends bit-equal to a run never killed."""
     ends = []
     for name, kills in (("whole", ()), ("killed", (5,))):
@@ -183,7 +183,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(typed, smoke, tm
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)], ids=["terminated", "Ctrl-C"])
-def test_a_stopped_run_is_not_done(number, code, smoke, tmp_path):
+def test_stopped_run_has_no_result(number, code, smoke, tmp_path):
     """It says so by its exit code, by which a sweep ends too, keeps the step it was told at, and leaves no result."""
     shutil.copytree(smoke.kept, tmp_path / "cache")
     (stopped,) = processes(("train.py", *AUTOENCODER), cwd=tmp_path, kill_at=3, kill=number)
@@ -203,7 +203,7 @@ def timeless(journal: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(smoke, tmp_path):
+def test_damaged_checkpoint_is_skipped_on_resume(smoke, tmp_path):
     """The newest step's file was cut short: the run goes on from the one before, and says which it skipped and why."""
     shutil.copytree(smoke.kept, tmp_path / "cache")
     assert processes(("train.py", *DIFFUSION), cwd=tmp_path, kill_at=5)[0].returncode == -signal.SIGKILL
@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_is_passed_over(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_stage_one_trained_alone_is_found_by_its_recipe(place, smoke, capfd):
+def test_first_stage_trained_alone_is_reused(place, smoke, capfd):
     """`training=autoencoder` keeps what it trains under its own options, and a run that names the same options finds it."""
     alone = (
         "~training.score",

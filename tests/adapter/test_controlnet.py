@@ -46,7 +46,7 @@ def told():
     )
 
 
-def test_it_begins_as_the_network_and_changes_nothing(net, told):
+def test_control_branch_is_zero_at_init(net, told):
     control = ControlBranch(net.requires_grad_(False), 4)
     assert all(p.requires_grad for p in control.parameters())
     copied = control.copied.state_dict()
@@ -56,7 +56,7 @@ def test_it_begins_as_the_network_and_changes_nothing(net, told):
     assert torch.equal(ControlledUNet(net, [control, control])(*told), net(*told))
 
 
-def test_residuals_are_weighted_and_added(net, told):
+def test_controlled_unet_adds_weighted_residuals(net, told):
     one, two = (lively(ControlBranch(net, 4), seed) for seed in (1, 2))
     x, t, cond = told
     told_of = [
@@ -72,7 +72,7 @@ def test_residuals_are_weighted_and_added(net, told):
     assert (more - net(*told, residuals=[2 * r for r in told_of])).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-def test_diffusers_has_the_same_names_and_residuals(net, told):
+def test_control_branch_matches_diffusers(net, told):
     from diffusers import ControlNetModel
 
     theirs = ControlNetModel(
@@ -95,7 +95,7 @@ def test_diffusers_has_the_same_names_and_residuals(net, told):
         assert (mine - yours).abs().max() <= 1e-5 * mine.abs().max()
 
 
-def test_stable_diffusions_has_the_published_count():
+def test_control_branch_has_published_parameter_count():
     from hydra.utils import instantiate
     from smoke import composed
 
@@ -110,7 +110,7 @@ def test_stable_diffusions_has_the_published_count():
     assert sum(p.numel() for p in made.parameters()) == 361_279_120
 
 
-def test_its_encoder_hears_thin_lines():
+def test_hint_encoder_preserves_thin_lines():
     """Two pictures of a line apart: what tells them from one another is not lost on the way."""
     torch.manual_seed(0)
     encoder = hint_encoder(3, 32, 8)
@@ -121,7 +121,7 @@ def test_its_encoder_hears_thin_lines():
     assert torch.equal(encoder(hint), torch.zeros(2, 32, 8, 8))
 
 
-def test_what_does_not_fit_is_one_line(net, told):
+def test_controlled_unet_rejects_mismatched_hints(net, told):
     x, t, cond = told
     control = ControlBranch(net, 4)
     with pytest.raises(ValueError, match="a hint of 16x32: expected 32x32, the size of the image"):

@@ -48,7 +48,7 @@ def lively(net, which=-1, seed=1):
     return net
 
 
-def test_it_begins_as_nothing_and_trains_alone(net):
+def test_lora_is_identity_at_init_and_trains_alone(net):
     before, names = net(*told()), set(net.state_dict())
     lora.inject(net, rank=2, target_modules=EVERY)
     assert torch.equal(net(*told()), before)
@@ -62,7 +62,7 @@ def test_it_begins_as_nothing_and_trains_alone(net):
     assert set(lora.merge(net).state_dict()) == names
 
 
-def test_merged_is_unmerged_and_the_scale_counts(net):
+def test_lora_merge_equals_unmerged_at_any_scale(net):
     before = net(*told())
     corrected = lively(lora.inject(net, rank=3, target_modules=EVERY))(*told())
     assert (corrected - before).abs().max() > 0.01
@@ -72,7 +72,7 @@ def test_merged_is_unmerged_and_the_scale_counts(net):
     assert (lora.merge(net)(*told()) - corrected).abs().max() <= 1e-5
 
 
-def test_the_correction_is_up_times_down(net):
+def test_lora_correction_is_up_times_down(net):
     layer = net.middle1.attention.blocks[0].cross_attention.kv
     weight = layer.weight.detach().clone()
     lively(lora.inject(net, rank=2, target_modules=["middle1.*.kv"]))
@@ -81,7 +81,7 @@ def test_the_correction_is_up_times_down(net):
     assert torch.equal(layer.weight, weight + 0.5 * (correction.up @ correction.down))
 
 
-def test_saved_factors_reload_to_the_bit_several_at_once(net):
+def test_lora_factors_reload_exactly_and_add_up(net):
     first = lora.export_factors(lively(lora.inject(net, rank=2, target_modules=EVERY)))
     alone = net(*told())
     second = {name: value + 0.1 for name, value in first.items()}
@@ -99,7 +99,7 @@ def test_saved_factors_reload_to_the_bit_several_at_once(net):
     assert (both - alone).abs().max() > 1e-3
 
 
-def test_another_networks_is_refused(net):
+def test_lora_rejects_factors_of_another_network(net):
     other = UNet(
         4,
         4,
@@ -123,7 +123,7 @@ def test_another_networks_is_refused(net):
     assert not lora.lora_layers(net)
 
 
-def test_diffusers_reads_it_and_answers_the_same(net):
+def test_lora_export_matches_diffusers(net):
     from diffusers import UNet2DConditionModel
 
     theirs = UNet2DConditionModel(
@@ -178,7 +178,7 @@ def test_diffusers_reads_it_and_answers_the_same(net):
     assert lora_scaling(None) == lora_scaling("{}") == 1
 
 
-def test_each_layer_counts_its_own_alpha(net):
+def test_lora_uses_alpha_of_each_layer(net):
     """Two layers with an alpha, of two ranks, one without: 3 / 2, 3 / 4 and 1, and so in a layer of ours that is several of theirs."""
     place = "mid_block.attentions.0.transformer_blocks.0."
     layers = {"ff.net.2": (2, 3.0), "attn1.to_q": (4, 3.0), "attn1.to_k": (2, None), "attn2.to_q": (4, None)}

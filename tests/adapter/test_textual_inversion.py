@@ -51,7 +51,7 @@ def model():
     return SimpleNamespace(conditioner=Told(), requires_grad_=lambda flag: None)
 
 
-def test_a_words_vectors_begin_as_its_own_and_learn_alone(model):
+def test_textual_inversion_starts_at_initializer_and_trains_alone(model):
     TextualInversion("zorbo").apply_to(model)
     told, encoder = model.conditioner, model.conditioner.cache.encoder
     assert told.vectors.shape == (2, 4)
@@ -80,7 +80,7 @@ def test_a_words_vectors_begin_as_its_own_and_learn_alone(model):
     assert not told.eval()({"caption": ["a dog"]}).context.requires_grad
 
 
-def test_several_words_and_how_strong(model):
+def test_textual_inversion_supports_several_tokens_and_scale(model):
     TextualInversion("zorbo", initializer_token="cat").apply_to(model, 0.5)
     table = model.conditioner.cache.encoder.embedding.weight
     assert torch.equal(model.conditioner.vectors, table[2].expand(2, 4))
@@ -94,7 +94,7 @@ def test_several_words_and_how_strong(model):
     assert torch.allclose(context, steps.cumsum(0), atol=1e-6)
 
 
-def test_pieces_count_one_after_another_alone():
+def test_replace_embeddings_counts_consecutive_pieces():
     ids = torch.tensor([[3, 4, 3, 2, 4], [4, 3, 3, 4, 3]])
     vectors = torch.full((2, 1), 9.0)
     found = replace_embeddings(torch.zeros(2, 5, 1), ids, [3, 4], vectors)[..., 0] > 0
@@ -102,7 +102,7 @@ def test_pieces_count_one_after_another_alone():
     assert replace_embeddings(torch.zeros(2, 1, 1), ids[:, :1], [3, 4], vectors).sum() == 0
 
 
-def test_a_model_that_is_not_told_words_is_refused(model):
+def test_textual_inversion_rejects_model_without_text(model):
     model.conditioner = SimpleNamespace(keys=("label",))
     with pytest.raises(ValueError, match="whose only conditioner is minilm or clip"):
         TextualInversion("zorbo").apply_to(model)

@@ -11,7 +11,7 @@ from ldm.animate.__main__ import main, names
 from ldm.cli.errors import run_guarded
 
 
-def test_help_is_quick_and_complete():
+def test_animate_help_needs_no_torch():
     code = "import sys, runpy; sys.argv = ['animate', '--help']\ntry: runpy.run_module('ldm.animate', run_name='__main__')\n"
     code += "except SystemExit: assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -31,7 +31,7 @@ def test_help_is_quick_and_complete():
 
 
 @pytest.mark.parametrize("name", sorted(names()))
-def test_every_animation_explains_its_keys(name, capsys):
+def test_animate_help_documents_every_key(name, capsys):
     assert main([name, "--help"]) == 0
     said = capsys.readouterr().out
     assert "out=..." in said
@@ -51,13 +51,13 @@ def test_every_animation_explains_its_keys(name, capsys):
         (["reverse", "run=nowhere"], "run=nowhere: no such folder"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(words, said, capsys):
+def test_animate_reports_error_in_one_line(words, said, capsys):
     assert run_guarded(lambda: main(words)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
 
 
-def test_it_says_what_it_wrote(tmp_path, monkeypatch, capsys):
+def test_animate_prints_output_path(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["brownian", "num=3", "frames=2"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("brownian.gif: 3 frames, ")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import Gaussian
 from PIL import Image
-from test_task import model as echo
+from test_tasks import model as echo
 
 from ldm import plotting
 from ldm.animate import arguments, attention
@@ -46,7 +46,7 @@ def photo(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch):
-    """tests/test_task.py's model, whose answer is 0.1 times the length of what it is told, in place of any run's."""
+    """tests/sampling/test_tasks.py's model, whose answer is 0.1 times the length of what it is told, in place of any run's."""
     model = echo()
     monkeypatch.setattr(arguments, "model_of", lambda run: model)
     monkeypatch.setattr(
@@ -66,7 +66,7 @@ def drawn(film):
 
 
 @pytest.mark.parametrize("schedule", [linear(), cosine()])
-def test_the_forward_process_has_its_mean_and_variance(schedule):
+def test_forward_process_has_exact_mean_and_variance(schedule):
     x0 = torch.full((1, 64, 64), 0.7, dtype=torch.float64)
     ts = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64)
     states = process(x0, schedule, ts)
@@ -80,7 +80,7 @@ def test_the_forward_process_has_its_mean_and_variance(schedule):
     torch.testing.assert_close(alpha_bar(schedule, ts), schedule.alpha_sigma(ts)[0] ** 2, atol=1e-9, rtol=1e-6)
 
 
-def test_forward_and_schedules_are_drawn(photo):
+def test_forward_draws_both_images(photo):
     film = forward(photo, frames=2, size=16)
     first, last = drawn(film)
     red = torch.tensor([255, 0, 0], dtype=torch.uint8)
@@ -90,7 +90,7 @@ def test_forward_and_schedules_are_drawn(photo):
     assert still.shape[0] == 2 * 68 + 46
 
 
-def test_what_cannot_be_shown_is_refused(photo, tmp_path):
+def test_animations_reject_invalid_arguments(photo, tmp_path):
     (tmp_path / "b.png").write_text("no image")
     for call, said in [
         (
@@ -113,7 +113,7 @@ def test_what_cannot_be_shown_is_refused(photo, tmp_path):
 
 
 @pytest.mark.parametrize("dim", [2, 3])
-def test_brownian_spread_grows_as_the_dimension_times_time(dim):
+def test_brownian_variance_is_dimension_times_time(dim):
     walk = paths(4000, 8, dim)
     time = torch.linspace(0, 1, 9, dtype=torch.float64)
     torch.testing.assert_close(spread(walk), dim * time, rtol=0.06, atol=0)
@@ -124,11 +124,11 @@ def test_brownian_spread_grows_as_the_dimension_times_time(dim):
     torch.testing.assert_close(walk[:, :10], paths(10, 8, dim))  # a particle's path is its own
 
 
-def test_brownian_is_drawn():
+def test_brownian_draws_every_frame():
     assert len(drawn(brownian(num=5, frames=2))) == 3
 
 
-def test_one_gaussian_is_the_oracle():
+def test_mixture_of_one_matches_gaussian_oracle():
     schedule, x = cosine(), torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one = Mixture(schedule, torch.full((1, 2), 0.6, dtype=torch.float64), 0.35)
     for t in torch.tensor([0.1, 0.6, 1.0], dtype=torch.float64):
@@ -136,7 +136,7 @@ def test_one_gaussian_is_the_oracle():
             torch.testing.assert_close(mine, exact)
 
 
-def test_the_score_is_the_gradient_of_the_log_density():
+def test_mixture_score_is_gradient_of_log_density():
     data, t = ring(cosine(), 5), torch.tensor(0.4, dtype=torch.float64)
     x = torch.randn(7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     (grad,) = torch.autograd.grad(data.density(x, t).log().sum(), x)
@@ -149,7 +149,7 @@ def test_the_score_is_the_gradient_of_the_log_density():
 
 
 @pytest.mark.parametrize("draw", [sampler.ddpm, sampler.ddim])
-def test_noise_is_carried_to_the_data(draw):
+def test_flow_carries_noise_to_data(draw):
     data = ring(cosine())
     ts = grids.trailing(data.schedule, 30)
     walk = trajectory(data, data, ts, 160, 0, draw)
@@ -164,12 +164,12 @@ def test_noise_is_carried_to_the_data(draw):
 
 
 @pytest.mark.parametrize("training", [0, 2])
-def test_density_is_drawn(training):
+def test_density_draws_every_frame(training):
     assert len(drawn(density(num=6, steps=2, training=training))) == 3
 
 
 @pytest.mark.slow
-def test_the_score_is_learned_from_points_alone():
+def test_toy_net_learns_score_from_points():
     """After 400 steps the network's score is near the exact one, before any it is not, and it carries noise to the data."""
     data = ring(cosine())
     some = data.sample(KeyedNoise(7, range(500)))
@@ -188,7 +188,7 @@ def test_the_score_is_learned_from_points_alone():
     assert (torch.cdist(last, data.means).min(1).values < 0.5).double().mean() > 0.9
 
 
-def test_a_sampler_of_second_order_is_watched_on_the_grid_alone():
+def test_states_of_second_order_sampler_are_on_grid():
     data = ring(cosine())
     ts = grids.uniform_grid(data.schedule, 4)
     x = torch.ones(1, 2, dtype=torch.float64)
@@ -203,7 +203,7 @@ def region(frame, images, left):
     return place, pixels.expand(3, -1, -1).permute(1, 2, 0), pixels.shape[2]
 
 
-def test_reverse_begins_with_the_prior_and_ends_with_the_sample(run):
+def test_reverse_starts_at_prior_and_ends_at_sample(run):
     frames = drawn(reverse("run", prompt="some words", num=3, steps=4, seed=5))
     assert len(frames) == 5
     noise = KeyedNoise(0, [5, 6, 7])
@@ -219,7 +219,7 @@ def test_reverse_begins_with_the_prior_and_ends_with_the_sample(run):
         assert torch.equal(seen, wanted)
 
 
-def test_interpolate_begins_and_ends_at_its_seeds(run, monkeypatch):
+def test_interpolate_starts_and_ends_at_its_seeds(run, monkeypatch):
     shown = []
     monkeypatch.setattr(
         "ldm.animate.interpolate.torch.stack", lambda ways: shown.extend(ways) or torch.cat([w[None] for w in ways])
@@ -235,7 +235,7 @@ def test_interpolate_begins_and_ends_at_its_seeds(run, monkeypatch):
         torch.testing.assert_close(way[-1], ends[2 * row + 1])
 
 
-def test_guidance_is_drawn_a_column_a_scale(run):
+def test_guidance_draws_one_column_per_scale(run):
     (one,) = drawn(guidance("run", num=2, scales=(1.0, 3.0), steps=2))
     (two,) = drawn(guidance("run", num=2, scales=(1.0, 3.0, 5.0), steps=2))
     assert two.shape[1] - one.shape[1] == 60 + 4  # 12 pixels wide, five for each
@@ -283,7 +283,7 @@ def reader(request):
     return LatentDiffusion(first, Told(), Denoiser(net, cosine(), V()), (12, 16))
 
 
-def test_attention_of_all_words_is_one_everywhere(reader, monkeypatch):
+def test_attention_maps_sum_to_one(reader, monkeypatch):
     ts = grids.trailing(reader.denoiser.schedule, 2)
     found = attention.maps(reader, PROMPT, ts, 3.0, seed=1)
     assert found.words == ["(start)", "a", "red", "sneaker", "(end)"]
@@ -300,7 +300,7 @@ def test_attention_of_all_words_is_one_everywhere(reader, monkeypatch):
     drawn(attention.attention("run", PROMPT, steps=1))
 
 
-def test_attention_maps_lie_where_the_places_are():
+def test_resize_map_preserves_positions():
     share = torch.zeros(12, 2)  # 3 x 4 places of a 6 x 8 latent
     share[:, 0], share[5] = 1.0, torch.tensor([0.0, 1.0])  # row 1, column 1
     maps = attention.resize_map(share, (6, 8))
@@ -317,18 +317,18 @@ def test_attention_maps_lie_where_the_places_are():
         ("", [], []),
     ],
 )
-def test_pieces_are_joined_into_words(prompt, pieces, words):
+def test_group_tokens_joins_pieces_into_words(prompt, pieces, words):
     names, groups = attention.group_tokens(prompt, pieces, len(pieces) + 3)
     assert names == ["(start)", *words, "(end)"]
     assert sorted(place for group in groups for place in group) == list(range(len(pieces) + 3))
 
 
-def test_a_model_without_words_is_told_so(run):
+def test_attention_rejects_model_without_text(run):
     with pytest.raises(UserError, match="does not attend to words"):
         attention.maps(run, PROMPT, grids.trailing(run.denoiser.schedule, 2), 1.0)
 
 
-def test_the_loss_is_zero_for_who_knows_the_data_and_not_for_who_does_not():
+def test_loss_terms_are_zero_for_exact_denoiser():
     schedule, x0 = cosine(), torch.randn(3, 1, 2, 2, dtype=torch.float64)
 
     def knows(x_t, t):
@@ -349,5 +349,5 @@ def test_the_loss_is_zero_for_who_knows_the_data_and_not_for_who_does_not():
     torch.testing.assert_close(wrong.kl[i], wanted.expand(3).double(), rtol=1e-6, atol=0)
 
 
-def test_loss_is_drawn():
+def test_loss_draws_every_frame():
     drawn(loss(num=3, points=3))

@@ -17,7 +17,7 @@ from ldm.cli.errors import run_guarded
 PAGE = [words for words in TYPED if words[:3] == ["python", "-m", "ldm.app"]]
 
 
-def test_help_is_quick_and_says_every_key():
+def test_app_help_needs_no_torch_and_lists_every_key():
     code = "import sys, runpy; sys.argv = ['app', '--help']\ntry: runpy.run_module('ldm.app', run_name='__main__')\n"
     code += "except SystemExit: assert 'torch' not in sys.modules and 'gradio' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
@@ -35,7 +35,7 @@ def test_help_is_quick_and_says_every_key():
         (["run=x", "port=99999"], "port=99999: expected 0 (any free port) to 65535"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):
+def test_app_reports_error_in_one_line(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_guarded(lambda: main(words)) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -44,7 +44,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("typed", PAGE, ids=" ".join)
-def test_the_page_is_served_as_typed_and_ends_by_ctrl_c(typed, smoke, tmp_path):
+def test_app_serves_page_until_ctrl_c(typed, smoke, tmp_path):
     (tmp_path / "runs").symlink_to(smoke.folder / "runs")
     words = [
         f"compare={smoke.run}" if word == "compare=RUN" else word for word in typed[3:] if not word.startswith("port=")

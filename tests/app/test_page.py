@@ -106,7 +106,7 @@ def drawn(run: Path) -> set[Path]:
     return set(run.glob("samples/*/[0-9]*.png"))
 
 
-def test_a_prompt_becomes_a_png_in_the_runs_folder_and_progress_is_seen(page, runs, tmp_path):
+def test_page_generates_png_and_shows_progress(page, runs, tmp_path):
     before = drawn(runs / "first")
     told(page, prompt="it's a ring, ${x}", negative="a disc", steps="150", num="2", seed="11")
     said = press(page, "draw-words")
@@ -127,7 +127,7 @@ def test_a_prompt_becomes_a_png_in_the_runs_folder_and_progress_is_seen(page, ru
     assert sorted(zipfile.ZipFile(tmp_path / "all.zip").namelist()) == ["first/000011.png", "first/000012.png"]
 
 
-def test_a_drawing_is_stopped(page, runs):
+def test_page_stops_drawing(page, runs):
     before = drawn(runs / "first")
     told(page, prompt="a ring", steps=LONG, num="4", seed="500")
     press(page, "draw-words")("progressbar")
@@ -137,7 +137,7 @@ def test_a_drawing_is_stopped(page, runs):
     assert "1 image in" in draw(page)
 
 
-def test_a_painted_mask_is_drawn_anew_and_the_rest_kept(page, runs, tmp_path):
+def test_page_inpaints_only_the_mask(page, runs, tmp_path):
     before = drawn(runs / "first")
     values = torch.randint(40, 216, (32 * 32,), generator=torch.Generator().manual_seed(0))
     Image.frombytes("L", (32, 32), bytes(values.tolist())).save(tmp_path / "in.png")
@@ -167,7 +167,7 @@ def test_a_painted_mask_is_drawn_anew_and_the_rest_kept(page, runs, tmp_path):
     page.get_by_role("tab", name="From noise").click()
 
 
-def test_the_gallery_makes_an_image_again_bit_for_bit(page, runs):
+def test_page_gallery_reproduces_image_exactly(page, runs):
     told(page, prompt="a square", negative="", steps="4", num="3", seed="31")
     draw(page)
     page.get_by_role("tab", name="Gallery").click()
@@ -184,7 +184,7 @@ def test_the_gallery_makes_an_image_again_bit_for_bit(page, runs):
     page.get_by_role("tab", name="Draw", exact=True).click()
 
 
-def test_two_runs_side_by_side(page, runs):
+def test_page_compares_two_runs(page, runs):
     told(page, prompt="a ring", steps="2", num="2", seed="41")
     choose(page, "compare", "second")
     assert "4 images in" in draw(page)
@@ -199,7 +199,7 @@ def choose(page, field, option):
     page.get_by_role("option", name=option).click()
 
 
-def test_bad_requests_end_in_a_clear_message(page, tmp_path):
+def test_page_shows_clear_errors(page, tmp_path):
     told(page, prompt=" ", num="4")
     assert "the prompt is empty: write what is to be drawn" in draw(page)
     told(page, prompt="a ring", steps="10000")
@@ -219,7 +219,7 @@ def test_bad_requests_end_in_a_clear_message(page, tmp_path):
     assert "4 images in" in draw(page)
 
 
-def test_two_people_are_served_one_after_the_other(page, come):
+def test_page_queues_two_users(page, come):
     one, other = page, come()
     told(one, prompt="a ring", steps=LONG, num="2")
     told(other, prompt="a ring", steps="2", num="2")
@@ -230,7 +230,7 @@ def test_two_people_are_served_one_after_the_other(page, come):
     said("2 images in ")
 
 
-def test_a_closed_tab_gives_way(page, come, runs):
+def test_page_cancels_request_of_closed_tab(page, come, runs):
     gone, stays = come(), page
     told(gone, prompt="a ring", steps=LONG, num="4", seed="600")
     press(gone, "draw-words")("progressbar")

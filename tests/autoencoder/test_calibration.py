@@ -18,7 +18,7 @@ def posteriors(n: int = 10) -> tuple[DiagonalGaussian, torch.Tensor]:
     return posterior, torch.cat([posterior.sample(torch.randn_like(mean)).flatten(2) for _ in range(1500)], 2)
 
 
-def test_statistics_are_those_of_samples():
+def test_statistics_equal_those_of_samples():
     posterior, samples = posteriors()
     found = Statistics.of([posterior], 3)
     assert found.images == 10
@@ -26,7 +26,7 @@ def test_statistics_are_those_of_samples():
     torch.testing.assert_close(found.variance, samples.var((0, 2)), atol=0, rtol=0.02)
 
 
-def test_batches_and_processes_share_the_work():
+def test_statistics_combine_over_batches_and_processes():
     """Each process gives its sums; all have the statistics of the whole."""
     posterior, _ = posteriors()
     whole = Statistics.of([posterior], 3)
@@ -46,7 +46,7 @@ def test_batches_and_processes_share_the_work():
 
 
 @pytest.mark.parametrize("choice", [per_channel, scalar])
-def test_the_latent_gets_unit_variance(choice):
+def test_calibration_gives_unit_variance(choice):
     posterior, samples = posteriors()
     shift, scale = choice(Statistics.of([posterior], 3))
     z = (samples - shift[:, None]) * scale[:, None]
@@ -59,14 +59,14 @@ def test_the_latent_gets_unit_variance(choice):
         assert z.std().item() == pytest.approx(1, rel=0.01)
 
 
-def test_a_published_scale_is_taken_as_it_is():
+def test_fixed_keeps_published_scale():
     posterior, _ = posteriors()
     shift, scale = fixed(Statistics.of([posterior], 3), scale=0.18215)
     assert scale.tolist() == [0.18215] * 3
     assert shift.tolist() == [0.0] * 3
 
 
-def test_a_first_stage_is_calibrated_as_it_is_told():
+def test_calibrate_applies_chosen_statistics():
     space = Identity(3)
     image = torch.randn(50, 3, 4, 4) * 3 + 1
     space.calibrate([image[:20], image[20:]], scalar)
@@ -77,6 +77,6 @@ def test_a_first_stage_is_calibrated_as_it_is_told():
     torch.testing.assert_close(space.encode(image).mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
 
 
-def test_a_point_has_no_spread_of_its_own():
+def test_statistics_of_deterministic_posterior_are_exact():
     found = Statistics.of([DeterministicPosterior(torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))], 1)
     assert (found.mean.item(), found.variance.item()) == (2, 1)

@@ -26,7 +26,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_first_stage_has_the_papers_parameters(name):
+def test_autoencoder_has_published_parameter_count(name):
     if TABLE[name] is None:
         pytest.skip(f"{name}: no count was published")
     with torch.device("meta"):
@@ -35,14 +35,14 @@ def test_a_first_stage_has_the_papers_parameters(name):
     assert len(autoencoder.encoder.down) == len(autoencoder.decoder.up) == autoencoder.factor.bit_length()
 
 
-def test_kl_f8_divides_its_parameters_as_published():
+def test_kl_f8_encoder_and_decoder_have_published_parameter_counts():
     with torch.device("meta"):
         autoencoder = build.build_autoencoder(compose_option("autoencoder", "kl_f8"), 3)
     assert count(autoencoder.encoder) == 34_163_664
     assert count(autoencoder.decoder) == 49_490_199
 
 
-def test_the_discriminator_has_the_papers_parameters():
+def test_discriminator_has_published_parameter_count():
     node = compose_option("training", "autoencoder").discriminator
     with torch.device("meta"):
         assert count(instantiate(node, width=64, layers=3, num_groups=32)()) == 2_765_633

@@ -42,7 +42,7 @@ def patch(f: int) -> AutoencoderKL:
 
 @pytest.mark.parametrize("f", [2, 4, 8])
 @pytest.mark.parametrize("make", [conv, patch])
-def test_shapes(make, f):
+def test_kl_shapes_follow_factor(make, f):
     model = make(f)
     image = torch.randn(2, 1, 16, 24)
     z = model.encode(image)
@@ -54,7 +54,7 @@ def test_shapes(make, f):
 
 
 @pytest.mark.parametrize("make", [conv, patch])
-def test_every_parameter_is_trained(make):
+def test_kl_trains_every_parameter(make):
     torch.manual_seed(0)
     model = make(4)
     for p in model.parameters():
@@ -66,7 +66,7 @@ def test_every_parameter_is_trained(make):
     assert any(p is model.decoder.last_layer for p in model.parameters())
 
 
-def test_the_last_layer_makes_the_image():
+def test_decoder_last_layer_outputs_image():
     for model in (conv(4), patch(4)):
         seen = []
         layer = next(m for m in model.decoder.modules() if getattr(m, "weight", None) is model.decoder.last_layer)
@@ -74,7 +74,7 @@ def test_the_last_layer_makes_the_image():
         assert model.decode(torch.randn(1, 3, 4, 4)).numel() == seen[0]
 
 
-def test_a_patch_code_begins_linear_and_narrow():
+def test_patch_encoder_is_linear_with_small_variance_at_init():
     model = patch(4)
     a, b = torch.randn(1, 1, 16, 16), torch.randn(1, 1, 16, 16)
     mean = lambda x: model.posterior(x).mean  # noqa: E731
@@ -82,7 +82,7 @@ def test_a_patch_code_begins_linear_and_narrow():
     assert torch.equal(model.posterior(a).logvar, torch.full((1, 3, 4, 4), -4.0))
 
 
-def test_a_patch_is_one_place_of_the_latent():
+def test_patch_encoder_maps_patch_to_one_latent_pixel():
     """Height stays height: what changes in one patch moves the code there, in its rows and columns."""
     torch.manual_seed(0)
     model = patch(4)
@@ -100,7 +100,7 @@ def test_a_patch_is_one_place_of_the_latent():
     assert torch.count_nonzero(moved) == 16
 
 
-def test_calibrate_gives_samples_zero_mean_and_unit_variance():
+def test_calibrate_gives_zero_mean_and_unit_variance():
     torch.manual_seed(0)
     model = exact()
     images = (
@@ -118,12 +118,12 @@ def test_calibrate_gives_samples_zero_mean_and_unit_variance():
     assert model.calibrated_on == 40
 
 
-def test_calibrate_needs_latents():
+def test_calibrate_rejects_empty_input():
     with pytest.raises(ValueError, match="empty"):
         exact().calibrate([])
 
 
-def test_decode_undoes_encode_with_its_scale():
+def test_decode_inverts_encode_with_scale():
     model = exact()
     image = torch.randn(3, 2, 8, 8)
     torch.testing.assert_close(model.decode(model.encode(image)), image)
@@ -134,7 +134,7 @@ def test_decode_undoes_encode_with_its_scale():
     torch.testing.assert_close(model.encode(image), (raw - model.shift[:, None, None]) * model.scale[:, None, None])
 
 
-def test_calibrating_twice_changes_nothing():
+def test_calibrate_is_idempotent():
     model, image = exact(), torch.randn(3, 2, 8, 8)
     model.calibrate([model.posterior(image).moments])
     before = model.shift.clone(), model.scale.clone()
@@ -143,7 +143,7 @@ def test_calibrating_twice_changes_nothing():
     assert torch.equal(model.scale, before[1])
 
 
-def test_identity_names_weights_shift_and_scale():
+def test_weights_hash_depends_on_weights_shift_and_scale():
     model = patch(4)
     name = model.weights_hash()
     other = patch(4)
@@ -154,7 +154,7 @@ def test_identity_names_weights_shift_and_scale():
     assert other.weights_hash() != name
 
 
-def test_shift_and_scale_travel_with_the_weights():
+def test_state_dict_contains_shift_and_scale():
     model, other = exact(), exact()
     model.calibrate([torch.randn(4, 4, 8, 8)])
     other.load_state_dict(model.state_dict())
@@ -162,7 +162,7 @@ def test_shift_and_scale_travel_with_the_weights():
     assert isinstance(other.posterior(torch.randn(1, 2, 4, 4)), DiagonalGaussian)
 
 
-def test_channels_that_say_nothing_are_counted():
+def test_diagnostics_count_dead_channels():
     model = exact()
     image = torch.randn(40, 2, 8, 8)
 
@@ -182,7 +182,7 @@ def test_channels_that_say_nothing_are_counted():
     torch.testing.assert_close(seen.penalties["kl"].mean(), 64 * seen.diagnostics.sum())
 
 
-def test_training_decodes_a_sample_and_not_the_mode():
+def test_training_forward_decodes_sample_not_mode():
     model, image = exact(), torch.randn(3, 2, 8, 8)
     noise = torch.randn(3, 2, 8, 8)
     posterior = model.posterior(image)
@@ -191,7 +191,7 @@ def test_training_decodes_a_sample_and_not_the_mode():
     torch.testing.assert_close(seen.penalties["kl"], posterior.kl())
 
 
-def test_attention_stands_at_the_factors_it_was_asked_for():
+def test_autoencoder_attention_is_at_configured_factors():
     options = dict(
         z_channels=2,
         width=8,
@@ -213,7 +213,7 @@ def test_attention_stands_at_the_factors_it_was_asked_for():
     assert seen == [(4, 4)] * 5
 
 
-def test_downsampling_looks_right_and_down():
+def test_padded_downsample_pads_right_and_bottom():
     """An even input has no place left over at its left and upper edge: pixel 0 moves output 0 alone, as in LDM."""
     down = PaddedDownsample(1)
     image = torch.zeros(1, 1, 8, 8)
@@ -224,6 +224,6 @@ def test_downsampling_looks_right_and_down():
     assert down(image).shape == (1, 1, 4, 4)
 
 
-def test_normalisation_has_the_first_stages_epsilon():
+def test_autoencoder_norms_use_eps_1e_6():
     for module in (Encoder(1, width=8, num_groups=4), Decoder(1, width=8, num_groups=4)):
         assert {m.eps for m in module.modules() if isinstance(m, torch.nn.GroupNorm)} == {1e-6}

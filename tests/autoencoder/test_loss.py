@@ -6,13 +6,13 @@ from ldm.autoencoder.loss import ReconstructionLoss, gradient_loss, l1, l2
 from ldm.autoencoder.posterior import DiagonalGaussian
 
 
-def test_pixel_errors_are_summed_over_an_image():
+def test_pixel_losses_sum_over_image():
     a, b = torch.zeros(2, 1, 2, 2), torch.tensor([1.0, 2.0])[:, None, None, None].expand(2, 1, 2, 2)
     assert l1(a, b).tolist() == [4.0, 8.0]
     assert l2(a, b).tolist() == [4.0, 16.0]
 
 
-def test_gradient_sees_edges_and_no_brightness():
+def test_gradient_loss_measures_edges_not_brightness():
     image = torch.randn(2, 1, 5, 4)
     torch.testing.assert_close(gradient_loss(image + 3.0, image), torch.zeros(2), atol=1e-5, rtol=0)
     step = torch.zeros(1, 1, 5, 4)
@@ -22,7 +22,7 @@ def test_gradient_sees_edges_and_no_brightness():
     assert torch.equal(gradient_loss(step, 0 * step), gradient_loss(0 * step, step))
 
 
-def test_terms_add_up():
+def test_reconstruction_loss_sums_its_terms():
     torch.manual_seed(0)
     image, penalties = torch.randn(3, 1, 4, 4), {"kl": torch.rand(3)}
     reconstruction = image + 0.1 * torch.randn_like(image)
@@ -39,14 +39,14 @@ def test_terms_add_up():
     assert not bare["perceptual"].any()
 
 
-def test_hinge_loss_stops_at_the_margin():
+def test_hinge_loss_is_zero_beyond_margin():
     assert hinge_loss(torch.tensor([2.0, 1.0]), torch.tensor([-1.0, -5.0])) == 0
     assert hinge_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 1
     assert hinge_loss(torch.tensor([-1.0]), torch.tensor([-1.0])) == 1  # 0.5 (1 + 1) + 0
     assert hinge_loss(torch.tensor([1.0]), torch.tensor([1.0])) == 1  # 0 + 0.5 (1 + 1)
 
 
-def test_adaptive_weight_is_the_ratio_of_gradients():
+def test_adaptive_weight_is_ratio_of_gradient_norms():
     rec, adv = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([0.0, 2.0])
     weight = adaptive_weight(rec, adv)
     torch.testing.assert_close(weight, torch.tensor(5.0 / (2.0 + 1e-4)))
@@ -57,12 +57,12 @@ def test_adaptive_weight_is_the_ratio_of_gradients():
 
 
 @pytest.mark.parametrize(("layers", "side"), [(2, 6), (3, 2)])
-def test_discriminator_answers_for_patches(layers, side):
+def test_discriminator_output_has_patch_shape(layers, side):
     net = PatchDiscriminator(1, width=8, layers=layers, num_groups=4)
     assert net(torch.randn(2, 1, 32, 32)).shape == (2, 1, side, side)
 
 
-def test_discriminator_judges_each_image_alone():
+def test_discriminator_is_independent_per_image():
     net = PatchDiscriminator(1, width=8, layers=2, num_groups=4)
     images = torch.randn(3, 1, 32, 32)
     torch.testing.assert_close(net(images)[1:2], net(images[1:2]))
@@ -82,7 +82,7 @@ def gradient_of(loss: ReconstructionLoss, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [4, 8])
-def test_reductions_trade_reconstruction_for_divergence_at_the_same_rate(size):
+def test_reductions_have_same_minimum_at_rescaled_kl_weight(size):
     """The mean's gradient is the sum's over the number of pixels: the same minimum; with kl_weight left as it was it would not be."""
     under_sum = gradient_of(ReconstructionLoss(l2, kl_weight=0.7, reduction="sum"), size)
     under_mean = gradient_of(ReconstructionLoss(l2, kl_weight=0.7, reduction="mean"), size)
@@ -91,7 +91,7 @@ def test_reductions_trade_reconstruction_for_divergence_at_the_same_rate(size):
     assert torch.cosine_similarity(other.flatten(), under_sum.flatten(), dim=0) < 0.95
 
 
-def test_the_weight_that_means_need():
+def test_mean_reduction_rescales_kl_weight():
     """rec / D_x + w' kl / D_z is the sum over D_x for w' = w D_z / D_x."""
     image, penalties = torch.randn(2, 3, 8, 8), {"kl": torch.rand(2)}
     terms = ReconstructionLoss(l1, kl_weight=0.3, reduction="mean")(0.5 * image, image, penalties)
@@ -100,7 +100,7 @@ def test_the_weight_that_means_need():
     torch.testing.assert_close(terms["rec"], l1(0.5 * image, image) / 192)
 
 
-def test_the_codebook_is_weighed_as_among_means():
+def test_mean_reduction_keeps_codebook_weight():
     image, penalties = torch.randn(2, 3, 4, 4), {"codebook": torch.rand(2)}
     mean = ReconstructionLoss(l1, codebook_weight=2.0, reduction="mean")(0 * image, image, penalties)
     torch.testing.assert_close(mean["loss"], image.abs().mean((1, 2, 3)) + 2 * penalties["codebook"])
@@ -108,6 +108,6 @@ def test_the_codebook_is_weighed_as_among_means():
     torch.testing.assert_close(total["loss"], 48 * mean["loss"])
 
 
-def test_a_reduction_is_named():
+def test_reconstruction_loss_rejects_unknown_reduction():
     with pytest.raises(ValueError, match="reduction=average: expected sum"):
         ReconstructionLoss(reduction="average")

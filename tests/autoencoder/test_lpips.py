@@ -27,7 +27,7 @@ def pair(size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     return image + 0.3 * torch.randn(image.shape, generator=generator), image
 
 
-def test_it_is_torchmetrics_lpips_on_the_same_backbone(lpips):
+def test_lpips_matches_torchmetrics(lpips):
     from torchmetrics.functional.image.lpips import _LPIPS
 
     with pytest.MonkeyPatch.context() as patch:
@@ -40,7 +40,7 @@ def test_it_is_torchmetrics_lpips_on_the_same_backbone(lpips):
     torch.testing.assert_close(lpips(a, b), a[0].numel() * expected)  # beside an error summed over pixels and channels
 
 
-def test_the_image_learns_and_the_network_does_not(lpips):
+def test_lpips_has_gradient_for_image_only(lpips):
     a, b = pair(16)
     a.requires_grad_()
     lpips.train()
@@ -55,7 +55,7 @@ def test_the_image_learns_and_the_network_does_not(lpips):
     )
 
 
-def test_small_images_and_missing_weights_are_one_line(lpips, tmp_path, monkeypatch):
+def test_lpips_rejects_small_images_and_missing_weights(lpips, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\(8, 8\): LPIPS .* 16 px"):
         lpips(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
     for name in ("LDM_CACHE", "TORCH_HOME"):

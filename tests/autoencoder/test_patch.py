@@ -16,6 +16,6 @@ from ldm.data.synthetic import Synthetic
         (lambda: Synthetic(size=0), "size=0: expected at least one image of at least one pixel"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(make, said):
+def test_autoencoder_rejects_invalid_sizes(make, said):
     with pytest.raises(ValueError, match=said):
         make()

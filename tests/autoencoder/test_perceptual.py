@@ -11,7 +11,7 @@ def distance():
 
 
 @pytest.mark.slow
-def test_distance_is_none_between_equals_and_grows(distance):
+def test_perceptual_distance_is_zero_for_equal_and_grows_with_noise(distance):
     torch.manual_seed(0)
     image = torch.rand(2, 1, 32, 32) * 2 - 1
     noise = torch.randn_like(image)
@@ -24,7 +24,7 @@ def test_distance_is_none_between_equals_and_grows(distance):
 
 
 @pytest.mark.slow
-def test_the_network_stays_frozen_and_the_image_learns(distance):
+def test_perceptual_network_is_frozen_and_differentiable(distance):
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     other = (image + 0.1).requires_grad_()
     distance.train()
@@ -35,7 +35,7 @@ def test_the_network_stays_frozen_and_the_image_learns(distance):
 
 
 @pytest.mark.slow
-def test_its_weights_stand_where_they_belong(distance):
+def test_perceptual_weights_are_loaded_in_order(distance):
     """Each normalisation's stored mean is near that of what really arrives there; tensors in a wrong order are deviations off."""
     torch.manual_seed(0)
     image = interpolate(torch.randn(8, 3, 8, 8), size=(128, 128), mode="bicubic").clamp(-2, 2) / 2
@@ -53,7 +53,7 @@ def test_its_weights_stand_where_they_belong(distance):
     assert torch.stack(off).mean() < 0.6
 
 
-def test_missing_weights_are_one_line(tmp_path, monkeypatch):
+def test_perceptual_distance_reports_missing_weights(tmp_path, monkeypatch):
     from ldm.io.download import AssetNotFoundError
 
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))

@@ -4,7 +4,7 @@ from torch.distributions import Normal, kl_divergence
 from ldm.autoencoder.posterior import DiagonalGaussian
 
 
-def test_moments_are_mean_then_clamped_log_variance():
+def test_posterior_moments_are_mean_and_clamped_log_variance():
     moments = torch.tensor([1.0, -2.0, -50.0, 40.0]).reshape(1, 4, 1, 1)
     posterior = DiagonalGaussian.of(moments)
     assert posterior.mean.flatten().tolist() == [1.0, -2.0]
@@ -14,7 +14,7 @@ def test_moments_are_mean_then_clamped_log_variance():
     assert torch.equal(DiagonalGaussian.of(inside).moments, inside)
 
 
-def test_sample_has_the_moments():
+def test_posterior_sample_has_its_moments():
     torch.manual_seed(0)
     posterior = DiagonalGaussian(
         torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), 2 * torch.tensor(0.5).log())
@@ -25,7 +25,7 @@ def test_sample_has_the_moments():
     assert torch.equal(posterior.sample(torch.zeros(1, 1, 200, 200)), posterior.mean)
 
 
-def test_kl_is_the_closed_form_summed_over_the_image():
+def test_posterior_kl_matches_closed_form():
     torch.manual_seed(0)
     posterior = DiagonalGaussian.of(torch.randn(3, 4, 2, 5, dtype=torch.float64))
     one = torch.ones((), dtype=torch.float64)
@@ -36,7 +36,7 @@ def test_kl_is_the_closed_form_summed_over_the_image():
     assert torch.equal(DiagonalGaussian(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).kl(), torch.zeros(1))
 
 
-def test_kl_per_channel_is_a_mean_over_places():
+def test_posterior_kl_per_channel_averages_over_pixels():
     torch.manual_seed(0)
     posterior = DiagonalGaussian.of(torch.randn(3, 4, 2, 5, dtype=torch.float64))
     torch.testing.assert_close(posterior.kl_per_channel().sum() * 10, posterior.kl().mean())

@@ -37,7 +37,7 @@ def local(cls=AutoencoderKL, f: int = 2):
 
 @pytest.mark.parametrize("cls", [AutoencoderKL, AutoencoderVQ])
 @pytest.mark.parametrize("size", [(16, 16), (34, 18), (46, 66)])
-def test_tiles_of_a_local_first_stage_make_the_plain_image(cls, size):
+def test_tiled_matches_plain_for_local_autoencoder(cls, size):
     plain, image = local(cls), torch.rand(2, 3, *size, dtype=torch.float64) * 2 - 1
     plain.calibrate([plain.posterior(image).moments])
     pieces = Tiled(plain, tile=8, overlap=3)
@@ -47,14 +47,14 @@ def test_tiles_of_a_local_first_stage_make_the_plain_image(cls, size):
     torch.testing.assert_close(pieces.decode(z), plain.decode(z))
 
 
-def test_what_fits_one_tile_is_the_plain_result_bit_for_bit():
+def test_tiled_is_exact_when_image_fits_one_tile():
     plain, image = local(), torch.rand(1, 3, 16, 14, dtype=torch.float64)
     pieces = Tiled(plain, tile=8, overlap=2)
     assert torch.equal(pieces.encode(image), plain.encode(image))
     assert torch.equal(pieces.decode(plain.encode(image)), plain.decode(plain.encode(image)))
 
 
-def test_no_call_sees_more_than_a_tile_and_seams_stay_near_them():
+def test_tiled_limits_input_size_and_seam_error():
     """A convolution that looks one place further: equal wherever its neighbours are in the same tile."""
     seen = []
     conv = nn.Conv2d(1, 1, 3, padding=1).requires_grad_(False)
@@ -73,7 +73,7 @@ def test_no_call_sees_more_than_a_tile_and_seams_stay_near_them():
 @pytest.mark.parametrize(
     ("side", "tile", "overlap", "grain"), [(20, 8, 3, 1), (64, 16, 4, 4), (9, 8, 0, 1), (16, 8, 0, 1), (8, 8, 2, 1)]
 )
-def test_tiles_cover_and_overlap(side, tile, overlap, grain):
+def test_tile_starts_cover_and_overlap(side, tile, overlap, grain):
     at = tile_starts(side, tile, overlap, grain)
     assert at[0] == 0
     assert at[-1] + tile == max(side, tile)
@@ -81,14 +81,14 @@ def test_tiles_cover_and_overlap(side, tile, overlap, grain):
     assert all(a % grain == 0 for a in at)
 
 
-def test_blending_is_linear():
+def test_tiled_blends_linearly():
     assert ramp(7, 2, torch.zeros(1)).tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 2 / 3, 1 / 3])
     ends = iter((torch.zeros(1, 1, 1, 6), torch.ones(1, 1, 1, 6)))
     faded = tiled(lambda part: next(ends), torch.zeros(1, 1, 1, 9), 6, 3, 1, 1)
     assert faded.flatten().tolist() == pytest.approx([0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1])
 
 
-def test_it_stands_in_for_what_it_wraps():
+def test_tiled_delegates_to_wrapped_autoencoder():
     plain = local()
     pieces = Tiled(plain, 8, 2)
     assert (pieces.factor, pieces.z_channels, pieces.weights_hash()) == (2, 4, plain.weights_hash())
@@ -103,6 +103,6 @@ def test_it_stands_in_for_what_it_wraps():
 
 
 @pytest.mark.parametrize("overlap", [-1, 8, 9])
-def test_an_overlap_that_does_not_fit_is_refused(overlap):
+def test_tiled_rejects_invalid_overlap(overlap):
     with pytest.raises(ValueError, match=rf"tile=8 overlap={overlap}"):
         Tiled(local(), 8, overlap)

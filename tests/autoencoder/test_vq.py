@@ -16,7 +16,7 @@ def vq(codes: int = 7, **options) -> AutoencoderVQ:
     return model.double()
 
 
-def test_the_nearest_code_is_the_one_of_all_distances():
+def test_codebook_nearest_minimizes_distance():
     torch.manual_seed(0)
     book = Codebook(11, 3).double()
     nn.init.normal_(book.weight)
@@ -27,7 +27,7 @@ def test_the_nearest_code_is_the_one_of_all_distances():
     assert torch.equal(book(index)[1, :, 2, 3], book.weight[index[1, 2, 3]])
 
 
-def test_autocast_does_not_choose_another_code():
+def test_codebook_nearest_is_unchanged_by_autocast():
     raw = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     book = Codebook(500, 3)
     plain = book.nearest(raw)
@@ -35,7 +35,7 @@ def test_autocast_does_not_choose_another_code():
         assert torch.equal(book.nearest(raw), plain)
 
 
-def test_it_encodes_what_is_not_quantised_and_quantises_when_it_decodes():
+def test_vq_quantizes_only_in_decode():
     model, image = vq(), torch.randn(2, 2, 4, 4, dtype=torch.float64)
     posterior = model.posterior(image)
     assert torch.equal(model.encode(image), image)
@@ -48,7 +48,7 @@ def test_it_encodes_what_is_not_quantised_and_quantises_when_it_decodes():
     torch.testing.assert_close(model.encode(image).var((0, 2, 3), correction=0), torch.ones(2).double())
 
 
-def test_gradients_go_straight_through_and_each_part_of_the_penalty_to_its_own():
+def test_vq_gradients_are_straight_through_and_split_by_penalty():
     model = vq(codebook_weight=3.0, commitment_weight=0.5)
     image = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     reconstruction, penalties, _ = model.training_forward(image, torch.randn_like)
@@ -68,7 +68,7 @@ def test_gradients_go_straight_through_and_each_part_of_the_penalty_to_its_own()
     torch.testing.assert_close(to_book, expected)
 
 
-def test_perplexity_and_dead_codes():
+def test_vq_diagnostics_report_perplexity_and_dead_codes():
     model = vq(codes=4)
     with torch.no_grad():
         model.codebook.weight.copy_(torch.tensor([[0.0, 0], [10, 0], [0, 10], [99, 99]]))
@@ -80,7 +80,7 @@ def test_perplexity_and_dead_codes():
     assert told["perplexity"].item() == pytest.approx(2**1.5)  # entropy of (1/2, 1/4, 1/4)
 
 
-def test_shapes_of_a_convolutional_one():
+def test_vq_conv_shapes():
     options = dict(z_channels=3, width=8, channel_mult=(1, 2), num_res_blocks=1, num_groups=4)
     model = AutoencoderVQ(Encoder(1, **options, double_z=False), Decoder(1, **options), 3, 2, num_codes=16)
     image = torch.randn(2, 1, 8, 12)
@@ -92,7 +92,7 @@ def test_shapes_of_a_convolutional_one():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_pixel_space_is_the_image_itself():
+def test_identity_autoencoder_returns_image():
     space, image = Identity(3), torch.rand(2, 3, 4, 6) * 2 - 1
     assert torch.equal(space.encode(image), image)
     assert torch.equal(space.decode(image), image)

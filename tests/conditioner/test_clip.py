@@ -55,7 +55,7 @@ def by_hand(net, ids, depth):
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -3])
-def test_hidden_states_are_those_of_a_pass_by_hand(layer):
+def test_clip_hidden_states_match_manual_forward(layer):
     from open_clip import tokenize
 
     encoder, texts = CLIP("tiny", layer=layer, random=True).double(), ["a photo of an ankle boot", ""]
@@ -70,14 +70,14 @@ def test_hidden_states_are_those_of_a_pass_by_hand(layer):
     torch.testing.assert_close(vector, encoder.clip.encode_text(tokenize(texts)), atol=1e-6, rtol=0)
 
 
-def test_padding_is_the_token_asked_for():
+def test_clip_pads_with_configured_token():
     end, zero = CLIP("tiny", pad_token_id=49407, random=True)(["a bag"]), CLIP("tiny", random=True)(["a bag"])
     torch.testing.assert_close(end.context[:, :4], zero.context[:, :4])
     assert not torch.allclose(end.context[:, 4:], zero.context[:, 4:])
     torch.testing.assert_close(end.vector, zero.vector)  # pooled at the first end mark
 
 
-def test_a_long_text_is_cut_counted_and_told(caplog):
+def test_clip_truncates_long_text_with_warning(caplog):
     encoder = CLIP("tiny", random=True)
     with caplog.at_level(logging.WARNING):
         encoder(["bag " * 75])
@@ -87,7 +87,7 @@ def test_a_long_text_is_cut_counted_and_told(caplog):
     assert (encoder.truncation.texts, encoder.truncation.dropped) == (1, 1)
 
 
-def test_through_text():
+def test_clip_through_text_conditioner():
     option = OmegaConf.load(Path(__file__).parents[2] / "conf" / "conditioner" / "clip.yaml")
     text = instantiate(option, encoder={"model": "tiny", "random": True}, max_length=16)
     text.cache.encoder.double()  # alone and in a batch a processor adds in another order; the table rounds to float32, 2^-22 below 8
@@ -101,7 +101,7 @@ def test_through_text():
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_local_file_is_loaded_whole(tmp_path, suffix, no_network):
+def test_clip_loads_local_file(tmp_path, suffix, no_network):
     import open_clip
     from safetensors.torch import save_file
 
@@ -117,7 +117,7 @@ def test_a_local_file_is_loaded_whole(tmp_path, suffix, no_network):
         CLIP("tiny", weights=str(file))
 
 
-def test_random_weights_are_the_same_each_time_and_disturb_no_others():
+def test_clip_random_weights_are_reproducible_and_keep_global_rng():
     torch.manual_seed(1)
     first = CLIP("tiny", random=True)
     assert first.identity == CLIP("tiny", random=True).identity
@@ -127,7 +127,7 @@ def test_random_weights_are_the_same_each_time_and_disturb_no_others():
 
 
 @pytest.mark.parametrize("weights", [None, "nowhere/clip.pt", "clip.safetensors"])
-def test_without_weights_one_line_says_what_to_put_where(weights, monkeypatch, no_network):
+def test_clip_reports_missing_weights(weights, monkeypatch, no_network):
     monkeypatch.setattr(
         "builtins.__import__", lambda name, *args, imported=__import__: _not_open_clip(name) or imported(name, *args)
     )
@@ -142,7 +142,7 @@ def _not_open_clip(name):
     assert not name.startswith("open_clip"), "open_clip takes seconds to import; the error must not wait for it"
 
 
-def test_a_tag_is_looked_up_in_the_cache_alone_unless_asked(no_network, monkeypatch, tmp_path):
+def test_clip_tag_uses_cache_only_by_default(no_network, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -155,7 +155,7 @@ def test_a_tag_is_looked_up_in_the_cache_alone_unless_asked(no_network, monkeypa
     assert not constants.HF_HUB_OFFLINE  # as it was
 
 
-def test_a_tag_is_fetched_when_asked(monkeypatch):
+def test_clip_tag_downloads_when_hub_is_allowed(monkeypatch):
     import open_clip.pretrained
 
     asked = []
@@ -184,12 +184,12 @@ def test_a_tag_is_fetched_when_asked(monkeypatch):
         ({"weights": "opanai", "random": False}, "neither a file nor a tag of tiny"),
     ],
 )
-def test_a_bad_option_is_named(options, said):
+def test_clip_rejects_invalid_options(options, said):
     with pytest.raises(ValueError, match=said):
         CLIP(**{"model": "tiny", "random": True} | options)
 
 
-def test_an_images_embedding_is_open_clips_own():
+def test_clip_image_matches_open_clip():
     from open_clip import image_transform
     from torchvision.transforms.functional import to_pil_image
 

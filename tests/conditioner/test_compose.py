@@ -29,7 +29,7 @@ class Fixed(nn.Module):
 BATCH = {"label": torch.tensor([1, 2]), "caption": ["a", "b"]}
 
 
-def test_fields_are_joined():
+def test_compose_joins_conditions():
     both = Compose(label=Label(3, dim=4), fixed=Fixed(), style=LabelVector(3, dim=5))
     assert both.keys == ("label", "caption")
     assert (both.context_dim, both.vector_dim, both.concat_channels) == (6, 7, 1)
@@ -42,7 +42,7 @@ def test_fields_are_joined():
     assert len(cond.hint) == 1
 
 
-def test_the_null_is_that_of_the_nulls():
+def test_compose_null_joins_nulls():
     both = Compose(label=Label(3, dim=4), fixed=Fixed())
     null = both.null(BATCH)
     assert torch.equal(null.context[:, :1], both.widen["label"](both.conditioners["label"].null(BATCH).context))
@@ -50,7 +50,7 @@ def test_the_null_is_that_of_the_nulls():
     both(BATCH).where(torch.tensor([True, False]), null)
 
 
-def test_equal_widths_are_not_mapped_and_no_mask_is_made_up():
+def test_compose_does_not_project_equal_widths_or_add_masks():
     two = Compose(a=Label(3, dim=4), b=Label(3, dim=4))
     assert not two.widen
     cond = two(BATCH)
@@ -60,11 +60,11 @@ def test_equal_widths_are_not_mapped_and_no_mask_is_made_up():
     assert two.vector_dim is None
 
 
-def test_what_is_learned_is_a_parameter():
+def test_compose_parameters_are_conditioners_and_projections():
     names = {name.split(".")[0] for name, _ in Compose(label=Label(3, dim=4), fixed=Fixed()).named_parameters()}
     assert names == {"conditioners", "widen"}
 
 
-def test_one_is_needed():
+def test_compose_requires_a_conditioner():
     with pytest.raises(ValueError, match="at least one conditioner"):
         Compose()

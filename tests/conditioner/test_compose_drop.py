@@ -34,7 +34,7 @@ def kept(conditioner: Compose, told: dict) -> dict[str, torch.Tensor]:
     }
 
 
-def test_each_key_is_dropped_at_its_own_rate_and_by_itself():
+def test_compose_drops_each_key_at_its_rate():
     rows = kept(model(), batch(DRAWS))
     rates = {name: 1 - float(keep.float().mean()) for name, keep in rows.items()}
     assert rates["b"] == 0
@@ -44,7 +44,7 @@ def test_each_key_is_dropped_at_its_own_rate_and_by_itself():
     assert abs(both - 0.05) < 4 * (0.05 * 0.95 / DRAWS) ** 0.5
 
 
-def test_the_whole_is_dropped_at_its_rate():
+def test_drop_condition_drops_all_at_its_rate():
     label, told = Label(3, dim=2), batch(DRAWS)
     cond = drop_condition(label(told), label.null(told), told["noise"], "drop", 0.2)
     rate = float((cond.context == label.null(told).context).flatten(1).all(1).float().mean())
@@ -53,7 +53,7 @@ def test_the_whole_is_dropped_at_its_rate():
     drop_condition(nothing(told), nothing.null(told), told["noise"], "drop", 0.2)
 
 
-def test_what_is_dropped_depends_on_the_row_alone():
+def test_compose_drop_depends_on_row_only():
     conditioner, whole = model(), batch(20)
     part = {"label": whole["label"][5:9], "relief": whole["relief"][5:9], "noise": KeyedNoise(0, [5, 6, 7, 8])}
     for name, keep in kept(conditioner, part).items():
@@ -62,12 +62,12 @@ def test_what_is_dropped_depends_on_the_row_alone():
     assert not torch.equal(other["c"], kept(conditioner, whole)["c"])
 
 
-def test_nothing_is_dropped_outside_training():
+def test_compose_drops_only_in_training():
     told = batch(50)
     assert all(keep.all() for keep in kept(model().eval(), told).values())
 
 
-def test_what_a_batch_does_not_say_is_the_null():
+def test_compose_uses_null_for_missing_keys():
     conditioner = model().eval()
     told = batch(3)
     cond = conditioner({"relief": told["relief"]})
@@ -79,7 +79,7 @@ def test_what_a_batch_does_not_say_is_the_null():
     assert cond.expand_concat(5, 6).concat.shape == (3, 2, 5, 6)
 
 
-def test_a_composed_conditioner_tells_what_it_can():
+def test_condition_or_null_of_compose_uses_available_keys():
     conditioner, told = model().eval(), batch(3)
     cond = condition_or_null(conditioner, {"label": told["label"] + 1})
     assert torch.equal(cond.vector, conditioner({"label": told["label"] + 1}).vector)
@@ -87,7 +87,7 @@ def test_a_composed_conditioner_tells_what_it_can():
     assert torch.equal(condition_or_null(conditioner, {"noise": told["noise"]}).vector, conditioner.null(told).vector)
 
 
-def test_a_null_of_no_size_is_spread_over_the_others():
+def test_compose_expands_null_to_size_of_others():
     two = Compose(map=SemanticMap(2, 3, channels=1), relief=SpatialMap(2)).eval()
     cond = two({"map": torch.ones(2, 4, 6, dtype=torch.long)})
     assert cond.concat.shape == (2, 3, 2, 3)
@@ -99,12 +99,12 @@ def test_a_null_of_no_size_is_spread_over_the_others():
 
 
 @pytest.mark.parametrize("drop", [{"d": 0.1}, {"a": 1.5}, {"a": -0.1}])
-def test_a_rate_must_be_one(drop):
+def test_compose_rejects_invalid_drop_rate(drop):
     with pytest.raises(ValueError, match=r"drop\.\w="):
         Compose(drop, a=Label(3))
 
 
-def test_tell_asks_for_every_key():
+def test_condition_or_null_infers_rows_or_fails():
     label = Label(3, dim=2)
     assert torch.equal(
         condition_or_null(label, {"noise": KeyedNoise(0, [1, 2])}).context, label.null({"caption": ["a", "b"]}).context

@@ -32,7 +32,7 @@ def batch() -> dict:
 
 
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ELSEWHERE])
-def test_it_instantiates_and_tells_and_has_a_null_of_its_size(option):
+def test_conditioner_option_builds_condition_and_null(option):
     config = OmegaConf.merge(compose_option("conditioner", option), SMALL.get(option, {}))
     conditioner = instantiate(config, **nested_kwargs(config, KNOWN))
     told, null = conditioner(batch()), conditioner.null(batch())

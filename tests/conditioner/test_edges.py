@@ -20,7 +20,7 @@ def outline(size=40, start=10, end=30):
 
 
 @pytest.mark.parametrize("sigma", [0.7, 1.0, 1.4])
-def test_the_edge_of_a_square_is_its_outermost_row_of_pixels(sigma):
+def test_canny_edge_of_square_is_its_outline(sigma):
     found = Canny(sigma=sigma)(square())
     assert found.shape == (1, 3, 40, 40)
     assert torch.equal(found[0, 0], found[0, 2])
@@ -34,20 +34,20 @@ def test_the_edge_of_a_square_is_its_outermost_row_of_pixels(sigma):
     assert dark[10, 16:24].sum() == 0
 
 
-def test_a_picture_without_edges_has_none_and_a_faint_one_only_below_its_threshold():
+def test_canny_respects_thresholds():
     assert Canny()(torch.full((2, 1, 16, 16), 0.3)).sum() == 0
     faint = square(0.0, 0.2)
     assert Canny(low=0.05, high=0.1)(faint).sum() == 0  # the slope of a step of 0.1, blurred, is 0.048
     assert Canny(low=0.02, high=0.04)(faint).sum() > 100
 
 
-def test_a_diagonal_edge_is_one_step_of_a_staircase():
+def test_canny_diagonal_edge_is_connected():
     y, x = torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")
     found = Canny()((x + y < 40).float()[None, None] * 2 - 1)[0, 0]
     assert torch.equal(found[5:35], ((x + y == 39) | (x + y == 40)).float()[5:35])
 
 
-def test_weak_pixels_count_where_a_strong_one_leads():
+def test_hysteresis_follows_weak_pixels_from_strong():
     weak = torch.zeros(1, 1, 5, 12, dtype=torch.bool)
     weak[0, 0, 2, 1:6] = weak[0, 0, 3, 6] = weak[0, 0, 0, 9:] = True
     strong = torch.zeros_like(weak)
@@ -58,7 +58,7 @@ def test_weak_pixels_count_where_a_strong_one_leads():
     assert not reached[0, 0, 0].any()
 
 
-def test_a_ramp_has_its_slope_and_a_blur_keeps_the_mean():
+def test_sobel_is_exact_on_ramp_and_blur_preserves_mean():
     ramp = torch.arange(16.0).expand(1, 1, 16, 16) * 0.1
     across, down = sobel(ramp)
     assert torch.allclose(across[..., 1:-1], torch.full((1, 1, 16, 14), 0.2))
@@ -69,7 +69,7 @@ def test_a_ramp_has_its_slope_and_a_blur_keeps_the_mean():
     assert non_maximum_suppression(*sobel(gaussian_blur(flat, 1.0))).count_nonzero() > 0
 
 
-def test_a_scribble_is_thicker_and_fewer():
+def test_scribble_is_thicker_and_sparser_than_canny():
     generator = torch.Generator().manual_seed(0)
     image = square() + 0.6 * torch.randn(1, 1, 40, 40, generator=generator)
     fine, coarse = Canny()(image), Scribble()(image)
@@ -80,7 +80,7 @@ def test_a_scribble_is_thicker_and_fewer():
 
 
 @pytest.mark.parametrize("bad", [{"sigma": 0.0}, {"low": 0.3}, {"low": 0.0}])
-def test_thresholds_that_make_no_sense_are_refused(bad):
+def test_edge_extractors_reject_invalid_thresholds(bad):
     with pytest.raises(ValueError, match="expected sigma > 0 and 0 < low <= high"):
         Canny(**bad)
     with pytest.raises(ValueError, match="pen=2"):

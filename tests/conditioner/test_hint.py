@@ -20,7 +20,7 @@ def batch():
     }
 
 
-def test_each_adds_one_hint_after_those_before(batch):
+def test_hint_conditioner_appends_one_hint(batch):
     two = HintConditioner(HintConditioner(Label(10), Canny()), Segmentation(3)).eval()
     assert two.keys == ("label", "hint", "hint2")
     cond = two(batch)
@@ -35,7 +35,7 @@ def test_each_adds_one_hint_after_those_before(batch):
         two({**batch, "hint": given[:, :1]})
 
 
-def test_conditions_with_and_without_a_hint_are_joined_and_chosen_between(batch):
+def test_hint_condition_supports_cat_and_where(batch):
     told = HintConditioner(Label(10), Canny()).eval()
     cond, null = told(batch), told.null(batch)
     both = cond.cat(null)
@@ -46,7 +46,7 @@ def test_conditions_with_and_without_a_hint_are_joined_and_chosen_between(batch)
     assert some.hint[0][1::2].sum() == 0
 
 
-def test_in_training_a_row_may_hear_the_hint_alone(batch):
+def test_hint_conditioner_drops_text_in_training(batch):
     many = {name: value.repeat(100, *[1] * (value.ndim - 1)) for name, value in batch.items() if name != "noise"}
     many["noise"] = KeyedNoise(0, range(400))
     told = HintConditioner(Label(10), Canny(), text_drop_prob=0.25).train()
@@ -59,7 +59,7 @@ def test_in_training_a_row_may_hear_the_hint_alone(batch):
         HintConditioner(Label(10), Canny(), text_drop_prob=2)
 
 
-def test_maps_reliefs_and_points_are_drawn():
+def test_segmentation_relief_and_points_become_images():
     map = torch.arange(4).reshape(1, 2, 2)
     drawn = Segmentation(4)(map)
     assert torch.equal(drawn[0, :, 1, 0], palette(4)[2])

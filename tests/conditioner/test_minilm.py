@@ -11,7 +11,7 @@ from ldm.io.download import MINILM, AssetNotFoundError, sha256
 RECORDED = json.loads(Path(__file__).with_name("minilm.json").read_text(encoding="utf-8"))
 
 
-def test_the_numbers_are_those_of_transformers(minilm):
+def test_minilm_matches_transformers(minilm):
     context, mask, vector = minilm([row["text"] for row in RECORDED])
     assert context.dtype == vector.dtype == torch.float32
     for row, hidden, real, mean in zip(RECORDED, context, mask, vector, strict=True):
@@ -21,24 +21,24 @@ def test_the_numbers_are_those_of_transformers(minilm):
         torch.testing.assert_close(mean[::16], torch.tensor(row["mean"]), atol=1e-5, rtol=0)
 
 
-def test_the_token_ids_are_those_of_transformers(minilm):
+def test_minilm_token_ids_match_transformers(minilm):
     assert [minilm.tokenizer.encode(row["text"]).ids for row in RECORDED] == [row["ids"] for row in RECORDED]
 
 
-def test_padding_changes_nothing(minilm):
+def test_minilm_is_independent_of_padding(minilm):
     alone = minilm(["a bag"])
     beside = minilm(["a bag", "a photo of an ankle boot with a high heel"])
     torch.testing.assert_close(beside.context[:1][:, : alone.context.shape[1]], alone.context, atol=1e-5, rtol=0)
     torch.testing.assert_close(beside.vector[:1], alone.vector, atol=1e-5, rtol=0)
 
 
-def test_autocast_changes_nothing(minilm):
+def test_minilm_is_unchanged_by_autocast(minilm):
     with torch.autocast("cpu", torch.bfloat16):
         low = minilm(["a bag"])
     assert torch.equal(low.context, minilm(["a bag"]).context)
 
 
-def test_a_long_text_is_cut_counted_and_told(minilm, caplog):
+def test_minilm_truncates_long_text_with_warning(minilm, caplog):
     before = minilm.truncation.texts, minilm.truncation.dropped
     with caplog.at_level(logging.WARNING):
         context, mask, _ = minilm(["bag " * 300])
@@ -50,17 +50,17 @@ def test_a_long_text_is_cut_counted_and_told(minilm, caplog):
     assert torch.equal(end.context, whole.context)  # the end mark stays
 
 
-def test_it_is_frozen(minilm):
+def test_minilm_is_frozen(minilm):
     assert not any(p.requires_grad for p in minilm.parameters())
     assert not minilm.training
     assert not minilm(["a bag"]).context.requires_grad
 
 
-def test_identity_is_the_hash_of_the_weights(minilm):
+def test_minilm_identity_is_hash_of_weights(minilm):
     assert minilm.identity == MINILM["model.safetensors"] == sha256(minilm.weights)
 
 
-def test_other_files_are_refused_in_one_line(tmp_path, minilm):
+def test_minilm_rejects_wrong_files(tmp_path, minilm):
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(AssetNotFoundError, match=r"model\.safetensors and tokenizer\.json not in"):
@@ -74,7 +74,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, minilm):
         MiniLM(tmp_path)
 
 
-def test_a_word_may_learn_its_vectors(minilm):
+def test_minilm_features_pass_gradients_to_embedding(minilm):
     """Gradients reach what the embedding gives, through features and not through forward; nothing else is different."""
     told = []
 

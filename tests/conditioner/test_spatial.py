@@ -12,7 +12,7 @@ def rand(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_a_map_is_the_rescalers_two_halvings_and_a_convolution():
+def test_semantic_map_matches_rescaler():
     conditioner = SemanticMap(4, 5, channels=3)
     labels = torch.randint(0, 5, (2, 8, 12), generator=torch.Generator().manual_seed(0))
     shares = F.one_hot(labels, 5).movedim(-1, 1).float()
@@ -33,12 +33,12 @@ def test_a_map_is_the_rescalers_two_halvings_and_a_convolution():
         (torch.zeros(1, 6, 4, dtype=torch.long), "6x4: height and width must be multiples of 4"),
     ],
 )
-def test_a_map_that_is_none_is_refused(map, said):
+def test_semantic_map_rejects_invalid_map(map, said):
     with pytest.raises(ValueError, match=said):
         SemanticMap(4, 5)({"map": map})
 
 
-def test_a_picture_is_averaged_and_told_from_its_null():
+def test_spatial_map_averages_and_marks_null():
     conditioner, relief = SpatialMap(2), rand(2, 1, 4, 6)
     cond, null = conditioner({"relief": relief}), conditioner.null({"relief": relief})
     torch.testing.assert_close(cond.concat[0, 0, 1, 2], relief[0, 0, 2:4, 4:6].mean())
@@ -48,7 +48,7 @@ def test_a_picture_is_averaged_and_told_from_its_null():
 
 
 @pytest.mark.parametrize(("factor", "scale", "channels"), [(4, 4, 3), (4, 2, 12), (2, 4, 3)])
-def test_low_resolution_keeps_every_pixel(factor, scale, channels):
+def test_low_resolution_preserves_every_pixel(factor, scale, channels):
     conditioner, low = LowResolution(factor, 3, scale), rand(2, 3, 16 // scale, 24 // scale)
     cond, null = conditioner({"low_res": low}), conditioner.null({"low_res": low})
     assert cond.concat.shape == null.concat.shape == (2, channels + 1, 16 // factor, 24 // factor)
@@ -61,7 +61,7 @@ def test_low_resolution_keeps_every_pixel(factor, scale, channels):
     assert conditioner.null({"noise": KeyedNoise(0, [1, 2])}).concat.tolist() == null.concat[:, :, :1, :1].tolist()
 
 
-def test_the_noise_of_augmentation_is_keyed_and_told():
+def test_low_resolution_noise_is_keyed_and_its_level_is_input():
     conditioner = LowResolution(4, 1, noise_augmentation=0.5)
     batch = {"low_res": torch.ones(2000, 1, 4, 4), "noise": KeyedNoise(0, list(range(2000)))}
     concat = conditioner(batch).concat
@@ -86,12 +86,12 @@ def test_the_noise_of_augmentation_is_keyed_and_told():
         ({"noise_augmentation": -0.1}, "noise_augmentation"),
     ],
 )
-def test_a_bad_option_of_low_resolution(options, said):
+def test_low_resolution_rejects_invalid_options(options, said):
     with pytest.raises(ValueError, match=said):
         LowResolution(4, 3, **options)
 
 
-def test_a_mask_and_the_latent_of_what_it_leaves():
+def test_masked_image_concatenates_mask_and_masked_latent():
     seen = []
 
     def encode(image):

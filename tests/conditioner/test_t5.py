@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return place
 
 
-def test_features_are_those_of_its_own_forward(folder):
+def test_t5_matches_transformers(folder):
     from transformers import AutoTokenizer, T5EncoderModel
 
     texts = ["a photo of a bag", "boot"]
@@ -48,7 +48,7 @@ def test_features_are_those_of_its_own_forward(folder):
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_are_float32_under_either_spelling_of_the_type(folder, tmp_path, monkeypatch, stored):
+def test_t5_loads_float32_for_either_dtype_argument(folder, tmp_path, monkeypatch, stored):
     """transformers 4.50 knows no `dtype` and calls the file damaged if it is given one, transformers 5 knows no `torch_dtype`."""
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -68,7 +68,7 @@ def test_weights_are_float32_under_either_spelling_of_the_type(folder, tmp_path,
     assert all(torch.equal(value, expected[name].float()) for name, value in net.state_dict().items())
 
 
-def test_through_text(folder, caplog):
+def test_t5_through_text_conditioner(folder, caplog):
     text = Text(T5(str(folder)), max_length=4)
     with caplog.at_level(logging.WARNING):
         cond = text({"caption": ["a photo of a bag", "boot"]})
@@ -89,13 +89,13 @@ def test_through_text(folder, caplog):
         ("google/flan-t5-none", AssetNotFoundError, "is not in the Hugging Face hub's cache"),
     ],
 )
-def test_without_weights_one_line_says_what_to_do(model, error, said):
+def test_t5_reports_missing_weights(model, error, said):
     with pytest.raises(error, match=said) as found:
         T5(model)
     assert "\n" not in str(found.value)
 
 
-def test_a_damaged_folder_is_named(folder, tmp_path):
+def test_t5_reports_damaged_folder(folder, tmp_path):
     import shutil
 
     copy = tmp_path / "copy"

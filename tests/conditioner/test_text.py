@@ -54,7 +54,7 @@ def told(*captions):
     return {"caption": list(captions)}
 
 
-def test_tokens_mask_and_vector():
+def test_text_returns_tokens_mask_and_vector():
     cond = Text(Letters(), 16)(told("ab", "abcdefgh", ""))
     assert cond.context.shape == (3, 16, 3)  # 10 tokens, rounded up to a multiple of 8
     assert cond.mask.sum(1).tolist() == [4, 10, 2]
@@ -64,7 +64,7 @@ def test_tokens_mask_and_vector():
     assert Text(Letters(), 10)(told("abcdefgh")).context.shape[1] == 10
 
 
-def test_each_caption_is_encoded_once_and_found_again():
+def test_text_encodes_each_caption_once_and_caches_it():
     text = Text(Letters())
     first = text(told("b", "a", "b"))
     again = text(told("c", "b", "a"))
@@ -74,7 +74,7 @@ def test_each_caption_is_encoded_once_and_found_again():
     assert torch.equal(first.vector[1], again.vector[2])
 
 
-def test_many_captions_keep_their_own_features():
+def test_text_cache_returns_features_of_each_caption():
     text, captions = Text(Letters()), [chr(60 + i % 50) * (1 + i % 7) for i in range(200)]
     for start in range(0, 200, 9):
         text(told(*captions[start : start + 9]))
@@ -83,7 +83,7 @@ def test_many_captions_keep_their_own_features():
         assert context[mask][1:-1, 0].tolist() == [ord(c) for c in captions[row]]
 
 
-def test_a_full_table_starts_anew(monkeypatch):
+def test_text_cache_resets_when_full(monkeypatch):
     monkeypatch.setattr(text_module, "MAX_CACHE_VALUES", 30)
     text = Text(Letters())
     for caption in ("abcd", "efgh", "ijkl", "abcd"):
@@ -91,7 +91,7 @@ def test_a_full_table_starts_anew(monkeypatch):
     assert len(text.cache.row) < 3
 
 
-def test_the_null_condition_is_the_empty_caption():
+def test_text_null_is_empty_caption():
     text = Text(Letters())
     null, empty = text.null(told("ab", "c")), text(told("", ""))
     assert torch.equal(null.context, empty.context)
@@ -100,7 +100,7 @@ def test_the_null_condition_is_the_empty_caption():
     assert mixed.mask.sum(1).tolist() == [13, 2]
 
 
-def test_what_is_first_met_while_sampling_can_be_trained_on():
+def test_text_cached_in_inference_mode_is_trainable():
     text, layer = Text(Letters()), nn.Linear(3, 3)
     with torch.inference_mode():
         text(told("ab", "c", "d"))
@@ -108,7 +108,7 @@ def test_what_is_first_met_while_sampling_can_be_trained_on():
     assert layer.weight.grad is not None
 
 
-def test_a_table_that_starts_anew_while_sampling_is_as_good(monkeypatch):
+def test_text_cache_reset_in_inference_mode_is_correct(monkeypatch):
     monkeypatch.setattr(text_module, "MAX_CACHE_VALUES", 0)
     text = Text(Letters())
     with torch.inference_mode():
@@ -116,7 +116,7 @@ def test_a_table_that_starts_anew_while_sampling_is_as_good(monkeypatch):
     assert text(told("c")).context[0, 1, 0] == ord("c")
 
 
-def test_the_encoder_is_no_part_of_the_module():
+def test_text_encoder_is_not_a_submodule():
     text = Text(Letters())
     assert not list(text.parameters())
     assert not text.state_dict()
@@ -125,7 +125,7 @@ def test_the_encoder_is_no_part_of_the_module():
     assert torch.equal(copy.deepcopy(text)(told("a")).context, text(told("a")).context)
 
 
-def test_a_long_caption_is_cut_with_a_warning(caplog):
+def test_text_truncates_long_caption_with_warning(caplog):
     text = Text(Letters(), 8)
     with caplog.at_level(logging.WARNING):
         cond = text(told("abcdefghijkl"))
@@ -134,7 +134,7 @@ def test_a_long_caption_is_cut_with_a_warning(caplog):
     assert caplog.text.count("14 tokens cut to 8, 6 tokens dropped: 'abcdefghijkl'") == 1
 
 
-def test_warnings_thin_out_but_the_count_goes_on(caplog):
+def test_truncation_warns_ever_less_often(caplog):
     cut = Truncation()
     with caplog.at_level(logging.WARNING):
         for _ in range(1000):
@@ -144,22 +144,22 @@ def test_warnings_thin_out_but_the_count_goes_on(caplog):
 
 
 @pytest.mark.parametrize("captions", ["a bag", [3], [None]])
-def test_captions_must_be_texts(captions):
+def test_text_rejects_captions_that_are_not_strings(captions):
     with pytest.raises(ValueError, match="expected a list of texts"):
         Text(Letters())({"caption": captions})
 
 
 @pytest.mark.parametrize("length", [1, 65])
-def test_length_must_fit_the_encoder(length):
+def test_text_rejects_length_beyond_encoder(length):
     with pytest.raises(ValueError, match=f"max_length={length}: expected 2 to 64"):
         Text(Letters(), length)
 
 
-def test_no_caption_at_all():
+def test_text_accepts_empty_batch():
     assert Text(Letters())(told()).vector.shape == (0, 3)
 
 
-def test_a_table_grows_by_doubling_and_keeps_its_rows():
+def test_grow_doubles_and_preserves_rows():
     table = torch.arange(3.0)[:, None]
     assert grow(table, 3) is table
     assert grow(table, 4).shape == (6, 1)
@@ -167,12 +167,12 @@ def test_a_table_grows_by_doubling_and_keeps_its_rows():
 
 
 @pytest.mark.parametrize("prompt", AWKWARD)
-def test_awkward_prompts_reach_the_tokenizer_unchanged(minilm, prompt):
+def test_text_tokenizes_awkward_prompts_unchanged(minilm, prompt):
     text = Text(minilm)
     assert "".join(text.tokenize(prompt)) == "".join(prompt.split())
 
 
-def test_minilm_features_do_not_depend_on_the_company(minilm):
+def test_text_features_are_independent_of_batch(minilm):
     alone, company = Text(minilm)(told("a bag")), Text(minilm)(told("a photo of a boot", "a bag", "x"))
     assert torch.equal(alone.context[0], company.context[1])
     assert torch.equal(alone.vector[0], company.vector[1])
@@ -180,12 +180,12 @@ def test_minilm_features_do_not_depend_on_the_company(minilm):
     assert alone.context.shape == (1, 8, 384)
 
 
-def test_nearest_caption_knows_synonyms(minilm):
+def test_nearest_caption_matches_synonyms(minilm):
     captions = [["a sneaker", "a sports shoe"], ["a bag", "a handbag"], ["trousers", "long pants"]]
     assert nearest_caption(minilm, ["jeans", "a purse", "a running shoe"], captions) == [2, 1, 0]
 
 
-def test_nearest_caption_takes_the_nearest_single_one():
+def test_nearest_caption_uses_best_single_caption():
     encoder = Letters()
     encoder.forward = lambda texts: TextFeatures(None, None, torch.tensor([[float(t[0]), float(t[1])] for t in texts]))
     assert nearest_caption(encoder, ["10", "91"], [["01", "11"], ["40", "02"]]) == [1, 1]

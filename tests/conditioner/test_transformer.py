@@ -17,12 +17,12 @@ from ldm.io.download import AssetNotFoundError
         ((8192, 92, 512, 16), 58_858_496),  # layout to image
     ],
 )
-def test_the_published_sizes(sizes, count):
+def test_transformer_has_published_parameter_count(sizes, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in Transformer(*sizes, logits=True).parameters()) == count
 
 
-def test_it_is_the_stack_by_hand():
+def test_transformer_matches_manual_stack():
     torch.manual_seed(0)
     net = Transformer(50, 6, 16, 2, heads=2, head_channels=4).double()
     ids = torch.randint(0, 50, (3, 5))
@@ -44,7 +44,7 @@ def words(minilm):
     return WordPiece(dim=8, layers=1, num_heads=1, num_head_channels=4, max_length=12)
 
 
-def test_captions_are_berts_words_padded(words):
+def test_wordpiece_matches_bert_tokens_and_padding(words):
     assert words.transformer.token.num_embeddings == 30522
     assert words.ids("a bag") == (101, 1037, 4524, 102, *[0] * 8)
     cond = words({"caption": ["a bag", "an ankle boot"]})
@@ -57,7 +57,7 @@ def test_captions_are_berts_words_padded(words):
     assert words.transformer.token.weight.grad[4524].any()
 
 
-def test_a_long_caption_is_cut_and_told(words, caplog):
+def test_wordpiece_truncates_long_caption_with_warning(words, caplog):
     with caplog.at_level(logging.WARNING):
         words({"caption": ["bag " * 10]})
         assert not caplog.text
@@ -66,7 +66,7 @@ def test_a_long_caption_is_cut_and_told(words, caplog):
     assert words.ids("bag " * 13)[-1] == 102
 
 
-def test_a_vocabulary_that_is_not_there():
+def test_wordpiece_reports_missing_vocabulary():
     with pytest.raises(AssetNotFoundError, match=r"vocabulary=nowhere\.json: no such file"):
         WordPiece(8, 1, vocabulary="nowhere.json")
 
@@ -76,7 +76,7 @@ def layout():
     return Layout(dim=8, layers=1, num_heads=1, num_head_channels=4)
 
 
-def test_boxes_are_ninety_two_tokens(layout):
+def test_layout_encodes_boxes_as_92_tokens(layout):
     """Grid of 90 x 90, row by row; 8191 is nothing; the crop is the whole image."""
     ids = layout.ids([(3, 0.0, 0.0, 1.0, 0.5)])
     assert len(ids) == 92
@@ -88,7 +88,7 @@ def test_boxes_are_ninety_two_tokens(layout):
     assert torch.equal(layout.null({"caption": ["a"]}).context, layout({"boxes": [[]]}).context)
 
 
-def test_too_many_boxes_are_told(layout, caplog):
+def test_layout_warns_about_too_many_boxes(layout, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(layout.ids([(0, 0, 0, 1, 1)] * 33)) == 92
     assert "layout of 33 boxes cut to 30, 3 boxes dropped" in caplog.text
@@ -98,6 +98,6 @@ def test_too_many_boxes_are_told(layout, caplog):
     "box",
     [(8191, 0, 0, 1, 1), (-1, 0, 0, 1, 1), (0.5, 0, 0, 1, 1), (0, 0, 0, 1), (0, 0, 0, 1, 1.1), (0, -0.1, 0, 1, 1)],
 )
-def test_a_box_that_is_none_is_refused(layout, box):
+def test_layout_rejects_invalid_box(layout, box):
     with pytest.raises(ValueError, match=r"expected (\(class|fractions of)"):
         layout({"boxes": [[box]]})

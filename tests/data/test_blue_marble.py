@@ -38,7 +38,7 @@ def earth(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_planes_lie_on_one_another(earth):
+def test_blue_marble_planes_are_aligned(earth):
     planes = blue_marble.read(earth)
     assert planes.shape == (5, 180, 360)
     at = {"deep sea": (20, 10), "lowland": (10, 200), "mountains": (150, 200), "lake": (37, 255)}
@@ -48,7 +48,7 @@ def test_the_planes_lie_on_one_another(earth):
     assert (planes[3] == MAP.index("lake")).nonzero().float().mean(0).tolist() == pytest.approx([37, 254.5])
 
 
-def test_a_tile_has_a_map_and_a_relief_and_flips_reach_them(earth):
+def test_blue_marble_tile_has_map_and_relief_flipped_together(earth):
     data = BlueMarble(root=earth, size=32, band=(-180, -170))
     assert (data.channels, data.size) == (3, 32)
     batch = data.batch([(epoch, i) for epoch in range(6) for i in range(len(data))])
@@ -71,7 +71,7 @@ def test_a_tile_has_a_map_and_a_relief_and_flips_reach_them(earth):
     )
 
 
-def test_relief_is_zero_at_the_shore_and_grows_with_height(earth):
+def test_blue_marble_relief_is_zero_at_shore(earth):
     data = BlueMarble(root=earth, size=32, band=(-180, -170), flip=False)
     batch = data.batch([(0, i) for i in range(len(data))])
     mean = [
@@ -81,7 +81,7 @@ def test_relief_is_zero_at_the_shore_and_grows_with_height(earth):
     assert mean == pytest.approx([-((4500 / 11000) ** 0.5), (100 / 8500) ** 0.5, (4500 / 8500) ** 0.5], abs=0.07)
 
 
-def test_test_tiles_lie_in_the_band_and_training_tiles_outside(earth):
+def test_blue_marble_test_tiles_are_in_band(earth):
     train, test = BlueMarble(root=earth, size=20, band=(0, 60)), BlueMarble("test", root=earth, size=20, band=(0, 60))
     assert (len(train), len(test)) == (9 * 15, 9 * 3)
     assert train.fingerprint != test.fingerprint
@@ -95,7 +95,7 @@ def test_test_tiles_lie_in_the_band_and_training_tiles_outside(earth):
     assert len(BlueMarble("test", root=earth, size=20, stride=10, band=(0, 60))) == len(test)
 
 
-def test_tiles_of_sea_alone_can_be_left_out(earth):
+def test_blue_marble_can_skip_sea_tiles(earth):
     whole, land = BlueMarble(root=earth, size=20), BlueMarble(root=earth, size=20, land=0.5)
     assert 0 < len(land) < len(whole)
     assert land.maps.min() > 2
@@ -105,7 +105,7 @@ def test_tiles_of_sea_alone_can_be_left_out(earth):
         BlueMarble(root=earth, size=200)
 
 
-def test_classes_and_kinds():
+def test_blue_marble_classes_follow_height_and_water():
     metres = np.array([-8000, -3000, -50, 5, 50, 500, 1500, 5000, 8000])
     water = np.array([0, 0, 0, 2, 1, 1, 1, 1, 1])
     assert classes(to_bytes(metres), water).tolist() == list(range(9))
@@ -115,7 +115,7 @@ def test_classes_and_kinds():
     assert kinds(maps).tolist() == [0, 1, 2, 3, 4, 4, 5]
 
 
-def test_decoded_once(earth, monkeypatch):
+def test_blue_marble_decodes_once(earth, monkeypatch):
     first = BlueMarble(root=earth, size=20)
     monkeypatch.setattr(blue_marble, "read", None)
     assert torch.equal(BlueMarble(root=earth, size=20).images, first.images)
@@ -125,12 +125,12 @@ def test_decoded_once(earth, monkeypatch):
 @pytest.mark.parametrize(
     "option", [{"split": "val"}, {"size": 8}, {"stride": 0}, {"land": 2.0}, {"band": [10, 0]}, {"band": [0, 200]}]
 )
-def test_bad_options_are_named(option):
+def test_blue_marble_rejects_invalid_options(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         BlueMarble(**option)
 
 
-def test_without_the_files_it_says_what_is_missing(tmp_path, monkeypatch):
+def test_blue_marble_reports_missing_files(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
     with pytest.raises(AssetNotFoundError, match=r"^blue-marble is missing.*put bmng\.jpg, etopo1\.jpg"):
@@ -138,7 +138,7 @@ def test_without_the_files_it_says_what_is_missing(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_real_thing():
+def test_blue_marble_real_data():
     train, test = BlueMarble(), BlueMarble("test")
     assert (len(train), len(test)) == (3108, 336)
     assert len(tiles((2700, 5400), 64, 64, (-180, 180), "test")) == 3528

@@ -18,7 +18,7 @@ from ldm.data.stream import BatchDataset
 from ldm.errors import UserError
 
 
-def test_shapes_are_multiples_of_about_one_area():
+def test_bucket_shapes_have_equal_area():
     found = bucket_shapes(1024, 64, 4.0)
     assert (1024, 1024) in found
     assert all(h % 64 == w % 64 == 0 and h * w <= 1024**2 and max(h / w, w / h) <= 4 for h, w in found)
@@ -30,7 +30,7 @@ def test_shapes_are_multiples_of_about_one_area():
         bucket_shapes(32, 64)
 
 
-def test_the_nearest_shape_is_that_of_the_nearest_ratio():
+def test_nearest_bucket_uses_log_ratio():
     some = [(2, 1), (1, 1), (1, 2)]
     assert [nearest_bucket(size, some) for size in ((300, 100), (100, 99), (400, 600), (100, 190))] == [0, 1, 2, 2]
     assert nearest_bucket((140, 100), some) == 1, "by the logarithm: 1.4 is nearer to 1 than to 2"
@@ -48,7 +48,7 @@ def rows(stream):
     return [part.samples for part in stream]
 
 
-def test_batches_are_of_one_bucket_and_each_has_its_share():
+def test_bucket_batches_are_single_bucket_and_balanced():
     batches = rows(stream_of(BUCKETS, 4, steps=290))
     assert all(len({BUCKETS[i] for _, i in at}) == 1 for at in batches)
     seen = Counter(i for at in batches for _, i in at)
@@ -61,13 +61,13 @@ def test_batches_are_of_one_bucket_and_each_has_its_share():
         assert sorted(first) == list(range(20)), "a bucket's pass has each of its samples once"
 
 
-def test_buckets_smaller_than_a_batch():
+def test_bucket_stream_repeats_small_buckets():
     batches = rows(stream_of(tuple(range(30)), 4, steps=60))
     assert all(len({i for _, i in at}) == 1 for at in batches)
     assert set(Counter(at[0][1] for at in batches).values()) == {2}
 
 
-def test_a_pure_function_of_the_step():
+def test_bucket_stream_is_function_of_step():
     stream = stream_of(BUCKETS, 4, steps=60)
     assert rows(stream_of(BUCKETS, 4, steps=60, start=33)) == rows(stream)[33:]
     assert rows(stream_of(BUCKETS, 4, steps=60, seed=1)) != rows(stream)
@@ -88,7 +88,7 @@ def test_a_pure_function_of_the_step():
         ({"start": 9}, "start=9"),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_bucket_stream_rejects_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         stream_of(**{"buckets": BUCKETS, "batch": 2, "steps": 8, **options})
 
@@ -110,7 +110,7 @@ def pictures(tmp_path, monkeypatch):
     return root
 
 
-def test_images_keep_their_shape(pictures):
+def test_bucketed_images_have_bucket_shape(pictures):
     square = BucketedFolder(pictures, size=32, test_fraction=0)
     data = square.to_buckets(8)
     assert square.batch([(0, 0), (0, 1)])["image"].shape == (2, 3, 32, 32), "a first stage is trained on squares"
@@ -131,7 +131,7 @@ def test_images_keep_their_shape(pictures):
         data.batch([(0, 0), (0, 1)])
 
 
-def test_each_image_is_in_one_shape_and_once_in_a_pass(pictures):
+def test_bucketed_images_are_used_once_per_epoch(pictures):
     data = BucketedFolder(pictures, size=32, test_fraction=0).to_buckets(8)
     assert sum(len(part) for part in data.parts) == len(data) == 13
     found = [
@@ -145,7 +145,7 @@ def test_each_image_is_in_one_shape_and_once_in_a_pass(pictures):
     assert {i for e, i in passes if e == 0} == set(range(13))
 
 
-def test_moments_go_with_their_images(pictures):
+def test_bucketed_latents_match_images(pictures):
     """A first stage whose moments are the pixels: what a training gets is what the batch of images holds."""
 
     class Whole(torch.nn.Module):
@@ -161,7 +161,7 @@ def test_moments_go_with_their_images(pictures):
         latents.batch([(0, 0), (0, 1)])
 
 
-def test_a_run_is_named_by_all_that_its_images_show(pictures):
+def test_bucketed_folder_fingerprint_depends_on_all_pixels(pictures):
     """Also by what lies outside their middle squares."""
     before, square = BucketedFolder(pictures, size=32), ImageFolder(pictures, size=32).content
     os.utime(pictures / "02.png", (1, 1))
@@ -176,7 +176,7 @@ def test_a_run_is_named_by_all_that_its_images_show(pictures):
         BucketedFolder(pictures, size=32, content_hash=before.content)
 
 
-def test_mistakes_are_named(pictures):
+def test_bucketed_folder_reports_errors(pictures):
     with pytest.raises(UserError, match=r"max_aspect_ratio=0\.5"):
         BucketedFolder(pictures, max_aspect_ratio=0.5)
     with pytest.raises(UserError, match="size=16: expected 64 or more"):
@@ -185,7 +185,7 @@ def test_mistakes_are_named(pictures):
         BucketedDataset(None, [[0]], [0, 0])
 
 
-def test_the_option_names_every_default():
+def test_buckets_option_lists_every_default():
     option = yaml.safe_load((Path(bucket.__file__).parents[2] / "conf" / "data" / "buckets.yaml").read_text())
     parameters = inspect.signature(BucketedFolder).parameters
     assert (option.pop("_target_"), option.pop("path")) == ("ldm.data.bucket.BucketedFolder", "???")

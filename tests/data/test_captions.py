@@ -23,14 +23,14 @@ def write(path, text):
         ("x.jsonl", '{"file": "a.png", "text": "one, two"}\n\n{"file": "sub/c.png", "text": ["l\'été 3"]}\n'),
     ],
 )
-def test_lists_are_read_in_every_usual_form(tmp_path, name, text):
+def test_captions_list_formats(tmp_path, name, text):
     told = annotate(tmp_path, NAMES, write(tmp_path / name, text))
     assert told.texts == [["one, two"], ["b"], ["l'été 3"], ["red car"]]
     assert told.notes == [f"captions from {name}", "2 not in it: b.png, sub/red car.png"]
     assert told.classes == {"image": ["one, two", "b", "l'été 3", "red car"]}
 
 
-def test_a_list_that_lies_in_the_folder_is_used_unasked_and_before_what_lies_beside(tmp_path):
+def test_captions_list_in_folder_takes_precedence(tmp_path):
     write(tmp_path / "a.txt", "beside")
     assert annotate(tmp_path, ["a.png"]).texts == [["beside"]]
     write(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "listed"}))
@@ -38,7 +38,7 @@ def test_a_list_that_lies_in_the_folder_is_used_unasked_and_before_what_lies_bes
     assert annotate(tmp_path, ["a.png"], write(tmp_path / "mine.csv", "file,caption\na.png,mine\n")).texts == [["mine"]]
 
 
-def test_several_rows_and_empty_ones():
+def test_captions_list_with_repeated_and_empty_rows():
     rows = [("a.png", ["one"]), ("a.png", ["two"]), ("b.png", []), ("gone.png", ["x"]), ("c.png", ["by its bare name"])]
     texts, notes = match(Path("x.csv"), rows, NAMES)
     assert texts == [["one", "two"], [], ["by its bare name"], []]
@@ -70,14 +70,14 @@ def test_several_rows_and_empty_ones():
         ),
     ],
 )
-def test_a_list_that_does_not_fit_is_one_line(tmp_path, name, text, said):
+def test_captions_list_reports_mismatch_in_one_line(tmp_path, name, text, said):
     with pytest.raises(UserError, match=said) as error:
         annotate(tmp_path, NAMES, write(tmp_path / name, text))
     assert "\n" not in str(error.value)
     assert name in str(error.value)
 
 
-def test_captions_in_json_are_texts_numbers_records_or_lists_of_them():
+def test_captions_in_json_accepts_nested_forms():
     assert captions_in(" a  cat ") == ["a cat"]
     assert captions_in(["a", {"raw": "b"}, {"text": ["c", "d"]}, 7, 0.5]) == ["a", "b", "c", "d", "7", "0.5"]
     assert captions_in({"caption": "x", "raw": "y"}) == ["x"]
@@ -85,7 +85,7 @@ def test_captions_in_json_are_texts_numbers_records_or_lists_of_them():
         assert captions_in(nothing) == []
 
 
-def test_a_list_that_is_not_there(tmp_path):
+def test_captions_list_reports_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"captions=.*x\.csv: No such file"):
         annotate(tmp_path, NAMES, tmp_path / "x.csv")
     assert read_list(write(tmp_path / "x.csv", "file,caption\na.png\n")) == [("a.png", [])], (

@@ -54,7 +54,7 @@ def check(pictures, root):
     assert train.fingerprint != test.fingerprint
 
 
-def test_the_binary_version_is_read_where_it_lies(pictures, expected, tmp_path):
+def test_cifar10_reads_binary_version_in_place(pictures, expected, tmp_path):
     check(pictures, expected)
     assert not (tmp_path / "cache").exists()
     content = (expected / "data_batch_2.bin").read_bytes()
@@ -63,7 +63,7 @@ def test_the_binary_version_is_read_where_it_lies(pictures, expected, tmp_path):
     assert content[1 : 1 + 1024] == pictures["train"][4, :, :, 0].tobytes(), "a label, then the red plane"
 
 
-def test_torchvisions_files_are_converted_once_and_without_a_network(pictures, expected, tmp_path, monkeypatch):
+def test_cifar10_converts_torchvision_files_once_offline(pictures, expected, tmp_path, monkeypatch):
     from torchvision import datasets
 
     base = tmp_path / "data" / "cifar-10-batches-py"
@@ -93,7 +93,7 @@ def test_torchvisions_files_are_converted_once_and_without_a_network(pictures, e
     check(pictures, tmp_path / "data")
 
 
-def test_the_packages_pictures_become_the_binary_version(pictures, expected, tmp_path):
+def test_cifar10_converts_package_images(pictures, expected, tmp_path):
     with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
 
         def add(name, content):
@@ -111,7 +111,7 @@ def test_the_packages_pictures_become_the_binary_version(pictures, expected, tmp
     assert all((made / name).read_bytes() == (expected / name).read_bytes() for name in NAMES)
 
 
-def test_captions_belong_to_one_class_each(pictures, expected):
+def test_cifar10_captions_are_unique_to_class(pictures, expected):
     data = CIFAR10(root=expected)
     assert data.classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     texts = [text for some in data.captions for text in some]
@@ -120,7 +120,7 @@ def test_captions_belong_to_one_class_each(pictures, expected):
     assert all(text == text.strip() != "" for text in texts)
 
 
-def test_bad_options_and_missing_files_are_named(tmp_path):
+def test_cifar10_rejects_invalid_options_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="split='val': expected one of train, test"):
         CIFAR10("val")
     with pytest.raises(
@@ -131,7 +131,7 @@ def test_bad_options_and_missing_files_are_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_thing(monkeypatch):
+def test_cifar10_real_data(monkeypatch):
     monkeypatch.undo()
     train, test = CIFAR10(), CIFAR10("test")
     assert train.labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]

@@ -21,7 +21,7 @@ def scene(size=64, channels=3):
     return torch.stack([x, y, torch.sign(x + y) * 0.5][:channels])
 
 
-def test_the_batch_has_what_was_asked_for_and_everything_else_as_it_was():
+def test_degraded_dataset_adds_requested_keys_only():
     data = Synthetic(num=20, size=32, flip=True)
     worse = DegradedDataset(data, low_res=bicubic, mask=strokes)
     at = [(0, 3), (4, 7), (4, 3)]
@@ -40,7 +40,7 @@ def test_the_batch_has_what_was_asked_for_and_everything_else_as_it_was():
     assert identity(data) is data
 
 
-def test_choices_depend_on_seed_pass_and_index_alone():
+def test_degraded_dataset_is_keyed_by_seed_epoch_and_index():
     data = Synthetic(num=20, size=32)
     worse = DegradedDataset(data, partial(bsr, factor=2), strokes)
     alone, among = worse.batch([(2, 5)]), worse.batch([(0, 1), (2, 5)])
@@ -56,7 +56,7 @@ def test_choices_depend_on_seed_pass_and_index_alone():
     assert torch.equal(torch.cat([r["low_res"] for r in ranks]), whole["low_res"])
 
 
-def test_low_res_is_that_of_the_image_in_the_batch_flipped_or_not():
+def test_degraded_dataset_low_res_follows_flip():
     data = Synthetic(num=20, size=32, flip=True)
     batch = DegradedDataset(data, low_res=bicubic).batch([(0, i) for i in range(20)])
     expected = torch.stack([bicubic(image, generator()) for image in batch["image"]])
@@ -65,14 +65,14 @@ def test_low_res_is_that_of_the_image_in_the_batch_flipped_or_not():
     torch.testing.assert_close(batch["low_res"][batch["flip"]], mirrored, atol=1e-5, rtol=0)
 
 
-def test_it_can_be_sent_to_a_worker():
+def test_degraded_dataset_is_picklable():
     worse = pickle.loads(pickle.dumps(DegradedDataset(Synthetic(num=4), low_res=bicubic)))
     assert worse.batch([(0, 1)])["low_res"].shape == (1, 1, 8, 8)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         worse.nothing_like_it  # noqa: B018
 
 
-def test_bicubic_keeps_flat_colours_and_leaves_no_aliases():
+def test_bicubic_preserves_flat_colours_without_aliasing():
     assert torch.allclose(bicubic(torch.full((3, 16, 16), 0.3), generator()), torch.tensor(0.3), atol=1e-6)
     fine = torch.ones(1, 32, 32)
     fine[:, :, ::2] = -1
@@ -90,7 +90,7 @@ def test_bicubic_keeps_flat_colours_and_leaves_no_aliases():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_bsr_is_worse_than_bicubic_but_the_same_picture(channels):
+def test_bsr_is_worse_than_bicubic_of_same_image(channels):
     clean = bicubic(scene(channels=channels), generator())
     drawn = torch.stack([bsr(scene(channels=channels), generator(i)) for i in range(40)])
     assert drawn.shape == (40, channels, 16, 16)
@@ -101,7 +101,7 @@ def test_bsr_is_worse_than_bicubic_but_the_same_picture(channels):
     assert torch.equal(bsr(scene(channels=channels), generator(7)), drawn[7])
 
 
-def test_bsr_does_what_its_options_say():
+def test_bsr_options_change_degradation():
     still = {"blur": (0.2, 0.2), "noise": (0.0, 0.0), "quality": (95, 95)}
 
     def far(**options):
@@ -114,7 +114,7 @@ def test_bsr_does_what_its_options_say():
     assert far(blur=(3.0, 3.0)) > 1.5 * far()
 
 
-def test_jpeg_of_high_quality_changes_little():
+def test_jpeg_at_high_quality_is_nearly_lossless():
     for channels in (1, 3):
         image = scene(32, channels)
         assert (jpeg(image, 95) - image).abs().mean() < 0.02

@@ -73,7 +73,7 @@ def drawn(tmp_path, monkeypatch):
     return asked
 
 
-def test_every_emoji_in_every_style(drawn):
+def test_emoji_contains_every_glyph_and_style(drawn):
     train, test = Emoji(size=16, test_fraction=0.3), Emoji("test", size=16, test_fraction=0.3)
     assert len(train) + len(test) == 2 * 61, (
         "the heart has no drawing, the face no render, the addition is none of ours"
@@ -91,7 +91,7 @@ def test_every_emoji_in_every_style(drawn):
     assert train.fingerprint != test.fingerprint
 
 
-def test_the_split_is_by_emoji(drawn):
+def test_emoji_split_is_by_glyph(drawn):
     train, test = (Emoji(split, size=16, test_fraction=0.3, skin_tones=True) for split in ("train", "test"))
     bases = [{glyph.base for glyph in data.glyphs} for data in (train, test)]
     assert not bases[0] & bases[1]
@@ -102,7 +102,7 @@ def test_the_split_is_by_emoji(drawn):
     assert [{g.base for g in data.glyphs} for data in plain] == bases
 
 
-def test_captions_say_what_and_in_which_style(drawn):
+def test_emoji_captions_name_glyph_and_style(drawn):
     data = Emoji(size=16, test_fraction=0.01)
     for i in range(0, len(data), 7):
         said = {data.caption(epoch, i) for epoch in range(60)}
@@ -123,19 +123,19 @@ def test_captions_say_what_and_in_which_style(drawn):
     assert words("kiss: man, man") == "kiss, man, man"
 
 
-def test_skin_tones_take_their_tags_from_the_emoji_without():
+def test_emoji_skin_tones_inherit_tags():
     plain, toned = (annotated(json.dumps(ROWS).encode(), tones) for tones in (False, True))
     assert len(toned) - len(plain) == 2
     assert {glyph.base: glyph.tags for glyph in toned if glyph.base == "1F44B"} == {"1F44B": ["bye", "hand"]}
     assert all(glyph.tags == ["bye", "hand"] for glyph in toned if glyph.base == "1F44B")
 
 
-def test_codes_of_all_sources_are_one():
+def test_emoji_codes_are_normalized():
     assert code("0023-fe0f-20e3") == code("23-20E3") == "23-20E3"
     assert code("1f3f4-e0067_e0062") == "1F3F4-E0067-E0062"
 
 
-def test_the_second_start_draws_nothing(drawn):
+def test_emoji_renders_once(drawn):
     first = Emoji(size=16)
     count = len(drawn)
     assert torch.equal(Emoji(size=16).images, first.images)
@@ -145,7 +145,7 @@ def test_the_second_start_draws_nothing(drawn):
     assert len(drawn) == 2 * count
 
 
-def test_one_style_alone(drawn):
+def test_emoji_single_style(drawn):
     data = Emoji(size=16, styles=["3d"], test_fraction=0.01)
     assert not drawn
     assert set(data.batch_metadata([(0, i) for i in range(len(data))])["style"].tolist()) == {0}
@@ -156,12 +156,12 @@ def test_one_style_alone(drawn):
 @pytest.mark.parametrize(
     "option", [{"split": "val"}, {"styles": ["oil"]}, {"styles": []}, {"size": 8}, {"test_fraction": 0.0}]
 )
-def test_bad_options_are_named(option):
+def test_emoji_rejects_invalid_options(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         Emoji(**option)
 
 
-def test_without_pictures_it_says_what_is_missing(tmp_path, monkeypatch):
+def test_emoji_reports_missing_images(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
     for asset in (glyphs.openmoji, glyphs.fluent_archive):
@@ -172,7 +172,7 @@ def test_without_pictures_it_says_what_is_missing(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_real_thing():
+def test_emoji_real_data():
     train, test, toned = Emoji(), Emoji("test"), Emoji(skin_tones=True)
     assert (len(train) + len(test)) // 2 == 1852
     assert len(toned) + len(Emoji("test", skin_tones=True)) == 2 * 3372

@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_both_splits_are_read_and_padded(folder):
+def test_fashion_mnist_reads_and_pads_both_splits(folder):
     train, test = FashionMNIST(), FashionMNIST("test", size=40)
     assert train.images.shape == (20, 1, 32, 32)
     assert test.images.shape == (10, 1, 40, 40)
@@ -37,7 +37,7 @@ def test_both_splits_are_read_and_padded(folder):
     assert train.fingerprint != test.fingerprint
 
 
-def test_ten_classes_each_with_captions_of_its_own(folder):
+def test_fashion_mnist_captions_are_unique_to_class(folder):
     data = FashionMNIST()
     assert data.classes[0] == "t-shirt"
     assert data.classes[-1] == "ankle boot"
@@ -47,12 +47,12 @@ def test_ten_classes_each_with_captions_of_its_own(folder):
     assert all(t == t.strip() != "" for t in texts)
 
 
-def test_other_captions_by_file(folder, tmp_path):
+def test_fashion_mnist_captions_from_file(folder, tmp_path):
     (tmp_path / "bare.json").write_text(json.dumps({c: [c] for c in FashionMNIST().classes}))
     assert FashionMNIST(captions=tmp_path / "bare.json")[9]["caption"] == "ankle boot"
 
 
-def test_bad_options_and_files_are_named(folder):
+def test_fashion_mnist_rejects_invalid_options_and_files(folder):
     with pytest.raises(ValueError, match="split='val': expected one of train, test"):
         FashionMNIST("val")
     for size in (24, 33):
@@ -65,7 +65,7 @@ def test_bad_options_and_files_are_named(folder):
 
 
 @pytest.mark.slow
-def test_the_real_thing():
+def test_fashion_mnist_real_data():
     train, test = FashionMNIST(), FashionMNIST("test")
     assert train.labels[:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
     assert torch.equal(train.labels.bincount(), torch.full((10,), 6000))

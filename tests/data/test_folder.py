@@ -47,7 +47,7 @@ def pictures(tmp_path):
     return root
 
 
-def test_class_subfolders(pictures):
+def test_folder_classes_are_subfolders(pictures):
     data = ImageFolder(pictures, size=16, test_fraction=0)
     assert data.images.shape == (40, 3, 16, 16)
     assert data.classes == ["golden_retriever", "sports-car"]
@@ -64,7 +64,7 @@ def test_class_subfolders(pictures):
     assert DataCard.from_dataset(data).channels == 3
 
 
-def test_captions_of_classes_from_a_file(pictures, tmp_path):
+def test_folder_class_captions_from_file(pictures, tmp_path):
     file = tmp_path / "captions.json"
     file.write_text(json.dumps({"sports-car": ["a fast car"], "golden_retriever": ["a dog"], "more": ["x"]}))
     data = ImageFolder(pictures, captions=file, test_fraction=0)
@@ -81,7 +81,7 @@ def test_captions_of_classes_from_a_file(pictures, tmp_path):
 SMALL = ", 5 smaller than 32 px and enlarged: IMG_1234.png, a.png, b.png, ..."
 
 
-def test_captions_beside_the_images(tmp_path):
+def test_folder_captions_from_sidecar_files(tmp_path):
     root = tmp_path / "pictures"
     for name in ("a", "b", "sub/c", "red_car-2 (copy)", "IMG_1234"):
         paint(root / f"{name}.png")
@@ -103,7 +103,7 @@ def test_captions_beside_the_images(tmp_path):
         ImageFolder(root, captions=tmp_path / "captions.json")
 
 
-def test_file_names_as_captions_and_their_sample(tmp_path, monkeypatch):
+def test_folder_captions_from_file_names(tmp_path, monkeypatch):
     monkeypatch.setattr(captions_module, "SHOWN", 4)
     for name in "abcdefghij":
         paint(tmp_path / "pictures" / f"{name}.png")
@@ -112,7 +112,7 @@ def test_file_names_as_captions_and_their_sample(tmp_path, monkeypatch):
     assert [data.caption(0, i) for i in range(10)] == list("abcdefghij")
 
 
-def test_the_words_of_a_name():
+def test_words_from_filename():
     said = {
         "cat12": "cat",
         "DSC01234": "",
@@ -125,7 +125,7 @@ def test_the_words_of_a_name():
     assert sidecar_captions(Path("/nowhere/x.png")) == []
 
 
-def test_order_and_fingerprint_do_not_depend_on_the_disk(pictures, tmp_path):
+def test_folder_order_and_fingerprint_are_independent_of_disk_order(pictures, tmp_path):
     for path in sorted(pictures.rglob("*.*"), reverse=True):
         target = tmp_path / "again" / path.relative_to(pictures)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def test_order_and_fingerprint_do_not_depend_on_the_disk(pictures, tmp_path):
     assert first.fingerprint == second.fingerprint != ImageFolder(pictures, size=16).fingerprint
 
 
-def test_images_added_later_move_no_other(pictures):
+def test_split_train_test_is_stable_when_images_are_added(pictures):
     names = [f"{i:05d}.png" for i in range(4000)]
     held, rows = split_train_test(names, 0.05)["test"]
     assert held == len(rows)
@@ -149,12 +149,12 @@ def test_images_added_later_move_no_other(pictures):
     assert len(both.unique(dim=0)) == len(ImageFolder(pictures, test_fraction=0).images.flatten(1).unique(dim=0))
 
 
-def test_too_few_to_hold_any_out(tmp_path):
+def test_split_train_test_of_one_image_shares_it(tmp_path):
     paint(tmp_path / "pictures" / "one.png")
     assert [len(ImageFolder(tmp_path / "pictures", split)) for split in ("train", "test")] == [1, 1]
 
 
-def test_the_middle_of_the_longer_side(tmp_path):
+def test_load_square_crops_centre(tmp_path):
     image = Image.new("RGB", (90, 30), GREEN)
     image.paste(RED, (0, 0, 30, 30))
     image.paste(BLUE, (60, 0, 90, 30))
@@ -166,7 +166,7 @@ def test_the_middle_of_the_longer_side(tmp_path):
         assert (shorter, pixels.dtype) == (30, torch.uint8)
 
 
-def test_turned_as_exif_says(tmp_path):
+def test_load_square_applies_exif_orientation(tmp_path):
     image = Image.new("RGB", (40, 40), BLUE)
     image.paste(RED, (0, 0, 20, 40))  # red on the left; orientation 6 turns it clockwise: red on top
     exif = Image.Exif()
@@ -177,7 +177,7 @@ def test_turned_as_exif_says(tmp_path):
     assert pixels[0, 5:].max() < 55
 
 
-def test_transparency_is_white(tmp_path):
+def test_load_square_fills_transparency_with_white(tmp_path):
     Image.new("RGBA", (8, 8), (*RED, 0)).save(tmp_path / "a.png")
     Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "b.png")
     palette = Image.new("P", (8, 8), 1)
@@ -191,7 +191,7 @@ def test_transparency_is_white(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "P", "L", "1", "YCbCr"])
-def test_other_kinds_of_colour(tmp_path, mode):
+def test_load_square_supports_colour_modes(tmp_path, mode):
     name = "x.tif" if mode in ("CMYK", "YCbCr") else "x.png"
     white = mode in ("L", "1")
     # packed: Pillow before 13 does not read its own raw YCbCr
@@ -204,7 +204,7 @@ def test_other_kinds_of_colour(tmp_path, mode):
     assert level(load_square(tmp_path / name, 8, 3)[0]) == pytest.approx([255] * 3 if white else [255, 0, 0], abs=2)
 
 
-def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path):
+def test_load_square_scales_16_bit_and_rejects_float(tmp_path):
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "x.png")
     Image.fromarray(np.full((8, 8), 32768, dtype=np.int32)).save(tmp_path / "y.tif")
     assert level(load_square(tmp_path / "x.png", 8, 1)[0]) == [128]
@@ -215,7 +215,7 @@ def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path):
             load_square(tmp_path / name, 8, 1)
 
 
-def test_a_large_jpeg_is_the_same_picture(tmp_path):
+def test_load_square_of_large_jpeg_is_exact(tmp_path):
     ramp = np.linspace(0, 255, 1000).round().astype(np.uint8)
     Image.fromarray(np.repeat(np.tile(ramp, (700, 1))[..., None], 3, 2)).save(tmp_path / "x.jpg", quality=95)
     pixels, _ = load_square(tmp_path / "x.jpg", 16, 1)
@@ -223,7 +223,7 @@ def test_a_large_jpeg_is_the_same_picture(tmp_path):
     assert pixels[0].double().mean(0).numpy() == pytest.approx(centres / 999 * 255, abs=3)  # a pixel is 11 apart
 
 
-def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch):
+def test_folder_skips_unreadable_images_with_message(pictures, monkeypatch):
     whole = (pictures / "sports-car" / "000.jpg").read_bytes()
     bad = pictures / "sports-car"
     paint(bad / "noise.jpg").write_bytes(whole[: len(whole) * 2 // 3])
@@ -249,7 +249,7 @@ def test_what_cannot_be_read_is_left_out_and_told(pictures, monkeypatch):
     assert ImageFolder(pictures, size=32, test_fraction=0).summary == data.summary  # from the cache
 
 
-def test_packed_images_are_those_decoded_one_by_one_and_lie_on_the_disk(pictures, tmp_path, monkeypatch):
+def test_folder_packed_images_equal_single_decodes(pictures, tmp_path, monkeypatch):
     (pictures / "sports-car" / "broken.jpg").write_text("no")
     data = ImageFolder(pictures, size=16, test_fraction=0.3)
     plain = torch.stack([load_square(pictures / file.name, 16, 3)[0] for file in data.files]).float() / 127.5 - 1
@@ -286,7 +286,7 @@ def photograph(tmp_path):
 
 
 @pytest.mark.parametrize("size", [16, 64, 100, 200, 300])
-def test_a_jpeg_is_decoded_small_but_never_too_small(photograph, size, monkeypatch):
+def test_load_square_uses_reduced_jpeg_decoding(photograph, size, monkeypatch):
     """And how far that is from decoding it whole: its texture is finer than most, and the mean stays."""
     seen = []
     monkeypatch.setattr(decode, "to_8bit", lambda image: (seen.append(image.size), image)[1])
@@ -303,21 +303,21 @@ def test_a_jpeg_is_decoded_small_but_never_too_small(photograph, size, monkeypat
     assert abs(float((fast - whole).mean())) < 0.2
 
 
-def test_links_are_followed_once(pictures):
+def test_folder_follows_links_once(pictures):
     (pictures / "golden_retriever" / "back").symlink_to(pictures)
     (pictures.parent / "linked").symlink_to(pictures)
     assert len(ImageFolder(pictures.parent / "linked", test_fraction=0)) == 40
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file names are Unicode there")
-def test_names_of_any_bytes(tmp_path):
+def test_folder_accepts_non_utf8_names(tmp_path):
     paint(tmp_path / "pictures" / os.fsdecode(b"caf\xe9 noir") / os.fsdecode(b"\xe9.png"))
     data = ImageFolder(tmp_path / "pictures", test_fraction=0)
     assert data.classes == ["caf\ufffd noir"]
     json.dumps(data.captions).encode()
 
 
-def test_the_second_start_decodes_nothing(pictures, tmp_path, monkeypatch):
+def test_folder_decodes_once(pictures, tmp_path, monkeypatch):
     first = ImageFolder(pictures)
     calls = Counter()
     monkeypatch.setattr(folder, "load_rectangle", lambda *args: (calls.update(["read"]), load_rectangle(*args))[1])
@@ -333,7 +333,7 @@ def test_the_second_start_decodes_nothing(pictures, tmp_path, monkeypatch):
     assert calls["read"] == 80
 
 
-def test_size_and_channels_are_those_of_most_images(tmp_path, monkeypatch):
+def test_folder_size_and_channels_are_majority(tmp_path, monkeypatch):
     root = tmp_path / "pictures"
     for i, (side, mode) in enumerate([(40, "L"), (130, "L"), (150, "RGB"), (900, "L"), (70, "1")]):
         paint(root / f"{i}.png", (9, 9, 9), (side, side + 30), mode)
@@ -348,7 +348,7 @@ def test_size_and_channels_are_those_of_most_images(tmp_path, monkeypatch):
     assert ImageFolder(root).resolved_config.items() >= {"size": 32, "channels": 3}.items()
 
 
-def test_content_depends_on_images_captions_and_classes_and_on_nothing_else(pictures, tmp_path):
+def test_folder_content_hash_depends_on_images_captions_and_classes(pictures, tmp_path):
     first = ImageFolder(pictures).content
     assert ImageFolder(pictures, "test", seed=3, flip=False, test_fraction=0.5, content_hash=first).content == first
     for path in pictures.rglob("*.png"):
@@ -368,7 +368,7 @@ def test_content_depends_on_images_captions_and_classes_and_on_nothing_else(pict
     assert len(seen) == 5
 
 
-def test_mistakes_are_one_line(tmp_path, monkeypatch):
+def test_folder_reports_errors_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty" / "sub").mkdir(parents=True)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "x.pdf").touch()
@@ -397,7 +397,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("cache/folders/*.safetensors"))
 
 
-def test_the_option_names_every_default():
+def test_folder_option_lists_every_default():
     import inspect
 
     option = yaml.safe_load((Path(folder.__file__).parents[2] / "conf" / "data" / "folder.yaml").read_text())

@@ -43,13 +43,13 @@ def captions() -> list[str]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_as_many_prompts_for_every_class(name):
+def test_held_out_prompts_are_balanced_over_classes(name):
     assert Counter(row["label"] for row in prompts(name)) == dict.fromkeys(read_captions(CAPTIONS), FILES[name])
     assert len({row["prompt"].lower() for row in prompts(name)}) == 10 * FILES[name]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_content_word_of_a_prompt_is_in_a_training_caption(name):
+def test_held_out_prompts_share_no_content_word_with_training_captions(name):
     texts = captions()
     assert {row["prompt"]: words for row in prompts(name) if (words := shared(row["prompt"], texts))} == {}
 
@@ -66,7 +66,7 @@ def test_no_content_word_of_a_prompt_is_in_a_training_caption(name):
         ("for a hike", "tough hiking shoes", "hiking"),
     ],
 )
-def test_an_added_caption_with_such_a_word_would_be_found(added, prompt, word):
+def test_held_out_check_detects_shared_word(added, prompt, word):
     assert prompt in {row["prompt"] for row in prompts("prompts_dev.csv")}
     assert shared(prompt, [*captions(), added]) == {word}
 

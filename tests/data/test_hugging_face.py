@@ -83,7 +83,7 @@ def library(monkeypatch, tmp_path):
     return asked
 
 
-def test_rows_are_samples(library):
+def test_hugging_face_rows_are_samples(library):
     data = HuggingFace("some/thing", size=16, test_fraction=0.0, config="small")
     assert library == [("some/thing", "small")]
     batch = data.batch([(0, 7), (2, 12)])
@@ -94,7 +94,7 @@ def test_rows_are_samples(library):
     assert torch.equal(data.batch([(2, 12)])["image"], batch["image"][1:])
 
 
-def test_labels_and_their_names(library):
+def test_hugging_face_labels_and_class_names(library):
     data = HuggingFace("some/thing", size=16, test_fraction=0.0, caption=None, label="label")
     assert data.batch_metadata([(0, 3), (0, 4)])["label"].tolist() == [1, 0]
     assert data.classes == ["cat", "sea_lion"]
@@ -102,7 +102,7 @@ def test_labels_and_their_names(library):
     assert HuggingFace("some/thing", size=16, caption=None, label="number").classes == ["0", "1", "2", "3", "4"]
 
 
-def test_splits(library):
+def test_hugging_face_splits(library):
     train, test = (HuggingFace("some/thing", split, size=16, test_fraction=0.3) for split in ("train", "test"))
     assert len(train) + len(test) == 40
     assert not set(train.rows.tolist()) & set(test.rows.tolist())
@@ -110,12 +110,12 @@ def test_splits(library):
     assert len(HuggingFace("some/thing", "test", size=16, test="test")) == 3
 
 
-def test_a_saved_one(library, tmp_path):
+def test_hugging_face_saved_to_disk(library, tmp_path):
     assert len(HuggingFace(saved(tmp_path / "x", 4, text=(["a"] * 4, TEXT)), size=16, test_fraction=0.0)) == 4
     assert not library
 
 
-def test_mistakes_are_one_line(library, monkeypatch):
+def test_hugging_face_reports_errors_in_one_line(library, monkeypatch):
     for options, said in (
         ({"path": "other"}, "path=other: not found"),
         ({"path": "some/thing", "train": "x"}, "no split 'x'; it has train, test"),
@@ -129,7 +129,7 @@ def test_mistakes_are_one_line(library, monkeypatch):
         hugging_face.load("some/thing", None, "train")
 
 
-def test_caption_sources_give_the_same_batches(tmp_path):
+def test_caption_sources_give_equal_batches(tmp_path):
     """60 images, six of them without a caption, from a folder, a table, a shard and memory."""
     captions = ["" if i % 10 == 7 else f"picture {i}" for i in range(60)]
     pictures = [png(4 * i, (24, 20)) for i in range(60)]
@@ -172,7 +172,7 @@ def test_caption_sources_give_the_same_batches(tmp_path):
         ([None, [], [{"raw": "a cat"}]], [{"raw": TEXT}]),
     ],
 )
-def test_captions_of_every_kind_are_read_and_rows_without_are_counted(tmp_path, values, kind):
+def test_hugging_face_accepts_all_caption_forms_and_counts_missing(tmp_path, values, kind):
     data = HuggingFace(saved(tmp_path / "x", 3, text=(values, kind)), size=16, test_fraction=0.0)
     assert [{data.caption(epoch, i) for epoch in range(9)} for i in range(3)] == [{""}, {""}, {"a cat"}]
     assert ", 2 without a caption" in data.summary
@@ -188,7 +188,7 @@ def test_captions_of_every_kind_are_read_and_rows_without_are_counted(tmp_path, 
         ([{"id": 1}] * 2, {"id": datasets.Value("int64")}),
     ],
 )
-def test_captions_that_are_no_texts_are_one_line(tmp_path, values, kind):
+def test_hugging_face_rejects_captions_that_are_not_strings(tmp_path, values, kind):
     with pytest.raises(
         UserError, match=r"column 'text' holds .*: expected texts, lists of texts, or records with one of"
     ) as error:
@@ -206,7 +206,7 @@ def test_captions_that_are_no_texts_are_one_line(tmp_path, values, kind):
         ([None, "dog", "cat", ""], TEXT, [-1, 1, 0, -1], ["cat", "dog"]),
     ],
 )
-def test_no_label_is_never_a_class(tmp_path, values, kind, labels, classes):
+def test_hugging_face_missing_label_is_not_a_class(tmp_path, values, kind, labels, classes):
     data = HuggingFace(
         saved(tmp_path / "x", 4, label=(values, kind)), size=16, test_fraction=0.0, caption=None, label="label"
     )
@@ -227,13 +227,13 @@ def test_no_label_is_never_a_class(tmp_path, values, kind, labels, classes):
         ([[0], [1]], datasets.Sequence(PETS), "expected one class a row, a number or a word"),
     ],
 )
-def test_labels_that_are_no_classes_are_one_line(tmp_path, values, kind, why):
+def test_hugging_face_rejects_invalid_labels(tmp_path, values, kind, why):
     with pytest.raises(UserError, match=why) as error:
         HuggingFace(saved(tmp_path / "x", 2, label=(values, kind)), size=16, caption=None, label="label")
     assert "\n" not in str(error.value)
 
 
-def test_words_are_the_same_classes_in_every_split(monkeypatch):
+def test_hugging_face_string_labels_are_equal_over_splits(monkeypatch):
     splits = {"train": ["dog", "cat", "ape"], "test": ["dog", "dog"], "other": ["dog", "bee"]}
     tables = datasets.DatasetDict({name: table(len(words), label=(words, TEXT)) for name, words in splits.items()})
     monkeypatch.setattr(datasets, "load_dataset", lambda path, config: tables)
@@ -244,7 +244,7 @@ def test_words_are_the_same_classes_in_every_split(monkeypatch):
         HuggingFace("some/thing", "test", size=16, caption=None, label="label", test="other")
 
 
-def test_images_of_every_kind(tmp_path):
+def test_hugging_face_accepts_all_image_forms(tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(png(50 * i))
     binary = datasets.Value("binary")
@@ -268,7 +268,7 @@ def test_images_of_every_kind(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_content_is_of_the_rows_and_not_of_their_folder(tmp_path, monkeypatch):
+def test_hugging_face_content_hash_depends_on_rows_not_folder(tmp_path, monkeypatch):
     def made(name, texts, first=0, labels=(0, 1)):
         cells = [{"bytes": png(i), "path": None} for i in (first, 1)]
         return saved(tmp_path / name, 2, images=cells, text=(texts, TEXT), label=(list(labels), PETS))
@@ -288,7 +288,7 @@ def test_content_is_of_the_rows_and_not_of_their_folder(tmp_path, monkeypatch):
             read(made(name, **{"texts": ["a", "b"], **changed}), before.content)
 
 
-def test_a_folder_of_images_moved_is_the_same(tmp_path):
+def test_hugging_face_image_folder_hash_is_independent_of_location(tmp_path):
     for i in range(8):
         (tmp_path / "here" / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "here" / ("cat", "dog")[i % 2] / f"{i}.png").write_bytes(png(i))
@@ -306,7 +306,7 @@ def test_a_folder_of_images_moved_is_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train", "test", "val"])
-def test_a_class_with_the_name_of_a_split_is_one_line(tmp_path, name):
+def test_hugging_face_rejects_class_named_like_split(tmp_path, name):
     for folder in ("bus", "car", name):
         (tmp_path / "vehicles" / folder).mkdir(parents=True)
         for i in range(2):
@@ -328,7 +328,7 @@ class CaptionsAlone:
         return self.given.select_columns(names)
 
 
-def test_a_caption_or_a_label_reads_no_image(tmp_path, monkeypatch):
+def test_hugging_face_metadata_reads_no_image(tmp_path, monkeypatch):
     columns = {"text": (["a", None, "c", "d"], TEXT), "label": ([0, 1, -1, 0], PETS)}
     data = HuggingFace(saved(tmp_path / "x", 4, **columns), size=16, test_fraction=0.0, label="label")
     latents = LatentDataset(data, torch.zeros(2, 4, 8, 2, 2, dtype=torch.float16))

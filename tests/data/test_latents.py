@@ -15,7 +15,7 @@ class Halves(nn.Module):
         return DiagonalGaussian(image[..., ::2, ::2], -image[..., ::2, ::2])
 
 
-def test_batches_are_all_images_in_order_and_never_flipped():
+def test_batches_cover_all_images_in_order_unflipped():
     data = Synthetic(num=7, size=16, flip=True)
     some = list(batches(data, size=3))
     assert [len(image) for image in some] == [3, 3, 1]
@@ -23,7 +23,7 @@ def test_batches_are_all_images_in_order_and_never_flipped():
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_cached_moments_are_those_of_the_image_in_the_batch(flip):
+def test_latents_equal_moments_of_batch_images(flip):
     data = Synthetic(num=9, size=16, flip=flip)
     moments = encode_latents(Halves(), data)
     assert moments.shape == (1 + flip, 9, 2, 8, 8)
@@ -45,7 +45,7 @@ def test_cached_moments_are_those_of_the_image_in_the_batch(flip):
     assert torch.equal(both["moments"], cached["moments"])
 
 
-def test_encoding_leaves_no_graph_and_does_not_depend_on_the_batch():
+def test_encode_latents_has_no_graph_and_is_independent_of_batch():
     class Weighted(Halves):
         def __init__(self):
             super().__init__()
@@ -60,7 +60,7 @@ def test_encoding_leaves_no_graph_and_does_not_depend_on_the_batch():
     assert torch.equal(moments[0, 500:], Weighted().posterior(data.pixels([500])).moments.half())
 
 
-def test_latents_are_streamed_as_images_are():
+def test_latent_dataset_streams_like_images():
     data = Synthetic(num=6, size=16)
     part = BatchStream(length=6, batch=4, steps=3, rank=1, world=2).batch_at(2)
     latents = LatentDataset(data, encode_latents(Halves(), data))
@@ -70,7 +70,7 @@ def test_latents_are_streamed_as_images_are():
     assert torch.equal(batch["moments"], latents.batch(part.samples)["moments"])
 
 
-def test_moments_of_another_data_set_are_refused():
+def test_latent_dataset_rejects_moments_of_another_dataset():
     plain, flipped = Synthetic(num=5, size=16), Synthetic(num=5, size=16, flip=True)
     moments = encode_latents(Halves(), plain)
     with pytest.raises(ValueError, match=r"moments of \(1, 5\) .* do not fit a data set of \(2, 5\)"):
@@ -80,7 +80,7 @@ def test_moments_of_another_data_set_are_refused():
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_on_the_disk_they_are_those_in_memory(tmp_path, flip):
+def test_latents_on_disk_equal_latents_in_memory(tmp_path, flip):
     from safetensors import safe_open
 
     data = Synthetic(num=30, size=16, flip=flip)
@@ -101,14 +101,14 @@ def test_on_the_disk_they_are_those_in_memory(tmp_path, flip):
     )
 
 
-def test_a_batch_at_a_time_in_any_size():
+def test_encode_into_works_for_any_batch_size():
     data = Synthetic(num=30, size=16, flip=True)
     parts = torch.zeros(2, 30, 2, 8, 8, dtype=torch.float16)
     encode_into(parts, Halves(), data, size=7)
     assert torch.equal(parts, encode_latents(Halves(), data))
 
 
-def test_latents_that_half_precision_cannot_hold_are_refused_and_nothing_is_left(tmp_path):
+def test_write_latents_rejects_float16_overflow_and_leaves_no_file(tmp_path):
     class Loud(Halves):
         def posterior(self, image):
             return DiagonalGaussian(image * 1e6, image)

@@ -17,7 +17,7 @@ def drawn(kind, n=100, size=SIZE):
 
 
 @pytest.mark.parametrize("kind", [strokes, boxes, borders])
-def test_a_mask_is_zeros_and_ones_some_of_each_and_keyed_by_its_generator(kind):
+def test_masks_are_binary_mixed_and_keyed(kind):
     masks = drawn(kind)
     assert masks.shape == (100, 1, *SIZE)
     assert masks.dtype == torch.float32
@@ -28,13 +28,13 @@ def test_a_mask_is_zeros_and_ones_some_of_each_and_keyed_by_its_generator(kind):
     assert kind((8, 8), generator(0)).shape == (1, 8, 8)
 
 
-def test_strokes_are_anywhere_and_as_wide_as_asked():
+def test_strokes_cover_image_and_follow_width():
     assert drawn(strokes, 300).mean(0).min() > 0.05, "no place is spared"
     areas = [drawn(partial(strokes, times=(1, 1), width=(w, w))).mean() for w in (0.05, 0.1, 0.2)]
     assert areas[0] < areas[1] < areas[2]
 
 
-def test_boxes_are_boxes_of_the_size_asked_for():
+def test_boxes_have_requested_size():
     for mask in drawn(partial(boxes, times=(1, 1), side=(0.25, 0.5))):
         rows, columns = (mask[0].amax(axis) > 0 for axis in (1, 0))
         assert 12 <= rows.sum() <= 24
@@ -42,7 +42,7 @@ def test_boxes_are_boxes_of_the_size_asked_for():
         assert mask.sum() == rows.sum() * columns.sum(), "filled"
 
 
-def test_borders_leave_a_rectangle_that_reaches_the_other_sides():
+def test_borders_leave_rectangle_at_other_sides():
     masks = drawn(partial(borders, part=(0.25, 0.25), sides=(1, 1)), 200)
     found = {(bool(m[0, 0, 32]), bool(m[0, -1, 32]), bool(m[0, 24, 0]), bool(m[0, 24, -1])) for m in masks}
     assert found == {tuple(i == j for j in range(4)) for i in range(4)}, "each of the four sides, one at a time"
@@ -51,7 +51,7 @@ def test_borders_leave_a_rectangle_that_reaches_the_other_sides():
     assert {round(m.mean().item(), 6) for m in two} == {1 - 0.75**2}
 
 
-def test_one_of_several_kinds():
+def test_random_choice_selects_one_kind():
     full, empty = (lambda size, draw, v=v: torch.full((1, *size), v) for v in (1.0, 0.0))
     share = drawn(partial(random_choice, kinds=[full, empty, empty, empty]), 400).mean()
     assert 0.18 < share < 0.32
@@ -59,7 +59,7 @@ def test_one_of_several_kinds():
         random_choice(SIZE, generator(0), kinds=[])
 
 
-def test_draws_reach_both_ends():
+def test_mask_random_numbers_reach_both_ends():
     draw = generator(0)
     assert {randint(draw, 2, 4) for _ in range(60)} == {2, 3, 4}
     values = [uniform(draw, -1, 3) for _ in range(500)]

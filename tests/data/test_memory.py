@@ -17,7 +17,7 @@ def make(flip=False, seed=0, captions=CAPTIONS):
     return InMemoryDataset("tiny", images, torch.tensor([0, 1, 0, 1]), captions, seed, flip)
 
 
-def test_a_batch():
+def test_in_memory_batch():
     data = make()
     batch = data.batch([(0, 1), (5, 3), (0, 0)])
     assert torch.equal(batch["image"], data.images[[1, 3, 0]] / 127.5 - 1)
@@ -28,13 +28,13 @@ def test_a_batch():
     assert not batch["flip"].any()
 
 
-def test_the_ends_of_the_range():
+def test_in_memory_pixels_span_minus_one_to_one():
     images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)
     data = InMemoryDataset("ends", images, torch.tensor([0, 1]), CAPTIONS)
     assert data.batch([(0, 0), (0, 1)])["image"].flatten().tolist() == [-1, 1]
 
 
-def test_a_sample_is_a_row_of_the_batch_of_the_first_pass():
+def test_in_memory_item_equals_row_of_first_epoch():
     data = make()
     batch = data.batch([(0, i) for i in range(4)])
     for i in range(4):
@@ -46,7 +46,7 @@ def test_a_sample_is_a_row_of_the_batch_of_the_first_pass():
         data[4]
 
 
-def test_captions_are_keyed_by_seed_pass_and_index_and_all_are_used():
+def test_in_memory_captions_are_keyed_and_all_used():
     data = make()
     drawn = [data.caption(epoch, 0) for epoch in range(900)]
     assert drawn == [make().caption(epoch, 0) for epoch in range(900)]
@@ -56,7 +56,7 @@ def test_captions_are_keyed_by_seed_pass_and_index_and_all_are_used():
     assert {data.caption(epoch, 1) for epoch in range(9)} == {"four"}
 
 
-def test_a_sample_without_caption_or_label_trains_the_empty_condition():
+def test_in_memory_missing_caption_or_label_is_empty_condition():
     images, labels = torch.zeros(4, 1, 2, 3, dtype=torch.uint8), torch.tensor([0, -1, 1, -1])
     data = InMemoryDataset("x", images, labels, CAPTIONS)
     assert (data.uncaptioned, data.unlabelled) == (2, 2)
@@ -69,14 +69,14 @@ def test_a_sample_without_caption_or_label_trains_the_empty_condition():
         InMemoryDataset("x", images, labels, CAPTIONS, texts=[["a"]])
 
 
-def test_a_classifier_is_refused_samples_without_a_label():
+def test_require_labels_rejects_unlabelled_samples():
     images = torch.zeros(4, 1, 2, 3, dtype=torch.uint8)
     build.require_labels(make(), make())
     with pytest.raises(UserError, match="2 of 8 samples have no label, and a classifier needs one for each"):
         build.require_labels(make(), InMemoryDataset("x", images, torch.tensor([0, -1, 1, -1]), CAPTIONS))
 
 
-def test_a_flip_mirrors_half_of_the_rows_and_says_which():
+def test_in_memory_flip_mirrors_half_and_reports_it():
     data = make(flip=True)
     batch = data.batch([(epoch, i) for epoch in range(100) for i in range(4)])
     plain = data.pixels(batch["index"])
@@ -87,7 +87,7 @@ def test_a_flip_mirrors_half_of_the_rows_and_says_which():
     assert torch.equal(data.batch([(1, 2)])["image"], batch["image"][6:7]), "the same in any company"
 
 
-def test_the_fingerprint_is_of_the_pixels_labels_and_classes():
+def test_in_memory_fingerprint_depends_on_pixels_labels_and_classes():
     data = make()
     assert data.fingerprint == make(flip=True, seed=1, captions={"left": ["x"], "right": ["y"]}).fingerprint
     other = make()
@@ -98,7 +98,7 @@ def test_the_fingerprint_is_of_the_pixels_labels_and_classes():
     assert relabelled.fingerprint != data.fingerprint
 
 
-def test_what_does_not_fit_is_named():
+def test_in_memory_rejects_mismatched_arrays():
     images, labels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"x: expected uint8 images .*, got torch\.float32 \(2, 1, 4, 4\)"):
         InMemoryDataset("x", images.float(), labels, CAPTIONS)
@@ -110,19 +110,19 @@ def test_what_does_not_fit_is_named():
         InMemoryDataset("x", images, labels, {"left": ["one"], "right": []})
 
 
-def test_captions_are_read_as_they_are(tmp_path):
+def test_read_captions_preserves_text(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"a": ["it's 3, [x] = ü 😀"], "b": ["null"]}), encoding="utf-8")
     assert read_captions(tmp_path / "c.json") == {"a": ["it's 3, [x] = ü 😀"], "b": ["null"]}
 
 
 @pytest.mark.parametrize("text", ['{"a": "b"}', "[]", '{"a": ["b"', "\xff"])
-def test_captions_of_another_form_are_refused(text, tmp_path):
+def test_read_captions_rejects_other_formats(text, tmp_path):
     (tmp_path / "c.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="expected a JSON object of the form"):
         read_captions(tmp_path / "c.json")
 
 
-def test_synthetic_classes_differ_and_splits_differ():
+def test_synthetic_classes_and_splits_differ():
     data, test = Synthetic(), Synthetic("test")
     assert data.images.shape == (512, 1, 32, 32)
     assert data.classes == list(SHAPES)

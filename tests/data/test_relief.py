@@ -4,7 +4,7 @@ import pytest
 from ldm.data.relief import DEEPEST, HIGHEST, RAMP, heights, median_filter, to_bytes
 
 
-def test_the_ramps_own_colours_give_their_heights():
+def test_heights_invert_colour_ramp():
     table = np.array(RAMP)
     found = heights(table[None, :, 1:].astype(np.uint8))[0]
     assert (np.abs(found - table[:, 0]) <= np.where(table[:, 0] > -9000, 350, 900)).all(), (
@@ -15,7 +15,7 @@ def test_the_ramps_own_colours_give_their_heights():
     assert (np.abs(found - table[:, 0])[plains] <= 50).all()
 
 
-def test_shade_moves_heights_little_and_never_across_the_shore():
+def test_heights_are_robust_to_shading():
     for metres, *colour in RAMP:
         if -10000 < metres < 6000:  # beyond, the colours are shades of one another
             (found,) = heights((np.array([[colour]]) * 0.88).astype(np.uint8))[0]
@@ -23,7 +23,7 @@ def test_shade_moves_heights_little_and_never_across_the_shore():
             assert abs(found - metres) <= 1500
 
 
-def test_bytes_grow_with_height_and_part_at_the_shore():
+def test_to_bytes_is_monotonic_and_splits_at_shore():
     metres = np.array([-DEEPEST, -5000, -200, -1, 0, 200, 1000, HIGHEST])
     found = to_bytes(metres)
     assert found[[0, -1]].tolist() == [0, 255]
@@ -33,7 +33,7 @@ def test_bytes_grow_with_height_and_part_at_the_shore():
     assert to_bytes(metres.astype(np.int16)).tolist() == found.tolist(), "no overflow"
 
 
-def test_lone_pixels_are_smoothed_away():
+def test_median_filter_removes_single_pixels():
     picture = np.full((9, 9), 100, np.uint8)
     picture[:, 5:] = 200
     noisy = picture.copy()
@@ -42,7 +42,7 @@ def test_lone_pixels_are_smoothed_away():
 
 
 @pytest.mark.slow
-def test_places_whose_height_is_known():
+def test_heights_of_known_places():
     from PIL import Image
 
     from ldm.data.blue_marble import blue_marble

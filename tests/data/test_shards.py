@@ -56,7 +56,7 @@ def red(batch):
     return ((batch["image"][:, 0] + 1) * 127.5).mean((1, 2)).round().int().tolist()
 
 
-def test_any_sample_can_be_had_at_once(folder):
+def test_shards_support_random_access(folder):
     data = TarShardDataset(folder, size=16, test_fraction=0.0)
     assert len(data) == 30
     batch = data.batch([(0, 25), (3, 0), (3, 11)])
@@ -69,7 +69,7 @@ def test_any_sample_can_be_had_at_once(folder):
     assert set(data.batch_metadata([(0, 1)])) == set(batch) - {"image"}
 
 
-def test_a_sample_is_a_function_of_pass_and_index_for_any_workers_and_ranks(folder):
+def test_shards_are_independent_of_workers_and_ranks(folder):
     data, stream = TarShardDataset(folder, size=16, test_fraction=0.0), BatchStream(30, 8, steps=5)
     plain = [BatchDataset(data)[part] for part in stream]
     loader = DataLoader(
@@ -90,7 +90,7 @@ def test_a_sample_is_a_function_of_pass_and_index_for_any_workers_and_ranks(fold
     assert 5 < flips.sum() < 35
 
 
-def test_splits_are_by_name_and_do_not_depend_on_the_others(folder):
+def test_shards_split_by_name(folder):
     train, test = (TarShardDataset(folder, split, size=16, test_fraction=0.3) for split in ("train", "test"))
     seen = [set(red(data.batch([(0, i) for i in range(len(data))]))) for data in (train, test)]
     assert not seen[0] & seen[1]
@@ -101,7 +101,7 @@ def test_splits_are_by_name_and_do_not_depend_on_the_others(folder):
     assert set(red(part.batch([(0, i) for i in range(len(part))]))) == {i for i in seen[1] if i >= 10}
 
 
-def test_classes_by_number_and_by_name(tmp_path):
+def test_shards_classes_by_number_and_name(tmp_path):
     files = {}
     for i in range(6):
         files |= sample(i, cls=str(i % 3).encode())
@@ -121,7 +121,7 @@ def test_classes_by_number_and_by_name(tmp_path):
         TarShardDataset(path, names=tmp_path / "names.txt")
 
 
-def test_captions_in_json_and_samples_without_any(tmp_path):
+def test_shards_captions_in_json(tmp_path):
     files = {
         **sample(0, json=json.dumps({"caption": ["a", " b  c "]}).encode()),
         **sample(1),
@@ -134,7 +134,7 @@ def test_captions_in_json_and_samples_without_any(tmp_path):
     assert bare.caption(0, 0) == ""
 
 
-def test_a_sample_without_a_caption_trains_the_empty_condition_and_is_counted(tmp_path):
+def test_shards_count_uncaptioned_samples(tmp_path):
     files = {
         **sample(0, txt=b"one"),
         **sample(1),
@@ -155,14 +155,14 @@ def test_a_sample_without_a_caption_trains_the_empty_condition_and_is_counted(tm
     assert ", 1 without a caption" in bare.summary
 
 
-def test_where_shards_are_makes_no_difference_to_what_they_are(folder, tmp_path):
+def test_shards_identity_is_independent_of_location(folder, tmp_path):
     before = TarShardDataset(folder, size=16)
     folder.rename(tmp_path / "elsewhere")
     after = TarShardDataset(tmp_path / "elsewhere", size=16, content_hash=before.content)
     assert (after.content, after.fingerprint) == (before.content, before.fingerprint)
 
 
-def test_in_the_place_of_a_damaged_image_stands_the_next(tmp_path, caplog):
+def test_shards_replace_damaged_image_by_next(tmp_path, caplog):
     files = {**sample(0), "000001.png": b"no image", **sample(2)}
     data = TarShardDataset(shard(tmp_path / "d.tar", files), size=16, test_fraction=0.0)
     with caplog.at_level(logging.WARNING):
@@ -173,7 +173,7 @@ def test_in_the_place_of_a_damaged_image_stands_the_next(tmp_path, caplog):
         broken.batch([(0, 0)])
 
 
-def test_no_more_shards_are_open_than_may_be(tmp_path):
+def test_shards_limit_open_files(tmp_path):
     """A thousand shards and more, where a process may open a thousand files: those read last stay open."""
     for i in range(300):
         shard(tmp_path / "many" / f"{i:03d}.tar", sample(i % 200))
@@ -186,7 +186,7 @@ def test_no_more_shards_are_open_than_may_be(tmp_path):
     assert len(os.listdir("/proc/self/fd")) - before <= 256
 
 
-def test_an_index_is_made_once(folder, monkeypatch):
+def test_shards_index_is_built_once(folder, monkeypatch):
     first = TarShardDataset(folder, size=16)
     monkeypatch.setattr(shards, "build_index", None)
     assert len(TarShardDataset(folder, size=32)) == len(first)
@@ -195,7 +195,7 @@ def test_an_index_is_made_once(folder, monkeypatch):
         TarShardDataset(folder)
 
 
-def test_other_shards_are_refused_and_named_otherwise(folder):
+def test_shards_reject_changed_content(folder):
     content = TarShardDataset(folder, size=16).resolved_config["content_hash"]
     assert TarShardDataset(folder, "test", size=16, test_fraction=0.5, content_hash=content)
     shard(folder / "x-000.tar", sample(99))
@@ -203,7 +203,7 @@ def test_other_shards_are_refused_and_named_otherwise(folder):
         TarShardDataset(folder, size=16, content_hash=content)
 
 
-def test_urls_are_fetched_once(folder, tmp_path):
+def test_shards_download_urls_once(folder, tmp_path):
     pattern = f"file://{folder}/x-{{000..001}}.tar"
     data = TarShardDataset(pattern, size=16, test_fraction=0.0)
     assert red(data.batch([(0, 19)])) == [19]
@@ -215,12 +215,12 @@ def test_urls_are_fetched_once(folder, tmp_path):
         TarShardDataset(f"file://{folder}/x-002.tar")
 
 
-def test_patterns():
+def test_expand_pattern():
     assert expand_pattern("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_pattern("https://host/a.tar") == ["https://host/a.tar"]
 
 
-def test_mistakes_are_one_line(folder, tmp_path):
+def test_shards_report_errors_in_one_line(folder, tmp_path):
     whole = (folder / "x-000.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "no.tar").write_text("not a tar at all")

@@ -14,7 +14,7 @@ def rows(stream):
     return [at for part in stream for at in part.samples]
 
 
-def test_every_pass_has_every_sample_once_and_an_order_of_its_own():
+def test_stream_epoch_is_a_permutation():
     seen = rows(BatchStream(length=10, batch=4, steps=5))
     assert [epoch for epoch, _ in seen] == [0] * 10 + [1] * 10
     first, second = [i for _, i in seen[:10]], [i for _, i in seen[10:]]
@@ -24,12 +24,12 @@ def test_every_pass_has_every_sample_once_and_an_order_of_its_own():
     assert rows(BatchStream(length=10, batch=4, steps=5, seed=1)) != seen
 
 
-def test_the_order_is_uniform():
+def test_stream_order_is_uniform():
     first = Counter(BatchStream(length=4, batch=1, steps=1, seed=s).batch_at(0).samples[0][1] for s in range(2000))
     assert all(abs(n - 500) < 100 for n in first.values())
 
 
-def test_a_later_start_goes_on_where_the_stream_was():
+def test_stream_resumes_at_start():
     whole = list(BatchStream(7, 3, steps=9))
     assert list(BatchStream(7, 3, steps=9, start=4)) == whole[4:]
     assert len(BatchStream(7, 3, steps=9, start=4)) == 5
@@ -37,7 +37,7 @@ def test_a_later_start_goes_on_where_the_stream_was():
 
 
 @pytest.mark.parametrize(("batch", "world"), [(6, 1), (6, 2), (6, 3), (7, 3)])
-def test_the_ranks_slices_make_up_the_batch(batch, world):
+def test_stream_ranks_partition_batch(batch, world):
     whole = list(BatchStream(10, batch, steps=4))
     ranks = [list(BatchStream(10, batch, steps=4, rank=r, world=world)) for r in range(world)]
     for step, part in enumerate(whole):
@@ -46,7 +46,7 @@ def test_the_ranks_slices_make_up_the_batch(batch, world):
         assert {r[step].total for r in ranks} == {batch}
 
 
-def test_a_data_set_smaller_than_the_batch():
+def test_stream_batch_larger_than_dataset():
     part = BatchStream(length=3, batch=8, steps=1).batch_at(0)
     assert [epoch for epoch, _ in part.samples] == [0, 0, 0, 1, 1, 1, 2, 2]
 
@@ -60,13 +60,13 @@ def test_a_data_set_smaller_than_the_batch():
         ({"start": 9}, "start=9"),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_stream_rejects_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         BatchStream(**{"length": 10, "batch": 2, "steps": 8, **options})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_gives_the_streams_batches_whatever_its_workers(workers):
+def test_loader_matches_stream_for_any_workers(workers):
     data, stream = Synthetic(num=20), BatchStream(20, 8, steps=6, start=2)
     loader = DataLoader(BatchDataset(data), sampler=stream, batch_size=None, num_workers=workers)
     assert len(loader) == 4
@@ -78,7 +78,7 @@ def test_a_loader_gives_the_streams_batches_whatever_its_workers(workers):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
-def test_a_computed_order_is_a_permutation(length):
+def test_feistel_permutation_is_a_permutation(length):
     keys = [derive_seed(0, "order", turn) for turn in range(stream.ROUNDS)]
     assert sorted(stream.feistel_permutation(torch.arange(length), length, keys).tolist()) == list(range(length))
     some = torch.randperm(length)[:7]
@@ -88,7 +88,7 @@ def test_a_computed_order_is_a_permutation(length):
     )
 
 
-def test_a_computed_order_looks_drawn():
+def test_feistel_permutation_looks_random():
     """Neighbours come from anywhere, other keys give another order, and a value is no likelier in one half than in the other."""
     length = 1 << 16
     orders = [
@@ -105,7 +105,7 @@ def test_a_computed_order_looks_drawn():
     assert (orders[0] == places).sum() < 10
 
 
-def test_a_large_set_is_streamed_as_a_small_one(monkeypatch):
+def test_stream_of_large_dataset_covers_epoch_on_any_ranks(monkeypatch):
     """Every sample once a pass, on any number of ranks, resumed anywhere."""
     monkeypatch.setattr(stream, "MAX_LISTED_SAMPLES", 10)
     whole = [part.samples for part in BatchStream(1000, 30, 100, seed=3)]
@@ -118,7 +118,7 @@ def test_a_large_set_is_streamed_as_a_small_one(monkeypatch):
     assert next(iter(BatchStream(1000, 30, 100, seed=3, start=50))).samples == whole[50]
 
 
-def test_a_billion_samples_take_no_memory():
+def test_stream_of_billion_samples_needs_no_memory():
     stream_of_all = BatchStream(10**9, 4096, 10**6, rank=7, world=1024)
     at = stream_of_all.batch_at(244_141).samples
     assert len(at) == 4

@@ -25,7 +25,7 @@ def wide(schedule):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["cosine", "flow", "edm"])
-def test_what_is_constrained_still_makes_x_t(name, shape):
+def test_constraint_changes_x0_and_preserves_x_t(name, shape):
     sched = SCHEDULES[name]
     x = torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(0))
     known = torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,7 @@ def test_what_is_constrained_still_makes_x_t(name, shape):
         assert torch.allclose(alpha * got.x0 + sigma * got.eps, x)
 
 
-def test_dynamic_threshold_leaves_what_is_within_bounds():
+def test_dynamic_threshold_preserves_values_in_bounds():
     x = torch.linspace(-0.2, 0.2, 12, dtype=F64).view(2, 6)
     calm = lambda x, t: Denoised(x, x)  # noqa: E731
     assert torch.equal(constraint.dynamic_threshold(calm, schedule.cosine())(x, T).x0, x)
@@ -54,13 +54,13 @@ def test_dynamic_threshold_leaves_what_is_within_bounds():
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 3, 4), torch.ones(5, 1, 2, 2), torch.ones(3, 1, 4, 4, 1)])
-def test_refuses_a_mask_of_the_wrong_shape(mask):
+def test_keep_known_rejects_mask_of_wrong_shape(mask):
     with pytest.raises(ValueError, match=r"the mask \(.*\) does not fit x0 \(3, 2, 4, 4\); give it one channel"):
         constraint.keep_known(wide(schedule.cosine()), schedule.cosine(), mask, torch.zeros(3, 2, 4, 4))
 
 
 @pytest.mark.parametrize("run", [sampler.ddim, sampler.heun, sampler.dpmpp_2m, sampler.ddpm, correction.repaint])
-def test_the_known_part_comes_out_known(run):
+def test_keep_known_restores_known_part(run):
     sched = schedule.cosine()
     known, mask = torch.full((4, 2), 0.25, dtype=F64), torch.tensor([True, False])
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +71,7 @@ def test_the_known_part_comes_out_known(run):
     assert not torch.isclose(got[:, 1], known[:, 1]).any()
 
 
-def test_guided_holds_what_guidance_gives():
+def test_constrained_guidance_constrains_guided_x0():
     sched, x = schedule.cosine(), torch.linspace(-2, 2, 12, dtype=F64).view(3, 4)
     denoiser = SimpleNamespace(schedule=sched)
 
@@ -85,7 +85,7 @@ def test_guided_holds_what_guidance_gives():
     assert torch.allclose(got.x0, wide(sched)(x, T).x0.clamp(-1, 0.5))
 
 
-def test_up_and_down():
+def test_repaint_steps_match_paper():
     walk = correction.repaint_steps(10, jump=3, repeats=2)
     # RePaint's get_schedule_jump(t_T=10, jump_length=3, jump_n_sample=2), whose t is 9 - place
     assert [9 - k for k in walk] == [
@@ -125,7 +125,7 @@ def test_up_and_down():
             correction.repaint_steps(4, **bad)
 
 
-def test_repaint_keeps_the_marginals():
+def test_repaint_preserves_marginals():
     """A DDPM step with the true variance maps p(x_t) to p(x_s), a step up maps it back: the walk may change neither."""
     g = Gaussian(schedule.VP(), mean=0.6, std=1.2)
 
@@ -142,7 +142,7 @@ def test_repaint_keeps_the_marginals():
     assert a**2 * var + c**2 == pytest.approx(float(var_s))
 
 
-def test_one_step_up_and_one_correction_in_full():
+def test_correction_step_matches_formula():
     sched, x = schedule.cosine(), torch.full((1, 1), 0.7, dtype=F64)
     stay = lambda denoise, schedule, x, ts, noise: x  # noqa: E731
     ts, draw = f64(0.8, 0.6, 0.4), lambda x: torch.full_like(x, 0.5)
@@ -156,7 +156,7 @@ def test_one_step_up_and_one_correction_in_full():
     assert torch.allclose(got, x - 2 * (0.1 * sigma) ** 2 * d.eps / sigma + 0.5 * 2 * 0.1 * sigma)
 
 
-def test_langevin_pulls_to_the_marginal():
+def test_langevin_converges_to_marginal():
     """One correction is x + size score + sqrt(2 size) z: its recursion, exactly; at a small size p(x_s) is its rest point."""
     g = Gaussian(schedule.cosine(), mean=0.6, std=0.5)
     ts = f64(0.8, 0.4)

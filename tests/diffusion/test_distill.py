@@ -68,7 +68,7 @@ def data():
 
 
 @pytest.mark.parametrize("name", ["cosine", "vp", "flow"])
-def test_what_is_reached_is_reached_again(name):
+def test_ddim_target_x0_inverts_ddim_step(name):
     sched, x_t, x_s, t, s = SCHEDULES[name], data()[:3], data()[3:6], f64(0.9, 0.5, 0.1), f64(0.8, 0.25, 0.0)
     x0 = distill.ddim_target_x0(sched, x_t, t, x_s, s)
     eps = eps_at(sched, x_t, t, x0)
@@ -78,7 +78,7 @@ def test_what_is_reached_is_reached_again(name):
     torch.testing.assert_close(alpha * x0 + sigma * eps, x_t)
 
 
-def test_one_step_of_the_student_is_two_of_the_teacher():
+def test_progressive_target_is_two_teacher_steps():
     """The error of a student that answers 0 is the wanted x0 squared, and DDIM's own two steps from x_t end where it points."""
     found = ProgressiveDistillation(Teacher(Known()), 4, weighting.x0)(student(), data(), Condition(), NOISE, {})
     assert set(found["t"].tolist()) == {0.25, 0.5, 0.75, 1.0}
@@ -94,7 +94,7 @@ def test_one_step_of_the_student_is_two_of_the_teacher():
         torch.testing.assert_close(found["error"][row], x0.square().mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_student_that_has_arrived_has_no_loss():
+def test_distillation_loss_is_zero_for_perfect_student():
     """x0 of data without spread is the mean for teacher and student alike, at every step."""
     sharp = Teacher(Known(std=0.0))
     at = student(0.6)
@@ -103,7 +103,7 @@ def test_a_student_that_has_arrived_has_no_loss():
         assert made(student(0.5), data(), Condition(), NOISE, {})["loss"].mean() > 1e-3
 
 
-def test_what_a_consistency_student_sees_near_the_data_counts_by_the_weighting():
+def test_consistency_loss_is_weighted_near_data():
     plain, weighted = (
         ConsistencyDistillation(Teacher(Known()), 8, way)(student(0.5), data(), Condition(), NOISE, {})
         for way in (weighting.x0, weighting.v)
@@ -125,7 +125,7 @@ class Solved(nn.Module):
         return self.known.mean + (1 + self.drift * t) * self.known.std / variance.sqrt() * (x - mean)
 
 
-def test_the_exact_consistency_function_has_the_loss_of_one_ddim_step():
+def test_consistency_loss_of_exact_function_falls_with_step_squared():
     """Which falls with the square of its length; that of one which drifts is larger."""
 
     def loss(steps, drift=0.0):
@@ -142,7 +142,7 @@ def test_the_exact_consistency_function_has_the_loss_of_one_ddim_step():
     assert loss(40, drift=0.5) > 5 * loss(40)
 
 
-def test_consistency_sampling_with_the_exact_function_gives_the_data():
+def test_consistency_sampling_with_exact_function_gives_data():
     known = Gaussian(VP)
 
     def denoise(x, t):
@@ -157,7 +157,7 @@ def test_consistency_sampling_with_the_exact_function_gives_the_data():
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
-def test_a_teacher_guides_each_row_as_sampling_does(interval):
+def test_teacher_guides_each_row_like_sampling(interval):
     model = Known()
     told = (model.condition({}), model.null_condition({}))
     t = torch.linspace(0.1, 0.9, 64, dtype=F64)
@@ -170,7 +170,7 @@ def test_a_teacher_guides_each_row_as_sampling_does(interval):
         torch.testing.assert_close(seen.eps[row : row + 1], want.eps)
 
 
-def test_a_student_told_the_scale_is_shown_that_guidance():
+def test_guidance_distillation_trains_student_on_its_scale():
     """For data without spread the guided x0 is scale x mean, so a student that answers its scale times the mean has no loss."""
 
     class Answers(nn.Module):
@@ -183,7 +183,7 @@ def test_a_student_told_the_scale_is_shown_that_guidance():
     assert made(student(0.6, sched=COSINE), data(), Condition(), NOISE, {})["loss"].mean() > 0.1
 
 
-def test_imitation_goes_from_the_data_to_the_teacher():
+def test_knowledge_distillation_interpolates_data_and_teacher():
     x0, made = data(), partial(KnowledgeDistillation, Teacher(Known(std=0.0)), DISCRETE, weighting.x0)
     plain = objective.Objective(DISCRETE, weighting.x0)(student(0.2, sched=COSINE), x0, Condition(), NOISE, {})
     torch.testing.assert_close(
@@ -192,7 +192,7 @@ def test_imitation_goes_from_the_data_to_the_teacher():
     assert made(distill_weight=1.0)(student(0.6, sched=COSINE), x0, Condition(), NOISE, {})["loss"].max() < 1e-10
 
 
-def test_the_teacher_stays_as_it_is():
+def test_teacher_stays_frozen_in_eval_mode():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -205,6 +205,6 @@ def test_the_teacher_stays_as_it_is():
     assert not model.training
 
 
-def test_guidance_that_is_told_is_one_evaluation():
+def test_guidance_embedded_is_one_evaluation():
     seen = guidance.guidance_embedded(student(pred=prediction.X0()), Condition(), None, 4.0)(data(), f64(0.5)[0])
     torch.testing.assert_close(seen.x0, torch.full_like(seen.x0, 4.0))

@@ -51,7 +51,7 @@ def test_cfg_is_uncond_plus_scale_times_difference(shape):
     assert torch.allclose(got.eps, (1 + w) * c.eps - w * u.eps)
 
 
-def test_scale_1_never_asks_the_unconditional():
+def test_cfg_scale_1_skips_unconditional():
     d, x = make(), states()
     got = guidance.cfg(d, COND, None)(x, T)
     assert (d.net.calls, d.net.rows) == (1, 3)
@@ -59,13 +59,13 @@ def test_scale_1_never_asks_the_unconditional():
 
 
 @pytest.mark.parametrize("t", [0.2, 0.21, 0.5, 0.7, 0.71])
-def test_interval_is_inclusive(t):
+def test_cfg_interval_is_inclusive(t):
     d, x = make(), states()
     guidance.cfg(d, COND, UNCOND, scale=2.0, interval=(0.21, 0.7))(x, f64(t)[0])
     assert d.net.rows == (6 if 0.21 <= t <= 0.7 else 3)
 
 
-def test_rescale_is_lin_equation_15_and_16():
+def test_cfg_rescale_matches_lin_equations_15_and_16():
     d, x = make(), states()
     plain, told = guidance.cfg(d, COND, UNCOND, scale=4.0)(x, T), d(x, T, COND)
     got = guidance.cfg(d, COND, UNCOND, scale=4.0, rescale=0.7)(x, T)
@@ -78,7 +78,7 @@ def test_rescale_is_lin_equation_15_and_16():
     assert torch.allclose(std(full.x0), std(told.x0))
 
 
-def test_the_learned_variance_is_the_conditional_one():
+def test_cfg_uses_conditional_variance():
     d, x = make(learned=True), states()
     want = d(x, T, COND).var_frac
     assert want.shape == x.shape
@@ -94,7 +94,7 @@ def test_the_learned_variance_is_the_conditional_one():
         assert torch.allclose(g(d, COND, UNCOND)(x, T).var_frac, want)
 
 
-def test_a_guided_draw_with_a_learned_variance():
+def test_ddpm_with_cfg_and_learned_variance_matches_formula():
     """DDPM's step from guided x0 and the conditional's own variance, written out."""
     d, x, s = make(learned=True), states(), f64(0.4)[0]
     got = sampler.ddpm(
@@ -110,7 +110,7 @@ def test_a_guided_draw_with_a_learned_variance():
     assert torch.allclose(got, mean + (variance.learned_range(c.var_frac, d.schedule, T, s) / 2).exp())
 
 
-def test_cfg_channels_is_dits():
+def test_cfg_channels_matches_dit():
     d, x = make(), states()
     got, whole, told = (
         guidance.cfg_channels(d, COND, UNCOND, 4.0, 3)(x, T),
@@ -122,7 +122,7 @@ def test_cfg_channels_is_dits():
         assert torch.allclose(g[:, 3:], c[:, 3:])
 
 
-def test_autoguidance():
+def test_autoguidance_extrapolates_from_weak_model():
     d, weak, x = make(), Denoiser(nn.Identity(), schedule.cosine(), prediction.V()), states()
     weak.net.forward = lambda x, time, cond: x.cos()
     got, strong, other = guidance.autoguidance(d, COND, None, weak, 2.0)(x, T), d(x, T, COND), weak(x, T, COND)
@@ -131,7 +131,7 @@ def test_autoguidance():
 
 
 @pytest.mark.parametrize("choice", [partial(guidance.cfg, scale=2.0), guidance.cfg_channels])
-def test_refuses_to_guide_without_a_null_condition(choice):
+def test_guidance_requires_null_condition(choice):
     with pytest.raises(ValueError, match="needs a null condition and has none"):
         choice(make(), COND, None)
     with pytest.raises(ValueError, match="weaker denoiser"):
@@ -139,7 +139,7 @@ def test_refuses_to_guide_without_a_null_condition(choice):
 
 
 @pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
-def test_classifier_guidance_draws_the_posterior(no_grad):
+def test_classifier_guidance_samples_posterior(no_grad):
     """Data N(m, s^2), y seen with log p(y | x_0) Gaussian: guidance at scale 1 turns the prior's exact denoiser into the posterior's."""
     sched = schedule.VP()
     prior, noise, y = Gaussian(sched, 0.5, 0.8), 0.6, -0.4
@@ -173,13 +173,13 @@ def test_classifier_guidance_draws_the_posterior(no_grad):
         assert torch.allclose(double.eps - prior(x, t).eps, 2 * (want.eps - prior(x, t).eps))
 
 
-def test_classifier_is_not_asked_where_there_is_no_signal():
+def test_classifier_guidance_skips_zero_signal():
     d = Denoiser(Net(), schedule.Flow(), prediction.V())
     got = guidance.classifier(d, COND, None, lambda x, t: 1 / 0)(states(), f64(1.0)[0])
     assert got.x0.isfinite().all()
 
 
-def test_classifier_acts_within_its_interval():
+def test_classifier_guidance_respects_interval():
     d, x = make(), states()
     denoise = guidance.classifier(d, COND, None, lambda x_t, time: x_t.flatten(1).sum(1), interval=(0.3, 0.7))
     for t, acts in ((0.2, False), (0.3, True), (0.7, True), (0.8, False)):
@@ -188,7 +188,7 @@ def test_classifier_acts_within_its_interval():
         assert torch.allclose(moved, -sigma.to(moved) * acts), t  # the gradient is 1 everywhere
 
 
-def test_guided_samples_move_towards_the_condition():
+def test_cfg_samples_overshoot_towards_condition():
     """End to end: scale 2 on two exact denoisers of N(0.5, s^2) and N(-0.5, s^2) overshoots the first's mean."""
 
     class Two(nn.Module):

@@ -34,7 +34,7 @@ def make(pred="v", sched="cosine", factor=1, channels=2):
 
 
 @pytest.mark.parametrize("shape", [(3, 2), *SHAPES[1:]])
-def test_loss_is_the_weighted_error_of_the_output(shape):
+def test_objective_loss_is_weighted_output_error(shape):
     d, (x0, eps), t = make(), data(shape), f64(0.1, 0.5, 0.9)
     terms = objective.Objective(DISCRETE, weighting.min_snr).loss_at(d, x0, Condition(), t, eps)
     alpha, sigma = (c.view(3, *[1] * (len(shape) - 1)) for c in d.schedule.alpha_sigma(t))
@@ -48,7 +48,7 @@ def test_loss_is_the_weighted_error_of_the_output(shape):
 @pytest.mark.parametrize(
     "weigh", [weighting.eps, weighting.x0, weighting.v, weighting.flow, weighting.min_snr, weighting.edm]
 )
-def test_a_weighting_is_the_same_loss_for_every_prediction(weigh):
+def test_weighting_gives_equal_loss_for_every_prediction(weigh):
     """For one and the same estimate of x0; only `output` depends on what the network predicts."""
     (x0, eps), t = data(), f64(0.1, 0.5, 0.9)
     losses = []
@@ -63,7 +63,7 @@ def test_a_weighting_is_the_same_loss_for_every_prediction(weigh):
     assert all(torch.allclose(losses[0], other) for other in losses[1:])
 
 
-def test_forward_draws_keyed_times_and_noise():
+def test_objective_forward_uses_keyed_times_and_noise():
     d, (x0, _) = make(), data()
     run = objective.Objective(DISCRETE, weighting.output)
     terms = run(d, x0, Condition(), NOISE, {})
@@ -76,7 +76,7 @@ def test_forward_draws_keyed_times_and_noise():
     assert torch.equal(eps, NOISE.normal("eps", x0))
 
 
-def test_the_exact_denoiser_has_the_least_loss():
+def test_objective_is_minimized_by_exact_denoiser():
     """Its error of x0 is Var[x0 | x_t], and any other estimate's is more."""
     g = Gaussian(schedule.cosine(), mean=0.5, std=0.8)
 
@@ -96,7 +96,7 @@ def test_the_exact_denoiser_has_the_least_loss():
     assert loss[0.9] > loss[1.0] < loss[1.1]
 
 
-def test_errors():
+def test_error_functions_match_formulas():
     out, wanted = f64(7.0, 1.5, 2.0), f64(7.0, 2.0, -1.0)
     assert objective.l2(out, wanted).tolist() == [0, 0.25, 9]
     assert objective.l1(out, wanted).tolist() == [0, 0.5, 3]
@@ -109,7 +109,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_offset_noise_moves_whole_channels(shape):
+def test_offset_noise_shifts_channels(shape):
     x0, noise = torch.zeros(shape), KeyedNoise(5, range(3))
     moved = objective.offset(noise, x0, strength=0.3) - objective.gaussian(noise, x0)
     by_channel = moved.reshape(*shape[:2], -1)
@@ -128,7 +128,7 @@ def test_offset_noise_moves_whole_channels(shape):
     assert float(draws.mean()) == pytest.approx(0, abs=0.04)
 
 
-def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_the_error_alone():
+def test_hybrid_loss_trains_variance_by_bound_and_mean_by_error():
     (x0, eps), t = data(), f64(0.001, 0.5, 0.9)
     grads = {}
     for vlb in (0.0, 0.001, 0.002):
@@ -145,7 +145,7 @@ def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_the_error_alone
 
 
 @pytest.mark.parametrize("t", [0.002, 0.5, 1.0])
-def test_learned_range_gradient_is_analytic(t):
+def test_learned_range_gradient_matches_closed_form(t):
     """d KL / d var_frac = (1 - (var_q + (mean_q - mean_p)^2) / var_p) / 2 * (log large - log small) / 2."""
     sched = schedule.linear()
     (x0, eps), (t, s) = data(), (f64(t)[0], f64(t - 1e-3)[0])
@@ -170,7 +170,7 @@ def test_learned_range_gradient_is_analytic(t):
     assert guess.grad is None
 
 
-def test_bound_is_a_fair_estimate_of_the_whole():
+def test_vlb_estimate_is_unbiased():
     """T times the term, averaged over every t, is the sum of all terms: bits per dimension, its prior aside."""
     table = schedule.linear(40)
     g, (x0, _) = Gaussian(table, 0.2, 0.7), data((1, 4))
@@ -189,7 +189,7 @@ def test_bound_is_a_fair_estimate_of_the_whole():
         assert bits.dtype == F64
 
 
-def test_bound_stays_in_float32():
+def test_vlb_stays_in_float32():
     d = make("eps", "linear", factor=2).float()
     run = objective.Objective(DISCRETE, weighting.eps, vlb=0.001, decoder=variance.decoder_nll)
     x0 = data()[0].float().clamp(-1, 1)
@@ -199,7 +199,7 @@ def test_bound_stays_in_float32():
         run(make("eps", "linear").float(), x0, Condition(), NOISE, {})
 
 
-def test_the_bound_refuses_times_between_entries():
+def test_vlb_rejects_times_between_entries():
     d, (x0, eps) = make("eps", "linear", factor=2), data()
     run = objective.VLBObjective(DISCRETE)
     entry = torch.tensor([0.001, 0.333, 1.0])  # float32, as drawn
@@ -209,7 +209,7 @@ def test_the_bound_refuses_times_between_entries():
             run.loss_at(d, x0, Condition(), torch.tensor([0.001, between, 1.0]), eps)
 
 
-def test_likelihood_objective():
+def test_vlb_objective_equals_hybrid_terms():
     d, (x0, eps), t = make("eps", "linear", factor=2), data(), f64(0.001, 0.5, 0.9)
     run = objective.VLBObjective(DISCRETE)
     got = run.loss_at(d, x0, Condition(), t, eps)["loss"]
@@ -220,7 +220,7 @@ def test_likelihood_objective():
     assert run(d, x0, Condition(), NOISE, {})["loss"].shape == (3,)
 
 
-def test_log_variance_settles_at_the_log_of_the_loss():
+def test_log_variance_converges_to_log_loss():
     d, (x0, eps), t = make(), data(), f64(0.0005, 0.3, 1.0)
     run = objective.LogVariance(objective.Objective(DISCRETE, weighting.output), T=10, init=0.5).double()
     terms = run.loss_at(d, x0, Condition(), t, eps)
@@ -235,7 +235,7 @@ def test_log_variance_settles_at_the_log_of_the_loss():
 
 
 @pytest.mark.parametrize("T", [10, 1000, 4000])
-def test_bins(T):
+def test_bin_of_maps_times_to_entries(T):
     i = torch.arange(T)
     assert torch.equal(objective.bin_of((i + 1) / T, T), i)
     assert objective.bin_of(torch.tensor([2.0**-24]), T) == 0
@@ -252,7 +252,7 @@ class Losses(nn.Module):
         return {"loss": (t * 4).round() ** 2}
 
 
-def test_second_moment_draws_in_proportion_and_stays_unbiased():
+def test_second_moment_samples_in_proportion_and_is_unbiased():
     d = Denoiser(nn.Identity(), schedule.cosine(4), prediction.V())
     run = objective.LossSecondMoment(Losses(), T=4, history=3, floor=0.1)
     assert torch.allclose(run.probabilities(), torch.full((4,), 0.25, dtype=F64))
@@ -270,7 +270,7 @@ def test_second_moment_draws_in_proportion_and_stays_unbiased():
     assert torch.allclose(counts.double(), want, atol=0.02)
 
 
-def test_second_moment_remembers_the_latest():
+def test_second_moment_history_keeps_latest():
     run = objective.LossSecondMoment(Losses(), T=3, history=2)
     run.update_history(torch.tensor([1, 1, 1, 0]), torch.tensor([1.0, 2.0, 3.0, 7.0]))
     assert sorted(run.losses[1].tolist()) == [2, 3]
@@ -288,7 +288,7 @@ def test_second_moment_remembers_the_latest():
     assert torch.allclose(run.probabilities(), 0.999 * rms / rms.sum() + 0.001 / 3)
 
 
-def test_second_moment_learns_in_training_only_and_checks_T():
+def test_second_moment_updates_only_in_training_and_checks_steps():
     d, (x0, _) = make("eps", "linear", factor=2), data()
     run = objective.LossSecondMoment(objective.VLBObjective(DISCRETE), T=1000)
     run.eval()(d, x0, Condition(), NOISE, {})
@@ -305,12 +305,12 @@ def test_second_moment_learns_in_training_only_and_checks_T():
         objective.LossSecondMoment(objective.VLBObjective(DISCRETE), T=500)(d, x0, Condition(), NOISE, {})
 
 
-def test_gather_is_nothing_in_one_process():
+def test_gather_is_identity_in_one_process():
     x = torch.arange(3)
     assert objective.gather(x) is x
 
 
-def test_gather_asks_every_rank(monkeypatch):
+def test_gather_concatenates_ranks(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda out, x: out.copy_(torch.cat([x, x + 10])))
@@ -326,13 +326,13 @@ def rank(number, folder):
 
 
 @pytest.mark.slow
-def test_second_moment_is_shared_by_all_ranks(tmp_path):
+def test_second_moment_history_is_equal_on_all_ranks(tmp_path):
     torch.multiprocessing.spawn(rank, (str(tmp_path),), nprocs=2)
     for number in (0, 1):
         assert torch.load(tmp_path / f"{number}.pt").tolist() == [[1, 0], [2, 0], [5, 5]]
 
 
-def test_training_makes_the_exact_denoiser():
+def test_training_converges_to_exact_denoiser():
     """A linear network trained by the objective on Gaussian data finds E[x0 | x_t]: the whole path, learning included."""
     torch.manual_seed(0)
     flow = schedule.Flow()

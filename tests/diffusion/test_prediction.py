@@ -11,7 +11,7 @@ PAIRS = [(s, p) for s in SCHEDULES for p in PREDICTIONS if not (p == "eps" and s
 
 
 @pytest.mark.parametrize(("sched", "pred"), PAIRS)
-def test_round_trip(sched, pred):
+def test_prediction_round_trip(sched, pred):
     t = f64(0.05, 0.4, 0.93)
     alpha, sigma = SCHEDULES[sched].alpha_sigma(t)
     row = PREDICTIONS[pred].coefficients(alpha, sigma)
@@ -31,14 +31,14 @@ def test_round_trip(sched, pred):
         assert torch.allclose(1e-6 / error, prediction.output_gain(row, alpha, sigma), rtol=1e-6)
 
 
-def test_targets_are_the_papers():
+def test_prediction_targets_match_papers():
     alpha, sigma, x0, eps = f64(0.8), f64(0.6), f64(2.0), f64(-3.0)
     want = {"eps": -3.0, "x0": 2.0, "v": 0.8 * -3 - 0.6 * 2, "flow": -3.0 - 2.0}
     for name, value in want.items():
         assert prediction.target(PREDICTIONS[name].coefficients(alpha, sigma), x0, eps) == pytest.approx(value)
 
 
-def test_edm_is_table_1():
+def test_edm_prediction_matches_table_1():
     s, sigma = 0.5, f64(0.01, 0.7, 30.0)
     alpha, x0, eps = torch.ones_like(sigma), f64(0.3, -0.4, 1.1), f64(1.0, -2.0, 0.5)
     y = x0 + sigma * eps
@@ -53,7 +53,7 @@ def test_edm_is_table_1():
     )  # eq. 7
 
 
-def test_edm_on_a_unit_variance_schedule_is_minus_v():
+def test_edm_prediction_on_unit_variance_schedule_is_minus_v():
     alpha, sigma = schedule.cosine().alpha_sigma(f64(0.1, 0.6, 0.99))
     for ours, v in zip(
         prediction.EDM(1.0).coefficients(alpha, sigma), prediction.V().coefficients(alpha, sigma), strict=True
@@ -65,14 +65,14 @@ def test_edm_on_a_unit_variance_schedule_is_minus_v():
 
 
 @pytest.mark.parametrize("sched", NO_SIGNAL)
-def test_refuses_eps_without_signal(sched):
+def test_denoiser_rejects_eps_without_signal(sched):
     with pytest.raises(ValueError, match=r"Eps does not determine x0 at t = 1.*use v, flow or x0"):
         Denoiser(nn.Identity(), SCHEDULES[sched], prediction.Eps())
     for name in ("v", "flow", "x0", "edm"):
         Denoiser(nn.Identity(), SCHEDULES[sched], PREDICTIONS[name])
 
 
-def test_refuses_a_row_that_says_nothing_new():
+def test_denoiser_rejects_singular_prediction():
     """An output that is x_t itself leaves x0 open whatever the schedule."""
 
     class State(prediction.X0):
@@ -95,7 +95,7 @@ class Recorder(nn.Module):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_denoiser(shape):
+def test_denoiser_matches_prediction(shape):
     net, cond = Recorder(), Condition(vector=torch.zeros(3, 1))
     x_t = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(net, schedule.EDM(), prediction.EDM(0.5))
@@ -111,7 +111,7 @@ def test_denoiser(shape):
     assert torch.allclose(eps_at(denoiser.schedule, x_t, torch.tensor(0.02), one.x0), one.eps, atol=1e-5)
 
 
-def test_denoiser_splits_a_doubled_output():
+def test_denoiser_splits_doubled_output():
     x_t = torch.randn(3, 2, 4)
     net = Recorder(2)
     denoised = Denoiser(net, schedule.linear(), prediction.X0())(x_t, torch.tensor(0.5), Condition())
@@ -120,7 +120,7 @@ def test_denoiser_splits_a_doubled_output():
     assert Denoised._fields == ("x0", "eps", "var_frac")
 
 
-def test_the_network_sees_whole_indices_in_any_precision():
+def test_denoiser_net_time_is_integer_in_any_precision():
     net = Recorder()
     denoiser = Denoiser(net, schedule.linear(), prediction.X0())
     for dtype in (torch.bfloat16, torch.float32, F64):

@@ -16,7 +16,7 @@ from ldm.diffusion import correction, sampler, schedule
 @pytest.mark.parametrize("end", [0.0, 0.05])
 @pytest.mark.parametrize("sched", ["linear", "cosine", "flow", "edm"])
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_mean_and_variance_are_exact(name, sched, end):
+def test_sampler_mean_and_variance_are_exact(name, sched, end):
     run, step = STOCHASTIC[name]
     g = Gaussian(ORDERED[sched])
     ts = torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, end], dtype=F64)
@@ -25,7 +25,7 @@ def test_mean_and_variance_are_exact(name, sched, end):
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_noise_is_added(name):
+def test_sampler_noise_is_added(name):
     """And not taken away, which has the same distribution but is another image."""
     run, step = STOCHASTIC[name]
     g, ts, x = Gaussian(schedule.cosine()), torch.tensor([0.7, 0.4], dtype=F64), torch.zeros(1, 1, dtype=F64)
@@ -35,7 +35,7 @@ def test_noise_is_added(name):
 
 @pytest.mark.parametrize("sched", ["linear", "cosine", "flow", "edm"])
 @pytest.mark.parametrize(("run", "second"), [(sampler.euler, False), (sampler.heun, True)])
-def test_churn_is_exact(run, second, sched):
+def test_churn_matches_recursion(run, second, sched):
     g = Gaussian(ORDERED[sched])
     ts, within = torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, 0.0], dtype=F64), (0.2, 15.0)
     steps, draws = [], 0
@@ -51,7 +51,7 @@ def test_churn_is_exact(run, second, sched):
 
 
 @pytest.mark.parametrize("sched", ["linear", "cosine", "flow", "edm"])
-def test_repaint_is_exact(sched):
+def test_repaint_matches_recursion(sched):
     """Down by DDPM, up by q(x_t | x_s), along the walk."""
     g, ts = Gaussian(ORDERED[sched]), torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, 0.0], dtype=F64)
     walk, steps = correction.repaint_steps(5, jump=2, repeats=3), []
@@ -73,7 +73,7 @@ def test_ddpm_is_ddim_at_eta_1(sched):
     )
 
 
-def test_dpmpp_2m_sde_is_first_order_exact_recursion():
+def test_dpmpp_2m_sde_matches_paper_recursion():
     """Its own recursion (Lu et al. 2022b, eq. 18 and its two-step form), written with exponentials of h."""
     g = Gaussian(schedule.cosine())
     ts = torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, 0.0], dtype=F64)

@@ -74,7 +74,7 @@ def close(a, b, tolerance=1e-5):
 @pytest.mark.parametrize("n", [10, 50])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("predict", PREDICT)
-def test_ddim(n, eta, predict):
+def test_ddim_matches_diffusers(n, eta, predict):
     class Ddim(diffusers.DDIMScheduler):
         def step(self, out, t, x, generator=None):
             return super().step(out, t, x, eta=eta, generator=generator)
@@ -93,12 +93,12 @@ def test_ddim(n, eta, predict):
 @pytest.mark.parametrize(
     ("kind", "choice"), [("fixed_small", variance.fixed_small), ("fixed_large", variance.fixed_large)]
 )
-def test_ddpm(n, kind, choice):
+def test_ddpm_matches_diffusers(n, kind, choice):
     x, _ = theirs(diffusers.DDPMScheduler, n, variance_type=kind, clip_sample=False)
     close(ours(partial(sampler.ddpm, variance=choice), grids.leading(TABLE, n)), x, 1e-8)
 
 
-def test_ddpm_learned_range():
+def test_ddpm_learned_range_matches_diffusers():
     class Twice(nn.Module):
         def forward(self, x, time, cond=None):
             return torch.cat([NET(x, time), torch.sin(3 * x)], dim=1)
@@ -130,7 +130,7 @@ def grid(scheduler):
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("predict", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("n", [8, 20])
-def test_dpmpp_2m_and_unipc(spacing, predict, n):
+def test_dpmpp_2m_and_unipc_match_diffusers(spacing, predict, n):
     config = {"timestep_spacing": spacing, "prediction_type": predict}
     for cls, run in [
         (diffusers.DPMSolverMultistepScheduler, sampler.dpmpp_2m),
@@ -141,7 +141,7 @@ def test_dpmpp_2m_and_unipc(spacing, predict, n):
         assert torch.equal(grid(scheduler), grids.trailing(TABLE, n)) or spacing != "trailing"
 
 
-def test_dpmpp_2m_to_final_alpha():
+def test_dpmpp_2m_to_final_alpha_matches_diffusers():
     x, _scheduler = theirs(
         diffusers.DPMSolverMultistepScheduler,
         20,
@@ -152,7 +152,7 @@ def test_dpmpp_2m_to_final_alpha():
     close(ours(sampler.dpmpp_2m, grids.replace_end(grids.trailing(TABLE, 20), 1e-3)), x)
 
 
-def test_dpmpp_2m_sde():
+def test_dpmpp_2m_sde_matches_diffusers():
     x, _scheduler = theirs(
         diffusers.DPMSolverMultistepScheduler, 20, algorithm_type="sde-dpmsolver++", timestep_spacing="trailing"
     )
@@ -160,7 +160,7 @@ def test_dpmpp_2m_sde():
 
 
 @pytest.mark.parametrize("n", [25, 50])
-def test_plms(n):
+def test_plms_matches_diffusers(n):
     x, _ = theirs(diffusers.PNDMScheduler, n, skip_prk_steps=True, steps_offset=1)
     close(ours(sampler.plms, grids.replace_end(grids.leading(TABLE, n, offset=1), 1e-3)), x)
     x, _ = theirs(diffusers.PNDMScheduler, n, skip_prk_steps=True, set_alpha_to_one=True)
@@ -171,7 +171,7 @@ def test_plms(n):
 @pytest.mark.parametrize(
     ("spacing", "n"), [("linspace", 10), ("linspace", 28), ("leading", 10), ("leading", 25), ("trailing", 25)]
 )
-def test_euler_heun_and_ancestral(spacing, n):
+def test_euler_heun_and_ancestral_match_diffusers(spacing, n):
     for cls, run in [
         (diffusers.EulerDiscreteScheduler, sampler.euler),
         (diffusers.HeunDiscreteScheduler, sampler.heun),
@@ -209,7 +209,7 @@ def k_diffusion(run, sched, ts, sigmas):
 
 @pytest.mark.parametrize("n", RECORDED["table"])
 @pytest.mark.parametrize("run", [run for run in RUNS if "churn" not in run])
-def test_k_diffusion_on_a_table(run, n):
+def test_samplers_match_k_diffusion_on_table(run, n):
     """DiscreteEpsDDPMDenoiser and its own get_sigmas(n), on Stable Diffusion's table."""
     ts = grids.linspace(TABLE, int(n))
     alpha, sigma = TABLE.alpha_sigma(ts)
@@ -218,7 +218,7 @@ def test_k_diffusion_on_a_table(run, n):
 
 @pytest.mark.parametrize("n", RECORDED["vp"])
 @pytest.mark.parametrize("run", RUNS)
-def test_k_diffusion_on_its_karras_grid(run, n):
+def test_samplers_match_k_diffusion_on_karras_grid(run, n):
     """A denoiser of sigma that is Song's continuous VP process, on get_sigmas_karras(n, 0.03, 14), which is float32 there."""
     sched, sigmas = schedule.VP(), f64(*RECORDED["vp"][n]["sigmas"])
     ts = sched.t_from_log_snr(-2 * sigmas.log())
@@ -226,7 +226,7 @@ def test_k_diffusion_on_its_karras_grid(run, n):
     close(k_diffusion(run, sched, ts, sigmas), f64(*RECORDED["vp"][n][run]), 1e-9)
 
 
-def test_flow_euler_and_heun():
+def test_flow_euler_and_heun_match_diffusers():
     """diffusers' flow-matching schedulers step dx/dsigma = velocity; on a flow that is what Euler and Heun do here."""
     for cls, run in [
         (diffusers.FlowMatchEulerDiscreteScheduler, sampler.euler),

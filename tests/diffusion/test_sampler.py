@@ -42,13 +42,13 @@ def slope(run, sched, grid, ns=(64, 128, 256)):
 
 @pytest.mark.parametrize("sched", ORDERED)
 @pytest.mark.parametrize("name", ORDER)
-def test_order(name, sched):
+def test_sampler_has_its_order_of_convergence(name, sched):
     run, order = ORDER[name]
     got = slope(run, ORDERED[sched], lambda n: even_log_snr(ORDERED[sched], n, *SPAN.get(sched, (0.9, 0.1))))
     assert got == pytest.approx(order, abs=0.15)
 
 
-def test_plms_is_of_order_3_on_a_grid_even_in_u():
+def test_plms_is_of_order_3_on_even_grid():
     """Its Adams-Bashforth 4 weights are those of equal steps; then its start, an improved Euler step, is what limits it."""
     flow = schedule.Flow()
     assert slope(sampler.plms, flow, lambda n: torch.linspace(0.95, 0.05, n + 1, dtype=F64)) == pytest.approx(
@@ -59,7 +59,7 @@ def test_plms_is_of_order_3_on_a_grid_even_in_u():
 
 @pytest.mark.parametrize("sched", [schedule.Flow(), schedule.GVP(), schedule.zero_terminal_snr(schedule.cosine())])
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
-def test_order_from_no_signal_at_all(sched, name, order):
+def test_sampler_has_its_order_from_zero_signal(sched, name, order):
     assert slope(ORDER[name][0], sched, lambda n: torch.linspace(1, 0.1, n + 1, dtype=F64)) == pytest.approx(
         order, abs=0.15
     )
@@ -67,7 +67,7 @@ def test_order_from_no_signal_at_all(sched, name, order):
 
 @pytest.mark.parametrize("name", ORDER)
 @pytest.mark.parametrize("sched", [*ORDERED.values(), schedule.GVP(), schedule.zero_terminal_snr(schedule.linear())])
-def test_all_the_way_from_noise_to_data(name, sched):
+def test_sampler_converges_from_noise_to_data(name, sched):
     g = Gaussian(sched)
     ts = grids.uniform_grid(sched, 400)
     if sched is ORDERED["edm"]:
@@ -78,7 +78,7 @@ def test_all_the_way_from_noise_to_data(name, sched):
     assert torch.allclose(got, g.mean + g.std * START, atol=0.03)
 
 
-def test_straight_frames():
+def test_ode_frame_velocity():
     """y = x / m moves along u = sigma / m at (y - x0) / u: eps where there is signal at t = 1, eps - x0 where there is none."""
     for sched, velocity in [(schedule.cosine(), lambda d: d.eps), (schedule.GVP(), lambda d: d.eps - d.x0)]:
         frame, t, g = sampler.ode_frame(sched), f64(0.4)[0], Gaussian(sched)
@@ -91,7 +91,7 @@ def test_straight_frames():
 
 @pytest.mark.parametrize("run", [sampler.euler, sampler.heun])
 @pytest.mark.parametrize("sched", ["edm", "cosine", "flow"])
-def test_churn_keeps_the_marginal(run, sched):
+def test_churn_preserves_marginal(run, sched):
     """More noise, then more steps: on a fine grid the mean and variance of the data come out, whatever the churn."""
     g = Gaussian(ORDERED[sched])
     ts = grids.karras(g.schedule, 200, sigma_min=0.01, sigma_max=20.0)
@@ -104,7 +104,7 @@ def test_churn_keeps_the_marginal(run, sched):
     assert c > 0.5 * g.std
 
 
-def test_stir_is_algorithm_2():
+def test_add_churn_matches_algorithm_2():
     sched = schedule.EDM()
     x, t = f64(1.0, 2.0)[:, None], f64(0.1)[0]
     y, t_hat = sampler.add_churn(sched, x, t, torch.ones_like, 0.3, (0.0, 50.0), 1.1)
@@ -140,7 +140,7 @@ def test_churn_is_at_most_sqrt_2(run):
     assert max(seen[-2:]) == pytest.approx(0.125)
 
 
-def test_inversion_and_back():
+def test_ddim_invert_round_trip():
     g = Gaussian(schedule.linear())
     ts = grids.replace_end(grids.trailing(g.schedule, 500), 1e-3)
     x = g.mean + g.std * START
@@ -161,7 +161,7 @@ EVERY |= {"repaint": (partial(correction.repaint, jump_length=2, num_resamples=2
 
 @pytest.mark.parametrize("name", [*EVERY, "ddim_invert"])
 @pytest.mark.parametrize("ts", [[0.5, 0.7, 0.0], [0.5, 0.5], [1.2, 0.0], [0.5, -0.1], [0.5], [float("nan"), 0.0]])
-def test_refuses_a_grid_that_does_not_descend(name, ts):
+def test_sampler_rejects_grid_that_does_not_descend(name, ts):
     run = EVERY[name][0] if name in EVERY else sampler.ddim_invert
     g = Gaussian(schedule.linear())
     with pytest.raises(ValueError, match="must be two or more times that descend"):
@@ -169,7 +169,7 @@ def test_refuses_a_grid_that_does_not_descend(name, ts):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_shapes_types_and_evaluations(name):
+def test_sampler_is_independent_of_shape_dtype_and_batch(name):
     """Shape-blind, float32 in float32 out, never asked at t = 0, no argument changed, the same at any batch size."""
     run, g = EVERY[name][0], Gaussian(schedule.cosine())
     ts = grids.trailing(g.schedule, 7)
@@ -195,7 +195,7 @@ def test_shapes_types_and_evaluations(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_returns_the_state_at_the_last_time(name):
+def test_sampler_returns_state_at_last_time(name):
     """And by Monte Carlo, 4,000 draws on 299 steps, its mean and standard deviation."""
     run, g = EVERY[name][0], Gaussian(schedule.VP(), mean=0.6, std=1.5)
     ts = torch.linspace(1, 0.3, 300, dtype=F64)

@@ -29,14 +29,14 @@ ENTRIES = torch.arange(1, 1001, dtype=F64) / 1000
         ),
     ],
 )
-def test_tables_equal_diffusers(ours, theirs):
+def test_schedule_tables_match_diffusers(ours, theirs):
     alpha, sigma = ours.alpha_sigma(ENTRIES)
     theirs = DDPMScheduler(**theirs).alphas_cumprod.double()
     assert torch.allclose(alpha**2, theirs, atol=1e-6, rtol=0)
     assert torch.allclose(sigma**2, 1 - theirs, atol=1e-6, rtol=0)
 
 
-def test_formulas_of_the_other_tables():
+def test_schedule_tables_match_formulas():
     t = ENTRIES
     beta = (1 - (1 - (t + 1e-4).sqrt()) / (1 - (t - 1e-3 + 1e-4).sqrt())).clamp(max=0.999)
     assert torch.allclose(schedule.sqrt().alpha_bar, (1 - beta).cumprod(0), rtol=1e-12)
@@ -50,7 +50,7 @@ def test_formulas_of_the_other_tables():
     )
 
 
-def test_another_T_refines_the_same_process():
+def test_schedule_with_more_steps_refines_same_process():
     for make in (schedule.linear, schedule.scaled_linear, schedule.sigmoid_beta, schedule.cosine):
         coarse, fine = make(1000).log_snr(f64(0.3, 0.5, 0.9)), make(8000).log_snr(f64(0.3, 0.5, 0.9))
         assert torch.allclose(coarse, fine, atol=0.06)
@@ -59,7 +59,7 @@ def test_another_T_refines_the_same_process():
     )  # improved-diffusion scales beta by 1000 / T
 
 
-def test_closed_forms():
+def test_schedule_closed_forms():
     t = f64(0.2, 0.7)
     alpha, sigma = schedule.VP(0.1, 20.0).alpha_sigma(t)
     assert torch.allclose(alpha, torch.exp(-0.25 * t**2 * 19.9 - 0.5 * t * 0.1), rtol=1e-12)
@@ -75,7 +75,7 @@ def test_closed_forms():
     assert torch.allclose(schedule.GVP().net_time(t), 1000 * t)
 
 
-def test_flow_shift_equals_diffusers():
+def test_flow_shift_matches_diffusers():
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     ours = schedule.Flow(3.0)
     assert torch.allclose(ours.alpha_sigma(ENTRIES.flip(0))[1], theirs.sigmas[:1000].double(), atol=1e-6)
@@ -89,7 +89,7 @@ def test_shifted_moves_log_snr():
     assert torch.allclose(moved, torch.full_like(t, -2 * math.log(4)), atol=1e-9)
 
 
-def test_zero_terminal_snr():
+def test_zero_terminal_snr_has_no_signal_at_end():
     before, after = schedule.linear(), schedule.zero_terminal_snr(schedule.linear())
     assert after.alpha_bar[-1] == 0
     assert after.alpha_bar[0] == pytest.approx(float(before.alpha_bar[0]), rel=1e-12)
@@ -97,7 +97,7 @@ def test_zero_terminal_snr():
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule(name):
+def test_schedule_invariants(name):
     sched = SCHEDULES[name]
     t = torch.linspace(1e-3, 1 if name not in NO_SIGNAL else 0.999, 1777, dtype=F64)
     alpha, sigma = sched.alpha_sigma(t)
@@ -125,7 +125,7 @@ def test_every_schedule(name):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_entries_are_hit_exactly_in_float32(name):
+def test_schedule_entries_are_exact_in_float32(name):
     sched = TABLES[name]
     t = torch.arange(1, 1001) / 1000
     assert t.dtype == torch.float32
@@ -138,7 +138,7 @@ def test_entries_are_hit_exactly_in_float32(name):
     assert torch.allclose(between, sched.alpha_bar[9:11].mean())  # halfway between entries 9 and 10
 
 
-def test_a_table_is_not_touched_by_the_module_around_it():
+def test_schedule_is_not_changed_by_module_conversion():
     module = torch.nn.Linear(1, 1)
     module.schedule = schedule.cosine()
     t = torch.full((2,), 0.37)
@@ -148,7 +148,7 @@ def test_a_table_is_not_touched_by_the_module_around_it():
     assert "schedule" not in module.state_dict()
 
 
-def test_tables_first_read_while_sampling_serve_training():
+def test_schedule_cached_in_inference_mode_is_trainable():
     table = schedule.linear()
     with torch.inference_mode():
         table.alpha_sigma(torch.tensor([0.5]))
@@ -158,13 +158,13 @@ def test_tables_first_read_while_sampling_serve_training():
 
 
 @pytest.mark.parametrize("bar", [[0.9, 0.9], [1.0, 0.5], [0.5, -0.1], [float("nan")]])
-def test_refuses_a_table_that_does_not_fall(bar):
+def test_discrete_schedule_rejects_non_decreasing_table(bar):
     with pytest.raises(ValueError, match="alpha_bar must fall"):
         schedule.DiscreteSchedule(f64(*bar))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_add_noise_is_alpha_x0_plus_sigma_eps_row_by_row_in_the_dtype_of_x0(name):
+def test_add_noise_is_alpha_x0_plus_sigma_eps(name):
     x0, eps, t = draw(0, (3, 2, 4, 4)), draw(1, (3, 2, 4, 4)), f64(0.2, 0.5, 1.0)
     alpha, sigma = SCHEDULES[name].alpha_sigma(t)
     x_t = schedule.add_noise(SCHEDULES[name], x0, eps, t)

@@ -13,7 +13,7 @@ TABLE = schedule.linear()
 U = (torch.arange(100_000) + 0.5) / 100_000  # every quantile
 
 
-def test_discrete_gives_each_entry_alike():
+def test_discrete_times_are_uniform_over_entries():
     t = times.discrete(U, TABLE)
     assert torch.equal(TABLE.net_time(t).unique(return_counts=True)[1], torch.full((1000,), 100))
     edge = times.discrete(torch.tensor([0.0, 1 - 2**-24]), TABLE)
@@ -21,12 +21,12 @@ def test_discrete_gives_each_entry_alike():
     assert times.discrete(torch.tensor([1 - 2**-24]), schedule.cosine(4000)).tolist() == [1]
 
 
-def test_uniform_never_gives_0():
+def test_uniform_times_exclude_0():
     assert times.uniform(torch.tensor([0.0, 0.25, 1 - 2**-24]), TABLE).tolist() == [1, 0.75, 2**-24]
 
 
 @pytest.mark.parametrize("sched", [schedule.EDM(), schedule.EDM(2.0), schedule.cosine()])
-def test_log_normal_is_truncated_to_the_schedule(sched):
+def test_log_normal_times_are_truncated_to_schedule(sched):
     t = times.log_normal(U.double(), sched, mean=-1.2, std=1.2)
     assert (t > 0).all()
     assert (t <= 1).all()
@@ -43,7 +43,7 @@ def test_log_normal_is_truncated_to_the_schedule(sched):
     assert (extreme <= 1).all()
 
 
-def test_logit_normal():
+def test_logit_normal_times_match_distribution():
     t = times.logit_normal(U.double(), TABLE, mean=0.3, std=0.8)
     logit = t.logit()
     assert (t.diff() > 0).all()
@@ -58,7 +58,7 @@ def test_logit_normal():
     assert (edge < 1).all()
 
 
-def test_independent_draws_do_not_depend_on_the_batch():
+def test_independent_times_are_independent_of_batch():
     x0 = torch.zeros(6, 2)
     whole = times.independent(KeyedNoise(3, range(6)), x0, TABLE, times.discrete)
     parts = [times.independent(KeyedNoise(3, r), x0[:3], TABLE, times.discrete) for r in (range(3), range(3, 6))]
@@ -67,7 +67,7 @@ def test_independent_draws_do_not_depend_on_the_batch():
     assert len(whole.unique()) > 3
 
 
-def test_stratified_has_one_draw_a_stratum_over_all_ranks():
+def test_stratified_times_have_one_sample_per_stratum_over_ranks():
     def rank(rows):
         return times.stratified(
             KeyedNoise(0, rows, position=rows, global_batch_size=8), torch.zeros(4, 3), TABLE, times.uniform
@@ -80,7 +80,7 @@ def test_stratified_has_one_draw_a_stratum_over_all_ranks():
     assert len((alone * 8).frac().unique()) == 8
 
 
-def test_stratified_never_gives_0():
+def test_stratified_times_exclude_0():
     """(7 + u) / 8 with the largest u below 1 rounds to 1."""
     highest = SimpleNamespace(
         uniform=lambda purpose, x: torch.full_like(x, 1 - 2**-24), position=[7], global_batch_size=8
@@ -91,7 +91,7 @@ def test_stratified_never_gives_0():
 @pytest.mark.parametrize("n", [1, 7, 10, 50, 1000])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_grids_have_diffusers_indices(n, spacing, offset):
+def test_grids_match_diffusers_indices(n, spacing, offset):
     if offset and (spacing != "leading" or n == 1000):
         return
     theirs = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
@@ -104,7 +104,7 @@ def test_grids_have_diffusers_indices(n, spacing, offset):
     assert grid.dtype == F64
 
 
-def test_exact_indices():
+def test_grids_have_exact_indices():
     """FIELD: off by one, last step not 0. These are i, with -1 for data."""
 
     def index(ts):
@@ -117,11 +117,11 @@ def test_exact_indices():
     assert index(grids.replace_end(grids.trailing(TABLE, 4), 1 / 1000)) == [999, 749, 499, 249, 0]
 
 
-def test_uniform_grid():
+def test_uniform_grid_is_even():
     assert grids.uniform_grid(schedule.Flow(), 4).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
-def test_log_snr_is_even():
+def test_log_snr_grid_is_even():
     for sched in (schedule.VP(), TABLE):
         ts = grids.log_snr(sched, 9, end=0.01)
         gaps = sched.log_snr(ts[:-1]).diff()
@@ -136,7 +136,7 @@ def test_log_snr_is_even():
     assert grids.log_snr(schedule.Flow(), 9, start=0.999)[0] == pytest.approx(0.999)
 
 
-def test_karras_is_equation_5():
+def test_karras_grid_matches_equation_5():
     ts = grids.karras(schedule.EDM(), 5)
     i = torch.arange(5, dtype=F64)
     want = (80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
@@ -149,7 +149,7 @@ def test_karras_is_equation_5():
         grids.karras(TABLE, 5, sigma_max=200.0)
 
 
-def test_strength_starts_where_it_says():
+def test_start_at_begins_at_strength():
     ts = grids.uniform_grid(schedule.Flow(), 10)
     assert grids.start_at(ts, 0.35).tolist() == pytest.approx([0.35, 0.3, 0.2, 0.1, 0])
     assert torch.allclose(grids.start_at(ts, float(ts[4])), ts[4:])
@@ -159,7 +159,7 @@ def test_strength_starts_where_it_says():
             grids.start_at(ts, bad)
 
 
-def test_bad_grids():
+def test_grids_reject_invalid_arguments():
     with pytest.raises(ValueError, match="Flow is continuous, it has no entries"):
         grids.trailing(schedule.Flow(), 4)
     for n in (0, 1001):

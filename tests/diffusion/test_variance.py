@@ -20,7 +20,7 @@ def ddpm(i):
 
 
 @pytest.mark.parametrize("i", [1, 300, 999])
-def test_posterior_is_ddpm_equation_7(i):
+def test_q_posterior_matches_ddpm_equation_7(i):
     beta, tilde, bar, before = ddpm(i)
     t, s = f64((i + 1) / 1000)[0], f64(i / 1000)[0]
     x0, x_t = torch.randn(2, 4, 3, dtype=F64)
@@ -34,7 +34,7 @@ def test_posterior_is_ddpm_equation_7(i):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_posterior_is_bayes(name):
+def test_q_posterior_matches_bayes(name):
     """The joint Gaussian of (x_s, x_t) given x0, conditioned on x_t."""
     sched = SCHEDULES[name]
     t, s = f64(0.9, 0.4), f64(0.7, 0.05)
@@ -46,7 +46,7 @@ def test_posterior_is_bayes(name):
     assert torch.allclose(var, sigma_s**2 - cov**2 / sigma_t**2, rtol=1e-8)
 
 
-def test_the_last_step_takes_the_next_variance_up():
+def test_fixed_small_variance_at_last_step_uses_next():
     t, zero = f64(0.001)[0], f64(0.0)[0]
     _, tilde, _, _ = ddpm(1)
     assert variance.fixed_small(None, TABLE, t, zero).exp() == pytest.approx(float(tilde))
@@ -56,7 +56,7 @@ def test_the_last_step_takes_the_next_variance_up():
     assert variance.learned_range(frac, TABLE, t, zero).exp().flatten().tolist() == pytest.approx([float(tilde)] * 6)
 
 
-def test_learned_range_is_equation_15():
+def test_learned_range_matches_equation_15():
     beta, tilde, _, _ = ddpm(400)
     t, s = f64(0.401)[0], f64(0.4)[0]
     for frac, want in [(-1.0, tilde.log()), (1.0, beta.log()), (0.5, 0.75 * beta.log() + 0.25 * tilde.log())]:
@@ -68,7 +68,7 @@ def test_learned_range_is_equation_15():
         variance.learned_range(None, TABLE, t, s)
 
 
-def test_gaussian_kl():
+def test_gaussian_kl_and_nll_match_torch():
     q, p = (torch.distributions.Normal(f64(0.3), f64(0.5)), torch.distributions.Normal(f64(-1.0), f64(1.7)))
     got = variance.gaussian_kl(f64(0.3), 2 * f64(0.5).log(), f64(-1.0), 2 * f64(1.7).log())
     assert torch.allclose(got, torch.distributions.kl_divergence(q, p))
@@ -76,7 +76,7 @@ def test_gaussian_kl():
     assert torch.allclose(got, -p.log_prob(f64(0.2)))
 
 
-def test_decoder_nll():
+def test_decoder_nll_is_normalized():
     levels = (torch.arange(256, dtype=F64) / 127.5 - 1).expand(3, 256)
     mean, std = f64(0.1, -0.99, 0.4)[:, None], f64(0.3, 0.01, 2.0)[:, None]
     nll = variance.decoder_nll(levels, mean, 2 * std.log())
@@ -87,7 +87,7 @@ def test_decoder_nll():
     assert nll[0, 255] == pytest.approx(-stats.norm.logsf(1 - 1 / 255, 0.1, 0.3), rel=1e-9)
 
 
-def test_decoder_nll_is_finite_and_has_a_gradient_far_off():
+def test_decoder_nll_is_finite_with_gradient_far_from_mean():
     mean = torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
     nll = variance.decoder_nll(torch.tensor([-1.0, 1.0, 0.9]), mean, torch.full((3,), -9.0))
     nll.sum().backward()
@@ -127,7 +127,7 @@ def terms(g, ts):
 @pytest.mark.parametrize(
     ("sched", "start"), [(schedule.VP(), 1.0), (schedule.linear(), 1.0), (schedule.cosine(), 0.99)]
 )
-def test_bound_tends_to_the_likelihood(sched, start):
+def test_bits_per_dim_converges_to_likelihood(sched, start):
     g = Gaussian(sched, mean=0.2, std=0.7)
     gaps = {}
     for n in (1000, 2000, 4000):
@@ -155,7 +155,7 @@ def test_bits_per_dim_sums_its_terms():
 
 
 @pytest.mark.parametrize("sched", [schedule.VP(), schedule.linear(), schedule.EDM(3.0)])
-def test_bound_is_the_likelihood_with_the_exact_variance(sched):
+def test_bits_per_dim_with_exact_variance_is_likelihood(sched):
     """Gaussian data has Gaussian p(x_s | x_t) at any step, so that the bound is tight for a network that knows its variance."""
     g = Gaussian(sched, mean=0.2, std=0.7)
     x0, noise = four(g)
@@ -173,7 +173,7 @@ def test_bound_is_the_likelihood_with_the_exact_variance(sched):
     assert float(total - start) == pytest.approx(entropy(g), abs=1e-9)
 
 
-def test_learned_variance_reaches_the_same_bound():
+def test_learned_variance_reaches_likelihood():
     g = Gaussian(schedule.VP(), mean=0.2, std=0.7)
     x0, noise = four(g)
     ts = torch.linspace(1, 0, 6, dtype=F64)
@@ -191,7 +191,7 @@ def test_learned_variance_reaches_the_same_bound():
     assert torch.allclose(got, want)
 
 
-def test_discrete_pixels():
+def test_bits_per_dim_of_discrete_pixels_bounds_entropy():
     """8-bit data: the bound lies above the exact entropy of the levels, and near it."""
     g = Gaussian(schedule.linear(4000), mean=0.1, std=0.3)
     levels = torch.arange(256, dtype=F64) / 127.5 - 1

@@ -29,7 +29,7 @@ PAPER = {
 
 @pytest.mark.parametrize("pred", PREDICTIONS)
 @pytest.mark.parametrize("name", PAPER)
-def test_papers(name, pred):
+def test_weighting_matches_paper(name, pred):
     weigh, error, want = PAPER[name]
     row = PREDICTIONS[pred].coefficients(ALPHA, SIGMA)
     on_output = weigh(ALPHA, SIGMA, row) / output_gain(row, ALPHA, SIGMA)
@@ -38,12 +38,12 @@ def test_papers(name, pred):
 
 
 @pytest.mark.parametrize("pred", PREDICTIONS)
-def test_output_is_plain_error_of_the_output(pred):
+def test_output_weighting_is_plain_output_error(pred):
     row = PREDICTIONS[pred].coefficients(ALPHA, SIGMA)
     assert torch.allclose(weighting.output(ALPHA, SIGMA, row) / output_gain(row, ALPHA, SIGMA), torch.ones_like(SNR))
 
 
-def test_at_log_snr_0_plain_output_error_weighs_2_for_v_and_4_for_flow():
+def test_output_weighting_at_log_snr_0_is_2_for_v_and_4_for_flow():
     half = f64(0.5).sqrt()
     weight = {name: float(weighting.output(half, half, p.coefficients(half, half))) for name, p in PREDICTIONS.items()}
     assert weight == pytest.approx({"eps": 1, "x0": 1, "v": 2, "flow": 4, "edm": 5})
@@ -53,20 +53,20 @@ def test_at_log_snr_0_plain_output_error_weighs_2_for_v_and_4_for_flow():
     )
 
 
-def test_no_signal_is_no_trouble():
+def test_weighting_is_finite_at_zero_signal():
     alpha, sigma = f64(0.0), f64(1.0)
     row = PREDICTIONS["v"].coefficients(alpha, sigma)
     for weigh, want in [(weighting.output, 1), (weighting.v, 1), (weighting.min_snr, 0), (weighting.eps, 0)]:
         assert weigh(alpha, sigma, row) / output_gain(row, alpha, sigma) == want
 
 
-def test_edm_is_lambda_of_table_1():
+def test_edm_weighting_matches_table_1():
     sigma = f64(0.002, 0.5, 80)
     lam = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
     assert torch.allclose(weighting.edm(torch.ones_like(sigma), sigma, (sigma, sigma)), lam)
 
 
-def test_vlb_is_ddpm_equation_12():
+def test_vlb_weighting_matches_ddpm_equation_12():
     table = schedule.linear()
     i = torch.tensor([1, 10, 500, 999])
     alpha, sigma = table.alpha_sigma((i + 1) / 1000)

@@ -22,7 +22,7 @@ DIFFUSION = (
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_and_the_checkpoint_before_it_is_whole(smoke, tmp_path):
+def test_full_disk_is_reported_and_preserves_last_checkpoint(smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     (done,) = processes((*DIFFUSION, "trainer=cpu"), cwd=tmp_path, harm=partial(harm.full_disk, 4))
     assert done.returncode == 2, done.stdout
@@ -33,14 +33,14 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_it_is_whole(smoke, tmp_pa
     assert step.load_checkpoint(folder / "step-00000002").step == 2
 
 
-def test_two_runs_in_one_folder_the_second_is_refused(smoke, tmp_path, capfd):
+def test_run_folder_in_use_is_refused(smoke, tmp_path, capfd):
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")), lock_run(tmp_path / "runs" / smoke.run.name):
         assert command("train.py", "budget=smoke") == 2
     assert "is in use by process" in capfd.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_not_ours_to_write_is_named(smoke, tmp_path):
+def test_unwritable_folder_is_named(smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     (tmp_path / "runs").mkdir(mode=0o555)
     (done,) = processes((*DIFFUSION, "trainer=cpu"), cwd=tmp_path, harm=harm.powerless)
@@ -51,7 +51,7 @@ def test_a_folder_that_is_not_ours_to_write_is_named(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_reader_ends_the_run_in_one_line_and_the_run_goes_on(smoke, tmp_path):
+def test_killed_data_worker_ends_run_in_one_line_and_resumes(smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     job = (*DIFFUSION, "trainer=cpu", "trainer.num_workers=2")
     (done,) = processes(job, cwd=tmp_path, harm=partial(harm.after_step, 3, harm.end_readers, (0,)))
@@ -64,7 +64,7 @@ def test_a_killed_reader_ends_the_run_in_one_line_and_the_run_goes_on(smoke, tmp
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_hinders_no_training(smoke, tmp_path):
+def test_training_works_with_default_port_taken(smoke, tmp_path):
     """Of torch's own default port, by two processes as a person starts them."""
     shutil.copytree(smoke.kept, tmp_path / "cache")
     with socket.socket() as taken:

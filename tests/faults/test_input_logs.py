@@ -53,7 +53,7 @@ def on_a_terminal(line: list[str], **options) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("terminal", [True, False], ids=["tty", "no tty"])
-def test_without_a_key_nothing_is_asked_and_nothing_left(terminal, smoke, tmp_path):
+def test_training_without_wandb_key_asks_nothing(terminal, smoke, tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "LDM"))}
     env = {
         **kept,
@@ -82,7 +82,7 @@ def test_without_a_key_nothing_is_asked_and_nothing_left(terminal, smoke, tmp_pa
     assert left == []
 
 
-def test_a_run_folder_says_what_made_it(smoke):
+def test_run_folder_records_provenance(smoke):
     run = smoke.run
     assert {"config.yaml", "choices.json", "provenance.json", "changes.diff", "environment.txt", "log.txt"} <= {
         p.name for p in run.iterdir()
@@ -92,7 +92,7 @@ def test_a_run_folder_says_what_made_it(smoke):
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_its_first_stage_once_and_before_all_else(tmp_path, monkeypatch):
+def test_sweep_trains_shared_first_stage_once_and_first(tmp_path, monkeypatch):
     """As a job of its own, before the first: no diffusion model has begun by then, and no job trains one."""
     from smoke import command, here, in_process
 

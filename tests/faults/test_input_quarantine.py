@@ -72,7 +72,7 @@ def shards(pictures) -> Path:
     return path
 
 
-def test_a_folder_names_exactly_what_it_leaves_out(pictures):
+def test_folder_lists_exactly_its_skipped_files(pictures):
     data = ImageFolder(pictures, size=16, channels=3, test_fraction=0)
     assert sorted(data.skipped) == [*sorted(BAD), "z_gone.png"]
     assert "megapixels" in data.skipped["h_bomb.png"] or "bomb" in data.skipped["h_bomb.png"]
@@ -85,7 +85,7 @@ def test_a_folder_names_exactly_what_it_leaves_out(pictures):
         ImageFolder(pictures, size=16, channels=3, test_fraction=0, max_unreadable=0.1)
 
 
-def test_the_check_s_manifest(pictures, tmp_path, capsys):
+def test_check_writes_manifest(pictures, tmp_path, capsys):
     assert check.main([str(pictures), f"out={tmp_path}/made/m.csv"]) == 0
     assert "40 of 45 images can be read, 5 quarantined" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "made" / "m.csv").open()))
@@ -99,7 +99,7 @@ def test_the_check_s_manifest(pictures, tmp_path, capsys):
             check.main(words)
 
 
-def test_what_was_checked_is_left_out_alike(pictures):
+def test_quarantined_files_are_skipped_on_all_ranks(pictures):
     """Order, number and digest of what is left are one on all ranks; a mended file comes back."""
     root = pictures.parent
     before = LSUN(root, category="church", size=16)
@@ -117,7 +117,7 @@ def test_what_was_checked_is_left_out_alike(pictures):
     assert len(LSUN(root, category="church", size=16)) == 41
 
 
-def test_shards_are_checked_by_sample(shards):
+def test_check_covers_samples_of_shards(shards):
     looked = check.check_dataset(str(shards))
     assert sum(bool(one.fault) for one in looked) == 4
     assert len(TarShardDataset(shards, size=16, test_fraction=0)) == 40
@@ -125,7 +125,7 @@ def test_shards_are_checked_by_sample(shards):
     assert len(TarShardDataset(again, size=16, test_fraction=0)) == 44, "another path was not checked"
 
 
-def test_what_was_not_checked_is_replaced_alike(shards):
+def test_unchecked_damaged_samples_are_replaced_deterministically(shards):
     """The next that can be read stands for it: on two ranks and with two workers as in one process."""
     data = TarShardDataset(shards, size=16, test_fraction=0, flip=False)
     stream = BatchStream(len(data), 8, 6)
@@ -140,7 +140,7 @@ def test_what_was_not_checked_is_replaced_alike(shards):
     assert len(data.unreadable) == 4
 
 
-def test_too_many_end_the_run(shards, pictures, monkeypatch):
+def test_too_many_damaged_samples_end_the_run(shards, pictures, monkeypatch):
     monkeypatch.setattr(lazy, "MAX_CONSECUTIVE_FAILURES", 3)
     data = TarShardDataset(shards, size=16, test_fraction=0)
     with pytest.raises(
@@ -163,7 +163,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("option", EXPECTED)
-def test_a_place_that_is_not_there_says_what_was_expected(option, tmp_path):
+def test_missing_data_folder_reports_expected_layout(option, tmp_path):
     from omegaconf import OmegaConf
     from smoke import ROOT
 

@@ -39,7 +39,7 @@ TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_on_one_rank_of_two_both_skip_the_step_and_go_on(stage, smoke, tmp_path):
+def test_nonfinite_loss_on_one_rank_skips_step_on_both(stage, smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     done = processes(*[(*STAGES[stage], *TWO)] * 2, cwd=tmp_path, harm=partial(harm.not_a_number, (3,), (1,)))
     assert [one.returncode for one in done] == [0, 0], done
@@ -56,7 +56,7 @@ def test_on_one_rank_of_two_both_skip_the_step_and_go_on(stage, smoke, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_for_ever_it_ends_with_3_and_a_checkpoint_that_is_whole(stage, smoke, tmp_path):
+def test_repeated_nonfinite_loss_ends_with_exit_code_3_and_valid_checkpoint(stage, smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     (done,) = processes(
         (*STAGES[stage], "max_skipped_steps=3", "trainer=cpu"),

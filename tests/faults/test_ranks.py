@@ -48,7 +48,7 @@ def whole(smoke, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("again", [2, 1])
-def test_a_killed_rank_ends_the_other_and_nothing_is_lost(again, whole, smoke, tmp_path):
+def test_killed_rank_ends_other_and_resumes_to_same_weights(again, whole, smoke, tmp_path):
     """Taken up by two processes it is bit for bit the training never killed; by one, the same samples and to rounding the same losses."""
     shutil.copytree(smoke.kept, tmp_path / "cache")
     killed = partial(harm.after_step, 5, partial(harm.signals, (signal.SIGKILL,)), (1,))
@@ -70,7 +70,7 @@ def test_a_killed_rank_ends_the_other_and_nothing_is_lost(again, whole, smoke, t
 
 
 @pytest.mark.slow
-def test_a_killed_training_leaves_no_process_that_reads_for_it(smoke, tmp_path):
+def test_killed_training_leaves_no_data_workers(smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     (killed,) = processes(
         (*DIFFUSION, *ONE, "trainer.num_workers=2"),
@@ -87,7 +87,7 @@ def test_a_killed_training_leaves_no_process_that_reads_for_it(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_that_were_started_differently_do_not_begin(smoke, tmp_path):
+def test_ranks_with_different_configs_refuse_to_start(smoke, tmp_path):
     shutil.copytree(smoke.kept, tmp_path / "cache")
     jobs = [(*DIFFUSION, *TWO, f"training.optimizer.lr={lr}") for lr in (1e-3, 2e-3)]
     done = processes(*jobs, cwd=tmp_path)

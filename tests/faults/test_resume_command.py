@@ -5,7 +5,7 @@ from smoke import command, here, train
 
 
 @pytest.mark.slow
-def test_a_run_taken_up_with_another_rate_only_where_that_is_said(smoke, tmp_path, capfd):
+def test_resume_with_changed_rate_needs_permission(smoke, tmp_path, capfd):
     typed = ("budget=smoke", "metrics=none", f"resume={smoke.run}", "training.steps=3", "training.optimizer.lr=1e-3")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         assert command("train.py", *typed) == 2

@@ -36,7 +36,7 @@ def ended(folder: Path) -> tuple[list[dict], dict]:
 
 
 @pytest.mark.slow
-def test_a_model_shared_out_is_trained_as_one_and_goes_on_in_any_number(smoke, tmp_path):
+def test_sharded_training_matches_one_process_and_resumes_in_any_number(smoke, tmp_path):
     folders = [tmp_path / name for name in ("one", "two", "then one")]
     for folder in folders:
         shutil.copytree(smoke.kept, folder / "cache")
@@ -60,7 +60,7 @@ def test_a_model_shared_out_is_trained_as_one_and_goes_on_in_any_number(smoke, t
 
 
 @pytest.mark.slow
-def test_what_it_needs_is_trained_on_the_way(smoke, tmp_path):
+def test_sharded_training_builds_its_dependencies(smoke, tmp_path):
     """With nothing in the cache: the judge by one process, the first stage by two under DDP, the diffusion model sharded."""
     done = process("train.py", "budget=smoke", *TWO, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -49,7 +49,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_told_once_it_keeps_its_step_and_goes_on_there(case, smoke, tmp_path):
+def test_one_signal_saves_step_and_resumes(case, smoke, tmp_path):
     numbers, ranks, world, code = CASES[case]
     done = stopped(smoke, tmp_path, numbers, ranks, world)
     assert [one.returncode for one in done] == [code] * world, done
@@ -66,14 +66,14 @@ def test_told_once_it_keeps_its_step_and_goes_on_there(case, smoke, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_told_twice_by_ctrl_c_it_is_out_at_once(world, smoke, tmp_path):
+def test_second_ctrl_c_exits_at_once(world, smoke, tmp_path):
     done = stopped(smoke, tmp_path, (INT, INT), tuple(range(world)), world)
     assert [one.returncode for one in done] == [-INT] * world, done
     assert steps(tmp_path) == []
 
 
 @pytest.mark.slow
-def test_a_training_ended_after_its_last_step_goes_on_with_what_it_learned(smoke, tmp_path):
+def test_run_ended_after_last_step_resumes_with_learned_weights(smoke, tmp_path):
     """Nothing is left to train, and the weights that are drawn from and kept are the checkpoint's, not fresh ones."""
     shutil.copytree(smoke.run, run := tmp_path / "runs" / smoke.run.name)
     shutil.copytree(smoke.kept, tmp_path / "cache")

@@ -71,7 +71,7 @@ def read(path: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_four_jobs_are_four_runs_of_one_group(smoke, tmp_path):
+def test_wandb_jobs_of_sweep_share_a_group(smoke, tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "LDM"))}
     home = tmp_path / "home"
     home.mkdir()

@@ -110,7 +110,7 @@ class Theirs(nn.Module):
 
 
 @torch.no_grad()
-def test_compvis_bert_reads_the_same(pipeline):
+def test_bert_import_matches_compvis(pipeline):
     theirs = fill(Theirs())
     ours = bert.import_bert(theirs.state_dict())
     told = external.build_from_pipeline(Pipeline(**{**vars(pipeline), "conditioner": ours})).conditioner
@@ -124,7 +124,7 @@ def test_compvis_bert_reads_the_same(pipeline):
         bert.import_bert({**theirs.state_dict(), "pooler": torch.zeros(1)})
 
 
-def test_a_whole_checkpoint_of_ldms_text_to_image(pipeline):
+def test_text_to_image_checkpoint_round_trip(pipeline):
     state = checkpoint.save(pipeline)
     assert "cond_stage_model.transformer.attn_layers.layers.3.1.net.0.0.weight" in state
     back = checkpoint.load(state, {**pipeline.config, "scale": None}, 32)
@@ -133,7 +133,7 @@ def test_a_whole_checkpoint_of_ldms_text_to_image(pipeline):
     assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
-def test_ldms_pipeline_of_diffusers_draws_the_same_image(pipeline, tmp_path):
+def test_text_to_image_export_matches_diffusers_pipeline(pipeline, tmp_path):
     from diffusers import LDMTextToImagePipeline
 
     export.export_diffusers(pipeline, tmp_path / "out")

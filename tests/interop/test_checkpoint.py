@@ -20,7 +20,7 @@ def same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_loss_is_known_by_every_name(stage):
+def test_first_stage_loss_weights_are_recognized(stage):
     same(
         checkpoint.first_stage({**stage, **{name: torch.zeros(1) for name in LOSS}}), compvis.import_autoencoder(stage)
     )
@@ -34,13 +34,13 @@ def test_a_loss_is_known_by_every_name(stage):
             checkpoint.first_stage({**stage, unknown: torch.zeros(1)})
 
 
-def test_va_vae_with_what_it_was_aligned_with(stage):
+def test_first_stage_reads_va_vae_extras(stage):
     assert len(FOUNDATION) == 2 + 6 + 24 * 14
     beside = {name: torch.zeros(1) for name in (*FOUNDATION, *LOSS)}
     same(checkpoint.first_stage({**stage, **beside}), compvis.import_autoencoder(stage))
 
 
-def test_a_first_stage_with_averages(stage):
+def test_first_stage_prefers_averages(stage):
     averages = {EMA + name.replace(".", ""): value + 1 for name, value in stage.items()}
     counters = {f"{EMA}decay": torch.tensor(0.999), f"{EMA}num_updates": torch.tensor(3)}
     given = {**stage, **averages, **counters}
@@ -48,7 +48,7 @@ def test_a_first_stage_with_averages(stage):
     same(checkpoint.first_stage(given, "raw"), compvis.import_autoencoder(stage))
 
 
-def test_the_discriminators_names_are_those_of_a_real_one():
+def test_discriminator_names_match_real_network():
     norm = torch.nn.BatchNorm2d
     layers, wide = [torch.nn.Conv2d(3, 64, 4), torch.nn.LeakyReLU()], 64
     for width in (128, 256, 512):
@@ -58,7 +58,7 @@ def test_the_discriminators_names_are_those_of_a_real_one():
     assert {f"loss.discriminator.main.{name}" for name in main.state_dict()} <= set(LOSS)
 
 
-def test_the_perceptual_loss_names_are_vgg16s():
+def test_perceptual_loss_names_match_vgg16():
     from torchvision.models import vgg16
 
     with torch.device("meta"):
@@ -67,7 +67,7 @@ def test_the_perceptual_loss_names_are_vgg16s():
     assert listed == real
 
 
-def test_stable_diffusion_1_is_known_by_its_shapes():
+def test_stable_diffusion_1_is_recognized_by_shapes():
     with torch.device("meta"):
         named = {f"{NET}{name}": torch.empty(shape) for name, shape in shapes("paper_unet", "sd1").items()}
         named |= {f"{STAGE}{name}": torch.empty(shape) for name, shape in shapes("paper_autoencoder", "kl_f8").items()}
@@ -85,6 +85,6 @@ def test_stable_diffusion_1_is_known_by_its_shapes():
     assert checkpoint.detect_sd1({}) is None
 
 
-def test_fill_and_state_are_the_same_draw():
+def test_seeded_fill_and_state_agree():
     net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.GroupNorm(1, 2))
     same(state({name: value.shape for name, value in net.state_dict().items()}), fill(net).state_dict())

@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 
 @torch.no_grad()
-def test_dit_file_is_a_model_with_learned_variance(state, folder):
+def test_dit_file_opens_as_model_with_learned_variance(state, folder):
     torch.save(state, folder / "DiT-S-2-32x32.pt")
     model = external.build_from_pipeline(external.open_pipeline(folder / "DiT-S-2-32x32.pt"))
     plain = fill(net(8))
@@ -62,7 +62,7 @@ def test_dit_file_is_a_model_with_learned_variance(state, folder):
 
 
 @pytest.mark.slow
-def test_sample_draws_from_a_dit_file(state, folder):
+def test_sample_runs_on_dit_file(state, folder):
     torch.save(state, folder / "DiT-S-2-32x32.pt")
     with here(folder):
         typed = (
@@ -78,7 +78,7 @@ def test_sample_draws_from_a_dit_file(state, folder):
 
 
 @torch.no_grad()
-def test_sit_file_is_a_flow_model(state, folder):
+def test_sit_file_opens_as_flow_model(state, folder):
     torch.save({"ema": state, "model": {}}, folder / "SiT-S-2.pt")
     model = external.build_from_pipeline(external.open_pipeline(folder / "SiT-S-2.pt"))
     plain = net(4, time_embedding=reversed_timestep_embedding)
@@ -105,13 +105,13 @@ def test_sit_file_is_a_flow_model(state, folder):
         ("DiT.pt", {"cls_token": torch.zeros(1)}, "unknown names cls_token"),
     ],
 )
-def test_file_that_is_no_released_dit_is_refused(name, change, expected, state, folder):
+def test_dit_file_of_unknown_kind_is_refused(name, change, expected, state, folder):
     torch.save({**state, **change}, folder / name)
     with pytest.raises(UserError, match=expected):
         external.open_pipeline(folder / name)
 
 
-def test_dit_file_without_a_first_stage_names_the_remedy(state, tmp_path):
+def test_dit_file_without_first_stage_names_remedy(state, tmp_path):
     torch.save(state, tmp_path / "DiT.pt")
     with pytest.raises(UserError, match=r"DiT\.pt: no first stage; put diffusers' AutoencoderKL \(.*\) into .*vae"):
         external.open_pipeline(tmp_path / "DiT.pt")

@@ -151,7 +151,7 @@ Y = torch.tensor([1, 4])
 
 
 @torch.no_grad()
-def test_dit():
+def test_dit_matches_original():
     net, ours = theirs_of(), ours_of(6)
     state = net.state_dict()
     ours.load_state_dict(import_dit(state))
@@ -164,7 +164,7 @@ def test_dit():
 
 @pytest.mark.parametrize("lightning", [False, True], ids=["sit", "lightningdit"])
 @torch.no_grad()
-def test_what_runs_from_noise_to_data(lightning):
+def test_sit_and_lightningdit_match_originals(lightning):
     net = theirs_of(patch=1, outputs=3, lightning=True) if lightning else theirs_of(halved=True)
     ours = ours_of(time_embedding=reversed_timestep_embedding, **(LIGHTNING if lightning else {}))
     state = net.state_dict()
@@ -178,7 +178,7 @@ def test_what_runs_from_noise_to_data(lightning):
 
 
 @pytest.mark.parametrize("lightning", [False, True], ids=["dit", "lightningdit"])
-def test_the_table_is_read_both_ways(lightning):
+def test_dit_name_table_is_invertible(lightning):
     state = theirs_of(lightning=lightning).state_dict()
     back = export_state(dit(DEPTH, lightning), import_dit(state), "DiT")
     computed = {"pos_embed", "y_embedder.embedding_table.weight", "feat_rope.freqs_cos", "feat_rope.freqs_sin"}
@@ -186,7 +186,7 @@ def test_the_table_is_read_both_ways(lightning):
     assert all(torch.equal(back[name], state[name]) for name in back)
 
 
-def test_what_is_no_dit():
+def test_import_dit_rejects_unknown_tensors():
     state = theirs_of().state_dict()
     with pytest.raises(UserError, match=r"DiT: unknown names cls_token"):
         import_dit({**state, "cls_token": torch.zeros(1)})

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from pipelines import IMAGE, TEXT, whole
 from smoke import command, here, train
-from whole import IMAGE, TEXT, whole
 
 from ldm.checkpoint import external
 from ldm.checkpoint.load import load_model
@@ -29,7 +29,7 @@ def drawn(out, *typed):
     return pixels(out)
 
 
-def test_our_own_file_draws_what_its_run_draws(lively, place, capsys):
+def test_export_safetensors_draws_like_run(lively, place, capsys):
     assert export.main([f"run={lively}", "to=safetensors", "out=model.safetensors"]) == 0
     assert "as safetensors in model.safetensors" in capsys.readouterr().out
     from_run = drawn(place / "a", f"run={lively}")
@@ -40,7 +40,7 @@ def test_our_own_file_draws_what_its_run_draws(lively, place, capsys):
     )
 
 
-def test_the_average_or_the_weights_themselves(smoke, place):
+def test_export_writes_ema_or_raw_weights(smoke, place):
     for kind in ("ema", "raw"):
         assert export.main([f"run={smoke.run}", "to=safetensors", f"out={kind}.safetensors", f"weights={kind}"]) == 0
         kept = load_model(smoke.run, kind).denoiser.net.state_dict()
@@ -49,7 +49,7 @@ def test_the_average_or_the_weights_themselves(smoke, place):
     assert any(not torch.equal(external.open_pipeline("ema.safetensors").net[name], written[name]) for name in written)
 
 
-def test_a_diffusers_folder_is_a_run(place, capsys):
+def test_diffusers_folder_works_as_run(place, capsys):
     export.export_diffusers(whole(place), place / "pipeline")
     images = drawn(place / "a", "run=pipeline", "prompt=a cat")
     assert len(images) == 2
@@ -78,7 +78,7 @@ def test_a_diffusers_folder_is_a_run(place, capsys):
         (["run=x", "to=diffusers", "out=y"], "run=x: no such folder"),
     ],
 )
-def test_a_mistake_is_one_line(typed, said, capsys):
+def test_export_reports_error_in_one_line(typed, said, capsys):
     assert export.main(typed) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -86,7 +86,7 @@ def test_a_mistake_is_one_line(typed, said, capsys):
     assert error.count("\n") == 1
 
 
-def test_what_a_run_has_no_counterpart_for_is_one_line(lively, place, capsys):
+def test_export_reports_unsupported_parts_in_one_line(lively, place, capsys):
     for typed, said in (
         (["to=diffusers", "out=y"], "to=diffusers expects a CLIP text tower"),
         (["to=compvis", "out=y"], "expected a name that ends in .safetensors or .ckpt"),
@@ -98,13 +98,13 @@ def test_what_a_run_has_no_counterpart_for_is_one_line(lively, place, capsys):
         assert not list(place.glob("y*"))
 
 
-def test_help_says_how(capsys):
+def test_export_help_lists_formats(capsys):
     assert export.main(["--help"]) == 0
     assert "to=diffusers" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_trained_preset_draws_in_diffusers_what_it_draws_here(place):
+def test_exported_preset_draws_equally_in_diffusers(place):
     from diffusers import StableDiffusionPipeline
 
     from ldm.diffusion import grids

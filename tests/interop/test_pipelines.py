@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from pipelines import PROMPT, START, drawn, whole
 from safetensors.torch import load_file, save_file
 from seeded import numbers
-from whole import PROMPT, START, drawn, whole
 
 from ldm.checkpoint import external
 from ldm.cli import export
@@ -60,7 +60,7 @@ def exported(pipeline, tmp_path_factory):
     return out
 
 
-def test_diffusers_opens_the_folder_and_draws_the_same_image(exported, image):
+def test_diffusers_pipeline_draws_same_image(exported, image):
     from diffusers import StableDiffusionPipeline
 
     theirs = StableDiffusionPipeline.from_pretrained(exported)
@@ -71,7 +71,7 @@ def test_diffusers_opens_the_folder_and_draws_the_same_image(exported, image):
     assert far(found, image) <= 2e-3  # measured: 4e-7
 
 
-def test_every_exported_file_has_the_umasks_mode(exported, pipeline, tmp_path):
+def test_exported_files_follow_umask(exported, pipeline, tmp_path):
     export.export_compvis(pipeline, tmp_path / "one.safetensors")
     export.export_safetensors(pipeline, tmp_path / "two.safetensors")
     (tmp_path / "plain").touch()
@@ -80,7 +80,7 @@ def test_every_exported_file_has_the_umasks_mode(exported, pipeline, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in files} == {(tmp_path / "plain").stat().st_mode & 0o777}
 
 
-def test_the_folder_comes_back(exported, pipeline, image):
+def test_diffusers_folder_round_trip(exported, pipeline, image):
     back = external.open_pipeline(exported)
     same(back.net, pipeline.net)
     assert {**back.config, "conditioner": 0} == {**pipeline.config, "conditioner": 0}
@@ -100,7 +100,7 @@ def hole():
     return {"image": numbers("photo", (1, 3, 32, 32)).clamp(-1, 1), "mask": mask}
 
 
-def test_diffusers_inpaints_the_same_image(inpainting, hole, tmp_path):
+def test_diffusers_inpaint_pipeline_draws_same_image(inpainting, hole, tmp_path):
     from diffusers import StableDiffusionInpaintPipeline
 
     image = drawn(external.build_from_pipeline(inpainting), **hole)
@@ -125,7 +125,7 @@ def test_diffusers_inpaints_the_same_image(inpainting, hole, tmp_path):
     assert far(drawn(external.build_from_pipeline(back), **hole), image) <= 1e-5
 
 
-def test_a_checkpoint_that_inpaints_is_read(inpainting, tmp_path, monkeypatch, small_tower):
+def test_inpainting_checkpoint_is_read(inpainting, tmp_path, monkeypatch, small_tower):
     from ldm.interop import compvis_config, config_nodes
 
     (told, _) = config_nodes.parts_of(inpainting.config["conditioner"])
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_inpaints_is_read(inpainting, tmp_path, monkeypatch, s
         external.open_pipeline(tmp_path / "inpaint.safetensors")
 
 
-def test_a_scale_for_each_channel_goes_into_the_weights(pipeline):
+def test_fold_scale_folds_channel_scales_into_weights(pipeline):
     weights, scale = fold_scale(pipeline.autoencoder)
     assert scale == 1.0
     folded = external.build_from_pipeline(pipeline).autoencoder
@@ -158,7 +158,7 @@ def test_a_scale_for_each_channel_goes_into_the_weights(pipeline):
     assert far(folded.posterior(x).logvar, wanted) < 1e-5
 
 
-def test_one_number_is_no_reason_to_touch_the_weights(sd2):
+def test_fold_scale_of_one_number_shares_weights(sd2):
     weights, scale = fold_scale(sd2.autoencoder)
     assert scale == pytest.approx(0.18215)
     assert all(weights[name] is sd2.autoencoder[name] for name in weights)
@@ -248,7 +248,7 @@ def small_tower(pipeline, monkeypatch):
     monkeypatch.setattr(config_nodes, "first_stage", sized(config_nodes.first_stage, 8))
 
 
-def test_a_checkpoint_like_the_released_one_is_read(pipeline, image, tmp_path, monkeypatch, small_tower):
+def test_released_checkpoint_is_read(pipeline, image, tmp_path, monkeypatch, small_tower):
     with monkeypatch.context() as patch:
         torch.save(released(pipeline, patch), tmp_path / "model.ckpt")
     (tmp_path / "model.yaml").write_text(json.dumps(yaml(pipeline)))  # which is yaml as well
@@ -262,7 +262,7 @@ def test_a_checkpoint_like_the_released_one_is_read(pipeline, image, tmp_path, m
     same(raw.net, {name: value + 1 for name, value in pipeline.net.items()})
 
 
-def test_averages_of_something_else_are_refused(pipeline, tmp_path, monkeypatch, small_tower):
+def test_checkpoint_with_foreign_averages_is_refused(pipeline, tmp_path, monkeypatch, small_tower):
     (tmp_path / "config.yaml").write_text(json.dumps(yaml(pipeline)))
     state = released(pipeline, monkeypatch)["state_dict"]
     for broken, said in (
@@ -289,7 +289,7 @@ def test_averages_of_something_else_are_refused(pipeline, tmp_path, monkeypatch,
         assert str(error.value).startswith(str(tmp_path / "model.safetensors"))
 
 
-def test_a_checkpoint_needs_its_yaml(pipeline, tmp_path):
+def test_checkpoint_without_yaml_is_refused(pipeline, tmp_path):
     export.export_compvis(pipeline, tmp_path / "model.ckpt")
     with pytest.raises(UserError, match=r"nothing says what model it is; put its yaml beside it as model\.yaml"):
         external.open_pipeline(tmp_path / "model.ckpt")
@@ -301,7 +301,7 @@ def test_a_checkpoint_needs_its_yaml(pipeline, tmp_path):
             external.open_pipeline(tmp_path / "model.ckpt")
 
 
-def test_compvis_and_back_is_the_identical_dict(sd2):
+def test_compvis_round_trip_is_identical(sd2):
     state = checkpoint.save(sd2)
     assert sum(name.startswith("cond_stage_model.model.") for name in state) == len(
         sd2.text
@@ -316,7 +316,7 @@ def test_compvis_and_back_is_the_identical_dict(sd2):
     )
 
 
-def test_stable_diffusion_2_reads_all_but_the_last_layer(sd2, tmp_path):
+def test_stable_diffusion_2_reads_all_but_last_layer(sd2, tmp_path):
     expected = drawn(external.build_from_pipeline(sd2))
     export.export_diffusers(sd2, tmp_path / "out")
     held = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
@@ -332,7 +332,7 @@ def test_stable_diffusion_2_reads_all_but_the_last_layer(sd2, tmp_path):
     assert far(drawn(external.build_from_pipeline(replace(sd2, text=other))), expected) == 0
 
 
-def test_our_own_file_carries_its_config(pipeline, image, tmp_path):
+def test_safetensors_file_contains_config(pipeline, image, tmp_path):
     export.export_safetensors(pipeline, tmp_path / "model.safetensors")
     found = external.open_pipeline(tmp_path / "model.safetensors")
     assert found.config == pipeline.config
@@ -340,7 +340,7 @@ def test_our_own_file_carries_its_config(pipeline, image, tmp_path):
     assert torch.equal(drawn(external.build_from_pipeline(found)), image)
 
 
-def test_an_older_first_stage_folder_is_read(exported, pipeline, tmp_path):
+def test_older_diffusers_vae_folder_is_read(exported, pipeline, tmp_path):
     shutil.copytree(exported, tmp_path / "old")
     vae = tmp_path / "old" / "vae"
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -390,14 +390,14 @@ def changed(path, **options):
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act=relu: expected"),
     ],
 )
-def test_a_config_without_counterpart_is_one_error(exported, tmp_path, place, options, said):
+def test_diffusers_config_rejects_unsupported_options(exported, tmp_path, place, options, said):
     shutil.copytree(exported, tmp_path / "out")
     changed(tmp_path / "out" / place, **options)
     with pytest.raises(UserError, match=said):
         external.open_pipeline(tmp_path / "out")
 
 
-def test_a_damaged_folder_is_one_error(exported, tmp_path):
+def test_damaged_diffusers_folder_is_one_error(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
     (tmp_path / "out" / "vae" / "config.json").write_text("{")
     with pytest.raises(atomic.CorruptFileError, match=r"vae/config\.json is damaged"):
@@ -453,7 +453,7 @@ def test_a_damaged_folder_is_one_error(exported, tmp_path):
         ),
     ],
 )
-def test_weights_of_another_shape_are_one_error(pipeline, part, change, said):
+def test_weights_of_wrong_shape_are_one_error(pipeline, part, change, said):
     from dataclasses import replace
 
     state = {name: value for name, value in {**getattr(pipeline, part), **change}.items() if value is not None}
@@ -461,7 +461,7 @@ def test_weights_of_another_shape_are_one_error(pipeline, part, change, said):
         external.build_from_pipeline(replace(pipeline, **{part: state}))
 
 
-def test_a_config_may_not_name_what_could_run(pipeline, tmp_path):
+def test_pipeline_config_targets_are_restricted(pipeline, tmp_path):
     from dataclasses import replace
 
     for target in ("os.system", "torch.load", "builtins.eval", "subprocess.run"):
@@ -471,7 +471,7 @@ def test_a_config_may_not_name_what_could_run(pipeline, tmp_path):
             external.open_pipeline(tmp_path / "model.safetensors")
 
 
-def test_a_damaged_header_is_one_error(tmp_path):
+def test_damaged_header_is_one_error(tmp_path):
     for header in ("{", "{}", '{"config": {}, "data": 1}'):
         save_file({"net.a": torch.ones(1)}, tmp_path / "a.safetensors", {"ldm": header})
         with pytest.raises(atomic.CorruptFileError, match=r"a\.safetensors: its header is damaged"):
@@ -484,7 +484,7 @@ def test_a_damaged_header_is_one_error(tmp_path):
         external.open_pipeline(tmp_path / "a.safetensors")
 
 
-def test_what_diffusers_has_no_counterpart_for(pipeline, tmp_path):
+def test_export_diffusers_rejects_unsupported_parts(pipeline, tmp_path):
     from dataclasses import replace
 
     def with_(**parts):
@@ -508,7 +508,7 @@ def test_what_diffusers_has_no_counterpart_for(pipeline, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_an_index_is_no_pipeline(tmp_path):
+def test_folder_without_index_is_not_a_pipeline(tmp_path):
     assert not folder.is_external(tmp_path)
     assert not is_folder(tmp_path)
     (tmp_path / "model.ckpt").write_bytes(b"")

@@ -74,7 +74,7 @@ QUICK = ("sd1", "kl_f8")  # of those at paper scale
         for name in cases
     ],
 )
-def test_every_name_and_shape_is_theirs(kind, name):
+def test_import_covers_every_name_and_shape(kind, name):
     case = SDKIT[kind][name]
     there = shapes(kind, name)
     assert sum(torch.Size(shape).numel() for shape in there.values()) == case["parameters"]
@@ -135,19 +135,19 @@ def stage_differences(kind: str, name: str, size: int = 16) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", SDKIT["unet"])
-def test_unet_answers_as_compvis(name):
+def test_unet_matches_compvis(name):
     for precision, difference in unet_differences("unet", name).items():
         assert difference <= TOLERANCE[precision], precision
 
 
 @pytest.mark.parametrize("name", SDKIT["autoencoder"])
-def test_first_stage_answers_as_compvis(name):
+def test_autoencoder_matches_compvis(name):
     for precision, difference in stage_differences("autoencoder", name).items():
         assert difference <= TOLERANCE[precision], precision
 
 
 @pytest.mark.slow
-def test_stable_diffusion_1_answers_as_compvis():
+def test_stable_diffusion_1_matches_compvis():
     found = {"unet": unet_differences("paper_unet", "sd1"), "vae": stage_differences("paper_autoencoder", "kl_f8", 32)}
     print(found)
     assert all(found[part][precision] <= TOLERANCE[precision] for part in found for precision in TOLERANCE)
@@ -185,7 +185,7 @@ UNETS = {
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("name", UNETS)
 @torch.no_grad()
-def test_unet_answers_as_diffusers(name, precision):
+def test_unet_matches_diffusers(name, precision):
     dtype = getattr(torch, precision)
     net = fill(theirs.UNet2DConditionModel(**UNETS[name])).to(dtype)
     ours = (
@@ -200,7 +200,7 @@ def test_unet_answers_as_diffusers(name, precision):
 
 
 @torch.no_grad()
-def test_the_vector_of_stable_diffusion_xl():
+def test_unet_with_sdxl_vector_matches_diffusers():
     """SDXL adds the pooled text and six embedded sizes to the time; the U-Net alone is ours, who hears both is told one vector."""
     more = {
         "addition_embed_type": "text_time",
@@ -232,7 +232,7 @@ STAGES = {
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("name", STAGES)
 @torch.no_grad()
-def test_first_stage_answers_as_diffusers(name, precision):
+def test_autoencoder_matches_diffusers(name, precision):
     dtype = getattr(torch, precision)
     stage = fill(STAGES[name]()).to(dtype)
     ours = instantiate(diffusers_config.first_stage(dict(stage.config))).to(dtype).eval()
@@ -246,7 +246,7 @@ def test_first_stage_answers_as_diffusers(name, precision):
     assert relative(ours.decode_raw(latent), stage.decode(latent).sample) <= TOLERANCE[precision]
 
 
-def test_diffusers_writes_stable_diffusion_1_as_we_do():
+def test_stable_diffusion_1_config_matches_diffusers():
     with torch.device("meta"):
         unet = theirs.UNet2DConditionModel(
             sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
@@ -263,7 +263,7 @@ def test_diffusers_writes_stable_diffusion_1_as_we_do():
     assert {n: v.shape for n, v in made.items()} == {n: v.shape for n, v in vae.state_dict().items()}
 
 
-def test_the_older_names_of_a_first_stage_are_read():
+def test_older_autoencoder_names_are_read():
     stage = fill(STAGES["kl"]())
     new = stage.state_dict()
     older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -279,7 +279,7 @@ def test_the_older_names_of_a_first_stage_are_read():
 
 
 @pytest.mark.parametrize("module", [compvis, diffusers])
-def test_nothing_is_skipped_silently(module):
+def test_import_rejects_unknown_tensors(module):
     unet = state(shapes("unet", "sd"))
     ours = compvis.import_unet(unet)
     given = module.export_unet(ours)
@@ -302,7 +302,7 @@ def test_nothing_is_skipped_silently(module):
         module.import_autoencoder({**module.export_autoencoder(stage), "loss.logvar": extra})
 
 
-def test_a_codebook_goes_both_ways():
+def test_codebook_round_trip():
     given = {**state(shapes("autoencoder", "kl_f4")), "quantize.embedding.weight": numbers("codes", (16, 3))}
     ours = there_and_back(given, compvis.import_autoencoder, compvis.export_autoencoder)
     assert torch.equal(ours["codebook.weight"], given["quantize.embedding.weight"])

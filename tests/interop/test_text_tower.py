@@ -7,8 +7,8 @@ import open_clip
 import pytest
 import torch
 import transformers
+from pipelines import IMAGE, PROMPT, TEXT
 from seeded import fill
-from whole import IMAGE, PROMPT, TEXT
 
 from ldm.conditioner.clip import CLIP, clean_text
 from ldm.errors import UserError
@@ -59,7 +59,7 @@ def load(clip, state):
 
 
 @torch.no_grad()
-def test_the_hidden_states_are_transformers(theirs, act, tmp_path):
+def test_text_tower_matches_transformers(theirs, act, tmp_path):
     clip = load(ours(tmp_path, act), import_text(theirs.state_dict()))
     ids = [clip.tokenizer.sot_token_id, *clip.tokenizer.encode(PROMPT), clip.tokenizer.eot_token_id]
     told = theirs(torch.tensor([ids + [49407] * (77 - len(ids))]), output_hidden_states=True)
@@ -73,7 +73,7 @@ def test_the_hidden_states_are_transformers(theirs, act, tmp_path):
 
 
 @torch.no_grad()
-def test_the_last_but_one_layer_is_a_shorter_tower(theirs, act, tmp_path):
+def test_text_tower_penultimate_layer_is_shorter_tower(theirs, act, tmp_path):
     state = import_text(theirs.state_dict())
     shorter = {name: value for name, value in export_text(state, 2, projection=True).items()}
     assert len(shorter) == len(theirs.state_dict()) - 16
@@ -81,7 +81,7 @@ def test_the_last_but_one_layer_is_a_shorter_tower(theirs, act, tmp_path):
     assert torch.allclose(load(ours(tmp_path, act, layers=2), import_text(shorter))([PROMPT]).context, whole, atol=1e-6)
 
 
-def test_the_names_go_both_ways(theirs):
+def test_text_tower_names_round_trip(theirs):
     state = theirs.state_dict()
     back = export_text(import_text(state), projection=True)
     assert back.keys() == state.keys()
@@ -97,7 +97,7 @@ def test_the_names_go_both_ways(theirs):
         assert all(torch.equal(read[name], expected[name]) for name in read)
 
 
-def test_open_clips_own_layouts_are_read(tmp_path):
+def test_text_tower_reads_open_clip_layouts(tmp_path):
     clip = open_clip.create_model(ours_name(tmp_path))
     towers = {**clip.state_dict(), "attn_mask": torch.zeros(77, 77)}
     text = import_open_clip(towers)
@@ -115,7 +115,7 @@ def ours_name(tmp_path):
     return "own"
 
 
-def test_what_is_no_text_tower(theirs):
+def test_import_text_rejects_other_models(theirs):
     state = theirs.state_dict()
     with pytest.raises(UserError, match=r"CLIP text model: unknown names vision_model\.x"):
         import_text({**state, "vision_model.x": torch.zeros(1)})
@@ -129,14 +129,14 @@ def test_what_is_no_text_tower(theirs):
         export_text(import_text(state), 4)
 
 
-def test_config_file_that_is_no_json_is_refused(tmp_path):
+def test_open_clip_config_rejects_invalid_json(tmp_path):
     (tmp_path / "own.json").write_text('{"embed_dim": 8')
     with pytest.raises(UserError, match=r"own\.json is not a JSON object .*; expected a config of open_clip"):
         clip_config.open_clip_config(str(tmp_path / "own.json"))
 
 
 @pytest.mark.parametrize(("name", "layers"), [("ViT-L-14-quickgelu", 12), ("ViT-H-14", 24), ("ViT-bigG-14", 32)])
-def test_published_towers_are_known_by_their_shape(name, layers):
+def test_published_text_towers_are_recognized_by_shape(name, layers):
     config = clip_config.open_clip_config(name)
     said = clip_config.to_transformers(config, layers, 49407)
     assert clip_config.known_open_clip_name(clip_config.of_transformers(said)) == (name, -1)
@@ -145,7 +145,7 @@ def test_published_towers_are_known_by_their_shape(name, layers):
     assert clip_config.known_open_clip_name(clip_config.of_transformers({**said, "hidden_size": 64})) is None
 
 
-def test_the_words_are_transformers_own(tmp_path):
+def test_exported_tokenizer_matches_open_clip(tmp_path):
     for file, content in clip_config.tokenizer_files(49407, 77).items():
         (tmp_path / file).write_text(content)
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
@@ -160,7 +160,7 @@ ODD = ("a “cat”", "it’s", "a &amp; b", "rock &amp;amp; roll", "the ﬁne",
 EVEN = ('a "cat"', "it's", "Naïve  café\n", "x — y", "a & b", "")
 
 
-def test_cleaned_is_what_openai_reads_and_transformers_5_does_not(tmp_path):
+def test_clean_text_finds_prompts_tokenized_differently(tmp_path):
     for file, content in clip_config.tokenizer_files(49407, 77).items():
         (tmp_path / file).write_text(content)
     theirs, ours = transformers.CLIPTokenizer.from_pretrained(tmp_path), open_clip.tokenizer.SimpleTokenizer()
@@ -174,7 +174,7 @@ def test_cleaned_is_what_openai_reads_and_transformers_5_does_not(tmp_path):
             assert (theirs(text).input_ids[1:-1] == ours.encode(text)) == (clean_text(text) is None), text
 
 
-def test_one_line_says_that_diffusers_may_read_a_prompt_otherwise(tmp_path, monkeypatch, capsys):
+def test_sample_warns_about_prompts_tokenized_differently(tmp_path, monkeypatch, capsys):
     """Of a pipeline folder with CLIP's tower, for the first such prompt; of no other run."""
     monkeypatch.setattr("ldm.checkpoint.external.text_tower", lambda model: model)
     prompts = {0: ("a cat", None), 1: (ODD[0], None), 2: (ODD[2], None)}

@@ -16,7 +16,7 @@ def images() -> torch.Tensor:
     return (x + 0.001 * torch.randn(400, 12, generator=generator)).view(400, 1, 3, 4)
 
 
-def test_samples_have_each_class_s_mean_and_covariance():
+def test_pca_gaussian_samples_have_class_mean_and_covariance():
     x = images()
     pca = PCAGaussian.fit(x, LABEL, rank=3)
     label = torch.arange(8000) % 2
@@ -30,18 +30,18 @@ def test_samples_have_each_class_s_mean_and_covariance():
         torch.testing.assert_close((pca.basis[k] @ pca.basis[k].T), a.T.cov(), atol=1e-5, rtol=0)
 
 
-def test_a_sample_depends_on_its_key_alone():
+def test_pca_gaussian_sample_depends_on_key_only():
     pca = PCAGaussian.fit(images(), LABEL, rank=3)
     all_of_them = pca.sample(torch.tensor([0, 1, 1]), KeyedNoise(0, [5, 6, 7]))
     torch.testing.assert_close(pca.sample(torch.tensor([1]), KeyedNoise(0, [6])), all_of_them[1:2])
 
 
-def test_rank_needs_more_images_than_components():
+def test_pca_gaussian_rejects_rank_above_images():
     with pytest.raises(ValueError, match="class 0 has 2 images: expected more than rank=3"):
         PCAGaussian.fit(images()[:5], torch.tensor([0, 0, 1, 1, 1]), rank=3)
 
 
-def test_noise_counts_in_units_of_black_to_white():
+def test_add_noise_scale_is_black_to_white():
     image = torch.zeros(50, 1, 16, 16)
     out = add_noise(image, 0.05, KeyedNoise(0, range(50)))
     assert (out + 1).div(2).std().item() == pytest.approx(0.05, rel=0.02)

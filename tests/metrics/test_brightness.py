@@ -6,7 +6,7 @@ from ldm.metrics.distribution import FrechetDistance, MetricSuite
 from ldm.metrics.features import Brightness, extract
 
 
-def test_the_distance_of_brightness_is_that_of_two_normals():
+def test_brightness_distance_is_frechet_of_normals():
     generator = torch.Generator().manual_seed(0)
     level = torch.linspace(-0.8, 0.8, 40)
     images = level[:, None, None, None] + 0.05 * torch.randn(40, 1, 8, 8, generator=generator)

@@ -83,7 +83,7 @@ def fd(reference: Tensor, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_frechet_distance_is_scipys_and_torch_fidelitys(offset):
+def test_frechet_distance_matches_scipy_and_torch_fidelity(offset):
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     a, b = features(400, 1) + offset, features(300, 2, 0.5) * 1.3 + offset
@@ -99,7 +99,7 @@ def test_frechet_distance_is_scipys_and_torch_fidelitys(offset):
     assert ours == pytest.approx(expected, rel=1e-9)
 
 
-def test_frechet_distance_of_gaussians_with_a_closed_form():
+def test_frechet_distance_matches_closed_form():
     s1, s2 = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 0.0, 1.0])  # commuting, one singular
     expected = 3 * 0.25 + (s1.sqrt() - s2.sqrt()).square().sum().item()
     for a, b in ((s1, s2), (s2, s1)):  # the root is taken of the singular one too
@@ -108,7 +108,7 @@ def test_frechet_distance_of_gaussians_with_a_closed_form():
         )
 
 
-def test_identical_sets_are_at_distance_zero_and_order_does_not_matter():
+def test_distribution_metrics_of_identical_sets_ignore_order():
     x = features(200, 1)
     mixed = x[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
     assert fd(x, mixed) == pytest.approx(0, abs=1e-9)
@@ -118,7 +118,7 @@ def test_identical_sets_are_at_distance_zero_and_order_does_not_matter():
     assert polynomial_mmd(y, x).item() == pytest.approx(polynomial_mmd(shuffled, x).item(), rel=1e-10)
 
 
-def test_kernel_distance_is_the_written_out_sum_and_unbiased(monkeypatch):
+def test_kernel_distance_matches_double_sum_and_is_unbiased(monkeypatch):
     x, y = features(30, 1), features(21, 2, 0.4)
     kernel = lambda a, b: (sum(float(p) * float(q) for p, q in zip(a, b, strict=True)) / D + 1) ** 3  # noqa: E731
     pairs = lambda z: (
@@ -130,7 +130,7 @@ def test_kernel_distance_is_the_written_out_sum_and_unbiased(monkeypatch):
     assert null.mean().abs() < 3 * null.std() / len(null) ** 0.5  # the diagonal, left in, would be some 20 of these off
 
 
-def test_kernel_distance_is_torchmetrics_on_one_full_subset():
+def test_kernel_distance_matches_torchmetrics():
     from torchmetrics.image.kid import KernelInceptionDistance
 
     x, y = features(50, 1), features(50, 2, 0.4)
@@ -154,7 +154,7 @@ def brute_force(x: Tensor, reference: Tensor, k: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_are_brute_force(k, monkeypatch):
+def test_precision_recall_matches_brute_force(k, monkeypatch):
     x, reference = features(60, 1) * 0.5, features(80, 2)
     x[7] = x[8] = reference[3]  # a ball of radius 0 at k = 1
     expected = brute_force(x, reference, k)
@@ -165,7 +165,7 @@ def test_precision_and_recall_are_brute_force(k, monkeypatch):
     assert [p.item() for p in precision_recall(x, reference, k)] == pytest.approx(expected, abs=1e-12)
 
 
-def test_precision_and_recall_know_too_narrow_from_too_wide():
+def test_precision_recall_separate_narrow_from_wide():
     reference = features(300, 1)
     narrow, wide = (precision_recall(features(300, 2) * s, reference) for s in (0.2, 3.0))
     assert narrow[0] > 0.95 > 0.5 > narrow[1]
@@ -187,7 +187,7 @@ KEYS |= {"density", "coverage", "inception_score", "fd_half"}
 CAPTIONS = ["a" * (i % 7) for i in range(90)]
 
 
-def test_score_runs_the_network_once_a_batch_and_resets_to_the_reference():
+def test_distribution_score_is_independent_of_batches_and_resets():
     reference, image = Toy()((pictures(100, 1).add(1) * 127.5).round().byte()), pictures(64, 2, 0.1)
     label = torch.arange(64) % 3
     metrics = score(reference, **EVERYTHING)
@@ -215,7 +215,7 @@ def test_score_runs_the_network_once_a_batch_and_resets_to_the_reference():
     assert metrics.provenance.items() >= {"network": "toy", "identity": "0", "resize": "none", "reference": 100}.items()
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_distribution_score_rejects_invalid_reference():
     reference = features(50, 1)
     for bad in (reference[:1], reference[:, :3], reference[0]):
         with pytest.raises(ValueError, match="expected at least 2 rows of 6"):
@@ -231,14 +231,14 @@ def test_what_cannot_be_scored_is_refused():
         metrics.update(pictures(4, 1))
 
 
-def test_features_that_are_nan_raise(monkeypatch):
+def test_distribution_score_rejects_nan_features(monkeypatch):
     metrics = score(features(50, 1))
     monkeypatch.setattr(Toy, "forward", lambda self, images: torch.full((len(images), D), float("nan")))
     with pytest.raises(ValueError, match="features: 4 of 4 rows are not finite"):
         metrics.update(pictures(4, 1))
 
 
-def test_spread_takes_evenly_spaced_rows():
+def test_subsample_takes_evenly_spaced_rows():
     x = torch.arange(10)[:, None]
     assert subsample(x, 4).flatten().tolist() == [0, 2, 5, 7]
     assert subsample(x, 10) is x
@@ -265,7 +265,7 @@ def share(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_give_the_numbers_of_one(world, tmp_path):
+def test_distribution_score_is_equal_on_several_processes(world, tmp_path):
     share(0, 1, str(tmp_path))
     torch.multiprocessing.spawn(share, (world, str(tmp_path)), nprocs=world)
     one = torch.load(tmp_path / "1-0.pt")

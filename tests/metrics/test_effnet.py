@@ -19,7 +19,7 @@ def file(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_features_are_the_classifiers_last_but_one(file):
+def test_effnet_features_match_timm(file):
     import timm
 
     net = EfficientNet(size=48, weights=file).train()
@@ -36,7 +36,7 @@ def test_features_are_the_classifiers_last_but_one(file):
     assert net(images[:, :1]).shape == (2, net.num_features)
 
 
-def test_its_name_and_identity(file):
+def test_effnet_name_and_identity(file):
     assert EfficientNet.name == "effnet"
     small, large = EfficientNet(48, file), EfficientNet(96, file)
     assert small.identity == EfficientNet(48, file).identity != large.identity
@@ -44,7 +44,7 @@ def test_its_name_and_identity(file):
         small(torch.zeros(1, 3, 32, 32))
 
 
-def test_missing_weights_are_one_line(tmp_path, monkeypatch):
+def test_effnet_reports_missing_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
     with pytest.raises(AssetNotFoundError, match="efficientnet-lite0 is missing") as error:

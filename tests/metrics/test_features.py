@@ -9,7 +9,7 @@ from ldm.metrics.features import Inception, SpatialInception, extract, hash_weig
 from ldm.metrics.judge import FashionNet
 
 
-def test_every_byte_survives_the_round_trip_and_rounding_is_to_the_nearest():
+def test_to_uint8_round_trips_every_byte():
     byte = torch.arange(256, dtype=torch.uint8)
     for nudge in (-0.49, 0.0, 0.49):
         assert torch.equal(to_uint8((byte.float() + nudge) / 127.5 - 1), byte)
@@ -18,7 +18,7 @@ def test_every_byte_survives_the_round_trip_and_rounding_is_to_the_nearest():
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(1, dtype=torch.uint8), torch.tensor([0.0, float("nan")])])
-def test_only_finite_floats_are_quantised(bad):
+def test_to_uint8_rejects_non_finite_and_integer(bad):
     with pytest.raises(ValueError, match=r"image (is|holds)"):
         to_uint8(bad)
 
@@ -26,12 +26,12 @@ def test_only_finite_floats_are_quantised(bad):
 @pytest.mark.parametrize(
     "bad", [torch.rand(2, 3, 8, 8), torch.zeros(2, 4, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)]
 )
-def test_a_feature_network_refuses_what_torchmetrics_would_let_pass(bad):
+def test_require_uint8_rejects_invalid_images(bad):
     with pytest.raises(ValueError, match=r"expected|uint8"):
         require_uint8(bad, (1, 3))
 
 
-def test_identity_follows_every_weight_and_buffer():
+def test_hash_weights_depends_on_every_weight_and_buffer():
     def net(seed):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
@@ -63,7 +63,7 @@ def images(n: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_judge_standardises_over_the_training_set_and_classifies_from_the_same_features():
+def test_fashion_net_standardises_over_training_set():
     net, x = judge(), images(200)
     net.standardise(net.penultimate(x))
     features = net(x)
@@ -75,7 +75,7 @@ def test_judge_standardises_over_the_training_set_and_classifies_from_the_same_f
 
 
 @torch.no_grad()
-def test_judge_is_float32_under_autocast_and_knows_what_it_is():
+def test_fashion_net_computes_features_in_float32_under_autocast():
     net, x = judge(), images(4)
     before, features = net.identity, net(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -85,7 +85,7 @@ def test_judge_is_float32_under_autocast_and_knows_what_it_is():
     assert net.identity != before
 
 
-def test_judge_refuses_training_mode_a_dead_feature_and_other_images():
+def test_fashion_net_rejects_training_mode_and_wrong_images():
     net = judge()
     with pytest.raises(ValueError, match=r"\.eval\(\)"):
         net.train()(images(2))
@@ -103,7 +103,7 @@ def test_extract_joins_batches_in_order():
         extract(net, [])
 
 
-def test_missing_inception_weights_name_the_file_and_its_place(monkeypatch, tmp_path):
+def test_inception_reports_missing_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("LDM_OFFLINE", "1")
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
@@ -121,7 +121,7 @@ def test_missing_inception_weights_name_the_file_and_its_place(monkeypatch, tmp_
 
 
 @pytest.mark.slow
-def test_inception_is_torch_fidelitys_network(tmp_path):
+def test_inception_matches_torch_fidelity(tmp_path):
     """Random weights of the right shapes: the file is read, grey is repeated, training mode is refused."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Theirs
 

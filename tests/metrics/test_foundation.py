@@ -35,7 +35,7 @@ def pictures(n: int) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
 
 
-def test_clip_sees_what_its_own_transform_shows(clip):
+def test_clip_image_features_match_open_clip_transform(clip):
     """To the rounding of Pillow, which resizes in 8 bits."""
     from open_clip.transform import image_transform
     from PIL import Image
@@ -53,7 +53,7 @@ def test_clip_sees_what_its_own_transform_shows(clip):
     assert torch.equal(clip(images[:, :1]), clip(images[:, :1].expand(-1, 3, -1, -1)))
 
 
-def test_clip_score_is_the_mean_cosine_times_100(clip):
+def test_clip_score_is_mean_cosine_times_100(clip):
     images, captions = pictures(6), ["a cat", "two dogs", "a cat", "rain", "the sea", "a red bag"]
     expected = 100 * (clip(images) * clip.embed(captions)).sum(1).clamp(min=0)
     metric = CLIPScore(clip, clip(images))
@@ -64,7 +64,7 @@ def test_clip_score_is_the_mean_cosine_times_100(clip):
         metric.update(clip(images))
 
 
-def test_cmmd_is_the_written_out_sum(clip):
+def test_cmmd_matches_double_sum(clip):
     x, y = clip(pictures(5)), clip(pictures(7))
     k = lambda a, b: torch.stack([torch.stack([(-(p - q).square().sum() / 200).exp() for q in b]) for p in a]).mean()  # noqa: E731
     x, y = x.double(), y.double()
@@ -78,7 +78,7 @@ def test_cmmd_is_the_written_out_sum(clip):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_dinov2_is_timm_s_class_token(tmp_path):
+def test_dinov2_matches_timm(tmp_path):
     import timm
 
     tag = "vit_small_patch14_dinov2.lvd142m"
@@ -97,7 +97,7 @@ def test_dinov2_is_timm_s_class_token(tmp_path):
         DINOv2(tag, tmp_path / "other.pth", size=28)
 
 
-def test_missing_weights_are_one_line(tmp_path, monkeypatch):
+def test_foundation_networks_report_missing_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_OFFLINE", "1")
     for make, said in (
         (DINOv2, "LDM_OFFLINE is set"),

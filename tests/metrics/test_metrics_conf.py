@@ -16,7 +16,7 @@ OPTIONS = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["metrics"]
 
 
 @pytest.mark.parametrize("option", ["fd", "full", "diversity"])
-def test_every_option_scores_what_the_judge_sees(option):
+def test_metrics_option_scores_images(option):
     from hydra.utils import instantiate
 
     net = FashionNet(width=2, num_features=4).eval()
@@ -27,7 +27,7 @@ def test_every_option_scores_what_the_judge_sees(option):
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "none"])
-def test_names_are_known_before_anything_is_built(option, monkeypatch):
+def test_metric_names_equal_computed_keys(option, monkeypatch):
     """The keys that compute() gives, of each option, with a small network under the name of its own."""
     from hydra.utils import get_object, instantiate
 
@@ -46,7 +46,7 @@ def test_names_are_known_before_anything_is_built(option, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["fid", "adm"])
-def test_fid_asks_for_inception(option, monkeypatch):
+def test_fid_option_requires_inception_weights(option, monkeypatch):
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
@@ -58,7 +58,7 @@ def test_fid_asks_for_inception(option, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "said"), [("clip", "CLIP ViT-L-14-336"), ("dinov2", "DINOv2"), ("lpips", "LPIPS needs VGG-16")]
 )
-def test_others_say_which_weights_are_missing(option, said, monkeypatch, tmp_path):
+def test_metrics_option_reports_missing_weights(option, said, monkeypatch, tmp_path):
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 

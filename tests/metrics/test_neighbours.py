@@ -15,7 +15,7 @@ def distances(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_density_and_coverage_are_their_double_sums(k):
+def test_density_coverage_match_double_sum(k):
     x, y = features(70, 1) * 0.7 + 0.2, features(90, 2)
     radius = np.sort(distances(y, y), axis=1)[:, k]
     inside = distances(x, y) <= radius
@@ -24,7 +24,7 @@ def test_density_and_coverage_are_their_double_sums(k):
     assert coverage.item() == pytest.approx(inside.any(0).mean(), rel=1e-12)
 
 
-def test_density_of_the_data_s_own_distribution_is_one_and_coverage_grows_to_it():
+def test_density_of_same_distribution_is_one():
     density, coverage = density_coverage(features(800, 1), features(800, 2), 5)
     assert density.item() == pytest.approx(1, abs=0.1)
     assert coverage.item() == pytest.approx(1 - 2**-5, abs=0.03)  # Naeem et al. 2020, eq. 9: N = M
@@ -32,7 +32,7 @@ def test_density_of_the_data_s_own_distribution_is_one_and_coverage_grows_to_it(
     assert piled[1] < 0.2
 
 
-def test_authenticity_and_copies_by_hand():
+def test_memorisation_matches_manual_value():
     training, x = features(200, 1), features(150, 2)
     own = distances(training, training)
     np.fill_diagonal(own, np.inf)
@@ -51,14 +51,14 @@ def test_authenticity_and_copies_by_hand():
 @pytest.mark.parametrize(
     ("found", "said"), [(density_coverage, "more than k=5"), (memorisation, "needs at least one and two")]
 )
-def test_too_few_are_refused(found, said):
+def test_neighbour_metrics_reject_too_few_samples(found, said):
     for x, y in ((features(0, 1), features(9, 2)), (features(9, 1), features(1, 2))):
         with pytest.raises(ValueError, match=said):
             found(x, y)
 
 
 @pytest.mark.parametrize("make", [DensityCoverage, Memorisation])
-def test_batches_do_not_matter_and_reset_forgets(make):
+def test_neighbour_metrics_are_independent_of_batches_and_reset(make):
     x, metric = features(60, 1), make(None, features(80, 2))
     metric.update(x)
     whole = metric.compute()

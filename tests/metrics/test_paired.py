@@ -6,7 +6,7 @@ import torch
 from ldm.metrics.paired import Reconstruction
 
 
-def test_psnr_is_the_mean_over_images_of_its_formula():
+def test_psnr_is_mean_over_images():
     image = torch.rand(3, 1, 16, 16) - 0.5
     errors = torch.tensor([0.1, 0.02, 0.3])
     metric = Reconstruction()
@@ -16,7 +16,7 @@ def test_psnr_is_the_mean_over_images_of_its_formula():
     assert metric.compute()["psnr"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_ssim_is_one_for_the_same_image_and_falls_with_noise():
+def test_ssim_is_one_for_equal_and_falls_with_noise():
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     values = []
     for std in (0.0, 0.1, 0.5):
@@ -27,7 +27,7 @@ def test_ssim_is_one_for_the_same_image_and_falls_with_noise():
     assert values[0] > values[1] > values[2]
 
 
-def test_ssim_of_flat_images_is_its_luminance_term():
+def test_ssim_of_flat_images_is_luminance_term():
     a, b, c1 = 0.2, 0.6, (0.01 * 2) ** 2
     metric = Reconstruction()
     metric.update(torch.full((1, 1, 16, 16), a), torch.full((1, 1, 16, 16), b))
@@ -43,7 +43,7 @@ class Pooled(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images.float() / 64, 2).flatten(1)
 
 
-def test_rfd_is_zero_for_the_originals_and_reset_forgets():
+def test_rfd_of_originals_is_zero_and_resets():
     net, image = Pooled(), torch.rand(60, 1, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.5
     metric = Reconstruction(net, net((image.add(1) * 127.5).round().byte()))
     values = []
@@ -67,7 +67,7 @@ class Brighter:
         return (a - b).flatten(1).mean(1)
 
 
-def test_lpips_is_the_mean_over_images_of_what_is_passed_in():
+def test_lpips_metric_is_mean_over_images():
     image = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.6
     by = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.05])[:, None, None, None]
     metric = Reconstruction(perceptual=Brighter())
@@ -79,6 +79,6 @@ def test_lpips_is_the_mean_over_images_of_what_is_passed_in():
     assert metric.compute()["lpips_toy"] == 0
 
 
-def test_nothing_compared_is_said():
+def test_reconstruction_metric_rejects_empty_input():
     with pytest.raises(ValueError, match="no image was compared"):
         Reconstruction().compute()

@@ -15,7 +15,7 @@ from ldm.net.attention import (
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_softmax_attention_equals_the_fused_kernel(masked):
+def test_softmax_attention_matches_fused_kernel(masked):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64) for n in (5, 7, 7))
     mask = None
@@ -30,7 +30,7 @@ def test_softmax_attention_equals_the_fused_kernel(masked):
         )
 
 
-def test_softmax_attention_has_the_fused_kernels_gradients():
+def test_softmax_attention_gradients_match_fused_kernel():
     g = torch.Generator().manual_seed(1)
     grads = []
     for attend in (sdpa, softmax_attention):
@@ -42,7 +42,7 @@ def test_softmax_attention_has_the_fused_kernels_gradients():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_of_few_keys_training_in_bfloat16_writes_attention_out(monkeypatch):
+def test_attention_on_short_sequences_in_bfloat16_is_explicit(monkeypatch):
     def fused(*_, **__):
         raise AssertionError("the fused kernel")
 
@@ -57,7 +57,7 @@ def test_of_few_keys_training_in_bfloat16_writes_attention_out(monkeypatch):
             sdpa(*many)
 
 
-def test_self_attention_is_blind_to_the_order_of_tokens():
+def test_self_attention_is_permutation_equivariant():
     layer = SelfAttention(8, heads=2)
     x = torch.randn(2, 5, 8)
     order = torch.tensor([3, 0, 4, 1, 2])
@@ -74,7 +74,7 @@ def test_cross_attention_ignores_masked_tokens():
     torch.testing.assert_close(layer(x, layer.memory(context), mask), layer(x, layer.memory(context[:, :3]), None))
 
 
-def test_memory_holds_heads_of_keys_and_values():
+def test_cross_attention_memory_has_heads_of_keys_and_values():
     k, v = CrossAttention(8, 6, heads=2).memory(torch.randn(3, 5, 6))
     assert k.shape == v.shape == (3, 2, 5, 4)
 
@@ -86,14 +86,14 @@ def test_feed_forward_is_geglu():
     torch.testing.assert_close(layer(x), layer.down(h * torch.nn.functional.gelu(gate)))
 
 
-def test_block_without_context_has_no_cross_attention():
+def test_transformer_block_without_context_has_no_cross_attention():
     block = TransformerBlock(8, 2)
     assert block.cross_attention is None
     assert block(torch.randn(2, 4, 8)).shape == (2, 4, 8)
 
 
 @pytest.mark.parametrize("attend", [sdpa, softmax_attention])
-def test_spatial_transformer_begins_as_nothing_and_then_hears(attend):
+def test_spatial_transformer_is_identity_at_init_and_uses_context(attend):
     torch.manual_seed(0)
     layer = SpatialTransformer(8, heads=2, context_dim=6, depth=2, attend=attend, groups=4)
     x, a, b = torch.randn(2, 8, 3, 5), torch.randn(2, 4, 6), torch.randn(2, 4, 6)
@@ -103,7 +103,7 @@ def test_spatial_transformer_begins_as_nothing_and_then_hears(attend):
     assert (layer(x, layer.memory(a)) - layer(x, layer.memory(b))).abs().max() > 0.01
 
 
-def test_spatial_transformer_keeps_places():
+def test_spatial_transformer_preserves_positions():
     torch.manual_seed(0)
     layer = SpatialTransformer(8, heads=2, groups=4)
     torch.nn.init.normal_(layer.proj_out.weight)
@@ -111,7 +111,7 @@ def test_spatial_transformer_keeps_places():
     torch.testing.assert_close(layer(x.transpose(2, 3)), layer(x).transpose(2, 3), rtol=1e-4, atol=1e-5)
 
 
-def test_convolutions_project_as_linear_layers_do():
+def test_spatial_transformer_convolutions_equal_linear_layers():
     torch.manual_seed(0)
     linear = SpatialTransformer(8, heads=2, context_dim=6, groups=4)
     conv = SpatialTransformer(8, heads=2, context_dim=6, groups=4, conv=True)
@@ -127,7 +127,7 @@ def test_convolutions_project_as_linear_layers_do():
 
 @pytest.mark.parametrize("attend", [sdpa, softmax_attention])
 @pytest.mark.parametrize("new_order", [False, True])
-def test_qkv_attention_is_softmax_written_out(new_order, attend):
+def test_qkv_attention_matches_explicit_softmax(new_order, attend):
     """The projection's channels are (q, k, v) of heads, or heads of (q, k, v); every place attends to every place."""
     torch.manual_seed(0)
     heads, d = 3, 4
@@ -145,7 +145,7 @@ def test_qkv_attention_is_softmax_written_out(new_order, attend):
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_qkv_attention_hears_nothing_and_says_so():
+def test_qkv_attention_rejects_context():
     assert QKVAttention(8, 2, groups=4).memory(torch.randn(1, 3, 6)) == ()
     with pytest.raises(ValueError, match="context_dim=6: QKVAttention is one self-attention"):
         QKVAttention(8, 2, context_dim=6)
@@ -153,7 +153,7 @@ def test_qkv_attention_hears_nothing_and_says_so():
         QKVAttention(8, 2, depth=2)
 
 
-def test_qk_norm_bounds_the_scores():
+def test_qk_norm_bounds_scores():
     """With queries and keys normalised, a thousandfold input gives the same weights: only the values grow."""
     torch.manual_seed(0)
     layer = SelfAttention(8, heads=2, bias=True, qk_norm=lambda d: torch.nn.RMSNorm(d, eps=1e-12)).double()
@@ -165,7 +165,7 @@ def test_qk_norm_bounds_the_scores():
     assert layer.q_norm is not layer.k_norm
 
 
-def test_rotation_reaches_queries_and_keys_but_not_values():
+def test_rotation_applies_to_queries_and_keys_only():
     torch.manual_seed(0)
     layer, seen = SelfAttention(8, heads=2), []
     x = torch.randn(1, 3, 8)
@@ -179,7 +179,7 @@ def test_rotation_reaches_queries_and_keys_but_not_values():
     torch.testing.assert_close(torch.stack(seen), torch.stack([q, k]))
 
 
-def test_cross_attention_is_softmax_written_out():
+def test_cross_attention_matches_explicit_softmax():
     torch.manual_seed(0)
     layer = CrossAttention(8, 6, heads=2).double()
     x, context = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_cross_attention_is_softmax_written_out():
     torch.testing.assert_close(layer(x, layer.memory(context), None), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_transformer_block_adds_three_things_to_its_tokens():
+def test_transformer_block_adds_three_residuals():
     torch.manual_seed(0)
     block = TransformerBlock(8, 2, context_dim=6)
     for layer in (block.norm1, block.norm2, block.norm3):
@@ -200,7 +200,7 @@ def test_a_transformer_block_adds_three_things_to_its_tokens():
     torch.testing.assert_close(block(x, memory), h + block.feed_forward(block.norm3(h)))
 
 
-def test_a_spatial_transformer_adds_what_its_blocks_made_of_the_normalised():
+def test_spatial_transformer_matches_manual_forward():
     torch.manual_seed(0)
     layer = SpatialTransformer(8, heads=2, groups=4)
     torch.nn.init.normal_(layer.proj_out.weight)

@@ -19,7 +19,7 @@ from ldm.net.blocks import (
 )
 
 
-def test_sinusoid_is_cosines_then_sines_of_falling_rates():
+def test_timestep_embedding_is_cosines_then_sines():
     t = torch.tensor([0.0, 1.0, 250.0])
     emb = timestep_embedding(t, 8)
     assert emb.shape == (3, 8)
@@ -32,13 +32,13 @@ def test_sinusoid_is_cosines_then_sines_of_falling_rates():
 @pytest.mark.parametrize(
     ("channels", "groups", "expected"), [(64, 32, 32), (48, 32, 16), (16, 8, 8), (6, 4, 2), (7, 8, 1)]
 )
-def test_norm_takes_the_groups_that_fit(channels, groups, expected):
+def test_norm_chooses_dividing_groups(channels, groups, expected):
     assert norm(channels, groups).num_groups == expected
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("out_channels", [8, 16])
-def test_res_block_begins_as_its_skip(out_channels, scale_shift):
+def test_res_block_is_skip_at_init(out_channels, scale_shift):
     block = ResBlock(8, out_channels, emb_dim=12, scale_shift=scale_shift, groups=4)
     x, emb = torch.randn(2, 8, 6, 6), torch.randn(2, 12)
     torch.testing.assert_close(block(x, emb), block.skip(x), rtol=0, atol=0)
@@ -48,7 +48,7 @@ def test_res_block_begins_as_its_skip(out_channels, scale_shift):
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
-def test_res_block_hears_the_embedding(scale_shift):
+def test_res_block_uses_embedding(scale_shift):
     torch.manual_seed(0)
     block = ResBlock(8, 8, emb_dim=12, scale_shift=scale_shift, groups=4)
     torch.nn.init.normal_(block.conv2.weight)
@@ -58,7 +58,7 @@ def test_res_block_hears_the_embedding(scale_shift):
 
 
 @pytest.mark.parametrize("side", [4, 16])
-def test_bfloat16_is_normalised_with_statistics_in_float32(side):
+def test_norm_in_bfloat16_computes_statistics_in_float32(side):
     layer, x = norm(16, 4), (torch.randn(2, 16, side, side) + 30).bfloat16()
     exact = torch.nn.functional.group_norm(x.float(), 4)
     assert layer(x).dtype == torch.bfloat16
@@ -66,7 +66,7 @@ def test_bfloat16_is_normalised_with_statistics_in_float32(side):
     assert norm(16, 4).double()(x.double()).dtype == torch.float64
 
 
-def test_scale_shift_is_scale_then_shift_of_the_normalised():
+def test_res_block_scale_shift_applies_after_norm():
     torch.manual_seed(0)
     block = ResBlock(4, 4, emb_dim=6, scale_shift=True, groups=2)
     torch.nn.init.normal_(block.conv2.weight)
@@ -77,13 +77,13 @@ def test_scale_shift_is_scale_then_shift_of_the_normalised():
     torch.testing.assert_close(block(x, emb), x + block.conv2(silu(h)))
 
 
-def test_down_and_up_are_each_others_size():
+def test_downsample_and_upsample_sizes_match():
     x = torch.randn(1, 4, 8, 6)
     assert Downsample(4)(x).shape == (1, 4, 4, 3)
     assert Upsample(4)(Downsample(4)(x)).shape == x.shape
 
 
-def test_upsample_repeats_pixels_before_it_convolves():
+def test_upsample_repeats_pixels_before_convolution():
     up = Upsample(1)
     with torch.no_grad():
         up.conv.weight.zero_()
@@ -93,12 +93,12 @@ def test_upsample_repeats_pixels_before_it_convolves():
     assert torch.equal(up(x)[0, 0], x[0, 0].repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
-def test_zeroed_is_nothing():
+def test_zero_module_outputs_zero():
     layer = zero_module(torch.nn.Linear(3, 2))
     assert torch.equal(layer(torch.randn(4, 3)), torch.zeros(4, 2))
 
 
-def test_ddpm_sinusoid_is_sines_then_cosines_down_to_the_slowest():
+def test_ddpm_sinusoid_is_sines_then_cosines():
     t = torch.tensor([0.0, 250.0])
     rates = [10_000 ** (-k / 3) for k in range(4)]
     assert rates[-1] == pytest.approx(1e-4)
@@ -108,7 +108,7 @@ def test_ddpm_sinusoid_is_sines_then_cosines_down_to_the_slowest():
     )
 
 
-def test_a_vector_is_projected_or_added_as_it_is():
+def test_vector_embedding_is_mlp_or_identity():
     assert mlp(6, 8)(torch.randn(2, 6)).shape == (2, 8)
     x = torch.randn(2, 8)
     assert torch.equal(identity_embedding(8, 8)(x), x)
@@ -116,7 +116,7 @@ def test_a_vector_is_projected_or_added_as_it_is():
         identity_embedding(6, 8)
 
 
-def test_halve_is_means_and_double_repeats():
+def test_downsample_averages_and_upsample_repeats():
     x = torch.arange(12.0).reshape(1, 1, 2, 6)
     torch.testing.assert_close(downsample(x)[0, 0], torch.tensor([[3.5, 5.5, 7.5]]))
     assert torch.equal(downsample(upsample(x)), x)
@@ -126,7 +126,7 @@ def test_halve_is_means_and_double_repeats():
 
 
 @pytest.mark.parametrize(("resize", "size"), [(downsample, (2, 3)), (upsample, (8, 12))])
-def test_a_res_block_may_change_the_size(resize, size):
+def test_res_block_resizes_both_branches(resize, size):
     """Both branches: the skip alone at first, and the normalised one before its convolution."""
     torch.manual_seed(0)
     block = ResBlock(8, 8, groups=4, resize=resize)
@@ -139,7 +139,7 @@ def test_a_res_block_may_change_the_size(resize, size):
     torch.testing.assert_close(block(x), expected)
 
 
-def test_an_asymmetric_downsample_looks_right_and_down():
+def test_asymmetric_downsample_pads_right_and_bottom():
     x = torch.zeros(1, 1, 4, 4)
     x[0, 0, 0, 0], x[0, 0, 3, 3] = 1.0, 100.0
     for asymmetric, corner, end in (
@@ -155,7 +155,7 @@ def test_an_asymmetric_downsample_looks_right_and_down():
         assert down(x)[0, 0, 1, 1] == 100 * end
 
 
-def test_activations_not_kept_are_computed_again():
+def test_maybe_checkpoint_recomputes_activations():
     calls = []
     layer = torch.nn.Linear(3, 3)
     layer.register_forward_pre_hook(lambda *seen: calls.append(1))
@@ -170,13 +170,13 @@ def test_activations_not_kept_are_computed_again():
         assert len(calls) == 1
 
 
-def test_normalisation_has_the_eps_it_is_given():
+def test_norm_uses_eps_argument():
     assert (norm(8).eps, norm(8, 4, 1e-6).eps) == (1e-5, 1e-6)
     block = ResBlock(8, 8, eps=1e-6)
     assert block.norm1.eps == block.norm2.eps == 1e-6
 
 
-def test_an_embedding_is_added_before_the_second_normalisation():
+def test_res_block_adds_embedding_before_second_norm():
     torch.manual_seed(0)
     block = ResBlock(4, 4, emb_dim=6, groups=2)
     torch.nn.init.normal_(block.conv2.weight)
@@ -186,6 +186,6 @@ def test_an_embedding_is_added_before_the_second_normalisation():
     torch.testing.assert_close(block(x, emb), x + block.conv2(silu(h)))
 
 
-def test_a_period_that_is_none_is_refused():
+def test_timestep_embedding_rejects_invalid_max_period():
     with pytest.raises(ValueError, match="max_period=0"):
         timestep_embedding(torch.ones(1), 4, max_period=0)

@@ -19,7 +19,7 @@ SMALL = dict(
 
 
 @pytest.mark.parametrize("attend", [sdpa, softmax_attention])
-def test_pooling_is_the_mean_token_s_attention(attend):
+def test_attention_pool_matches_mean_token_attention(attend):
     pool = AttentionPool(3, 8, heads=2, out=5, attend=attend).double()
     x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
     h = x.flatten(2).mT
@@ -32,7 +32,7 @@ def test_pooling_is_the_mean_token_s_attention(attend):
         pool(x[..., :2])
 
 
-def test_logits_depend_on_state_and_time_and_guide():
+def test_noisy_classifier_depends_on_state_and_time():
     net = lively(NoisyClassifier(3, 5, size=8, **SMALL))
     x, t = torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([1.0, 500.0])
     logits = net(x, t)
@@ -44,7 +44,7 @@ def test_logits_depend_on_state_and_time_and_guide():
     assert not torch.equal(logits[0], logits[1])
 
 
-def test_checkpointing_gives_the_same_gradients():
+def test_noisy_classifier_checkpointing_preserves_gradients():
     grads = []
     for checkpoint in (False, True):
         net = lively(NoisyClassifier(3, 5, size=8, gradient_checkpointing=checkpoint, **SMALL)).train()
@@ -53,7 +53,7 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_its_blocks_are_adms():
+def test_noisy_classifier_has_adm_blocks():
     net = NoisyClassifier(3, 5, size=8, **SMALL)
     assert net.down[0].resample.scale_shift
     assert net.down[0].layers[0].attention is None

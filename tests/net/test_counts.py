@@ -149,7 +149,7 @@ def undrawn(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*ROWS, *SKIPPED])
-def test_parameters_are_those_published(name):
+def test_net_has_published_parameter_count(name):
     if name in SKIPPED:
         pytest.skip(SKIPPED[name])
     row = ROWS[name]
@@ -163,7 +163,7 @@ def test_parameters_are_those_published(name):
     ("size", "mult", "blocks", "printed"),
     [(64, (1, 2, 3, 4), 4, "65"), (128, (1, 1, 2, 3, 4), 2, "43"), (256, (1, 1, 2, 2, 4, 4), 2, "54")],
 )
-def test_classifiers_are_of_the_published_size(size, mult, blocks, printed):
+def test_noisy_classifier_has_published_parameter_count(size, mult, blocks, printed):
     with torch.device("meta"):
         net = NoisyClassifier(
             3,
@@ -176,19 +176,19 @@ def test_classifiers_are_of_the_published_size(size, mult, blocks, printed):
     check(count(net), printed)
 
 
-def test_every_paper_option_is_in_the_table():
+def test_every_paper_net_option_is_counted():
     uncounted = {"unet", "quick", "quick_guidance_embed", "smoke", "smoke_guidance_embed", "lightningdit_xl1"}
     options = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["net"]
     assert set(options) - uncounted == {row.net for row in ROWS.values()}
 
 
 @pytest.mark.parametrize("patch", [4, 8])
-def test_larger_patches_change_the_first_and_the_last_layer_alone(patch):
+def test_dit_patch_size_changes_first_and_last_layer_only(patch):
     two, more = (built(Row("dit_s2", 4, 0, None, 384, 8, typed=(f"patch_size={p}",))) for p in (2, patch))
     assert count(more) - count(two) == (patch**2 - 4) * (4 * 384 + 8 * (384 + 1))
 
 
-def test_lightningdit_is_of_dits_size():
+def test_lightningdit_has_size_of_dit():
     check(
         count(built(Row("lightningdit_xl1", 32, 0, None, 1152))) + 1001 * 1152 + sincos_2d(16, 16, 1152).numel(),
         675_256_736,

@@ -58,7 +58,7 @@ def take_layer(ours: Layer, res: nn.Module, attention: nn.Module | None) -> None
             ours.attention.qkv.bias.copy_(torch.cat([p.bias for p in parts]))
 
 
-def test_answers_as_diffusers_does(reference):
+def test_ddpm_unet_matches_diffusers(reference):
     from hydra.utils import instantiate
 
     ours = instantiate(

@@ -47,13 +47,13 @@ def told(net: DiT, length: int = 4, mask: torch.Tensor | None = None, seed: int 
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_answers_in_its_shape_and_begins_as_nothing(options):
+def test_dit_output_is_zero_at_init(options):
     net = DiT(3, 6, **SMALL, **options)
     assert torch.equal(net(X, T, told(net)), torch.zeros(2, 6, 6, 4))
     assert lively(net)(X, T, told(net)).std() > 0.01
 
 
-def test_blocks_begin_as_the_identity():
+def test_dit_block_is_identity_at_init():
     """adaLN-Zero: every gate is zero, and so is what cross-attention adds."""
     net = DiT(3, 3, **SMALL, **OPTIONS["told"])
     x, block = torch.randn(2, 6, 16), net.blocks[0]
@@ -61,7 +61,7 @@ def test_blocks_begin_as_the_identity():
     assert torch.equal(block(x, torch.randn(2, 16), memory, None, None), x)
 
 
-def test_a_block_is_shift_scale_and_gate_in_dits_order():
+def test_dit_block_matches_manual_adaln():
     torch.manual_seed(0)
     block = lively(DiT(3, 3, **SMALL)).blocks[1]
     x, emb = torch.randn(2, 6, 16), torch.randn(2, 16)
@@ -71,7 +71,7 @@ def test_a_block_is_shift_scale_and_gate_in_dits_order():
     torch.testing.assert_close(block(x, emb, None, None, None), expected)
 
 
-def test_a_context_is_added_between_the_two():
+def test_dit_block_adds_cross_attention_between_attention_and_mlp():
     net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"]))
     block, memory, x, emb = net.blocks[0], net.memory(told(net)).layers[0], torch.randn(2, 6, 16), torch.randn(2, 16)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_context_is_added_between_the_two():
     torch.testing.assert_close(block(x, emb, memory, None, None), x + block.cross_attention(x, memory[0], None))
 
 
-def test_the_head_shifts_and_scales_and_the_time_is_told_with_the_vector():
+def test_dit_head_uses_sum_of_time_and_vector():
     net, seen = lively(DiT(3, 3, **SMALL, vector_dim=16)), []
     net.head.register_forward_pre_hook(lambda module, args: seen.extend(args))
     row = torch.randn(2, 16)
@@ -96,13 +96,13 @@ def test_the_head_shifts_and_scales_and_the_time_is_told_with_the_vector():
 
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_rectangles_of_any_size(options, patch):
+def test_dit_accepts_rectangles_of_any_size(options, patch):
     net = lively(DiT(3, 3, patch_size=patch, **SMALL, **options))
     for size in ((2, 2), (4, 10)):
         assert net(torch.randn(2, 3, *size), T, told(net)).shape == (2, 3, *size)
 
 
-def test_what_does_not_fit_is_refused():
+def test_dit_rejects_invalid_sizes():
     with pytest.raises(ValueError, match="5 x 4 cannot be cut into patches of 2"):
         DiT(3, 3, **SMALL)(torch.randn(2, 3, 5, 4), T, Condition())
     with pytest.raises(ValueError, match="num_heads=3 does not divide channels=16"):
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused():
         DiT(3, 3, vector_dim=5, **SMALL)
 
 
-def test_patches_come_back_where_they_were():
+def test_dit_unpatchify_inverts_patchify():
     """Without blocks and positions, and with a head that undoes the cutting, the answer is x."""
     net = DiT(
         3,
@@ -130,7 +130,7 @@ def test_patches_come_back_where_they_were():
     torch.testing.assert_close(net(X, T, Condition()), X)
 
 
-def test_places_are_added_as_computed():
+def test_dit_adds_position_embedding():
     net, seen = DiT(3, 3, **SMALL), []
     net.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     net(X, T, Condition())
@@ -138,7 +138,7 @@ def test_places_are_added_as_computed():
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_embedding_and_memory_computed_before_give_the_plain_call(options):
+def test_dit_precomputed_embedding_and_memory_equal_plain_call(options):
     net = lively(DiT(3, 3, **SMALL, **options))
     cond = told(net, mask=torch.tensor([[True, True, True, False], [True, False, False, False]]))
     plain = net(X, T, cond)
@@ -146,7 +146,7 @@ def test_embedding_and_memory_computed_before_give_the_plain_call(options):
     assert torch.equal(plain, net(X, T, Condition(), emb=net.embed(T, cond), memory=net.memory(cond)))
 
 
-def test_every_thing_told_is_heard():
+def test_dit_uses_every_condition():
     net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"], concat_channels=2))
     cond = told(net, mask=torch.ones(2, 4, dtype=torch.bool))
     concat, half = torch.randn(2, 2, 6, 4), torch.tensor([True, True, False, False]).expand(2, 4)
@@ -162,7 +162,7 @@ def test_every_thing_told_is_heard():
     assert (net(X, T + 100, Condition(cond.context, cond.mask, cond.vector, concat)) - before).abs().max() > 1e-3
 
 
-def test_masked_tokens_say_nothing():
+def test_dit_ignores_masked_tokens():
     net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"]))
     short = told(net, length=2)
     context = torch.cat([short.context, torch.full((2, 3, 6), 7.0)], 1)
@@ -170,7 +170,7 @@ def test_masked_tokens_say_nothing():
     torch.testing.assert_close(net(X, T, short), net(X, T, padded), rtol=1e-4, atol=1e-5)
 
 
-def test_each_block_is_given_its_own_keys_and_values():
+def test_dit_blocks_receive_their_memory():
     net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"]))
     cond, seen = told(net), []
     for block in net.blocks:
@@ -182,7 +182,7 @@ def test_each_block_is_given_its_own_keys_and_values():
     assert all(torch.equal(own, given) for pair in seen for own, given in zip(*pair, strict=True))
 
 
-def test_residuals_are_added_after_each_block():
+def test_dit_adds_residuals_after_each_block():
     net = lively(DiT(3, 3, **SMALL))
     zeros, nudge = [torch.zeros(2, 6, 16)] * 2, torch.randn(2, 6, 16)
     plain = net(X, T, Condition())
@@ -200,7 +200,7 @@ def test_residuals_are_added_after_each_block():
 
 
 @pytest.mark.parametrize("name", ["told", "lightning"])
-def test_recomputing_activations_gives_the_same_gradients(name):
+def test_dit_checkpointing_preserves_gradients(name):
     grads = []
     for checkpoint in (False, True):
         net = lively(DiT(3, 3, **SMALL, **{**OPTIONS[name], "gradient_checkpointing": checkpoint}))
@@ -210,7 +210,7 @@ def test_recomputing_activations_gives_the_same_gradients(name):
         assert torch.equal(a, b)
 
 
-def test_places_matter_by_what_is_added_or_turned():
+def test_dit_depends_on_positions_through_embedding_or_rope():
     """Blind to the order of patches without either; RoPE alone tells them apart."""
     x, swapped = X, X.roll(2, 2)  # whole rows of patches
     for rotary, blind in ((None, True), (rope_2d, False)):
@@ -225,7 +225,7 @@ def test_places_matter_by_what_is_added_or_turned():
         assert (same < 1e-9) == blind
 
 
-def test_feed_forwards_are_written_out():
+def test_dit_feed_forward_matches_formula():
     torch.manual_seed(0)
     x = torch.randn(3, 12)
     layer = MLP(12, 2.0)
@@ -236,7 +236,7 @@ def test_feed_forwards_are_written_out():
     torch.testing.assert_close(layer(x), layer.down(gate * gate.sigmoid() * h))
 
 
-def test_weights_are_drawn_as_dits():
+def test_dit_initialization_matches_paper():
     torch.manual_seed(0)
     net = DiT(3, 3, **{**SMALL, "channels": 64, "frequencies": 64}, vector_dim=64)
     bound = (6 / (64 + 3 * 64)) ** 0.5

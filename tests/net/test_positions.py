@@ -7,7 +7,7 @@ from ldm.net.positions import rope_2d, sincos_2d
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5), (1, 2)])
-def test_places_are_sines_and_cosines_of_column_and_then_row(height, width):
+def test_sincos_2d_is_sines_and_cosines_of_column_then_row(height, width):
     found = sincos_2d(height, width, 8)
     assert found.shape == (height * width, 8)
     assert found.dtype == torch.float32
@@ -19,12 +19,12 @@ def test_places_are_sines_and_cosines_of_column_and_then_row(height, width):
             torch.testing.assert_close(found[row * width + column], torch.tensor(expected))
 
 
-def test_a_larger_grid_holds_the_smaller_one():
+def test_sincos_2d_of_large_grid_contains_small_grid():
     large = sincos_2d(6, 7, 8).reshape(6, 7, 8)
     assert torch.equal(large[:3, :5].reshape(15, 8), sincos_2d(3, 5, 8))
 
 
-def test_rotated_products_depend_on_distance_alone():
+def test_rope_2d_products_depend_on_distance_only():
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(8, generator=g) for _ in range(2))
     height, width = 5, 6
@@ -41,7 +41,7 @@ def test_rotated_products_depend_on_distance_alone():
     torch.testing.assert_close(found[0, 0][0], q @ k)
 
 
-def test_a_rotation_keeps_lengths_and_turns_neighbouring_pairs():
+def test_rope_2d_rotates_neighbouring_pairs():
     rotate = rope_2d(2, 3, 8)
     x = torch.randn(2, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
@@ -52,7 +52,7 @@ def test_a_rotation_keeps_lengths_and_turns_neighbouring_pairs():
     assert rotate(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_theta_is_the_slowest_period():
+def test_rope_2d_theta_is_slowest_period():
     x = torch.zeros(1, 1, 2, 8)
     x[..., ::2] = 1.0
     turned = rope_2d(2, 1, 8, theta=16.0)(x)[0, 0, 1]
@@ -60,6 +60,6 @@ def test_theta_is_the_slowest_period():
 
 
 @pytest.mark.parametrize("make", [sincos_2d, rope_2d])
-def test_a_width_must_be_four_times_something(make):
+def test_positions_reject_width_not_divisible_by_four(make):
     with pytest.raises(ValueError, match="that 4 divides, not 6"):
         make(2, 2, 6)

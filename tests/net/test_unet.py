@@ -60,7 +60,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
-def test_answers_in_its_shape_and_begins_as_nothing(options):
+def test_unet_output_is_zero_at_init(options):
     net = UNet(3, 5, **{**SMALL, **options})
     x, t = torch.randn(2, 3, 8, 12), torch.tensor([1.0, 500.0])
     assert torch.equal(net(x, t, told_to(net)), torch.zeros(2, 5, 8, 12))
@@ -68,7 +68,7 @@ def test_answers_in_its_shape_and_begins_as_nothing(options):
 
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
-def test_embedding_and_memory_computed_before_give_the_plain_call(options):
+def test_unet_precomputed_embedding_and_memory_equal_plain_call(options):
     net = lively(UNet(3, 3, **{**SMALL, "vector_dim": 5, **options}))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
@@ -78,7 +78,7 @@ def test_embedding_and_memory_computed_before_give_the_plain_call(options):
     assert torch.equal(plain, net(x, t, Condition(), emb=net.embed(t, cond), memory=net.memory(cond)))
 
 
-def test_every_thing_told_is_heard():
+def test_unet_uses_every_condition():
     net = lively(
         UNet(
             3,
@@ -108,7 +108,7 @@ def test_every_thing_told_is_heard():
     assert (net(x, t + 100, cond) - before).abs().max() > 1e-3
 
 
-def test_masked_tokens_and_padding_say_nothing():
+def test_unet_ignores_masked_tokens_and_padding():
     net = lively(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0])
     short = told(length=2)
@@ -116,7 +116,7 @@ def test_masked_tokens_and_padding_say_nothing():
     torch.testing.assert_close(net(x, t, short), net(x, t, padded), rtol=1e-4, atol=1e-5)
 
 
-def test_rows_do_not_see_each_other():
+def test_unet_rows_are_independent():
     net = lively(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
     x, t, cond = torch.randn(3, 3, 8, 8), torch.tensor([10.0, 500.0, 3.0]), told(3)
     one = net(x[1:2], t[1:2], cond.index(slice(1, 2)))
@@ -124,7 +124,7 @@ def test_rows_do_not_see_each_other():
 
 
 @pytest.mark.parametrize(("mult", "blocks"), [((1, 2), 1), ((1, 2, 3), 2), ((1,), 3)])
-def test_every_skip_is_used_once_in_reverse(mult, blocks):
+def test_unet_uses_every_skip_once_in_reverse(mult, blocks):
     net = UNet(3, 3, channels=8, channel_mult=mult, num_res_blocks=blocks, attention_resolutions=(), num_groups=4)
     down = [8]
     for level in net.down:
@@ -154,7 +154,7 @@ def skip_shapes(net: UNet, x: torch.Tensor) -> list[torch.Size]:
     return shapes
 
 
-def test_residuals_are_added_to_the_skips_and_the_middle():
+def test_unet_adds_residuals_to_skips_and_middle():
     net = lively(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
     x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0]), told()
     shapes = skip_shapes(net, x)
@@ -168,7 +168,7 @@ def test_residuals_are_added_to_the_skips_and_the_middle():
         net(x, t, cond, residuals=[*zeros[:-2], zeros[-1]])
 
 
-def test_skips_carry_the_input_past_the_middle():
+def test_unet_skips_bypass_middle():
     """With the middle's answer cut off the output still depends on x, and each skip's channels are the second half of a concatenation."""
     net = lively(UNet(3, 3, channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4))
     seen = []
@@ -181,7 +181,7 @@ def test_skips_carry_the_input_past_the_middle():
 
 
 @pytest.mark.parametrize("attention", [(), (2,), (1, 2)])
-def test_attention_stands_where_it_is_asked_for(attention):
+def test_unet_attention_is_at_configured_factors(attention):
     net = UNet(
         3,
         3,
@@ -202,7 +202,7 @@ def test_attention_stands_where_it_is_asked_for(attention):
 
 
 @pytest.mark.parametrize("attention", [(1,), (2,), (1, 2)])
-def test_each_transformer_is_given_its_own_keys_and_values(attention):
+def test_unet_transformers_receive_their_memory(attention):
     net = lively(
         UNet(
             3,
@@ -232,7 +232,7 @@ def test_each_transformer_is_given_its_own_keys_and_values(attention):
 
 @pytest.mark.parametrize("size", [(7, 5), (9, 12), (1, 3)])
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
-def test_sizes_may_be_odd(options, size):
+def test_unet_accepts_odd_sizes(options, size):
     net = lively(UNet(3, 3, **{**SMALL, **options}))
     out = net(torch.randn(2, 3, *size), torch.tensor([1.0, 500.0]), told_to(net))
     assert out.shape == (2, 3, *size)
@@ -240,7 +240,7 @@ def test_sizes_may_be_odd(options, size):
 
 
 @pytest.mark.parametrize("name", ["deep", "ADM", "depths", "QKV"])
-def test_recomputing_activations_gives_the_same_gradients(name):
+def test_unet_checkpointing_preserves_gradients(name):
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
     grads = []
     for checkpoint in (False, True):
@@ -252,7 +252,7 @@ def test_recomputing_activations_gives_the_same_gradients(name):
         assert torch.equal(a, b)
 
 
-def test_depth_is_by_level_and_the_middle_has_the_last():
+def test_unet_transformer_depth_is_per_level():
     net = UNet(3, 3, **{**SMALL, **SHAPES["depths"]})
 
     def depths(levels):
@@ -265,13 +265,13 @@ def test_depth_is_by_level_and_the_middle_has_the_last():
         UNet(3, 3, **{**SMALL, **SHAPES["depths"], "transformer_depth": (1, 2)})
 
 
-def test_factors_that_no_level_has_leave_attention_in_the_middle():
+def test_unet_attention_outside_levels_is_in_middle_only():
     net = UNet(3, 3, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(32, 16, 8), **SMALL)
     assert net.middle1.attention is not None
     assert [m for m in net.modules() if isinstance(m, SpatialTransformer)] == [net.middle1.attention]
 
 
-def test_res_blocks_change_the_size_and_hear_the_time():
+def test_unet_resblock_updown_resizes_and_uses_time():
     net = lively(
         UNet(3, 3, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), resblock_updown=True, **SMALL)
     )
@@ -286,13 +286,13 @@ def test_res_blocks_change_the_size_and_hear_the_time():
     assert (seen[0][0] - seen[0][1]).abs().max() > 1e-3
 
 
-def test_a_class_row_is_added_to_the_time():
+def test_unet_adds_class_embedding_to_time():
     net = lively(UNet(3, 3, vector_dim=32, vector_embedding=identity_embedding, **SMALL))
     t, row = torch.tensor([1.0, 500.0]), torch.randn(2, 32)
     torch.testing.assert_close(net.embed(t, Condition(vector=row)), net.embed(t, Condition(vector=0 * row)) + row)
 
 
-def test_heads_that_do_not_divide_are_refused():
+def test_unet_rejects_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="num_head_channels=8 does not divide a level's 12 channels"):
         UNet(3, 3, channels=12, attention_resolutions=(1,), num_head_channels=8, num_groups=4)
     with pytest.raises(ValueError, match="num_head_channels=0 does not divide"):
@@ -308,14 +308,14 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 @pytest.mark.parametrize("block", [SpatialTransformer, QKVAttention])
-def test_a_context_that_cannot_be_heard_is_refused(block):
+def test_unet_without_cross_attention_rejects_context(block):
     net = UNet(3, 3, channels=8, attention_resolutions=(2,), num_head_channels=8, num_groups=4, block=block)
     with pytest.raises(ValueError, match="the network has no cross-attention"):
         net(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), told())
 
 
 @pytest.mark.parametrize("odd", [False, True])
-def test_the_whole_is_its_parts(odd):
+def test_unet_matches_manual_forward(odd):
     net = lively(UNet(3, 3, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), vector_dim=5, **SMALL))
     x, t, cond = torch.randn(2, 3, 8 - odd, 8), torch.tensor([1.0, 500.0]), told(vector=torch.randn(2, 5))
     emb = net.time(timestep_embedding(t, 8)) + net.vector(cond.vector)

@@ -23,7 +23,7 @@ OPTIONS = sorted(file.stem for file in CONF.glob("[!_]*.yaml"))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_training_option_names_recipe_with_every_option_visible(option):
+def test_training_option_lists_every_recipe_option(option):
     node = OmegaConf.to_container(compose_option("training", option), resolve=False)
     recipe = recipe_class(node)
     fields = {field.name for field in dataclasses.fields(recipe)}
@@ -32,7 +32,7 @@ def test_training_option_names_recipe_with_every_option_visible(option):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_status_needs_no_instance(option, monkeypatch, tmp_path):
+def test_recipe_status_needs_no_instance(option, monkeypatch, tmp_path):
     """Neither networks nor losses are built: LPIPS would fetch its weights."""
     monkeypatch.setattr("ldm.runs.cache.current_choices", dict)
     monkeypatch.setattr("ldm.recipes.recipe.instantiate", lambda node: pytest.fail("a recipe is built"))
@@ -41,7 +41,7 @@ def test_status_needs_no_instance(option, monkeypatch, tmp_path):
     assert (status.metrics, status.steps_done, dict(status.missing_dependencies)) == (None, 0, {})
 
 
-def test_status_lists_missing_dependencies(monkeypatch, tmp_path):
+def test_recipe_status_lists_missing_dependencies(monkeypatch, tmp_path):
     monkeypatch.setattr("ldm.runs.cache.current_choices", dict)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     cfg = composed("training=diffusion")
@@ -57,13 +57,13 @@ def test_status_lists_missing_dependencies(monkeypatch, tmp_path):
         ({"stepz": 3}, "takes no 'stepz'; did you mean 'steps'"),
     ],
 )
-def test_option_is_validated_by_name_and_type(change, message):
+def test_recipe_option_is_validated_by_name_and_type(change, message):
     config = to_container(composed())
     with pytest.raises(UserError, match=message):
         validate({**config, "training": {**config["training"], **change}}, None, RUNTIME_PARAMETERS)
 
 
-def test_missing_option_is_named():
+def test_recipe_missing_option_is_named():
     config = to_container(composed())
     del config["training"]["steps"]
     with pytest.raises(UserError, match="DiffusionRecipe also needs steps"):
@@ -93,7 +93,7 @@ def train(cfg): return 1.0
     ("name", "missing"),
     [("WithoutStatus", "run_dir, dependencies"), ("NotStatic", "run_dir"), ("train", ", ".join(METHODS))],
 )
-def test_own_class_without_the_methods_is_refused(name, missing, tmp_path, monkeypatch):
+def test_user_recipe_without_methods_is_refused(name, missing, tmp_path, monkeypatch):
     (tmp_path / "own_recipes.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     node = {"_target_": f"own_recipes.{name}"}
@@ -104,13 +104,13 @@ def test_own_class_without_the_methods_is_refused(name, missing, tmp_path, monke
             function(node)
 
 
-def test_own_class_with_the_methods_is_built(tmp_path, monkeypatch):
+def test_user_recipe_with_methods_is_built(tmp_path, monkeypatch):
     (tmp_path / "own_recipes.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     assert build_recipe({"_target_": "own_recipes.Whole", "steps": 3}).train({}) == 3
 
 
-def test_names_stated_elsewhere_are_those_of_the_classes():
+def test_recipe_names_equal_class_names():
     assert OmegaConf.load(CONF / "classifier.yaml")._target_ == CLASSIFIER_RECIPE
     assert get_object(CLASSIFIER_RECIPE).__name__ == "ClassifierRecipe"
     assert recipe_class({"_target_": "ldm.recipes.pretrained_autoencoder.PretrainedAutoencoderRecipe"}) is (

@@ -7,7 +7,7 @@ from ldm.data.stream import BatchStream
 from ldm.training.accumulate import MicroBatchStream
 
 
-def test_the_parts_of_a_stream_are_its_batches_cut():
+def test_micro_batches_partition_batches():
     whole, parts = BatchStream(10, 6, 3, seed=1), MicroBatchStream(BatchStream(10, 6, 3, seed=1), 3)
     assert len(parts) == 9
     for step, one in enumerate(whole):
@@ -18,7 +18,7 @@ def test_the_parts_of_a_stream_are_its_batches_cut():
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_losses_and_weights_are_those_of_whole_batches(parts):
+def test_accumulation_matches_full_batch(parts):
     seen = [Seen(), Seen()]
     for one, accumulate in zip(seen, (1, parts), strict=True):
         train(Line(), Rows(), [one], steps=5, accumulate_grad_batches=accumulate)
@@ -28,7 +28,7 @@ def test_losses_and_weights_are_those_of_whole_batches(parts):
         assert cut == pytest.approx(whole, rel=1e-5)
 
 
-def test_rows_that_cannot_be_shared_out_are_refused():
+def test_accumulation_rejects_indivisible_batch():
     with pytest.raises(
         ValueError, match=r"batch_size=4 cannot be split into 3 equal parts \(1 processes, accumulate_grad_batches=3\)"
     ):
@@ -43,6 +43,6 @@ def test_rows_that_cannot_be_shared_out_are_refused():
         ({"strategy": "0x10"}, "expected auto"),
     ],
 )
-def test_numbers_and_names_that_cannot_be_are_refused(typed, said):
+def test_trainer_rejects_invalid_numbers_and_names(typed, said):
     with pytest.raises(ValueError, match=said):
         train(Line(), Rows(), [], steps=1, **typed)

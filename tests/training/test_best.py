@@ -19,7 +19,7 @@ ROWS = [
 ]
 
 
-def test_lowest_of_the_steps_that_are_there():
+def test_lowest_considers_existing_steps():
     assert lowest("train/loss", ROWS, {1, 2, 3}) == Best("train/loss", 2, 1.0)
     assert lowest("-val/psnr", ROWS, {1, 2, 3}) == Best("-val/psnr", 3, -11.0)
     assert lowest("val/nosuch", ROWS, {1, 2, 3}) is None
@@ -28,7 +28,7 @@ def test_lowest_of_the_steps_that_are_there():
     )
 
 
-def test_a_resumed_run_takes_its_best_from_the_journal(tmp_path):
+def test_read_best_after_resume_uses_metrics_log(tmp_path):
     """Of the metric of now, of checkpoints that are complete, up to the step that it is resumed from."""
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, step, {"model": {"w": torch.zeros(1)}}, {}, keep=0)
@@ -43,11 +43,11 @@ def test_a_resumed_run_takes_its_best_from_the_journal(tmp_path):
 @pytest.mark.parametrize(
     "name", [None, "", "train/loss", "-train/any", "perf/mfu", "-perf/images_per_s", "val/fd_x_1k", "-val/fd_x_1k"]
 )
-def test_require_metric_admits_what_may_come(name):
+def test_require_metric_accepts_possible_metric(name):
     require_metric(name, {"val/fd_x_1k"})
 
 
-def test_require_metric_admits_what_it_cannot_know():
+def test_require_metric_accepts_unknown_scores():
     require_metric("val/own", None)
 
 
@@ -60,13 +60,13 @@ def test_require_metric_admits_what_it_cannot_know():
         ("fd_fashion", (), "", "keep_best=fd_fashion: the numbers of metrics.jsonl begin with train/, val/ or perf/; expected"),
     ],
 )  # fmt: skip
-def test_require_metric_refuses_what_never_comes(name, scores, why, text):
+def test_require_metric_rejects_impossible_metric(name, scores, why, text):
     with pytest.raises(UserError) as error:
         require_metric(name, scores, why)
     assert str(error.value).startswith(text)
 
 
-def test_what_a_training_scores():
+def test_scored_metrics_lists_what_training_scores():
     cfg, steps = composed("budget=smoke", "metrics=fd"), 10
     assert scored_metrics(cfg, EvaluationConfig(eval_every=5), steps) == ({"val/fd_fashion_1k"}, "")
     assert scored_metrics(cfg, EvaluationConfig(eval_every=5, eval_num=250), steps) == ({"val/fd_fashion_250"}, "")
@@ -80,7 +80,7 @@ def test_what_a_training_scores():
     assert scored_metrics(own, EvaluationConfig(eval_every=5), steps) == (None, "")
 
 
-def test_a_training_on_the_way_keeps_no_best(monkeypatch, tmp_path):
+def test_evaluator_training_has_no_keep_best(monkeypatch, tmp_path):
     """The judge never writes the number that its user is to be judged by."""
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     configs = []

@@ -30,7 +30,7 @@ class Lit(nn.Module):
         )
 
 
-def test_a_training_goes_on_with_what_its_objective_remembers(tmp_path):
+def test_checkpoint_preserves_objective_state(tmp_path):
     before, after, trainer = Lit(), Lit(), SimpleNamespace(is_global_zero=True, optimizers=[], precision_plugin=Plain())
     before.objective.update_history(torch.tensor([0, 2, 2, 0, 1, 1]), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
     CheckpointCallback(tmp_path, None, 1, 1, "").on_train_batch_end(trainer, before, None, {"step": 0}, 0)
@@ -42,7 +42,7 @@ def test_a_training_goes_on_with_what_its_objective_remembers(tmp_path):
     assert torch.equal(after.model.weight, before.model.weight)
 
 
-def test_which_checkpoints_stay(tmp_path):
+def test_retention_policy_preserves_newest_periodic_and_best(tmp_path):
     """The newest two, every fourth, and the one whose number was lowest, by now the third."""
     values = iter([None, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     run_steps(
@@ -60,7 +60,7 @@ def run_steps(saving: CheckpointCallback, number: int, *later: BestLater) -> Non
     saving.on_train_end(TRAINER, None)
 
 
-def test_a_new_best_is_saved_between_two_saves(tmp_path):
+def test_new_best_is_saved_between_saves(tmp_path):
     values = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     run_steps(
         CheckpointCallback(tmp_path, None, 4, 8, "", keep=RetentionPolicy(2, None, lambda: next(values), "val/fd")), 8
@@ -73,7 +73,7 @@ def test_a_new_best_is_saved_between_two_saves(tmp_path):
 @pytest.mark.parametrize(
     "values", [[math.nan, 2.0, 3.0], [2.0, -math.inf, math.nan], [math.inf, 3.0, 2.0], [math.nan, math.nan, -math.inf]]
 )
-def test_a_number_that_is_not_finite_is_never_best(values, tmp_path, capsys):
+def test_non_finite_value_is_never_best(values, tmp_path, capsys):
     turn, finite = iter(values), [value for value in values if math.isfinite(value)]
     run_steps(
         CheckpointCallback(
@@ -92,7 +92,7 @@ def test_a_number_that_is_not_finite_is_never_best(values, tmp_path, capsys):
 @pytest.mark.parametrize(
     "left", ['{"metric": "-perf/images_per_s", "step": 1, "value": -70.0}', '{"step": 1, "value": -70.0}', '{"met']
 )
-def test_a_best_of_another_metric_is_not_compared(left, tmp_path):
+def test_best_of_other_metric_is_ignored(left, tmp_path):
     """Nor one of which no metric is known, nor half a file."""
     (tmp_path / "best.json").write_text(left)
     values = iter([3.0, 2.0, 4.0])
@@ -104,7 +104,7 @@ def test_a_best_of_another_metric_is_not_compared(left, tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_number_written_after_the_save_belongs_to_its_step(every, tmp_path):
+def test_value_written_after_save_belongs_to_its_step(every, tmp_path):
     """As that of a picture, which is after the checkpoint: the best is of step 2, whether that is saved anyway or not."""
     values = iter([None, 3.0, None, 1.0, None, 2.0])
     saving = CheckpointCallback(
@@ -115,7 +115,7 @@ def test_a_number_written_after_the_save_belongs_to_its_step(every, tmp_path):
     assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 2]
 
 
-def test_the_former_best_stays_until_the_new_one_is_saved(tmp_path, monkeypatch):
+def test_former_best_stays_until_new_one_is_saved(tmp_path, monkeypatch):
     """A save that fails leaves the former best, and best.json says so."""
     values = iter([1.0, 2.0, 2.0, 0.5])
     saving = CheckpointCallback(tmp_path, None, 1, 9, "", keep=RetentionPolicy(2, None, lambda: next(values), "val/fd"))
@@ -129,7 +129,7 @@ def test_the_former_best_stays_until_the_new_one_is_saved(tmp_path, monkeypatch)
     assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 2, 1]
 
 
-def test_a_number_that_is_not_written_is_reported_once_and_at_the_end(tmp_path, capsys):
+def test_missing_metric_is_reported_once_and_at_end(tmp_path, capsys):
     written = set()
     saving = CheckpointCallback(
         tmp_path, None, 1, 3, "", keep=RetentionPolicy(2, None, lambda: None, "-train/nosuch", lambda: written)

@@ -35,7 +35,7 @@ def made(place) -> Path:
     return train(*SMALL)
 
 
-def test_loss_is_the_mean_over_both_directions():
+def test_clip_loss_averages_both_directions():
     angles = torch.tensor([0.0, 2.0]), torch.tensor([0.3, 1.4])
     image, text = (torch.stack([a.cos(), a.sin()], 1) for a in angles)
     cosines = [[math.cos(a - b) for b in (0.3, 1.4)] for a in (0.0, 2.0)]
@@ -50,7 +50,7 @@ def test_loss_is_the_mean_over_both_directions():
     assert terms["accuracy"] == 1
 
 
-def test_equal_captions_are_each_others_answer():
+def test_clip_loss_accepts_equal_captions():
     """Two images of one caption and one of another, all embeddings right: the loss is that of a choice between two equals."""
     image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
@@ -59,7 +59,7 @@ def test_equal_captions_are_each_others_answer():
     assert terms["accuracy"] == 1
 
 
-def test_a_crop_is_a_part_of_the_image_keyed_by_its_row():
+def test_random_crop_is_keyed_by_row():
     x = torch.linspace(-1, 1, 16)
     image = torch.stack([x.expand(16, 16), x[:, None].expand(16, 16)])[None].repeat(
         3, 1, 1, 1
@@ -78,14 +78,14 @@ def test_a_crop_is_a_part_of_the_image_keyed_by_its_row():
 
 
 @pytest.mark.parametrize(("total", "sizes"), [(740, [100] * 7), (100, [100]), (60, [60]), (199, [100])])
-def test_groups_are_spread_over_all(total, sizes):
+def test_split_groups_covers_all_rows(total, sizes):
     found = split_groups(total, 100)
     assert [len(one) for one in found] == sizes
     assert len({row for one in found for row in one}) == sum(sizes)
     assert all(0 <= row < total for one in found for row in one)
 
 
-def test_its_files_are_read_as_published_ones_are(made):
+def test_clip_files_load_like_published_ones(made):
     """Both towers, the text as a condition and the image as one, with no other code than a user's ViT-L/14 has."""
     model, weights = str(made / "model.json"), str(made / "weights.safetensors")
     encoder = CLIP(model, weights)
@@ -99,14 +99,14 @@ def test_its_files_are_read_as_published_ones_are(made):
     assert CLIPImage("model", weights)({"image": torch.zeros(2, 1, 32, 32)}).vector.shape == (2, 16)
 
 
-def test_retrieval_is_said_beside_chance(made):
+def test_clip_retrieval_is_reported_with_chance(made):
     found = json.loads((made / "metrics.json").read_text())
     assert found["chance"] == 0.01
     assert 0 <= found["image_to_text"] <= 1
     assert 0 <= found["text_to_image"] <= 1
 
 
-def test_a_diffusion_model_is_told_by_it(made):
+def test_trained_clip_conditions_diffusion_model(made):
     typed = (
         f"conditioner.encoder.model={made / 'model.json'}",
         f"conditioner.encoder.weights={made / 'weights.safetensors'}",
@@ -116,7 +116,7 @@ def test_a_diffusion_model_is_told_by_it(made):
     assert len(list(Path("drawn").glob("0*.png"))) == 2
 
 
-def test_what_a_resnet_learns_beside_its_parameters_is_kept():
+def test_clip_checkpoint_contains_batch_norm_statistics():
     from ldm.checkpoint.state import extra_state
 
     def lit() -> LitCLIP:
@@ -132,7 +132,7 @@ def test_what_a_resnet_learns_beside_its_parameters_is_kept():
 
 
 @pytest.mark.slow
-def test_taken_up_where_it_stopped(place):
+def test_clip_training_resumes_exactly(place):
     """Steps 1 and 2 in two processes come to the weights of both in one, to the bit."""
     typed = (*SMALL, "training.steps=2", "training.save_every=1", "name=resumed")
     whole = train(*typed)
@@ -149,7 +149,7 @@ def test_taken_up_where_it_stopped(place):
 
 
 @pytest.mark.parametrize("training", ["autoencoder", "classifier", "clip"])
-def test_what_is_told_nothing_takes_no_degraded_images(training, capfd):
+def test_unconditional_training_rejects_degradation(training, capfd):
     capfd.readouterr()
     typed = ("~training.score", "degradation=mask", *(() if training == "autoencoder" else ("~training.sample_every",)))
     assert command("train.py", "budget=smoke", f"training={training}", *typed) == 2

@@ -29,20 +29,20 @@ def fitted(lit, steps, **given):
     return seen.weights
 
 
-def test_it_learns_the_same_and_says_how_long_it_took(capfd):
+def test_compiled_training_matches_eager_and_reports_time(capfd):
     plain = fitted(Line(), 20)
     assert "compiled" not in capfd.readouterr().out
     assert fitted(Compiled(), 20, torch_compile=True) == pytest.approx(plain, rel=1e-6)
     assert "a line      compiled in " in capfd.readouterr().out
 
 
-def test_sharded_it_is_refused():
+def test_compile_with_fsdp_is_refused():
     with pytest.raises(ValueError, match="torch_compile=true with strategy=fsdp: expected one of the two"):
         train(Line(), Rows(), [], steps=1, torch_compile=True, strategy="fsdp")
 
 
 @pytest.mark.parametrize("lit", [LitDiffusion, LitClassifier, LitCLIP])
-def test_what_is_compiled_is_the_network(lit):
+def test_compile_applies_to_network(lit):
     net = torch.nn.Linear(1, 1)
     one = lit.__new__(lit)
     torch.nn.Module.__init__(one)
@@ -56,7 +56,7 @@ def test_what_is_compiled_is_the_network(lit):
 
 
 @pytest.mark.parametrize("lit", [LitAutoencoder, LitEvaluator])
-def test_what_is_not_compiled_does_not_say_so(lit):
+def test_compile_without_network_does_nothing(lit):
     one = lit.__new__(lit)
     torch.nn.Module.__init__(one)
     one.compile()
@@ -64,7 +64,7 @@ def test_what_is_not_compiled_does_not_say_so(lit):
 
 
 @pytest.mark.slow
-def test_a_diffusion_model_is_trained_by_it(smoke, tmp_path, monkeypatch, capfd):
+def test_diffusion_model_trains_compiled(smoke, tmp_path, monkeypatch, capfd):
     whole = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend="eager", **given))
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):

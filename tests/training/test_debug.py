@@ -48,12 +48,12 @@ SAID = {
 
 @pytest.mark.parametrize("harm", SAID)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_first_that_is_not_finite_is_named(harm, accumulate, tmp_path):
+def test_non_finite_detector_names_first_module(harm, accumulate, tmp_path):
     with pytest.raises(NonFiniteError, match=SAID[harm]):
         train(Deep(harm), Rows(), [NonFiniteDetector(tmp_path)], steps=5, accumulate_grad_batches=accumulate)
 
 
-def test_nothing_is_named_where_all_is_finite(tmp_path):
+def test_non_finite_detector_leaves_no_hooks(tmp_path):
     lit = Deep(None)
     train(lit, Rows(), [NonFiniteDetector(tmp_path)], steps=3)
     assert not any(module._forward_hooks for module in lit.modules())
@@ -62,7 +62,7 @@ def test_nothing_is_named_where_all_is_finite(tmp_path):
 @pytest.mark.parametrize(
     ("step", "said"), [(2, None), (3, r"step 3: inner"), (4, r"step 4: before.0 .* and its weight, bias$")]
 )
-def test_one_step_is_looked_at_and_is_the_last(step, said, tmp_path, capfd):
+def test_debug_step_inspects_one_step_and_stops(step, said, tmp_path, capfd):
     """The third is harmed, and the weights after it."""
     seen = Seen()
     with pytest.raises(NonFiniteError if said else SystemExit, match=said or "^0$"):
@@ -71,14 +71,14 @@ def test_one_step_is_looked_at_and_is_the_last(step, said, tmp_path, capfd):
     assert len(seen.terms) == step - 1
 
 
-def test_a_step_that_is_past_cannot_be_looked_at(tmp_path):
+def test_debug_step_before_start_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"debug.step=2: this begins with step 4; choose an earlier checkpoint by resume="
     ):
         train(Line(), Rows(), [NonFiniteDetector(tmp_path, 2)], steps=6, start=3)
 
 
-def test_one_batch_over_and_over(tmp_path):
+def test_overfit_one_batch_repeats_batch(tmp_path):
     keys, losses = [], Seen()
 
     class Keys(Seen):
@@ -92,7 +92,7 @@ def test_one_batch_over_and_over(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [4, 12])
-def test_a_profile_is_written(steps, tmp_path, capfd):
+def test_profile_writes_table_and_trace(steps, tmp_path, capfd):
     train(Line(), Rows(), [Profile(tmp_path, 2, 2, 5)], steps=steps)
     text = (tmp_path / "profile" / "table.txt").read_text()
     assert "aten::addmm" in text
@@ -108,6 +108,6 @@ def test_a_profile_is_written(steps, tmp_path, capfd):
     assert capfd.readouterr().out.count("backward") == 1
 
 
-def test_a_training_too_short_for_it_says_so(tmp_path):
+def test_profile_of_short_training_reports_too_few_steps(tmp_path):
     train(Line(), Rows(), [Profile(tmp_path, 2, 3, 5)], steps=3)
     assert (tmp_path / "profile" / "table.txt").read_text().startswith("too few steps to time")

@@ -65,7 +65,7 @@ def outcome(lit, accumulate=1, steps=6, **options):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_sharded_training_shows_and_leaves_what_an_unsharded_one_does(accumulate, alone):
+def test_sharded_fit_matches_unsharded(accumulate, alone):
     expected = outcome(Sharded(), accumulate)
     assert len({tuple(expected[f"score {step}"]) for step in (2, 4, 6)}) == 3
     found = outcome(Sharded(), accumulate, strategy="fsdp")
@@ -74,7 +74,7 @@ def test_a_sharded_training_shows_and_leaves_what_an_unsharded_one_does(accumula
         assert found[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_what_cannot_be_sharded_is_trained_without_and_the_line_says_so(alone, capfd):
+def test_fsdp_of_unsupported_module_falls_back_with_message(alone, capfd):
     expected = outcome(Line())
     capfd.readouterr()
     assert outcome(Line(), strategy="fsdp") == expected

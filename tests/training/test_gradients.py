@@ -22,7 +22,7 @@ def watched(tmp_path, bad, patience=3, every=1, accumulate=1):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_one_bad_row_costs_one_step(tmp_path, accumulate):
+def test_gradient_guard_skips_one_bad_step(tmp_path, accumulate):
     seen, rows = watched(tmp_path, [KEYS[2][1]], accumulate=accumulate)
     assert seen.weights[2] == seen.weights[1]
     assert all(math.isfinite(weight) for weight in seen.weights)
@@ -35,7 +35,7 @@ def test_one_bad_row_costs_one_step(tmp_path, accumulate):
     assert [tuple(key) for key in evidence["batch"]["epoch, index"]] == KEYS[2]
 
 
-def test_a_record_leaves_out_what_was_skipped(tmp_path):
+def test_recorder_excludes_skipped_steps(tmp_path):
     _, rows = watched(tmp_path, [KEYS[2][1]], every=3)
     (_, first), (_, second) = rows
     assert first["train/skipped"] == 1
@@ -43,13 +43,13 @@ def test_a_record_leaves_out_what_was_skipped(tmp_path):
     assert "train/skipped" not in second
 
 
-def test_nothing_but_bad_rows_ends_the_training(tmp_path):
+def test_gradient_guard_ends_training_after_repeated_skips(tmp_path):
     with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 5, .*line.weight.*nonfinite.json"):
         watched(tmp_path, [key for step in (0, 2, 3, 4) for key in KEYS[step]])
     assert json.loads((tmp_path / NONFINITE_REPORT).read_text())["skipped_in_a_row"] == 3
 
 
-def test_the_norm_is_that_of_the_gradients(tmp_path):
+def test_gradient_guard_norm_is_global_norm(tmp_path):
     class Norm(GradientGuard):
         def on_before_optimizer_step(self, trainer, lit, optimizer):
             self.expected = math.sqrt(sum(float(p.grad.square().sum()) for p in lit.parameters()))

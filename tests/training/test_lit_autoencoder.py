@@ -71,7 +71,7 @@ def watched(lit: LitAutoencoder, steps: int) -> Watch:
 
 
 @pytest.mark.parametrize(("kind", "f"), [(kind, f) for kind, (_, factors) in FACTORS.items() for f in factors])
-def test_every_factor_trains_a_step(kind, f):
+def test_autoencoder_step_trains_at_every_factor(kind, f):
     lit = stage(kind, f)
     watch = watched(lit, 1)
     (terms,) = watch.terms
@@ -81,7 +81,7 @@ def test_every_factor_trains_a_step(kind, f):
     assert {"logits_real", "logits_fake", "discriminator_accuracy", "adversarial_weight"} < terms.keys()
 
 
-def test_both_optimisers_step_and_steps_are_batches():
+def test_autoencoder_steps_count_batches_with_two_optimizers():
     """Lightning counts each optimiser's step; ours are the stream's, so that the discriminator enters when it is said to."""
     watch = watched(stage("kl", 2, start=2), 4)
     assert watch.counts == [(0, 1), (1, 2), (2, 4), (3, 6)]
@@ -89,13 +89,13 @@ def test_both_optimisers_step_and_steps_are_batches():
     assert ["discriminator" in terms for terms in watch.terms] == [False, False, True, True]
 
 
-def test_the_adversary_comes_in_slowly():
+def test_discriminator_ramp_scales_adversarial_weight():
     """At the same weights, the ramp alone scales the adaptive weight."""
     whole, slow = (watched(stage("kl", 2, start=0, ramp=ramp), 1).terms[0]["adversarial_weight"] for ramp in (1, 4))
     assert slow == pytest.approx(whole / 4)
 
 
-def test_no_weight_no_discriminator():
+def test_zero_adversarial_weight_disables_discriminator():
     watch = watched(stage("kl", 2, weight=0.0), 2)
     assert watch.moved == [(True, False)] * 2
     assert "adversarial" not in watch.terms[-1]

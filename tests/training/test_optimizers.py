@@ -24,7 +24,7 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) 
         optimizer.step(lambda: (optimizer.zero_grad(), model(x).square().sum().backward()))
 
 
-def test_vectors_do_not_decay():
+def test_adamw_does_not_decay_vectors():
     groups = adamw(net().parameters(), weight_decay=0.3).param_groups
     assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [
         (0.3, {2, 4}),
@@ -33,7 +33,7 @@ def test_vectors_do_not_decay():
     assert [group["weight_decay"] for group in adamw(nn.GroupNorm(1, 4).parameters()).param_groups] == [0.0]
 
 
-def test_muon_has_the_matrices_and_adamw_the_rest():
+def test_muon_takes_matrices_and_adamw_the_rest():
     model = net()
     both = muon(model.parameters(), lr=1e-3, matrix_lr=0.1)
     first, second = both.optimizers
@@ -44,7 +44,7 @@ def test_muon_has_the_matrices_and_adamw_the_rest():
 
 
 @pytest.mark.parametrize("make", [adamw, muon])
-def test_a_training_that_goes_on_is_the_one_that_never_stopped(make):
+def test_optimizer_state_resumes_exactly(make):
     whole, model = net(), net()
     stepped(whole, make(whole.parameters(), lr=1e-2), 6)
     before = make(model.parameters(), lr=1e-2)
@@ -55,7 +55,7 @@ def test_a_training_that_goes_on_is_the_one_that_never_stopped(make):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
 
 
-def test_a_rate_set_from_outside_reaches_both():
+def test_chained_optimizer_propagates_learning_rate():
     model = net()
     both = muon(model.parameters())
     state = both.state_dict()
@@ -91,6 +91,6 @@ def compare_on_two(rank, folder):
 
 
 @pytest.mark.slow
-def test_muon_on_two_processes_shards_takes_the_step_of_one(tmp_path):
+def test_muon_on_sharded_matrices_matches_one_process(tmp_path):
     """Bit for bit, of a matrix with fewer rows than processes too."""
     torch.multiprocessing.spawn(compare_on_two, args=(tmp_path,), nprocs=2)

@@ -1,0 +1,291 @@
+"""The strict check of configs, by source alone."""
+
+import sys
+import textwrap
+
+import pytest
+
+from ldm.config.signatures import read_signature
+from ldm.config.validate import check_target_allowed, validate
+from ldm.errors import UserError
+
+MODULE = """
+from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from elsewhere import Shape
+from typing import Any, ClassVar, Literal, NamedTuple, Optional, Union
+import raised_if_imported
+from sample_pkg.other import elsewhere
+Pair = tuple[float, float]
+
+def solve(x, y, eta: float = 0.0, steps: int = 3, kind: Literal["a", "b"] = "a", *, interval: Pair = (0, 1), note: "str | None" = None): ...
+def anything(x: int, **options): ...
+
+class Net:
+    def __init__(self, width: int, mult: Sequence[int] = (1,), sizes: list[float] | None = None, on: bool = False, act: Any = None): ...
+    @classmethod
+    def small(cls, width: int): ...
+
+class Child(Net):
+    def forward(self): ...
+
+class Shaped:
+    def __init__(self, made: Shape = 1, call: Callable[[int], int] = abs, rest: Any = 1): ...
+
+@dataclass(frozen=True)
+class Schedule:
+    name: ClassVar[str] = "s"
+    beta: float
+    T: int = 1000
+    table: list = field(default_factory=list)
+    hidden: int = field(init=False, default=0)
+
+@dataclass
+class Zero(Schedule):
+    shift: Optional[float] = None
+    either: Union[int, str] = 1
+
+class Protocol(NamedTuple):
+    num: int
+    steps: int = 5
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "sample_pkg").mkdir()
+    (folder / "sample_pkg" / "__init__.py").write_text("")
+    (folder / "sample_pkg" / "one.py").write_text(textwrap.dedent(MODULE))
+    (folder / "sample_pkg" / "other.py").write_text("def elsewhere(depth: int = 1): ...")
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+
+
+def node(target, partial=False, **values):
+    return {"node": {"_target_": f"sample_pkg.one.{target}", **({"_partial_": True} if partial else {}), **values}}
+
+
+FINE = [
+    node("solve", x=1, y=2, eta=1, steps=4, kind="b", interval=[0, 0.5], note="why"),
+    node("solve", partial=True, note=None),
+    node("anything", x=1, other=2),
+    node("Net", width=8, mult=[1, 2], sizes=[1, 2.5], act={"_target_": "sample_pkg.one.anything", "_partial_": True}),
+    node("Net", width=8, sizes=None),
+    node("Net.small", width=8),
+    node("Child", width=8),
+    node("Shaped", rest=None),
+    node("Schedule", beta=1, table=[1]),
+    node("Zero", beta=0.5, shift=None, either="x"),
+    node("Protocol", num=5),
+    node("elsewhere", depth=2),
+    {
+        "optimizer": {
+            "_target_": "torch.optim.AdamW",
+            "_partial_": True,
+            "lr": 1e-3,
+            "betas": [0.9, 0.99],
+            "fused": None,
+        }
+    },
+    {"plain": {"seed": 0}, "list": [node("Protocol", num=1)]},
+]
+
+
+@pytest.mark.parametrize("config", FINE)
+def test_validate_accepts_valid_config(config):
+    validate(config)
+    assert "sample_pkg.one" not in sys.modules
+
+
+WRONG = [
+    (node("solve", partial=True, etta=1), "node.etta=1: sample_pkg.one.solve takes no 'etta'; did you mean 'eta'?"),
+    (node("solve", x=1), "node: sample_pkg.one.solve also needs y"),
+    (node("solve", partial=True, steps=1.5), "node.steps=1.5: sample_pkg.one.solve expects int"),
+    (node("solve", partial=True, steps=True), "node.steps=true: sample_pkg.one.solve expects int"),
+    (node("solve", partial=True, eta="high"), "node.eta=high: sample_pkg.one.solve expects float"),
+    (node("solve", partial=True, kind="c"), "expects Literal['a', 'b']"),
+    (node("solve", partial=True, interval=[0, 0.5, 1]), "node.interval=[0,0.5,1]: sample_pkg.one.solve expects Pair"),
+    (node("solve", partial=True, interval=0.5), "node.interval=0.5"),
+    (node("solve", partial=True, note=3), "expects 'str | None'"),
+    (node("Net", width=8, mult=["x"]), "node.mult=[x]: sample_pkg.one.Net expects Sequence[int]"),
+    (node("Net", width=8, sizes=[None]), "node.sizes=[null]"),
+    (node("Net", width=8, on=1), "expects bool"),
+    (node("Net", width=None), "node.width=null"),
+    (node("Shaped", made=None), "node.made=null: sample_pkg.one.Shaped expects Shape"),
+    (node("Shaped", call=None), "node.call=null: sample_pkg.one.Shaped expects Callable[[int], int]"),
+    (node("Net.small", width="8"), "expects int"),
+    (node("Child"), "also needs width"),
+    (node("Schedule", beta=1, hidden=1), "takes no 'hidden'"),
+    (node("Schedule", beta=1, name="x"), "takes no 'name'"),
+    (node("Zero", shift=1.0), "also needs beta"),
+    (node("Zero", beta=1, either=1.5), "expects Union[int, str]"),
+    (node("Protocol"), "also needs num"),
+    (node("elsewhere", depth="a"), "expects int"),
+    (
+        {"o": {"_target_": "torch.optim.AdamW", "_partial_": True, "lrr": 1}},
+        "o.lrr=1: torch.optim.AdamW takes no 'lrr'; did you mean 'lr'?",
+    ),
+    (
+        {"o": {"_target_": "torch.optim.AdamW", "_partial_": True, "betas": [1, 2, 3]}},
+        "o.betas=[1,2,3]: torch.optim.AdamW expects tuple[",
+    ),
+    ({"a": {"b": [node("Protocol")]}}, "a.b[0].node: sample_pkg.one.Protocol also needs num"),
+    ({"s": {"_target_": "ldm.diffusion.schedule.cosin"}}, "has no 'cosin'; did you mean 'cosine'?"),
+    (
+        {"s": {"_target_": "ldm.diffusion.schedul.Cosine"}},
+        "s._target_=ldm.diffusion.schedul.Cosine: no such module in ldm",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "said"), WRONG)
+def test_validate_reports_invalid_config_in_one_line(config, said):
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_validate_accepts_supplied_arguments():
+    validate(node("solve", x=1), supplied={"node": ("y",)})
+    validate(node("solve", x=1), supplied={"sample_pkg.one.solve": ("y",)})
+    with pytest.raises(UserError, match=r"node: sample_pkg\.one\.solve also needs x"):
+        validate(node("solve", partial=True), supplied={"sample_pkg.one.solve": ("y",)})  # nobody else will pass it
+
+
+REFUSED = [
+    *(
+        "os.system",
+        "subprocess.run",
+        "builtins.eval",
+        "shutil.rmtree",
+        "importlib.import_module",
+        "pickle.loads",
+        "functools.partial",
+    ),
+    *(
+        "torch.load",
+        "torch.hub.load",
+        "torch.jit.load",
+        "torch.utils.cpp_extension.load",
+        "lightning.os.system",
+        "hydra.utils.get_method",
+    ),
+    *(
+        "ldm.io.download.fetch",
+        "ldm.io.atomic.remove_stale_temporaries",
+        "ldm.launch.process.run_in_subprocess",
+        "ldm.tensors.torch.load",
+        "open",
+        "os",
+        3,
+        None,
+        "a..b",
+        "a b.c",
+    ),
+    *("no_such_package.thing", "ldm.net.unet.os.system"),
+]
+
+
+@pytest.mark.parametrize("target", REFUSED)
+def test_validate_refuses_dangerous_targets(target):
+    with pytest.raises(UserError, match="_target_"):
+        validate({"node": {"_target_": target, "_partial_": True}})
+
+
+def test_check_target_allowed_accepts_model_parts():
+    for target in (
+        "ldm.net.unet.UNet",
+        "torch.optim.AdamW",
+        "torch.nn.Linear",
+        "sample_pkg.one.Net",
+        "lightning.pytorch.callbacks.EarlyStopping",
+    ):
+        check_target_allowed(target)
+
+
+KINDS = {
+    "seed": 0,
+    "lr": 1e-3,
+    "name": "x",
+    "on": True,
+    "sizes": [1, 2],
+    "free": None,
+    "devices": "auto",
+    "same": "${seed}",
+    "node": {"a": 1},
+    "made": {"_target_": "torch.nn.Identity", "_partial_": True},
+    "again": {"made": "${made}"},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 3},
+        {"lr": 1},
+        {"sizes": []},
+        {"sizes": [5]},
+        {"free": "any"},
+        {"devices": 2},
+        {"same": 0},
+        {"again": {"made": None}},
+    ],
+)
+def test_validate_accepts_values_of_default_type(change):
+    validate({**KINDS, "same": 0, "again": {"made": KINDS["made"]}, **change}, KINDS)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1.5}, "seed=1.5: expected a whole number, as in seed=0"),
+        ({"seed": None}, "seed=null: expected a whole number"),
+        ({"seed": True}, "expected a whole number"),
+        ({"lr": "fast"}, "lr=fast: expected a number, as in lr=0.001"),
+        ({"name": 3}, "name=3: expected text"),
+        ({"on": 1}, "on=1: expected true or false"),
+        ({"sizes": 3}, "sizes=3: expected a list"),
+        ({"sizes": ["a"]}, "sizes=[a]: expected a list"),
+        ({"node": 3}, "node=3: expected a node"),
+        ({"node": {"a": "x"}}, "node.a=x: expected a whole number"),
+        ({"again": {"made": -0.5}}, "again.made=-0.5: expected a node"),
+        ({"made": {"_partial_": True}}, "made: a node needs its _target_, as in made._target_=torch.nn.Identity"),
+        ({"made": {**KINDS["made"], "_partial_": 3}}, "made._partial_=3: expected true or false"),
+        ({"made": {**KINDS["made"], "_args_": "x"}}, "made._args_=x: expected a list"),
+        ({"node": None}, "node=null: the command needs this node"),
+    ],
+)
+def test_validate_rejects_values_of_other_type(change, said):
+    with pytest.raises(UserError) as caught:
+        validate({**KINDS, "same": 0, "again": {"made": KINDS["made"]}, **change}, KINDS)
+    assert said in str(caught.value)
+
+
+def test_validate_requires_keys_of_command():
+    with pytest.raises(UserError, match="~seed: the command needs this key"):
+        validate({key: 0 if key == "same" else value for key, value in KINDS.items() if key != "seed"}, KINDS)
+
+
+def test_validate_uses_signature_beyond_default():
+    base = node("solve", partial=True, note=None, eta=0.0)
+    validate(node("solve", partial=True, note="x", eta=0.5), base)
+    base = {"o": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}}
+    with pytest.raises(UserError, match=r"o\.lr=abc: expected a number"):
+        validate({"o": {**base["o"], "lr": "abc"}}, base)
+
+
+def test_read_signature_matches_inspect():
+    import inspect
+
+    from ldm.checkpoint.step import save_checkpoint
+    from ldm.net.unet import UNet
+
+    for target, there in (("ldm.net.unet.UNet", UNet), ("ldm.checkpoint.step.save_checkpoint", save_checkpoint)):
+        ours = read_signature(target).parameters
+        theirs = inspect.signature(there).parameters
+        assert {name: one.required for name, one in ours.items()} == {
+            name: one.default is one.empty for name, one in theirs.items()
+        }

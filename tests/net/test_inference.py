@@ -1,0 +1,174 @@
+"""Prepared for drawing: every network answers as before, keys and values are looked up once, and what was swapped is put back."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.adapter import lora
+from ldm.checkpoint.load import load_model
+from ldm.condition import Condition
+from ldm.net.attention import FeedForward, QKVAttention
+from ldm.net.blocks import ResBlock, Upsample
+from ldm.net.cpu_kernels import GEGLU, Linear, PackedResBlock, PackedUpsample, pack
+from ldm.net.dit import DiT
+from ldm.net.guidance_embedding import GuidanceEmbedding
+from ldm.net.inference import InferenceNet, fast_inference, pack_copy
+from ldm.net.unet import UNet
+
+SMALL = partial(
+    UNet,
+    4,
+    4,
+    channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(1, 2),
+    num_heads=4,
+    num_groups=8,
+)
+NETS = {
+    "words": partial(SMALL, context_dim=16),
+    "vector and concat": partial(SMALL, vector_dim=6, concat_channels=2),
+    "scale and shift, resized by blocks": partial(
+        SMALL, context_dim=16, use_scale_shift_norm=True, resblock_updown=True
+    ),
+    "ADM's attention": partial(SMALL, block=QKVAttention),
+    "transformer": partial(DiT, 4, 4, channels=32, depth=2, num_heads=4, context_dim=16),
+    "told the scale": partial(GuidanceEmbedding, SMALL.func, in_channels=4, out_channels=4, context_dim=16),
+}
+
+
+def lively(net):
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1, generator=generator)
+    return net.eval()
+
+
+def told(name, size=8, rows=3):
+    generator = torch.Generator().manual_seed(1)
+    normal = partial(torch.randn, generator=generator)
+    cond = Condition(
+        context=normal(rows, 5, 16)
+        if name in ("words", "scale and shift, resized by blocks", "transformer", "told the scale")
+        else None,
+        vector=normal(rows, 6) if "vector" in name else None,
+        concat=normal(rows, 2, size, size) if "concat" in name else None,
+        scale=torch.tensor([1.0, 2.0, 5.0])[:rows] if "told" in name else None,
+    )
+    return normal(rows, 4, size, size), cond
+
+
+@pytest.mark.parametrize("size", [8, 6])
+@pytest.mark.parametrize("name", NETS)
+@torch.inference_mode()
+def test_inference_net_matches_network(name, size):
+    torch.manual_seed(0)
+    net = lively(NETS[name]())
+    x, cond = told(name, size)
+    one, each = torch.tensor(500.0).expand(3), torch.tensor([3.0, 500.0, 999.0])
+    made = InferenceNet(net)
+    for t in (one, each):
+        expected = net(x, t, cond)
+        torch.testing.assert_close(made(x, t, cond), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@torch.inference_mode()
+def test_inference_net_accepts_odd_sizes():
+    net = lively(NETS["words"]())
+    x, cond = told("words", 7)
+    torch.testing.assert_close(
+        InferenceNet(net)(x, torch.full((3,), 9.0), cond), net(x, torch.full((3,), 9.0), cond), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "layer", [ResBlock(64, 32, 16), Upsample(64), FeedForward(64)], ids=("residual", "doubled", "geglu")
+)
+@torch.inference_mode()
+def test_packed_layer_matches_its_layer(layer):
+    layer = lively(layer.double()).float()
+    given = (torch.randn(2, 9, 64),) if isinstance(layer, FeedForward) else (torch.randn(2, 64, 5, 5),)
+    given += (torch.randn(1, 16),) if isinstance(layer, ResBlock) else ()
+    twin = pack(layer)
+    assert type(twin) in (PackedResBlock, PackedUpsample, GEGLU)
+    torch.testing.assert_close(twin(*given), layer(*given), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_inference_net_in_bfloat16_is_as_accurate_as_autocast():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert isinstance(InferenceNet(lively(NETS["words"]()), torch.bfloat16).net, UNet)
+        return
+    net = lively(NETS["words"]())
+    x, cond = told("words")
+    t = torch.full((3,), 500.0)
+    exact, made = net(x, t, cond), InferenceNet(net, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, ours = net(x, t, cond).float(), made(x, t, cond).float()
+    assert (ours - exact).abs().mean() <= 1.2 * (cast - exact).abs().mean()
+
+
+@pytest.mark.parametrize("side", [8, 32])
+@torch.inference_mode()
+def test_packed_group_norm_computes_statistics_in_float32(side):
+    layer = nn.GroupNorm(4, 16)
+    x = (torch.randn(2, 16, side, side) + 30).bfloat16().contiguous(memory_format=torch.channels_last)
+    made, exact = pack(layer, torch.bfloat16)(x), layer(x.float())
+    assert made.dtype == torch.bfloat16
+    torch.testing.assert_close(made.float(), exact, rtol=2**-7, atol=2**-7)
+
+
+@torch.inference_mode()
+def test_inference_net_computes_memory_once_per_condition(monkeypatch):
+    net = InferenceNet(lively(NETS["words"]()))
+    asked = []
+    memory = net.net.memory
+    monkeypatch.setattr(net.net, "memory", lambda cond: asked.append(cond) or memory(cond))
+    x, cond = told("words")
+    other = cond.index([1, 2, 0])
+    for one in (cond, other, cond, other):
+        net(x, torch.full((3,), 500.0), one)
+    assert [id(one) for one in asked] == [id(cond), id(other)]
+    for _ in range(9):
+        net(x, torch.full((3,), 500.0), cond.index([0, 1, 2]))
+    assert len(net.cache) == 4
+
+
+def test_inference_net_uses_network_for_gradients():
+    net = lively(NETS["words"]())
+    x, cond = told("words")
+    x.requires_grad_()
+    assert torch.equal(InferenceNet(net)(x, torch.full((3,), 500.0), cond), net(x, torch.full((3,), 500.0), cond))
+
+
+@torch.inference_mode()
+def test_pack_copy_shares_weights_and_merges_lora():
+    net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).requires_grad_(False)
+    assert pack_copy(net, torch.float32)[0].weight.data_ptr() == net[0].weight.data_ptr()
+    lora.inject(net, 2, ["*1"])
+    nn.init.normal_(lora.lora_layers(net)["1"][0].up)
+    x, made = torch.randn(3, 8), pack_copy(net, torch.float32)
+    assert isinstance(made[1], Linear)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-5, atol=1e-5)
+    assert lora.lora_layers(net)
+
+
+def test_fast_inference_restores_model(smoke):
+    model = load_model(smoke.run)
+    net, stage = model.denoiser.net, model.autoencoder
+    with fast_inference(model):
+        assert isinstance(model.denoiser.net, InferenceNet)
+    assert model.denoiser.net is net
+    assert model.autoencoder is stage
+
+
+def test_fast_inference_leaves_unknown_networks_alone():
+    odd = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+    assert pack(odd) is odd
+    model = SimpleNamespace(denoiser=SimpleNamespace(net=odd), autoencoder=nn.Identity())
+    with fast_inference(model):
+        assert model.denoiser.net is odd

@@ -1,0 +1,178 @@
+"""The noisy classifier trained, found again and used as guidance; trainings begun from the weights of another."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from smoke import command, here, train
+
+from ldm.io import atomic
+
+SMALL = (
+    "~training.score",
+    "~training.sample_every",
+    "training.net.channels=16",
+    "training.net.num_head_channels=16",
+    "metrics=none",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(smoke, tmp_path_factory):
+    with here(tmp_path_factory.mktemp("classifier"), LDM_CACHE=str(smoke.folder / "cache")):
+        yield Path.cwd()
+
+
+@pytest.fixture(scope="module")
+def classifier(place):
+    return train("training=classifier", *SMALL, "training.num=50")
+
+
+def one_line(capfd, expected: str, script: str, *typed: str) -> None:
+    capfd.readouterr()
+    assert command(script, *typed) == 2
+    error = capfd.readouterr().err.strip()
+    assert expected in error, error
+    assert "\n" not in error
+
+
+def drawn(run: Path, *typed: str) -> torch.Tensor:
+    from PIL import Image
+
+    shutil.rmtree("out", ignore_errors=True)
+    assert command("sample.py", f"run={run}", "output_dir=out", "steps=3", "num=4", *typed) == 0
+    return torch.stack([torch.tensor(list(Image.open(file).tobytes())) for file in sorted(Path("out").glob("0*.png"))])
+
+
+def test_classifier_metrics_are_per_noise_level(classifier):
+    found = json.loads((classifier / "metrics.json").read_text())
+    levels = [value for name, value in found.items() if name.startswith("accuracy/t=")]
+    assert len(levels) == 5
+    assert found["accuracy"] == pytest.approx(sum(levels) / 5)
+
+
+def test_classifier_guidance_changes_sample_and_is_reproducible(classifier, smoke, capfd):
+    guided = [
+        f"guidance=classifier guidance.classifier={classifier} guidance.scale={scale}".split() for scale in (0, 30)
+    ]
+    none, much = (drawn(smoke.run, "label=ring", *typed) for typed in guided)
+    plain = drawn(smoke.run, "label=ring", "guidance=cfg", "guidance.scale=1.0")
+    assert (none - plain).abs().max() <= 1
+    assert not torch.equal(much, none)
+    assert torch.equal(drawn(smoke.run, "label=ring", *guided[1]), much)
+    one_line(
+        capfd,
+        "that run trained no classifier",
+        "sample.py",
+        f"run={smoke.run}",
+        "guidance=classifier",
+        f"guidance.classifier={smoke.run}",
+    )
+    one_line(
+        capfd,
+        "nowhere: no such folder",
+        "sample.py",
+        f"run={smoke.run}",
+        "guidance=classifier",
+        "guidance.classifier=nowhere",
+    )
+
+
+def test_classifier_of_other_schedule_or_latent_space_is_refused(classifier, smoke, lively, place, capfd):
+    other = place / "other"
+    shutil.copytree(classifier, other)
+    config = (other / "config.yaml").read_text()
+    assert "s: 0.008" in config
+    (other / "config.yaml").write_text(config.replace("s: 0.008", "s: 0.01"))
+    typed = ("num=1", "steps=2", "guidance=classifier")
+    one_line(
+        capfd,
+        "was trained on another noise schedule",
+        "sample.py",
+        f"run={smoke.run}",
+        *typed,
+        f"guidance.classifier={other}",
+    )
+    one_line(
+        capfd, "belongs to autoencoder f4", "sample.py", f"run={lively}", *typed, f"guidance.classifier={classifier}"
+    )
+
+
+@pytest.mark.slow
+def test_init_loads_weights_of_another_run(smoke):
+    typed = ("training.steps=1", "training.optimizer.lr=0", "training.ema_sigma_rel=0.2", "metrics=none")
+    made = train(f"init={smoke.run}", "data.seed=3", *typed)
+    before, after = (atomic.read_tensors(run / "weights.safetensors") for run in (smoke.run, made))
+    fresh = atomic.read_tensors(train("data.seed=3", *typed) / "weights.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(before[name], fresh[name]) for name in before)
+    assert (made / "first_stage.safetensors").is_file()
+
+
+def test_init_zeroes_weights_of_new_condition(smoke):
+    typed = ("training.steps=1", "training.optimizer.lr=0", "metrics=none", "degradation=bicubic_x4")
+    made = train(f"init={smoke.run}", "conditioner=[label,low_res]", *typed)
+    before, after = (atomic.read_tensors(run / "weights.safetensors") for run in (smoke.run, made))
+    stem = "denoiser.net.stem.weight"
+    channels = before[stem].shape[1]
+    assert torch.equal(after[stem][:, :channels], before[stem])
+    assert after[stem].shape[1] == channels + 2
+    assert not after[stem][:, channels:].any()
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("net.channels=32", "is of another architecture: denoiser.net."),
+        ("autoencoder.z_channels=5", "has a first stage of another architecture"),
+        ("init=nowhere", "nowhere: no such folder"),
+    ],
+)
+def test_init_rejects_weights_of_another_architecture(typed, said, smoke, capfd):
+    own = (typed,) if typed.startswith("init=") else (f"init={smoke.run}", typed)
+    one_line(capfd, said, "train.py", "budget=smoke", *own, "metrics=none")
+
+
+def test_classifier_guidance_points_to_requested_class(monkeypatch):
+    """A classifier whose log odds are the mean of x_t: told class 1 it raises x0, told class 0 it lowers it, by as much."""
+    from ldm.condition import Condition
+    from ldm.diffusion.denoiser import Denoiser
+    from ldm.diffusion.prediction import X0
+    from ldm.diffusion.schedule import cosine
+    from ldm.sampling import classifier_guidance
+
+    class Odds(torch.nn.Module):
+        def forward(self, x, t):
+            return torch.stack([0 * x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
+
+    class Half(torch.nn.Module):
+        def forward(self, x, t, cond):
+            return torch.full_like(x, 0.5)
+
+    monkeypatch.setattr(classifier_guidance, "load_classifier", lambda run: (Odds(), cosine()))
+    cond = Condition(label=torch.tensor([1, 0]))
+    denoise = classifier_guidance.classifier_guidance(Denoiser(Half(), cosine(), X0()), cond, None, "some", scale=2.0)
+    with torch.inference_mode():
+        x0 = denoise(torch.zeros(2, 1, 4, 4), torch.tensor(0.5, dtype=torch.float64)).x0 - 0.5
+    assert x0[0].min() > 0 > x0[1].max()
+    torch.testing.assert_close(x0[0], -x0[1])
+
+
+def test_noisy_logits_use_noised_latent_and_schedule_time():
+    from ldm.diffusion.schedule import cosine
+    from ldm.training.classifier import noisy_logits
+
+    seen = {}
+
+    def net(x, t):
+        seen.update(x=x, t=t)
+        return x.flatten(1)[:, :2]
+
+    z, eps, t = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 3.0), torch.tensor([0.25, 1.0])
+    alpha, sigma = cosine().alpha_sigma(t)
+    noisy_logits(net, cosine(), z, t, eps)
+    torch.testing.assert_close(seen["x"][:, 0, 0, 0], alpha + 3 * sigma)
+    assert seen["t"].tolist() == [249.0, 999.0]

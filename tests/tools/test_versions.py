@@ -1,0 +1,82 @@
+"""The command that runs the quick suite under other versions: its rows are pyproject's bounds, and its table says what a report says."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+pytest.importorskip("tomllib")  # Python 3.11
+
+import versions
+
+REPORT = """<testsuites><testsuite name="pytest" tests="4">
+<testcase classname="tests.net.test_unet" name="test_one"/>
+<testcase classname="tests.net.test_unet" name="test_two[a]"><failure/></testcase>
+<testcase classname="tests.test_ema" name="test_three"><error/></testcase>
+<testcase classname="tests.test_ema" name="test_four"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_requirements_of_pyproject_are_unique():
+    found = {one.name: str(one.specifier) for one in versions.requirements(versions.ROOT / "pyproject.toml")}
+    assert {"torch", "lightning", "hydra-core", "transformers", "pytest", "diffusers"} <= found.keys()
+    assert len(found) == len(versions.requirements(versions.ROOT / "pyproject.toml"))
+    assert all(">=" in bound for bound in found.values())  # or there would be no lowest
+    assert found["hydra-core"].split(",").count("<1.4") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "there", "expected"),
+    [
+        ("torch>=2.9", ["2.10.0", "2.9.0rc1", "2.9.0", "2.8.0"], "torch==2.9.0"),
+        ("timm>=1.0", ["1.0.9", "1.0.3", "0.9.1"], "timm==1.0.3"),  # there is no 1.0.0
+        ("imageio[ffmpeg]>=2.33", ["2.40", "2.33.1"], "imageio[ffmpeg]==2.33.1"),
+    ],
+)
+def test_lowest_is_first_release_in_bounds(line, there, expected):
+    assert versions.lowest(Requirement(line), there) == expected
+    with pytest.raises(ValueError, match="within the bounds"):
+        versions.lowest(Requirement(line), ["0.1"])
+
+
+def test_report_replaces_its_line(tmp_path):
+    line = dict.fromkeys(versions.COLUMNS, "") | {"versions": "today", "python": "3.11"} | versions.outcome(REPORT)
+    assert (line["passed"], line["failed"]) == ("1", "2")
+    assert line["names of failed"] == "tests/net/test_unet::test_two[a]; tests/test_ema::test_three"
+    versions.write(line | {"passed": "0"}, tmp_path / "t.csv")
+    versions.write(dict.fromkeys(versions.COLUMNS, "") | {"versions": "lowest", "python": "3.10"}, tmp_path / "t.csv")
+    versions.write(line, tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["versions"], row["passed"]) for row in rows] == [("lowest", ""), ("today", "1")]
+
+
+def test_interpreter_has_named_version():
+    here = ".".join(map(str, sys.version_info[:2]))
+    found = versions.interpreter(here)
+    if found is not None:
+        done = subprocess.run(
+            [found, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True
+        )
+        assert done.stdout.strip() == here
+    assert versions.interpreter("3.1") is None
+
+
+def test_missing_interpreter_is_a_table_row(tmp_path):
+    assert versions.measure(versions.Row("today", "3.1"), tmp_path)["names of failed"] == "no Python 3.1 here"
+
+
+def test_list_prints_environments_without_building(capsys):
+    before = Path(versions.TABLE).exists()
+    assert versions.main(["--list"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in shown] == [
+        f"{row.versions} on Python {row.python}" for row in versions.ROWS
+    ]
+    assert all("torch>=2.9" in line for line in shown)
+    assert Path(versions.TABLE).exists() == before
+    assert versions.main(["everything"]) == 2
+    assert versions.main(["--help"]) == 0

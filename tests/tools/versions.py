@@ -1,0 +1,203 @@
+"""Does the quick suite pass with every version that pyproject.toml promises?  python tests/tools/versions.py [lowest|today|newest] ... [--list]
+
+For each row a new environment outside the checkout: the lowest version that each bound allows, what pip installs today, and the newest
+including pre-releases, on the Pythons in ROWS.  Needs Python 3.11, a package registry and several GB of disk for one row at a time.  Writes
+tests/tools/versions.csv (the rows of what is named), one line for each environment, those without an interpreter or that cannot be installed
+too; exit code 1 if a test failed or an environment could not be made.  --list: say what would run, and do nothing.
+"""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomllib
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "tests" / "tools" / "versions.csv"
+SHOWN = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "transformers",
+    "diffusers",
+    "peft",
+    "safetensors",
+    "torchmetrics",
+    "numpy",
+)
+COLUMNS = ("versions", "python", *SHOWN, "passed", "failed", "names of failed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """An environment.  versions: lowest, today or newest.  python: major.minor."""
+
+    versions: str
+    python: str
+
+
+ROWS = (Row("lowest", "3.10"), Row("today", "3.10"), Row("today", "3.11"), Row("today", "3.13"), Row("newest", "3.13"))
+
+
+def requirements(pyproject: Path) -> list[Requirement]:
+    """What the quick suite needs: the dependencies and those of the extra `dev`, one for each package."""
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    named = [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    return list({one.name: one for one in named}.values())
+
+
+def lowest(requirement: Requirement, available: Iterable[str]) -> str:
+    """The requirement at the lowest release that its bounds allow. Raises ValueError where there is none."""
+    allowed = [
+        version for version in map(Version, available) if not version.is_prerelease and version in requirement.specifier
+    ]
+    if not allowed:
+        raise ValueError(f"{requirement}: none of the registry's versions is within the bounds")
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}=={min(allowed)}"
+
+
+def available(python: Path, name: str) -> list[str]:
+    """The releases of a package that the registry has for this Python, by pip. Raises CalledProcessError."""
+    done = subprocess.run([python, "-m", "pip", "index", "versions", name], capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("Available versions:"))
+    return line.removeprefix("Available versions:").replace(" ", "").split(",")
+
+
+def interpreter(version: str) -> Path | None:
+    """A Python of this major.minor: on the path, of pyenv, or of uv; None where there is none."""
+    candidates = [path] if (path := shutil.which(f"python{version}")) else []
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    candidates += sorted(
+        (str(path) for path in pyenv.glob(f"{version}.*/bin/python")), key=lambda path: Version(Path(path).parts[-3])
+    )
+    if uv := shutil.which("uv"):
+        candidates += subprocess.run([uv, "python", "find", version], capture_output=True, text=True).stdout.split()
+    say = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for path in candidates:
+        try:
+            done = subprocess.run([path, "-c", say], capture_output=True, text=True)
+        except OSError:
+            continue
+        if (
+            done.returncode == 0 and done.stdout.strip() == version
+        ):  # a shim of pyenv is there for versions that are not active
+            return Path(path)
+    return None
+
+
+def installed(python: Path) -> dict[str, str]:
+    """The version of every package of SHOWN in an environment."""
+    done = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True)
+    versions = dict(line.split("==", 1) for line in done.stdout.splitlines() if "==" in line)
+    normal = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in versions.items()}
+    return {name: normal.get(name, "") for name in SHOWN}
+
+
+def outcome(report: str) -> dict[str, str]:
+    """passed, failed and the names of the failed tests, of pytest's report in JUnit's XML."""
+    failed, passed = [], 0
+    for case in ElementTree.fromstring(report).iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}")
+        elif case.find("skipped") is None:
+            passed += 1
+    names = sorted(set(failed))
+    return {"passed": str(passed), "failed": str(len(names)), "names of failed": "; ".join(names)}
+
+
+def measure(row: Row, folder: Path) -> dict[str, str]:
+    """The line of an environment that is made in an empty folder."""
+    line = dict.fromkeys(COLUMNS, "") | {"versions": row.versions, "python": row.python}
+    base = interpreter(row.python)
+    if base is None:
+        return line | {"names of failed": f"no Python {row.python} here"}
+    python, report = folder / "venv" / "bin" / "python", folder / "report.xml"
+    try:
+        subprocess.run([base, "-m", "venv", folder / "venv"], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--upgrade", "pip", "setuptools>=68", "wheel"], check=True
+        )
+        needed = requirements(ROOT / "pyproject.toml")
+        wanted = (
+            [lowest(one, available(python, one.name)) for one in needed]
+            if row.versions == "lowest"
+            else list(map(str, needed))
+        )
+        newest = ["--pre", "--upgrade"] if row.versions == "newest" else []
+        subprocess.run([python, "-m", "pip", "install", "-q", *newest, *wanted], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ROOT], check=True
+        )
+    except (subprocess.CalledProcessError, ValueError) as error:
+        return line | {"names of failed": f"cannot be installed: {' '.join(str(error).split())[:200]}"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    env["PATH"] = f"{python.parent}{os.pathsep}{env['PATH']}"
+    command = [python, "-m", "pytest", f"--junitxml={report}", f"--basetemp={folder / 'tests'}"]
+    code = subprocess.run(command, cwd=ROOT, env=env).returncode
+    line |= installed(python)
+    if not report.is_file():
+        return line | {"names of failed": f"pytest ended with exit code {code} and no report"}
+    return line | outcome(report.read_text(encoding="utf-8"))
+
+
+def write(line: dict[str, str], table: Path) -> None:
+    """Put an environment's line into the table, in place of an earlier one of the same."""
+    lines = list(csv.DictReader(table.open(newline="", encoding="utf-8"))) if table.is_file() else []
+    key = ("versions", "python")
+    lines = [one for one in lines if any(one[name] != line[name] for name in key)] + [line]
+    order = [(row.versions, row.python) for row in ROWS]
+    lines.sort(
+        key=lambda one: (
+            order.index((one["versions"], one["python"])) if (one["versions"], one["python"]) in order else len(order)
+        )
+    )
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    names = {row.versions for row in ROWS}
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    if unknown := [word for word in argv if word not in {*names, "--list"}]:
+        print(f"error: {unknown[0]}: expected {', '.join(sorted(names))}, or --list", file=sys.stderr)
+        return 2
+    chosen = [row for row in ROWS if row.versions in argv or not names & set(argv)]
+    bad = 0
+    for row in chosen:
+        if "--list" in argv:
+            needed = ", ".join(map(str, requirements(ROOT / "pyproject.toml")))
+            print(f"{row.versions} on Python {row.python} ({interpreter(row.python) or 'not here'}): {needed}")
+            continue
+        with tempfile.TemporaryDirectory(prefix="ldm-versions-") as folder:
+            line = measure(row, Path(folder))
+        write(line, TABLE)
+        print(" ".join(f"{name} {line[name]}" for name in COLUMNS if line[name]), flush=True)
+        bad += line["failed"] != "0"
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,221 @@
+"""Loggers: W&B and TensorBoard write a run without key or network; a failure ends nothing; NoLogger writes nothing."""
+
+import inspect
+import sys
+import threading
+
+import pytest
+import torch
+
+from ldm.errors import UserError
+from ldm.io import images
+from ldm.runs.metrics_log import MetricsLog
+from ldm.training.loggers import Logger, NoLogger, TensorBoard, WandB, has_wandb_key
+
+CONFIG, CHOICES = {"seed": 3, "net": {"channels": 16}}, {"schedule": "cosine"}
+
+
+@pytest.fixture
+def keyless(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SILENT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def everything(logger, folder):
+    """A run's life."""
+    images.save_png(folder / "grid.png", torch.zeros(1, 4, 4, dtype=torch.uint8))
+    logger.start(folder, CONFIG, CHOICES)
+    logger.log_metrics(1, {"train/loss": 0.5})
+    logger.log_metrics(2, {"train/loss": 0.25})
+    logger.log_image(2, "grids/step-2", folder / "grid.png")
+    logger.log_table("scores", [{"fd": 3.0, "n": 20}])
+    logger.log_table("empty", [])
+    logger.finish({"fd": 3.0})
+    logger.close()
+
+
+def test_no_logger_writes_nothing(tmp_path):
+    everything(NoLogger(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_has_wandb_key_reads_environment_and_netrc(keyless, monkeypatch, tmp_path):
+    assert not has_wandb_key()
+    (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password x")
+    assert has_wandb_key()
+    (tmp_path / "no-netrc").write_text("machine example.com login user password x")
+    assert not has_wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert has_wandb_key()
+
+
+class Fake:
+    """A stand-in for the wandb module that notes what it is told."""
+
+    def __init__(self, fail: tuple[str, ...] = ()):
+        self.said, self.fail, self.summary = [], fail, {}
+
+    Settings = staticmethod(lambda **options: options)
+    Image = staticmethod(lambda path: ("image", path))
+    Table = staticmethod(lambda columns, data: (columns, data))
+
+    def init(self, mode, **options):
+        if mode in self.fail:
+            raise RuntimeError("no answer\nfrom there")
+        self.said.append(("init", mode, options))
+        return self
+
+    def log(self, values, step=None):
+        if "log" in self.fail:
+            raise OSError("disk\nfrom there")
+        self.said.append(("log", values, step))
+
+    def finish(self, exit_code=0):
+        if "finish" in self.fail:
+            raise OSError("disk\nfrom there")
+        self.said.append(("finish", exit_code))
+
+
+@pytest.fixture
+def fake(monkeypatch, keyless, request):
+    module = Fake(getattr(request, "param", ()))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_is_offline_without_key(fake, monkeypatch, tmp_path):
+    WandB().start(tmp_path, CONFIG, CHOICES)
+    assert fake.said[-1][1] == "offline"
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    WandB().start(tmp_path, CONFIG, CHOICES)
+    assert fake.said[-1][1] == "online"
+    WandB(mode="disabled").start(tmp_path, CONFIG, CHOICES)
+    assert fake.said[-1][1] == "disabled"
+
+
+def test_wandb_receives_everything_once(fake, tmp_path):
+    everything(WandB("mine", "study", ["a"]), tmp_path)
+    _, _, options = fake.said[0]
+    assert (options["project"], options["group"], options["tags"]) == ("mine", "study", ["a"])
+    assert options["id"] == options["name"] == tmp_path.name
+    assert options["resume"] == "allow"
+    assert options["config"] == {**CONFIG, "choice": CHOICES}
+    assert fake.said[1:] == [
+        ("log", {"train/loss": 0.5}, 1),
+        ("log", {"train/loss": 0.25}, 2),
+        ("log", {"grids/step-2": ("image", str(tmp_path / "grid.png"))}, 2),
+        ("log", {"scores": (["fd", "n"], [[3.0, 20]])}, None),
+        ("finish", 0),
+    ]
+    assert fake.summary == {"fd": 3.0}
+
+
+@pytest.mark.parametrize(
+    "fake", [("online",), ("online", "offline"), ("log",), ("finish",)], indirect=True, ids=" ".join
+)
+def test_wandb_failure_does_not_end_run(fake, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    everything(WandB(), tmp_path)
+    said = capsys.readouterr().out
+    assert "W&B" in said
+    assert "from there" not in said
+
+
+def test_wandb_finish_is_not_awaited_forever(fake, monkeypatch, capsys, tmp_path):
+    begun, let_go = threading.Event(), threading.Event()
+    monkeypatch.setattr(fake, "finish", lambda exit_code=0: (begun.set(), let_go.wait()))
+    monkeypatch.setattr(WandB, "patience", 0.01)
+    everything(WandB(), tmp_path)
+    assert begun.is_set()
+    let_go.set()
+    said = capsys.readouterr().out
+    assert said.count("W&B was not sent all of this run") == 1
+    assert f"`wandb sync {tmp_path / 'wandb' / '*run-*'}`" in said
+    assert fake.said[0][2]["settings"]["finish_timeout"] == 0.01
+
+
+def test_wandb_run_has_group_of_sweep_and_tags_of_study_and_paper(fake, monkeypatch, tmp_path):
+    config, choices = {**CONFIG, "paper": {"table": "LDM tab. 3"}}, {"experiments": "schedules/sweep", "preset": "tiny"}
+    monkeypatch.setenv("LDM_SWEEP", "schedules")
+    for logger in (WandB(tags=["mine"]), WandB(group="other")):
+        logger.start(tmp_path, config, choices)
+    (_, _, first), (_, _, second) = fake.said
+    assert (first["group"], first["tags"]) == ("schedules", ["mine", "schedules", "tiny", "LDM tab. 3"])
+    assert second["group"] == "other"
+
+
+def test_wandb_interrupted_run_is_marked_failed(fake, tmp_path):
+    logger = WandB()
+    logger.start(tmp_path, CONFIG, CHOICES)
+    logger.close()
+    logger.close()
+    assert fake.said[1:] == [("finish", 1)]
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard"))
+    found.Reload()
+    return found
+
+
+def test_tensorboard_has_scalars_images_and_text(tmp_path):
+    everything(TensorBoard(), tmp_path)
+    found = events(tmp_path)
+    assert [(one.step, one.value) for one in found.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(one.step, one.width, one.height) for one in found.Images("grids/step-2")] == [(2, 4, 4)]
+    words = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert '"choice"' in words
+    assert "fd|n" in found.Tensors("scores/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_purges_steps_after_resume(tmp_path):
+    for value, resume in ((0.5, 0), (0.75, 2)):
+        journal, logger = MetricsLog(tmp_path / "metrics.jsonl", resume), TensorBoard()
+        logger.start(tmp_path, CONFIG, CHOICES)
+        for step in range(resume + 1, 5):
+            journal.write(step, {"train/loss": value})
+            logger.log_metrics(step, {"train/loss": value})
+        journal.close()
+        logger.close()
+    assert [(one.step, one.value) for one in events(tmp_path).Scalars("train/loss")] == [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.75),
+        (4, 0.75),
+    ]
+
+
+def test_tensorboard_failure_does_not_end_run(tmp_path, capsys, monkeypatch):
+    logger = TensorBoard()
+    logger.open = lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
+    everything(logger, tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[log\]'"):
+        TensorBoard()
+
+
+@pytest.mark.slow
+def test_wandb_writes_offline_run(keyless, tmp_path):
+    import wandb
+
+    everything(WandB(), tmp_path)
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    (record,) = run.glob("*.wandb")
+    wandb.teardown()  # waits for its service to have written what it holds
+    assert record.stat().st_size > 500
+    assert list(run.glob("files/media/images/grids/*.png"))
+
+
+@pytest.mark.parametrize("logger", [NoLogger, WandB, TensorBoard])
+def test_logger_has_every_method_of_the_protocol(logger):
+    """A run calls them on whichever logger it has: signatures are the protocol's."""
+    for name, method in vars(Logger).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            assert inspect.signature(getattr(logger, name)) == inspect.signature(method)
