@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_one_line_error, read_pngs, run_sample
 from PIL import Image
 from smoke import command, here, processes
 
@@ -31,17 +32,8 @@ def drawn(lively, place):
     return draw(lively, *FEW)
 
 
-def draw(run: Path, *typed: str, out: str = "drawn") -> Path:
-    folder = Path.cwd() / out
-    shutil.rmtree(folder, ignore_errors=True)
-    assert command("sample.py", f"run={run}", f"output_dir={folder}", *typed) == 0
-    return folder
-
-
-def pixels(folder: Path) -> torch.Tensor:
-    """All images of a folder by seed, (N, H W)."""
-    files = sorted(folder.glob("[0-9]*.png"))
-    return torch.stack([torch.tensor(list(Image.open(file).tobytes())) for file in files])
+def draw(run: Path, *overrides: str, out: str = "drawn") -> Path:
+    return run_sample(f"run={run}", *overrides, output_dir=out)
 
 
 def said(folder: Path) -> dict[str, dict[str, str]]:
@@ -50,8 +42,8 @@ def said(folder: Path) -> dict[str, dict[str, str]]:
 
 def test_sample_writes_one_image_per_seed_grid_and_record(lively, drawn):
     assert sorted(p.name for p in drawn.iterdir()) == [*(f"{i:06d}.png" for i in range(10)), "grid.png", "metrics.json"]
-    assert pixels(drawn).float().std(1).min() > 1
-    assert (pixels(drawn)[0] != pixels(drawn)[1]).any()
+    assert read_pngs(drawn).float().std((1, 2)).min() > 1
+    assert (read_pngs(drawn)[0] != read_pngs(drawn)[1]).any()
     words = said(drawn)
     assert words["000003.png"]["seed"] == "3"
     assert words["000003.png"]["run"] == str(lively)
@@ -86,10 +78,10 @@ def test_autoguidance_with_weak_run_changes_image(smoke, lively, place):
     )
     plain = draw(lively, *FEW, "guidance=cfg", "guidance.scale=1", out="plain")
     itself = draw(lively, *FEW, "guidance=autoguidance", f"guidance.weak={lively}", "guidance.scale=3", out="itself")
-    assert (pixels(plain) - pixels(itself)).abs().max() <= 1
+    assert (read_pngs(plain) - read_pngs(itself)).abs().max() <= 1
     far = [
         (
-            pixels(
+            read_pngs(
                 draw(
                     lively,
                     *FEW,
@@ -99,7 +91,7 @@ def test_autoguidance_with_weak_run_changes_image(smoke, lively, place):
                     out="far",
                 )
             )
-            - pixels(plain)
+            - read_pngs(plain)
         )
         for scale in (1, 1.5, 2)
     ]
@@ -115,14 +107,14 @@ def test_sample_is_bit_equal_after_reload(lively, drawn):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_sample_is_independent_of_batch_size(size, lively, drawn):
-    other = pixels(draw(lively, *FEW, f"batch_size={size}", out="batches"))
-    assert (other - pixels(drawn)).abs().max() <= 1
+    other = read_pngs(draw(lively, *FEW, f"batch_size={size}", out="batches"))
+    assert (other - read_pngs(drawn)).abs().max() <= 1
 
 
 def test_sample_tile_changes_only_larger_images(lively, drawn):
-    assert torch.equal(pixels(draw(lively, *FEW, "tile=64", out="one_tile")), pixels(drawn))
+    assert torch.equal(read_pngs(draw(lively, *FEW, "tile=64", out="one_tile")), read_pngs(drawn))
     tiled = draw(lively, *FEW, "tile=2", out="tiles")
-    assert (pixels(tiled) != pixels(drawn)).any()
+    assert (read_pngs(tiled) != read_pngs(drawn)).any()
     weights = [{json.loads(one["reproduce"])["weights"] for one in said(folder).values()} for folder in (drawn, tiled)]
     assert weights[0] == weights[1]  # `reproduce` finds the same model with and without tiles
 
@@ -131,7 +123,7 @@ def test_sample_on_two_processes_matches_one(smoke, lively, drawn, place):
     job = ("sample.py", f"run={lively}", f"output_dir={place / 'two'}", *FEW)
     done = processes(job, job, cwd=place, LDM_CACHE=str(smoke.folder / "cache"))
     assert not any(one.returncode for one in done), done
-    assert (pixels(place / "two") - pixels(drawn)).abs().max() <= 1
+    assert (read_pngs(place / "two") - read_pngs(drawn)).abs().max() <= 1
     two, one = (torch.tensor(list(Image.open(f / "grid.png").tobytes())) for f in (place / "two", drawn))
     assert (two - one).abs().max() <= 2
     assert json.loads((place / "two" / "metrics.json").read_text())["request"]["num"] == 10
@@ -141,21 +133,21 @@ def test_sample_seed_starts_sequence(lively, drawn):
     later = draw(lively, "num=4", "steps=3", "seed=2", "label=disc", out="later")
     assert sorted(said(later)) == [f"{i:06d}.png" for i in range(2, 6)]
     label = draw(lively, "num=1", "steps=3", "seed=0", "label=0", out="label")
-    assert (pixels(label)[0] - pixels(drawn)[0]).abs().max() <= 1  # image 0 of all classes in turn is class 0
+    assert (read_pngs(label)[0] - read_pngs(drawn)[0]).abs().max() <= 1  # image 0 of all classes in turn is class 0
 
 
 def test_sample_label_by_name_equals_number(lively):
-    by_name, by_number = (pixels(draw(lively, "num=2", "steps=2", f"label={x}", out=x)) for x in ("ring", "1"))
+    by_name, by_number = (read_pngs(draw(lively, "num=2", "steps=2", f"label={x}", out=x)) for x in ("ring", "1"))
     assert torch.equal(by_name, by_number)
-    assert not torch.equal(by_name, pixels(draw(lively, "num=2", "steps=2", "label=square", out="square")))
+    assert not torch.equal(by_name, read_pngs(draw(lively, "num=2", "steps=2", "label=square", out="square")))
 
 
 def test_sample_reads_labels_and_prompts_of_csv(lively, place):
     (place / "some.csv").write_text('label,prompt\nring,"a ring, thin"\n2,a square\n')
     folder = draw(lively, "prompts=some.csv", "num=2", "steps=2", out="csv")
     assert [words["prompt"] for words in said(folder).values()] == ["a ring, thin"] * 2 + ["a square"] * 2
-    ring = pixels(draw(lively, "num=2", "steps=2", "label=ring", out="ring"))
-    assert (pixels(folder)[:2] - ring).abs().max() <= 1
+    ring = read_pngs(draw(lively, "num=2", "steps=2", "label=ring", out="ring"))
+    assert (read_pngs(folder)[:2] - ring).abs().max() <= 1
 
 
 def test_sample_reads_prompts_of_text_file(prompted, place):
@@ -207,13 +199,13 @@ def test_sample_record_reproduces_images(lively, place):
 
 def test_sample_accepts_checkpoint_file_and_raw_weights(smoke):
     step = smoke.run / "checkpoints" / "step-00000002"
-    by_step = pixels(draw(step, *FEW, out="step"))
-    assert torch.equal(by_step, pixels(draw(smoke.run, *FEW, out="run")))
-    assert torch.equal(pixels(draw(smoke.run / "weights.safetensors", *FEW, out="file")), by_step)
+    by_step = read_pngs(draw(step, *FEW, out="step"))
+    assert torch.equal(by_step, read_pngs(draw(smoke.run, *FEW, out="run")))
+    assert torch.equal(read_pngs(draw(smoke.run / "weights.safetensors", *FEW, out="file")), by_step)
     raw, ema = load_weights_dict(step, "raw"), load_weights_dict(step, "ema")
     assert raw.keys() == ema.keys()
     assert any(not torch.equal(raw[name], ema[name]) for name in raw)
-    assert len(pixels(draw(step, *FEW, "weights=raw", out="raw"))) == 10
+    assert len(read_pngs(draw(step, *FEW, "weights=raw", out="raw"))) == 10
 
 
 def broken(run: Path, place: Path, name: str) -> Path:
@@ -269,10 +261,7 @@ def test_sample_reports_error_in_one_line(typed, expected, smoke, capfd):
     one_line(capfd, re.escape(expected), f"run={smoke.run}", *typed)
 
 
-def one_line(capfd, expected: str, *typed: str) -> None:
-    capfd.readouterr()
-    assert command("sample.py", "output_dir=nothing", *typed) == 2
-    error = capfd.readouterr().err.strip()
+def one_line(capfd, expected: str, *overrides: str) -> None:
+    error = assert_one_line_error(capfd, "", "sample.py", "output_dir=nothing", *overrides)
     assert re.match(rf"error: .*{expected}", error), error
-    assert "\n" not in error
     assert not Path("nothing").exists()

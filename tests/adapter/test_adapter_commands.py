@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from helpers import read_pngs, run_sample
 from smoke import command, composed, here, train
 
 from ldm.app import requests
@@ -45,14 +45,8 @@ def factors(lively, place) -> Path:
     return train("adapter=lora", f"init={lively}", "adapter.target_modules=[*attention*,*conv1]", *STEP)
 
 
-def draw(*typed: str, out: str = "drawn") -> Path:
-    shutil.rmtree(out, ignore_errors=True)
-    assert command("sample.py", f"output_dir={out}", *FEW, *typed) == 0
-    return Path(out)
-
-
-def pixels(folder: Path) -> torch.Tensor:
-    return torch.stack([torch.tensor(list(Image.open(file).tobytes())) for file in sorted(folder.glob("[0-9]*.png"))])
+def draw(*overrides: str, out: str = "drawn") -> Path:
+    return run_sample(*FEW, *overrides, output_dir=out)
 
 
 def test_lora_run_contains_factors_and_base(lively, factors):
@@ -68,19 +62,19 @@ def test_lora_run_contains_factors_and_base(lively, factors):
 
 @pytest.mark.slow
 def test_adapter_scale_interpolates_base_and_run(lively, factors):
-    base = pixels(draw(f"run={lively}"))
-    assert torch.equal(pixels(draw(f"run={lively}", f"adapters=[{{run: {factors}, scale: 0.0}}]")), base)
-    own = pixels(draw(f"run={factors}", out="own"))
+    base = read_pngs(draw(f"run={lively}"))
+    assert torch.equal(read_pngs(draw(f"run={lively}", f"adapters=[{{run: {factors}, scale: 0.0}}]")), base)
+    own = read_pngs(draw(f"run={factors}", out="own"))
     assert (own - base).abs().max() > 1
-    assert torch.equal(pixels(draw(f"run={lively}", f"adapters=[{{run: {factors}}}]")), own)
+    assert torch.equal(read_pngs(draw(f"run={lively}", f"adapters=[{{run: {factors}}}]")), own)
     step = next((factors / "checkpoints").glob("step-*2"))
-    assert torch.equal(pixels(draw(f"run={lively}", f"adapters=[{{run: {step}}}]")), own)
+    assert torch.equal(read_pngs(draw(f"run={lively}", f"adapters=[{{run: {step}}}]")), own)
     half = f"{{run: {factors}, scale: 0.5}}"
     both = draw(f"run={lively}", f"adapters=[{half},{half}]", out="both")
-    assert (pixels(both) - own).abs().max() <= 1
+    assert (read_pngs(both) - own).abs().max() <= 1
     assert command("sample.py", f"reproduce={both / '000002.png'}", "output_dir=again") == 0
-    assert torch.equal(pixels(Path("again"))[0], pixels(both)[2])
-    assert (pixels(both) - base).abs().max() > 1
+    assert torch.equal(read_pngs(Path("again"))[0], read_pngs(both)[2])
+    assert (read_pngs(both) - base).abs().max() > 1
 
 
 @pytest.mark.slow
@@ -101,10 +95,10 @@ def test_lora_export_to_peft_round_trip(lively, factors, place):
     assert export([f"run={factors}", "to=peft", "out=lora.safetensors"]) == 0
     file = place / "lora.safetensors"
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in atomic.read_tensors(file))
-    own = pixels(draw(f"run={factors}", out="own"))
-    assert (pixels(draw(f"run={lively}", f"adapters=[{{run: {file}}}]")) - own).abs().max() <= 1
+    own = read_pngs(draw(f"run={factors}", out="own"))
+    assert (read_pngs(draw(f"run={lively}", f"adapters=[{{run: {file}}}]")) - own).abs().max() <= 1
     assert export([f"run={factors}", "to=safetensors", "out=whole.safetensors"]) == 0  # merged, a model by itself
-    assert (pixels(draw("run=whole.safetensors")) - own).abs().max() <= 1
+    assert (read_pngs(draw("run=whole.safetensors")) - own).abs().max() <= 1
     assert export([f"run={lively}", "to=peft", "out=none.safetensors"]) == 2
 
 
@@ -117,16 +111,16 @@ def test_controlnet_trains_and_uses_hints(lively, place, capsys):
         if name.startswith(("zeros", "hint.")):
             value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
     atomic.write_tensors(run / "weights.safetensors", state, atomic.read_metadata(run / "weights.safetensors"))
-    base = pixels(draw(f"run={lively}", "held_out=true"))
-    told = pixels(draw(f"run={run}", "held_out=true", out="told"))
+    base = read_pngs(draw(f"run={lively}", "held_out=true"))
+    told = read_pngs(draw(f"run={run}", "held_out=true", out="told"))
     assert (told - base).abs().max() > 1
-    assert torch.equal(pixels(draw(f"run={lively}", "held_out=true", f"adapters=[{{run: {run}, scale: 0}}]")), base)
+    assert torch.equal(read_pngs(draw(f"run={lively}", "held_out=true", f"adapters=[{{run: {run}, scale: 0}}]")), base)
     size = load_run_config(run).data.size
     edges = Canny()(load_held_out(run).batch([(0, i) for i in range(4)])["image"])
     for i, one in enumerate(edges):
         images.save_png(place / "hints" / f"{i}.png", (255 * one).to(torch.uint8))
     own = ("held_out=true", "hints=hints")
-    assert torch.equal(pixels(draw(f"run={run}", *own)), told)
+    assert torch.equal(read_pngs(draw(f"run={run}", *own)), told)
     twice = draw(
         f"run={run}",
         f"adapters=[{{run: {run}, scale: 0.5}}]",
@@ -136,7 +130,7 @@ def test_controlnet_trains_and_uses_hints(lively, place, capsys):
         out="twice",
     )
     assert command("sample.py", f"reproduce={twice / '000001.png'}", "output_dir=again") == 0
-    assert torch.equal(pixels(Path("again"))[0], pixels(twice)[1])
+    assert torch.equal(read_pngs(Path("again"))[0], read_pngs(twice)[1])
     images.save_png(place / "small.png", torch.zeros(3, size // 2, size, dtype=torch.uint8))
     capsys.readouterr()
     assert command("sample.py", f"run={run}", "hints=small.png", "output_dir=refused", *FEW) == 2

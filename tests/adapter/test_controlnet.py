@@ -1,15 +1,18 @@
 """ControlNet: nothing at first, the published count, diffusers' names and answers, and hints that do not fit."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from helpers import randomize_weights
 
 from ldm.adapter.controlnet import ControlBranch, ControlledUNet, hint_encoder
 from ldm.condition import Condition
 from ldm.interop.adapters import export_controlnet
 from ldm.net.unet import UNet
+
+randomize_small = partial(randomize_weights, std=0.1)
 
 SHAPE = {
     "channels": 32,
@@ -22,16 +25,9 @@ SHAPE = {
 }
 
 
-def lively(module, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.1, generator=generator)
-    return module
-
-
 @pytest.fixture
 def net():
-    return lively(UNet(4, 4, **SHAPE))
+    return randomize_small(UNet(4, 4, **SHAPE))
 
 
 @pytest.fixture
@@ -57,7 +53,7 @@ def test_control_branch_is_zero_at_init(net, told):
 
 
 def test_controlled_unet_adds_weighted_residuals(net, told):
-    one, two = (lively(ControlBranch(net, 4), seed) for seed in (1, 2))
+    one, two = (randomize_small(ControlBranch(net, 4), seed) for seed in (1, 2))
     x, t, cond = told
     told_of = [
         0.5 * a - 2 * b for a, b in zip(one(x, t, cond, cond.hint[0]), two(x, t, cond, cond.hint[1]), strict=True)
@@ -85,7 +81,7 @@ def test_control_branch_matches_diffusers(net, told):
         use_linear_projection=True,
         conditioning_embedding_out_channels=(16, 32, 96),
     )
-    control = lively(ControlBranch(net, 4), 1)
+    control = randomize_small(ControlBranch(net, 4), 1)
     state = export_controlnet(control.state_dict())
     theirs.load_state_dict(state)
     x, t, cond = told

@@ -4,10 +4,12 @@ import json
 import shutil
 import threading
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import read_image, write_image
 from PIL import Image
 from smoke import command, composed, here
 
@@ -22,6 +24,8 @@ from ldm.diffusion.denoiser import Denoised
 from ldm.diffusion.schedule import cosine
 from ldm.errors import UserError
 from ldm.sampling.monitor import SamplerMonitor, SamplingCancelled
+
+read_grey = partial(read_image, mode="L")
 
 SOME = Settings(label="ring", steps=3, num=3, seed=5, scale=2.0)
 
@@ -55,17 +59,6 @@ def ask(desk, runs):
     return last
 
 
-def pixels(file: Path) -> torch.Tensor:
-    image = Image.open(file)
-    return torch.tensor(list(image.convert("L").tobytes())).reshape(image.height, image.width)
-
-
-def picture(path: Path, size=(32, 32), seed=0) -> Path:
-    values = torch.randint(40, 216, (size[0] * size[1],), generator=torch.Generator().manual_seed(seed))
-    Image.frombytes("L", size, bytes(values.tolist())).save(path)
-    return path
-
-
 def test_compose_request_equals_command_line_config():
     words = "it's ${oc.env:HOME}, ???"
     ours = compose.compose_request(
@@ -94,7 +87,7 @@ def test_controller_image_equals_sample_command(ask, runs, capfd):
         typed = ("label=ring", "steps=3", "num=3", "seed=5", "guidance.scale=2.0", "size=[32,32]", "output_dir=typed")
         assert command("sample.py", "run=labels", *typed) == 0
         for file in files:
-            assert torch.equal(pixels(file), pixels(runs / "typed" / file.name))
+            assert torch.equal(read_grey(file), read_grey(runs / "typed" / file.name))
         assert command("sample.py", f"reproduce={files[1]}") == 0
     assert "made again, bit for bit the same" in capfd.readouterr().out
     assert files[0].is_relative_to(runs / "labels" / "samples")
@@ -111,7 +104,7 @@ def test_controller_reproduces_gallery_image_exactly(desk, ask, runs):
     assert "Made again: bit for bit the same." in view.stage
     before, after = view.images[0]
     assert before == drawn[2]
-    assert torch.equal(pixels(before), pixels(after))
+    assert torch.equal(read_grey(before), read_grey(after))
     assert after not in desk.list_images(run)
     said = storage.image_settings(drawn[2])
     assert (said["class"], said["seed"], said["batch"], said["steps"], said["sampler"]) == ("disc", 2, 3, 2, "ddim")
@@ -135,7 +128,7 @@ def test_controller_draws_checkpoint_next_to_run(smoke, tmp_path):
     assert view.images, view.stage
     (ours,), (theirs,) = view.images
     assert theirs.parent.name == f"{ours.parent.name}-step-00000002"
-    assert torch.equal(pixels(ours), pixels(theirs))  # it is the run's last
+    assert torch.equal(read_grey(ours), read_grey(theirs))  # it is the run's last
     *_, again = desk.repeat("me", step, theirs)
     assert "bit for bit the same" in again.stage
 
@@ -263,7 +256,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_controller_reports_error_in_one_line(name, ask, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    picture(Path("in.png"))
+    write_image(Path("in.png"))
     Path("text.png").write_text("no picture")
     Image.new("L", (1000, 600)).save("large.png")
     before = set(runs.rglob("*.png"))
@@ -288,24 +281,24 @@ def test_controller_skips_run_with_missing_weights(runs, ask):
 
 
 def test_controller_inpaints_only_the_mask(ask, tmp_path):
-    image = Image.open(picture(tmp_path / "in.png"))
+    image = Image.open(write_image(tmp_path / "in.png"))
     stroke = Image.new("RGBA", image.size, (0, 0, 0, 0))
     stroke.paste((213, 94, 0, 255), (8, 4, 20, 12))
     view = ask(requests.inpaint, ({"background": image.convert("RGBA"), "layers": [stroke], "composite": None},))
     known = torch.ones(32, 32, dtype=torch.bool)
     known[4:12, 8:20] = False
     for file in view.images[0]:
-        change = (pixels(file) - pixels(tmp_path / "in.png")).abs()
+        change = (read_grey(file) - read_grey(tmp_path / "in.png")).abs()
         assert change[known].max() <= 1
         assert change[~known].float().mean() > 5
 
 
 def test_controller_runs_img2img_and_outpaint(ask, runs, tmp_path):
-    file = picture(tmp_path / "in.png")
-    assert pixels(ask(requests.img2img, (str(file), 0.5)).images[0][0]).shape == (32, 32)
-    wide = pixels(ask(requests.outpaint, (str(file), 8, 0, 0, 16)).images[0][0])
+    file = write_image(tmp_path / "in.png")
+    assert read_grey(ask(requests.img2img, (str(file), 0.5)).images[0][0]).shape == (32, 32)
+    wide = read_grey(ask(requests.outpaint, (str(file), 8, 0, 0, 16)).images[0][0])
     assert wide.shape == (48, 40)
-    assert (wide[:32, 8:] - pixels(file)).abs().max() <= 1
+    assert (wide[:32, 8:] - read_grey(file)).abs().max() <= 1
     (kept,) = {one for one in (runs / "labels" / "given").iterdir() if one.read_bytes() == file.read_bytes()}
     assert kept.suffix == ".png"
 

@@ -5,17 +5,21 @@ import re
 import shutil
 import threading
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from chromium import browser, visit
+from helpers import read_image
 from PIL import Image
 
 from ldm.app.controller import AppController
 from ldm.app.limits import Limits
 from ldm.app.serve import serve
 from ldm.app.session import SessionCache
+
+read_grey = partial(read_image, mode="L")
 
 pytestmark = pytest.mark.slow
 LONG = "1000"  # steps that outlast a click; all that the schedule has
@@ -97,11 +101,6 @@ def draw(page, tab="words"):
     return press(page, f"draw-{tab}")("images? in |Stopped|class=.fault")
 
 
-def pixels(file: Path) -> torch.Tensor:
-    image = Image.open(file).convert("L")
-    return torch.tensor(list(image.tobytes())).reshape(image.height, image.width)
-
-
 def drawn(run: Path) -> set[Path]:
     return set(run.glob("samples/*/[0-9]*.png"))
 
@@ -156,12 +155,12 @@ def test_page_inpaints_only_the_mask(page, runs, tmp_path):
     page.wait_for_timeout(500)  # until the stroke has been told
     assert "2 images in" in draw(page, "inpaint")
     asked = json.loads(Image.open(min(drawn(runs / "first") - before)).text["reproduce"])["request"]
-    given, hole = pixels(Path(asked["image"])), pixels(Path(asked["mask"])) > 127
-    assert torch.equal(given, pixels(tmp_path / "in.png"))
+    given, hole = read_grey(Path(asked["image"])), read_grey(Path(asked["mask"])) > 127
+    assert torch.equal(given, read_grey(tmp_path / "in.png"))
     assert 20 < int(hole.sum()) < 500
     assert hole[12:20, 12:20].any()
     for file in drawn(runs / "first") - before:
-        change = (pixels(file) - given).abs()
+        change = (read_grey(file) - given).abs()
         assert change[~hole].max() <= 1
         assert change[hole].float().mean() > 5
     page.get_by_role("tab", name="From noise").click()
@@ -180,7 +179,7 @@ def test_page_gallery_reproduces_image_exactly(page, runs):
     page.wait_for_selector("#again-said >> text=Made again: bit for bit the same.")
     (again,) = (runs / "first" / "samples").glob("*/000032-again/000032.png")
     (before,) = (file for file in drawn(runs / "first") if file.name == "000032.png")
-    assert torch.equal(pixels(again), pixels(before))
+    assert torch.equal(read_grey(again), read_grey(before))
     page.get_by_role("tab", name="Draw", exact=True).click()
 
 

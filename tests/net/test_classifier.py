@@ -1,17 +1,9 @@
 import pytest
 import torch
+from helpers import randomize_weights
 
 from ldm.net.attention import SpatialTransformer, sdpa, softmax_attention
 from ldm.net.classifier import AttentionPool, NoisyClassifier
-
-
-def lively(net: torch.nn.Module, seed: int = 0):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
-    return net.eval()
-
 
 SMALL = dict(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_head_channels=4, num_groups=4
@@ -33,7 +25,7 @@ def test_attention_pool_matches_mean_token_attention(attend):
 
 
 def test_noisy_classifier_depends_on_state_and_time():
-    net = lively(NoisyClassifier(3, 5, size=8, **SMALL))
+    net = randomize_weights(NoisyClassifier(3, 5, size=8, **SMALL))
     x, t = torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([1.0, 500.0])
     logits = net(x, t)
     assert logits.shape == (2, 5)
@@ -47,7 +39,7 @@ def test_noisy_classifier_depends_on_state_and_time():
 def test_noisy_classifier_checkpointing_preserves_gradients():
     grads = []
     for checkpoint in (False, True):
-        net = lively(NoisyClassifier(3, 5, size=8, gradient_checkpointing=checkpoint, **SMALL)).train()
+        net = randomize_weights(NoisyClassifier(3, 5, size=8, gradient_checkpointing=checkpoint, **SMALL)).train()
         net(torch.ones(2, 3, 8, 8), torch.tensor([1.0, 500.0])).square().sum().backward()
         grads.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

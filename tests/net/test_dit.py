@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import randomize_weights
 from torch import nn
 
 from ldm.condition import Condition
@@ -26,15 +27,6 @@ OPTIONS = {
 X, T = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 500.0])
 
 
-def lively(net: DiT, seed: int = 0) -> DiT:
-    """The net with every parameter drawn at random, the zero-initialised ones too."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
-    return net.eval()
-
-
 def told(net: DiT, length: int = 4, mask: torch.Tensor | None = None, seed: int = 5) -> Condition:
     g = torch.Generator().manual_seed(seed)
     cross, vector = net.blocks[0].cross_attention, net.vector
@@ -50,7 +42,7 @@ def told(net: DiT, length: int = 4, mask: torch.Tensor | None = None, seed: int 
 def test_dit_output_is_zero_at_init(options):
     net = DiT(3, 6, **SMALL, **options)
     assert torch.equal(net(X, T, told(net)), torch.zeros(2, 6, 6, 4))
-    assert lively(net)(X, T, told(net)).std() > 0.01
+    assert randomize_weights(net)(X, T, told(net)).std() > 0.01
 
 
 def test_dit_block_is_identity_at_init():
@@ -63,7 +55,7 @@ def test_dit_block_is_identity_at_init():
 
 def test_dit_block_matches_manual_adaln():
     torch.manual_seed(0)
-    block = lively(DiT(3, 3, **SMALL)).blocks[1]
+    block = randomize_weights(DiT(3, 3, **SMALL)).blocks[1]
     x, emb = torch.randn(2, 6, 16), torch.randn(2, 16)
     six = block.modulation(emb)[:, None].split(16, dim=-1)
     h = x + six[2] * block.attention(nn.functional.layer_norm(x, (16,), eps=1e-6) * (1 + six[1]) + six[0])
@@ -72,7 +64,7 @@ def test_dit_block_matches_manual_adaln():
 
 
 def test_dit_block_adds_cross_attention_between_attention_and_mlp():
-    net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"]))
+    net = randomize_weights(DiT(3, 3, **SMALL, **OPTIONS["told"]))
     block, memory, x, emb = net.blocks[0], net.memory(told(net)).layers[0], torch.randn(2, 6, 16), torch.randn(2, 16)
     with torch.no_grad():
         block.modulation.weight.zero_()
@@ -81,7 +73,7 @@ def test_dit_block_adds_cross_attention_between_attention_and_mlp():
 
 
 def test_dit_head_uses_sum_of_time_and_vector():
-    net, seen = lively(DiT(3, 3, **SMALL, vector_dim=16)), []
+    net, seen = randomize_weights(DiT(3, 3, **SMALL, vector_dim=16)), []
     net.head.register_forward_pre_hook(lambda module, args: seen.extend(args))
     row = torch.randn(2, 16)
     out = net(X, T, Condition(vector=row))
@@ -97,7 +89,7 @@ def test_dit_head_uses_sum_of_time_and_vector():
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_dit_accepts_rectangles_of_any_size(options, patch):
-    net = lively(DiT(3, 3, patch_size=patch, **SMALL, **options))
+    net = randomize_weights(DiT(3, 3, patch_size=patch, **SMALL, **options))
     for size in ((2, 2), (4, 10)):
         assert net(torch.randn(2, 3, *size), T, told(net)).shape == (2, 3, *size)
 
@@ -139,7 +131,7 @@ def test_dit_adds_position_embedding():
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_dit_precomputed_embedding_and_memory_equal_plain_call(options):
-    net = lively(DiT(3, 3, **SMALL, **options))
+    net = randomize_weights(DiT(3, 3, **SMALL, **options))
     cond = told(net, mask=torch.tensor([[True, True, True, False], [True, False, False, False]]))
     plain = net(X, T, cond)
     assert torch.equal(plain, net(X, T, cond, emb=net.embed(T, cond), memory=net.memory(cond)))
@@ -147,7 +139,7 @@ def test_dit_precomputed_embedding_and_memory_equal_plain_call(options):
 
 
 def test_dit_uses_every_condition():
-    net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"], concat_channels=2))
+    net = randomize_weights(DiT(3, 3, **SMALL, **OPTIONS["told"], concat_channels=2))
     cond = told(net, mask=torch.ones(2, 4, dtype=torch.bool))
     concat, half = torch.randn(2, 2, 6, 4), torch.tensor([True, True, False, False]).expand(2, 4)
     before = net(X, T, Condition(cond.context, cond.mask, cond.vector, concat))
@@ -163,7 +155,7 @@ def test_dit_uses_every_condition():
 
 
 def test_dit_ignores_masked_tokens():
-    net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"]))
+    net = randomize_weights(DiT(3, 3, **SMALL, **OPTIONS["told"]))
     short = told(net, length=2)
     context = torch.cat([short.context, torch.full((2, 3, 6), 7.0)], 1)
     padded = Condition(context, torch.arange(5).expand(2, 5) < 2, short.vector)
@@ -171,7 +163,7 @@ def test_dit_ignores_masked_tokens():
 
 
 def test_dit_blocks_receive_their_memory():
-    net = lively(DiT(3, 3, **SMALL, **OPTIONS["told"]))
+    net = randomize_weights(DiT(3, 3, **SMALL, **OPTIONS["told"]))
     cond, seen = told(net), []
     for block in net.blocks:
         block.cross_attention.register_forward_pre_hook(
@@ -183,7 +175,7 @@ def test_dit_blocks_receive_their_memory():
 
 
 def test_dit_adds_residuals_after_each_block():
-    net = lively(DiT(3, 3, **SMALL))
+    net = randomize_weights(DiT(3, 3, **SMALL))
     zeros, nudge = [torch.zeros(2, 6, 16)] * 2, torch.randn(2, 6, 16)
     plain = net(X, T, Condition())
     assert torch.equal(net(X, T, Condition(), residuals=zeros), plain)
@@ -203,7 +195,7 @@ def test_dit_adds_residuals_after_each_block():
 def test_dit_checkpointing_preserves_gradients(name):
     grads = []
     for checkpoint in (False, True):
-        net = lively(DiT(3, 3, **SMALL, **{**OPTIONS[name], "gradient_checkpointing": checkpoint}))
+        net = randomize_weights(DiT(3, 3, **SMALL, **{**OPTIONS[name], "gradient_checkpointing": checkpoint}))
         net(X, T, told(net)).square().sum().backward()
         grads.append([p.grad for p in net.parameters()])
     for a, b in zip(*grads, strict=True):
@@ -214,7 +206,7 @@ def test_dit_depends_on_positions_through_embedding_or_rope():
     """Blind to the order of patches without either; RoPE alone tells them apart."""
     x, swapped = X, X.roll(2, 2)  # whole rows of patches
     for rotary, blind in ((None, True), (rope_2d, False)):
-        net = lively(
+        net = randomize_weights(
             DiT(3, 3, **SMALL, positions=lambda h, w, d, device: torch.zeros(h * w, d), rotary=rotary)
         ).double()
         same = (

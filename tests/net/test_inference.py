@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import randomize_weights
 from torch import nn
 
 from ldm.adapter import lora
@@ -17,6 +18,8 @@ from ldm.net.dit import DiT
 from ldm.net.guidance_embedding import GuidanceEmbedding
 from ldm.net.inference import InferenceNet, fast_inference, pack_copy
 from ldm.net.unet import UNet
+
+randomize_small = partial(randomize_weights, std=0.1)
 
 SMALL = partial(
     UNet,
@@ -41,13 +44,6 @@ NETS = {
 }
 
 
-def lively(net):
-    generator = torch.Generator().manual_seed(0)
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.1, generator=generator)
-    return net.eval()
-
-
 def told(name, size=8, rows=3):
     generator = torch.Generator().manual_seed(1)
     normal = partial(torch.randn, generator=generator)
@@ -67,7 +63,7 @@ def told(name, size=8, rows=3):
 @torch.inference_mode()
 def test_inference_net_matches_network(name, size):
     torch.manual_seed(0)
-    net = lively(NETS[name]())
+    net = randomize_small(NETS[name]())
     x, cond = told(name, size)
     one, each = torch.tensor(500.0).expand(3), torch.tensor([3.0, 500.0, 999.0])
     made = InferenceNet(net)
@@ -78,7 +74,7 @@ def test_inference_net_matches_network(name, size):
 
 @torch.inference_mode()
 def test_inference_net_accepts_odd_sizes():
-    net = lively(NETS["words"]())
+    net = randomize_small(NETS["words"]())
     x, cond = told("words", 7)
     torch.testing.assert_close(
         InferenceNet(net)(x, torch.full((3,), 9.0), cond), net(x, torch.full((3,), 9.0), cond), rtol=1e-4, atol=1e-4
@@ -90,7 +86,7 @@ def test_inference_net_accepts_odd_sizes():
 )
 @torch.inference_mode()
 def test_packed_layer_matches_its_layer(layer):
-    layer = lively(layer.double()).float()
+    layer = randomize_small(layer.double()).float()
     given = (torch.randn(2, 9, 64),) if isinstance(layer, FeedForward) else (torch.randn(2, 64, 5, 5),)
     given += (torch.randn(1, 16),) if isinstance(layer, ResBlock) else ()
     twin = pack(layer)
@@ -101,9 +97,9 @@ def test_packed_layer_matches_its_layer(layer):
 @torch.inference_mode()
 def test_inference_net_in_bfloat16_is_as_accurate_as_autocast():
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert isinstance(InferenceNet(lively(NETS["words"]()), torch.bfloat16).net, UNet)
+        assert isinstance(InferenceNet(randomize_small(NETS["words"]()), torch.bfloat16).net, UNet)
         return
-    net = lively(NETS["words"]())
+    net = randomize_small(NETS["words"]())
     x, cond = told("words")
     t = torch.full((3,), 500.0)
     exact, made = net(x, t, cond), InferenceNet(net, torch.bfloat16)
@@ -124,7 +120,7 @@ def test_packed_group_norm_computes_statistics_in_float32(side):
 
 @torch.inference_mode()
 def test_inference_net_computes_memory_once_per_condition(monkeypatch):
-    net = InferenceNet(lively(NETS["words"]()))
+    net = InferenceNet(randomize_small(NETS["words"]()))
     asked = []
     memory = net.net.memory
     monkeypatch.setattr(net.net, "memory", lambda cond: asked.append(cond) or memory(cond))
@@ -139,7 +135,7 @@ def test_inference_net_computes_memory_once_per_condition(monkeypatch):
 
 
 def test_inference_net_uses_network_for_gradients():
-    net = lively(NETS["words"]())
+    net = randomize_small(NETS["words"]())
     x, cond = told("words")
     x.requires_grad_()
     assert torch.equal(InferenceNet(net)(x, torch.full((3,), 500.0), cond), net(x, torch.full((3,), 500.0), cond))

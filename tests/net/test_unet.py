@@ -1,19 +1,11 @@
 import pytest
 import torch
+from helpers import randomize_weights
 
 from ldm.condition import Condition
 from ldm.net.attention import QKVAttention, SpatialTransformer, softmax_attention
 from ldm.net.blocks import Downsample, ResBlock, Upsample, identity_embedding, timestep_embedding
 from ldm.net.unet import Layer, UNet
-
-
-def lively(net: UNet, seed: int = 0) -> UNet:
-    """The net with every parameter drawn at random, the zero-initialised ones too."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
-    return net.eval()
 
 
 def told(b: int = 2, length: int = 4, mask: torch.Tensor | None = None, **other) -> Condition:
@@ -64,12 +56,12 @@ def test_unet_output_is_zero_at_init(options):
     net = UNet(3, 5, **{**SMALL, **options})
     x, t = torch.randn(2, 3, 8, 12), torch.tensor([1.0, 500.0])
     assert torch.equal(net(x, t, told_to(net)), torch.zeros(2, 5, 8, 12))
-    assert lively(net)(x, t, told_to(net)).std() > 0.01
+    assert randomize_weights(net)(x, t, told_to(net)).std() > 0.01
 
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
 def test_unet_precomputed_embedding_and_memory_equal_plain_call(options):
-    net = lively(UNet(3, 3, **{**SMALL, "vector_dim": 5, **options}))
+    net = randomize_weights(UNet(3, 3, **{**SMALL, "vector_dim": 5, **options}))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
     cond = told_to(net, mask=mask, vector=torch.randn(2, 5))
@@ -79,7 +71,7 @@ def test_unet_precomputed_embedding_and_memory_equal_plain_call(options):
 
 
 def test_unet_uses_every_condition():
-    net = lively(
+    net = randomize_weights(
         UNet(
             3,
             3,
@@ -109,7 +101,7 @@ def test_unet_uses_every_condition():
 
 
 def test_unet_ignores_masked_tokens_and_padding():
-    net = lively(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
+    net = randomize_weights(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0])
     short = told(length=2)
     padded = Condition(torch.cat([short.context, torch.full((2, 3, 6), 7.0)], 1), torch.arange(5).expand(2, 5) < 2)
@@ -117,7 +109,7 @@ def test_unet_ignores_masked_tokens_and_padding():
 
 
 def test_unet_rows_are_independent():
-    net = lively(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
+    net = randomize_weights(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
     x, t, cond = torch.randn(3, 3, 8, 8), torch.tensor([10.0, 500.0, 3.0]), told(3)
     one = net(x[1:2], t[1:2], cond.index(slice(1, 2)))
     torch.testing.assert_close(net(x, t, cond)[1:2], one, rtol=1e-4, atol=1e-5)
@@ -155,7 +147,7 @@ def skip_shapes(net: UNet, x: torch.Tensor) -> list[torch.Size]:
 
 
 def test_unet_adds_residuals_to_skips_and_middle():
-    net = lively(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
+    net = randomize_weights(UNet(3, 3, channels=8, context_dim=6, num_head_channels=8, num_groups=4, num_res_blocks=1))
     x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0]), told()
     shapes = skip_shapes(net, x)
     zeros = [torch.zeros(s) for s in (*shapes, shapes[-1])]
@@ -170,7 +162,9 @@ def test_unet_adds_residuals_to_skips_and_middle():
 
 def test_unet_skips_bypass_middle():
     """With the middle's answer cut off the output still depends on x, and each skip's channels are the second half of a concatenation."""
-    net = lively(UNet(3, 3, channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4))
+    net = randomize_weights(
+        UNet(3, 3, channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4)
+    )
     seen = []
     net.up[0].layers[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
     x = torch.randn(1, 3, 4, 4)
@@ -203,7 +197,7 @@ def test_unet_attention_is_at_configured_factors(attention):
 
 @pytest.mark.parametrize("attention", [(1,), (2,), (1, 2)])
 def test_unet_transformers_receive_their_memory(attention):
-    net = lively(
+    net = randomize_weights(
         UNet(
             3,
             3,
@@ -233,7 +227,7 @@ def test_unet_transformers_receive_their_memory(attention):
 @pytest.mark.parametrize("size", [(7, 5), (9, 12), (1, 3)])
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
 def test_unet_accepts_odd_sizes(options, size):
-    net = lively(UNet(3, 3, **{**SMALL, **options}))
+    net = randomize_weights(UNet(3, 3, **{**SMALL, **options}))
     out = net(torch.randn(2, 3, *size), torch.tensor([1.0, 500.0]), told_to(net))
     assert out.shape == (2, 3, *size)
     assert torch.isfinite(out).all()
@@ -244,7 +238,9 @@ def test_unet_checkpointing_preserves_gradients(name):
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
     grads = []
     for checkpoint in (False, True):
-        net = lively(UNet(3, 3, dropout=0.5, **{**SMALL, **SHAPES[name], "gradient_checkpointing": checkpoint})).train()
+        net = randomize_weights(
+            UNet(3, 3, dropout=0.5, **{**SMALL, **SHAPES[name], "gradient_checkpointing": checkpoint})
+        ).train()
         torch.manual_seed(3)
         net(x, t, told_to(net)).square().sum().backward()
         grads.append([p.grad for p in net.parameters()])
@@ -272,7 +268,7 @@ def test_unet_attention_outside_levels_is_in_middle_only():
 
 
 def test_unet_resblock_updown_resizes_and_uses_time():
-    net = lively(
+    net = randomize_weights(
         UNet(3, 3, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), resblock_updown=True, **SMALL)
     )
     resized = [level.resample for level in (*net.down, *net.up) if level.resample]
@@ -287,7 +283,7 @@ def test_unet_resblock_updown_resizes_and_uses_time():
 
 
 def test_unet_adds_class_embedding_to_time():
-    net = lively(UNet(3, 3, vector_dim=32, vector_embedding=identity_embedding, **SMALL))
+    net = randomize_weights(UNet(3, 3, vector_dim=32, vector_embedding=identity_embedding, **SMALL))
     t, row = torch.tensor([1.0, 500.0]), torch.randn(2, 32)
     torch.testing.assert_close(net.embed(t, Condition(vector=row)), net.embed(t, Condition(vector=0 * row)) + row)
 
@@ -316,7 +312,9 @@ def test_unet_without_cross_attention_rejects_context(block):
 
 @pytest.mark.parametrize("odd", [False, True])
 def test_unet_matches_manual_forward(odd):
-    net = lively(UNet(3, 3, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), vector_dim=5, **SMALL))
+    net = randomize_weights(
+        UNet(3, 3, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), vector_dim=5, **SMALL)
+    )
     x, t, cond = torch.randn(2, 3, 8 - odd, 8), torch.tensor([1.0, 500.0]), told(vector=torch.randn(2, 5))
     emb = net.time(timestep_embedding(t, 8)) + net.vector(cond.vector)
     first, middle, second, third = (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from smoke import command, here, train
+from helpers import assert_one_line_error, read_pngs, run_sample
+from smoke import here, train
 
 from ldm.io import atomic
 
@@ -30,20 +31,8 @@ def classifier(place):
     return train("training=classifier", *SMALL, "training.num=50")
 
 
-def one_line(capfd, expected: str, script: str, *typed: str) -> None:
-    capfd.readouterr()
-    assert command(script, *typed) == 2
-    error = capfd.readouterr().err.strip()
-    assert expected in error, error
-    assert "\n" not in error
-
-
-def drawn(run: Path, *typed: str) -> torch.Tensor:
-    from PIL import Image
-
-    shutil.rmtree("out", ignore_errors=True)
-    assert command("sample.py", f"run={run}", "output_dir=out", "steps=3", "num=4", *typed) == 0
-    return torch.stack([torch.tensor(list(Image.open(file).tobytes())) for file in sorted(Path("out").glob("0*.png"))])
+def drawn(run: Path, *overrides: str) -> torch.Tensor:
+    return read_pngs(run_sample(f"run={run}", "steps=3", "num=4", *overrides, output_dir="out"))
 
 
 def test_classifier_metrics_are_per_noise_level(classifier):
@@ -62,7 +51,7 @@ def test_classifier_guidance_changes_sample_and_is_reproducible(classifier, smok
     assert (none - plain).abs().max() <= 1
     assert not torch.equal(much, none)
     assert torch.equal(drawn(smoke.run, "label=ring", *guided[1]), much)
-    one_line(
+    assert_one_line_error(
         capfd,
         "that run trained no classifier",
         "sample.py",
@@ -70,7 +59,7 @@ def test_classifier_guidance_changes_sample_and_is_reproducible(classifier, smok
         "guidance=classifier",
         f"guidance.classifier={smoke.run}",
     )
-    one_line(
+    assert_one_line_error(
         capfd,
         "nowhere: no such folder",
         "sample.py",
@@ -87,7 +76,7 @@ def test_classifier_of_other_schedule_or_latent_space_is_refused(classifier, smo
     assert "s: 0.008" in config
     (other / "config.yaml").write_text(config.replace("s: 0.008", "s: 0.01"))
     typed = ("num=1", "steps=2", "guidance=classifier")
-    one_line(
+    assert_one_line_error(
         capfd,
         "was trained on another noise schedule",
         "sample.py",
@@ -95,7 +84,7 @@ def test_classifier_of_other_schedule_or_latent_space_is_refused(classifier, smo
         *typed,
         f"guidance.classifier={other}",
     )
-    one_line(
+    assert_one_line_error(
         capfd, "belongs to autoencoder f4", "sample.py", f"run={lively}", *typed, f"guidance.classifier={classifier}"
     )
 
@@ -133,7 +122,7 @@ def test_init_zeroes_weights_of_new_condition(smoke):
 )
 def test_init_rejects_weights_of_another_architecture(typed, said, smoke, capfd):
     own = (typed,) if typed.startswith("init=") else (f"init={smoke.run}", typed)
-    one_line(capfd, said, "train.py", "budget=smoke", *own, "metrics=none")
+    assert_one_line_error(capfd, said, "train.py", "budget=smoke", *own, "metrics=none")
 
 
 def test_classifier_guidance_points_to_requested_class(monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_one_line_error, read_image, read_pngs, run_sample, write_image
 from PIL import Image, PngImagePlugin
 from smoke import ROOT, command, enliven, here, processes, train
 
@@ -32,18 +33,13 @@ DEAF = ("unconditional", "image_variations")  # to what this run can be told
 @pytest.fixture(scope="module", autouse=True)
 def place(smoke, tmp_path_factory):
     with here(tmp_path_factory.mktemp("tasks"), LDM_CACHE=str(smoke.folder / "cache")):
-        picture("in.png", (32, 32), 0)
-        picture("other.png", (32, 32), 1)
-        picture("small.png", (10, 6), 0)
+        write_image("in.png", (32, 32), 0)
+        write_image("other.png", (32, 32), 1)
+        write_image("small.png", (10, 6), 0)
         hole("mask.png", (32, 32), (8, 4, 20, 12))
         Image.new("L", (32, 32), 1).save("map.png")
         Path("boxes.json").write_text('[["ring", 0.1, 0.1, 0.5, 0.9], [2, 0.5, 0, 1, 1]]')
         yield Path.cwd()
-
-
-def picture(name: str, size: tuple[int, int], seed: int) -> None:
-    values = torch.randint(40, 216, (size[0] * size[1],), generator=torch.Generator().manual_seed(seed))
-    Image.frombytes("L", size, bytes(values.tolist())).save(name)
 
 
 def hole(name: str, size: tuple[int, int], box: tuple[int, ...]) -> None:
@@ -69,20 +65,8 @@ def run(place):
     return made
 
 
-def draw(run: Path, *typed: str, out: str = "drawn") -> Path:
-    shutil.rmtree(out, ignore_errors=True)
-    assert command("sample.py", f"run={run}", f"output_dir={out}", "steps=3", *typed) == 0
-    return Path(out)
-
-
-def pixels(folder: Path) -> torch.Tensor:
-    """All images of a folder by seed, (N, H, W)."""
-    files = [Image.open(file) for file in sorted(folder.glob("[0-9]*.png"))]
-    return torch.stack([torch.tensor(list(file.tobytes())).reshape(file.height, file.width) for file in files])
-
-
-def of_file(name: str) -> torch.Tensor:
-    return torch.tensor(list(Image.open(name).tobytes())).reshape(*reversed(Image.open(name).size))
+def draw(run: Path, *overrides: str, out: str = "drawn") -> Path:
+    return run_sample(f"run={run}", "steps=3", *overrides, output_dir=out)
 
 
 def test_every_task_is_covered():
@@ -98,14 +82,14 @@ def some_slow(values, quick) -> list:
 def test_task_image_is_reproduced_from_file(task, run, place, capfd):
     given, size = GIVEN[task]
     folder = draw(run, f"task={task}", *given, "num=3", "seed=3", "label=ring", out=task)
-    assert pixels(folder).shape == (3, size[1], size[0])
-    assert pixels(folder).float().std((1, 2)).min() > 1
+    assert read_pngs(folder).shape == (3, size[1], size[0])
+    assert read_pngs(folder).float().std((1, 2)).min() > 1
     file = folder / "000004.png"
     assert command("sample.py", f"reproduce={file}") == 0
     assert "made again, bit for bit the same" in capfd.readouterr().out
     (again,) = (place / task / "000004-again").glob("0*.png")
     assert again.name == file.name
-    assert torch.equal(of_file(again), of_file(file))
+    assert torch.equal(read_image(again), read_image(file))
 
 
 @pytest.mark.slow
@@ -113,7 +97,7 @@ def test_task_image_is_reproduced_from_file(task, run, place, capfd):
 def test_task_guidance_changes_image(task, run):
     given, _ = GIVEN[task]
     typed = (f"task={task}", *given, "num=1", "label=ring", "guidance=cfg")
-    one, three = (pixels(draw(run, *typed, f"guidance.scale={scale}")) for scale in (1, 3))
+    one, three = (read_pngs(draw(run, *typed, f"guidance.scale={scale}")) for scale in (1, 3))
     assert not torch.equal(one, three)
 
 
@@ -135,23 +119,23 @@ def test_task_uses_every_input(task, change, run):
     given, _ = GIVEN[task]
     typed = (f"task={task}", "num=2", "label=ring")
     asked = {word.split("=")[0]: word for word in given}
-    one = pixels(draw(run, *typed, *asked.values()))
-    other = pixels(draw(run, *typed, *(asked | {change.split("=")[0]: change}).values()))
+    one = read_pngs(draw(run, *typed, *asked.values()))
+    other = read_pngs(draw(run, *typed, *(asked | {change.split("=")[0]: change}).values()))
     assert not torch.equal(one, other)
 
 
 def test_inpaint_preserves_known_pixels(run):
-    image, drawn = of_file("in.png"), pixels(draw(run, "task=inpaint", *GIVEN["inpaint"][0], "num=2"))
-    known = of_file("mask.png") == 0
+    image, drawn = read_image("in.png"), read_pngs(draw(run, "task=inpaint", *GIVEN["inpaint"][0], "num=2"))
+    known = read_image("mask.png") == 0
     assert (drawn - image)[:, known].abs().max() <= 1
     assert (drawn - image)[:, ~known].abs().float().mean() > 5
 
 
 @pytest.mark.parametrize("side", some_slow(["left", "right", "top", "bottom"], ["top"]))
 def test_outpaint_preserves_original(side, run):
-    drawn = pixels(draw(run, "task=outpaint", "image=in.png", f"pad_{side}=8", "num=1"))[0]
+    drawn = read_pngs(draw(run, "task=outpaint", "image=in.png", f"pad_{side}=8", "num=1"))[0]
     top, left = (8 if side == name else 0 for name in ("top", "left"))
-    assert (drawn[top : top + 32, left : left + 32] - of_file("in.png")).abs().max() <= 1
+    assert (drawn[top : top + 32, left : left + 32] - read_image("in.png")).abs().max() <= 1
 
 
 def test_held_out_images_replace_files(run):
@@ -161,20 +145,20 @@ def test_held_out_images_replace_files(run):
     assert record["n"] == 4
     assert command("sample.py", f"reproduce={folder / '000002.png'}") == 0
     low = draw(run, "task=super_resolution", "held_out=true", "num=2", out="low")
-    assert pixels(low).shape == (2, 32, 32)
+    assert read_pngs(low).shape == (2, 32, 32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["inpaint", "super_resolution"])
 def test_task_is_independent_of_batch_size_and_processes(task, run, place, smoke):
     typed = (f"task={task}", *GIVEN[task][0], "num=16")
-    whole = pixels(draw(run, *typed, "batch_size=16", out="whole"))
-    assert (pixels(draw(run, *typed, "batch_size=1", out="single")) - whole).abs().max() <= 1
+    whole = read_pngs(draw(run, *typed, "batch_size=16", out="whole"))
+    assert (read_pngs(draw(run, *typed, "batch_size=1", out="single")) - whole).abs().max() <= 1
     if task == "inpaint":
         job = ("sample.py", f"run={run}", f"output_dir={place / 'two'}", "steps=3", *typed)
         done = processes(job, job, cwd=place, LDM_CACHE=str(smoke.folder / "cache"))
         assert not any(one.returncode for one in done), done
-        assert (pixels(place / "two") - whole).abs().max() <= 1
+        assert (read_pngs(place / "two") - whole).abs().max() <= 1
 
 
 def test_png_contains_provenance(run):
@@ -195,7 +179,7 @@ def test_reproduce_works_with_moved_run(run, place):
         assert command("sample.py", f"reproduce={file}", "run=moved", "output_dir=moved-again") == 0
     finally:
         kept.rename(run)
-    assert torch.equal(of_file(place / "moved-again" / "000001.png"), of_file(file))
+    assert torch.equal(read_image(place / "moved-again" / "000001.png"), read_image(file))
 
 
 def test_reproduce_works_with_older_record(run, place):
@@ -208,7 +192,7 @@ def test_reproduce_works_with_older_record(run, place):
         carried.add_text("reproduce", json.dumps(said))
         image.save("older.png", pnginfo=carried)
     assert command("sample.py", "reproduce=older.png", "output_dir=older-again") == 0
-    assert torch.equal(of_file(place / "older-again" / "000001.png"), of_file(file))
+    assert torch.equal(read_image(place / "older-again" / "000001.png"), read_image(file))
 
 
 def wrong_weights(run: Path) -> None:
@@ -220,12 +204,12 @@ def wrong_weights(run: Path) -> None:
 
 
 def test_reproduce_reports_why_it_cannot(run, place, capfd):
-    picture("fleeting.png", (32, 32), 5)
+    write_image("fleeting.png", (32, 32), 5)
     file = draw(run, "num=2", "task=img2img", "image=fleeting.png") / "000001.png"
     shutil.copytree(run, place / "changed")
     wrong_weights(place / "changed")
     one_line(capfd, "was sampled with other weights than run=changed has now", f"reproduce={file}", "run=changed")
-    picture("fleeting.png", (32, 32), 6)
+    write_image("fleeting.png", (32, 32), 6)
     one_line(capfd, "fleeting.png has changed since", f"reproduce={file}")
     Path("fleeting.png").unlink()
     one_line(capfd, "fleeting.png: no such file", f"reproduce={file}")
@@ -235,13 +219,8 @@ def test_reproduce_reports_why_it_cannot(run, place, capfd):
     one_line(capfd, "expected an image that sample.py made, whole and unedited", f"reproduce={file}")
 
 
-def one_line(capfd, expected: str, *typed: str) -> None:
-    capfd.readouterr()
-    assert command("sample.py", "output_dir=nothing", *typed) == 2
-    error = capfd.readouterr().err.strip()
-    assert error.startswith("error: ")
-    assert expected in error, error
-    assert "\n" not in error
+def one_line(capfd, expected: str, *overrides: str) -> None:
+    assert_one_line_error(capfd, expected, "sample.py", "output_dir=nothing", *overrides)
     assert not Path("nothing").exists()
 
 
@@ -340,8 +319,8 @@ def test_load_image_accepts_every_mode(place):
 def test_image_folder_is_cycled(run, place):
     Path("many").mkdir()
     for seed in (0, 1):
-        picture(f"many/{seed}.png", (32, 32), seed)
-    several = pixels(draw(run, "task=inpaint", "image=many", "mask=mask.png", "num=3"))
-    known = of_file("mask.png") == 0
+        write_image(f"many/{seed}.png", (32, 32), seed)
+    several = read_pngs(draw(run, "task=inpaint", "image=many", "mask=mask.png", "num=3"))
+    known = read_image("mask.png") == 0
     for drawn, name in zip(several, ("many/0.png", "many/1.png", "many/0.png"), strict=True):
-        assert (drawn - of_file(name))[known].abs().max() <= 1
+        assert (drawn - read_image(name))[known].abs().max() <= 1
