@@ -2,11 +2,11 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # small tensors: threads cost more than they bring; read when torch is imported
+# Threads cost more than they bring on small tensors; the variable is read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,6 +18,15 @@ from filelock import FileLock
 from smoke import enliven, process
 
 from ldm.launch.process import RANK_VARIABLES
+
+
+@pytest.fixture(autouse=True)
+def enabled_loggers() -> None:
+    """Undo what a command run in this process did to logging: Hydra disables loggers, a launcher's rank all records."""
+    logging.disable(logging.NOTSET)
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @dataclass(frozen=True)

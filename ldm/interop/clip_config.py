@@ -26,7 +26,7 @@ def open_clip_config(model: str) -> dict[str, Any]:
         try:
             return dict(parse_json(Path(model).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"model={model} is no JSON object ({error}); expected a config of open_clip") from None
+            raise UserError(f"model={model} is not a JSON object ({error}); expected a config of open_clip") from None
     with extra("clip", f"CLIP {model}"):
         import open_clip
 

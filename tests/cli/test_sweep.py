@@ -40,7 +40,7 @@ def test_forecast_counts_jobs_and_hours():
     assert [line.split() for line in lines[:4]] == [
         ["seed=0", "done", "2.5", "60", "min"],
         ["seed=1", "to", "run", "about", "2.0", "h"],
-        ["seed=2", "step", "1,500", "no", "run", "like", "it"],
+        ["seed=2", "step", "1,500", "no", "similar", "run", "to", "go", "by"],
         ["a", "seed=3", "to", "run", "about", "60", "min"],
     ]
     assert lines[4:] == [
@@ -146,7 +146,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def script(tmp_path, monkeypatch) -> Path:
     (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "train.yaml").write_text("{seed: 0, dry: false, trainer: {devices: 1}}")
+    (tmp_path / "conf" / "train.yaml").write_text("{seed: 0, dry_run: false, trainer: {devices: 1}}")
     (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "train.py"

@@ -244,7 +244,7 @@ REFUSED = {
     "schedule=interval(0,1)": "an interval has no list of values, a search samples from it; add hydra/sweeper=optuna, or write values",
     "schedule=glob(zz*)": "no option matches (one of cosine, linear, linear2)",
     "schedule=glob(*,exclude=*)": "no option matches (one of cosine, linear, linear2)",
-    "seed=glob(*)": "glob() selects options of a group, and seed is none",
+    "seed=glob(*)": "glob() selects options of a group, and seed is not a group",
     "seed=range(3,3)": "a sweep over no value",
     "seed=range(0,3,0)": "range() arg 3 must not be zero",
     "lr=range(0,inf)": "a range needs finite numbers",

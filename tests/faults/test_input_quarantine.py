@@ -158,7 +158,7 @@ EXPECTED = {
     "webdataset": r"path=.*: no such file; expected a tar",
     "imagenet": r"no such folder \(a folder for each class",
     "coco": r"no such folder \(the images\)",
-    "lsun": r"no such folder \(LSUN's",
+    "lsun": r"no such folder \(written by LSUN's",
 }
 
 

@@ -25,7 +25,7 @@ def pixels(folder):
 
 
 def drawn(out, *typed):
-    assert command("sample.py", "steps=2", "num=2", "save=all", f"out={out}", *typed) == 0
+    assert command("sample.py", "steps=2", "num=2", "save=all", f"output_dir={out}", *typed) == 0
     return pixels(out)
 
 
