@@ -31,7 +31,8 @@ def enabled_loggers() -> None:
 
 @dataclass(frozen=True)
 class Smoke:
-    """folder: where the command ran and its cache lies, which other tests add to.  kept: the cache as that command left it.
+    """folder: where the command ran and its cache lies, which other tests add to.  kept: the cache as that command left
+    it.
 
     run: the run folder.  said: what it printed.
     """
@@ -48,7 +49,8 @@ class Smoke:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory, worker_id) -> Smoke:
-    """`python train.py budget=smoke` with nothing there yet: the judge, the first stage, the diffusion model, samples and scores.
+    """`python train.py budget=smoke` with nothing there yet: the judge, the first stage, the diffusion model, samples
+    and scores.
 
     The first test process that asks for it runs the command; each has a copy of its own.
     """
@@ -68,7 +70,9 @@ def smoke(tmp_path_factory, worker_id) -> Smoke:
 
 @pytest.fixture(scope="session")
 def lively(smoke, tmp_path_factory) -> Path:
-    """The shared run with weights drawn at random: two steps leave a network nearly deaf to what it is told, this one hears all."""
+    """The shared run with weights drawn at random: two steps leave a network nearly deaf to what it is told, this one
+    hears all.
+    """
     run = tmp_path_factory.mktemp("lively") / "run"
     shutil.copytree(smoke.run, run)
     enliven(run)
@@ -89,7 +93,9 @@ def prompted(smoke, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_rank_left():
-    """Lightning leaves LOCAL_RANK in the environment after a test of ddp, and the next one in this process would be taken for a rank."""
+    """Lightning leaves LOCAL_RANK in the environment after a test of ddp, and the next one in this process would be
+    taken for a rank.
+    """
     before = dict(os.environ)
     yield
     for name in RANK_VARIABLES:

@@ -1,6 +1,8 @@
-"""The exact denoiser of Gaussian data N(mean, std^2), the exact solution of its ODE, and exact moments of what a sampler returns.
+"""The exact denoiser of Gaussian data N(mean, std^2), the exact solution of its ODE, and exact moments of what a
+sampler returns.
 
-For such data everything is affine in x_t, so a sampler's error, order, mean and variance are known without training or chance.
+For such data everything is affine in x_t, so a sampler's error, order, mean and variance are known without training or
+chance.
 """
 
 from collections.abc import Callable
@@ -34,7 +36,9 @@ class Gaussian:
         return alpha * self.mean, (alpha * self.std) ** 2 + sigma**2
 
     def flow(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The exact solution at s of the probability-flow ODE through x at t: it keeps the number of standard deviations from the mean."""
+        """The exact solution at s of the probability-flow ODE through x at t: it keeps the number of standard
+        deviations from the mean.
+        """
         (mean_t, var_t), (mean_s, var_s) = self.moments(t), self.moments(s)
         return mean_s + (var_s / var_t).sqrt() * (x - mean_t)
 
@@ -47,9 +51,11 @@ class Gaussian:
 def affine(
     sampler: Callable, denoise: Callable, schedule: Schedule, ts: Tensor, draws: int
 ) -> tuple[float, float, float]:
-    """(a, b, c) of an affine sampler's result a x + b + c z, z standard normal: it is run once on probes, with no randomness at all.
+    """(a, b, c) of an affine sampler's result a x + b + c z, z standard normal: it is run once on probes, with no
+    randomness at all.
 
-    Row 0 starts at 0 and row 1 at 1 without noise; row 2 + k starts at 0 and draws 1 as its k-th draw. draws: the number expected.
+    Row 0 starts at 0 and row 1 at 1 without noise; row 2 + k starts at 0 and draws 1 as its k-th draw. draws: the
+    number expected.
     """
     k = 0
 

@@ -113,10 +113,12 @@ def processes(
     harm: Callable[[int], None] | None = None,
     **env: str,
 ) -> list[subprocess.CompletedProcess]:
-    """Commands (script, *typed) run at once, as the ranks of one world if there are several; what they print is all in stdout.
+    """Commands (script, *typed) run at once, as the ranks of one world if there are several; what they print is all in
+    stdout.
 
     Each is a process of its own, forked from one that has imported everything.
-    kill_at: the training step after which the signal `kill` comes.  harm: called with each one's rank before its command runs.
+    kill_at: the training step after which the signal `kill` comes.  harm: called with each one's rank before its
+    command runs.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

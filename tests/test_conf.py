@@ -406,7 +406,9 @@ def test_learned_variance_sampler_requires_learned_variance_net(typed):
 
 
 def test_learned_variance_net_supports_other_options():
-    """Twice the channels: plain losses leave the second output alone, samplers with a variance of their own do not ask for it."""
+    """Twice the channels: plain losses leave the second output alone, samplers with a variance of their own do not ask
+    for it.
+    """
     cfg = composed("budget=smoke", "learned_variance=true", "sampler=ddpm")
     model = model_of(cfg)
     assert model.denoiser.net.out[-1].out_channels == 2 * model.autoencoder.z_channels

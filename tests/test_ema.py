@@ -38,7 +38,9 @@ def test_loaded_average_is_exact():
 
 
 def averaged(steps: int, sigma_rel: float) -> tuple[PowerEMA, torch.Tensor]:
-    """An average over weights that are a unit vector of their own at every step: its entries are the weights of the steps."""
+    """An average over weights that are a unit vector of their own at every step: its entries are the weights of the
+    steps.
+    """
     module = nn.Linear(1, steps + 1, bias=False, dtype=torch.float64)
     with torch.no_grad():
         module.weight.zero_()
@@ -222,5 +224,5 @@ def test_resume_of_run_without_snapshots_is_refused():
     module = nn.Linear(2, 2)
     step = Checkpoint(3, {"model": {name: value.detach() for name, value in module.named_parameters()}}, {}, "", {})
     saving = CheckpointCallback(Path(), None, 1, 4, "", step, averages={"ema_0.1": PowerEMA(module)})
-    with pytest.raises(UserError, match=r"step 3 holds no ema_0\.1, so this run began without snapshots"):
+    with pytest.raises(UserError, match=r"step 3 has no ema_0\.1, so this run began without snapshots"):
         saving.on_fit_start(None, module)

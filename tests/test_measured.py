@@ -1,4 +1,6 @@
-"""Comparisons that are commands of their own, experiments/*/measure.py, begin: every part of them once, on the shared tiny run."""
+"""Comparisons that are commands of their own, experiments/*/measure.py, begin: every part of them once, on the shared
+tiny run.
+"""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location

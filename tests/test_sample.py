@@ -1,4 +1,6 @@
-"""sample.py: the same seed gives the same image, whatever the batch, the number of processes or the day; every mistake is one line."""
+"""sample.py: the same seed gives the same image, whatever the batch, the number of processes or the day; every mistake
+is one line.
+"""
 
 import json
 import re

@@ -1,4 +1,6 @@
-"""train.py from the first command to the last: what it leaves, what it does when asked again, and that a seed is a promise."""
+"""train.py from the first command to the last: what it leaves, what it does when asked again, and that a seed is a
+promise.
+"""
 
 import json
 import shutil
@@ -121,7 +123,9 @@ def test_other_recipe_trains_another_first_stage(place, smoke, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_changed_source_rebuilds_first_stage_only_on_request(place, smoke, tmp_path, monkeypatch, capfd):
-    """The recipe's digest of the source is beside the weights: `trust` takes them, `rebuild` sets them aside and trains."""
+    """The recipe's digest of the source is beside the weights: `trust` takes them, `rebuild` sets them aside and
+    trains.
+    """
     cache = shutil.copytree(smoke.kept, tmp_path / "cache")
     monkeypatch.setenv("LDM_CACHE", str(cache))
     whole = (smoke.run / "first_stage.safetensors").read_bytes()
@@ -160,7 +164,9 @@ AUTOENCODER = (
 @pytest.mark.parametrize("typed", [DIFFUSION, AUTOENCODER], ids=["diffusion", "autoencoder with its GAN"])
 @pytest.mark.slow
 def test_killed_run_resumes_to_same_weights(typed, smoke, tmp_path):
-    """SIGKILL after step 5, the last checkpoint being step 4's: the second start takes that up and ends bit-equal to a run never killed."""
+    """SIGKILL after step 5, the last checkpoint being step 4's: the second start takes that up and ends bit-equal to a
+    run never killed.
+    """
     ends = []
     for name, kills in (("whole", ()), ("killed", (5,))):
         folder = tmp_path / name
@@ -218,7 +224,9 @@ def test_damaged_checkpoint_is_skipped_on_resume(smoke, tmp_path):
 
 @pytest.mark.slow
 def test_first_stage_trained_alone_is_reused(place, smoke, capfd):
-    """`training=autoencoder` keeps what it trains under its own options, and a run that names the same options finds it."""
+    """`training=autoencoder` keeps what it trains under its own options, and a run that names the same options finds
+    it.
+    """
     alone = (
         "~training.score",
         "training.steps=3",

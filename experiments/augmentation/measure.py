@@ -2,8 +2,10 @@
 
 python experiments/augmentation/measure.py RUN[,RUN] [drawn=5000] [steps=600]
 
-Trains the judge's network on a few real images of each class, alone and with what a quickstart drew, whose label is what was asked for; the
-same number of steps for all. A row of results.csv an arm and seed, and the README's table; started again it goes on with what is missing.
+Trains the judge's network on a few real images of each class, alone and with what a quickstart drew, whose label is
+what was asked for; the
+same number of steps for all. A row of results.csv an arm and seed, and the README's table; started again it goes on
+with what is missing.
 """
 
 import sys
@@ -37,7 +39,9 @@ def main(runs: str, *words: str) -> None:
 
 
 def lines(found: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    """Markdown: for each number of real images the accuracy alone and with drawn ones, by seed, and the difference, paired by seed."""
+    """Markdown: for each number of real images the accuracy alone and with drawn ones, by seed, and the difference,
+    paired by seed.
+    """
     yield "| real images | alone, by seed | with drawn images | difference | 95% interval |"
     yield "|---|---|---|---|---|"
     for real in dict.fromkeys(row["real"] for row in found):

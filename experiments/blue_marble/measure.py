@@ -1,6 +1,7 @@
 """Three tasks of one net on tiles it never saw: python experiments/blue_marble/measure.py RUN
 
-Writes results.csv and figure.png here; what is told goes to files, and sample.py draws from them as a person would have it draw.
+Writes results.csv and figure.png here; what is told goes to files, and sample.py draws from them as a person would have
+it draw.
 """
 
 import csv
@@ -150,7 +151,9 @@ def drawn(run: str, *typed: str) -> Tensor:
 
 
 class Likeness:
-    """PSNR against the very images, with its interval, and rfd_effnet: the Frechet distance of EfficientNet's features to theirs."""
+    """PSNR against the very images, with its interval, and rfd_effnet: the Frechet distance of EfficientNet's features
+    to theirs.
+    """
 
     def __init__(self, images: Tensor):
         self.images, self.net = images, EfficientNet()
@@ -176,7 +179,9 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def trained(data: Any, steps: int = 300, batch: int = 32) -> nn.Module:
-    """A classifier of every pixel as sea, lake or land, on the training tiles: it is in no loss of the net that it measures."""
+    """A classifier of every pixel as sea, lake or land, on the training tiles: it is in no loss of the net that it
+    measures.
+    """
     torch.manual_seed(0)
 
     def conv(inside: int, outside: int, dilation: int) -> list[nn.Module]:
@@ -202,7 +207,9 @@ def trained(data: Any, steps: int = 300, batch: int = 32) -> nn.Module:
 
 @torch.no_grad()
 def agreement(net: nn.Module, images: Tensor, maps: Tensor) -> dict[str, float]:
-    """The part of pixels seen as what the map says, over all with its interval over tiles, and of the pixels of each kind."""
+    """The part of pixels seen as what the map says, over all with its interval over tiles, and of the pixels of each
+    kind.
+    """
     right = torch.cat([net(part).argmax(1) for part in images.split(100)]) == KIND[maps]
     low, high = bootstrap(right.flatten(1).float().mean(1))
     each = {

@@ -1,4 +1,5 @@
-"""Whether the class that was asked for is drawn, as a judge sees it who saw real images alone: python experiments/cifar10/measure.py RUN
+"""Whether the class that was asked for is drawn, as a judge sees it who saw real images alone: python
+experiments/cifar10/measure.py RUN
 
 Writes results.csv and samples.png here; draws through sample.py, into the run.
 """

@@ -1,6 +1,7 @@
 """How well drawings keep to the edges that they were told: python experiments/controlnet/measure.py RUN
 
-RUN: a run of experiment=controlnet, or a step of one.  Writes results.csv, a row as soon as it is known, and figure.png here; what was
+RUN: a run of experiment=controlnet, or a step of one.  Writes results.csv, a row as soon as it is known, and figure.png
+here; what was
 drawn is kept in the run and not drawn again.
 """
 
@@ -99,7 +100,9 @@ def drawn(path: Path, model: Any, hints: Tensor, captions: list[str], how: dict[
 
 
 def f1(found: Tensor, wanted: Tensor) -> Tensor:
-    """The harmonic mean (N,) of the shares of edge pixels (N, 1, H, W) that lie within NEAR pixels of the other's, both ways."""
+    """The harmonic mean (N,) of the shares of edge pixels (N, 1, H, W) that lie within NEAR pixels of the other's, both
+    ways.
+    """
     around = [F.max_pool2d(one, 2 * NEAR + 1, 1, NEAR) for one in (wanted, found)]
     precision, recall = (
         (one * other).sum((1, 2, 3)) / one.sum((1, 2, 3)).clamp(min=1)

@@ -1,7 +1,9 @@
 """Students of the quickstart's model at 16 to 1 steps, beside it: python experiments/distillation/measure.py RUN [NUM]
 
-Trains progressive students (32 steps of the guided teacher to 16, 8, 4, 2) and a consistency student, each by a command, and draws from all
-of them. Goes on where it stopped; a row of results.csv a way of drawing, figure.png of them all. NUM: images each (2,000).
+Trains progressive students (32 steps of the guided teacher to 16, 8, 4, 2) and a consistency student, each by a
+command, and draws from all
+of them. Goes on where it stopped; a row of results.csv a way of drawing, figure.png of them all. NUM: images each
+(2,000).
 """
 
 import json

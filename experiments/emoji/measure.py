@@ -1,6 +1,7 @@
 """Draw held-out captions with both arms, and have the drawings read.
 
-python experiments/emoji/measure.py TOLD_BY_MINILM TOLD_BY_CLIP CLIP, a run or a step of one for each arm, and the run of the CLIP.  Writes
+python experiments/emoji/measure.py TOLD_BY_MINILM TOLD_BY_CLIP CLIP, a run or a step of one for each arm, and the run
+of the CLIP.  Writes
 captions.txt, results.csv, samples.png and restyled.png here; draws through sample.py, into the runs.
 """
 
@@ -136,8 +137,10 @@ def drawn(run: str, *typed: str) -> Tensor:
 class Readers:
     """Who reads the drawings, none of them part of any loss of the nets that drew.
 
-    words: EfficientNet's features mapped linearly onto a caption's words, as tf-idf: part of neither arm.  minilm: the same onto MiniLM's
-    sentence vectors, which told one arm.  clip: the small CLIP, whose text tower told the other.  style: EfficientNet's features again.
+    words: EfficientNet's features mapped linearly onto a caption's words, as tf-idf: part of neither arm.  minilm: the
+    same onto MiniLM's
+    sentence vectors, which told one arm.  clip: the small CLIP, whose text tower told the other.  style: EfficientNet's
+    features again.
     """
 
     def __init__(self, data: Any, clip: Path):
@@ -161,7 +164,9 @@ class Readers:
 
     @torch.no_grad()
     def read(self, images: Tensor, captions: list[str], style: Tensor) -> dict[str, Any]:
-        """Of images (captions, each, 3, H, W): how often each reader ranks the own caption first, and sees the style (captions,)."""
+        """Of images (captions, each, 3, H, W): how often each reader ranks the own caption first, and sees the style
+        (captions,).
+        """
         number, each = images.shape[:2]
         flat = images.flatten(0, 1)
         own = torch.arange(number).repeat_interleave(each)
@@ -190,7 +195,9 @@ class Readers:
 
 
 class Words:
-    """Captions as vectors (N, V) of norm 1, a number for each word of the training captions: its tf-idf, the rarer the larger."""
+    """Captions as vectors (N, V) of norm 1, a number for each word of the training captions: its tf-idf, the rarer the
+    larger.
+    """
 
     def __init__(self, captions: list[str]):
         sets = [set(split(text)) for text in captions]
@@ -210,7 +217,9 @@ def split(text: str) -> list[str]:
 
 
 def ridge(x: Tensor, y: Tensor, weight: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """The linear map from x (N, D), standardised, to y (N, E) with the least squared error, `weight` times N / 10 on its size."""
+    """The linear map from x (N, D), standardised, to y (N, E) with the least squared error, `weight` times N / 10 on
+    its size.
+    """
     std, mean = torch.std_mean(x, 0)
     z = ((x - mean) / (std + 1e-6)).double()
     inner = z.T @ z + weight * len(x) / 10 * torch.eye(x.shape[1], dtype=torch.float64)

@@ -1,10 +1,15 @@
 """Does every training engine do what one process does? python experiments/engines/measure.py [rows]
 
-A combination is a trainer, an optimiser, a feature and what a run is resumed into. Its training on synthetic data (6 steps, a checkpoint
-every second) is stopped after step 4 by SIGTERM, resumed by the same command, or under another trainer or number of processes, and compared
-with one process that was never stopped: losses and gradient norms of every step, final weights and averages, scores, and which checkpoints
-are kept. In float64, and in float32 where FSDP2 takes part, for which Lightning has no float64. A row of matrix.csv a combination, a
-pairwise cover of all combinations first; those that are there are not repeated. Exits with 1 if a combination disagrees.
+A combination is a trainer, an optimiser, a feature and what a run is resumed into. Its training on synthetic data (6
+steps, a checkpoint
+every second) is stopped after step 4 by SIGTERM, resumed by the same command, or under another trainer or number of
+processes, and compared
+with one process that was never stopped: losses and gradient norms of every step, final weights and averages, scores,
+and which checkpoints
+are kept. In float64, and in float32 where FSDP2 takes part, for which Lightning has no float64. A row of matrix.csv a
+combination, a
+pairwise cover of all combinations first; those that are there are not repeated. Exits with 1 if a combination
+disagrees.
 """
 
 import csv
@@ -128,7 +133,9 @@ def stop(rank: int, step: int) -> None:
 
 
 def trained(folder: Path, typed: Sequence[str], world: int = 1, expected: int = 0, after: Any = None) -> None:
-    """Run a training in `folder`. Raises RuntimeError with the last line printed unless every process exits as expected."""
+    """Run a training in `folder`. Raises RuntimeError with the last line printed unless every process exits as
+    expected.
+    """
     codes = run(tuple(typed), folder, world, after, WAIT)
     if codes != [expected] * world:
         printed = [
@@ -179,7 +186,9 @@ def reference(case: Case) -> Path:
 
 
 def under(engine: str, whole: Path, folder: Path) -> tuple[tuple[str, ...], int]:
-    """The command, as the launcher gives it to a process, of the training of the run `whole` under an engine, and how many processes."""
+    """The command, as the launcher gives it to a process, of the training of the run `whole` under an engine, and how
+    many processes.
+    """
     from ldm.config import serialize
     from ldm.config.compose import compose_option
 
@@ -195,7 +204,9 @@ def under(engine: str, whole: Path, folder: Path) -> tuple[tuple[str, ...], int]
 
 
 def outcome(made: Path) -> dict[str, Any]:
-    """What a finished run leaves: rows of losses and of scores, weights and averages at the last two checkpoints, and what is kept."""
+    """What a finished run leaves: rows of losses and of scores, weights and averages at the last two checkpoints, and
+    what is kept.
+    """
     from ldm.checkpoint.step import load_checkpoint
     from ldm.io import atomic
     from ldm.runs import metrics_log
@@ -228,7 +239,9 @@ def outcome(made: Path) -> dict[str, Any]:
 
 
 def of_rows(one: list[dict], two: list[dict]) -> float:
-    """The largest difference of two tables, relative to the number; infinite where rows or names differ or a number is not finite."""
+    """The largest difference of two tables, relative to the number; infinite where rows or names differ or a number is
+    not finite.
+    """
     if [row.keys() for row in one] != [row.keys() for row in two]:
         return math.inf
     found = [abs(a[key] - b[key]) / max(abs(b[key]), 1e-3) for a, b in zip(one, two, strict=True) for key in a]

@@ -1,7 +1,10 @@
-"""A VAE, a GAN and diffusion at equal CPU time: python experiments/families/measure.py RUN [seeds=0,1,2] [steps=300,700] [num=2000] ...
+"""A VAE, a GAN and diffusion at equal CPU time: python experiments/families/measure.py RUN [seeds=0,1,2]
+[steps=300,700] [num=2000] ...
 
-RUN, a quickstart, lends data and judge.  Diffusion is the quickstart's recipe in so many steps of its first stage and of its denoiser; what
-its command took in CPU seconds, start included, is what the VAE and the GAN, class-conditional both, then train for.  A row of results.csv
+RUN, a quickstart, lends data and judge.  Diffusion is the quickstart's recipe in so many steps of its first stage and
+of its denoiser; what
+its command took in CPU seconds, start included, is what the VAE and the GAN, class-conditional both, then train for.  A
+row of results.csv
 a family and seed; started again it goes on with what is missing. What else is typed goes to train.py.
 """
 
@@ -215,7 +218,9 @@ def some(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor], Tensor], int]:
-    """A class-conditional VAE (Kingma & Welling 2014) with a Gaussian of deviation 0.3 for pixels; drawn from the prior, the mean shown."""
+    """A class-conditional VAE (Kingma & Welling 2014) with a Gaussian of deviation 0.3 for pixels; drawn from the
+    prior, the mean shown.
+    """
     encoder, decoder = Seen(2 * DIM), Generator()
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 1e-3)
 
@@ -258,7 +263,9 @@ def gan(images: Tensor, labels: Tensor, budget: float) -> tuple[Callable[[Tensor
 
 
 def until(budget: float, step: Callable[[], None]) -> int:
-    """Steps, in the precision that the quickstart trains in, until the budget of CPU seconds is spent; returns how many."""
+    """Steps, in the precision that the quickstart trains in, until the budget of CPU seconds is spent; returns how
+    many.
+    """
     from ldm.devices import resolve_precision
 
     since, steps, low = time.process_time(), 0, resolve_precision("auto") == "bf16"

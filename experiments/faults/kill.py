@@ -1,9 +1,13 @@
 """Does a training that is killed lose anything? python experiments/faults/kill.py [kills]
 
-Each kill is a SIGKILL at a random moment of a tiny training (autoencoder with its GAN, or diffusion; 0 or 2 processes that read; 1 or 2
-processes that train; 1 or 2 batches a step) on synthetic data; of two processes one is killed and the other must leave by itself. The same
-command is then given again, and its losses, weights, their average and both optimisers' states are compared, bit for bit, with those of the
-same training never killed. A row of kill.csv a kill; those that are there are not repeated. Exits with 1 if anything ever differs.
+Each kill is a SIGKILL at a random moment of a tiny training (autoencoder with its GAN, or diffusion; 0 or 2 processes
+that read; 1 or 2
+processes that train; 1 or 2 batches a step) on synthetic data; of two processes one is killed and the other must leave
+by itself. The same
+command is then given again, and its losses, weights, their average and both optimisers' states are compared, bit for
+bit, with those of the
+same training never killed. A row of kill.csv a kill; those that are there are not repeated. Exits with 1 if anything
+ever differs.
 """
 
 import csv

@@ -1,7 +1,9 @@
 """Does a long training's memory stay flat? python experiments/faults/memory.py [steps]
 
-A tiny diffusion training on synthetic data of 10,000 steps, which logs every 10, and draws and keeps a checkpoint every 250. Its resident
-memory is read every 100 steps into memory.csv; the slope is that of the straight line through all from step 1,000 on. Exits with 1 if it is
+A tiny diffusion training on synthetic data of 10,000 steps, which logs every 10, and draws and keeps a checkpoint every
+250. Its resident
+memory is read every 100 steps into memory.csv; the slope is that of the straight line through all from step 1,000 on.
+Exits with 1 if it is
 above 1 MiB per 1,000 steps.
 """
 

@@ -1,4 +1,6 @@
-"""Whole trainings in processes of their own to which something may be done, forked from one that has imported everything."""
+"""Whole trainings in processes of their own to which something may be done, forked from one that has imported
+everything.
+"""
 
 import multiprocessing
 import os
@@ -17,9 +19,11 @@ After = Callable[[int, int], None]
 def run(
     typed: tuple[str, ...], folder: Path, world: int = 1, after: After | None = None, wait: float = 300
 ) -> list[int]:
-    """The exit codes of the ranks of `python train.py TYPED` in `folder`, at most `wait` seconds each; below 0, the signal that ended one.
+    """The exit codes of the ranks of `python train.py TYPED` in `folder`, at most `wait` seconds each; below 0, the
+    signal that ended one.
 
-    after: (rank, step) -> None, called in the training process when a step is done.  What they print is in said-RANK.txt.
+    after: (rank, step) -> None, called in the training process when a step is done.  What they print is in
+    said-RANK.txt.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(OURS))

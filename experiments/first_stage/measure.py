@@ -1,6 +1,7 @@
 """Score the study's runs before and after the discriminator, and draw them: python experiments/first_stage/measure.py
 
-Reads the finished runs named first_stage in the cache, and what is there of their controls; writes results.csv, curves.csv, figure.png.
+Reads the finished runs named first_stage in the cache, and what is there of their controls; writes results.csv,
+curves.csv, figure.png.
 """
 
 import csv

@@ -1,6 +1,7 @@
 """What a LoRA learnt of a style, and what is left of the rest: python experiments/lora/measure.py RUN
 
-RUN: a run of experiment=lora, or a step of one.  Writes results.csv, a row as soon as it is known, and figure.png here; what was drawn
+RUN: a run of experiment=lora, or a step of one.  Writes results.csv, a row as soon as it is known, and figure.png here;
+what was drawn
 is kept in the run and not drawn again.
 """
 

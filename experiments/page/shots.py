@@ -1,6 +1,7 @@
 """Pictures of the page at work, into this folder: python experiments/page/shots.py RUN [OTHER]
 
-RUN is a folder of the main job's runs, and OTHER, to be drawn beside it, another or a step of it. The system's Chromium is driven by
+RUN is a folder of the main job's runs, and OTHER, to be drawn beside it, another or a step of it. The system's Chromium
+is driven by
 playwright.
 """
 

@@ -1,7 +1,9 @@
 """Does an SD 1 U-Net take the memory that `ldm.plan` says? python experiments/parity/memory.py [batch ...]
 
-For each batch size a fresh process builds the network with random bfloat16 weights and answers once for 64 x 64 latents on the CPU; how
-far its memory rose above what its imports had taken is set beside the plan's figure. Writes memory.csv here, exits with 1 beyond 15%.
+For each batch size a fresh process builds the network with random bfloat16 weights and answers once for 64 x 64 latents
+on the CPU; how
+far its memory rose above what its imports had taken is set beside the plan's figure. Writes memory.csv here, exits with
+1 beyond 15%.
 """
 
 import csv

@@ -1,7 +1,9 @@
 """Write the parity table of experiments/README.md: python experiments/parity/table.py
 
-Counts each network on the meta device, gives the original code and ours the same weights and lets both answer (tests/interop and
-tests/net hold the originals, or what was recorded of them), estimates what an evaluation would cost, and writes parity.csv and the table.
+Counts each network on the meta device, gives the original code and ours the same weights and lets both answer
+(tests/interop and
+tests/net hold the originals, or what was recorded of them), estimates what an evaluation would cost, and writes
+parity.csv and the table.
 """
 
 import csv
@@ -104,7 +106,8 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """original: what ours was compared with, and at which width.  fid: as printed, with its table.  steps, calls: of an evaluation, and
+    """original: what ours was compared with, and at which width.  fid: as printed, with its table.  steps, calls: of an
+    evaluation, and
     evaluations of the network at each.  needs: what is missing to run it.
     """
 

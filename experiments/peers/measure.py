@@ -1,10 +1,16 @@
-"""Quality at equal CPU minutes: python experiments/peers/measure.py RUN [minutes=2,4,8] [pixels=4] [seeds=0,1] [num=2000] [rates=...] ...
+"""Quality at equal CPU minutes: python experiments/peers/measure.py RUN [minutes=2,4,8] [pixels=4] [seeds=0,1]
+[num=2000] [rates=...] ...
 
-RUN, a quickstart, lends its first stage, text encoder, data and judge; each side trains a U-Net for so many minutes of CPU time of its
-training loop, one thread, in bfloat16 where the CPU multiplies it: ours and diffusers' in those latents, and for `pixels` minutes that of
-diffusers and of denoising-diffusion-pytorch in pixels (recipes.py).  A peer is trained with the first seed at each of the rates, with the
-others at those that were best; of these, and of raw and averaged weights, the best on other noise (tried.csv) is scored.  All are drawn
-alike.  A row of results.csv a model that was scored, and one of reconstructions; started again it goes on with what is missing.
+RUN, a quickstart, lends its first stage, text encoder, data and judge; each side trains a U-Net for so many minutes of
+CPU time of its
+training loop, one thread, in bfloat16 where the CPU multiplies it: ours and diffusers' in those latents, and for
+`pixels` minutes that of
+diffusers and of denoising-diffusion-pytorch in pixels (recipes.py).  A peer is trained with the first seed at each of
+the rates, with the
+others at those that were best; of these, and of raw and averaged weights, the best on other noise (tried.csv) is
+scored.  All are drawn
+alike.  A row of results.csv a model that was scored, and one of reconstructions; started again it goes on with what is
+missing.
 """
 
 import shutil
@@ -52,7 +58,9 @@ def main(run: str, *words: str) -> None:
 
 
 class Shared:
-    """What all sides have: data, captions, first stage, the encoder of the captions, the judge, and how a model is scored."""
+    """What all sides have: data, captions, first stage, the encoder of the captions, the judge, and how a model is
+    scored.
+    """
 
     def __init__(self, run: Path, num: int, more: Sequence[str] = ()):
         from ldm.checkpoint.load import load_model, load_run_config
@@ -92,7 +100,9 @@ class Shared:
         return {**self.alone(model), "scale": best, **guided}
 
     def reconstructed(self) -> float:
-        """The distance of as many held-out images, encoded and decoded: what nobody trained in these latents gets below."""
+        """The distance of as many held-out images, encoded and decoded: what nobody trained in these latents gets
+        below.
+        """
         from ldm.config import build
         from ldm.recipes.autoencoder import evaluate_reconstruction
 
@@ -188,7 +198,9 @@ def theirs(
     rates: Sequence[float],
     score: Callable[[Any], dict[str, float]],
 ) -> list[float]:
-    """A peer's recipe at each rate, its weights kept at each of the minutes, raw and averaged, and the best scored; returns its rates."""
+    """A peer's recipe at each rate, its weights kept at each of the minutes, raw and averaged, and the best scored;
+    returns its rates.
+    """
     place = shared.run.parent / "peers" / f"{recipe.name.replace(', ', '-')}-s{seed}"
     for rate in rates:
         wanted = [{"who": recipe.name, "minutes": one, "seed": seed, "rate": rate} for one in minutes]

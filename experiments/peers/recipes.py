@@ -33,7 +33,8 @@ class Space:
 
 
 class Diffusers:
-    """diffusers' UNet2DConditionModel, told captions, trained as train_text_to_image.py trains: epsilon, AdamW, a constant rate, EMAModel.
+    """diffusers' UNet2DConditionModel, told captions, trained as train_text_to_image.py trains: epsilon, AdamW, a
+    constant rate, EMAModel.
 
     widths: channels of its levels; the rest is as in conf/net/quick.yaml.
     """
@@ -102,7 +103,9 @@ class Diffusers:
 
 
 class DenoisingDiffusion:
-    """denoising-diffusion-pytorch's U-Net and GaussianDiffusion in pixels, told the class, with its Trainer's Adam, clipping and EMA."""
+    """denoising-diffusion-pytorch's U-Net and GaussianDiffusion in pixels, told the class, with its Trainer's Adam,
+    clipping and EMA.
+    """
 
     name = "denoising-diffusion-pytorch"
 
@@ -153,7 +156,9 @@ Recipe = Diffusers | DenoisingDiffusion
 
 
 def trained(recipe: Recipe, rate: float, marks: Sequence[float], seed: int) -> Iterator[tuple[int, dict[str, State]]]:
-    """Train; at each mark, in seconds of CPU time, the step and the weights {"raw": ..., "ema": ...}. Scoring is not on the clock."""
+    """Train; at each mark, in seconds of CPU time, the step and the weights {"raw": ..., "ema": ...}. Scoring is not on
+    the clock.
+    """
     torch.manual_seed(seed)
     net = recipe.net().train()
     optimizer, (follow, averaged) = recipe.optimizer(net, rate), recipe.average(net)

@@ -21,7 +21,9 @@ def write(found: Sequence[Row], place: Path) -> None:
 
 
 def lines(models: Sequence[Row], floor: float) -> Iterable[str]:
-    """Markdown: a line for each way of drawing, minutes and peer; distances by seed, and the ratio of what both have above floor."""
+    """Markdown: a line for each way of drawing, minutes and peer; distances by seed, and the ratio of what both have
+    above floor.
+    """
     above = f"above the reconstructions' {floor:.2f}: ours / the peer's"
     yield f"| drawn | CPU minutes | peer | ours, by seed | the peer's, by seed | {above} |"
     yield "|---|---|---|---|---|---|"

@@ -24,7 +24,9 @@ HERE = Path(__file__).parent
 def main(
     run: str = str(HERE), name: str = "prompts", num: int = 16, scale: float = 4.0, low: float = 0.0, high: float = 1.0
 ) -> None:
-    """Write <name>_drawn.csv: for each prompt the share of draws that the judge calls right, and whether the nearest caption is."""
+    """Write <name>_drawn.csv: for each prompt the share of draws that the judge calls right, and whether the nearest
+    caption is.
+    """
     folder = find_run(run)
     card, model = load_data_card(folder), load_model(run)
     score, _ = evaluator.make_scorer(load_run_config(folder), load_run_config(folder).metrics)

@@ -1,8 +1,11 @@
 """Streaming at scale, in small: python experiments/scale/simulate.py [shards=10000] [failures=20] [million=10] [seed=0]
 
-10,000 tar shards of four samples are indexed and read by the project's own data set and stream, by ranks that fail: at random steps the
-world ends, and goes on from the last checkpoint with another number of ranks. Every caption read is compared with the order of a run that
-never failed, and the passes with the data. Then the stream alone over ten million samples, its memory measured. Writes results.csv.
+10,000 tar shards of four samples are indexed and read by the project's own data set and stream, by ranks that fail: at
+random steps the
+world ends, and goes on from the last checkpoint with another number of ranks. Every caption read is compared with the
+order of a run that
+never failed, and the passes with the data. Then the stream alone over ten million samples, its memory measured. Writes
+results.csv.
 """
 
 import csv

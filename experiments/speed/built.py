@@ -201,7 +201,9 @@ def told(name: str, size: int, batch: int, tokens: int = 77) -> Told:
 
 
 def labelled(made: Pair, size: int, batch: int) -> Told:
-    """x (B, 4, size, size), and classes (2B,), last the null's; ours is told their rows of the table, which its conditioner holds."""
+    """x (B, 4, size, size), and classes (2B,), last the null's; ours is told their rows of the table, which its
+    conditioner holds.
+    """
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 4, size, size, generator=generator)
     table = made.theirs.net.get_submodule(TIME).class_embedder.embedding_table.weight.detach()

@@ -1,4 +1,6 @@
-"""A folder of photographs as a training reads it: packed once and mapped, beside PIL and torchvision, who decode each image each time."""
+"""A folder of photographs as a training reads it: packed once and mapped, beside PIL and torchvision, who decode each
+image each time.
+"""
 
 import os
 import tempfile

@@ -1,4 +1,6 @@
-"""The Frechet distance of two sets of features, and the means and covariances it is of: ours, pytorch-fid's way and torch-fidelity's."""
+"""The Frechet distance of two sets of features, and the means and covariances it is of: ours, pytorch-fid's way and
+torch-fidelity's.
+"""
 
 from functools import partial
 from importlib.metadata import version

@@ -1,4 +1,6 @@
-"""The first stage's encoder and decoder: ours, packed for drawing, against diffusers' AutoencoderKL with the same weights."""
+"""The first stage's encoder and decoder: ours, packed for drawing, against diffusers' AutoencoderKL with the same
+weights.
+"""
 
 import copy
 from functools import partial

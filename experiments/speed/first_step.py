@@ -1,4 +1,6 @@
-"""Runs a training script up to its optimiser's first step, and ends there: python experiments/speed/first_step.py SCRIPT [its arguments]"""
+"""Runs a training script up to its optimiser's first step, and ends there: python experiments/speed/first_step.py
+SCRIPT [its arguments]
+"""
 
 import os
 import runpy

@@ -1,8 +1,12 @@
-"""Speed beside its peers: python experiments/speed/measure.py [what ...] [threads=1] [pairs=5] [compiled=true] [device=cuda] [smoke=true]
+"""Speed beside its peers: python experiments/speed/measure.py [what ...] [threads=1] [pairs=5] [compiled=true]
+[device=cuda] [smoke=true]
 
-what: sampling, training, processes, memory, first_stage, startup, data, distance, curves; all of them by default. Nothing else should run
-on the machine. Every row goes to results.csv when it is done (curves to curves.csv), and the README's table is made of it.
-compiled: sampling beside torch.compile too.  device=cuda: the networks of SAMPLED and TRAINED for a GPU, sampling and training alone;
+what: sampling, training, processes, memory, first_stage, startup, data, distance, curves; all of them by default.
+Nothing else should run
+on the machine. Every row goes to results.csv when it is done (curves to curves.csv), and the README's table is made of
+it.
+compiled: sampling beside torch.compile too.  device=cuda: the networks of SAMPLED and TRAINED for a GPU, sampling and
+training alone;
 expected.json names its rows.
 """
 
@@ -143,7 +147,9 @@ def table() -> None:
 
 
 def cells(row: Mapping[str, str]) -> list[str]:
-    """A row of results.csv as the table has it; images a second and GiB, which a GPU's rows alone have, beside the shares of the peak."""
+    """A row of results.csv as the table has it; images a second and GiB, which a GPU's rows alone have, beside the
+    shares of the peak.
+    """
     name, unit = ("mib", "MiB") if row.get("ours_mib") else ("ms", "ms")
     taken = [f"{row[f'{side}_{name}']} {unit}" for side in ("ours", "theirs")]
     ratio = f"**{float(row['ratio']):.2f}** ({float(row['low']):.2f} to {float(row['high']):.2f})"

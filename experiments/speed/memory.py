@@ -1,4 +1,5 @@
-"""Peak memory of a training step above what the imports took: ours against diffusers', every measurement in a process of its own.
+"""Peak memory of a training step above what the imports took: ours against diffusers', every measurement in a process
+of its own.
 
 A side alone: python experiments/speed/memory.py ours|recomputed|theirs NETWORK SIZE THREADS, which prints MiB.
 """
@@ -49,7 +50,9 @@ def trained(side: str, name: str, size: int) -> None:
 
 
 def peak(side: str, name: str, size: int) -> float:
-    """MiB that training takes at most, above what is there once all is imported; torch imports some of it at its first step."""
+    """MiB that training takes at most, above what is there once all is imported; torch imports some of it at its first
+    step.
+    """
     trained(side, "tiny", 8)
     gc.collect()
     before = resident("VmRSS")
@@ -58,7 +61,9 @@ def peak(side: str, name: str, size: int) -> float:
 
 
 def measure(name: str, size: int, pairs: int, threads: int) -> None:
-    """Two rows, as it is and recomputing: float32, from latents that are there, AdamW and the average of weights included."""
+    """Two rows, as it is and recomputing: float32, from latents that are there, AdamW and the average of weights
+    included.
+    """
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     for turn in range(pairs):
         for side in sorted(SIDES, reverse=bool(turn % 2)):

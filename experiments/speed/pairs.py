@@ -64,7 +64,9 @@ def told(
     unit: str = "ms",
     **more: Any,
 ) -> dict[str, Any]:
-    """A row: medians in one of UNITS, the median of the pairs' ratios theirs / ours with their range, FLOP/s as parts of the peak's."""
+    """A row: medians in one of UNITS, the median of the pairs' ratios theirs / ours with their range, FLOP/s as parts
+    of the peak's.
+    """
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     mine, other = statistics.median(ours), statistics.median(theirs)
     row: dict[str, Any] = {"what": work.what, "setting": work.setting, "peer": work.peer, "threads": threads}

@@ -1,4 +1,6 @@
-"""What start-up is measured against: a training script as one writes it first, its libraries imported at the top, data cached."""
+"""What start-up is measured against: a training script as one writes it first, its libraries imported at the top, data
+cached.
+"""
 
 import lightning as L
 import open_clip  # noqa: F401  as every such script imports its text encoder

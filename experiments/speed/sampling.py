@@ -1,4 +1,6 @@
-"""A guided evaluation of a U-Net or DiT, and fifty of them as DDIM: ours against diffusers' networks and its DDIMScheduler."""
+"""A guided evaluation of a U-Net or DiT, and fifty of them as DDIM: ours against diffusers' networks and its
+DDIMScheduler.
+"""
 
 import copy
 import statistics

@@ -1,4 +1,6 @@
-"""How long a command takes to begin: CPU seconds of --help and --cfg job, wall seconds to the first step beside a plain script's."""
+"""How long a command takes to begin: CPU seconds of --help and --cfg job, wall seconds to the first step beside a plain
+script's.
+"""
 
 import resource
 import subprocess
@@ -28,7 +30,9 @@ def first_step(script: Path, *words: str) -> None:
 
 
 def measure(pairs: int, threads: int) -> None:
-    """--help and --cfg job against nothing but their limit; `python train.py` with first stage, judge and latents cached."""
+    """--help and --cfg job against nothing but their limit; `python train.py` with first stage, judge and latents
+    cached.
+    """
     train = ROOT / "train.py"
     for words in (("--help",), ("--cfg", "job")):
         cpu = [run(str(train), *words) for _ in range(pairs + 1)][1:]

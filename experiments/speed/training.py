@@ -1,4 +1,6 @@
-"""A training step, AdamW and average of weights included, from cached latents: ours against diffusers' U-Net as its script trains it."""
+"""A training step, AdamW and average of weights included, from cached latents: ours against diffusers' U-Net as its
+script trains it.
+"""
 
 import statistics
 from functools import partial
@@ -81,7 +83,9 @@ class Ours:
 
 
 class Asked(NamedTuple):
-    """A row: ours in float32 or bfloat16, against diffusers in the same or ours in float32, and whether both are compiled."""
+    """A row: ours in float32 or bfloat16, against diffusers in the same or ours in float32, and whether both are
+    compiled.
+    """
 
     low: bool = False
     diffusers: bool = True
@@ -138,7 +142,9 @@ def measure(name: str, size: int, pairs: int, threads: int, device: str = "cpu")
 
 
 def encoding(name: str, first_stage: str, size: int, pixels: int, pairs: int, threads: int) -> None:
-    """Our step from cached moments against our step that encodes its images anew, which is what a script without a cache does."""
+    """Our step from cached moments against our step that encodes its images anew, which is what a script without a
+    cache does.
+    """
     from built import vae
 
     made, stage = unet(name, size), vae(first_stage).ours

@@ -176,7 +176,9 @@ def load_towers(
 
 
 def init_towers(model: str) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
-    """open_clip's model, both towers, with weights drawn now, and what makes ids (B, length) int64 of texts; model as CLIP's."""
+    """open_clip's model, both towers, with weights drawn now, and what makes ids (B, length) int64 of texts; model as
+    CLIP's.
+    """
     with extra("clip", f"CLIP {model}"):
         from open_clip import get_tokenizer
 

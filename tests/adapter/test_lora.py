@@ -1,4 +1,6 @@
-"""LoRA: nothing at first, merged as unmerged, reloaded to the bit, several at once, and diffusers' output through PEFT's names."""
+"""LoRA: nothing at first, merged as unmerged, reloaded to the bit, several at once, and diffusers' output through
+PEFT's names.
+"""
 
 import pytest
 import torch
@@ -179,7 +181,9 @@ def test_lora_export_matches_diffusers(net):
 
 
 def test_lora_uses_alpha_of_each_layer(net):
-    """Two layers with an alpha, of two ranks, one without: 3 / 2, 3 / 4 and 1, and so in a layer of ours that is several of theirs."""
+    """Two layers with an alpha, of two ranks, one without: 3 / 2, 3 / 4 and 1, and so in a layer of ours that is
+    several of theirs.
+    """
     place = "mid_block.attentions.0.transformer_blocks.0."
     layers = {"ff.net.2": (2, 3.0), "attn1.to_q": (4, 3.0), "attn1.to_k": (2, None), "attn2.to_q": (4, None)}
     shapes = {name: value.shape for name, value in diffusers.export_unet(net.state_dict()).items()}

@@ -46,7 +46,9 @@ def photo(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch):
-    """tests/sampling/test_tasks.py's model, whose answer is 0.1 times the length of what it is told, in place of any run's."""
+    """tests/sampling/test_tasks.py's model, whose answer is 0.1 times the length of what it is told, in place of any
+    run's.
+    """
     model = echo()
     monkeypatch.setattr(arguments, "model_of", lambda run: model)
     monkeypatch.setattr(
@@ -170,7 +172,9 @@ def test_density_draws_every_frame(training):
 
 @pytest.mark.slow
 def test_toy_net_learns_score_from_points():
-    """After 400 steps the network's score is near the exact one, before any it is not, and it carries noise to the data."""
+    """After 400 steps the network's score is near the exact one, before any it is not, and it carries noise to the
+    data.
+    """
     data = ring(cosine())
     some = data.sample(KeyedNoise(7, range(500)))
     eps = torch.randn(500, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""The page without its looks: what is asked comes to the same images as sample.py's, one request after another, a mistake to one line."""
+"""The page without its looks: what is asked comes to the same images as sample.py's, one request after another, a
+mistake to one line.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""The page in a real browser: it draws, shows how far it is, stops, paints masks, makes images again, and outlives every mistake."""
+"""The page in a real browser: it draws, shows how far it is, stops, paints masks, makes images again, and outlives
+every mistake.
+"""
 
 import json
 import re
@@ -26,7 +28,8 @@ LONG = "1000"  # steps that outlast a click; all that the schedule has
 SAID = """() => {
   window.said = [];
   const stage = document.querySelector("#stage");
-  new MutationObserver(() => said.push(stage.innerHTML)).observe(stage, {childList: true, subtree: true, characterData: true});
+  new MutationObserver(() => said.push(stage.innerHTML)).observe(stage, {childList: true, subtree: true, characterData:
+  true});
 }"""
 
 
@@ -82,7 +85,9 @@ def told(page, **fields):
 
 
 def press(page, button):
-    """Press a button; what waits until the stage has said, since then, something in which a pattern is found, and gives its HTML."""
+    """Press a button; what waits until the stage has said, since then, something in which a pattern is found, and gives
+    its HTML.
+    """
     since = page.evaluate(
         "() => (document.querySelectorAll('#stage p').forEach(one => one.dataset.old = ''), said.length)"
     )

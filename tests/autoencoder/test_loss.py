@@ -69,7 +69,9 @@ def test_discriminator_is_independent_per_image():
 
 
 def gradient_of(loss: ReconstructionLoss, size: int) -> torch.Tensor:
-    """Of the loss of an affine first stage with respect to its few weights, which trade the reconstruction for the divergence."""
+    """Of the loss of an affine first stage with respect to its few weights, which trade the reconstruction for the
+    divergence.
+    """
     torch.manual_seed(1)
     image, noise = torch.randn(5, 3, size, size, dtype=torch.float64), torch.randn(5, 2, 2, 2, dtype=torch.float64)
     weights = torch.randn(2 * 3 * size * size, 4, dtype=torch.float64).mul(0.1).requires_grad_()
@@ -83,7 +85,9 @@ def gradient_of(loss: ReconstructionLoss, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [4, 8])
 def test_reductions_have_same_minimum_at_rescaled_kl_weight(size):
-    """The mean's gradient is the sum's over the number of pixels: the same minimum; with kl_weight left as it was it would not be."""
+    """The mean's gradient is the sum's over the number of pixels: the same minimum; with kl_weight left as it was it
+    would not be.
+    """
     under_sum = gradient_of(ReconstructionLoss(l2, kl_weight=0.7, reduction="sum"), size)
     under_mean = gradient_of(ReconstructionLoss(l2, kl_weight=0.7, reduction="mean"), size)
     torch.testing.assert_close(under_mean, under_sum / (3 * size**2))

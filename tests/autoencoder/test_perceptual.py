@@ -36,7 +36,9 @@ def test_perceptual_network_is_frozen_and_differentiable(distance):
 
 @pytest.mark.slow
 def test_perceptual_weights_are_loaded_in_order(distance):
-    """Each normalisation's stored mean is near that of what really arrives there; tensors in a wrong order are deviations off."""
+    """Each normalisation's stored mean is near that of what really arrives there; tensors in a wrong order are
+    deviations off.
+    """
     torch.manual_seed(0)
     image = interpolate(torch.randn(8, 3, 8, 8), size=(128, 128), mode="bicubic").clamp(-2, 2) / 2
     off = []

@@ -63,7 +63,9 @@ def moments(optimizer):
 @pytest.mark.parametrize("writer", LAYOUTS)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_loaded_optimizer_state_has_layout_of_parameters(make, writer, reader, mesh):
-    """Shards, strides, device and type are those of the parameter, the values those that were saved, and the next step can be taken."""
+    """Shards, strides, device and type are those of the parameter, the values those that were saved, and the next step
+    can be taken.
+    """
     _, source = after_a_step(make, writer, mesh)
     net, target = after_a_step(make, reader, mesh)
     expected = {key: full_tensors(value).clone() for key, (value, _) in moments(source).items()}

@@ -1,4 +1,6 @@
-"""Nothing that was made in one autoencoder's latent space passes into another's: each way in is one line that names both."""
+"""Nothing that was made in one autoencoder's latent space passes into another's: each way in is one line that names
+both.
+"""
 
 import json
 import re
@@ -143,7 +145,9 @@ def test_run_files_contain_latent_space(copy):
 
 @pytest.mark.slow
 def test_resume_in_other_latent_space_is_refused(copy, capfd):
-    """Stopped after its last checkpoint; then its first stage was replaced: in the cache, all of it, or the run's own copy alone."""
+    """Stopped after its last checkpoint; then its first stage was replaced: in the cache, all of it, or the run's own
+    copy alone.
+    """
     folder, one, two = copy
     names, typed = (name_of(one), name_of(two)), (SMOKE, "metrics=none", "name=one")
     (one / "metrics.json").unlink()

@@ -263,7 +263,9 @@ def unfinished(path):
 
 
 def test_killed_write_tensors_leaves_only_stale_temporary(tmp_path):
-    """Killed in the middle of 32 MB, under whatever name the library writes: the next start clears it, and so does the next write."""
+    """Killed in the middle of 32 MB, under whatever name the library writes: the next start clears it, and so does the
+    next write.
+    """
     path = tmp_path / "w"
     for clear in (lambda: remove_stale_temporaries(tmp_path), lambda: write_tensors(path, {"w": torch.zeros(3)})):
         for _ in range(20):

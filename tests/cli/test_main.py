@@ -1,4 +1,6 @@
-"""The commands as a person types them: prompts intact, studies found, mistakes in one line, sweeps of separate processes."""
+"""The commands as a person types them: prompts intact, studies found, mistakes in one line, sweeps of separate
+processes.
+"""
 
 import json
 import os

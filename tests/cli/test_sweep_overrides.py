@@ -1,4 +1,6 @@
-"""Override functions in sweeps: jobs announced, jobs run, folders and rows of the table are the same, and those of Hydra alone."""
+"""Override functions in sweeps: jobs announced, jobs run, folders and rows of the table are the same, and those of
+Hydra alone.
+"""
 
 import random
 import re
@@ -92,7 +94,9 @@ def typed(script: Path, *words: str) -> int:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that ended: its jobs as they were announced, those skipped, the rows of its table with their states, and its run folders."""
+    """A sweep that ended: its jobs as they were announced, those skipped, the rows of its table with their states, and
+    its run folders.
+    """
 
     jobs: list[str]
     skipped: list[str]

@@ -90,7 +90,8 @@ def test_clip_truncates_long_text_with_warning(caplog):
 def test_clip_through_text_conditioner():
     option = OmegaConf.load(Path(__file__).parents[2] / "conf" / "conditioner" / "clip.yaml")
     text = instantiate(option, encoder={"model": "tiny", "random": True}, max_length=16)
-    text.cache.encoder.double()  # alone and in a batch a processor adds in another order; the table rounds to float32, 2^-22 below 8
+    # alone and in a batch a processor adds in another order; the table rounds to float32, 2^-22 below 8
+    text.cache.encoder.double()
     cond = text({"caption": ["a bag", "a photo of a boot"]})
     whole = text.cache.encoder(["a bag", "a photo of a boot"]).context
     assert whole.abs().max() < 8

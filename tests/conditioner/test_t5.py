@@ -49,7 +49,9 @@ def test_t5_matches_transformers(folder):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 def test_t5_loads_float32_for_either_dtype_argument(folder, tmp_path, monkeypatch, stored):
-    """transformers 4.50 knows no `dtype` and calls the file damaged if it is given one, transformers 5 knows no `torch_dtype`."""
+    """transformers 4.50 knows no `dtype` and calls the file damaged if it is given one, transformers 5 knows no
+    `torch_dtype`.
+    """
     from transformers import AutoTokenizer, T5EncoderModel
 
     theirs = T5EncoderModel.from_pretrained(folder).to(stored)

@@ -95,7 +95,9 @@ def test_bucket_stream_rejects_invalid_options(options, message):
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
-    """Twelve pictures, tall, square and wide in turn, the left half red and each of its own level, and one that lies on its side."""
+    """Twelve pictures, tall, square and wide in turn, the left half red and each of its own level, and one that lies on
+    its side.
+    """
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "pictures"
     root.mkdir()

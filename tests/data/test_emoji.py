@@ -52,7 +52,9 @@ def webp(colour):
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Archives as they are published, in small, and another artist in the place of the font; the codes that the artist has drawn."""
+    """Archives as they are published, in small, and another artist in the place of the font; the codes that the artist
+    has drawn.
+    """
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     pictures = {
         f"package/assets/{one['hexcode'].lower()}.webp": webp((i, 255, 0, 255)) for i, one in enumerate(ROWS[:-1])

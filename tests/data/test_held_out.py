@@ -22,7 +22,9 @@ ENDINGS = ("s", "es", "ed", "d", "er", "ers", "ing", "y", "ly")
 
 
 def stems(word: str) -> set[str]:
-    """The word and what is left of it without a plural's, a verb's or an adjective's ending: runner, runners, running -> run."""
+    """The word and what is left of it without a plural's, a verb's or an adjective's ending: runner, runners, running
+    -> run.
+    """
     out = {word, re.sub("ies$", "y", word)} | {word.removesuffix(e) for e in ENDINGS if len(word) - len(e) > 2}
     return out | {s[:-1] for s in out if len(s) > 3 and (s[-1] == s[-2] or s[-1] == "e")}
 

@@ -89,7 +89,9 @@ def test_feistel_permutation_is_a_permutation(length):
 
 
 def test_feistel_permutation_looks_random():
-    """Neighbours come from anywhere, other keys give another order, and a value is no likelier in one half than in the other."""
+    """Neighbours come from anywhere, other keys give another order, and a value is no likelier in one half than in the
+    other.
+    """
     length = 1 << 16
     orders = [
         stream.feistel_permutation(

@@ -1,6 +1,7 @@
 """The samplers' steps for Gaussian data, written down a second time as maps x_s = a x_t + b + std z: (a, b, variance).
 
-With k = Cov(x0, x_t) / Var(x_t), E[x0 | x_t] = m + k (x_t - alpha m), so that a step x_s = A x0 + E eps + C x_t + std z is affine in x_t.
+With k = Cov(x0, x_t) / Var(x_t), E[x0 | x_t] = m + k (x_t - alpha m), so that a step x_s = A x0 + E eps + C x_t + std z
+is affine in x_t.
 """
 
 import math

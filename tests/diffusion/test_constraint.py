@@ -157,7 +157,9 @@ def test_correction_step_matches_formula():
 
 
 def test_langevin_converges_to_marginal():
-    """One correction is x + size score + sqrt(2 size) z: its recursion, exactly; at a small size p(x_s) is its rest point."""
+    """One correction is x + size score + sqrt(2 size) z: its recursion, exactly; at a small size p(x_s) is its rest
+    point.
+    """
     g = Gaussian(schedule.cosine(), mean=0.6, std=0.5)
     ts = f64(0.8, 0.4)
     mean, var = (float(m) for m in g.moments(ts[1]))

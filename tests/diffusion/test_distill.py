@@ -1,4 +1,6 @@
-"""Distillation against exact teachers: those of Gaussian data, whose trajectories, consistency function and guidance are known."""
+"""Distillation against exact teachers: those of Gaussian data, whose trajectories, consistency function and guidance
+are known.
+"""
 
 from functools import partial
 
@@ -79,7 +81,9 @@ def test_ddim_target_x0_inverts_ddim_step(name):
 
 
 def test_progressive_target_is_two_teacher_steps():
-    """The error of a student that answers 0 is the wanted x0 squared, and DDIM's own two steps from x_t end where it points."""
+    """The error of a student that answers 0 is the wanted x0 squared, and DDIM's own two steps from x_t end where it
+    points.
+    """
     found = ProgressiveDistillation(Teacher(Known()), 4, weighting.x0)(student(), data(), Condition(), NOISE, {})
     assert set(found["t"].tolist()) == {0.25, 0.5, 0.75, 1.0}
     eps = NOISE.normal("eps", data())
@@ -171,7 +175,9 @@ def test_teacher_guides_each_row_like_sampling(interval):
 
 
 def test_guidance_distillation_trains_student_on_its_scale():
-    """For data without spread the guided x0 is scale x mean, so a student that answers its scale times the mean has no loss."""
+    """For data without spread the guided x0 is scale x mean, so a student that answers its scale times the mean has no
+    loss.
+    """
 
     class Answers(nn.Module):
         def forward(self, x, time, cond):

@@ -140,7 +140,9 @@ def test_guidance_requires_null_condition(choice):
 
 @pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
 def test_classifier_guidance_samples_posterior(no_grad):
-    """Data N(m, s^2), y seen with log p(y | x_0) Gaussian: guidance at scale 1 turns the prior's exact denoiser into the posterior's."""
+    """Data N(m, s^2), y seen with log p(y | x_0) Gaussian: guidance at scale 1 turns the prior's exact denoiser into
+    the posterior's.
+    """
     sched = schedule.VP()
     prior, noise, y = Gaussian(sched, 0.5, 0.8), 0.6, -0.4
     precision = 1 / prior.std**2 + 1 / noise**2

@@ -1,4 +1,5 @@
-"""Samplers against diffusers' schedulers, and k-diffusion's as recorded: the same network function, noise and grid give the same end point.
+"""Samplers against diffusers' schedulers, and k-diffusion's as recorded: the same network function, noise and grid give
+the same end point.
 
 Their quirks, and what reproduces each here:
 | theirs | here |
@@ -8,15 +9,20 @@ Their quirks, and what reproduces each here:
 | set_alpha_to_one=False (Stable Diffusion): the last step goes to alpha_bar[0], not to 1 | times.ending_at(ts, 1/T) |
 | set_alpha_to_one=True | the grid ends at 0 |
 | DPM-Solver++ SDE draws its noise in float32 | so does the test |
-| DPM-Solver++ and UniPC space `linspace` and `leading` over n + 1 entries and drop the last | written out in `grid` below |
+| DPM-Solver++ and UniPC space `linspace` and `leading` over n + 1 entries and drop the last | written out in `grid`
+below |
 | final_sigmas_type="zero": the last step is of first order | that is what a step to t = 0 is |
 | final_sigmas_type="sigma_min" | times.ending_at(ts, 1/T), where the last step keeps its order |
 | PNDM, skip_prk_steps: the first timestep's step is made twice, averaging eps | plms' improved Euler start |
-| Euler, Heun and ancestral work on x / alpha, and give the network that over sqrt(sigma^2 + 1) | any schedule; x is VP |
-| k-diffusion: x / alpha too; get_sigmas(n) is even in i from T - 1 to 0, then 0 | times.linspace, where n - 1 divides T - 1 |
-| k-diffusion: between entries log(sigma / alpha) is linear in i, and so is the time that the network sees | grids on the entries |
+| Euler, Heun and ancestral work on x / alpha, and give the network that over sqrt(sigma^2 + 1) | any schedule; x is VP
+|
+| k-diffusion: x / alpha too; get_sigmas(n) is even in i from T - 1 to 0, then 0 | times.linspace, where n - 1 divides T
+- 1 |
+| k-diffusion: between entries log(sigma / alpha) is linear in i, and so is the time that the network sees | grids on
+the entries |
 | k-diffusion: get_sigmas_karras is float32 | times.karras, to that |
-| k-diffusion: Euler and Heun draw noise in every step, also where s_churn adds none | drawn where it is added; the test skips theirs |
+| k-diffusion: Euler and Heun draw noise in every step, also where s_churn adds none | drawn where it is added; the test
+skips theirs |
 | k-diffusion: the last step, to sigma = 0, is of first order; Euler-ancestral | a step to t = 0; DDIM at eta |
 Tables are float32 there; ours, in float64, are put in their place.
 """
@@ -199,7 +205,9 @@ RUNS = {
 
 
 def k_diffusion(run, sched, ts, sigmas):
-    """Ours from k-diffusion's start, sigmas[0] draws of x / alpha, with its noise: the k-th draw in its k-th step that draws."""
+    """Ours from k-diffusion's start, sigmas[0] draws of x / alpha, with its noise: the k-th draw in its k-th step that
+    draws.
+    """
     lo, hi = CHURN["s_range"]
     drawn = (k for k, sigma in enumerate(sigmas[:-1], 1) if "churn" not in run or lo <= sigma <= hi)
     denoiser = Denoiser(NET, sched, prediction.Eps())
@@ -219,7 +227,9 @@ def test_samplers_match_k_diffusion_on_table(run, n):
 @pytest.mark.parametrize("n", RECORDED["vp"])
 @pytest.mark.parametrize("run", RUNS)
 def test_samplers_match_k_diffusion_on_karras_grid(run, n):
-    """A denoiser of sigma that is Song's continuous VP process, on get_sigmas_karras(n, 0.03, 14), which is float32 there."""
+    """A denoiser of sigma that is Song's continuous VP process, on get_sigmas_karras(n, 0.03, 14), which is float32
+    there.
+    """
     sched, sigmas = schedule.VP(), f64(*RECORDED["vp"][n]["sigmas"])
     ts = sched.t_from_log_snr(-2 * sigmas.log())
     assert torch.allclose(ts, grids.karras(sched, int(n), 0.03, 14.0), rtol=1e-5)

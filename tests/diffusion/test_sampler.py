@@ -49,7 +49,9 @@ def test_sampler_has_its_order_of_convergence(name, sched):
 
 
 def test_plms_is_of_order_3_on_even_grid():
-    """Its Adams-Bashforth 4 weights are those of equal steps; then its start, an improved Euler step, is what limits it."""
+    """Its Adams-Bashforth 4 weights are those of equal steps; then its start, an improved Euler step, is what limits
+    it.
+    """
     flow = schedule.Flow()
     assert slope(sampler.plms, flow, lambda n: torch.linspace(0.95, 0.05, n + 1, dtype=F64)) == pytest.approx(
         3, abs=0.15
@@ -79,7 +81,9 @@ def test_sampler_converges_from_noise_to_data(name, sched):
 
 
 def test_ode_frame_velocity():
-    """y = x / m moves along u = sigma / m at (y - x0) / u: eps where there is signal at t = 1, eps - x0 where there is none."""
+    """y = x / m moves along u = sigma / m at (y - x0) / u: eps where there is signal at t = 1, eps - x0 where there is
+    none.
+    """
     for sched, velocity in [(schedule.cosine(), lambda d: d.eps), (schedule.GVP(), lambda d: d.eps - d.x0)]:
         frame, t, g = sampler.ode_frame(sched), f64(0.4)[0], Gaussian(sched)
         m, u = frame(t)

@@ -96,7 +96,8 @@ def test_decoder_nll_is_finite_with_gradient_far_from_mean():
     assert mean.grad.sign().tolist() == [1, -1, -1]
 
 
-# Bits per dimension. Four points have the first and second moments of (x0, eps), which is all that the Gaussian terms depend on: no chance.
+# Bits per dimension. Four points have the first and second moments of (x0, eps), which is all that the Gaussian terms
+# depend on: no chance.
 def four(g):
     return (g.mean + g.std * f64(1, 1, -1, -1))[:, None], lambda x: f64(1, -1, 1, -1)[:, None].expand_as(x)
 
@@ -112,7 +113,9 @@ def exact_end(g):
 
 
 def terms(g, ts):
-    """The bound's terms (N,) without its prior, exact in expectation: vlb_term on all steps and all four points as one batch."""
+    """The bound's terms (N,) without its prior, exact in expectation: vlb_term on all steps and all four points as one
+    batch.
+    """
     n = len(ts) - 1
     t, s = ts[:-1].repeat_interleave(4), ts[1:].repeat_interleave(4)
     x0, noise = four(g)
@@ -156,7 +159,9 @@ def test_bits_per_dim_sums_its_terms():
 
 @pytest.mark.parametrize("sched", [schedule.VP(), schedule.linear(), schedule.EDM(3.0)])
 def test_bits_per_dim_with_exact_variance_is_likelihood(sched):
-    """Gaussian data has Gaussian p(x_s | x_t) at any step, so that the bound is tight for a network that knows its variance."""
+    """Gaussian data has Gaussian p(x_s | x_t) at any step, so that the bound is tight for a network that knows its
+    variance.
+    """
     g = Gaussian(sched, mean=0.2, std=0.7)
     x0, noise = four(g)
     ts = torch.cat([torch.linspace(1, 0.02, 6, dtype=F64), f64(0.0)])

@@ -1,4 +1,6 @@
-"""Every weighting against its paper's formula, for every prediction: the loss on the output is w / gain, the papers' on eps, x0, v."""
+"""Every weighting against its paper's formula, for every prediction: the loss on the output is w / gain, the papers' on
+eps, x0, v.
+"""
 
 import pytest
 import torch

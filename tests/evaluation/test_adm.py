@@ -23,7 +23,9 @@ from ldm.sampling.prompts import captions_and_labels
 
 
 class Toy(nn.Module):
-    """Five features that stand for pool3, four for the spatial ones, of (B, 3, 4, 4) pictures; its classes are the first three."""
+    """Five features that stand for pool3, four for the spatial ones, of (B, 3, 4, 4) pictures; its classes are the
+    first three.
+    """
 
     name, pooled, num_features, resize, identity = "toy", 5, 9, "none", "0"
 

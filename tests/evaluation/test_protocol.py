@@ -1,4 +1,6 @@
-"""The protocol of a score: what is said of it, that a train run and sample.py say it alike, and that what differs is named."""
+"""The protocol of a score: what is said of it, that a train run and sample.py say it alike, and that what differs is
+named.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Logs of whole commands: without a key W&B asks nothing, hinders nothing and leaves no process; a run folder says what made it."""
+"""Logs of whole commands: without a key W&B asks nothing, hinders nothing and leaves no process; a run folder says what
+made it.
+"""
 
 import os
 import pty

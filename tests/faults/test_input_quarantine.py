@@ -1,4 +1,6 @@
-"""What cannot be read: named exactly, left out or replaced alike on every rank and for any number of workers; too much ends the run."""
+"""What cannot be read: named exactly, left out or replaced alike on every rank and for any number of workers; too much
+ends the run.
+"""
 
 import csv
 import io

@@ -1,4 +1,6 @@
-"""What anybody may have written is refused in one line: nothing in it runs, nothing is written, nothing grows without end."""
+"""What anybody may have written is refused in one line: nothing in it runs, nothing is written, nothing grows without
+end.
+"""
 
 import io
 import json

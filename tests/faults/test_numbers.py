@@ -1,4 +1,6 @@
-"""Losses that are not numbers: skipped by all ranks together and counted, or the end with exit code 3, its evidence on the disk."""
+"""Losses that are not numbers: skipped by all ranks together and counted, or the end with exit code 3, its evidence on
+the disk.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""Two processes of which one dies, ones that were started differently, and a training that goes on with another number of them."""
+"""Two processes of which one dies, ones that were started differently, and a training that goes on with another number
+of them.
+"""
 
 import shutil
 import signal
@@ -49,7 +51,9 @@ def whole(smoke, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("again", [2, 1])
 def test_killed_rank_ends_other_and_resumes_to_same_weights(again, whole, smoke, tmp_path):
-    """Taken up by two processes it is bit for bit the training never killed; by one, the same samples and to rounding the same losses."""
+    """Taken up by two processes it is bit for bit the training never killed; by one, the same samples and to rounding
+    the same losses.
+    """
     shutil.copytree(smoke.kept, tmp_path / "cache")
     killed = partial(harm.after_step, 5, partial(harm.signals, (signal.SIGKILL,)), (1,))
     done = processes(*[(*DIFFUSION, *TWO)] * 2, cwd=tmp_path, harm=killed)

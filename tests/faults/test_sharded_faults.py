@@ -1,4 +1,6 @@
-"""FSDP2 on processors: two processes that share out a model train it as one does, are killed, and go on as two or as one."""
+"""FSDP2 on processors: two processes that share out a model train it as one does, are killed, and go on as two or as
+one.
+"""
 
 import json
 import shutil
@@ -61,7 +63,9 @@ def test_sharded_training_matches_one_process_and_resumes_in_any_number(smoke, t
 
 @pytest.mark.slow
 def test_sharded_training_builds_its_dependencies(smoke, tmp_path):
-    """With nothing in the cache: the judge by one process, the first stage by two under DDP, the diffusion model sharded."""
+    """With nothing in the cache: the judge by one process, the first stage by two under DDP, the diffusion model
+    sharded.
+    """
     done = process("train.py", "budget=smoke", *TWO, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     printed = [line for line in done.stdout.splitlines() if line.startswith("trainer ")]

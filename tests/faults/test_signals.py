@@ -1,4 +1,6 @@
-"""Told to stop, a training keeps its step, says so by its exit code, and the same command goes on: one process, two, one of two."""
+"""Told to stop, a training keeps its step, says so by its exit code, and the same command goes on: one process, two,
+one of two.
+"""
 
 import os
 import shutil

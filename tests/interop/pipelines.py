@@ -1,4 +1,6 @@
-"""A whole small model of Stable Diffusion's shape, drawn at random: ADM U-Net, conventional KL-f4, CLIP-layout text tower."""
+"""A whole small model of Stable Diffusion's shape, drawn at random: ADM U-Net, conventional KL-f4, CLIP-layout text
+tower.
+"""
 
 import json
 from dataclasses import dataclass
@@ -61,7 +63,9 @@ def whole(
 
 @torch.inference_mode()
 def drawn(model, steps: int = 5, scale: float = 3.0, **hole: torch.Tensor) -> torch.Tensor:
-    """Our image in [0, 1] from START, with diffusers' DDIM grid for Stable Diffusion. hole: image and mask, for a model that inpaints."""
+    """Our image in [0, 1] from START, with diffusers' DDIM grid for Stable Diffusion. hole: image and mask, for a model
+    that inpaints.
+    """
     denoiser = model.denoiser
     told, untold = model.condition({"caption": [PROMPT], **hole}), model.condition({"caption": [""], **hole})
     ts = grids.replace_end(grids.leading(denoiser.schedule, steps, offset=1), 1 / 1000)

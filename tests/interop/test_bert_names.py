@@ -1,4 +1,6 @@
-"""LDM's own text-to-image: its BERT between CompVis' names, diffusers' and ours, and a pipeline that LDMTextToImagePipeline opens."""
+"""LDM's own text-to-image: its BERT between CompVis' names, diffusers' and ours, and a pipeline that
+LDMTextToImagePipeline opens.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""What lies beside the weights in released files is known by name: first stages with their losses, averages, VA-VAE's foundation."""
+"""What lies beside the weights in released files is known by name: first stages with their losses, averages, VA-VAE's
+foundation.
+"""
 
 import pytest
 import torch

@@ -165,7 +165,9 @@ def test_fold_scale_of_one_number_shares_weights(sd2):
 
 
 def released(pipeline, monkeypatch, averages=True):
-    """A checkpoint built as the released sd-v1-4.ckpt is: Lightning's classes, tables of the schedule, and moving averages."""
+    """A checkpoint built as the released sd-v1-4.ckpt is: Lightning's classes, tables of the schedule, and moving
+    averages.
+    """
     import sys
 
     module = ModuleType("pytorch_lightning.callbacks.model_checkpoint")

@@ -1,4 +1,6 @@
-"""Names and outputs of CompVis' own networks (recorded by record_sdkit.py) and of diffusers': ours, from their weights, answer the same."""
+"""Names and outputs of CompVis' own networks (recorded by record_sdkit.py) and of diffusers': ours, from their weights,
+answer the same.
+"""
 
 import json
 from functools import cache, partial
@@ -201,7 +203,9 @@ def test_unet_matches_diffusers(name, precision):
 
 @torch.no_grad()
 def test_unet_with_sdxl_vector_matches_diffusers():
-    """SDXL adds the pooled text and six embedded sizes to the time; the U-Net alone is ours, who hears both is told one vector."""
+    """SDXL adds the pooled text and six embedded sizes to the time; the U-Net alone is ours, who hears both is told one
+    vector.
+    """
     more = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,

@@ -21,7 +21,8 @@ from ldm.config.compose import current_choices; from ldm.cli.main import run_com
 
 def main(cfg):
     rank = int(os.environ.get("RANK", 0))
-    told = {"world": os.environ.get("WORLD_SIZE", "1"), "prompt": cfg.prompt, "choices": current_choices(), "pid": os.getpid()}
+    told = {"world": os.environ.get("WORLD_SIZE", "1"), "prompt": cfg.prompt, "choices": current_choices(), "pid":
+    os.getpid()}
     Path(cfg.output_dir, f"{rank}.json").write_text(json.dumps(told))
     if cfg.do == "wait":
         def leave(number, frame):

@@ -30,7 +30,9 @@ D = 6
 
 
 class Toy(nn.Module):
-    """Features of (B, 1, 2, 3) pictures: their pixels, centred and scaled; the brightest of the first three is the class."""
+    """Features of (B, 1, 2, 3) pictures: their pixels, centred and scaled; the brightest of the first three is the
+    class.
+    """
 
     name, num_features, identity, resize = "toy", D, "0", "none"
 

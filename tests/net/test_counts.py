@@ -1,6 +1,7 @@
 """The networks of the literature have the parameters that were published, to the last one; nothing is allocated.
 
-The class table belongs to the conditioner (conditioner=label, label_vector), and DiT's fixed positions are computed. Where the published
+The class table belongs to the conditioner (conditioner=label, label_vector), and DiT's fixed positions are computed.
+Where the published
 number includes them, `beside` adds them here.
 """
 
@@ -22,7 +23,8 @@ from ldm.net.positions import sincos_2d
 class Row:
     """One published count.
 
-    net: its option, with the overrides `typed`.  z: channels in and out.  expected: a count, or millions and decimals as printed.
+    net: its option, with the overrides `typed`.  z: channels in and out.  expected: a count, or millions and decimals
+    as printed.
     """
 
     net: str

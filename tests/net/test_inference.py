@@ -1,4 +1,6 @@
-"""Prepared for drawing: every network answers as before, keys and values are looked up once, and what was swapped is put back."""
+"""Prepared for drawing: every network answers as before, keys and values are looked up once, and what was swapped is
+put back.
+"""
 
 from functools import partial
 from types import SimpleNamespace

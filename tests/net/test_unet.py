@@ -161,7 +161,9 @@ def test_unet_adds_residuals_to_skips_and_middle():
 
 
 def test_unet_skips_bypass_middle():
-    """With the middle's answer cut off the output still depends on x, and each skip's channels are the second half of a concatenation."""
+    """With the middle's answer cut off the output still depends on x, and each skip's channels are the second half of a
+    concatenation.
+    """
     net = randomize_weights(
         UNet(3, 3, channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4)
     )

@@ -1,4 +1,6 @@
-"""The plan of a training: its figures are those of closed forms, its mistakes one line, and nothing is computed or written."""
+"""The plan of a training: its figures are those of closed forms, its mistakes one line, and nothing is computed or
+written.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The frontier: a point is what sample.py draws and scores, all begin at the same noise, and what is done is not drawn again."""
+"""The frontier: a point is what sample.py draws and scores, all begin at the same noise, and what is done is not drawn
+again.
+"""
 
 import json
 

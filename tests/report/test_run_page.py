@@ -1,4 +1,6 @@
-"""The page of runs in a real browser, opened from disk: curves, grids and table are there, work, and ask nobody for anything."""
+"""The page of runs in a real browser, opened from disk: curves, grids and table are there, work, and ask nobody for
+anything.
+"""
 
 import pytest
 from chromium import browser, visit

@@ -126,7 +126,9 @@ def test_init_rejects_weights_of_another_architecture(typed, said, smoke, capfd)
 
 
 def test_classifier_guidance_points_to_requested_class(monkeypatch):
-    """A classifier whose log odds are the mean of x_t: told class 1 it raises x0, told class 0 it lowers it, by as much."""
+    """A classifier whose log odds are the mean of x_t: told class 1 it raises x0, told class 0 it lowers it, by as
+    much.
+    """
     from ldm.condition import Condition
     from ldm.diffusion.denoiser import Denoiser
     from ldm.diffusion.prediction import X0

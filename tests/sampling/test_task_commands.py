@@ -1,4 +1,6 @@
-"""Every task as a person types it, on one run that is told all a network can be told; and each image made again from its file."""
+"""Every task as a person types it, on one run that is told all a network can be told; and each image made again from
+its file.
+"""
 
 import json
 import shutil

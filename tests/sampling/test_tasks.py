@@ -85,7 +85,9 @@ def test_prior_sample_has_std_of_noised_data(schedule):
 
 
 def test_sample_returns_answer_of_conditioned_model():
-    """x0 is 0.1 times the caption's length at every step, the image half of it: guidance 1 draws that, guidance 3 three times it."""
+    """x0 is 0.1 times the caption's length at every step, the image half of it: guidance 1 draws that, guidance 3 three
+    times it.
+    """
     ts = trailing(cosine(), 5)
     for scale in (1.0, 3.0):
         image = sample(model(), {"caption": ["four", "eight  8"]}, [0, 1], ts, ddim, partial(cfg, scale=scale))
@@ -116,7 +118,9 @@ def test_sampling_times_descend_from_one():
 
 @pytest.mark.parametrize("sampler", [ddim, partial(ddim, eta=1.0), ddpm], ids=["ddim", "eta 1", "ddpm"])
 def test_sample_depends_on_seed_not_batch(sampler):
-    """The grid ends before 0, so that the noise is still to be seen; rows by themselves, in another order, and all together are equal."""
+    """The grid ends before 0, so that the noise is still to be seen; rows by themselves, in another order, and all
+    together are equal.
+    """
     made, ts = model(linear()), trailing(linear(), 6)[:4]
     told = lambda n: {"caption": ["four"] * n}  # noqa: E731
     whole = sample(made, told(4), [7, 8, 9, 10], ts, sampler)
@@ -222,7 +226,9 @@ def test_img2img_at_lower_strength_is_closer():
 
 
 def test_ddim_edit_inverts_image():
-    """Followed to its noise and drawn from there as its source, an image is itself but for the steps' error, which falls with them."""
+    """Followed to its noise and drawn from there as its source, an image is itself but for the steps' error, which
+    falls with them.
+    """
     made, image = patched(), images(2, 8, 12)
     batch = {"caption": ["", ""], "image": image}
     error = [

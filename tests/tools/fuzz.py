@@ -1,8 +1,12 @@
-"""Whatever is typed and whatever is read, nothing breaks: python tests/tools/fuzz.py [overrides=500] [trained=100] [files=500] [commands=20]
+"""Whatever is typed and whatever is read, nothing breaks: python tests/tools/fuzz.py [overrides=500] [trained=100]
+[files=500] [commands=20]
 
-Random overrides of train.py; random damage to images, captions, shards, checkpoints and run folders. Each ends in a result or in one line
-that says what is wrong: no traceback, no hang, no file half written. In this process overrides are composed and checked, and `trained` of
-those that pass are trained; `commands` of either are given to whole commands. seed=0 draws others. Writes tests/tools/fuzz.csv and lists what
+Random overrides of train.py; random damage to images, captions, shards, checkpoints and run folders. Each ends in a
+result or in one line
+that says what is wrong: no traceback, no hang, no file half written. In this process overrides are composed and
+checked, and `trained` of
+those that pass are trained; `commands` of either are given to whole commands. seed=0 draws others. Writes
+tests/tools/fuzz.csv and lists what
 broke; exit code 1 if anything did.
 """
 
@@ -94,7 +98,9 @@ OTHERS = ("runs", "init", "data.path", "data.captions", "hydra")  # places, and 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one case ended. kind: done, refused, traceback, hang, left (files behind).  said: the line, or the end of the traceback."""
+    """How one case ended. kind: done, refused, traceback, hang, left (files behind).  said: the line, or the end of the
+    traceback.
+    """
 
     kind: str
     said: str
@@ -106,7 +112,9 @@ class Hang(BaseException):
 
 @contextmanager
 def limited(busy: int = BUSY, idle: int = IDLE) -> Iterator[None]:
-    """Raise Hang in whatever computes for `busy` seconds, or does not end in `idle`, which a machine with other work may take."""
+    """Raise Hang in whatever computes for `busy` seconds, or does not end in `idle`, which a machine with other work
+    may take.
+    """
 
     def late(number: int, frame: object) -> None:
         raise Hang
@@ -324,7 +332,8 @@ def wounded(folder: Path, draw: random.Random) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """A file to read. kind: of file.  make: a fresh folder -> what is named.  read: what a command does with it, and its exit code.
+    """A file to read. kind: of file.  make: a fresh folder -> what is named.  read: what a command does with it, and
+    its exit code.
 
     line: the whole command.
     """

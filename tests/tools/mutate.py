@@ -1,7 +1,9 @@
 """Does a test fail when the mathematics is wrong?  python tests/tools/mutate.py [file[:function] ...]
 
-Every function of ldm/diffusion is broken in one place at a time: a sign flipped, a term or a factor dropped, a product made a quotient, a
-comparison or a condition turned round. For each the quick tests of tests/diffusion run until one fails. Writes tests/tools/mutation.csv (the rows
+Every function of ldm/diffusion is broken in one place at a time: a sign flipped, a term or a factor dropped, a product
+made a quotient, a
+comparison or a condition turned round. For each the quick tests of tests/diffusion run until one fails. Writes
+tests/tools/mutation.csv (the rows
 of what is named) and lists the survivors; exit code 1 if there is one that EQUIVALENT does not explain.
 """
 
@@ -138,7 +140,8 @@ def at(tree: ast.AST, path: list) -> ast.AST:
 
 
 def survives(file: Path, tree: ast.Module, function: str = "") -> bool:
-    """True if all tests pass with this module in place of the file's; run in a forked process, where nothing of ldm is imported yet.
+    """True if all tests pass with this module in place of the file's; run in a forked process, where nothing of ldm is
+    imported yet.
 
     The tests that name the function come first: most mutants end there, in a second.
     """

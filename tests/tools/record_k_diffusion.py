@@ -1,6 +1,7 @@
 """Records where k-diffusion's samplers end: PYTHONPATH=FOLDER:tests/diffusion python tests/tools/record_k_diffusion.py
 
-FOLDER is what `pip install --no-deps --target FOLDER k-diffusion==0.1.1.post1` filled. Not a test and not needed by one: k_diffusion.json,
+FOLDER is what `pip install --no-deps --target FOLDER k-diffusion==0.1.1.post1` filled. Not a test and not needed by
+one: k_diffusion.json,
 which it writes into tests/diffusion, is committed. Start, noise and network are those of cases.py.
 """
 
@@ -33,7 +34,9 @@ RUNS = {  # name -> (function, options)
 
 
 def package(name: str) -> ModuleType:
-    """A module of k-diffusion without its __init__, which imports what training needs; its ODE and SDE libraries are not called here."""
+    """A module of k-diffusion without its __init__, which imports what training needs; its ODE and SDE libraries are
+    not called here.
+    """
     for absent in ("torchdiffeq", "torchsde"):
         sys.modules.setdefault(absent, MagicMock())
     if "k_diffusion" not in sys.modules:
@@ -44,7 +47,9 @@ def package(name: str) -> ModuleType:
 
 
 def vp(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The denoiser of the eps network on Song's continuous VP process: sigma^2 = exp(0.1 t + 9.95 t^2) - 1, and the network sees 999 t."""
+    """The denoiser of the eps network on Song's continuous VP process: sigma^2 = exp(0.1 t + 9.95 t^2) - 1, and the
+    network sees 999 t.
+    """
     beta = torch.log1p(sigma**2)
     t = (-0.1 + (0.01 + 4 * 9.95 * beta).sqrt()) / (2 * 9.95)
     sigma = sigma[:, None]
@@ -52,7 +57,9 @@ def vp(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def end(run: str, model, sigmas: torch.Tensor) -> list:
-    """Where a sampler ends that starts at sigmas[0] times the first draw; the later draws are its noise, in their order."""
+    """Where a sampler ends that starts at sigmas[0] times the first draw; the later draws are its noise, in their
+    order.
+    """
     sampling = package("sampling")
     name, options = RUNS[run]
     k = count(1)

@@ -1,6 +1,7 @@
 """Records what transformers' BertModel and tokenizer make of the asset's files: python tests/tools/record_minilm.py
 
-Not a test and not needed by one: minilm.json, which it writes into tests/conditioner, is committed. Needs transformers, which the project does not.
+Not a test and not needed by one: minilm.json, which it writes into tests/conditioner, is committed. Needs transformers,
+which the project does not.
 """
 
 import json

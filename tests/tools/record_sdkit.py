@@ -1,10 +1,12 @@
-"""Record what CompVis' own networks answer: their names and shapes at paper scale, their outputs at reduced width and at SD 1's own.
+"""Record what CompVis' own networks answer: their names and shapes at paper scale, their outputs at reduced width and
+at SD 1's own.
 
     pip install --no-deps --target FOLDER stable-diffusion-sdkit==2.1.5
     PYTHONPATH=FOLDER:tests/interop python tests/tools/record_sdkit.py
 
 The package (Stability's fork of CompVis' code) is called `ldm` too, so this is a program of its own, away from ours.
-Writes sdkit.json: for each case the options, how many parameters of which names and shapes there are, and some numbers of each output.
+Writes sdkit.json: for each case the options, how many parameters of which names and shapes there are, and some numbers
+of each output.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""The command that runs the quick suite under other versions: its rows are pyproject's bounds, and its table says what a report says."""
+"""The command that runs the quick suite under other versions: its rows are pyproject's bounds, and its table says what
+a report says.
+"""
 
 import csv
 import subprocess

@@ -1,8 +1,12 @@
-"""Does the quick suite pass with every version that pyproject.toml promises?  python tests/tools/versions.py [lowest|today|newest] ... [--list]
+"""Does the quick suite pass with every version that pyproject.toml promises?  python tests/tools/versions.py
+[lowest|today|newest] ... [--list]
 
-For each row a new environment outside the checkout: the lowest version that each bound allows, what pip installs today, and the newest
-including pre-releases, on the Pythons in ROWS.  Needs Python 3.11, a package registry and several GB of disk for one row at a time.  Writes
-tests/tools/versions.csv (the rows of what is named), one line for each environment, those without an interpreter or that cannot be installed
+For each row a new environment outside the checkout: the lowest version that each bound allows, what pip installs today,
+and the newest
+including pre-releases, on the Pythons in ROWS.  Needs Python 3.11, a package registry and several GB of disk for one
+row at a time.  Writes
+tests/tools/versions.csv (the rows of what is named), one line for each environment, those without an interpreter or
+that cannot be installed
 too; exit code 1 if a test failed or an environment could not be made.  --list: say what would run, and do nothing.
 """
 

@@ -1,4 +1,6 @@
-"""training=clip: its loss against numbers by hand, its files read by the code that reads published ones, taken up where it stopped."""
+"""training=clip: its loss against numbers by hand, its files read by the code that reads published ones, taken up where
+it stopped.
+"""
 
 import json
 import math
@@ -51,7 +53,9 @@ def test_clip_loss_averages_both_directions():
 
 
 def test_clip_loss_accepts_equal_captions():
-    """Two images of one caption and one of another, all embeddings right: the loss is that of a choice between two equals."""
+    """Two images of one caption and one of another, all embeddings right: the loss is that of a choice between two
+    equals.
+    """
     image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     terms = clip_loss(image, image, torch.tensor(100.0), same)

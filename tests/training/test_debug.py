@@ -11,7 +11,9 @@ from ldm.training.profiler import ORDER
 
 
 class Deep(Line):
-    """A line behind two layers, the second of which may divide by nothing; `harm` says where what is not finite comes from."""
+    """A line behind two layers, the second of which may divide by nothing; `harm` says where what is not finite comes
+    from.
+    """
 
     def __init__(self, harm):
         super().__init__()

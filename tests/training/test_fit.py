@@ -37,7 +37,9 @@ def alone(monkeypatch):
 
 
 def outcome(lit, accumulate=1, steps=6, **options):
-    """What a training leaves: losses, weight, average, and at every second step the average as scores and as pictures show it."""
+    """What a training leaves: losses, weight, average, and at every second step the average as scores and as pictures
+    show it.
+    """
     ema, scores, pictures, losses = PowerEMA(lit.line, 0.1), {}, {}, Losses()
 
     def shown():

@@ -82,7 +82,9 @@ def test_autoencoder_step_trains_at_every_factor(kind, f):
 
 
 def test_autoencoder_steps_count_batches_with_two_optimizers():
-    """Lightning counts each optimiser's step; ours are the stream's, so that the discriminator enters when it is said to."""
+    """Lightning counts each optimiser's step; ours are the stream's, so that the discriminator enters when it is said
+    to.
+    """
     watch = watched(stage("kl", 2, start=2), 4)
     assert watch.counts == [(0, 1), (1, 2), (2, 4), (3, 6)]
     assert watch.moved == [(True, False)] * 2 + [(True, True)] * 2
