@@ -1,5 +1,6 @@
 """Every trainer does what one process does: a pairwise cover of experiments/engines, and how it compares."""
 
+import importlib.util
 import shutil
 import sys
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 from smoke import ROOT
 
-sys.path.insert(0, str(ROOT / "experiments" / "engines"))
-import measure
+# By its path and under a name of its own: other experiments have a measure.py as well.
+spec = importlib.util.spec_from_file_location("engines_measure", ROOT / "experiments" / "engines" / "measure.py")
+measure = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = measure
+spec.loader.exec_module(measure)
 
 COVER = measure.cover(measure.CASES)
 

@@ -110,7 +110,7 @@ def test_plan_differences_to_paper():
     assert differences(cfg, "dit_b2") == [
         "conditioner.dim: 768 -> 384",
         "net.channels: 768 -> 384",
-        "net.heads: 12 -> 6",
+        "net.num_heads: 12 -> 6",
     ]
 
 
