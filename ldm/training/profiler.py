@@ -10,9 +10,9 @@ import lightning as L
 import torch
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
-from ldm.compat import trainer_of
+from ldm.compat import TorchDispatchMode, trainer_of
 
 # names of actions that Lightning's loops write out as text, and of hooks
 DATALOADER_NEXT, TRAINING_BATCH = "train_dataloader_next", "run_training_batch"
@@ -28,11 +28,12 @@ HOOKS = {
 }
 ORDER = ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging", "saving", "other")
 ATEN = torch.ops.aten
-CPU_FLOPS = {  # torch counts no FLOPs of attention on a CPU: its formulas for the same attention on a GPU
-    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
-        g, q, k, v
-    ),
+# torch counts no attention of the CPU's kernels: it costs what that of the GPU's kernels does.
+FLOP_COUNTS = flop_registry | {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        ATEN._scaled_dot_product_flash_attention_backward
+    ],
 }
 SIDE = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices whose product measures a device's peak
 
@@ -74,12 +75,12 @@ class PhaseProfiler(Profiler):
         self.doing = ["other"]  # phases that are active, the innermost last
         self.outer: str | None = None  # during a backward pass, the phase around it
         self.since = clock()
-        self.counter, self.counted, self.total = count_flops(), -parts, 0
+        self.counter, self.counted = FlopCounter(), -parts
 
     @property
     def flops(self) -> int | None:
         """Return the FLOPs of this process's second step, None before its end: the first step does some work once."""
-        return self.total if self.counted == self.parts else None
+        return self.counter.flops if self.counted == self.parts else None
 
     def start(self, action_name: str) -> None:
         self._until_now()
@@ -93,7 +94,6 @@ class PhaseProfiler(Profiler):
         if action_name == TRAINING_BATCH and self.counted < self.parts:
             if self.counted >= 0:
                 self.counter.__exit__(None, None, None)
-                self.total += self.counter.get_total_flops()
             self.counted += 1
         self._until_now()
         self.doing.pop()
@@ -135,9 +135,23 @@ def profiler_of(trainer: Any) -> PhaseProfiler:
     return trainer.profiler
 
 
-def count_flops() -> FlopCounterMode:
-    """Count the FLOPs of products, convolutions and attention within the block, a multiply-add as two."""
-    return FlopCounterMode(display=False, custom_mapping=CPU_FLOPS)
+class FlopCounter(TorchDispatchMode):
+    """Count the FLOPs of products, convolutions and attention within the block, a multiply-add as two.
+
+    flops: counted so far.
+    torch's FlopCounterMode decomposes operators in order to count them, which changes the last digits of the counted
+    step; this one runs each operator as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := FLOP_COUNTS.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def peak_flops(precision: str, device: torch.device) -> float:
