@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from filelock import FileLock
 from smoke import enliven, process
 
 from ldm.launch.process import RANK_VARIABLES
+
+
+# Under nohup, or in the background of a script, SIGINT is ignored, and every process that a test starts inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
