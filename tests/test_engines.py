@@ -1,6 +1,5 @@
 """Every trainer does what one process does: a pairwise cover of experiments/engines, and how it compares."""
 
-import importlib.util
 import shutil
 import sys
 
@@ -8,36 +7,33 @@ import pytest
 import torch
 from smoke import ROOT
 
-# By its path and under a name of its own: other experiments have a measure.py as well.
-spec = importlib.util.spec_from_file_location("engines_measure", ROOT / "experiments" / "engines" / "measure.py")
-measure = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = measure
-spec.loader.exec_module(measure)
+sys.path.insert(0, str(ROOT / "experiments" / "engines"))
+import matrix
 
-COVER = measure.cover(measure.CASES)
+COVER = matrix.cover(matrix.CASES)
 
 
 @pytest.fixture(scope="module")
 def work(smoke, tmp_path_factory):
     """The folder of the trainings, whose cache has the shared judge and first stage."""
-    before, measure.WORK = measure.WORK, tmp_path_factory.mktemp("engines")
-    shutil.copytree(smoke.kept, measure.WORK / "cache")
-    yield measure.WORK
-    measure.WORK = before
+    before, matrix.WORK = matrix.WORK, tmp_path_factory.mktemp("engines")
+    shutil.copytree(smoke.kept, matrix.WORK / "cache")
+    yield matrix.WORK
+    matrix.WORK = before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COVER, ids="-".join)
 def test_resumed_run_equals_uninterrupted_run_of_one_process(case, work):
     """Losses, weights, averages, scores and what is kept, under each trainer, optimiser, feature and way of resuming."""
-    row = measure.measured(case)
+    row = matrix.measured(case)
     assert row["agree"] == "yes", row
 
 
 def test_cover_contains_every_pair():
-    every = {pair for case in measure.CASES for pair in measure.pairs(case)}
-    assert {pair for case in COVER for pair in measure.pairs(case)} == every
-    assert len(COVER) < len(measure.CASES) / 5
+    every = {pair for case in matrix.CASES for pair in matrix.pairs(case)}
+    assert {pair for case in COVER for pair in matrix.pairs(case)} == every
+    assert len(COVER) < len(matrix.CASES) / 5
 
 
 def outcome(step=0.0, kept=("step-00000004", "step-00000006", 4)):
@@ -62,9 +58,9 @@ def outcome(step=0.0, kept=("step-00000004", "step-00000006", 4)):
     ],
 )
 def test_compared_detects_any_difference(found, agree):
-    assert measure.compared(found, outcome(), measure.BOUNDS["64"])["agree"] == agree
+    assert matrix.compared(found, outcome(), matrix.BOUNDS["64"])["agree"] == agree
 
 
 def test_compared_detects_non_finite_values():
     rows = [{"train/loss": 1.0}, {"train/loss": float("nan")}, {"train/loss": 1.0}]
-    assert measure.of_rows(rows, [{"train/loss": 1.0}] * 3) == float("inf")
+    assert matrix.of_rows(rows, [{"train/loss": 1.0}] * 3) == float("inf")

@@ -198,9 +198,9 @@ def test_dry_run_reads_status_from_run_folders(smoke, capfd):
     states = [re.split("  +", line.strip()) for line in lines[:4]]
     assert [state[1] for state in states] == ["done", "to run", "to run", "to run"]
     assert [state[2][:5] for state in states[1:]] == [
-        "no ru",
+        "no si",
         "about",
-        "no ru",
+        "no si",
     ]  # another first stage is another training
     assert re.fullmatch(r"  first_stage \w+ is missing: trained first, for 2 jobs", lines[4])
     assert lines[5].startswith("4 jobs, 1 done, 3 to run, about ")

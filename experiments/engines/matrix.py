@@ -1,4 +1,4 @@
-"""Does every training engine do what one process does? python experiments/engines/measure.py [rows]
+"""Does every training engine do what one process does? python experiments/engines/matrix.py [rows]
 
 A combination is a trainer, an optimiser, a feature and what a run is resumed into. Its training on synthetic data (6
 steps, a checkpoint
