@@ -139,7 +139,7 @@ ROWS = (
         published=83_653_863,
     ),
     Row(
-        *("SD 1 U-Net", "sd1", ("network",), compvis_unet, "CompVis, width 32", "none printed"),
+        *("SD 1 U-Net", "sd1", ("network",), compvis_unet, "CompVis, width 32", "none published"),
         *(
             "python sample.py run=sd-v1-4.ckpt prompts=CAPTIONS.csv num=1 steps=50 guidance.scale=7.5 metrics=fid save=none",
             50,

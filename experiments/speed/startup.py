@@ -37,7 +37,7 @@ def measure(pairs: int, threads: int) -> None:
     for words in (("--help",), ("--cfg", "job")):
         cpu = [run(str(train), *words) for _ in range(pairs + 1)][1:]
         keep(
-            told(Work(f"train.py {' '.join(words)}, CPU time", "", "0.4 s asked for"), threads, cpu, [0.4] * pairs, "")
+            told(Work(f"train.py {' '.join(words)}, CPU time", "", "target 0.4 s"), threads, cpu, [0.4] * pairs, "")
         )
     ours, theirs = partial(first_step, train, "logger=none"), partial(first_step, PLAIN)
     found: tuple[list[float], list[float]] = ([], [])

@@ -11,7 +11,7 @@ Every component is a [Hydra](https://hydra.cc) config group: a folder here, with
 ```sh
 python train.py net=tiny sampler=ddim sampler.eta=0.5   # two options and a value
 python train.py net=tiny --cfg job                      # print the composed config, with every parameter
-python train.py --help                                  # list the groups, the options and the plain keys
+python train.py --help                                  # list the groups of train.py's defaults, their options and the plain keys
 ```
 
 An option's file has its description in its first comment, and the parameters of its `_target_`. What options share
