@@ -93,7 +93,7 @@ def main(run: str) -> None:
         for way, s in (("training-free", 0.0), ("told the hole", 1.0))
     ]
     assert all(torch.equal(to_uint8(one * (1 - hole)), to_uint8(batch["image"][part] * (1 - hole))) for one in holes)
-    sides = [f"{side}={MARGIN}" for side in ("left", "right", "top", "bottom")]
+    sides = [f"pad_{side}={MARGIN}" for side in ("left", "right", "top", "bottom")]
     places = part[:: len(part) // SHOWN][:SHOWN]
     for place in places:
         kept(work / "some" / f"{place:03d}.png", to_uint8(batch["image"])[place])

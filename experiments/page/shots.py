@@ -89,10 +89,10 @@ def main(argv: list[str]) -> int:
         shot(page, "inpaint")
         if len(runs) > 1:
             page.get_by_role("tab", name="From noise").click()
-            page.click("#beside input")
+            page.click("#compare input")
             page.get_by_role("option", name=Path(runs[1]).name).click()
             ask(page, prompt="a photo of a bag", num="8")
-            page.wait_for_function("document.querySelectorAll('#drawn-beside img').length == 8")
+            page.wait_for_function("document.querySelectorAll('#drawn-compare img').length == 8")
             shot(page, "beside")
     return 0
 

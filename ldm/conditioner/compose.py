@@ -30,9 +30,11 @@ class Compose(nn.Module):
         self.drop = dict(drop or {})
         for name, rate in self.drop.items():
             if name not in conditioners:
-                raise ConfigError(f"drop.{name}={rate}: expected a rate for one of {', '.join(conditioners)}")
+                raise ConfigError(
+                    f"conditioner.drop.{name}={rate}: expected a rate for one of {', '.join(conditioners)}"
+                )
             if not 0 <= rate <= 1:
-                raise ConfigError(f"drop.{name}={rate}: expected a probability")
+                raise ConfigError(f"conditioner.drop.{name}={rate}: expected a probability")
         self.conditioners = nn.ModuleDict(conditioners)
         parts: list[Any] = list(conditioners.values())
         self.keys = tuple(dict.fromkeys(key for part in parts for key in part.keys))

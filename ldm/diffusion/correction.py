@@ -20,7 +20,9 @@ def repaint_steps(n: int, jump: int, repeats: int) -> list[int]:
     Raises ConfigError unless 1 <= jump and 1 <= repeats.
     """
     if jump < 1 or repeats < 1:
-        raise ConfigError(f"jump {jump} and repeats {repeats} must be at least 1 (repeats 1 is no resampling)")
+        raise ConfigError(
+            f"jump_length={jump} num_resamples={repeats}: expected 1 or more each (num_resamples=1 is no resampling)"
+        )
     left = {n - 1 - j: repeats - 1 for j in range(0, n - jump, jump)}
     walk = [0]
     while walk[-1] < n:

@@ -32,7 +32,7 @@ class Teacher(nn.Module):
     row's t.
     """
 
-    model: Any  # a module with condition, uncondition and denoiser
+    model: Any  # a module with condition, null_condition and denoiser
 
     def __init__(self, model: nn.Module, scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)):
         super().__init__()

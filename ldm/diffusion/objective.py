@@ -189,7 +189,7 @@ def vlb_estimate(
     if ((t * T - i).abs() > 0.01).any():
         raise ConfigError(
             f"the bound is a sum over the schedule's {T} entries and times lie between them; "
-            "draw them with density discrete"
+            "choose timestep_sampling=discrete"
         )
     return T * vlb_term(schedule, x0, x_t, i / T, (i - 1) / T, estimate, variance, decoder)
 

@@ -89,7 +89,7 @@ class DINOv2(nn.Module):
             raise AssetNotFoundError(f"{weights} is not a file: expected timm's weights of {tag}")
         if weights is None and os.environ.get("LDM_OFFLINE", "0") not in ("", "0"):
             raise AssetNotFoundError(
-                f"DINOv2, {tag}, has no weights (LDM_OFFLINE is set): name a file of timm's by net.weights=FILE"
+                f"DINOv2, {tag}, has no weights (LDM_OFFLINE is set): name a file of timm's by metrics.net.weights=FILE"
             )
         with extra("metrics", f"DINOv2, {tag},"):
             import timm
@@ -100,7 +100,7 @@ class DINOv2(nn.Module):
         except Exception as error:  # the hub's client raises many kinds
             reason = " ".join(str(error).split())[:200]
             raise AssetNotFoundError(
-                f"DINOv2, {tag}, could not be fetched ({reason}): name a file of timm's by net.weights=FILE"
+                f"DINOv2, {tag}, could not be fetched ({reason}): name a file of timm's by metrics.net.weights=FILE"
             ) from None
         if weights is not None:
             try:

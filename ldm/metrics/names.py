@@ -8,13 +8,13 @@ from hydra.utils import get_object
 from ldm.metrics.distribution import MetricSuite
 
 
-def metric_names(metrics: Mapping[str, Any], judge: Mapping[str, Any] | None) -> set[str] | None:
+def metric_names(metrics: Mapping[str, Any], evaluator: Mapping[str, Any] | None) -> set[str] | None:
     """Return the keys of MetricSuite.compute() for a `metrics` node, without n.
 
-    judge: node of the evaluator's network, for a node that names none.
+    evaluator: node of the evaluator's network, for a node that names none.
     Returns None if the keys are unknown: a user's class need not have `names` (a metric) or `name` (a network).
     """
-    node = metrics.get("net") or judge
+    node = metrics.get("net") or evaluator
     if get_object(metrics["_target_"]) is not MetricSuite or node is None:
         return None
     network = getattr(get_object(node["_target_"]), "name", None)

@@ -64,7 +64,7 @@ class EvaluatorRecipe:
         require_metric(cfg.get("keep_best"), (), "this training writes no number val/...")
         torch.manual_seed(derive_seed(self.seed, "weights"))
         net = self.net()
-        with open_run(cfg, folder, cache.JUDGE) as run:
+        with open_run(cfg, folder, cache.EVALUATOR) as run:
             data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
             build.require_labels(data, test)
             lit = LitEvaluator(net, self.optimizer, self.label_smoothing)

@@ -16,12 +16,12 @@ from ldm.runs import identity, metrics_log
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 # The parts of a config that determine an evaluator and a first stage.
-JUDGE, FIRST_STAGE = ("data", "training"), ("data", "autoencoder", "training")
+EVALUATOR, FIRST_STAGE = ("data", "training"), ("data", "autoencoder", "training")
 
 
 def evaluator_cache_key(cfg: Any) -> identity.CacheKey:
     """Return the cache key (data and training) of the evaluator that cfg trains: cfg.training is the evaluator's."""
-    return identity.cache_key({name: to_container(cfg[name]) for name in JUDGE})
+    return identity.cache_key({name: to_container(cfg[name]) for name in EVALUATOR})
 
 
 def first_stage_cache_key(cfg: Any) -> identity.CacheKey:

@@ -121,7 +121,7 @@ def test_repaint_steps_match_paper():
     ]
     assert correction.repaint_steps(4, jump=2, repeats=1) == [0, 1, 2, 3, 4]
     for bad in ({"jump": 0, "repeats": 2}, {"jump": 1, "repeats": 0}):
-        with pytest.raises(ValueError, match="must be at least 1"):
+        with pytest.raises(ValueError, match="expected 1 or more each"):
             correction.repaint_steps(4, **bad)
 
 

@@ -39,7 +39,7 @@ def not_a_number(steps: Collection[int], ranks: Collection[int], rank: int) -> N
 
 
 def _poison(owner: Any, steps: Collection[int], here: bool) -> None:
-    name = "balance" if hasattr(owner, "balance") else "latent"
+    name = "adaptive_weight" if hasattr(owner, "adaptive_weight") else "sample_latent"
     whole = getattr(owner, name)
     step = owner.training_step
 
@@ -57,16 +57,16 @@ def _poison(owner: Any, steps: Collection[int], here: bool) -> None:
 
 def full_disk(step: int, rank: int) -> None:
     """From the checkpoint of this step on, the disk has no room."""
-    from ldm.checkpoint.step import save_checkpoint
+    from ldm.training import checkpoints
 
-    save = save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def saved(folder, at, *args, **kwargs):
         if at >= step:
             shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
         return save(folder, at, *args, **kwargs)
 
-    save_checkpoint = saved
+    checkpoints.save_checkpoint = saved
 
 
 def powerless(rank: int) -> None:

@@ -70,7 +70,7 @@ def test_sharded_training_builds_its_dependencies(smoke, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     printed = [line for line in done.stdout.splitlines() if line.startswith("trainer ")]
     assert [line.split("; ")[1] for line in printed] == [
-        "LitJudge is trained with strategy=auto",
+        "LitEvaluator is trained with strategy=auto",
         "LitAutoencoder is trained with strategy=ddp",
     ]
     assert "Traceback" not in done.stderr
