@@ -20,7 +20,6 @@ from smoke import enliven, process
 
 from ldm.launch.process import RANK_VARIABLES
 
-
 # Under nohup, or in the background of a script, SIGINT is ignored, and every process that a test starts inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
