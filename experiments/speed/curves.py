@@ -91,7 +91,7 @@ class Known:
     def __len__(self) -> int:
         return self.images
 
-    def about(self, at: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def batch_metadata(self, at: Sequence[tuple[int, int]]) -> dict[str, Any]:
         return {"index": [i for _, i in at], "flip": torch.zeros(len(at))}
 
 
