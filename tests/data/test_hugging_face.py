@@ -332,8 +332,8 @@ def test_hugging_face_metadata_reads_no_image(tmp_path, monkeypatch):
     columns = {"text": (["a", None, "c", "d"], TEXT), "label": ([0, 1, -1, 0], PETS)}
     data = HuggingFace(saved(tmp_path / "x", 4, **columns), size=16, test_fraction=0.0, label="label")
     latents = LatentDataset(data, torch.zeros(2, 4, 8, 2, 2, dtype=torch.float16))
-    assert data.source.pictures.column_names == ["image"]
-    monkeypatch.delattr(data.source, "pictures")
+    assert data.source.images.column_names == ["image"]
+    monkeypatch.delattr(data.source, "images")
     monkeypatch.setattr(data.source, "table", CaptionsAlone(data.source.table))
     batch = latents.batch([(1, i) for i in range(4)])
     assert batch["caption"] == ["a", "", "c", "d"]
