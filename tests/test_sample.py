@@ -53,6 +53,13 @@ def test_sample_writes_one_image_per_seed_grid_and_record(lively, drawn):
     assert Image.open(drawn / "grid.png").size == (3 * 66 + 2, 4 * 66 + 2)
 
 
+def test_sample_records_infinite_options(lively, place):
+    folder = draw(lively, "num=2", "steps=2", "sampler=heun", out="heun")
+    request = json.loads((folder / "metrics.json").read_text())["request"]
+    assert request["sampler"]["s_range"] == [0.0, ".inf"]
+    assert command("sample.py", f"reproduce={folder / '000001.png'}", "output_dir=heun-again") == 0
+
+
 def test_sample_request_reads_run_config_once(lively, place, monkeypatch):
     reads, load_config = [], serialize.load_config
     monkeypatch.setattr(serialize, "load_config", lambda path: reads.append(path) or load_config(path))

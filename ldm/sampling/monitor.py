@@ -52,7 +52,7 @@ def first_on_grid(evaluations: list[Evaluation], ts: Tensor) -> list[Evaluation]
 
 
 def states(run: Callable[[Denoise], Tensor], denoise: Denoise, ts: Tensor) -> Tensor:
-    """Return the states (N + 1, B, ...) at the times of the grid that run(denoise), a sampler's call, passes through."""
+    """Return the states (N + 1, B, ...) at the times of the grid that run(denoise), a sampler's call, goes through."""
     evaluations: list[Evaluation] = []
     last = run(record_evaluations(denoise, evaluations))
     return torch.stack([*(evaluation.x_t for evaluation in first_on_grid(evaluations, ts[:-1])), last])

@@ -1,6 +1,7 @@
 """Execute a sampling request: sample the images by seed and save them with the record that reproduces them."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from ldm.checkpoint.latent_space import require_same_latent_space
 from ldm.checkpoint.load import open_model
 from ldm.checkpoint.weights import hash_model
 from ldm.config.build import to_container
+from ldm.config.tree import map_leaves
 from ldm.errors import UserError
 from ldm.io import atomic, npz
 from ldm.runs import identity, provenance
@@ -184,7 +186,7 @@ def save_results(request: SampleRequest, images: "dict[int, Tensor]", score: dic
     record = {
         **score,
         "autoencoder": request.source.latent_space,
-        "request": options,
+        "request": map_leaves(options, _as_json),
         "provenance": provenance.provenance(Path(__file__).parent),
     }
     atomic.write_json(out / "metrics.json", record)
@@ -196,6 +198,13 @@ def save_results(request: SampleRequest, images: "dict[int, Tensor]", score: dic
         print(f"{request.reproduce}: made again, {comparison}")
     print(f"{len(seeds)} images, seeds {seeds[0]}..{seeds[-1]}, in {out}")
     return next((value for name, value in score.items() if name.startswith("fd_")), None)
+
+
+def _as_json(leaf: Any) -> Any:
+    """Return a leaf of a config as JSON can hold it: an infinite number, as a bound of s_range, is written as in yaml."""
+    if isinstance(leaf, float) and not math.isfinite(leaf):
+        return {math.inf: ".inf", -math.inf: "-.inf"}.get(leaf, ".nan")
+    return leaf
 
 
 def compare_with_file(path: Path, image: "Tensor") -> str:
