@@ -158,7 +158,7 @@ def collect_results(
 
 
 def wandb_rows(study: Study, project: str) -> dict[str, dict[str, Any]]:
-    """Job -> its numbers, of a W&B project's finished runs, whose names are those of their folders. Raises UserError."""
+    """Return each job's numbers, of a W&B project's finished runs, named as their folders.  Raises UserError."""
     with extra("wandb", f"wandb={project}"):
         import wandb
 

@@ -201,7 +201,7 @@ def save_results(request: SampleRequest, images: "dict[int, Tensor]", score: dic
 
 
 def _as_json(leaf: Any) -> Any:
-    """Return a leaf of a config as JSON can hold it: an infinite number, as a bound of s_range, is written as in yaml."""
+    """Return a leaf of a config as JSON can hold it: an infinite number, as in s_range, is written as in yaml."""
     if isinstance(leaf, float) and not math.isfinite(leaf):
         return {math.inf: ".inf", -math.inf: "-.inf"}.get(leaf, ".nan")
     return leaf
