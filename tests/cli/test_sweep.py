@@ -135,7 +135,7 @@ def shared():
 def ahead(cfg):
     if cfg.seed == 1:
         return JobStatus({"fd": 7.0}, 7.0)
-    return JobStatus(needs={Path("cache/first_stage/abc"): shared}, seconds=36 * cfg.seed)
+    return JobStatus(missing_dependencies={Path("cache/first_stage/abc"): shared}, seconds=36 * cfg.seed)
 
 
 if __name__ == "__main__":
