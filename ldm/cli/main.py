@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.errors import run_guarded
-from ldm.config.compose import Composition, _without_hydra_node
+from ldm.config.compose import Composition, drop_hydra_node
 from ldm.config.overrides import ConfigSearchPath, expand_group_list, help_text, normalize_override
 from ldm.errors import UserError
 from ldm.launch import process
@@ -135,7 +135,7 @@ def _job_status(config: Any, ahead: Callable[[Any], Any] | None) -> Any:
     if ahead is None:
         return JobStatus()
     HydraConfig.instance().set_config(config)
-    bare = _without_hydra_node(config)
+    bare = drop_hydra_node(config)
     with redirect_stdout(None):
         return ahead(bare)
 

@@ -291,7 +291,7 @@ def _is_group_choice(group: str, option: Any) -> bool:
     return isinstance(option, str) and group != "experiments" and not group.startswith("hydra/")
 
 
-def _without_hydra_node(config: Any) -> Any:
+def drop_hydra_node(config: Any) -> Any:
     from omegaconf import OmegaConf
 
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
@@ -307,6 +307,6 @@ def resolved_config(config: Any, missing: bool = False) -> dict[str, Any]:
     from omegaconf.errors import MissingMandatoryValue
 
     try:
-        return OmegaConf.to_container(_without_hydra_node(config), resolve=not missing, throw_on_missing=not missing)  # type: ignore[return-value]
+        return OmegaConf.to_container(drop_hydra_node(config), resolve=not missing, throw_on_missing=not missing)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}=... must be given (see --help)") from None
