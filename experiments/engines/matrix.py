@@ -1,15 +1,12 @@
-"""Does every training engine do what one process does? python experiments/engines/matrix.py [rows]
+"""Does every training engine do what one process does? python experiments/engines/matrix.py [rows] [K/N]
 
-A combination is a trainer, an optimiser, a feature and what a run is resumed into. Its training on synthetic data (6
-steps, a checkpoint
-every second) is stopped after step 4 by SIGTERM, resumed by the same command, or under another trainer or number of
-processes, and compared
-with one process that was never stopped: losses and gradient norms of every step, final weights and averages, scores,
-and which checkpoints
-are kept. In float64, and in float32 where FSDP2 takes part, for which Lightning has no float64. A row of matrix.csv a
-combination, a
-pairwise cover of all combinations first; those that are there are not repeated. Exits with 1 if a combination
-disagrees.
+A combination is a trainer, an optimizer, a feature and what a run is resumed into. Its training on synthetic data (6
+steps, a checkpoint every second) is stopped after step 4 by SIGTERM, resumed by the same command, or under another
+trainer or number of processes, and compared with one process that was never stopped: losses and gradient norms of every
+step, final weights and averages, scores, and which checkpoints remain. In float64, and in float32 where FSDP2 takes
+part, for which Lightning has no float64; Muon's bfloat16 products are taken in float32 there. One row of matrix.csv
+per combination, a pairwise cover of all combinations first; existing rows are not repeated. K/N: the K-th of N parts of
+what is left, for N commands at once. Exits with 1 if a combination disagrees.
 """
 
 import csv
@@ -21,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,11 +75,6 @@ FEATURES = {  # {base}, {words}: trained runs, told by label and by CLIP
 BOUNDS = {  # the largest difference that rounding explains: of losses, of weights and averages, of scores
     "64": (1e-9, 1e-6, 1e-6),
     "32": (1e-4, 1e-2, 1e-2),
-    "32 muon": (
-        1e-3,
-        1.0,
-        1e-2,
-    ),  # its products in bfloat16 enlarge the rounding of gradients: DDP differs as much from one process
 }
 
 
@@ -104,7 +96,12 @@ class Case(NamedTuple):
 
     @property
     def bounds(self) -> tuple[float, float, float]:
-        return BOUNDS["32 muon" if (self.precision, self.optimizer) == ("32", "muon") else self.precision]
+        return BOUNDS[self.precision]
+
+    @property
+    def prepare(self) -> Callable[[], None] | None:
+        """What each of its training processes does first."""
+        return full_precision_muon if (self.precision, self.optimizer) == ("32", "muon") else None
 
 
 CASES = [
@@ -114,7 +111,7 @@ CASES = [
 
 
 def cover(cases: Sequence[Case]) -> list[Case]:
-    """Few of the cases in which each pair of values that occurs in any occurs, in the order in which they were chosen."""
+    """Few of the cases in which each pair of values that occurs in any occurs, in the order of choice."""
     open_, chosen = {pair for case in cases for pair in pairs(case)}, list[Case]()
     while open_:
         chosen.append(max(cases, key=lambda case: len(open_ & pairs(case))))
@@ -126,17 +123,38 @@ def pairs(case: Case) -> set[tuple]:
     return set(itertools.combinations(enumerate(case), 2))
 
 
+def full_precision_muon() -> None:
+    """Take Muon's Newton-Schulz products in the gradient's type, as torch's function does in bfloat16.
+
+    A gradient's last bit decides how an entry is rounded to bfloat16, and the iteration enlarges the difference.
+    """
+    import torch.optim._muon
+
+    def orthogonalize(grad: Any, coefficients: tuple[float, float, float], steps: int, eps: float) -> Any:
+        a, b, c = coefficients
+        x = grad.T if grad.size(0) > grad.size(1) else grad
+        x = x / x.norm().clamp(min=eps)
+        for _ in range(steps):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x.T if grad.size(0) > grad.size(1) else x
+
+    torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
+
+
 def stop(rank: int, step: int) -> None:
     """End the training in order, from its first process."""
     if (rank, step) == (0, STOP):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def trained(folder: Path, typed: Sequence[str], world: int = 1, expected: int = 0, after: Any = None) -> None:
+def trained(
+    folder: Path, typed: Sequence[str], world: int = 1, expected: int = 0, after: Any = None, prepare: Any = None
+) -> None:
     """Run a training in `folder`. Raises RuntimeError with the last line printed unless every process exits as
     expected.
     """
-    codes = run(tuple(typed), folder, world, after, WAIT)
+    codes = run(tuple(typed), folder, world, after, WAIT, prepare)
     if codes != [expected] * world:
         printed = [
             line for file in sorted(folder.glob("said-*.txt")) for line in file.read_text().splitlines() if line.strip()
@@ -180,9 +198,21 @@ def reference(case: Case) -> Path:
     if not list(WORK.glob(f"{name}/runs/*/metrics.json")):
         feature = [word.format(**bases()) for word in FEATURES[case.feature]]
         typed = (*SIZES, *OPTIMIZERS[case.optimizer], *feature, "trainer=cpu", f"trainer.precision={case.precision}")
-        trained(folder_of(name), typed)
+        trained(folder_of(name), typed, prepare=case.prepare)
     (metrics,) = WORK.glob(f"{name}/runs/*/metrics.json")
     return metrics.parent
+
+
+def resumable(case: Case, whole: Path) -> Path:
+    """A copy of the folder of a stopped run, which is trained once for all that it is resumed into."""
+    name = f"stopped/{case.trainer}-{case.optimizer}-{case.feature}-{case.precision}".replace(" ", "_")
+    if not (WORK / name / "stopped").is_file():
+        folder = folder_of(name)
+        trained(folder, *under(case.trainer, whole, folder), 85, stop, case.prepare)
+        (folder / "stopped").touch()
+    copy = WORK / f"case-{os.getpid()}"
+    shutil.rmtree(copy, ignore_errors=True)
+    return shutil.copytree(WORK / name, copy, symlinks=True)
 
 
 def under(engine: str, whole: Path, folder: Path) -> tuple[tuple[str, ...], int]:
@@ -249,7 +279,7 @@ def of_rows(one: list[dict], two: list[dict]) -> float:
 
 
 def of_tensors(one: dict, two: dict, before: dict) -> float:
-    """The 2-norm of the difference as a part of what the reference went in its last steps; infinite where names differ."""
+    """The 2-norm of the difference relative to the reference's last steps; infinite where names differ."""
     if one.keys() != two.keys():
         return math.inf
     way = norm(two[key] - before[key] for key in before)
@@ -280,9 +310,9 @@ def measured(case: Case) -> dict[str, Any]:
     row = {**case._asdict(), "into": case.into, "precision": case.precision}
     blank = dict.fromkeys(("losses", "weights", "averages", "scores", "kept"), "")
     try:
-        whole, folder = reference(case), folder_of("case")
-        trained(folder, *under(case.trainer, whole, folder), 85, stop)
-        trained(folder, *under(case.into, whole, folder))
+        whole = reference(case)
+        folder = resumable(case, whole)
+        trained(folder, *under(case.into, whole, folder), prepare=case.prepare)
         (made,) = (folder / "runs").iterdir()
         row |= compared(outcome(made), outcome(whole), case.bounds) | {"note": ""}
     except RuntimeError as error:
@@ -290,12 +320,14 @@ def measured(case: Case) -> dict[str, Any]:
     return row | {"seconds": round(time.monotonic() - since, 1)}
 
 
-def main(most: int | None = None) -> int:
+def main(most: int | None = None, part: int = 1, parts: int = 1) -> int:
     rows = list(csv.DictReader(TABLE.open())) if TABLE.is_file() else []
     there = {tuple(row[name] for name in Case._fields) for row in rows}
     first = cover(CASES)
     todo = [case for case in (*first, *(case for case in CASES if case not in first)) if case not in there]
-    for case in todo if most is None else todo[: max(0, most - len(rows))]:
+    todo = todo if most is None else todo[: max(0, most - len(rows))]
+    share = {key: k % parts + 1 for k, key in enumerate(dict.fromkeys(case[1:3] for case in todo))}  # of references
+    for case in (case for case in todo if share[case[1:3]] == part):
         row = {
             name: f"{value:.2g}" if isinstance(value, float) and name != "seconds" else value
             for name, value in measured(case).items()
@@ -310,10 +342,13 @@ def main(most: int | None = None) -> int:
         print(" ".join(f"{name}={value}" for name, value in row.items() if value != ""), flush=True)
     wrong = [row for row in rows if row["agree"] != "yes"]
     print(
-        f"{len(rows)} of {len(CASES)} combinations, {len(first)} of which are a pairwise cover; {len(wrong)} disagree with one process"
+        f"{len(rows)} of {len(CASES)} combinations, {len(first)} of which are a pairwise cover;"
+        f" {len(wrong)} disagree with one process"
     )
     return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else None))
+    words = sys.argv[1:]
+    of = [int(number) for word in words if "/" in word for number in word.split("/")] or [1, 1]
+    sys.exit(main(next((int(word) for word in words if "/" not in word), None), *of))

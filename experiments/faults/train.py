@@ -14,16 +14,22 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 OURS = ("ldm.recipes.diffusion", "ldm.recipes.autoencoder", "ldm.evaluation.evaluate", "hydra", "torchmetrics.image")
 After = Callable[[int, int], None]
+Prepare = Callable[[], None]
 
 
 def run(
-    typed: tuple[str, ...], folder: Path, world: int = 1, after: After | None = None, wait: float = 300
+    typed: tuple[str, ...],
+    folder: Path,
+    world: int = 1,
+    after: After | None = None,
+    wait: float = 300,
+    prepare: Prepare | None = None,
 ) -> list[int]:
     """The exit codes of the ranks of `python train.py TYPED` in `folder`, at most `wait` seconds each; below 0, the
     signal that ended one.
 
-    after: (rank, step) -> None, called in the training process when a step is done.  What they print is in
-    said-RANK.txt.
+    after: (rank, step) -> None, called in the training process when a step is done.  prepare: called in each process
+    before the training.  What they print is in said-RANK.txt.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(OURS))
@@ -42,7 +48,7 @@ def run(
                 "LOCAL_RANK": str(rank),
             }
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "faults"}
-        children.append(context.Process(target=_rank, args=(typed, folder, dict(env), rank, after)))
+        children.append(context.Process(target=_rank, args=(typed, folder, dict(env), rank, after, prepare)))
         children[-1].start()
     for child in children:
         child.join(wait)
@@ -52,7 +58,14 @@ def run(
     return [child.exitcode or 0 for child in children]
 
 
-def _rank(typed: tuple[str, ...], folder: Path, env: dict[str, str], rank: int, after: After | None) -> None:
+def _rank(
+    typed: tuple[str, ...],
+    folder: Path,
+    env: dict[str, str],
+    rank: int,
+    after: After | None,
+    prepare: Prepare | None,
+) -> None:
     os.environ.update(env)
     os.chdir(folder)
     multiprocessing.set_start_method(
@@ -61,6 +74,8 @@ def _rank(typed: tuple[str, ...], folder: Path, env: dict[str, str], rank: int, 
     with open(folder / f"said-{rank}.txt", "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if prepare is not None:
+        prepare()
     if after is not None:
         _watch(rank, after)
     sys.argv = [str(ROOT / "train.py"), *typed]
