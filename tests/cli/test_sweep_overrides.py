@@ -344,21 +344,33 @@ def test_search_samples_intervals(grid, in_process, capsys):
     assert sweep.rows == [(job, "done") for job in sweep.jobs]
 
 
+LAUNCHED = [  # every override function, in few sweeps: each job is a process
+    ("seed=shuffle(range(2))", "schedule=glob(lin*)"),
+    ("lr=sort(range(0,1,0.5),reverse=true)", "note=str(choice(a,b))"),
+    ("seed=int(choice('3',2.5))", "order=[1,2],[3]"),
+    ("seed=tag(a,shuffle(range(2)))", "note=${schedule.kind},'\\${x}'"),
+    ("schedule=glob(*,exclude=cos*)", "lr=float(range(1,3))"),
+    ("seed=sort(shuffle(range(0,2)))", "note=shuffle('a, b',c d)"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0]
-)
-def test_launchers_run_announced_jobs(words, grid, capfd):
-    """Each job is a process: a shuffled sweep whole, then once more with one run missing."""
-    sweep = ("seed=shuffle(range(2))", "schedule=glob(lin*)", f"hydra/launcher={words[0]}", *words[1:])
-    for _ in range(2):
-        assert typed(grid, "-m", *sweep) == 0
+@pytest.mark.parametrize("launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", LAUNCHED, ids=" ".join)
+def test_launchers_run_jobs_of_hydra(words, launcher, grid, capfd):
+    """Jobs, folders and rows are those of Hydra alone: all of them, then once more with one run missing."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown()  # joblib's workers of an earlier test, which work in its folder
+    jobs = list_jobs(grid, lambda: capfd.readouterr().out, *words)
+    command = (*words, f"hydra/launcher={launcher[0]}", *launcher[1:])
+    for state in ("done", "skipped"):
+        assert typed(grid, "-m", *command) == 0
         text = capfd.readouterr().out
-        rows = re.findall(r"^  (seed=\d schedule=\w+) +(done|skipped)", text, re.MULTILINE)
-        assert sorted(job for job, _ in rows) == [
-            f"seed={seed} schedule={name}" for seed in (0, 1) for name in ("linear", "linear2")
-        ]
-        folders = sorted(path.name for path in Path("runs").iterdir())
-        assert len(folders) == 4
-        (Path("runs") / folders[0]).rmdir()
-    assert sorted(state for _, state in rows) == ["done", "skipped", "skipped", "skipped"]
+        rows = re.findall(r"^  (\S.*?)  +(done|skipped|failed)\b", text, re.MULTILINE)
+        assert sorted(job for job, _ in rows) == sorted(jobs)
+        assert [state for _, state in sorted(rows, key=lambda row: row[1])] == ["done", *[state] * (len(jobs) - 1)]
+        assert f"{len(jobs)} of {len(jobs)} jobs done" in text
+        folders = sorted(Path("runs").iterdir())
+        assert len(folders) == len(jobs) == 4
+        folders[0].rmdir()
