@@ -20,7 +20,7 @@ from ldm.config import build, serialize
 from ldm.config.compose import Composition, compose_option, resolved_config
 from ldm.config.overrides import ConfigSearchPath
 from ldm.data.stream import BatchDataset, BatchStream
-from ldm.devices import PRECISION, rank_and_world_size, resolve_precision
+from ldm.devices import PRECISION, rank_and_world_size
 from ldm.io import atomic
 from ldm.runs.metrics_log import read_metrics_log
 
@@ -158,7 +158,7 @@ def write_configs(cases, made, root):
 
 @pytest.fixture(scope="module")
 def trained(request, tmp_path_factory, worker_id):
-    """The folder of the trainings of the selected tests, all by one test process, and what those that failed printed."""
+    """The folder of the trainings that are compared, all by one test process, and what those that failed printed."""
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "trainings_of_pairs"
     with FileLock(f"{root}.lock"):
@@ -195,8 +195,7 @@ def test_training_equals_reference(case, trained):
         assert one.id not in failed, failed[one.id]
     folder, rows, weights = outcome(root, case)
     _, expected, weights_expected = outcome(root, pairs.reference(case))
-    precision = resolve_precision(case.precision)
-    same = precision == pairs.reference(case).precision
+    precision, same = case.precision, case.precision == pairs.reference(case).precision
     rounding = pairs.BOUNDS["32" if precision == "64" and not same else precision]
     bound = 0.0 if same and case in pairs.SINGLE else rounding
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == [1, 2]

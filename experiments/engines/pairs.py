@@ -72,8 +72,8 @@ def cover(cases: Sequence[Case], chosen: Sequence[Case] = ()) -> list[Case]:
 
 
 def product(trainers: Sequence[str], data: Sequence[str]) -> list[Case]:
-    """Return the trainings that a CPU can run under some trainers."""
-    every = itertools.product(trainers, data, AXES["logger"], ("auto", "64", "32", "bf16"))
+    """Return the trainings that a CPU can run under some trainers; precision=auto is another name of one of these."""
+    every = itertools.product(trainers, data, AXES["logger"], ("64", "32", "bf16"))
     return [case for case in itertools.starmap(Case, every) if (case.trainer, case.precision) != ("fsdp", "64")]
 
 
@@ -102,7 +102,9 @@ TRAINING = "tests/test_pairs.py::test_training_equals_reference"
 BATCHES = "tests/test_pairs.py::test_ranks_share_batches_of_one_process"
 LAUNCHED = "tests/test_pairs.py::test_launcher_starts_jobs_of_plain_command"
 REFUSED = "tests/training/test_fit.py::test_fit_refuses_what_device_or_strategy_lacks"
+NAMED = "tests/training/test_fit.py::test_auto_is_the_precision_that_it_resolves_to"
 WHAT = {
+    NAMED: "the precision of which it is another name",
     TRAINING: "losses and weights of one process without a logger, and the logger's own files",
     BATCHES: "the batches of one process",
     LAUNCHED: "the config that the plain command composes",
@@ -153,6 +155,8 @@ def new_test(first: tuple[str, str], second: tuple[str, str]) -> tuple[str, str]
     trainer, precision = by_axis.get("trainer"), by_axis.get("precision")
     if (trainer, precision) == ("fsdp", "64") or (precision == "fp16" and trainer in WORLDS):
         return REFUSED, WHAT[REFUSED]
+    if precision == "auto" and trainer != "gpu":
+        return NAMED, WHAT[NAMED]
     for part in (first, second):
         if part in NOT_RUN:
             return "", NOT_RUN[part]

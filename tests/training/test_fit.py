@@ -78,6 +78,18 @@ def test_sharded_fit_matches_unsharded(accumulate, alone):
         assert found[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+@pytest.mark.parametrize("name", ["32", "bf16"])
+def test_auto_is_the_precision_that_it_resolves_to(name, strategy, alone, monkeypatch):
+    """Wherever the hardware multiplies bf16 fast, or does not."""
+    expected = outcome(Sharded(), strategy=strategy, precision=name)
+    monkeypatch.setattr("ldm.compat.has_fast_bfloat16", lambda: name == "bf16")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert outcome(Sharded(), strategy=strategy, precision="auto") == expected
+    other = outcome(Sharded(), strategy=strategy, precision={"32": "bf16", "bf16": "32"}[name])
+    assert other["losses"] != expected["losses"]
+
+
 def test_fsdp_of_unsupported_module_falls_back_with_message(alone, capfd):
     expected = outcome(Line())
     capfd.readouterr()
