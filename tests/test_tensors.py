@@ -89,6 +89,19 @@ def test_keyed_noise_has_dtype_of_tensor():
     assert torch.equal(KeyedNoise(0, [0, 1]).normal("a", x).float(), KeyedNoise(0, [0, 1]).normal("a", x.float()))
 
 
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_keyed_noise_is_the_same_in_float64(kind):
+    """Also where float64 is the default type, as within a training step with trainer.precision=64."""
+    x, noise = torch.zeros(3, 5), KeyedNoise(0, range(3))
+    expected = getattr(noise, kind)("t", x).double()
+    assert torch.equal(getattr(noise, kind)("t", x.double()), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(getattr(noise, kind)("t", x.double()), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_keyed_uniform_is_below_one_in_every_dtype(dtype):
     single = KeyedNoise(0, list(range(100))).uniform("u", torch.empty(100, 1000))

@@ -156,6 +156,7 @@ class Composition:
     runs_locally: bool = True  # on this machine
     sequential: bool = True  # jobs run one after another in this process
     names: list[str] = field(default_factory=list)
+    swept: set[str] = field(default_factory=set)  # keys and groups that the command line varies
     gpus: tuple[str, ...] = ()
     first_config: Any = None
     launched: bool = False  # Hydra has started running the jobs
@@ -224,7 +225,8 @@ class Composition:
             return [self._single(typed)]
         if first.hydra.runtime.choices.get("hydra/launcher") == "gpus":
             self.gpus = gpus.idle_gpus()
-        if any(one.key_or_group == "experiments" and one.is_sweep_override() for one in typed):
+        self.swept = {one.key_or_group for one in typed if one.is_sweep_override()}
+        if "experiments" in self.swept:
             # Hydra's sweeper does not know the group `experiments`.
             first = self.compose([line for one, line in firsts if line and one.key_or_group != "experiments"])
         params = parse([f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()])
@@ -237,10 +239,14 @@ class Composition:
 
     @property
     def sweep_name(self) -> str:
-        """The sweep's name: its study's, else the value of name=, else the keys that it varies."""
-        study = self.first_config.hydra.runtime.choices.get("experiments") or ""
+        """The sweep's name: its study's, else the value of name=, else the keys that it varies.
+
+        A study or a name that the sweep varies is of its first job alone.
+        """
+        study = "" if "experiments" in self.swept else self.first_config.hydra.runtime.choices.get("experiments") or ""
+        name = None if "name" in self.swept else self.first_config.get("name")
         over = [one.partition("=")[0] for one in self.overrides if not one.startswith("hydra.")]
-        return str(study.removesuffix("/sweep") or self.first_config.get("name") or ",".join(over))[:128]
+        return str(study.removesuffix("/sweep") or name or ",".join(over))[:128]
 
     def sweep_dir(self, scratch: str) -> Path:
         """Return the folder for Hydra's own files of a sweep: temporary, unless other machines have to read them."""

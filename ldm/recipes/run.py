@@ -27,6 +27,7 @@ from ldm.runs.metrics_log import MetricsLog, read_metrics_log, write_final_metri
 from ldm.training.best import restore_best, signed
 from ldm.training.callbacks import EMACallback, LearningRate, MetricsRecorder, Progress, SampleGridCallback
 from ldm.training.checkpoints import BestLater, CheckpointCallback, EMASnapshots, RetentionPolicy
+from ldm.training.fit import check_device
 from ldm.training.gradients import GradientGuard
 from ldm.training.loggers import Logger, NoLogger
 from ldm.training.parallel import RankConsistencyCheck
@@ -166,9 +167,11 @@ def open_run(cfg: Any, folder: Path, parts: Collection[str] | None = None) -> It
     """Open the run of a config in `folder`, resumed as cfg.resume says.
 
     parts: top-level keys of the config on which the training steps depend; None for all.
-    Raises UserError if another process has locked the folder, or as find_resume_checkpoint does.
+    Raises ConfigError as check_device does, UserError if another process has locked the folder, or as
+    find_resume_checkpoint does.
     """
     config, chief = to_container(cfg), rank_and_world_size()[0] == 0
+    check_device(*(config["trainer"].get(name, "auto") for name in ("accelerator", "strategy", "precision")))
     start_time, is_new = time.monotonic(), not folder.exists()
     with ExitStack() as stack:
         if chief:

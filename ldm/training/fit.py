@@ -52,7 +52,8 @@ def fit(
     strategy: fsdp shards modules that have configure_model; others are trained with ddp, which is printed.
     If lit.has_unused_parameters is false, every step must give every parameter a gradient, and DDP does not search for
     those without.
-    Raises ConfigError if the rows cannot be shared out equally, UserError if a process that reads data was killed.
+    Raises ConfigError if the rows cannot be shared out equally, or as check_device does; UserError if a process that
+    reads data was killed.
     """
     rank, ranks = rank_and_world_size()
     for name, number, least in (
@@ -69,6 +70,7 @@ def fit(
             f"batch_size={batch_size} cannot be split into {parts} equal parts ({ranks} processes, "
             f"accumulate_grad_batches={accumulate_grad_batches}); choose a multiple of {parts}"
         )
+    check_device(accelerator, strategy, precision)
     if torch_compile and strategy == "fsdp":
         raise ConfigError(
             "torch_compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or torch_compile=false"
@@ -134,6 +136,22 @@ def fit(
         message = " ".join(str(error).split())
         remedy = "the same command goes on from the last checkpoint, lower trainer.num_workers if memory is short"
         raise UserError(f"a process that reads data is gone ({message}); {remedy}") from None
+
+
+def check_device(accelerator: str, strategy: str, precision: str | int) -> None:
+    """Check that this machine and the strategy have the device and the precision of a trainer.
+
+    On a CPU Lightning replaces fp16 by bf16, with a warning that nobody is shown; FSDP2 has neither 64 nor fp16.
+    Raises ConfigError naming what is supported.
+    """
+    name = resolve_precision(precision)
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if accelerator == "gpu" and not has_gpu:
+        raise ConfigError("accelerator=gpu: expected a GPU, and this machine has none; choose trainer=auto, or cpu")
+    if name == "fp16" and (accelerator == "cpu" or not has_gpu):
+        raise ConfigError("precision=fp16: expected 64, 32 or bf16 on a CPU, which has no fp16; choose bf16, or a GPU")
+    if strategy == "fsdp" and name in ("64", "fp16"):
+        raise ConfigError(f"precision={name}: expected 32 or bf16 with strategy=fsdp; choose one, or trainer=ddp")
 
 
 def is_shardable(lit: L.LightningModule) -> bool:

@@ -232,6 +232,28 @@ def test_study_params_are_expanded_once(grid, in_process, capsys):
     assert sweep.rows == [(job, "done") for job in sweep.jobs]
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("experiments=some/sweep",), "some"),
+        (("experiments=some/sweep,other/sweep", "note=x"), "experiments,note"),
+        (("experiments=some/sweep,other/sweep", "name=both"), "both"),
+        (("name=a,b", "seed=0,1"), "name,seed"),
+        (("name=a", "seed=0,1"), "a"),
+    ],
+)
+def test_sweep_is_not_named_after_its_first_job(words, name, grid):
+    """Its name is the group of all its runs at W&B."""
+    for study in ("some", "other"):
+        file = grid.parent / "experiments" / study / "sweep.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_text("# @package _global_\nlr: 3.0")
+    (grid.parent / "conf" / "train.yaml").write_text(CONFIG + "name: null\n")
+    plan = Composition(ConfigSearchPath((grid.parent / "conf",), grid.parent), "train", True, list(words))
+    plan.job_overrides()
+    assert plan.sweep_name == name
+
+
 def test_sweep_over_studies_matches_hydra(grid, in_process, capsys):
     """A study named beside another is one job: Hydra's sweeper takes no params of it, and none are announced."""
     for name in ("some", "other"):

@@ -157,6 +157,12 @@ def test_killed_sweep_finishes_exactly_missing_jobs(smoke, tmp_path):
     assert "8 of 8 jobs done, 7 of them before" in said
 
 
+def losses(run: Path) -> list[dict[str, float]]:
+    """What a run wrote of each step of its training."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: row[key] for key in row if key.startswith("train/")} for row in rows if "train/loss" in row]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0]
@@ -174,6 +180,13 @@ def test_launchers_finish_and_report_every_job(launcher, smoke, tmp_path):
     assert sorted(name[-2:] for name in found) == ["s0", "s1", "s2"]
     for name, value in found.items():
         assert re.search(rf"seed={name[-1]} .*(done|skipped) +{re.escape(f'{value:.6g}')}", done.stdout), name
+    plain = tmp_path / "plain"
+    shutil.copytree(smoke.kept, plain / "cache")
+    with here(plain):
+        assert command("train.py", "budget=smoke", "seed=1", "training.optimizer.lr=2e-3") == 0
+    (folder,) = (plain / "runs").iterdir()
+    assert found[folder.name] == json.loads((folder / "metrics.json").read_text())["fd_fashion"]
+    assert losses(tmp_path / "runs" / folder.name) == losses(folder) != []
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import torch
 from rows import Line, Rows, train
 
 from ldm.ema import PowerEMA
+from ldm.errors import ConfigError
 from ldm.training.callbacks import EMACallback, EvaluationCallback, SampleGridCallback
+from ldm.training.fit import check_device
 from ldm.training.parallel import destroy_process_group
 from ldm.training.sharded import shard
 
@@ -76,9 +78,51 @@ def test_sharded_fit_matches_unsharded(accumulate, alone):
         assert found[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+@pytest.mark.parametrize("name", ["32", "bf16"])
+def test_auto_is_the_precision_that_it_resolves_to(name, strategy, alone, monkeypatch):
+    """Wherever the hardware multiplies bf16 fast, or does not."""
+    expected = outcome(Sharded(), strategy=strategy, precision=name)
+    monkeypatch.setattr("ldm.compat.has_fast_bfloat16", lambda: name == "bf16")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert outcome(Sharded(), strategy=strategy, precision="auto") == expected
+    other = outcome(Sharded(), strategy=strategy, precision={"32": "bf16", "bf16": "32"}[name])
+    assert other["losses"] != expected["losses"]
+
+
 def test_fsdp_of_unsupported_module_falls_back_with_message(alone, capfd):
     expected = outcome(Line())
     capfd.readouterr()
     assert outcome(Line(), strategy="fsdp") == expected
     said = [line for line in capfd.readouterr().out.splitlines() if line]
     assert said == ["trainer     strategy=fsdp shards diffusion models alone; Line is trained with strategy=auto"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accelerator": "gpu"}, "accelerator=gpu: expected a GPU, and this machine has none"),
+        ({"precision": "fp16"}, "precision=fp16: expected 64, 32 or bf16 on a CPU"),
+        ({"precision": "fp16", "accelerator": "auto"}, "precision=fp16: expected 64, 32 or bf16 on a CPU"),
+        ({"precision": "fp16", "strategy": "ddp"}, "precision=fp16: expected 64, 32 or bf16 on a CPU"),
+        ({"precision": "fp16", "strategy": "fsdp"}, "precision=fp16: expected"),
+        ({"precision": "64", "strategy": "fsdp"}, "precision=64: expected 32 or bf16 with strategy=fsdp"),
+        ({"precision": 64, "strategy": "fsdp"}, "precision=64: expected 32 or bf16 with strategy=fsdp"),
+    ],
+)
+def test_fit_refuses_what_device_or_strategy_lacks(options, message, alone, monkeypatch):
+    """Lightning would train in bf16 for fp16 on a CPU, and without a word."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        train(Sharded(), Rows(), [], steps=1, **options)
+
+
+def test_fp16_is_accepted_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_device("auto", "ddp", "fp16")
+    check_device("gpu", "auto", "fp16")
+    with pytest.raises(ConfigError, match="on a CPU"):
+        check_device("cpu", "auto", "fp16")
+    with pytest.raises(ConfigError, match="strategy=fsdp"):
+        check_device("gpu", "fsdp", "fp16")
