@@ -24,8 +24,12 @@ GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly over [
 
 @dataclass(frozen=True)
 class LevelNoise(KeyedNoise):
-    """Keyed noise in which the quantile of t is fixed: it is in stratum `level` of `levels`."""
+    """Keyed noise in which the quantile of t is fixed: it is in stratum `level` of `levels`.
 
+    number: of each row among all whose times shall be spread evenly: 0, 1, 2, ...
+    """
+
+    number: Sequence[int] = ()
     level: int = 0
     levels: int = 1
 
@@ -33,26 +37,26 @@ class LevelNoise(KeyedNoise):
         """Draw as KeyedNoise does, but for the purpose "t" return the fixed quantiles (B,) in [0, 1)."""
         if purpose != "t":
             return super().uniform(purpose, x)
-        return fixed_quantiles(self.index, self.level, self.levels).to(x)
+        return fixed_quantiles(self.number, self.level, self.levels).to(x)
 
 
-def fixed_quantiles(index: Sequence[Any], level: int, levels: int) -> Tensor:
+def fixed_quantiles(number: Sequence[int], level: int, levels: int) -> Tensor:
     """Return u (B,) float64 in [level / levels, (level + 1) / levels), below 1 in float32 too.
 
-    index: int for each row. The rows' positions within the stratum are the additive recurrence of the golden ratio
-    (Kuipers & Niederreiter 1974, chapter 2, section 3): of low discrepancy for every number of rows, and a row's does
-    not depend on that number.
+    number: of each row. The position of rows 0, 1, 2, ... within the stratum is the additive recurrence of the golden
+    ratio (Kuipers & Niederreiter 1974, chapter 2, section 3): of low discrepancy however many rows there are, and that
+    of a row does not depend on how many there are.
     """
-    within = (0.5 + torch.tensor(list(index), dtype=torch.float64) * GOLDEN) % 1
+    within = (0.5 + torch.tensor(list(number), dtype=torch.float64) * GOLDEN) % 1
     return ((level + within) / levels).clamp(max=1 - 2**-24)
 
 
-def level_noise(seed: int, index: Sequence[int], level: int, levels: int) -> LevelNoise:
-    """Return the noise of samples at a level: a function of (seed, index, level), for t of `levels` also.
+def level_noise(seed: int, index: Sequence[int], number: Sequence[int], level: int, levels: int) -> LevelNoise:
+    """Return the noise of samples at a level: a function of (seed, index, level), and t one of (number, level, levels).
 
     The samples' position in the batch is 0 of 1, so that a stratified draw of t uses the fixed quantile as it is.
     """
-    return LevelNoise(derive_seed(seed, "validation", level), index, [0] * len(index), 1, level, levels)
+    return LevelNoise(derive_seed(seed, "validation", level), index, [0] * len(index), 1, number, level, levels)
 
 
 @contextmanager

@@ -111,7 +111,7 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def prepare(self, images: Sequence[int]) -> dict[str, Any]:
-        """Return a batch of images by number, with their keys `rows`, latents `z` and conditions `cond`."""
+        """Return a batch of images by number, with keys `rows`, latents `z` and conditions `cond`."""
         weight = next(self.lit.model.denoiser.parameters())
         dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
         batch = self.data.batch([(0, i) for i in images])
@@ -123,7 +123,7 @@ class HeldOutLoss:
         with arithmetic(self.precision, weight):
             z = self.lit.sample_latent(batch, noise)
             cond = None if self.options.grad_norms else self.lit.model.condition({**batch, "noise": noise})
-        return {"batch": batch, "rows": rows, "noise": noise, "z": z, "cond": cond}
+        return {"batch": batch, "images": images, "rows": rows, "noise": noise, "z": z, "cond": cond}
 
     def measure(self, objective: nn.Module, batches: Sequence[dict[str, Any]], level: int) -> dict[str, float]:
         """Return the means of TERMS at a level over the images of all processes, and the norm of the gradient."""
@@ -134,7 +134,7 @@ class HeldOutLoss:
         grads = [torch.zeros_like(p) for p in parameters]
         scale = FP16_SCALE if self.precision == "fp16" else 1.0
         for part in batches:
-            noise = level_noise(options.seed, part["rows"], level, options.levels)
+            noise = level_noise(options.seed, part["rows"], part["images"], level, options.levels)
             with torch.set_grad_enabled(options.grad_norms), arithmetic(self.precision, weight):
                 cond = part["cond"]
                 if cond is None:  # for each level anew, as a backward pass frees what it went through
