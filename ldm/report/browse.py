@@ -2,9 +2,9 @@
 
 python -m ldm.report.browse RUNS... [out=runs.html] [points=400]
 
-RUNS: run folders, or folders that contain them. The page has loss curves, sample grids over training, a sortable table
-    of
-metrics, and the config keys that differ. Images are embedded in the file; it loads nothing from a network.
+RUNS: run folders, or folders that contain them. The page has loss curves, those of validation also by noise level,
+sample grids over training, a sortable table of metrics, and the config keys that differ. Images are embedded in the
+file; it loads nothing from a network.
 
   out=runs.html    the file to write
   points=400       maximum points per curve; a longer one is thinned, keeping its first and last point

@@ -27,7 +27,7 @@ def test_fixed_quantiles_match_closed_form():
     assert fixed_quantiles([0, 1, 2, 5], 0, 1).tolist() == pytest.approx(
         [0.5, (0.5 + GOLDEN) % 1, (0.5 + 2 * GOLDEN) % 1, (0.5 + 5 * GOLDEN) % 1], abs=1e-15
     )
-    assert GOLDEN**2 == pytest.approx(1 - GOLDEN, abs=1e-15)
+    assert abs(GOLDEN**2 + GOLDEN - 1) < 1e-15
     assert fixed_quantiles([3], 2, 8).dtype == torch.float64
 
 
@@ -44,7 +44,7 @@ def test_fixed_quantiles_are_in_their_stratum(levels):
 
 @pytest.mark.parametrize("num", [5, 64, 1000])
 def test_fixed_quantiles_have_at_most_three_gaps(num):
-    """The gaps of multiples of the golden ratio have three lengths at most, in ratios of the golden ratio (Sos 1958)."""
+    """The gaps of multiples of the golden ratio have three lengths at most, in its ratios (Sos 1958)."""
     u = fixed_quantiles(range(num), 0, 1).sort().values
     gaps = torch.cat([u.diff(), u[:1] + 1 - u[-1:]])
     assert len({round(float(gap), 9) for gap in gaps}) <= 3
@@ -84,11 +84,10 @@ def test_timestep_density_replaces_times_of_inner_objectives_within_block():
     inner = objective()
     outer = LogVariance(inner)
     before, noise, x0 = inner.times, level_noise(0, range(6), range(6), 1, 4), torch.zeros(6, 1)
-    with pytest.raises(ZeroDivisionError), timestep_density(outer, times.uniform):
+    with timestep_density(outer, times.uniform):
         t = inner.times(noise, x0, schedule.Flow())
         assert torch.equal(t, 1 - fixed_quantiles(range(6), 1, 4).float())
         assert torch.equal(outer.draw(noise, x0, schedule.Flow())[0], t)
-        raise ZeroDivisionError
     assert inner.times is before
     with timestep_density(outer, None):
         assert inner.times is before

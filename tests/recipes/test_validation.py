@@ -1,6 +1,7 @@
 """Validation as commands: what is written, shown and stored, what is refused, and the same after a kill or by two."""
 
 import json
+import re
 import shutil
 import signal
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from smoke import command, composed, here, processes
 
+from ldm.diffusion.fixed_pairs import fixed_quantiles
 from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.recipes.validation import held_out_subset, validation_metrics
@@ -56,7 +58,10 @@ def test_validation_writes_levels_and_final_loss(validated):
     assert "val/loss" not in json.loads((other / "metrics.json").read_text())
     assert not validation_rows(other)
     assert "validation  6 of 512 held-out images, 2 noise levels" in (run / "log.txt").read_text()
-    assert "validation  mean t of the levels: 0.2" in (run / "log.txt").read_text()
+    u = torch.stack([fixed_quantiles(range(6), level, 2) for level in (0, 1)])
+    t = ((u * 1000).floor() + 1) / 1000  # whichever images they are
+    printed = re.search(r"validation  mean t of the levels: ([\d.]+), ([\d.]+)\n", (run / "log.txt").read_text())
+    assert [float(word) for word in printed.groups()] == pytest.approx(t.mean(1).tolist(), abs=1e-3)
 
 
 def test_validation_changes_neither_name_nor_weights_of_run(validated):
@@ -123,9 +128,6 @@ def test_keep_best_of_number_that_validation_writes_is_accepted(metric):
     ("typed", "text"),
     [
         ("keep_best=val/loss", "keep_best=val/loss: nothing is validated"),
-        ("training.validation.every=0", "training.validation.every=0: expected null, or 1 or more steps"),
-        ("training.validation.levels=1.5", "training.validation.levels=1.5: "),
-        ("training.validation.evry=3", "training.validation.evry"),
         ("training.validation.density=uniform", "training.validation.density=uniform: expected null or a node"),
     ],
 )
@@ -137,6 +139,12 @@ def test_invalid_validation_is_refused_before_training(typed, text, tmp_path, ca
         assert text in error
         assert not (tmp_path / "runs").exists()
         assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("typed", ["every=true", "levels=1.5", "grad_norms=2", "num=null"])
+def test_validation_of_wrong_type_is_refused_by_strict_check(typed):
+    with pytest.raises(UserError, match=r"^training.validation.{}: .*expects".format(typed.replace(".", r"\."))):
+        composed("budget=smoke", f"training.validation.{typed}")
 
 
 def test_data_without_held_out_images_are_refused(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The loss on held-out images: that of a plain computation, at always the same pairs, without a trace in the training."""
+"""The loss on held-out images: that of a plain computation, at always the same pairs, leaving no trace."""
 
 from functools import partial
 
