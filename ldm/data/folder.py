@@ -90,7 +90,7 @@ class ImageFolder(InMemoryDataset):
             )
         names = [file.name for file in pack.files]
         annotations = annotate(root, names, captions)
-        part, rows = split_train_test(names, test_fraction)[split]
+        self.held_out, rows = split_train_test(names, test_fraction)[split]
         self.files, texts = [pack.files[i] for i in rows], [annotations.texts[i] for i in rows]
         super().__init__(
             f"folder-{split}",
@@ -107,7 +107,7 @@ class ImageFolder(InMemoryDataset):
         where = "fits in memory" if fits_in_memory(pack.images) else "read from the disk"
         form = f"{size} px{'' if channels == 3 else ', grey'}, {where}"
         self.summary = ", ".join(
-            [f"{root}: {len(names):,} images", *annotations.notes, form, f"{part} held out", *pack.notes]
+            [f"{root}: {len(names):,} images", *annotations.notes, form, f"{self.held_out} held out", *pack.notes]
         )
 
     @property

@@ -1,7 +1,7 @@
 """Stage two: a denoiser trained in the latent space of the first stage, sampled and scored."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from ldm.recipes.evaluator import evaluator_dependency
 from ldm.recipes.latents import cached_moments
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import TrainingRun, open_run
+from ldm.recipes.validation import held_out_subset, last_validation, validation_callback, validation_metrics
 from ldm.runs import cache
 from ldm.runs.data_card import DataCard
 from ldm.sampling.generate import generate_samples
 from ldm.training.best import require_metric
 from ldm.training.callbacks import EvaluationCallback
 from ldm.training.diffusion import LitDiffusion
+from ldm.training.validation import ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class DiffusionRecipe:
     cond_drop_prob: probability with which a sample's condition is dropped, in [0, 1].
     ema_sigma_rel: relative width of the weight average, in (0, 0.28).
     score: sampling settings of the evaluation at the end and during training.
+    validation: the loss on held-out images during training.
     snapshot_every: steps between two pairs of averages stored for a length chosen afterwards; None for none.
     """
 
@@ -58,6 +61,7 @@ class DiffusionRecipe:
     save_every: int
     score: EvaluationConfig
     snapshot_every: int | None = None
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     @staticmethod
     def run_dir(cfg: Any) -> Path:
@@ -80,7 +84,10 @@ class DiffusionRecipe:
             print(f"this run is done: {folder}\n{format_summary(done)}")
             return done.get(cfg.optimized_metric)
         score = self.score
-        require_metric(cfg.get("keep_best"), *scored_metrics(cfg, score, self.steps))
+        validated = validation_metrics(cfg.get("keep_best"), self.validation, self.steps)
+        names, reason = scored_metrics(cfg, score, self.steps)
+        require_metric(cfg.get("keep_best"), names if names is None else names | validated, reason)
+        subset = held_out_subset(cfg, self.validation)
         make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
         data = build.build_degraded_dataset(cfg, "train")
         print_estimate(cfg, data)
@@ -119,6 +126,12 @@ class DiffusionRecipe:
                     evaluate_during_training, model, score, captions, make_score(), sampler, guidance, grid
                 )
                 options["watch"] = [EvaluationCallback(measure, run.log_metrics, score.eval_every, ema)]
+            reads = getattr(model.conditioner, "reads", ())
+            image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
+            if subset is not None:
+                held_out = LatentDataset(subset, cached_moments(autoencoder, space, subset), image)
+                callback = validation_callback(self.validation, run, lit, ema, held_out, self.steps)
+                options["watch"] = [*options.get("watch", []), callback]
             callbacks = run.callbacks(
                 "diffusion",
                 steps=self.steps,
@@ -128,8 +141,6 @@ class DiffusionRecipe:
                 grid_every=self.sample_every,
                 **options,
             )
-            reads = getattr(model.conditioner, "reads", ())
-            image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
             latents = LatentDataset(data, cached_moments(autoencoder, space, data), image)
             instantiate(cfg.trainer)(
                 lit, latents, callbacks, batch_size=self.batch_size, steps=self.steps, start=run.start, seed=cfg.seed
@@ -155,6 +166,8 @@ class DiffusionRecipe:
                 values |= protocol.with_protocol_hash(
                     evaluation_protocol(run.config, score, values, data.fingerprint, space.name)
                 )
+            if subset is not None:
+                values |= last_validation(run, self.steps)
             values |= {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
             metrics = run.finish(values | {f"first_stage/{name}": value for name, value in reconstruction.items()})
             run.print(

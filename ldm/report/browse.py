@@ -2,9 +2,9 @@
 
 python -m ldm.report.browse RUNS... [out=runs.html] [points=400]
 
-RUNS: run folders, or folders that contain them. The page has loss curves, sample grids over training, a sortable table
-    of
-metrics, and the config keys that differ. Images are embedded in the file; it loads nothing from a network.
+RUNS: run folders, or folders that contain them. The page has loss curves, those of validation also by noise level,
+sample grids over training, a sortable table of metrics, and the config keys that differ. Images are embedded in the
+file; it loads nothing from a network.
 
   out=runs.html    the file to write
   points=400       maximum points per curve; a longer one is thinned, keeping its first and last point
@@ -29,6 +29,7 @@ from ldm.io import atomic
 from ldm.io.parse import parse_json
 from ldm.io.progress import ProgressBar
 from ldm.report.html import SORT_SCRIPT, STYLE, TOGGLE_SCRIPT, chart, swatch
+from ldm.report.noise_levels import is_level, render_levels
 from ldm.runs import identity
 from ldm.runs.metrics_log import read_metrics_log
 
@@ -240,16 +241,19 @@ def _differences(runs: Sequence[RunRecord]) -> str:
 
 def _curves(runs: Sequence[RunRecord], names: Sequence[str], points: int) -> str:
     lines: dict[str, dict[int, list[tuple[float, float]]]] = {}
-    for number, run in enumerate(runs):
-        for name, line in metric_curves(run.metrics_log, points).items():
-            lines.setdefault(name, {})[number] = line
+    curves = [metric_curves(run.metrics_log, points) for run in runs]
+    for number, values in enumerate(curves):
+        for name, line in values.items():
+            if not is_level(name):
+                lines.setdefault(name, {})[number] = line
     order = sorted(lines, key=lambda name: (name != "train/loss", name.startswith("perf/"), name))
     picks = "".join(
         f'<label>{swatch(i)} <input type="checkbox" data-run="{i}" checked> {format_cell_html(name)}</label>'
         for i, name in enumerate(names)
     )
     charts = "".join(chart(name, lines[name], names) for name in order)
-    return f'<h2>Curves</h2><div class="picks">{picks}</div><div class="charts">{charts}</div>'
+    page = f'<h2>Curves</h2><div class="picks">{picks}</div><div class="charts">{charts}</div>'
+    return page + render_levels(curves, names)
 
 
 def _sample_grids(runs: Sequence[RunRecord]) -> str:

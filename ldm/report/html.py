@@ -1,7 +1,7 @@
 """Style, scripts and charts of the HTML page of runs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from ldm.plotting import BLUE, GREEN, PURPLE, RED, SKY, YELLOW
@@ -103,10 +103,28 @@ def decades(low: float, high: float) -> list[float]:
     return [mark for mark in marks if low <= math.log10(mark) <= high]
 
 
-def chart(name: str, lines: Mapping[int, Sequence[tuple[float, float]]], names: Sequence[str]) -> str:
+def stroke(run: int) -> str:
+    """Return the SVG stroke attributes of a run's lines."""
+    dash = DASHES[run // len(COLOURS) % len(DASHES)]
+    return f'stroke="{COLOURS[run % len(COLOURS)]}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+
+
+def run_attributes(run: int) -> str:
+    """Return the SVG attributes of a run's line in a chart: its number, by which it is hidden, and its stroke."""
+    return f'data-run="{run}" {stroke(run)}'
+
+
+def chart(
+    name: str,
+    lines: Mapping[int, Sequence[tuple[float, float]]],
+    names: Sequence[str],
+    x_label: str = "step",
+    attributes: Callable[[int], str] = run_attributes,
+) -> str:
     """Render one metric's curves over the step as SVG; logarithmic if it is positive with a wide range.
 
-    lines: run number (index into `names`) -> [(step, value)].
+    lines: run number (index into `names`) -> [(step, value)].  x_label: what is in the place of the step.
+    attributes: run number -> SVG attributes of its line.
     """
     xs, ys = zip(*(point for line in lines.values() for point in line), strict=True)
     log_scale = min(ys) > 0 and max(ys) / min(ys) > 8
@@ -131,20 +149,12 @@ def chart(name: str, lines: Mapping[int, Sequence[tuple[float, float]]], names: 
         parts.append(f'<text class="tick mid" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{value:g}</text>')
     for run, line in lines.items():
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (to_pixels(*point) for point in line))
-        parts.append(
-            f'<polyline data-run="{run}" {stroke(run)} points="{path}"><title>{escape(names[run])}</title></polyline>'
-        )
-    parts.append(f'<text class="tick mid" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 2}">step</text>')
+        parts.append(f'<polyline {attributes(run)} points="{path}"><title>{escape(names[run])}</title></polyline>')
+    parts.append(f'<text class="tick mid" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 2}">{escape(x_label)}</text>')
     scale = " (log)" if log_scale else ""
-    inside = "".join(parts)
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)} over the step">{inside}</svg>'
+    inside, label = "".join(parts), f"{escape(name)} over the {escape(x_label)}"
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{inside}</svg>'
     return f"<figure><figcaption>{escape(name)}{scale}</figcaption>{drawing}</figure>"
-
-
-def stroke(run: int) -> str:
-    """Return the SVG stroke attributes of a run's lines."""
-    dash = DASHES[run // len(COLOURS) % len(DASHES)]
-    return f'stroke="{COLOURS[run % len(COLOURS)]}"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
 def swatch(run: int) -> str:

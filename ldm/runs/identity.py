@@ -38,6 +38,7 @@ NOT_HASHED = (
         "training.snapshot_every",
         "training.score.eval_every",
         "training.score.eval_num",
+        "training.validation",
     ),
 )
 

@@ -150,7 +150,10 @@ class Progress(L.Callback):
 
 
 class EvaluationCallback(L.Callback):
-    """Write the numbers of measure(), called on all processes with the averaged weights, every `every` steps."""
+    """Write the numbers of measure(), called on all processes with the averaged weights, every `every` steps.
+
+    total: a step at which they are written too, None for none.
+    """
 
     def __init__(
         self,
@@ -158,14 +161,15 @@ class EvaluationCallback(L.Callback):
         write: Callable[[int, dict[str, float]], None],
         every: int,
         ema: PowerEMA,
+        total: int | None = None,
     ):
-        self.measure, self.write, self.every, self.ema = measure, write, every, ema
+        self.measure, self.write, self.every, self.ema, self.total = measure, write, every, ema, total
 
     def on_train_batch_end(
         self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
         step = batch["step"] + 1
-        if step % self.every:
+        if step % self.every and step != self.total:
             return
         lit.eval()
         with self.ema.swapped_in():

@@ -58,7 +58,11 @@ def sharded_copy(
     ]
     viewed = [viewer.ema for viewer in viewers]
     for viewer in viewers:
-        viewer.ema = Gathered(viewer.ema, viewer.ema.module)
+        average = viewer.ema
+        outside = [
+            (part, other.get_submodule(name)) for name, part in lit.named_children() if part is not average.module
+        ]
+        viewer.ema = Gathered(average, average.module, outside)
     for average in averages:
         average.module = other.get_submodule(names[id(average.module)])
     try:
@@ -78,21 +82,33 @@ def sharded_copy(
 
 
 class Gathered:
-    """The average of a sharded module, for an unsharded module of the same parameter names that is not trained."""
+    """The average of a sharded module, for an unsharded module of the same parameter names that is not trained.
 
-    def __init__(self, average: PowerEMA, module: nn.Module):
-        self.average, self.module = average, module
+    outside: pairs of a module and the sharded one that is trained in its place, which have no average.
+    """
+
+    def __init__(self, average: PowerEMA, module: nn.Module, outside: Sequence[tuple[nn.Module, nn.Module]] = ()):
+        self.average, self.module, self.outside = average, module, outside
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Give the module the averaged weights within the block, on the shards' device; all processes must enter it."""
+        """Give the module the averaged weights within the block, on the shards' device; all processes must enter it.
+
+        The modules outside get the weights of training.
+        """
         before, shadow = next(self.module.parameters()).device, self.average.shadow
+        device = next(iter(shadow.values())).device
         load_trainable(self.module, full_tensors(shadow))
-        self.module.eval().to(next(iter(shadow.values())).device)
+        self.module.eval().to(device)
+        for part, trained in self.outside:
+            load_trainable(part, full_tensors(trainable_parameters(trained)))
+            part.to(device)
         try:
             yield
         finally:
             self.module.train().to(before)
+            for part, _ in self.outside:
+                part.to(before)
 
 
 class ShardAverages(L.Callback):
