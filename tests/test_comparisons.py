@@ -214,6 +214,11 @@ def test_lora_reader_recognises_separated_styles(monkeypatch, tmp_path):
     module.atomic.write_tensors(tmp_path / "reader.safetensors", {"features": features})
     scores = module.Reader(tmp_path / "reader.safetensors").map(features)
     assert scores.sum(1).sub(1).abs().max() < 1e-9  # the three targets add up to one
+    x, y = features.double(), torch.eye(3, dtype=torch.float64).repeat_interleave(module.LEARNED, 0)
+    z = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    penalty = (len(x) / 10) ** 0.5 * torch.eye(4, dtype=torch.float64)  # ridge as rows of ordinary least squares
+    weight = torch.linalg.lstsq(torch.cat([z, penalty]), torch.cat([y - y.mean(0), torch.zeros(4, 3)])).solution
+    torch.testing.assert_close(scores, z @ weight + y.mean(0), atol=1e-9, rtol=0)
     assert (scores.argmax(1) == torch.arange(3).repeat_interleave(module.LEARNED)).float().mean() > 0.95
     assert module.rms(torch.zeros(2, 3), torch.tensor([[1.0, 1, 1], [3, 3, 3]])) == pytest.approx(math.sqrt(5))
 
