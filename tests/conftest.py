@@ -64,7 +64,7 @@ def smoke(tmp_path_factory, worker_id) -> Smoke:
     with FileLock(f"{shared}.lock"):
         if not shared.is_dir():
             made = tmp_path_factory.mktemp("made")
-            done = process("train.py", "budget=smoke", cwd=made, timeout=400)
+            done = process("train.py", "budget=smoke", cwd=made, timeout=900)
             assert done.returncode == 0, done.stderr
             (made / "said.txt").write_text(re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
             made.rename(shared)

@@ -96,7 +96,7 @@ def enliven(run: Path) -> None:
         atomic.write_tensors(file, state, space.metadata)
 
 
-def process(script: str, *typed: str, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+def process(script: str, *typed: str, cwd: Path, timeout: float = 600, **env: str) -> subprocess.CompletedProcess:
     """`python SCRIPT TYPED` as a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "LDM_CACHE": str(cwd / "cache"), "LDM_OFFLINE": "1", **env}
     line = [sys.executable, str(ROOT / script), *typed]
@@ -136,7 +136,7 @@ def processes(
         )
         children[-1].start()
     for child in children:
-        child.join(200)
+        child.join(600)
         if child.is_alive():
             child.kill()
             child.join()

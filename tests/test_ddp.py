@@ -83,7 +83,7 @@ def test_ddp_command_matches_one_process_for_20_steps(stage, precision, smoke, t
             "trainer.accelerator=cpu",
             f"trainer.precision={precision}",
         )
-        done = process("train.py", *typed, cwd=folder, timeout=300)
+        done = process("train.py", *typed, cwd=folder, timeout=900)
         assert done.returncode == 0, done.stderr
         found.append(rows(folder, 20))
     assert_same(*found, LIMIT[precision])
@@ -93,7 +93,7 @@ def test_ddp_command_matches_one_process_for_20_steps(stage, precision, smoke, t
 def test_ddp_run_samples_and_scores_like_one_process(smoke, tmp_path):
     """The whole of a run on two processes: both stages are trained and the numbers are those of one process."""
     typed = ("budget=smoke", "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32", "seed=0")
-    done = process("train.py", *typed, cwd=tmp_path, timeout=300)
+    done = process("train.py", *typed, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr
     import json
 

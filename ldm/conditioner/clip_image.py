@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from ldm.condition import Condition
-from ldm.conditioner.clip import build_clip
+from ldm.conditioner.clip import build_clip, register_model_config
 from ldm.conditioner.rows import num_rows
 
 
@@ -26,7 +26,7 @@ class CLIPImage(nn.Module):
         self, model: str = "ViT-L-14-quickgelu", weights: str | None = None, hub: bool = False, random: bool = False
     ):
         super().__init__()
-        clip, config = build_clip(model, weights, hub, random)
+        clip, config = build_clip(register_model_config(model), weights, hub, random)
         # in a list, so that it is not trained, saved or averaged
         self.encoders = [clip.visual.eval().requires_grad_(False)]
         self.context_dim = self.vector_dim = config["embed_dim"]

@@ -176,7 +176,7 @@ def test_controller_stop_leaves_no_files(desk, runs):
 
 def test_queue_serves_one_request_at_a_time(desk, runs):
     go = threading.Event()
-    first = desk.line.start(lambda job: go.wait(60))
+    first = desk.line.start(lambda job: go.wait(600))
     views = desk.draw("b", [str(runs / "labels")], requests.generate, (32, 32), Settings(steps=2, num=1))
     assert "Looking at the request" in next(views).stage
     assert "Waiting: 1 request before this one." in next(views).stage
@@ -198,17 +198,17 @@ def test_controller_cancels_request_of_closed_page(desk, runs, ask):
 
 def test_queue_refuses_when_full_and_survives_errors(capsys):
     line, go = RequestQueue(most=1), threading.Event()
-    first = line.start(lambda job: go.wait(10))
+    first = line.start(lambda job: go.wait(600))
     second = line.start(lambda job: 1 / 0)
     assert (line.position(first), line.position(second)) == (0, 1)
     with pytest.raises(UserError, match="2 requests are before this one"):
         line.start(lambda job: None)
     go.set()
-    assert second.done.wait(10)
+    assert second.done.wait(600)
     assert "ZeroDivisionError in the program, which keeps running" in second.error
     assert "division by zero" in capsys.readouterr().err
     third = line.start(lambda job: "made")
-    assert third.done.wait(10)
+    assert third.done.wait(600)
     assert third.result == "made"
 
 

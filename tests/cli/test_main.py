@@ -107,7 +107,7 @@ def typed(root, *arguments, cwd=None, **env):
     before = sorted(root.rglob("*"))
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HYDRA", "LDM"))}
     words = [sys.executable, str(root / "train.py"), *arguments]
-    done = subprocess.run(words, cwd=cwd or root, env={**clean, **env}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=cwd or root, env={**clean, **env}, capture_output=True, text=True, timeout=600)
     assert [path for path in sorted(root.rglob("*")) if path not in before] == []
     return done
 

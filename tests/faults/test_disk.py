@@ -72,6 +72,6 @@ def test_training_works_with_default_port_taken(smoke, tmp_path):
         taken.bind(("0.0.0.0", 29500))
         taken.listen()
         done = process(
-            *DIFFUSION, "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32", cwd=tmp_path, timeout=300
+            *DIFFUSION, "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32", cwd=tmp_path, timeout=900
         )
     assert done.returncode == 0, done.stderr

@@ -84,7 +84,7 @@ def test_killed_training_leaves_no_data_workers(smoke, tmp_path):
     assert killed.returncode == -signal.SIGKILL
     readers = [int(word) for word in (tmp_path / "readers.txt").read_text().split()]
     assert len(readers) == 2
-    end = time.monotonic() + 30
+    end = time.monotonic() + 600
     while any(Path(f"/proc/{reader}").exists() for reader in readers):
         assert time.monotonic() < end
         time.sleep(0.2)

@@ -66,7 +66,7 @@ def test_sharded_training_builds_its_dependencies(smoke, tmp_path):
     """With nothing in the cache: the judge by one process, the first stage by two under DDP, the diffusion model
     sharded.
     """
-    done = process("train.py", "budget=smoke", *TWO, cwd=tmp_path, timeout=400)
+    done = process("train.py", "budget=smoke", *TWO, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     printed = [line for line in done.stdout.splitlines() if line.startswith("trainer ")]
     assert [line.split("; ")[1] for line in printed] == [

@@ -70,7 +70,7 @@ def test_wandb_jobs_of_sweep_share_a_group(smoke, tmp_path):
     assert len(runs) == 4
     chosen = {(run["config"]["choice"]["schedule"], run["config"]["seed"]) for run in runs.values()}
     assert chosen == {(schedule, seed) for schedule in ("linear", "cosine") for seed in (0, 1)}
-    for _ in range(50):  # its service may take a moment to end
+    for _ in range(3000):  # its service may take a moment to end
         if not (left := of_home(home)):
             break
         time.sleep(0.2)

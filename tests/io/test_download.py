@@ -138,7 +138,7 @@ def test_fetch_downloads_once_for_concurrent_processes(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(600)
         assert process.exitcode == 0
     assert (tmp_path / "log").read_text() == "asked\n"
 
@@ -163,7 +163,7 @@ def test_fetch_killed_process_leaves_no_folder_or_lock(cache):
         target=download_module.fetch, args=("thing", FILES, (), {"first": dies})
     )
     process.start()
-    process.join(30)
+    process.join(600)
     assert process.exitcode == 9
     assert not (cache / "thing").exists()
     assert check_files(download_module.fetch("thing", FILES, sources={"first": good}), FILES) is None

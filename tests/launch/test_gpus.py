@@ -62,7 +62,7 @@ def test_acquire_gpus_is_exclusive(machine):
         waiting.start()
         waiting.join(0.2)
         assert not third
-    waiting.join(20)
+    waiting.join(600)
     assert third == [{"CUDA_VISIBLE_DEVICES": "a,b"}]
     assert not waiting.is_alive()
 

@@ -103,7 +103,6 @@ CALLED = (
     "adm_64",
     "dit_s2",
 )  # together they have every part
-SKIPPED = {"ControlNet SD1.5": "ldm/adapter has no ControlNet yet: 361,279,120"}
 
 
 def config(net: str, *typed: str):
@@ -150,10 +149,8 @@ def undrawn(monkeypatch):
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
 
 
-@pytest.mark.parametrize("name", [*ROWS, *SKIPPED])
+@pytest.mark.parametrize("name", ROWS)
 def test_net_has_published_parameter_count(name):
-    if name in SKIPPED:
-        pytest.skip(SKIPPED[name])
     row = ROWS[name]
     net = built(row)
     check(count(net) + row.beside, row.expected)

@@ -1,0 +1,300 @@
+"""What the comparisons in experiments/ compute, on made-up input whose answer is known."""
+
+import math
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from types import SimpleNamespace
+
+import pytest
+import torch
+from smoke import ROOT
+from torch import nn
+
+from ldm.metrics.interval import wilson
+
+TESTED_ELSEWHERE = {  # the scripts that compute a comparison, and where their computation is tested
+    "engines/matrix.py": "tests/test_engines.py",
+    "parity/table.py": "tests/test_parity.py",
+    "peers/measure.py": "tests/test_measured.py",
+    "quickstart/keep.py": "tests/report/test_report.py",
+    "speed/measure.py": "tests/test_speed.py",
+}
+RUN = {
+    "page/shots.py": "screenshots",
+    "parity/memory.py": "one division",
+    "distillation/measure.py": "scores of sample.py",
+}
+
+
+def load(path: str):
+    """Import a script of experiments/ as a module of a name of its own."""
+    file = ROOT / "experiments" / path
+    spec = spec_from_file_location(path.replace("/", "_").removesuffix(".py"), file)
+    module = module_from_spec(spec)
+    before = set(sys.modules)
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+        for name in {one.stem for one in file.parent.glob("*.py")} - before:
+            sys.modules.pop(name, None)
+    return module
+
+
+def test_every_comparison_has_a_test():
+    loaded = {name for name in LOADED if (ROOT / "experiments" / name).is_file()}
+    scripts = {f"{file.parent.name}/{file.name}" for file in ROOT.glob("experiments/*/*.py")}
+    assert loaded == set(LOADED)
+    measures = {name for name in scripts if name.endswith(("/measure.py", "/memory.py", "/kill.py", "/words.py"))}
+    assert measures <= loaded | TESTED_ELSEWHERE.keys() | RUN.keys() | {"speed/memory.py"}
+    for name, test in TESTED_ELSEWHERE.items():
+        assert name in scripts
+        assert name.split("/")[0] in (ROOT / test).read_text()
+
+
+def test_augmentation_lines_pair_by_seed():
+    rows = [
+        {"seed": seed, "real": "200", "drawn": drawn, "accuracy": accuracy}
+        for seed, drawn, accuracy in (("0", "0", ".5"), ("1", "0", ".6"), ("0", "9", ".62"), ("1", "9", ".68"))
+    ]
+    (line,) = list(load("augmentation/measure.py").lines(rows))[2:]
+    reach = 12.706 * 0.02 * 100  # Student's t of one degree of freedom times the deviation of the mean of 0.12 and 0.08
+    assert line == f"| 200 | 50.0%, 60.0% | 62.0%, 68.0% | +10.0 points | {10 - reach:+.1f} to {10 + reach:+.1f} |"
+
+
+def test_augmentation_balanced_takes_as_many_of_each_class():
+    labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 10)
+    rows = load("augmentation/measure.py").balanced(labels, 30, 0)
+    assert labels[rows].bincount().tolist() == [10, 10, 10]
+    assert len(set(rows.tolist())) == 30
+    assert not torch.equal(rows, load("augmentation/measure.py").balanced(labels, 30, 1))
+
+
+def test_blue_marble_likeness_is_psnr_within_mask(monkeypatch):
+    module = load("blue_marble/measure.py")
+    monkeypatch.setattr(module, "EfficientNet", lambda: None)
+    monkeypatch.setattr(module, "extract", lambda net, parts: torch.cat([x.mean((2, 3)) for x in parts]))
+    images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+    found = module.Likeness(images)(images + 0.2 * mask, mask)
+    assert found["psnr"] == pytest.approx(10 * math.log10(4 / 0.04), abs=1e-3)
+    assert found["psnr_low"] == pytest.approx(found["psnr_high"], abs=2e-3)
+    assert found["rfd_effnet"] == pytest.approx(3 * 0.1**2, abs=6e-3)  # means 0.1 apart in three features
+    whole = module.Likeness(images)(images + 0.2 * mask, None)
+    assert whole["psnr"] == pytest.approx(10 * math.log10(4 / 0.02), abs=1e-3)
+
+
+def test_blue_marble_agreement_counts_kinds():
+    module = load("blue_marble/measure.py")
+    maps = torch.arange(len(module.KIND)).repeat(2, 8, 1)
+    kinds = module.KIND[maps]
+    wrong = torch.where(kinds == 2, 0, kinds)  # land predicted as sea
+    net = lambda images: nn.functional.one_hot(wrong, len(module.KINDS)).permute(0, 3, 1, 2).float()  # noqa: E731
+    found = module.agreement(net, torch.zeros(2, 3, 1, 1), maps)
+    assert found["agreement"] == pytest.approx((kinds != 2).float().mean().item(), abs=1e-4)
+    assert [found[f"agreement_{kind}"] for kind in module.KINDS] == [1, 1, 0]
+    assert found["agreement_low"] == found["agreement_high"] == found["agreement"]  # both tiles alike
+
+
+@pytest.mark.parametrize("path", ["cifar10/measure.py", "emoji/measure.py"])
+def test_ridge_shrinks_slope_by_its_penalty(path):
+    """Of one standardised feature, z' z = N - 1: the slope is (N - 1) / (N - 1 + N / 10) of the least-squares one."""
+    x = torch.linspace(-1, 2, 31)[:, None]
+    predicted = load(path).ridge(x, 3 * x + 1)(x)
+    shrunk = 30 / (30 + 3.1)
+    expected = 3 * x.mean() + 1 + shrunk * 3 * (x - x.mean())
+    torch.testing.assert_close(predicted, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "path", ["blue_marble/measure.py", "cifar10/measure.py", "first_stage/measure.py", "lora/measure.py"]
+)
+def test_gaussian_is_mean_and_covariance(path):
+    features = torch.tensor([[0.0, 0.0], [2.0, 4.0]])
+    mean, covariance = load(path).gaussian(features)
+    assert mean.tolist() == [1, 2]
+    assert covariance.tolist() == [[2, 4], [4, 8]]
+    assert covariance.dtype == torch.float64
+
+
+def test_controlnet_f1_tolerates_one_pixel():
+    f1 = load("controlnet/measure.py").f1
+    line = torch.zeros(1, 1, 16, 16)
+    line[..., 8, :] = 1
+    half = line.clone()
+    half[..., :8] = 0
+    found = {shift: f1(line.roll(shift, 2), line).item() for shift in (0, 1, 2)}
+    assert found == pytest.approx({0: 1, 1: 1, 2: 0})
+    recall = 9 / 16  # one pixel beyond the end is within the tolerance
+    assert f1(half, line).item() == pytest.approx(2 * recall / (1 + recall))
+    assert f1(line, half).item() == pytest.approx(2 * recall / (1 + recall))
+    assert f1(torch.zeros_like(line), line).item() == 0
+
+
+def test_distillation_speed_is_median_of_paired_ratios(monkeypatch):
+    speed = load("distillation/speed.py")
+    monkeypatch.setitem(
+        sys.modules, "pairs", SimpleNamespace(paired=lambda *ways: ([1.0, 2.0, 4.0], [30.0, 20.0, 60.0]))
+    )
+    monkeypatch.setattr(speed, "drawing", lambda *words: None)
+    written = []
+    monkeypatch.setattr("ldm.report.rows.write", lambda path, rows: written.extend(rows))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    speed.main("teacher", "student", "images=10")
+    (row,) = written
+    assert (row["student_s"], row["teacher_s"]) == (0.2, 3.0)
+    assert (row["ratio"], row["low"], row["high"], row["pairs"]) == (15, 10, 30, 3)
+
+
+def test_emoji_words_are_tfidf():
+    words = load("emoji/measure.py").Words(["a cat", "a dog", "a red dog"])
+    vector = words(["a cat", "red dog, new"])
+    rare, common = math.log(3), math.log(1.5)
+    place = words.place
+    assert vector[0, place["cat"]] == pytest.approx(1)  # "a" is in every caption: weight 0
+    assert vector[1, place["red"]] == pytest.approx(rare / math.hypot(rare, common))
+    assert vector[1, place["dog"]] == pytest.approx(common / math.hypot(rare, common))
+
+
+def test_emoji_readers_count_first_ranks(monkeypatch):
+    """Two captions with two images each; the text of each reader ranks three of the four images right."""
+    module = load("emoji/measure.py")
+    axes = torch.eye(2)
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])  # the second image of caption 0 is wrong
+    readers = module.Readers.__new__(module.Readers)
+    readers.effnet, readers.tokenize = None, lambda captions: captions
+    readers.to_words = readers.to_minilm = lambda x: x
+    readers.words = readers.sentences = lambda captions: axes
+    readers.to_style = lambda x: x[:, :1] - 0.5
+    monkeypatch.setattr(module, "preprocess", lambda visual, images: images[:, 0, 0, :2])
+    monkeypatch.setattr(module, "extract", lambda net, parts: torch.cat([preprocessed(x) for x in parts]))
+    preprocessed = lambda x: x[:, 0, 0, :2]  # noqa: E731
+    net = type("Net", (), {"visual": None, "__call__": lambda self, image, text: (image, axes, None)})
+    readers.net = net()
+    images = torch.zeros(4, 3, 4, 4)
+    images[:, 0, 0, :2] = features
+    found = readers.read(images.unflatten(0, (2, 2)), ["a", "b"], torch.tensor([1.0, 0.0]))
+    assert found["n"] == 4
+    assert [found[name] for name in ("words", "minilm", "clip", "style")] == [0.75] * 4
+    assert found["words_low"] == 0.5  # by captions: one is right in half of its images, the other in all
+    assert found["words_high"] == 1
+    one = readers.read(images[[0, 2], None], ["a", "b"], torch.tensor([1.0, 0.0]))
+    assert (one["clip"], one["clip_low"]) == (1, round(wilson(2, 2)[0], 4))
+
+
+def test_emoji_psnr_of_known_error():
+    psnr = load("emoji/measure.py").psnr
+    a = torch.zeros(2, 3, 4, 4)
+    assert psnr(a, a + torch.tensor([0.2, 0.02])[:, None, None, None]) == pytest.approx(30)  # of 20 and 40 dB
+
+
+def test_families_lines_give_mean_and_range():
+    module = load("families/measure.py")
+    rows = [
+        {"family": "VAE", "seconds": str(s), "steps": "1000", **dict.fromkeys(module.NAMES, str(value))}
+        for s, value in ((100, 1.0), (300, 4.0))
+    ]
+    (line,) = list(module.lines(rows))[2:]
+    assert line == "| VAE | 200 | 1,000 | " + "2.5 (1 to 4) | " * len(module.NAMES) + "2 |"
+
+
+def test_first_stage_journal_merges_rows_of_a_step(tmp_path):
+    rows = ('{"step": 1, "a": 1.0}', '{"step": 1, "b": 2.0}', '{"step": 2, "a": 3.0}')
+    (tmp_path / "metrics.jsonl").write_text("".join(row + "\n" for row in rows))
+    assert load("first_stage/measure.py").journal(tmp_path) == {1: {"step": 1, "a": 1, "b": 2}, 2: {"step": 2, "a": 3}}
+
+
+def test_lora_reader_recognises_separated_styles(monkeypatch, tmp_path):
+    module = load("lora/measure.py")
+    monkeypatch.setattr(module, "EfficientNet", lambda: None)
+    features = torch.randn(3 * module.LEARNED, 4, generator=torch.Generator().manual_seed(0))
+    features[:, :3] += 6 * torch.eye(3).repeat_interleave(module.LEARNED, 0)
+    module.atomic.write_tensors(tmp_path / "reader.safetensors", {"features": features})
+    scores = module.Reader(tmp_path / "reader.safetensors").map(features)
+    assert scores.sum(1).sub(1).abs().max() < 1e-9  # the three targets add up to one
+    x, y = features.double(), torch.eye(3, dtype=torch.float64).repeat_interleave(module.LEARNED, 0)
+    z = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    penalty = (len(x) / 10) ** 0.5 * torch.eye(4, dtype=torch.float64)  # ridge as rows of ordinary least squares
+    weight = torch.linalg.lstsq(torch.cat([z, penalty]), torch.cat([y - y.mean(0), torch.zeros(4, 3)])).solution
+    torch.testing.assert_close(scores, z @ weight + y.mean(0), atol=1e-9, rtol=0)
+    assert (scores.argmax(1) == torch.arange(3).repeat_interleave(module.LEARNED)).float().mean() > 0.95
+    assert module.rms(torch.zeros(2, 3), torch.tensor([[1.0, 1, 1], [3, 3, 3]])) == pytest.approx(math.sqrt(5))
+
+
+def test_memory_slope_of_a_line():
+    slope = load("faults/memory.py").slope
+    assert slope([(x, 5 - 3 * x) for x in (1.0, 2.0, 7.0)]) == pytest.approx(-3)
+    assert slope([(0.0, 0.0), (1.0, 1.0), (2.0, 0.0)]) == 0
+
+
+def test_kill_compares_bit_for_bit():
+    same = load("faults/kill.py").same
+    one = {"a": [torch.tensor([1.0, 2.0]), {"b": 3}], "c": (None, "x")}
+    other = {"a": [torch.tensor([1.0, 2.0]), {"b": 3}], "c": (None, "x")}
+    assert same(one, other)
+    other["a"][0][1] += 2**-22
+    assert not same(one, other)
+    assert not same(one, one | {"d": 1})
+    assert not same(torch.ones(2), torch.ones(2).double())
+    assert not same([1], [1, 2])
+
+
+@pytest.mark.parametrize("fault", ["none", "another order", "another's caption"])
+def test_simulation_counts_wrong_reads(fault):
+    """A data set of the simulation's kind that is read rightly has no wrong step; a broken one is counted."""
+    simulate = load("scale/simulate.py")
+
+    class Numbers:
+        rows = torch.arange(600)
+        source = SimpleNamespace(texts=lambda row: [str(row)])
+
+        def __len__(self):
+            return 600
+
+        def batch(self, samples):
+            index = [i for _, i in samples]
+            shown = [(i + (fault == "another's caption" and i == 7)) % 600 for i in index]
+            image = torch.tensor([[n >> 16 & 255, n >> 8 & 255, n & 255] for n in shown]) / 127.5 - 1
+            texts = [str((i + (fault == "another order")) % 600) for i in index]
+            return {"image": image[:, :, None, None], "caption": texts, "index": index}
+
+    found = simulate.stream_with_failures(Numbers(), failures=2, passes=2, seed=0)
+    assert found["steps"] == math.ceil(2 * 600 / simulate.BATCH)
+    assert (found["steps in another order than without failures"] > 0) == (fault == "another order")
+    assert (found["pictures beside the wrong caption"] > 0) == (fault != "none")
+
+
+def test_words_share_of_right_images(monkeypatch, tmp_path):
+    module = load("quickstart/words.py")
+    (tmp_path / "p.csv").write_text("label,prompt\nbag,sack\ncoat,cape\n")
+    seen = torch.tensor([0, 0, 1, 0, 1, 1, 0, 0])  # four images of each prompt: three right, two right
+    net = type("Net", (), {"__call__": lambda self, x: x, "classify": lambda self, x: nn.functional.one_hot(seen)})()
+    scorer = lambda: SimpleNamespace(net=net)  # noqa: E731
+    card = SimpleNamespace(classes=["bag", "coat"], captions=[["a bag"], ["a coat"]])
+    model = SimpleNamespace(conditioner=SimpleNamespace(cache=SimpleNamespace(encoder=None)))
+    for name, value in {
+        "HERE": tmp_path,
+        "find_run": lambda run: tmp_path,
+        "load_data_card": lambda run: card,
+        "load_model": lambda run: model,
+        "load_run_config": lambda run: SimpleNamespace(metrics=None),
+        "nearest_caption": lambda *words: [0, 0],
+        "txt2img": lambda *words, **options: torch.zeros(8, 1, 2, 2),
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module.evaluator, "make_scorer", lambda *words: (scorer, None))
+    module.main("run", "p", num=4)
+    assert (tmp_path / "p_drawn.csv").read_text().split() == [
+        "label,prompt,drawn,nearest_caption",
+        "bag,sack,0.7500,1",
+        "coat,cape,0.5000,0",
+    ]
+
+
+LOADED = (
+    *("augmentation/measure.py", "blue_marble/measure.py", "cifar10/measure.py", "controlnet/measure.py"),
+    *("distillation/speed.py", "emoji/measure.py", "families/measure.py", "faults/kill.py", "faults/memory.py"),
+    *("first_stage/measure.py", "lora/measure.py", "quickstart/words.py", "scale/simulate.py"),
+)
