@@ -39,7 +39,7 @@ def test_fixed_quantiles_are_in_their_stratum(levels):
         assert float(u.float().max()) < (level + 1) / levels or level + 1 < levels
         assert float(u.max()) < (level + 1) / levels
         assert torch.allclose(u, fixed_quantiles(range(10_000), 0, levels) + level / levels, atol=1e-7)
-    assert float(u.float().max()) < 1
+    assert 0.9999999 < float(fixed_quantiles([7465176], levels - 1, levels).float()) < 1  # which rounds to 1 in float32
 
 
 @pytest.mark.parametrize("num", [5, 64, 1000])
@@ -94,9 +94,9 @@ def test_timestep_density_replaces_times_of_inner_objectives_within_block():
 
 
 def test_timestep_density_is_rounded_to_grid_of_schedule():
-    u = torch.tensor([0.0, 0.4, 0.5007, 1 - 2**-24])
+    u = torch.tensor([0.0, 0.4, 0.5003, 1 - 2**-24])
     t = on_grid(times.uniform, u, COSINE)
-    assert torch.allclose(t, torch.tensor([1.0, 0.6, 0.499, 0.001]), atol=1e-7)
+    assert torch.allclose(t, torch.tensor([1.0, 0.6, 0.5, 0.001]), atol=1e-7)
     assert torch.equal(on_grid(times.uniform, u, schedule.Flow()), 1 - u)
 
 
