@@ -100,6 +100,18 @@ def test_keyed_uniform_is_below_one_in_every_dtype(dtype):
     assert torch.equal(drawn, single.to(dtype)) or dtype in (torch.float16, torch.bfloat16)
 
 
+def test_keyed_noise_is_independent_of_default_dtype():
+    """As in a training in float64, whose numbers are those of float32."""
+    noise, x = KeyedNoise(4, range(2)), torch.empty(2, 40, dtype=torch.float64)
+    draws = [noise.normal("a", x), noise.uniform("a", x)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        others = [noise.normal("a", x), noise.uniform("a", x)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, draws, others))
+
+
 def test_sampler_noise_advances_and_restarts():
     x = torch.empty(2, 3)
     first, again = KeyedNoise(0, [0, 1]).sampler_noise("s"), KeyedNoise(0, [0, 1]).sampler_noise("s")
