@@ -73,9 +73,9 @@ class Words:
 
 
 class Rows:
-    """Six samples with moments, image, label, style of the label and caption; label -1 is none."""
+    """Six samples with moments, image, relief, label and caption; label -1 is none."""
 
-    labels = (0, 3, -1, 1, 2, 0)
+    labels, captions = (0, 3, -1, 1, 2, 0), CAPTIONS
 
     def __init__(self, *leave_out: str):
         generator = torch.Generator().manual_seed(3)
@@ -83,7 +83,7 @@ class Rows:
         self.values = {
             "moments": torch.randn(6, 2 * CHANNELS, SIDE, SIDE, generator=generator),
             "image": torch.randn(6, 3, 4, 4, generator=generator),
-            "relief": torch.rand(6, 1, SIDE, SIDE, generator=generator) * 2 - 1,
+            "relief": torch.rand(6, 1, 4, 4, generator=generator) * 2 - 1,
             "label": torch.tensor(self.labels),
         }
 
@@ -93,7 +93,7 @@ class Rows:
     def batch(self, samples):
         epoch, index = map(list, zip(*samples, strict=True))
         values = {name: value[index] for name, value in self.values.items() if name not in self.leave_out}
-        return {**values, "caption": [CAPTIONS[i] for i in index], "epoch": epoch, "index": index}
+        return {**values, "caption": [self.captions[i] for i in index], "epoch": epoch, "index": index}
 
 
 def encoder() -> nn.Module:

@@ -91,15 +91,20 @@ def evaluate(s: Setting, weights: dict[str, Tensor], x_t: Tensor, t: Tensor, con
 
 
 def regression(s: Setting, weights, x_t: Tensor, t: Tensor, cond: linear.Inputs, x0: Tensor, eps: Tensor) -> Result:
-    """Compare the output at x_t with that of x0 and eps: the weighted mean error of each row."""
-    alpha, sigma = s.path.alpha_sigma(t)
+    """Compare the output at x_t with that of x0 and eps."""
     x, time, out = evaluate(s, weights, x_t, t, cond)
+    return Result(*compare(s, t, out, x0, eps), x, time, cond)
+
+
+def compare(s: Setting, t: Tensor, out: Tensor, x0: Tensor, eps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the terms (B,), with the weighted mean error of each row, and the mean loss's derivative by the output."""
+    alpha, sigma = s.path.alpha_sigma(t)
     error, slope = ERRORS[s.error](out[:, : linear.CHANNELS] - output_of(s.prediction, alpha, sigma, x0, eps))
     factor = weight(s.weighting, s.prediction, s.path, t) / gain(s.prediction, alpha, sigma)
     mean = error.mean((1, 2, 3))
     by_output = torch.zeros_like(out)
     by_output[:, : linear.CHANNELS] = expand(factor) * slope / error.numel()
-    return Result({"loss": factor * mean, "error": mean, "t": t}, by_output, x, time, cond)
+    return {"loss": factor * mean, "error": mean, "t": t}, by_output
 
 
 def denoising(s: Setting, weights, batch, z, cond) -> Result:

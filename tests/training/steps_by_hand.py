@@ -18,7 +18,8 @@ from ldm.training.loggers import NoLogger
 
 TOLERANCE = {"64": 1e-10, "32": 1e-5}  # largest difference relative to the largest number of a tensor, by precision
 BATCH, STEPS, WARMUP, END = 4, 3, 1, 0.1
-LR, BETAS, DECAY, EPS, CLIP, SIGMA_REL = 0.02, (0.8, 0.9), 0.3, 1e-8, 0.25, 0.2
+LR, BETAS, DECAY, CLIP, SIGMA_REL = 0.02, (0.8, 0.9), 0.3, 0.25, 0.2
+EPS = 0.01  # of AdamW; so large that a rounded gradient of almost 0 moves no weight by more than float32's tolerance
 Tensors = dict[str, Tensor]
 
 
@@ -77,6 +78,7 @@ def train_by_hand(
     clip: float | None = CLIP,
     start: int = 0,
     is_decayed: Callable[[Tensor], bool] = lambda value: True,
+    eps: float = EPS,
     averaged: str = "model.",
 ) -> list[Step]:
     """Take steps of AdamW on the trained weights, float64 by name.
@@ -108,7 +110,7 @@ def train_by_hand(
         for name, g in clipped.items():
             m[name] = b1 * m.get(name, 0.0) + (1 - b1) * g
             v[name] = b2 * v.get(name, 0.0) + (1 - b2) * g**2
-            update = (m[name] / (1 - b1**k)) / ((v[name] / (1 - b2**k)).sqrt() + EPS)
+            update = (m[name] / (1 - b1**k)) / ((v[name] / (1 - b2**k)).sqrt() + eps)
             decay = DECAY if is_decayed(current[name]) else 0.0
             current[name] = current[name] - lr * decay * current[name] - lr * update
         after = {name: current[name] for name in names}
@@ -183,8 +185,8 @@ def train(
 
 
 def adamw(parameters: Any) -> torch.optim.AdamW:
-    """Build the optimizer as conf/training/_diffusion.yaml does."""
-    return torch.optim.AdamW(parameters, lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+    """Build the optimizer as conf/training/_diffusion.yaml does, but for eps."""
+    return torch.optim.AdamW(parameters, lr=LR, betas=BETAS, weight_decay=DECAY, eps=EPS, fused=True)
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

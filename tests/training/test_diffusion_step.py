@@ -22,7 +22,7 @@ from objectives_by_hand import (
     prior_preserving,
     step_of,
 )
-from steps_by_hand import CLIP, adamw, assert_steps_equal, micro_batches, train, train_by_hand
+from steps_by_hand import BETAS, CLIP, DECAY, EPS, LR, adamw, assert_steps_equal, micro_batches, train, train_by_hand
 
 from ldm.diffusion import objective, prediction, schedule, times, weighting
 from ldm.diffusion.denoiser import Denoiser
@@ -103,7 +103,7 @@ def compare_steps(
 ):
     """Train the linear model by the code and by hand, and compare every step.
 
-    options: clip, build (an optimizer) and is_decayed.
+    options: clip, build (an optimizer), its eps and is_decayed.
     """
     model = linear.make_model(partial(denoiser, s), s.kind, outputs=outputs * linear.CHANNELS)
     clip, build = options.get("clip", CLIP), options.get("build", adamw)
@@ -116,6 +116,7 @@ def compare_steps(
         clip,
         start,
         options.get("is_decayed", lambda value: True),
+        options.get("eps", EPS),
     )
     actual = train(lit, average, data, folder, precision, accumulate, start)
     assert_steps_equal(actual, expected, precision)
@@ -148,10 +149,9 @@ def test_step_without_clipping_matches_hand_computation(clip, precision, accumul
 
 
 def test_step_with_decay_of_matrices_only_matches_hand_computation(tmp_path):
-    from steps_by_hand import BETAS, DECAY, LR
-
     build = partial(optimizers.adamw, lr=LR, betas=BETAS, weight_decay=DECAY)
-    compare_steps(Setting(), plain, denoising, tmp_path, "64", 1, build=build, is_decayed=lambda value: value.ndim > 1)
+    options = {"build": build, "is_decayed": lambda value: value.ndim > 1, "eps": 1e-8}
+    compare_steps(Setting(), plain, denoising, tmp_path, "64", 1, **options)
 
 
 COMBINATIONS = [

@@ -68,7 +68,7 @@ def progressive(s: Setting, weights, batch, z, cond) -> Result:
 
 
 def consistency(s: Setting, weights, batch, z, cond) -> Result:
-    """Song et al. 2023, algorithm 2: the student's x0 one step of the teacher nearer to the data; at t = 0 the state."""
+    """Song et al. 2023, algorithm 2: the student's x0 one step of the teacher nearer to the data; at 0 the state."""
     t, x_t = start(s, batch, z)
     nearer = t - 1 / STEPS
     x_s = ddim(s, weights, batch, x_t, t, nearer)
