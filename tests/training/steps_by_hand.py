@@ -4,10 +4,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.data.stream import BatchStream
@@ -184,9 +187,11 @@ def train(
     return recorder.steps
 
 
-def adamw(parameters: Any) -> torch.optim.AdamW:
-    """Build the optimizer as conf/training/_diffusion.yaml does, but for eps."""
-    return torch.optim.AdamW(parameters, lr=LR, betas=BETAS, weight_decay=DECAY, eps=EPS, fused=True)
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """Build the optimizer of conf/training/_diffusion.yaml with this file's hyperparameters."""
+    file = Path(__file__).parents[2] / "conf" / "training" / "_diffusion.yaml"
+    node = OmegaConf.load(file)["optimizer"]
+    return instantiate(node, lr=LR, betas=BETAS, weight_decay=DECAY, eps=EPS)(parameters)
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
