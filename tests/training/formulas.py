@@ -16,7 +16,7 @@ LOG_MEAN, LOG_STD, LOGIT_MEAN, LOGIT_STD, LOGIT_SHIFT = -0.4, 1.1, 0.3, 0.9, 2.0
 
 
 def draw(distribution: Callable[..., Tensor], seed: int, purpose: str, rows, shape=()) -> Tensor:
-    """Draw float32 numbers for each row (epoch, index) from its own generator; returns (B, ...) float64."""
+    """Draw float32 numbers for each row (epoch, index) from a generator seeded for it; returns (B, ...) float64."""
     values = []
     for row in rows:
         generator = torch.Generator().manual_seed(derive_seed(seed, purpose, row))

@@ -171,11 +171,11 @@ def condition(
     batch: dict[str, Any],
     drop: float,
     prefix: str = CONDITIONER,
-    own: bool = True,
+    training: bool = True,
 ) -> Inputs:
     """Return the condition of each row, the null condition where a uniform number is below `drop`.
 
-    own: whether a conditioner's own dropout is active.
+    training: whether the dropouts of Compose's parts are active.
     """
     dropped = draw(torch.rand, SEED, "drop", batch["rows"]) < drop
     if kind == "text":
@@ -187,7 +187,7 @@ def condition(
         name = f"{prefix}embedding.weight"
         return Inputs(weights[name][rows], tables={name: ("context", rows)})
     names = [f"{prefix}conditioners.{part}.embedding.weight" for part in ("kind", "style")]
-    styles = label_rows(batch, dropped | (draw(torch.rand, SEED, "drop/style", batch["rows"]) < STYLE_DROP * own))
+    styles = label_rows(batch, dropped | (draw(torch.rand, SEED, "drop/style", batch["rows"]) < STYLE_DROP * training))
     tables = dict(zip(names, (("context", rows), ("vector", styles)), strict=True))
     return Inputs(weights[names[0]][rows], weights[names[1]][styles], tables=tables)
 

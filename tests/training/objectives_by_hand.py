@@ -71,7 +71,7 @@ Objective = Callable[[Setting, dict[str, Tensor], dict[str, Any], Tensor, linear
 
 
 def step_of(setting: Setting, objective: Objective):
-    """Return the function (weights, batch) -> terms and gradients of a whole training step."""
+    """Return the function (weights, batch) -> terms and gradients of a training step."""
 
     def gradients_of(weights: dict[str, Tensor], batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         z = linear.latent(weights, batch)

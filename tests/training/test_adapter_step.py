@@ -47,7 +47,7 @@ def test_lora_step_matches_hand_computation(precision, accumulate, tmp_path):
     """Of W + alpha / rank up down, up has gradient alpha / rank G down^T, down has alpha / rank up^T G."""
     model = linear.make_model(partial(denoiser, S))
     LoRA(RANK, ALPHA, ("mix", "read")).apply_to(model)
-    whole, scale = step_of(S, denoising), ALPHA / RANK
+    unadapted, scale = step_of(S, denoising), ALPHA / RANK
 
     def gradients_of(weights, batch):
         effective, parts = dict(weights), {}
@@ -56,7 +56,7 @@ def test_lora_step_matches_hand_computation(precision, accumulate, tmp_path):
             base, up, down = (weights[prefix + part] for part in ("original", "0.up", "0.down"))
             effective[f"{linear.NET}{name}.weight"] = base + scale * up @ down
             parts[f"{linear.NET}{name}.weight"] = prefix, up, down
-        terms, gradients = whole(effective, batch)
+        terms, gradients = unadapted(effective, batch)
         result = {}
         for name, (prefix, up, down) in parts.items():
             result |= {

@@ -26,7 +26,7 @@ def guided(s: Setting, weights, batch, x_t, t, scale) -> tuple[torch.Tensor, tor
     """
     estimates = []
     for drop in (0.0, 1.0):
-        cond = linear.condition(s.kind, weights, batch, drop, f"{TEACHER}conditioner.", own=False)
+        cond = linear.condition(s.kind, weights, batch, drop, f"{TEACHER}conditioner.", training=False)
         out = evaluate(s, weights, x_t, t, cond, f"{TEACHER}denoiser.net.")[2]
         estimates.append(x0_of(s.prediction, *s.path.alpha_sigma(t), x_t, out)[0])
     conditional, unconditional = estimates
