@@ -30,6 +30,7 @@ class LoRA:
 
     def apply_to(self, model: Any, scale: float = 1.0) -> None:
         """Add new corrections, multiplied by `scale`, to a model's network; freeze everything else."""
+        model.requires_grad_(False)
         net = unwrap(model.denoiser.net)
         inject(net, self.rank, self.target_modules)
         set_scale(net, scale * self.scaling)

@@ -18,7 +18,7 @@ from ldm.diffusion.denoiser import Denoised, Denoiser, eps_at
 from ldm.diffusion.guidance import denoise_pair
 from ldm.diffusion.objective import denoising_terms, gaussian, l2
 from ldm.diffusion.schedule import Schedule, add_noise
-from ldm.diffusion.times import Times
+from ldm.diffusion.times import Times, uniform_draws
 from ldm.diffusion.weighting import Weighting
 from ldm.tensors import KeyedNoise, expand
 
@@ -191,7 +191,7 @@ class KnowledgeDistillation(nn.Module):
 
 def grid(noise: KeyedNoise, x0: Tensor, steps: int, back: tuple[float, ...]) -> tuple[Tensor, list[Tensor]]:
     """Draw t (B,) uniformly from 1/steps, 2/steps, ..., 1; return it and the times `back` steps nearer to the data."""
-    i = (noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32)) * steps).floor() + 1
+    i = (uniform_draws(noise, x0) * steps).floor() + 1
     return i / steps, [(i - k) / steps for k in back]
 
 

@@ -17,7 +17,7 @@ from ldm.diffusion.denoiser import Denoised, Denoiser
 from ldm.diffusion.grids import num_timesteps
 from ldm.diffusion.prediction import output_gain, solve, target
 from ldm.diffusion.schedule import Schedule, add_noise
-from ldm.diffusion.times import Times
+from ldm.diffusion.times import Times, uniform_draws
 from ldm.diffusion.variance import Decoder, Variance, gaussian_nll, learned_range, vlb_term
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import ConfigError
@@ -255,10 +255,10 @@ class LossSecondMoment(nn.Module):
                 f"the schedule has T = {T}, the objective T = {self.T}; set objective.T to the schedule's"
             )
         p = self.probabilities()
-        u = noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32))
+        u = uniform_draws(noise, x0)
         i = torch.searchsorted(p.cumsum(0), u.to(p), right=True)  # u is at most 1 - 2^-24, below the sum's last entry
         _, eps = self.objective.draw(noise, x0, denoiser.schedule)
-        terms = self.objective.loss_at(denoiser, x0, cond, (i + 1) / self.T, eps)
+        terms = self.objective.loss_at(denoiser, x0, cond, (i + 1).to(u) / self.T, eps)
         if self.training:
             self.update_history(i, terms["loss"].detach())
         return terms | {"loss": terms["loss"] / (self.T * p[i]).to(terms["loss"])}

@@ -48,18 +48,26 @@ def logit_normal(u: Tensor, schedule: Schedule, mean: float = 0.0, std: float = 
     return shift * t / (1 + (shift - 1) * t)
 
 
+def uniform_draws(noise: KeyedNoise, x0: Tensor) -> Tensor:
+    """Draw u (B,) in [0, 1) for the time of each row of x0 (B, ...).
+
+    float32, or float64 if x0 is, so that the schedule's coefficients are as precise as the data.
+    """
+    return noise.uniform("t", x0.new_empty(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32)))
+
+
 def independent(noise: KeyedNoise, x0: Tensor, schedule: Schedule, density: Density) -> Tensor:
-    """Draw one independent t (B,) float32 for each row of x0 (B, ...)."""
-    return density(noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32)), schedule)
+    """Draw one independent t (B,) for each row of x0 (B, ...), in the dtype of `uniform_draws`."""
+    return density(uniform_draws(noise, x0), schedule)
 
 
 def stratified(noise: KeyedNoise, x0: Tensor, schedule: Schedule, density: Density) -> Tensor:
-    """Draw one t (B,) float32 per row, one row of the global batch in each of as many equal strata.
+    """Draw one t (B,) per row, one row of the global batch in each of as many equal strata.
 
-    cf. Kingma et al. 2021, appendix I.1. The stratum is the row's position in the global batch; without one, its
-    position in x0.
+    In the dtype of `uniform_draws`; cf. Kingma et al. 2021, appendix I.1. The stratum is the row's position in the
+    global batch; without one, its position in x0.
     """
-    u = noise.uniform("t", x0.new_empty(len(x0), dtype=torch.float32))
+    u = uniform_draws(noise, x0)
     position = torch.arange(len(x0)) if noise.position is None else torch.as_tensor(noise.position)
     u = (position.to(u.device) + u) / (noise.global_batch_size or len(x0))
     return density(u.clamp(max=1 - 2**-24), schedule)

@@ -72,5 +72,6 @@ def vlb(alpha: Tensor, sigma: Tensor, row: Row, schedule: Schedule, T: int = 100
     Kingma et al. 2021, eq. 13; Ho et al. 2020, eq. 12.
     t = 1/T, whose own term is the decoder's, has the weight of 2/T.
     """
-    t = schedule.t_from_log_snr(2 * (alpha / sigma).log()).clamp(min=2 / T)
-    return T / 2 * (schedule.log_snr(t - 1 / T).exp() - schedule.log_snr(t).exp())
+    # in float64: the two differ by a part in T
+    t = schedule.t_from_log_snr(2 * (alpha.double() / sigma.double()).log()).clamp(min=2 / T)
+    return (T / 2 * (schedule.log_snr(t - 1 / T).exp() - schedule.log_snr(t).exp())).to(sigma)

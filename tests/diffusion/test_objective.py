@@ -69,7 +69,7 @@ def test_objective_forward_uses_keyed_times_and_noise():
     terms = run(d, x0, Condition(), NOISE, {})
     t, eps = run.draw(NOISE, x0, d.schedule)
     assert torch.equal(terms["loss"], run.loss_at(d, x0, Condition(), t, eps)["loss"])
-    assert t.dtype == torch.float32
+    assert t.dtype == F64
     one = run(d, x0[1:2], Condition(), KeyedNoise(0, [1]), {})
     assert torch.allclose(one["loss"], terms["loss"][1:2])
     assert set(terms) == {"loss", "error", "t"}

@@ -10,6 +10,7 @@ from ldm.diffusion import grids, schedule, times
 from ldm.tensors import KeyedNoise
 
 TABLE = schedule.linear()
+DTYPES = {torch.bfloat16: torch.float32, torch.float32: torch.float32, F64: F64}  # of the data, and of their times
 U = (torch.arange(100_000) + 0.5) / 100_000  # every quantile
 
 
@@ -65,6 +66,15 @@ def test_independent_times_are_independent_of_batch():
     assert torch.equal(whole, torch.cat(parts))
     assert whole.dtype == torch.float32
     assert len(whole.unique()) > 3
+
+
+@pytest.mark.parametrize("draw", [times.independent, times.stratified])
+def test_times_are_as_precise_as_data(draw):
+    """At least float32; in float64 they are those of float32 without its rounding, not others."""
+    t = {dtype: draw(KeyedNoise(3, range(6)), torch.zeros(6, 2, dtype=dtype), TABLE, times.uniform) for dtype in DTYPES}
+    assert {dtype: value.dtype for dtype, value in t.items()} == DTYPES
+    assert torch.equal(t[torch.bfloat16], t[torch.float32])
+    assert (t[F64] - t[torch.float32]).abs().max() <= 2**-23
 
 
 def test_stratified_times_have_one_sample_per_stratum_over_ranks():
