@@ -89,6 +89,18 @@ def test_keyed_noise_has_dtype_of_tensor():
     assert torch.equal(KeyedNoise(0, [0, 1]).normal("a", x).float(), KeyedNoise(0, [0, 1]).normal("a", x.float()))
 
 
+def test_keyed_noise_is_independent_of_default_dtype():
+    """trainer.precision=64 makes float64 the default dtype within a step."""
+    noise, x = KeyedNoise(0, [0, 1]), torch.empty(2, 3)
+    single = noise.normal("a", x), noise.uniform("a", x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = noise.normal("a", x), noise.uniform("a", x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(single, double, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_keyed_uniform_is_below_one_in_every_dtype(dtype):
     single = KeyedNoise(0, list(range(100))).uniform("u", torch.empty(100, 1000))
