@@ -65,8 +65,9 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> dict[
     same: (B, B) bool, whether a text (column) belongs to an image (row).
     """
     with torch.autocast(image.device.type, enabled=False):
-        logits = scale.float() * image.float() @ text.float().T  # (B, B)
-        right = same.float() / same.sum(1, keepdim=True)
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        logits = scale.to(dtype) * image.to(dtype) @ text.to(dtype).T  # (B, B)
+        right = same.to(dtype) / same.sum(1, keepdim=True)
         loss = 0.5 * (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right))
     correct = same.gather(1, logits.argmax(1, keepdim=True))
     return {"loss": loss, "accuracy": correct.float().mean(), "scale": scale.detach()}
