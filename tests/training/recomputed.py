@@ -1,4 +1,4 @@
-"""Training steps recomputed with plain tensors: what a real training did, and optimizers and averages in closed form."""
+"""Training steps recomputed with plain tensors: records of a training; optimizers and averages in closed form."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -131,11 +131,13 @@ def recompute(
     adams: dict[str, Adam],
     factor: Callable[[int], float],
     parts: int,
+    limits: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """Recompute every recorded step from the parameters before the first alone; return the largest distances.
 
     compute: (parameters, rows of one batch) -> its terms, and gradients of the parameters that move.  adams: by
-    parameter.  factor: step -> factor of all learning rates.  parts: batches per step.
+    parameter.  factor: step -> factor of all learning rates.  parts: batches per step.  limits: by parameter, the
+    largest value after a step.
     """
     weights = {name: value.double() for name, value in recorder.start.items()}
     worst = {"terms": 0.0, "gradients": 0.0, "weights": 0.0}
@@ -145,6 +147,7 @@ def recompute(
         weights = weights | {
             name: adams[name].step(weights[name], gradient, factor(number)) for name, gradient in gradients.items()
         }
+        weights |= {name: weights[name].clip(max=limit) for name, limit in (limits or {}).items()}
         for name, ours, expected in (
             ("terms", step.terms, terms),
             ("gradients", step.gradients, gradients),

@@ -154,8 +154,8 @@ class Formulas:
         return terms, gradients
 
     def kl(self, p, moments, rows, pixels):
-        """LDM eq. 25: a sample of the posterior, and its divergence from N(0, 1), sum (mu^2 + s^2 - 1 - log s^2) / 2."""
-        B, N, _ = moments.shape
+        """LDM eq. 25: a sample of the posterior, and KL(q | N(0, 1)) = sum (mu^2 + s^2 - 1 - log s^2) / 2."""
+        B = len(moments)
         mean, logvar = moments.chunk(2, 2)
         side = SIDE // 2
         eps = KeyedNoise(SEED, rows).normal("posterior", torch.empty(B, CHANNELS, side, side))
@@ -179,7 +179,6 @@ class Formulas:
 
     def vq(self, p, raw, rows, pixels):
         """VQ-VAE eq. 3: |code - sg(raw)|^2 and |sg(code) - raw|^2, and the decoder's gradient passed to raw."""
-        B, N, _ = raw.shape
         codes = p["autoencoder.codebook.weight"]
         index = (raw[:, :, None] - codes).square().sum(-1).argmin(-1)
         z = codes[index]

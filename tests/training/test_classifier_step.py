@@ -100,8 +100,10 @@ def test_classifier_steps_equal_formulas(way, parts, precision):
         gradients = {"image.weight": slope.T @ x, "image.bias": slope.sum(0), "time.weight": slope.T @ time}
         return terms, {f"net.{name}": value for name, value in gradients.items()}
 
-    adams = {name: Adam(**OPTIONS | ({"weight_decay": 0.0} if value.ndim < 2 else {})) for name, value in
-             recorder.start.items()}
+    adams = {
+        name: Adam(**OPTIONS | ({"weight_decay": 0.0} if value.ndim < 2 else {}))
+        for name, value in recorder.start.items()
+    }
     worst = recompute(recorder, compute, adams, lambda step: warm_cosine(step, STEPS, WARMUP, END), parts)
     assert max(worst.values()) < TOLERANCE[precision], worst
     assert autoencoder.shift.tolist() == pytest.approx(SHIFT)
