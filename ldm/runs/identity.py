@@ -38,6 +38,8 @@ NOT_HASHED = (
         "training.snapshot_every",
         "training.score.eval_every",
         "training.score.eval_num",
+        "training.health",
+        "first_stage.health",
     ),
 )
 
