@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -48,7 +48,7 @@ class LitCLIP(L.LightningModule):
         """Take a step and clip the scale, as open_clip does: clipped in the loss, it could not fall again."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
-            self.net.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+            cast(Tensor, self.net.logit_scale).clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the network, with the arguments of nn.Module.compile."""

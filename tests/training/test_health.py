@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from smoke import ROOT, command, here
+from smoke import ROOT, command, composed, here
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ldm.autoencoder.kl import AutoencoderKL
 from ldm.autoencoder.loss import ReconstructionLoss
 from ldm.autoencoder.vq import AutoencoderVQ
+from ldm.config.build import to_container
 from ldm.errors import ConfigError
 from ldm.recipes.autoencoder import make_grid_writer
 from ldm.recipes.run import TrainingRun
+from ldm.runs import cache, identity
 from ldm.runs.metrics_log import MetricsLog, read_metrics_log
 from ldm.training.autoencoder import LitAutoencoder
 from ldm.training.callbacks import MetricsRecorder
@@ -280,6 +282,17 @@ def test_resumed_run_repeats_no_warning(tmp_path, capsys):
 def test_window_of_zero_is_refused():
     with pytest.raises(ConfigError, match=r"training\.health\.window=0: expected 1 step or more"):
         HealthLimits(window=0)
+
+
+def test_limits_change_no_folder():
+    """Neither that of a first stage nor that of a diffusion model with it."""
+    limit = "health.blur=0.2"
+    first = [composed("training=autoencoder", *more) for more in ((), (f"training.{limit}",))]
+    second = [composed(*more) for more in ((), (f"first_stage.{limit}",))]
+    assert [float(cfg.training.health.blur) for cfg in first] == [0.05, 0.2]
+    assert len({cache.first_stage_cache_key(cfg) for cfg in first}) == 1
+    assert len({cache.first_stage_entry(cfg).folder for cfg in second}) == 1
+    assert len({identity.run_id(to_container(cfg)) for cfg in second}) == 1
 
 
 @pytest.mark.slow
