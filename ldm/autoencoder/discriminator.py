@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from ldm.net.blocks import require_positive
 
+MAX_ADAPTIVE_WEIGHT = 1e4  # of VQGAN's code
+
 
 class PatchDiscriminator(nn.Module):
     """Image (B, C, H, W) -> a logit per patch (B, 1, h, w): `layers` strided 4x4 convolutions, then two plain ones.
@@ -39,6 +41,6 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, limit: float = 1e4) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, limit: float = MAX_ADAPTIVE_WEIGHT) -> Tensor:
     """Compute ||d rec / d w|| / ||d adv / d w||, at most `limit`, for the decoder's last layer w (VQGAN eq. 7)."""
     return (reconstruction.norm() / (adversarial.norm() + 1e-4)).clamp(0.0, limit).detach()

@@ -46,17 +46,16 @@ class CLIPImage(nn.Module):
         device = self.device_anchor.device
         visual = self.encoders[0].to(device)
         with torch.autocast(device.type, enabled=False):
-            vector = visual(preprocess(visual, image))
+            vector = visual(preprocess(visual, image.float()))
         return normalize(vector, dim=1) * self.vector_dim**0.5
 
 
 def preprocess(visual: Any, image: Tensor) -> Tensor:
     """Preprocess images for an open_clip image tower, with its own size, mean and standard deviation.
 
-    image: (B, 1 or 3, H, W) in [-1, 1]. Returns (B, 3, S, S) float32.
+    image: (B, 1 or 3, H, W) in [-1, 1]. Returns (B, 3, S, S) float32, float64 of float64.
     """
-    mean, std = (torch.tensor(x, device=image.device)[:, None, None] for x in (visual.image_mean, visual.image_std))
-    image = (
-        interpolate(image.float(), visual.image_size, mode="bicubic", antialias=True).clamp(-1, 1).expand(-1, 3, -1, -1)
-    )
+    image = image.to(torch.promote_types(image.dtype, torch.float32))
+    mean, std = (image.new_tensor(x)[:, None, None] for x in (visual.image_mean, visual.image_std))
+    image = interpolate(image, visual.image_size, mode="bicubic", antialias=True).clamp(-1, 1).expand(-1, 3, -1, -1)
     return (image / 2 + 0.5 - mean) / std

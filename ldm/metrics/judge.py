@@ -52,7 +52,7 @@ class FashionNet(nn.Module):
     def penultimate(self, images: Tensor) -> Tensor:
         """Return features (B, num_features) before standardisation of images (B, 1, 32, 32) uint8."""
         require_uint8(images, (1,), 32)
-        x = (images.float() - 73) / 90  # mean and standard deviation of the training pixels
+        x = (images.to(self.mean.dtype) - 73) / 90  # mean and standard deviation of the training pixels
         return self.body(x.contiguous(memory_format=torch.channels_last))
 
     def logits(self, images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Stage one: an autoencoder trained against its discriminator, calibrated over the training set, and measured."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from ldm.autoencoder.calibration import Calibration
 from ldm.autoencoder.first_stage import FirstStage
+from ldm.autoencoder.vq import AutoencoderVQ
 from ldm.checkpoint.latent_space import LatentSpace
 from ldm.checkpoint.load import load_first_stage
 from ldm.config import build
@@ -23,6 +24,7 @@ from ldm.io import atomic, images
 from ldm.metrics.distribution import MetricSuite
 from ldm.metrics.features import to_uint8
 from ldm.metrics.paired import Reconstruction
+from ldm.metrics.spectrum import high_frequency_ratio
 from ldm.recipes.evaluator import evaluator_dependency
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import TrainingRun, open_run
@@ -30,6 +32,7 @@ from ldm.runs import cache, metrics_log
 from ldm.tensors import KeyedNoise, derive_seed
 from ldm.training.autoencoder import LitAutoencoder
 from ldm.training.best import require_metric
+from ldm.training.health import HealthLimits
 from ldm.training.parallel import all_reduce_sum, destroy_process_group
 
 
@@ -42,7 +45,8 @@ class AutoencoderRecipe:
     discriminator: builds the discriminator from channels=.  discriminator_start: its first step.
     discriminator_ramp: steps over which its weight grows linearly.  calibration: statistics of the latents -> shift and
     scale.
-    ema_sigma_rel: relative width of the weight average, in (0, 0.28).
+    ema_sigma_rel: relative width of the weight average, in (0, 0.28).  health: limits beyond which a warning is
+    printed; they change no step.
     """
 
     seed: int
@@ -61,6 +65,7 @@ class AutoencoderRecipe:
     log_every: int
     sample_every: int
     save_every: int
+    health: HealthLimits = field(default_factory=HealthLimits)
 
     @staticmethod
     def run_dir(cfg: Any) -> Path:
@@ -82,7 +87,7 @@ class AutoencoderRecipe:
         folder = self.run_dir(cfg)
         if done := final_metrics(cfg, folder):
             return done["psnr"]
-        scores = {"val/psnr", "val/ssim"} if self.sample_every <= self.steps else set()
+        scores = {"val/psnr", "val/ssim", "val/high_frequency_ratio"} if self.sample_every <= self.steps else set()
         reason = f"training.sample_every={self.sample_every} is more than training.steps={self.steps}"
         require_metric(cfg.get("keep_best"), scores, reason)
         make_score, _ = evaluator.make_scorer(cfg, cfg.metrics)
@@ -111,6 +116,8 @@ class AutoencoderRecipe:
                 self.seed,
             )
             ema = PowerEMA(autoencoder, self.ema_sigma_rel)
+            num_codes = autoencoder.codebook.num_embeddings if isinstance(autoencoder, AutoencoderVQ) else None
+            run.watch_health(self.health.conditions(self.discriminator_weight, num_codes), self.health.window)
             callbacks = run.callbacks(
                 "autoencoder",
                 steps=self.steps,
@@ -143,7 +150,10 @@ class AutoencoderRecipe:
 
 
 def make_grid_writer(run: TrainingRun, autoencoder: FirstStage, test) -> Callable[[int], None]:
-    """Return draw(step), which writes test images above their reconstructions, and logs PSNR and SSIM of 64 of them."""
+    """Return draw(step), which writes test images above their reconstructions, and logs scores of 64 of them.
+
+    These are PSNR, SSIM and the ratio of their powers at high frequencies.
+    """
     images_in = test.batch([(0, i) for i in range(min(64, len(test)))])["image"]
 
     @torch.no_grad()
@@ -154,7 +164,11 @@ def make_grid_writer(run: TrainingRun, autoencoder: FirstStage, test) -> Callabl
         run.save_image(step, f"grids/step-{step:06d}", grid)
         scores = Reconstruction()
         scores.update(images_in, images_out)
-        run.log_metrics(step, {f"val/{name}": value for name, value in scores.compute().items()})
+        values = {
+            **scores.compute(),
+            "high_frequency_ratio": float(high_frequency_ratio(images_out.clamp(-1, 1), images_in)),
+        }
+        run.log_metrics(step, {f"val/{name}": value for name, value in values.items()})
 
     return draw
 

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from ldm.training.callbacks import EMACallback, LearningRate, MetricsRecorder, P
 from ldm.training.checkpoints import BestLater, CheckpointCallback, EMASnapshots, RetentionPolicy
 from ldm.training.fit import check_device
 from ldm.training.gradients import GradientGuard
+from ldm.training.health import Condition, HealthMonitor
 from ldm.training.loggers import Logger, NoLogger
 from ldm.training.parallel import RankConsistencyCheck
 from ldm.training.preemption import GracefulStop
@@ -53,6 +54,7 @@ class TrainingRun:
     start_time: float
     unread: dict[str, float] = field(default_factory=dict)  # numbers since the last call of best_metric
     written: set[str] = field(default_factory=set)  # names of all numbers so far
+    health: HealthMonitor | None = None
 
     @property
     def start(self) -> int:
@@ -74,12 +76,24 @@ class TrainingRun:
             print(text, flush=True)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers of the state after `step` steps to metrics.jsonl and the logger."""
+        """Write numbers of the state after `step` steps to metrics.jsonl and the logger.
+
+        What the health monitor makes of them is printed, and written as a number health/NAME.
+        """
         self.unread |= values
         self.written |= values.keys()
         if self.metrics_log is not None:
+            warnings = self.health.observe(step, values) if self.health else []
+            values = {**values, **{f"health/{warning.condition.name}": warning.value for warning in warnings}}
             self.metrics_log.write(step, values)
             self.logger.log_metrics(step, values)
+            for warning in warnings:
+                self.print(f"\nwarning: {warning}")
+
+    def watch_health(self, conditions: Sequence[Condition], window: int) -> None:
+        """Warn once about each condition, over a number of steps; those of before a resume are not repeated."""
+        if self.metrics_log is not None:
+            self.health = HealthMonitor(conditions, window, read_metrics_log(self.folder / "metrics.jsonl"))
 
     def save_image(self, step: int, name: str, image: Tensor) -> Path:
         """Write an image (C, H, W) uint8 to <name>.png in the folder and to the logger; return its path."""

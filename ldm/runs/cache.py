@@ -26,7 +26,8 @@ def evaluator_cache_key(cfg: Any) -> identity.CacheKey:
 
 def first_stage_cache_key(cfg: Any) -> identity.CacheKey:
     """Return the cache key (data, architecture, training) of the first stage that cfg trains; cfg.training is its."""
-    return identity.cache_key({name: to_container(cfg[name]) for name in FIRST_STAGE})
+    nodes = {name: to_container(cfg[name]) for name in FIRST_STAGE}
+    return identity.cache_key(identity.drop_keys(nodes, ("training.health",)))  # warnings change no weight
 
 
 def evaluator_dir(cfg: Any) -> Path:

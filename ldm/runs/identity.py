@@ -39,6 +39,8 @@ NOT_HASHED = (
         "training.score.eval_every",
         "training.score.eval_num",
         "training.validation",
+        "training.health",
+        "first_stage.health",
     ),
 )
 

@@ -55,5 +55,6 @@ class LitClassifier(L.LightningModule):
 
 
 def noisy_logits(net: nn.Module, schedule: Schedule, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Compute logits (B, classes) float32 of z (B, C, h, w) with noise eps at t (B,)."""
-    return net(add_noise(schedule, z, eps, t), schedule.net_time(t).to(z)).float()
+    """Compute logits (B, classes) of z (B, C, h, w) with noise eps at t (B,), in float32 or the type of wider z."""
+    logits = net(add_noise(schedule, z, eps, t), schedule.net_time(t).to(z))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

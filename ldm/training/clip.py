@@ -1,7 +1,8 @@
 """The training step of CLIP: images and captions embedded in one space (Radford et al. 2021)."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -41,7 +42,13 @@ class LitCLIP(L.LightningModule):
         image, text, scale = self.net(
             preprocess(self.net.visual, random_crop(batch["image"], batch_noise(self.seed, batch), self.crop)), ids
         )
-        return clip_loss(image, text, scale.clamp(max=MAX_LOGIT_SCALE), (ids[:, None] == ids).all(-1))
+        return clip_loss(image, text, scale, (ids[:, None] == ids).all(-1))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take a step and clip the scale, as open_clip does: clipped in the loss, it could not fall again."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            cast(Tensor, self.net.logit_scale).clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the network, with the arguments of nn.Module.compile."""
@@ -65,18 +72,19 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> dict[
     same: (B, B) bool, whether a text (column) belongs to an image (row).
     """
     with torch.autocast(image.device.type, enabled=False):
-        logits = scale.float() * image.float() @ text.float().T  # (B, B)
-        right = same.float() / same.sum(1, keepdim=True)
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        logits = scale.to(dtype) * image.to(dtype) @ text.to(dtype).T  # (B, B)
+        right = same.to(dtype) / same.sum(1, keepdim=True)
         loss = 0.5 * (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right))
     correct = same.gather(1, logits.argmax(1, keepdim=True))
-    return {"loss": loss, "accuracy": correct.float().mean(), "scale": scale.detach()}
+    return {"loss": loss, "accuracy": correct.to(dtype).mean(), "scale": scale.detach()}
 
 
 def random_crop(image: Tensor, noise: KeyedNoise, least: float) -> Tensor:
     """Crop a random square of each image (B, C, H, W), of `least` to 1 times its side, and resize it to (H, W)."""
     if least == 1:
         return image
-    side, x, y = noise.uniform("crop", torch.empty(len(image), 3, device=image.device)).unbind(1)
+    side, x, y = noise.uniform("crop", image.new_empty(len(image), 3)).unbind(1)
     side = least + (1 - least) * side
     zero = torch.zeros_like(side)
     theta = torch.stack([side, zero, (1 - side) * (2 * x - 1), zero, side, (1 - side) * (2 * y - 1)], 1).unflatten(

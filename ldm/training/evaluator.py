@@ -27,7 +27,8 @@ class LitEvaluator(L.LightningModule):
         self.net, self.optimizer, self.label_smoothing = net, optimizer, label_smoothing
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        logits = self.net.logits(to_uint8(batch["image"])).float()
+        logits = self.net.logits(to_uint8(batch["image"]))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
 

@@ -190,6 +190,18 @@ def test_clip_rejects_invalid_options(options, said):
         CLIP(**{"model": "tiny", "random": True} | options)
 
 
+def test_clip_image_is_independent_of_default_dtype():
+    """trainer.precision=64 makes float64 the default dtype within a step; the frozen encoder remains float32."""
+    conditioner, image = CLIPImage("tiny", random=True), torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
+    expected = conditioner({"image": image}).vector
+    torch.set_default_dtype(torch.float64)
+    try:
+        vectors = [conditioner.embedding(image.to(dtype)) for dtype in (torch.float32, torch.float64)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(vector, expected) for vector in vectors)
+
+
 def test_clip_image_matches_open_clip():
     from open_clip import image_transform
     from torchvision.transforms.functional import to_pil_image
