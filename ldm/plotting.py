@@ -71,12 +71,17 @@ def hide_axes(axes: Any) -> Any:
     return axes
 
 
-def image(figure: Any, pixels: "Tensor", left: float, top: float, zoom: int = 1, title: str = "") -> Any:
-    """Draw an image (C, H, W) in [-1, 1], magnified `zoom` times, at (left, top) from the upper left corner."""
-    height, width = pixels.shape[-2:]
-    axes = hide_axes(panel(figure, left, top, width * zoom, height * zoom, title))
+def image(figure: Any, pixels: "Tensor", left: int, top: int, zoom: int = 1, title: str = "") -> Any:
+    """Draw an image (C, H, W) in [-1, 1], magnified `zoom` times, at (left, top) from the upper left corner.
+
+    Each pixel becomes zoom x zoom pixels; an image within axes can be off by a row, up to matplotlib 3.10.
+    """
+    height, width = (zoom * side for side in pixels.shape[-2:])
+    axes = hide_axes(panel(figure, left, top, width, height, title))
+    axes.patch.set_visible(False)  # it is in front of the figure's images
     shown = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu()
-    axes.imshow(shown.numpy(), interpolation="nearest", aspect="auto")
+    magnified = shown.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    figure.figimage(magnified.numpy(), left, _size(figure)[0] - top - height, origin="upper")
     return axes
 
 

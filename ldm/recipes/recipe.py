@@ -52,9 +52,13 @@ def recipe_class(node: Mapping[str, Any]) -> type[Recipe]:
 
 
 def build_recipe(node: Mapping[str, Any]) -> Recipe:
-    """Build the recipe of a `training` node with its optimizers and losses. Raises UserError as recipe_class does."""
+    """Build the recipe of a `training` node with its optimizers and losses. Raises UserError as recipe_class does.
+
+    Its lists and dicts are plain: a node of the config among an optimizer's options would stay in its state, and a
+    checkpoint could not be loaded with weights_only.
+    """
     recipe_class(node)
-    return instantiate(node)
+    return instantiate(node, _convert_="all")
 
 
 def _has_method(target: Any, name: str) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from smoke import composed
@@ -35,7 +36,7 @@ def test_training_option_lists_every_recipe_option(option):
 def test_recipe_status_needs_no_instance(option, monkeypatch, tmp_path):
     """Neither networks nor losses are built: LPIPS would fetch its weights."""
     monkeypatch.setattr("ldm.runs.cache.current_choices", dict)
-    monkeypatch.setattr("ldm.recipes.recipe.instantiate", lambda node: pytest.fail("a recipe is built"))
+    monkeypatch.setattr("ldm.recipes.recipe.instantiate", lambda *_, **__: pytest.fail("a recipe is built"))
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     status = job_status(composed(f"training={option}", "metrics=none", "autoencoder=identity"))
     assert (status.metrics, status.steps_done, dict(status.missing_dependencies)) == (None, 0, {})
@@ -108,6 +109,17 @@ def test_user_recipe_with_methods_is_built(tmp_path, monkeypatch):
     (tmp_path / "own_recipes.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     assert build_recipe({"_target_": "own_recipes.Whole", "steps": 3}).train({}) == 3
+
+
+def test_optimizer_options_of_recipe_are_plain(tmp_path, monkeypatch):
+    """Rprop keeps its option as it gets it, as AdamW does in torch 2.9; a checkpoint is read with weights_only."""
+    (tmp_path / "own_recipes.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    optimizer = {"_target_": "torch.optim.Rprop", "_partial_": True, "etas": [0.5, 1.25]}
+    node = OmegaConf.create({"_target_": "own_recipes.Whole", "steps": optimizer})
+    state = build_recipe(node).train({})([torch.ones(2, requires_grad=True)]).state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"][0]["etas"] == [0.5, 1.25]
 
 
 def test_recipe_names_equal_class_names():

@@ -56,6 +56,38 @@ def test_report_replaces_its_line(tmp_path):
     assert [(row["versions"], row["passed"]) for row in rows] == [("lowest", ""), ("today", "1")]
 
 
+def test_failed_test_that_passes_alone_is_not_failed():
+    first = {"passed": "7", "failed": "2", "names of failed": "a::one; a::two"}
+    again = {"passed": "1", "failed": "1", "names of failed": "a::two"}
+    line = versions.combine(first, again)
+    assert line == {"passed": "8", "failed": "1", "names of failed": "a::two", "passed alone": "a::one"}
+    assert versions.combine(first, {"names of failed": "pytest ended with exit code 3"}) == first
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "expected"),
+    [
+        ("def test_one():\n    pass", 0, {"passed": "1", "failed": "0", "names of failed": ""}),
+        ("def test_one():\n    assert False", 1, {"passed": "0", "failed": "1", "names of failed": "test_a::test_one"}),
+        ("import nothing_of_this_name", 2, {"names of failed": "pytest ended with exit code 2"}),
+    ],
+)
+def test_suite_that_does_not_finish_has_no_counts(tmp_path, monkeypatch, body, code, expected):
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # quicker
+    (tmp_path / "test_a.py").write_text(body)
+    assert versions.run(Path(sys.executable), tmp_path) == (code, expected)
+
+
+def test_pip_error_names_requirement(tmp_path, monkeypatch):
+    (tmp_path / "constraints.txt").write_text("packaging<1")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "constraints.txt"))
+    with pytest.raises(ValueError, match=r"^ERROR: .*no_such_file"):
+        versions.pip(Path(sys.executable), "--no-index", "-r", tmp_path / "no_such_file")
+    versions.pip(Path(sys.executable), "--no-index", "--dry-run", "packaging")  # the constraint does not count
+
+
 def test_interpreter_has_named_version():
     here = ".".join(map(str, sys.version_info[:2]))
     found = versions.interpreter(here)
