@@ -252,7 +252,9 @@ def replace_downloads(root: Path, patch: Callable[[Any, str, Any], None] = setat
     """Let the data sets that are downloaded read those below `root` instead.  patch: setattr, or a test's."""
     from ldm.data import blue_marble, cifar10, fashion_mnist, glyphs
 
-    hashes = lambda name: {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (root / name).iterdir()}  # noqa: E731
+    def hashes(name: str) -> dict[str, str]:
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (root / name).iterdir()}
+
     patch(blue_marble, "FILES", hashes("blue_marble"))
     patch(cifar10, "FILES", hashes("cifar10"))
     patch(fashion_mnist, "fashion_mnist", lambda _: root / "fashion_mnist")
