@@ -16,7 +16,7 @@ from ldm.checkpoint.load import load_first_stage
 from ldm.config import build
 from ldm.data.latents import batches
 from ldm.devices import rank_and_world_size
-from ldm.ema import PowerEMA
+from ldm.ema import WeightAverage
 from ldm.errors import UserError
 from ldm.evaluation import evaluator
 from ldm.io import atomic, images
@@ -42,7 +42,7 @@ class AutoencoderRecipe:
     discriminator: builds the discriminator from channels=.  discriminator_start: its first step.
     discriminator_ramp: steps over which its weight grows linearly.  calibration: statistics of the latents -> shift and
     scale.
-    ema_sigma_rel: relative width of the weight average, in (0, 0.28).
+    ema: module -> average of its weights.
     """
 
     seed: int
@@ -57,7 +57,7 @@ class AutoencoderRecipe:
     discriminator_ramp: int
     discriminator_weight: float
     calibration: Calibration
-    ema_sigma_rel: float
+    ema: Callable[[nn.Module], WeightAverage]
     log_every: int
     sample_every: int
     save_every: int
@@ -110,7 +110,7 @@ class AutoencoderRecipe:
                 self.discriminator_weight,
                 self.seed,
             )
-            ema = PowerEMA(autoencoder, self.ema_sigma_rel)
+            ema = self.ema(autoencoder)
             callbacks = run.callbacks(
                 "autoencoder",
                 steps=self.steps,

@@ -21,6 +21,7 @@ from ldm.devices import PRECISION, rank_and_world_size, resolve_precision
 from ldm.errors import ConfigError, UserError
 from ldm.training.accumulate import GradientAccumulation, MicroBatchStream
 from ldm.training.parallel import EveryGradient
+from ldm.training.precision import Float16
 from ldm.training.profiler import PhaseProfiler
 from ldm.training.sharded import sharded_copy
 
@@ -73,6 +74,9 @@ def fit(
         raise ConfigError(
             "torch_compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or torch_compile=false"
         )
+    precision = resolve_precision(precision)
+    if strategy == "fsdp" and precision not in ("32", "bf16"):
+        raise ConfigError(f"precision={precision} with strategy=fsdp: expected 32 or bf16; or choose trainer=ddp")
     if strategy == "fsdp" and not is_shardable(lit):
         strategy = "ddp" if ranks > 1 else "auto"
         if rank == 0:
@@ -92,7 +96,7 @@ def fit(
     loader = DataLoader(
         BatchDataset(dataset), sampler=stream, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker
     )
-    if resolve_precision(precision) != "64" and strategy != "fsdp":  # FSDP2 takes contiguous weights only
+    if precision != "64" and strategy != "fsdp":  # FSDP2 takes contiguous weights only
         # faster convolutions on CPUs and GPUs; the results differ by rounding
         lit.to(memory_format=torch.channels_last)
     if torch_compile:
@@ -110,7 +114,8 @@ def fit(
         num_nodes=num_nodes,
         accumulate_grad_batches=accumulate_grad_batches if lit.automatic_optimization else 1,
         strategy=make_strategy(strategy, timedelta(minutes=timeout_minutes), unused),
-        precision=PRECISION[resolve_precision(precision)],
+        precision=None if precision == "fp16" else PRECISION[precision],
+        plugins=[Float16(device_of(accelerator))] if precision == "fp16" else None,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -134,6 +139,11 @@ def fit(
         message = " ".join(str(error).split())
         remedy = "the same command goes on from the last checkpoint, lower trainer.num_workers if memory is short"
         raise UserError(f"a process that reads data is gone ({message}); {remedy}") from None
+
+
+def device_of(accelerator: str) -> str:
+    """Return the type of device that Lightning's `accelerator` names: cuda or cpu."""
+    return "cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 def is_shardable(lit: L.LightningModule) -> bool:

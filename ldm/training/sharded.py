@@ -14,7 +14,7 @@ from ldm.checkpoint.dtensor import distribute_like, full_tensors
 from ldm.checkpoint.state import extra_state, load_trainable, trainable_parameters
 from ldm.conditioner.none import Unconditional
 from ldm.diffusion.objective import Objective
-from ldm.ema import PowerEMA
+from ldm.ema import WeightAverage
 from ldm.net.unet import UNet
 from ldm.training.callbacks import EMACallback, EvaluationCallback, SampleGridCallback
 
@@ -80,7 +80,7 @@ def sharded_copy(
 class Gathered:
     """The average of a sharded module, for an unsharded module of the same parameter names that is not trained."""
 
-    def __init__(self, average: PowerEMA, module: nn.Module):
+    def __init__(self, average: WeightAverage, module: nn.Module):
         self.average, self.module = average, module
 
     @contextmanager
