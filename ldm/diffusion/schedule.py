@@ -16,8 +16,8 @@ from ldm.tensors import at_least_float32, expand
 class Schedule(Protocol):
     """What samplers and objectives need of a schedule.
 
-    t may have any shape; float64 t gives float64, t of any other dtype float32: in bfloat16 alpha^2 + sigma^2 is off
-    by 1%, and 999 is 1000.
+    t may have any shape; float64 t gives float64, t of any other dtype float32: in bfloat16 alpha and sigma are
+    off by 0.2%, and the network's times 999 and 1000 are one.
     """
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.diffusion.times import Times
+from ldm.tensors import at_least_float32
 from ldm.training.diffusion import batch_noise
 
 
@@ -56,4 +57,4 @@ class LitClassifier(L.LightningModule):
 
 def noisy_logits(net: nn.Module, schedule: Schedule, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Compute logits (B, classes) float32 of z (B, C, h, w) with noise eps at t (B,)."""
-    return net(add_noise(schedule, z, eps, t), schedule.net_time(t).to(z)).float()
+    return net(add_noise(schedule, z, eps, t), schedule.net_time(t).to(z.device, at_least_float32(z.dtype))).float()
