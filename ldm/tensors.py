@@ -96,7 +96,7 @@ class KeyedNoise:
     def _draw(self, draw: Callable[..., Tensor], purpose: str, x: Tensor) -> Tensor:
         if len(self.index) != len(x):
             raise ValueError(f"noise is keyed for {len(self.index)} rows, the tensor has {len(x)}")
-        out = torch.empty(x.shape)
+        out = torch.empty(x.shape, dtype=torch.float32)  # also where the default is float64, as in training with it
         generator = torch.Generator()
         for row, index in zip(out, self.index, strict=True):
             generator.manual_seed(derive_seed(self.seed, purpose, index))

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cases import F64, NO_SIGNAL, SCHEDULES, Net, draw
+from cases import F64, SCHEDULES, Net, draw
 from helpers import randomize_weights
 from hydra.utils import instantiate
 from test_rules import OPTIONS
 
 from ldm.condition import Condition
 from ldm.config.compose import compose_option
-from ldm.diffusion import objective, prediction, sampler, schedule, weighting
+from ldm.diffusion import objective, prediction, schedule, weighting
 from ldm.diffusion.denoiser import Denoiser
 from ldm.net.dit import DiT
 from ldm.net.unet import UNet
