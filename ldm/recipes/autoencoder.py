@@ -62,6 +62,9 @@ class AutoencoderRecipe:
     sample_every: int
     save_every: int
 
+    def __post_init__(self) -> None:
+        self.ema(nn.Module())  # its options are checked before anything is trained
+
     @staticmethod
     def run_dir(cfg: Any) -> Path:
         """Return the folder in the cache for the first stage that cfg trains."""

@@ -60,6 +60,9 @@ class DiffusionRecipe:
     score: EvaluationConfig
     snapshot_every: int | None = None
 
+    def __post_init__(self) -> None:
+        self.ema(nn.Module())  # its options are checked before anything is trained
+
     @staticmethod
     def run_dir(cfg: Any) -> Path:
         """Return the folder of the run."""

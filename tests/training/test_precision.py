@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from rows import Line, Rows, Seen, train
-from tiny_diffusion import Losses, make_lit
+from tiny_diffusion import Losses, make_lit, make_unet
 from tiny_diffusion import train as train_diffusion
 from torch import nn
 
@@ -155,7 +155,7 @@ def test_precision_of_fsdp_is_checked(precision):
 
 
 # Largest relative differences from float64 of a single loss, and of the mean of 20 in a row, over 200 steps.
-BOUNDS = {"32": (2**-12, 2**-14), "bf16": (2**-4, 2**-6), "fp16": (2**-6, 2**-8)}
+BOUNDS = {"32": (2**-14, 2**-18), "bf16": (2**-2, 2**-4), "fp16": (2**-3, 2**-5)}  # roundings of 2^-24, 2^-8, 2^-11
 
 
 @pytest.mark.slow
@@ -163,15 +163,13 @@ def test_losses_of_precisions_agree_over_200_steps():
     losses = {}
     for precision in ("64", *BOUNDS):
         seen = Losses()
-        train_diffusion(make_lit(), [seen], 200, precision=precision)
+        train_diffusion(make_lit(make_unet()), [seen], 200, precision=precision)
         losses[precision] = torch.tensor(seen.losses, dtype=torch.float64)
     exact = losses.pop("64")
-    assert exact[-20:].mean() < exact[:20].mean() / 2
-    for precision, (single, smooth) in BOUNDS.items():
-        off = [
-            float(((a - b).abs() / b).max())
-            for a, b in ((losses[precision], exact), (losses[precision].unfold(0, 20, 1).mean(1), exact.unfold(0, 20, 1).mean(1)))
-        ]
-        assert off[0] < single, (precision, off)
-        assert off[1] < smooth, (precision, off)
+    assert exact[-20:].mean() < 0.6 * exact[:20].mean()  # it learns
+    for precision, bounds in BOUNDS.items():
+        for width, bound in zip((1, 20), bounds, strict=True):
+            low, high = (values.unfold(0, width, 1).mean(1) for values in (losses[precision], exact))
+            off = float(((low - high).abs() / high).max())
+            assert off < bound, (precision, width, off)
     assert len({tuple(one.tolist()) for one in losses.values()}) == len(BOUNDS)  # each was trained as it says

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 
 from ldm.autoencoder.identity import Identity
-from ldm.conditioner.label import Label
+from ldm.conditioner.label import Label, LabelVector
 from ldm.data.synthetic import Synthetic
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import Objective
@@ -16,6 +16,7 @@ from ldm.diffusion.schedule import cosine
 from ldm.diffusion.times import stratified, uniform
 from ldm.diffusion.weighting import output
 from ldm.model import LatentDiffusion
+from ldm.net.dit import DiT
 from ldm.net.unet import UNet
 from ldm.training.diffusion import LitDiffusion
 from ldm.training.fit import fit
@@ -23,7 +24,14 @@ from ldm.training.fit import fit
 BATCH = 8
 
 
-def make_model(seed: int = 0) -> LatentDiffusion:
+def make_transformer(seed: int = 0) -> LatentDiffusion:
+    """Build a DiT of one block conditioned on ten labels, with weights of a seed: compiled in a few seconds."""
+    torch.manual_seed(seed)
+    net = DiT(1, 1, channels=16, depth=1, num_heads=2, frequencies=16, vector_dim=16)
+    return LatentDiffusion(Identity(1), LabelVector(10, 16), Denoiser(net, cosine(), V()), (8, 8))
+
+
+def make_unet(seed: int = 0) -> LatentDiffusion:
     """Build a small U-Net conditioned on ten labels, with weights of a seed."""
     torch.manual_seed(seed)
     conditioner = Label(10, 8)
@@ -33,11 +41,11 @@ def make_model(seed: int = 0) -> LatentDiffusion:
     return LatentDiffusion(Identity(1), conditioner, Denoiser(net, cosine(), V()), (8, 8))
 
 
-def make_lit(lr: float = 2e-3, clip: float | None = 1.0) -> LitDiffusion:
-    """Build the training of such a model, as the default of train.py: fused AdamW, stratified times, clipping."""
+def make_lit(model: LatentDiffusion, lr: float = 2e-3, clip: float | None = 1.0) -> LitDiffusion:
+    """Build the training of a model, as the default of train.py: fused AdamW, stratified times, clipping."""
     objective = Objective(partial(stratified, density=uniform), output)
     optimizer = partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.99), fused=True)
-    return LitDiffusion(make_model(), objective, optimizer, 0.1, clip)
+    return LitDiffusion(model, objective, optimizer, 0.1, clip)
 
 
 def train(lit: L.LightningModule, callbacks: Sequence[L.Callback], steps: int, **options) -> None:
