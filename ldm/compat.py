@@ -33,6 +33,7 @@ __all__ = [
     "trainer_of",
     "tree_leaves",
     "tree_map",
+    "unscales_itself",
 ]
 
 MODULES = {
@@ -80,6 +81,11 @@ def lerp_(values: list[Any], ends: list[Any], weight: float) -> None:
 def is_compiled(module: "nn.Module") -> bool:
     """Return whether module.compile() was called, which nn.Module stores in a private attribute only."""
     return module._compiled_call_impl is not None
+
+
+def unscales_itself(optimizer: Any) -> bool:
+    """Return whether an optimizer divides gradients by a GradScaler's scale in its step, as fused ones of torch do."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def trainer_of(lit: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.compat import lerp_
 from ldm.errors import ConfigError
+from ldm.tensors import at_least_float32
 
 SIGMA_RELS = (0.05, 0.10)  # relative widths of the averages that snapshots store (EDM2, section 3.2)
 
@@ -59,39 +60,46 @@ def posthoc_coefficients(
     return x.tolist(), float(np.sqrt(max(0.0, norm - 2 * x @ towards + x @ gram @ x) / norm))
 
 
-class PowerEMA:
-    """Power-function moving average of a module's trainable parameters (EDM2, Karras et al. 2024, eq. 122-127).
+class WeightAverage:
+    """Moving average of a module's trainable parameters, from their values now on.
 
-    The weight of step t in the average at step T is proportional to (t / T)^gamma: no warm-up to tune, the length grows
-    with training.
+    shadow: the averages by parameter name, in the parameters' dtype but at least float32: in bfloat16 an average of
+    decay 0.999 or more never moves.  updates: number of updates so far.
     """
 
-    def __init__(self, module: nn.Module, sigma_rel: float = 0.1):
-        self.gamma = std_to_exponent(sigma_rel)
-        self.module = module
-        self.shadow = {name: p.detach().clone() for name, p in self._live().items()}
+    def __init__(self, module: nn.Module):
+        self.module, self.updates = module, 0
+        self.shadow = {name: p.detach().to(at_least_float32(p.dtype), copy=True) for name, p in self._live().items()}
+
+    def decay_at(self, update: int) -> float:
+        """Return the factor on the average in an update, counted from 1; the weights have the rest of 1."""
+        raise NotImplementedError
 
     def _live(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Update the average with the weights after optimiser step `step`, counted from 1 (beta of eq. 127)."""
-        beta = (1 - 1 / step) ** (self.gamma + 1)
-        live = self._live()
+    def update(self) -> None:
+        """Update the average with the weights after an optimiser step."""
+        self.updates += 1
         # the trainer may have changed the weights' device or dtype
+        live = {name: p.to(at_least_float32(p.dtype)) for name, p in self._live().items()}
         self.shadow = {name: value.to(live[name]) for name, value in self.shadow.items()}
-        lerp_(list(self.shadow.values()), list(live.values()), 1 - beta)
+        lerp_(list(self.shadow.values()), list(live.values()), 1 - self.decay_at(self.updates))
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Load a saved average in the precision it was saved in. Raises KeyError if the names differ."""
+    def load(self, state: dict[str, Tensor], updates: int) -> None:
+        """Load a saved average, after so many updates, in the precision it was saved in.
+
+        Raises KeyError if the names differ.
+        """
         if state.keys() != self.shadow.keys():
             raise KeyError(
                 f"average of other weights: {sorted(state.keys() ^ self.shadow.keys())[:4]} are in one of the two only"
             )
         for name, value in state.items():
             self.shadow[name] = torch.empty_like(self.shadow[name], dtype=value.dtype).copy_(value)
+        self.updates = updates
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -107,3 +115,38 @@ class PowerEMA:
             with torch.no_grad():
                 for name, p in live.items():
                     p.copy_(saved[name])
+
+
+class PowerEMA(WeightAverage):
+    """Power-function moving average (EDM2, Karras et al. 2024, eq. 122-127).
+
+    The weight of update t in the average after T updates is proportional to (t / T)^gamma: no warm-up to tune, the
+    length grows with training.
+    sigma_rel: relative width, in (0, 0.28).
+    """
+
+    def __init__(self, module: nn.Module, sigma_rel: float = 0.1):
+        self.gamma = std_to_exponent(sigma_rel)
+        super().__init__(module)
+
+    def decay_at(self, update: int) -> float:
+        return (1 - 1 / update) ** (self.gamma + 1)  # beta of eq. 127
+
+
+class ConstantEMA(WeightAverage):
+    """Exponential moving average: the average times `decay` plus the weights times 1 - decay.
+
+    DDPM (Ho et al. 2020, appendix B), ADM, DiT and SiT: 0.9999; the first weights keep decay^T after T updates.
+    warmup: whether the decay is at most (1 + n) / (10 + n) in update n, as in LDM's code: they fade
+    as n^-9.
+    Raises ConfigError unless 0 <= decay < 1; a decay of 0 gives the last weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.9999, warmup: bool = False):
+        if not 0 <= decay < 1:
+            raise ConfigError(f"decay={decay}: expected a factor on the average from 0 to below 1")
+        self.decay, self.warmup = decay, warmup
+        super().__init__(module)
+
+    def decay_at(self, update: int) -> float:
+        return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay

@@ -16,6 +16,11 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype, but float32 for bfloat16 and float16."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def mean_per_sample(x: Tensor) -> Tensor:
     """Average x (B, ...) over all axes but the first: (B,)."""
     return x.flatten(1).mean(1)

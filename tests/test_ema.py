@@ -32,8 +32,9 @@ def test_std_to_exponent_rejects_invalid_width(sigma_rel):
 def test_loaded_average_is_exact():
     """A training in float64 makes its average before the trainer has widened the weights."""
     ema, saved = PowerEMA(nn.Linear(2, 1, bias=False)), torch.tensor([[1 / 3, 2 / 3]], dtype=torch.float64)
-    ema.load({"weight": saved})
+    ema.load({"weight": saved}, 7)
     assert torch.equal(ema.shadow["weight"], saved)
+    assert ema.updates == 7
     assert ema.shadow["weight"].data_ptr() != saved.data_ptr()
 
 
@@ -50,7 +51,7 @@ def averaged(steps: int, sigma_rel: float) -> tuple[PowerEMA, torch.Tensor]:
         with torch.no_grad():
             module.weight.zero_()
             module.weight[step] = 1.0
-        ema.update(step)
+        ema.update()
     return ema, ema.shadow["weight"][:, 0]
 
 
@@ -106,17 +107,17 @@ def test_power_ema_does_not_share_memory_with_weights():
 
 def test_power_ema_load_requires_same_names():
     ema, other = PowerEMA(nn.Linear(2, 2)), PowerEMA(nn.Linear(2, 2))
-    other.load(ema.shadow)
+    other.load(ema.shadow, 0)
     assert torch.equal(other.shadow["bias"], ema.shadow["bias"])
     with pytest.raises(KeyError, match="other weights"):
-        other.load({"weight": ema.shadow["weight"]})
+        other.load({"weight": ema.shadow["weight"]}, 0)
 
 
 def test_power_ema_follows_module_dtype():
     module = nn.Linear(2, 2)
     ema = PowerEMA(module)
     module.double()
-    ema.update(1)
+    ema.update()
     assert ema.shadow["weight"].dtype == torch.float64
     assert torch.equal(ema.shadow["weight"], module.weight.detach())
     assert ema.shadow["weight"] is not module.weight

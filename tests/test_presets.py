@@ -135,3 +135,26 @@ def test_preset_header_names_paper():
         assert first == "# @package _global_"
         assert second.startswith("# ")
         assert len(second) > 40
+
+
+@pytest.mark.parametrize(
+    ("preset", "first_decay"),
+    [
+        *dict.fromkeys(("ddpm_cifar10", "iddpm_cifar10", "adm_imagenet256", "dit_xl2", "sit_xl2"), 0.9999).items(),
+        *dict.fromkeys(("ldm4_cin256", "ldm8_churches256", "sd1"), 2 / 11).items(),  # LDM's warm-up
+        ("tiny", 0.0),  # ours: the power function
+    ],
+)
+def test_preset_has_average_of_its_paper(preset, first_decay):
+    cfg = composed(preset)
+    average = instantiate(cfg.training.ema)(torch.nn.Linear(1, 1))
+    assert average.decay_at(1) == first_decay
+    if preset != "tiny":
+        assert average.decay_at(1_000_000) == 0.9999
+    if cfg.autoencoder._target_.endswith(("KL", "VQ")):  # the first stages of LDM have none
+        assert cfg.first_stage.ema.decay == 0
+
+
+def test_options_of_average_are_checked_before_training():
+    with pytest.raises(Exception, match=r"decay=1\.5: expected a factor on the average from 0 to below 1"):
+        instantiate(composed("dit_s2", "training.ema.decay=1.5").training)

@@ -132,3 +132,16 @@ def test_keyed_noise_preserves_global_generator():
 def test_keyed_noise_requires_one_key_per_row():
     with pytest.raises(ValueError, match="2 rows, the tensor has 3"):
         KeyedNoise(0, [0, 1]).normal("a", torch.empty(3, 1))
+
+
+def test_keyed_noise_is_independent_of_default_dtype():
+    """Training in float64 makes it the default; torch draws other numbers in float64."""
+    noise = KeyedNoise(0, [3, 4])
+    single = noise.normal("eps", torch.zeros(2, 20))
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = noise.normal("eps", torch.zeros(2, 20))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert double.dtype == torch.float64
+    assert torch.equal(double, single.double())

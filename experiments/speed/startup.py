@@ -36,9 +36,7 @@ def measure(pairs: int, threads: int) -> None:
     train = ROOT / "train.py"
     for words in (("--help",), ("--cfg", "job")):
         cpu = [run(str(train), *words) for _ in range(pairs + 1)][1:]
-        keep(
-            told(Work(f"train.py {' '.join(words)}, CPU time", "", "target 0.4 s"), threads, cpu, [0.4] * pairs, "")
-        )
+        keep(told(Work(f"train.py {' '.join(words)}, CPU time", "", "target 0.4 s"), threads, cpu, [0.4] * pairs, ""))
     ours, theirs = partial(first_step, train, "logger=none"), partial(first_step, PLAIN)
     found: tuple[list[float], list[float]] = ([], [])
     for way in (ours, theirs):

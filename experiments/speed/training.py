@@ -58,7 +58,7 @@ class Ours:
 
     def __init__(self, net, size: int, context: Tensor):
         self.denoiser = Denoiser(net.train().to(memory_format=torch.channels_last), scaled_linear(), Eps())
-        self.cond, self.count = Condition(context=context), 0
+        self.cond = Condition(context=context)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
         self.average = PowerEMA(net, 0.1)
         self.z = torch.randn(BATCH, 4, size, size, device=context.device)
@@ -78,8 +78,7 @@ class Ours:
         torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.count += 1
-        self.average.update(self.count)
+        self.average.update()
 
 
 class Asked(NamedTuple):

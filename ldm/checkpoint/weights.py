@@ -108,8 +108,9 @@ def posthoc_ema(folder: Path, sigma_rel: float) -> LoadedWeights:
             f"weights=ema:{sigma_rel:g}: {folder.parent} holds no snapshots; train with training.snapshot_every=N, "
             "or choose ema"
         )
-    lengths = [(float(length), int(step)) for length, step in snapshots.values()]
-    last = max(step for _, step in lengths)
+    # the averages are over updates, of which there are fewer than steps if any was skipped
+    lengths = [(float(name), int(atomic.read_metadata(path)["updates"])) for path, (name, _) in snapshots.items()]
+    last = max(updates for _, updates in lengths)
     coefficients, error = posthoc_coefficients(lengths, sigma_rel, last)
     if error > 0.1:
         nearest = f"the nearest that its {len(lengths)} snapshots make is {error:.0%} off"

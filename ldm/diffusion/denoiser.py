@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.diffusion.prediction import Prediction, solve
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, widen
 from ldm.errors import ConfigError
-from ldm.tensors import expand
+from ldm.tensors import at_least_float32, expand
 
 
 class Denoised(NamedTuple):
@@ -48,9 +48,12 @@ class Denoiser(nn.Module):
             )
 
     def output(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
-        """Return the network's raw output and var_frac, at x_t (B, C, ...) and t () or (B,)."""
+        """Return the network's raw output and var_frac, at x_t (B, C, ...) and t () or (B,).
+
+        The network's input has the dtype of x_t.
+        """
         scale = self.prediction.input_scale(*self.schedule.alpha_sigma(t))
-        out = self.net(expand(scale, x_t) * x_t, self.net_time(x_t, t), cond)
+        out = self.net((expand(scale, x_t) * x_t).to(x_t.dtype), self.net_time(x_t, t), cond)
         if out.shape[1] == 2 * x_t.shape[1]:
             out, var_frac = out.chunk(2, dim=1)
             return out, var_frac
@@ -61,13 +64,15 @@ class Denoiser(nn.Module):
 
         At least float32, because 999 and 1000 are equal in bfloat16.
         """
-        return self.schedule.net_time(t).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32)).expand(len(x_t))
+        return self.schedule.net_time(t).to(x_t.device, at_least_float32(x_t.dtype)).expand(len(x_t))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Denoised:
-        """Return Denoised at x_t (B, C, ...) and t () or (B,) in (0, 1]."""
+        """Return Denoised at x_t (B, C, ...) and t () or (B,) in (0, 1], rounded once to the dtype of x_t."""
         out, var_frac = self.output(x_t, t, cond)
         alpha, sigma = self.schedule.alpha_sigma(t)
-        return Denoised(*solve(self.prediction.coefficients(alpha, sigma), alpha, sigma, x_t, out), var_frac)
+        row = self.prediction.coefficients(alpha, sigma)
+        x0, eps = solve(row, alpha, sigma, widen(x_t), widen(out))
+        return Denoised(x0.to(x_t.dtype), eps.to(x_t.dtype), var_frac)
 
 
 def eps_at(schedule: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:

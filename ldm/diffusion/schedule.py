@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ldm.errors import ConfigError
-from ldm.tensors import expand
+from ldm.tensors import at_least_float32, expand
 
 
 class Schedule(Protocol):
     """What samplers and objectives need of a schedule.
 
-    t may have any shape; float32 t gives float32, float64 t gives float64.
+    t may have any shape; float64 t gives float64, t of any other dtype float32: in bfloat16 alpha and sigma are
+    off by 0.2%, and the network's times 999 and 1000 are one.
     """
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,10 +37,16 @@ class Schedule(Protocol):
         ...
 
 
+def widen(t: Tensor) -> Tensor:
+    """Return t in float64 if that is its dtype, else in float32."""
+    return t.to(at_least_float32(t.dtype))
+
+
 def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Compute the state x_t = alpha(t) x0 + sigma(t) eps (B, ...), in the dtype of x0, at t () or (B,)."""
-    alpha, sigma = (expand(part, x0).to(x0) for part in schedule.alpha_sigma(t))
-    return alpha * x0 + sigma * eps
+    """Compute the state x_t = alpha(t) x0 + sigma(t) eps (B, ...) at t () or (B,), rounded once to the dtype of x0."""
+    clean, noise = widen(x0), widen(eps)
+    alpha, sigma = (expand(part, x0).to(clean) for part in schedule.alpha_sigma(t))
+    return (alpha * clean + sigma * noise).to(x0.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +84,10 @@ class DiscreteSchedule:
         target = log_snr.double()
         i = (torch.searchsorted(noise.log() - signal.log(), -target, right=True) - 1).clamp(0, self.T - 1)
         part = (signal.take(i) - target.sigmoid()) / (signal.take(i) - signal.take(i + 1))
-        return ((i + part.clamp(0, 1)) / self.T).to(log_snr.dtype)
+        return ((i + part.clamp(0, 1)) / self.T).to(at_least_float32(log_snr.dtype))
 
     def net_time(self, t: Tensor) -> Tensor:
-        return (self._position(t) - 1).clamp(min=0)
+        return (self._position(widen(t)) - 1).clamp(min=0)
 
     def _position(self, t: Tensor) -> Tensor:
         # t T, snapped to an entry if it differs by rounding only: float32 (i + 1) / T gives net_time i exactly.
@@ -89,6 +96,7 @@ class DiscreteSchedule:
         return torch.where((x - nearest).abs() <= torch.finfo(t.dtype).eps * self.T, nearest, x)
 
     def _squares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = widen(t)
         signal, noise = self._on(t.device, t.dtype)
         x = self._position(t)
         i = x.floor().clamp(0, self.T - 1)
@@ -197,13 +205,14 @@ class VP:
         return -torch.expm1(self._integral(t)).log()
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        beta = softplus(-log_snr)
+        beta = softplus(-widen(log_snr))
         return 2 * beta / (self.beta_min + (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * beta).sqrt())
 
     def net_time(self, t: Tensor) -> Tensor:
-        return 999 * t
+        return 999 * widen(t)
 
     def _integral(self, t: Tensor) -> Tensor:
+        t = widen(t)
         return t * self.beta_min + t**2 * (self.beta_max - self.beta_min) / 2
 
 
@@ -215,6 +224,7 @@ class GVP:
     """
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = widen(t)
         return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)  # sin, not cos: exactly 0 at t = 1
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -222,10 +232,10 @@ class GVP:
         return 2 * (alpha.log() - sigma.log())
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return 2 / math.pi * torch.atan(torch.exp(-log_snr / 2))
+        return 2 / math.pi * torch.atan(torch.exp(-widen(log_snr) / 2))
 
     def net_time(self, t: Tensor) -> Tensor:
-        return 1000 * t
+        return 1000 * widen(t)
 
 
 @dataclass(frozen=True)
@@ -235,16 +245,17 @@ class EDM:
     sigma_max: float = 80.0
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = widen(t)
         return torch.ones_like(t), self.sigma_max * t
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return -2 * (self.sigma_max * t).log()
+        return -2 * (self.sigma_max * widen(t)).log()
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return torch.exp(-log_snr / 2) / self.sigma_max
+        return torch.exp(-widen(log_snr) / 2) / self.sigma_max
 
     def net_time(self, t: Tensor) -> Tensor:
-        return (self.sigma_max * t).log() / 4
+        return (self.sigma_max * widen(t)).log() / 4
 
 
 @dataclass(frozen=True)
@@ -258,14 +269,16 @@ class Flow:
     shift: float = 1.0
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = widen(t)
         total = 1 + (self.shift - 1) * t
         return (1 - t) / total, self.shift * t / total
 
     def log_snr(self, t: Tensor) -> Tensor:
+        t = widen(t)
         return 2 * ((1 - t).log() - (self.shift * t).log())
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-log_snr / 2 - math.log(self.shift))
+        return torch.sigmoid(-widen(log_snr) / 2 - math.log(self.shift))
 
     def net_time(self, t: Tensor) -> Tensor:
         return 1000 * self.alpha_sigma(t)[1]

@@ -31,11 +31,11 @@ def describe_node(node: Any) -> str:
 
 
 def sampling_settings(
-    cfg: Mapping[str, Any], *, steps: int, scale: float | str, sigma_rel: float | None, arithmetic: str
+    cfg: Mapping[str, Any], *, steps: int, scale: float | str, weights: str, arithmetic: str
 ) -> dict[str, Any]:
     """Describe the sampling settings of a plain config with the nodes sampler, timestep_spacing and guidance.
 
-    scale: the guidance scale, or how it was chosen.  sigma_rel: length of the EMA weights, None for the raw weights.
+    scale: the guidance scale, or how it was chosen.  weights: as of `describe_weights`.
     """
     return {
         "sampler": describe_node(cfg["sampler"]),
@@ -43,9 +43,25 @@ def sampling_settings(
         "steps": steps,
         "guidance": describe_node(cfg["guidance"]),
         "scale": scale,
-        "weights": "raw" if sigma_rel is None else f"ema({sigma_rel:g})",
+        "weights": weights,
         "arithmetic": arithmetic,
     }
+
+
+def describe_weights(kind: str, training: Mapping[str, Any]) -> str:
+    """Describe the weights of a kind: raw, ema as averaged in the training, or ema:LENGTH.
+
+    training: the plain config of the training.  `ema(0.1)` is a power function of that relative width, other averages
+    have their options named: `ema(decay=0.9999, warmup=False)`.
+    """
+    if kind != "ema":
+        return kind if kind == "raw" else f"ema({float(kind.removeprefix('ema:')):g})"
+    options = {name: value for name, value in training.get("ema", {}).items() if not name.startswith("_")}
+    if not options:
+        return "ema"
+    if [*options] == ["sigma_rel"]:
+        return f"ema({options['sigma_rel']:g})"
+    return f"ema({', '.join(f'{name}={value}' for name, value in options.items())})"
 
 
 def with_protocol_hash(settings: Mapping[str, Any]) -> dict[str, Any]:

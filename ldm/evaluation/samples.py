@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint.weights import parse_ema_length
 from ldm.evaluation import protocol
 from ldm.sampling.request import SampleRequest
 
@@ -57,8 +56,6 @@ def sampling_protocol(request: SampleRequest) -> dict[str, Any]:
     from ldm.devices import resolve_precision
 
     options = request.options
-    lengths = {"ema": request.source.config.training.get("ema_sigma_rel"), "raw": None}
-    weights = request.weights
     settings = {
         "data": request.source.data_card.fingerprint,
         "labels": _conditions(request),
@@ -71,7 +68,7 @@ def sampling_protocol(request: SampleRequest) -> dict[str, Any]:
         options,
         steps=request.steps,
         scale=float(options["guidance"].get("scale", 1.0)),
-        sigma_rel=lengths[weights] if weights in lengths else parse_ema_length(weights),
+        weights=protocol.describe_weights(request.weights, request.source.config.training),
         arithmetic=resolve_precision(request.precision),
     )
 

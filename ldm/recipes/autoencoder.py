@@ -17,7 +17,7 @@ from ldm.checkpoint.load import load_first_stage
 from ldm.config import build
 from ldm.data.latents import batches
 from ldm.devices import rank_and_world_size
-from ldm.ema import PowerEMA
+from ldm.ema import WeightAverage
 from ldm.errors import UserError
 from ldm.evaluation import evaluator
 from ldm.io import atomic, images
@@ -45,8 +45,7 @@ class AutoencoderRecipe:
     discriminator: builds the discriminator from channels=.  discriminator_start: its first step.
     discriminator_ramp: steps over which its weight grows linearly.  calibration: statistics of the latents -> shift and
     scale.
-    ema_sigma_rel: relative width of the weight average, in (0, 0.28).  health: limits beyond which a warning is
-    printed; they change no step.
+    ema: module -> average of its weights.  health: limits beyond which a warning is printed; they change no step.
     """
 
     seed: int
@@ -61,11 +60,14 @@ class AutoencoderRecipe:
     discriminator_ramp: int
     discriminator_weight: float
     calibration: Calibration
-    ema_sigma_rel: float
+    ema: Callable[[nn.Module], WeightAverage]
     log_every: int
     sample_every: int
     save_every: int
     health: HealthLimits = field(default_factory=HealthLimits)
+
+    def __post_init__(self) -> None:
+        self.ema(nn.Module())  # its options are checked before anything is trained
 
     @staticmethod
     def run_dir(cfg: Any) -> Path:
@@ -115,7 +117,7 @@ class AutoencoderRecipe:
                 self.discriminator_weight,
                 self.seed,
             )
-            ema = PowerEMA(autoencoder, self.ema_sigma_rel)
+            ema = self.ema(autoencoder)
             num_codes = autoencoder.codebook.num_embeddings if isinstance(autoencoder, AutoencoderVQ) else None
             run.watch_health(self.health.conditions(self.discriminator_weight, num_codes), self.health.window)
             callbacks = run.callbacks(

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from torch import nn
 
 from ldm.checkpoint import adapters
 from ldm.checkpoint.latent_space import LatentSpace
 from ldm.config import build
 from ldm.data.latents import LatentDataset
-from ldm.ema import SIGMA_RELS, PowerEMA
+from ldm.ema import SIGMA_RELS, PowerEMA, WeightAverage
 from ldm.evaluation import evaluator, protocol
 from ldm.evaluation.evaluate import CaptionSource, EvaluationConfig, evaluate, evaluate_during_training, format_count
 from ldm.io import atomic
@@ -43,7 +44,7 @@ class DiffusionRecipe:
 
     optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on the optimizer's rate.
     cond_drop_prob: probability with which a sample's condition is dropped, in [0, 1].
-    ema_sigma_rel: relative width of the weight average, in (0, 0.28).
+    ema: module -> average of its weights.
     score: sampling settings of the evaluation at the end and during training.
     validation: the loss on held-out images during training.
     snapshot_every: steps between two pairs of averages stored for a length chosen afterwards; None for none.
@@ -53,7 +54,7 @@ class DiffusionRecipe:
     batch_size: int
     cond_drop_prob: float
     grad_clip_norm: float | None
-    ema_sigma_rel: float
+    ema: Callable[[nn.Module], WeightAverage]
     optimizer: Callable[..., Any]
     lr_schedule: Callable[..., float]
     log_every: int
@@ -62,6 +63,9 @@ class DiffusionRecipe:
     score: EvaluationConfig
     snapshot_every: int | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        self.ema(nn.Module())  # its options are checked before anything is trained
 
     @staticmethod
     def run_dir(cfg: Any) -> Path:
@@ -107,7 +111,7 @@ class DiffusionRecipe:
                     atomic.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
             objective = instantiate(cfg.objective)
             lit = LitDiffusion(model, objective, self.optimizer, self.cond_drop_prob, self.grad_clip_norm, cfg.seed)
-            ema = PowerEMA(model, self.ema_sigma_rel)
+            ema = self.ema(model)
             captions = CaptionSource(data.classes, data.captions)
             sampler, guidance, grid = (instantiate(cfg[name]) for name in ("sampler", "guidance", "timestep_spacing"))
 
@@ -197,9 +201,9 @@ def evaluation_protocol(
     network = {name.removeprefix("score/"): value for name, value in values.items() if name.startswith("score/")}
     scales = [f"{scale:g}" for scale in score.guidance_scales]
     scale = float(values["guidance"]) if len(scales) < 2 else f"best of {', '.join(scales)} on {score.guidance_num}"
-    sigma_rel = config["training"]["ema_sigma_rel"]
+    weights = protocol.describe_weights("ema", config["training"])
     sampling = protocol.sampling_settings(
-        config, steps=score.steps, scale=scale, sigma_rel=sigma_rel, arithmetic=values["arithmetic"]
+        config, steps=score.steps, scale=scale, weights=weights, arithmetic=values["arithmetic"]
     )
     return {
         **network,

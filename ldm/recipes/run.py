@@ -17,7 +17,7 @@ from ldm.config import serialize
 from ldm.config.build import to_container
 from ldm.config.compose import current_choices
 from ldm.devices import rank_and_world_size
-from ldm.ema import PowerEMA
+from ldm.ema import WeightAverage
 from ldm.errors import UserError
 from ldm.io import atomic, images
 from ldm.recipes import resume
@@ -111,12 +111,12 @@ class TrainingRun:
         lr_schedule: Callable[[int, int], float],
         log_every: int,
         save_every: int,
-        ema: PowerEMA | None = None,
+        ema: WeightAverage | None = None,
         metadata: dict[str, str] | None = None,
         draw: Callable[[int], None] | None = None,
         grid_every: int = 0,
         watch: Collection[Any] = (),
-        averages: Mapping[str, PowerEMA] = MappingProxyType({}),
+        averages: Mapping[str, WeightAverage] = MappingProxyType({}),
         snapshot_every: int | None = None,
     ) -> list[Any]:
         """Return the callbacks of a training that is displayed as `name`, in the order in which Lightning calls them.
@@ -143,8 +143,8 @@ class TrainingRun:
             StartupReport(name, steps, lr_schedule, self.config["trainer"].get("accumulate_grad_batches", 1)),
             LearningRate(lr_schedule, steps),
             gradients,
-            *([EMACallback(ema)] if ema else []),
-            *map(EMACallback, averages.values()),
+            *([EMACallback(ema, gradients)] if ema else []),
+            *(EMACallback(average, gradients) for average in averages.values()),
             MetricsRecorder(self.log_metrics, log_every, steps, gradients),
             Progress(name, self.start, steps),
             *watch,

@@ -6,7 +6,7 @@ from typing import Any
 from ldm.config import build
 from ldm.data.latents import LatentDataset
 from ldm.data.subset import Subset, choose_rows
-from ldm.ema import PowerEMA
+from ldm.ema import WeightAverage
 from ldm.errors import UserError
 from ldm.recipes.run import TrainingRun
 from ldm.runs.metrics_log import read_metrics_log
@@ -50,7 +50,7 @@ def validation_callback(
     options: ValidationConfig,
     run: TrainingRun,
     lit: LitDiffusion,
-    ema: PowerEMA,
+    ema: WeightAverage,
     data: LatentDataset,
     steps: int,
 ) -> EvaluationCallback:

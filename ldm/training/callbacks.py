@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ldm.ema import PowerEMA
+from ldm.ema import WeightAverage
 from ldm.errors import NonFiniteError
 from ldm.io.progress import ProgressBar
 from ldm.training.gradients import GradientGuard
@@ -34,17 +34,21 @@ class LearningRate(L.Callback):
 
 
 class EMACallback(L.Callback):
-    """Update a weight average after every step."""
+    """Update a weight average after every step whose update of the weights was not skipped.
+
+    gradients: skips updates.
+    """
 
     phase = "EMA"
 
-    def __init__(self, ema: PowerEMA):
-        self.ema = ema
+    def __init__(self, ema: WeightAverage, gradients: GradientGuard | None = None):
+        self.ema, self.gradients = ema, gradients
 
     def on_train_batch_end(
         self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self.ema.update(batch["step"] + 1)
+        if self.gradients is None or not self.gradients.has_skipped(self.ema.module):
+            self.ema.update()
 
 
 # the term that is a table (2, parts): sums of losses, and numbers of samples, in equal parts of t in [0, 1]
@@ -160,7 +164,7 @@ class EvaluationCallback(L.Callback):
         measure: Callable[[], dict[str, float]],
         write: Callable[[int, dict[str, float]], None],
         every: int,
-        ema: PowerEMA,
+        ema: WeightAverage,
         total: int | None = None,
     ):
         self.measure, self.write, self.every, self.ema, self.total = measure, write, every, ema, total
@@ -184,7 +188,7 @@ class SampleGridCallback(L.Callback):
 
     phase = "saving"
 
-    def __init__(self, draw: Callable[[int], None], every: int, ema: PowerEMA | None = None):
+    def __init__(self, draw: Callable[[int], None], every: int, ema: WeightAverage | None = None):
         self.draw, self.every, self.ema = draw, every, ema
 
     def on_train_batch_end(

@@ -12,7 +12,7 @@ import lightning as L
 from ldm.checkpoint.dtensor import distribute_like, distribute_optimizer_state, full_tensors
 from ldm.checkpoint.state import extra_state, load_trainable, trainable_parameters
 from ldm.checkpoint.step import Checkpoint, prune_checkpoints, save_checkpoint
-from ldm.ema import PowerEMA
+from ldm.ema import WeightAverage
 from ldm.errors import ConfigError, UserError
 from ldm.io import atomic
 from ldm.training.best import FILE, Best, read_best
@@ -47,14 +47,14 @@ class CheckpointCallback(L.Callback):
     def __init__(
         self,
         folder: Path,
-        ema: PowerEMA | None,
+        ema: WeightAverage | None,
         every: int,
         total: int,
         config: str,
         resume: Checkpoint | None = None,
         metadata: dict[str, str] | None = None,
         keep: RetentionPolicy = RetentionPolicy(),
-        averages: Mapping[str, PowerEMA] = MappingProxyType({}),
+        averages: Mapping[str, WeightAverage] = MappingProxyType({}),
     ):
         self.keep, self.averages = keep, averages
         self.folder, self.ema, self.every, self.total = folder, ema, every, total
@@ -70,14 +70,14 @@ class CheckpointCallback(L.Callback):
         for name, state in self.resume.state.get("extra", {}).items():
             lit.get_submodule(name).set_extra_state(state)
         if self.ema is not None:
-            load_average(self.ema, self.resume.tensors["ema"])
+            load_average(self.ema, self.resume.tensors["ema"], self.resume.state["updates"]["ema"])
         for name, average in self.averages.items():
             if name not in self.resume.tensors:
                 raise UserError(
                     f"training.snapshot_every: the checkpoint of step {self.resume.step} has no {name}, so this run "
                     "began without snapshots; leave it null, or start again with resume=never"
                 )
-            load_average(average, self.resume.tensors[name])
+            load_average(average, self.resume.tensors[name], self.resume.state["updates"][name])
         trainer.precision_plugin.load_state_dict(self.resume.state.get("precision", {}))
         for optimizer, state in zip(trainer.optimizers, self.resume.state["optimizers"], strict=True):
             configured = [
@@ -144,9 +144,10 @@ class CheckpointCallback(L.Callback):
         if step == self.saved:
             return
         self.saved = step
-        tensors = {"model": trainable_parameters(lit)} | ({} if self.ema is None else {"ema": self.ema.shadow})
-        tensors |= {name: average.shadow for name, average in self.averages.items()}
+        averages = ({} if self.ema is None else {"ema": self.ema}) | dict(self.averages)
+        tensors = {"model": trainable_parameters(lit)} | {name: one.shadow for name, one in averages.items()}
         state = {"optimizers": [o.state_dict() for o in trainer.optimizers], "extra": extra_state(lit)}
+        state["updates"] = {name: one.updates for name, one in averages.items()}
         state["precision"] = trainer.precision_plugin.state_dict()  # loss scale in float16
         tensors, state = full_tensors(tensors), full_tensors(state)
         if trainer.is_global_zero:
@@ -161,9 +162,9 @@ class CheckpointCallback(L.Callback):
         )
 
 
-def load_average(average: PowerEMA, tensors: Mapping[str, Any]) -> None:
-    """Load a checkpoint's tensors into an average, sharded as its own are."""
-    average.load({name: distribute_like(value, average.shadow[name]) for name, value in tensors.items()})
+def load_average(average: WeightAverage, tensors: Mapping[str, Any], updates: int) -> None:
+    """Load a checkpoint's tensors, after so many updates, into an average, sharded as its own are."""
+    average.load({name: distribute_like(value, average.shadow[name]) for name, value in tensors.items()}, updates)
 
 
 class BestLater(L.Callback):
@@ -183,7 +184,8 @@ class BestLater(L.Callback):
 class EMASnapshots(L.Callback):
     """Write averages of several lengths, by name, every `every` steps and at the last.
 
-    ldm.checkpoint.load combines them to an average of any other length.  Raises ConfigError for every < 1.
+    ldm.checkpoint.load combines them to an average of any other length; the metadata have the number of updates, which
+    is less than the step if any was skipped.  Raises ConfigError for every < 1.
     """
 
     phase = "saving"
@@ -191,7 +193,7 @@ class EMASnapshots(L.Callback):
     def __init__(
         self,
         folder: Path,
-        averages: Mapping[str, PowerEMA],
+        averages: Mapping[str, WeightAverage],
         every: int,
         total: int,
         metadata: dict[str, str] | None = None,
@@ -209,4 +211,5 @@ class EMASnapshots(L.Callback):
         averages = full_tensors({name: average.shadow for name, average in self.averages.items()})
         if trainer.is_global_zero:
             for name, tensors in averages.items():
-                atomic.write_tensors(self.folder / f"{name}-{step:08d}.safetensors", tensors, self.metadata)
+                metadata = {**(self.metadata or {}), "updates": str(self.averages[name].updates)}
+                atomic.write_tensors(self.folder / f"{name}-{step:08d}.safetensors", tensors, metadata)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.diffusion.times import Times
+from ldm.tensors import at_least_float32
 from ldm.training.diffusion import batch_noise
 
 
@@ -56,5 +57,5 @@ class LitClassifier(L.LightningModule):
 
 def noisy_logits(net: nn.Module, schedule: Schedule, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Compute logits (B, classes) of z (B, C, h, w) with noise eps at t (B,), in float32 or the type of wider z."""
-    logits = net(add_noise(schedule, z, eps, t), schedule.net_time(t).to(z))
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = net(add_noise(schedule, z, eps, t), schedule.net_time(t).to(z.device, at_least_float32(z.dtype)))
+    return logits.to(at_least_float32(logits.dtype))

@@ -21,6 +21,7 @@ from ldm.devices import PRECISION, rank_and_world_size, resolve_precision
 from ldm.errors import ConfigError, UserError
 from ldm.training.accumulate import GradientAccumulation, MicroBatchStream
 from ldm.training.parallel import EveryGradient
+from ldm.training.precision import Float16
 from ldm.training.profiler import PhaseProfiler
 from ldm.training.sharded import sharded_copy
 
@@ -75,6 +76,7 @@ def fit(
         raise ConfigError(
             "torch_compile=true with strategy=fsdp: expected one of the two; choose trainer=ddp, or torch_compile=false"
         )
+    precision = resolve_precision(precision)
     if strategy == "fsdp" and not is_shardable(lit):
         strategy = "ddp" if ranks > 1 else "auto"
         if rank == 0:
@@ -94,7 +96,7 @@ def fit(
     loader = DataLoader(
         BatchDataset(dataset), sampler=stream, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker
     )
-    if resolve_precision(precision) != "64" and strategy != "fsdp":  # FSDP2 takes contiguous weights only
+    if precision != "64" and strategy != "fsdp":  # FSDP2 takes contiguous weights only
         # faster convolutions on CPUs and GPUs; the results differ by rounding
         lit.to(memory_format=torch.channels_last)
     if torch_compile:
@@ -112,7 +114,8 @@ def fit(
         num_nodes=num_nodes,
         accumulate_grad_batches=accumulate_grad_batches if lit.automatic_optimization else 1,
         strategy=make_strategy(strategy, timedelta(minutes=timeout_minutes), unused),
-        precision=PRECISION[resolve_precision(precision)],
+        precision=None if precision == "fp16" else PRECISION[precision],
+        plugins=[Float16(device_of(accelerator))] if precision == "fp16" else None,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -141,17 +144,18 @@ def fit(
 def check_device(accelerator: str, strategy: str, precision: str | int) -> None:
     """Check that this machine and the strategy have the device and the precision of a trainer.
 
-    On a CPU Lightning replaces fp16 by bf16, with a warning that nobody is shown; FSDP2 has neither 64 nor fp16.
     Raises ConfigError naming what is supported.
     """
     name = resolve_precision(precision)
-    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if accelerator == "gpu" and not has_gpu:
+    if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise ConfigError("accelerator=gpu: expected a GPU, and this machine has none; choose trainer=auto, or cpu")
-    if name == "fp16" and (accelerator == "cpu" or not has_gpu):
-        raise ConfigError("precision=fp16: expected 64, 32 or bf16 on a CPU, which has no fp16; choose bf16, or a GPU")
     if strategy == "fsdp" and name in ("64", "fp16"):
         raise ConfigError(f"precision={name}: expected 32 or bf16 with strategy=fsdp; choose one, or trainer=ddp")
+
+
+def device_of(accelerator: str) -> str:
+    """Return the type of device that Lightning's `accelerator` names: cuda or cpu."""
+    return "cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 def is_shardable(lit: L.LightningModule) -> bool:

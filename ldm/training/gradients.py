@@ -28,6 +28,7 @@ class GradientGuard(L.Callback):
         self.folder, self.patience = folder, patience
         self.norms: dict[str, Tensor] = {}
         self.bad: list[str] = []
+        self.idle: set[int] = set()  # ids of the parameters whose update was skipped in this step
         self.row = 0
 
     @property
@@ -35,10 +36,14 @@ class GradientGuard(L.Callback):
         """Return whether the update of the current step was skipped."""
         return bool(self.bad)
 
+    def has_skipped(self, module: nn.Module) -> bool:
+        """Return whether the update of a module's parameters was skipped; one optimizer of two may skip alone."""
+        return any(id(p) in self.idle for p in module.parameters())
+
     def on_train_batch_start(
         self, trainer: L.Trainer, lit: L.LightningModule, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self.norms, self.bad = {}, []
+        self.norms, self.bad, self.idle = {}, [], set()
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, lit: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -51,6 +56,7 @@ class GradientGuard(L.Callback):
         names = {id(p): name for name, p in lit.named_parameters()}
         self.bad += [names[id(p)] for p in parameters if not total_norm([p.grad]).isfinite()]  # type: ignore[list-item]
         self.bad = self.bad or ["their norm overflows"]
+        self.idle |= {id(p) for p in parameters}
         for p in parameters:
             p.grad = None  # so that the optimizer leaves weights and moments as they are
 

@@ -14,7 +14,7 @@ from ldm.checkpoint.dtensor import distribute_like, full_tensors
 from ldm.checkpoint.state import extra_state, load_trainable, trainable_parameters
 from ldm.conditioner.none import Unconditional
 from ldm.diffusion.objective import Objective
-from ldm.ema import PowerEMA
+from ldm.ema import WeightAverage
 from ldm.net.unet import UNet
 from ldm.training.callbacks import EMACallback, EvaluationCallback, SampleGridCallback
 
@@ -87,7 +87,7 @@ class Gathered:
     outside: pairs of a module and the sharded one that is trained in its place, which have no average.
     """
 
-    def __init__(self, average: PowerEMA, module: nn.Module, outside: Sequence[tuple[nn.Module, nn.Module]] = ()):
+    def __init__(self, average: WeightAverage, module: nn.Module, outside: Sequence[tuple[nn.Module, nn.Module]] = ()):
         self.average, self.module, self.outside = average, module, outside
 
     @contextmanager

@@ -58,3 +58,17 @@ def test_infer_protocol_of_older_run(smoke, tmp_path):
     assert again["protocol"] == told["protocol"]
     with here(tmp_path):  # without the judge
         assert infer_protocol(smoke.run, bare) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ema", "expected"),
+    [
+        ("raw", {"_target_": "ldm.ema.PowerEMA", "sigma_rel": 0.06}, "raw"),
+        ("ema", {"_target_": "ldm.ema.PowerEMA", "_partial_": True, "sigma_rel": 0.06}, "ema(0.06)"),
+        ("ema", {"_target_": "a.B", "decay": 0.9999, "warmup": False}, "ema(decay=0.9999, warmup=False)"),
+        ("ema:0.10", {"_target_": "ldm.ema.ConstantEMA", "decay": 0.9999}, "ema(0.1)"),
+        ("ema", None, "ema"),
+    ],
+)
+def test_weights_are_described_with_options_of_their_average(kind, ema, expected):
+    assert protocol.describe_weights(kind, {} if ema is None else {"ema": ema}) == expected

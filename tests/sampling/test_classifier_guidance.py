@@ -91,7 +91,7 @@ def test_classifier_of_other_schedule_or_latent_space_is_refused(classifier, smo
 
 @pytest.mark.slow
 def test_init_loads_weights_of_another_run(smoke):
-    typed = ("training.steps=1", "training.optimizer.lr=0", "training.ema_sigma_rel=0.2", "metrics=none")
+    typed = ("training.steps=1", "training.optimizer.lr=0", "training.ema.sigma_rel=0.2", "metrics=none")
     made = train(f"init={smoke.run}", "data.seed=3", *typed)
     before, after = (atomic.read_tensors(run / "weights.safetensors") for run in (smoke.run, made))
     fresh = atomic.read_tensors(train("data.seed=3", *typed) / "weights.safetensors")

@@ -22,6 +22,9 @@ parameter with a default.
 This page is generated from the files by `python tests/tools/conf_readme.py`.
 """
 SCRIPTS = ("train", "sample")
+NESTED = {  # groups of which the options of `training` choose one: their comments
+    "ema": "The average of the weights: `ema@training.ema=` chooses that of the model, `ema@first_stage.ema=` that of its first stage",
+}
 
 
 def description(path: Path) -> str:
@@ -35,14 +38,25 @@ def description(path: Path) -> str:
 
 
 def groups() -> dict[str, tuple[str, dict[str, str]]]:
-    """Map each group to its comment in a script's defaults list, and each script that has it to its default option."""
+    """Map each group to its comment in a script's defaults list, and each script, or option of training, that has it to its default option."""
     found: dict[str, tuple[str, dict[str, str]]] = {}
     for script in SCRIPTS:
         text = (CONF / f"{script}.yaml").read_text(encoding="utf-8").split("\n\n")[0]
         for group, option, comment in re.findall(r"^  - (\w+): (\w+) *(?:# *(.*))?$", text, re.MULTILINE):
             if group != "experiments":
                 comment = found[group][0] if group in found else comment
-                found[group] = comment, {**found.get(group, ("", {}))[1], script: option}
+                found[group] = comment, {**found.get(group, ("", {}))[1], f"{script}.py": option}
+        if script == "train":
+            found |= nested()
+    return found
+
+
+def nested() -> dict[str, tuple[str, dict[str, str]]]:
+    """Map each group of NESTED to its comment and the default option of each option of training."""
+    found: dict[str, tuple[str, dict[str, str]]] = {group: (comment, {}) for group, comment in NESTED.items()}
+    for path in sorted((CONF / "training").glob("*.yaml")):
+        for group, option in re.findall(r"/(\w+)@\1: (\w+)", path.read_text(encoding="utf-8")):
+            found[group][1][f"training={path.stem}"] = option
     return found
 
 
@@ -64,7 +78,7 @@ def readme() -> str:
     """Return the text of conf/README.md."""
     parts, links = [], []
     for group, (comment, defaults) in groups().items():
-        default = ", ".join(f"`{option}` in `{script}.py`" for script, option in defaults.items() if option != "null")
+        default = ", ".join(f"`{option}` in `{script}`" for script, option in defaults.items() if option != "null")
         links.append(f"[{group}](#{group})")
         parts.append(f"## {group}\n\n{comment}. Default: {default or 'none'}.\n\n{table(group)}\n")
     return "\n".join([INTRO, f"Groups: {', '.join(links)}.\n", *parts])

@@ -81,7 +81,7 @@ def test_profiler_attributes_sleep_to_its_phase(where, accumulate, monkeypatch):
     )
     ema = PowerEMA(lit, 0.1)
     update = ema.update
-    monkeypatch.setattr(ema, "update", lambda step: (lit.nap("EMA"), update(step))[1])
+    monkeypatch.setattr(ema, "update", lambda: (lit.nap("EMA"), update())[1])
     record = MetricsRecorder(lambda step, values: lit.nap("logging"), 1, 4)
     pictures = SampleGridCallback(lambda step: lit.nap("saving"), 1)
     own = Own(lit)  # of any name: what counts is its phase
