@@ -22,7 +22,7 @@ from ldm.training.optimizers import adamw
 
 SIDE, DIM, LENGTH, WORDS, STEPS, SEED, WARMUP, END = 4, 3, 2, 6, 4, 9, 1, 0.3
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.98), "weight_decay": 0.2}
-MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
+MEAN, STD = (0.4, 0.5, 0.3), (0.6, 0.8, 0.7)
 CAPTIONS = ("0 1", "2 3", "4 5", "0 1", "1 3", "5 5")  # two are equal
 
 
