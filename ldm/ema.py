@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ldm.compat import lerp_
 from ldm.errors import ConfigError
-from ldm.tensors import at_least_float32
 
 SIGMA_RELS = (0.05, 0.10)  # relative widths of the averages that snapshots store (EDM2, section 3.2)
 
@@ -69,7 +68,10 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module):
         self.module, self.updates = module, 0
-        self.shadow = {name: p.detach().to(at_least_float32(p.dtype), copy=True) for name, p in self._live().items()}
+        self.shadow = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in self._live().items()
+        }
 
     def decay_at(self, update: int) -> float:
         """Return the factor on the average in an update, counted from 1; the weights have the rest of 1."""
@@ -83,7 +85,7 @@ class WeightAverage:
         """Update the average with the weights after an optimiser step."""
         self.updates += 1
         # the trainer may have changed the weights' device or dtype
-        live = {name: p.to(at_least_float32(p.dtype)) for name, p in self._live().items()}
+        live = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in self._live().items()}
         self.shadow = {name: value.to(live[name]) for name, value in self.shadow.items()}
         lerp_(list(self.shadow.values()), list(live.values()), 1 - self.decay_at(self.updates))
 

@@ -8,7 +8,6 @@ from rows import Line, Rows, train
 from ldm.ema import PowerEMA
 from ldm.errors import ConfigError
 from ldm.training.callbacks import EMACallback, EvaluationCallback, SampleGridCallback
-from ldm.training.fit import check_device
 from ldm.training.parallel import destroy_process_group
 from ldm.training.sharded import shard
 
