@@ -35,6 +35,7 @@ CONF = Path(__file__).parents[2] / "conf"
 SCHEDULES = {
     "cosine": schedule.cosine,
     "cosine_4000": partial(schedule.cosine, 4000),
+    "cosine_2": partial(schedule.cosine, 2),
     "cosine_3": partial(schedule.cosine, 3),
     "linear": schedule.linear,
     "scaled_linear": schedule.scaled_linear,
@@ -83,7 +84,7 @@ TIMES = {
 }
 ERRORS = {"l2": objective.l2, "l1": objective.l1, "huber": partial(objective.huber, delta=HUBER)}
 NOISES = {"gaussian": objective.gaussian, "offset": partial(objective.offset, strength=STRENGTH)}
-PATHS["cosine_3"] = formulas.of_function(formulas.cosine_function, 3)
+PATHS |= {f"cosine_{T}": formulas.of_function(formulas.cosine_function, T) for T in (2, 3)}
 
 
 def denoiser(s: Setting, net) -> Denoiser:
@@ -192,7 +193,7 @@ def test_combinations_have_every_option(group, name):
     assert {getattr(s, name) for s in COMBINATIONS} == {file.stem for file in (CONF / group).glob("*.yaml")}
 
 
-VLB = Setting("cosine_3", "eps", drop=0.3)
+VLB = Setting("cosine_2", "eps", drop=0.3)  # two entries: the second and third step are importance-sampled
 # by the names of conf/objective: setting, objective by the code, by hand, outputs for each channel
 OBJECTIVES = {
     "denoising": (Setting(), plain, lambda: denoising, 1),
@@ -202,7 +203,9 @@ OBJECTIVES = {
     "hybrid": (Setting("linear", "eps", "eps", "discrete"), partial(plain, vlb=VLB_WEIGHT), lambda: hybrid, 2),
     "vlb": (
         VLB,
-        lambda s: objective.LossSecondMoment(objective.VLBObjective(TIMES["discrete"]), T=3, history=1, floor=0.1),
+        lambda s: objective.LossSecondMoment(
+            objective.VLBObjective(TIMES["discrete"]), T=s.path.steps, history=1, floor=0.1
+        ),
         lambda: importance_sampled(history=1, floor=0.1),
         2,
     ),
