@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ldm.compat import lerp_
 from ldm.errors import ConfigError
-from ldm.tensors import at_least_float32
 
 SIGMA_RELS = (0.05, 0.10)  # relative widths of the averages that snapshots store (EDM2, section 3.2)
 
@@ -60,6 +59,10 @@ def posthoc_coefficients(
     return x.tolist(), float(np.sqrt(max(0.0, norm - 2 * x @ towards + x @ gram @ x) / norm))
 
 
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 class WeightAverage:
     """Moving average of a module's trainable parameters, from their values now on.
 
@@ -69,7 +72,7 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module):
         self.module, self.updates = module, 0
-        self.shadow = {name: p.detach().to(at_least_float32(p.dtype), copy=True) for name, p in self._live().items()}
+        self.shadow = {name: p.detach().to(_stored(p.dtype), copy=True) for name, p in self._live().items()}
 
     def decay_at(self, update: int) -> float:
         """Return the factor on the average in an update, counted from 1; the weights have the rest of 1."""
@@ -83,7 +86,7 @@ class WeightAverage:
         """Update the average with the weights after an optimiser step."""
         self.updates += 1
         # the trainer may have changed the weights' device or dtype
-        live = {name: p.to(at_least_float32(p.dtype)) for name, p in self._live().items()}
+        live = {name: p.to(_stored(p.dtype)) for name, p in self._live().items()}
         self.shadow = {name: value.to(live[name]) for name, value in self.shadow.items()}
         lerp_(list(self.shadow.values()), list(live.values()), 1 - self.decay_at(self.updates))
 
