@@ -59,6 +59,10 @@ def posthoc_coefficients(
     return x.tolist(), float(np.sqrt(max(0.0, norm - 2 * x @ towards + x @ gram @ x) / norm))
 
 
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 class WeightAverage:
     """Moving average of a module's trainable parameters, from their values now on.
 
@@ -68,10 +72,7 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module):
         self.module, self.updates = module, 0
-        self.shadow = {
-            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-            for name, p in self._live().items()
-        }
+        self.shadow = {name: p.detach().to(_stored(p.dtype), copy=True) for name, p in self._live().items()}
 
     def decay_at(self, update: int) -> float:
         """Return the factor on the average in an update, counted from 1; the weights have the rest of 1."""
@@ -85,7 +86,7 @@ class WeightAverage:
         """Update the average with the weights after an optimiser step."""
         self.updates += 1
         # the trainer may have changed the weights' device or dtype
-        live = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in self._live().items()}
+        live = {name: p.to(_stored(p.dtype)) for name, p in self._live().items()}
         self.shadow = {name: value.to(live[name]) for name, value in self.shadow.items()}
         lerp_(list(self.shadow.values()), list(live.values()), 1 - self.decay_at(self.updates))
 

@@ -151,7 +151,7 @@ def test_preset_has_average_of_its_paper(preset, first_decay):
     assert average.decay_at(1) == first_decay
     if preset != "tiny":
         assert average.decay_at(1_000_000) == 0.9999
-    if cfg.autoencoder._target_.endswith(("KL", "VQ")):  # the first stages of LDM have none
+    if cfg.autoencoder._target_.endswith(("AutoencoderKL", "AutoencoderVQ")):  # the first stages of LDM have none
         assert cfg.first_stage.ema.decay == 0
 
 

@@ -1,4 +1,4 @@
-"""What do averages of weights do, ours and those of torch, diffusers and ema-pytorch? python experiments/averages/table.py
+"""What do averages of weights do, ours and those of three libraries? python experiments/averages/table.py
 
 Writes averages.csv and the table of README.md. Every cell is measured: the decay of an update is what it leaves of an
 average of 1 if the weights are 0.
@@ -191,7 +191,11 @@ def measure(row: Row) -> dict[str, str]:
     module.fill(0.0)
     average.update()
     last = average.averaged()
-    for title, name, scale in (("frozen", "frozen", 1), ("float buffers", "floats", 1), ("integer buffers", "integers", 1000)):
+    for title, name, scale in (
+        ("frozen", "frozen", 1),
+        ("float buffers", "floats", 1),
+        ("integer buffers", "integers", 1000),
+    ):
         values[title] = treatment(scale, 0, float(last[name]))
     low = Module(torch.bfloat16)
     average = row.make(low)

@@ -23,7 +23,7 @@ ALLOWED_LDM_TARGETS = re.compile(
     r"|sampling\.((inputs|tasks)\.\w+|classifier_guidance\.classifier_guidance)|evaluation\.evaluate\.EvaluationConfig"
     r"|checkpoint\.teachers\.(autoguidance|load_teacher)"
     r"|data\.((degrade|masks)\.\w+|\w+\.[A-Z]\w*)|recipes\.\w+\.\w+Recipe"
-    r"|training\.(fit|lr|debug|optimizers)\.\w+)"
+    r"|ema\.\w+EMA|training\.((fit|lr|debug|optimizers)\.\w+|validation\.ValidationConfig|health\.HealthLimits))"
 )
 LIBRARIES = ("torch.nn", "torch.optim")
 REPOSITORY_SCRIPTS = ("conf", "experiments", "sample", "tests", "train")  # top-level names that are not model parts

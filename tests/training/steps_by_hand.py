@@ -161,6 +161,7 @@ def train(
     lit: L.LightningModule, average: PowerEMA, data: Any, folder: Any, precision: str, accumulate: int, start: int = 0
 ) -> list[Step]:
     """Train with fit and the callbacks of a run: rate, guard of gradients, average, records, checkpoints."""
+    average.updates = start
     lit.train()  # as after a grid of samples: what is frozen stays in eval mode
     recorder = Recorder(average)
     (folder / "config.yaml").write_text("")

@@ -72,9 +72,9 @@ def test_classifier_steps_equal_formulas(way, parts, precision):
     options = {"batch_size": BATCH, "steps": STEPS, "accelerator": "cpu", "accumulate_grad_batches": parts}
     fit(lit, Latents(), [LearningRate(schedule, STEPS), recorder], precision=precision, **options)
 
-    # Ho et al. 2020, eq. 4, betas of T = 1000 scaled to T; the coefficients are float32 because t is
+    # Ho et al. 2020, eq. 4, betas of T = 1000 scaled to T
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).cumprod(0)
-    coefficients = [part.float().sqrt().double() for part in (alpha_bar, 1 - alpha_bar)]
+    coefficients = [part.sqrt() for part in (alpha_bar, 1 - alpha_bar)]
     batches = 0
 
     def compute(p: dict[str, Tensor], rows: list[tuple[int, int]]):

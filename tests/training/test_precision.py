@@ -73,7 +73,7 @@ def test_float16_norms_and_clipping_do_not_depend_on_scale(tmp_path, fused):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("precision", ["32", "bf16", "fp16"])
 def test_skipped_step_leaves_everything_as_it_was(tmp_path, precision, fused, accumulate):
-    """Weights, moments, their count and the averages stay; the scale is halved; the learning rate goes on by the step."""
+    """Weights, moments, their count and the averages stay; the scale is halved; the rate goes by the step."""
     lit, guard, seen, rates = Steep([KEYS[2][1]], fused=fused), GradientGuard(tmp_path, 3), Scales(), []
     averages = [ConstantEMA(lit.line, 0.5, warmup=True), PowerEMA(lit.line, 0.1)]
     start = float(lit.line.weight.detach())

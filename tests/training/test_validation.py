@@ -63,18 +63,19 @@ def pairs(lit, data, level, levels=3, seed=0, density=lambda u: ((u * 1000).floo
 
     def draw(seed, purpose):
         seeds = [derive_seed(seed, purpose, row) for row in rows]
-        return torch.stack([torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(one)) for one in seeds])
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        return torch.stack([torch.randn(mean.shape[1:], generator=one, dtype=torch.float32) for one in generators])
 
     z = mean + (log_variance / 2).exp() * draw(derive_seed(seed, "validation"), "posterior").double()
     z = (z - stage.shift.view(-1, 1, 1)) * stage.scale.view(-1, 1, 1)
     u = torch.tensor([(level + (0.5 + i * GOLDEN) % 1) / levels for i in range(len(rows))], dtype=torch.float64)
-    return z, density(u.float()), draw(derive_seed(seed, "validation", level), "eps").double(), batch["label"]
+    return z, density(u), draw(derive_seed(seed, "validation", level), "eps").double(), batch["label"]
 
 
 def losses(lit, parameters, z, t, eps, label):
     """Errors of v and their weights by Min-SNR (B,), as functions of the parameters alone."""
     denoiser, conditioner = lit.model.denoiser, lit.model.conditioner
-    alpha, sigma = denoiser.schedule.alpha_sigma(t)  # in float32, as t is in every training
+    alpha, sigma = denoiser.schedule.alpha_sigma(t)
     a, s = alpha.double().view(-1, 1, 1, 1), sigma.double().view(-1, 1, 1, 1)
     by_part = {
         part: {name.removeprefix(f"{part}."): p for name, p in parameters.items() if name.startswith(part)}
