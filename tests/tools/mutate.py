@@ -33,11 +33,9 @@ FOLDERS = (  # of tests/, that have tests of these packages which run in one pro
     "data",
     "diffusion",
     "evaluation",
-    "interop",
     "metrics",
     "net",
     "plan",
-    "recipes",
     "sampling",
     "training",
 )
