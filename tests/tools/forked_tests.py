@@ -31,7 +31,7 @@ from _pytest.runner import runtestprotocol
 from mutation import Mutant, Project, first_line, functions
 
 SLOW_FIXTURES = ("smoke", "lively", "prompted")  # which train a run first
-LONGEST = 20  # seconds of CPU time: a test that takes longer is not used
+LONGEST = 10  # seconds of CPU time: a test that takes longer is not used
 PATIENCE = 120.0  # seconds: a test that sleeps longer is not used
 MEMORY = 6 << 30  # bytes of address space that a mutant may add: one that fills it is dead
 PLUGINS = ("cacheprovider", "unraisableexception", "threadexception", "warnings", "xdist")
