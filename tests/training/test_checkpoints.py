@@ -138,7 +138,10 @@ def test_missing_metric_is_reported_once_and_at_end(tmp_path, capsys):
         tmp_path, None, 1, 3, "", keep=RetentionPolicy(2, None, lambda: None, "-train/nosuch", lambda: written)
     )
     saving.on_train_batch_end(TRAINER, Lit(), None, {"step": 0}, 0)
+    written.add("trained/loss")
+    saving.on_train_batch_end(TRAINER, Lit(), None, {"step": 0}, 0)
     assert not capsys.readouterr().out, "nothing of its group was written yet"
+    written.clear()
     written.update({"train/loss", "train/lr"})
     for step in (1, 2):
         saving.on_train_batch_end(TRAINER, Lit(), None, {"step": step}, 0)
@@ -250,3 +253,13 @@ def test_snapshots_of_no_steps_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="snapshot_every=0: expected a number of steps"):
         EMASnapshots(tmp_path, {}, 0, 5)
     EMASnapshots(tmp_path, {}, 1, 5)
+
+
+@pytest.mark.parametrize(("value", "steps"), [(None, [4, 3, 1]), (lambda: None, [4, 3])])
+def test_former_best_stays_unless_another_metric_decides(value, steps, tmp_path):
+    saving = CheckpointCallback(tmp_path, None, 1, 4, "", keep=RetentionPolicy(2, None, value, "train/loss"))
+    run_steps(saving, 1)
+    atomic.write_json(tmp_path / "best.json", {"metric": "val/fd", "step": 1, "value": 1.0})
+    for step in (1, 2, 3):
+        saving.on_train_batch_end(TRAINER, Lit(), None, {"step": step}, 0)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == steps
