@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ldm.checkpoint.dtensor import full_tensors, is_dtensor
-from ldm.training.optimizers import ChainedOptimizer, adamw, muon
+from ldm.training.optimizers import ChainedOptimizer, Muon, adamw, muon
 
 
 def net() -> nn.Sequential:
@@ -90,12 +90,17 @@ def compare_on_two(rank, folder):
     dist.destroy_process_group()
 
 
-def test_muon_on_matrices_sharded_over_one_process_matches_unsharded(tmp_path):
+def test_muon_on_matrices_sharded_over_one_process_matches_unsharded(tmp_path, monkeypatch):
     """Momenta and parameters stay sharded between steps, and the parameter groups are the former ones."""
+    unsharded, step = [], Muon._step_unsharded
+    monkeypatch.setattr(Muon, "_step_unsharded", lambda *args: (unsharded.append(args[2]), step(*args)))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        assert torch.equal(after_two_steps(8, mesh), after_two_steps(8))
+        sharded = after_two_steps(8, mesh)
+        assert len(unsharded) == 2
+        assert torch.equal(sharded, after_two_steps(8))
+        assert len(unsharded) == 2, "torch's own step suffices where nothing is sharded"
         net = fully_shard(nn.Linear(4, 3, bias=False), mesh=mesh)
         other = fully_shard(nn.Linear(4, 3, bias=False), mesh=mesh)  # without gradient
         before = full_tensors(other.weight.detach()).clone()

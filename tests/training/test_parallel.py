@@ -31,6 +31,7 @@ class Group:
             x.copy_(torch.maximum(x, other) if op == dist.ReduceOp.MAX else x + other)
 
     def all_gather_object(self, values, value):
+        assert len(values) == 1 + len(self.others)
         values[:] = [value, *self.others]
 
 
