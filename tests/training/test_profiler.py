@@ -249,3 +249,23 @@ def test_profiler_counts_flops_of_second_step_only(parts):
             spent.stop("run_training_batch")
         a @ a  # between steps
     assert spent.flops == 2 * parts * 2 * 27
+
+
+def test_phase_counts_within_a_training_and_has_no_effect_without(monkeypatch):
+    ticks = iter(range(10))
+    spent = PhaseProfiler(clock=lambda: next(ticks))
+    monkeypatch.setattr(profiler, "trainer_of", lambda lit: SimpleNamespace(profiler=spent) if lit else None)
+    with phase("module", "encode"):
+        pass
+    assert spent.seconds["encode"] == 1
+    with phase(None, "encode"):
+        pass
+    assert spent.seconds["encode"] == 1
+
+
+def test_flops_are_counted_with_an_operators_keyword_arguments(monkeypatch):
+    counts = {torch.ops.aten.add: lambda a, b, *, alpha=1, out_val: alpha * out_val.numel()}
+    monkeypatch.setattr(profiler, "FLOP_COUNTS", counts)
+    with FlopCounter() as counter:
+        out = torch.add(torch.ones(5), torch.ones(5), alpha=3)
+    assert (counter.flops, out.tolist()) == (15, [4.0] * 5)
