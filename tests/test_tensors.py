@@ -119,3 +119,11 @@ def test_keyed_noise_preserves_global_generator():
 def test_keyed_noise_requires_one_key_per_row():
     with pytest.raises(ValueError, match="2 rows, the tensor has 3"):
         KeyedNoise(0, [0, 1]).normal("a", torch.empty(3, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_uniform_numbers_reach_the_largest_below_one(dtype):
+    """Of 100,000 numbers some are nearer to 1 than to any other number of the type: they are the largest below it."""
+    x = KeyedNoise(0, [0]).uniform("u", torch.empty(1, 100_000, dtype=dtype))
+    assert x.max().item() == 1 - torch.finfo(dtype).eps / 2
+    assert x.min().item() >= 0
