@@ -3,10 +3,8 @@
 A forked process has the collected tests and every import already, and what a mutant or a test breaks ends with it.
 """
 
-import ast
 import contextlib
 import gc
-import hashlib
 import importlib
 import json
 import os
@@ -16,19 +14,18 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-import types
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from _pytest.runner import runtestprotocol
-from mutation import Mutant, Project, first_line, functions
+from code_patcher import CodePatcher
+from line_coverage import Coverage, FunctionLines, LineTracer, digest, read_coverage, read_modules, write_coverage
+from mutation import Mutant, Project
 
 SLOW_FIXTURES = ("smoke", "lively", "prompted")  # which train a run first
 LONGEST = 10  # seconds of CPU time: a test that takes longer is not used
@@ -37,105 +34,6 @@ MEMORY = 6 << 30  # bytes of address space that a mutant may add: one that fills
 PLUGINS = ("cacheprovider", "unraisableexception", "threadexception", "warnings", "xdist")
 OPTIONS = ["-q", "-s", "-o", "addopts=", "-m", "not slow", "--assert=plain"]
 OPTIONS += [word for name in PLUGINS for word in ("-p", f"no:{name}")]
-
-Lines = dict[str, list[int]]  # file::function -> lines, counted from the function's first
-
-
-@dataclass
-class Coverage:
-    """What is known of a test file. digest: of its text.  tests: seconds and lines by test; failing ones have none.
-
-    collected: the lines executed while it was imported.
-    """
-
-    digest: str
-    tests: dict[str, tuple[float, Lines]] = field(default_factory=dict)
-    collected: Lines = field(default_factory=dict)
-
-
-class LineTracer:
-    """Records the lines of files below a folder that are executed in this process."""
-
-    def __init__(self, folder: Path):
-        self.folder = f"{folder}{os.sep}"
-        self.lines: dict[str, set[int]] = defaultdict(set)
-        self.wanted: dict[str, bool] = {}
-
-    def __call__(self, frame: types.FrameType, event: str, arg: Any) -> Any:
-        name = frame.f_code.co_filename
-        wanted = self.wanted.get(name)
-        if wanted is None:
-            wanted = self.wanted[name] = name.startswith(self.folder)
-        if not wanted:
-            return None
-        lines = self.lines[name]
-        lines.add(frame.f_lineno)
-
-        def local(frame: types.FrameType, event: str, arg: Any) -> Any:
-            lines.add(frame.f_lineno)
-            return local
-
-        return local
-
-    def start(self) -> None:
-        threading.settrace(self)  # type: ignore[arg-type]
-        sys.settrace(self)
-
-    def stop(self) -> None:
-        sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
-
-
-class FunctionLines:
-    """Turns lines of source files into lines of functions, which edits elsewhere in the file do not move."""
-
-    def __init__(self, project: Project):
-        self.project = project
-        self.spans: dict[str, list[tuple[int, int, str]]] = {}
-
-    def of(self, lines: dict[str, set[int]]) -> Lines:
-        found: dict[str, set[int]] = defaultdict(set)
-        for file, numbers in lines.items():
-            for line in numbers:
-                for first, last, name in self._spans(file):
-                    if first <= line <= last:
-                        found[name].add(line - first)
-                        break
-        return {name: sorted(numbers) for name, numbers in found.items()}
-
-    def _spans(self, file: str) -> list[tuple[int, int, str]]:
-        if file not in self.spans:
-            name = self.project.name(Path(file))
-            spans = [
-                (first_line(node), node.end_lineno or 0, f"{name}::{function}")
-                for function, node in functions(ast.parse(Path(file).read_text()))
-            ]
-            self.spans[file] = spans[::-1]  # inner functions before those around them
-        return self.spans[file]
-
-
-def read_coverage(project: Project) -> dict[str, Coverage]:
-    file = project.cache / "coverage.json"
-    if not file.exists():
-        return {}
-    return {name: Coverage(**entry) for name, entry in json.loads(file.read_text())["files"].items()}
-
-
-def read_modules(project: Project) -> list[str]:
-    """Return the modules that tests were found to import while they run."""
-    file = project.cache / "coverage.json"
-    return json.loads(file.read_text())["modules"] if file.exists() else []
-
-
-def write_coverage(project: Project, coverage: dict[str, Coverage], modules: list[str]) -> None:
-    project.cache.mkdir(exist_ok=True)
-    file = project.cache / f"coverage.{os.getpid()}"
-    file.write_text(json.dumps({"files": {k: vars(v) for k, v in coverage.items()}, "modules": modules}))
-    file.replace(project.cache / "coverage.json")
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def import_all(names: list[str]) -> None:
@@ -152,59 +50,6 @@ def module_names(project: Project) -> list[str]:
         ".".join(file.relative_to(project.root).with_suffix("").parts)
         for file in sorted(project.source.rglob("[!_]*.py"))
     ]
-
-
-class CodePatcher:
-    """Puts the code of a mutant into the functions that exist, so that every reference to them runs it."""
-
-    def __init__(self, project: Project):
-        self.project = project
-        self.original: dict[Path, dict[tuple[str, int], types.CodeType]] = {}
-        self.live: dict[tuple[str, int, str], list[types.FunctionType]] = defaultdict(list)
-        for thing in gc.get_objects():
-            if type(thing) is types.FunctionType and thing.__code__.co_filename.startswith(str(project.source)):
-                code = thing.__code__
-                self.live[code.co_filename, code.co_firstlineno, code.co_name].append(thing)
-
-    def patch(self, mutant: Mutant) -> int:
-        """Change the functions of the mutant; returns how many there were."""
-        file = self.project.source / mutant.file
-        if file not in self.original:
-            self.original[file] = dict(codes(compile(file.read_text(), str(file), "exec")))
-        tree = mutant.build()
-        new = dict(codes(compile(tree, str(file), "exec")))
-        changed = 0
-        for (name, number), code in self.original[file].items():
-            if name != mutant.function and not mutant.function.startswith(f"{name}."):
-                continue
-            for function in self.live[str(file), code.co_firstlineno, code.co_name]:
-                replacement = new[name, number]
-                if replacement.co_freevars != code.co_freevars:
-                    replacement = with_free_variables(tree, str(file), name, number, code.co_freevars)
-                function.__code__ = replacement
-                changed += 1
-        return changed
-
-
-def codes(code: types.CodeType, prefix: str = "") -> Iterator[tuple[tuple[str, int], types.CodeType]]:
-    """Yield ((name, number), code) of everything compiled inside a code object; number counts equal names."""
-    counts: dict[str, int] = defaultdict(int)
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            name = f"{prefix}{const.co_name}"
-            yield (name, counts[name]), const
-            counts[name] += 1
-            yield from codes(const, f"{name}.")
-
-
-def with_free_variables(
-    tree: ast.Module, file: str, name: str, number: int, variables: tuple[str, ...]
-) -> types.CodeType:
-    """Compile a function so that it has the free variables of the original, which a live function cannot change."""
-    node = [node for function, node in functions(tree) if function == name][number]
-    names: list[ast.expr] = [ast.Name(variable, ast.Load()) for variable in variables]
-    node.body.append(ast.If(ast.Constant(False), [ast.Expr(ast.Tuple(names, ast.Load()))], []))
-    return dict(codes(compile(ast.fix_missing_locations(tree), file, "exec")))[name, number]
 
 
 class ForkedTests:

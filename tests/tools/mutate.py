@@ -2,7 +2,7 @@
 
 Every function of the packages of `mutation.PACKAGES` is broken in one place at a time: a sign flipped, a term or a
 factor dropped, a product made a quotient, a comparison or a condition turned round; and by the faults of
-`named_faults.py`. For each mutant, the quick tests that execute the broken line run in a forked process until one
+`named_faults.csv`. For each mutant, the quick tests that execute the broken line run in a forked process until one
 fails. Writes tests/tools/mutation/PACKAGE.csv and the table of tests/README.md; exit code 1 if a mutant survives that
 equivalent.csv does not explain.
 
