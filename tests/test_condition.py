@@ -86,3 +86,10 @@ def test_cat_does_not_modify_inputs():
     a.cat(b)
     assert a.context.shape == (1, 2, 2)
     assert a.mask.shape == (1, 2)
+
+
+def test_cat_concatenates_labels_that_all_have():
+    a, b = (Condition(vector=torch.ones(2, 1), label=torch.tensor(labels)) for labels in ([3, 1], [4, 1]))
+    assert a.cat(b).label.tolist() == [3, 1, 4, 1]
+    assert a.cat(Condition(vector=torch.ones(1, 1))).label is None
+    assert Condition(vector=torch.ones(1, 1)).cat(a).label is None

@@ -134,14 +134,9 @@ def test_keyed_noise_requires_one_key_per_row():
         KeyedNoise(0, [0, 1]).normal("a", torch.empty(3, 1))
 
 
-def test_keyed_noise_is_independent_of_default_dtype():
-    """Training in float64 makes it the default; torch draws other numbers in float64."""
-    noise = KeyedNoise(0, [3, 4])
-    single = noise.normal("eps", torch.zeros(2, 20))
-    torch.set_default_dtype(torch.float64)
-    try:
-        double = noise.normal("eps", torch.zeros(2, 20))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert double.dtype == torch.float64
-    assert torch.equal(double, single.double())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_uniform_numbers_reach_the_largest_below_one(dtype):
+    """Of 100,000 numbers some are nearer to 1 than to any other number of the type: they are the largest below it."""
+    x = KeyedNoise(0, [0]).uniform("u", torch.empty(1, 100_000, dtype=dtype))
+    assert x.max().item() == 1 - torch.finfo(dtype).eps / 2
+    assert x.min().item() >= 0

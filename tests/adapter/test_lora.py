@@ -203,3 +203,43 @@ def test_lora_uses_alpha_of_each_layer(net):
         assert torch.allclose(
             moved, expected.get(name, 0 * moved), atol=1e-5, rtol=0
         )  # a correction of 10 in float32, rank up to 4
+
+
+class Model(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.denoiser = nn.Module()
+        self.denoiser.net = net
+
+
+@pytest.mark.parametrize(("alpha", "scaling"), [(None, 1.0), (2.0, 0.25)])
+def test_lora_is_scaled_by_alpha_over_rank(alpha, scaling):
+    adapter = lora.LoRA(rank=8, alpha=alpha, target_modules=("*",))
+    assert adapter.scaling == scaling
+    model = Model(nn.Sequential(nn.Linear(8, 8)))
+    adapter.apply_to(model, 3.0)
+    ((correction,),) = lora.lora_layers(model.denoiser.net).values()
+    assert correction.scale == 3.0 * scaling
+
+
+@pytest.mark.parametrize(("down", "up"), [((2, 6), (4, 2)), ((2, 5), (3, 2)), ((2, 5), (4, 3))])
+def test_lora_factors_must_both_fit_the_weight(down, up):
+    weight = torch.zeros(4, 5)
+    lora.LoRAParametrization(weight, torch.zeros(2, 5), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="are not of a weight"):
+        lora.LoRAParametrization(weight, torch.zeros(down), torch.zeros(up))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(9, 4), nn.Conv2d(3, 4, 3)])
+def test_lora_starts_at_zero_with_down_of_unit_variance_at_its_output(layer):
+    net = nn.Sequential(layer)
+    shape, inputs = layer.weight.shape, layer.weight[0].numel()
+    lora.inject(net, 2, ("*",), torch.Generator().manual_seed(3))
+    factors = lora.export_factors(net)
+    expected = torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(3)) / inputs**0.5
+    torch.testing.assert_close(factors["0.down"], expected)
+    assert not factors["0.up"].any()
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == [
+        "0.parametrizations.weight.0.down",
+        "0.parametrizations.weight.0.up",
+    ]

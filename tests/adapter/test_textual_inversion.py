@@ -106,3 +106,20 @@ def test_textual_inversion_rejects_model_without_text(model):
     model.conditioner = SimpleNamespace(keys=("label",))
     with pytest.raises(ValueError, match="whose only conditioner is minilm or clip"):
         TextualInversion("zorbo").apply_to(model)
+
+
+def test_textual_inversion_vector_has_the_norm_of_unit_variance(model):
+    TextualInversion("zorbo").apply_to(model)
+    model.conditioner.vector_dim = 9
+    vector = model.conditioner({"caption": ["zorbo hat", "a zorbo"]}).vector
+    torch.testing.assert_close(vector.norm(dim=1), torch.full((2,), 3.0))
+
+
+def test_vectors_that_sum_to_zero_leave_the_condition_finite(model):
+    TextualInversion("zorbo").apply_to(model)
+    told = model.conditioner.train()
+    nn.init.zeros_(told.vectors)
+    cond = told({"caption": ["a hat"]})
+    assert cond.context.isfinite().all()
+    cond.context.sum().backward()
+    assert not told.vectors.grad.any()

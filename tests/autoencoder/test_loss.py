@@ -10,6 +10,8 @@ def test_pixel_losses_sum_over_image():
     a, b = torch.zeros(2, 1, 2, 2), torch.tensor([1.0, 2.0])[:, None, None, None].expand(2, 1, 2, 2)
     assert l1(a, b).tolist() == [4.0, 8.0]
     assert l2(a, b).tolist() == [4.0, 16.0]
+    assert l1(a + 3, b).tolist() == [8.0, 4.0]
+    assert l2(a + 3, b).tolist() == [16.0, 4.0]
 
 
 def test_gradient_loss_measures_edges_not_brightness():

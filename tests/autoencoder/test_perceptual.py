@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from ldm.autoencoder import perceptual
 from ldm.autoencoder.perceptual import EfficientNetDistance
 
 
@@ -63,3 +64,23 @@ def test_perceptual_distance_reports_missing_weights(tmp_path, monkeypatch):
     with pytest.raises(AssetNotFoundError, match="efficientnet-lite0 is missing") as error:
         EfficientNetDistance()
     assert "\n" not in str(error.value)
+
+
+class Stages(torch.nn.Module):
+    """Two stages: the image's channels and their negatives, and the same of half the size."""
+
+    def forward_intermediates(self, x, intermediates_only):
+        assert intermediates_only
+        return [torch.cat([x, 2 * x[:, :1]], 1), torch.nn.functional.avg_pool2d(x, 2)]
+
+
+def test_perceptual_distance_is_of_unit_features_per_pixel_and_scaled(monkeypatch):
+    monkeypatch.setattr(perceptual, "load_efficientnet_lite0", lambda weights: Stages())
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    expected = torch.zeros(2, dtype=torch.float64)
+    for x, y in zip(*(Stages().forward_intermediates(one, True) for one in (a, b)), strict=True):
+        unit = [one / one.norm(dim=1, keepdim=True) for one in (x, y)]
+        expected += (unit[0] - unit[1]).square().sum(1).mean((1, 2))
+    distance = EfficientNetDistance(size=4, scale=0.25)
+    torch.testing.assert_close(distance(a, b), 0.25 * 48 * expected)

@@ -42,3 +42,11 @@ def test_posterior_kl_per_channel_averages_over_pixels():
     torch.testing.assert_close(posterior.kl_per_channel().sum() * 10, posterior.kl().mean())
     assert posterior.kl_per_channel().shape == (2,)
     assert torch.equal(posterior.variance, posterior.logvar.exp())
+
+
+def test_sample_adds_noise_times_standard_deviation():
+    mean, variance, noise = (
+        torch.tensor(x).double().reshape(1, 2, 1, 1) for x in ([1.0, -2.0], [1.0, 4.0], [3.0, 5.0])
+    )
+    sample = DiagonalGaussian(mean, variance.log()).sample(noise)
+    torch.testing.assert_close(sample, mean + variance.sqrt() * noise, rtol=1e-14, atol=0)

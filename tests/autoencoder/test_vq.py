@@ -104,3 +104,10 @@ def test_identity_autoencoder_returns_image():
     assert (space.factor, space.z_channels) == (1, 3)
     assert not list(space.parameters())
     assert space.weights_hash() == Identity(3).weights_hash()
+
+
+def test_codebook_starts_uniform_within_one_over_its_size():
+    torch.manual_seed(0)
+    weight = Codebook(100, 50).weight
+    assert 0.0099 < weight.max().item() <= 0.01
+    assert -0.01 <= weight.min().item() < -0.0099

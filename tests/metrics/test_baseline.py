@@ -47,3 +47,10 @@ def test_add_noise_scale_is_black_to_white():
     assert (out + 1).div(2).std().item() == pytest.approx(0.05, rel=0.02)
     assert add_noise(image - 1, 0.05, KeyedNoise(0, range(50))).min() == -1
     assert torch.equal(image, torch.zeros_like(image))
+
+
+def test_add_noise_adds_twice_the_share_of_the_range():
+    image, noise = torch.full((2, 1, 4, 4), 0.25), KeyedNoise(0, [1, 2])
+    torch.testing.assert_close(
+        add_noise(image, 0.125, noise), (image + 0.25 * noise.normal("noisy", image)).clamp(-1, 1)
+    )

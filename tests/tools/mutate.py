@@ -1,250 +1,143 @@
-"""Does a test fail when the mathematics is wrong?  python tests/tools/mutate.py [file[:function] ...]
+"""Does a test fail when a function is wrong?  python tests/tools/mutate.py [--stale] [path[:function] ...]
 
-Every function of ldm/diffusion is broken in one place at a time: a sign flipped, a term or a factor dropped, a product
-made a quotient, a
-comparison or a condition turned round. For each the quick tests of tests/diffusion run until one fails. Writes
-tests/tools/mutation.csv (the rows
-of what is named) and lists the survivors; exit code 1 if there is one that EQUIVALENT does not explain.
+Every function of the packages of `mutation.PACKAGES` is broken in one place at a time: a sign flipped, a term or a
+factor dropped, a product made a quotient, a comparison or a condition turned round; and by the faults of
+`named_faults.csv`. For each mutant, the quick tests that execute the broken line run in a forked process until one
+fails. Writes tests/tools/mutation/PACKAGE.csv and the table of tests/README.md; exit code 1 if a mutant survives that
+equivalent.csv does not explain.
+
+path: a package, a file or a folder, as `ldm/training` or `ldm/training/lr.py`; all by default.
+--stale: only mutants that are not in the list, or survived in it.
+--table: only write the table.
 """
 
+import argparse
 import ast
-import copy
-import csv
-import gc
 import os
-import resource
 import sys
-import types
-from collections.abc import Iterator
+import time
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
-import pytest
+import mutation
+from forked_tests import ForkedTests
+from mutation import PACKAGES, Mutant, Project, first_line, functions
 
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-
-ROOT = Path(__file__).parents[2]
-SOURCE, TESTS = ROOT / "ldm/diffusion", ROOT / "tests/diffusion"
-# Where to look first: the test files that know most of a module, and the tests of a function, where the names differ.
-FILES = {
-    "denoiser": ["prediction"],
-    "grids": ["times"],
-    "correction": ["constraint", "recursion"],
-    "sampler": ["reference", "recursion", "sampler"],
-}
-TESTS_OF = {
-    "check_grid": "rejects",
-    "time_pairs": "rejects",
-    "add_churn": "churn or k_diffusion",
-    "_unic": "unipc",
-    "forward_variance": "posterior",
-    "q_posterior": "posterior",
-    "vlb_term": "vlb or bits",
-    "gather": "objective",
-}
-PLUGINS = (
-    "cacheprovider",
-    "unraisableexception",
-    "threadexception",
-    "warnings",
-)  # which a mutant's few seconds have no use for
-SKIPPED_TESTS = ("test_rules.py", "test_repa.py")  # one reads source files, the other trains a run
-SKIPPED_MODULES = ("prior_preservation.py", "repa.py")  # which train with a network or data of their own
-MEMORY = 5 << 30  # bytes of address space, most of it shared libraries: a mutant that fills it is dead
-SECONDS = 10, 90, 300  # of CPU time, by the end of each round of tests: a mutant that does not end is dead
-
-OTHER = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.Pow: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.Add,
-    ast.Lt: ast.GtE,
-    ast.GtE: ast.Lt,
-    ast.Gt: ast.LtE,
-    ast.LtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-}
-
-# (file, function, mutant) -> why no test can tell it from the original.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+START, END = "<!-- mutation -->\n", "\n<!-- /mutation -->"
+FOLDERS = (  # of tests/, that have tests of these packages which run in one process
+    "adapter",
+    "autoencoder",
+    "checkpoint",
+    "conditioner",
+    "data",
+    "diffusion",
+    "evaluation",
+    "metrics",
+    "net",
+    "plan",
+    "sampling",
+    "training",
+)
+SKIPPED = ("diffusion/test_rules.py", "plan/test_plan.py")  # reads source files; whole presets, a minute each
 
 
-def mutants(node: ast.expr) -> Iterator[ast.expr]:
-    """Everything that one expression can be broken into."""
-    if isinstance(node, ast.BinOp) and type(node.op) in OTHER:
-        yield ast.BinOp(node.left, OTHER[type(node.op)](), node.right)
-        if isinstance(node.op, ast.Add | ast.Sub | ast.Mult):
-            yield node.left
-        if isinstance(node.op, ast.Add | ast.Mult):
-            yield node.right
-    elif (
-        isinstance(node, ast.UnaryOp)
-        and isinstance(node.op, ast.USub | ast.Not)
-        and not isinstance(node.operand, ast.Constant)
-    ):
-        yield node.operand
-    elif isinstance(node, ast.Compare):
-        for k, op in enumerate(node.ops):
-            if type(op) in OTHER:
-                yield ast.Compare(node.left, [*node.ops[:k], OTHER[type(op)](), *node.ops[k + 1 :]], node.comparators)
-    elif isinstance(node, ast.BoolOp):
-        yield ast.BoolOp(OTHER[type(node.op)](), node.values)
-    elif isinstance(node, ast.IfExp):
-        yield ast.IfExp(node.test, node.orelse, node.body)
+def selected(project: Project, names: list[str], stale: bool) -> dict[str, list[Mutant]]:
+    """Return the mutants to try, by package."""
+    chosen: dict[str, list[Mutant]] = {}
+    for package in PACKAGES:
+        listed = mutation.read_list(project, package)
+        for mutant in mutation.package_mutants(project, package):
+            done = mutant.key in listed and listed[mutant.key]["result"] != "survived"
+            if is_named(mutant, names) and not (stale and done):
+                chosen.setdefault(package, []).append(mutant)
+    return chosen
 
 
-def places(tree: ast.Module) -> Iterator[tuple[str, list]]:
-    """(function, path) of every expression inside a function body; a path is the fields and indices that lead to it."""
-
-    def walk(node: ast.AST, path: list, function: str) -> Iterator[tuple[str, list]]:
-        if isinstance(node, ast.JoinedStr | ast.arguments) or (
-            isinstance(node, ast.FunctionDef) and node.name == "__repr__"
-        ):
-            return  # messages and defaults
-        if isinstance(node, ast.expr) and function:
-            yield function, path
-        inside = f"{function}.{node.name}".lstrip(".") if isinstance(node, ast.FunctionDef | ast.ClassDef) else function
-        for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list"):
-                continue
-            for key, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-                if isinstance(child, ast.AST):
-                    yield from walk(child, [*path, (name, key)], inside)
-
-    yield from walk(tree, [], "")
-
-
-def replaced(tree: ast.Module, path: list, new: ast.expr) -> ast.Module:
-    tree = copy.deepcopy(tree)
-    node: ast.AST = tree
-    for name, key in path[:-1]:
-        node = getattr(node, name) if key is None else getattr(node, name)[key]
-    name, key = path[-1]
-    if key is None:
-        setattr(node, name, copy.deepcopy(new))
-    else:
-        getattr(node, name)[key] = copy.deepcopy(new)
-    return ast.fix_missing_locations(tree)
-
-
-def at(tree: ast.AST, path: list) -> ast.AST:
-    for name, key in path:
-        tree = getattr(tree, name) if key is None else getattr(tree, name)[key]
-    return tree
-
-
-def survives(file: Path, tree: ast.Module, function: str = "") -> bool:
-    """True if all tests pass with this module in place of the file's; run in a forked process, where nothing of ldm is
-    imported yet.
-
-    The tests that name the function come first: most mutants end there, in a second.
-    """
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        import ldm.diffusion
-
-        name = f"ldm.diffusion.{file.stem}"
-        module = types.ModuleType(name)
-        module.__file__ = str(file)
-        sys.modules[name] = module
-        setattr(ldm.diffusion, file.stem, module)
-        exec(compile(tree, str(file), "exec"), module.__dict__)
-        near = [str(TESTS / f"test_{name}.py") for name in FILES.get(file.stem, [file.stem])]
-        every = [str(f) for f in sorted(TESTS.glob("test_*.py")) if f.name not in SKIPPED_TESTS]
-        named = function.split(".")[0]
-        options = ["-x", "-q", "-o", "addopts=", "-m", "not slow", "--assert=plain"]
-        options += [word for name in PLUGINS for word in ("-p", f"no:{name}")]
-        rounds = zip(SECONDS, ([*near, "-k", TESTS_OF.get(named, named)], near, every), strict=True)
-        for seconds, tests in rounds if function else [(SECONDS[-1], every)]:
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
-            code = int(pytest.main([*options, *tests]))
-            if code not in (0, 5):  # 5: no test has that name
-                os._exit(code)
-        os._exit(0)
-    except BaseException:
-        os._exit(3)
-
-
-def warm_up() -> None:
-    """Import what is slow once, before forking."""
-    import diffusers
-    import hydra.utils  # noqa: F401
-    import scipy.stats  # noqa: F401
-    import torch
-
-    gc.freeze()
-    torch.set_num_threads(1)
-    for name in (
-        "DDIM",
-        "DDPM",
-        "PNDM",
-        "DPMSolverMultistep",
-        "UniPCMultistep",
-        "EulerDiscrete",
-        "HeunDiscrete",
-        "EulerAncestralDiscrete",
-    ):
-        getattr(diffusers, f"{name}Scheduler")
-    assert diffusers.FlowMatchEulerDiscreteScheduler
-    assert diffusers.FlowMatchHeunDiscreteScheduler
-    assert not [m for m in sys.modules if m.startswith("ldm.diffusion")]
-
-
-def save(name: str, only: str, rows: list[list[str]]) -> None:
-    """Put the rows of a file, or of one function in it, in place of those that tests/tools/mutation.csv has."""
-    table = ROOT / "tests/tools/mutation.csv"
-    old = list(csv.reader(table.open()))[1:] if table.exists() else []
-    rows = sorted([*(r for r in old if r[0] != name or not chosen(r[1], only)), *rows], key=lambda r: r[0])
-    with table.open("w", newline="") as out:
-        csv.writer(out, lineterminator="\n").writerows([["file", "function", "mutant", "result", "why"], *rows])
-
-
-def chosen(function: str, only: str) -> bool:
-    return not only or function.split(".")[0] == only
-
-
-def main(names: list[str]) -> int:
-    warm_up()
-    names = names or [file.name for file in sorted(SOURCE.glob("[!_]*.py")) if file.name not in SKIPPED_MODULES]
-    whole = SOURCE / names[0].partition(":")[0]
-    if not survives(whole, ast.parse(whole.read_text())):
-        print("the tests fail before anything is broken; run pytest tests/diffusion first")
-        return 2
-    rows: list[list[str]] = []
+def is_named(mutant: Mutant, names: list[str]) -> bool:
     for name in names:
-        file, only = SOURCE / name.partition(":")[0], name.partition(":")[2]
-        tree, before = ast.parse(file.read_text()), len(rows)
-        for function, path in places(tree):
-            if not chosen(function, only):
-                continue
-            node = at(tree, path)
-            for new in mutants(node):
-                text = f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
-                alive = survives(file, replaced(tree, path, new), function)
-                why = EQUIVALENT.get((file.name, function, text), "")
-                result = ("equivalent" if why else "survived") if alive else "killed"
-                rows.append([file.name, function, text, result, why])
-                if alive:
-                    print(f"{result}: {file.name}:{node.lineno} {function}: {text} {why}", flush=True)
-        print(f"{name}: {len(rows) - before} mutants", flush=True)
-        save(file.name, only, rows[before:])
-    killed, equivalent = (sum(r[3] == kind for r in rows) for kind in ("killed", "equivalent"))
-    print(f"{len(rows)} mutants, {killed} killed, {equivalent} equivalent, {len(rows) - killed - equivalent} survived")
-    return int(killed + equivalent < len(rows))
+        path, _, function = name.partition(":")
+        path = path.removeprefix("ldm/").rstrip("/")
+        in_file = mutant.file in (path, f"{path}.py") or mutant.file.startswith(f"{path}/")
+        if in_file and (not function or f".{function}." in f".{mutant.function}."):
+            return True
+    return not names
+
+
+def test_files(project: Project) -> list[Path]:
+    """Return the test files whose tests are run."""
+    every = [
+        *project.tests.glob("test_*.py"),
+        *(f for name in FOLDERS for f in (project.tests / name).glob("test_*.py")),
+    ]
+    modules = {f"test_{package}.py" for package in PACKAGES} | {"test_compat.py", "test_engines.py"}
+    return [
+        file
+        for file in sorted(every)
+        if file.relative_to(project.tests).as_posix() not in SKIPPED
+        and (file.parent != project.tests or file.name in modules)
+    ]
+
+
+def try_mutants(forked: ForkedTests, chosen: dict[str, list[Mutant]]) -> None:
+    """Run the tests on every chosen mutant, and write a package's list after each function."""
+    project = forked.project
+    for package, mutants in chosen.items():
+        started, counts = time.monotonic(), Counter[str]()
+        for (file, function), group in groupby(mutants, lambda mutant: (mutant.file, mutant.function)):
+            tree = ast.parse((project.source / file).read_text())
+            first = next(first_line(node) for name, node in functions(tree) if name == function)
+            tried = {}
+            for mutant in group:
+                killer = forked.killer(mutant, first)
+                result = "killed" if killer else "survived"
+                counts[result] += 1
+                tried[mutant.key] = dict(zip(mutation.COLUMNS, (*mutant.key, result, short(killer), ""), strict=True))
+                if not killer and mutant.key not in mutation.read_proofs(project):
+                    print(f"survived: {file}:{mutant.lines[0]} {function}: {mutant.text}", flush=True)
+            mutation.write_list(project, package, mutation.read_list(project, package) | tried)
+        took = (time.monotonic() - started) / len(mutants)
+        print(f"{package}: {len(mutants)} mutants, {dict(counts)}, {took:.2f} s each", flush=True)
+
+
+def short(nodeid: str) -> str:
+    """Return the name of a test without its parameters and its first folder."""
+    return nodeid.partition("[")[0].removeprefix("tests/")
+
+
+def write_table(project: Project) -> None:
+    """Write the table of the lists into tests/README.md, if it has a place for it."""
+    readme = project.tests / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    if START in text and END in text:
+        before, after = text.partition(START)[0], text.partition(END)[2]
+        readme.write_text(before + START + mutation.summary(project) + END + after)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="path[:function]")
+    parser.add_argument("--stale", action="store_true", help="only what is not in the list, or survived in it")
+    parser.add_argument("--table", action="store_true", help="only write the table of tests/README.md")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of tests that a mutant is given")
+    parser.add_argument("--root", type=Path, default=Project.root, help="the folder of ldm/ and tests/")
+    options = parser.parse_args(arguments)
+    project = Project(options.root.resolve())
+    if not options.table:
+        chosen = selected(project, options.names, options.stale)
+        for package in PACKAGES:  # without what the source has no longer, and with today's proofs
+            if project.list_file(package).exists():
+                mutation.write_list(project, package, mutation.read_list(project, package))
+        if chosen:
+            sys.path[:0] = [str(project.root)]
+            ForkedTests(project, lambda forked: try_mutants(forked, chosen), options.seconds).run(test_files(project))
+    write_table(project)
+    print(mutation.summary(project))
+    rows = [row for package in PACKAGES for row in mutation.read_list(project, package).values()]
+    return int(any(row["result"] == "survived" for row in rows))
 
 
 if __name__ == "__main__":
+    # read when torch is imported, which is not yet; a process with threads cannot be forked safely
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     sys.exit(main(sys.argv[1:]))

@@ -80,6 +80,21 @@ def test_scored_metrics_lists_what_training_scores():
     assert scored_metrics(own, EvaluationConfig(eval_every=5), steps) == (None, "")
 
 
+@pytest.mark.parametrize(
+    ("step", "value"), [(1, "NaN"), (1, "Infinity"), (1, "null"), (1, '"2"'), ('"1"', 2.0), ("null", 2.0), (1.5, 2.0)]
+)
+def test_read_best_rejects_what_is_no_step_or_no_finite_number(step, value, tmp_path):
+    (tmp_path / "best.json").write_text(f'{{"metric": "val/fd", "step": {step}, "value": {value}}}')
+    assert read_best(tmp_path) is None
+
+
+def test_require_metric_lists_what_is_written():
+    with pytest.raises(UserError, match=r"expected one of val/a, val/b$"):
+        require_metric("val/c", {"val/b", "val/a"})
+    with pytest.raises(UserError, match=r"or one of perf/images_per_s, perf/data_wait, perf/mfu$"):
+        require_metric("val/c", set())
+
+
 def test_evaluator_training_has_no_keep_best(monkeypatch, tmp_path):
     """The judge never writes the number that its user is to be judged by."""
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))

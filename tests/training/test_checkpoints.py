@@ -8,8 +8,11 @@ from torch import nn
 
 from ldm.checkpoint.step import checkpoint_step, latest_valid_checkpoint, list_checkpoints, load_checkpoint
 from ldm.diffusion.objective import LossSecondMoment, VLBObjective
+from ldm.ema import PowerEMA
+from ldm.errors import ConfigError, UserError
+from ldm.io import atomic
 from ldm.training.best import Best, read_best
-from ldm.training.checkpoints import BestLater, CheckpointCallback, RetentionPolicy
+from ldm.training.checkpoints import BestLater, CheckpointCallback, EMASnapshots, RetentionPolicy
 
 
 class Plain:
@@ -105,7 +108,7 @@ def test_best_of_other_metric_is_ignored(left, tmp_path):
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_value_written_after_save_belongs_to_its_step(every, tmp_path):
-    """As that of a picture, which is after the checkpoint: the best is of step 2, whether that is saved anyway or not."""
+    """As that of a sample grid, which comes after the checkpoint: the best is of step 2, saved anyway or not."""
     values = iter([None, 3.0, None, 1.0, None, 2.0])
     saving = CheckpointCallback(
         tmp_path, None, every, 3, "", keep=RetentionPolicy(2, None, lambda: next(values), "val/psnr")
@@ -135,7 +138,10 @@ def test_missing_metric_is_reported_once_and_at_end(tmp_path, capsys):
         tmp_path, None, 1, 3, "", keep=RetentionPolicy(2, None, lambda: None, "-train/nosuch", lambda: written)
     )
     saving.on_train_batch_end(TRAINER, Lit(), None, {"step": 0}, 0)
+    written.add("trained/loss")
+    saving.on_train_batch_end(TRAINER, Lit(), None, {"step": 0}, 0)
     assert not capsys.readouterr().out, "nothing of its group was written yet"
+    written.clear()
     written.update({"train/loss", "train/lr"})
     for step in (1, 2):
         saving.on_train_batch_end(TRAINER, Lit(), None, {"step": step}, 0)
@@ -144,3 +150,116 @@ def test_missing_metric_is_reported_once_and_at_end(tmp_path, capsys):
     assert text == f"{problem} (up to step 2): no best checkpoint so far"
     saving.on_train_end(TRAINER, None)
     assert capsys.readouterr().out.strip() == f"{problem}: there is no best checkpoint"
+
+
+class Scaled:
+    """A precision whose state is a loss scale."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def state_dict(self):
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state):
+        self.scale = state["scale"]
+
+
+class Run:
+    """A module, its averages and its optimizer, after some steps on constant gradients."""
+
+    def __init__(self, lr=0.5, steps=0, scale=1.0, chief=True):
+        torch.manual_seed(steps)
+        self.lit = Lit()
+        self.optimizer = torch.optim.SGD(self.lit.parameters(), lr, momentum=0.5)
+        self.ema, self.snapshots = PowerEMA(self.lit, 0.1), {"ema_0.05": PowerEMA(self.lit, 0.05)}
+        precision = Scaled(scale)
+        self.trainer = SimpleNamespace(is_global_zero=chief, optimizers=[self.optimizer], precision_plugin=precision)
+        for step in range(steps):
+            for p in self.lit.parameters():
+                p.grad = torch.ones_like(p)
+            self.optimizer.step()
+            for average in (self.ema, *self.snapshots.values()):
+                average.update(step + 1)
+
+    def callback(self, folder, resume=None, ema=True, averages=True, every=1, total=1):
+        return CheckpointCallback(
+            folder,
+            self.ema if ema else None,
+            every,
+            total,
+            "",
+            resume,
+            averages=self.snapshots if averages else {},
+        )
+
+
+def test_checkpoint_restores_weights_averages_moments_and_loss_scale(tmp_path):
+    before, after = Run(steps=3, scale=8.0), Run(lr=0.25, steps=2)
+    before.optimizer.param_groups[0]["base_lr"] = 0.5
+    before.callback(tmp_path).on_train_batch_end(before.trainer, before.lit, None, {"step": 0}, 0)
+    after.callback(tmp_path, load_checkpoint(latest_valid_checkpoint(tmp_path)[0])).on_fit_start(
+        after.trainer, after.lit
+    )
+    for a, b in zip(before.lit.parameters(), after.lit.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(before.optimizer.state[a]["momentum_buffer"], after.optimizer.state[b]["momentum_buffer"])
+    for a, b in ((before.ema, after.ema), (before.snapshots["ema_0.05"], after.snapshots["ema_0.05"])):
+        assert all(torch.equal(value, b.shadow[name]) for name, value in a.shadow.items())
+    assert after.trainer.precision_plugin.scale == 8.0
+    (group,) = after.optimizer.param_groups
+    assert group["lr"] == 0.25, "the config's rate, not the checkpoint's"
+    assert "base_lr" not in group
+
+
+def test_checkpoint_without_averages_restores_the_rest(tmp_path):
+    before, after = Run(steps=3), Run(steps=2)
+    saved = before.callback(tmp_path, ema=False, averages=False)
+    saved.on_train_batch_end(before.trainer, before.lit, None, {"step": 0}, 0)
+    checkpoint = load_checkpoint(latest_valid_checkpoint(tmp_path)[0])
+    assert set(checkpoint.tensors) == {"model"}
+    after.callback(tmp_path, checkpoint, ema=False, averages=False).on_fit_start(after.trainer, after.lit)
+    assert torch.equal(after.lit.model.weight, before.lit.model.weight)
+    with pytest.raises(UserError, match=r"snapshot_every: the checkpoint of step 1 has no ema_0\.05"):
+        after.callback(tmp_path, checkpoint, ema=False).on_fit_start(after.trainer, after.lit)
+
+
+def test_checkpoints_are_saved_every_so_often_and_at_the_end_by_first_process(tmp_path):
+    for chief, folder in ((True, tmp_path / "first"), (False, tmp_path / "other")):
+        folder.mkdir()
+        run = Run(chief=chief)
+        callback = run.callback(folder, every=3, total=7)
+        callback.keep = RetentionPolicy(last=10)
+        for step in range(7):
+            callback.on_train_batch_end(run.trainer, run.lit, None, {"step": step}, 0)
+        steps = [7, 6, 3] if chief else []
+        assert [checkpoint_step(path) for path in list_checkpoints(folder)] == steps
+
+
+@pytest.mark.parametrize("chief", [True, False])
+def test_snapshots_are_written_every_so_often_and_at_the_end(chief, tmp_path):
+    run = Run(steps=2, chief=chief)
+    snapshots = EMASnapshots(tmp_path, run.snapshots, 2, 5)
+    for step in range(5):
+        snapshots.on_train_batch_end(run.trainer, run.lit, None, {"step": step}, 0)
+    names = [f"ema_0.05-{step:08d}.safetensors" for step in (2, 4, 5)] if chief else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        saved = atomic.read_tensors(tmp_path / name)
+        assert all(torch.equal(value, saved[key]) for key, value in run.snapshots["ema_0.05"].shadow.items())
+
+
+def test_snapshots_of_no_steps_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="snapshot_every=0: expected a number of steps"):
+        EMASnapshots(tmp_path, {}, 0, 5)
+    EMASnapshots(tmp_path, {}, 1, 5)
+
+
+@pytest.mark.parametrize(("value", "steps"), [(None, [4, 3, 1]), (lambda: None, [4, 3])])
+def test_former_best_stays_unless_another_metric_decides(value, steps, tmp_path):
+    saving = CheckpointCallback(tmp_path, None, 1, 4, "", keep=RetentionPolicy(2, None, value, "train/loss"))
+    run_steps(saving, 1)
+    atomic.write_json(tmp_path / "best.json", {"metric": "val/fd", "step": 1, "value": 1.0})
+    for step in (1, 2, 3):
+        saving.on_train_batch_end(TRAINER, Lit(), None, {"step": step}, 0)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == steps

@@ -1,13 +1,19 @@
 """What looks at a training finds what is there."""
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
 from rows import Line, Rows, Seen, train
 from torch import nn
 
 from ldm.data.stream import BatchStream
 from ldm.errors import NonFiniteError, UserError
-from ldm.training.debug import NonFiniteDetector, OverfitOneBatch, Profile
-from ldm.training.profiler import ORDER
+from ldm.training import debug
+from ldm.training.debug import NonFiniteDetector, OverfitOneBatch, Profile, all_finite
+from ldm.training.profiler import ORDER, PhaseProfiler
 
 
 class Deep(Line):
@@ -113,3 +119,78 @@ def test_profile_writes_table_and_trace(steps, tmp_path, capfd):
 def test_profile_of_short_training_reports_too_few_steps(tmp_path):
     train(Line(), Rows(), [Profile(tmp_path, 2, 3, 5)], steps=3)
     assert (tmp_path / "profile" / "table.txt").read_text().startswith("too few steps to time")
+
+
+class Trace:
+    """A torch profiler that records what is done with it."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def start(self):
+        self.events.append("start")
+
+    def stop(self):
+        self.events.append("stop")
+
+    def export_chrome_trace(self, path):
+        self.events.append(Path(path).name)
+
+    def key_averages(self):
+        return SimpleNamespace(table=lambda sort_by, row_limit: f"by {sort_by}")
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("last", [1, 2, 4, 5, 8, 9])
+def test_profile_traces_its_steps_then_times_the_next(cuda, last, tmp_path, monkeypatch):
+    """Traced are steps 2 and 3, timed are steps 4 to 8; `last` is the last step of the training."""
+    ticks, events = iter(range(100)), []
+    monkeypatch.setattr(debug, "synchronized_time", lambda device: next(ticks))
+    monkeypatch.setattr(torch.profiler, "profile", lambda record_shapes: Trace(events))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    profile = Profile(tmp_path, first_step=2, traced=2, steps=5)
+    trainer, lit = (
+        SimpleNamespace(is_global_zero=True, profiler=PhaseProfiler()),
+        SimpleNamespace(device=torch.device("cpu")),
+    )
+    begun = {}
+    for step in range(1, last + 1):
+        profile.on_train_batch_start(trainer, lit, {}, step)
+        begun[step] = len(events)
+    done = (tmp_path / "profile" / "table.txt").exists()
+    assert done == (last >= 9)
+    profile.on_train_end(trainer, lit)
+    assert [begun[step] for step in range(1, last + 1)] == [0, 1, 1, *[3] * 6][:last]
+    if last == 1:
+        assert not (tmp_path / "profile").exists()
+        return
+    assert events == ["start", "stop", "trace.json"]
+    text = (tmp_path / "profile" / "table.txt").read_text()
+    assert text.endswith(f"\n\nby self_{'cuda' if cuda else 'cpu'}_time_total")
+    timed = min(last, 8) - 3  # one tick passes between the two looks at the clock
+    if timed <= 0:
+        assert text.startswith("too few steps to time")
+    else:
+        assert f"a step{1e3 / timed:>18.3f} ms{100:>10.2f} %" in text
+
+
+def test_profile_is_of_the_first_process(tmp_path):
+    profile = Profile(tmp_path, first_step=1, traced=1, steps=1)
+    for step in range(4):
+        profile.on_train_batch_start(SimpleNamespace(is_global_zero=False), None, {}, step)
+    profile.on_train_end(SimpleNamespace(is_global_zero=False), None)
+    assert profile.trace is None
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "finite"),
+    [
+        ({"a": [torch.zeros(2), "text", None], "b": torch.tensor([1, 2])}, True),
+        ((torch.zeros(2), {"b": torch.tensor([0.0, math.inf])}), False),
+        (torch.tensor(math.nan), False),
+        ([], True),
+    ],
+)
+def test_all_finite_looks_at_floating_point_tensors_of_nested_data(value, finite):
+    assert all_finite(value) == finite

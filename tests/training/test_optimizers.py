@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ldm.checkpoint.dtensor import full_tensors
-from ldm.training.optimizers import ChainedOptimizer, adamw, muon
+from ldm.checkpoint.dtensor import full_tensors, is_dtensor
+from ldm.training.optimizers import ChainedOptimizer, Muon, adamw, muon
 
 
 def net() -> nn.Sequential:
@@ -88,6 +88,40 @@ def compare_on_two(rank, folder):
     for rows in (128, 1):
         assert torch.equal(after_two_steps(rows, mesh), after_two_steps(rows))
     dist.destroy_process_group()
+
+
+def test_muon_on_matrices_sharded_over_one_process_matches_unsharded(tmp_path, monkeypatch):
+    """Momenta and parameters stay sharded between steps, and the parameter groups are the former ones."""
+    unsharded, step = [], Muon._step_unsharded
+    monkeypatch.setattr(Muon, "_step_unsharded", lambda *args: (unsharded.append(args[2]), step(*args)))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = after_two_steps(8, mesh)
+        assert len(unsharded) == 2
+        assert torch.equal(sharded, after_two_steps(8))
+        assert len(unsharded) == 2, "torch's own step suffices where nothing is sharded"
+        net = fully_shard(nn.Linear(4, 3, bias=False), mesh=mesh)
+        other = fully_shard(nn.Linear(4, 3, bias=False), mesh=mesh)  # without gradient
+        before = full_tensors(other.weight.detach()).clone()
+        optimizer = muon([net.weight, other.weight])
+        groups = optimizer.optimizers[0].param_groups
+
+        def closure():
+            loss = net(torch.ones(2, 4)).sum()
+            loss.backward()
+            return loss
+
+        assert torch.is_grad_enabled()
+        with torch.no_grad():
+            loss = optimizer.optimizers[0].step(closure)
+        assert loss.requires_grad
+        assert optimizer.optimizers[0].param_groups is groups
+        (state,) = optimizer.optimizers[0].state.values()
+        assert all(is_dtensor(value) for value in state.values() if value.ndim)
+        assert torch.equal(full_tensors(other.weight.detach()), before)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow

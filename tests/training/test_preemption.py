@@ -2,12 +2,15 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import torch
 from rows import Line, Rows, train
 
-from ldm.training.preemption import GracefulStop
+from ldm.training import preemption
+from ldm.training.preemption import DUPLICATE_SIGNAL_WINDOW, GracefulStop
 
 
 class Told(L.Callback):
@@ -50,6 +53,39 @@ class Left(L.Callback):
 
     def on_train_start(self, trainer, lit):
         raise SystemExit(self.code)
+
+
+def test_second_signal_after_the_window_of_duplicates_has_its_default_effect(monkeypatch):
+    now, calls = [100.0], []
+    monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: calls.append((number, handler)))
+    monkeypatch.setattr(signal, "raise_signal", lambda number: calls.append(number))
+    stop = GracefulStop(None)
+    stop.handle_signal(signal.SIGUSR1, None)
+    assert (stop.code, calls) == (85, [(signal.SIGINT, signal.SIG_DFL)])
+    now[0] += DUPLICATE_SIGNAL_WINDOW  # still one
+    stop.handle_signal(signal.SIGINT, None)
+    assert (stop.code, len(calls)) == (85, 1)
+    now[0] += 0.5
+    stop.handle_signal(signal.SIGINT, None)
+    assert calls[1:] == [(signal.SIGINT, signal.SIG_DFL), signal.SIGINT]
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGTERM, "preempted"), (signal.SIGINT, "interrupted")])
+@pytest.mark.parametrize("chief", [True, False])
+def test_signal_to_one_rank_ends_all_after_the_step(number, reason, chief, monkeypatch, capfd):
+    """This rank got none; all ranks save and leave, and the first says why."""
+    saved = []
+    stop = GracefulStop(lambda trainer, lit, step: saved.append(step))
+    trainer, lit = SimpleNamespace(is_global_zero=chief), SimpleNamespace(device=torch.device("cpu"))
+    stop.on_train_batch_end(trainer, lit, None, {"step": 4}, 0)
+    assert saved == []
+    code = preemption.EXIT_CODES[number]
+    monkeypatch.setattr(preemption, "all_reduce_max", lambda x: torch.maximum(x, torch.tensor(code)))
+    with pytest.raises(SystemExit) as end:
+        stop.on_train_batch_end(trainer, lit, None, {"step": 4}, 0)
+    assert (end.value.code, saved) == (code, [5])
+    assert capfd.readouterr().err.startswith(f"\n{reason} after step 5") == chief
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(None, 85), (143, 85), (1, 130), (3, 3)])

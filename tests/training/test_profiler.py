@@ -11,9 +11,9 @@ from rows import Line, Rows, train
 from torch import nn
 
 from ldm.ema import PowerEMA
-from ldm.training import callbacks
+from ldm.training import callbacks, profiler
 from ldm.training.callbacks import EMACallback, MetricsRecorder, SampleGridCallback
-from ldm.training.profiler import ORDER, FlopCounter, PhaseProfiler, peak_flops, phase, table
+from ldm.training.profiler import ORDER, FlopCounter, PhaseProfiler, StepTimer, peak_flops, phase, table
 
 NAP = 0.02
 
@@ -196,3 +196,76 @@ def test_count_flops_does_not_change_results(low):
     attention = 2 * 2 * 2 * 2 * 64 * 64 * 4
     flops = 3 * products - 2 * 2 * 64 * 8 * 8 * 9 + 3.5 * attention
     assert counter.flops == flops, "x wants no gradient; attention is done again backward"
+
+
+class Clock:
+    """A clock that shows the given seconds, one a look."""
+
+    def __init__(self, *seconds):
+        self.seconds = iter(seconds)
+
+    def __call__(self, device=None):
+        return next(self.seconds)
+
+
+def test_peak_flops_is_of_the_fastest_of_three_products(monkeypatch):
+    monkeypatch.setattr(profiler, "synchronized_time", Clock(0.0, 8.0, 10.0, 14.0, 20.0, 25.0))
+    monkeypatch.setattr(profiler, "SIDE", {"cpu": 4})
+    assert profiler._peak.__wrapped__(torch.float32, torch.device("cpu"), 1) == 2 * 4**3 / 4.0
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("bf16-mixed", torch.bfloat16),
+        ("16-true", torch.float16),
+        ("64-true", torch.float64),
+        ("32-true", torch.float32),
+    ],
+)
+def test_peak_flops_is_measured_in_the_precision_of_the_training(precision, dtype, monkeypatch):
+    monkeypatch.setattr(profiler, "_peak", lambda *key: key)
+    assert peak_flops(precision, torch.device("cpu"))[:2] == (dtype, torch.device("cpu"))
+
+
+def test_step_timer_times_each_step(monkeypatch):
+    monkeypatch.setattr(profiler, "synchronized_time", Clock(1.0, 3.0, 10.0, 15.0))
+    timer, lit = StepTimer(), SimpleNamespace(device=torch.device("cpu"))
+    for _ in range(2):
+        timer.on_train_batch_start(None, lit, None, 0)
+        timer.on_train_batch_end(None, lit, None, None, 0)
+    assert timer.seconds == [2.0, 5.0]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_profiler_counts_flops_of_second_step_only(parts):
+    spent, a = PhaseProfiler(parts), torch.ones(3, 3)
+    for size in (1, 2, 4):  # products in each batch of a step
+        for _ in range(parts):
+            assert spent.flops == (None if size < 4 else 2 * parts * 2 * 27)
+            spent.start("run_training_batch")
+            for _ in range(size):
+                a @ a
+            spent.stop("run_training_batch")
+        a @ a  # between steps
+    assert spent.flops == 2 * parts * 2 * 27
+
+
+def test_phase_counts_within_a_training_and_has_no_effect_without(monkeypatch):
+    ticks = iter(range(10))
+    spent = PhaseProfiler(clock=lambda: next(ticks))
+    monkeypatch.setattr(profiler, "trainer_of", lambda lit: SimpleNamespace(profiler=spent) if lit else None)
+    with phase("module", "encode"):
+        pass
+    assert spent.seconds["encode"] == 1
+    with phase(None, "encode"):
+        pass
+    assert spent.seconds["encode"] == 1
+
+
+def test_flops_are_counted_with_an_operators_keyword_arguments(monkeypatch):
+    counts = {torch.ops.aten.add: lambda a, b, *, alpha=1, out_val: alpha * out_val.numel()}
+    monkeypatch.setattr(profiler, "FLOP_COUNTS", counts)
+    with FlopCounter() as counter:
+        out = torch.add(torch.ones(5), torch.ones(5), alpha=3)
+    assert (counter.flops, out.tolist()) == (15, [4.0] * 5)
