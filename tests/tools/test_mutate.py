@@ -87,7 +87,7 @@ def test_fails_on_the_original():
     assert MINUS_TWO(5) == 4
 """
 ENDLESS = ("count", "k + 1  ->  k")
-LISTED = [package for package in LISTED if PROJECT.list_file(package).is_file()]
+LISTED = [package for package in PACKAGES if PROJECT.list_file(package).is_file()]
 
 
 @pytest.mark.parametrize("package", LISTED)
