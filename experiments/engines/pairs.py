@@ -105,7 +105,7 @@ REFUSED = "tests/training/test_fit.py::test_fit_refuses_what_device_or_strategy_
 NAMED = "tests/training/test_fit.py::test_auto_is_the_precision_that_it_resolves_to"
 FLOAT16 = "tests/training/test_precision.py::test_losses_of_precisions_agree_over_200_steps"
 WHAT = {
-    FLOAT16: "the losses in float32",
+    FLOAT16: "the losses in float64",
     NAMED: "the precision of which it is another name",
     TRAINING: "losses and weights of one process without a logger, and the logger's own files",
     BATCHES: "the batches of one process",
