@@ -25,7 +25,7 @@ GROUPS = (
     "objective",
 )
 OPTIONS = [(group, o) for group in GROUPS for o in ConfigSearchPath((ROOT / "conf",), ROOT).groups()[group]]
-STANDARD = {"math", "collections", "dataclasses", "functools", "itertools", "typing"}
+STANDARD = {"math", "collections", "contextlib", "dataclasses", "functools", "itertools", "typing"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
