@@ -25,9 +25,9 @@ from ldm.io import atomic
 from ldm.runs.metrics_log import read_metrics_log
 
 sys.path.insert(0, str(ROOT / "experiments" / "engines"))
-import pairs
+import option_pairs
 
-TRAINED = [case for case in (*pairs.SINGLE, *pairs.PARALLEL) if case not in pairs.REFERENCES]
+TRAINED = [case for case in (*option_pairs.SINGLE, *option_pairs.PARALLEL) if case not in option_pairs.REFERENCES]
 SIZES = ("budget=smoke", "autoencoder=identity", "metrics=none", "conditioner=label", "training.batch_size=4")
 SIZES += ("training.score.guidance_scales=[1.0]", "training.lr_schedule.warmup=1")
 LAUNCHERS = {  # overrides of each, with which it runs jobs here
@@ -40,8 +40,8 @@ LAUNCHERS = {  # overrides of each, with which it runs jobs here
 
 
 def test_table_has_a_row_for_each_pair_of_conf():
-    with pairs.TABLE.open() as file:
-        assert list(csv.DictReader(file)) == pairs.rows(), "run python experiments/engines/pairs.py"
+    with option_pairs.TABLE.open() as file:
+        assert list(csv.DictReader(file)) == option_pairs.rows(), "run python experiments/engines/option_pairs.py"
 
 
 def test_table_has_every_launcher_and_precision():
@@ -51,14 +51,14 @@ def test_table_has_every_launcher_and_precision():
     Plugins.instance()  # registers the options of those that are installed
     listed = [name for kind in ("launcher", "sweeper") for name in ConfigStore.instance().list(f"hydra/{kind}")]
     names = {name.removesuffix(".yaml") for name in listed if name.endswith(".yaml")}
-    assert set(pairs.AXES["launcher"]) == names | set(pairs.options("hydra/launcher"))
-    assert set(pairs.AXES["precision"]) == {"auto", *PRECISION}
-    assert set(LAUNCHERS) == {*pairs.AXES["launcher"]} - {"submitit_slurm"}
+    assert set(option_pairs.AXES["launcher"]) == names | set(option_pairs.options("hydra/launcher"))
+    assert set(option_pairs.AXES["precision"]) == {"auto", *PRECISION}
+    assert set(LAUNCHERS) == {*option_pairs.AXES["launcher"]} - {"submitit_slurm"}
 
 
 def test_table_names_tests_that_exist():
-    ids = {case.id for case in TRAINED} | set(LAUNCHERS) | set(pairs.AXES["data"])
-    for row in pairs.rows():
+    ids = {case.id for case in TRAINED} | set(LAUNCHERS) | set(option_pairs.AXES["data"])
+    for row in option_pairs.rows():
         assert row["test"] or (row["reference"].startswith("needs ") and row["before"] == "no"), row
         if row["test"]:
             path, name, case = re.fullmatch(r"(.*)::(\w+)(?:\[(.*)\])?", row["test"]).groups()
@@ -67,12 +67,14 @@ def test_table_names_tests_that_exist():
 
 
 def test_cover_has_each_pair_that_a_cpu_can_run():
-    covered = {pair for case in (*pairs.SINGLE, *pairs.PARALLEL) for pair in case.pairs}
-    possible = {pair for case in pairs.product(pairs.WORLDS, pairs.AXES["data"]) for pair in case.pairs}
-    shared = {(("trainer", t), ("data", d)) for t in ("ddp", "fsdp", "slurm") for d in pairs.AXES["data"]}
+    covered = {pair for case in (*option_pairs.SINGLE, *option_pairs.PARALLEL) for pair in case.pairs}
+    possible = {
+        pair for case in option_pairs.product(option_pairs.WORLDS, option_pairs.AXES["data"]) for pair in case.pairs
+    }
+    shared = {(("trainer", t), ("data", d)) for t in ("ddp", "fsdp", "slurm") for d in option_pairs.AXES["data"]}
     assert possible - covered <= shared
-    for axis in pairs.Case._fields:
-        assert {getattr(job, axis) for job in pairs.JOBS} == set(pairs.AXES[axis])
+    for axis in option_pairs.Case._fields:
+        assert {getattr(job, axis) for job in option_pairs.JOBS} == set(option_pairs.AXES[axis])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def made(tmp_path_factory):
         patch.setenv("LDM_CACHE", str(root / "cache"))
         patch.setenv("LDM_OFFLINE", "1")
         data = sources.make_all(root / "data")
-        assert set(data) == set(pairs.AXES["data"])
+        assert set(data) == set(option_pairs.AXES["data"])
         sources.replace_downloads(root / "data", patch.setattr)
         yield root, data
 
@@ -94,7 +96,7 @@ def assert_equal_batches(one, other, keys):
         assert same, key
 
 
-@pytest.mark.parametrize("kind", pairs.AXES["data"])
+@pytest.mark.parametrize("kind", option_pairs.AXES["data"])
 def test_data_equal_arrays_in_files(kind, made):
     """Images, labels, captions and flips of seven epochs are those of the arrays that were written, bit for bit."""
     source = made[1][kind]
@@ -107,7 +109,7 @@ def test_data_equal_arrays_in_files(kind, made):
         assert_equal_batches(one, other, other)
 
 
-@pytest.mark.parametrize("kind", pairs.AXES["data"])
+@pytest.mark.parametrize("kind", option_pairs.AXES["data"])
 def test_ranks_share_batches_of_one_process(kind, made, monkeypatch):
     """Two processes of torchrun or of Slurm have the samples of one between them, in its order."""
     data = build.build_dataset(composed(*made[1][kind].overrides, "data.flip=true"), "train")
@@ -137,8 +139,8 @@ def write_configs(cases, made, root):
     from omegaconf import OmegaConf, open_dict
 
     groups = ("trainer", "logger")
-    nodes = {(group, name): compose_option(group, name) for group in groups for name in pairs.AXES[group]}
-    for data in pairs.AXES["data"]:
+    nodes = {(group, name): compose_option(group, name) for group in groups for name in option_pairs.AXES[group]}
+    for data in option_pairs.AXES["data"]:
         plan = plan_of(*SIZES, *made[data].overrides)
         full = plan.compose(plan.overrides)
         choices = {key: value for key, value in full.hydra.runtime.choices.items() if value and "hydra" not in key}
@@ -169,12 +171,12 @@ def trained(request, tmp_path_factory, worker_id):
                 item for item in request.session.items if item.originalname == test_training_equals_reference.__name__
             ]
             chosen = [item.callspec.params["case"] for item in tests]
-            cases = list(dict.fromkeys([*map(pairs.reference, chosen), *chosen]))
+            cases = list(dict.fromkeys([*map(option_pairs.reference, chosen), *chosen]))
             write_configs(cases, sources.make_all(root / "data"), root)
             failed = {}
             for launcher, trainers in (("", ("auto", "cpu")), ("torchrun", ("ddp", "fsdp")), ("slurm", ("slurm",))):
                 names = [case.id for case in cases if case.trainer in trainers]
-                failed |= train_all(names, root, launcher, pairs.WORLDS[trainers[0]]) if names else {}
+                failed |= train_all(names, root, launcher, option_pairs.WORLDS[trainers[0]]) if names else {}
             (root / "failed.json").write_text(json.dumps(failed))
     return root, json.loads((root / "failed.json").read_text())
 
@@ -191,13 +193,13 @@ def outcome(root, case):
 def test_training_equals_reference(case, trained):
     """Losses and weights are those of one process: bit for bit if it is one with this precision, else to rounding."""
     root, failed = trained
-    for one in (case, pairs.reference(case)):
+    for one in (case, option_pairs.reference(case)):
         assert one.id not in failed, failed[one.id]
     folder, rows, weights = outcome(root, case)
-    _, expected, weights_expected = outcome(root, pairs.reference(case))
-    precision, same = case.precision, case.precision == pairs.reference(case).precision
-    rounding = pairs.BOUNDS["32" if precision == "64" and not same else precision]
-    bound = 0.0 if same and case in pairs.SINGLE else rounding
+    _, expected, weights_expected = outcome(root, option_pairs.reference(case))
+    precision, same = case.precision, case.precision == option_pairs.reference(case).precision
+    rounding = option_pairs.BOUNDS["32" if precision == "64" and not same else precision]
+    bound = 0.0 if same and case in option_pairs.SINGLE else rounding
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == [1, 2]
     for row, other in zip(rows, expected, strict=True):
         names = {name for name in row if name.startswith("train/")}
@@ -207,7 +209,7 @@ def test_training_equals_reference(case, trained):
     if not same:  # the first output is zero in any precision, as the last layer of a network is
         assert rows[1]["train/loss"] != expected[1]["train/loss"], f"{precision} is not what was computed in"
     assert weights.keys() == weights_expected.keys()
-    if same and case in pairs.SINGLE:
+    if same and case in option_pairs.SINGLE:
         assert all(torch.equal(value, weights_expected[name]) for name, value in weights.items())
     assert_logger_has_what_the_run_folder_has(case.logger, folder)
 
@@ -280,7 +282,7 @@ def test_launcher_starts_jobs_of_plain_command(launcher, tmp_path):
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     (tmp_path / "jobs").mkdir()
-    for i, job in enumerate(pairs.JOBS):
+    for i, job in enumerate(option_pairs.JOBS):
         chosen = job._asdict()
         precision = chosen.pop("precision")
         lines = ["# @package _global_", "defaults:", *(f"  - override /{key}: {chosen[key]}" for key in chosen)]
@@ -288,7 +290,7 @@ def test_launcher_starts_jobs_of_plain_command(launcher, tmp_path):
         lines += ["data: {path: files}"] if "path: ???" in (ROOT / f"conf/data/{job.data}.yaml").read_text() else []
         (tmp_path / "experiments" / f"job{i}").mkdir(parents=True)
         (tmp_path / "experiments" / f"job{i}" / "sweep.yaml").write_text("\n".join(lines))
-    names = [f"job{i}" for i in range(len(pairs.JOBS))]
+    names = [f"job{i}" for i in range(len(option_pairs.JOBS))]
     words = ["-m", f"experiment={','.join(names)}", *LAUNCHERS[launcher], "name=pairs"]
     words += [f"hydra.sweeper.n_trials={len(names)}"] if launcher == "optuna" else []
     env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(tmp_path)}

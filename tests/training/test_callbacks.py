@@ -42,11 +42,15 @@ def test_learning_rate_is_configured_rate_times_factor():
         assert rates == [rate * (step + 1) / 8 for rate in (0.5, 0.25, 2.0)]
 
 
-def test_average_is_updated_with_steps_counted_from_one():
-    steps = []
-    for step in (0, 7):
-        end_step(EMACallback(SimpleNamespace(update=steps.append)), step)
-    assert steps == [1, 8]
+def test_average_is_updated_after_steps_that_were_not_skipped():
+    updates, skipped = [], iter([False, True, False])
+    average = SimpleNamespace(update=lambda: updates.append(True), module=object())
+    guard = SimpleNamespace(has_skipped=lambda module: module is average.module and next(skipped))
+    for step in range(3):
+        end_step(EMACallback(average, guard), step)
+    assert len(updates) == 2
+    end_step(EMACallback(average), 3)
+    assert len(updates) == 3
 
 
 class Averaged:

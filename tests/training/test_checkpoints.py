@@ -175,12 +175,12 @@ class Run:
         self.ema, self.snapshots = PowerEMA(self.lit, 0.1), {"ema_0.05": PowerEMA(self.lit, 0.05)}
         precision = Scaled(scale)
         self.trainer = SimpleNamespace(is_global_zero=chief, optimizers=[self.optimizer], precision_plugin=precision)
-        for step in range(steps):
+        for _ in range(steps):
             for p in self.lit.parameters():
                 p.grad = torch.ones_like(p)
             self.optimizer.step()
             for average in (self.ema, *self.snapshots.values()):
-                average.update(step + 1)
+                average.update()
 
     def callback(self, folder, resume=None, ema=True, averages=True, every=1, total=1):
         return CheckpointCallback(
@@ -206,6 +206,7 @@ def test_checkpoint_restores_weights_averages_moments_and_loss_scale(tmp_path):
         assert torch.equal(before.optimizer.state[a]["momentum_buffer"], after.optimizer.state[b]["momentum_buffer"])
     for a, b in ((before.ema, after.ema), (before.snapshots["ema_0.05"], after.snapshots["ema_0.05"])):
         assert all(torch.equal(value, b.shadow[name]) for name, value in a.shadow.items())
+        assert a.updates == b.updates == 3
     assert after.trainer.precision_plugin.scale == 8.0
     (group,) = after.optimizer.param_groups
     assert group["lr"] == 0.25, "the config's rate, not the checkpoint's"

@@ -1,4 +1,4 @@
-"""Which test compares each pair of options with the simplest reference? python experiments/engines/pairs.py
+"""Which test compares each pair of options with the simplest reference? python experiments/engines/option_pairs.py
 
 Writes pairs.csv, a row per pair of options of two of AXES. The reference is one process on the CPU, started by a plain
 command, without a logger, in float32 (in float64 for a pair with precision 64), on the same samples.
