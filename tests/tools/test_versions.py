@@ -117,5 +117,7 @@ def test_list_prints_environments_without_building(capsys):
     ]
     assert all("torch>=2.9" in line for line in shown)
     assert Path(versions.TABLE).exists() == before
+    assert versions.main(["--list", "today", "3.11"]) == 0
+    assert [line.split(" (")[0] for line in capsys.readouterr().out.splitlines()] == ["today on Python 3.11"]
     assert versions.main(["everything"]) == 2
     assert versions.main(["--help"]) == 0

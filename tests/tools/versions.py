@@ -1,6 +1,6 @@
 """Does the quick suite pass with every version that pyproject.toml promises?
 
-    python tests/tools/versions.py [lowest|today|newest] ... [--list]
+    python tests/tools/versions.py [lowest|today|newest] ... [3.10|3.11|3.13] ... [--list]
 
 For each row a new environment outside the checkout: the lowest version that each bound allows, what pip installs today,
 and the newest including pre-releases, on the Pythons in ROWS.  Needs Python 3.11, a package registry and 8 GB of disk
@@ -224,14 +224,19 @@ def write(line: dict[str, str], table: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    names = {row.versions for row in ROWS}
+    names, pythons = {row.versions for row in ROWS}, {row.python for row in ROWS}
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    if unknown := [word for word in argv if word not in {*names, "--list"}]:
-        print(f"error: {unknown[0]}: expected {', '.join(sorted(names))}, or --list", file=sys.stderr)
+    if unknown := [word for word in argv if word not in {*names, *pythons, "--list"}]:
+        expected = ", ".join(sorted(names | pythons))
+        print(f"error: {unknown[0]}: expected {expected}, or --list", file=sys.stderr)
         return 2
-    chosen = [row for row in ROWS if row.versions in argv or not names & set(argv)]
+    chosen = [
+        row
+        for row in ROWS
+        if (row.versions in argv or not names & set(argv)) and (row.python in argv or not pythons & set(argv))
+    ]
     bad = 0
     for row in chosen:
         if "--list" in argv:
