@@ -150,7 +150,8 @@ def optimizer_bytes(node: Any, parameters: Sequence["torch.Tensor"]) -> int:
     optimizer = instantiate(node, **({"fused": False} if "fused" in node else {}))(parameters)
     for p in parameters:
         p.grad = torch.empty_like(p)
-    optimizer.step()
+    with torch.device("cpu"):  # the number of steps is read as a number, which a tensor on `meta` does not have
+        optimizer.step()
     for p in parameters:
         p.grad = None
     return num_bytes(

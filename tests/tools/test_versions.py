@@ -46,7 +46,7 @@ def test_lowest_is_first_release_in_bounds(line, there, expected):
 
 def test_report_replaces_its_line(tmp_path):
     line = dict.fromkeys(versions.COLUMNS, "") | {"versions": "today", "python": "3.11"} | versions.outcome(REPORT)
-    assert (line["passed"], line["failed"]) == ("1", "2")
+    assert (line["passed"], line["failed"], line["not run"]) == ("1", "2", "1")
     assert line["names of failed"] == "tests/net/test_unet::test_two[a]; tests/test_ema::test_three"
     versions.write(line | {"passed": "0"}, tmp_path / "t.csv")
     versions.write(dict.fromkeys(versions.COLUMNS, "") | {"versions": "lowest", "python": "3.10"}, tmp_path / "t.csv")
@@ -57,18 +57,23 @@ def test_report_replaces_its_line(tmp_path):
 
 
 def test_failed_test_that_passes_alone_is_not_failed():
-    first = {"passed": "7", "failed": "2", "names of failed": "a::one; a::two"}
-    again = {"passed": "1", "failed": "1", "names of failed": "a::two"}
+    first = {"passed": "7", "failed": "2", "not run": "3", "names of failed": "a::one; a::two"}
+    again = {"passed": "1", "failed": "1", "not run": "0", "names of failed": "a::two"}
     line = versions.combine(first, again)
-    assert line == {"passed": "8", "failed": "1", "names of failed": "a::two", "passed alone": "a::one"}
+    assert (line["passed"], line["failed"], line["not run"]) == ("8", "1", "3")
+    assert (line["names of failed"], line["passed alone"]) == ("a::two", "a::one")
     assert versions.combine(first, {"names of failed": "pytest ended with exit code 3"}) == first
 
 
 @pytest.mark.parametrize(
     ("body", "code", "expected"),
     [
-        ("def test_one():\n    pass", 0, {"passed": "1", "failed": "0", "names of failed": ""}),
-        ("def test_one():\n    assert False", 1, {"passed": "0", "failed": "1", "names of failed": "test_a::test_one"}),
+        ("def test_one():\n    pass", 0, {"passed": "1", "failed": "0", "not run": "0", "names of failed": ""}),
+        (
+            "def test_one():\n    assert False",
+            1,
+            {"passed": "0", "failed": "1", "not run": "0", "names of failed": "test_a::test_one"},
+        ),
         ("import nothing_of_this_name", 2, {"names of failed": "pytest ended with exit code 2"}),
     ],
 )
@@ -112,5 +117,7 @@ def test_list_prints_environments_without_building(capsys):
     ]
     assert all("torch>=2.9" in line for line in shown)
     assert Path(versions.TABLE).exists() == before
+    assert versions.main(["--list", "today", "3.11"]) == 0
+    assert [line.split(" (")[0] for line in capsys.readouterr().out.splitlines()] == ["today on Python 3.11"]
     assert versions.main(["everything"]) == 2
     assert versions.main(["--help"]) == 0

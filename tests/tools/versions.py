@@ -1,6 +1,6 @@
 """Does the quick suite pass with every version that pyproject.toml promises?
 
-    python tests/tools/versions.py [lowest|today|newest] ... [--list]
+    python tests/tools/versions.py [lowest|today|newest] ... [3.10|3.11|3.13] ... [--list]
 
 For each row a new environment outside the checkout: the lowest version that each bound allows, what pip installs today,
 and the newest including pre-releases, on the Pythons in ROWS.  Needs Python 3.11, a package registry and 8 GB of disk
@@ -42,7 +42,7 @@ SHOWN = (
     "torchmetrics",
     "numpy",
 )
-COLUMNS = ("versions", "python", "date", *SHOWN, "passed", "failed", "names of failed", "passed alone")
+COLUMNS = ("versions", "python", "date", *SHOWN, "passed", "failed", "not run", "names of failed", "passed alone")
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,18 @@ def installed(python: Path) -> dict[str, str]:
 
 
 def outcome(report: str) -> dict[str, str]:
-    """passed, failed and the names of the failed tests, of pytest's report in JUnit's XML."""
-    failed, passed = [], 0
+    """passed, failed, not run (skipped) and the names of the failed tests, of pytest's report in JUnit's XML."""
+    failed, passed, skipped = [], 0, 0
     for case in ElementTree.fromstring(report).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             failed.append(f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}")
-        elif case.find("skipped") is None:
+        elif case.find("skipped") is not None:
+            skipped += 1
+        else:
             passed += 1
     names = sorted(set(failed))
-    return {"passed": str(passed), "failed": str(len(names)), "names of failed": "; ".join(names)}
+    counts = {"passed": passed, "failed": len(names), "not run": skipped}
+    return {name: str(count) for name, count in counts.items()} | {"names of failed": "; ".join(names)}
 
 
 def pip(python: Path, *words: object) -> None:
@@ -191,7 +194,15 @@ def combine(first: dict[str, str], again: dict[str, str]) -> dict[str, str]:
         return first
     names = first["names of failed"].split("; ")
     alone = [name for name in names if name not in again["names of failed"].split("; ")]
-    return again | {"passed": str(int(first["passed"]) + len(alone)), "passed alone": "; ".join(alone)}
+    passed = str(int(first["passed"]) + len(alone))
+    return (
+        first
+        | {name: again[name] for name in ("failed", "names of failed")}
+        | {
+            "passed": passed,
+            "passed alone": "; ".join(alone),
+        }
+    )
 
 
 def write(line: dict[str, str], table: Path) -> None:
@@ -213,14 +224,19 @@ def write(line: dict[str, str], table: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    names = {row.versions for row in ROWS}
+    names, pythons = {row.versions for row in ROWS}, {row.python for row in ROWS}
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    if unknown := [word for word in argv if word not in {*names, "--list"}]:
-        print(f"error: {unknown[0]}: expected {', '.join(sorted(names))}, or --list", file=sys.stderr)
+    if unknown := [word for word in argv if word not in {*names, *pythons, "--list"}]:
+        expected = ", ".join(sorted(names | pythons))
+        print(f"error: {unknown[0]}: expected {expected}, or --list", file=sys.stderr)
         return 2
-    chosen = [row for row in ROWS if row.versions in argv or not names & set(argv)]
+    chosen = [
+        row
+        for row in ROWS
+        if (row.versions in argv or not names & set(argv)) and (row.python in argv or not pythons & set(argv))
+    ]
     bad = 0
     for row in chosen:
         if "--list" in argv:
