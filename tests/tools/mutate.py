@@ -7,8 +7,8 @@ fails. Writes tests/tools/mutation/PACKAGE.csv and the table of tests/README.md;
 equivalent.csv does not explain.
 
 path: a package, a file or a folder, as `ldm/training` or `ldm/training/lr.py`; all by default.
---stale: only mutants that are not in the list, or survived in it.
---table: only write the table.
+--stale: only mutants that were not run, or survived.
+--list: run nothing; list the mutants of the present source, new ones as not run.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def selected(project: Project, names: list[str], stale: bool) -> dict[str, list[
     for package in PACKAGES:
         listed = mutation.read_list(project, package)
         for mutant in mutation.package_mutants(project, package):
-            done = mutant.key in listed and listed[mutant.key]["result"] != "survived"
+            done = mutant.key in listed and listed[mutant.key]["result"] in ("killed", "equivalent")
             if is_named(mutant, names) and not (stale and done):
                 chosen.setdefault(package, []).append(mutant)
     return chosen
@@ -117,20 +117,19 @@ def write_table(project: Project) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="path[:function]")
-    parser.add_argument("--stale", action="store_true", help="only what is not in the list, or survived in it")
-    parser.add_argument("--table", action="store_true", help="only write the table of tests/README.md")
+    parser.add_argument("--stale", action="store_true", help="only what was not run, or survived")
+    parser.add_argument("--list", action="store_true", help="run nothing, list what is new as not run")
     parser.add_argument("--seconds", type=float, default=60.0, help="of tests that a mutant is given")
     parser.add_argument("--root", type=Path, default=Project.root, help="the folder of ldm/ and tests/")
     options = parser.parse_args(arguments)
     project = Project(options.root.resolve())
-    if not options.table:
-        chosen = selected(project, options.names, options.stale)
-        for package in PACKAGES:  # without what the source has no longer, and with today's proofs
-            if project.list_file(package).exists():
-                mutation.write_list(project, package, mutation.read_list(project, package))
-        if chosen:
-            sys.path[:0] = [str(project.root)]
-            ForkedTests(project, lambda forked: try_mutants(forked, chosen), options.seconds).run(test_files(project))
+    chosen = selected(project, options.names, options.stale)
+    for package in PACKAGES:  # without what the source has no longer, and with today's proofs
+        if project.files(package):
+            mutation.write_list(project, package, mutation.read_list(project, package))
+    if chosen and not options.list:
+        sys.path[:0] = [str(project.root)]
+        ForkedTests(project, lambda forked: try_mutants(forked, chosen), options.seconds).run(test_files(project))
     write_table(project)
     print(mutation.summary(project))
     rows = [row for package in PACKAGES for row in mutation.read_list(project, package).values()]

@@ -37,7 +37,7 @@ EXCLUDED = (  # what only prints, logs or draws
     "plan/table.py",
 )
 COLUMNS = ["file", "function", "mutant", "result", "killed by", "why"]
-RESULTS = ("killed", "equivalent", "survived")
+RESULTS = ("killed", "equivalent", "survived", "not run")
 SILENT_CALLS = ("print", "info", "warning", "debug", "warn")  # whose arguments are messages
 
 OTHER = {
@@ -268,24 +268,26 @@ def read_list(project: Project, package: str) -> dict[tuple[str, str, str], dict
     proofs = read_proofs(project)
     rows = {row_key(row): row for row in read_rows(project.list_file(package))}
     for key, row in rows.items():
-        if row["result"] != "killed":
+        if row["result"] in ("equivalent", "survived"):
             row["result"], row["why"] = ("equivalent", proofs[key]) if key in proofs else ("survived", "")
     return rows
 
 
 def write_list(project: Project, package: str, rows: dict[tuple[str, str, str], dict[str, str]]) -> None:
-    """Write the rows of the package's present mutants, in the order of the source."""
+    """Write a row for each of the package's present mutants, in the order of the source; one without is not run."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows[mutant.key] for mutant in package_mutants(project, package) if mutant.key in rows)
+    for mutant in package_mutants(project, package):
+        unknown = dict(zip(COLUMNS, (*mutant.key, "not run", "", ""), strict=True))
+        writer.writerow(rows.get(mutant.key, unknown))
     project.list_file(package).parent.mkdir(parents=True, exist_ok=True)
     project.list_file(package).write_text(out.getvalue())
 
 
 def summary(project: Project) -> str:
-    """Return the table of mutants, killed, equivalent and survived by package, in Markdown."""
-    lines = ["| package | mutants | killed | equivalent | survived |", "|---|---:|---:|---:|---:|"]
+    """Return the table of mutants and what became of them by package, in Markdown."""
+    lines = [f"| package | mutants | {' | '.join(RESULTS)} |", "|---|---:" + "|---:" * len(RESULTS) + "|"]
     total: Counter[str] = Counter()
     for package in PACKAGES:
         if project.list_file(package).exists():
