@@ -235,10 +235,15 @@ def read() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure the averages; write averages.csv and the table of README.md."""
     made = [measure(row) for row in ROWS]
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, made[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(made)
     README.write_text(with_table(README.read_text(encoding="utf-8"), made), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
