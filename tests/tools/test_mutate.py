@@ -157,6 +157,7 @@ def results(root: Path) -> dict[tuple[str, str], tuple[str, str]]:
         return {(r["function"], r["mutant"]): (r["result"], r["killed by"]) for r in csv.DictReader(file)}
 
 
+@pytest.mark.slow  # endless mutants end by CPU time
 def test_mutate_kills_what_tests_notice_and_nothing_else(toy):
     found = results(toy)
     assert [key for key, (result, _) in found.items() if result == "survived"] == [("untested", "-a  ->  a")]
@@ -173,14 +174,17 @@ def test_mutate_kills_what_tests_notice_and_nothing_else(toy):
     assert len(found) == 3 + 1 + 1 + 3 + 3 + 2 + 2
 
 
+@pytest.mark.slow  # endless mutants end by CPU time
 def test_mutate_ends_mutants_that_never_end(toy):
     assert results(toy)[ENDLESS] == ("killed", "test_model.py::test_count")
 
 
+@pytest.mark.slow  # endless mutants end by CPU time
 def test_mutate_prints_its_table(toy):
     assert re.search(r"\| `model` \| 15 \| 14 \| 0 \| 1 \| 0 \|", run(toy, "--list"))
 
 
+@pytest.mark.slow  # endless mutants end by CPU time
 def test_stale_run_tries_survivors_again_only(toy):
     (toy / "tests/test_model.py").write_text(TESTS + "\n\ndef test_new():\n    from ldm.model import untested\n")
     assert "model: 1 mutants" in run(toy, "--stale")
