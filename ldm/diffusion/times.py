@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.diffusion.grids import num_timesteps
 from ldm.diffusion.schedule import Schedule
-from ldm.tensors import KeyedNoise
+from ldm.tensors import KeyedNoise, at_least_float32
 
 Density = Callable[[Tensor, Schedule], Tensor]
 Times = Callable[[KeyedNoise, Tensor, Schedule], Tensor]
@@ -53,7 +53,7 @@ def uniform_draws(noise: KeyedNoise, x0: Tensor) -> Tensor:
 
     float32, or float64 if x0 is, so that the schedule's coefficients are as precise as the data.
     """
-    return noise.uniform("t", x0.new_empty(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32)))
+    return noise.uniform("t", x0.new_empty(len(x0), dtype=at_least_float32(x0.dtype)))
 
 
 def independent(noise: KeyedNoise, x0: Tensor, schedule: Schedule, density: Density) -> Tensor:

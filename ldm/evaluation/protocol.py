@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.weights import parse_ema_length
 from ldm.runs import identity
 
 OMITTED_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "scale")
@@ -55,7 +56,7 @@ def describe_weights(kind: str, training: Mapping[str, Any]) -> str:
     have their options named: `ema(decay=0.9999, warmup=False)`.
     """
     if kind != "ema":
-        return kind if kind == "raw" else f"ema({float(kind.removeprefix('ema:')):g})"
+        return kind if kind == "raw" else f"ema({parse_ema_length(kind):g})"
     options = {name: value for name, value in training.get("ema", {}).items() if not name.startswith("_")}
     if not options:
         return "ema"

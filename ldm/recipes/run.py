@@ -29,7 +29,7 @@ from ldm.training.callbacks import EMACallback, LearningRate, MetricsRecorder, P
 from ldm.training.checkpoints import BestLater, CheckpointCallback, EMASnapshots, RetentionPolicy
 from ldm.training.fit import check_device
 from ldm.training.gradients import GradientGuard
-from ldm.training.health import Condition, HealthMonitor
+from ldm.training.health import HealthCondition, HealthMonitor
 from ldm.training.loggers import Logger, NoLogger
 from ldm.training.parallel import RankConsistencyCheck
 from ldm.training.preemption import GracefulStop
@@ -90,7 +90,7 @@ class TrainingRun:
             for warning in warnings:
                 self.print(f"\nwarning: {warning}")
 
-    def watch_health(self, conditions: Sequence[Condition], window: int) -> None:
+    def watch_health(self, conditions: Sequence[HealthCondition], window: int) -> None:
         """Warn once about each condition, over a number of steps; those of before a resume are not repeated."""
         if self.metrics_log is not None:
             self.health = HealthMonitor(conditions, window, read_metrics_log(self.folder / "metrics.jsonl"))

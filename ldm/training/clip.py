@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.conditioner.clip_image import preprocess
-from ldm.tensors import KeyedNoise
+from ldm.tensors import KeyedNoise, at_least_float32
 from ldm.training.diffusion import batch_noise
 
 MAX_LOGIT_SCALE = 100.0  # the largest factor on cosines (Radford et al. 2021, sec. 2.5)
@@ -72,7 +72,7 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> dict[
     same: (B, B) bool, whether a text (column) belongs to an image (row).
     """
     with torch.autocast(image.device.type, enabled=False):
-        dtype = torch.promote_types(image.dtype, torch.float32)
+        dtype = at_least_float32(image.dtype)
         logits = scale.to(dtype) * image.to(dtype) @ text.to(dtype).T  # (B, B)
         right = same.to(dtype) / same.sum(1, keepdim=True)
         loss = 0.5 * (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right))

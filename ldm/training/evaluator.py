@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.metrics.features import to_uint8
+from ldm.tensors import at_least_float32
 
 
 class LitEvaluator(L.LightningModule):
@@ -28,7 +29,7 @@ class LitEvaluator(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         logits = self.net.logits(to_uint8(batch["image"]))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(at_least_float32(logits.dtype))
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
 

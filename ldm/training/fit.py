@@ -115,7 +115,7 @@ def fit(
         accumulate_grad_batches=accumulate_grad_batches if lit.automatic_optimization else 1,
         strategy=make_strategy(strategy, timedelta(minutes=timeout_minutes), unused),
         precision=None if precision == "fp16" else PRECISION[precision],
-        plugins=[Float16(device_of(accelerator))] if precision == "fp16" else None,
+        plugins=[Float16(device_type(accelerator))] if precision == "fp16" else None,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -153,9 +153,11 @@ def check_device(accelerator: str, strategy: str, precision: str | int) -> None:
         raise ConfigError(f"precision={name}: expected 32 or bf16 with strategy=fsdp; choose one, or trainer=ddp")
 
 
-def device_of(accelerator: str) -> str:
-    """Return the type of device that Lightning's `accelerator` names: cuda or cpu."""
-    return "cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
+def device_type(accelerator: str) -> str:
+    """Return the type of device on which Lightning trains with an `accelerator`: cuda, mps or cpu."""
+    if accelerator == "cpu":
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def is_shardable(lit: L.LightningModule) -> bool:

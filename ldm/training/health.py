@@ -11,7 +11,7 @@ from ldm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Condition:
+class HealthCondition:
     """A fault that shows in one number of the records.
 
     name: of the condition.  metric: what the number is, in words.  value: record -> the number, None without it.
@@ -34,7 +34,7 @@ class Condition:
 class HealthWarning:
     """A condition that was beyond its limit since one step, at another; value: the median between them."""
 
-    condition: Condition
+    condition: HealthCondition
     since: int
     step: int
     value: float
@@ -73,7 +73,7 @@ class HealthLimits:
         if self.window < 1:
             raise ConfigError(f"training.health.window={self.window}: expected 1 step or more")
 
-    def conditions(self, discriminator_weight: float, num_codes: int | None = None) -> list[Condition]:
+    def conditions(self, discriminator_weight: float, num_codes: int | None = None) -> list[HealthCondition]:
         """Return the conditions of a training.
 
         discriminator_weight: the factor of its adaptive weight.  num_codes: size of the codebook, None without one.
@@ -82,7 +82,7 @@ class HealthLimits:
         largest = MAX_ADAPTIVE_WEIGHT * (discriminator_weight or 1.0)
         sharpness = number("val/high_frequency_ratio")
         conditions = [
-            Condition(
+            HealthCondition(
                 "discriminator_accuracy",
                 "train/discriminator_accuracy",
                 number("train/discriminator_accuracy"),
@@ -91,7 +91,7 @@ class HealthLimits:
                 f"the discriminator wins and teaches little; {calm}, narrow it (discriminator.width), or start it "
                 "later (discriminator_start)",
             ),
-            Condition(
+            HealthCondition(
                 "logit_gap",
                 "train/logits_real - train/logits_fake",
                 lambda row: difference(row, "train/logits_real", "train/logits_fake"),
@@ -100,7 +100,7 @@ class HealthLimits:
                 "the discriminator's logits diverge; lower discriminator_optimizer.lr, or narrow it "
                 "(discriminator.width)",
             ),
-            Condition(
+            HealthCondition(
                 "adversarial_weight",
                 f"train/adversarial_weight / {largest:g}",
                 number("train/adversarial_weight", largest),
@@ -109,7 +109,7 @@ class HealthLimits:
                 "it is near its clamp, because the adversarial gradient has vanished at the decoder's last layer; "
                 f"{calm}, or start it later (discriminator_start)",
             ),
-            Condition(
+            HealthCondition(
                 "dead_channels",
                 "train/dead_channels",
                 number("train/dead_channels"),
@@ -117,7 +117,7 @@ class HealthLimits:
                 True,
                 "these channels of the latent carry nothing; lower loss.kl_weight or autoencoder.z_channels",
             ),
-            Condition(
+            HealthCondition(
                 "blur",
                 "val/high_frequency_ratio",
                 sharpness,
@@ -126,7 +126,7 @@ class HealthLimits:
                 "the reconstructions are blurred; train longer, lower loss.kl_weight, raise loss.perceptual_weight or "
                 "discriminator_weight, or choose an autoencoder= of a smaller downsample factor",
             ),
-            Condition(
+            HealthCondition(
                 "noise",
                 "val/high_frequency_ratio",
                 sharpness,
@@ -140,7 +140,7 @@ class HealthLimits:
                 "the codebook collapses; lower autoencoder.num_codes or optimizer.lr, or raise loss.codebook_weight"
             )
             share, read = f"train/dead_codes / {num_codes}", number("train/dead_codes", num_codes)
-            conditions.append(Condition("dead_codes", share, read, self.dead_codes, True, collapse))
+            conditions.append(HealthCondition("dead_codes", share, read, self.dead_codes, True, collapse))
         return conditions
 
 
@@ -150,7 +150,7 @@ class HealthMonitor:
     records: what was recorded before, each with its "step"; a warning about them is not repeated.
     """
 
-    def __init__(self, conditions: Sequence[Condition], window: int, records: Iterable[Mapping[str, Any]] = ()):
+    def __init__(self, conditions: Sequence[HealthCondition], window: int, records: Iterable[Mapping[str, Any]] = ()):
         self.conditions, self.window = list(conditions), window
         self.series: dict[str, list[tuple[int, float]]] = {condition.name: [] for condition in conditions}
         for record in records:
@@ -171,7 +171,7 @@ class HealthMonitor:
         return warnings
 
 
-def check(condition: Condition, series: Sequence[tuple[int, float]], window: int) -> HealthWarning | None:
+def check(condition: HealthCondition, series: Sequence[tuple[int, float]], window: int) -> HealthWarning | None:
     """Return a warning if the median of the last `window` steps is beyond the condition's limit, else None.
 
     series: (step, value) in the order of the steps.  If the window has one record only, the last two count.  There is

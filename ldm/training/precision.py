@@ -17,7 +17,7 @@ class Float16(MixedPrecision):
     clipping would depend on the scale, and a step without gradients fail.  Lightning replaces float16 by bfloat16 on
     CPUs.
 
-    device: "cuda" or "cpu".
+    device: "cuda", "mps" or "cpu".
     """
 
     def __init__(self, device: str):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class HeldOutLoss:
             self.reported = True
             times = ", ".join(f"{values['t']:.3g}" for values in levels if "t" in values)
             self.report(f"validation  mean t of the levels: {times or 'not known for this objective'}")
-        values = {f"val/{name}": mean([one[name] for one in levels]) for name in ("loss", "error") if name in levels[0]}
+        values = {f"val/{name}": fmean(one[name] for one in levels) for name in ("loss", "error") if name in levels[0]}
         return values | {
             f"val/{name}_{level}": one[name]
             for name in ("loss", "error", "grad_norm")
@@ -154,11 +155,6 @@ class HeldOutLoss:
             squares = [float(all_reduce_sum(grad).double().square().sum()) for grad in grads]
             values["grad_norm"] = sum(squares) ** 0.5 / scale
         return values
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean."""
-    return sum(values) / len(values)
 
 
 def arithmetic(precision: str, weight: Tensor) -> AbstractContextManager[Any]:

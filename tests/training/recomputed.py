@@ -81,17 +81,24 @@ def warm_cosine(step: int, total: int, warmup: int, end: float) -> float:
     return min(1, (step + 1) / (warmup + 1)) * (end + (1 - end) * math.cos(math.pi * step / total / 2) ** 2)
 
 
-def power_average(values: Sequence[Tensor], sigma_rel: float) -> Tensor:
-    """The average of the weights after steps 1 ... n by EDM2's recursion (Karras et al. 2024, eq. 127).
+def average_exponent(sigma_rel: float) -> float:
+    """Solve sigma_rel^2 = (g + 1) / ((g + 2)^2 (g + 3)) for g by bisection: the width of the density of t^g on [0, 1].
 
-    gamma: by bisection of the relative width sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)).
+    Karras et al. 2024, eq. 126.
     """
-    low, high = 0.0, 1e6
+    low, high = 0.0, 1e4
     for _ in range(200):
-        gamma = (low + high) / 2
-        width = math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
-        low, high = (gamma, high) if width > sigma_rel else (low, gamma)
-    average = torch.zeros_like(values[0])
+        g = (low + high) / 2
+        if (g + 1) / ((g + 2) ** 2 * (g + 3)) > sigma_rel**2:
+            low = g
+        else:
+            high = g
+    return low
+
+
+def power_average(values: Sequence[Tensor], sigma_rel: float) -> Tensor:
+    """The average of the weights after steps 1 ... n by EDM2's recursion (Karras et al. 2024, eq. 127)."""
+    gamma, average = average_exponent(sigma_rel), torch.zeros_like(values[0])
     for n, value in enumerate(values, 1):
         beta = (1 - 1 / n) ** (gamma + 1)
         average = beta * average + (1 - beta) * value

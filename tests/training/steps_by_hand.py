@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from recomputed import TOLERANCE, average_exponent, warm_cosine
 from torch import Tensor
 
 from ldm.data.stream import BatchStream
@@ -19,7 +20,6 @@ from ldm.recipes.run import TrainingRun
 from ldm.training.fit import fit
 from ldm.training.loggers import NoLogger
 
-TOLERANCE = {"64": 1e-10, "32": 1e-5}  # largest difference relative to the largest number of a tensor, by precision
 BATCH, STEPS, WARMUP, END = 4, 3, 1, 0.1
 LR, BETAS, DECAY, CLIP, SIGMA_REL = 0.02, (0.8, 0.9), 0.3, 0.25, 0.2
 EPS = 0.01  # of AdamW; so large that a rounded gradient of almost 0 moves no weight by more than float32's tolerance
@@ -41,23 +41,7 @@ class Step:
 
 def rate(step: int) -> float:
     """Return the learning rate of a step, counted from 0: linear warm-up times half a cosine from 1 to END."""
-    cosine = END + (1 - END) * (1 + math.cos(math.pi * step / STEPS)) / 2
-    return LR * min(1.0, (step + 1) / (WARMUP + 1)) * cosine
-
-
-def average_exponent(sigma_rel: float) -> float:
-    """Solve sigma_rel^2 = (g + 1) / ((g + 2)^2 (g + 3)) for g by bisection: the width of the density of t^g on [0, 1].
-
-    Karras et al. 2024, eq. 126.
-    """
-    low, high = 0.0, 1e4
-    for _ in range(200):
-        g = (low + high) / 2
-        if (g + 1) / ((g + 2) ** 2 * (g + 3)) > sigma_rel**2:
-            low = g
-        else:
-            high = g
-    return low
+    return LR * warm_cosine(step, STEPS, WARMUP, END)
 
 
 def micro_batches(data: Any, seed: int, accumulate: int, start: int = 0) -> list[list[dict[str, Any]]]:

@@ -8,7 +8,7 @@ from rows import Line, Rows, train
 from ldm.ema import PowerEMA
 from ldm.errors import ConfigError
 from ldm.training.callbacks import EMACallback, EvaluationCallback, SampleGridCallback
-from ldm.training.parallel import destroy_process_group
+from ldm.training.fit import device_type
 from ldm.training.sharded import shard
 
 
@@ -26,15 +26,6 @@ class Losses(L.Callback):
 
     def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """No process group before or after."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    destroy_process_group()
 
 
 def outcome(lit, accumulate=1, steps=6, **options):
@@ -112,3 +103,18 @@ def test_fit_refuses_what_device_or_strategy_lacks(options, message, alone, monk
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         train(Sharded(), Rows(), [], steps=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "cuda", "mps", "expected"),
+    [
+        ("auto", True, False, "cuda"),
+        ("gpu", False, True, "mps"),
+        ("auto", False, False, "cpu"),
+        ("cpu", True, True, "cpu"),
+    ],
+)
+def test_device_type_is_the_device_that_lightning_chooses(accelerator, cuda, mps, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    assert device_type(accelerator) == expected

@@ -24,11 +24,11 @@ from ldm.runs.metrics_log import MetricsLog, read_metrics_log
 from ldm.training.autoencoder import LitAutoencoder
 from ldm.training.callbacks import MetricsRecorder
 from ldm.training.fit import fit
-from ldm.training.health import Condition, HealthLimits, HealthMonitor, check, number
+from ldm.training.health import HealthCondition, HealthLimits, HealthMonitor, check, number
 from ldm.training.loggers import NoLogger
 
-ABOVE = Condition("x", "train/x", number("train/x"), 1.0, True, "remedy")
-BELOW = Condition("x", "train/x", number("train/x"), 1.0, False, "remedy")
+ABOVE = HealthCondition("x", "train/x", number("train/x"), 1.0, True, "remedy")
+BELOW = HealthCondition("x", "train/x", number("train/x"), 1.0, False, "remedy")
 
 
 @pytest.mark.parametrize(

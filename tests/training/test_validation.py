@@ -21,20 +21,10 @@ from ldm.training import validation
 from ldm.training.callbacks import EMACallback, EvaluationCallback
 from ldm.training.diffusion import LitDiffusion
 from ldm.training.fit import fit
-from ldm.training.parallel import destroy_process_group
 from ldm.training.validation import HeldOutLoss, ValidationConfig
 
 NUM = 7
 SMALL = ("data.size=16", "data.num=20", "net.channel_mult=[1,2]", "net.attention_resolutions=[2]")
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """No process group before or after."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    destroy_process_group()
 
 
 def make(*typed, seed=0, double=True, dropout=0.5):
