@@ -138,5 +138,6 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     # read when torch is imported, which is not yet; a process with threads cannot be forked safely
+    os.environ.pop("PYTEST_ADDOPTS", None)  # it may name plugins, which are not loaded
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     sys.exit(main(sys.argv[1:]))
