@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -53,6 +55,22 @@ def test_lpips_has_gradient_for_image_only(lpips):
         lpips.distance(a[:, :1], b[:, :1]),
         lpips.distance(a[:, :1].expand(-1, 3, -1, -1), b[:, :1].expand(-1, 3, -1, -1)),
     )
+
+
+def test_lpips_is_multiplied_by_its_scale(lpips, file):
+    a, b = pair(16)
+    torch.testing.assert_close(LPIPS(scale=0.25, weights=str(file))(a, b), 0.25 * lpips(a, b))
+
+
+def test_lpips_of_features_without_activation_is_zero(lpips):
+    """All channels of a stage may be 0 after its ReLU; a length of 0 divides nothing."""
+    silent = copy.deepcopy(lpips)
+    silent.net[2].bias.fill_(-100)  # below what the convolution adds
+    a, b = pair(16)
+    assert not silent.features(a)[0].any()
+    assert silent.distance(a.requires_grad_(), b).tolist() == [0, 0]
+    (gradient,) = torch.autograd.grad(silent.distance(a, b).sum(), a)
+    assert not gradient.any()
 
 
 def test_lpips_rejects_small_images_and_missing_weights(lpips, tmp_path, monkeypatch):

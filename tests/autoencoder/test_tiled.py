@@ -88,6 +88,35 @@ def test_tiled_blends_linearly():
     assert faded.flatten().tolist() == pytest.approx([0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1])
 
 
+class Numbered(nn.Module):
+    """Return the number of the call at each position of the output, which is `factor` times as large."""
+
+    def __init__(self, factor: float, channels: int):
+        super().__init__()
+        self.factor, self.channels, self.calls = factor, channels, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x.new_full((1, self.channels, *(round(side * self.factor) for side in x.shape[-2:])), self.calls - 1)
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_tiled_first_stage_blends_over_its_overlap(axis):
+    """Two tiles of 10 positions, from 0 and 4, of 2 pixels each: over 2 of the 6 that they share, the weights rise."""
+    first_stage = AutoencoderKL(Numbered(0.5, 2), Numbered(2, 1), z_channels=1, factor=2)
+    pieces = Tiled(first_stage, tile=10, overlap=2)
+    image, z = torch.zeros(1, 1, 2, 28, dtype=torch.float64), torch.zeros(1, 1, 1, 14, dtype=torch.float64)
+    found = pieces.posterior(image.transpose(axis, -1)).mean.transpose(axis, -1)
+    rising = [k / (3 + k) for k in (1, 2)]  # weights k / 3 and 1
+    falling = [1 - x for x in reversed(rising)]
+    assert found[0, 0, 0].tolist() == pytest.approx([0] * 4 + rising + [0.5] * 2 + falling + [1] * 4)
+    rising = [k / (5 + k) for k in (1, 2, 3, 4)]
+    falling = [1 - x for x in reversed(rising)]
+    found = pieces.decode(z.transpose(axis, -1)).transpose(axis, -1)
+    assert found[0, 0, 0].tolist() == pytest.approx([0] * 8 + rising + [0.5] * 4 + falling + [1] * 8)
+    assert torch.equal(found[0, 0, 0], found[0, 0, 1])
+
+
 def test_tiled_delegates_to_wrapped_autoencoder():
     plain = local()
     pieces = Tiled(plain, 8, 2)

@@ -1,4 +1,5 @@
 import os
+import warnings
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from ldm.metrics.distribution import (
     frechet,
     polynomial_mmd,
     precision_recall,
+    squared_distances,
     subsample,
 )
 from ldm.metrics.features import to_uint8
@@ -123,9 +125,10 @@ def test_distribution_metrics_of_identical_sets_ignore_order():
 def test_kernel_distance_matches_double_sum_and_is_unbiased(monkeypatch):
     x, y = features(30, 1), features(21, 2, 0.4)
     kernel = lambda a, b: (sum(float(p) * float(q) for p, q in zip(a, b, strict=True)) / D + 1) ** 3  # noqa: E731
-    pairs = lambda z: (
-        sum(kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1))
-    )
+
+    def pairs(z):
+        return sum(kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1))
+
     expected = pairs(x) + pairs(y) - 2 * sum(kernel(a, b) for a in x for b in y) / (len(x) * len(y))
     assert polynomial_mmd(x, y).item() == pytest.approx(expected, rel=1e-9)
     null = torch.stack([polynomial_mmd(features(40, 2 * i), features(40, 2 * i + 1)) for i in range(1, 200)])
@@ -165,6 +168,17 @@ def test_precision_recall_matches_brute_force(k, monkeypatch):
     one_by_one = Tensor.split
     monkeypatch.setattr(Tensor, "split", lambda self, size: one_by_one(self, 7))
     assert [p.item() for p in precision_recall(x, reference, k)] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+def test_squared_distances_are_zero_between_equal_rows_only(scale):
+    """At any scale: a product of 16 terms has a rounding error below 4e-15 of the norms."""
+    x = scale * torch.randn(300, 16, generator=torch.Generator().manual_seed(0)).double()
+    found = torch.cat(list(squared_distances(x, x)))
+    expected = (x[:, None] - x[None]).square().sum(2)
+    assert not found.diagonal().any()
+    assert torch.count_nonzero(found) == 300 * 299
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
 def test_precision_recall_separate_narrow_from_wide():
@@ -215,6 +229,30 @@ def test_distribution_score_is_independent_of_batches_and_resets():
     with pytest.warns(UserWarning, match="biased"):
         assert metrics.compute() == again  # asking twice changes nothing
     assert metrics.provenance.items() >= {"network": "toy", "identity": "0", "resize": "none", "reference": 100}.items()
+
+
+class Blank:
+    """1,500 features of any image, all zero."""
+
+    name, num_features, identity = "blank", 1500, "0"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 1500)
+
+
+def test_distribution_score_warns_below_twice_the_features(monkeypatch):
+    metrics = MetricSuite(Blank(), torch.zeros(2, 1500), {})
+    for _ in range(3):
+        metrics.update(torch.zeros(900, 1, 1, 1))
+    with pytest.warns(UserWarning, match="2700 samples with 1500 features: .* below 3000"):
+        metrics.compute()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with monkeypatch.context() as patch:
+            patch.setattr(distribution, "rank", lambda: 1)  # one process warns
+            metrics.compute()
+        metrics.update(torch.zeros(300, 1, 1, 1))
+        assert metrics.compute() == {"n": 3000}
 
 
 def test_distribution_score_rejects_invalid_reference():

@@ -31,6 +31,12 @@ def test_require_uint8_rejects_invalid_images(bad):
         require_uint8(bad, (1, 3))
 
 
+@pytest.mark.parametrize(("size", "said"), [(None, "any, any"), (8, "8, 8")])
+def test_require_uint8_names_expected_size(size, said):
+    with pytest.raises(ValueError, match=rf"images are \(2, 4, 6, 6\): expected \(B, 1 or 3, {said}\)"):
+        require_uint8(torch.zeros(2, 4, 6, 6, dtype=torch.uint8), (1, 3), size)
+
+
 def test_hash_weights_depends_on_every_weight_and_buffer():
     def net(seed):
         torch.manual_seed(seed)
@@ -118,6 +124,19 @@ def test_inception_reports_missing_weights(monkeypatch, tmp_path):
     ):
         with pytest.raises(AssetNotFoundError, match=r"no\.pth is not a file"):
             given()
+
+
+@pytest.mark.parametrize("place", ["cache/inception", "hub/checkpoints"])
+def test_inception_finds_its_file_in_cache_and_hub(place, monkeypatch, tmp_path):
+    file = tmp_path / place / Inception.FILE
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    monkeypatch.setattr(Inception, "SHA256", sha256(b"weights").hexdigest())
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("LDM_INCEPTION", raising=False)
+    assert Inception.find() == file
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from ldm.conditioner.clip import load_towers
 from ldm.errors import UserError
 from ldm.io.download import AssetNotFoundError
 from ldm.metrics.distribution import GaussianDistance, gaussian_mmd
-from ldm.metrics.features import Inception
+from ldm.metrics.features import Inception, hash_weights
 from ldm.metrics.foundation import CLIP, CLIPScore, DINOv2
 
 TINY = {
@@ -53,6 +54,35 @@ def test_clip_image_features_match_open_clip_transform(clip):
     assert torch.equal(clip(images[:, :1]), clip(images[:, :1].expand(-1, 3, -1, -1)))
 
 
+class FirstPixel(torch.nn.Module):
+    """A tower whose embedding is the colour of the first pixel of its input."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.visual = SimpleNamespace(image_size=(4, 4), image_mean=mean, image_std=std, output_dim=3)
+
+    def encode_image(self, x, normalize):
+        assert normalize
+        return x[:, :, 0, 0]
+
+
+@pytest.mark.parametrize("given", [((0.1, 0.2, 0.3), (0.5, 0.25, 0.125)), (None, None)])
+def test_clip_standardises_by_its_weights_or_by_openai_statistics(given):
+    openai = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    mean, std = (torch.tensor(own or theirs) for own, theirs in zip(given, openai, strict=True))
+    flat = torch.full((1, 3, 6, 6), 51, dtype=torch.uint8)
+    torch.testing.assert_close(CLIP((FirstPixel(*given), None))(flat)[0], (51 / 255 - mean) / std)
+
+
+def test_clip_score_clamps_each_cosine_at_zero():
+    text = {"same": [1.0, 0.0], "opposite": [0.0, -1.0]}
+    net = SimpleNamespace(embed=lambda captions: torch.tensor([text[one] for one in captions]))
+    images = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    metric = CLIPScore(net, images)
+    metric.update(images, None, ["same", "same", "opposite"])
+    assert metric.compute()["clip_score"] == pytest.approx(100 * (1 + 0.6 + 0) / 3, rel=1e-6)
+
+
 def test_clip_score_is_mean_cosine_times_100(clip):
     images, captions = pictures(6), ["a cat", "two dogs", "a cat", "rain", "the sea", "a red bag"]
     expected = 100 * (clip(images) * clip.embed(captions)).sum(1).clamp(min=0)
@@ -95,6 +125,16 @@ def test_dinov2_matches_timm(tmp_path):
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not hold timm's weights"):
         DINOv2(tag, tmp_path / "other.pth", size=28)
+
+
+def test_dinov2_reads_a_file_offline(tmp_path, monkeypatch):
+    import timm
+
+    monkeypatch.setenv("LDM_OFFLINE", "1")
+    theirs = timm.create_model("test_vit", pretrained=False, img_size=16, num_classes=0)
+    torch.save(theirs.state_dict(), tmp_path / "tiny.pth")
+    net = DINOv2("test_vit", tmp_path / "tiny.pth", size=16)
+    assert net.identity == f"{hash_weights(theirs)}-16px"
 
 
 def test_foundation_networks_report_missing_weights(tmp_path, monkeypatch):

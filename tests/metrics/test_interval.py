@@ -37,5 +37,7 @@ def test_t_quantile_matches_table(freedom, t):
 def test_paired_interval_matches_manual_value():
     low, high = paired([1.0, 2.0, 3.0])  # mean 2, deviation 1, 4.3027 / sqrt(3) to either side
     assert (low, high) == pytest.approx((2 - 2.4842, 2 + 2.4842), abs=1e-3)
+    low, high = paired([10.0, 20.0, 30.0])  # the reach is in the unit of the differences
+    assert (low, high) == pytest.approx((20 - 24.842, 20 + 24.842), abs=1e-2)
     with pytest.raises(ValueError, match="1 difference: expected two or more"):
         paired([1.0])
