@@ -27,7 +27,7 @@ def work(smoke, tmp_path_factory):
 def test_resumed_run_equals_uninterrupted_run_of_one_process(case, work):
     """Losses, weights, averages, scores and what is kept, under each trainer, optimiser, feature and way of resuming."""
     row = matrix.measured(case)
-    assert row["agree"] == "yes", row
+    assert row["agree"] == "yes", str(row)
 
 
 def test_cover_contains_every_pair():

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent / "faults"))
-from train import run  # noqa: E402  beside the other experiment on whole trainings
+from training_processes import run  # noqa: E402  beside the other experiment on whole trainings
 
 TABLE = HERE / "matrix.csv"
 WORK = Path("runs/engines").absolute()

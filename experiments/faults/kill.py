@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train import run  # beside this file
+from training_processes import run  # beside this file
 
 HERE = Path(__file__).parent
 WORK = Path("runs/faults").absolute()

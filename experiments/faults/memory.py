@@ -13,7 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from train import run  # beside this file
+from training_processes import run  # beside this file
 
 HERE = Path(__file__).parent
 WORK = Path("runs/memory").absolute()

@@ -6,9 +6,15 @@ from functools import partial
 import pytest
 import torch
 from helpers import randomize_weights
+from torch import nn
 
-from ldm.adapter.controlnet import ControlBranch, ControlledUNet, hint_encoder
+from ldm.adapter import lora
+from ldm.adapter.controlnet import ControlBranch, ControlledUNet, ControlNet, hint_encoder
 from ldm.condition import Condition
+from ldm.conditioner.edges import Canny
+from ldm.conditioner.hint import HintConditioner
+from ldm.conditioner.none import Unconditional
+from ldm.errors import ConfigError
 from ldm.interop.adapters import export_controlnet
 from ldm.net.unet import UNet
 
@@ -130,3 +136,54 @@ def test_controlled_unet_rejects_mismatched_hints(net, told):
         ControlledUNet(net, [control, control], [1.0])
     with pytest.raises(ValueError, match="factor=3"):
         hint_encoder(3, 32, 3)
+
+
+class Model(nn.Module):
+    """What a ControlNet needs of a model: its network, its conditioner and the factor of its first stage."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.denoiser, self.autoencoder, self.conditioner = nn.Module(), nn.Module(), Unconditional()
+        self.denoiser.net, self.autoencoder.factor = net, 4
+
+
+CANNY = ControlNet(partial(HintConditioner, extractor=Canny()))
+
+
+def test_each_controlnet_adds_a_branch_a_weight_and_a_hint(net, told):
+    """The second is added to the first, which it freezes, and both are initially zero."""
+    model, before = Model(net), net(*told)
+    for number, scale in enumerate((0.5, -2.0)):
+        CANNY.apply_to(model, scale)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        prefix = f"denoiser.net.controls.{number}."
+        assert trained == {name for name, _ in model.named_parameters() if name.startswith(prefix)} != set()
+    controlled = model.denoiser.net
+    assert controlled.net is net
+    assert controlled.weights == [0.5, -2.0]
+    assert model.conditioner.keys == ("hint", "hint2")
+    assert torch.equal(controlled(*told), before)
+    assert [control.factor for control in controlled.controls] == [4, 4]
+
+
+def test_controlnet_starts_from_weights_with_lora_merged(net):
+    layer = "middle1.attention.blocks.0.self_attention.qkv"
+    plain = net.get_submodule(layer).weight.detach().clone()
+    for corrections in lora.lora_layers(lora.inject(net, rank=2)).values():
+        nn.init.ones_(corrections[0].up)
+    corrected = net.get_submodule(layer).weight
+    model = Model(net)
+    CANNY.apply_to(model)
+    (control,) = model.denoiser.net.controls
+    assert torch.equal(control.copied.get_submodule(layer).weight, corrected)
+    assert not torch.equal(corrected, plain)
+    assert not lora.lora_layers(control.copied)
+    assert lora.lora_layers(net), "those of the model's network stay separate"
+
+
+def test_controlnet_of_another_network_than_a_unet_is_refused():
+    model = Model(nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match="adapter=controlnet: expected a U-Net, this network is a Linear"):
+        CANNY.apply_to(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert isinstance(model.conditioner, Unconditional)

@@ -24,7 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 LISTED, TABLE = Path(__file__).with_name("claims.txt"), Path(__file__).with_name("claims.csv")
 KINDS = ("setting", "paper", "aim", "arithmetic")  # instead of a csv: chosen, published, wanted, computed in the text
 READMES = sorted(
