@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm.checkpoint.step import Checkpoint
 from ldm.checkpoint.weights import load_weights_dict, parse_ema_length
-from ldm.ema import SIGMA_RELS, PowerEMA, posthoc_coefficients, profile_correlation, std_to_exponent
+from ldm.ema import SIGMA_RELS, ConstantEMA, PowerEMA, posthoc_coefficients, profile_correlation, std_to_exponent
 from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.training.checkpoints import CheckpointCallback
@@ -77,6 +77,12 @@ def test_power_ema_relative_width_is_sigma_rel():
 def test_power_ema_averages_trainable_parameters_only():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     assert set(PowerEMA(module).shadow) == {"0.weight", "0.bias"}
+
+
+def test_warmup_bounds_decay_of_constant_ema():
+    decays = [ConstantEMA(nn.Linear(1, 1), 0.9, warmup=True).decay_at(update) for update in (0, 8, 79, 81, 10**6)]
+    assert decays == [1 / 10, 9 / 18, 80 / 89, 0.9, 0.9]
+    assert ConstantEMA(nn.Linear(1, 1), 0.9).decay_at(0) == 0.9
 
 
 def test_swapped_in_restores_weights_after_error():

@@ -23,6 +23,7 @@ from objectives_by_hand import (
     step_of,
 )
 from steps_by_hand import BETAS, CLIP, DECAY, EPS, LR, adamw, assert_steps_equal, micro_batches, train, train_by_hand
+from tiny_diffusion import make_convolutions, make_lit
 
 from ldm.diffusion import objective, prediction, schedule, times, weighting
 from ldm.diffusion.denoiser import Denoiser
@@ -234,6 +235,14 @@ def test_hybrid_and_vlb_steps_reach_first_entry(tmp_path):
     s = Setting("cosine_3", "eps", "eps", "stratified")
     for by_code, by_hand in ((partial(plain, vlb=VLB_WEIGHT), hybrid), (OBJECTIVES["vlb"][1], OBJECTIVES["vlb"][2]())):
         compare_steps(s, by_code, by_hand, tmp_path, "64", 1, outputs=2)
+
+
+def test_frozen_parameters_are_not_in_the_optimizer():
+    lit = make_lit(make_convolutions())
+    frozen, *others = lit.parameters()
+    frozen.requires_grad_(False)
+    inside = [p for group in lit.configure_optimizers().param_groups for p in group["params"]]
+    assert list(map(id, inside)) == list(map(id, others))
 
 
 def test_objectives_are_those_of_conf():

@@ -8,7 +8,7 @@ from rows import Line, Rows, train
 from ldm.ema import PowerEMA
 from ldm.errors import ConfigError
 from ldm.training.callbacks import EMACallback, EvaluationCallback, SampleGridCallback
-from ldm.training.fit import device_type
+from ldm.training.fit import check_device, device_type
 from ldm.training.sharded import shard
 
 
@@ -103,6 +103,13 @@ def test_fit_refuses_what_device_or_strategy_lacks(options, message, alone, monk
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         train(Sharded(), Rows(), [], steps=1, **options)
+
+
+@pytest.mark.parametrize(("cuda", "mps"), [(True, False), (False, True)])
+def test_check_device_takes_either_kind_of_gpu(cuda, mps, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    check_device("gpu", "auto", "32")
 
 
 @pytest.mark.parametrize(

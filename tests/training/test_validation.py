@@ -178,6 +178,38 @@ def test_validation_in_bfloat16_is_near_float32():
     assert low == pytest.approx(high, rel=0.05)
 
 
+def test_gradient_norms_in_float16_are_near_float32(monkeypatch):
+    """Those of a loss whose gradients float16 would round to zero: scaled for the backward pass, and back."""
+    lit, data = make(double=False)
+    forward = lit.objective.forward
+
+    def small(*given):
+        terms = forward(*given)
+        return terms | {"loss": terms["loss"] * 1e-7}
+
+    monkeypatch.setattr(lit.objective, "forward", small)
+    options = ValidationConfig(every=1, num=NUM, levels=2, grad_norms=True)
+    low, high = (HeldOutLoss(lit, data, data.dataset.rows, options, precision)() for precision in ("fp16", "32"))
+    assert low != high
+    assert low == pytest.approx(high, rel=0.05)
+
+
+def test_times_of_levels_are_reported_once():
+    lit, data = make()
+    lines = []
+    options = ValidationConfig(every=1, num=NUM, levels=2)
+    held_out = HeldOutLoss(lit, data, data.dataset.rows, options, "64", lines.append)
+    held_out(), held_out()
+    assert len(lines) == 1
+    assert lines[0].startswith("validation  mean t of the levels: 0.2")
+
+
+def test_arithmetic_is_that_of_weights_in_float64():
+    for dtype in (torch.float64, torch.float32):
+        with validation.arithmetic("32", torch.zeros(1, dtype=dtype)):
+            assert torch.ones(1).dtype == dtype
+
+
 def trained(strategy="auto", watch=True, accumulate=1, dropout=0.5, steps=4):
     """Rows and final weights of a training, with or without validation."""
     lit, data = make("objective=log_variance", double=False, dropout=dropout)
