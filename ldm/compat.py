@@ -30,6 +30,8 @@ __all__ = [
     "is_compiled",
     "lerp_",
     "run_backward",
+    "set_progress",
+    "take_logged",
     "trainer_of",
     "tree_leaves",
     "tree_map",
@@ -91,6 +93,30 @@ def unscales_itself(optimizer: Any) -> bool:
 def trainer_of(lit: Any) -> Any:
     """Return the trainer of a LightningModule, or None without one, where its public `trainer` raises."""
     return lit._trainer
+
+
+def take_logged(trainer: Any) -> dict[str, float]:
+    """Return the numbers of single steps that `log` was given for the loggers since the last call, by name.
+
+    Lightning gives its loggers the last value of a name at every later step again.  What is logged with on_epoch=True
+    is left to Lightning, which logs its mean at the end of the training.
+    """
+    if not trainer._results:
+        return {}
+    values = {name: value.item() for name, value in trainer._logger_connector.metrics["log"].items()}
+    _ = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics  # read, they keep the values
+    for result in trainer._results.values():
+        if result.meta.on_step:
+            result._forward_cache = None
+    return values
+
+
+def set_progress(trainer: Any, global_step: int, steps: int) -> None:
+    """Let a trainer's `global_step`, and the step of its loggers, go on from a checkpoint that is not Lightning's."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = global_step
+    loop.manual_optimization.optim_step_progress.total.completed = global_step
+    loop._batches_that_stepped = steps
 
 
 def exit_with_parent() -> None:
