@@ -30,7 +30,8 @@ __all__ = [
     "is_compiled",
     "lerp_",
     "run_backward",
-    "set_progress",
+    "set_global_step",
+    "set_logger_step",
     "take_logged",
     "trainer_of",
     "tree_leaves",
@@ -111,12 +112,16 @@ def take_logged(trainer: Any) -> dict[str, float]:
     return values
 
 
-def set_progress(trainer: Any, global_step: int, steps: int) -> None:
-    """Let a trainer's `global_step`, and the step of its loggers, go on from a checkpoint that is not Lightning's."""
+def set_global_step(trainer: Any, step: int) -> None:
+    """Let a trainer's `global_step` go on from that of a checkpoint that is not Lightning's."""
     loop = trainer.fit_loop.epoch_loop
-    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = global_step
-    loop.manual_optimization.optim_step_progress.total.completed = global_step
-    loop._batches_that_stepped = steps
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    loop.manual_optimization.optim_step_progress.total.completed = step
+
+
+def set_logger_step(trainer: Any, step: int) -> None:
+    """Set the step with which Lightning, and callbacks of its library, log during the first step of a training."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def exit_with_parent() -> None:

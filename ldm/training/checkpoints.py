@@ -169,9 +169,9 @@ class CheckpointCallback(L.Callback):
         state = {"optimizers": [o.state_dict() for o in trainer.optimizers], "extra": extra_state(lit)}
         state["updates"] = {name: one.updates for name, one in averages.items()}
         state["precision"] = trainer.precision_plugin.state_dict()  # loss scale in float16
+        tensors, state = full_tensors(tensors), full_tensors(state)
         if self.user is not None:
             state["callbacks"] = self.user.save(trainer, lit)
-        tensors, state = full_tensors(tensors), full_tensors(state)
         if trainer.is_global_zero:
             protected = self.protected_steps(step)
             save_checkpoint(self.folder, step, tensors, state, self.config, self.keep.last, self.metadata, protected)

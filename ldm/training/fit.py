@@ -130,15 +130,10 @@ def fit(
     try:
         with sharded_copy(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (module, hooks):
             trainer.callbacks = arrange(hooks, accumulate_grad_batches)
-            trainer.loggers = [
-                RunLogger(
-                    one.write if rank == 0 else None,
-                    one.folder,
-                    partial(steps_done, trainer, start, accumulate_grad_batches),
-                )
-                for one in hooks
-                if isinstance(one, UserCallbacks)
-            ]
+            for user in (one for one in hooks if isinstance(one, UserCallbacks)):
+                done = partial(steps_done, trainer, start, accumulate_grad_batches)
+                trainer.loggers = [RunLogger(user.write if rank == 0 else None, user.folder, done)]
+                compat.set_logger_step(trainer, start + 1)  # the number of steps done at the end of the first
             trainer.fit(module, loader)
     except SystemExit as end:
         # before the first step Lightning exits with 1 on Ctrl-C, and with no code or, after 2.6, 143 on SIGTERM

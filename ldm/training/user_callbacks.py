@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger as LightningLogger
 from ldm.checkpoint.dtensor import full_tensors
 from ldm.checkpoint.state import trainable_parameters
 from ldm.checkpoint.step import Checkpoint
-from ldm.compat import set_progress, take_logged
+from ldm.compat import set_global_step, set_logger_step, take_logged, tree_map
 from ldm.errors import UserError
 from ldm.training.accumulate import HOOKS, StepCallbacks, overrides
 from ldm.training.profiler import profiler_of
@@ -30,8 +30,6 @@ class UserCallbacks(L.Callback):
     of the run.
     """
 
-    phase = "logging"
-
     def __init__(
         self,
         callbacks: Mapping[str, L.Callback],
@@ -44,15 +42,10 @@ class UserCallbacks(L.Callback):
         """Check that what a state is made of can be saved, before anything is computed."""
         self.state_dicts()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
-        if (values := take_logged(trainer)) and trainer.is_global_zero:
-            self.write(batch["step"] + 1, checked_names(values))
-
     def state_dicts(self) -> dict[str, dict[str, Any]]:
         """Return the states of the callbacks that have one. Raises UserError for one that cannot be loaded again."""
-        states = {name: state for name, one in self.callbacks.items() if (state := full_tensors(one.state_dict()))}
+        every = {name: one.state_dict() for name, one in self.callbacks.items()}
+        states = {name: tree_map(full_tensors, state) for name, state in every.items() if state}
         for name, state in states.items():
             require_loadable(state, f"callbacks.{name}.state_dict()")
         return states
@@ -72,7 +65,7 @@ class UserCallbacks(L.Callback):
             known = frozenset(contents)
             for callback in self.callbacks.values():
                 callback.on_save_checkpoint(trainer, lit, contents)
-            added = full_tensors({name: value for name, value in contents.items() if name not in known})
+            added = {name: tree_map(full_tensors, value) for name, value in contents.items() if name not in known}
             require_loadable(added, "what on_save_checkpoint of a callback added")
         return {"global_step": trainer.global_step, "states": states, "added": added}
 
@@ -83,7 +76,7 @@ class UserCallbacks(L.Callback):
         """
         saved = checkpoint.state.get("callbacks", {"global_step": checkpoint.step, "states": {}, "added": {}})
         states, step = saved["states"], saved["global_step"]
-        set_progress(trainer, step, checkpoint.step)
+        set_global_step(trainer, step)
         with profiler_of(trainer).profile("callbacks"):
             for name, callback in self.callbacks.items():
                 contents = self.contents(
@@ -151,6 +144,31 @@ class RunLogger(LightningLogger):
         """Write nothing: the run's config is written at its start."""
 
 
+class LoggedMetrics(L.Callback):
+    """Write what `log` was given in a step of `parts` batches at its end: of each name the last value.
+
+    write: (step, metrics) -> None.
+    """
+
+    phase = "logging"
+
+    def __init__(self, write: Callable[[int, Mapping[str, float]], None], parts: int):
+        self.write, self.parts = write, parts
+        self.values: dict[str, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        self.values |= take_logged(trainer)
+        if (batch_idx + 1) % self.parts:
+            if not lit.automatic_optimization:  # each batch of such a module is a step to Lightning's loggers
+                set_logger_step(trainer, batch["step"])
+            return
+        values, self.values = self.values, {}
+        if values and trainer.is_global_zero:
+            self.write(batch["step"] + 1, checked_names(values))
+
+
 def checked_names(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return metrics unless one has a name that metrics.jsonl uses itself; raise UserError for that."""
     if clash := [name for name in values if name in RESERVED]:
@@ -163,8 +181,9 @@ def arrange(callbacks: Sequence[L.Callback], parts: int) -> list[L.Callback]:
     arranged: list[L.Callback] = []
     group: list[L.Callback] = []
     for callback in callbacks:
-        if isinstance(callback, UserCallbacks) and callback.callbacks:
-            arranged += [StepCallbacks(group, parts), *callback.callbacks.values()]
+        if isinstance(callback, UserCallbacks):
+            logged = StepCallbacks([LoggedMetrics(callback.write, parts)], 1)  # of each batch
+            arranged += [StepCallbacks(group, parts), *callback.callbacks.values(), logged]
             group = []
         group.append(callback)
     return [*arranged, StepCallbacks(group, parts)]

@@ -13,7 +13,8 @@ from torch import nn
 from ldm.ema import PowerEMA
 from ldm.training import callbacks, profiler
 from ldm.training.callbacks import EMACallback, MetricsRecorder, SampleGridCallback
-from ldm.training.profiler import ORDER, FlopCounter, PhaseProfiler, StepTimer, peak_flops, phase, table
+from ldm.training.profiler import ORDER, FlopCounter, PhaseProfiler, StepTimer, peak_flops, phase, phase_of, table
+from ldm.training.user_callbacks import UserCallbacks
 
 NAP = 0.02
 
@@ -268,3 +269,46 @@ def test_flops_are_counted_with_an_operators_keyword_arguments(monkeypatch):
     with FlopCounter() as counter:
         out = torch.add(torch.ones(5), torch.ones(5), alpha=3)
     assert (counter.flops, out.tolist()) == (15, [4.0] * 5)
+
+
+class Recorded(PhaseProfiler):
+    """Keeps the functions of all actions, and the last of these profilers."""
+
+    last: "Recorded"
+
+    def __init__(self, *args, **options):
+        ticks = iter(range(10**6))
+        super().__init__(*args, clock=lambda: next(ticks), **options)
+        self.functions, Recorded.last = set(), self
+
+    def start(self, action_name):
+        self.functions.add(action_name.rpartition(".")[2])
+        super().start(action_name)
+
+
+class Idle(L.Callback):
+    def on_train_batch_end(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_phase_of_a_training_is_recognised(parts, monkeypatch, tmp_path):
+    """Lightning's actions are text: one that a release renames would count as other, and this test would fail."""
+    monkeypatch.setattr("ldm.training.fit.PhaseProfiler", Recorded)
+    lit = Slow("nowhere")
+    ema, user = PowerEMA(lit, 0.1), UserCallbacks({"idle": Idle()}, print, tmp_path)
+    grids = SampleGridCallback(lambda step: None, 1)
+    recorder = MetricsRecorder(lambda step, values: None, 1, 2)
+    train(lit, Rows(), [EMACallback(ema), recorder, user, grids], steps=2, accumulate_grad_batches=parts)
+    spent = Recorded.last
+    assert spent.functions >= {*profiler.HOOKS, profiler.TRAINING_BATCH}
+    assert spent.functions >= {profiler.BEFORE_BACKWARD, profiler.AFTER_BACKWARD}
+    assert [kind for kind in ORDER if not spent.seconds[kind]] == [], "each action takes a tick of the clock"
+
+
+def test_phase_with_a_wrong_name_is_an_error():
+    one = L.Callback()
+    assert phase_of(one) is None
+    one.phase = "optimizer"
+    with pytest.raises(ValueError, match=r"Callback.phase='optimizer': expected one of data, encode"):
+        phase_of(one)
