@@ -42,6 +42,11 @@ class UserCallbacks(L.Callback):
         """Check that what a state is made of can be saved, before anything is computed."""
         self.state_dicts()
 
+    def on_train_end(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        if trainer.should_stop and trainer.is_global_zero:
+            done = trainer.logger.steps_done()  # type: ignore[union-attr]
+            print(f"\ncallbacks   trainer.should_stop was set: the training ends after step {done}", flush=True)
+
     def state_dicts(self) -> dict[str, dict[str, Any]]:
         """Return the states of the callbacks that have one. Raises UserError for one that cannot be loaded again."""
         every = {name: one.state_dict() for name, one in self.callbacks.items()}
@@ -85,12 +90,14 @@ class UserCallbacks(L.Callback):
                 callback.on_load_checkpoint(trainer, lit, {**contents, **copy.deepcopy(saved["added"])})
                 if name in states:
                     callback.load_state_dict(copy.deepcopy(states[name]))
-        if not trainer.is_global_zero:
-            return
-        for name in self.state_dicts().keys() - states.keys():
-            print(f"callbacks.{name}: no state in the checkpoint of step {checkpoint.step}; it begins anew", flush=True)
-        for name in states.keys() - self.callbacks.keys():
-            print(f"callbacks.{name}: its state in the checkpoint of step {checkpoint.step} is left out", flush=True)
+        where = f"the checkpoint of step {checkpoint.step}"
+        new = sorted(self.state_dicts().keys() - states.keys())  # in all processes, which may have to gather them
+        lines = [f"callbacks.{name}: no state in {where}; it begins anew" for name in new]
+        lines += [
+            f"callbacks.{name}: its state in {where} is left out" for name in states if name not in self.callbacks
+        ]
+        if lines and trainer.is_global_zero:
+            print("\n".join(lines), flush=True)
 
     @staticmethod
     def contents(global_step: int, weights: Any, optimizers: Any, states: Mapping[str, Any]) -> dict[str, Any]:

@@ -240,6 +240,19 @@ def test_metric_with_a_key_of_the_log_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
+def test_callback_can_end_the_training(parts, tmp_path, capsys):
+    class Stop(L.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            trainer.should_stop = trainer.global_step == 2
+
+    _, lit = run(tmp_path / "three", {}, 3, accumulate_grad_batches=parts)
+    assert "should_stop" not in capsys.readouterr().out
+    _, stopped = run(tmp_path / "run", {"mine": Stop()}, 5, accumulate_grad_batches=parts)
+    assert "\ncallbacks   trainer.should_stop was set: the training ends after step 3\n" in capsys.readouterr().out
+    assert torch.equal(lit.line.weight, stopped.line.weight)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
 def test_callbacks_see_the_updated_average_and_are_saved_after(parts, tmp_path):
     seen = []
 
