@@ -242,8 +242,8 @@ def test_metric_with_a_key_of_the_log_is_refused(name, tmp_path):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_callback_can_end_the_training(parts, tmp_path, capsys):
     class Stop(L.Callback):
-        def on_before_zero_grad(self, trainer, pl_module, optimizer):
-            trainer.should_stop = trainer.global_step == 2
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx + 1 == 3 * parts
 
     _, lit = run(tmp_path / "three", {}, 3, accumulate_grad_batches=parts)
     assert "should_stop" not in capsys.readouterr().out
