@@ -9,9 +9,11 @@ def train(cfg):
 
     The first stage and the evaluator are read from the cache, or trained first if they are not there.
     """
-    from ldm.config.build import resolve_dataset_config
+    from ldm.config.build import resolve_dataset_config, to_container
+    from ldm.recipes.callbacks import check_callbacks
     from ldm.recipes.recipe import build_recipe
 
+    check_callbacks(to_container(cfg))
     recipe = build_recipe(cfg.training)
     return recipe.train(resolve_dataset_config(cfg))
 

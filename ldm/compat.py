@@ -30,6 +30,9 @@ __all__ = [
     "is_compiled",
     "lerp_",
     "run_backward",
+    "set_global_step",
+    "set_logger_step",
+    "take_logged",
     "trainer_of",
     "tree_leaves",
     "tree_map",
@@ -91,6 +94,34 @@ def unscales_itself(optimizer: Any) -> bool:
 def trainer_of(lit: Any) -> Any:
     """Return the trainer of a LightningModule, or None without one, where its public `trainer` raises."""
     return lit._trainer
+
+
+def take_logged(trainer: Any) -> dict[str, float]:
+    """Return the numbers of single steps that `log` was given for the loggers since the last call, by name.
+
+    Lightning gives its loggers the last value of a name at every later step again.  What is logged with on_epoch=True
+    is left to Lightning, which logs its mean at the end of the training.
+    """
+    if not trainer._results:
+        return {}
+    values = {name: value.item() for name, value in trainer._logger_connector.metrics["log"].items()}
+    _ = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics  # read, they keep the values
+    for result in trainer._results.values():
+        if result.meta.on_step:
+            result._forward_cache = None
+    return values
+
+
+def set_global_step(trainer: Any, step: int) -> None:
+    """Let a trainer's `global_step` go on from that of a checkpoint that is not Lightning's."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    loop.manual_optimization.optim_step_progress.total.completed = step
+
+
+def set_logger_step(trainer: Any, step: int) -> None:
+    """Set the step with which Lightning, and callbacks of its library, log during the first step of a training."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def exit_with_parent() -> None:

@@ -104,6 +104,7 @@ ALONE = (
         "trainer",
         "training",
         "logger",
+        "callbacks",
         "metrics",
         "reconstruction_metrics",
         "guidance",

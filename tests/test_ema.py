@@ -12,7 +12,7 @@ from ldm.checkpoint.weights import load_weights_dict, parse_ema_length
 from ldm.ema import SIGMA_RELS, ConstantEMA, PowerEMA, posthoc_coefficients, profile_correlation, std_to_exponent
 from ldm.errors import UserError
 from ldm.io import atomic
-from ldm.training.checkpoints import CheckpointCallback
+from ldm.training.checkpoints import CheckpointRestorer
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.6)])
@@ -241,6 +241,6 @@ def test_run_with_snapshots_serves_any_ema_length(smoke, tmp_path):
 def test_resume_of_run_without_snapshots_is_refused():
     module = nn.Linear(2, 2)
     step = Checkpoint(3, {"model": {name: value.detach() for name, value in module.named_parameters()}}, {}, "", {})
-    saving = CheckpointCallback(Path(), None, 1, 4, "", step, averages={"ema_0.1": PowerEMA(module)})
+    restoring = CheckpointRestorer(step, None, {"ema_0.1": PowerEMA(module)})
     with pytest.raises(UserError, match=r"step 3 has no ema_0\.1, so this run began without snapshots"):
-        saving.on_fit_start(None, module)
+        restoring.on_fit_start(None, module)

@@ -200,7 +200,7 @@ def test_readme_study_command_runs_its_first_job(typed, smoke, tmp_path):
 @pytest.mark.parametrize("typed", OWN, ids=" ".join)
 def test_readme_user_code_command_runs(typed, smoke, tmp_path, monkeypatch):
     """The blocks that begin with a file's name are those files."""
-    for block in blocks(TEXT):
+    for block in [block for file in READMES for block in blocks(file.read_text(encoding="utf-8"))]:
         if match := re.match(r"# (paper/\S+)\n", block.text):
             path = tmp_path / match[1]
             path.parent.mkdir(parents=True, exist_ok=True)

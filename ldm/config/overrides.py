@@ -135,6 +135,8 @@ def normalize_override(
         raise UserError(
             f"{override}: the command line cannot add keys, nothing would read them; write {override.lstrip('+')}"
         )
+    if key.startswith("callbacks."):  # the only node to which a command line adds keys
+        return f"++{override}"
     if key == "experiments":
         raise UserError(f"experiments is the folder; type experiment={value.removesuffix('/sweep')}")
     if key == "experiment":

@@ -30,14 +30,14 @@ REPOSITORY_SCRIPTS = ("conf", "experiments", "sample", "tests", "train")  # top-
 
 
 def sanitize_config(config: Mapping[str, Any], where: Path | str) -> Any:
-    """Return a stored config as an OmegaConf config with every string literal, without its loggers.
+    """Return a stored config as an OmegaConf config with every string literal, without its loggers and callbacks.
 
-    Loggers are dropped because they are not part of the model.  where: the file that the config came from.
+    These are dropped because they are not part of the model.  where: the file that the config came from.
     Raises UserError naming the file if the config may not be built.
     """
     from omegaconf import OmegaConf
 
-    config = {key: value for key, value in config.items() if key != "logger"}
+    config = {key: value for key, value in config.items() if key not in ("logger", "callbacks")}
     try:
         for path, node in iter_nodes(config):
             check_target(node["_target_"], path)

@@ -43,6 +43,7 @@ def validate(
     """
     for path, node in iter_nodes(config):
         _node(path, node, {*(supplied or {}).get(path, ()), *(supplied or {}).get(str(node["_target_"]), ())})
+    _check_callbacks(config.get("callbacks") or {})
     if base is not None:
         for key, value in base.items():
             if config.get(key) is None and isinstance(value, Mapping):
@@ -90,6 +91,16 @@ def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None
     ]
     if missing:
         raise UserError(f"{path}: {target} also needs {', '.join(missing)}")
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    """Check that each entry of `callbacks`, to which any key can be added, is a node or null."""
+    for name, node in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        if node is not None and not (isinstance(node, Mapping) and "_target_" in node):
+            raise UserError(
+                f"callbacks.{name}={_shown(node)}: a callback needs its _target_, as in "
+                f"callbacks.{name}._target_=package.module.Class{did_you_mean(name, callbacks.keys() - {name})}"
+            )
 
 
 def check_target_allowed(target: Any, path: str = "") -> None:

@@ -91,7 +91,7 @@ class AutoencoderRecipe:
             return done["psnr"]
         scores = {"val/psnr", "val/ssim", "val/high_frequency_ratio"} if self.sample_every <= self.steps else set()
         reason = f"training.sample_every={self.sample_every} is more than training.steps={self.steps}"
-        require_metric(cfg.get("keep_best"), scores, reason)
+        require_metric(cfg.get("keep_best"), scores, reason, cfg.get("callbacks"))
         make_score, _ = evaluator.make_scorer(cfg, cfg.metrics)
         score = make_score() if make_score else None
         if score and score.net.name == getattr(self.loss.perceptual, "name", None):

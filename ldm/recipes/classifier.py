@@ -60,7 +60,7 @@ class ClassifierRecipe:
         if done := final_metrics(cfg, folder):
             print(f"this run is done: {folder}")
             return done["accuracy"]
-        require_metric(cfg.get("keep_best"), (), "this training writes no number val/...")
+        require_metric(cfg.get("keep_best"), (), "this training writes no number val/...", cfg.get("callbacks"))
         data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
         build.require_labels(data, test)
         autoencoder, space, _ = load_or_train_first_stage(cfg, data.channels)

@@ -64,7 +64,7 @@ class CLIPRecipe:
         if done := final_metrics(cfg, folder):
             print(f"this run is done: {folder}")
             return done["image_to_text"]
-        require_metric(cfg.get("keep_best"), (), "this training writes no number val/...")
+        require_metric(cfg.get("keep_best"), (), "this training writes no number val/...", cfg.get("callbacks"))
         data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
         with open_run(cfg, folder) as run:
             atomic.write_json(folder / "model.json", build.to_container(self.model))

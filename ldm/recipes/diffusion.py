@@ -90,7 +90,8 @@ class DiffusionRecipe:
         score = self.score
         validated = validation_metrics(cfg.get("keep_best"), self.validation, self.steps)
         names, reason = scored_metrics(cfg, score, self.steps)
-        require_metric(cfg.get("keep_best"), names if names is None else names | validated, reason)
+        written = names if names is None else names | validated
+        require_metric(cfg.get("keep_best"), written, reason, cfg.get("callbacks"))
         subset = held_out_subset(cfg, self.validation)
         make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
         data = build.build_degraded_dataset(cfg, "train")

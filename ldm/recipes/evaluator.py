@@ -61,7 +61,7 @@ class EvaluatorRecipe:
         folder = self.run_dir(cfg)
         if done := final_metrics(cfg, folder):
             return done["accuracy"]
-        require_metric(cfg.get("keep_best"), (), "this training writes no number val/...")
+        require_metric(cfg.get("keep_best"), (), "this training writes no number val/...", cfg.get("callbacks"))
         torch.manual_seed(derive_seed(self.seed, "weights"))
         net = self.net()
         with open_run(cfg, folder, cache.EVALUATOR) as run:

@@ -21,12 +21,19 @@ from ldm.ema import WeightAverage
 from ldm.errors import UserError
 from ldm.io import atomic, images
 from ldm.recipes import resume
+from ldm.recipes.callbacks import build_callbacks
 from ldm.runs import identity, provenance
 from ldm.runs.folder import lock_run
 from ldm.runs.metrics_log import MetricsLog, read_metrics_log, write_final_metrics
 from ldm.training.best import restore_best, signed
 from ldm.training.callbacks import EMACallback, LearningRate, MetricsRecorder, Progress, SampleGridCallback
-from ldm.training.checkpoints import BestLater, CheckpointCallback, EMASnapshots, RetentionPolicy
+from ldm.training.checkpoints import (
+    BestLater,
+    CheckpointCallback,
+    CheckpointRestorer,
+    EMASnapshots,
+    RetentionPolicy,
+)
 from ldm.training.fit import check_device
 from ldm.training.gradients import GradientGuard
 from ldm.training.health import HealthCondition, HealthMonitor
@@ -34,6 +41,7 @@ from ldm.training.loggers import Logger, NoLogger
 from ldm.training.parallel import RankConsistencyCheck
 from ldm.training.preemption import GracefulStop
 from ldm.training.startup_report import StartupReport
+from ldm.training.user_callbacks import UserCallbacks
 
 
 @dataclass
@@ -121,7 +129,8 @@ class TrainingRun:
     ) -> list[Any]:
         """Return the callbacks of a training that is displayed as `name`, in the order in which Lightning calls them.
 
-        Checks come first, then records, then checkpoints, images and the stop on a signal.
+        Checks and the restored checkpoint come first, then averages and records, then the callbacks of the config, then
+        checkpoints, images and the stop on a signal.
         lr_schedule: (step, total steps) -> factor on each optimizer's rate.  metadata: of the checkpoint's weights.
         draw: writes an image of the state after a step, every grid_every steps.  watch: callbacks before the
         checkpoint's.
@@ -133,12 +142,14 @@ class TrainingRun:
             {"value": self.best_metric, "metric": metric, "written": lambda: self.written} if metric else {}
         )
         keep = RetentionPolicy(self.config.get("keep_last", 2), self.config.get("keep_every"), **best)
+        user = UserCallbacks(build_callbacks(self.config), self.log_metrics, self.folder)
         saving = CheckpointCallback(
-            self.checkpoints, ema, save_every, steps, self.config_text(), self.resume, metadata, keep, averages
+            self.checkpoints, ema, save_every, steps, self.config_text(), metadata, keep, averages, user
         )
         debug = [instantiate(self.config["debug"])(self.folder)] if self.config.get("debug") else []
         return [
             RankConsistencyCheck({"config": identity.hash_config(self.config), "first step": self.start}),
+            *([CheckpointRestorer(self.resume, ema, averages, user)] if self.resume else []),
             *debug,
             StartupReport(name, steps, lr_schedule, self.config["trainer"].get("accumulate_grad_batches", 1)),
             LearningRate(lr_schedule, steps),
@@ -153,6 +164,7 @@ class TrainingRun:
                 if snapshot_every is not None
                 else []
             ),
+            user,
             saving,
             *([SampleGridCallback(draw, grid_every, ema)] if draw else []),
             *([BestLater(saving)] if draw and metric else []),

@@ -21,13 +21,19 @@ EVALUATOR, FIRST_STAGE = ("data", "training"), ("data", "autoencoder", "training
 
 def evaluator_cache_key(cfg: Any) -> identity.CacheKey:
     """Return the cache key (data and training) of the evaluator that cfg trains: cfg.training is the evaluator's."""
-    return identity.cache_key({name: to_container(cfg[name]) for name in EVALUATOR})
+    return identity.cache_key({name: to_container(cfg[name]) for name in EVALUATOR} | _callbacks(cfg))
 
 
 def first_stage_cache_key(cfg: Any) -> identity.CacheKey:
     """Return the cache key (data, architecture, training) of the first stage that cfg trains; cfg.training is its."""
     nodes = {name: to_container(cfg[name]) for name in FIRST_STAGE}
-    return identity.cache_key(identity.drop_keys(nodes, ("training.health",)))  # warnings change no weight
+    nodes = identity.drop_keys(nodes, ("training.health",))  # warnings change no weight
+    return identity.cache_key(nodes | _callbacks(cfg))
+
+
+def _callbacks(cfg: Any) -> dict[str, Any]:
+    """Return the node `callbacks` of a config, which may change the weights, unless it is empty."""
+    return {"callbacks": to_container(cfg["callbacks"])} if cfg.get("callbacks") else {}
 
 
 def evaluator_dir(cfg: Any) -> Path:
@@ -59,14 +65,14 @@ class CacheEntry(NamedTuple):
 
 
 def evaluator_entry(cfg: Any) -> CacheEntry:
-    """Return the cache entry of the evaluator that a config refers to."""
-    config = {**to_container(cfg), "training": to_container(cfg.evaluator)}
+    """Return the cache entry of the evaluator that a config refers to, which is trained without callbacks."""
+    config = {**to_container(cfg), "training": to_container(cfg.evaluator), "callbacks": {}}
     return CacheEntry(evaluator_dir(config), evaluator_cache_key(config), config, 1)
 
 
 def first_stage_entry(cfg: Any) -> CacheEntry:
-    """Return the cache entry of the first stage that a diffusion model's config refers to."""
-    config = {**to_container(cfg), "training": to_container(cfg.first_stage)}
+    """Return the cache entry of the first stage that a diffusion model's config refers to, without callbacks."""
+    config = {**to_container(cfg), "training": to_container(cfg.first_stage), "callbacks": {}}
     return CacheEntry(
         first_stage_dir(config), first_stage_cache_key(config), config, config.get("trainer", {}).get("devices", 1)
     )

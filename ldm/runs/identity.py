@@ -44,6 +44,9 @@ NOT_HASHED = (
     ),
 )
 
+# Keys that configs did not always have: an empty one counts as absent, so that the same command finds an older run.
+ABSENT_IF_EMPTY = ("callbacks",)
+
 
 def run_id(config: Mapping[str, Any], words: Sequence[str] = (), ignore: Collection[str] = NOT_HASHED) -> str:
     """Return the name of a run folder, `<words>-<hash8>-s<seed>`.
@@ -60,11 +63,11 @@ def hash_config(value: Any) -> str:
 
 
 def drop_keys(config: Mapping[str, Any], keys: Collection[str], above: str = "") -> dict[str, Any]:
-    """Return a config without the given dotted keys."""
+    """Return a config without the given dotted keys, and without those of ABSENT_IF_EMPTY that are empty."""
     return {
         key: drop_keys(value, keys, f"{above}{key}.") if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if f"{above}{key}" not in keys
+        if f"{above}{key}" not in keys and (value or f"{above}{key}" not in ABSENT_IF_EMPTY)
     }
 
 

@@ -69,11 +69,16 @@ def restore_best(folder: Path, metric: str, rows: Iterable[Mapping[str, Any]], u
     return best
 
 
-def require_metric(metric: str | None, scores: Collection[str] | None, why: str = "") -> None:
+def require_metric(
+    metric: str | None, scores: Collection[str] | None, why: str = "", callbacks: Mapping[str, Any] | None = None
+) -> None:
     """Check that the training writes the number that keep_best names. Raises UserError if it does not.
 
     metric: the value of keep_best.  scores: the names val/... that it writes, None if unknown.  why: reason for none.
+    callbacks: those of the config, which may write any number.
     """
+    if callbacks:
+        return
     name = (metric or "").removeprefix("-")
     group = name.partition("/")[0]
     if not name or group == "train" or name in PACE or (group == "val" and (scores is None or name in scores)):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.ema import WeightAverage
 from ldm.errors import NonFiniteError
 from ldm.io.progress import ProgressBar
+from ldm.training.accumulate import StepCallbacks
 from ldm.training.gradients import GradientGuard
 from ldm.training.parallel import all_reduce_mean
 from ldm.training.profiler import peak_flops, profiler_of
@@ -49,6 +50,13 @@ class EMACallback(L.Callback):
     ) -> None:
         if self.gradients is None or not self.gradients.has_skipped(self.ema.module):
             self.ema.update()
+
+
+def find_average(trainer: L.Trainer) -> WeightAverage | None:
+    """Return the average of the weights with which a training's model is scored and sampled, None without one."""
+    groups = (group for group in trainer.callbacks if isinstance(group, StepCallbacks))  # type: ignore[attr-defined]
+    averages = (one.ema for group in groups for one in group.callbacks if isinstance(one, EMACallback))
+    return next(averages, None)
 
 
 # the term that is a table (2, parts): sums of losses, and numbers of samples, in equal parts of t in [0, 1]

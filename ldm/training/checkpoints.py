@@ -17,6 +17,7 @@ from ldm.errors import ConfigError, UserError
 from ldm.io import atomic
 from ldm.training.best import FILE, Best, read_best
 from ldm.training.parallel import chief_decides
+from ldm.training.user_callbacks import UserCallbacks
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,56 @@ class RetentionPolicy:
     written: Callable[[], Collection[str]] = tuple
 
 
+class CheckpointRestorer(L.Callback):
+    """Restore a checkpoint before any other callback reads the state: weights, averages, optimizers and callbacks.
+
+    ema, averages: as those of the CheckpointCallback that wrote it.  user: the callbacks of the config.
+    Raises UserError if the checkpoint has other weights or averages.
+    """
+
+    phase = "saving"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ema: WeightAverage | None,
+        averages: Mapping[str, WeightAverage] = MappingProxyType({}),
+        user: UserCallbacks | None = None,
+    ):
+        self.checkpoint, self.ema, self.averages, self.user = checkpoint, ema, averages, user
+
+    def on_fit_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
+        """Restore the checkpoint; Lightning calls this also if no step is left to train."""
+        load_trainable(lit, self.checkpoint.tensors["model"])
+        for name, state in self.checkpoint.state.get("extra", {}).items():
+            lit.get_submodule(name).set_extra_state(state)
+        if self.ema is not None:
+            load_average(self.ema, self.checkpoint.tensors["ema"], self.checkpoint.state["updates"]["ema"])
+        for name, average in self.averages.items():
+            if name not in self.checkpoint.tensors:
+                raise UserError(
+                    f"training.snapshot_every: the checkpoint of step {self.checkpoint.step} has no {name}, so this "
+                    "run began without snapshots; leave it null, or start again with resume=never"
+                )
+            load_average(average, self.checkpoint.tensors[name], self.checkpoint.state["updates"][name])
+        trainer.precision_plugin.load_state_dict(self.checkpoint.state.get("precision", {}))
+        for optimizer, state in zip(trainer.optimizers, self.checkpoint.state["optimizers"], strict=True):
+            configured = [
+                {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+            ]
+            optimizer.load_state_dict(distribute_optimizer_state(state, optimizer))
+            for group, options in zip(optimizer.param_groups, configured, strict=True):
+                group.pop("base_lr", None)
+                group.update(options)  # learning rate and other options are the config's, not the checkpoint's
+        if self.user is not None:
+            self.user.load(trainer, lit, self.checkpoint)
+
+
 class CheckpointCallback(L.Callback):
-    """Write step folders with weights, extra state, averages and optimizer states of a module; restore them on resume.
+    """Write step folders with weights, extra state, averages and optimizer states of a module, and states of callbacks.
 
     every: steps between two; a step at which the number of `keep` is best is saved too.  config: text of config.yaml.
-    resume: the checkpoint to restore.  metadata: of the weights files.  averages: besides ema, by name. best.json
+    metadata: of the weights files.  averages: besides ema, by name.  user: the callbacks of the config.  best.json
     beside the step folders has metric, step and value of the best; a number that is not finite is never the best.
     """
 
@@ -51,42 +97,16 @@ class CheckpointCallback(L.Callback):
         every: int,
         total: int,
         config: str,
-        resume: Checkpoint | None = None,
         metadata: dict[str, str] | None = None,
         keep: RetentionPolicy = RetentionPolicy(),
         averages: Mapping[str, WeightAverage] = MappingProxyType({}),
+        user: UserCallbacks | None = None,
     ):
-        self.keep, self.averages = keep, averages
+        self.keep, self.averages, self.user = keep, averages, user
         self.folder, self.ema, self.every, self.total = folder, ema, every, total
-        self.config, self.resume, self.metadata = config, resume, metadata
+        self.config, self.metadata = config, metadata
         self.saved = -1  # step of the last checkpoint
         self.reported = False  # whether a missing metric was reported
-
-    def on_fit_start(self, trainer: L.Trainer, lit: L.LightningModule) -> None:
-        """Restore the checkpoint; Lightning calls this also if no step is left to train."""
-        if self.resume is None:
-            return
-        load_trainable(lit, self.resume.tensors["model"])
-        for name, state in self.resume.state.get("extra", {}).items():
-            lit.get_submodule(name).set_extra_state(state)
-        if self.ema is not None:
-            load_average(self.ema, self.resume.tensors["ema"], self.resume.state["updates"]["ema"])
-        for name, average in self.averages.items():
-            if name not in self.resume.tensors:
-                raise UserError(
-                    f"training.snapshot_every: the checkpoint of step {self.resume.step} has no {name}, so this run "
-                    "began without snapshots; leave it null, or start again with resume=never"
-                )
-            load_average(average, self.resume.tensors[name], self.resume.state["updates"][name])
-        trainer.precision_plugin.load_state_dict(self.resume.state.get("precision", {}))
-        for optimizer, state in zip(trainer.optimizers, self.resume.state["optimizers"], strict=True):
-            configured = [
-                {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
-            ]
-            optimizer.load_state_dict(distribute_optimizer_state(state, optimizer))
-            for group, options in zip(optimizer.param_groups, configured, strict=True):
-                group.pop("base_lr", None)
-                group.update(options)  # learning rate and other options are the config's, not the checkpoint's
 
     def on_train_batch_end(
         self, trainer: L.Trainer, lit: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
@@ -150,6 +170,8 @@ class CheckpointCallback(L.Callback):
         state["updates"] = {name: one.updates for name, one in averages.items()}
         state["precision"] = trainer.precision_plugin.state_dict()  # loss scale in float16
         tensors, state = full_tensors(tensors), full_tensors(state)
+        if self.user is not None:
+            state["callbacks"] = self.user.save(trainer, lit)
         if trainer.is_global_zero:
             protected = self.protected_steps(step)
             save_checkpoint(self.folder, step, tensors, state, self.config, self.keep.last, self.metadata, protected)

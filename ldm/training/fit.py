@@ -19,11 +19,12 @@ from ldm import compat
 from ldm.data.stream import BatchDataset, BatchStream
 from ldm.devices import PRECISION, rank_and_world_size, resolve_precision
 from ldm.errors import ConfigError, UserError
-from ldm.training.accumulate import GradientAccumulation, MicroBatchStream
+from ldm.training.accumulate import MicroBatchStream, StepCallbacks
 from ldm.training.parallel import EveryGradient
 from ldm.training.precision import Float16
 from ldm.training.profiler import PhaseProfiler
 from ldm.training.sharded import sharded_copy
+from ldm.training.user_callbacks import RunLogger, UserCallbacks, arrange
 
 
 def fit(
@@ -47,6 +48,7 @@ def fit(
 ) -> None:
     """Train lit on steps start..steps-1, batch_size rows per step over all ranks together.
 
+    callbacks: in the order of their calls, each by the step; those of a UserCallbacks by the batch.
     devices: per machine, of num_nodes machines.  accumulate_grad_batches: consecutive batches that make a step.
     timeout_minutes: minutes that a rank waits for the others before it gives up.
     torch_compile: whether to compile what lit.compile() compiles.
@@ -121,14 +123,17 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        log_every_n_steps=1,  # what a callback logs is written at the step at which it logs
         use_distributed_sampler=False,
-        profiler=PhaseProfiler(accumulate_grad_batches, callbacks=callbacks),
+        profiler=PhaseProfiler(accumulate_grad_batches, grouped=StepCallbacks.state_key),
     )
     try:
         with sharded_copy(lit, callbacks) if strategy == "fsdp" else nullcontext((lit, callbacks)) as (module, hooks):
-            trainer.callbacks = list(hooks)
-            if accumulate_grad_batches > 1:
-                trainer.callbacks = [GradientAccumulation(hooks, accumulate_grad_batches)]
+            trainer.callbacks = arrange(hooks, accumulate_grad_batches)
+            for user in (one for one in hooks if isinstance(one, UserCallbacks)):
+                done = partial(steps_done, trainer, start, accumulate_grad_batches)
+                trainer.loggers = [RunLogger(user.write if rank == 0 else None, user.folder, done)]
+                compat.set_logger_step(trainer, start + 1)  # the number of steps done at the end of the first
             trainer.fit(module, loader)
     except SystemExit as end:
         # before the first step Lightning exits with 1 on Ctrl-C, and with no code or, after 2.6, 143 on SIGTERM
@@ -139,6 +144,11 @@ def fit(
         message = " ".join(str(error).split())
         remedy = "the same command goes on from the last checkpoint, lower trainer.num_workers if memory is short"
         raise UserError(f"a process that reads data is gone ({message}); {remedy}") from None
+
+
+def steps_done(trainer: L.Trainer, start: int, parts: int) -> int:
+    """Return the number of steps done by a trainer that began with step `start`, of `parts` batches each."""
+    return start + trainer.fit_loop.epoch_loop.batch_progress.total.processed // parts
 
 
 def check_device(accelerator: str, strategy: str, precision: str | int) -> None:

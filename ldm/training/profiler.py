@@ -1,7 +1,7 @@
 """Time of training steps by phase, their FLOPs, and the peak FLOP/s of a device."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -26,7 +26,8 @@ HOOKS = {
     L.LightningModule.optimizer_zero_grad.__name__: "optimiser",
     L.LightningModule.on_before_optimizer_step.__name__: "optimiser",
 }
-ORDER = ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging", "saving", "other")
+# "callbacks": those of a config, which Lightning calls itself; "other": loops, and ldm's callbacks without a phase
+ORDER = ("data", "encode", "forward", "backward", "optimiser", "EMA", "logging", "saving", "callbacks", "other")
 ATEN = torch.ops.aten
 # torch counts no attention of the CPU's kernels: it costs what that of the GPU's kernels does.
 FLOP_COUNTS = flop_registry | {
@@ -62,15 +63,13 @@ def synchronized_time(device: torch.device) -> float:
 class PhaseProfiler(Profiler):
     """Seconds spent in each phase of ORDER, every second in exactly one, and the FLOPs of a step.
 
-    parts: batches that make a step.  clock: returns the time in seconds.  callbacks: counted as their `phase` says.
+    parts: batches that make a step.  clock: returns the time in seconds.
+    grouped: state key of the callbacks that time what they call themselves; all others are of the phase "callbacks".
     """
 
-    def __init__(
-        self, parts: int = 1, clock: Callable[[], float] = time.monotonic, callbacks: Iterable[L.Callback] = ()
-    ):
+    def __init__(self, parts: int = 1, clock: Callable[[], float] = time.monotonic, grouped: str = ""):
         super().__init__()
-        self.clock, self.parts = clock, parts
-        self.phases = {f"[Callback]{one.state_key}": phase for one in callbacks if (phase := phase_of(one)) != "other"}
+        self.clock, self.parts, self.grouped = clock, parts, grouped
         self.seconds = dict.fromkeys(ORDER, 0.0)
         self.doing = ["other"]  # phases that are active, the innermost last
         self.outer: str | None = None  # during a backward pass, the phase around it
@@ -111,7 +110,9 @@ class PhaseProfiler(Profiler):
     def _phase(self, action: str) -> str:
         """Return the phase of an action: a phase's own name, or Lightning's text [kind of owner]owner.function."""
         owner, _, function = action.rpartition(".")
-        return action if action in ORDER else self.phases.get(owner) or HOOKS.get(function, "other")
+        if owner.startswith("[Callback]") and owner != f"[Callback]{self.grouped}":
+            return "callbacks"
+        return action if action in ORDER else HOOKS.get(function, "other")
 
     def _until_now(self) -> None:
         moment = self.clock()
@@ -119,9 +120,15 @@ class PhaseProfiler(Profiler):
         self.since = moment
 
 
-def phase_of(callback: L.Callback) -> str:
-    """Return the phase of a callback, one of ORDER: its attribute `phase`, by default other."""
-    return getattr(callback, "phase", "other")
+def phase_of(callback: L.Callback) -> str | None:
+    """Return the phase of a callback of ldm, its attribute `phase`; None without one: that of the hook.
+
+    Raises ValueError for a phase that is not in ORDER.
+    """
+    phase = getattr(callback, "phase", None)
+    if phase is not None and phase not in ORDER:
+        raise ValueError(f"{type(callback).__name__}.phase={phase!r}: expected one of {', '.join(ORDER)}")
+    return phase
 
 
 def phase(lit: L.LightningModule, kind: str) -> AbstractContextManager:

@@ -8,7 +8,7 @@ import torch
 from rows import Line, Rows, Seen, train
 
 from ldm.data.stream import BatchStream
-from ldm.training.accumulate import GradientAccumulation, MicroBatchStream
+from ldm.training.accumulate import MicroBatchStream, StepCallbacks
 from ldm.training.profiler import PhaseProfiler
 
 
@@ -90,7 +90,7 @@ class Recorder(L.Callback):
 @pytest.mark.parametrize("automatic", [True, False])
 def test_callbacks_are_called_once_a_step_with_means_and_all_keys(automatic):
     recorder = Recorder()
-    callback = GradientAccumulation([recorder], 2)
+    callback = StepCallbacks([recorder], 2)
     trainer = SimpleNamespace(profiler=PhaseProfiler())
     lit = SimpleNamespace(automatic_optimization=automatic)
     callback.on_fit_start(trainer, lit)

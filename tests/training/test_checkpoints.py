@@ -12,7 +12,13 @@ from ldm.ema import PowerEMA
 from ldm.errors import ConfigError, UserError
 from ldm.io import atomic
 from ldm.training.best import Best, read_best
-from ldm.training.checkpoints import BestLater, CheckpointCallback, EMASnapshots, RetentionPolicy
+from ldm.training.checkpoints import (
+    BestLater,
+    CheckpointCallback,
+    CheckpointRestorer,
+    EMASnapshots,
+    RetentionPolicy,
+)
 
 
 class Plain:
@@ -37,9 +43,7 @@ def test_checkpoint_preserves_objective_state(tmp_path):
     before, after, trainer = Lit(), Lit(), SimpleNamespace(is_global_zero=True, optimizers=[], precision_plugin=Plain())
     before.objective.update_history(torch.tensor([0, 2, 2, 0, 1, 1]), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
     CheckpointCallback(tmp_path, None, 1, 1, "").on_train_batch_end(trainer, before, None, {"step": 0}, 0)
-    CheckpointCallback(tmp_path, None, 1, 1, "", load_checkpoint(latest_valid_checkpoint(tmp_path)[0])).on_fit_start(
-        trainer, after
-    )
+    CheckpointRestorer(load_checkpoint(latest_valid_checkpoint(tmp_path)[0]), None).on_fit_start(trainer, after)
     assert torch.equal(after.objective.count, torch.tensor([2, 2, 2]))
     assert torch.equal(after.objective.probabilities(), before.objective.probabilities())
     assert torch.equal(after.model.weight, before.model.weight)
@@ -182,25 +186,20 @@ class Run:
             for average in (self.ema, *self.snapshots.values()):
                 average.update()
 
-    def callback(self, folder, resume=None, ema=True, averages=True, every=1, total=1):
-        return CheckpointCallback(
-            folder,
-            self.ema if ema else None,
-            every,
-            total,
-            "",
-            resume,
-            averages=self.snapshots if averages else {},
-        )
+    def callback(self, folder, ema=True, averages=True, every=1, total=1):
+        averages = self.snapshots if averages else {}
+        return CheckpointCallback(folder, self.ema if ema else None, every, total, "", averages=averages)
+
+    def restore(self, checkpoint, ema=True, averages=True):
+        averages = self.snapshots if averages else {}
+        CheckpointRestorer(checkpoint, self.ema if ema else None, averages).on_fit_start(self.trainer, self.lit)
 
 
 def test_checkpoint_restores_weights_averages_moments_and_loss_scale(tmp_path):
     before, after = Run(steps=3, scale=8.0), Run(lr=0.25, steps=2)
     before.optimizer.param_groups[0]["base_lr"] = 0.5
     before.callback(tmp_path).on_train_batch_end(before.trainer, before.lit, None, {"step": 0}, 0)
-    after.callback(tmp_path, load_checkpoint(latest_valid_checkpoint(tmp_path)[0])).on_fit_start(
-        after.trainer, after.lit
-    )
+    after.restore(load_checkpoint(latest_valid_checkpoint(tmp_path)[0]))
     for a, b in zip(before.lit.parameters(), after.lit.parameters(), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(before.optimizer.state[a]["momentum_buffer"], after.optimizer.state[b]["momentum_buffer"])
@@ -219,10 +218,10 @@ def test_checkpoint_without_averages_restores_the_rest(tmp_path):
     saved.on_train_batch_end(before.trainer, before.lit, None, {"step": 0}, 0)
     checkpoint = load_checkpoint(latest_valid_checkpoint(tmp_path)[0])
     assert set(checkpoint.tensors) == {"model"}
-    after.callback(tmp_path, checkpoint, ema=False, averages=False).on_fit_start(after.trainer, after.lit)
+    after.restore(checkpoint, ema=False, averages=False)
     assert torch.equal(after.lit.model.weight, before.lit.model.weight)
     with pytest.raises(UserError, match=r"snapshot_every: the checkpoint of step 1 has no ema_0\.05"):
-        after.callback(tmp_path, checkpoint, ema=False).on_fit_start(after.trainer, after.lit)
+        after.restore(checkpoint, ema=False)
 
 
 def test_checkpoints_are_saved_every_so_often_and_at_the_end_by_first_process(tmp_path):

@@ -13,7 +13,7 @@ from ldm.checkpoint.step import load_checkpoint
 from ldm.data.stream import BatchStream
 from ldm.ema import ConstantEMA, PowerEMA
 from ldm.training.callbacks import EMACallback, LearningRate, MetricsRecorder
-from ldm.training.checkpoints import CheckpointCallback
+from ldm.training.checkpoints import CheckpointCallback, CheckpointRestorer
 from ldm.training.gradients import GradientGuard
 
 STEPS = 6
@@ -133,9 +133,11 @@ def test_float16_run_resumes_exactly_after_skipped_step(tmp_path, average):
     def run(folder, steps, resume=None):
         lit, guard, seen = Steep([KEYS[2][1]]), GradientGuard(tmp_path, 3), Scales()
         ema = average(lit.line)
-        saving = CheckpointCallback(tmp_path / folder, ema, 4, STEPS, "", resume)
+        restoring = [CheckpointRestorer(resume, ema)] if resume else []
+        saving = CheckpointCallback(tmp_path / folder, ema, 4, STEPS, "")
         start = resume.step if resume else 0
-        train(lit, Rows(), [guard, EMACallback(ema, guard), seen, saving], steps=steps, start=start, precision="fp16")
+        callbacks = [*restoring, guard, EMACallback(ema, guard), seen, saving]
+        train(lit, Rows(), callbacks, steps=steps, start=start, precision="fp16")
         moments = [value for state in seen.trainer.optimizers[0].state.values() for value in state.values()]
         return [*lit.line.parameters(), *ema.shadow.values(), *moments], ema.updates, seen.trainer
 
