@@ -371,10 +371,7 @@ decoder: {_target_: our_paper.load.Decoder, z_channels: "${..z_channels}", facto
     "preset/ours": """
 # @package _global_
 defaults:
-  - override /data: stripes
   - override /autoencoder: squeeze
-  - override /conditioner: tokens
-  - override /net: cross
   - override /schedule: quarter
   - override /objective: absolute
   - override /sampler: renoise
