@@ -359,7 +359,7 @@ encoder: {_target_: our_paper.load.Encoder, z_channels: "${..z_channels}", facto
 decoder: {_target_: our_paper.load.Decoder, z_channels: "${..z_channels}", factor: "${..factor}"}
 """,
     "conditioner/tokens": "_target_: our_paper.open.Tokens\ndim: 8\n",
-    "data/stripes": "_target_: our_paper.classes.Stripes\nnum: 40\nsize: 16\nseed: 0\nflip: false\n",
+    "data/stripes": "_target_: our_paper.classes.Stripes\nnum: 40\nsize: 32\nseed: 0\nflip: false\n",
     "objective/absolute": "_target_: our_paper.compile.Absolute\n",
     "metrics/spread": "defaults: [fd, _self_]\nmetrics: {spread: {_target_: our_paper.hub.Spread, _partial_: true}}\n",
     "sampler/renoise": "_target_: our_paper.jit.renoise\n_partial_: true\nchurn: 1.0\n",

@@ -24,8 +24,13 @@ class Slot:
     keywords: tuple[str, ...] = ()
 
     @property
+    def construction(self) -> str:
+        """The required names of the constructor as text: (split=...)."""
+        return f"({', '.join(f'{name}=...' for name in self.required)})"
+
+    @property
     def call(self) -> str:
-        """Return how a `_partial_` node is called, as text: (denoiser, cond, uncond, scale=...)."""
+        """The call of a `_partial_` node as text: (denoiser, cond, uncond, scale=...)."""
         return f"({', '.join([*self.arguments, *(f'{name}=...' for name in self.keywords)])})"
 
 

@@ -93,14 +93,19 @@ def _node(path: str, node: Mapping[str, Any]) -> None:
     if "_args_" in node:
         return
     if not node.get("_partial_"):
-        _require(path, target, signature, {*node, *slot.supplied, *slot.required}, slot.required, "it is built with")
+        passed, accepted, use = (
+            {*node, *slot.supplied, *slot.required},
+            slot.required,
+            f"built with {slot.construction}",
+        )
+        _require(path, target, signature, passed, accepted, use)
     elif slot.arguments or slot.keywords:  # the call of any other is not known
         by_position = [name for name, one in signature.parameters.items() if one.positional][: len(slot.arguments)]
         if len(by_position) < len(slot.arguments) and not signature.variadic:
             count = f"{len(by_position)} positional argument{'s' * (len(by_position) != 1)}"
             raise UserError(f"{path}: {target} takes {count}, and it is called with {slot.call}")
-        passed = {*node, *by_position, *slot.keywords}
-        _require(path, target, signature, passed, slot.keywords, f"it is called with {slot.call}, and")
+        passed, accepted, use = {*node, *by_position, *slot.keywords}, slot.keywords, f"called with {slot.call}"
+        _require(path, target, signature, passed, accepted, use)
 
 
 def _require(
@@ -109,12 +114,15 @@ def _require(
     signature: Signature,
     passed: Collection[str],
     accepted: Collection[str],
-    reason: str,
+    use: str,
 ) -> None:
-    """Raise UserError unless a signature takes the names `accepted`, and `passed` has each name without a default."""
+    """Raise UserError unless a signature takes the names `accepted`, and `passed` has each name without a default.
+
+    use: what code does with the target, for the message.
+    """
     for name in accepted:
         if name not in signature.parameters and not signature.accepts_any:
-            raise UserError(f"{path}: {target} takes no {name!r}; {reason} {name}=...")
+            raise UserError(f"{path}: {target} takes no {name!r}, and it is {use}")
     missing = [name for name, parameter in signature.parameters.items() if parameter.required and name not in passed]
     if missing:
         raise UserError(f"{path}: {target} also needs {', '.join(missing)}")

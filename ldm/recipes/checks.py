@@ -119,7 +119,10 @@ def check_model(cfg: Any, data: Any) -> None:
 
 
 def check_training(node: Mapping[str, Any]) -> None:
-    """Raise UserError unless the optimizer and the rate schedule of a recipe's options, if one's own, are what they say."""
+    """Raise UserError unless an optimizer and a rate schedule of one's own give what a training needs.
+
+    node: the recipe's options.
+    """
     if user_targets(node.get("optimizer") or {}):
         optimizer = instantiate(node["optimizer"], _convert_="all")([nn.Parameter(torch.zeros(2, 2))])
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -143,7 +146,9 @@ def check_conditioner(conditioner: Any, cfg: Any, data: Any) -> None:
     if not user_targets(cfg.conditioner):
         return
     name = cfg.conditioner["_target_"]
-    check_members(conditioner, Conditioner, "conditioner", name)
+    parts = getattr(conditioner, "conditioners", {})
+    for path, part in {"conditioner": conditioner, **{f"conditioner.{part}": parts[part] for part in parts}}.items():
+        check_members(part, Conditioner, path, name if part is conditioner else type(part).__name__)
     batch = first_batch(data)
     conditions = {"forward": condition_or_null(conditioner, batch), "null": conditioner.null({"noise": batch["noise"]})}
     for method, cond in conditions.items():
