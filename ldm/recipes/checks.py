@@ -71,7 +71,8 @@ def check_data(cfg: Any, data: Any) -> None:
     if not user_targets(cfg.data):
         return
     check_members(data, ImageDataset, "data", cfg.data["_target_"])
-    require_shape("data", "pixels", data.pixels([0]), (1, data.channels, data.size, data.size))
+    if not hasattr(data, "shapes"):  # images of several shapes have no common size
+        require_shape("data", "pixels", data.pixels([0]), (1, data.channels, data.size, data.size))
 
 
 def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:
@@ -89,8 +90,8 @@ def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:
         return
     if next(autoencoder.parameters(), None) is not None:
         check_members(autoencoder.decoder, Decoder, "autoencoder.decoder", type(autoencoder.decoder).__name__)
-    z = autoencoder.z_channels, size // factor, size // factor
     image = data.pixels([0] * ROWS)
+    z = autoencoder.z_channels, *(side // factor for side in image.shape[-2:])
     with torch.no_grad():
         require_shape("autoencoder.encoder", "the latent", autoencoder.posterior(image).mean, (ROWS, *z))
         decoded = autoencoder.decode(torch.zeros(ROWS, *z))
