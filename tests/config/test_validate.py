@@ -241,7 +241,10 @@ UNSUPPLIED = [
     (at("other", "Sized", depth=1), "other: sample_pkg.one.Sized also needs in_channels, out_channels"),
     (at("objective.net", "Sized", depth=1), "also needs in_channels"),
     (at("autoencoder.encoder", "Classes"), "autoencoder.encoder: sample_pkg.one.Classes also needs num_classes"),
-    (at("net.net", "Coder", partial=True), "Coder takes no 'in_channels', and it is called with (in_channels=..., out_ch"),
+    (
+        at("net.net", "Coder", partial=True),
+        "Coder takes no 'in_channels', and it is called with (in_channels=..., out_ch",
+    ),
     (at("data", "Coder", channels=1), "data: sample_pkg.one.Coder takes no 'split', and it is built with (split=...)"),
     (at("sampler", "rate", partial=True), "rate takes 3 positional arguments, and it is called with (denoise, sched"),
     (at("sampler", "rich_sampler", partial=True), "sampler: sample_pkg.one.rich_sampler also needs eta"),
