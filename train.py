@@ -1,7 +1,6 @@
 """Train a latent diffusion model: python train.py [choice=option ...] [key=value ...] [experiment=study] [-m]"""
 
 from ldm.cli.main import run_command
-from ldm.config.build import RUNTIME_PARAMETERS
 
 
 def train(cfg):
@@ -31,6 +30,5 @@ if __name__ == "__main__":
         train,
         "train",
         paths=("runs", "init", "resume", "data.path", "data.captions", "auto.pretrained"),
-        supplied=RUNTIME_PARAMETERS,
         ahead=status,
     )

@@ -193,13 +193,12 @@ def composed(*typed: str, name: str = "train") -> Any:
     from omegaconf import OmegaConf
 
     import ldm.config.search_path  # noqa: F401
-    from ldm.config.build import RUNTIME_PARAMETERS
     from ldm.config.validate import validate
 
     plan = plan_of(*typed, name=name)
     config = plan.compose(plan.overrides)
     bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    validate(OmegaConf.to_container(bare, resolve=True), None, RUNTIME_PARAMETERS)
+    validate(OmegaConf.to_container(bare, resolve=True))
     return bare
 
 

@@ -16,6 +16,7 @@ from towers import conditioner_overrides, write_towers
 from ldm.config import build
 from ldm.config.compose import compose_option
 from ldm.config.overrides import ConfigSearchPath, help_text, normalize_override
+from ldm.config.slots import slot_of
 from ldm.config.signatures import read_signature
 from ldm.config.tree import iter_nodes
 from ldm.diffusion.distill import Teacher
@@ -221,7 +222,7 @@ def test_option_composes_with_every_default(option):
         target, parent = node["_target_"], path.rpartition(".")[0]
         signature = read_signature(target) if target.startswith("ldm.") else None
         optional = {name for name, one in signature.parameters.items() if not one.required} if signature else set()
-        passed = {*build.RUNTIME_PARAMETERS.get(target, ()), *BY_CALLER.get(target, ()), *nodes.get(parent, ())}
+        passed = {*slot_of(path).supplied, *BY_CALLER.get(target, ()), *nodes.get(parent, ())}
         if absent := optional - node.keys() - passed:
             missing[path] = absent
     assert missing == ({"trainer": {"torch_compile"}} if option == "trainer/fsdp" else {})  # it cannot be compiled

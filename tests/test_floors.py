@@ -24,7 +24,7 @@ ORDER = [
     "checkpoint",
     "runs",
     "config",
-    "model autoencoder adapter metrics interop",
+    "interfaces model autoencoder adapter metrics interop",
     "net conditioner data",
     "diffusion io launch plotting",
     "tensors condition ema devices",

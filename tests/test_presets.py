@@ -12,7 +12,6 @@ from test_conf import Card as Small
 from test_conf import drawn, trained
 
 from ldm.config import build
-from ldm.config.build import RUNTIME_PARAMETERS
 from ldm.config.overrides import ConfigSearchPath
 from ldm.config.validate import validate
 from ldm.plan import flops
@@ -43,7 +42,7 @@ def composed(preset: str, *typed: str):
     job = plan_of(f"preset={preset}", *path, *typed)
     config = job.compose(job.overrides)
     bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    validate(OmegaConf.to_container(bare, resolve=True), None, RUNTIME_PARAMETERS)
+    validate(OmegaConf.to_container(bare, resolve=True))
     return bare
 
 
@@ -83,9 +82,9 @@ def test_preset_has_published_parameter_count(preset):
 def test_preset_is_validated_like_overrides():
     """Against its own values too: of another kind, or misspelt, they are refused, and every preset's pass."""
     job = plan_of("preset=ldm4_inpaint_big", "data.path=.", "schedule.beta_end=0.02")
-    job.check(RUNTIME_PARAMETERS)
+    job.check()
     with pytest.raises(ValueError, match="beta_end=high"):
-        plan_of("preset=ldm4_inpaint_big", "data.path=.", "schedule.beta_end=high").check(RUNTIME_PARAMETERS)
+        plan_of("preset=ldm4_inpaint_big", "data.path=.", "schedule.beta_end=high").check()
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ def compose_request(choices: Mapping[str, str], values: Mapping[str, Any]) -> An
     """
     from omegaconf import OmegaConf
 
-    from ldm.config.build import RUNTIME_PARAMETERS, to_container
+    from ldm.config.build import to_container
     from ldm.config.validate import validate
 
     base = composed(tuple(sorted(choices.items())))
     cfg = OmegaConf.create(base)
     for key, value in values.items():
         OmegaConf.update(cfg, key, escape(value) if isinstance(value, str) else value)
-    validate(to_container(cfg), base, RUNTIME_PARAMETERS)
+    validate(to_container(cfg), base)
     return cfg
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,18 @@ def run_command(
     *,
     text: Collection[str] = ("prompt",),
     paths: Collection[str] = ("run",),
-    supplied: Mapping[str, Collection[str]] | None = None,
     ahead: Callable[[Any], Any] | None = None,
 ) -> None:
     """Run the script that defines task(cfg) as a command with the config conf/<config_name>.yaml next to it.
 
     text: keys with a literal value, which arrives as typed.  paths: the same, but `null` is null.
-    supplied: `_target_` -> the parameters that the task passes itself, which a config may leave out.
     ahead: returns the ldm.runs.status.JobStatus of a composed config, so that a sweep can skip finished jobs and train
         shared dependencies first.
     Heavy imports belong inside the task, which starts after the config has been validated.  Does not return.
     """
     script = Path(task.__code__.co_filename).resolve()
     with _preemptible(), _rank():
-        sys.exit(run_guarded(lambda: _main(task, script, config_name, text, paths, supplied or {}, ahead)))
+        sys.exit(run_guarded(lambda: _main(task, script, config_name, text, paths, ahead)))
 
 
 def _main(
@@ -51,7 +49,6 @@ def _main(
     config_name: str,
     text: Collection[str],
     paths: Collection[str],
-    supplied: Mapping,
     ahead: Callable[[Any], Any] | None,
 ) -> int:
     argv = sys.argv[1:]
@@ -94,7 +91,7 @@ def _main(
         for part in (f"--{name}", getattr(args, name))
     ]
     with plan.translate_errors(job), tempfile.TemporaryDirectory(prefix="ldm-sweep-") as scratch:
-        configs = [] if flags else plan.check(supplied)
+        configs = [] if flags else plan.check()
         if not flags and plan.first_config.get("dry_run"):
             known = [_job_status(config, ahead) for config in configs]
             forecast = sweep.format_forecast(plan.names, known)

@@ -95,7 +95,7 @@ class LowResolution(nn.Module):
     context_dim = vector_dim = None
     device_anchor: Tensor  # empty; its device is the model's
 
-    def __init__(self, factor: int, channels: int, scale: int = 4, noise_augmentation: float = 0.0):
+    def __init__(self, factor: int, image_channels: int, scale: int = 4, noise_augmentation: float = 0.0):
         super().__init__()
         if factor % scale and scale % factor:
             raise ConfigError(f"scale={scale}: expected a divisor or a multiple of the first stage's factor, {factor}")
@@ -103,9 +103,9 @@ class LowResolution(nn.Module):
             raise ConfigError(
                 f"noise_augmentation={noise_augmentation}: expected a noise level of at least 0 and below 1"
             )
-        self.scale, self.augment, self.channels = scale, noise_augmentation, channels
+        self.scale, self.augment, self.channels = scale, noise_augmentation, image_channels
         self.fold, self.repeat = max(factor // scale, 1), max(scale // factor, 1)
-        self.concat_channels = channels * self.fold**2 + 1
+        self.concat_channels = image_channels * self.fold**2 + 1
         self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:

@@ -1,30 +1,13 @@
 """Build objects from a composed config, leaves first; a node that owns weights is built once and passed on."""
 
+import inspect
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-# torch is slow to import, and train.py reads RUNTIME_PARAMETERS before the config is validated: functions import it.
+from ldm.config.signatures import read_signature
+
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
-
-
-RUNTIME_PARAMETERS = {  # target -> parameters that the builders pass, which a config may leave out
-    **dict.fromkeys(
-        ("ldm.net.unet.UNet", "ldm.net.dit.DiT", "ldm.net.guidance_embedding.GuidanceEmbedding"),
-        ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels"),
-    ),
-    "ldm.autoencoder.patch.PatchEncoder": ("channels",),
-    "ldm.autoencoder.patch.PatchDecoder": ("channels",),
-    "ldm.autoencoder.conv.Encoder": ("channels",),
-    "ldm.autoencoder.conv.Decoder": ("channels",),
-    "ldm.autoencoder.identity.Identity": ("channels",),
-    "ldm.conditioner.label.Label": ("num_classes",),
-    "ldm.conditioner.label.LabelVector": ("num_classes",),
-    "ldm.conditioner.spatial.SemanticMap": ("factor",),
-    "ldm.conditioner.spatial.SpatialMap": ("factor",),
-    "ldm.conditioner.spatial.LowResolution": ("factor", "channels"),
-    "ldm.conditioner.spatial.MaskedImage": ("factor", "z_channels", "encode"),
-    "ldm.recipes.auto_config.choose_first_stage_and_net": ("cfg",),
-}
 
 
 def to_container(cfg: Any) -> Any:
@@ -122,36 +105,36 @@ def build_autoencoder(node: Any, channels: int):
     """Build a first stage (untrained) for images of `channels` channels."""
     from hydra.utils import instantiate
 
-    return instantiate(node, **nested_kwargs(node, {"channels": channels}))
+    return instantiate(node, **supplied_kwargs(node, {"channels": channels}))
 
 
 def build_conditioner(node: Any, autoencoder, data):
     """Build a conditioner, single or composed of several, for a first stage and a data set."""
     from hydra.utils import instantiate
 
-    known = {
+    values = {
         "num_classes": len(data.classes),
-        "channels": data.channels,
+        "image_channels": data.channels,
         "factor": autoencoder.factor,
         "z_channels": autoencoder.z_channels,
         # Not the bound method: Hydra would deep-copy it, and the first stage with it.
         "encode": lambda image: autoencoder.encode(image),
     }
-    return instantiate(node, **nested_kwargs(node, known))
+    return instantiate(node, **supplied_kwargs(node, values))
 
 
 def build_network(cfg: Any, autoencoder, conditioner):
     """Build a config's network for the latents of a first stage and the conditions of a conditioner."""
     from hydra.utils import instantiate
 
-    return instantiate(
-        cfg.net,
-        in_channels=autoencoder.z_channels,
-        out_channels=autoencoder.z_channels * (2 if cfg.get("learned_variance") else 1),
-        context_dim=conditioner.context_dim,
-        vector_dim=conditioner.vector_dim,
-        concat_channels=conditioner.concat_channels,
-    )
+    values = {
+        "in_channels": autoencoder.z_channels,
+        "out_channels": autoencoder.z_channels * (2 if cfg.get("learned_variance") else 1),
+        "context_dim": conditioner.context_dim,
+        "vector_dim": conditioner.vector_dim,
+        "concat_channels": conditioner.concat_channels,
+    }
+    return instantiate(cfg.net, **supplied_kwargs(cfg.net, values, replace=True))
 
 
 def build_model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
@@ -170,16 +153,29 @@ def build_model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
     return LatentDiffusion(autoencoder, conditioner, denoiser, (data.size, data.size))
 
 
-def supplied_parameters(node: Any) -> tuple[str, ...]:
-    """Return the parameters of a node's target that the builders supply."""
-    return RUNTIME_PARAMETERS.get(node.get("_target_", ""), ())
+def supplied_kwargs(node: Mapping[str, Any], values: Mapping[str, Any], replace: bool = False) -> dict[str, Any]:
+    """Return the keywords for `instantiate` by which a node and the nodes nested in it get their values.
+
+    Each constructor gets the values that its signature names and its node does not set; replace: those that the outer
+    node sets, too.  A `_partial_` node gets none: whatever calls it passes them.
+    """
+    inner = {name: supplied_kwargs(child, values) for name, child in node.items() if hasattr(child, "items")}
+    names = () if "_target_" not in node or node.get("_partial_") else parameter_names(node["_target_"])
+    direct = {name: value for name, value in values.items() if name in names and (replace or name not in node)}
+    return direct | {name: kwargs for name, kwargs in inner.items() if kwargs}
 
 
-def nested_kwargs(node: Any, known: dict[str, Any]) -> dict[str, Any]:
-    """Return the keywords for `instantiate` that a node's target and the targets nested in it take from `known`."""
-    inner = {name: nested_kwargs(child, known) for name, child in node.items() if hasattr(child, "items")}
-    own = {name: known[name] for name in supplied_parameters(node)}
-    return own | {name: kwargs for name, kwargs in inner.items() if kwargs}
+def parameter_names(target: str) -> Collection[str]:
+    """Return the names in the signature behind a dotted name; it is imported only if its source does not tell them."""
+    from hydra.utils import get_object
+
+    signature = read_signature(target)
+    if signature is not None:
+        return signature.parameters.keys()
+    try:
+        return inspect.signature(get_object(target)).parameters.keys()
+    except (TypeError, ValueError):  # a class written in C
+        return ()
 
 
 def build_classifier(net: Any, autoencoder: Any, data: Any) -> Any:

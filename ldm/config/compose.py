@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,12 +66,10 @@ class ComposedJob:
         return node
 
 
-def compose_jobs(
-    script: str, typed: Sequence[str], supplied: Mapping[str, Collection[str]] | None = None
-) -> list[ComposedJob]:
+def compose_jobs(script: str, typed: Sequence[str]) -> list[ComposedJob]:
     """Compose the jobs of `python SCRIPT.py -m TYPED`, in its order.
 
-    supplied: as in ldm.cli.main.run_command.  Raises UserError for what the command would refuse.
+    Raises UserError for what the command would refuse.
     """
     from omegaconf import OmegaConf
 
@@ -95,7 +93,7 @@ def compose_jobs(
                     overrides, OmegaConf.masked_copy(config, [name for name in config if name != "hydra"]), chosen
                 )
             )
-            validate(jobs[-1].config, None, supplied)
+            validate(jobs[-1].config)
     return jobs
 
 
@@ -174,11 +172,8 @@ class Composition:
         with initialize_config_dir(str(self.tree.folders[0]), version_base="1.3"):
             return compose(self.name, [*overrides, *self.tree.search_path()], return_hydra_config=True)
 
-    def check(self, supplied: Mapping[str, Collection[str]]) -> list[Any]:
-        """Compose and validate each job's config before the first one starts.
-
-        supplied: parameters that code passes (see `validate`).  Raises UserError.
-        """
+    def check(self) -> list[Any]:
+        """Compose and validate each job's config before the first one starts.  Raises UserError."""
         from ldm.config.validate import validate
 
         configs = []
@@ -195,7 +190,6 @@ class Composition:
             validate(
                 resolved_config(config),
                 resolved_config(self.compose(chosen), missing=True) if overrides else None,
-                supplied,
             )
             configs.append(config)
         return configs

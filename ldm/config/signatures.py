@@ -18,10 +18,13 @@ SEQUENCE_TYPES = ("tuple", "list", "Sequence", "Iterable", "Collection", "set", 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a target: its annotation as an expression, and whether it has no default."""
+    """One parameter of a target: its annotation as an expression, whether it has no default, and whether it may be
+    passed by position.
+    """
 
     annotation: ast.expr | None
     required: bool
+    positional: bool = True
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class Signature:
     """The named parameters of a function or class.
 
     accepts_any: whether it also takes any other keyword.  aliases: type aliases defined in the module.
+    variadic: whether it takes any number of positional arguments.
     """
 
     parameters: Mapping[str, Parameter]
     accepts_any: bool
     aliases: Mapping[str, ast.expr]
+    variadic: bool = False
 
     def accepts(self, expected: ast.expr, value: Any) -> bool | None:
         """Return whether a plain value matches an annotation; None if that cannot be decided from source."""
@@ -111,14 +116,14 @@ def read_signature(target: str) -> Signature | None:
                 f"_target_={target}: {'a module, not a class or function' if module else 'no such module in ldm'}"
             )
         return None
-    defined = _source(module).names
-    if ours and names[0] not in defined:
-        public = sorted(name for name in defined if not name.startswith("_"))
+    source = read_source(target)
+    if ours and names[0] not in source.names:
+        public = sorted(name for name in source.names if not name.startswith("_"))
         raise UserError(
             f"_target_={target}: {module.name} has no {names[0]!r}"
             f"{did_you_mean(names[0], public)}{format_choices(public)}"
         )
-    return _defined(module, names)
+    return _defined(target, source, names)
 
 
 def find_module(target: str) -> tuple[Path | None, list[str]]:
@@ -155,8 +160,22 @@ class ModuleSource:
         }
 
 
+def read_source(target: str) -> ModuleSource:
+    """Return the top level of the module that a dotted name is in, which `find_module` must have found."""
+    file, _ = find_module(target)
+    return _source(file, package_of(target))  # type: ignore[arg-type]
+
+
+def package_of(target: str) -> str:
+    """Return the dotted name of the package of the module that a dotted name is in; empty for a top-level module."""
+    file, names = find_module(target)
+    module = target.split(".")[: -len(names) or None]
+    return ".".join(module if file is not None and file.name == "__init__.py" else module[:-1])
+
+
 @cache
-def _source(file: Path) -> ModuleSource:
+def _source(file: Path, package: str) -> ModuleSource:
+    """Read a module; package: its package's dotted name, from which relative imports start."""
     definitions: dict[str, Any] = {}
     aliases: dict[str, ast.expr] = {}
     imports: dict[str, str] = {}
@@ -166,9 +185,26 @@ def _source(file: Path) -> ModuleSource:
                 definitions[name] = node
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 aliases[name] = value
-            case ast.ImportFrom(module=str(origin), names=imported, level=0):
-                imports |= {alias.asname or alias.name: f"{origin}.{alias.name}" for alias in imported}
+            case ast.Import(names=imported):
+                imports |= {alias.asname: alias.name for alias in imported if alias.asname}
+                imports |= {
+                    alias.name.split(".")[0]: alias.name.split(".")[0] for alias in imported if not alias.asname
+                }
+            case ast.ImportFrom(names=imported):
+                origin = imported_module(node, package)
+                imports |= {alias.asname or alias.name: f"{origin}.{alias.name}" for alias in imported if origin}
     return ModuleSource(definitions, aliases, imports)
+
+
+def imported_module(node: ast.ImportFrom, package: str) -> str | None:
+    """Return the dotted name of the module that a statement in a module of `package` imports from.
+
+    None for a relative import that leaves the top-level package.
+    """
+    if not node.level:
+        return node.module
+    above = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*above, *([node.module] if node.module else [])]) if all(above) and above else None
 
 
 def resolve_definition(target: str) -> str | None:
@@ -176,24 +212,28 @@ def resolve_definition(target: str) -> str | None:
     module, names = find_module(target)
     if module is None or not names:
         return None
-    source = _source(module)
+    source = read_source(target)
     if names[0] in source.definitions:
         return target
-    origin = source.imports.get(names[0], "")
-    same = origin.split(".")[0] == target.split(".")[0] and origin != target
-    return resolve_definition(".".join([origin, *names[1:]])) if same else None
+    origin = imported_name(target, source, names)
+    return resolve_definition(origin) if origin and origin.split(".")[0] == target.split(".")[0] else None
 
 
-def _defined(file: Path, names: list[str]) -> Signature | None:
-    source = _source(file)
+def imported_name(target: str, source: ModuleSource, names: list[str]) -> str | None:
+    """Return the dotted name that a module's import gives to a target, None if the module does not import it.
+
+    names: the part of the target after its module.
+    """
+    origin = source.imports.get(names[0])
+    other = ".".join([origin, *names[1:]]) if origin else target
+    return None if other == target else other
+
+
+def _defined(target: str, source: ModuleSource, names: list[str]) -> Signature | None:
     node = source.definitions.get(names[0])
     if node is None:
-        origin = source.imports.get(names[0])
-        return (
-            read_signature(".".join([origin, *names[1:]]))
-            if origin and not origin.startswith(("typing.", "collections."))
-            else None
-        )
+        origin = imported_name(target, source, names)
+        return read_signature(origin) if origin and not origin.startswith(("typing.", "collections.")) else None
     for name in names[1:]:  # a classmethod used as constructor
         inner = [child for child in node.body if isinstance(child, ast.FunctionDef) and child.name == name]
         if not inner:
@@ -205,9 +245,10 @@ def _defined(file: Path, names: list[str]) -> Signature | None:
 
 def _class(node: ast.ClassDef, source: ModuleSource) -> Signature | None:
     init = next((child for child in node.body if isinstance(child, ast.FunctionDef) and child.name == "__init__"), None)
-    if init is not None:
-        return _function(init, source, bound=True)
     inherited = [_base(child, source) for child in node.bases]
+    if init is not None:
+        base = next((child for child in inherited if child), None)
+        return _forwarded(init, _function(init, source, bound=True), base)
     if not (
         _decorated(node, "dataclass")
         or any(isinstance(child, ast.Name) and child.id == "NamedTuple" for child in node.bases)
@@ -233,13 +274,31 @@ def _class(node: ast.ClassDef, source: ModuleSource) -> Signature | None:
     return Signature(parameters, False, source.aliases)
 
 
+def _forwarded(init: ast.FunctionDef, signature: Signature, base: Signature | None) -> Signature:
+    """Return the signature of a constructor with the parameters that its `**kwargs` passes on to the base class."""
+    rest = init.args.kwarg.arg if init.args.kwarg else None
+    for call in ast.walk(init) if rest and base else ():
+        if not (isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".__init__")):
+            continue
+        if not any(one.arg is None and ast.unparse(one.value) == rest for one in call.keywords):
+            continue
+        assert base is not None
+        bound = ast.unparse(call.func).startswith("super(")
+        passed = {*list(base.parameters)[: len(call.args) - (not bound)], *(one.arg for one in call.keywords)}
+        parameters = {name: one for name, one in base.parameters.items() if name not in passed}
+        aliases = {**base.aliases, **signature.aliases}
+        return Signature({**parameters, **signature.parameters}, base.accepts_any, aliases, signature.variadic)
+    return signature
+
+
 def _base(node: ast.expr, source: ModuleSource) -> Signature | None:
-    if not isinstance(node, ast.Name):
-        return None
-    if isinstance(base := source.definitions.get(node.id), ast.ClassDef):
+    first, *rest = ast.unparse(node).split(".")
+    if not rest and isinstance(base := source.definitions.get(first), ast.ClassDef):
         return _class(base, source)
-    origin = source.imports.get(node.id, "")
-    return read_signature(origin) if origin.startswith("ldm.") else None
+    package = source.imports.get(first, "").split(".")[0]
+    if package != "ldm" and not (package and is_user_code(package)):
+        return None
+    return read_signature(".".join([source.imports[first], *rest]))
 
 
 def _function(node: ast.FunctionDef, source: ModuleSource, bound: bool = False) -> Signature:
@@ -250,8 +309,8 @@ def _function(node: ast.FunctionDef, source: ModuleSource, bound: bool = False) 
         arg.arg for arg, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is not None
     }
     named = [*plain[int(bound) :], *arguments.kwonlyargs]
-    parameters = {arg.arg: Parameter(arg.annotation, arg.arg not in optional) for arg in named}
-    return Signature(parameters, arguments.kwarg is not None, source.aliases)
+    parameters = {arg.arg: Parameter(arg.annotation, arg.arg not in optional, arg in plain) for arg in named}
+    return Signature(parameters, arguments.kwarg is not None, source.aliases, arguments.vararg is not None)
 
 
 def _decorated(node: ast.FunctionDef | ast.ClassDef, name: str) -> bool:

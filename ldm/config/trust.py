@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldm.config.build import RUNTIME_PARAMETERS
 from ldm.config.overrides import escape
 from ldm.config.signatures import find_module, is_user_code, resolve_definition
 from ldm.config.tree import iter_nodes, map_strings
@@ -41,7 +40,7 @@ def sanitize_config(config: Mapping[str, Any], where: Path | str) -> Any:
     try:
         for path, node in iter_nodes(config):
             check_target(node["_target_"], path)
-        validate(config, None, RUNTIME_PARAMETERS)
+        validate(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return OmegaConf.create(map_strings(config, escape))

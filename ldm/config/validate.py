@@ -9,14 +9,24 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ldm.config.overrides import did_you_mean
-from ldm.config.signatures import is_of_type, read_signature
+from ldm.config.signatures import (
+    Signature,
+    find_module,
+    imported_name,
+    is_of_type,
+    is_user_code,
+    read_signature,
+    read_source,
+)
+from ldm.config.slots import slot_of
 from ldm.config.tree import iter_nodes
 from ldm.errors import UserError
 
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
-# Parts of a dotted name that could execute, read or delete whatever the config's author likes, at any position in it.
+# Parts of a library's dotted name that could execute, read or delete whatever the config's author likes, wherever they
+# are in it.
 FORBIDDEN_NAMES = {
     *("builtins", "ctypes", "importlib", "os", "pathlib", "pickle", "runpy", "shutil", "socket", "subprocess", "sys"),
     *("tempfile", "compile", "eval", "exec", "open", "system", "popen", "hub", "load", "load_url", "jit", "package"),
@@ -24,25 +34,24 @@ FORBIDDEN_NAMES = {
 }
 
 
+# Libraries that build objects from text.
+TOOLS = ("hydra", "hydra_plugins", "omegaconf", "yaml", "joblib", "dill", "cloudpickle")
+
+
 # Packages of ldm that write files, download, or start processes.
 FORBIDDEN_LDM_MODULES = ("cli", "config", "io", "launch", "runs")
 
 
-def validate(
-    config: Mapping[str, Any],
-    base: Mapping[str, Any] | None = None,
-    supplied: Mapping[str, Collection[str]] | None = None,
-) -> None:
-    """Check that every node of a config fits the signature of its `_target_`.
+def validate(config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> None:
+    """Check that every node of a config, with what code passes to it, fits the signature of its `_target_`.
 
     config: resolved plain data.
     base: the config composed from the same group choices without other overrides, unresolved; each value must have the
         same kind as its value there.
-    supplied: a node's dotted path, or a `_target_` -> the parameters that code passes, so that the config need not.
     Raises UserError with the key, the value and what was expected.
     """
     for path, node in iter_nodes(config):
-        _node(path, node, {*(supplied or {}).get(path, ()), *(supplied or {}).get(str(node["_target_"]), ())})
+        _node(path, node)
     _check_callbacks(config.get("callbacks") or {})
     if base is not None:
         for key, value in base.items():
@@ -53,7 +62,7 @@ def validate(
         _check_kinds(config, base, "", base)
 
 
-def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None:
+def _node(path: str, node: Mapping[str, Any]) -> None:
     target = node["_target_"]
     check_target_allowed(target, path)
     for name, kind, expectation in (
@@ -81,14 +90,41 @@ def _node(path: str, node: Mapping[str, Any], supplied: Collection[str]) -> None
         expected = signature.parameters[key].annotation
         if expected is not None and signature.accepts(expected, value) is False:
             raise UserError(f"{path}.{key}={_shown(value)}: {target} expects {ast.unparse(expected)}")
-    # A partial node is complete only if it is known what code adds to it.
-    if (node.get("_partial_") and not supplied) or "_args_" in node:
+    slot = slot_of(path)
+    if "_args_" in node:
         return
-    missing = [
-        name
-        for name, parameter in signature.parameters.items()
-        if parameter.required and name not in node and name not in supplied
-    ]
+    if not node.get("_partial_"):
+        passed, accepted, use = (
+            {*node, *slot.supplied, *slot.required},
+            slot.required,
+            f"built with {slot.construction}",
+        )
+        _require(path, target, signature, passed, accepted, use)
+    elif slot.arguments or slot.keywords:  # the call of any other is not known
+        by_position = [name for name, one in signature.parameters.items() if one.positional][: len(slot.arguments)]
+        if len(by_position) < len(slot.arguments) and not signature.variadic:
+            count = f"{len(by_position)} positional argument{'s' * (len(by_position) != 1)}"
+            raise UserError(f"{path}: {target} takes {count}, and it is called with {slot.call}")
+        passed, accepted, use = {*node, *by_position, *slot.keywords}, slot.keywords, f"called with {slot.call}"
+        _require(path, target, signature, passed, accepted, use)
+
+
+def _require(
+    path: str,
+    target: str,
+    signature: Signature,
+    passed: Collection[str],
+    accepted: Collection[str],
+    use: str,
+) -> None:
+    """Raise UserError unless a signature takes the names `accepted`, and `passed` has each name without a default.
+
+    use: what code does with the target, for the message.
+    """
+    for name in accepted:
+        if name not in signature.parameters and not signature.accepts_any:
+            raise UserError(f"{path}: {target} takes no {name!r}, and it is {use}")
+    missing = [name for name, parameter in signature.parameters.items() if parameter.required and name not in passed]
     if missing:
         raise UserError(f"{path}: {target} also needs {', '.join(missing)}")
 
@@ -106,23 +142,14 @@ def _check_callbacks(callbacks: Any) -> None:
 def check_target_allowed(target: Any, path: str = "") -> None:
     """Check that a `_target_` may be called: part of ldm, of an installed library, or of the user's own package.
 
+    Whatever the user's own package defines may be called, by any name; what it imports is judged as what it is.
     path: dotted path of the node, for the message.  Raises UserError otherwise.
     """
     where = f"{path}._target_={_shown(target)}"
     parts = target.split(".") if isinstance(target, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise UserError(f"{where}: expected package.module.name")
-    ours = parts[0] == "ldm"
-    tools = parts[0] in sys.stdlib_module_names or parts[0] in (
-        "hydra",
-        "hydra_plugins",
-        "omegaconf",
-        "yaml",
-        "joblib",
-        "dill",
-        "cloudpickle",
-    )
-    if tools or (ours and parts[1] in FORBIDDEN_LDM_MODULES) or (not ours and FORBIDDEN_NAMES & set(parts)):
+    if is_forbidden(target):
         raise UserError(
             f"{where} is refused: a config may call ldm, a library or your own package, "
             "but nothing that can run commands or delete files"
@@ -133,6 +160,20 @@ def check_target_allowed(target: Any, path: str = "") -> None:
         spec = None
     if spec is None:
         raise UserError(f"{where}: package {parts[0]!r} is not installed{did_you_mean(parts[0], ['ldm', 'torch'])}")
+
+
+def is_forbidden(target: str) -> bool:
+    """Return whether a dotted name could run commands or delete files: most of it the standard library and its like."""
+    top, *rest = target.split(".")
+    if top in sys.stdlib_module_names or top in TOOLS:
+        return True
+    if top == "ldm":
+        return bool({*rest[:1]} & {*FORBIDDEN_LDM_MODULES})
+    if not is_user_code(top):
+        return bool(FORBIDDEN_NAMES & {top, *rest})
+    module, names = find_module(target)
+    origin = imported_name(target, read_source(target), names) if module and names else None
+    return origin is not None and is_forbidden(origin)
 
 
 def _check_kinds(value: Any, base: Any, path: str, root: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ What the steps of one sampling run share is computed once; on a CPU the layers a
 """
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,15 +58,24 @@ class InferenceNet(nn.Module):
 def fast_inference(model: Any, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Let a LatentDiffusion sample with an InferenceNet and a packed first stage within the block.
 
-    A network without `memory` is left unchanged.
+    A network that does not share work between steps (see `shares_work`) is left unchanged.
     """
     net, autoencoder = model.denoiser.net, model.autoencoder
-    model.denoiser.net = InferenceNet(net, dtype) if hasattr(net, "memory") else net
+    model.denoiser.net = InferenceNet(net, dtype) if shares_work(net) else net
     model.autoencoder = pack_copy(autoencoder, dtype)
     try:
         yield
     finally:
         model.denoiser.net, model.autoencoder = net, autoencoder
+
+
+def shares_work(net: nn.Module) -> bool:
+    """Return whether a network has `embed` and `memory`, and a forward that takes their results as emb= and memory=."""
+    parameters = inspect.signature(net.forward).parameters.values()
+    names = {parameter.name for parameter in parameters}
+    accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    methods = all(callable(getattr(net, name, None)) for name in ("embed", "memory"))
+    return methods and (accepts_any or {"emb", "memory"} <= names)
 
 
 def pack_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ldm.config.build import RUNTIME_PARAMETERS, to_container
+from ldm.config.build import to_container
 from ldm.config.compose import Composition
 from ldm.config.overrides import ConfigSearchPath, expand_group_list, normalize_override
 from ldm.runs import identity
@@ -35,7 +35,7 @@ def composed(typed: Sequence[str]) -> tuple[Any, dict[str, Any] | None]:
             config.data.path = "."
         else:
             published = None
-        plan.check(RUNTIME_PARAMETERS)
+        plan.check()
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), published
 
 

@@ -14,7 +14,7 @@ def stub_text_encoders(conditioner: "torch.nn.Module") -> list["torch.nn.Module"
     part: Any
     encoders = []
     for part in conditioner.modules():
-        if hasattr(part, "cache"):
+        if hasattr(getattr(part, "cache", None), "encoder"):
             encoders.append(part.cache.encoder)
             part.cache = StubTextEncoder(part.cache)
     return encoders

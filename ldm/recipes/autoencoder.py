@@ -25,6 +25,7 @@ from ldm.metrics.distribution import MetricSuite
 from ldm.metrics.features import to_uint8
 from ldm.metrics.paired import Reconstruction
 from ldm.metrics.spectrum import high_frequency_ratio
+from ldm.recipes import checks
 from ldm.recipes.evaluator import evaluator_dependency
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import TrainingRun, open_run
@@ -89,6 +90,8 @@ class AutoencoderRecipe:
         folder = self.run_dir(cfg)
         if done := final_metrics(cfg, folder):
             return done["psnr"]
+        checks.check_classes(cfg)
+        checks.check_training(cfg.training)
         scores = {"val/psnr", "val/ssim", "val/high_frequency_ratio"} if self.sample_every <= self.steps else set()
         reason = f"training.sample_every={self.sample_every} is more than training.steps={self.steps}"
         require_metric(cfg.get("keep_best"), scores, reason, cfg.get("callbacks"))
@@ -103,6 +106,8 @@ class AutoencoderRecipe:
             data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
             torch.manual_seed(derive_seed(self.seed, "weights"))
             autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels)
+            checks.check_data(cfg, data)
+            checks.check_first_stage(cfg, autoencoder, data)
             if is_parameter_free(autoencoder):
                 name = type(autoencoder).__name__
                 raise UserError(f"{name} has no weights to train: use it as it is, or choose another autoencoder=")

@@ -21,7 +21,7 @@ from ldm.io import atomic
 from ldm.io.images import make_grid
 from ldm.metrics.features import to_uint8
 from ldm.metrics.names import metric_names
-from ldm.recipes import init_weights
+from ldm.recipes import checks, init_weights
 from ldm.recipes.autoencoder import first_stage_dependency, load_or_train_first_stage
 from ldm.recipes.estimate import print_estimate
 from ldm.recipes.evaluator import evaluator_dependency
@@ -93,8 +93,9 @@ class DiffusionRecipe:
         written = names if names is None else names | validated
         require_metric(cfg.get("keep_best"), written, reason, cfg.get("callbacks"))
         subset = held_out_subset(cfg, self.validation)
-        make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
         data = build.build_degraded_dataset(cfg, "train")
+        checks.check_parts(cfg, data, is_new=not (folder / "checkpoints").is_dir())
+        make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
         print_estimate(cfg, data)
         source = init_weights.load_init_model(cfg)
         autoencoder, space, reconstruction = (

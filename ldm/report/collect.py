@@ -16,12 +16,11 @@ from ldm.runs import identity, metrics_log
 
 def study_jobs(study: Study, typed: Sequence[str] = ()) -> list[compose.ComposedJob]:
     """Compose the jobs of a study's sweeps, without duplicates.  Raises UserError."""
-    from ldm.config.build import RUNTIME_PARAMETERS
 
     jobs = [
         job
         for sweep in study.sweeps
-        for job in compose.compose_jobs("train", [f"experiment={study.name}/{sweep}", *typed], RUNTIME_PARAMETERS)
+        for job in compose.compose_jobs("train", [f"experiment={study.name}/{sweep}", *typed])
     ]
     return list({job_id(job): job for job in jobs}.values())
 

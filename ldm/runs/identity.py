@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.config.signatures import find_module, is_user_code
+from ldm.config.signatures import find_module, imported_module, is_user_code, package_of
 from ldm.config.tree import iter_nodes
 
 # Keys that do not change the result, or that are part of the folder's name.
@@ -111,21 +111,25 @@ def hash_source(targets: Iterable[str]) -> str:
     files: dict[str, str] = {}
     waiting = [target for target in targets if is_user_code(target.split(".")[0])]
     while waiting:
-        file, _ = find_module(waiting.pop())
+        target = waiting.pop()
+        file, _ = find_module(target)
         if file is None or str(file) in files:
             continue
-        files[str(file)], named = _read(file, file.stat().st_mtime_ns)
+        files[str(file)], named = _read(file, file.stat().st_mtime_ns, package_of(target))
         waiting += [name for name in named if is_user_code(name.split(".")[0])]
     return hashlib.sha256("".join(sorted(files.values())).encode()).hexdigest()
 
 
 @cache
-def _read(file: Path, changed: int) -> tuple[str, list[str]]:
-    """Return the SHA-256 of a source file and the names that it imports; changed: its mtime, part of the cache key."""
+def _read(file: Path, changed: int, package: str) -> tuple[str, list[str]]:
+    """Return the SHA-256 of a source file and the names that it imports.
+
+    changed: its mtime, part of the cache key.  package: the dotted name of its package.
+    """
     source, named = file.read_bytes(), []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             named += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            named += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (module := imported_module(node, package)):
+            named += [f"{module}.{alias.name}" for alias in node.names]
     return hashlib.sha256(source).hexdigest(), named

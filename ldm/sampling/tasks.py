@@ -272,11 +272,13 @@ def txt2img(
     sampler: Sampler = ddim,
     guidance: Guidance = cfg,
     task: Task = generate,
+    grid: Callable[[Schedule, int], Tensor] = grids.trailing,
     **inputs: Tensor,
 ) -> Tensor:
     """Sample `num` images of each prompt, (num * prompts, C, H, W) in [-1, 1], with the seeds seed, seed + 1, ...
 
-    scale: the guidance scale.  inputs: what another task needs, one row for all images, as in
+    scale: the guidance scale.  grid: (schedule, steps) -> times; uniform_grid for a schedule without entries.
+    inputs: what another task needs, one row for all images, as in
     txt2img(model, prompt, task=partial(img2img, strength=0.5), image=image) with image (1, C, H, W).
     """
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num)]
@@ -287,7 +289,7 @@ def txt2img(
         **{name: value.expand(len(prompts), *value.shape[1:]) for name, value in inputs.items()},
     }
     guided = partial(cast(Any, guidance), scale=scale)
-    return sample(model, batch, seeds, grids.trailing(model.denoiser.schedule, steps), sampler, guided, task)
+    return sample(model, batch, seeds, grid(model.denoiser.schedule, steps), sampler, guided, task)
 
 
 def prior_sample(schedule: Schedule, t: Tensor, noise: Tensor) -> Tensor:

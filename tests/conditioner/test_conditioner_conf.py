@@ -4,12 +4,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from smoke import ROOT
 
-from ldm.config.build import nested_kwargs
+from ldm.config.build import supplied_kwargs
 from ldm.config.compose import compose_option
 from ldm.config.overrides import ConfigSearchPath
 from ldm.tensors import KeyedNoise
 
-KNOWN = {"num_classes": 10, "factor": 2, "channels": 3, "z_channels": 3, "encode": lambda image: image[..., ::2, ::2]}
+KNOWN = {"num_classes": 10, "factor": 2, "image_channels": 3, "z_channels": 3, "encode": lambda image: image[..., ::2, ::2]}
 OPTIONS = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["conditioner"]
 SMALL = {"wordpiece": {"dim": 16, "layers": 1}, "layout": {"dim": 16, "layers": 1}, "semantic_map": {"classes": 3}}
 ELSEWHERE = (  # need weights, or parts: test_clip.py, test_t5.py, test_compose.py, interop/test_pipelines.py
@@ -34,7 +34,7 @@ def batch() -> dict:
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ELSEWHERE])
 def test_conditioner_option_builds_condition_and_null(option):
     config = OmegaConf.merge(compose_option("conditioner", option), SMALL.get(option, {}))
-    conditioner = instantiate(config, **nested_kwargs(config, KNOWN))
+    conditioner = instantiate(config, **supplied_kwargs(config, KNOWN))
     told, null = conditioner(batch()), conditioner.null(batch())
     for cond in (told, null, conditioner.null({"noise": KeyedNoise(0, [0, 1])})):
         for field, dim in ((cond.context, conditioner.context_dim), (cond.vector, conditioner.vector_dim)):

@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from ldm.config.signatures import read_signature
+from ldm.config.signatures import read_signature, resolve_definition
 from ldm.config.validate import check_target_allowed, validate
 from ldm.errors import UserError
 
@@ -48,6 +48,55 @@ class Zero(Schedule):
 class Protocol(NamedTuple):
     num: int
     steps: int = 5
+
+class Sized:
+    def __init__(self, in_channels, out_channels, depth, inner=None, context_dim=None, vector_dim=None, concat_channels=0):
+        ...
+
+class Forwarding(Sized):
+    def __init__(self, depth, **sizes):
+        super().__init__(depth=depth, **sizes)
+
+class Narrow(Sized):
+    def __init__(self, *rest, width=1, **sizes):
+        Sized.__init__(self, 4, depth=width, **sizes)
+
+class Loose(Sized):
+    def __init__(self, width, **options):
+        super().__init__(1, 1, width)
+
+class Coder:
+    def __init__(self, channels): ...
+
+class Classes:
+    def __init__(self, num_classes): ...
+
+class Images:
+    def __init__(self, split, size=8): ...
+
+class Metric:
+    def __init__(self, net, reference): ...
+
+def sampler(denoise, schedule, x, ts, noise, eta=0.0): ...
+def any_sampler(*arguments): ...
+def rich_sampler(denoise, schedule, x, ts, noise, eta): ...
+def make_sampler(): ...
+def guidance(denoiser, cond, uncond, scale=1.0): ...
+def unscaled(denoiser, cond, uncond): ...
+def rate(step, steps, end): ...
+def unit(step): ...
+"""
+RELATIVE = """
+from . import one as first
+from .one import Sized as Renamed
+from .. import nothing
+import sample_pkg.one
+import sample_pkg.one as third
+
+class Inner(first.Sized): ...
+class Outer(sample_pkg.one.Sized): ...
+class Third(third.Sized): ...
+class Last(Renamed): ...
 """
 
 
@@ -58,6 +107,10 @@ def package(tmp_path_factory):
     (folder / "sample_pkg" / "__init__.py").write_text("")
     (folder / "sample_pkg" / "one.py").write_text(textwrap.dedent(MODULE))
     (folder / "sample_pkg" / "other.py").write_text("def elsewhere(depth: int = 1): ...")
+    (folder / "sample_pkg" / "relative.py").write_text(RELATIVE)
+    for name in ORDINARY:
+        (folder / "sample_pkg" / f"{name}.py").write_text(DANGEROUS)
+    (folder / "ops.py").write_text("class Net: ...")
     sys.path.insert(0, str(folder))
     yield
     sys.path.remove(str(folder))
@@ -148,11 +201,122 @@ def test_validate_reports_invalid_config_in_one_line(config, said):
     assert "\n" not in str(caught.value)
 
 
-def test_validate_accepts_supplied_arguments():
-    validate(node("solve", x=1), supplied={"node": ("y",)})
-    validate(node("solve", x=1), supplied={"sample_pkg.one.solve": ("y",)})
-    with pytest.raises(UserError, match=r"node: sample_pkg\.one\.solve also needs x"):
-        validate(node("solve", partial=True), supplied={"sample_pkg.one.solve": ("y",)})  # nobody else will pass it
+def at(path, target, partial=False, **values):
+    """A config with one node, at a dotted path."""
+    config = node(target, partial, **values)["node"]
+    for name in reversed(path.split(".")):
+        config = {name: config}
+    return config
+
+
+SUPPLIED = [
+    at("net", "Sized", depth=1),
+    at("net", "Forwarding", depth=1),
+    at("net", "Sized", depth=1, inner=node("Sized", depth=2)["node"]),
+    at("net.net", "Sized", partial=True, depth=1),
+    at("autoencoder.encoder", "Coder"),
+    at("autoencoder.encoder", "Coder", channels=64),
+    at("conditioner.label", "Classes"),
+    at("conditioner", "Classes", num_classes=3),
+    at("data", "Images"),
+    at("sampler", "sampler", partial=True),
+    at("sampler", "sampler", partial=True, eta=0.5),
+    at("sampler", "any_sampler", partial=True),
+    at("sampler", "make_sampler"),
+    at("guidance", "guidance", partial=True),
+    at("training.lr_schedule", "rate", partial=True, end=0.1),
+    at("metrics.metrics.mine", "Metric", partial=True),
+    at("other", "sampler", partial=True),  # nothing is known of its call
+]
+
+
+@pytest.mark.parametrize("config", SUPPLIED)
+def test_validate_accepts_what_code_passes(config):
+    validate(config)
+
+
+UNSUPPLIED = [
+    (at("net", "Sized"), "net: sample_pkg.one.Sized also needs depth"),
+    (at("net.block", "Sized", partial=True, depth=1), None),  # its caller passes the rest
+    (at("other", "Sized", depth=1), "other: sample_pkg.one.Sized also needs in_channels, out_channels"),
+    (at("objective.net", "Sized", depth=1), "also needs in_channels"),
+    (at("autoencoder.encoder", "Classes"), "autoencoder.encoder: sample_pkg.one.Classes also needs num_classes"),
+    (
+        at("net.net", "Coder", partial=True),
+        "Coder takes no 'in_channels', and it is called with (in_channels=..., out_ch",
+    ),
+    (at("data", "Coder", channels=1), "data: sample_pkg.one.Coder takes no 'split', and it is built with (split=...)"),
+    (at("sampler", "rate", partial=True), "rate takes 3 positional arguments, and it is called with (denoise, sched"),
+    (at("sampler", "rich_sampler", partial=True), "sampler: sample_pkg.one.rich_sampler also needs eta"),
+    (
+        at("guidance", "unscaled", partial=True),
+        "guidance: sample_pkg.one.unscaled takes no 'scale', and it is called with (denoiser, cond, uncond, scale=...)",
+    ),
+    (at("evaluator.lr_schedule", "unit", partial=True), "unit takes 1 positional argument, and it is called with (st"),
+    (at("metrics.metrics.mine", "Classes", partial=True), "Classes takes 1 positional argument"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), UNSUPPLIED)
+def test_validate_names_what_nobody_passes(config, message):
+    if message is None:
+        validate(config)
+        return
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+ORDINARY = ("ops", "load", "open", "classes", "package", "compile", "hub", "jit", "system", "exec", "pickle")
+DANGEROUS = """
+import os
+import shutil as files
+from torch import load
+from torch.hub import *
+from subprocess import run
+from sample_pkg.one import Net
+
+class MyNet:
+    @classmethod
+    def load(cls): ...
+
+def system(): ...
+"""
+
+
+@pytest.mark.parametrize("module", ORDINARY)
+def test_check_target_allowed_accepts_user_modules_of_any_name(module):
+    for name in ("MyNet", "MyNet.load", "system", "Net"):
+        check_target_allowed(f"sample_pkg.{module}.{name}")
+        validate({"node": {"_target_": f"sample_pkg.{module}.{name}", **({"width": 1} if name == "Net" else {})}})
+    check_target_allowed("ops.Net")
+
+
+@pytest.mark.parametrize("name", ["os.system", "files.rmtree", "load", "run", "os.path.exists"])
+def test_check_target_allowed_judges_an_import_as_what_it_is(name):
+    with pytest.raises(UserError, match=rf"node\._target_=sample_pkg\.ops\.{name} is refused"):
+        check_target_allowed(f"sample_pkg.ops.{name}", "node")
+
+
+@pytest.mark.parametrize("name", ["Inner", "Outer", "Third", "Last", "Renamed", "first.Sized"])
+def test_read_signature_follows_relative_and_module_imports(name):
+    assert read_signature(f"sample_pkg.relative.{name}") == read_signature("sample_pkg.one.Sized")
+    assert resolve_definition("sample_pkg.relative.Renamed") == "sample_pkg.one.Sized"
+
+
+def test_read_signature_follows_keywords_to_the_base():
+    sized = read_signature("sample_pkg.one.Sized").parameters
+    forwarding = read_signature("sample_pkg.one.Forwarding")
+    assert forwarding.parameters.keys() == sized.keys()
+    assert not forwarding.accepts_any
+    narrow = read_signature("sample_pkg.one.Narrow")
+    assert narrow.parameters.keys() == sized.keys() - {"in_channels", "depth"} | {"width"}
+    assert narrow.parameters["out_channels"].required
+    assert narrow.variadic
+    loose = read_signature("sample_pkg.one.Loose")  # does not pass its keywords on
+    assert loose.parameters.keys() == {"width"}
+    assert loose.accepts_any
 
 
 REFUSED = [

@@ -18,7 +18,7 @@ from ldm.net.blocks import ResBlock, Upsample
 from ldm.net.cpu_kernels import GEGLU, Linear, PackedResBlock, PackedUpsample, pack
 from ldm.net.dit import DiT
 from ldm.net.guidance_embedding import GuidanceEmbedding
-from ldm.net.inference import InferenceNet, fast_inference, pack_copy
+from ldm.net.inference import InferenceNet, fast_inference, pack_copy, shares_work
 from ldm.net.unet import UNet
 
 randomize_small = partial(randomize_weights, std=0.1)
@@ -162,6 +162,33 @@ def test_fast_inference_restores_model(smoke):
         assert isinstance(model.denoiser.net, InferenceNet)
     assert model.denoiser.net is net
     assert model.autoencoder is stage
+
+
+class Plain(nn.Module):
+    """A network whose `memory` is no method."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory, self.embed = nn.Parameter(torch.zeros(1)), nn.Identity()
+
+    def forward(self, x, t, cond):
+        return x
+
+
+class Narrowed(UNet):
+    def forward(self, x, t, cond):
+        return super().forward(x, t, cond)
+
+
+class Widened(UNet):
+    def forward(self, x, t, cond, **options):
+        return super().forward(x, t, cond, **options)
+
+
+def test_shares_work_only_of_a_forward_that_takes_its_results():
+    sizes = {"channels": 8, "num_groups": 4, "attention_resolutions": ()}
+    nets = [kind(3, 3, **sizes) for kind in (UNet, Widened, Narrowed)] + [Plain()]
+    assert [shares_work(net) for net in nets] == [True, True, False, False]
 
 
 def test_fast_inference_leaves_unknown_networks_alone():

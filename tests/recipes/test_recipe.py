@@ -9,7 +9,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 from smoke import composed
 
-from ldm.config.build import RUNTIME_PARAMETERS, to_container
+from ldm.config.build import to_container
 from ldm.config.compose import compose_option
 from ldm.config.trust import check_target
 from ldm.config.validate import validate
@@ -61,14 +61,14 @@ def test_recipe_status_lists_missing_dependencies(monkeypatch, tmp_path):
 def test_recipe_option_is_validated_by_name_and_type(change, message):
     config = to_container(composed())
     with pytest.raises(UserError, match=message):
-        validate({**config, "training": {**config["training"], **change}}, None, RUNTIME_PARAMETERS)
+        validate({**config, "training": {**config["training"], **change}})
 
 
 def test_recipe_missing_option_is_named():
     config = to_container(composed())
     del config["training"]["steps"]
     with pytest.raises(UserError, match="DiffusionRecipe also needs steps"):
-        validate(config, None, RUNTIME_PARAMETERS)
+        validate(config)
 
 
 OWN = """

@@ -140,6 +140,16 @@ def test_cache_key_depends_on_config_and_source(package):
     assert "paper_of_mine.loss" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "line", ["from .inner import helper", "from . import inner", "from ..paper_of_mine import inner"]
+)
+def test_hash_source_follows_relative_imports(package, line):
+    (package / "loss.py").write_text(f"{line}\n")
+    first = hash_source(["paper_of_mine.loss.mine"])
+    (package / "inner.py").write_text("def helper(x): return -x\n")
+    assert (hash_source(["paper_of_mine.loss.mine"]) != first) == (".." not in line)  # which leaves the package
+
+
 def test_hash_source_follows_imports():
     assert hash_source(["ldm.net.unet.UNet"]) == hash_source(["ldm.net.unet.UNet", "ldm.net.blocks", "torch.nn.Linear"])
     assert hash_source(["ldm.net.unet.UNet"]) != hash_source(["ldm.net.blocks"])

@@ -106,6 +106,9 @@ def test_txt2img_repeats_prompts_and_counts_seeds():
     assert len(made.denoiser.net.seen) == 4
     assert all(n == 6 for _, n in made.denoiser.net.seen)
     assert txt2img(made, "four", steps=2).shape == (1, 1, 8, 12)
+    grids = []
+    txt2img(made, "four", steps=3, grid=lambda *asked: grids.append(asked) or torch.tensor([1.0, 0.5, 0.0]).double())
+    assert grids == [(made.denoiser.schedule, 3)]
 
 
 def test_sampling_times_descend_from_one():

@@ -462,12 +462,11 @@ def fuzz_overrides(every: list[tuple[str, ...]], folder: Path, tally: Tally) -> 
     from types import SimpleNamespace
 
     from ldm.cli.errors import run_guarded
-    from ldm.config.build import RUNTIME_PARAMETERS
 
     def check(words: tuple[str, ...]) -> None:
         plan = plan_of(*typed(words))
         with plan.translate_errors(SimpleNamespace(started=False)):
-            plan.check(RUNTIME_PARAMETERS)
+            plan.check()
 
     passed = []
     for words in every:

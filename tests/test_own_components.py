@@ -1,0 +1,313 @@
+"""Every part of one's own, from a package and a config folder outside the repository, through the commands."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+from own_package import CONF, FILES, write_package
+from smoke import ROOT, command, composed, here
+
+from ldm.checkpoint.load import load_model, load_run_config
+from ldm.config import build, trust
+from ldm.config.validate import validate
+from ldm.diffusion.grids import uniform_grid
+from ldm.errors import UserError
+from ldm.io import atomic
+from ldm.recipes import checks
+from ldm.sampling.tasks import txt2img
+
+
+@pytest.fixture(scope="module", autouse=True)
+def conf(tmp_path_factory):
+    """The package on the path, and its config folder."""
+    folder = tmp_path_factory.mktemp("package")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield write_package(folder)
+
+
+def config(*typed: str):
+    """A small config whose parts are ldm's but for those typed."""
+    return composed("budget=smoke", "data.size=16", "data.num=20", *typed)
+
+
+def check(cfg) -> None:
+    checks.check_parts(cfg, build.build_degraded_dataset(cfg, "train"))
+
+
+def nodes(cfg, **changed):
+    """A config with whole nodes replaced."""
+    cfg = cfg.copy()
+    for path, node in changed.items():
+        OmegaConf.update(cfg, path.replace("__", "."), node, merge=False, force_add=True)
+    validate(build.to_container(cfg))
+    return cfg
+
+
+CODE = {"z_channels": 4, "factor": 4}
+FITTING = {
+    "net": {"net": {"_target_": "our_paper.CrossNet"}},
+    "subclass": {"net": {"_target_": "our_paper.ops.CrossNet", "width": 8, "heads": 1}},
+    "encoder": {
+        "autoencoder__z_channels": 4,
+        "autoencoder__encoder": {"_target_": "our_paper.load.Encoder", **CODE},
+        "autoencoder__decoder": {"_target_": "our_paper.load.Decoder", **CODE},
+    },
+    "conditioner": {"conditioner": {"_target_": "our_paper.open.Tokens"}},
+    "composed": {
+        "conditioner": {
+            "_target_": "ldm.conditioner.compose.Compose",
+            "ours": {"_target_": "our_paper.open.Tokens", "dim": 6},
+            "theirs": {"_target_": "ldm.conditioner.label.Label", "dim": 8},
+        }
+    },
+    "data": {"data": {"_target_": "our_paper.classes.Stripes"}},
+    "objective": {"objective": {"_target_": "our_paper.compile.Absolute"}},
+    "schedule": {"schedule": {"_target_": "our_paper.package.Quarter"}},
+    "sampler": {"sampler": {"_target_": "our_paper.jit.renoise", "_partial_": True}},
+    "guidance": {"guidance": {"_target_": "our_paper.jit.rising", "_partial_": True}},
+    "optimizer": {"training__optimizer": {"_target_": "our_paper.exec.Sign", "_partial_": True, "lr": 0.1}},
+    "rate": {"training__lr_schedule": {"_target_": "our_paper.system.linear", "_partial_": True}},
+    "logger": {"logger": {"_target_": "our_paper.eval.Notes"}},
+    "metric": {"metrics__metrics__spread": {"_target_": "our_paper.hub.Spread", "_partial_": True}},
+}
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_part_of_another_package_passes_its_checks(name, monkeypatch):
+    calls = []
+    monkeypatch.setattr(checks, "require_shape", lambda *a, f=checks.require_shape: (calls.append(a[0]), f(*a)))
+    cfg = nodes(config(), **FITTING[name])
+    check(cfg)
+    expected = {"encoder": "autoencoder.decoder", "data": "data", "objective": "objective", "sampler": "sampler"}
+    if name not in ("optimizer", "rate", "logger", "metric"):
+        assert expected.get(name, "net") in calls
+    trust.sanitize_config(build.to_container(cfg), "a file")
+
+
+WRONG = [
+    (
+        {"net": {"_target_": "our_paper.ops.Doubled"}},
+        "net: our_paper.ops.Doubled's output is (2, 8, 8, 8); expected (2, 8,",
+    ),
+    (
+        {"net": {"_target_": "our_paper.ops.Unary"}},
+        "net: our_paper.ops.Unary.forward is called with (x, t, cond): too many",
+    ),
+    ({"net": {"_target_": "our_paper.ops.Block"}}, "net: our_paper.ops.Block also needs width, heads"),
+    (
+        {"conditioner": {"_target_": "our_paper.open.NullLess"}},
+        "conditioner: our_paper.open.NullLess has no null; expected",
+    ),
+    (
+        {"conditioner": {"_target_": "ldm.conditioner.compose.Compose", "a": {"_target_": "our_paper.open.NullLess"}}},
+        "conditioner.a: NullLess has no null; expected what ldm.interfaces.Conditioner lists",
+    ),
+    (
+        {"conditioner": {"_target_": "our_paper.open.Wide"}},
+        "conditioner: our_paper.open.Wide.forward gives cond.context (2, 2, 8) for 2 rows; expected context_dim=16",
+    ),
+    (
+        {"autoencoder__encoder": {"_target_": "our_paper.load.Half", "z_channels": 8, "factor": 4}},
+        "autoencoder.encoder: the latent is (2, 8, 8, 8); expected (2, 8, 4, 4)",
+    ),
+    (
+        {"autoencoder__decoder": {"_target_": "our_paper.load.Small", "z_channels": 8, "factor": 4}},
+        "autoencoder.decoder: the image is (2, 1, 16, 15); expected (2, 1, 16, 16)",
+    ),
+    (
+        {"autoencoder__decoder": {"_target_": "our_paper.load.Unbalanced", "z_channels": 8, "factor": 4}},
+        "autoencoder.decoder: Unbalanced has no last_layer; expected what ldm.interfaces.Decoder lists",
+    ),
+    ({"autoencoder__factor": 3}, "data.size=16: height and width must be multiples of 3, the first stage's factor"),
+    (
+        {"data": {"_target_": "our_paper.classes.Bare"}},
+        "data: our_paper.classes.Bare has no fingerprint, batch, batch_metadata, pixels; expected what",
+    ),
+    (
+        {"schedule": {"_target_": "our_paper.package.Half"}},
+        "our_paper.package.Half has no log_snr, t_from_log_snr, net_time",
+    ),
+    (
+        {"objective": {"_target_": "our_paper.compile.Mean"}},
+        "objective: our_paper.compile.Mean's loss is (); expected (2,)",
+    ),
+    (
+        {"objective": {"_target_": "our_paper.compile.Bare"}},
+        "our_paper.compile.Bare returns Tensor; expected terms, with",
+    ),
+    (
+        {"objective": {"_target_": "our_paper.jit.renoise", "_partial_": True}},
+        "objective: what our_paper.jit.renoise gives is no nn.Module; expected one",
+    ),
+    (
+        {"sampler": {"_target_": "our_paper.jit.cropped", "_partial_": True}},
+        "sampler: our_paper.jit.cropped's image is (2, 1, 16, 12); expected (2, 1, 16, 16)",
+    ),
+    (
+        {"training__optimizer": {"_target_": "our_paper.exec.nothing", "_partial_": True}},
+        "training.optimizer: our_paper.exec.nothing gives a list; expected a torch.optim.Optimizer",
+    ),
+    (
+        {"training__lr_schedule": {"_target_": "our_paper.system.text", "_partial_": True}},
+        "training.lr_schedule: our_paper.system.text(0, 2) gives a str; expected a number",
+    ),
+    (
+        {"logger": {"_target_": "our_paper.eval.Mute"}},
+        "logger: our_paper.eval.Mute has no log_metrics, log_image, log_table",
+    ),
+    (
+        {"metrics__metrics__mine": {"_target_": "our_paper.hub.Unfinished", "_partial_": True}},
+        "metrics.metrics.mine: our_paper.hub.Unfinished has no compute; expected what ldm.metrics.distribution.Met",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG)
+def test_wrong_part_is_one_line_before_training(changed, message):
+    with pytest.raises(UserError) as caught:
+        check(nodes(config(), **changed))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_checks_try_no_model_of_ldm_alone(monkeypatch):
+    monkeypatch.setattr(build, "build_model", lambda *_: pytest.fail("a model is built"))
+    check(config())
+    with pytest.raises(UserError, match=r"data\.size=18: height and width must be multiples of 4"):
+        check(config("data.size=18"))
+
+
+def test_checks_leave_the_random_state_alone():
+    before = torch.get_rng_state()
+    check(nodes(config(), **FITTING["net"]))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_checks_skip_the_model_of_a_resumed_run(monkeypatch):
+    cfg = nodes(config(), **FITTING["net"])
+    monkeypatch.setattr(checks, "check_model", lambda *_: pytest.fail("a model is built"))
+    checks.check_parts(cfg, build.build_degraded_dataset(cfg, "train"), is_new=False)
+
+
+def test_constructor_gets_what_its_signature_names():
+    cfg = nodes(config(), net={"_target_": "our_paper.ops.Doubled", "in_channels": 5}, **FITTING["conditioner"])
+    autoencoder = build.build_autoencoder(cfg.autoencoder, 1)
+    conditioner = build.build_conditioner(cfg.conditioner, autoencoder, build.build_dataset(cfg))
+    assert conditioner.table.num_embeddings == 11
+    net = build.build_network(cfg, autoencoder, conditioner)
+    assert (net.stem.in_channels, net.stem.out_channels, net.out.out_channels) == (8, 16, 8)  # not 5: code knows
+    assert net.block.attention.kdim == 8
+    node = {"_target_": "our_paper.load.Encoder", "channels": 7, **CODE}
+    assert build.supplied_kwargs({"encoder": node}, {"channels": 1}) == {}  # what its node sets is its own
+    with pytest.raises(InstantiationException):  # its signature names none of them
+        build.build_network(nodes(cfg, net={"_target_": "our_paper.ops.built"}), autoencoder, conditioner)
+
+
+def run(conf: Path, *typed: str, flags: tuple[str, ...] = ()) -> int:
+    small = ("budget=smoke", "data=stripes", "conditioner=tokens", "net=cross", "training.steps=4")  # a budget's differ
+    return command(
+        "train.py", *flags, "--config-dir", str(conf), *small, "preset=ours", "training.save_every=2", *typed
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(conf, tmp_path_factory) -> Path:
+    """One run of `train.py --config-dir`, of which every part is ours."""
+    folder = tmp_path_factory.mktemp("ours")
+    with here(folder):
+        assert run(conf) == 0
+        (folder,) = Path("runs").iterdir()
+        return folder.absolute()
+
+
+@pytest.fixture
+def at(trained):
+    """The folder where the run was made."""
+    with here(trained.parents[1]):
+        yield
+
+
+@pytest.mark.slow
+def test_training_uses_every_part(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["n"] == 20
+    assert metrics["spread"] > 0
+    assert (trained / "note.txt").read_text() == "all of it is ours"
+    notes = (trained / "notes.txt").read_text().splitlines()
+    assert notes[0] == "start cross"
+    assert notes[-2:] == ["finish", "close"]
+    assert {"image 4 samples", "table scores"} <= {*notes}
+    assert any(line.startswith("metrics 4 ") for line in notes)
+    node = build.to_container(load_run_config(trained))
+    parts = ("data", "autoencoder", "conditioner", "net", "schedule", "objective", "sampler", "guidance", "metrics")
+    assert all(checks.user_targets(node[part]) for part in parts)
+    assert {"our_paper.pickle.Noted", "our_paper.exec.Sign", "our_paper.system.linear"} <= {
+        *checks.user_targets(node["training"])
+    }
+    state = torch.load(trained / "checkpoints" / "step-00000004" / "train_state.pt", weights_only=True)
+    assert "mean" in state["optimizers"][0]["state"][0]
+
+
+@pytest.mark.slow
+def test_resumed_training_is_bit_identical(trained, at, conf):
+    before = atomic.read_tensors(trained / "weights.safetensors")
+    scores = json.loads((trained / "metrics.json").read_text())
+    for name in ("metrics.json", "weights.safetensors", "checkpoints/step-00000004"):
+        path = trained / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run(conf, "resume=must") == 0
+    after = atomic.read_tensors(trained / "weights.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    again = json.loads((trained / "metrics.json").read_text())
+    assert {**again, "seconds": 0} == {**scores, "seconds": 0}
+
+
+def images(path: Path, prompts: list[str], seed: int, scale: float) -> torch.Tensor:
+    label = {"label": torch.tensor([3])}
+    return txt2img(load_model(path), prompts, 1, seed, 3, scale, grid=uniform_grid, **label)
+
+
+@pytest.mark.slow
+def test_samples_depend_on_guidance_and_not_on_the_batch(trained):
+    several = [images(trained, ["a", "b"], 0, scale) for scale in (1.0, 1.0, 4.0)]
+    assert torch.equal(several[0], several[1])
+    assert not torch.equal(several[0], several[2])
+    torch.testing.assert_close(several[0][1:], images(trained, ["b"], 1, 1.0))
+
+
+@pytest.mark.slow
+def test_sample_command_scores_with_parts_of_the_package(trained, at, conf):
+    small = ("num=10", "steps=2", "batch_size=5", "output_dir=drawn")
+    ours = ("sampler=renoise", "guidance=rising", "metrics=spread", "timestep_spacing=uniform")
+    assert command("sample.py", "--config-dir", str(conf), f"run={trained}", *ours, *small) == 0
+    assert json.loads(Path("drawn/metrics.json").read_text())["spread"] > 0
+
+
+@pytest.mark.slow
+def test_sweep_over_parts_trains_each_job(trained, at, conf, capfd):
+    assert run(conf, "net.width=8,16", flags=("-m",)) == 0
+    out = capfd.readouterr().out
+    assert "job 1 of 2" in out
+    assert "2 of 2 jobs done, 1 of them before" in out  # width 16 is the shared run
+    assert len([*trained.parent.iterdir()]) == 2
+
+
+@pytest.mark.slow
+def test_exported_file_gives_the_same_images(trained, at, tmp_path, capfd):
+    from ldm.cli import export
+
+    assert export.main([f"run={trained}", "to=safetensors", f"out={tmp_path / 'ours.safetensors'}"]) == 0
+    assert torch.equal(*(images(path, ["a"], 0, 2.0) for path in (trained, tmp_path / "ours.safetensors")))
+    assert export.main([f"run={trained}", "to=diffusers", f"out={tmp_path / 'folder'}"]) == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+def test_package_changes_no_file_of_the_repository():
+    assert not {name for name in CONF if (ROOT / "conf" / f"{name}.yaml").exists()}
+    assert {"ops.py", "load.py", "open.py", "classes.py"} <= FILES.keys()
