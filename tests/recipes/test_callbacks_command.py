@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from smoke import command, composed, here, plan_of, processes
 
 from ldm.config import serialize
-from ldm.config.build import RUNTIME_PARAMETERS, to_container
+from ldm.config.build import to_container
 from ldm.config.trust import sanitize_config
 from ldm.errors import UserError
 from ldm.recipes.resume import differing_keys
@@ -75,7 +75,7 @@ def add_path(folder: str, rank: int) -> None:
 
 def configs(*typed: str) -> list[dict]:
     """Return the node `callbacks` of each job of a command line, after the strict check."""
-    return [OmegaConf.to_container(one.callbacks) for one in plan_of(*typed).check(RUNTIME_PARAMETERS)]
+    return [OmegaConf.to_container(one.callbacks) for one in plan_of(*typed).check()]
 
 
 def test_callbacks_are_added_and_taken_out_on_the_command_line(package):
@@ -101,7 +101,7 @@ def test_callbacks_are_added_and_taken_out_on_the_command_line(package):
 )
 def test_misspelt_callbacks_are_refused_by_the_strict_check(package, typed, text):
     with pytest.raises(UserError) as error:
-        plan_of(*typed).check(RUNTIME_PARAMETERS)
+        plan_of(*typed).check()
     assert text in str(error.value)
     assert "\n" not in str(error.value)
 
