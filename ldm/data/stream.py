@@ -1,10 +1,10 @@
 """An endless stream of batches, a pure function of the step: resumable, equal for any number of workers or ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,13 +50,7 @@ class BatchStream:
     def __post_init__(self):
         if self.length < 1:
             raise ConfigError("the data set is empty")
-        if not (self.batch >= self.world >= 1 and 0 <= self.rank < self.world):
-            raise ValueError(
-                f"batch={self.batch} rows cannot be divided between ranks (rank {self.rank} of {self.world}): "
-                f"expected at least one row per rank"
-            )
-        if not 0 <= self.start <= self.steps:
-            raise ConfigError(f"start={self.start}: expected a step from 0 to steps={self.steps}")
+        check_slices(self.batch, self.steps, self.start, self.rank, self.world)
 
     def __len__(self) -> int:
         return self.steps - self.start
@@ -99,6 +93,92 @@ def feistel_permutation(positions: Tensor, length: int, keys: Sequence[int]) -> 
         values[left_out] = (left << half) | right
         left_out = values >= length
     return values
+
+
+@dataclass(frozen=True)
+class EndlessStream:
+    """The batches of steps `start` to steps - 1 of samples without an end: sample i is (epoch 0, index i).
+
+    batch: the GLOBAL batch size; step s takes samples s * batch to (s + 1) * batch - 1, in their own order.  seed: not
+    used, as the data set decides what sample i is.  Rank r of `world` takes a contiguous slice of each batch.
+    Raises ValueError.
+    """
+
+    batch: int
+    steps: int
+    seed: int = 0
+    start: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self):
+        check_slices(self.batch, self.steps, self.start, self.rank, self.world)
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[BatchSlice]:
+        return map(self.batch_at, range(self.start, self.steps))
+
+    def batch_at(self, step: int) -> BatchSlice:
+        """Return this rank's slice of the batch of any step >= 0."""
+        low, high = (self.batch * r // self.world for r in (self.rank, self.rank + 1))
+        samples = [(0, step * self.batch + i) for i in range(low, high)]
+        return BatchSlice(samples, list(range(low, high)), self.batch, step)
+
+
+def check_slices(batch: int, steps: int, start: int, rank: int, world: int) -> None:
+    """Check that the batches of a stream can be shared out. Raises ValueError."""
+    if not (batch >= world >= 1 and 0 <= rank < world):
+        raise ValueError(
+            f"batch={batch} rows cannot be divided between ranks (rank {rank} of {world}): "
+            f"expected at least one row per rank"
+        )
+    if not 0 <= start <= steps:
+        raise ConfigError(f"start={start}: expected a step from 0 to steps={steps}")
+
+
+class Samples(Protocol):
+    """What training on images needs of a data set: a sample is a function of (epoch, index) alone.
+
+    A data set with a length has the indices 0 to len - 1 in each epoch; one without is asked for (0, i), where i counts
+    the samples from the start of the training, and must give the same sample i at any time, in any process and in any
+    batch: this is what makes a resumed training equal to an uninterrupted one.
+    channels, size: of the images.  classes, captions: names of the classes, and captions of each.  flip: whether a
+    batch may have mirror images.  fingerprint: text that changes when the samples do.
+    """
+
+    channels: int
+    size: int
+    classes: Sequence[str]
+    captions: Sequence[Sequence[str]]
+    flip: bool
+    fingerprint: str
+
+    def batch(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return image (B, C, H, W) float32 in [-1, 1], caption, label (B,) int64, flip (B,) bool, index and epoch."""
+        ...
+
+
+def length_of(dataset: Any) -> int | None:
+    """Return the number of samples of a data set, None for a stream without an end."""
+    try:
+        return len(dataset)
+    except TypeError as error:  # a wrapper has a __len__, which asks the data set
+        if "has no len()" not in str(error):
+            raise
+        return None
+
+
+def make_stream(dataset: Any) -> Callable[..., Any]:
+    """Return the constructor (batch, steps, seed, start, rank, world) of a data set's stream of batches.
+
+    It is the data set's own, if it has one, as data of several shapes have.
+    """
+    if hasattr(dataset, "stream"):
+        return dataset.stream
+    length = length_of(dataset)
+    return EndlessStream if length is None else partial(BatchStream, length)
 
 
 @lru_cache(maxsize=4)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hydra.utils import instantiate
@@ -13,7 +13,6 @@ from torch import nn
 from ldm.checkpoint import adapters
 from ldm.checkpoint.latent_space import LatentSpace
 from ldm.config import build
-from ldm.data.latents import LatentDataset
 from ldm.ema import SIGMA_RELS, PowerEMA, WeightAverage
 from ldm.evaluation import evaluator, protocol
 from ldm.evaluation.evaluate import CaptionSource, EvaluationConfig, evaluate, evaluate_during_training, format_count
@@ -25,7 +24,7 @@ from ldm.recipes import init_weights
 from ldm.recipes.autoencoder import first_stage_dependency, load_or_train_first_stage
 from ldm.recipes.estimate import print_estimate
 from ldm.recipes.evaluator import evaluator_dependency
-from ldm.recipes.latents import cached_moments
+from ldm.recipes.latents import check_latents, training_data
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import TrainingRun, open_run
 from ldm.recipes.validation import held_out_subset, last_validation, validation_callback, validation_metrics
@@ -46,6 +45,7 @@ class DiffusionRecipe:
     cond_drop_prob: probability with which a sample's condition is dropped, in [0, 1].
     ema: module -> average of its weights.
     score: sampling settings of the evaluation at the end and during training.
+    latents: cached, all images are encoded before the first step; online, those of a batch are encoded in its step.
     validation: the loss on held-out images during training.
     snapshot_every: steps between two pairs of averages stored for a length chosen afterwards; None for none.
     """
@@ -61,6 +61,7 @@ class DiffusionRecipe:
     sample_every: int
     save_every: int
     score: EvaluationConfig
+    latents: Literal["cached", "online"] = "cached"
     snapshot_every: int | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
@@ -78,7 +79,7 @@ class DiffusionRecipe:
         return [*evaluator_dependency(cfg), *([] if cfg.get("init") else first_stage_dependency(cfg))]
 
     def train(self, cfg: Any) -> float | None:
-        """Train on cached latents, choose the guidance scale, sample and score with the averaged weights.
+        """Train, choose the guidance scale, sample and score with the averaged weights.
 
         Returns the metric named by cfg.optimized_metric, None if it was not measured.
         """
@@ -91,9 +92,10 @@ class DiffusionRecipe:
         validated = validation_metrics(cfg.get("keep_best"), self.validation, self.steps)
         names, reason = scored_metrics(cfg, score, self.steps)
         require_metric(cfg.get("keep_best"), names if names is None else names | validated, reason)
+        data = build.build_degraded_dataset(cfg, "train")
+        check_latents(cfg, data)
         subset = held_out_subset(cfg, self.validation)
         make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
-        data = build.build_degraded_dataset(cfg, "train")
         print_estimate(cfg, data)
         source = init_weights.load_init_model(cfg)
         autoencoder, space, reconstruction = (
@@ -133,8 +135,8 @@ class DiffusionRecipe:
             reads = getattr(model.conditioner, "reads", ())
             image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
             if subset is not None:
-                held_out = LatentDataset(subset, cached_moments(autoencoder, space, subset), image)
-                callback = validation_callback(self.validation, run, lit, ema, held_out, self.steps)
+                held_out = training_data(self.latents, autoencoder, space, subset, image)
+                callback = validation_callback(self.validation, run, lit, ema, subset, held_out, self.steps)
                 options["watch"] = [*options.get("watch", []), callback]
             callbacks = run.callbacks(
                 "diffusion",
@@ -145,7 +147,7 @@ class DiffusionRecipe:
                 grid_every=self.sample_every,
                 **options,
             )
-            latents = LatentDataset(data, cached_moments(autoencoder, space, data), image)
+            latents = training_data(self.latents, autoencoder, space, data, image)
             instantiate(cfg.trainer)(
                 lit, latents, callbacks, batch_size=self.batch_size, steps=self.steps, start=run.start, seed=cfg.seed
             )

@@ -44,6 +44,9 @@ NOT_HASHED = (
     ),
 )
 
+# Keys that older configs lack -> the value that their runs have. With it they are not hashed: names do not change.
+FORMER_DEFAULTS = {"training.latents": "cached"}
+
 
 def run_id(config: Mapping[str, Any], words: Sequence[str] = (), ignore: Collection[str] = NOT_HASHED) -> str:
     """Return the name of a run folder, `<words>-<hash8>-s<seed>`.
@@ -51,7 +54,8 @@ def run_id(config: Mapping[str, Any], words: Sequence[str] = (), ignore: Collect
     config: resolved plain data.  words: beginning of the name.  ignore: dotted keys that are not hashed.
     """
     parts = [str(word).replace("/", "_").replace(" ", "_") for word in words if word]
-    return "-".join([*parts, hash_config(drop_keys(config, ignore))[:8], f"s{config.get('seed', 0)}"])
+    hashed = drop_keys(drop_former_defaults(config), ignore)
+    return "-".join([*parts, hash_config(hashed)[:8], f"s{config.get('seed', 0)}"])
 
 
 def hash_config(value: Any) -> str:
@@ -65,6 +69,15 @@ def drop_keys(config: Mapping[str, Any], keys: Collection[str], above: str = "")
         key: drop_keys(value, keys, f"{above}{key}.") if isinstance(value, Mapping) else value
         for key, value in config.items()
         if f"{above}{key}" not in keys
+    }
+
+
+def drop_former_defaults(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return a config without the keys of FORMER_DEFAULTS that have their value there, as older versions wrote it."""
+    return {
+        key: drop_former_defaults(value, f"{above}{key}.") if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if f"{above}{key}" not in FORMER_DEFAULTS or FORMER_DEFAULTS[f"{above}{key}"] != value
     }
 
 

@@ -62,11 +62,16 @@ class LitDiffusion(L.LightningModule):
 
     @torch.no_grad()
     def sample_latent(self, batch: dict[str, Any], noise: KeyedNoise) -> Tensor:
-        """Draw a sample z (B, C, h, w) of the normalised posterior."""
+        """Draw a sample z (B, C, h, w) of the normalised posterior.
+
+        Images are encoded without autocast, in the weights' precision, as those of a latent cache are.
+        """
         autoencoder = self.model.autoencoder
-        posterior = (
-            autoencoder.posterior_of(batch["moments"]) if "moments" in batch else autoencoder.posterior(batch["image"])
-        )
+        if "moments" in batch:
+            posterior = autoencoder.posterior_of(batch["moments"])
+        else:
+            with torch.autocast(batch["image"].device.type, enabled=False):
+                posterior = autoencoder.posterior(batch["image"])
         return autoencoder.normalise(posterior.sample(noise.normal("posterior", posterior.mean)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
