@@ -32,14 +32,15 @@ class BatchStream:
     """The batches of steps `start` to steps - 1, as BatchSlices.
 
     Use it as DataLoader(BatchDataset(dataset), sampler=BatchStream(...), batch_size=None).
-    length: samples in the data set.
+    length: samples in the data set; None for one without an end, whose samples are taken in their own order: (0, 0),
+    (0, 1), ...
     batch: the GLOBAL batch size, which need not divide length: batches run on into the next epoch.
     The order in epoch e is a permutation seeded by (seed, "order", e).
     Rank r of `world` takes a contiguous slice of each batch.
     Raises ValueError.
     """
 
-    length: int
+    length: int | None
     batch: int
     steps: int
     seed: int = 0
@@ -48,9 +49,15 @@ class BatchStream:
     world: int = 1
 
     def __post_init__(self):
-        if self.length < 1:
+        if self.length is not None and self.length < 1:
             raise ConfigError("the data set is empty")
-        check_slices(self.batch, self.steps, self.start, self.rank, self.world)
+        if not (self.batch >= self.world >= 1 and 0 <= self.rank < self.world):
+            raise ValueError(
+                f"batch={self.batch} rows cannot be divided between ranks (rank {self.rank} of {self.world}): "
+                f"expected at least one row per rank"
+            )
+        if not 0 <= self.start <= self.steps:
+            raise ConfigError(f"start={self.start}: expected a step from 0 to steps={self.steps}")
 
     def __len__(self) -> int:
         return self.steps - self.start
@@ -61,18 +68,24 @@ class BatchStream:
     def batch_at(self, step: int) -> BatchSlice:
         """Return this rank's slice of the batch of any step >= 0."""
         low, high = (self.batch * r // self.world for r in (self.rank, self.rank + 1))
-        samples: list[tuple[int, int]] = []
-        for e, run in groupby(range(step * self.batch + low, step * self.batch + high), lambda i: i // self.length):
-            samples += ((e, i) for i in self._permuted(e, [i - e * self.length for i in run]))
+        turns = range(step * self.batch + low, step * self.batch + high)
+        samples = [(0, i) for i in turns] if self.length is None else self._in_epochs(turns, self.length)
         return BatchSlice(samples, list(range(low, high)), self.batch, step)
 
-    def _permuted(self, epoch: int, positions: list[int]) -> list[int]:
-        """Return the samples at these positions of an epoch's order."""
-        if self.length <= MAX_LISTED_SAMPLES:
-            order = _order(self.seed, epoch, self.length)
+    def _in_epochs(self, turns: range, length: int) -> list[tuple[int, int]]:
+        """Return the samples whose turn it is, of epochs of `length` samples."""
+        samples: list[tuple[int, int]] = []
+        for e, run in groupby(turns, lambda i: i // length):
+            samples += ((e, i) for i in self._permuted(e, [i - e * length for i in run], length))
+        return samples
+
+    def _permuted(self, epoch: int, positions: list[int], length: int) -> list[int]:
+        """Return the samples at these positions of the order of an epoch of `length` samples."""
+        if length <= MAX_LISTED_SAMPLES:
+            order = _order(self.seed, epoch, length)
             return [order[i] for i in positions]
         keys = [derive_seed(self.seed, "order", epoch, turn) for turn in range(ROUNDS)]
-        return feistel_permutation(torch.tensor(positions), self.length, keys).tolist()
+        return feistel_permutation(torch.tensor(positions), length, keys).tolist()
 
 
 def feistel_permutation(positions: Tensor, length: int, keys: Sequence[int]) -> Tensor:
@@ -93,49 +106,6 @@ def feistel_permutation(positions: Tensor, length: int, keys: Sequence[int]) -> 
         values[left_out] = (left << half) | right
         left_out = values >= length
     return values
-
-
-@dataclass(frozen=True)
-class EndlessStream:
-    """The batches of steps `start` to steps - 1 of samples without an end: sample i is (epoch 0, index i).
-
-    batch: the GLOBAL batch size; step s takes samples s * batch to (s + 1) * batch - 1, in their own order.  seed: not
-    used, as the data set decides what sample i is.  Rank r of `world` takes a contiguous slice of each batch.
-    Raises ValueError.
-    """
-
-    batch: int
-    steps: int
-    seed: int = 0
-    start: int = 0
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self):
-        check_slices(self.batch, self.steps, self.start, self.rank, self.world)
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[BatchSlice]:
-        return map(self.batch_at, range(self.start, self.steps))
-
-    def batch_at(self, step: int) -> BatchSlice:
-        """Return this rank's slice of the batch of any step >= 0."""
-        low, high = (self.batch * r // self.world for r in (self.rank, self.rank + 1))
-        samples = [(0, step * self.batch + i) for i in range(low, high)]
-        return BatchSlice(samples, list(range(low, high)), self.batch, step)
-
-
-def check_slices(batch: int, steps: int, start: int, rank: int, world: int) -> None:
-    """Check that the batches of a stream can be shared out. Raises ValueError."""
-    if not (batch >= world >= 1 and 0 <= rank < world):
-        raise ValueError(
-            f"batch={batch} rows cannot be divided between ranks (rank {rank} of {world}): "
-            f"expected at least one row per rank"
-        )
-    if not 0 <= start <= steps:
-        raise ConfigError(f"start={start}: expected a step from 0 to steps={steps}")
 
 
 class Samples(Protocol):
@@ -177,8 +147,7 @@ def make_stream(dataset: Any) -> Callable[..., Any]:
     """
     if hasattr(dataset, "stream"):
         return dataset.stream
-    length = length_of(dataset)
-    return EndlessStream if length is None else partial(BatchStream, length)
+    return partial(BatchStream, length_of(dataset))
 
 
 @lru_cache(maxsize=4)
