@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from ldm.checkpoint import adapters
-from ldm.checkpoint.latent_space import LatentSpace
+from ldm.checkpoint.latent_space import JOINT, LatentSpace
 from ldm.config import build
 from ldm.ema import SIGMA_RELS, PowerEMA, WeightAverage
 from ldm.evaluation import evaluator, protocol
@@ -24,7 +24,7 @@ from ldm.recipes import init_weights
 from ldm.recipes.autoencoder import first_stage_dependency, load_or_train_first_stage
 from ldm.recipes.estimate import print_estimate
 from ldm.recipes.evaluator import evaluator_dependency
-from ldm.recipes.latents import check_latents, training_data
+from ldm.recipes.latents import check_latents, training_data, trains_first_stage
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import TrainingRun, open_run
 from ldm.recipes.validation import held_out_subset, last_validation, validation_callback, validation_metrics
@@ -104,6 +104,9 @@ class DiffusionRecipe:
             else init_weights.adopt_first_stage(cfg, source, data.channels)
         )
         init_weights.check_teacher(cfg, space)
+        joint, metadata = trains_first_stage(cfg), space.metadata
+        if joint:
+            metadata, reconstruction = metadata | JOINT, {}  # the metrics are of the first stage as it begins
         with open_run(cfg, folder) as run:
             check_resumed_latent_space(run, space)
             model, adapter = init_weights.build_training_model(cfg, run, autoencoder, data, source), cfg.get("adapter")
@@ -123,7 +126,7 @@ class DiffusionRecipe:
 
             if shapes := getattr(data, "shapes", None):
                 run.print(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
-            options: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
+            options: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": metadata}
             if self.snapshot_every is not None:
                 options["averages"] = {f"ema_{length:g}": PowerEMA(model, length) for length in SIGMA_RELS}
                 options["snapshot_every"] = self.snapshot_every
@@ -164,13 +167,19 @@ class DiffusionRecipe:
                         if adapter
                         else ema.shadow
                     )
-                    atomic.write_tensors(folder / "weights.safetensors", weights, space.metadata)
+                    atomic.write_tensors(folder / "weights.safetensors", weights, metadata)
                     scaled = partial(guidance, scale=values["guidance"]) if make_score else guidance
                     sheet = sample_grid(model, captions, grid(model.denoiser.schedule, score.steps), sampler, scaled)
                     run.save_image(self.steps, "samples", sheet)
             if make_score:
                 values |= protocol.with_protocol_hash(
-                    evaluation_protocol(run.config, score, values, data.fingerprint, space.name)
+                    evaluation_protocol(
+                        run.config,
+                        score,
+                        values,
+                        data.fingerprint,
+                        space.trained_name(ema.shadow) if joint else space.name,
+                    )
                 )
             if subset is not None:
                 values |= last_validation(run, self.steps)

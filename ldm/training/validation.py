@@ -140,7 +140,7 @@ class HeldOutLoss:
                 cond = part["cond"]
                 if cond is None:  # for each level anew, as a backward pass frees what it went through
                     cond = model.condition({**part["batch"], "noise": part["noise"]})
-                terms = objective(model.denoiser, part["z"], cond.to(part["z"].dtype), noise, part["batch"])
+                terms = self.lit.terms(objective, part["z"], cond.to(part["z"].dtype), noise, part["batch"])
             for i, name in enumerate(TERMS):
                 if name in terms:
                     sums[:, i] += torch.stack([terms[name].detach().double().sum().cpu(), torch.tensor(len(noise))])
