@@ -25,6 +25,7 @@ from ldm.data.memory import InMemoryDataset
 from ldm.data.stream import BatchDataset, BatchStream
 from ldm.data.subset import Subset
 from ldm.data.synthetic import Synthetic
+from ldm.tensors import derive_seed
 
 SAMPLES = [(0, 3), (4, 7), (4, 3), (1, 11), (2, 0)]
 
@@ -242,6 +243,13 @@ def test_augmentation_is_keyed_by_seed_epoch_and_index():
         AugmentedDataset(data, training=True, **EVERYTHING, seed=1).batch([(2, 5)]),
     ):
         assert not torch.equal(other["crop"], alone["crop"]) or not torch.equal(other["crop_size"], alone["crop_size"])
+    draws = {name: generator(derive_seed(0, name, 2, 5)) for name in ("crop", "flip", "color")}  # independent ones
+    box, turned = EVERYTHING["crop"].sample(12, 12, draws["crop"]), torch.rand((), generator=draws["flip"]) < 0.5
+    assert (*alone["crop"][0].tolist(), *alone["crop_size"][0].tolist()) == box
+    assert alone["flip"][0] == turned
+    whole = data.pixels([5])[0]
+    part = (whole.flip(-1) if turned else whole)[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    assert torch.equal(alone["image"][0], EVERYTHING["color"](resize_to_square(part, 8), draws["color"]))
     ranks = [BatchDataset(augmented)[BatchStream(20, 6, 2, rank=r, world=2).batch_at(1)] for r in range(2)]
     whole = BatchDataset(augmented)[BatchStream(20, 6, 2).batch_at(1)]
     for name in names:
