@@ -15,8 +15,8 @@ from ldm.errors import ConfigError
 class LatentDiffusion(nn.Module):
     """A first stage, a conditioner and a denoiser: everything needed to sample an image from text (LDM fig. 3).
 
-    autoencoder: frozen; has posterior, normalise, encode, decode.  conditioner: batch -> Condition.  denoiser: works on
-    z (B, C, h, w).
+    autoencoder: frozen, unless `unfreeze_first_stage` is called; has posterior, normalise, encode, decode.
+    conditioner: batch -> Condition.  denoiser: works on z (B, C, h, w).
     size: (height, width) of the images it was trained on, in pixels.
     """
 
@@ -32,6 +32,13 @@ class LatentDiffusion(nn.Module):
         super().train(mode)
         self.autoencoder.eval()
         return self
+
+    def unfreeze_first_stage(self) -> None:
+        """Make the first stage's parameters trainable, for an objective that trains them; it stays in evaluation mode.
+
+        Its shift and scale stay as they are.
+        """
+        self.autoencoder.requires_grad_(True)
 
     @property
     def device(self) -> torch.device:

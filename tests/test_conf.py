@@ -88,6 +88,7 @@ PARTNERS = {  # overrides that an option needs; one of each kind of large networ
     "sampler/ddpm_learned": ("objective=hybrid",),
     "conditioner/layout": ("conditioner.dim=16", "conditioner.layers=1"),
     "adapter/textual_inversion": ("adapter.placeholder_token=zorbo",),
+    "augmentation/random_crop": ("augmentation.crop.size=16",),
     "sampler/repaint": ("sampler.jump_length=1", "sampler.num_resamples=1"),
 }
 PAPER = [  # first stages at a paper's scale: built on the meta device
@@ -101,6 +102,7 @@ ALONE = (
         "budget",
         "debug",
         "data",
+        "augmentation",
         "degradation",
         "trainer",
         "training",
@@ -366,6 +368,20 @@ def test_degradation_option_extends_batch(option):
     for name, channels, sides in (("low_res", 1, (side // 2, side // 4)), ("mask", 1, (side,))):
         assert (name in batch) == (cfg.degradation.get(name) is not None)
         assert name not in batch or batch[name].shape in {(2, channels, n, n) for n in sides}
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("augmentation/")])
+def test_augmentation_option_changes_batch(option):
+    cfg = composed(*typed(option))
+    samples = [(0, i) for i in range(20)]
+    batch, plain = build.build_degraded_dataset(cfg).batch(samples), build.build_dataset(cfg).batch(samples)
+    side = 16 if option == "augmentation/random_crop" else 32
+    assert batch["image"].shape == (20, 1, side, side)
+    assert batch["image"].shape != plain["image"].shape or not torch.equal(batch["image"], plain["image"])
+    still = build.build_degraded_dataset(cfg, "test").batch(samples)["image"]
+    margin = (32 - side) // 2
+    whole = build.build_dataset(cfg, "test").batch(samples)["image"]
+    assert torch.equal(still, whole[..., margin : margin + side, margin : margin + side])
 
 
 @pytest.mark.parametrize("process", [p.stem for p in (CONF / "process").glob("*.yaml")])

@@ -166,7 +166,7 @@ def test_speed_gpu_rows_compile_on_cpu(speed, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_every_benchmark_starts(tmp_path):
-    parts = ("sampling", "training", "processes", "memory", "first_stage", "data", "distance", "curves")
+    parts = ("sampling", "training", "latents", "processes", "memory", "first_stage", "data", "distance", "curves")
     done = subprocess.run(
         [sys.executable, str(SPEED / "measure.py"), *parts, "smoke=true", "pairs=1"], cwd=tmp_path, capture_output=True
     )
@@ -177,6 +177,8 @@ def test_every_benchmark_starts(tmp_path):
     assert {
         "guided evaluation",
         "training step",
+        "training step, latents=online",
+        "training step, latents=online, crops and colours",
         "decode",
         "packed folder",
         "Frechet distance",

@@ -1,12 +1,13 @@
 """Speed beside its peers: python experiments/speed/measure.py [what ...] [threads=1] [pairs=5] [compiled=true]
 [device=cuda] [smoke=true]
 
-what: sampling, training, processes, memory, first_stage, startup, data, distance, curves; all of them by default.
+what: sampling, training, latents, processes, memory, first_stage, startup, data, distance, curves; all of them by
+default.
 Nothing else should run
 on the machine. Every row goes to results.csv when it is done (curves to curves.csv), and the README's table is made of
 it.
-compiled: sampling beside torch.compile too.  device=cuda: the networks of SAMPLED and TRAINED for a GPU, sampling and
-training alone;
+compiled: sampling beside torch.compile too.  device=cuda: the networks of SAMPLED, TRAINED and ENCODED for a GPU,
+sampling, training and latents alone;
 expected.json names its rows.
 """
 
@@ -18,13 +19,18 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 KEYS = ("threads", "pairs", "compiled", "device", "smoke")
-WHATS = ("sampling", "training", "processes", "memory", "first_stage", "startup", "data", "distance", "curves")
+WHATS = ("sampling", "training", "latents", "processes", "memory", "first_stage", "startup", "data", "distance")
+WHATS += ("curves",)
 SAMPLED = {  # device -> network, side of its latents, images at once
     "cpu": (("small", 16, 4), ("small", 32, 4)),
     "cuda": (("small", 32, 4), ("sd1", 64, 4), ("DiT-XL/2", 32, 32)),
 }
 TRAINED = {"cpu": (("small", 16), ("small", 32)), "cuda": (("sd1", 64),)}  # device -> network, side of its latents
-ON_GPU = ("sampling", "training")
+ENCODED = {  # device -> network, first stage, side of its latents, pixels of the images
+    "cpu": (("small", "small", 16, 64), ("small", "sd1", 32, 256)),
+    "cuda": (("sd1", "sd1", 64, 512),),
+}
+ON_GPU = ("sampling", "training", "latents")
 
 
 def main(*words: str) -> None:
@@ -52,7 +58,7 @@ def main(*words: str) -> None:
             sys.exit(f"device={device}: torch finds no GPU here")
     if compiled:
         asked = ["sampling"]
-    more = {"sampling": (compiled, device), "training": (device,)}
+    more = {"sampling": (compiled, device), "training": (device,), "latents": (device,)}
     for what in asked:
         PARTS[what](pairs, threads, tiny, *more.get(what, ()))
     if not tiny:
@@ -76,6 +82,13 @@ def training(pairs: int, threads: int, tiny: bool, device: str) -> None:
     training.encoding(*(("tiny", "tiny", 8, 16) if tiny else ("small", "small", 16, 64)), pairs, threads)
     if not tiny:
         training.encoding("small", "sd1", 32, 256, pairs, threads)
+
+
+def latents(pairs: int, threads: int, tiny: bool, device: str) -> None:
+    import latents
+
+    for setting in (("tiny", "tiny", 8, 16),) if tiny else ENCODED[device]:
+        latents.measure(*setting, pairs, threads, device)
 
 
 def processes(pairs: int, threads: int, tiny: bool) -> None:
@@ -123,7 +136,7 @@ def curves(pairs: int, threads: int, tiny: bool) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (sampling, training, processes, memory, first_stage, startup, data, distance, curves)
+    for part in (sampling, training, latents, processes, memory, first_stage, startup, data, distance, curves)
 }
 
 

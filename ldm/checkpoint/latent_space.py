@@ -10,8 +10,11 @@ from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.io.parse import parse_json
 from ldm.runs.identity import hash_config
+from ldm.tensors import hash_state_dict
 
 KEY = "latent_space"  # in the metadata of safetensors files
+# in the metadata of weights that include those of a first stage, trained together with the denoiser from that of KEY
+JOINT = {"first_stage": "trained"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class LatentSpace:
     def name(self) -> str:
         """The short name, as in f8c4-0123456789ab."""
         return f"{self.shape}-{self.identity[:12]}"
+
+    def trained_name(self, weights: Mapping[str, Any]) -> str:
+        """Return the name of the space in which a first stage ends that begins in this one and is trained.
+
+        weights: of a LatentDiffusion, by name.
+        """
+        prefix = "autoencoder."
+        trained = {name: value for name, value in weights.items() if name.startswith(prefix)}
+        return f"{self.shape}-{hash_state_dict(trained)[:12]}"
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ldm.checkpoint.adapters import (
     copy_parameters,
     local_parameter_name,
 )
-from ldm.checkpoint.latent_space import LatentSpace
+from ldm.checkpoint.latent_space import JOINT, LatentSpace
 from ldm.checkpoint.weights import LoadedWeights, hash_model, load_weights
 from ldm.config import serialize, trust
 from ldm.errors import UserError
@@ -90,8 +90,11 @@ class RunSource:
 
     @cached_property
     def latent_space(self) -> str:
-        path = self.folder / "first_stage.safetensors"
-        return LatentSpace.from_metadata(atomic.read_metadata(path), path).name
+        path, weights = self.folder / "first_stage.safetensors", self.folder / "weights.safetensors"
+        space = LatentSpace.from_metadata(atomic.read_metadata(path), path)
+        if weights.is_file() and JOINT.items() <= atomic.read_metadata(weights).items():
+            return space.trained_name(atomic.read_tensors(weights))
+        return space.name
 
     def load(self, weights: str = "ema") -> "LatentDiffusion":
         """Load the model. Raises UserError also for weights trained with another first stage than the run folder's."""
@@ -108,7 +111,10 @@ class RunSource:
             trained.path,
             "weights work only with the first stage they were trained with: sample from the run they come from",
         )
+        if JOINT.items() <= trained.metadata.items():
+            model.unfreeze_first_stage()
         load_trainable(model, trained.tensors)
+        model.autoencoder.requires_grad_(False)
         return model.eval().to(_default_device())
 
     def load_weights(self, weights: str = "ema") -> LoadedWeights:

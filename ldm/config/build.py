@@ -51,15 +51,25 @@ def resolve_dataset_config(cfg: Any) -> Any:
 
 
 def build_degraded_dataset(cfg: Any, split: str = "train"):
-    """Build the data set with the degradations (low resolution, masks) of the config's `degradation` node.
+    """Build the data set with the augmentation, and then the degradations (low resolution, masks), of the config.
 
-    The training split keeps the images' own aspect ratios if the data set supports buckets.
+    The training split keeps the images' own aspect ratios if the data set supports buckets. Other splits are not
+    augmented at random.  Raises UserError for data without the method that training calls.
     """
     from hydra.utils import instantiate
 
+    from ldm.errors import UserError
+
     data = build_dataset(cfg, split)
+    if not hasattr(data, "batch"):
+        raise UserError(
+            f"data._target_={cfg.data._target_}: it has no batch(samples); expected a data set that returns the "
+            "samples of (epoch, index) pairs, as ldm.data.stream.Samples describes, so that a training can be resumed"
+        )
     if split == "train" and hasattr(data, "to_buckets"):
         data = data.to_buckets(image_size_multiple(cfg))
+    if cfg.get("augmentation"):
+        data = instantiate(cfg.augmentation)(data, training=split == "train")
     return instantiate(cfg.degradation)(data)
 
 
@@ -75,14 +85,15 @@ def image_size_multiple(cfg: Any) -> int:
 
 
 def reject_degradation(cfg: Any) -> None:
-    """Check that a config has neither a `degradation` node nor an adapter, which only training=diffusion supports.
+    """Check that a config has no `degradation`, augmentation or adapter, which only training=diffusion supports.
 
     Raises UserError otherwise.
     """
     from ldm.errors import UserError
 
-    if cfg.get("adapter"):
-        raise UserError("adapter= is only for training=diffusion: leave it out")
+    for name in ("adapter", "augmentation"):
+        if cfg.get(name):
+            raise UserError(f"{name}= is only for training=diffusion: leave it out")
     if cfg.get("degradation") and cfg.degradation["_target_"] != "ldm.data.degrade.identity":
         raise UserError(
             "degradation= is only for training=diffusion, this training uses the images unchanged: "

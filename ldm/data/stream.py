@@ -1,10 +1,10 @@
 """An endless stream of batches, a pure function of the step: resumable, equal for any number of workers or ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,14 +32,15 @@ class BatchStream:
     """The batches of steps `start` to steps - 1, as BatchSlices.
 
     Use it as DataLoader(BatchDataset(dataset), sampler=BatchStream(...), batch_size=None).
-    length: samples in the data set.
+    length: samples in the data set; None for one without an end, whose samples are taken in their own order: (0, 0),
+    (0, 1), ...
     batch: the GLOBAL batch size, which need not divide length: batches run on into the next epoch.
     The order in epoch e is a permutation seeded by (seed, "order", e).
     Rank r of `world` takes a contiguous slice of each batch.
     Raises ValueError.
     """
 
-    length: int
+    length: int | None
     batch: int
     steps: int
     seed: int = 0
@@ -48,7 +49,7 @@ class BatchStream:
     world: int = 1
 
     def __post_init__(self):
-        if self.length < 1:
+        if self.length is not None and self.length < 1:
             raise ConfigError("the data set is empty")
         if not (self.batch >= self.world >= 1 and 0 <= self.rank < self.world):
             raise ValueError(
@@ -67,18 +68,24 @@ class BatchStream:
     def batch_at(self, step: int) -> BatchSlice:
         """Return this rank's slice of the batch of any step >= 0."""
         low, high = (self.batch * r // self.world for r in (self.rank, self.rank + 1))
-        samples: list[tuple[int, int]] = []
-        for e, run in groupby(range(step * self.batch + low, step * self.batch + high), lambda i: i // self.length):
-            samples += ((e, i) for i in self._permuted(e, [i - e * self.length for i in run]))
+        turns = range(step * self.batch + low, step * self.batch + high)
+        samples = [(0, i) for i in turns] if self.length is None else self._in_epochs(turns, self.length)
         return BatchSlice(samples, list(range(low, high)), self.batch, step)
 
-    def _permuted(self, epoch: int, positions: list[int]) -> list[int]:
-        """Return the samples at these positions of an epoch's order."""
-        if self.length <= MAX_LISTED_SAMPLES:
-            order = _order(self.seed, epoch, self.length)
+    def _in_epochs(self, turns: range, length: int) -> list[tuple[int, int]]:
+        """Return the samples whose turn it is, of epochs of `length` samples."""
+        samples: list[tuple[int, int]] = []
+        for e, run in groupby(turns, lambda i: i // length):
+            samples += ((e, i) for i in self._permuted(e, [i - e * length for i in run], length))
+        return samples
+
+    def _permuted(self, epoch: int, positions: list[int], length: int) -> list[int]:
+        """Return the samples at these positions of the order of an epoch of `length` samples."""
+        if length <= MAX_LISTED_SAMPLES:
+            order = _order(self.seed, epoch, length)
             return [order[i] for i in positions]
         keys = [derive_seed(self.seed, "order", epoch, turn) for turn in range(ROUNDS)]
-        return feistel_permutation(torch.tensor(positions), self.length, keys).tolist()
+        return feistel_permutation(torch.tensor(positions), length, keys).tolist()
 
 
 def feistel_permutation(positions: Tensor, length: int, keys: Sequence[int]) -> Tensor:
@@ -99,6 +106,48 @@ def feistel_permutation(positions: Tensor, length: int, keys: Sequence[int]) -> 
         values[left_out] = (left << half) | right
         left_out = values >= length
     return values
+
+
+class Samples(Protocol):
+    """What training on images needs of a data set: a sample is a function of (epoch, index) alone.
+
+    A data set with a length has the indices 0 to len - 1 in each epoch; one without is asked for (0, i), where i counts
+    the samples from the start of the training, and must give the same sample i at any time, in any process and in any
+    batch: this is what makes a resumed training equal to an uninterrupted one.
+    channels, size: of the images.  classes, captions: names of the classes, and captions of each.  flip: whether a
+    batch may have mirror images.  fingerprint: text that changes when the samples do.
+    """
+
+    channels: int
+    size: int
+    classes: Sequence[str]
+    captions: Sequence[Sequence[str]]
+    flip: bool
+    fingerprint: str
+
+    def batch(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return image (B, C, H, W) float32 in [-1, 1], caption, label (B,) int64, flip (B,) bool, index and epoch."""
+        ...
+
+
+def length_of(dataset: Any) -> int | None:
+    """Return the number of samples of a data set, None for a stream without an end."""
+    try:
+        return len(dataset)
+    except TypeError as error:  # a wrapper has a __len__, which asks the data set
+        if "has no len()" not in str(error):
+            raise
+        return None
+
+
+def make_stream(dataset: Any) -> Callable[..., Any]:
+    """Return the constructor (batch, steps, seed, start, rank, world) of a data set's stream of batches.
+
+    It is the data set's own, if it has one, as data of several shapes have.
+    """
+    if hasattr(dataset, "stream"):
+        return dataset.stream
+    return partial(BatchStream, length_of(dataset))
 
 
 @lru_cache(maxsize=4)

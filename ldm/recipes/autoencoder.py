@@ -16,6 +16,7 @@ from ldm.checkpoint.latent_space import LatentSpace
 from ldm.checkpoint.load import load_first_stage
 from ldm.config import build
 from ldm.data.latents import batches
+from ldm.data.stream import length_of
 from ldm.devices import rank_and_world_size
 from ldm.ema import WeightAverage
 from ldm.errors import UserError
@@ -104,6 +105,11 @@ class AutoencoderRecipe:
             )
         with open_run(cfg, folder, cache.FIRST_STAGE) as run:
             data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
+            if length_of(data) is None:
+                raise UserError(
+                    "training=autoencoder: these data have no length, and the latents' mean and scale are those of all "
+                    "images; train it on data with a length, and begin the diffusion model from init=RUN"
+                )
             torch.manual_seed(derive_seed(self.seed, "weights"))
             autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels)
             checks.check_data(cfg, data)
@@ -227,8 +233,9 @@ def evaluate_reconstruction(
     Each is decoded from a sample of its posterior, on which the second stage is trained.
     """
     scores = Reconstruction(score.net, score.reference) if score else Reconstruction()
-    for start in range(0, min(num, len(test)), 500):
-        rows = range(start, min(start + 500, num, len(test)))
+    num = min(num, length_of(test) or num)
+    for start in range(0, num, 500):
+        rows = range(start, min(start + 500, num))
         image = test.batch([(0, i) for i in rows])["image"]
         posterior = autoencoder.posterior(image)
         z = posterior.sample(KeyedNoise(0, list(rows)).normal("posterior", posterior.mean))

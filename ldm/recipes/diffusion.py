@@ -4,16 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hydra.utils import instantiate
 from torch import nn
 
 from ldm.checkpoint import adapters
-from ldm.checkpoint.latent_space import LatentSpace
+from ldm.checkpoint.latent_space import JOINT, LatentSpace
 from ldm.config import build
-from ldm.data.latents import LatentDataset
 from ldm.ema import SIGMA_RELS, PowerEMA, WeightAverage
 from ldm.evaluation import evaluator, protocol
 from ldm.evaluation.evaluate import CaptionSource, EvaluationConfig, evaluate, evaluate_during_training, format_count
@@ -25,7 +24,7 @@ from ldm.recipes import checks, init_weights
 from ldm.recipes.autoencoder import first_stage_dependency, load_or_train_first_stage
 from ldm.recipes.estimate import print_estimate
 from ldm.recipes.evaluator import evaluator_dependency
-from ldm.recipes.latents import cached_moments
+from ldm.recipes.latents import check_latents, training_data, trains_first_stage
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import TrainingRun, open_run
 from ldm.recipes.validation import held_out_subset, last_validation, validation_callback, validation_metrics
@@ -46,6 +45,7 @@ class DiffusionRecipe:
     cond_drop_prob: probability with which a sample's condition is dropped, in [0, 1].
     ema: module -> average of its weights.
     score: sampling settings of the evaluation at the end and during training.
+    latents: cached, all images are encoded before the first step; online, those of a batch are encoded in its step.
     validation: the loss on held-out images during training.
     snapshot_every: steps between two pairs of averages stored for a length chosen afterwards; None for none.
     """
@@ -61,6 +61,7 @@ class DiffusionRecipe:
     sample_every: int
     save_every: int
     score: EvaluationConfig
+    latents: Literal["cached", "online"] = "cached"
     snapshot_every: int | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
@@ -78,7 +79,7 @@ class DiffusionRecipe:
         return [*evaluator_dependency(cfg), *([] if cfg.get("init") else first_stage_dependency(cfg))]
 
     def train(self, cfg: Any) -> float | None:
-        """Train on cached latents, choose the guidance scale, sample and score with the averaged weights.
+        """Train, choose the guidance scale, sample and score with the averaged weights.
 
         Returns the metric named by cfg.optimized_metric, None if it was not measured.
         """
@@ -92,8 +93,9 @@ class DiffusionRecipe:
         names, reason = scored_metrics(cfg, score, self.steps)
         written = names if names is None else names | validated
         require_metric(cfg.get("keep_best"), written, reason, cfg.get("callbacks"))
-        subset = held_out_subset(cfg, self.validation)
         data = build.build_degraded_dataset(cfg, "train")
+        check_latents(cfg, data)
+        subset = held_out_subset(cfg, self.validation)
         checks.check_parts(cfg, data, is_new=not (folder / "checkpoints").is_dir())
         make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
         print_estimate(cfg, data)
@@ -104,6 +106,9 @@ class DiffusionRecipe:
             else init_weights.adopt_first_stage(cfg, source, data.channels)
         )
         init_weights.check_teacher(cfg, space)
+        joint, metadata = trains_first_stage(cfg), space.metadata
+        if joint:
+            metadata, reconstruction = metadata | JOINT, {}  # the metrics are of the first stage as it begins
         with open_run(cfg, folder) as run:
             check_resumed_latent_space(run, space)
             model, adapter = init_weights.build_training_model(cfg, run, autoencoder, data, source), cfg.get("adapter")
@@ -123,7 +128,7 @@ class DiffusionRecipe:
 
             if shapes := getattr(data, "shapes", None):
                 run.print(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
-            options: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": space.metadata}
+            options: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": metadata}
             if self.snapshot_every is not None:
                 options["averages"] = {f"ema_{length:g}": PowerEMA(model, length) for length in SIGMA_RELS}
                 options["snapshot_every"] = self.snapshot_every
@@ -135,8 +140,8 @@ class DiffusionRecipe:
             reads = getattr(model.conditioner, "reads", ())
             image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
             if subset is not None:
-                held_out = LatentDataset(subset, cached_moments(autoencoder, space, subset), image)
-                callback = validation_callback(self.validation, run, lit, ema, held_out, self.steps)
+                held_out = training_data(self.latents, autoencoder, space, subset, image)
+                callback = validation_callback(self.validation, run, lit, ema, subset, held_out, self.steps)
                 options["watch"] = [*options.get("watch", []), callback]
             callbacks = run.callbacks(
                 "diffusion",
@@ -147,7 +152,7 @@ class DiffusionRecipe:
                 grid_every=self.sample_every,
                 **options,
             )
-            latents = LatentDataset(data, cached_moments(autoencoder, space, data), image)
+            latents = training_data(self.latents, autoencoder, space, data, image)
             instantiate(cfg.trainer)(
                 lit, latents, callbacks, batch_size=self.batch_size, steps=self.steps, start=run.start, seed=cfg.seed
             )
@@ -164,13 +169,19 @@ class DiffusionRecipe:
                         if adapter
                         else ema.shadow
                     )
-                    atomic.write_tensors(folder / "weights.safetensors", weights, space.metadata)
+                    atomic.write_tensors(folder / "weights.safetensors", weights, metadata)
                     scaled = partial(guidance, scale=values["guidance"]) if make_score else guidance
                     sheet = sample_grid(model, captions, grid(model.denoiser.schedule, score.steps), sampler, scaled)
                     run.save_image(self.steps, "samples", sheet)
             if make_score:
                 values |= protocol.with_protocol_hash(
-                    evaluation_protocol(run.config, score, values, data.fingerprint, space.name)
+                    evaluation_protocol(
+                        run.config,
+                        score,
+                        values,
+                        data.fingerprint,
+                        space.trained_name(ema.shadow) if joint else space.name,
+                    )
                 )
             if subset is not None:
                 values |= last_validation(run, self.steps)

@@ -46,24 +46,27 @@ def time_stages(cfg: Any, data) -> list[tuple[str, int, float]]:
     parts = []
     config = {**build.to_container(cfg), "training": build.to_container(cfg.first_stage)}
     is_available = cfg.get("init") or not any(True for _ in autoencoder.parameters())
-    first = instantiate(cfg.first_stage)
+    first, second = instantiate(cfg.first_stage), instantiate(cfg.training)
     if not isinstance(first, AutoencoderRecipe):
-        image = data.pixels([0])
-        with torch.no_grad():
-            seconds = [time_call(lambda: autoencoder.posterior(image)) for _ in range(STEPS)]
-        parts.append(("encoding an image", len(data) * (2 if data.flip else 1), min(seconds)))
+        if second.latents == "cached":
+            image = data.pixels([0])
+            with torch.no_grad():
+                seconds = [time_call(lambda: autoencoder.posterior(image)) for _ in range(STEPS)]
+            parts.append(("encoding an image", len(data) * (2 if data.flip else 1), min(seconds)))
     elif not is_available and metrics_log.read_final_metrics(cache.first_stage_dir(config)) is None:
         without = min(first.discriminator_start, first.steps)
         seconds = time_steps(cfg, adversarial(autoencoder, first, data), data, first.batch_size, 2 * STEPS)
         parts.append(("the autoencoder", without, min(seconds[1:STEPS])))
         parts.append(("it with its adversary", first.steps - without, min(seconds[STEPS + 1 :])))
-    with torch.no_grad():
-        moments = autoencoder.eval().posterior(data.pixels([0]).to(autoencoder.shift)).moments.cpu()
-    every = moments[None].expand(2 if data.flip else 1, len(data), *moments.shape[1:])
-    second = instantiate(cfg.training)
+    if second.latents == "cached":
+        with torch.no_grad():
+            moments = autoencoder.eval().posterior(data.pixels([0]).to(autoencoder.shift)).moments.cpu()
+        latents = LatentDataset(data, moments[None].expand(2 if data.flip else 1, len(data), *moments.shape[1:]))
+    else:
+        latents = data
     model = build.build_model(cfg, autoencoder, data)
     lit = LitDiffusion(model, instantiate(cfg.objective), second.optimizer, second.cond_drop_prob)
-    seconds = time_steps(cfg, lit, LatentDataset(data, every), second.batch_size, STEPS)
+    seconds = time_steps(cfg, lit, latents, second.batch_size, STEPS)
     return [*parts, ("the diffusion model", second.steps, min(seconds[1:]))]
 
 

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from ldm.config import build
-from ldm.data.latents import LatentDataset
+from ldm.data.stream import length_of
 from ldm.data.subset import Subset, choose_rows
 from ldm.ema import WeightAverage
 from ldm.errors import UserError
@@ -22,6 +22,11 @@ def held_out_subset(cfg: Any, options: ValidationConfig) -> Subset | None:
     if options.every is None:
         return None
     data = build.build_degraded_dataset(cfg, "test")
+    if length_of(data) is None:
+        raise UserError(
+            f"training.validation.every={options.every}: the data's split test has no length, and {options.num} of its "
+            "images are chosen; expected null, or data with a finite test split"
+        )
     if not getattr(data, "held_out", len(data)):
         fraction = "data.test_fraction=0.1" if "test_fraction" in cfg.data else "other data"
         raise UserError(
@@ -51,20 +56,20 @@ def validation_callback(
     run: TrainingRun,
     lit: LitDiffusion,
     ema: WeightAverage,
-    data: LatentDataset,
+    subset: Subset,
+    latents: Any,
     steps: int,
 ) -> EvaluationCallback:
     """Return the callback that writes the loss of the averaged weights every options.every steps and at the last.
 
-    data: a Subset with its latents.  steps: of the whole training.
+    latents: the subset, with its moments or as it is.  steps: of the whole training.
     """
     if options.every is None:
         raise ValueError("every=None: expected a number of steps")
-    subset = data.dataset
     chosen, total = len(subset), len(subset.dataset)
     run.print(f"validation  {chosen:,} of {total:,} held-out images, {options.levels} noise levels")
     precision = run.config["trainer"].get("precision", "auto")
-    measure = HeldOutLoss(lit, data, subset.rows, options, precision, run.print)
+    measure = HeldOutLoss(lit, latents, subset.rows, options, precision, run.print)
     return EvaluationCallback(measure, run.log_metrics, options.every, ema, steps)
 
 

@@ -110,7 +110,7 @@ def ensure_trained(cfg: Any, entry: CacheEntry) -> Path:
         config |= {"logger": {"_target_": "ldm.training.loggers.NoLogger"}, "resume": "auto"}
         config.pop("debug", None)  # debugging concerns the run itself, not its dependencies
         config["keep_best"] = None  # the dependency need not log that metric
-        # Degradations belong to the diffusion model.
+        config.pop("augmentation", None)  # it and degradations belong to the diffusion model
         config |= {"degradation": {"_target_": "ldm.data.degrade.identity", "_partial_": True}}
         if devices == 1 and config["trainer"]["strategy"] != "fsdp":  # training replaces fsdp itself, with a message
             config["trainer"]["strategy"] = "auto"

@@ -44,8 +44,9 @@ NOT_HASHED = (
     ),
 )
 
-# Keys that configs did not always have: an empty one counts as absent, so that the same command finds an older run.
-ABSENT_IF_EMPTY = ("callbacks",)
+# Keys that older configs lack -> the values that mean what their runs did. With one of these a key counts as absent, so
+# that the same command finds an older run.
+FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {"callbacks": ({}, None), "training.latents": ("cached",)}
 
 
 def run_id(config: Mapping[str, Any], words: Sequence[str] = (), ignore: Collection[str] = NOT_HASHED) -> str:
@@ -63,11 +64,11 @@ def hash_config(value: Any) -> str:
 
 
 def drop_keys(config: Mapping[str, Any], keys: Collection[str], above: str = "") -> dict[str, Any]:
-    """Return a config without the given dotted keys, and without those of ABSENT_IF_EMPTY that are empty."""
+    """Return a config without the given dotted keys, and without those of FORMER_DEFAULTS that have a value there."""
     return {
         key: drop_keys(value, keys, f"{above}{key}.") if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if f"{above}{key}" not in keys and (value or f"{above}{key}" not in ABSENT_IF_EMPTY)
+        if f"{above}{key}" not in keys and value not in FORMER_DEFAULTS.get(f"{above}{key}", ())
     }
 
 

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from ldm import compat
-from ldm.data.stream import BatchDataset, BatchStream
+from ldm.data.stream import BatchDataset, make_stream
 from ldm.devices import PRECISION, rank_and_world_size, resolve_precision
 from ldm.errors import ConfigError, UserError
 from ldm.training.accumulate import MicroBatchStream, StepCallbacks
@@ -87,10 +86,7 @@ def fit(
                 f"trainer     strategy=fsdp shards diffusion models alone; {name} is trained with strategy={strategy}",
                 flush=True,
             )
-    make_stream = getattr(
-        dataset, "stream", partial(BatchStream, len(dataset))
-    )  # data of several shapes have their own
-    stream = make_stream(batch_size, steps, seed, start, rank, ranks)
+    stream = make_stream(dataset)(batch_size, steps, seed, start, rank, ranks)
     if accumulate_grad_batches > 1:
         stream = MicroBatchStream(stream, accumulate_grad_batches)
     if not lit.automatic_optimization:

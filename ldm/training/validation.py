@@ -11,7 +11,6 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor, nn
 
 from ldm.checkpoint.state import trainable_parameters
-from ldm.data.latents import LatentDataset
 from ldm.devices import rank_and_world_size, resolve_precision
 from ldm.diffusion.fixed_pairs import level_noise, per_row_objective, timestep_density
 from ldm.errors import ConfigError
@@ -67,7 +66,8 @@ class ValidationConfig:
 class HeldOutLoss:
     """Measure the loss of a diffusion model, with the weights that it has at the call, at fixed pairs (t, eps).
 
-    data: held-out images, whose latents are fixed too.  rows: the key of each.  precision: the trainer's.
+    data: held-out images, with moments or to be encoded; their latents are fixed too.  rows: the key of each.
+    precision: the trainer's.
     report: receives one line, at the first call.
     Without dropout of conditions or of activations, without random numbers of torch, and without gradients left behind.
     The processes share out the images; the result is the same in all.
@@ -76,7 +76,7 @@ class HeldOutLoss:
     def __init__(
         self,
         lit: LitDiffusion,
-        data: LatentDataset,
+        data: Any,
         rows: Sequence[int],
         options: ValidationConfig,
         precision: str | int = "auto",
@@ -140,7 +140,7 @@ class HeldOutLoss:
                 cond = part["cond"]
                 if cond is None:  # for each level anew, as a backward pass frees what it went through
                     cond = model.condition({**part["batch"], "noise": part["noise"]})
-                terms = objective(model.denoiser, part["z"], cond.to(part["z"].dtype), noise, part["batch"])
+                terms = self.lit.terms(objective, part["z"], cond.to(part["z"].dtype), noise, part["batch"])
             for i, name in enumerate(TERMS):
                 if name in terms:
                     sums[:, i] += torch.stack([terms[name].detach().double().sum().cpu(), torch.tensor(len(noise))])

@@ -125,3 +125,66 @@ def test_stream_of_billion_samples_needs_no_memory():
     at = stream_of_all.batch_at(244_141).samples
     assert len(at) == 4
     assert all(0 <= i < 10**9 and e in (0, 1) for e, i in at)
+
+
+class Endless:
+    """A data set without a length."""
+
+    def batch(self, samples):
+        return {"index": [i for _, i in samples], "epoch": [epoch for epoch, _ in samples]}
+
+
+class Wrapper:
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+
+class Broken:
+    def __len__(self):
+        return "two" + 1
+
+
+def test_endless_stream_numbers_samples_from_the_start():
+    whole = list(BatchStream(None, batch=3, steps=4, seed=5))
+    assert rows(whole) == [(0, i) for i in range(12)]
+    assert [(part.position, part.total, part.step) for part in whole] == [([0, 1, 2], 3, step) for step in range(4)]
+    resumed = BatchStream(None, batch=3, steps=4, start=2)
+    assert list(resumed) == whole[2:]
+    assert len(resumed) == 2
+
+
+def test_endless_stream_ranks_partition_batch():
+    whole = list(BatchStream(None, 7, 3))
+    ranks = [list(BatchStream(None, 7, 3, rank=r, world=3)) for r in range(3)]
+    for step, part in enumerate(whole):
+        assert [at for r in ranks for at in r[step].samples] == part.samples
+        assert [p for r in ranks for p in r[step].position] == part.position
+
+
+def test_length_of_dataset_is_none_without_one():
+    assert stream.length_of(Synthetic(num=5)) == 5
+    assert stream.length_of(Endless()) is None
+    assert stream.length_of(Wrapper(Endless())) is None
+    with pytest.raises(TypeError, match="concatenate"):
+        stream.length_of(Broken())
+
+
+def test_stream_of_dataset_is_its_own_or_depends_on_length():
+    class Streaming(Synthetic):
+        stream = staticmethod(lambda *args: args)
+
+    options = (4, 9, 1, 2, 0, 1)
+    assert stream.make_stream(Synthetic(num=5))(*options) == BatchStream(5, *options)
+    assert stream.make_stream(Wrapper(Endless()))(*options) == BatchStream(None, *options)
+    assert stream.make_stream(Streaming(num=5))(*options) == options
+
+
+def test_loader_reads_dataset_without_length():
+    parts = BatchStream(None, 4, 5, start=1)
+    loader = DataLoader(BatchDataset(Endless()), sampler=parts, batch_size=None, num_workers=1)
+    batches = list(loader)
+    assert [batch["index"] for batch in batches] == [list(range(4 * step, 4 * step + 4)) for step in range(1, 5)]
+    assert len(loader) == 4

@@ -1,0 +1,330 @@
+"""Random crops, flips and colours of training images, each a function of (seed, purpose, epoch, index) alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ldm.data.masks import randint, uniform
+from ldm.errors import ConfigError
+from ldm.tensors import derive_seed
+
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the grey value (ITU-R BT.601)
+ATTEMPTS = 10  # boxes that RandomResizedCrop draws before it takes the central one
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels: its upper left corner and its sides."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Crop(Protocol):
+    """A random part of an image.
+
+    size: side of the square that a part is resized to, None for that of the data set's images.
+    """
+
+    @property
+    def size(self) -> int | None: ...
+    def sample(self, height: int, width: int, draw: Generator) -> Box:
+        """Choose the part of an image of height x width pixels."""
+        ...
+
+    def centre(self, height: int, width: int) -> Box:
+        """Return the part that stands for the image where nothing is random, as in evaluation."""
+        ...
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A square of size x size pixels of the image, at a uniformly random position, not resized.
+
+    Raises ConfigError for a size below 1, and for an image that is smaller.
+    """
+
+    size: int
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ConfigError(f"crop.size={self.size}: expected 1 pixel or more")
+
+    def sample(self, height: int, width: int, draw: Generator) -> Box:
+        """Choose the square in an image of height x width pixels."""
+        self._require(height, width)
+        return Box(randint(draw, 0, height - self.size), randint(draw, 0, width - self.size), self.size, self.size)
+
+    def centre(self, height: int, width: int) -> Box:
+        """Return the central square of an image of height x width pixels."""
+        self._require(height, width)
+        return Box((height - self.size) // 2, (width - self.size) // 2, self.size, self.size)
+
+    def _require(self, height: int, width: int) -> None:
+        if min(height, width) < self.size:
+            raise ConfigError(
+                f"crop.size={self.size}: the images have {height}x{width} pixels; choose a smaller crop, or larger "
+                "images with data.size"
+            )
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A part of random area and shape, resized to size x size pixels (Szegedy et al. 2015, section 6).
+
+    size: None for that of the data set's images.  scale: range of the part's area, as a fraction of the image's.
+    ratio: range of its width / height, log-uniform; a part that does not fit is drawn again, ATTEMPTS times, and then
+    replaced by the central one.  Raises ConfigError for ranges that are empty or out of (0, 1] and (0, inf).
+    """
+
+    size: int | None = None
+    scale: Sequence[float] = (0.08, 1.0)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self):
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"crop.size={self.size}: expected 1 pixel or more, or null for the size of the images")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"crop.scale={list(self.scale)}: expected two fractions above 0 and up to 1, in order")
+        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ConfigError(f"crop.ratio={list(self.ratio)}: expected two positive numbers, in order")
+
+    def sample(self, height: int, width: int, draw: Generator) -> Box:
+        """Choose the part of an image of height x width pixels."""
+        for _ in range(ATTEMPTS):
+            area = height * width * uniform(draw, *self.scale)
+            ratio = math.exp(uniform(draw, *map(math.log, self.ratio)))
+            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < h <= height and 0 < w <= width:
+                return Box(randint(draw, 0, height - h), randint(draw, 0, width - w), h, w)
+        return self._largest(height, width, *self.ratio)
+
+    def centre(self, height: int, width: int) -> Box:
+        """Return the largest central square of an image of height x width pixels."""
+        return self._largest(height, width, 1.0, 1.0)
+
+    @staticmethod
+    def _largest(height: int, width: int, low: float, high: float) -> Box:
+        """Return the largest central part with a width / height from low to high."""
+        h, w = min(height, max(1, round(width / low))), min(width, max(1, round(height * high)))
+        return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Changes of brightness, contrast, saturation and hue by random amounts, in random order.
+
+    brightness, contrast, saturation: the factor is uniform from max(0, 1 - x) to 1 + x.  hue: the shift is uniform from
+    -x to x turns, at most 0.5.  Grey images keep saturation and hue.  Raises ConfigError for values out of range.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self):
+        for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                limit = "0 or more" if most == math.inf else f"0 to {most:g} turns"
+                raise ConfigError(f"color.{name}={getattr(self, name)}: expected {limit}")
+
+    def __call__(self, image: Tensor, draw: Generator) -> Tensor:
+        """Return a changed copy of an image (1 or 3, H, W) in [-1, 1]. Raises ConfigError for other shapes."""
+        if image.ndim != 3 or len(image) not in (1, 3):
+            raise ConfigError(
+                f"augmentation.color: expected images of 1 or 3 channels, got {tuple(image.shape)}; leave color out"
+            )
+        amounts = [uniform(draw, max(0.0, 1 - x), 1 + x) for x in (self.brightness, self.contrast, self.saturation)]
+        changes = [*zip((adjust_brightness, adjust_contrast, adjust_saturation), amounts, strict=True)]
+        changes.append((adjust_hue, uniform(draw, -self.hue, self.hue)))
+        for i in torch.randperm(len(changes), generator=draw).tolist():
+            change, amount = changes[i]
+            image = change(image, amount)
+        return image
+
+
+class AugmentedDataset(Dataset):
+    """A data set whose training images are randomly flipped, cropped and recoloured, in this order.
+
+    training: whether anything is random; otherwise a batch has the crop's central part of each image, as `pixels` has.
+    crop: chooses the part of an image.  flip: probability of a mirror image, besides the data set's own flips.
+    color: changes the image's values alone; flips and crops also change the maps of the batch, the tensors of the same
+    height and width.
+    With a crop, the batch also has these tensors (B, 2) int64, height first: `original_size`, the data set's image;
+    `crop`, the upper left corner of the part; `crop_size`, its sides before it is resized (SDXL, Podell et al. 2023,
+    section 2.2). Corners are those in the flipped image.
+    All choices are functions of (seed, epoch, index). Everything else is the data set's.
+    Raises ConfigError for a probability outside [0, 1], and for data whose images have several shapes, or boxes.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        training: bool,
+        crop: Crop | None = None,
+        flip: float = 0.0,
+        color: ColorJitter | None = None,
+        seed: int = 0,
+    ):
+        if not 0 <= flip <= 1:
+            raise ConfigError(f"augmentation.flip={flip}: expected a probability from 0 to 1")
+        if getattr(dataset, "shapes", None) and (crop is not None or flip):
+            raise ConfigError(
+                "augmentation: images of several shapes are neither cropped nor flipped; "
+                "leave crop and flip out, set data.flip=true, or choose data=folder"
+            )
+        self.dataset, self.training, self.crop, self.color, self.seed = dataset, training, crop, color, seed
+        self.probability = flip if training else 0.0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":  # pickle reads attributes before `dataset` is set
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    @property
+    def size(self) -> int:
+        """Side of the images, in pixels."""
+        return (self.crop.size if self.crop is not None else None) or self.dataset.size
+
+    @property
+    def stored_size(self) -> int:
+        """Side of the data set's images, in pixels."""
+        return self.dataset.size
+
+    @property
+    def flip(self) -> bool:
+        """Whether a batch may have mirror images."""
+        return self.dataset.flip or self.probability > 0
+
+    @property
+    def changed_by(self) -> list[str]:
+        """The transforms because of which a batch has other images than `pixels` and their mirror images."""
+        active = {"crop": self.crop, "color": self.color} if self.training else {}
+        return [name for name, transform in active.items() if transform is not None]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of `pixels`."""
+        if self.crop is None:
+            return self.dataset.fingerprint
+        return f"{self.dataset.fingerprint}-{sha256(repr(self.crop).encode()).hexdigest()[:16]}"
+
+    def batch(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the samples, (epoch, index) pairs, as the data set gives them, with changed images and maps."""
+        batch = dict(self.dataset.batch(samples))
+        if self.crop is not None and "boxes" in batch:
+            raise ConfigError("augmentation.crop: the boxes of a layout would no longer fit; leave crop out")
+        image = batch["image"]
+        height, width = image.shape[-2:]
+        flips = [
+            uniform(self.generator("flip", *sample), 0, 1) < self.probability if self.probability else False
+            for sample in samples
+        ]
+        boxes = [self.box(height, width, *sample) for sample in samples]
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.ndim > 2 and value.shape[-2:] == image.shape[-2:]:
+                rows = zip(value, flips, boxes, strict=True)
+                batch[name] = torch.stack([self.part(x.flip(-1) if flip else x, box) for x, flip, box in rows])
+        if self.color is not None and self.training:
+            draws = (self.generator("color", *sample) for sample in samples)
+            batch["image"] = torch.stack([self.color(x, draw) for x, draw in zip(batch["image"], draws, strict=True)])
+        if "flip" in batch:
+            batch["flip"] = batch["flip"] ^ torch.tensor(flips, dtype=torch.bool)
+        if self.crop is not None:
+            batch["original_size"] = torch.tensor([[height, width]]).expand(len(boxes), 2).clone()
+            batch["crop"] = torch.tensor([[box.top, box.left] for box in boxes]).reshape(-1, 2)
+            batch["crop_size"] = torch.tensor([[box.height, box.width] for box in boxes]).reshape(-1, 2)
+        return batch
+
+    def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return a batch without its images."""
+        return {name: value for name, value in self.batch(samples).items() if name != "image"}
+
+    def pixels(self, index: Sequence[int] | Tensor) -> Tensor:
+        """Return the crop's central part of each image, (B, C, size, size) float32 in [-1, 1], never flipped."""
+        image = self.dataset.pixels(index)
+        return image if self.crop is None else self.part(image, self.crop.centre(*image.shape[-2:]))
+
+    def box(self, height: int, width: int, epoch: int, index: int) -> Box:
+        """Return the part of an image of height x width pixels that is used in an epoch."""
+        if self.crop is None:
+            return Box(0, 0, height, width)
+        if not self.training:
+            return self.crop.centre(height, width)
+        return self.crop.sample(height, width, self.generator("crop", epoch, index))
+
+    def part(self, x: Tensor, box: Box) -> Tensor:
+        """Return a part of x (..., H, W), resized if there is a crop."""
+        x = x[..., box.top : box.top + box.height, box.left : box.left + box.width]
+        return x if self.crop is None else resize_to_square(x, self.size)
+
+    def generator(self, purpose: str, epoch: int, index: int) -> Generator:
+        """Return the generator for the random choices for one sample in one epoch."""
+        return Generator().manual_seed(derive_seed(self.seed, purpose, epoch, index))
+
+
+def resize_to_square(x: Tensor, size: int) -> Tensor:
+    """Resize x (..., H, W) to size x size pixels: bilinearly with antialiasing, integers to the nearest pixel."""
+    if tuple(x.shape[-2:]) == (size, size):
+        return x
+    flat = x.reshape(1, -1, *x.shape[-2:])
+    if x.is_floating_point():
+        flat = F.interpolate(flat, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    else:
+        flat = F.interpolate(flat.double(), (size, size), mode="nearest-exact").to(x.dtype)
+    return flat.reshape(*x.shape[:-2], size, size)
+
+
+def adjust_brightness(image: Tensor, factor: float) -> Tensor:
+    """Multiply the values of an image (C, H, W) in [-1, 1], counted from black, by a factor."""
+    return _blend(image, torch.tensor(-1.0), factor)
+
+
+def adjust_contrast(image: Tensor, factor: float) -> Tensor:
+    """Multiply the differences of an image (C, H, W) in [-1, 1] from its mean grey value by a factor."""
+    return _blend(image, to_grey(image).mean(), factor)
+
+
+def adjust_saturation(image: Tensor, factor: float) -> Tensor:
+    """Multiply the differences of an image (C, H, W) in [-1, 1] from its grey values by a factor."""
+    return _blend(image, to_grey(image), factor) if len(image) == 3 else image
+
+
+def adjust_hue(image: Tensor, turns: float) -> Tensor:
+    """Shift the hue (of hue, saturation, value) of an image (C, H, W) in [-1, 1] by a part of a turn; grey stays."""
+    if len(image) != 3 or not turns:
+        return image
+    red, green, blue = rgb = (image + 1) / 2
+    value, least = rgb.amax(0), rgb.amin(0)
+    chroma = value - least
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(  # in sixths of a turn
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    sixths = (hue + 6 * turns + torch.tensor([5.0, 3.0, 1.0])[:, None, None].to(image)) % 6
+    return 2 * (value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)) - 1
+
+
+def to_grey(image: Tensor) -> Tensor:
+    """Return the grey values (1, H, W) of an image (1 or 3, H, W), in its units."""
+    weights = torch.tensor(LUMA)[:, None, None].to(image)
+    return image if len(image) == 1 else (image * weights).sum(0, keepdim=True)
+
+
+def _blend(image: Tensor, other: Tensor, factor: float) -> Tensor:
+    """Return other + factor (image - other), clamped to [-1, 1]."""
+    return (other + factor * (image - other)).clamp(-1, 1)
