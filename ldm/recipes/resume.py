@@ -78,7 +78,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], parts: Collec
     """Return each key that differs in two configs and on which a training step depends, as `key: old -> new`."""
     free = KEYS_FREE_TO_DIFFER | set(new.get("resume_allow_changes") or ())
     chosen = ({key: value for key, value in config.items() if parts is None or key in parts} for config in (old, new))
-    before, after = (identity.drop_keys(identity.drop_former_defaults(config), free) for config in chosen)
+    before, after = (identity.drop_keys(config, free) for config in chosen)
     return identity.config_diff(before, after)
 
 
