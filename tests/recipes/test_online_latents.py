@@ -103,7 +103,8 @@ def test_cached_latents_are_not_in_names_of_runs():
 
 def cfg_of(latents="cached", metrics="full"):
     node = {"_target_": "x"} if metrics == "full" else {}
-    return SimpleNamespace(training=SimpleNamespace(latents=latents), metrics=node)
+    objective = {"_target_": "ldm.diffusion.objective.Objective"}
+    return SimpleNamespace(training=SimpleNamespace(latents=latents), metrics=node, objective=objective)
 
 
 SMALL = Synthetic(num=4, size=16)
