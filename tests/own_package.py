@@ -174,6 +174,9 @@ class Bare:
 
     def __len__(self):
         return 8
+
+    def batch(self, samples):
+        return {}
 ''',
     "compile.py": '''
 from torch import nn

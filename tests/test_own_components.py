@@ -126,7 +126,7 @@ WRONG = [
     ({"autoencoder__factor": 3}, "data.size=16: height and width must be multiples of 3, the first stage's factor"),
     (
         {"data": {"_target_": "our_paper.classes.Bare"}},
-        "data: our_paper.classes.Bare has no fingerprint, batch, batch_metadata, pixels; expected what",
+        "data: our_paper.classes.Bare has no fingerprint, batch_metadata, pixels; expected what",
     ),
     (
         {"schedule": {"_target_": "our_paper.package.Half"}},

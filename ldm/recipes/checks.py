@@ -15,11 +15,13 @@ from ldm.conditioner.compose import condition_or_null
 from ldm.config import build
 from ldm.config.signatures import is_user_code
 from ldm.config.tree import iter_nodes
+from ldm.data.stream import Samples, length_of
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.interfaces import Conditioner, Decoder, ImageDataset, missing_members
 from ldm.metrics.distribution import Metric
 from ldm.model import LatentDiffusion
+from ldm.recipes.latents import trains_first_stage
 from ldm.sampling.generate import generate_samples
 from ldm.tensors import KeyedNoise
 from ldm.training.loggers import Logger
@@ -70,6 +72,9 @@ def check_data(cfg: Any, data: Any) -> None:
     """Raise UserError for a data set of one's own that lacks a member, or whose images are of another size."""
     if not user_targets(cfg.data):
         return
+    if length_of(data) is None:  # an endless stream of batches
+        check_members(data, Samples, "data", cfg.data["_target_"])
+        return
     check_members(data, ImageDataset, "data", cfg.data["_target_"])
     if not hasattr(data, "shapes"):  # images of several shapes have no common size
         require_shape("data", "pixels", data.pixels([0]), (1, data.channels, data.size, data.size))
@@ -90,7 +95,7 @@ def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:
         return
     if next(autoencoder.parameters(), None) is not None:
         check_members(autoencoder.decoder, Decoder, "autoencoder.decoder", type(autoencoder.decoder).__name__)
-    image = data.pixels([0] * ROWS)
+    image = first_batch(data)["image"]
     z = autoencoder.z_channels, *(side // factor for side in image.shape[-2:])
     with torch.no_grad():
         require_shape("autoencoder.encoder", "the latent", autoencoder.posterior(image).mean, (ROWS, *z))
@@ -187,7 +192,8 @@ def check_objective(model: LatentDiffusion, cfg: Any, data: Any) -> None:
     if not isinstance(objective, nn.Module):
         raise UserError(f"objective: what {name} gives is no nn.Module; expected one")
     z = model.encode(batch["image"])
-    terms = objective.eval()(model.denoiser, z, model.condition(batch).to(z.dtype), batch["noise"], batch)
+    joint = {"first_stage": model.autoencoder} if trains_first_stage(cfg) else {}
+    terms = objective.eval()(model.denoiser, z, model.condition(batch).to(z.dtype), batch["noise"], batch, **joint)
     loss = terms.get("loss") if isinstance(terms, Mapping) else None
     if not isinstance(loss, Tensor):
         raise UserError(f"objective: {name} returns {type(terms).__name__}; expected terms, with the tensor 'loss'")

@@ -54,7 +54,7 @@ def check_latents(cfg: Any, data: Any) -> None:
 
 def trains_first_stage(cfg: Any) -> bool:
     """Return whether the config's objective is a JointObjective."""
-    return bool(getattr(get_object(cfg.objective["_target_"]), "trains_first_stage", False))
+    return bool(getattr(get_object(cfg["objective"]["_target_"]), "trains_first_stage", False))
 
 
 def training_data(latents: str, autoencoder: Any, space: LatentSpace, data: Any, image: bool) -> Any:
