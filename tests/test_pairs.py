@@ -267,7 +267,7 @@ class Recorded(sweep.SweepJob):
 
 if __name__ == "__main__":
     sweep.SweepJob = Recorded
-    Composition.check = lambda self, supplied: self.job_overrides() and []  # composed, and not built
+    Composition.check = lambda self: self.job_overrides() and []  # composed, and not built
     run_command(lambda cfg: None, "train")
 """
 SMI = "#!/bin/sh\nprintf '0, GPU-aa, 3\\n1, GPU-bb, 0\\n'\n"

@@ -41,10 +41,10 @@ SAID = protocol.with_protocol_hash({"network": "toy", "n": 100, "sampler": "ddim
 COMPOSED: dict = {}
 
 
-def once(script: str, typed: list, supplied: object = None, compose: object = compose_jobs) -> list:
+def once(script: str, typed: list, compose: object = compose_jobs) -> list:
     """jobs.composed, which takes its time, once for all tests: the toy is the same in each."""
     if tuple(typed) not in COMPOSED:
-        COMPOSED[tuple(typed)] = compose(script, typed, supplied)
+        COMPOSED[tuple(typed)] = compose(script, typed)
     return COMPOSED[tuple(typed)]
 
 
