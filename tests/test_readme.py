@@ -284,7 +284,7 @@ def test_readme_test_command_is_that_of_ci():
     assert line.split("#")[0].strip() in re.sub(
         r"pip install -\S+ -e", "pip install -e", script
     )  # quieter, but the same
-    assert "\npytest -m slow\n" in script
+    assert "\npytest -m slow" in script
 
 
 @pytest.mark.slow
