@@ -352,7 +352,7 @@ def test_readme_script_starts_with_its_arguments(typed, tmp_path, monkeypatch):
     """Scripts that take hours, or runs of another study: they import and their main accepts what is typed."""
     file = ROOT / typed[0]
     monkeypatch.syspath_prepend(str(file.parent))
-    names = {path.stem for path in file.parent.glob("*.py")}
+    names = {path.stem for path in file.parent.glob("*.py")} - {*sys.modules}  # what another test imported stays
     with here(tmp_path):
         try:
             main = runpy.run_path(str(file), run_name="script")["main"]
