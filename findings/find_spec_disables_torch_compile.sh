@@ -7,7 +7,8 @@
 # is its own: InductorError: AssertionError: .../distutils/core.py, far from the question and without a hint of it.
 # (Seen on Python 3.11; since 3.12 the standard library has no distutils.) To ask for pip without the side effect, use
 # importlib.metadata.version("pip"). Needs a C++ compiler and Python's headers.
-# Output: "compiled: ok" and "compiled after find_spec: AssertionError ... distutils/core.py"; exits with 1 otherwise.
+# Output: "compiled: ok" and "compiled after find_spec: backend='inductor' raised: AssertionError: .../distutils/core.py";
+# exits with 1 otherwise.
 set -euo pipefail
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"

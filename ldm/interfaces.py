@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ldm.condition import Condition
+from ldm.data.stream import Samples
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.tensors import KeyedNoise
@@ -138,30 +139,13 @@ class OptionalSchedule(Protocol):
     alpha_bar: Tensor  # (T,), for export to diffusers
 
 
-class ImageDataset(Protocol):
+class ImageDataset(Samples, Protocol):
     """A data set: `data`; its constructor gets split="train" or "test".  InMemoryDataset and LazyDataset are two.
 
-    A sample is a function of (epoch, index) alone.
-    classes, captions: the names of the classes, and the captions of each, at least one.
-    channels, size: of the images, square ones.  flip: whether they are mirrored at random.
+    Latents are cached under its fingerprint, the identity of pixels and labels.  Each class has at least one caption.
     """
 
-    classes: Sequence[str]
-    captions: Sequence[Sequence[str]]
-    channels: int
-    size: int
-    flip: bool
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the pixels and labels; latents are cached under it."""
-        ...
-
     def __len__(self) -> int: ...
-
-    def batch(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return the samples, (epoch, index) pairs: batch_metadata, and image (B, C, H, W) float32 in [-1, 1]."""
-        ...
 
     def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return label (B,) int64, flip (B,) bool, and the lists caption, index and epoch."""
@@ -188,9 +172,11 @@ class OptionalDataset(Protocol):
 
 
 def required_members(protocol: type) -> list[str]:
-    """Return the names of the members that a Protocol requires, annotated attributes first."""
-    methods = [name for name in vars(protocol) if not name.startswith("_") or name == "__len__"]
-    return [*sorted(getattr(protocol, "__annotations__", {})), *methods]
+    """Return the names of the members that a Protocol and those that it extends require, annotated attributes first."""
+    bases = [base for base in reversed(protocol.__mro__) if getattr(base, "_is_protocol", False)]
+    attributes = {name for base in bases for name in vars(base).get("__annotations__", {})}
+    methods = {name: None for base in bases for name in vars(base) if not name.startswith("_") or name == "__len__"}
+    return [*sorted(attributes), *methods]
 
 
 def missing_members(part: Any, protocol: type) -> list[str]:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from ldm.data.masks import randint, uniform
+from ldm.data.wrapper import WrappedDataset
 from ldm.errors import ConfigError
-from ldm.tensors import derive_seed
 
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the grey value (ITU-R BT.601)
 ATTEMPTS = 10  # boxes that RandomResizedCrop draws before it takes the central one
@@ -152,7 +151,7 @@ class ColorJitter:
         return image
 
 
-class AugmentedDataset(Dataset):
+class AugmentedDataset(WrappedDataset):
     """A data set whose training images are randomly flipped, cropped and recoloured, in this order.
 
     training: whether anything is random; otherwise a batch has the crop's central part of each image, as `pixels` has.
@@ -182,16 +181,9 @@ class AugmentedDataset(Dataset):
                 "augmentation: images of several shapes are neither cropped nor flipped; "
                 "leave crop and flip out, set data.flip=true, or choose data=folder"
             )
-        self.dataset, self.training, self.crop, self.color, self.seed = dataset, training, crop, color, seed
+        super().__init__(dataset)
+        self.training, self.crop, self.color, self.seed = training, crop, color, seed
         self.probability = flip if training else 0.0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "dataset":  # pickle reads attributes before `dataset` is set
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
     @property
     def size(self) -> int:
@@ -226,20 +218,32 @@ class AugmentedDataset(Dataset):
         batch = dict(self.dataset.batch(samples))
         if self.crop is not None and "boxes" in batch:
             raise ConfigError("augmentation.crop: the boxes of a layout would no longer fit; leave crop out")
-        image = batch["image"]
-        height, width = image.shape[-2:]
-        flips = [
-            uniform(self.generator("flip", *sample), 0, 1) < self.probability if self.probability else False
-            for sample in samples
-        ]
-        boxes = [self.box(height, width, *sample) for sample in samples]
-        for name, value in batch.items():
-            if isinstance(value, Tensor) and value.ndim > 2 and value.shape[-2:] == image.shape[-2:]:
-                rows = zip(value, flips, boxes, strict=True)
-                batch[name] = torch.stack([self.part(x.flip(-1) if flip else x, box) for x, flip, box in rows])
+        height, width = batch["image"].shape[-2:]
+        batch = self._cut(batch, samples, height, width)
         if self.color is not None and self.training:
             draws = (self.generator("color", *sample) for sample in samples)
             batch["image"] = torch.stack([self.color(x, draw) for x, draw in zip(batch["image"], draws, strict=True)])
+        return batch
+
+    def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return a batch without its images, which are read only where there is a crop, that depends on their size."""
+        if self.crop is not None:
+            return {name: value for name, value in self.batch(samples).items() if name != "image"}
+        size = self.dataset.size
+        return self._cut(dict(self.dataset.batch_metadata(samples)), samples, size, size)
+
+    def _cut(
+        self, batch: dict[str, Any], samples: Sequence[tuple[int, int]], height: int, width: int
+    ) -> dict[str, Any]:
+        """Flip and crop the tensors (B, ..., height, width) of a batch, and add what was done to it."""
+        if self.crop is None and not self.probability:
+            return batch
+        flips = [bool(uniform(self.generator("flip", *sample), 0, 1) < self.probability) for sample in samples]
+        boxes = [self.box(height, width, *sample) for sample in samples]
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.ndim > 2 and value.shape[-2:] == (height, width):
+                rows = zip(value, flips, boxes, strict=True)
+                batch[name] = torch.stack([self.part(x.flip(-1) if flip else x, box) for x, flip, box in rows])
         if "flip" in batch:
             batch["flip"] = batch["flip"] ^ torch.tensor(flips, dtype=torch.bool)
         if self.crop is not None:
@@ -247,10 +251,6 @@ class AugmentedDataset(Dataset):
             batch["crop"] = torch.tensor([[box.top, box.left] for box in boxes]).reshape(-1, 2)
             batch["crop_size"] = torch.tensor([[box.height, box.width] for box in boxes]).reshape(-1, 2)
         return batch
-
-    def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return a batch without its images."""
-        return {name: value for name, value in self.batch(samples).items() if name != "image"}
 
     def pixels(self, index: Sequence[int] | Tensor) -> Tensor:
         """Return the crop's central part of each image, (B, C, size, size) float32 in [-1, 1], never flipped."""
@@ -269,10 +269,6 @@ class AugmentedDataset(Dataset):
         """Return a part of x (..., H, W), resized if there is a crop."""
         x = x[..., box.top : box.top + box.height, box.left : box.left + box.width]
         return x if self.crop is None else resize_to_square(x, self.size)
-
-    def generator(self, purpose: str, epoch: int, index: int) -> Generator:
-        """Return the generator for the random choices for one sample in one epoch."""
-        return Generator().manual_seed(derive_seed(self.seed, purpose, epoch, index))
 
 
 def resize_to_square(x: Tensor, size: int) -> Tensor:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ldm.data.decode import open_image
 from ldm.data.folder import File, ImageFolder, decode_all
 from ldm.data.image_cache import cached
 from ldm.data.memory import InMemoryDataset, flip_where
 from ldm.data.stream import BatchSlice, BatchStream
+from ldm.data.wrapper import WrappedDataset
 from ldm.errors import ConfigError, UserError
 from ldm.tensors import derive_seed
 
@@ -174,7 +174,7 @@ class BucketedFolder(ImageFolder):
         return BucketedDataset(self, parts, [sorted(set(buckets)).index(bucket) for bucket in buckets])
 
 
-class BucketedDataset(Dataset):
+class BucketedDataset(WrappedDataset):
     """A data set with images of several shapes: image (B, channels, height, width), one shape per batch.
 
     `stream` gives such batches.
@@ -186,7 +186,8 @@ class BucketedDataset(Dataset):
         counts = torch.tensor(buckets).bincount(minlength=len(parts)).tolist()
         if counts != [len(part) for part in parts]:
             raise ValueError(f"parts of {[len(part) for part in parts]} images do not fit buckets of {counts}")
-        self.dataset, self.parts, self.buckets = dataset, list(parts), tuple(buckets)
+        super().__init__(dataset)
+        self.parts, self.buckets = list(parts), tuple(buckets)
         self.bucket = torch.tensor(buckets)
         self.part_rows = torch.zeros(len(buckets), dtype=torch.long)  # of each sample in its part
         for bucket, count in enumerate(counts):
@@ -194,11 +195,6 @@ class BucketedDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.buckets)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "dataset":  # pickle reads attributes before `dataset` is set
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

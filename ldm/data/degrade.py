@@ -3,24 +3,22 @@
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from ldm.data.masks import Mask, randint, uniform
+from ldm.data.wrapper import WrappedDataset
 from ldm.errors import ConfigError
-from ldm.tensors import derive_seed
 
 Shrink = Callable[[Tensor, Generator], Tensor]  # (C, H, W) in [-1, 1], generator -> (C, h, w) in [-1, 1]
 JPEG_MODES = {1: "L", 3: "RGB"}
 RESIZES = ("bilinear", "bicubic", "area")
 
 
-class DegradedDataset(Dataset):
+class DegradedDataset(WrappedDataset):
     """A data set with degraded images and masks added to its batches.
 
     low_res: creates low_res (B, C, H / factor, W / factor) in [-1, 1].  mask: creates mask (B, 1, H, W), 1 = to be
@@ -29,15 +27,8 @@ class DegradedDataset(Dataset):
     """
 
     def __init__(self, dataset, low_res: Shrink | None = None, mask: Mask | None = None, seed: int = 0):
-        self.dataset, self.low_res, self.mask, self.seed = dataset, low_res, mask, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "dataset":  # pickle reads attributes before `dataset` is set
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
+        super().__init__(dataset)
+        self.low_res, self.mask, self.seed = low_res, mask, seed
 
     def batch(self, samples: Sequence[tuple[int, int]]) -> dict:
         """Return the samples, (epoch, index) pairs, as the data set gives them, with low_res and mask."""
@@ -55,10 +46,6 @@ class DegradedDataset(Dataset):
     def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict:
         """Return a batch without its images, including low_res and mask."""
         return {name: value for name, value in self.batch(samples).items() if name != "image"}
-
-    def generator(self, purpose: str, epoch: int, index: int) -> Generator:
-        """Return the generator for the random choices for one sample in one epoch."""
-        return Generator().manual_seed(derive_seed(self.seed, purpose, epoch, index))
 
 
 def identity(dataset):

@@ -77,8 +77,10 @@ def find_resume_checkpoint(
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], parts: Collection[str] | None) -> list[str]:
     """Return each key that differs in two configs and on which a training step depends, as `key: old -> new`."""
     free = KEYS_FREE_TO_DIFFER | set(new.get("resume_allow_changes") or ())
-    chosen = ({key: value for key, value in config.items() if parts is None or key in parts} for config in (old, new))
-    before, after = (identity.drop_keys(config, free) for config in chosen)
+    before, after = (
+        identity.drop_keys({key: value for key, value in config.items() if parts is None or key in parts}, free)
+        for config in (old, new)
+    )
     return identity.config_diff(before, after)
 
 

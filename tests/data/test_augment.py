@@ -266,6 +266,19 @@ def test_choices_of_one_transform_do_not_depend_on_the_others(changed):
     assert changed == "crop" or torch.equal(both["crop"], one["crop"])
 
 
+def test_metadata_of_flips_and_colours_needs_no_image(monkeypatch):
+    """Cached latents ask for it in every step."""
+    data = AugmentedDataset(Synthetic(num=8, size=8, flip=True), training=True, flip=0.5, color=ColorJitter(0.5))
+    samples = [(epoch, index) for epoch in (0, 1) for index in range(8)]
+    expected = data.batch(samples)
+    monkeypatch.setattr(Synthetic, "pixels", None)
+    batch = data.batch_metadata(samples)
+    assert batch.keys() == expected.keys() - {"image"}
+    assert torch.equal(batch["flip"], expected["flip"])
+    assert 0 < batch["flip"].sum() < len(samples)
+    assert batch["caption"] == expected["caption"]
+
+
 def test_evaluation_has_centre_of_each_image():
     data = Colours(flip=False)
     augmented = AugmentedDataset(data, training=False, crop=RandomCrop(8), flip=0.5, color=EVERYTHING["color"])
