@@ -78,12 +78,12 @@ def test_conditioner_trains_and_samples_by_command(name, towers):
         assert_only_tokens_of_boxes_learn(next(iter(moved.values())))
     enliven(run)
     task = TASKS.get(name, "generate")
-    settings = (f"run={run}", f"task={task}", "num=2", "steps=2", "guidance.scale=8")  # far apart, beyond rounding
+    settings = (f"run={run}", f"task={task}", "num=2", "steps=2", "guidance.scale=40")  # beyond rounding to grey levels
     one, other = (
         read_pngs(run_sample(*settings, request, output_dir=f"drawn{i}")) for i, request in enumerate(requests)
     )
     assert one.shape == (2, 32, 32)
-    assert ((one - other).abs().amax((1, 2)) > 4).all(), (one - other).abs().amax((1, 2))
+    assert (one != other).any(2).any(1).all()  # bit for bit the same where the condition is not read
 
 
 def assert_only_tokens_of_boxes_learn(moved: torch.Tensor) -> None:
