@@ -1,4 +1,4 @@
-"""Does a test fail when a function is wrong?  python tests/tools/mutate.py [--stale] [path[:function] ...]
+"""Does a test fail when a function is wrong?  python tests/tools/mutate.py [--stale] [--near] [path[:function] ...]
 
 Every function of the packages of `mutation.PACKAGES` is broken in one place at a time: a sign flipped, a term or a
 factor dropped, a product made a quotient, a comparison or a condition turned round; and by the faults of
@@ -8,6 +8,8 @@ equivalent.csv does not explain.
 
 path: a package, a file or a folder, as `ldm/training` or `ldm/training/lr.py`; all by default.
 --stale: only mutants that were not run, or survived.
+--near: only tests of the folders and files named after the packages, in minutes; what survives them may be killed by
+    the others.
 --list: run nothing; list the mutants of the present source, new ones as not run.
 """
 
@@ -64,8 +66,8 @@ def is_named(mutant: Mutant, names: list[str]) -> bool:
     return not names
 
 
-def test_files(project: Project) -> list[Path]:
-    """Return the test files whose tests are run."""
+def test_files(project: Project, near: set[str] | None = None) -> list[Path]:
+    """Return the test files whose tests are run.  near: packages to whose tests, by name, they are limited."""
     every = [
         *project.tests.glob("test_*.py"),
         *(f for name in FOLDERS for f in (project.tests / name).glob("test_*.py")),
@@ -76,6 +78,7 @@ def test_files(project: Project) -> list[Path]:
         for file in sorted(every)
         if file.relative_to(project.tests).as_posix() not in SKIPPED
         and (file.parent != project.tests or file.name in modules)
+        and (near is None or file.parent.name in near or file.stem.removeprefix("test_") in near)
     ]
 
 
@@ -118,6 +121,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="path[:function]")
     parser.add_argument("--stale", action="store_true", help="only what was not run, or survived")
+    parser.add_argument("--near", action="store_true", help="only the tests named after the packages")
     parser.add_argument("--list", action="store_true", help="run nothing, list what is new as not run")
     parser.add_argument("--seconds", type=float, default=60.0, help="of tests that a mutant is given")
     parser.add_argument("--root", type=Path, default=Project.root, help="the folder of ldm/ and tests/")
@@ -129,7 +133,8 @@ def main(arguments: list[str]) -> int:
             mutation.write_list(project, package, mutation.read_list(project, package))
     if chosen and not options.list:
         sys.path[:0] = [str(project.root)]
-        ForkedTests(project, lambda forked: try_mutants(forked, chosen), options.seconds).run(test_files(project))
+        files = test_files(project, set(chosen) if options.near else None)
+        ForkedTests(project, lambda forked: try_mutants(forked, chosen), options.seconds).run(files)
     write_table(project)
     print(mutation.summary(project))
     rows = [row for package in PACKAGES for row in mutation.read_list(project, package).values()]
