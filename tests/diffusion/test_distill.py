@@ -129,6 +129,19 @@ class Solved(nn.Module):
         return self.known.mean + (1 + self.drift * t) * self.known.std / variance.sqrt() * (x - mean)
 
 
+def test_consistency_target_has_no_gradient():
+    class Recorded(Constant):
+        recorded: list[bool] = []
+
+        def forward(self, x, time, cond):
+            self.recorded.append(torch.is_grad_enabled())
+            return super().forward(x, time, cond)
+
+    made = ConsistencyDistillation(Teacher(Known()), 4, weighting.x0)
+    made(Denoiser(Recorded(), VP, prediction.X0()), data(), Condition(), NOISE, {})
+    assert Recorded.recorded == [False, True]
+
+
 def test_consistency_loss_of_exact_function_falls_with_step_squared():
     """Which falls with the square of its length; that of one which drifts is larger."""
 
@@ -160,6 +173,20 @@ def test_consistency_sampling_with_exact_function_gives_data():
         assert image.std().item() == pytest.approx(0.35, abs=0.01)
 
 
+def test_consistency_sampling_adds_noise_of_next_time():
+    states, noise = [], [f64(0.3, -2.0)[:, None], f64(1.5, 0.2)[:, None]]
+
+    def denoise(x, t):
+        states.append(x)
+        return Gaussian(VP)(x, t)._replace(x0=torch.full_like(x, 0.7))
+
+    draws = iter(noise)
+    sampler.consistency(denoise, VP, torch.zeros(2, 1, dtype=F64), f64(1, 0.6, 0.2, 0), lambda x: next(draws))
+    for state, t, eps in zip(states[1:], f64(0.6, 0.2), noise, strict=True):
+        alpha, sigma = VP.alpha_sigma(t)
+        torch.testing.assert_close(state, 0.7 * alpha + sigma * eps)
+
+
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
 def test_teacher_guides_each_row_like_sampling(interval):
     model = Known()
@@ -179,14 +206,18 @@ def test_guidance_distillation_trains_student_on_its_scale():
     loss.
     """
 
+    scales = []
+
     class Answers(nn.Module):
         def forward(self, x, time, cond):
+            scales.append(cond.scale)
             return 0.6 * cond.scale.to(x)[:, None] + 0 * x
 
     teach = Teacher(Known(std=0.0))
     made = GuidanceDistillation(teach, DISCRETE, weighting.x0, (1.0, 5.0))
     assert made(Denoiser(Answers(), COSINE, prediction.X0()), data(), Condition(), NOISE, {})["loss"].max() < 1e-5
     assert made(student(0.6, sched=COSINE), data(), Condition(), NOISE, {})["loss"].mean() > 0.1
+    torch.testing.assert_close(scales[0], 1 + 4 * NOISE.uniform("scale", torch.empty(64, dtype=F64)))
 
 
 def test_knowledge_distillation_interpolates_data_and_teacher():

@@ -72,6 +72,7 @@ def test_level_noise_is_keyed_by_seed_level_and_row():
     assert torch.equal(level_noise(1, [4, 9], [0, 1], 2, 5).normal("eps", x), eps)
     others = [level_noise(1, [4, 9], [0, 1], 3, 8), level_noise(2, [4, 9], [0, 1], 2, 8), KeyedNoise(1, [4, 9])]
     assert not any(torch.equal(other.normal("eps", x), eps) for other in others)
+    assert (others[0].position, others[0].global_batch_size) == ([0, 0], 1)
     scale = level_noise(1, [4, 9], [0, 1], 2, 8).uniform("scale", torch.zeros(2))
     assert torch.equal(scale, KeyedNoise(derive_seed(1, "validation", 2), [4, 9]).uniform("scale", torch.zeros(2)))
 

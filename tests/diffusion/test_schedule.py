@@ -171,3 +171,13 @@ def test_add_noise_is_alpha_x0_plus_sigma_eps(name):
     assert torch.equal(x_t, torch.stack([alpha[i] * x0[i] + sigma[i] * eps[i] for i in range(3)]))
     assert torch.equal(schedule.add_noise(SCHEDULES[name], x0, eps, t[1])[1], x_t[1])
     assert schedule.add_noise(SCHEDULES[name], x0.bfloat16(), eps.bfloat16(), t).dtype == torch.bfloat16
+
+
+def test_schedules_equal_compares_log_snr_and_network_time():
+    class Seconds(schedule.VP):
+        def net_time(self, t):
+            return t
+
+    assert schedule.schedules_equal(schedule.VP(), schedule.VP())
+    assert not schedule.schedules_equal(schedule.VP(), schedule.VP(beta_max=10.0))
+    assert not schedule.schedules_equal(schedule.VP(), Seconds())
