@@ -208,3 +208,12 @@ def test_spatial_transformer_matches_manual_forward():
     h = layer.proj_out(layer.blocks[0](layer.proj_in(layer.norm(x).flatten(2).mT)))
     torch.testing.assert_close(layer(x), x + h.mT.reshape(x.shape))
     assert layer.norm.eps == 1e-6
+
+
+def test_transformer_block_skips_cross_attention_without_context():
+    told = TransformerBlock(8, 2, context_dim=6)
+    x = torch.randn(2, 5, 8)
+    plain = x + told.self_attention(told.norm1(x))
+    assert torch.equal(told(x), plain + told.feed_forward(told.norm3(plain)))
+    untold, memory = TransformerBlock(8, 2), told.cross_attention.memory(torch.randn(2, 3, 6))
+    assert torch.equal(untold(x, memory), untold(x))

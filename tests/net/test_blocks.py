@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
+from ldm.errors import ConfigError
 from ldm.net.blocks import (
+    MIN_POSITIONS_FLOAT32_NORM,
     Downsample,
     ResBlock,
     Upsample,
@@ -13,10 +15,14 @@ from ldm.net.blocks import (
     maybe_checkpoint,
     mlp,
     norm,
+    require_positive,
+    reversed_timestep_embedding,
     timestep_embedding,
     upsample,
     zero_module,
 )
+
+MIN_SIDE = math.isqrt(MIN_POSITIONS_FLOAT32_NORM)
 
 
 def test_timestep_embedding_is_cosines_then_sines():
@@ -27,6 +33,36 @@ def test_timestep_embedding_is_cosines_then_sines():
     rates = [10_000 ** (-k / 4) for k in range(4)]
     torch.testing.assert_close(emb[1], torch.tensor([math.cos(r) for r in rates] + [math.sin(r) for r in rates]))
     torch.testing.assert_close(emb[2, 4], torch.tensor(math.sin(250.0)))
+
+
+def test_reversed_timestep_embedding_is_that_of_time_from_noise_to_data():
+    t = torch.tensor([0.0, 250.0, 1000.0])
+    torch.testing.assert_close(
+        reversed_timestep_embedding(t, 8, 100.0), timestep_embedding(torch.tensor([1.0, 0.75, 0.0]), 8, 100.0)
+    )
+
+
+def test_size_below_one_is_config_error():
+    require_positive(width=1, layers=2)
+    with pytest.raises(ConfigError, match="layers=0: expected 1 or more"):
+        require_positive(width=1, layers=0)
+
+
+@pytest.mark.parametrize(
+    ("side", "device", "dtype", "computed"),
+    [
+        (MIN_SIDE, "cpu", torch.bfloat16, torch.float32),
+        (MIN_SIDE - 1, "cpu", torch.bfloat16, torch.bfloat16),
+        (MIN_SIDE, "meta", torch.bfloat16, torch.bfloat16),
+        (MIN_SIDE, "cpu", torch.float32, torch.float32),
+    ],
+)
+def test_norm_of_large_bfloat16_map_on_cpu_is_computed_in_float32(side, device, dtype, computed, monkeypatch):
+    seen, compute = [], torch.nn.functional.group_norm
+    monkeypatch.setattr(torch.nn.functional, "group_norm", lambda x, *a: seen.append(x.dtype) or compute(x, *a))
+    made = norm(4, 2).to(device)
+    assert made(torch.ones(1, 4, side, side, dtype=dtype, device=device)).dtype == dtype
+    assert seen == [computed]
 
 
 @pytest.mark.parametrize(

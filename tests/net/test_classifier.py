@@ -53,3 +53,15 @@ def test_noisy_classifier_has_adm_blocks():
     assert not any(isinstance(m, SpatialTransformer) for m in net.modules())
     with pytest.raises(ValueError, match="4 x 4 positions"):
         net(torch.randn(1, 3, 12, 12), torch.tensor([1.0]))
+
+
+def test_attention_pool_has_a_position_for_each_token():
+    positions = AttentionPool(8, 64, heads=2, out=5).positions
+    assert positions.shape == (65, 64)
+    assert positions.std().item() == pytest.approx(64**-0.5, rel=0.1)
+
+
+def test_noisy_classifier_pools_the_smallest_map():
+    net = NoisyClassifier(3, 5, size=16, **SMALL | {"channel_mult": (1, 1, 1, 1)})
+    assert net.out[2].size == 2
+    assert net(torch.randn(1, 3, 16, 16), torch.tensor([1.0])).shape == (1, 5)

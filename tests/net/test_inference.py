@@ -15,7 +15,7 @@ from ldm.checkpoint.load import load_model
 from ldm.condition import Condition
 from ldm.net.attention import FeedForward, QKVAttention
 from ldm.net.blocks import ResBlock, Upsample
-from ldm.net.cpu_kernels import GEGLU, Linear, PackedResBlock, PackedUpsample, pack
+from ldm.net.cpu_kernels import GEGLU, Conv2d, Linear, PackedResBlock, PackedUpsample, pack
 from ldm.net.dit import DiT
 from ldm.net.guidance_embedding import GuidanceEmbedding
 from ldm.net.inference import InferenceNet, fast_inference, pack_copy, shares_work
@@ -197,3 +197,35 @@ def test_fast_inference_leaves_unknown_networks_alone():
     model = SimpleNamespace(denoiser=SimpleNamespace(net=odd), autoencoder=nn.Identity())
     with fast_inference(model):
         assert model.denoiser.net is odd
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "packed"),
+    [(64, torch.float32, True), (32, torch.float32, False), (64, torch.bfloat16, False), (32, torch.bfloat16, False)],
+)
+def test_upsampling_is_packed_where_it_is_faster(channels, dtype, packed):
+    layer = pack(Upsample(channels), dtype)
+    assert isinstance(layer, PackedUpsample if packed else Upsample)
+    assert packed or isinstance(layer.conv, Conv2d)
+
+
+def test_packed_upsampling_is_a_transposed_convolution_where_it_doubles(monkeypatch):
+    calls, convolve = [], torch.nn.functional.conv_transpose2d
+    monkeypatch.setattr(
+        torch.nn.functional, "conv_transpose2d", lambda *a, **k: calls.append(1) or convolve(*a, **k)
+    )
+    layer, plain = PackedUpsample(made := Upsample(8), torch.float32), made
+    x = torch.randn(1, 8, 3, 5)
+    for size, transposed in ((None, 1), (torch.Size((6, 10)), 1), (torch.Size((5, 10)), 0), (torch.Size((6, 9)), 0)):
+        calls.clear()
+        torch.testing.assert_close(layer(x, size=size), plain(x, size=size), rtol=1e-4, atol=1e-5)
+        assert len(calls) == transposed
+
+
+@pytest.mark.parametrize(("side", "computed"), [(32, torch.bfloat16), (31, torch.float32)])
+def test_packed_norm_computes_small_maps_in_float32(side, computed, monkeypatch):
+    seen, compute = [], torch.nn.functional.group_norm
+    monkeypatch.setattr(torch.nn.functional, "group_norm", lambda x, *a: seen.append(x.dtype) or compute(x, *a))
+    layer = pack(nn.GroupNorm(2, 4), torch.bfloat16)
+    assert layer(torch.ones(1, 4, side, side, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert seen == [computed]
