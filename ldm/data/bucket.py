@@ -73,8 +73,8 @@ class BucketStream(BatchStream):
         """Return this rank's slice of the batch of any step >= 0."""
         members = _members(self.buckets)
         sizes = [len(rows) for rows in members]
-        # each bucket is less than a batch behind its share
-        epochs = range(self.batch * (step + 1 + len(sizes)) // len(self.buckets) + 2)
+        # each bucket is less than a batch behind its share, so more steps than this come before any later epoch
+        epochs = range(self.batch * (step + len(sizes)) // len(self.buckets) + 1)
         epoch = bisect_right(epochs, step, key=lambda e: _steps_before(sizes, self.batch, e)) - 1
         first = _steps_before(sizes, self.batch, epoch)
         bucket, turn = _plan(tuple(sizes), self.batch, self.seed, epoch)[step - first]

@@ -26,6 +26,8 @@ def test_bucket_shapes_have_equal_area():
     assert {(w, h) for h, w in found} == set(found)
     assert bucket_shapes(64, 64) == [(64, 64)]
     assert [w / h for h, w in found] == sorted(w / h for h, w in found)
+    assert bucket_shapes(8, 8, 1.0) == [(8, 8)]
+    assert {(4, 12), (12, 4)} <= {*bucket_shapes(8, 2, 3.0)}  # 4 x 16 would be wider
     with pytest.raises(ValueError, match="side=32"):
         bucket_shapes(32, 64)
 
@@ -35,6 +37,7 @@ def test_nearest_bucket_uses_log_ratio():
     assert [nearest_bucket(size, some) for size in ((300, 100), (100, 99), (400, 600), (100, 190))] == [0, 1, 2, 2]
     assert nearest_bucket((140, 100), some) == 1, "by the logarithm: 1.4 is nearer to 1 than to 2"
     assert nearest_bucket((100, 140), some) == 1
+    assert [nearest_bucket((7, 7), shapes) for shapes in ([(1, 1), (2, 2)], [(2, 2), (1, 1)])] == [1, 0]
 
 
 BUCKETS = tuple([0] * 20 + [1] * 7 + [2] * 2)
@@ -56,6 +59,7 @@ def test_bucket_batches_are_single_bucket_and_balanced():
     assert all(38 <= n <= 41 for n in seen.values()), (
         "40 passes: every sample as often as any other, however small its bucket"
     )
+    assert min(e for at in batches for e, _ in at) == 0
     for epoch in (0, 1):
         first = [i for at in batches for e, i in at if e == epoch and i < 20]
         assert sorted(first) == list(range(20)), "a bucket's pass has each of its samples once"
@@ -65,6 +69,13 @@ def test_bucket_stream_repeats_small_buckets():
     batches = rows(stream_of(tuple(range(30)), 4, steps=60))
     assert all(len({i for _, i in at}) == 1 for at in batches)
     assert set(Counter(at[0][1] for at in batches).values()) == {2}
+
+
+@pytest.mark.parametrize(("size", "batch"), [(3, 2), (3, 3), (2, 5), (5, 3)])
+def test_bucket_stream_takes_each_sample_once_in_each_epoch(size, batch):
+    """Also where a batch begins in one epoch and ends in a later one."""
+    batches = rows(stream_of((0,) * size, batch, steps=2 * size))
+    assert sorted(sample for at in batches for sample in at) == [(e, i) for e in range(2 * batch) for i in range(size)]
 
 
 def test_bucket_stream_is_function_of_step():

@@ -85,6 +85,17 @@ def test_captions_in_json_accepts_nested_forms():
         assert captions_in(nothing) == []
 
 
+@pytest.mark.parametrize(("names", "beside"), [(["a/x.png", "y.png"], False), (["a/x.png", "b/y.png"], True)])
+def test_captions_of_classes_need_images_in_class_folders_without_captions(tmp_path, names, beside):
+    classes = write(tmp_path / "classes.json", '{"a": ["an a"], "b": ["a b"]}')
+    assert annotate(tmp_path, ["a/x.png", "b/y.png"], classes).classes == {"a": ["an a"], "b": ["a b"]}
+    if beside:
+        (tmp_path / "a").mkdir()
+        write(tmp_path / "a" / "x.txt", "beside")
+    with pytest.raises(UserError, match=r"classes\.json gives captions to classes, but"):
+        annotate(tmp_path, names, classes)
+
+
 def test_captions_list_reports_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"captions=.*x\.csv: No such file"):
         annotate(tmp_path, NAMES, tmp_path / "x.csv")

@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -6,6 +7,7 @@ from helpers import randomize_weights
 from torch import nn
 
 from ldm.condition import Condition
+from ldm.net import blocks
 from ldm.net.attention import softmax_attention
 from ldm.net.blocks import mlp, timestep_embedding
 from ldm.net.dit import MLP, DiT, SwiGLU
@@ -200,6 +202,23 @@ def test_dit_checkpointing_preserves_gradients(name):
         grads.append([p.grad for p in net.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+def test_dit_checkpoints_only_on_request(monkeypatch):
+    for checkpoint in (False, True):
+        net = DiT(3, 3, **SMALL, gradient_checkpointing=checkpoint)
+        calls: list[object] = []
+        monkeypatch.setattr(blocks, "checkpoint", lambda module, *a, calls=calls, **k: calls.append(module) or module(*a))
+        net(X, T, Condition())
+        assert calls == ([*net.blocks] if checkpoint else [])
+
+
+def test_dit_block_skips_cross_attention_without_memory():
+    net = randomize_weights(DiT(3, 3, **SMALL, **OPTIONS["told"]))
+    block, x, emb = net.blocks[0], torch.randn(2, 6, 16), torch.randn(2, 16)
+    plain, memory = copy.deepcopy(block), net.memory(told(net)).layers[0]
+    plain.cross_attention = None
+    assert torch.equal(block(x, emb, None, None, None), plain(x, emb, memory, None, None))
 
 
 def test_dit_depends_on_positions_through_embedding_or_rope():

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from ldm.condition import Condition
+from ldm.net.blocks import timestep_embedding
 from ldm.net.guidance_embedding import GuidanceEmbedding
 from ldm.net.unet import UNet
 
@@ -23,6 +24,8 @@ def test_guidance_embedding_is_identity_at_init_and_uses_scale():
     assert torch.equal(told(x, t, Condition(context=context)), plain)
     with torch.no_grad():
         told.scale[-1].weight.normal_(std=0.5)
+    scale = told.scale(timestep_embedding(torch.tensor([100.0, 500.0]), 64))
+    torch.testing.assert_close(told.embed(t, asked), told.net.embed(t, asked) + scale)
     heard, other = told(x, t, asked), told(x, t, Condition(context=context, scale=torch.tensor([1.0, 2.0])))
     assert torch.equal(heard[0], other[0])
     assert not torch.allclose(heard[1], other[1])

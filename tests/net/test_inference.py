@@ -13,6 +13,7 @@ from torch import nn
 from ldm.adapter import lora
 from ldm.checkpoint.load import load_model
 from ldm.condition import Condition
+from ldm.net import cpu_kernels
 from ldm.net.attention import FeedForward, QKVAttention
 from ldm.net.blocks import ResBlock, Upsample
 from ldm.net.cpu_kernels import GEGLU, Conv2d, Linear, PackedResBlock, PackedUpsample, pack
@@ -229,3 +230,20 @@ def test_packed_norm_computes_small_maps_in_float32(side, computed, monkeypatch)
     layer = pack(nn.GroupNorm(2, 4), torch.bfloat16)
     assert layer(torch.ones(1, 4, side, side, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert seen == [computed]
+
+
+@pytest.mark.parametrize("emb_dim", [None, 6])
+def test_packed_residual_block_without_embedding_equals_plain(emb_dim):
+    block = randomize_weights(ResBlock(8, 16, emb_dim, groups=4))
+    x, emb = torch.randn(2, 8, 4, 4), None if emb_dim else torch.randn(2, 6)
+    torch.testing.assert_close(PackedResBlock(block, torch.float32)(x, emb), block(x, emb), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_pack_copy_uses_bfloat16_where_the_cpu_has_it(supported, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    packed = nn.Identity()
+    monkeypatch.setattr(cpu_kernels, "pack", lambda module, dtype: packed)
+    layer = nn.Linear(2, 2)
+    assert pack_copy(layer, torch.bfloat16) is (packed if supported else layer)
+    assert pack_copy(layer, torch.float32) is packed

@@ -3,6 +3,7 @@ import torch
 from helpers import randomize_weights
 
 from ldm.condition import Condition
+from ldm.net import blocks
 from ldm.net.attention import QKVAttention, SpatialTransformer, softmax_attention
 from ldm.net.blocks import Downsample, ResBlock, Upsample, identity_embedding, timestep_embedding
 from ldm.net.unet import Layer, UNet
@@ -248,6 +249,17 @@ def test_unet_checkpointing_preserves_gradients(name):
         grads.append([p.grad for p in net.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+def test_unet_checkpoints_only_on_request(monkeypatch):
+    for checkpoint in (False, True):
+        net = UNet(3, 3, **{**SMALL, **SHAPES["QKV"], "gradient_checkpointing": checkpoint})
+        calls: list[object] = []
+        monkeypatch.setattr(blocks, "checkpoint", lambda module, *a, calls=calls, **k: calls.append(module) or module(*a))
+        net(torch.randn(1, 3, 8, 8), torch.tensor([1.0]), Condition())
+        levels = {module for level in (*net.down, *net.up) for module in level.layers}
+        assert len(levels & {*calls}) == (len(levels) if checkpoint else 0)
+        assert (net.middle1 in calls, net.middle2 in calls) == (checkpoint, checkpoint)
 
 
 def test_unet_transformer_depth_is_per_level():
