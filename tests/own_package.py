@@ -170,7 +170,7 @@ class Stripes(InMemoryDataset):
 
 class Bare:
     def __init__(self, split):
-        self.classes, self.captions, self.channels, self.size, self.flip = ["a"], [["a"]], 1, 16, False
+        self.classes, self.captions, self.shape, self.flip = ["a"], [["a"]], (1, 16, 16), False
 
     def __len__(self):
         return 8

@@ -123,7 +123,7 @@ WRONG = [
         {"autoencoder__decoder": {"_target_": "our_paper.load.Unbalanced", "z_channels": 8, "factor": 4}},
         "autoencoder.decoder: Unbalanced has no last_layer; expected what ldm.interfaces.Decoder lists",
     ),
-    ({"autoencoder__factor": 3}, "data.size=16: height and width must be multiples of 3, the first stage's factor"),
+    ({"autoencoder__factor": 3}, "data.size=16: all sides must be multiples of 3, the first stage's factor"),
     (
         {"data": {"_target_": "our_paper.classes.Bare"}},
         "data: our_paper.classes.Bare has no fingerprint, batch_metadata, pixels; expected what",
@@ -178,7 +178,7 @@ def test_wrong_part_is_one_line_before_training(changed, message):
 def test_checks_try_no_model_of_ldm_alone(monkeypatch):
     monkeypatch.setattr(build, "build_model", lambda *_: pytest.fail("a model is built"))
     check(config())
-    with pytest.raises(UserError, match=r"data\.size=18: height and width must be multiples of 4"):
+    with pytest.raises(UserError, match=r"data\.size=18: all sides must be multiples of 4"):
         check(config("data.size=18"))
 
 

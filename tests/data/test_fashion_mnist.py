@@ -33,7 +33,7 @@ def test_fashion_mnist_reads_and_pads_both_splits(folder):
     border = torch.ones(32, 32, dtype=torch.bool)
     border[2:-2, 2:-2] = False
     assert (train[3]["image"][0, border] == -1).all()
-    assert (train.channels, train.size) == (1, 32)
+    assert train.shape == (1, 32, 32)
     assert train.fingerprint != test.fingerprint
 
 

@@ -100,8 +100,8 @@ def test_in_memory_fingerprint_depends_on_pixels_labels_and_classes():
 
 def test_in_memory_rejects_mismatched_arrays():
     images, labels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match=r"x: expected uint8 images .*, got torch\.float32 \(2, 1, 4, 4\)"):
-        InMemoryDataset("x", images.float(), labels, CAPTIONS)
+    with pytest.raises(ValueError, match=r"x: expected images .*, got torch\.float64 \(2, 1, 4, 4\)"):
+        InMemoryDataset("x", images.double(), labels, CAPTIONS)
     with pytest.raises(ValueError, match=r", 1$"):
         InMemoryDataset("x", images, labels[:1], CAPTIONS)
     with pytest.raises(ValueError, match="labels reach from 0 to 2 but 2 classes"):

@@ -54,7 +54,7 @@ def test_own_images_reports_data_choices_and_estimate_first(place, capsys, monke
     chosen = serialize.load_config(run / "config.yaml")["data"]
     assert (chosen["size"], chosen["channels"]) == (64, 1)
     assert chosen["content_hash"] == build.build_dataset(composed(*SMALL, "data.path=images")).content
-    assert json.loads((run / "data.json").read_text())["size"] == 64
+    assert json.loads((run / "data.json").read_text())["shape"][1:] == [64, 64]
 
     monkeypatch.setattr("ldm.recipes.diffusion.print_estimate", lambda cfg, data: None)
     assert command("train.py", *SMALL, "data.path=images", "runs=others") == 0
