@@ -28,4 +28,4 @@ def image_fault(shape: Sequence[int], channels: Sequence[int] = PICTURE_CHANNELS
     """Return why samples of a shape are no images (C, H, W) with one of these numbers of channels; "" if they are."""
     if len(shape) == 3 and shape[0] in channels:
         return ""
-    return f"samples of shape {tuple(shape)} are no images of {', '.join(map(str, channels))} channels"
+    return f"samples of shape {tuple(shape)} are no images of {' or '.join(map(str, channels))} channels"

@@ -103,7 +103,8 @@ def check_dimensions(name: str, node: Any, data: Any) -> None:
     """
     sides = len(data.shape) - 1
     for _, inner in iter_nodes(build.to_container(node)):
-        dims = getattr(get_object(inner["_target_"]), "spatial_dims", sides)
+        part = get_object(inner["_target_"])
+        dims = getattr(part, "spatial_dims", sides)
         if dims != sides:
             raise UserError(
                 f"{name}: {inner['_target_']} takes samples with {dims} sides besides the channels, these are of shape "
