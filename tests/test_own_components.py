@@ -400,8 +400,8 @@ def test_samples_of_any_shape_train_resume_and_sample(conf, shape, tmp_path, cap
         image = Path("a.png")
         save_png(image, torch.zeros(1, 8, 8, dtype=torch.uint8))
         for more, line in (
-            (("metrics=fid",), f"metrics: {fault} of 1 or 3 channels"),
-            (("task=img2img", f"image={image}"), f"image=a.png: {fault} of 1 or 3 or 4 channels"),
+            (("metrics=fid",), f"metrics=... is for images: {fault} of 1 or 3 channels; leave it out"),
+            (("task=img2img", f"image={image}"), f"image=a.png is for images: {fault} of 1 or 3 or 4 channels"),
             (("label=0",), "label=0: the data of this run have no classes; leave it out"),
             (("prompt=a",), "prompt=a: this model has no text condition; expected no prompt"),
         ):

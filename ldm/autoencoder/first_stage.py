@@ -84,8 +84,7 @@ class FirstStage(nn.Module):
         sides = image.shape[2:]
         if any(side % self.factor for side in sides):
             raise ConfigError(
-                f"image is {'x'.join(map(str, sides))}: all sides must be multiples of {self.factor}; "
-                "pad or resize it"
+                f"image is {'x'.join(map(str, sides))}: all sides must be multiples of {self.factor}; pad or resize it"
             )
 
     def normalise(self, raw: Tensor) -> Tensor:

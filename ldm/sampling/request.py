@@ -187,17 +187,17 @@ def new_request(cfg: Any) -> SampleRequest:
 
 def check_shape(cfg: Any, shape: Sequence[int]) -> None:
     """Raise UserError for what can be done with images alone, if samples of the model have another shape."""
-    for key, asked, channels in (
-        ("metrics", "_target_" in cfg.metrics, MEASURED_CHANNELS),
-        ("save", cfg.save == "npz" and len(shape) == 3 and shape[0] == 4, MEASURED_CHANNELS),
-        ("hints", cfg.hints is not None, PICTURE_CHANNELS),
-        ("tile", cfg.tile is not None, shape[:1]),
-        *((name, cfg[name] is not None, PICTURE_CHANNELS) for name in cfg.inputs),
-        ("task", bool(cfg.inputs), shape[:1]),
-    ):
-        if asked and (fault := image_fault(shape, channels)):
-            value = cfg.task["_target_"] if key == "task" else "" if key == "metrics" else cfg[key]
-            raise UserError(f"{key}={value}: {fault}, which it is for; leave it out")
+    options = (
+        ("metrics=...", MEASURED_CHANNELS, "_target_" in cfg.metrics),
+        ("save=npz", MEASURED_CHANNELS, cfg.save == "npz" and not image_fault(shape)),
+        (f"hints={cfg.hints}", PICTURE_CHANNELS, cfg.hints is not None),
+        (f"tile={cfg.tile}", shape[:1], cfg.tile is not None),
+        *((f"{name}={cfg[name]}", PICTURE_CHANNELS, cfg[name] is not None) for name in cfg.inputs),
+        (f"task={str(cfg.task['_target_']).rpartition('.')[2]}", shape[:1], bool(cfg.inputs)),
+    )
+    for option, channels, is_set in options:
+        if is_set and (fault := image_fault(shape, channels)):
+            raise UserError(f"{option} is for images: {fault}; leave it out")
 
 
 def repeat_request(cfg: Any) -> SampleRequest:

@@ -25,6 +25,7 @@ from ldm.data.memory import InMemoryDataset
 from ldm.data.stream import BatchDataset, BatchStream
 from ldm.data.subset import Subset
 from ldm.data.synthetic import Synthetic
+from ldm.errors import ConfigError
 from ldm.tensors import derive_seed
 
 SAMPLES = [(0, 3), (4, 7), (4, 3), (1, 11), (2, 0)]
@@ -65,6 +66,26 @@ def test_random_crop_is_the_recorded_part():
     assert batch["map"].dtype == torch.int64
     assert {name for name in batch if name not in whole} == {"original_size", "crop", "crop_size"}
     assert (augmented.shape, augmented.stored_shape, len(augmented)) == ((3, 8, 8), (3, 12, 12), 12)
+
+
+def test_crops_of_other_shapes_than_squares():
+    data = Synthetic(num=12, size=[16, 24])
+    cut = AugmentedDataset(data, training=True, crop=RandomCrop([8, 20]))
+    batch, whole = cut.batch(SAMPLES), data.batch(SAMPLES)
+    assert batch["image"].shape[1:] == cut.shape == (1, 8, 20)
+    for i, (top, left) in enumerate(batch["crop"].tolist()):
+        assert torch.equal(batch["image"][i], whole["image"][i, ..., top : top + 8, left : left + 20])
+    assert torch.equal(cut.pixels([3]), data.pixels([3])[..., 4:12, 2:22])
+    with pytest.raises(ConfigError, match=r"crop.size=\[8, 30\]: the images have 16x24 pixels"):
+        RandomCrop([8, 30]).centre(16, 24)
+    same = AugmentedDataset(data, training=True, crop=RandomResizedCrop())
+    assert same.shape == (1, 16, 24)
+    assert torch.equal(same.pixels([1, 2]), data.pixels([1, 2])), "the whole image has the shape of the crop"
+    assert RandomResizedCrop([10, 5]).centre(16, 24) == (0, 8, 16, 8)
+    flat = AugmentedDataset(data, training=True, flip=0.5)
+    assert flat.batch_metadata(SAMPLES)["flip"].tolist() == flat.batch(SAMPLES)["flip"].tolist()
+    with pytest.raises(ConfigError, match=r"augmentation: samples of shape \(1, 7\) are no images"):
+        AugmentedDataset(InMemoryDataset("x", torch.zeros(2, 1, 7)), training=True, flip=0.5)
 
 
 def test_random_crop_corner_is_uniform():

@@ -92,6 +92,9 @@ def test_blue_marble_test_tiles_are_in_band(earth):
         assert max(inside) + 20 <= 240
         assert all(x + 20 <= 180 or x >= 240 for x in outside)
     assert len(BlueMarble(root=earth, size=20, stride=10, band=(0, 60))) > 3 * len(train)
+    wide = BlueMarble("test", root=earth, size=[20, 30], band=(0, 60))
+    assert (len(wide), wide.shape, wide.maps.shape[1:]) == (9 * 2, (3, 20, 30), (20, 30))
+    assert torch.equal(wide.images[0, ..., :20], test.images[0])
     assert len(BlueMarble("test", root=earth, size=20, stride=10, band=(0, 60))) == len(test)
 
 

@@ -335,6 +335,17 @@ def test_folder_decodes_once(pictures, tmp_path, monkeypatch):
     assert calls["read"] == 80
 
 
+def test_folder_of_height_and_width_crops_each_image_to_cover_it(pictures):
+    data = ImageFolder(pictures, size=[24, 40], channels=3, test_fraction=0)
+    assert data.shape == (3, 24, 40)
+    one = load_rectangle(pictures / data.files[0].name, 24, 40, 3)[0]
+    assert torch.equal(data.images[0], one)
+    assert data.resolved_config.items() >= {"size": [24, 40], "channels": 3}.items()
+    square, same = (ImageFolder(pictures, size=size, channels=3) for size in (24, [24, 24]))
+    assert same.resolved_config == square.resolved_config
+    assert same.fingerprint == square.fingerprint
+
+
 def test_folder_size_and_channels_are_majority(tmp_path, monkeypatch):
     root = tmp_path / "pictures"
     for i, (side, mode) in enumerate([(40, "L"), (130, "L"), (150, "RGB"), (900, "L"), (70, "1")]):

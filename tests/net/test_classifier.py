@@ -25,8 +25,8 @@ def test_attention_pool_matches_mean_token_attention(attend):
 
 
 def test_noisy_classifier_depends_on_state_and_time():
-    net = randomize_weights(NoisyClassifier(3, 5, size=(8, 8), **SMALL))
-    x, t = torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([1.0, 500.0])
+    net = randomize_weights(NoisyClassifier(3, 5, size=(8, 4), **SMALL))
+    x, t = torch.randn(2, 3, 8, 4, requires_grad=True), torch.tensor([1.0, 500.0])
     logits = net(x, t)
     assert logits.shape == (2, 5)
     assert (net(x, t + 100) - logits).abs().max() > 1e-3

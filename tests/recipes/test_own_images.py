@@ -154,6 +154,7 @@ def test_auto_config_explains_trained_first_stage(weights, place, capsys, monkey
 
     assert "tiny: for images of 1 channels, these have 3)" in why("data.channels=3")
     assert "tiny: of factor 8, images of 32 px give latents of 4 on a side)" in why("data.size=32")
+    assert "tiny: of factor 8, images of [64, 36] px give latents of 4.5 on a side)" in why("data.size=[64,36]")
     assert why("auto.pretrained=never") == "its own (auto.pretrained=never)"
     with pytest.raises(UserError, match=r"auto\.pretrained=images: no config\.json there; expected"):
         chosen("auto.pretrained=images")
