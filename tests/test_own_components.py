@@ -358,7 +358,7 @@ def test_package_changes_no_file_of_the_repository():
 SHAPES = {  # of samples -> what trains on them: a network and a first stage of ldm, or none and a network of our own
     (2, 24, 40): ("net=smoke", "net.channel_mult=[1,2]"),
     (2, 64): ("net=local", "net.sides=1", "autoencoder=identity"),
-    (1, 4, 6, 10): ("net=local", "net.sides=3", "autoencoder=identity"),
+    (1, 4, 6, 10): ("net=local", "net.sides=3", "autoencoder=identity", "training.latents=online"),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from ldm.data.masks import randint, uniform
-from ldm.data.shape import parse_size
+from ldm.data.shape import COLOUR_CHANNELS, parse_size
 from ldm.data.wrapper import WrappedDataset
 from ldm.errors import ConfigError
 
@@ -197,6 +197,10 @@ class AugmentedDataset(WrappedDataset):
         if len(dataset.shape) != 3:
             raise ConfigError(
                 f"augmentation: samples of shape {tuple(dataset.shape)} are no images (C, H, W); leave it out"
+            )
+        if color is not None and dataset.shape[0] not in COLOUR_CHANNELS:
+            raise ConfigError(
+                f"augmentation.color: expected images of 1 or 3 channels, not {dataset.shape[0]}; leave color out"
             )
         super().__init__(dataset)
         self.training, self.crop, self.color, self.seed = training, crop, color, seed

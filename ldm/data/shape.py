@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ldm.errors import ConfigError
 
 PICTURE_CHANNELS = (1, 3, 4)  # grey, RGB and RGBA: what a PNG file can hold
-MEASURED_CHANNELS = (1, 3)  # of images that feature networks take
+COLOUR_CHANNELS = (1, 3)  # grey and RGB: what feature networks, and changes of colour, take
 
 
 def parse_size(size: int | Sequence[int], least: int = 1) -> tuple[int, int]:

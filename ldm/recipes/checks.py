@@ -16,7 +16,7 @@ from ldm.conditioner.compose import condition_or_null
 from ldm.config import build
 from ldm.config.signatures import is_user_code
 from ldm.config.tree import iter_nodes
-from ldm.data.shape import MEASURED_CHANNELS, format_size, image_fault
+from ldm.data.shape import COLOUR_CHANNELS, format_size, image_fault
 from ldm.data.stream import Samples, length_of
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
@@ -92,7 +92,7 @@ def check_shape(cfg: Any, data: Any) -> None:
     """
     for name in ("autoencoder", "net", "objective"):
         check_dimensions(name, cfg[name], data)
-    if "_target_" in cfg.metrics and (fault := image_fault(data.shape, MEASURED_CHANNELS)):
+    if "_target_" in cfg.metrics and (fault := image_fault(data.shape, COLOUR_CHANNELS)):
         raise UserError(f"metrics: {fault}, as feature networks take; choose metrics=none")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.conditioner.clip import init_towers
 from ldm.conditioner.clip_image import preprocess
 from ldm.config import build
-from ldm.data.shape import MEASURED_CHANNELS, image_fault
+from ldm.data.shape import COLOUR_CHANNELS, image_fault
 from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.recipes.resume import final_metrics
@@ -68,7 +68,7 @@ class CLIPRecipe:
             return done["image_to_text"]
         require_metric(cfg.get("keep_best"), (), "this training writes no number val/...", cfg.get("callbacks"))
         data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
-        if fault := image_fault(data.shape, MEASURED_CHANNELS) or "these data have no captions" * (not data.captions):
+        if fault := image_fault(data.shape, COLOUR_CHANNELS) or "these data have no captions" * (not data.captions):
             raise UserError(f"training=clip: {fault}; it is trained on images with captions")
         with open_run(cfg, folder) as run:
             atomic.write_json(folder / "model.json", build.to_container(self.model))

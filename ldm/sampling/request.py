@@ -12,7 +12,7 @@ from ldm.checkpoint.load import ModelSource, open_model
 from ldm.config import trust
 from ldm.config.build import build_dataset, build_degraded_dataset, to_container
 from ldm.config.tree import map_strings
-from ldm.data.shape import MEASURED_CHANNELS, PICTURE_CHANNELS, image_fault
+from ldm.data.shape import COLOUR_CHANNELS, PICTURE_CHANNELS, image_fault
 from ldm.errors import UserError
 from ldm.io.parse import parse_json
 from ldm.runs import identity
@@ -188,8 +188,8 @@ def new_request(cfg: Any) -> SampleRequest:
 def check_shape(cfg: Any, shape: Sequence[int]) -> None:
     """Raise UserError for what can be done with images alone, if samples of the model have another shape."""
     options = (
-        ("metrics=...", MEASURED_CHANNELS, "_target_" in cfg.metrics),
-        ("save=npz", MEASURED_CHANNELS, cfg.save == "npz" and not image_fault(shape)),
+        ("metrics=...", COLOUR_CHANNELS, "_target_" in cfg.metrics),
+        ("save=npz", COLOUR_CHANNELS, cfg.save == "npz" and not image_fault(shape)),
         (f"hints={cfg.hints}", PICTURE_CHANNELS, cfg.hints is not None),
         (f"tile={cfg.tile}", shape[:1], cfg.tile is not None),
         *((f"{name}={cfg[name]}", PICTURE_CHANNELS, cfg[name] is not None) for name in cfg.inputs),

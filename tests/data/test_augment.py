@@ -86,6 +86,10 @@ def test_crops_of_other_shapes_than_squares():
     assert flat.batch_metadata(SAMPLES)["flip"].tolist() == flat.batch(SAMPLES)["flip"].tolist()
     with pytest.raises(ConfigError, match=r"augmentation: samples of shape \(1, 7\) are no images"):
         AugmentedDataset(InMemoryDataset("x", torch.zeros(2, 1, 7)), training=True, flip=0.5)
+    with pytest.raises(ConfigError, match=r"augmentation.color: expected images of 1 or 3 channels, not 2;"):
+        AugmentedDataset(InMemoryDataset("x", torch.zeros(2, 2, 7, 7)), training=True, color=ColorJitter())
+    with pytest.raises(ConfigError, match=r"degradation: samples of shape \(1, 7\) are no images; leave it out"):
+        DegradedDataset(InMemoryDataset("x", torch.zeros(2, 1, 7)), low_res=bicubic)
 
 
 def test_random_crop_corner_is_uniform():
