@@ -41,7 +41,7 @@ def inpaint(session: Session, limits: Limits, painted: Mapping[str, Any] | None)
     """
     ground = editor_layer(limits, painted, "background", "a picture")
     image, mask = (
-        encode_png(ground.convert("RGB" if session.card.shape[0] == 3 else "L")),
+        encode_png(ground.convert("L" if session.card.shape[0] == 1 else "RGB")),
         encode_png(mask_from_strokes(ground, (painted or {}).get("layers") or [])),
     )
     values = {
