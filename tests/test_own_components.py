@@ -103,6 +103,10 @@ WRONG = [
         "data._target_=our_paper.fields.Shapeless: its shape is None; expected that of a sample, (C, L), (C, H, W) or",
     ),
     (
+        {**FREE, "data": {**WAVES, "shape": [1, 2, 3, 4, 5]}},
+        "data._target_=our_paper.fields.Waves: its shape is (1, 2, 3, 4, 5); expected that of a sample",
+    ),
+    (
         {**FREE, "autoencoder__factor": 5},
         "data.size=[24, 40]: all sides must be multiples of 5, the first stage's factor",
     ),
