@@ -65,17 +65,17 @@ class Condition:
                 chosen[name] = choose(value, getattr(b, name))
         return Condition(**chosen, hint=tuple(map(choose, a.hint, b.hint)), label=a.label)
 
-    def expand_concat(self, height: int, width: int) -> "Condition":
-        """Expand a 1x1 concat to height x width. Raises ConfigError for a concat of another size."""
-        if self.concat is None or self.concat.shape[-2:] == (height, width):
+    def expand_concat(self, *sides: int) -> "Condition":
+        """Expand a concat whose sides are all 1 to these. Raises ConfigError for a concat of another size."""
+        if self.concat is None or self.concat.shape[2:] == sides:
             return self
-        if self.concat.shape[-2:] != (1, 1):
-            size = "x".join(map(str, self.concat.shape[-2:]))
+        if set(self.concat.shape[2:]) != {1}:
+            condition, latent = ("x".join(map(str, one)) for one in (self.concat.shape[2:], sides))
             raise ConfigError(
-                f"the condition is for latents of {size}, those to be sampled are {height}x{width}; "
+                f"the condition is for latents of {condition}, those to be sampled are {latent}; "
                 "give both the same size in pixels"
             )
-        return replace(self, concat=self.concat.expand(-1, -1, height, width))
+        return replace(self, concat=self.concat.expand(-1, -1, *sides))
 
     def cat(self, *others: "Condition") -> "Condition":
         """Concatenate batches; shorter contexts are padded with masked tokens.
@@ -147,9 +147,9 @@ def pad_context(cond: Condition, length: int) -> Condition:
 
 
 def expand_spatial(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Expand tensors (B, C, 1, 1) to the size of the largest (B, C, h, w)."""
-    size = max((part.shape[-2:] for part in parts if part is not None), default=None)
+    """Expand tensors (B, C, 1, ..., 1) to the size of the largest (B, C, ...)."""
+    size = max((part.shape[2:] for part in parts if part is not None), default=None)
     return [
-        part.expand(-1, -1, *size) if part is not None and size and part.shape[-2:] == (1, 1) else part
+        part.expand(-1, -1, *size) if part is not None and size and set(part.shape[2:]) == {1} else part
         for part in parts
     ]

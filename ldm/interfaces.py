@@ -27,7 +27,7 @@ class Network(Protocol):
     """
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Return (B, out_channels, h, w) for x (B, in_channels, h, w) and the schedule's net_time t (B,).
+        """Return (B, out_channels, ...) for x (B, in_channels, ...), images or not, and the schedule's net_time t (B,).
 
         cond.context is (B, L, context_dim), cond.mask (B, L) or None, cond.vector (B, vector_dim), cond.concat (B,
         concat_channels, h, w).
@@ -43,6 +43,7 @@ class OptionalNetwork(Protocol):
     """
 
     has_unused_parameters: bool  # whether a step may leave a parameter without gradient: DDP then searches for them
+    spatial_dims: int  # the sides of x besides its channels, of a network that takes no other number of them
 
     def embed(self, t: Tensor, cond: Condition) -> Tensor: ...
     def memory(self, cond: Condition) -> Any: ...
@@ -139,20 +140,20 @@ class OptionalSchedule(Protocol):
     alpha_bar: Tensor  # (T,), for export to diffusers
 
 
-class ImageDataset(Samples, Protocol):
+class Dataset(Samples, Protocol):
     """A data set: `data`; its constructor gets split="train" or "test".  InMemoryDataset and LazyDataset are two.
 
-    Latents are cached under its fingerprint, the identity of pixels and labels.  Each class has at least one caption.
+    Latents are cached under its fingerprint, the identity of pixels and labels.
     """
 
     def __len__(self) -> int: ...
 
     def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return label (B,) int64, flip (B,) bool, and the lists caption, index and epoch."""
+        """Return a batch without `image`."""
         ...
 
     def pixels(self, index: Sequence[int]) -> Tensor:
-        """Return images (B, C, H, W) float32 in [-1, 1], never flipped."""
+        """Return samples (B, *shape) float32 in [-1, 1], never flipped."""
         ...
 
 

@@ -16,14 +16,14 @@ class LatentDiffusion(nn.Module):
     """A first stage, a conditioner and a denoiser: everything needed to sample an image from text (LDM fig. 3).
 
     autoencoder: frozen, unless `unfreeze_first_stage` is called; has posterior, normalise, encode, decode.
-    conditioner: batch -> Condition.  denoiser: works on z (B, C, h, w).
-    size: (height, width) of the images it was trained on, in pixels.
+    conditioner: batch -> Condition.  denoiser: works on z (B, C, ...).
+    size: sides of the samples it was trained on: (height, width) in pixels for images.
     """
 
     autoencoder: Any
     conditioner: Any
 
-    def __init__(self, autoencoder: nn.Module, conditioner: nn.Module, denoiser: Denoiser, size: tuple[int, int]):
+    def __init__(self, autoencoder: nn.Module, conditioner: nn.Module, denoiser: Denoiser, size: tuple[int, ...]):
         super().__init__()
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.conditioner, self.denoiser, self.size = conditioner, denoiser, size
@@ -44,17 +44,19 @@ class LatentDiffusion(nn.Module):
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    def latent_shape(self, num: int, size: Sequence[int] | None = None) -> tuple[int, int, int, int]:
-        """Return the shape of z for `num` images of a size in pixels, by default that of the training images.
+    def latent_shape(self, num: int, size: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return the shape of z for `num` samples with these sides, by default those of the training data.
 
-        Raises ConfigError for a size that the first stage's factor does not divide.
+        Raises ConfigError for another number of sides, and for sides that the first stage's factor does not divide.
         """
-        f, (height, width) = self.autoencoder.factor, size or self.size
-        if height < f or width < f or height % f or width % f:
+        f, sides = self.autoencoder.factor, tuple(size or self.size)
+        if len(sides) != len(self.size):
+            raise ConfigError(f"size=[{','.join(map(str, sides))}]: expected {len(self.size)} sides")
+        if any(side < f or side % f for side in sides):
             raise ConfigError(
-                f"size=[{height},{width}]: height and width must be multiples of {f}, the first stage's factor"
+                f"size=[{','.join(map(str, sides))}]: all sides must be multiples of {f}, the first stage's factor"
             )
-        return num, self.autoencoder.z_channels, height // f, width // f
+        return num, self.autoencoder.z_channels, *(side // f for side in sides)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:

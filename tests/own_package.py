@@ -170,13 +170,64 @@ class Stripes(InMemoryDataset):
 
 class Bare:
     def __init__(self, split):
-        self.classes, self.captions, self.channels, self.size, self.flip = ["a"], [["a"]], 1, 16, False
+        self.classes, self.captions, self.shape, self.flip = ["a"], [["a"]], (1, 16, 16), False
 
     def __len__(self):
         return 8
 
     def batch(self, samples):
         return {}
+''',
+    "fields.py": '''
+import torch
+from torch import nn
+
+
+class Waves:
+    """Fields of any shape, without classes or captions, whose batches have neither key."""
+
+    classes = captions = ()
+    flip = False
+
+    def __init__(self, split, num=20, shape=(2, 24, 40)):
+        self.shape, self.num, self.fingerprint = tuple(shape), num, f"waves-{split}-{num}-{list(shape)}"
+        self.phase = 0.0 if split == "train" else 0.5
+
+    def __len__(self):
+        return self.num
+
+    def batch(self, samples):
+        batch = self.batch_metadata(samples)
+        return {"image": self.pixels(batch["index"]), **batch}
+
+    def batch_metadata(self, samples):
+        epoch, index = map(list, zip(*samples))
+        return {"flip": torch.zeros(len(index), dtype=torch.bool), "index": index, "epoch": epoch}
+
+    def pixels(self, index):
+        axes = torch.meshgrid(*(torch.linspace(0, 3 + side % 5, side) for side in self.shape[1:]), indexing="ij")
+        start = self.phase + torch.arange(self.shape[0]) + torch.as_tensor(index)[:, None]
+        return (sum(axes) + start.reshape(*start.shape, *[1] * len(axes))).sin()
+
+
+class Shapeless(Waves):
+    def __init__(self, split):
+        super().__init__(split)
+        del self.shape
+
+
+class Local(nn.Module):
+    """A convolution over one, two or three sides, then one of size 1."""
+
+    def __init__(self, in_channels, out_channels, sides, width=8):
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[sides - 1]
+        self.stem, self.time = conv(in_channels, width, 3, padding=1), nn.Linear(1, width)
+        self.out = conv(width, out_channels, 1)
+
+    def forward(self, x, t, cond):
+        time = self.time(t[:, None].to(x) / 1000)
+        return self.out((self.stem(x) + time.reshape(*time.shape, *[1] * (x.ndim - 2))).relu())
 ''',
     "compile.py": '''
 from torch import nn
@@ -363,6 +414,8 @@ decoder: {_target_: our_paper.load.Decoder, z_channels: "${..z_channels}", facto
 """,
     "conditioner/tokens": "_target_: our_paper.open.Tokens\ndim: 8\n",
     "data/stripes": "_target_: our_paper.classes.Stripes\nnum: 40\nsize: 32\nseed: 0\nflip: false\n",
+    "data/waves": "_target_: our_paper.fields.Waves\nnum: 20\nshape: [2, 24, 40]\n",
+    "net/local": "_target_: our_paper.fields.Local\nsides: 1\nwidth: 8\n",
     "objective/absolute": "_target_: our_paper.compile.Absolute\n",
     "metrics/spread": "defaults: [fd, _self_]\nmetrics: {spread: {_target_: our_paper.hub.Spread, _partial_: true}}\n",
     "sampler/renoise": "_target_: our_paper.jit.renoise\n_partial_: true\nchurn: 1.0\n",

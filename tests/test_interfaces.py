@@ -40,7 +40,7 @@ OPTIONAL = [protocol for name, protocol in sorted(vars(interfaces).items()) if n
         (Compose(label=Label(2)), interfaces.Conditioner),
         (Objective, interfaces.Objective),
         (LogVariance, interfaces.Objective),
-        (Synthetic(num=2), interfaces.ImageDataset),
+        (Synthetic(num=2), interfaces.Dataset),
         (schedule.Flow(), schedule.Schedule),
         (schedule.cosine(), schedule.Schedule),
     ],
@@ -53,7 +53,7 @@ def test_part_has_the_members_of_its_interface(part, protocol):
 def test_bucketed_dataset_has_the_members_of_a_dataset():
     part = InMemoryDataset("a", torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.zeros(1), {"a": ["a"]})
     data = BucketedDataset(Synthetic(num=1, size=8), [part], [0])
-    assert missing_members(data, interfaces.ImageDataset) == []
+    assert missing_members(data, interfaces.Dataset) == []
 
 
 @pytest.mark.parametrize("protocol", OPTIONAL, ids=lambda protocol: protocol.__name__)

@@ -4,21 +4,25 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from helpers import assert_one_line_error
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from own_package import CONF, FILES, write_package
 from smoke import ROOT, command, composed, here
 
+from ldm.app.session import Session
 from ldm.checkpoint.load import load_model, load_run_config
 from ldm.config import build, trust
 from ldm.config.validate import validate
-from ldm.diffusion.grids import uniform_grid
+from ldm.diffusion.grids import trailing, uniform_grid
 from ldm.errors import UserError
 from ldm.io import atomic
+from ldm.io.images import save_png
 from ldm.recipes import checks
-from ldm.sampling.tasks import txt2img
+from ldm.sampling.tasks import sample, txt2img
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +93,49 @@ def test_part_of_another_package_passes_its_checks(name, monkeypatch):
     trust.sanitize_config(build.to_container(cfg), "a file")
 
 
+WAVES = {"_target_": "our_paper.fields.Waves"}
+FREE = {"conditioner": {"_target_": "ldm.conditioner.none.Unconditional"}, "metrics": {}, "data": WAVES}
+IDENTITY = {"_target_": "ldm.autoencoder.identity.Identity"}
+SOUND = {**FREE, "data": {**WAVES, "shape": [2, 64]}}
 WRONG = [
+    (
+        {"data": {"_target_": "our_paper.fields.Shapeless"}},
+        "data._target_=our_paper.fields.Shapeless: its shape is None; expected that of a sample, (C, L), (C, H, W) or",
+    ),
+    (
+        {**FREE, "data": {**WAVES, "shape": [1, 2, 3, 4, 5]}},
+        "data._target_=our_paper.fields.Waves: its shape is (1, 2, 3, 4, 5); expected that of a sample",
+    ),
+    (
+        {**FREE, "autoencoder__factor": 5},
+        "data.size=[24, 40]: all sides must be multiples of 5, the first stage's factor",
+    ),
+    (
+        {**FREE, "metrics": {"_target_": "ldm.metrics.distribution.MetricSuite", "_partial_": True}},
+        "metrics: samples of shape (2, 24, 40) are no images of 1 or 3 channels, as feature networks take; choose",
+    ),
+    (
+        {**FREE, "conditioner": {"_target_": "ldm.conditioner.label.Label", "dim": 8}},
+        "ldm.conditioner.label.Label reads each sample's label, and these data have no classes; choose",
+    ),
+    (
+        {
+            **FREE,
+            "conditioner": {
+                "_target_": "ldm.conditioner.compose.Compose",
+                "text": {"_target_": "ldm.conditioner.transformer.WordPiece"},
+            },
+        },
+        "WordPiece reads each sample's caption, and these data have no captions; choose",
+    ),
+    (
+        SOUND,
+        "autoencoder: ldm.autoencoder.patch.PatchEncoder takes samples with 2 sides besides the channels, these are",
+    ),
+    (
+        {**SOUND, "autoencoder": IDENTITY},
+        "net: ldm.net.unet.UNet takes samples with 2 sides besides the channels, these are of shape (2, 64)",
+    ),
     (
         {"net": {"_target_": "our_paper.ops.Doubled"}},
         "net: our_paper.ops.Doubled's output is (2, 8, 8, 8); expected (2, 8,",
@@ -123,7 +169,7 @@ WRONG = [
         {"autoencoder__decoder": {"_target_": "our_paper.load.Unbalanced", "z_channels": 8, "factor": 4}},
         "autoencoder.decoder: Unbalanced has no last_layer; expected what ldm.interfaces.Decoder lists",
     ),
-    ({"autoencoder__factor": 3}, "data.size=16: height and width must be multiples of 3, the first stage's factor"),
+    ({"autoencoder__factor": 3}, "data.size=16: all sides must be multiples of 3, the first stage's factor"),
     (
         {"data": {"_target_": "our_paper.classes.Bare"}},
         "data: our_paper.classes.Bare has no fingerprint, batch_metadata, pixels; expected what",
@@ -178,7 +224,7 @@ def test_wrong_part_is_one_line_before_training(changed, message):
 def test_checks_try_no_model_of_ldm_alone(monkeypatch):
     monkeypatch.setattr(build, "build_model", lambda *_: pytest.fail("a model is built"))
     check(config())
-    with pytest.raises(UserError, match=r"data\.size=18: height and width must be multiples of 4"):
+    with pytest.raises(UserError, match=r"data\.size=18: all sides must be multiples of 4"):
         check(config("data.size=18"))
 
 
@@ -311,3 +357,58 @@ def test_exported_file_gives_the_same_images(trained, at, tmp_path, capfd):
 def test_package_changes_no_file_of_the_repository():
     assert not {name for name in CONF if (ROOT / "conf" / f"{name}.yaml").exists()}
     assert {"ops.py", "load.py", "open.py", "classes.py"} <= FILES.keys()
+
+
+SHAPES = {  # of samples -> what trains on them: a network and a first stage of ldm, or none and a network of our own
+    (2, 24, 40): ("net=smoke", "net.channel_mult=[1,2]"),
+    (2, 64): ("net=local", "net.sides=1", "autoencoder=identity"),
+    (1, 4, 6, 10): ("net=local", "net.sides=3", "autoencoder=identity", "training.latents=online"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_samples_of_any_shape_train_resume_and_sample(conf, shape, tmp_path, capfd):
+    typed = (
+        *("--config-dir", str(conf), "budget=smoke", "data=waves", f"data.shape={list(shape)}", "conditioner=none"),
+        *("metrics=none", "training.steps=4", "training.save_every=2", *SHAPES[shape]),
+    )
+    fault = f"samples of shape {shape} are no images"
+    with here(tmp_path):
+        assert command("train.py", *typed) == 0
+        assert f"grids       none: {fault} of 1 or 3 or 4 channels" in capfd.readouterr().out
+        (folder,) = Path("runs").iterdir()
+        card = {"fingerprint": f"waves-train-20-{list(shape)}", "shape": list(shape), "classes": [], "captions": []}
+        assert json.loads((folder / "data.json").read_text()) == card
+        before = atomic.read_tensors(folder / "weights.safetensors")
+        for name in ("metrics.json", "weights.safetensors"):
+            (folder / name).unlink()
+        shutil.rmtree(folder / "checkpoints" / "step-00000004")
+        assert command("train.py", *typed, "resume=must") == 0
+        after = atomic.read_tensors(folder / "weights.safetensors")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        small = (f"run={folder}", "steps=3", "output_dir=drawn")
+        assert command("sample.py", *small, "num=3", "batch_size=2") == 0
+        (line,) = (line for line in capfd.readouterr().out.splitlines() if "samples.npz" in line)
+        assert line == f"{fault} of 1 or 3 or 4 channels: they are written to samples.npz, not as PNG files"
+        assert not [*Path().rglob("*.png")]
+        with np.load("drawn/samples.npz") as file:
+            samples = torch.from_numpy(file["samples"])
+        assert samples.shape == (3, *shape)
+        assert samples.dtype == torch.float32
+        model = load_model(folder)
+        for i in range(3):  # each in the row of its seed, as it is sampled alone
+            alone = sample(model, {"index": [i]}, [i], trailing(model.denoiser.schedule, 3))
+            torch.testing.assert_close(samples[i : i + 1], alone, rtol=0, atol=1e-4)
+        image = Path("a.png")
+        save_png(image, torch.zeros(1, 8, 8, dtype=torch.uint8))
+        for more, line in (
+            (("metrics=fid",), f"metrics=... is for images: {fault} of 1 or 3 channels; leave it out"),
+            (("task=img2img", f"image={image}"), f"image=a.png is for images: {fault} of 1 or 3 or 4 channels"),
+            (("label=0",), "label=0: the data of this run have no classes; leave it out"),
+            (("prompt=a",), "prompt=a: this model has no text condition; expected no prompt"),
+        ):
+            assert_one_line_error(capfd, line, "sample.py", *small, *more)
+        with pytest.raises(UserError, match=r"are no images of .* channels, and the page shows images; sample\.py"):
+            Session.open(str(folder))

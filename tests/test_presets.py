@@ -59,15 +59,16 @@ def test_preset_has_published_parameter_count(preset):
         pytest.skip(MISSING[preset])
     cfg = composed(preset).copy()
     said = cfg.paper
-    card = DataInfo(said.data, range(said.classes), said.channels, cfg.data.get("size", 32), said.images, 1)
+    size = cfg.data.get("size", 32)
+    card = DataInfo(said.data, range(said.classes), (said.channels, size, size), said.images, 1)
     use_random_weights(cfg.conditioner)
     with flops.meta_device():
-        autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels)
+        autoencoder = build.build_autoencoder(cfg.autoencoder, card.shape[0])
         conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card)
         parts = {"network": build.build_network(cfg, autoencoder, conditioner), "conditioner": conditioner}
         if "classifier" in said.modules:
             parts["classifier"] = instantiate(cfg.training.net)(
-                in_channels=card.channels, classes=said.classes, size=card.size
+                in_channels=card.shape[0], classes=said.classes, size=card.shape[1:]
             )
         stub_text_encoders(conditioner)
         told = conditioner(placeholder_batch(2, card, conditioner))  # a plan can make a batch for it

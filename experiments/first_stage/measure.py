@@ -109,7 +109,7 @@ def main() -> None:
             phase = "before" if at_step == config.training.discriminator_start else "without" if control else "after"
             if control and phase == "before":
                 continue  # the same weights as those of the run with a discriminator
-            autoencoder = at(config, step, test.channels)
+            autoencoder = at(config, step, test.shape[0])
             told = {"data": name, "model": model, "phase": phase, "step": at_step, "n": len(images)}
             told["parameters"] = sum(p.numel() for p in autoencoder.parameters())
             told |= scored(autoencoder, images, net, references[name])

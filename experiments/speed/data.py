@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import __version__, datasets, transforms
 
-from ldm.data.decode import load_square
+from ldm.data.decode import load_rectangle
 from ldm.data.folder import ImageFolder
 from ldm.data.stream import BatchDataset, BatchStream
 
@@ -81,7 +81,7 @@ def measure(pairs: int, threads: int, images: int = 2000) -> None:
         for i in range(images):
             photograph(Path(place, "images", "ab"[i % 2], f"{i:06d}.jpg"), PHOTOGRAPH, i)
         data = ImageFolder(Path(place, "images"), size=SIZE, channels=3, test_fraction=0, flip=False)
-        once = torch.stack([load_square(data.root / file.name, SIZE, 3)[0] for file in data.files[:16]])
+        once = torch.stack([load_rectangle(data.root / file.name, SIZE, SIZE, 3)[0] for file in data.files[:16]])
         if not torch.equal(data.pixels(range(len(once))), once.float() / 127.5 - 1):
             raise AssertionError("packed images are not those decoded one by one")
         workers = threads if threads > 1 else 0
@@ -92,7 +92,7 @@ def measure(pairs: int, threads: int, images: int = 2000) -> None:
         keep(told(work, threads, *paired(*ways, pairs), f"to one's own decoding exactly, to theirs {near}"))
         large = Path(place, "large.jpg")
         photograph(large, LARGE, 0)
-        ours, theirs = partial(load_square, large, SIZE, 3), partial(decoded, large)
+        ours, theirs = partial(load_rectangle, large, SIZE, SIZE, 3), partial(decoded, large)
         setting = f"JPEG of {LARGE[0]}x{LARGE[1]} to {SIZE} px"
         keep(told(Work("decoding", setting, peer), threads, *paired(ours, theirs, pairs), apart(ours()[0], theirs())))
 

@@ -82,7 +82,7 @@ def of_run(run: str, num: int, points: int, noise: KeyedNoise) -> Terms:
     batch = load_held_out(find_run(run)).batch([(0, i) for i in range(num)])
     z = encode_latents(model, batch["image"])
     with torch.inference_mode():
-        cond = model.condition({**batch, "noise": noise}).to(z).expand_concat(*z.shape[-2:])
+        cond = model.condition({**batch, "noise": noise}).to(z).expand_concat(*z.shape[2:])
     return terms(lambda x_t, t: model.denoiser(x_t, t, cond), model.denoiser.schedule, z, points, noise)
 
 

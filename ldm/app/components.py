@@ -50,7 +50,8 @@ def text_tab(session: Session) -> Tab:
     import gradio as gr
 
     with gr.Row():
-        sides = [gr.Number(session.card.size, label=side, precision=0, min_width=80) for side in ("Height", "Width")]
+        labels = zip(requests.training_size(session), ("Height", "Width"), strict=True)
+        sides = [gr.Number(side, label=label, precision=0, min_width=80) for side, label in labels]
     return Tab(_button("words"), requests.generate, sides)
 
 
@@ -65,7 +66,7 @@ def img2img_tab(session: Session) -> Tab:
 
 def inpaint(session: Session) -> Tab:
     """Create the tab for inpainting."""
-    brush = max(2, session.card.size // 8)  # pixels; `auto` would cover a small image completely
+    brush = max(2, min(requests.training_size(session)) // 8)  # pixels; `auto` would cover a small image completely
     painted = _editor("inpaint-editor", "Paint over the region to generate", [RED], brush, height=420)
     return Tab(_button("inpaint"), requests.inpaint, [painted])
 

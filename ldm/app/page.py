@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ldm.app import components, style
+from ldm.app import components, requests, style
 from ldm.app.controller import AppController, Form, Settings, View
 from ldm.app.gallery import build_gallery, gallery, with_captions
 from ldm.cli.errors import user_error_message
@@ -107,8 +107,7 @@ def _switching(desk: AppController) -> Callable[[str], tuple[Any, ...]]:
             words,
             words,
             label,
-            session.card.size,
-            session.card.size,
+            *requests.training_size(session),
             *tabs,
         )
 

@@ -41,7 +41,7 @@ def inpaint(session: Session, limits: Limits, painted: Mapping[str, Any] | None)
     """
     ground = editor_layer(limits, painted, "background", "a picture")
     image, mask = (
-        encode_png(ground.convert("RGB" if session.card.channels == 3 else "L")),
+        encode_png(ground.convert("L" if session.card.shape[0] == 1 else "RGB")),
         encode_png(mask_from_strokes(ground, (painted or {}).get("layers") or [])),
     )
     values = {
@@ -165,7 +165,8 @@ def find_conditioner(session: Session, key: str) -> Any:
 
 def training_size(session: Session) -> tuple[int, int]:
     """Return (height, width) of the images that a run was trained on."""
-    return session.card.size, session.card.size
+    _, height, width = session.card.shape
+    return height, width
 
 
 def encode_png(image: Any) -> bytes:

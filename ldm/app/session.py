@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm.app import compose
 from ldm.checkpoint.load import open_model
+from ldm.data.shape import image_fault
 from ldm.errors import UserError
 from ldm.model import LatentDiffusion
 from ldm.runs.data_card import DataCard
@@ -28,8 +29,10 @@ class Session:
 
     @staticmethod
     def open(run: str) -> "Session":
-        """Load a run.  Raises UserError or CorruptFileError."""
+        """Load a run.  Raises UserError, also for a run whose samples are no images, or CorruptFileError."""
         source = open_model(run)
+        if fault := image_fault(source.data_card.shape):
+            raise UserError(f"run={run}: {fault}, and the page shows images; sample.py writes them to a file")
         return Session(run, output_dir(source.folder), source.data_card, source.load())
 
     def request(self, choices: Mapping[str, str], values: Mapping[str, Any]) -> SampleRequest:

@@ -85,6 +85,8 @@ class Encoder(nn.Module):
     middle_attention: whether the middle has attention (all of LDM's models except the VQ model "no attn" of Tab. 8).
     """
 
+    spatial_dims = 2
+
     def __init__(
         self,
         channels: int = 3,
@@ -127,6 +129,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Latent (B, z_channels, h, w) -> image (B, C, f h, f w), f = 2^(len(channel_mult) - 1); options as in Encoder."""
+
+    spatial_dims = 2
 
     def __init__(
         self,

@@ -80,16 +80,16 @@ class FirstStage(nn.Module):
         return self.posterior_of(self.encoder(image))
 
     def require_size(self, image: Tensor) -> None:
-        """Raise ConfigError unless the factor divides height and width of image (B, C, H, W)."""
-        height, width = image.shape[-2:]
-        if height % self.factor or width % self.factor:
+        """Raise ConfigError unless the factor divides every side of image (B, C, H, W), or of (B, C, ...)."""
+        sides = image.shape[2:]
+        if any(side % self.factor for side in sides):
             raise ConfigError(
-                f"image is {height}x{width}: height and width must be multiples of {self.factor}; pad or resize it"
+                f"image is {'x'.join(map(str, sides))}: all sides must be multiples of {self.factor}; pad or resize it"
             )
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Convert from the posterior's units to z: (raw - shift) * scale."""
-        return (raw - expand_channels(self.shift)) * expand_channels(self.scale)
+        return (raw - expand_channels(self.shift, raw)) * expand_channels(self.scale, raw)
 
     def encode(self, image: Tensor) -> Tensor:
         """Return z (B, z_channels, h, w) of the posterior's mode."""
@@ -97,7 +97,7 @@ class FirstStage(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode z to an image (B, C, H, W), about [-1, 1]."""
-        return self.decode_raw(z / expand_channels(self.scale) + expand_channels(self.shift))
+        return self.decode_raw(z / expand_channels(self.scale, z) + expand_channels(self.shift, z))
 
     @torch.no_grad()
     def calibrate(
@@ -122,6 +122,6 @@ class FirstStage(nn.Module):
         return hash_state_dict(self.state_dict())
 
 
-def expand_channels(value: Tensor) -> Tensor:
-    """Reshape a number for each channel (C,) to (C, 1, 1), so that it broadcasts over an image."""
-    return value[:, None, None]
+def expand_channels(value: Tensor, x: Tensor) -> Tensor:
+    """Reshape a number for each channel (C,) so that it broadcasts over x (B, C, ...)."""
+    return value.reshape(-1, *[1] * (x.ndim - 2))

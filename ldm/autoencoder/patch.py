@@ -15,6 +15,8 @@ class PatchEncoder(nn.Module):
     patch directly to the mean makes training start from a linear code.
     """
 
+    spatial_dims = 2
+
     def __init__(
         self, channels: int, z_channels: int, factor: int, width: int = 64, num_res_blocks: int = 2, num_groups: int = 4
     ):
@@ -40,6 +42,8 @@ class PatchEncoder(nn.Module):
 
 class PatchDecoder(nn.Module):
     """Latent (B, z_channels, h, w) -> image (B, C, f h, f w): the mirrored encoder, with a linear map to the pixels."""
+
+    spatial_dims = 2
 
     def __init__(
         self, channels: int, z_channels: int, factor: int, width: int = 64, num_res_blocks: int = 3, num_groups: int = 4

@@ -86,7 +86,7 @@ def build_from_pipeline(pipeline: Pipeline) -> "LatentDiffusion":
         config_nodes.encoder_of(cfg.conditioner).update({"weights": None, "random": True})
     card = data_card(pipeline.data)
     with trust.construction_errors("the pipeline"):
-        autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels)
+        autoencoder = build.build_autoencoder(cfg.autoencoder, card.shape[0])
         load_strict(autoencoder, pipeline.autoencoder, "first stage")
         model = build.build_model(cfg, autoencoder, card)
     load_strict(model.denoiser.net, pipeline.net, "U-Net")
@@ -128,7 +128,7 @@ def _describe(path: Path, kind: str, changed: tuple[int, ...]) -> PipelineInfo:
     pipeline = open_pipeline(path, kind)
     card = data_card(pipeline.data)
     with trust.construction_errors(path):
-        autoencoder = build.build_autoencoder(trust.sanitize_config(pipeline.config, path).autoencoder, card.channels)
+        autoencoder = build.build_autoencoder(trust.sanitize_config(pipeline.config, path).autoencoder, card.shape[0])
         load_strict(autoencoder, pipeline.autoencoder, "first stage")
     space = LatentSpace.from_autoencoder(autoencoder, pipeline.config["autoencoder"])
     return PipelineInfo(pipeline.config, card, space.name)

@@ -104,7 +104,7 @@ class RunSource:
         card, trained = self.data_card, self.load_weights(weights)
         with trust.construction_errors(self.folder):
             path = self.folder / "first_stage.safetensors"
-            autoencoder, space = load_first_stage(self.config.autoencoder, path, card.channels)
+            autoencoder, space = load_first_stage(self.config.autoencoder, path, card.shape[0])
             model = build.build_model(self.config, autoencoder, card)
         space.require_same(
             trained.metadata,
@@ -158,7 +158,7 @@ class AdapterSource:
         card, model = self.data_card, self.base.load()
         self.base_ref.check_weights(hash_model(model), self.folder)
         self.apply_to(model, 1.0, weights)
-        model.size = (card.size, card.size)
+        model.size = tuple(card.shape[1:])
         return model.eval().to(_default_device())
 
     def apply_to(self, model: "LatentDiffusion", scale: float = 1.0, weights: str = "ema") -> None:

@@ -1,7 +1,7 @@
 """Build objects from a composed config, leaves first; a node that owns weights is built once and passed on."""
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.signatures import read_signature
@@ -18,10 +18,19 @@ def to_container(cfg: Any) -> Any:
 
 
 def build_dataset(cfg: Any, split: str = "train"):
-    """Build the data set of a config's `data` node; split: train or test."""
+    """Build the data set of a config's `data` node; split: train or test.  Raises UserError for one without a shape."""
     from hydra.utils import instantiate
 
-    return instantiate(cfg.data, split=split)
+    from ldm.errors import UserError
+
+    data = instantiate(cfg.data, split=split)
+    shape = getattr(data, "shape", None)
+    if not isinstance(shape, Sequence) or not 2 <= len(shape) <= 4:
+        raise UserError(
+            f"data._target_={cfg.data._target_}: its shape is {shape}; "
+            "expected that of a sample, (C, L), (C, H, W) or (C, F, H, W)"
+        )
+    return data
 
 
 def resolve_dataset_config(cfg: Any) -> Any:
@@ -105,6 +114,10 @@ def require_labels(*data: Any) -> None:
     """Check that every sample of the data sets has a label, as training a classifier needs; else raise UserError."""
     from ldm.errors import UserError
 
+    if not all(one.classes for one in data):
+        raise UserError(
+            "these data have no classes, and a classifier needs a label for each sample; choose other data="
+        )
     if count := sum(getattr(one, "unlabelled", 0) for one in data):
         total = sum(map(len, data))
         raise UserError(
@@ -113,7 +126,7 @@ def require_labels(*data: Any) -> None:
 
 
 def build_autoencoder(node: Any, channels: int):
-    """Build a first stage (untrained) for images of `channels` channels."""
+    """Build a first stage (untrained) for samples of `channels` channels."""
     from hydra.utils import instantiate
 
     return instantiate(node, **supplied_kwargs(node, {"channels": channels}))
@@ -125,7 +138,7 @@ def build_conditioner(node: Any, autoencoder, data):
 
     values = {
         "num_classes": len(data.classes),
-        "image_channels": data.channels,
+        "image_channels": data.shape[0],
         "factor": autoencoder.factor,
         "z_channels": autoencoder.z_channels,
         # Not the bound method: Hydra would deep-copy it, and the first stage with it.
@@ -161,7 +174,7 @@ def build_model(cfg: Any, autoencoder, data) -> "LatentDiffusion":
     conditioner = build_conditioner(cfg.conditioner, autoencoder, data)
     net = build_network(cfg, autoencoder, conditioner)
     denoiser = Denoiser(net, instantiate(cfg.schedule), instantiate(cfg.prediction))
-    return LatentDiffusion(autoencoder, conditioner, denoiser, (data.size, data.size))
+    return LatentDiffusion(autoencoder, conditioner, denoiser, tuple(data.shape[1:]))
 
 
 def supplied_kwargs(node: Mapping[str, Any], values: Mapping[str, Any], replace: bool = False) -> dict[str, Any]:
@@ -194,4 +207,5 @@ def build_classifier(net: Any, autoencoder: Any, data: Any) -> Any:
 
     net: its constructor with options bound.
     """
-    return net(in_channels=autoencoder.z_channels, classes=len(data.classes), size=data.size // autoencoder.factor)
+    size = [side // autoencoder.factor for side in data.shape[1:]]
+    return net(in_channels=autoencoder.z_channels, classes=len(data.classes), size=size)

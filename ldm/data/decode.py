@@ -1,4 +1,4 @@
-"""Decode any image file to a square of bytes, whatever its mode, size, orientation and depth."""
+"""Decode any image file to a rectangle of bytes, whatever its mode, size, orientation and depth."""
 
 from functools import cache
 from pathlib import Path
@@ -37,11 +37,6 @@ def _known() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def load_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
-    """Load an image as `load_rectangle` does, with size x size pixels."""
-    return load_rectangle(source, size, size, channels)
-
-
 def load_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
     """Load an image scaled to cover height x width and cropped at the centre.
 
@@ -61,24 +56,24 @@ def load_rectangle(source: Path | BinaryIO, height: int, width: int, channels: i
     return to_tensor(image, channels), shorter
 
 
-def adm_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
-    """Load an image as `load_square` does, with the preprocessing of ADM, DiT and their reference statistics.
+def adm_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
+    """Load an image as `load_rectangle` does, with the preprocessing of ADM, DiT and their reference statistics.
 
-    It is halved by box averages while twice the size fits in it, scaled by bicubic interpolation, and only then cropped
-    (Dhariwal & Nichol 2021, center_crop_arr of their code).
+    It is halved by box averages while twice height x width fits in it, scaled by bicubic interpolation, and only then
+    cropped (Dhariwal & Nichol 2021, center_crop_arr of their code).
     """
     from PIL import Image
 
     image, shorter = load_flattened(source, channels)
-    while min(image.size) >= 2 * size:
+    while image.size[0] >= 2 * width and image.size[1] >= 2 * height:
         image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.size[0], height / image.size[1])
     image = image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), Image.Resampling.BICUBIC)
-    left, top = ((length - size) // 2 for length in image.size)
-    return to_tensor(image.crop((left, top, left + size, top + size)), channels), shorter
+    left, top = ((full - length) // 2 for full, length in zip(image.size, (width, height), strict=True))
+    return to_tensor(image.crop((left, top, left + width, top + height)), channels), shorter
 
 
-CROPS = {"centre": load_square, "adm": adm_square}
+CROPS = {"centre": load_rectangle, "adm": adm_rectangle}
 
 
 def load_flattened(source: Path | BinaryIO, channels: int, enough: int | None = None):

@@ -24,9 +24,12 @@ class DegradedDataset(WrappedDataset):
     low_res: creates low_res (B, C, H / factor, W / factor) in [-1, 1].  mask: creates mask (B, 1, H, W), 1 = to be
     generated. None leaves one out. Both depend on (seed, epoch, index) alone; low_res is computed from
     the image as it is in the batch, flipped or not. Everything else is the data set's.
+    Raises ConfigError for data that are no images.
     """
 
     def __init__(self, dataset, low_res: Shrink | None = None, mask: Mask | None = None, seed: int = 0):
+        if len(dataset.shape) != 3:
+            raise ConfigError(f"degradation: samples of shape {tuple(dataset.shape)} are no images; leave it out")
         super().__init__(dataset)
         self.low_res, self.mask, self.seed = low_res, mask, seed
 
@@ -70,10 +73,12 @@ def bsr(
 
     blur: range of standard deviations, in pixels of the result.
     noise: range of standard deviations, for values in [-1, 1].
-    quality: range of the JPEG quality.  Raises ConfigError as `bicubic` does.
+    quality: range of the JPEG quality.  Raises ConfigError as `bicubic` does, and unless there are 1 or 3 channels.
     After Zhang et al. 2021 (BSRGAN), section 3, without camera noise; LDM section 4.4 trains on it.
     """
     size = reduced_size(image, factor)
+    if len(image) not in JPEG_MODES:
+        raise ConfigError(f"degradation: JPEG takes images of 1 or 3 channels, these have {len(image)}; use bicubic_x4")
 
     def blurred(x: Tensor) -> Tensor:
         scale = x.shape[-1] / size[1]

@@ -1,6 +1,7 @@
 """Fashion-MNIST (Xiao, Rasul & Vollgraf 2017): 60,000 + 10,000 grey images of clothing in ten classes, captioned."""
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ldm.data.memory import InMemoryDataset, read_captions
+from ldm.data.shape import parse_size
 from ldm.errors import ConfigError, UserError
 from ldm.io.download import fashion_mnist
 
@@ -16,9 +18,9 @@ CAPTIONS = Path(__file__).with_suffix(".json")
 
 
 class FashionMNIST(InMemoryDataset):
-    """Fashion-MNIST, its 28 px zero-padded to `size`: image (1, size, size) in [-1, 1], background -1.
+    """Fashion-MNIST, its 28 px zero-padded to `size`: image (1, H, W) in [-1, 1], background -1.
 
-    split: train or test.
+    split: train or test.  size: in pixels, one number or [height, width].
     root: a folder that may contain the files (else cache, system, download).
     captions: a JSON file {class: [caption, ...]}; by default the one next to this module.
     Raises ConfigError for an invalid option, AssetNotFoundError without the files.
@@ -28,21 +30,22 @@ class FashionMNIST(InMemoryDataset):
         self,
         split: str = "train",
         root: str | Path | None = None,
-        size: int = 32,
+        size: int | Sequence[int] = 32,
         captions: str | Path | None = None,
         seed: int = 0,
         flip: bool = False,
     ):
         if split not in FILES:
             raise ConfigError(f"split={split!r}: expected one of {', '.join(FILES)}")
-        if size < 28 or size % 2:
+        height, width = parse_size(size)
+        if min(height, width) < 28 or height % 2 or width % 2:
             raise ConfigError(
                 f"size={size}: the images have 28 px and are only padded; expected an even number from 28 up"
             )
         folder = fashion_mnist(root)
         images = read_idx(folder / f"{FILES[split]}-images-idx3-ubyte.gz")
         labels = read_idx(folder / f"{FILES[split]}-labels-idx1-ubyte.gz")
-        images = pad(images[:, None], [(size - 28) // 2] * 4)
+        images = pad(images[:, None], [(width - 28) // 2] * 2 + [(height - 28) // 2] * 2)
         super().__init__(f"fashion_mnist-{split}", images, labels, read_captions(captions or CAPTIONS), seed, flip)
 
 

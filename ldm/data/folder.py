@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ldm.data.captions import annotate, format_names, printable
 from ldm.data.decode import load_rectangle, open_image
 from ldm.data.image_cache import cached_memmap
 from ldm.data.memory import InMemoryDataset, iter_bytes
+from ldm.data.shape import format_size, parse_size
 from ldm.errors import UserError
 from ldm.io.progress import ProgressBar
 from ldm.tensors import derive_seed
@@ -41,10 +42,11 @@ EXPECTED_LAYOUT = (
 
 
 class ImageFolder(InMemoryDataset):
-    """The images under `path`, scaled and cropped at the centre: image (channels, size, size) in [-1, 1].
+    """The images under `path`, scaled and cropped at the centre: image (channels, H, W) in [-1, 1].
 
     Hidden files are ignored.
-    size: in pixels; by default a power of two from 32 to 64, with a GPU to 256, that half of the images reach.
+    size: in pixels, one number for squares or [height, width]; by default squares of a power of two from 32 to 64, with
+    a GPU to 256, that half of the images reach.
     channels: 3, or 1 for grey; by default as most images have.
     captions: see ldm.data.captions.annotate.
     test_fraction: fraction of the images in the test split, chosen by each file's name alone; if that leaves a split
@@ -58,7 +60,7 @@ class ImageFolder(InMemoryDataset):
         self,
         path: str | Path,
         split: str = "train",
-        size: int | None = None,
+        size: int | Sequence[int] | None = None,
         channels: int | None = None,
         captions: str | Path | None = None,
         test_fraction: float = 0.02,
@@ -71,16 +73,15 @@ class ImageFolder(InMemoryDataset):
             raise UserError(f"split={split!r}: expected train or test")
         if channels not in (None, 1, 3):
             raise UserError(f"channels={channels}: expected 3 for colour or 1 for grey")
-        if size is not None and size < 16:
-            raise UserError(f"size={size}: expected 16 pixels or more")
+        sides = None if size is None else parse_size(size, least=16)
         if not 0 <= test_fraction < 1:
             raise UserError(f"test_fraction={test_fraction}: expected a fraction of at least 0 and below 1")
         root = Path(path).expanduser()
         files = scan(root)
-        if size is None or channels is None:
+        if sides is None or channels is None:
             default = infer_size_and_channels(root, [file.name for file in files])
-            size, channels = size or default[0], channels or default[1]
-        pack = decode_all(root, files, (size, size), channels)
+            sides, channels = sides or parse_size(default[0]), channels or default[1]
+        pack = decode_all(root, files, sides, channels)
         self.root, self.readable, self.skipped = root, pack.files, pack.skipped
         if len(self.skipped) > max_unreadable * len(files):
             raise UserError(
@@ -105,15 +106,15 @@ class ImageFolder(InMemoryDataset):
         self.content = digest(pack, annotations.texts, annotations.labels)
         self.check_content(content_hash)
         where = "fits in memory" if fits_in_memory(pack.images) else "read from the disk"
-        form = f"{size} px{'' if channels == 3 else ', grey'}, {where}"
+        form = f"{format_size(sides)} px{'' if channels == 3 else ', grey'}, {where}"
         self.summary = ", ".join(
             [f"{root}: {len(names):,} images", *annotations.notes, form, f"{self.held_out} held out", *pack.notes]
         )
 
     @property
-    def resolved_config(self) -> dict[str, int | str]:
+    def resolved_config(self) -> dict[str, Any]:
         """Values of the options that a config left open; content_hash makes run names depend on images and captions."""
-        return {"size": self.size, "channels": self.channels, "content_hash": self.content}
+        return {"size": format_size(self.shape[1:]), "channels": self.shape[0], "content_hash": self.content}
 
     def check_content(self, content: str | None) -> None:
         """Raise UserError if `content` is given and is not the digest of these images and captions."""

@@ -36,7 +36,7 @@ class HuggingFace(LazyDataset):
         self,
         path: str,
         split: str = "train",
-        size: int = 256,
+        size: int | Sequence[int] = 256,
         channels: int = 3,
         config: str | None = None,
         train: str = "train",

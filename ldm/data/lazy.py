@@ -15,6 +15,7 @@ from ldm.data.captions import TEMPLATES
 from ldm.data.decode import CROPS
 from ldm.data.memory import flip_where
 from ldm.data.quarantine import quarantined_rows
+from ldm.data.shape import format_size, parse_size
 from ldm.errors import UserError
 from ldm.tensors import derive_seed
 
@@ -54,7 +55,7 @@ class SampleSource(Protocol):
 
 
 class LazyDataset(Dataset):
-    """The samples `rows` of a source, with the methods of an InMemoryDataset: image (channels, size, size) in [-1, 1].
+    """The samples `rows` of a source, with the methods of an InMemoryDataset: image (channels, H, W) in [-1, 1].
 
     Each image is scaled and cropped at the centre; crop="adm" does it as ADM does, for its reference statistics. A
     sample is a function of (epoch, index) alone, for any number of workers and ranks. Without a caption it trains the
@@ -69,7 +70,7 @@ class LazyDataset(Dataset):
         name: str,
         source: SampleSource,
         rows: Sequence[int],
-        size: int,
+        size: int | Sequence[int],
         channels: int,
         content: str | None,
         seed: int = 0,
@@ -78,10 +79,9 @@ class LazyDataset(Dataset):
     ):
         if crop not in CROPS:
             raise UserError(f"crop={crop}: expected {' or '.join(CROPS)}")
-        if channels not in (1, 3) or size < 16:
-            raise UserError(
-                f"size={size} channels={channels}: expected 16 pixels or more, and 3 channels for colour or 1 for grey"
-            )
+        if channels not in (1, 3):
+            raise UserError(f"channels={channels}: expected 3 for colour or 1 for grey")
+        height, width = parse_size(size, least=16)
         if not len(rows):
             raise UserError(f"{name}: no sample in this split")
         faults = quarantined_rows(str(source.root))
@@ -94,7 +94,7 @@ class LazyDataset(Dataset):
                 )
         self.unreadable: set[int] = set()
         self.name, self.source, self.rows, self.seed, self.flip = name, source, torch.as_tensor(rows), seed, flip
-        self.size, self.channels, self.crop = size, channels, crop
+        self.shape, self.crop = (channels, height, width), crop
         self.classes, self.captions = list(source.classes), [list(texts) for texts in source.classes.values()]
         self.content = sha256((source.identity + (repr(sorted(faults)) if faults else "")).encode()).hexdigest()[:16]
         if content not in (None, self.content):
@@ -102,7 +102,11 @@ class LazyDataset(Dataset):
         self.uncaptioned, self.unlabelled = (
             int(mask[self.rows].sum()) for mask in (source.uncaptioned, source.unlabelled)
         )
-        notes = [f"{name}: {len(self):,} of {len(source):,} samples", f"{len(self.classes):,} classes", f"{size} px"]
+        notes = [
+            f"{name}: {len(self):,} of {len(source):,} samples",
+            f"{len(self.classes):,} classes",
+            f"{format_size((height, width))} px",
+        ]
         notes += ["read as they are needed", *([f"{len(faults):,} quarantined"] if faults else [])]
         notes += [f"{self.uncaptioned:,} without a caption (the empty one stands for it)"] if self.uncaptioned else []
         notes += [f"{self.unlabelled:,} without a label"] if self.unlabelled else []
@@ -118,8 +122,8 @@ class LazyDataset(Dataset):
         """Identity of the pixels, independent of the files' location."""
         parts = (
             self.source.identity,
-            self.size,
-            self.channels,
+            format_size(self.shape[1:]),
+            self.shape[0],
             self.rows.tolist(),
             *([] if self.crop == "centre" else [self.crop]),
         )
@@ -157,7 +161,8 @@ class LazyDataset(Dataset):
         for position in range(index, index + min(MAX_CONSECUTIVE_FAILURES, len(self))):
             row = int(self.rows[position % len(self)])
             try:
-                return CROPS[self.crop](self.source.image(row), self.size, self.channels)[0]
+                channels, height, width = self.shape
+                return CROPS[self.crop](self.source.image(row), height, width, channels)[0]
             except Exception as error:  # Pillow's plugins raise all kinds of exceptions on a broken file
                 if row not in self.unreadable:
                     self.unreadable.add(row)

@@ -1,9 +1,10 @@
-"""Captioned, labelled images in memory as bytes, with every random choice keyed by (epoch, index)."""
+"""Samples in memory, such as captioned, labelled images, with every random choice keyed by (epoch, index)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from ldm.tensors import derive_seed
 
 
 class InMemoryDataset(Dataset):
-    """Images (N, C, H, W) uint8 with a class label each and several captions per class.
+    """Images (N, C, H, W) uint8, or samples (N, C, ...) float32 in [-1, 1], with labels and captions if there are any.
 
     rows: which of the images are the samples, None for all in order.
     Images that are mapped from the disk stay there until they are read.
-    labels: class numbers; -1 is no label.
+    labels: class numbers; -1 is no label.  captions: {class: captions}, all of them empty for none.
     texts: captions of each sample, none for the empty condition; by default a sample gets those of its class.
     A sample's caption, and its left-right flip if flips are on, depend on (seed, epoch, index) alone: they are the same
     at any batch size, worker count or rank. Raises ValueError for labels or captions that do not match the images.
@@ -29,19 +30,21 @@ class InMemoryDataset(Dataset):
         self,
         name: str,
         images: Tensor,
-        labels: Tensor,
-        captions: Mapping[str, Sequence[str]],
+        labels: Tensor | None = None,
+        captions: Mapping[str, Sequence[str]] = MappingProxyType({}),
         seed: int = 0,
         flip: bool = False,
         rows: Tensor | None = None,
         texts: Sequence[Sequence[str]] | None = None,
     ):
-        if images.dtype != torch.uint8 or images.ndim != 4 or len(images if rows is None else rows) != len(labels):
+        num = len(images if rows is None else rows)
+        labels = torch.full((num,), -1) if labels is None else labels
+        if images.dtype not in (torch.uint8, torch.float32) or images.ndim < 3 or num != len(labels):
             raise ValueError(
-                f"{name}: expected uint8 images (N, C, H, W) and N labels, "
+                f"{name}: expected images (N, C, H, W) uint8, or samples (N, C, ...) float32, and N labels, "
                 f"got {images.dtype} {tuple(images.shape)}, {len(labels)}"
             )
-        if missing := [c for c, texts in captions.items() if not texts]:
+        if any(captions.values()) and (missing := [c for c, texts in captions.items() if not texts]):
             raise ConfigError(f"{name}: no caption for {', '.join(missing)}; each class needs one or more")
         if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < len(captions):
             raise ConfigError(
@@ -58,12 +61,14 @@ class InMemoryDataset(Dataset):
             seed,
             flip,
         )
-        self.classes, self.captions = list(captions), [list(texts) for texts in captions.values()]
-        self.channels, self.size = images.shape[1], images.shape[-1]
+        self.classes, self.captions = list(captions), [list(texts) for texts in captions.values() if texts]
+        if not captions and texts is not None:
+            self.captions = [list(dict.fromkeys(text for several in texts for text in several)) or [""]]
+        self.shape = tuple(images.shape[1:])
 
     @property
     def images(self) -> Tensor:
-        """Images (N, C, H, W) uint8 of the samples."""
+        """Images (N, C, H, W) uint8, or float32, of the samples."""
         return self.stored if self.rows is None else self.stored[self.rows]
 
     @property
@@ -100,9 +105,10 @@ class InMemoryDataset(Dataset):
         return {"image": image, **batch}
 
     def pixels(self, index: Sequence[int] | Tensor) -> Tensor:
-        """Return images (B, C, H, W) float32 in [-1, 1], never flipped."""
+        """Return samples (B, *shape) float32 in [-1, 1], never flipped."""
         index = torch.as_tensor(index, dtype=torch.long)
-        return self.stored[index if self.rows is None else self.rows[index]].float().div_(127.5).sub_(1)
+        stored = self.stored[index if self.rows is None else self.rows[index]]
+        return stored.float().div_(127.5).sub_(1) if stored.dtype == torch.uint8 else stored
 
     def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict:
         """Return a batch without its images.
@@ -126,7 +132,8 @@ class InMemoryDataset(Dataset):
     def caption(self, epoch: int, index: int) -> str:
         """Return the caption of a sample in an epoch, "" without one."""
         label = int(self.labels[index])
-        texts = self.texts[index] if self.texts is not None else self.captions[label] if label >= 0 else ()
+        of_class = self.captions[label] if label >= 0 and self.captions else ()
+        texts = self.texts[index] if self.texts is not None else of_class
         return texts[derive_seed(self.seed, "caption", epoch, index) % len(texts)] if texts else ""
 
     @cached_property

@@ -44,7 +44,7 @@ class TarShardDataset(LazyDataset):
         self,
         path: str | Path,
         split: str = "train",
-        size: int = 256,
+        size: int | Sequence[int] = 256,
         channels: int = 3,
         names: str | Path | None = None,
         test_fraction: float = 0.02,

@@ -114,19 +114,23 @@ class Samples(Protocol):
     A data set with a length has the indices 0 to len - 1 in each epoch; one without is asked for (0, i), where i counts
     the samples from the start of the training, and must give the same sample i at any time, in any process and in any
     batch: this is what makes a resumed training equal to an uninterrupted one.
-    channels, size: of the images.  classes, captions: names of the classes, and captions of each.  flip: whether a
-    batch may have mirror images.  fingerprint: text that changes when the samples do.
+    shape: of a sample, channels first.  classes: their names, none without labels.  captions: of each class, or in one
+    list without classes; none without captions.  flip: whether a batch may have samples mirrored along their last axis.
+    fingerprint: text that changes when the samples do.
     """
 
-    channels: int
-    size: int
+    shape: Sequence[int]
     classes: Sequence[str]
     captions: Sequence[Sequence[str]]
     flip: bool
     fingerprint: str
 
     def batch(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Return image (B, C, H, W) float32 in [-1, 1], caption, label (B,) int64, flip (B,) bool, index and epoch."""
+        """Return image (B, *shape) float32 in [-1, 1], flip (B,) bool, and the lists index and epoch.
+
+        Besides label (B,) int64, -1 for none, if there are classes, and the list caption, "" for none, if there are
+        captions.
+        """
         ...
 
 

@@ -24,6 +24,8 @@ class REPA(nn.Module):
     Raises ConfigError if the batch has no image, the layer does not exist, or a width differs from the actual one.
     """
 
+    spatial_dims = 2
+
     keys = ("image",)  # batch entries it reads, so that images are loaded along with cached latents
     encoder: Any  # a module with `features`
 

@@ -52,24 +52,33 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CaptionSource:
-    """The conditions of samples: sample i gets class i mod K and a caption of that class, chosen by `seed` and i."""
+    """The conditions of samples: sample i gets class i mod K and a caption of that class, chosen by `seed` and i.
+
+    Without classes, captions are chosen from the one list of them; without captions, there is none.
+    """
 
     classes: Sequence[str]
     captions: Sequence[Sequence[str]]
     seed: int = field(default=0)
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
-        """Return caption (list), label (B,) int64 and index (list) of the given samples."""
-        label = [i % len(self.classes) for i in rows]
-        caption = [choose(self.captions[k], self.seed, "told", i) for i, k in zip(rows, label, strict=True)]
-        return {"caption": caption, "label": torch.tensor(label), "index": list(rows)}
+        """Return index (list), and caption (list) and label (B,) int64 where there are any, of the given samples."""
+        batch: dict[str, Any] = {"index": list(rows)}
+        kinds = [i % max(1, len(self.classes)) for i in rows]
+        if self.captions:
+            batch["caption"] = [
+                choose(self.captions[k], self.seed, "told", i) for i, k in zip(rows, kinds, strict=True)
+            ]
+        if self.classes:
+            batch["label"] = torch.tensor(kinds)
+        return batch
 
 
 def compute_scores(metrics: MetricSuite, samples: Iterator[tuple[Tensor, dict[str, Any]]]) -> dict[str, float]:
     """Compute every metric of the samples, over all processes; samples: (images, batch) pairs of `generate_samples`."""
     metrics.reset()
     for image, batch in samples:
-        metrics.update(image, batch["label"], batch.get("caption"))
+        metrics.update(image, batch.get("label", torch.zeros(len(image)).long()), batch.get("caption"))
     return metrics.compute()
 
 

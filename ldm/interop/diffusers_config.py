@@ -1,6 +1,6 @@
 """Convert diffusers' config.json of U-Net, first stage and scheduler to our nodes and back."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ldm.errors import UserError
@@ -209,9 +209,9 @@ def prediction(options: Mapping[str, Any]) -> Node:
 
 
 def export_net(
-    node: Mapping[str, Any], in_channels: int, out_channels: int, context_dim: int | None, size: int
+    node: Mapping[str, Any], in_channels: int, out_channels: int, context_dim: int | None, size: Sequence[int]
 ) -> dict[str, Any]:
-    """Convert our U-Net's node to a UNet2DConditionModel's config; size: height and width of z.
+    """Convert our U-Net's node to a UNet2DConditionModel's config; size: (height, width) of z.
 
     Raises UserError for a network without a counterpart in diffusers.
     """
@@ -235,7 +235,7 @@ def export_net(
         "_class_name": "UNet2DConditionModel",
         "in_channels": in_channels,
         "out_channels": out_channels,
-        "sample_size": size,
+        "sample_size": size[0] if len({*size}) == 1 else list(size),
         "block_out_channels": widths,
         "layers_per_block": node["num_res_blocks"],
         "down_block_types": [ATTENDED if one else "DownBlock2D" for one in attended],
@@ -252,8 +252,8 @@ def export_net(
     }
 
 
-def export_first_stage(node: Mapping[str, Any], channels: int, scale: float, size: int) -> dict[str, Any]:
-    """Convert our first stage's node to an AutoencoderKL's or VQModel's config; size: height and width of an image.
+def export_first_stage(node: Mapping[str, Any], channels: int, scale: float, size: Sequence[int]) -> dict[str, Any]:
+    """Convert our first stage's node to an AutoencoderKL's or VQModel's config; size: (height, width) of an image.
 
     Raises UserError for another kind of first stage.
     """
@@ -273,7 +273,7 @@ def export_first_stage(node: Mapping[str, Any], channels: int, scale: float, siz
         "_class_name": "VQModel" if quantised else "AutoencoderKL",
         "in_channels": channels,
         "out_channels": channels,
-        "sample_size": size,
+        "sample_size": size[0] if len({*size}) == 1 else list(size),
         "block_out_channels": [factor * part["width"] for factor in part["channel_mult"]],
         "layers_per_block": part["num_res_blocks"],
         "down_block_types": ["AttnDownEncoderBlock2D" if one else "DownEncoderBlock2D" for one in attended],

@@ -78,16 +78,17 @@ def save(pipeline: Pipeline, folder: Path, betas: list[float]) -> None:
             "expected conditioner=clip_context"
         )
     weights, scale = fold_scale(pipeline.autoencoder)
-    size, channels = pipeline.data["size"], pipeline.data["channels"]
+    channels, *sides = pipeline.data["shape"]
+    latent = [side // config["autoencoder"]["factor"] for side in sides]
     tower = kind.write(pipeline)
     ends = pipeline.net["stem.weight"].shape[1], pipeline.net["out.2.weight"].shape[0]
     parts = {
         "unet": (
-            diffusers_config.export_net(config["net"], *ends, tower.dim, size // config["autoencoder"]["factor"]),
+            diffusers_config.export_net(config["net"], *ends, tower.dim, latent),
             diffusers.export_unet(pipeline.net),
         ),
         kind.stage: (
-            diffusers_config.export_first_stage(config["autoencoder"], channels, scale, size),
+            diffusers_config.export_first_stage(config["autoencoder"], channels, scale, sides),
             diffusers.export_autoencoder(weights),
         ),
     }

@@ -35,7 +35,7 @@ class Pipeline:
 def unknown_data_info(channels: int, size: int, classes: int = 1) -> dict[str, Any]:
     """Return metadata for a data set that is not known: numbered classes and empty captions; size: in pixels."""
     names = [str(n) for n in range(classes)] if classes > 1 else ["image"]
-    return {"fingerprint": "", "classes": names, "captions": [[""]] * len(names), "channels": channels, "size": size}
+    return {"fingerprint": "", "classes": names, "captions": [[""]] * len(names), "shape": [channels, size, size]}
 
 
 def with_scale(weights: Mapping[str, Tensor], scale: float, z_channels: int, shift: float = 0.0) -> dict[str, Tensor]:

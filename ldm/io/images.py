@@ -11,7 +11,7 @@ from ldm.io import atomic
 
 
 def encode_png(image: Tensor, text: Mapping[str, str] | None = None) -> bytes:
-    """Encode image (C, H, W) uint8, C = 1 or 3, as PNG with `text` as its metadata."""
+    """Encode image (C, H, W) uint8, C = 1, 3 or 4, as PNG with `text` as its metadata."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

@@ -116,7 +116,17 @@ def read_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 def write_npz(path: Path, images: "Mapping[int, Tensor]", shape: tuple[int, int, int]) -> None:
     """Write images of all ranks, row -> (C, H, W) uint8, as arr_0 (N, H, W, 3) of an npz; grey is repeated.
 
-    shape: N, H, W.  Every rank calls this with its share of the rows 0..N-1; all ranks see the same folder.
+    shape: N, H, W.  As `write_rows`.
+    """
+    rows = {row: image.permute(1, 2, 0).numpy() for row, image in images.items()}  # (H, W, 1) is repeated by numpy
+    write_rows(path, "arr_0", rows, (*shape, 3), "uint8")
+
+
+def write_rows(path: Path, name: str, rows: Mapping[int, np.ndarray], shape: tuple[int, ...], dtype: str) -> None:
+    """Write rows of all ranks, row -> array, as the array `name` of an npz.
+
+    shape: N and the shape of a row.  Every rank calls this with its share of the rows 0..N-1; all ranks see the same
+    folder.
     """
     import torch.distributed as dist
 
@@ -130,15 +140,15 @@ def write_npz(path: Path, images: "Mapping[int, Tensor]", shape: tuple[int, int,
     array_file = path.with_name(f".{path.stem}.npy")
     if barrier():
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(array_file, "w+", np.uint8, (*shape, 3))
+        np.lib.format.open_memmap(array_file, "w+", np.dtype(dtype), shape)
     barrier()
-    rows = np.lib.format.open_memmap(array_file, "r+")
-    for row, image in images.items():
-        rows[row] = image.permute(1, 2, 0).numpy()  # (H, W, 1) is repeated by numpy
-    rows.flush()
+    written = np.lib.format.open_memmap(array_file, "r+")
+    for row, value in rows.items():
+        written[row] = value
+    written.flush()
     if barrier():
         temporary = path.with_name(f".{path.name}.tmp")
         with zipfile.ZipFile(temporary, "w") as archive:
-            archive.write(array_file, "arr_0.npy")
+            archive.write(array_file, f"{name}.npy")
         temporary.replace(path)
         array_file.unlink()

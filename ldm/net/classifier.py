@@ -3,6 +3,7 @@
 Dhariwal & Nichol 2021, sec. 4 and app. H.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,22 +18,22 @@ from ldm.net.unet import Attention, MemoryCursor, UNetBlockConfig, UNetEncoder, 
 
 
 class AttentionPool(nn.Module):
-    """A feature map (B, C, size, size) -> (B, out): the mean of its positions is a token that attends to all tokens.
+    """A feature map (B, C, h, w) -> (B, out): the mean of its positions is a token that attends to all tokens.
 
-    CLIP's pooling.  Raises ConfigError for a map of another size, because the position embeddings are learned.
+    CLIP's pooling.  size: (h, w).  Raises ConfigError for a map of another size, because the position embeddings are
+    learned.
     """
 
-    def __init__(self, size: int, channels: int, heads: int, out: int, attend: AttentionFn = sdpa):
+    def __init__(self, size: Sequence[int], channels: int, heads: int, out: int, attend: AttentionFn = sdpa):
         super().__init__()
-        self.size, self.heads, self.attend = size, heads, attend
-        self.positions = nn.Parameter(torch.randn(size**2 + 1, channels) * channels**-0.5)
+        self.size, self.heads, self.attend = tuple(size), heads, attend
+        self.positions = nn.Parameter(torch.randn(math.prod(size) + 1, channels) * channels**-0.5)
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2:] != (self.size, self.size):
-            raise ConfigError(
-                f"a map of {x.shape[2]} x {x.shape[3]}: this pooling has learned {self.size} x {self.size} positions"
-            )
+        if x.shape[2:] != self.size:
+            found, learned = (" x ".join(map(str, sides)) for sides in (x.shape[2:], self.size))
+            raise ConfigError(f"a map of {found}: this pooling has learned {learned} positions")
         h = tokens(x)
         h = torch.cat([h.mean(1, keepdim=True), h], dim=1) + self.positions  # (B, 1 + N, C)
         q, k, v = rearrange(self.qkv(h), "b n (three h d) -> three b h n d", three=3, h=self.heads)
@@ -40,10 +41,10 @@ class AttentionPool(nn.Module):
 
 
 class NoisyClassifier(UNetEncoder):
-    """Class logits (B, classes) of x_t (B, in_channels, size, size) at the network's time t (B,).
+    """Class logits (B, classes) of x_t (B, in_channels, *size) at the network's time t (B,).
 
     For guidance=classifier.
-    size: height and width of x_t.  The other options are UNet's.
+    size: (height, width) of x_t.  The other options are UNet's.
     Raises ConfigError for an x_t of another size.
     """
 
@@ -51,7 +52,7 @@ class NoisyClassifier(UNetEncoder):
         self,
         in_channels: int,
         classes: int,
-        size: int,
+        size: Sequence[int],
         channels: int = 128,
         channel_mult: Sequence[int] = (1, 2, 3, 4),
         num_res_blocks: int = 2,
@@ -92,7 +93,9 @@ class NoisyClassifier(UNetEncoder):
         self.out = nn.Sequential(
             norm(width, num_groups, eps),
             nn.SiLU(),
-            AttentionPool(-(-size // factor), width, width // num_head_channels, classes, attention_fn),
+            AttentionPool(
+                [-(-side // factor) for side in size], width, width // num_head_channels, classes, attention_fn
+            ),
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

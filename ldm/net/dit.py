@@ -123,6 +123,8 @@ class DiT(nn.Module):
     not divide.
     """
 
+    spatial_dims = 2
+
     def __init__(
         self,
         in_channels: int,

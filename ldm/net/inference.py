@@ -50,7 +50,8 @@ class InferenceNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Condition, **options: Any) -> Tensor:
         if torch.is_grad_enabled():
             return self.original(x, t, cond, **options)
-        x = x.contiguous(memory_format=torch.channels_last)  # attention's tokens are then a view
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)  # attention's tokens are then a view
         return self.net(x, t, cond, emb=self.embed(t, cond), memory=self.memory(cond), **options)
 
 

@@ -158,6 +158,8 @@ class UNetEncoder(nn.Module):
     depths: from `transformer_depths`.
     """
 
+    spatial_dims = 2
+
     def __init__(
         self,
         config: UNetBlockConfig,

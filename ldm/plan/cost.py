@@ -65,11 +65,11 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
     cfg = cfg.copy()
     use_random_weights(cfg.conditioner)
     with meta_device():
-        autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels).requires_grad_(False)
+        autoencoder = build.build_autoencoder(cfg.autoencoder, card.shape[0]).requires_grad_(False)
         conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card)
         net = build.build_network(cfg, autoencoder, conditioner)
-        image = torch.empty(1, card.channels, card.size, card.size)
-        z = (autoencoder.z_channels, *(card.size // autoencoder.factor,) * 2)
+        image = torch.empty(1, *card.shape)
+        z = (autoencoder.z_channels, *(side // autoencoder.factor for side in card.shape[1:]))
         encoders = stub_text_encoders(conditioner)
 
         def predict(batch: int, training: bool = False) -> "torch.Tensor":

@@ -55,9 +55,9 @@ def placeholder_batch(rows: int, card: "DataInfo", conditioner: "torch.nn.Module
     """
     import torch
 
-    size = (card.size, card.size)
+    channels, *size = card.shape
     batch: dict[str, Any] = {
-        "image": torch.empty(rows, card.channels, *size),
+        "image": torch.empty(rows, channels, *size),
         "mask": torch.empty(rows, 1, *size),
         "caption": [""] * rows,
         "label": torch.zeros(rows, dtype=torch.long, device="cpu"),
@@ -71,7 +71,7 @@ def placeholder_batch(rows: int, card: "DataInfo", conditioner: "torch.nn.Module
         if "map" in keys:
             batch["map"] = torch.empty(rows, part.classes, *size)
         if "low_res" in keys:
-            batch["low_res"] = torch.empty(rows, card.channels, card.size // part.scale, card.size // part.scale)
+            batch["low_res"] = torch.empty(rows, channels, *(side // part.scale for side in size))
         if "relief" in keys:
             batch["relief"] = torch.empty(rows, part.concat_channels - 1, *size)
     return batch

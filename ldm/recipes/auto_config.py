@@ -1,12 +1,13 @@
 """Choice of first stage and network for a person's own images: a published first stage if its weights are on disk."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ldm.data.shape import parse_size
 from ldm.errors import UserError
 from ldm.io.download import cache_dir
 
@@ -27,10 +28,15 @@ def choose_first_stage_and_net(cfg: Any, pretrained: str = "auto", large: str | 
     suitable.
     """
     message = f"first stage {_first_stage(cfg, pretrained)}"
-    side = cfg.data.size // cfg.autoencoder.get("factor", 1)
-    if large is not None and torch.cuda.is_available() and side > MAX_SMALL_LATENT and not _was_overridden("net"):
+    height, width = (side // cfg.autoencoder.get("factor", 1) for side in parse_size(cfg.data.size))
+    if (
+        large is not None
+        and torch.cuda.is_available()
+        and max(height, width) > MAX_SMALL_LATENT
+        and not _was_overridden("net")
+    ):
         cfg.net = _net(large)
-        message += f"\nnet         {large}, for latents of {side} x {side}"
+        message += f"\nnet         {large}, for latents of {height} x {width}"
     return message
 
 
@@ -78,11 +84,11 @@ def find_pretrained_autoencoders() -> Iterator[Path]:
         yield from (folder for folder in folders if (folder / "config.json").is_file())
 
 
-def pretrained_config(folder: Path, size: int, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def pretrained_config(folder: Path, size: int | Sequence[int], channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the nodes autoencoder and first_stage for the first stage in a folder.
 
-    size: pixels per side of the images.  Raises UserError for a folder without one, or one that does not suit such
-    images.
+    size: of the images in pixels, one number or [height, width].
+    Raises UserError for a folder without one, or one that does not suit such images.
     """
     from ldm.interop import diffusers_config
     from ldm.interop.text_tower import read_config
@@ -99,9 +105,10 @@ def pretrained_config(folder: Path, size: int, channels: int) -> tuple[dict[str,
         raise UserError(f"{folder}: its config.json has no {error}; expected an AutoencoderKL's") from None
     if config.get("in_channels", 3) != channels:
         raise UserError(f"{folder}: for images of {config.get('in_channels', 3)} channels, these have {channels}")
-    if size % node["factor"] or size // node["factor"] < MIN_LATENT_SIZE:
-        latent = f"{size / node['factor']:g}"
-        raise UserError(f"{folder}: of factor {node['factor']}, images of {size} px give latents of {latent} on a side")
+    factor = node["factor"]
+    if wrong := [side for side in parse_size(size) if side % factor or side // factor < MIN_LATENT_SIZE]:
+        latent = f"{wrong[0] / factor:g}"
+        raise UserError(f"{folder}: of factor {factor}, images of {size} px give latents of {latent} on a side")
     return node, pretrained_autoencoder.config_node(folder)
 
 

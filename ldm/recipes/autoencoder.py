@@ -16,6 +16,7 @@ from ldm.checkpoint.latent_space import LatentSpace
 from ldm.checkpoint.load import load_first_stage
 from ldm.config import build
 from ldm.data.latents import batches
+from ldm.data.shape import image_fault
 from ldm.data.stream import length_of
 from ldm.devices import rank_and_world_size
 from ldm.ema import WeightAverage
@@ -111,8 +112,13 @@ class AutoencoderRecipe:
                     "images; train it on data with a length, and begin the diffusion model from init=RUN"
                 )
             torch.manual_seed(derive_seed(self.seed, "weights"))
-            autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels)
+            if len(data.shape) != 3:
+                raise UserError(
+                    f"training=autoencoder: its losses are of images (C, H, W), these samples are of shape "
+                    f"{tuple(data.shape)}; choose autoencoder=identity"
+                )
             checks.check_data(cfg, data)
+            autoencoder = build.build_autoencoder(cfg.autoencoder, data.shape[0])
             checks.check_first_stage(cfg, autoencoder, data)
             if is_parameter_free(autoencoder):
                 name = type(autoencoder).__name__
@@ -121,7 +127,7 @@ class AutoencoderRecipe:
                 autoencoder,
                 self.loss,
                 self.optimizer,
-                self.discriminator(channels=data.channels),
+                self.discriminator(channels=data.shape[0]),
                 self.discriminator_optimizer,
                 self.discriminator_start,
                 self.discriminator_ramp,
@@ -168,13 +174,16 @@ def make_grid_writer(run: TrainingRun, autoencoder: FirstStage, test) -> Callabl
     These are PSNR, SSIM and the ratio of their powers at high frequencies.
     """
     images_in = test.batch([(0, i) for i in range(min(64, len(test)))])["image"]
+    if fault := image_fault(images_in.shape[1:]):
+        run.print(f"grids       none: {fault}")
 
     @torch.no_grad()
     def draw(step: int) -> None:
         images_out = autoencoder.decode(autoencoder.encode(images_in.to(autoencoder.shift))).to(images_in)
-        pairs = torch.cat([images_in[:16], images_out[:16]])
-        grid = images.make_grid(to_uint8(pairs.float()), columns=len(pairs) // 2, zoom=2)
-        run.save_image(step, f"grids/step-{step:06d}", grid)
+        if not fault:
+            pairs = torch.cat([images_in[:16], images_out[:16]])
+            grid = images.make_grid(to_uint8(pairs.float()), columns=len(pairs) // 2, zoom=2)
+            run.save_image(step, f"grids/step-{step:06d}", grid)
         scores = Reconstruction()
         scores.update(images_in, images_out)
         values = {

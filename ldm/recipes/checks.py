@@ -1,6 +1,7 @@
-"""Checks of the parts of a training that come from a person's own package, before anything is trained.
+"""Checks of the parts of a training, before anything is trained: each wrong part is one line.
 
-Each wrong part is one line. Only parts that a config names in a package besides ldm are checked: ldm's have tests.
+Whether the parts fit the shape of the data, its classes and its captions is checked for all parts; what they return,
+only for those that a config names in a package besides ldm: ldm's have tests.
 """
 
 import inspect
@@ -15,10 +16,12 @@ from ldm.conditioner.compose import condition_or_null
 from ldm.config import build
 from ldm.config.signatures import is_user_code
 from ldm.config.tree import iter_nodes
+from ldm.data.shape import COLOUR_CHANNELS, format_size, image_fault
 from ldm.data.stream import Samples, length_of
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.interfaces import Conditioner, Decoder, ImageDataset, missing_members
+from ldm.evaluation.evaluate import CaptionSource
+from ldm.interfaces import Conditioner, Dataset, Decoder, missing_members
 from ldm.metrics.distribution import Metric
 from ldm.model import LatentDiffusion
 from ldm.recipes.latents import trains_first_stage
@@ -37,6 +40,8 @@ def check_parts(cfg: Any, data: Any, is_new: bool = True) -> None:
     """
     check_classes(cfg)
     check_data(cfg, data)
+    check_shape(cfg, data)
+    check_conditions(cfg.conditioner, data)
     check_training(cfg.training)
     if is_new and not cfg.get("adapter"):
         check_model(cfg, data)
@@ -75,9 +80,48 @@ def check_data(cfg: Any, data: Any) -> None:
     if length_of(data) is None:  # an endless stream of batches
         check_members(data, Samples, "data", cfg.data["_target_"])
         return
-    check_members(data, ImageDataset, "data", cfg.data["_target_"])
+    check_members(data, Dataset, "data", cfg.data["_target_"])
     if not hasattr(data, "shapes"):  # images of several shapes have no common size
-        require_shape("data", "pixels", data.pixels([0]), (1, data.channels, data.size, data.size))
+        require_shape("data", "pixels", data.pixels([0]), (1, *data.shape))
+
+
+def check_shape(cfg: Any, data: Any) -> None:
+    """Raise UserError for parts that take samples of another number of sides, and for metrics that cannot measure them.
+
+    Such parts state it as `spatial_dims`.
+    """
+    for name in ("autoencoder", "net", "objective"):
+        check_dimensions(name, cfg[name], data)
+    if "_target_" in cfg.metrics and (fault := image_fault(data.shape, COLOUR_CHANNELS)):
+        raise UserError(f"metrics: {fault}, as feature networks take; choose metrics=none")
+
+
+def check_dimensions(name: str, node: Any, data: Any) -> None:
+    """Raise UserError for a part, `name` in the config, that takes samples of another number of sides than the data's.
+
+    node: of the part, whose inner nodes are checked too.
+    """
+    sides = len(data.shape) - 1
+    for _, inner in iter_nodes(build.to_container(node)):
+        part = get_object(inner["_target_"])
+        dims = getattr(part, "spatial_dims", sides)
+        if dims != sides:
+            raise UserError(
+                f"{name}: {inner['_target_']} takes samples with {dims} sides besides the channels, these are of shape "
+                f"{tuple(data.shape)}; choose {'autoencoder=identity, or ' * (name == 'autoencoder')}one of your own"
+            )
+
+
+def check_conditions(node: Any, data: Any) -> None:
+    """Raise UserError for a conditioner that reads labels or captions, if the data have none."""
+    for _, inner in iter_nodes(build.to_container(node)):
+        keys = getattr(get_object(inner["_target_"]), "keys", ())
+        for key, names, plural in (("label", data.classes, "classes"), ("caption", data.captions, "captions")):
+            if isinstance(keys, tuple) and key in keys and not names:
+                raise UserError(
+                    f"conditioner: {inner['_target_']} reads each sample's {key}, and these data have no {plural}; "
+                    "choose conditioner=none"
+                )
 
 
 def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:
@@ -85,10 +129,10 @@ def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:
 
     autoencoder: as built, on the CPU.  A decoder with weights needs what its training uses.
     """
-    size, factor = data.size, autoencoder.factor
-    if size % factor:
+    sides, factor = data.shape[1:], autoencoder.factor
+    if any(side % factor for side in sides):
         raise UserError(
-            f"data.size={size}: height and width must be multiples of {factor}, the first stage's factor; "
+            f"data.size={format_size(sides)}: all sides must be multiples of {factor}, the first stage's factor; "
             "choose another of the two"
         )
     if not user_targets(cfg.autoencoder):
@@ -96,7 +140,7 @@ def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:
     if next(autoencoder.parameters(), None) is not None:
         check_members(autoencoder.decoder, Decoder, "autoencoder.decoder", type(autoencoder.decoder).__name__)
     image = first_batch(data)["image"]
-    z = autoencoder.z_channels, *(side // factor for side in image.shape[-2:])
+    z = autoencoder.z_channels, *(side // factor for side in image.shape[2:])
     with torch.no_grad():
         require_shape("autoencoder.encoder", "the latent", autoencoder.posterior(image).mean, (ROWS, *z))
         decoded = autoencoder.decode(torch.zeros(ROWS, *z))
@@ -111,7 +155,7 @@ def check_model(cfg: Any, data: Any) -> None:
     is_tried = any(user_targets(cfg[name]) for name in MODEL)
     with torch.random.fork_rng([]):
         with torch.device("cpu" if is_tried else "meta"):
-            autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels)
+            autoencoder = build.build_autoencoder(cfg.autoencoder, data.shape[0])
         check_first_stage(cfg, autoencoder, data)
         if not is_tried:
             return
@@ -178,7 +222,7 @@ def check_network(model: LatentDiffusion, cfg: Any) -> None:
     except TypeError as error:
         raise UserError(f"net: {name}.forward is called with (x, t, cond): {error}") from None
     x = torch.zeros(model.latent_shape(ROWS))
-    cond = model.null_condition({"noise": KeyedNoise(0, range(ROWS))}).expand_concat(*x.shape[-2:])
+    cond = model.null_condition({"noise": KeyedNoise(0, range(ROWS))}).expand_concat(*x.shape[2:])
     out = net(x, model.denoiser.net_time(x, torch.tensor(0.5)), cond)
     channels = x.shape[1] * (2 if cfg.get("learned_variance") else 1)
     require_shape("net", f"{name}'s output", out, (ROWS, channels, *x.shape[2:]))
@@ -205,14 +249,11 @@ def check_sampling(model: LatentDiffusion, cfg: Any, data: Any) -> None:
     if not (user_targets(cfg.sampler) or user_targets(cfg.guidance)):
         return
     ts = instantiate(cfg.timestep_spacing)(model.denoiser.schedule, 2)
-
-    def conditions(rows: Any) -> dict[str, Any]:
-        return {"caption": [data.captions[0][0]] * len(rows), "label": torch.zeros(len(rows)).long(), "index": [*rows]}
-
+    conditions = CaptionSource(data.classes, data.captions).batch
     ways = instantiate(cfg.sampler), instantiate(cfg.guidance)
     image, _ = next(generate_samples(model, conditions, range(ROWS), 0, ROWS, ts, *ways))
     name = (user_targets(cfg.sampler) or user_targets(cfg.guidance))[0]
-    require_shape("sampler", f"{name}'s image", image, (ROWS, data.channels, data.size, data.size))
+    require_shape("sampler", f"{name}'s image", image, (ROWS, *data.shape))
 
 
 def require_shape(path: str, what: str, value: Any, expected: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from ldm.config import build
 from ldm.config.build import build_classifier
 from ldm.data.latents import LatentDataset
 from ldm.io import atomic
+from ldm.recipes import checks
 from ldm.recipes.autoencoder import first_stage_dependency, load_or_train_first_stage
 from ldm.recipes.latents import cached_moments
 from ldm.recipes.resume import final_metrics
@@ -63,7 +64,8 @@ class ClassifierRecipe:
         require_metric(cfg.get("keep_best"), (), "this training writes no number val/...", cfg.get("callbacks"))
         data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
         build.require_labels(data, test)
-        autoencoder, space, _ = load_or_train_first_stage(cfg, data.channels)
+        checks.check_dimensions("training.net", cfg.training.net, data)
+        autoencoder, space, _ = load_or_train_first_stage(cfg, data.shape[0])
         schedule = instantiate(cfg.schedule)
         with open_run(cfg, folder) as run:
             if run.resume is not None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ldm.conditioner.clip import init_towers
 from ldm.conditioner.clip_image import preprocess
 from ldm.config import build
+from ldm.data.shape import COLOUR_CHANNELS, image_fault
+from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import open_run
@@ -66,6 +68,8 @@ class CLIPRecipe:
             return done["image_to_text"]
         require_metric(cfg.get("keep_best"), (), "this training writes no number val/...", cfg.get("callbacks"))
         data, test = build.build_dataset(cfg, "train"), build.build_dataset(cfg, "test")
+        if fault := image_fault(data.shape, COLOUR_CHANNELS) or "these data have no captions" * (not data.captions):
+            raise UserError(f"training=clip: {fault}; it is trained on images with captions")
         with open_run(cfg, folder) as run:
             atomic.write_json(folder / "model.json", build.to_container(self.model))
             torch.manual_seed(derive_seed(cfg.seed, "weights"))

@@ -13,6 +13,7 @@ from torch import nn
 from ldm.checkpoint import adapters
 from ldm.checkpoint.latent_space import JOINT, LatentSpace
 from ldm.config import build
+from ldm.data.shape import image_fault
 from ldm.ema import SIGMA_RELS, PowerEMA, WeightAverage
 from ldm.evaluation import evaluator, protocol
 from ldm.evaluation.evaluate import CaptionSource, EvaluationConfig, evaluate, evaluate_during_training, format_count
@@ -101,9 +102,9 @@ class DiffusionRecipe:
         print_estimate(cfg, data)
         source = init_weights.load_init_model(cfg)
         autoencoder, space, reconstruction = (
-            load_or_train_first_stage(cfg, data.channels)
+            load_or_train_first_stage(cfg, data.shape[0])
             if source is None
-            else init_weights.adopt_first_stage(cfg, source, data.channels)
+            else init_weights.adopt_first_stage(cfg, source, data.shape[0])
         )
         init_weights.check_teacher(cfg, space)
         joint, metadata = trains_first_stage(cfg), space.metadata
@@ -122,10 +123,13 @@ class DiffusionRecipe:
             captions = CaptionSource(data.classes, data.captions)
             sampler, guidance, grid = (instantiate(cfg[name]) for name in ("sampler", "guidance", "timestep_spacing"))
 
-            def draw(step: int) -> None:
-                sheet = sample_grid(model, captions, grid(model.denoiser.schedule, score.steps), sampler, guidance)
-                run.save_image(step, f"grids/step-{step:06d}", sheet)
+            def draw(step: int, name: str | None = None, guidance: Any = guidance) -> None:
+                if not fault:
+                    sheet = sample_grid(model, captions, grid(model.denoiser.schedule, score.steps), sampler, guidance)
+                    run.save_image(step, name or f"grids/step-{step:06d}", sheet)
 
+            if fault := image_fault(data.shape):
+                run.print(f"grids       none: {fault}")
             if shapes := getattr(data, "shapes", None):
                 run.print(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
             options: dict[str, Any] = {"ema": ema, "draw": draw, "metadata": metadata}
@@ -171,8 +175,7 @@ class DiffusionRecipe:
                     )
                     atomic.write_tensors(folder / "weights.safetensors", weights, metadata)
                     scaled = partial(guidance, scale=values["guidance"]) if make_score else guidance
-                    sheet = sample_grid(model, captions, grid(model.denoiser.schedule, score.steps), sampler, scaled)
-                    run.save_image(self.steps, "samples", sheet)
+                    draw(self.steps, "samples", scaled)
             if make_score:
                 values |= protocol.with_protocol_hash(
                     evaluation_protocol(
@@ -187,10 +190,11 @@ class DiffusionRecipe:
                 values |= last_validation(run, self.steps)
             values |= {f"baseline/{name}": value for name, value in baselines.items() if "/" in name}
             metrics = run.finish(values | {f"first_stage/{name}": value for name, value in reconstruction.items()})
+            prompt = f'prompt="{data.captions[-1][0]}" ' if data.captions else ""
             run.print(
                 f"\n{format_summary(metrics)}\n\n"
-                f"samples  {folder / 'samples.png'}\nmetrics  {folder / 'metrics.json'}\n"
-                f'next     python sample.py run={folder} prompt="{data.captions[-1][0]}" num=16'
+                + (f"samples  {folder / 'samples.png'}\n" if not fault else "")
+                + f"metrics  {folder / 'metrics.json'}\nnext     python sample.py run={folder} {prompt}num=16"
             )
             return metrics.get(cfg.optimized_metric)
 
@@ -242,8 +246,8 @@ def check_resumed_latent_space(run: TrainingRun, space: LatentSpace) -> None:
 
 def sample_grid(model, captions: CaptionSource, ts, sampler, guidance, each: int = 10) -> torch.Tensor:
     """Sample an image (C, H, W) uint8 with a row of `each` samples for each of the first ten classes."""
-    classes = min(len(captions.classes), 10)
-    rows = [column * len(captions.classes) + row for row in range(classes) for column in range(each)]
+    kinds = max(1, len(captions.classes))
+    rows = [column * kinds + row for row in range(min(kinds, 10)) for column in range(each)]
     images = torch.cat(
         [image for image, _ in generate_samples(model, captions.batch, rows, 0, len(rows), ts, sampler, guidance)]
     )

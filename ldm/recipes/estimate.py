@@ -42,7 +42,7 @@ def time_stages(cfg: Any, data) -> list[tuple[str, int, float]]:
     Returns (name, steps, seconds per step) of each.  For a first stage that is not trained here, encoding the images is
     timed.
     """
-    autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels)
+    autoencoder = build.build_autoencoder(cfg.autoencoder, data.shape[0])
     parts = []
     config = {**build.to_container(cfg), "training": build.to_container(cfg.first_stage)}
     is_available = cfg.get("init") or not any(True for _ in autoencoder.parameters())
@@ -76,7 +76,7 @@ def adversarial(autoencoder, recipe: AutoencoderRecipe, data) -> LitAutoencoder:
         autoencoder,
         recipe.loss,
         recipe.optimizer,
-        recipe.discriminator(channels=data.channels),
+        recipe.discriminator(channels=data.shape[0]),
         recipe.discriminator_optimizer,
         STEPS,
         recipe.discriminator_ramp,

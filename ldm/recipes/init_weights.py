@@ -151,17 +151,17 @@ def create_adapter(cfg: Any, model: "LatentDiffusion", data: Any) -> tuple[BaseM
     from ldm.tensors import derive_seed
 
     card = load_data_card(cfg.init)
-    if data.channels != card.channels or ("label" in model.conditioner.keys and len(data.classes) != len(card.classes)):
-        former = f"{card.channels} channels and {len(card.classes)} classes"
+    if data.shape[0] != card.shape[0] or ("label" in model.conditioner.keys and len(data.classes) != len(card.classes)):
+        former = f"{card.shape[0]} channels and {len(card.classes)} classes"
         raise UserError(
-            f"init={cfg.init} was trained on images of {former}, these have {data.channels} and {len(data.classes)}: "
+            f"init={cfg.init} was trained on images of {former}, these have {data.shape[0]} and {len(data.classes)}: "
             "choose data= alike"
         )
     base = BaseModelRef(str(Path(cfg.init).expanduser().absolute()), hash_model(model))
     torch.manual_seed(derive_seed(cfg.seed, "weights"))
     model.requires_grad_(False)
     instantiate(cfg.adapter).apply_to(model)
-    model.size = (data.size, data.size)
+    model.size = tuple(data.shape[1:])
     trained = sum(p.numel() for p in adapter_parameters(model).values())
     frozen = sum(p.numel() for p in model.parameters()) - trained
     share = f"{100 * trained / frozen:.2f}%"

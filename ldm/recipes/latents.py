@@ -7,6 +7,7 @@ from hydra.utils import get_object
 
 from ldm.checkpoint.latent_space import LatentSpace
 from ldm.data.latents import LatentDataset, read_latents, write_latents
+from ldm.data.shape import format_size
 from ldm.data.stream import length_of
 from ldm.errors import UserError
 from ldm.io import atomic
@@ -45,9 +46,10 @@ def check_latents(cfg: Any, data: Any) -> None:
             raise UserError(
                 "metrics: these data have no length, and samples are compared with all images; choose metrics=none"
             )
-    if scored and (stored := getattr(data, "stored_size", data.size)) != data.size:
+    if scored and (stored := getattr(data, "stored_shape", data.shape)) != data.shape:
+        size, stored = (format_size(shape[1:]) for shape in (data.shape, stored))
         raise UserError(
-            f"metrics: samples of {data.size} px, as augmentation.crop makes them, would be compared with images of "
+            f"metrics: samples of {size} px, as augmentation.crop makes them, would be compared with images of "
             f"{stored} px; choose metrics=none, or a crop of {stored} px"
         )
 

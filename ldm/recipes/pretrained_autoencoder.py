@@ -58,7 +58,7 @@ class PretrainedAutoencoderRecipe:
             if not run.is_main_process:
                 return 0.0
             data, config = build.build_dataset(cfg, "test"), read_config(Path(self.path))
-            autoencoder = build.build_autoencoder(cfg.autoencoder, data.channels).eval().requires_grad_(False)
+            autoencoder = build.build_autoencoder(cfg.autoencoder, data.shape[0]).eval().requires_grad_(False)
             published = diffusers.import_autoencoder(weights_file.read_weights(self.path))
             require_floating(published, self.path)
             weights = {name: value.float() for name, value in published.items()}

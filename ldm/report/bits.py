@@ -47,7 +47,7 @@ def of_run(run: str, num: int, steps: int | None, variance: str | None, batch_si
         batch, noise = data.batch([(0, i) for i in rows]), KeyedNoise(0, rows)
         x0 = encode_latents(model, batch["image"])
         pixels = x0.shape == batch["image"].shape and torch.equal(x0.cpu(), batch["image"])
-        cond = model.condition({**batch, "noise": noise}).to(x0).expand_concat(*x0.shape[-2:])
+        cond = model.condition({**batch, "noise": noise}).to(x0).expand_concat(*x0.shape[2:])
         bits = bits_per_dim(
             lambda x_t, t, cond=cond: denoiser(x_t, t, cond),  # type: ignore[misc]
             *(schedule, x0, ts, noise.sampler_noise("bits"), VARIANCES[variance]),

@@ -65,7 +65,7 @@ def of_run(run: str, num: int, bins: int) -> list[dict[str, float]]:
     batch = data.batch([(0, i) for i in range(len(noise))])
     z = encode_latents(model, batch["image"])
     with torch.inference_mode():
-        cond: Condition = model.condition({**batch, "noise": noise}).to(z).expand_concat(*z.shape[-2:])
+        cond: Condition = model.condition({**batch, "noise": noise}).to(z).expand_concat(*z.shape[2:])
     denoiser = model.denoiser
     loss_at = getattr(objective, "loss_at", None)  # absent for an objective that needs pixels
     terms = (lambda t, eps: loss_at(denoiser, z, cond, t, eps)) if loss_at else None

@@ -7,30 +7,33 @@ from typing import Any
 
 from ldm.io import atomic
 
-MAX_IMAGE_SIZE = 1 << 16  # pixels per side
+MAX_SIDE = 1 << 16  # pixels, or samples, per side
 
 
 @dataclass(frozen=True)
 class DataCard:
-    """Metadata of the data set that a model was trained on, stored in the run folder as data.json."""
+    """Metadata of the data set that a model was trained on, stored in the run folder as data.json.
+
+    shape: of a sample, (C, L), (C, H, W) or (C, F, H, W).  classes: their names, none for data without labels.
+    captions: of each class, or in one list without classes; none for data without captions.
+    """
 
     fingerprint: str
-    classes: Sequence[str]
-    captions: Sequence[Sequence[str]]
-    channels: int
-    size: int
+    shape: Sequence[int]
+    classes: Sequence[str] = ()
+    captions: Sequence[Sequence[str]] = ()
 
     @staticmethod
     def from_dataset(data) -> "DataCard":
-        return DataCard(data.fingerprint, data.classes, data.captions, data.channels, data.size)
+        return DataCard(data.fingerprint, tuple(data.shape), data.classes, data.captions)
 
     @staticmethod
     def from_dict(values: Any) -> "DataCard":
         """Build a card from plain data.  Raises ValueError if it is not a valid card."""
-        names = {"fingerprint", "classes", "captions", "channels", "size"}
+        names = {"fingerprint", "shape", "classes", "captions"}
         if not isinstance(values, dict) or values.keys() != names:
             raise ValueError(f"expected {', '.join(sorted(names))}")
-        classes, captions = values["classes"], values["captions"]
+        shape, classes, captions = values["shape"], values["classes"], values["captions"]
         valid_captions = isinstance(captions, list) and all(
             isinstance(one, list) and one and all(isinstance(text, str) for text in one) for one in captions
         )
@@ -40,15 +43,15 @@ class DataCard:
             or not all(isinstance(one, str) for one in classes)
         ):
             raise ValueError("expected a fingerprint and class names")
-        if not valid_captions or not classes or len(captions) != len(classes):
-            raise ValueError("expected captions for each class")
+        if not valid_captions or len(captions) not in (0, len(classes) or 1):
+            raise ValueError("expected captions for each class, or none")
         if (
-            values["channels"] not in (1, 3)
-            or type(values["size"]) is not int
-            or not 1 <= values["size"] <= MAX_IMAGE_SIZE
+            not isinstance(shape, list)
+            or not 2 <= len(shape) <= 4
+            or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in shape)
         ):
-            raise ValueError(f"expected 1 or 3 channels and a size of 1 to {MAX_IMAGE_SIZE} pixels")
-        return DataCard(**values)
+            raise ValueError(f"expected a shape (C, L), (C, H, W) or (C, F, H, W) of sides from 1 to {MAX_SIDE}")
+        return DataCard(values["fingerprint"], tuple(shape), classes, captions)
 
     def write(self, folder: Path) -> None:
         atomic.write_json(folder / "data.json", asdict(self))

@@ -86,7 +86,7 @@ def load_classifier(run: str) -> tuple[nn.Module, Any]:
     source = open_model(run)
     path, cfg, card = weights_path(run, source), source.config, source.data_card
     with torch.inference_mode(False):  # parameters created in inference mode could not be differentiated through
-        autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels)
+        autoencoder = build.build_autoencoder(cfg.autoencoder, card.shape[0])
         net = build_classifier(instantiate(cfg.training.net), autoencoder, card)
         net.load_state_dict(atomic.read_tensors(path))
     return net.eval().requires_grad_(False), instantiate(cfg.schedule)

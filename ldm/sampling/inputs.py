@@ -21,6 +21,8 @@ from ldm.data.folder import EXTENSIONS
 from ldm.errors import UserError
 from ldm.io.parse import parse_json
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -64,7 +66,9 @@ def image_input(spec: InputSpec, path: str | None, key: str = "image", keep_size
     """
 
     def read(file: Path) -> Tensor:
-        picture = decode.composite_alpha(open_image(key, file)).convert("RGB" if spec.channels == 3 else "L")
+        picture = open_image(key, file)
+        picture = picture.convert("RGBA") if spec.channels == 4 else decode.composite_alpha(picture)
+        picture = picture.convert(MODES[spec.channels])
         return to_tensor(picture if keep_size else resize_and_crop(picture, spec.size)) / 127.5 - 1
 
     return open_input(key, path, read)

@@ -22,7 +22,7 @@ def captions_and_labels(
     images.
     prompts: a file of prompts, see `read_prompts`.  label: one class for all images, by name or number.
     labels: without any of these three, "balanced" gives image i the class i mod K, "random" a class chosen by seed + i;
-    the captions are then the data's own.
+    the captions are then the data's own.  Data without classes and captions give no pairs.
     Raises UserError.
     """
     from ldm.tensors import choose, derive_seed
@@ -32,11 +32,14 @@ def captions_and_labels(
     if prompts is not None:
         return [pair for pair in read_prompts(Path(prompts), card) for _ in range(num)]
     count = len(card.classes)
+    kinds: list[int | None]
     if label is not None:
-        classes = [parse_class(label, card)] * num
+        kinds = [parse_class(label, card)] * num
+    elif not count:
+        kinds = [None] * num if card.captions else []
     else:
-        classes = [derive_seed(seed + i, "label") % count if labels == "random" else i % count for i in range(num)]
-    return [(choose(card.captions[k], 0, "told", i), k) for i, k in enumerate(classes)]
+        kinds = [derive_seed(seed + i, "label") % count if labels == "random" else i % count for i in range(num)]
+    return [(choose(card.captions[k or 0], 0, "told", i) if card.captions else "", k) for i, k in enumerate(kinds)]
 
 
 def read_prompts(path: Path, card: DataCard) -> list[tuple[str, int | None]]:
@@ -68,6 +71,8 @@ def read_prompts(path: Path, card: DataCard) -> list[tuple[str, int | None]]:
 
 def parse_class(label: str, card: DataCard) -> int:
     """Return the number of a class given by name or number. Raises UserError listing the classes."""
+    if not card.classes:
+        raise UserError(f"label={label}: the data of this run have no classes; leave it out")
     if label in card.classes:
         return list(card.classes).index(label)
     if str(label).isdigit() and int(label) < len(card.classes):

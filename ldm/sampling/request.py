@@ -6,12 +6,13 @@ This is the one module of sampling that reads the composed config of conf/sample
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ldm.checkpoint.load import ModelSource, open_model
 from ldm.config import trust
 from ldm.config.build import build_dataset, build_degraded_dataset, to_container
 from ldm.config.tree import map_strings
+from ldm.data.shape import COLOUR_CHANNELS, PICTURE_CHANNELS, image_fault
 from ldm.errors import UserError
 from ldm.io.parse import parse_json
 from ldm.runs import identity
@@ -154,6 +155,7 @@ def new_request(cfg: Any) -> SampleRequest:
         raise UserError(f"save={cfg.save}: expected all, grid, npz or none")
     if cfg.labels not in ("balanced", "random"):
         raise UserError(f"labels={cfg.labels}: expected balanced, the same number of each class, or random")
+    check_shape(cfg, card.shape)
     texts = [name for name in ("prompt", "prompts", "label") if cfg[name] is not None]
     if len(texts) > 1:
         raise UserError(f"{' and '.join(texts)} were given: expected one of them")
@@ -181,6 +183,21 @@ def new_request(cfg: Any) -> SampleRequest:
         saved_rows=rows,
         record=None,
     )
+
+
+def check_shape(cfg: Any, shape: Sequence[int]) -> None:
+    """Raise UserError for what can be done with images alone, if samples of the model have another shape."""
+    options = (
+        ("metrics=...", COLOUR_CHANNELS, "_target_" in cfg.metrics),
+        ("save=npz", COLOUR_CHANNELS, cfg.save == "npz" and not image_fault(shape)),
+        (f"hints={cfg.hints}", PICTURE_CHANNELS, cfg.hints is not None),
+        (f"tile={cfg.tile}", shape[:1], cfg.tile is not None),
+        *((f"{name}={cfg[name]}", PICTURE_CHANNELS, cfg[name] is not None) for name in cfg.inputs),
+        (f"task={str(cfg.task['_target_']).rpartition('.')[2]}", shape[:1], bool(cfg.inputs)),
+    )
+    for option, channels, is_set in options:
+        if is_set and (fault := image_fault(shape, channels)):
+            raise UserError(f"{option} is for images: {fault}; leave it out")
 
 
 def repeat_request(cfg: Any) -> SampleRequest:
@@ -300,10 +317,11 @@ def conditioning_inputs(
     from hydra.utils import instantiate
 
     card = source.data_card
-    size = tuple(cfg.size or (card.size, card.size))
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise UserError(f"size={cfg.size}: expected [height,width] in pixels")
-    spec = InputSpec((size[0], size[1]), card.channels, card.classes)
+    sides = tuple(cfg.size or card.shape[1:])
+    if len(sides) != len(card.shape) - 1 or not all(isinstance(side, int) and side > 0 for side in sides):
+        expected = "[height,width] in pixels" if len(card.shape) == 3 else f"{len(card.shape) - 1} sides in a list"
+        raise UserError(f"size={cfg.size}: expected {expected}")
+    spec = InputSpec(cast(Any, sides), card.shape[0], card.classes)  # for other than two sides, nothing reads it
     files = {
         name: instantiate(node)(spec) for name, node in cfg.inputs.items() if cfg[name] is not None or not cfg.held_out
     }

@@ -13,6 +13,7 @@ from ldm.checkpoint.load import open_model
 from ldm.checkpoint.weights import hash_model
 from ldm.config.build import to_container
 from ldm.config.tree import map_leaves
+from ldm.data.shape import image_fault
 from ldm.errors import UserError
 from ldm.io import atomic, npz
 from ldm.runs import identity, provenance
@@ -34,7 +35,7 @@ def generate_images(
     wrap_sampler: "Callable[[Sampler], Sampler]" = lambda sampler: sampler,
 ) -> "dict[int, Tensor]":
     """Sample this process's share of the images and return them as seed -> (C, H, W) uint8, each saved when its batch
-    is complete.
+    is complete; samples that are no images as seed -> (C, ...) float32.
 
     wrap_sampler: applied to the request's sampler, to observe it (see SamplerMonitor).
     Raises UserError before sampling if the request does not fit the model.
@@ -60,6 +61,9 @@ def generate_images(
     if request.tile is not None:
         tiled = Tiled(model.autoencoder, request.tile, request.tile // 4)
         model = LatentDiffusion(tiled, model.conditioner, model.denoiser, model.size)
+    fault = image_fault(request.source.data_card.shape)
+    if fault and request.save != "none" and os.environ.get("RANK", "0") == "0":
+        print(f"{fault}: they are written to samples.npz, not as PNG files")
     bar = ProgressBar("sampling", len(rows), unit="images")
     samples = generate_samples(
         model,
@@ -76,13 +80,15 @@ def generate_images(
     )
     images: dict[int, Tensor] = {}
     for image, batch in samples:
-        record = request.reproduction_record(batch, weights) if request.save == "all" else {}
-        for position, (i, pixels) in enumerate(zip(batch["index"], to_uint8(image).cpu(), strict=True)):
+        saves = request.save == "all" and not fault
+        record = request.reproduction_record(batch, weights) if saves else {}
+        values = image.cpu() if fault else to_uint8(image).cpu()
+        for position, (i, pixels) in enumerate(zip(batch["index"], values, strict=True)):
             if i not in request.saved_rows:
                 continue
             seed = request.seed + i
             images[seed] = pixels
-            if request.save == "all":
+            if saves:
                 text = {
                     "prompt": batch["caption"][position] if "caption" in batch else "",
                     "seed": str(seed),
@@ -159,6 +165,8 @@ def save_results(request: SampleRequest, images: "dict[int, Tensor]", score: dic
     """Write grid.png, samples.npz for save=npz, and metrics.json, which holds the scores with everything needed to
     repeat them.
 
+    Samples that are no images are written to samples.npz as the array `samples` (N, C, ...) float32, in the order of
+    seeds.
     images: this process's images by seed.  score: the values of `evaluate_samples`.
     Returns the Frechet distance if it was measured; None on all ranks but the first.
     """
@@ -168,17 +176,17 @@ def save_results(request: SampleRequest, images: "dict[int, Tensor]", score: dic
 
     out, seeds = request.output_dir, [request.seed + i for i in request.saved_rows]
     first = gather_images(images, GRID_IMAGES) if request.save != "none" else {}
-    if request.save == "npz":
-        height, width = next(iter(first.values())).shape[1:]
-        row_of = {seed: row for row, seed in enumerate(seeds)}
-        npz.write_npz(
-            out / "samples.npz",
-            {row_of[seed]: image for seed, image in images.items()},
-            (len(seeds), height, width),
-        )
+    is_image = not image_fault(request.source.data_card.shape)
+    row_of = {seed: row for row, seed in enumerate(seeds)}
+    rows = {row_of[seed]: image for seed, image in images.items()}
+    if first and not is_image:
+        shape = len(seeds), *next(iter(first.values())).shape
+        npz.write_rows(out / "samples.npz", "samples", {row: x.numpy() for row, x in rows.items()}, shape, "float32")
+    elif request.save == "npz":
+        npz.write_npz(out / "samples.npz", rows, (len(seeds), *next(iter(first.values())).shape[1:]))
     if int(os.environ.get("RANK", 0)):
         return None
-    if request.save != "none":
+    if first and is_image:
         stack = torch.stack(list(first.values()))
         columns = 16 if len(stack) > 64 else max(1, round(len(stack) ** 0.5))
         save_png(out / "grid.png", make_grid(stack, columns, zoom=2))

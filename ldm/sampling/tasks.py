@@ -88,7 +88,7 @@ def ddim_edit(
     # the first time after 0, at which z itself stands for the state
     first = 1 / grids.num_timesteps(schedule) if hasattr(schedule, "T") else 1e-3
     up = torch.cat([ts[ts > first], ts.new_tensor([first])])
-    cond = model.condition({**batch, "caption": [source_prompt] * len(z)}).to(z).expand_concat(*z.shape[-2:])
+    cond = model.condition({**batch, "caption": [source_prompt] * len(z)}).to(z).expand_concat(*z.shape[2:])
     start = ddim_invert(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, z, up, noise.sampler_noise("inversion"))
     return SamplingPlan(start, ts, batch, model.decode)
 
@@ -257,7 +257,7 @@ def run_plan(
     uncond_batch = {name: batch[name] for name in ("noise", *keep_conditions) if name in batch}
     if "negative" in batch:
         uncond_batch["caption"] = batch["negative"]
-    cond, uncond = (model.condition(part).to(x).expand_concat(*x.shape[-2:]) for part in (batch, uncond_batch))
+    cond, uncond = (model.condition(part).to(x).expand_concat(*x.shape[2:]) for part in (batch, uncond_batch))
     denoise = plan.wrap_denoise(guidance(model.denoiser, replace(cond, label=batch.get("label")), uncond))
     return plan.decode(sampler(denoise, model.denoiser.schedule, x, plan.ts, noise.sampler_noise("sampler")))
 

@@ -95,7 +95,8 @@ def fit(
     loader = DataLoader(
         BatchDataset(dataset), sampler=stream, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker
     )
-    if precision != "64" and strategy != "fsdp":  # FSDP2 takes contiguous weights only
+    is_planar = all(p.ndim < 5 for p in lit.parameters())  # of 5 axes, this memory format is an error
+    if is_planar and precision != "64" and strategy != "fsdp":  # FSDP2 takes contiguous weights only
         # faster convolutions on CPUs and GPUs; the results differ by rounding
         lit.to(memory_format=torch.channels_last)
     if torch_compile:

@@ -179,14 +179,18 @@ def test_adapter_errors_are_one_line(smoke, lively, factors, place, capsys):
 
 def test_load_adapter_rejects_other_network(factors):
     cfg = composed("budget=smoke", "net.channels=48")
-    model = build.build_model(cfg, build.build_autoencoder(cfg.autoencoder, 1), DataCard("", ["a"], [["a"]], 1, 16))
+    model = build.build_model(
+        cfg, build.build_autoencoder(cfg.autoencoder, 1), DataCard("", (1, 16, 16), ["a"], [["a"]])
+    )
     with pytest.raises(UserError, match=f"{factors} is an adapter of another network: .* do not match"):
         apply_adapter(model, factors)
 
 
 def test_peft_file_of_other_network_is_refused(place):
     cfg = composed("budget=smoke")
-    model = build.build_model(cfg, build.build_autoencoder(cfg.autoencoder, 1), DataCard("", ["a"], [["a"]], 1, 16))
+    model = build.build_model(
+        cfg, build.build_autoencoder(cfg.autoencoder, 1), DataCard("", (1, 16, 16), ["a"], [["a"]])
+    )
     names = ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "unet.mid_block.attentions.0.proj_in.lora_B.weight")
     for file, state in {
         "narrow": dict(zip(names, (torch.ones(1, 7), torch.ones(7, 1)), strict=True)),

@@ -230,7 +230,7 @@ MISTAKES = {
         "prompt of 2001 characters: expected 2000 at most",
     ),
     "too large": ({"fields": (128, 32)}, "images of 32 x 128 pixels: expected a side of 1 to 96"),
-    "no multiple": ({"fields": (30, 32)}, "height and width must be multiples of 4"),
+    "no multiple": ({"fields": (30, 32)}, "all sides must be multiples of 4"),
     "no picture": ({"form": requests.img2img, "fields": (None, 0.6)}, "no picture was given"),
     "no image": ({"form": requests.img2img, "fields": ("text.png", 0.6)}, "the picture cannot be read as an image"),
     "megapixels": (

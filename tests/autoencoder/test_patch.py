@@ -14,7 +14,7 @@ from ldm.data.synthetic import Synthetic
         (lambda: PatchEncoder(1, 2, factor=0), "factor=0: expected 1 or more"),
         (lambda: PatchDecoder(1, 2, factor=2, width=-1), "width=-1"),
         (lambda: PatchDiscriminator(1, width=0), "width=0"),
-        (lambda: Synthetic(size=0), "size=0: expected at least one image of at least one pixel"),
+        (lambda: Synthetic(size=0), "size=0: expected 1 px or more, one number for squares or"),
     ],
 )
 def test_autoencoder_rejects_invalid_sizes(make, said):

@@ -56,13 +56,13 @@ def test_open_model_chooses_by_kind(tmp_path):
 
 
 def test_model_source_reads_config_and_data_card_once(tmp_path, monkeypatch):
-    card = {"fingerprint": "", "classes": ["a"], "captions": [["a"]], "channels": 1, "size": 32}
+    card = {"fingerprint": "", "classes": ["a"], "captions": [["a"]], "shape": [1, 32, 32]}
     run = made(tmp_path / "run", 100)
     (run / "data.json").write_text(json.dumps(card))
     reads, load_config = [], serialize.load_config
     monkeypatch.setattr(serialize, "load_config", lambda path: reads.append(path) or load_config(path))
     source = open_model(run / "data.json")
-    assert source.data_card.size == 32
+    assert source.data_card.shape == (1, 32, 32)
     (run / "data.json").unlink()
     assert (source.config, source.data_card.classes) == ({}, ["a"])
     assert reads == [run / "config.yaml"]

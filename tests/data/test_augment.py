@@ -17,7 +17,7 @@ from ldm.data.augment import (
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
-    resize_to_square,
+    resize,
     to_grey,
 )
 from ldm.data.degrade import DegradedDataset, bicubic
@@ -25,6 +25,7 @@ from ldm.data.memory import InMemoryDataset
 from ldm.data.stream import BatchDataset, BatchStream
 from ldm.data.subset import Subset
 from ldm.data.synthetic import Synthetic
+from ldm.errors import ConfigError
 from ldm.tensors import derive_seed
 
 SAMPLES = [(0, 3), (4, 7), (4, 3), (1, 11), (2, 0)]
@@ -64,7 +65,31 @@ def test_random_crop_is_the_recorded_part():
         assert batch["relief"][i, 0, 0, 0] == left
     assert batch["map"].dtype == torch.int64
     assert {name for name in batch if name not in whole} == {"original_size", "crop", "crop_size"}
-    assert (augmented.size, augmented.stored_size, augmented.channels, len(augmented)) == (8, 12, 3, 12)
+    assert (augmented.shape, augmented.stored_shape, len(augmented)) == ((3, 8, 8), (3, 12, 12), 12)
+
+
+def test_crops_of_other_shapes_than_squares():
+    data = Synthetic(num=12, size=[16, 24])
+    cut = AugmentedDataset(data, training=True, crop=RandomCrop([8, 20]))
+    batch, whole = cut.batch(SAMPLES), data.batch(SAMPLES)
+    assert batch["image"].shape[1:] == cut.shape == (1, 8, 20)
+    for i, (top, left) in enumerate(batch["crop"].tolist()):
+        assert torch.equal(batch["image"][i], whole["image"][i, ..., top : top + 8, left : left + 20])
+    assert torch.equal(cut.pixels([3]), data.pixels([3])[..., 4:12, 2:22])
+    with pytest.raises(ConfigError, match=r"crop.size=\[8, 30\]: the images have 16x24 pixels"):
+        RandomCrop([8, 30]).centre(16, 24)
+    same = AugmentedDataset(data, training=True, crop=RandomResizedCrop())
+    assert same.shape == (1, 16, 24)
+    assert torch.equal(same.pixels([1, 2]), data.pixels([1, 2])), "the whole image has the shape of the crop"
+    assert RandomResizedCrop([10, 5]).centre(16, 24) == (0, 8, 16, 8)
+    flat = AugmentedDataset(data, training=True, flip=0.5)
+    assert flat.batch_metadata(SAMPLES)["flip"].tolist() == flat.batch(SAMPLES)["flip"].tolist()
+    with pytest.raises(ConfigError, match=r"augmentation: samples of shape \(1, 7\) are no images"):
+        AugmentedDataset(InMemoryDataset("x", torch.zeros(2, 1, 7)), training=True, flip=0.5)
+    with pytest.raises(ConfigError, match=r"augmentation.color: expected images of 1 or 3 channels, not 2;"):
+        AugmentedDataset(InMemoryDataset("x", torch.zeros(2, 2, 7, 7)), training=True, color=ColorJitter())
+    with pytest.raises(ConfigError, match=r"degradation: samples of shape \(1, 7\) are no images; leave it out"):
+        DegradedDataset(InMemoryDataset("x", torch.zeros(2, 1, 7)), low_res=bicubic)
 
 
 def test_random_crop_corner_is_uniform():
@@ -113,20 +138,20 @@ def test_random_resized_crop_equals_resized_part():
     for i in range(5):
         (top, left), (height, width) = batch["crop"][i].tolist(), batch["crop_size"][i].tolist()
         part = whole["image"][i, :, top : top + height, left : left + width]
-        assert torch.equal(batch["image"][i], resize_to_square(part, 6))
+        assert torch.equal(batch["image"][i], resize(part, (6, 6)))
         rows = torch.tensor([top + int((k + 0.5) * height / 6) for k in range(6)])
         assert torch.equal(batch["map"][i], rows[:, None].expand(6, 6)), "the nearest row, not a mean of two"
 
 
-def test_resize_to_square_halves_a_ramp_by_its_filter():
+def test_resize_halves_a_ramp_by_its_filter():
     """Antialiasing by a half: a triangle of weights 1, 3, 3, 1 of 8 in each direction, so that a ramp stays a ramp."""
     ramp = torch.arange(16.0).expand(1, 16, 16)
-    small = resize_to_square(ramp, 8)
+    small = resize(ramp, (8, 8))
     torch.testing.assert_close(small[0, :, 1:-1], (torch.arange(8.0) * 2 + 0.5)[1:-1].expand(8, 6))
     impulse = torch.zeros(1, 8, 8)
     impulse[0, :, 4] = 8
-    torch.testing.assert_close(resize_to_square(impulse, 4)[0, 0], torch.tensor([0.0, 1.0, 3.0, 0.0]))
-    assert resize_to_square(ramp, 16) is ramp
+    torch.testing.assert_close(resize(impulse, (4, 4))[0, 0], torch.tensor([0.0, 1.0, 3.0, 0.0]))
+    assert resize(ramp, (16, 16)) is ramp
 
 
 @pytest.mark.parametrize("data_flips", [False, True])
@@ -249,7 +274,7 @@ def test_augmentation_is_keyed_by_seed_epoch_and_index():
     assert alone["flip"][0] == turned
     whole = data.pixels([5])[0]
     part = (whole.flip(-1) if turned else whole)[:, box.top : box.top + box.height, box.left : box.left + box.width]
-    assert torch.equal(alone["image"][0], EVERYTHING["color"](resize_to_square(part, 8), draws["color"]))
+    assert torch.equal(alone["image"][0], EVERYTHING["color"](resize(part, (8, 8)), draws["color"]))
     ranks = [BatchDataset(augmented)[BatchStream(20, 6, 2, rank=r, world=2).batch_at(1)] for r in range(2)]
     whole = BatchDataset(augmented)[BatchStream(20, 6, 2).batch_at(1)]
     for name in names:
@@ -288,7 +313,7 @@ def test_evaluation_has_centre_of_each_image():
     assert (batch["crop"] == 2).all()
     assert not augmented.changed_by
     resized = AugmentedDataset(data, training=True, crop=RandomResizedCrop(6))
-    assert torch.equal(resized.pixels([1, 2]), resize_to_square(data.pixels([1, 2]), 6))
+    assert torch.equal(resized.pixels([1, 2]), resize(data.pixels([1, 2]), (6, 6)))
     assert resized.changed_by == ["crop"]
     assert AugmentedDataset(data, training=True, color=ColorJitter()).changed_by == ["color"]
 
@@ -300,7 +325,7 @@ def test_augmented_dataset_is_wrapped_and_identified():
     batch = worse.batch([(0, 1), (1, 1)])
     assert batch["low_res"].shape == (2, 1, 4, 4)
     assert torch.equal(batch["low_res"][0], bicubic(batch["image"][0], generator())), "of the cropped image"
-    assert (worse.size, worse.changed_by, worse.captions) == (16, ["crop"], data.captions)
+    assert (worse.shape, worse.changed_by, worse.captions) == ((1, 16, 16), ["crop"], data.captions)
     assert Subset(worse, [4, 7]).batch([(0, 1)])["crop"].tolist() == augmented.batch([(0, 7)])["crop"].tolist()
     assert set(augmented.batch_metadata([(0, 1)])) == set(augmented.batch([(0, 1)])) - {"image"}
     fingerprints = {
@@ -331,7 +356,7 @@ class Shapes(Synthetic):
         (lambda: RandomCrop(0), "crop.size=0: expected 1 pixel or more"),
         (lambda: RandomCrop(40).sample(32, 64, generator()), "crop.size=40: the images have 32x64 pixels; choose"),
         (lambda: RandomCrop(40).centre(64, 32), "crop.size=40: the images have 64x32 pixels"),
-        (lambda: RandomResizedCrop(0), "crop.size=0: expected 1 pixel or more, or null"),
+        (lambda: RandomResizedCrop(0), r"crop.size=0: expected 1 pixel or more, or \[height,width\], or null"),
         (lambda: RandomResizedCrop(8, (0.0, 1.0)), r"crop.scale=\[0.0, 1.0\]: expected two fractions"),
         (lambda: RandomResizedCrop(8, (0.5, 0.4)), r"crop.scale=\[0.5, 0.4\]"),
         (lambda: RandomResizedCrop(8, (0.5, 1.1)), r"crop.scale=\[0.5, 1.1\]"),

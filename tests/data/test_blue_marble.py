@@ -50,7 +50,7 @@ def test_blue_marble_planes_are_aligned(earth):
 
 def test_blue_marble_tile_has_map_and_relief_flipped_together(earth):
     data = BlueMarble(root=earth, size=32, band=(-180, -170))
-    assert (data.channels, data.size) == (3, 32)
+    assert data.shape == (3, 32, 32)
     batch = data.batch([(epoch, i) for epoch in range(6) for i in range(len(data))])
     index, flip = torch.tensor(batch["index"]), batch["flip"]
     assert 0 < flip.sum() < len(flip)
@@ -86,12 +86,15 @@ def test_blue_marble_test_tiles_are_in_band(earth):
     assert (len(train), len(test)) == (9 * 15, 9 * 3)
     assert train.fingerprint != test.fingerprint
     for stride in (20, 7):
-        inside = {x for _, x in tiles((180, 360), 20, stride, (0, 60), "test")}
-        outside = {x for _, x in tiles((180, 360), 20, stride, (0, 60), "train")}
+        inside = {x for _, x in tiles((180, 360), (20, 20), stride, (0, 60), "test")}
+        outside = {x for _, x in tiles((180, 360), (20, 20), stride, (0, 60), "train")}
         assert min(inside) >= 180
         assert max(inside) + 20 <= 240
         assert all(x + 20 <= 180 or x >= 240 for x in outside)
     assert len(BlueMarble(root=earth, size=20, stride=10, band=(0, 60))) > 3 * len(train)
+    wide = BlueMarble("test", root=earth, size=[20, 30], band=(0, 60))
+    assert (len(wide), wide.shape, wide.maps.shape[1:]) == (9 * 2, (3, 20, 30), (20, 30))
+    assert torch.equal(wide.images[0, ..., :20], test.images[0])
     assert len(BlueMarble("test", root=earth, size=20, stride=10, band=(0, 60))) == len(test)
 
 
@@ -141,7 +144,7 @@ def test_blue_marble_reports_missing_files(tmp_path, monkeypatch):
 def test_blue_marble_real_data():
     train, test = BlueMarble(), BlueMarble("test")
     assert (len(train), len(test)) == (3108, 336)
-    assert len(tiles((2700, 5400), 64, 64, (-180, 180), "test")) == 3528
+    assert len(tiles((2700, 5400), (64, 64), 64, (-180, 180), "test")) == 3528
     planes = blue_marble.read(blue_marble.blue_marble())
     for name, east, north in (
         ("lowland", -60, -5),

@@ -50,7 +50,7 @@ def check(pictures, root):
     assert torch.equal(train.images, torch.from_numpy(pictures["train"]).permute(0, 3, 1, 2))
     assert torch.equal(test.images, torch.from_numpy(pictures["test"]).permute(0, 3, 1, 2))
     assert test.batch([(0, 1)])["image"].shape == (1, 3, 32, 32)
-    assert (train.channels, train.size, len(train.classes)) == (3, 32, 10)
+    assert (train.shape, len(train.classes)) == ((3, 32, 32), 10)
     assert train.fingerprint != test.fingerprint
 
 

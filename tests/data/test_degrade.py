@@ -35,7 +35,12 @@ def test_degraded_dataset_adds_requested_keys_only():
     assert set(about) == {*data.batch_metadata(at), "low_res", "mask"}
     assert torch.equal(about["low_res"], batch["low_res"])
     assert len(worse) == 20
-    assert (worse.fingerprint, worse.captions, worse.size, worse.flip) == (data.fingerprint, data.captions, 32, True)
+    assert (worse.fingerprint, worse.captions, worse.shape, worse.flip) == (
+        data.fingerprint,
+        data.captions,
+        data.shape,
+        True,
+    )
     assert torch.equal(worse.pixels([4]), data.pixels([4]))
     assert identity(data) is data
 

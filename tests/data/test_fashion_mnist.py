@@ -30,10 +30,13 @@ def test_fashion_mnist_reads_and_pads_both_splits(folder):
     assert test.images.shape == (10, 1, 40, 40)
     assert train.labels.tolist() == [*range(10)] * 2
     assert torch.equal(train.images[:, 0, 2:-2, 2:-2], read_idx(folder / "train-images-idx3-ubyte.gz"))
+    wide = FashionMNIST(size=[28, 40])
+    assert wide.shape == (1, 28, 40)
+    assert torch.equal(wide.images[..., 6:-6], train.images[:, :, 2:-2, 2:-2])
     border = torch.ones(32, 32, dtype=torch.bool)
     border[2:-2, 2:-2] = False
     assert (train[3]["image"][0, border] == -1).all()
-    assert (train.channels, train.size) == (1, 32)
+    assert train.shape == (1, 32, 32)
     assert train.fingerprint != test.fingerprint
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.data import captions as captions_module
 from ldm.data import decode, folder
 from ldm.data.captions import sidecar_captions, words_from_filename
-from ldm.data.decode import load_rectangle, load_square
+from ldm.data.decode import load_rectangle
 from ldm.data.folder import ImageFolder, split_train_test
 from ldm.data.memory import InMemoryDataset
 from ldm.errors import UserError
@@ -61,7 +61,7 @@ def test_folder_classes_are_subfolders(pictures):
     batch = data.batch([(0, 0), (3, 39)])
     assert batch["image"].shape == (2, 3, 16, 16)
     assert batch["image"][0, 0].mean().item() == pytest.approx(200 / 127.5 - 1)
-    assert DataCard.from_dataset(data).channels == 3
+    assert DataCard.from_dataset(data).shape[0] == 3
 
 
 def test_folder_class_captions_from_file(pictures, tmp_path):
@@ -154,30 +154,30 @@ def test_split_train_test_of_one_image_shares_it(tmp_path):
     assert [len(ImageFolder(tmp_path / "pictures", split)) for split in ("train", "test")] == [1, 1]
 
 
-def test_load_square_crops_centre(tmp_path):
+def test_load_rectangle_crops_centre(tmp_path):
     image = Image.new("RGB", (90, 30), GREEN)
     image.paste(RED, (0, 0, 30, 30))
     image.paste(BLUE, (60, 0, 90, 30))
     image.save(tmp_path / "wide.png")
     image.rotate(90, expand=True).save(tmp_path / "tall.png")
     for name in ("wide.png", "tall.png"):
-        pixels, shorter = load_square(tmp_path / name, 10, 3)
+        pixels, shorter = load_rectangle(tmp_path / name, 10, 10, 3)
         assert level(pixels) == [0, 255, 0]
         assert (shorter, pixels.dtype) == (30, torch.uint8)
 
 
-def test_load_square_applies_exif_orientation(tmp_path):
+def test_load_rectangle_applies_exif_orientation(tmp_path):
     image = Image.new("RGB", (40, 40), BLUE)
     image.paste(RED, (0, 0, 20, 40))  # red on the left; orientation 6 turns it clockwise: red on top
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "x.jpg", exif=exif, quality=95)
-    pixels, _ = load_square(tmp_path / "x.jpg", 8, 3)
+    pixels, _ = load_rectangle(tmp_path / "x.jpg", 8, 8, 3)
     assert pixels[0, :3].min() > 200
     assert pixels[0, 5:].max() < 55
 
 
-def test_load_square_fills_transparency_with_white(tmp_path):
+def test_load_rectangle_fills_transparency_with_white(tmp_path):
     Image.new("RGBA", (8, 8), (*RED, 0)).save(tmp_path / "a.png")
     Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "b.png")
     palette = Image.new("P", (8, 8), 1)
@@ -185,13 +185,13 @@ def test_load_square_fills_transparency_with_white(tmp_path):
     palette.save(tmp_path / "c.png", transparency=1)
     palette.save(tmp_path / "d.gif", transparency=1)
     for name in ("a.png", "b.png", "c.png", "d.gif"):
-        assert level(load_square(tmp_path / name, 8, 3)[0]) == [255, 255, 255], name
+        assert level(load_rectangle(tmp_path / name, 8, 8, 3)[0]) == [255, 255, 255], name
     Image.new("RGBA", (8, 8), (0, 0, 0, 128)).save(tmp_path / "half.png")
-    assert level(load_square(tmp_path / "half.png", 8, 1)[0]) == [pytest.approx(127, abs=1)]
+    assert level(load_rectangle(tmp_path / "half.png", 8, 8, 1)[0]) == [pytest.approx(127, abs=1)]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "P", "L", "1", "YCbCr"])
-def test_load_square_supports_colour_modes(tmp_path, mode):
+def test_load_rectangle_supports_colour_modes(tmp_path, mode):
     name = "x.tif" if mode in ("CMYK", "YCbCr") else "x.png"
     white = mode in ("L", "1")
     # packed: Pillow before 13 does not read its own raw YCbCr
@@ -201,24 +201,26 @@ def test_load_square_supports_colour_modes(tmp_path, mode):
         mode=mode,
         **({"compression": "tiff_lzw"} if name == "x.tif" else {}),
     )
-    assert level(load_square(tmp_path / name, 8, 3)[0]) == pytest.approx([255] * 3 if white else [255, 0, 0], abs=2)
+    assert level(load_rectangle(tmp_path / name, 8, 8, 3)[0]) == pytest.approx(
+        [255] * 3 if white else [255, 0, 0], abs=2
+    )
 
 
-def test_load_square_scales_16_bit_and_rejects_float(tmp_path):
+def test_load_rectangle_scales_16_bit_and_rejects_float(tmp_path):
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "x.png")
     Image.fromarray(np.full((8, 8), 32768, dtype=np.int32)).save(tmp_path / "y.tif")
-    assert level(load_square(tmp_path / "x.png", 8, 1)[0]) == [128]
-    assert level(load_square(tmp_path / "y.tif", 8, 3)[0]) == [128] * 3
+    assert level(load_rectangle(tmp_path / "x.png", 8, 8, 1)[0]) == [128]
+    assert level(load_rectangle(tmp_path / "y.tif", 8, 8, 3)[0]) == [128] * 3
     for name, kind in (("f.tif", np.float32), ("i.tif", np.int32)):
         Image.fromarray(np.full((8, 8), 70000, dtype=kind)).save(tmp_path / name)
         with pytest.raises(ValueError, match="8 or 16 bits"):
-            load_square(tmp_path / name, 8, 1)
+            load_rectangle(tmp_path / name, 8, 8, 1)
 
 
-def test_load_square_of_large_jpeg_is_exact(tmp_path):
+def test_load_rectangle_of_large_jpeg_is_exact(tmp_path):
     ramp = np.linspace(0, 255, 1000).round().astype(np.uint8)
     Image.fromarray(np.repeat(np.tile(ramp, (700, 1))[..., None], 3, 2)).save(tmp_path / "x.jpg", quality=95)
-    pixels, _ = load_square(tmp_path / "x.jpg", 16, 1)
+    pixels, _ = load_rectangle(tmp_path / "x.jpg", 16, 16, 1)
     centres = 150 + 700 * (np.arange(16) + 0.5) / 16
     assert pixels[0].double().mean(0).numpy() == pytest.approx(centres / 999 * 255, abs=3)  # a pixel is 11 apart
 
@@ -252,7 +254,7 @@ def test_folder_skips_unreadable_images_with_message(pictures, monkeypatch):
 def test_folder_packed_images_equal_single_decodes(pictures, tmp_path, monkeypatch):
     (pictures / "sports-car" / "broken.jpg").write_text("no")
     data = ImageFolder(pictures, size=16, test_fraction=0.3)
-    plain = torch.stack([load_square(pictures / file.name, 16, 3)[0] for file in data.files]).float() / 127.5 - 1
+    plain = torch.stack([load_rectangle(pictures / file.name, 16, 16, 3)[0] for file in data.files]).float() / 127.5 - 1
     assert len(data) < 40
     assert torch.equal(data.pixels(range(len(data))), plain)
     assert torch.equal(data.pixels([5, 2]), plain[[5, 2]])
@@ -286,14 +288,14 @@ def photograph(tmp_path):
 
 
 @pytest.mark.parametrize("size", [16, 64, 100, 200, 300])
-def test_load_square_uses_reduced_jpeg_decoding(photograph, size, monkeypatch):
+def test_load_rectangle_uses_reduced_jpeg_decoding(photograph, size, monkeypatch):
     """And how far that is from decoding it whole: its texture is finer than most, and the mean stays."""
     seen = []
     monkeypatch.setattr(decode, "to_8bit", lambda image: (seen.append(image.size), image)[1])
-    fast = load_square(photograph, size, 3)[0].double()
+    fast = load_rectangle(photograph, size, size, 3)[0].double()
     monkeypatch.setattr(Image.Image, "draft", lambda self, mode, wanted: None)
     monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda self, mode, wanted: None)
-    whole = load_square(photograph, size, 3)[0].double()
+    whole = load_rectangle(photograph, size, size, 3)[0].double()
     assert seen[1] == (600, 450)
     assert min(seen[0]) >= min(2 * size, 450)
     assert (seen[0] == (600, 450)) == (size > 112), "at half the size or less where twice the target still fits"
@@ -333,16 +335,27 @@ def test_folder_decodes_once(pictures, tmp_path, monkeypatch):
     assert calls["read"] == 80
 
 
+def test_folder_of_height_and_width_crops_each_image_to_cover_it(pictures):
+    data = ImageFolder(pictures, size=[24, 40], channels=3, test_fraction=0)
+    assert data.shape == (3, 24, 40)
+    one = load_rectangle(pictures / data.files[0].name, 24, 40, 3)[0]
+    assert torch.equal(data.images[0], one)
+    assert data.resolved_config.items() >= {"size": [24, 40], "channels": 3}.items()
+    square, same = (ImageFolder(pictures, size=size, channels=3) for size in (24, [24, 24]))
+    assert same.resolved_config == square.resolved_config
+    assert same.fingerprint == square.fingerprint
+
+
 def test_folder_size_and_channels_are_majority(tmp_path, monkeypatch):
     root = tmp_path / "pictures"
     for i, (side, mode) in enumerate([(40, "L"), (130, "L"), (150, "RGB"), (900, "L"), (70, "1")]):
         paint(root / f"{i}.png", (9, 9, 9), (side, side + 30), mode)
     data = ImageFolder(root, test_fraction=0)
-    assert (data.size, data.channels) == (64, 1)
+    assert data.shape == (1, 64, 64)
     assert "64 px, grey, fits in memory" in data.summary
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert ImageFolder(root, test_fraction=0).size == 128
-    assert (ImageFolder(root, size=48).size, ImageFolder(root, channels=3).channels) == (48, 3)
+    assert ImageFolder(root, test_fraction=0).shape[1:] == (128, 128)
+    assert (ImageFolder(root, size=48).shape[1], ImageFolder(root, channels=3).shape[0]) == (48, 3)
     for path in root.iterdir():
         paint(path, size=(20, 20))
     assert ImageFolder(root).resolved_config.items() >= {"size": 32, "channels": 3}.items()

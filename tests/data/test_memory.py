@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.config import build
-from ldm.data.memory import InMemoryDataset, read_captions
+from ldm.data.memory import InMemoryDataset, flip_where, read_captions
 from ldm.data.synthetic import SHAPES, Synthetic
 from ldm.errors import UserError
 
@@ -100,14 +100,31 @@ def test_in_memory_fingerprint_depends_on_pixels_labels_and_classes():
 
 def test_in_memory_rejects_mismatched_arrays():
     images, labels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match=r"x: expected uint8 images .*, got torch\.float32 \(2, 1, 4, 4\)"):
-        InMemoryDataset("x", images.float(), labels, CAPTIONS)
+    with pytest.raises(ValueError, match=r"x: expected images .*, got torch\.float64 \(2, 1, 4, 4\)"):
+        InMemoryDataset("x", images.double(), labels, CAPTIONS)
     with pytest.raises(ValueError, match=r", 1$"):
         InMemoryDataset("x", images, labels[:1], CAPTIONS)
     with pytest.raises(ValueError, match="labels reach from 0 to 2 but 2 classes"):
         InMemoryDataset("x", images, labels * 2, CAPTIONS)
     with pytest.raises(ValueError, match="no caption for right"):
         InMemoryDataset("x", images, labels, {"left": ["one"], "right": []})
+
+
+def test_in_memory_fields_need_neither_classes_nor_captions():
+    fields = torch.rand(6, 2, 3, 5) * 2 - 1
+    data = InMemoryDataset("x", fields, flip=True)
+    assert (data.shape, data.classes, data.captions, data.unlabelled) == ((2, 3, 5), [], [], 6)
+    batch = data.batch([(0, 4), (1, 2), (2, 2), (3, 2)])
+    assert torch.equal(data.pixels([4, 2]), fields[[4, 2]])
+    assert torch.equal(batch["image"], flip_where(fields[[4, 2, 2, 2]], batch["flip"]))
+    assert batch["label"].tolist() == [-1] * 4
+    assert batch["caption"] == [""] * 4
+    assert InMemoryDataset("x", torch.zeros(2, 1, 7)).shape == (1, 7)
+    told = InMemoryDataset("x", fields[:2], texts=[["a", "b"], ["b", "c"]])
+    assert (told.classes, told.captions) == ([], [["a", "b", "c"]])
+    sorted_ = InMemoryDataset("x", fields[:2], torch.tensor([1, 0]), {"p": [], "q": []})
+    assert (sorted_.classes, sorted_.captions) == (["p", "q"], [])
+    assert sorted_.batch([(0, 0), (0, 1)]).items() >= {"caption": ["", ""]}.items()
 
 
 def test_read_captions_preserves_text(tmp_path):
@@ -120,6 +137,23 @@ def test_read_captions_rejects_other_formats(text, tmp_path):
     (tmp_path / "c.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="expected a JSON object of the form"):
         read_captions(tmp_path / "c.json")
+
+
+def test_synthetic_shapes_are_round_and_central_at_any_height_and_width():
+    data = Synthetic(num=200, size=[24, 40])
+    assert data.shape == (1, 24, 40)
+    discs = data.images[data.labels == 0, 0] > 80
+    tall, wide = (discs.any(axis).sum(1) for axis in (2, 1))
+    assert (tall - wide).abs().max() <= 1
+    for side, lines in ((24, discs.any(2)), (40, discs.any(1))):
+        middle = (lines * torch.arange(0.5, side)).sum(1) / lines.sum(1) / side
+        assert 0.38 < middle.min() < 0.45
+        assert 0.55 < middle.max() < 0.62
+    assert data.fingerprint != Synthetic(num=200, size=[40, 24]).fingerprint
+    assert Synthetic(num=3, size=[8, 8]).fingerprint == Synthetic(num=3, size=8).fingerprint
+    for size in ([8], [8, 8, 8], [8, 0], [8, 8.0]):
+        with pytest.raises(UserError, match=r"size=\[8.*: expected 1 px or more, one number for squares or \["):
+            Synthetic(size=size)
 
 
 def test_synthetic_classes_and_splits_differ():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.decode import adm_square, load_square
+from ldm.data.decode import adm_rectangle, load_rectangle
 from ldm.data.standard_datasets import COCO, LSUN, ImageNet
 from ldm.errors import UserError
 
@@ -111,10 +111,15 @@ def test_adm_crop_halves_then_bicubic_then_centre(tmp_path):
         half = np.floor(half[: 2 * tall, : 2 * wide].reshape(tall, 2, wide, 2, 3).mean((1, 3)) + 0.5).astype(np.uint8)
     assert half.shape == (24, 34, 3)
     small = np.asarray(Image.fromarray(half).resize((23, 16), Image.Resampling.BICUBIC))
-    made = adm_square(tmp_path / "a.png", 16, 3)[0].permute(1, 2, 0).numpy()
+    made = adm_rectangle(tmp_path / "a.png", 16, 16, 3)[0].permute(1, 2, 0).numpy()
     assert made.shape == (16, 16, 3)
     assert np.abs(made.astype(int) - small[:, 3:19]).max() <= 2  # grey levels: Pillow's rounding of a half
-    other = load_square(tmp_path / "a.png", 16, 3)[0].permute(1, 2, 0).numpy()
+    small = np.asarray(Image.fromarray(half).resize((32, 23), Image.Resampling.BICUBIC))  # 32 of 34, 32/34 of 24
+    made = adm_rectangle(tmp_path / "a.png", 16, 32, 3)[0].permute(1, 2, 0).numpy()
+    assert made.shape == (16, 32, 3)
+    assert np.abs(made.astype(int) - small[3:19]).max() <= 2
+    made = adm_rectangle(tmp_path / "a.png", 16, 16, 3)[0].permute(1, 2, 0).numpy()
+    other = load_rectangle(tmp_path / "a.png", 16, 16, 3)[0].permute(1, 2, 0).numpy()
     assert np.abs(made.astype(int) - other).mean() > 3
 
 
@@ -122,5 +127,8 @@ def test_crop_is_a_dataset_option(imagenet):
     centre, adm = ImageNet(imagenet, size=16), ImageNet(imagenet, size=16, crop="adm")
     assert adm.fingerprint != centre.fingerprint
     assert reds(adm)[3] == pytest.approx(51, abs=3)
+    assert ImageNet(imagenet, size=[16, 16]).fingerprint == centre.fingerprint
+    wide = ImageNet(imagenet, size=[16, 24])
+    assert wide.batch([(0, 0), (0, 1)])["image"].shape[1:] == wide.shape == (3, 16, 24)
     with pytest.raises(UserError, match="crop=middle: expected centre or adm"):
         ImageNet(imagenet, size=16, crop="middle")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from smoke import command, here
 
 from ldm.checkpoint import step
 from ldm.ema import PowerEMA
-from ldm.evaluation.evaluate import EvaluationConfig, format_count
+from ldm.errors import UserError
+from ldm.evaluation.evaluate import CaptionSource, EvaluationConfig, format_count
 from ldm.io import atomic
 from ldm.runs import metrics_log
+from ldm.runs.data_card import DataCard
+from ldm.sampling.prompts import captions_and_labels
 from ldm.training.checkpoints import EMASnapshots
 
 
@@ -83,3 +87,16 @@ def test_keep_best_with_changed_metric_restarts_best(smoke, tmp_path):
     row = min((row for row in metrics_log.read_metrics_log(run / "metrics.jsonl")), key=lambda row: row["train/loss"])
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best == {"metric": "train/loss", "step": row["step"], "value": row["train/loss"]}
+
+
+def test_conditions_follow_what_the_data_have():
+    assert CaptionSource([], []).batch([4, 5]) == {"index": [4, 5]}
+    told = CaptionSource([], [["a", "b"]]).batch(range(20))
+    assert (told.keys(), {*told["caption"]}) == ({"index", "caption"}, {"a", "b"})
+    sorted_ = CaptionSource(["p", "q"], []).batch([2, 3, 5])
+    assert (sorted_.keys(), sorted_["label"].tolist()) == ({"index", "label"}, [0, 1, 1])
+    cards = [DataCard("", (2, 8), *more) for more in (([], []), ([], [["a"]]), (["p", "q"], []))]
+    assert [DataCard.from_dict(json.loads(json.dumps(asdict(card)))) for card in cards] == cards
+    assert [captions_and_labels(card, 3) for card in cards] == [[], [("a", None)] * 3, [("", 0), ("", 1), ("", 0)]]
+    with pytest.raises(UserError, match="label=p: the data of this run have no classes; leave it out"):
+        captions_and_labels(cards[1], 3, label="p")

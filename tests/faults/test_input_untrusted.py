@@ -250,16 +250,20 @@ def test_json_bomb_is_one_error(tmp_path, text):
         {"classes": 3},
         {"classes": [3]},
         {"captions": [[]]},
-        {"captions": []},
-        {"size": 10**9},
-        {"size": "32"},
-        {"channels": 2},
+        {"captions": [["a"], ["b"]]},
+        {"classes": [], "captions": [["a"], ["b"]]},
+        {"shape": [1]},
+        {"shape": [1, 2, 3, 4, 5]},
+        {"shape": [1, 32, 10**9]},
+        {"shape": [1, 32, "32"]},
+        {"shape": [1, 0, 32]},
+        {"channels": 1},
         {"more": 1},
     ],
 )
 def test_data_card_is_validated(change, tmp_path):
-    card = {"fingerprint": "", "classes": ["a"], "captions": [["a"]], "channels": 1, "size": 32}
-    assert DataCard.from_dict(card).size == 32
+    card = {"fingerprint": "", "classes": ["a"], "captions": [["a"]], "shape": [1, 32, 32]}
+    assert DataCard.from_dict(card).shape == (1, 32, 32)
     (tmp_path / "data.json").write_text(json.dumps(card | change))
     with pytest.raises(UserError, match=r"data\.json is damaged \(expected"):
         read_data_card(tmp_path)

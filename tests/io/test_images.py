@@ -5,7 +5,7 @@ from PIL import Image
 from ldm.io.images import make_grid, save_png
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_save_png_preserves_pixels_and_text(tmp_path, channels):
     image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
     words = {"prompt": "it's a=b, [x] 100% ü 🎨\nsecond line", "seed": "7"}

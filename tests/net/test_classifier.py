@@ -12,7 +12,7 @@ SMALL = dict(
 
 @pytest.mark.parametrize("attend", [sdpa, softmax_attention])
 def test_attention_pool_matches_mean_token_attention(attend):
-    pool = AttentionPool(3, 8, heads=2, out=5, attend=attend).double()
+    pool = AttentionPool((3, 3), 8, heads=2, out=5, attend=attend).double()
     x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
     h = x.flatten(2).mT
     h = torch.cat([h.mean(1, keepdim=True), h], 1) + pool.positions
@@ -25,8 +25,8 @@ def test_attention_pool_matches_mean_token_attention(attend):
 
 
 def test_noisy_classifier_depends_on_state_and_time():
-    net = randomize_weights(NoisyClassifier(3, 5, size=8, **SMALL))
-    x, t = torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([1.0, 500.0])
+    net = randomize_weights(NoisyClassifier(3, 5, size=(8, 4), **SMALL))
+    x, t = torch.randn(2, 3, 8, 4, requires_grad=True), torch.tensor([1.0, 500.0])
     logits = net(x, t)
     assert logits.shape == (2, 5)
     assert (net(x, t + 100) - logits).abs().max() > 1e-3
@@ -39,14 +39,14 @@ def test_noisy_classifier_depends_on_state_and_time():
 def test_noisy_classifier_checkpointing_preserves_gradients():
     grads = []
     for checkpoint in (False, True):
-        net = randomize_weights(NoisyClassifier(3, 5, size=8, gradient_checkpointing=checkpoint, **SMALL)).train()
+        net = randomize_weights(NoisyClassifier(3, 5, size=(8, 8), gradient_checkpointing=checkpoint, **SMALL)).train()
         net(torch.ones(2, 3, 8, 8), torch.tensor([1.0, 500.0])).square().sum().backward()
         grads.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_noisy_classifier_has_adm_blocks():
-    net = NoisyClassifier(3, 5, size=8, **SMALL)
+    net = NoisyClassifier(3, 5, size=(8, 8), **SMALL)
     assert net.down[0].resample.scale_shift
     assert net.down[0].layers[0].attention is None
     assert net.down[1].layers[0].attention.heads == net.middle1.attention.heads == 4

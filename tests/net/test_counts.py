@@ -167,7 +167,7 @@ def test_noisy_classifier_has_published_parameter_count(size, mult, blocks, prin
         net = NoisyClassifier(
             3,
             1000,
-            size,
+            (size, size),
             channel_mult=mult,
             num_res_blocks=blocks,
             attention_resolutions=[size // at for at in (32, 16, 8)],

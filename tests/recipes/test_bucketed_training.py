@@ -51,7 +51,7 @@ def test_bucketed_training_samples_any_shape(place, capfd, monkeypatch):
             [row["train/loss"] for row in metrics_log.read_metrics_log(run / "metrics.jsonl") if "train/loss" in row]
         )
     ).all()
-    assert json.loads((run / "data.json").read_text())["size"] == 32
+    assert json.loads((run / "data.json").read_text())["shape"][1:] == [32, 32]
     assert command("sample.py", f"run={run}", "num=2", "steps=2", "size=[24,40]", "label=a", "output_dir=drawn") == 0
     assert Image.open("drawn/000000.png").size == (40, 24)
 

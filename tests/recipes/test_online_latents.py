@@ -35,7 +35,7 @@ class EndlessShapes:
 
     def batch(self, samples):
         index = [i for _, i in samples]
-        images = [render(torch.tensor([i % 10]), self.size, derive_seed("endless", i)) for i in index]
+        images = [render(torch.tensor([i % 10]), self.shape[1], derive_seed("endless", i)) for i in index]
         return {
             "image": torch.cat(images).float() / 127.5 - 1,
             "caption": [SHAPES[i % 10] for i in index],

@@ -54,7 +54,7 @@ def test_own_images_reports_data_choices_and_estimate_first(place, capsys, monke
     chosen = serialize.load_config(run / "config.yaml")["data"]
     assert (chosen["size"], chosen["channels"]) == (64, 1)
     assert chosen["content_hash"] == build.build_dataset(composed(*SMALL, "data.path=images")).content
-    assert json.loads((run / "data.json").read_text())["size"] == 64
+    assert json.loads((run / "data.json").read_text())["shape"][1:] == [64, 64]
 
     monkeypatch.setattr("ldm.recipes.diffusion.print_estimate", lambda cfg, data: None)
     assert command("train.py", *SMALL, "data.path=images", "runs=others") == 0
@@ -154,6 +154,7 @@ def test_auto_config_explains_trained_first_stage(weights, place, capsys, monkey
 
     assert "tiny: for images of 1 channels, these have 3)" in why("data.channels=3")
     assert "tiny: of factor 8, images of 32 px give latents of 4 on a side)" in why("data.size=32")
+    assert "tiny: of factor 8, images of [64, 36] px give latents of 4.5 on a side)" in why("data.size=[64,36]")
     assert why("auto.pretrained=never") == "its own (auto.pretrained=never)"
     with pytest.raises(UserError, match=r"auto\.pretrained=images: no config\.json there; expected"):
         chosen("auto.pretrained=images")

@@ -244,7 +244,7 @@ MISTAKES = {
     ("task=inpaint", "image=in.png", "mask=black.png"): "mask=black.png has no white in it",
     ("task=outpaint", "image=in.png"): "expected pixels to add",
     ("task=outpaint", "image=in.png", "pad_right=3"): "multiples of 4",
-    ("task=generate", "size=[30,32]"): "size=[30,32]: height and width must be multiples of 4",
+    ("task=generate", "size=[30,32]"): "size=[30,32]: all sides must be multiples of 4",
     ("task=generate", "size=[32]"): "size=[32]: expected [height,width]",
     ("task=semantic", "map=colour.png"): "map=colour.png is of mode RGB: expected a grey or palette image",
     ("task=semantic", "map=mask.png"): "map with classes 0 to 255: expected 0 to 1",

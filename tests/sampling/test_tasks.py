@@ -343,8 +343,10 @@ def test_generate_accepts_other_sizes():
     choices = chosen(gaussian(), partial(generate, size=[16, 4]), {})
     assert choices.start.shape == (2, 1, 8, 2)
     for size in ([15, 4], [0, 4], [16, 1]):
-        with pytest.raises(ValueError, match=rf"size=\[{size[0]},{size[1]}\]: height and width must be multiples of 2"):
+        with pytest.raises(ValueError, match=rf"size=\[{size[0]},{size[1]}\]: all sides must be multiples of 2"):
             chosen(gaussian(), partial(generate, size=size), {})
+    with pytest.raises(ValueError, match=r"size=\[16\]: expected 2 sides"):
+        chosen(gaussian(), partial(generate, size=[16]), {})
 
 
 def test_interpolate_is_slerp_between_seeds():
