@@ -355,6 +355,15 @@ def test_config_dir_adds_user_options(here, tmp_path):
     )
 
 
+def test_flags_may_come_after_overrides(here, tmp_path):
+    (tmp_path / "schedule").mkdir()
+    (tmp_path / "schedule/mine.yaml").write_text("gamma: 2.0")
+    (row,) = rows(here("net=unet", "--config-dir", str(tmp_path), "schedule=mine", "seed=5"))
+    assert (row["choices"]["schedule"], row["seed"]) == ("mine", 5)
+    assert here("seed=3,4", "-m", "net=unet").returncode == 0
+    assert "--wrong" in here("seed=3", "--wrong", "net=unet").stderr
+
+
 def test_user_errors_are_distinguished_from_bugs():
     import torch
 
