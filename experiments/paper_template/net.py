@@ -1,6 +1,5 @@
 """The network: ConvNeXt blocks with cross-attention to the tokens of the condition."""
 
-import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition

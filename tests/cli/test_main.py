@@ -36,7 +36,8 @@ from ldm.config.compose import current_choices; from ldm.cli.main import run_com
 def main(cfg):
     from ldm.config.overrides import did_you_mean
     print(json.dumps({"prompt": cfg.prompt, "seed": cfg.seed, "run": cfg.run, "runs": cfg.runs, "net": cfg.net.width,
-                      "pid": os.getpid(), "choices": current_choices(), "torch": "torch" in sys.modules}, ensure_ascii=True))
+                      "pid": os.getpid(), "choices": current_choices(), "torch": "torch" in sys.modules},
+                      ensure_ascii=True))
     if cfg.fail == "bug":
         raise RuntimeError("a bug")
     if cfg.fail == "contract":
