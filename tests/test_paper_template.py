@@ -51,6 +51,16 @@ def test_study_composes_eight_jobs_of_its_parts(conf):
     assert {job.config["data"]["_target_"] for job in jobs} == {f"{NAME}.data.Shapes"}
 
 
+def test_readme_commands_name_options_that_exist(conf, tmp_path, capfd):
+    text = (TEMPLATE / "README.md").read_text().replace("../my_paper/conf", str(conf))
+    trained = [line.split()[2:] for line in text.splitlines() if line.startswith("python train.py")]
+    assert len(trained) == 4
+    with here(tmp_path):
+        assert command("train.py", *trained[0], "dry_run=true") == 0
+        assert command("train.py", *trained[3], "dry_run=true") == 0
+    assert "8 jobs" in capfd.readouterr().out
+
+
 def test_shapes_are_as_many_as_their_class_says():
     from their_paper.data import Shapes
 

@@ -166,12 +166,13 @@ class Trackio:
         options |= dict(embed=False, auto_log_gpu=False, auto_log_cpu=False)
         remote = any(os.environ.get(name) for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))
         try:
-            with hub_access(remote):  # else it asks the hub for the name of the user whose token is on this machine
+            with hub_access(remote):  # init asks the hub for the name of the user whose token it finds
                 self.run = trackio.init(self.project, config={**config, "choice": dict(choices)}, **options)
             stored = compat.TrackioStorage.get_logs(self.project, run_id=self.run.id)
             self.logged = {(row["step"], name) for row in stored for name in row}
         except Exception as error:
             print(f"Trackio is off for this run: {first_line(error)}")
+            self.run = None
         for row in past:  # a killed process may not have written its last rows
             self._log(row["step"], {name: value for name, value in row.items() if name not in ("step", "wall")})
 
@@ -200,7 +201,9 @@ class Trackio:
             trackio.finish()  # waits up to 30 s for its thread, and prints what it could not write
         self.run = None
 
-    def _log(self, step: int | None, values: Mapping[str, Any], convert: Callable[[Any], Any] = lambda value: value):
+    def _log(
+        self, step: int | None, values: Mapping[str, Any], convert: Callable[[Any], Any] = lambda value: value
+    ) -> None:
         """Log values that the step does not have yet; step=None is one after the last."""
         missing = {name: value for name, value in values.items() if (step, name) not in self.logged}
         if self.run is not None and missing:

@@ -461,3 +461,10 @@ def test_read_signature_matches_inspect():
         assert {name: one.required for name, one in ours.items()} == {
             name: one.default is one.empty for name, one in theirs.items()
         }
+
+
+def test_missing_package_says_where_to_look():
+    with pytest.raises(
+        UserError, match="'nobodys' is not installed; if it is your own, PYTHONPATH must name the folder"
+    ):
+        check_target_allowed("nobodys.net.Net", "net")
