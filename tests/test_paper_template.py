@@ -153,7 +153,7 @@ def test_study_starts_and_is_reported(trained, conf, capfd):
     with here(trained.parents[1]):
         line = ("--config-dir", str(conf), "-m", "experiment=direction", *small)
         assert command("train.py", *line, "dry_run=true") == 0
-        assert "2 jobs: 1 done" in capfd.readouterr().out
+        assert "2 jobs, 1 done, 1 to run" in capfd.readouterr().out
         study = conf / "experiments" / "direction"
         assert report.main([str(study), *small]) == 0
     lines = (study / "results.csv").read_text().splitlines()
