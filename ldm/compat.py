@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from torch.autograd.graph import _engine_run_backward as run_backward
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves, tree_map
+    from trackio.sqlite_storage import SQLiteStorage as TrackioStorage
 
 __all__ = [
     "BasicSweeper",
     "FileConfigSource",
     "SourcesRegistry",
     "TorchDispatchMode",
+    "TrackioStorage",
     "exit_with_parent",
     "get_args_parser",
     "has_fast_bfloat16",
@@ -52,6 +54,8 @@ MODULES = {
     # counts every operator, in the backward pass too; torch.utils.flop_counter is built on it, and PyTorch documents
     # the module
     "TorchDispatchMode": ("torch.utils._python_dispatch", "TorchDispatchMode"),
+    # what a resumed run has logged already, which the public trackio.Api cannot tell
+    "TrackioStorage": ("trackio.sqlite_storage", "SQLiteStorage"),
     # tensors in the arguments of an operator or in the output of a module
     "tree_leaves": ("torch.utils._pytree", "tree_leaves"),
     "tree_map": ("torch.utils._pytree", "tree_map"),

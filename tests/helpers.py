@@ -53,7 +53,7 @@ def run_sample(*overrides: str, output_dir: str | Path = "drawn") -> Path:
 
 
 def assert_one_line_error(capfd, expected: str, script: str, *overrides: str) -> str:
-    """Check that a command ends with exit code 2 and one line on stderr that contains `expected`, and return the line."""
+    """Check that a command ends with exit code 2 and one line on stderr that contains `expected`; return it."""
     capfd.readouterr()
     assert command(script, *overrides) == 2
     error = capfd.readouterr().err.strip()

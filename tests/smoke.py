@@ -1,4 +1,4 @@
-"""The commands as a person types them, in this process where that is enough: a fresh one spends seconds on importing."""
+"""The commands as a person types them, in this process where that is enough: a new one imports for seconds."""
 
 import logging
 import multiprocessing

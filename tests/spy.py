@@ -11,7 +11,7 @@ from ldm.conditioner.label import Label
 
 
 class Spy(Label):
-    """As Label, every caption being class 0; the captions of each batch go to the file $LDM_SPY, one JSON text a line."""
+    """As Label, every caption being class 0; the captions of a batch go to the file $LDM_SPY, one JSON text a line."""
 
     keys = ("caption",)
 

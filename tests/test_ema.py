@@ -17,7 +17,7 @@ from ldm.training.checkpoints import CheckpointRestorer
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.6)])
 def test_std_to_exponent_matches_edm2(sigma_rel, gamma):
-    """EDM2: sigma_rel = 0.05 and 0.10 are gamma = 16.97 and 6.94; and the width, in closed form (eq. 126), comes back."""
+    """EDM2: sigma_rel = 0.05 and 0.10 are gamma = 16.97 and 6.94; the width (eq. 126) comes back."""
     assert abs(std_to_exponent(sigma_rel) - gamma) < 0.05
     g = std_to_exponent(sigma_rel)
     assert abs((g + 1) ** 0.5 * (g + 2) ** -1 * (g + 3) ** -0.5 - sigma_rel) < 1e-9

@@ -25,7 +25,7 @@ def work(smoke, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COVER, ids="-".join)
 def test_resumed_run_equals_uninterrupted_run_of_one_process(case, work):
-    """Losses, weights, averages, scores and what is kept, under each trainer, optimiser, feature and way of resuming."""
+    """Losses, weights, averages, scores, checkpoints, under each trainer, optimiser, feature and way of resuming."""
     row = matrix.measured(case)
     assert row["agree"] == "yes", str(row)
 

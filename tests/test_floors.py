@@ -45,7 +45,7 @@ LIBRARIES = {  # besides the standard library and torch
     "plan": {"hydra", "omegaconf"},
     "app": {"PIL", "gradio", "omegaconf", "starlette"},
     "animate": {"PIL", "hydra", "imageio", "imageio_ffmpeg", "matplotlib", "omegaconf"},
-    "training": {"PIL", "lightning", "numpy", "wandb"},
+    "training": {"PIL", "lightning", "numpy", "trackio", "wandb"},
     "sampling": {"PIL", "hydra", "numpy"},
     "cli": {"hydra", "omegaconf"},
     "checkpoint": {"hydra"},
@@ -60,11 +60,11 @@ LIBRARIES = {  # besides the standard library and torch
     "launch": {"filelock"},
     "plotting": {"matplotlib"},
     "ema": {"numpy"},
-    "compat": {"hydra"},
+    "compat": {"hydra", "trackio"},
 }
 SLOW_TO_IMPORT = {  # seconds each: imported inside the function that uses them
     *("open_clip", "timm", "torch_fidelity", "torchmetrics", "torchvision", "transformers", "tokenizers"),
-    *("wandb", "gradio"),
+    *("wandb", "gradio", "trackio"),
 }
 MAX_LINES = 350  # of a file
 LONGER_FILES: dict[str, str] = {}  # path below the root: why it is longer

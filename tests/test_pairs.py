@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import sources
@@ -219,7 +221,19 @@ def assert_logger_has_what_the_run_folder_has(logger, folder):
     rows = [row for row in read_metrics_log(folder / "metrics.jsonl") if "step" in row]
     expected = {(name, row["step"]): row[name] for row in rows for name in row if "/" in name}
     assert expected
-    if logger == "none":
+    if logger == "trackio":
+        with closing(sqlite3.connect(folder.parents[2] / "trackio" / "ldm.db")) as database:
+            (run,) = (
+                run
+                for run, config in database.execute("SELECT run_id, config FROM configs")
+                if json.loads(config)["runs"] == str(folder.parent)
+            )
+            query = "SELECT step, metrics FROM metrics WHERE run_id = ?"
+            logged = [(step, json.loads(values)) for step, values in database.execute(query, (run,))]
+        found = {(name, step): value for step, row in logged for name, value in row.items()}
+        assert {key: value for key, value in found.items() if "/" in key[0] and isinstance(value, float)} == expected
+        assert {"grids/step-000002", "samples"} <= {name for name, _ in found}
+    elif logger == "none":
         assert not [path for path in folder.iterdir() if path.name in ("wandb", "tensorboard")]
     elif logger == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -29,6 +29,7 @@ READMES = [README, *(ROOT / "ldm").rglob("README.md"), *(ROOT / "experiments").r
 READMES += [*(ROOT / "conf").glob("README.md"), ROOT / "tests" / "README.md"]
 SMALL = ("budget=smoke", "training.sample_every=500", "trainer.devices=1")  # no grid: not every stage draws one
 KNOWN = {"python", "pip", "pytest", "cd", "git", "uv", "torchrun", "ln", ".ci/run"}
+KNOWN |= {"cp", "perl", "export"}  # of experiments/paper_template
 EXAMPLE = """
 # Title
 ```sh
@@ -96,7 +97,7 @@ def typed_after(*first: str, study: bool = False) -> list[list[str]]:
 
 TRAIN = [words for words in typed_after("python", "train.py") if "--config-dir" not in words]
 OWN = [words for words in typed_after("python", "train.py") if "--config-dir" in words]
-STUDIES = typed_after("python", "train.py", study=True)
+STUDIES = [words for words in typed_after("python", "train.py", study=True) if "--config-dir" not in words]
 CHANGED_STUDIES = [
     words
     for words in STUDIES
@@ -107,6 +108,7 @@ LOOK = [words for words in typed_after("python", "-m") if words[0] in ("ldm.anim
 SAMPLE = typed_after("python", "sample.py")
 PLANS = typed_after("python", "-m", "ldm.plan") + typed_after("python", "-m", "ldm.plan", study=True)
 REPORTS = typed_after("python", "-m", "ldm.report") + typed_after("python", "-m", "ldm.report", study=True)
+REPORTS = [words for words in REPORTS if not words[0].startswith("../")]  # tests/test_paper_template.py
 FRONTIERS = [words for words in TYPED if "ldm.report.frontier" in words]
 SCRIPTS = [words[1:] for words in TYPED if words[0] == "python" and words[1].startswith("experiments/")]
 TOOLS = {"ldm.animate", "ldm.report.browse", "ldm.plan", "ldm.report", "ldm.report.frontier", "ldm.cli.export"}

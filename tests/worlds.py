@@ -60,7 +60,7 @@ def _train(names: Sequence[str], root: Path, env: Mapping[str, str], rank: int) 
 
     from ldm.recipes import diffusion
 
-    os.environ.update(env)
+    os.environ.update({**env, "TRACKIO_DIR": str(root / "trackio")})
     sources.replace_downloads(root / "data")
     diffusion.sample_grid = lambda *_: torch.zeros(3, 8, 8, dtype=torch.uint8)  # sampling is not compared
     with here(root):

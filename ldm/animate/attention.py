@@ -47,7 +47,7 @@ def attention(
     """
     arguments.require_at_least(1, steps=steps)
     model = arguments.model_of(run)
-    return Animation(_figure(maps(model, prompt, grids.trailing(model.denoiser.schedule, steps), scale, seed)), 1)
+    return Animation(_figure(maps(model, prompt, grids.default_grid(model.denoiser.schedule, steps), scale, seed)), 1)
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ def guidance(
     """Sample each seed (row) with each scale of classifier-free guidance (column) (Ho & Salimans 2022, fig. 3)."""
     arguments.require_at_least(1, num=num, steps=steps)
     model, batch = arguments.model_of(run), arguments.prompt_batch(run, prompt, num)
-    ts = grids.trailing(model.denoiser.schedule, steps)
+    ts = grids.default_grid(model.denoiser.schedule, steps)
     seeds = range(seed, seed + num)
     images = [tasks.sample(model, batch, seeds, ts, ddim, partial(cfg, scale=scale)) for scale in scales]
     return Animation(_figure(torch.stack(images).cpu(), scales, batch["caption"], seed), 1)

@@ -28,7 +28,7 @@ def interpolate(
     arguments.require_at_least(1, num=num, steps=steps)
     arguments.require_at_least(2, frames=frames)
     model, batch = arguments.model_of(run), arguments.prompt_batch(run, prompt, num)
-    ts = grids.trailing(model.denoiser.schedule, steps)
+    ts = grids.default_grid(model.denoiser.schedule, steps)
     sequences = []
     for row in range(num):
         row_batch = {

@@ -34,7 +34,7 @@ def reverse(
         arguments.prompt_batch(run, prompt, num),
         arguments.load_option("sampler", sampler),
     )
-    ts = grids.trailing(model.denoiser.schedule, steps)
+    ts = grids.default_grid(model.denoiser.schedule, steps)
     evaluations, last = sample_states(model, batch, seed, ts, draw, scale)
     note = f"{sampler}, {steps} steps, guidance {scale:g}"
     return Animation(_frames(model, evaluations, last, note, prompt), len(evaluations) + 1, seconds=0.12, colours=48)

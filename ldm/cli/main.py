@@ -65,7 +65,7 @@ def _main(
 
     parser = get_args_parser()
     parser.error = _parser_error  # type: ignore[assignment, method-assign]
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags may come after overrides
     folder = Path(args.config_path).absolute() if args.config_path else script.parent / "conf"
     if not (folder / f"{args.config_name or config_name}.yaml").is_file():
         raise UserError(f"no config {args.config_name or config_name}.yaml in {folder}")

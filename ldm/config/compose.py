@@ -66,17 +66,17 @@ class ComposedJob:
         return node
 
 
-def compose_jobs(script: str, typed: Sequence[str]) -> list[ComposedJob]:
+def compose_jobs(script: str, typed: Sequence[str], config_dir: Path | None = None) -> list[ComposedJob]:
     """Compose the jobs of `python SCRIPT.py -m TYPED`, in its order.
 
-    Raises UserError for what the command would refuse.
+    config_dir: that of `--config-dir`.  Raises UserError for what the command would refuse.
     """
     from omegaconf import OmegaConf
 
     import ldm.config.search_path  # noqa: F401  registers experiments/ as a config group
     from ldm.config.validate import validate
 
-    tree = ConfigSearchPath((ROOT / "conf",), ROOT)
+    tree = ConfigSearchPath((ROOT / "conf", *([config_dir.absolute()] if config_dir else [])), ROOT)
     written = [normalize_override(one, tree, LITERAL_KEYS, PATH_KEYS, True) for one in typed]
     plan = Composition(tree, script, True, [one for override in written for one in expand_group_list(override, tree)])
     jobs = []

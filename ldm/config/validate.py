@@ -159,7 +159,9 @@ def check_target_allowed(target: Any, path: str = "") -> None:
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        raise UserError(f"{where}: package {parts[0]!r} is not installed{did_you_mean(parts[0], ['ldm', 'torch'])}")
+        own = f"; if it is your own, PYTHONPATH must name the folder that holds {parts[0]}/"
+        hint = did_you_mean(parts[0], ["ldm", "torch"]) or own
+        raise UserError(f"{where}: package {parts[0]!r} is not installed{hint}")
 
 
 def is_forbidden(target: str) -> bool:

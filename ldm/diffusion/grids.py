@@ -16,6 +16,11 @@ def trailing(schedule: Schedule, n: int) -> Tensor:
     return _grid((T * torch.arange(n, 0, -1, dtype=torch.float64) / n).round() / T)
 
 
+def default_grid(schedule: Schedule, n: int) -> Tensor:
+    """Return `trailing` for a schedule with a table, `uniform_grid` for one without: (n + 1,) float64."""
+    return (trailing if hasattr(schedule, "T") else uniform_grid)(schedule, n)
+
+
 def leading(schedule: Schedule, n: int, offset: int = 0) -> Tensor:
     """Return n steps on entries i = 0, k, 2k, ... (k = T // n) + offset, then to 0: (n + 1,) float64.
 

@@ -101,6 +101,7 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
             "first stage decodes an image": forward_cost(lambda n: autoencoder.decode(torch.empty(1, *z)), 1).flops,
         }
         per_image = num_bytes([autoencoder.posterior(image).moments.half()])
+        latents = {} if cfg.training.latents == "online" else {"cached latents": per_image * card.images * card.flips}
         optimizer = optimizer_bytes(cfg.training.optimizer, trained)
         sampling = {
             f"sampling, a forward pass of 1, {name}": forward_cost(predict, 1, d).peak for name, d in precisions.items()
@@ -128,7 +129,7 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
         flops,
         memory,
         activations,
-        {"cached latents": per_image * card.images * card.flips, "a checkpoint": weights * 2 + optimizer},
+        {**latents, "a checkpoint": weights * 2 + optimizer},
         to_container(cfg.get("paper")) or {},
     )
 

@@ -38,7 +38,7 @@ HEAD = """# {title}
 ```
 """
 RESULT = """
-`python -m ldm.report experiments/{name}` writes the table and the figure.
+`python -m ldm.report {folder}` writes the table and the figure.
 
 <!-- table -->
 <!-- /table -->
@@ -79,13 +79,15 @@ def update_study(spec: study.Study, typed: Sequence[str], project: str | None) -
 
 def readme_fields(spec: study.Study) -> dict[str, str]:
     """Return the fields of the templates for a new README."""
+    flags = f"--config-dir {spec.config_dir} " if spec.config_dir else ""
     trained = "\n".join(
-        f"python train.py experiment={spec.name}/{sweep}".removesuffix("/sweep") for sweep in spec.sweeps
+        f"python train.py {flags}experiment={spec.name}/{sweep}".removesuffix("/sweep") for sweep in spec.sweeps
     )
+    folder = str(spec.folder) if spec.config_dir else f"experiments/{spec.name}"
     command = (
         f"python -m ldm.report.frontier experiments/{spec.name} run=RUN,RUN,RUN" if spec.is_sampling_study else trained
     )
-    return {"title": spec.title, "question": spec.question, "command": command, "name": spec.name}
+    return {"title": spec.title, "question": spec.question, "command": command, "folder": folder}
 
 
 def update_overview(root: Path) -> None:

@@ -20,7 +20,7 @@ def study_jobs(study: Study, typed: Sequence[str] = ()) -> list[compose.Composed
     jobs = [
         job
         for sweep in study.sweeps
-        for job in compose.compose_jobs("train", [f"experiment={study.name}/{sweep}", *typed])
+        for job in compose.compose_jobs("train", [f"experiment={study.name}/{sweep}", *typed], study.config_dir)
     ]
     return list({job_id(job): job for job in jobs}.values())
 

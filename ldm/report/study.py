@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.config import compose
 from ldm.config.overrides import did_you_mean, format_choices
 from ldm.errors import UserError
 from ldm.io.parse import parse_yaml
@@ -47,6 +48,12 @@ class Study:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def config_dir(self) -> Path | None:
+        """The folder of `--config-dir` that has the study as experiments/NAME; None for a study of this repository."""
+        parent = self.folder.absolute().parent
+        return parent.parent if parent.name == "experiments" and parent.parent != compose.ROOT else None
 
     @property
     def is_sampling_study(self) -> bool:

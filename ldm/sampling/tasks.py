@@ -272,12 +272,12 @@ def txt2img(
     sampler: Sampler = ddim,
     guidance: Guidance = cfg,
     task: Task = generate,
-    grid: Callable[[Schedule, int], Tensor] = grids.trailing,
+    grid: Callable[[Schedule, int], Tensor] = grids.default_grid,
     **inputs: Tensor,
 ) -> Tensor:
     """Sample `num` images of each prompt, (num * prompts, C, H, W) in [-1, 1], with the seeds seed, seed + 1, ...
 
-    scale: the guidance scale.  grid: (schedule, steps) -> times; uniform_grid for a schedule without entries.
+    scale: the guidance scale.  grid: (schedule, steps) -> times.
     inputs: what another task needs, one row for all images, as in
     txt2img(model, prompt, task=partial(img2img, strength=0.5), image=image) with image (1, C, H, W).
     """

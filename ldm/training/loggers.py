@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from ldm import compat
 from ldm.errors import UserError
 from ldm.runs.metrics_log import read_metrics_log
 
@@ -59,8 +60,7 @@ class WandB:
     def __init__(
         self, project: str = "ldm", group: str | None = None, tags: Sequence[str] = (), mode: str | None = None
     ):
-        if sys.modules.get("wandb") is None and find_spec("wandb") is None:  # not imported yet, which takes seconds
-            raise UserError("logger=wandb needs the package wandb: pip install -e '.[wandb]'")
+        require_package("wandb")
         self.project, self.group, self.tags, self.mode = project, group, list(tags), mode
         self.folder = Path()
         self.run: Any = None
@@ -140,6 +140,80 @@ class WandB:
                 self.run = None
 
 
+class Trackio:
+    """Trackio: config and group choices, curves, images, tables; one run per folder, continued on resume.
+
+    Written to a database on this machine, in $TRACKIO_DIR or Hugging Face's cache; `trackio show` serves it as a page.
+    Nothing is sent unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says where to.
+    group: by default the name of the sweep that the run belongs to.  Raises UserError without the package.  Its
+    failures never end a run.
+    """
+
+    def __init__(self, project: str = "ldm", group: str | None = None):
+        require_package("trackio")
+        self.project, self.group = project, group
+        self.logged: set[tuple[int, str]] = set()  # Trackio appends: what a step has already would be there twice
+        self.run: Any = None
+
+    def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
+        import trackio
+
+        from ldm.conditioner.clip import hub_access
+
+        past = read_metrics_log(folder / "metrics.jsonl")
+        options: dict[str, Any] = dict(name=folder.name, group=self.group or os.environ.get("LDM_SWEEP"))
+        options |= dict(resume="allow" if past else "never")  # a run begun anew is a new run, of the same name
+        options |= dict(embed=False, auto_log_gpu=False, auto_log_cpu=False)
+        remote = any(os.environ.get(name) for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))
+        try:
+            with hub_access(remote):  # init asks the hub for the name of the user whose token it finds
+                self.run = trackio.init(self.project, config={**config, "choice": dict(choices)}, **options)
+            stored = compat.TrackioStorage.get_logs(self.project, run_id=self.run.id)
+            self.logged = {(row["step"], name) for row in stored for name in row}
+        except Exception as error:
+            print(f"Trackio is off for this run: {first_line(error)}")
+            self.run = None
+        for row in past:  # a killed process may not have written its last rows
+            self._log(row["step"], {name: value for name, value in row.items() if name not in ("step", "wall")})
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._log(step, values)
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        import trackio
+
+        self._log(step, {name: path}, lambda path: trackio.Image(str(path)))
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        import trackio
+
+        if rows:
+            table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+            self._log(None, {name: table}, lambda table: trackio.Table(**table))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._log(None, {name: value for name, value in summary.items() if isinstance(value, int | float)})
+
+    def close(self) -> None:
+        if self.run is not None:
+            import trackio
+
+            trackio.finish()  # waits up to 30 s for its thread, and prints what it could not write
+        self.run = None
+
+    def _log(
+        self, step: int | None, values: Mapping[str, Any], convert: Callable[[Any], Any] = lambda value: value
+    ) -> None:
+        """Log values that the step does not have yet; step=None is one after the last."""
+        missing = {name: value for name, value in values.items() if (step, name) not in self.logged}
+        if self.run is not None and missing:
+            try:
+                self.run.log({name: convert(value) for name, value in missing.items()}, step=step)
+            except Exception as error:
+                print(f"Trackio stopped taking records: {first_line(error)}")
+                self.run = None
+
+
 class TensorBoard:
     """Curves, images, config and scores as TensorBoard's event files in the run folder: tensorboard --logdir runs.
 
@@ -199,6 +273,12 @@ class TensorBoard:
             if self.writer is not None:
                 print(f"TensorBoard stopped taking records: {first_line(error)}")
             self.writer = None
+
+
+def require_package(name: str) -> None:
+    """Raise UserError unless the package of a logger of its name is installed; it is not imported, for that is slow."""
+    if sys.modules.get(name) is None and find_spec(name) is None:
+        raise UserError(f"logger={name} needs the package {name}: pip install -e '.[{name}]'")
 
 
 def run_tags(config: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]:

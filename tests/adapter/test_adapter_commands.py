@@ -1,4 +1,4 @@
-"""Adapters as commands: trained on a run that stays as it is, drawn with, several at once, exported, imported, refused."""
+"""Adapters as commands: trained on a run that stays as it is, drawn with, exported, imported, refused."""
 
 import json
 import re

@@ -12,7 +12,8 @@ from ldm.cli.errors import run_guarded
 
 
 def test_animate_help_needs_no_torch():
-    code = "import sys, runpy; sys.argv = ['animate', '--help']\ntry: runpy.run_module('ldm.animate', run_name='__main__')\n"
+    code = "import sys, runpy; sys.argv = ['animate', '--help']\n"
+    code += "try: runpy.run_module('ldm.animate', run_name='__main__')\n"
     code += "except SystemExit: assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from ldm.diffusion import grids, sampler
 from ldm.diffusion.denoiser import Denoised, Denoiser
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.prediction import V
-from ldm.diffusion.schedule import cosine, linear
+from ldm.diffusion.schedule import Flow, cosine, linear
 from ldm.errors import UserError
 from ldm.model import LatentDiffusion
 from ldm.net.attention import CrossAttention, sdpa, softmax_attention
@@ -247,6 +247,13 @@ def test_guidance_draws_one_column_per_scale(run):
     assert grey[1] - grey[0] == pytest.approx(
         127.5 * 0.5 * 0.1 * 3 * 2, abs=1
     )  # decoded x0 = 0.5 * 0.1 * length * scale
+
+
+def test_animations_sample_on_a_schedule_without_entries(run):
+    run.denoiser.schedule = Flow()
+    assert len(drawn(reverse("run", num=1, steps=2))) == 3
+    assert len(drawn(interpolate("run", num=1, frames=2, steps=2))) == 2
+    assert len(drawn(guidance("run", num=1, steps=2))) == 1
 
 
 class Told(torch.nn.Module):

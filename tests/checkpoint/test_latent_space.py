@@ -79,7 +79,7 @@ def test_latent_space_metadata_round_trip(tmp_path):
 
 @pytest.fixture(scope="module")
 def place(smoke, tmp_path_factory):
-    """A cache with two first stages of one architecture, and a run of each; what a test changes, it changes in a copy."""
+    """A cache with two first stages of one architecture, and a run of each; tests change copies."""
     folder = tmp_path_factory.mktemp("spaces")
     shutil.copytree(smoke.kept, folder / "cache")
     with here(folder):

@@ -36,7 +36,8 @@ from ldm.config.compose import current_choices; from ldm.cli.main import run_com
 def main(cfg):
     from ldm.config.overrides import did_you_mean
     print(json.dumps({"prompt": cfg.prompt, "seed": cfg.seed, "run": cfg.run, "runs": cfg.runs, "net": cfg.net.width,
-                      "pid": os.getpid(), "choices": current_choices(), "torch": "torch" in sys.modules}, ensure_ascii=True))
+                      "pid": os.getpid(), "choices": current_choices(), "torch": "torch" in sys.modules},
+                      ensure_ascii=True))
     if cfg.fail == "bug":
         raise RuntimeError("a bug")
     if cfg.fail == "contract":
@@ -353,6 +354,15 @@ def test_config_dir_adds_user_options(here, tmp_path):
         rows(here("--config-dir", str(tmp_path), "schedule=mine", "schedule.gamma=3"))[0]["choices"]["schedule"]
         == "mine"
     )
+
+
+def test_flags_may_come_after_overrides(here, tmp_path):
+    (tmp_path / "schedule").mkdir()
+    (tmp_path / "schedule/mine.yaml").write_text("gamma: 2.0")
+    (row,) = rows(here("net=unet", "--config-dir", str(tmp_path), "schedule=mine", "seed=5"))
+    assert (row["choices"]["schedule"], row["seed"]) == ("mine", 5)
+    assert here("seed=3,4", "-m", "net=unet").returncode == 0
+    assert "--wrong" in here("seed=3", "--wrong", "net=unet").stderr
 
 
 def test_user_errors_are_distinguished_from_bugs():

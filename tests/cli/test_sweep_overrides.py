@@ -265,9 +265,10 @@ def test_sweep_over_studies_matches_hydra(grid, in_process, capsys):
         assert sorted(sweep.rows) == [(f"experiments={name}/sweep seed={number}", "done") for name in ("other", "some")]
 
 
+INTERVAL = "an interval has no list of values, a search samples from it; add hydra/sweeper=optuna, or write values"
 REFUSED = {
-    "seed=interval(0,1)": "an interval has no list of values, a search samples from it; add hydra/sweeper=optuna, or write values",
-    "schedule=interval(0,1)": "an interval has no list of values, a search samples from it; add hydra/sweeper=optuna, or write values",
+    "seed=interval(0,1)": INTERVAL,
+    "schedule=interval(0,1)": INTERVAL,
     "schedule=glob(zz*)": "no option matches (one of cosine, linear, linear2)",
     "schedule=glob(*,exclude=*)": "no option matches (one of cosine, linear, linear2)",
     "seed=glob(*)": "glob() selects options of a group, and seed is not a group",
@@ -377,7 +378,9 @@ LAUNCHED = [  # every override function, in few sweeps of four jobs: each job is
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0]
+)
 @pytest.mark.parametrize("words", LAUNCHED, ids=" ".join)
 def test_launchers_run_jobs_of_hydra(words, launcher, grid, capfd):
     """Jobs, folders and rows are those of Hydra alone: all of them, then once more with one run missing."""

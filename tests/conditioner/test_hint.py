@@ -1,4 +1,4 @@
-"""Hints beside what a model is told: made of what they read, given ready, dropped with the words or kept without them."""
+"""Hints beside what a model is told: made of what they read, given ready, dropped with the words or kept."""
 
 import pytest
 import torch

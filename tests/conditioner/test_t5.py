@@ -1,4 +1,4 @@
-"""T5 through transformers: the features of its own forward, by a folder alone, and one line where it is not to be had."""
+"""T5 through transformers: the features of its own forward, by a folder alone, and one line without it."""
 
 import logging
 

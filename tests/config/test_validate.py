@@ -18,11 +18,17 @@ import raised_if_imported
 from sample_pkg.other import elsewhere
 Pair = tuple[float, float]
 
-def solve(x, y, eta: float = 0.0, steps: int = 3, kind: Literal["a", "b"] = "a", *, interval: Pair = (0, 1), note: "str | None" = None): ...
+def solve(
+    x, y, eta: float = 0.0, steps: int = 3, kind: Literal["a", "b"] = "a", *,
+    interval: Pair = (0, 1), note: "str | None" = None
+): ...
 def anything(x: int, **options): ...
 
 class Net:
-    def __init__(self, width: int, mult: Sequence[int] = (1,), sizes: list[float] | None = None, on: bool = False, act: Any = None): ...
+    def __init__(
+        self, width: int, mult: Sequence[int] = (1,), sizes: list[float] | None = None, on: bool = False,
+        act: Any = None
+    ): ...
     @classmethod
     def small(cls, width: int): ...
 
@@ -50,7 +56,9 @@ class Protocol(NamedTuple):
     steps: int = 5
 
 class Sized:
-    def __init__(self, in_channels, out_channels, depth, inner=None, context_dim=None, vector_dim=None, concat_channels=0):
+    def __init__(
+        self, in_channels, out_channels, depth, inner=None, context_dim=None, vector_dim=None, concat_channels=0
+    ):
         ...
 
 class Forwarding(Sized):
@@ -453,3 +461,10 @@ def test_read_signature_matches_inspect():
         assert {name: one.required for name, one in ours.items()} == {
             name: one.default is one.empty for name, one in theirs.items()
         }
+
+
+def test_missing_package_says_where_to_look():
+    with pytest.raises(
+        UserError, match="'nobodys' is not installed; if it is your own, PYTHONPATH must name the folder"
+    ):
+        check_target_allowed("nobodys.net.Net", "net")

@@ -241,8 +241,8 @@ def test_folder_skips_unreadable_images_with_message(pictures, monkeypatch):
     assert len(data) == 40
     out = data.summary
     assert (
-        "40 images, 2 classes, 32 px, fits in memory, 0 held out, 40 smaller than 32 px and enlarged: golden_retriever/000.png, "
-        in out
+        "40 images, 2 classes, 32 px, fits in memory, 0 held out, "
+        "40 smaller than 32 px and enlarged: golden_retriever/000.png, " in out
     )
     assert (
         "5 skipped: sports-car/empty.png, sports-car/giant.png, sports-car/gone.webp, ... (cannot identify image file)"

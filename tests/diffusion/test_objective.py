@@ -333,7 +333,7 @@ def test_second_moment_history_is_equal_on_all_ranks(tmp_path):
 
 
 def test_training_converges_to_exact_denoiser():
-    """A linear network trained by the objective on Gaussian data finds E[x0 | x_t]: the whole path, learning included."""
+    """A linear network trained by the objective on Gaussian data finds E[x0 | x_t]: the whole path, and learning."""
     torch.manual_seed(0)
     flow = schedule.Flow()
     d = Denoiser(Affine(), flow, prediction.Flow())

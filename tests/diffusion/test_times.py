@@ -171,6 +171,11 @@ def test_start_at_begins_at_strength():
             grids.start_at(ts, bad)
 
 
+def test_default_grid_follows_entries_where_there_are_any():
+    assert torch.equal(grids.default_grid(TABLE, 7), grids.trailing(TABLE, 7))
+    assert torch.equal(grids.default_grid(schedule.Flow(), 7), grids.uniform_grid(schedule.Flow(), 7))
+
+
 def test_grids_reject_invalid_arguments():
     with pytest.raises(ValueError, match="Flow is continuous, it has no entries"):
         grids.trailing(schedule.Flow(), 4)

@@ -186,9 +186,9 @@ def test_learned_variance_reaches_likelihood():
     def denoise(x, t):
         return Denoised(*g(x, t)[:2], torch.zeros_like(x))
 
-    middle = lambda f, sched, t, s: (
-        (variance.fixed_small(None, sched, t, s) + variance.fixed_large(None, sched, t, s)) / 2
-    )
+    def middle(f, sched, t, s):
+        return (variance.fixed_small(None, sched, t, s) + variance.fixed_large(None, sched, t, s)) / 2
+
     got, want = (
         variance.bits_per_dim(d, g.schedule, x0, ts, noise, v, variance.gaussian_nll)["total"]
         for d, v in [(denoise, variance.learned_range), (g, middle)]

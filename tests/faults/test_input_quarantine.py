@@ -82,7 +82,8 @@ def test_folder_lists_exactly_its_skipped_files(pictures):
     assert "5 skipped" in data.summary
     with pytest.raises(
         UserError,
-        match=r"5 of 45 images cannot be read, more than data\.max_unreadable=0\.1: b_cut\.jpg, d_empty\.png, f_page\.jpg, \.\.\.",
+        match=r"5 of 45 images cannot be read, more than data\.max_unreadable=0\.1: "
+        r"b_cut\.jpg, d_empty\.png, f_page\.jpg, \.\.\.",
     ):
         ImageFolder(pictures, size=16, channels=3, test_fraction=0, max_unreadable=0.1)
 

@@ -20,6 +20,6 @@ def test_resume_with_changed_rate_needs_permission(smoke, tmp_path, capfd):
         said = capfd.readouterr().err
     assert "error: resume=must: no valid checkpoint in runs/" in said
     assert (
-        "has, and differs from this config in seed: 0 -> 5; training.optimizer.lr: 0.001 -> 0.002; training.steps: 3 -> 2"
-        in said
+        "has, and differs from this config in seed: 0 -> 5; "
+        "training.optimizer.lr: 0.001 -> 0.002; training.steps: 3 -> 2" in said
     )

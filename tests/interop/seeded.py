@@ -14,7 +14,7 @@ def numbers(name: str, shape: Iterable[int]) -> Tensor:
 
 
 def value(name: str, shape: Iterable[int]) -> Tensor:
-    """A weight that keeps the scale of what passes through it, or a bias or normalisation that leaves nothing at zero."""
+    """A weight that keeps the scale of what passes through it, or a bias or norm that leaves nothing at zero."""
     shape = tuple(shape)
     if len(shape) > 1:
         return numbers(name, shape) * torch.Size(shape[1:]).numel() ** -0.5

@@ -161,7 +161,8 @@ def test_pickle_exploits_work_in_plain_python(tmp_path):
 
 
 def test_read_weights_ignores_missing_classes(tmp_path):
-    body = b"\x80\x02}(X\x05\x00\x00\x00epochK\x03X\x09\x00\x00\x00callbacks}cgone.away\nClass\n}(X\x04\x00\x00\x00bestX\x01\x00\x00\x00xusu."
+    body = b"\x80\x02}(X\x05\x00\x00\x00epochK\x03X\x09\x00\x00\x00callbacks}cgone.away\nClass\n"
+    body += b"}(X\x04\x00\x00\x00bestX\x01\x00\x00\x00xusu."
     tree = safe_unpickler.PickleMachine().run(io.BytesIO(body))
     assert tree == {"epoch": 3, "callbacks": {safe_unpickler.Name("gone.away.Class"): {"best": "x"}}}
 

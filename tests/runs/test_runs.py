@@ -86,7 +86,8 @@ def test_metrics_log_survives_kill_and_resume(tmp_path):
 
 
 def test_metrics_log_rows_are_durable(tmp_path):
-    code = f"import os\nfrom ldm.runs.metrics_log import MetricsLog\nj = MetricsLog({str(tmp_path / 'm')!r})\nj.write(1, dict(a=1))\nos.kill(os.getpid(), 9)"
+    code = "import os\nfrom ldm.runs.metrics_log import MetricsLog\n"
+    code += f"j = MetricsLog({str(tmp_path / 'm')!r})\nj.write(1, dict(a=1))\nos.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code])
     assert [row["a"] for row in read_metrics_log(tmp_path / "m")] == [1]
 

@@ -11,7 +11,7 @@ Every component is a [Hydra](https://hydra.cc) config group: a folder here, with
 ```sh
 python train.py net=tiny sampler=ddim sampler.eta=0.5   # two options and a value
 python train.py net=tiny --cfg job                      # print the composed config, with every parameter
-python train.py --help                                  # list the groups of train.py's defaults, their options and the plain keys
+python train.py --help                                  # list the groups of train.py's defaults, their options and keys
 ```
 
 An option's file has its description in its first comment, and the parameters of its `_target_`. What options share
@@ -23,7 +23,8 @@ This page is generated from the files by `python tests/tools/conf_readme.py`.
 """
 SCRIPTS = ("train", "sample")
 NESTED = {  # groups of which the options of `training` choose one: their comments
-    "ema": "The average of the weights: `ema@training.ema=` chooses that of the model, `ema@first_stage.ema=` that of its first stage",
+    "ema": "The average of the weights: `ema@training.ema=` chooses that of the model, "
+    "`ema@first_stage.ema=` that of its first stage",
 }
 
 
@@ -38,7 +39,10 @@ def description(path: Path) -> str:
 
 
 def groups() -> dict[str, tuple[str, dict[str, str]]]:
-    """Map each group to its comment in a script's defaults list, and each script, or option of training, that has it to its default option."""
+    """Map each group to its comment in a script's defaults list and to the default option of each script that has it.
+
+    An option of training that has the group counts as a script.
+    """
     found: dict[str, tuple[str, dict[str, str]]] = {}
     for script in SCRIPTS:
         text = (CONF / f"{script}.yaml").read_text(encoding="utf-8").split("\n\n")[0]

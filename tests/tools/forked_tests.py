@@ -299,7 +299,8 @@ class ForkedTests:
         """Import the test files anew, now that ldm is broken, and run them."""
         tests = f"{self.project.tests}{os.sep}"
         for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(tests) and "tools" not in module.__file__:  # type: ignore[operator]
+            file = getattr(module, "__file__", None) or ""
+            if file.startswith(tests) and "tools" not in file:
                 del sys.modules[name]
         for file in files:
             self.begin(file)

@@ -239,7 +239,8 @@ def file_mutants(project: Project, file: Path) -> list[Mutant]:
             def build(path: list = path, new: ast.expr = new) -> ast.Module:
                 return replace(tree, path, new)
 
-            mutants.append(Mutant(name, function, text, (node.lineno, node.end_lineno), build))  # type: ignore[attr-defined]
+            span = (node.lineno, node.end_lineno)  # type: ignore[attr-defined]
+            mutants.append(Mutant(name, function, text, span, build))
     return mutants
 
 

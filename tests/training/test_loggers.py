@@ -1,16 +1,19 @@
-"""Loggers: W&B and TensorBoard write a run without key or network; a failure ends nothing; NoLogger writes nothing."""
+"""Loggers: W&B, Trackio and TensorBoard write a run without key or network; a failure ends nothing."""
 
 import inspect
+import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm.errors import UserError
 from ldm.io import images
 from ldm.runs.metrics_log import MetricsLog
-from ldm.training.loggers import Logger, NoLogger, TensorBoard, WandB, has_wandb_key
+from ldm.training.loggers import Logger, NoLogger, TensorBoard, Trackio, WandB, has_wandb_key
 
 CONFIG, CHOICES = {"seed": 3, "net": {"channels": 16}}, {"schedule": "cosine"}
 
@@ -201,6 +204,93 @@ def test_tensorboard_failure_does_not_end_run(tmp_path, capsys, monkeypatch):
         TensorBoard()
 
 
+def forget_trackio() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def storage(monkeypatch, tmp_path):
+    """What Trackio stored, read by its own code; it reads its folder's name when it is imported."""
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "LDM_SWEEP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    forget_trackio()
+    from trackio.sqlite_storage import SQLiteStorage
+
+    yield SQLiteStorage
+    forget_trackio()
+
+
+def test_trackio_has_run_once_after_resume_and_asks_no_network(storage, monkeypatch, tmp_path):
+    asked, folder = [], tmp_path / "run"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # Trackio would ask the hub whose it is
+    folder.mkdir()
+    images.save_png(folder / "grid.png", torch.full((1, 4, 4), 7, dtype=torch.uint8))
+    for resume, until in ((0, 4), (2, 5)):
+        journal, logger = MetricsLog(folder / "metrics.jsonl", resume), Trackio("mine", "study")
+        logger.start(folder, CONFIG, CHOICES)
+        for step in range(resume + 1, until + 1):
+            journal.write(step, {"train/loss": 1 / step})
+            if (resume, step) != (0, 2):  # a killed process leaves rows that its thread has not written
+                logger.log_metrics(step, {"train/loss": 1 / step})
+        logger.log_image(4, "grids/step-4", folder / "grid.png")
+        journal.close()
+        logger.close()
+    logger.start(folder, CONFIG, CHOICES)
+    logger.log_table("scores", [{"fd": 3.0, "n": 20}])
+    logger.log_table("empty", [])
+    logger.finish({"fd": 3.0, "protocol": "text"})
+    logger.close()
+    (run,) = storage.get_run_records("mine")
+    logs = storage.get_logs("mine", run_id=run["id"])
+    assert run["name"] == "run"
+    losses = [(row["step"], row["train/loss"]) for row in logs if "train/loss" in row]
+    assert sorted(losses) == [(step, 1 / step) for step in range(1, 6)]
+    assert [row["scores"]["_value"] for row in logs if "scores" in row] == [[{"fd": 3.0, "n": 20}]]
+    assert [row["fd"] for row in logs if "fd" in row] == [3.0]
+    assert not {name for row in logs for name in row} & {"empty", "protocol", "wall"}
+    ((step, image),) = [(row["step"], row["grids/step-4"]) for row in logs if "grids/step-4" in row]
+    assert step == 4
+    with Image.open(tmp_path / "trackio" / "media" / image["file_path"]) as stored:
+        assert stored.convert("L").getextrema() == (7, 7)
+    config = storage.get_run_config("mine", "run", run_id=run["id"])
+    assert {name: config[name] for name in ("seed", "net", "choice", "_Group")} == {
+        **CONFIG,
+        "choice": CHOICES,
+        "_Group": "study",
+    }
+    folder.rename(tmp_path / "old")
+    folder.mkdir()
+    logger.start(folder, CONFIG, CHOICES)  # begun anew: another run
+    logger.log_metrics(1, {"train/loss": 9.0})
+    logger.close()
+    records = storage.get_run_records("mine")
+    assert len(records) == 2
+    assert sorted(
+        row["train/loss"]
+        for one in records
+        for row in storage.get_logs("mine", run_id=one["id"])
+        if "train/loss" in row
+    ) == [*(1 / step for step in range(5, 0, -1)), 9.0]
+    assert asked == []
+
+
+def test_trackio_failure_does_not_end_run(monkeypatch, capsys, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("disk full\nat byte 3")
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=refuse, Image=str, Table=dict))
+    everything(Trackio(), tmp_path)
+    assert capsys.readouterr().out == "Trackio is off for this run: disk full\n"
+    logger = Trackio()
+    logger.run = SimpleNamespace(log=refuse)
+    logger.log_metrics(1, {"train/loss": 0.5})
+    logger.close()  # asks nothing of a run that failed
+    assert capsys.readouterr().out == "Trackio stopped taking records: disk full\n"
+
+
 @pytest.mark.slow
 def test_wandb_writes_offline_run(keyless, tmp_path):
     import wandb
@@ -213,7 +303,7 @@ def test_wandb_writes_offline_run(keyless, tmp_path):
     assert list(run.glob("files/media/images/grids/*.png"))
 
 
-@pytest.mark.parametrize("logger", [NoLogger, WandB, TensorBoard])
+@pytest.mark.parametrize("logger", [NoLogger, WandB, Trackio, TensorBoard])
 def test_logger_has_every_method_of_the_protocol(logger):
     """A run calls them on whichever logger it has: signatures are the protocol's."""
     for name, method in vars(Logger).items():

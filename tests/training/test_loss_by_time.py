@@ -9,7 +9,7 @@ from ldm.training.profiler import PhaseProfiler
 
 
 def test_metrics_recorder_splits_loss_by_time():
-    """Over two steps: each part's mean is that of its rows, whatever their number; a part without one is not written."""
+    """Over two steps: each part's mean is that of its rows, of any number; a part without one is not written."""
     rows = []
     record = MetricsRecorder(lambda step, values: rows.append(values), 2, 2)
     trainer = SimpleNamespace(
