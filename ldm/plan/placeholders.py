@@ -55,6 +55,8 @@ def placeholder_batch(rows: int, card: "DataInfo", conditioner: "torch.nn.Module
     """
     import torch
 
+    from ldm.conditioner.size import uncropped
+
     size = (card.size, card.size)
     batch: dict[str, Any] = {
         "image": torch.empty(rows, card.channels, *size),
@@ -62,6 +64,8 @@ def placeholder_batch(rows: int, card: "DataInfo", conditioner: "torch.nn.Module
         "caption": [""] * rows,
         "label": torch.zeros(rows, dtype=torch.long, device="cpu"),
         "boxes": [[]] * rows,
+        "source": torch.empty(rows, card.channels, *size),
+        **uncropped(rows, *size),
     }
     part: Any
     for part in conditioner.modules():

@@ -37,6 +37,7 @@ def check_parts(cfg: Any, data: Any, is_new: bool = True) -> None:
     """
     check_classes(cfg)
     check_data(cfg, data)
+    check_keys(cfg, data)
     check_training(cfg.training)
     if is_new and not cfg.get("adapter"):
         check_model(cfg, data)
@@ -78,6 +79,17 @@ def check_data(cfg: Any, data: Any) -> None:
     check_members(data, ImageDataset, "data", cfg.data["_target_"])
     if not hasattr(data, "shapes"):  # images of several shapes have no common size
         require_shape("data", "pixels", data.pixels([0]), (1, data.channels, data.size, data.size))
+
+
+def check_keys(cfg: Any, data: Any) -> None:
+    """Raise UserError if batches of the data lack a key that a conditioner requires in training."""
+    for _, node in iter_nodes(build.to_container(cfg.conditioner)):
+        required = getattr(get_object(node["_target_"]), "requires", {})
+        batch = data.batch([(0, 0)]) if required else {}
+        for key, option in required.items():
+            if key not in batch:
+                name = node["_target_"]
+                raise UserError(f"conditioner: {name} needs {key}, which these data do not have; choose {option}")
 
 
 def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:

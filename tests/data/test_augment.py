@@ -53,17 +53,18 @@ def test_random_crop_is_the_recorded_part():
     augmented = AugmentedDataset(data, training=True, crop=RandomCrop(8))
     batch, whole = augmented.batch(SAMPLES), data.batch(SAMPLES)
     assert batch["image"].shape == (5, 3, 8, 8)
-    for name in ("original_size", "crop", "crop_size"):
+    for name in ("original_size", "crop", "crop_size", "target_size"):
         assert (batch[name].dtype, batch[name].shape) == (torch.int64, (5, 2))
     assert (batch["original_size"] == 12).all()
     assert (batch["crop_size"] == 8).all()
+    assert (batch["target_size"] == 8).all()
     for i, (top, left) in enumerate(batch["crop"].tolist()):
         for name in ("image", "map", "relief"):
             assert torch.equal(batch[name][i], whole[name][i, ..., top : top + 8, left : left + 8])
         assert batch["map"][i, 0, 0] == top
         assert batch["relief"][i, 0, 0, 0] == left
     assert batch["map"].dtype == torch.int64
-    assert {name for name in batch if name not in whole} == {"original_size", "crop", "crop_size"}
+    assert {name for name in batch if name not in whole} == {"original_size", "crop", "crop_size", "target_size"}
     assert (augmented.size, augmented.stored_size, augmented.channels, len(augmented)) == (8, 12, 3, 12)
 
 
@@ -109,6 +110,7 @@ def test_random_resized_crop_equals_resized_part():
     batch = AugmentedDataset(data, training=True, crop=RandomResizedCrop(6, (0.2, 0.9))).batch(SAMPLES)
     whole = data.batch(SAMPLES)
     assert batch["image"].shape == (5, 3, 6, 6)
+    assert (batch["target_size"] == 6).all()
     assert batch["map"].shape == (5, 6, 6)
     for i in range(5):
         (top, left), (height, width) = batch["crop"][i].tolist(), batch["crop_size"][i].tolist()
