@@ -1,7 +1,7 @@
 """Size and crop as the condition, SDXL's micro-conditioning (Podell et al. 2023, section 2.2)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class SizeCrop(nn.Module):
     """
 
     keys = SIZE_KEYS
-    requires = dict.fromkeys(SIZE_KEYS, "augmentation=random_crop")
+    requires: ClassVar = dict.fromkeys(SIZE_KEYS, "augmentation=random_crop")
     context_dim, concat_channels = None, 0
     device_anchor: Tensor  # empty; its device is the model's
 

@@ -202,8 +202,8 @@ class AugmentedDataset(WrappedDataset):
 
     @property
     def changed_by(self) -> list[str]:
-        """The transforms because of which a batch has other images than `pixels` and their mirror images."""
-        active = {"crop": self.crop, "color": self.color} if self.training else {}
+        """The options because of which a batch has other images than `pixels` and their mirror images."""
+        active = {"augmentation.crop": self.crop, "augmentation.color": self.color} if self.training else {}
         return [name for name, transform in active.items() if transform is not None]
 
     @property

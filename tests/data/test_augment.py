@@ -291,8 +291,8 @@ def test_evaluation_has_centre_of_each_image():
     assert not augmented.changed_by
     resized = AugmentedDataset(data, training=True, crop=RandomResizedCrop(6))
     assert torch.equal(resized.pixels([1, 2]), resize_to_square(data.pixels([1, 2]), 6))
-    assert resized.changed_by == ["crop"]
-    assert AugmentedDataset(data, training=True, color=ColorJitter()).changed_by == ["color"]
+    assert resized.changed_by == ["augmentation.crop"]
+    assert AugmentedDataset(data, training=True, color=ColorJitter()).changed_by == ["augmentation.color"]
 
 
 def test_augmented_dataset_is_wrapped_and_identified():
@@ -302,7 +302,7 @@ def test_augmented_dataset_is_wrapped_and_identified():
     batch = worse.batch([(0, 1), (1, 1)])
     assert batch["low_res"].shape == (2, 1, 4, 4)
     assert torch.equal(batch["low_res"][0], bicubic(batch["image"][0], generator())), "of the cropped image"
-    assert (worse.size, worse.changed_by, worse.captions) == (16, ["crop"], data.captions)
+    assert (worse.size, worse.changed_by, worse.captions) == (16, ["augmentation.crop"], data.captions)
     assert Subset(worse, [4, 7]).batch([(0, 1)])["crop"].tolist() == augmented.batch([(0, 7)])["crop"].tolist()
     assert set(augmented.batch_metadata([(0, 1)])) == set(augmented.batch([(0, 1)])) - {"image"}
     fingerprints = {

@@ -116,7 +116,7 @@ SMALL = Synthetic(num=4, size=16)
             cfg_of(),
             AugmentedDataset(SMALL, training=True, crop=RandomCrop(16)),
             "augmentation.crop: cached latents are those of each image and of its mirror image; "
-            "choose training.latents=online, or leave the augmentation out",
+            "choose training.latents=online, or leave it out",
         ),
         (cfg_of(), EndlessShapes(), "training.latents=cached: these data have no length, and all images are"),
         (cfg_of("online"), EndlessShapes(), "metrics: these data have no length, and samples are compared with all"),
