@@ -67,7 +67,9 @@ class EditDataset(WrappedDataset):
     def _instructions(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Choose edit and text of each sample."""
         labels = [choose(range(len(self.edits)), self.seed, "edit", *sample) for sample in samples]
-        texts = [choose(self.captions[k], self.seed, "text", *sample) for k, sample in zip(labels, samples, strict=True)]
+        texts = [
+            choose(self.captions[k], self.seed, "text", *sample) for k, sample in zip(labels, samples, strict=True)
+        ]
         return {"caption": texts, "label": torch.tensor(labels, dtype=torch.long)}
 
 
