@@ -17,8 +17,8 @@ from ldm.conditioner.size import uncropped
 from ldm.config import build
 from ldm.config.compose import compose_option
 from ldm.config.overrides import ConfigSearchPath, help_text, normalize_override
-from ldm.config.slots import slot_of
 from ldm.config.signatures import read_signature
+from ldm.config.slots import slot_of
 from ldm.config.tree import iter_nodes
 from ldm.diffusion.distill import Teacher
 from ldm.ema import PowerEMA

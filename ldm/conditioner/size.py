@@ -15,8 +15,8 @@ SIZE_KEYS = ("original_size", "crop", "target_size")  # of the batch: (B, 2) int
 class SizeCrop(nn.Module):
     """Size of the original image, corner of its crop, and size of the training image: vector (B, 6 dim).
 
-    Each of the six integers of SIZE_KEYS, in this order, is embedded in `dim` numbers; the network maps them to its time
-    embedding, together with a pooled text if that comes first in conditioner=[clip,size_crop].
+    Each of the six integers of SIZE_KEYS, in this order, is embedded in `dim` numbers; the network's own MLP maps the
+    vector, in conditioner=[clip,size_crop] together with the pooled text before it, to the time embedding.
     embedding: (numbers (N,) float32, dim) -> (N, dim).
     Guidance and dropout leave the sizes as they are, as in SDXL: the null of a batch with SIZE_KEYS is its condition.
     Without them it is zero.
@@ -44,6 +44,6 @@ class SizeCrop(nn.Module):
 
 
 def uncropped(rows: int, height: int, width: int) -> dict[str, Tensor]:
-    """Return the batch entries SIZE_KEYS of `rows` images of height x width pixels that are neither cropped nor resized."""
+    """Return SIZE_KEYS of `rows` images of height x width pixels that are neither cropped nor resized."""
     size = torch.tensor([[height, width]]).repeat(rows, 1)
     return {"original_size": size, "crop": torch.zeros_like(size), "target_size": size}

@@ -1,4 +1,4 @@
-"""Image conditions as extra channels on the latent's grid: class maps, low resolution, masks and images to be edited."""
+"""Image conditions as extra channels on the latent's grid: maps, low resolution, masks (LDM sec. 3.3), sources."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast

@@ -66,7 +66,7 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
     use_random_weights(cfg.conditioner)
     with meta_device():
         autoencoder = build.build_autoencoder(cfg.autoencoder, card.channels).requires_grad_(False)
-        conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card)
+        conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card).eval()  # without keyed noise
         net = build.build_network(cfg, autoencoder, conditioner)
         image = torch.empty(1, card.channels, card.size, card.size)
         z = (autoencoder.z_channels, *(card.size // autoencoder.factor,) * 2)

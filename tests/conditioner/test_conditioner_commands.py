@@ -40,7 +40,7 @@ CASES = {  # what is typed for training; two requests that differ in the conditi
     "source_image": (
         ("conditioner=[label,source_image]", "degradation=edits", "training.latents=online"),
         ("source=a.png", "source=b.png"),
-        "net.input.weight",
+        "stem.weight",
     ),
     "semantic_map": (
         ("conditioner=semantic_map", BOXED),
