@@ -37,31 +37,31 @@ def _known() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def load_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
+def load_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
     """Load an image as `load_rectangle` does, with size x size pixels."""
     return load_rectangle(source, size, size, channels)
 
 
-def load_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
+def load_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
     """Load an image scaled to cover height x width and cropped at the centre.
 
-    Returns (channels, height, width) uint8, and the original's shorter side in pixels. A JPEG is decoded at the
+    Returns (channels, height, width) uint8, and the original's (height, width) in pixels. A JPEG is decoded at the
     smallest scale with at least twice these pixels: on fine texture the result differs from full decoding by at most 13
     grey levels, 2 on average (tests/data/test_folder.py). Raises as load_flattened does.
     """
     from PIL import Image
 
-    image, shorter = load_flattened(source, channels, 2 * max(height, width))
+    image, original = load_flattened(source, channels, 2 * max(height, width))
     scale = min(image.size[0] / width, image.size[1] / height)
     part = [max(1, round(scale * length)) for length in (width, height)]
     left, top = ((full - length) // 2 for full, length in zip(image.size, part, strict=True))
     image = image.crop((left, top, left + part[0], top + part[1])).resize(
         (width, height), Image.Resampling.LANCZOS, reducing_gap=3.0
     )
-    return to_tensor(image, channels), shorter
+    return to_tensor(image, channels), original
 
 
-def adm_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, int]:
+def adm_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
     """Load an image as `load_square` does, with the preprocessing of ADM, DiT and their reference statistics.
 
     It is halved by box averages while twice the size fits in it, scaled by bicubic interpolation, and only then cropped
@@ -69,31 +69,42 @@ def adm_square(source: Path | BinaryIO, size: int, channels: int) -> tuple[Tenso
     """
     from PIL import Image
 
-    image, shorter = load_flattened(source, channels)
+    image, original = load_flattened(source, channels)
     while min(image.size) >= 2 * size:
         image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), Image.Resampling.BICUBIC)
     left, top = ((length - size) // 2 for length in image.size)
-    return to_tensor(image.crop((left, top, left + size, top + size)), channels), shorter
+    return to_tensor(image.crop((left, top, left + size, top + size)), channels), original
+
+
+def centre_corner(originals: Tensor, size: int) -> Tensor:
+    """Return top and left (B, 2) of the central square of `size` pixels in images scaled to that shorter side.
+
+    originals: heights and widths (B, 2) int64 before they were scaled.  In pixels after it, to the nearest.
+    """
+    scaled = (originals * size / originals.amin(1, keepdim=True)).round().long()
+    return (scaled - size) // 2
 
 
 CROPS = {"centre": load_square, "adm": adm_square}
 
 
 def load_flattened(source: Path | BinaryIO, channels: int, enough: int | None = None):
-    """Load an image file as a Pillow image of 3 channels or 1; return it and the original's shorter side in pixels.
+    """Load an image file as a Pillow image of 3 channels or 1; return it and the original's (height, width) in pixels.
 
     It is rotated as EXIF says, composited on white where transparent, and 16 bits are scaled to 8.
     enough: shorter side, in pixels, above which a reduced JPEG may be decoded.
     Raises Pillow's exceptions, and ValueError for values that it would convert wrongly.
     """
     with open_image(source) as file:
-        shorter = min(file.size)
+        width, height = file.size
         if enough:  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
             file.draft(None, (enough, enough))
         image = composite_alpha(decode_upright(file))
-    return image.convert("RGB" if channels == 3 else "L"), shorter
+    if (image.size[0] < image.size[1]) != (width < height):  # EXIF: turned by a quarter
+        width, height = height, width
+    return image.convert("RGB" if channels == 3 else "L"), (height, width)
 
 
 def decode_upright(file):
