@@ -106,6 +106,7 @@ class OptionalConditioner(Protocol):
 
     needs: tuple[str, ...]  # keys without which the null condition is used, where these are not `keys`
     reads: tuple[str, ...]  # further keys that it reads if they are there
+    requires: Mapping[str, str]  # keys that training data must have -> an option that adds the key to their batches
     words: tuple[str, ...]  # placeholder tokens that textual inversion taught it
     conditioners: Mapping[str, Any]  # the conditioners that it consists of, by name
     cache: Any  # of a text encoder's features, as in conditioner/text.py, for textual inversion and export

@@ -7,10 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from smoke import ROOT
 from torch import nn
 
+from ldm.config.compose import compose_option
+from ldm.data.memory import InMemoryDataset
 from ldm.metrics.interval import wilson
+from ldm.report import rows as report_rows
 
 TESTED_ELSEWHERE = {  # the scripts that compute a comparison, and where their computation is tested
     "engines/matrix.py": "tests/test_engines.py",
@@ -293,8 +297,47 @@ def test_words_share_of_right_images(monkeypatch, tmp_path):
     ]
 
 
+def test_instruct_pix2pix_judges_by_closest_edit(tmp_path, monkeypatch):
+    """Samples that are more than half edited obey; those edited as the next instruction says do not, nor the sources."""
+    module = load("instruct_pix2pix/measure.py")
+    images = torch.randint(0, 256, (8, 1, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    some = InMemoryDataset("some", images, torch.zeros(8), {"thing": ["a thing"]})
+    data = instantiate(compose_option("degradation", "edits"))(some)
+    model = SimpleNamespace(encode=lambda x: x, decode=lambda x: x)
+
+    def draw(model, sources, texts, guidance):
+        """Obey the first text of an edit, and do what the next edit asks if the text's scale is 0."""
+        edits = [[text in texts for texts in data.captions].index(True) for text in texts]
+        edits = edits if guidance.keywords["scale"] else [(k + 1) % 6 for k in edits]
+        drawn = [0.6 * data.edits[k].change(x) + 0.4 * x for k, x in zip(edits, sources, strict=True)]
+        return ((torch.stack(drawn) + 1) * 127.5).round().to(torch.uint8)
+
+    for name, value in {
+        **{"HERE": tmp_path, "NUM": 4, "SHOWN": 4, "SCALES": ((1.5, 4.0), (1.5, 0.0)), "draw": draw},
+        **{"load_model": lambda run: model, "load_held_out": lambda run: data, "find_run": lambda run: tmp_path},
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    module.main("run")
+    found = report_rows.read(tmp_path / "results.csv")
+    assert [row["edit"] for row in found[:7]] == [*data.classes, "all"]
+    obeyed = {(row["way"], row["text_scale"]): row["obeyed"] for row in found if row["edit"] == "all"}
+    assert obeyed == {
+        ("sources, not edited", ""): "0",
+        ("edits through the first stage", ""): "1",
+        ("samples", "4"): "1",
+        ("samples", "0"): "0",
+    }
+    assert (tmp_path / "figure.png").is_file()
+
+
 LOADED = (
     *("augmentation/measure.py", "blue_marble/measure.py", "cifar10/measure.py", "controlnet/measure.py"),
     *("distillation/speed.py", "emoji/measure.py", "families/measure.py", "faults/kill.py", "faults/memory.py"),
-    *("first_stage/measure.py", "lora/measure.py", "quickstart/words.py", "scale/simulate.py"),
+    *(
+        "first_stage/measure.py",
+        "instruct_pix2pix/measure.py",
+        "lora/measure.py",
+        "quickstart/words.py",
+        "scale/simulate.py",
+    ),
 )

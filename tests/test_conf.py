@@ -13,6 +13,7 @@ from smoke import ROOT, command, composed, here
 from tools.conf_readme import description, groups, readme
 from towers import conditioner_overrides, write_towers
 
+from ldm.conditioner.size import uncropped
 from ldm.config import build
 from ldm.config.compose import compose_option
 from ldm.config.overrides import ConfigSearchPath, help_text, normalize_override
@@ -180,6 +181,8 @@ def batch(n: int = 4) -> dict:
         "label": label,
         "map": torch.ones(n, 16, 16, dtype=torch.long),
         "relief": image,
+        "source": image,
+        **uncropped(n, 16, 16),
         "low_res": image[:, :, ::4, ::4],
         "mask": (image > 0).float(),
         "boxes": [[(1, 0.0, 0.0, 0.5, 1.0)]] * n,

@@ -59,6 +59,9 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     ),
     "lora": ("data=synthetic", "~data.styles"),
     "controlnet": ("data=synthetic",),
+    "instruct_pix2pix": (
+        *("data=synthetic", "conditioner=[label,source_image]", "~conditioner.drop", "~conditioner.minilm"),
+    ),
 }
 ON_TOP = ("lora", "controlnet", "distillation")  # of a run that is trained
 

@@ -71,7 +71,7 @@ def test_preset_has_published_parameter_count(preset):
                 in_channels=card.shape[0], classes=said.classes, size=card.shape[1:]
             )
         stub_text_encoders(conditioner)
-        told = conditioner(placeholder_batch(2, card, conditioner))  # a plan can make a batch for it
+        told = conditioner.eval()(placeholder_batch(2, card, conditioner))  # a plan can make a batch for it
     assert (told.context is None) == (conditioner.context_dim is None)
     assert (told.concat is None) == (not conditioner.concat_channels)
     count = sum(p.numel() for name in said.modules for p in parts[name].parameters())

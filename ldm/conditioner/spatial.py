@@ -1,7 +1,7 @@
-"""Image conditions as extra channels on the latent's grid: class maps, low resolution and masks (LDM sec. 3.3)."""
+"""Image conditions as extra channels on the latent's grid: maps, low resolution, masks (LDM sec. 3.3), sources."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,32 @@ class MaskedImage(nn.Module):
         )
         concat[:, 0] = 1
         return Condition(concat=concat)
+
+
+class SourceImage(nn.Module):
+    """Image to be edited as input channels: batch["source"] (B, C, H, W) -> concat (B, z_channels, h, w).
+
+    It is encoded by the first stage, as its posterior's mode (Brooks et al. 2023, section 3.2).
+    encode: the first stage, image -> z.  The null is zero.
+    """
+
+    keys = ("source",)
+    requires: ClassVar = {"source": "degradation=edits"}
+    context_dim = vector_dim = None
+    device_anchor: Tensor  # empty; its device is the model's
+
+    def __init__(self, factor: int, z_channels: int, encode: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.factor, self.encode, self.concat_channels = factor, encode, z_channels
+        self.register_buffer("device_anchor", torch.empty(0), persistent=False)
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        with torch.no_grad():
+            return Condition(concat=self.encode(batch["source"].to(self.device_anchor)).to(self.device_anchor))
+
+    def null(self, batch: dict[str, Any]) -> Condition:
+        size = latent_size(batch.get("source"), self.factor)
+        return Condition(concat=self.device_anchor.new_zeros(num_rows(batch), self.concat_channels, *size))
 
 
 def cell_means(x: Tensor, factor: int, name: str) -> Tensor:

@@ -170,9 +170,10 @@ class AugmentedDataset(WrappedDataset):
     crop: chooses the part of an image.  flip: probability of a mirror image, besides the data set's own flips.
     color: changes the image's values alone; flips and crops also change the maps of the batch, the tensors of the same
     height and width.
-    With a crop, the batch also has these tensors (B, 2) int64, height first: `original_size`, the data set's image;
-    `crop`, the upper left corner of the part; `crop_size`, its sides before it is resized (SDXL, Podell et al. 2023,
-    section 2.2). Corners are those in the flipped image.
+    With a crop, the batch also has these tensors (B, 2) int64, height first: `original_size`, the data set's image, or
+    the file's if the data set says it; `crop`, the upper left corner of the part in the image as the data set scales
+    it; `crop_size`, its sides before it is resized; `target_size`, its sides then (SDXL, Podell et al. 2023, section
+    2.2). Corners are those in the flipped image.
     All choices are functions of (seed, epoch, index). Everything else is the data set's.
     Raises ConfigError for a probability outside [0, 1], for data that are no images, and for data whose images have
     several shapes, or boxes.
@@ -224,8 +225,8 @@ class AugmentedDataset(WrappedDataset):
 
     @property
     def changed_by(self) -> list[str]:
-        """The transforms because of which a batch has other images than `pixels` and their mirror images."""
-        active = {"crop": self.crop, "color": self.color} if self.training else {}
+        """The options because of which a batch has other images than `pixels` and their mirror images."""
+        active = {"augmentation.crop": self.crop, "augmentation.color": self.color} if self.training else {}
         return [name for name, transform in active.items() if transform is not None]
 
     @property
@@ -268,9 +269,12 @@ class AugmentedDataset(WrappedDataset):
         if "flip" in batch:
             batch["flip"] = batch["flip"] ^ torch.tensor(flips, dtype=torch.bool)
         if self.crop is not None:
-            batch["original_size"] = torch.tensor([[height, width]]).expand(len(boxes), 2).clone()
-            batch["crop"] = torch.tensor([[box.top, box.left] for box in boxes]).reshape(-1, 2)
+            whole = torch.tensor([[height, width]]).expand(len(boxes), 2).clone()
+            batch["original_size"] = batch.get("original_size", whole)
+            corners = torch.tensor([[box.top, box.left] for box in boxes]).reshape(-1, 2)
+            batch["crop"] = corners + batch.get("crop", 0)
             batch["crop_size"] = torch.tensor([[box.height, box.width] for box in boxes]).reshape(-1, 2)
+            batch["target_size"] = torch.tensor(self.shape[1:]).repeat(len(boxes), 1)
         return batch
 
     def pixels(self, index: Sequence[int] | Tensor) -> Tensor:

@@ -37,26 +37,26 @@ def _known() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def load_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
+def load_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
     """Load an image scaled to cover height x width and cropped at the centre.
 
-    Returns (channels, height, width) uint8, and the original's shorter side in pixels. A JPEG is decoded at the
+    Returns (channels, height, width) uint8, and the original's (height, width) in pixels. A JPEG is decoded at the
     smallest scale with at least twice these pixels: on fine texture the result differs from full decoding by at most 13
     grey levels, 2 on average (tests/data/test_folder.py). Raises as load_flattened does.
     """
     from PIL import Image
 
-    image, shorter = load_flattened(source, channels, 2 * max(height, width))
+    image, original = load_flattened(source, channels, 2 * max(height, width))
     scale = min(image.size[0] / width, image.size[1] / height)
     part = [max(1, round(scale * length)) for length in (width, height)]
     left, top = ((full - length) // 2 for full, length in zip(image.size, part, strict=True))
     image = image.crop((left, top, left + part[0], top + part[1])).resize(
         (width, height), Image.Resampling.LANCZOS, reducing_gap=3.0
     )
-    return to_tensor(image, channels), shorter
+    return to_tensor(image, channels), original
 
 
-def adm_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, int]:
+def adm_rectangle(source: Path | BinaryIO, height: int, width: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
     """Load an image as `load_rectangle` does, with the preprocessing of ADM, DiT and their reference statistics.
 
     It is halved by box averages while twice height x width fits in it, scaled by bicubic interpolation, and only then
@@ -64,31 +64,43 @@ def adm_rectangle(source: Path | BinaryIO, height: int, width: int, channels: in
     """
     from PIL import Image
 
-    image, shorter = load_flattened(source, channels)
+    image, original = load_flattened(source, channels)
     while image.size[0] >= 2 * width and image.size[1] >= 2 * height:
         image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
     scale = max(width / image.size[0], height / image.size[1])
     image = image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), Image.Resampling.BICUBIC)
     left, top = ((full - length) // 2 for full, length in zip(image.size, (width, height), strict=True))
-    return to_tensor(image.crop((left, top, left + width, top + height)), channels), shorter
+    return to_tensor(image.crop((left, top, left + width, top + height)), channels), original
+
+
+def centre_corner(originals: Tensor, height: int, width: int) -> Tensor:
+    """Return top and left (B, 2) of the central height x width in images scaled to cover it.
+
+    originals: heights and widths (B, 2) int64 before they were scaled.  In pixels after it, to the nearest.
+    """
+    size = torch.tensor([height, width])
+    scaled = (originals * (size / originals).amax(1, keepdim=True)).round().long()
+    return (scaled - size) // 2
 
 
 CROPS = {"centre": load_rectangle, "adm": adm_rectangle}
 
 
 def load_flattened(source: Path | BinaryIO, channels: int, enough: int | None = None):
-    """Load an image file as a Pillow image of 3 channels or 1; return it and the original's shorter side in pixels.
+    """Load an image file as a Pillow image of 3 channels or 1; return it and the original's (height, width) in pixels.
 
     It is rotated as EXIF says, composited on white where transparent, and 16 bits are scaled to 8.
     enough: shorter side, in pixels, above which a reduced JPEG may be decoded.
     Raises Pillow's exceptions, and ValueError for values that it would convert wrongly.
     """
     with open_image(source) as file:
-        shorter = min(file.size)
+        width, height = file.size
         if enough:  # JPEG: decode at half, a quarter or an eighth of the scale where that is enough
             file.draft(None, (enough, enough))
         image = composite_alpha(decode_upright(file))
-    return image.convert("RGB" if channels == 3 else "L"), shorter
+    if (image.size[0] < image.size[1]) != (width < height):  # EXIF: turned by a quarter
+        width, height = height, width
+    return image.convert("RGB" if channels == 3 else "L"), (height, width)
 
 
 def decode_upright(file):

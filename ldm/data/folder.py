@@ -244,10 +244,10 @@ def decode_into(root: Path, names: Sequence[str], images: Tensor) -> dict:
 
     def decode(row: int) -> tuple[int, str]:
         try:
-            images[row], shorter = load_rectangle(root / names[row], height, width, channels)
+            images[row], original = load_rectangle(root / names[row], height, width, channels)
         except Exception as error:  # Pillow's plugins raise all kinds of exceptions on a broken file
             return 0, " ".join(str(error).replace(repr(os.fspath(root / names[row])), "").split()) or repr(error)
-        return shorter, ""
+        return min(original), ""
 
     bar, sides, faults = ProgressBar("reading", len(names), unit="images"), [], {}
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:

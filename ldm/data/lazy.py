@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.captions import TEMPLATES
-from ldm.data.decode import CROPS
+from ldm.data.decode import CROPS, centre_corner
 from ldm.data.memory import flip_where
 from ldm.data.quarantine import quarantined_rows
 from ldm.data.shape import format_size, parse_size
@@ -145,16 +145,28 @@ class LazyDataset(Dataset):
         }
 
     def batch(self, samples: Sequence[tuple[int, int]]) -> dict:
-        """Return the samples, (epoch, index) pairs: `batch_metadata`, and image (B, C, H, W) float32 in [-1, 1]."""
+        """Return the samples, (epoch, index) pairs: `batch_metadata`, image (B, C, H, W) float32 in [-1, 1], and sizes.
+
+        The sizes are (B, 2) int64, height first, in pixels: `original_size`, of the file's image; `crop`, the corner of
+        the square in that image once it is scaled; `target_size`, of the square.
+        """
         batch = self.batch_metadata(samples)
-        return {"image": flip_where(self.pixels(batch["index"]), batch["flip"]), **batch}
+        images, originals = zip(*(self.decode(i) for i in batch["index"]), strict=True)
+        sizes = torch.tensor(originals)
+        return {
+            "image": flip_where(to_unit(images), batch["flip"]),
+            **batch,
+            "original_size": sizes,
+            "crop": centre_corner(sizes, *self.shape[1:]),
+            "target_size": torch.tensor(self.shape[1:]).repeat(len(sizes), 1),
+        }
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         """Return images (B, C, H, W) float32 in [-1, 1], never flipped."""
-        return torch.stack([self.decoded(int(i)) for i in index]).float().div_(127.5).sub_(1)
+        return to_unit([self.decode(int(i))[0] for i in index])
 
-    def decoded(self, index: int) -> Tensor:
-        """Decode an image (C, H, W) uint8, or the next readable one.
+    def decode(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+        """Decode an image (C, H, W) uint8, or the next readable one; return it and its file's (height, width).
 
         Raises UserError if none of the next ones can be read.
         """
@@ -162,7 +174,7 @@ class LazyDataset(Dataset):
             row = int(self.rows[position % len(self)])
             try:
                 channels, height, width = self.shape
-                return CROPS[self.crop](self.source.image(row), height, width, channels)[0]
+                return CROPS[self.crop](self.source.image(row), height, width, channels)
             except Exception as error:  # Pillow's plugins raise all kinds of exceptions on a broken file
                 if row not in self.unreadable:
                     self.unreadable.add(row)
@@ -199,6 +211,11 @@ class LazyDataset(Dataset):
         label = self.source.label(row)
         texts = self.source.texts(row) if self.source.captioned else self.captions[label] if label >= 0 else ()
         return texts[derive_seed(self.seed, "caption", epoch, index) % len(texts)] if texts else ""
+
+
+def to_unit(images: Sequence[Tensor]) -> Tensor:
+    """Stack images (C, H, W) uint8 to (B, C, H, W) float32 in [-1, 1]."""
+    return torch.stack(list(images)).float().div_(127.5).sub_(1)
 
 
 def class_captions(classes: Sequence[str]) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoised, Denoiser, eps_at
-from ldm.diffusion.guidance import denoise_pair
+from ldm.diffusion.guidance import denoise_parts
 from ldm.diffusion.objective import denoising_terms, gaussian, l2
 from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.diffusion.times import Times, uniform_draws
@@ -59,7 +59,7 @@ class Teacher(nn.Module):
             return Denoised(*(estimate.to(x_t.dtype) for estimate in self.model.denoiser(x_t, t, cond)[:2]))
         lo, hi = self.interval
         scale = torch.where((t >= lo) & (t <= hi), self.scale if scale is None else scale, 1.0)
-        conditional, unconditional = denoise_pair(self.model.denoiser, cond.cat(uncond), x_t, t.repeat(2))
+        conditional, unconditional = denoise_parts(self.model.denoiser, cond.cat(uncond), x_t, t.repeat(2))
         x0, eps = (
             b.lerp(a, expand(scale.to(a), a))
             for a, b in ((conditional.x0, unconditional.x0), (conditional.eps, unconditional.eps))

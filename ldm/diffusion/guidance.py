@@ -37,7 +37,7 @@ def cfg(
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         if not lo <= t <= hi:
             return denoiser(x_t, t, cond)
-        conditional, unconditional = denoise_pair(denoiser, both, x_t, t)
+        conditional, unconditional = denoise_parts(denoiser, both, x_t, t)
         x0, eps = unconditional.x0.lerp(conditional.x0, scale), unconditional.eps.lerp(conditional.eps, scale)
         if rescale:
             x0 = x0.lerp(x0 * (_std(conditional.x0) / _std(x0)), rescale)
@@ -47,12 +47,11 @@ def cfg(
     return denoise
 
 
-def denoise_pair(denoiser: Denoiser, both: Condition, x_t: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
-    """Return Denoised under the two halves of a stacked condition, in one call of the network."""
-    x0, eps, var_frac = denoiser(torch.cat([x_t, x_t]), t, both)
-    parts = [x0.chunk(2), eps.chunk(2), (None, None) if var_frac is None else var_frac.chunk(2)]
-    conditional, unconditional = zip(*parts, strict=True)
-    return Denoised(*conditional), Denoised(*unconditional)
+def denoise_parts(denoiser: Denoiser, stacked: Condition, x_t: Tensor, t: Tensor, parts: int = 2) -> list[Denoised]:
+    """Return Denoised under each of the equal parts of a stacked condition, in one call of the network."""
+    x0, eps, var_frac = denoiser(torch.cat([x_t] * parts), t, stacked)
+    var_fracs = [None] * parts if var_frac is None else var_frac.chunk(parts)
+    return [Denoised(*part) for part in zip(x0.chunk(parts), eps.chunk(parts), var_fracs, strict=True)]
 
 
 def cfg_channels(
@@ -66,12 +65,40 @@ def cfg_channels(
     both = cond.cat(_null(uncond, f"scale {scale}"))
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        conditional, unconditional = denoise_pair(denoiser, both, x_t, t)
+        conditional, unconditional = denoise_parts(denoiser, both, x_t, t)
         x0, eps = (
             torch.cat([u[:, :channels].lerp(c[:, :channels], scale), c[:, channels:]], dim=1)
             for u, c in [(unconditional.x0, conditional.x0), (unconditional.eps, conditional.eps)]
         )
         return Denoised(x0, eps, conditional.var_frac)
+
+    return denoise
+
+
+def cfg_image_text(
+    denoiser: Denoiser, cond: Condition, uncond: Condition | None, scale: float = 1.0, image_scale: float = 1.0
+) -> Denoise:
+    """Return guidance by an image and by a text, with a scale for each; three evaluations in one call.
+
+    e(0, 0) + image_scale (e(image, 0) - e(0, 0)) + scale (e(image, text) - e(image, 0)): Brooks et al. 2023, eq. 3.
+    The image is what is concatenated to x_t, cond.concat; the text is all other conditions. With both scales 1, only
+    cond is evaluated.
+    Raises ConfigError if a scale is not 1 and there is no uncond, or no image.
+    """
+    if scale == image_scale == 1:
+        return lambda x_t, t: denoiser(x_t, t, cond)
+    uncond = _null(uncond, f"scale {scale}, image_scale {image_scale}")
+    if cond.concat is None:
+        raise ConfigError("guidance=cfg_image_text: this model has no image condition; choose guidance=cfg")
+    stacked = cond.cat(replace(uncond, concat=cond.concat), uncond)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        full, image, null = denoise_parts(denoiser, stacked, x_t, t, parts=3)
+        x0, eps = (
+            n + image_scale * (i - n) + scale * (f - i)
+            for f, i, n in [(full.x0, image.x0, null.x0), (full.eps, image.eps, null.eps)]
+        )
+        return Denoised(x0, eps, full.var_frac)
 
     return denoise
 

@@ -64,6 +64,7 @@ def sampling_protocol(request: SampleRequest) -> dict[str, Any]:
     }
     if request.tile is not None:
         settings["tile"] = request.tile
+    settings |= {name: list(size) for name, size in request.sizes.items()}
     return settings | protocol.sampling_settings(
         options,
         steps=request.steps,

@@ -66,7 +66,7 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
     use_random_weights(cfg.conditioner)
     with meta_device():
         autoencoder = build.build_autoencoder(cfg.autoencoder, card.shape[0]).requires_grad_(False)
-        conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card)
+        conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card).eval()  # without keyed noise
         net = build.build_network(cfg, autoencoder, conditioner)
         image = torch.empty(1, *card.shape)
         z = (autoencoder.z_channels, *(side // autoencoder.factor for side in card.shape[1:]))

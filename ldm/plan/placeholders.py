@@ -55,6 +55,8 @@ def placeholder_batch(rows: int, card: "DataInfo", conditioner: "torch.nn.Module
     """
     import torch
 
+    from ldm.conditioner.size import uncropped
+
     channels, *size = card.shape
     batch: dict[str, Any] = {
         "image": torch.empty(rows, channels, *size),
@@ -62,6 +64,8 @@ def placeholder_batch(rows: int, card: "DataInfo", conditioner: "torch.nn.Module
         "caption": [""] * rows,
         "label": torch.zeros(rows, dtype=torch.long, device="cpu"),
         "boxes": [[]] * rows,
+        "source": torch.empty(rows, channels, *size),
+        **(uncropped(rows, *size) if len(size) == 2 else {}),
     }
     part: Any
     for part in conditioner.modules():

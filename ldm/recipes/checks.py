@@ -42,6 +42,7 @@ def check_parts(cfg: Any, data: Any, is_new: bool = True) -> None:
     check_data(cfg, data)
     check_shape(cfg, data)
     check_conditions(cfg.conditioner, data)
+    check_keys(cfg, data)
     check_training(cfg.training)
     if is_new and not cfg.get("adapter"):
         check_model(cfg, data)
@@ -122,6 +123,18 @@ def check_conditions(node: Any, data: Any) -> None:
                     f"conditioner: {inner['_target_']} reads each sample's {key}, and these data have no {plural}; "
                     "choose conditioner=none"
                 )
+
+
+def check_keys(cfg: Any, data: Any) -> None:
+    """Raise UserError if batches of the data lack a key that a conditioner requires in training."""
+    for _, node in iter_nodes(build.to_container(cfg.conditioner)):
+        required = getattr(get_object(node["_target_"]), "requires", {})
+        read = data.batch_metadata if cfg.training["latents"] == "cached" else data.batch
+        batch = read([(0, 0)]) if required else {}
+        for key, option in required.items():
+            if key not in batch:
+                name = node["_target_"]
+                raise UserError(f"conditioner: {name} needs {key}, which these data do not have; choose {option}")
 
 
 def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:

@@ -33,8 +33,8 @@ def check_latents(cfg: Any, data: Any) -> None:
     scored, length = "_target_" in cfg["metrics"], length_of(data)
     if cfg["training"]["latents"] == "cached" and (changes := getattr(data, "changed_by", [])):
         raise UserError(
-            f"augmentation.{changes[0]}: cached latents are those of each image and of its mirror image; "
-            "choose training.latents=online, or leave the augmentation out"
+            f"{changes[0]}: cached latents are those of each image and of its mirror image; "
+            "choose training.latents=online, or leave it out"
         )
     if length is None:
         if cfg["training"]["latents"] == "cached":

@@ -56,6 +56,7 @@ class SampleRequest:
     text_option: the option that gave the prompts, as `prompt=...`, if they have no classes.
     inputs: name in the batch -> reader of the user's files.  hints: name -> extractor, for hints that are not read from
     files.
+    sizes: original_size and crop in pixels, those that the user gave.
     held_out: the held-out data of the run, or None.
     classifier_run, weak_run: the runs that guidance evaluates besides the model, or None.
     tile: side in latent cells of the tiles for large images, or None.
@@ -78,6 +79,7 @@ class SampleRequest:
     keep_conditions: Sequence[str]
     inputs: Mapping[str, InputFiles]
     hints: Mapping[str, Any]
+    sizes: Mapping[str, Sequence[int]]
     held_out: Any
     sampler: "Sampler"
     guidance: "Guidance"
@@ -116,6 +118,7 @@ class SampleRequest:
                 batch["label"] = torch.tensor(labels)
         if self.negative is not None:
             batch["negative"] = [self.negative] * len(rows)
+        batch |= {name: torch.tensor([size] * len(rows)) for name, size in self.sizes.items()}
         batch |= {name: source(rows) for name, source in self.inputs.items()}
         return {name: extractor(batch[extractor.reads]) for name, extractor in self.hints.items()} | batch
 
@@ -245,6 +248,7 @@ def build_request(cfg: Any, **parts: Any) -> SampleRequest:
         negative=cfg.negative,
         text_option=text_option(cfg.prompt, cfg.prompts),
         keep_conditions=tuple(cfg.keep_conditions),
+        sizes=given_sizes(options),
         sampler=instantiate(cfg.sampler),
         guidance=instantiate(cfg.guidance),
         task=instantiate(cfg.task),
@@ -263,6 +267,17 @@ def build_request(cfg: Any, **parts: Any) -> SampleRequest:
         options=options,
         **parts,
     )
+
+
+def given_sizes(options: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Return those of original_size and crop that are not null. Raises UserError unless they are two pixel numbers."""
+    sizes = {name: options[name] for name in ("original_size", "crop") if options[name] is not None}
+    for name, size in sizes.items():
+        least = 0 if name == "crop" else 1
+        if not isinstance(size, list) or len(size) != 2 or not all(type(x) is int and x >= least for x in size):
+            form = "[top,left]" if name == "crop" else "[height,width]"
+            raise UserError(f"{name}={size}: expected {form} in pixels, {least} or more")
+    return sizes
 
 
 def default_output_dir(options: Mapping[str, Any], source: ModelSource) -> Path:

@@ -104,8 +104,8 @@ def generate_images(
 def check_conditions(model: "LatentDiffusion", request: SampleRequest) -> None:
     """Check that the model accepts every condition in `request`.
 
-    Raises UserError if the request has a prompt or a `keep_conditions` entry that the model's conditioner does not use,
-    or if the guidance classifier or the weak model for autoguidance was trained in a different latent space.
+    Raises UserError if the request has a prompt, a size or a `keep_conditions` entry that the model's conditioner does
+    not use, or if the guidance classifier or the weak model for autoguidance was trained in a different latent space.
     """
     keys = model.conditioner.keys
     text = request.text_option
@@ -114,6 +114,9 @@ def check_conditions(model: "LatentDiffusion", request: SampleRequest) -> None:
     if text and "caption" not in keys:
         remedy = "label=..." if "label" in keys else "no prompt"
         raise UserError(f"{text}: this model has no text condition; expected {remedy}")
+    for name, size in request.sizes.items():
+        if name not in keys:
+            raise UserError(f"{name}={list(size)}: this model has no size condition; leave it out")
     if missing := [name for name in request.keep_conditions if name not in keys]:
         raise UserError(f"keep_conditions={missing[0]}: this model's conditions are {', '.join(keys) or 'none'}")
     if request.classifier_run is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.conditioner.size import SIZE_KEYS, uncropped
 from ldm.conditioner.spatial import max_pool_mask
 from ldm.diffusion import grids
 from ldm.diffusion.constraint import keep_known
@@ -253,8 +254,10 @@ def run_plan(
     keep_conditions: Sequence[str] = (),
 ) -> Tensor:
     """Sample the images (B, C, H, W) of a task's plan."""
-    batch, x = plan.batch, plan.start
-    uncond_batch = {name: batch[name] for name in ("noise", *keep_conditions) if name in batch}
+    x = plan.start
+    sides = [model.autoencoder.factor * side for side in x.shape[2:]]
+    batch = {**(uncropped(len(x), *sides) if len(sides) == 2 else {}), **plan.batch}
+    uncond_batch = {name: batch[name] for name in ("noise", *SIZE_KEYS, *keep_conditions) if name in batch}
     if "negative" in batch:
         uncond_batch["caption"] = batch["negative"]
     cond, uncond = (model.condition(part).to(x).expand_concat(*x.shape[2:]) for part in (batch, uncond_batch))

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import yaml
+from smoke import ROOT
 
 from ldm.conditioner.compose import Compose, condition_or_null, drop_condition
 from ldm.conditioner.label import Label, LabelVector
 from ldm.conditioner.none import Unconditional
-from ldm.conditioner.spatial import SemanticMap, SpatialMap
+from ldm.conditioner.spatial import SemanticMap, SourceImage, SpatialMap
 from ldm.tensors import KeyedNoise
 
 DRAWS = 10_000
@@ -51,6 +53,34 @@ def test_drop_condition_drops_all_at_its_rate():
     assert abs(rate - 0.2) < 4 * (0.2 * 0.8 / DRAWS) ** 0.5
     nothing = Unconditional()
     drop_condition(nothing(told), nothing.null(told), told["noise"], "drop", 0.2)
+
+
+def test_instruct_pix2pix_drops_each_alone_and_both_at_5_percent():
+    """Brooks et al. 2023, section 3.2.1, by independent rates and training.cond_drop_prob, for rows keyed by index."""
+    config = yaml.safe_load((ROOT / "experiments/instruct_pix2pix/sweep.yaml").read_text())
+    rates, every = config["conditioner"]["drop"], config["training"]["cond_drop_prob"]
+    text, image = rates["minilm"], rates["source_image"]
+    for rate in (
+        (1 - every) * text * (1 - image),
+        (1 - every) * image * (1 - text),
+        every + (1 - every) * text * image,
+    ):
+        assert rate == pytest.approx(0.05, abs=1e-9)
+    source = SourceImage(1, 1, lambda image: image)
+    made = Compose({"text": text, "source_image": image}, text=Label(3, dim=2), source_image=source).train()
+
+    def present(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        told = {"label": torch.zeros(len(rows)).long(), "source": torch.ones(len(rows), 1, 1, 1)}
+        told["noise"] = KeyedNoise(0, rows)
+        null = made.null(told)
+        cond = drop_condition(made(told), null, told["noise"], "drop", every)
+        return (cond.context != null.context).flatten(1).any(1), (cond.concat != null.concat).flatten(1).any(1)
+
+    has_text, has_image = present(range(DRAWS))
+    for rows in (has_text & ~has_image, ~has_text & has_image, ~has_text & ~has_image):
+        assert abs(float(rows.float().mean()) - 0.05) < 4 * (0.05 * 0.95 / DRAWS) ** 0.5
+    for whole, part in zip((has_text, has_image), present(range(70, 90)), strict=True):
+        assert torch.equal(whole[70:90], part)
 
 
 def test_compose_drop_depends_on_row_only():

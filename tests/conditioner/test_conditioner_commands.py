@@ -32,13 +32,28 @@ CASES = {  # what is typed for training; two requests that differ in the conditi
         ("boxes=disc.json", "boxes=ring.json"),
         "conditioner.transformer.token.weight",
     ),
+    "size_crop": (
+        ("conditioner=size_crop", "augmentation=random_resized_crop", "training.latents=online"),
+        ("original_size=[64,64]", "crop=[20,3]"),
+        "vector.0.weight",
+    ),
+    "source_image": (
+        ("conditioner=[label,source_image]", "degradation=edits", "training.latents=online"),
+        ("source=a.png", "source=b.png"),
+        "stem.weight",
+    ),
     "semantic_map": (
         ("conditioner=semantic_map", BOXED),
         ("map=left.png", "map=right.png"),
         "conditioner.mix.weight",
     ),
 }
-TASKS = {"clip_image": "image_variations", "layout": "layout", "semantic_map": "semantic"}
+TASKS = {
+    "clip_image": "image_variations",
+    "layout": "layout",
+    "semantic_map": "semantic",
+    "source_image": "instruct",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

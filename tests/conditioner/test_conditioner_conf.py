@@ -4,6 +4,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from smoke import ROOT
 
+from ldm.conditioner.size import uncropped
 from ldm.config.build import supplied_kwargs
 from ldm.config.compose import compose_option
 from ldm.config.overrides import ConfigSearchPath
@@ -28,6 +29,8 @@ def batch() -> dict:
         "image": torch.rand(2, 3, 8, 8),
         "mask": torch.rand(2, 1, 8, 8).round(),
         "boxes": [[(3, 0.0, 0.0, 0.5, 1.0)], []],
+        "source": torch.rand(2, 3, 8, 8),
+        **uncropped(2, 8, 8),
         "noise": KeyedNoise(0, [0, 1]),
     }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.conditioner.spatial import LowResolution, MaskedImage, SemanticMap, SpatialMap
+from ldm.conditioner.spatial import LowResolution, MaskedImage, SemanticMap, SourceImage, SpatialMap
 from ldm.tensors import KeyedNoise
 
 
@@ -113,3 +113,13 @@ def test_masked_image_concatenates_mask_and_masked_latent():
     assert list(conditioner.parameters()) == []
     with pytest.raises(ValueError, match=r"mask of \(2, 1, 4, 8\): expected \(2, 1, 8, 8\)"):
         conditioner({"image": image, "mask": mask[:, :, :4]})
+
+
+def test_source_image_is_its_latent_and_null_is_zero():
+    made = SourceImage(2, 3, lambda image: F.avg_pool2d(image, 2) * 5)
+    batch = {"image": torch.zeros(2, 3, 4, 6), "source": torch.rand(2, 3, 4, 6)}
+    assert torch.equal(made(batch).concat, F.avg_pool2d(batch["source"], 2) * 5)
+    assert torch.equal(made.null(batch).concat, torch.zeros(2, 3, 2, 3))
+    assert made.null({"noise": KeyedNoise(0, [0, 1])}).concat.shape == (2, made.concat_channels, 1, 1)
+    frozen = SourceImage(2, 3, torch.nn.Conv2d(3, 3, 2, 2))
+    assert not frozen(batch).concat.requires_grad

@@ -54,17 +54,18 @@ def test_random_crop_is_the_recorded_part():
     augmented = AugmentedDataset(data, training=True, crop=RandomCrop(8))
     batch, whole = augmented.batch(SAMPLES), data.batch(SAMPLES)
     assert batch["image"].shape == (5, 3, 8, 8)
-    for name in ("original_size", "crop", "crop_size"):
+    for name in ("original_size", "crop", "crop_size", "target_size"):
         assert (batch[name].dtype, batch[name].shape) == (torch.int64, (5, 2))
     assert (batch["original_size"] == 12).all()
     assert (batch["crop_size"] == 8).all()
+    assert (batch["target_size"] == 8).all()
     for i, (top, left) in enumerate(batch["crop"].tolist()):
         for name in ("image", "map", "relief"):
             assert torch.equal(batch[name][i], whole[name][i, ..., top : top + 8, left : left + 8])
         assert batch["map"][i, 0, 0] == top
         assert batch["relief"][i, 0, 0, 0] == left
     assert batch["map"].dtype == torch.int64
-    assert {name for name in batch if name not in whole} == {"original_size", "crop", "crop_size"}
+    assert {name for name in batch if name not in whole} == {"original_size", "crop", "crop_size", "target_size"}
     assert (augmented.shape, augmented.stored_shape, len(augmented)) == ((3, 8, 8), (3, 12, 12), 12)
 
 
@@ -134,6 +135,7 @@ def test_random_resized_crop_equals_resized_part():
     batch = AugmentedDataset(data, training=True, crop=RandomResizedCrop(6, (0.2, 0.9))).batch(SAMPLES)
     whole = data.batch(SAMPLES)
     assert batch["image"].shape == (5, 3, 6, 6)
+    assert (batch["target_size"] == 6).all()
     assert batch["map"].shape == (5, 6, 6)
     for i in range(5):
         (top, left), (height, width) = batch["crop"][i].tolist(), batch["crop_size"][i].tolist()
@@ -314,8 +316,8 @@ def test_evaluation_has_centre_of_each_image():
     assert not augmented.changed_by
     resized = AugmentedDataset(data, training=True, crop=RandomResizedCrop(6))
     assert torch.equal(resized.pixels([1, 2]), resize(data.pixels([1, 2]), (6, 6)))
-    assert resized.changed_by == ["crop"]
-    assert AugmentedDataset(data, training=True, color=ColorJitter()).changed_by == ["color"]
+    assert resized.changed_by == ["augmentation.crop"]
+    assert AugmentedDataset(data, training=True, color=ColorJitter()).changed_by == ["augmentation.color"]
 
 
 def test_augmented_dataset_is_wrapped_and_identified():
@@ -325,7 +327,7 @@ def test_augmented_dataset_is_wrapped_and_identified():
     batch = worse.batch([(0, 1), (1, 1)])
     assert batch["low_res"].shape == (2, 1, 4, 4)
     assert torch.equal(batch["low_res"][0], bicubic(batch["image"][0], generator())), "of the cropped image"
-    assert (worse.shape, worse.changed_by, worse.captions) == ((1, 16, 16), ["crop"], data.captions)
+    assert (worse.shape, worse.changed_by, worse.captions) == ((1, 16, 16), ["augmentation.crop"], data.captions)
     assert Subset(worse, [4, 7]).batch([(0, 1)])["crop"].tolist() == augmented.batch([(0, 7)])["crop"].tolist()
     assert set(augmented.batch_metadata([(0, 1)])) == set(augmented.batch([(0, 1)])) - {"image"}
     fingerprints = {

@@ -160,10 +160,10 @@ def test_load_rectangle_crops_centre(tmp_path):
     image.paste(BLUE, (60, 0, 90, 30))
     image.save(tmp_path / "wide.png")
     image.rotate(90, expand=True).save(tmp_path / "tall.png")
-    for name in ("wide.png", "tall.png"):
-        pixels, shorter = load_rectangle(tmp_path / name, 10, 10, 3)
+    for name, size in (("wide.png", (30, 90)), ("tall.png", (90, 30))):
+        pixels, original = load_rectangle(tmp_path / name, 10, 10, 3)
         assert level(pixels) == [0, 255, 0]
-        assert (shorter, pixels.dtype) == (30, torch.uint8)
+        assert (original, pixels.dtype) == (size, torch.uint8)
 
 
 def test_load_rectangle_applies_exif_orientation(tmp_path):
@@ -175,6 +175,8 @@ def test_load_rectangle_applies_exif_orientation(tmp_path):
     pixels, _ = load_rectangle(tmp_path / "x.jpg", 8, 8, 3)
     assert pixels[0, :3].min() > 200
     assert pixels[0, 5:].max() < 55
+    Image.new("RGB", (160, 40), BLUE).save(tmp_path / "wide.jpg", exif=exif)
+    assert load_rectangle(tmp_path / "wide.jpg", 8, 8, 3)[1] == (160, 40)  # decoded at a half, upright
 
 
 def test_load_rectangle_fills_transparency_with_white(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ldm.conditioner.size import SIZE_KEYS
 from ldm.data import shards
 from ldm.data.shards import TarShardDataset, expand_pattern
 from ldm.data.stream import BatchDataset, BatchStream
@@ -66,7 +67,7 @@ def test_shards_support_random_access(folder):
     assert {data.caption(epoch, 7) for epoch in range(20)} == {"picture 7", "number 7"}
     assert data.classes == ["image"]
     assert "picture 7" in data.captions[0]
-    assert set(data.batch_metadata([(0, 1)])) == set(batch) - {"image"}
+    assert set(data.batch_metadata([(0, 1)])) == set(batch) - {"image", *SIZE_KEYS}
 
 
 def test_shards_are_independent_of_workers_and_ranks(folder):

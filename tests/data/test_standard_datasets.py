@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.augment import AugmentedDataset, RandomCrop
 from ldm.data.decode import adm_rectangle, load_rectangle
-from ldm.data.standard_datasets import COCO, LSUN, ImageNet
+from ldm.data.lazy import LazyDataset
+from ldm.data.standard_datasets import COCO, LSUN, FileSource, ImageNet
 from ldm.errors import UserError
 
 
@@ -132,3 +134,24 @@ def test_crop_is_a_dataset_option(imagenet):
     assert wide.batch([(0, 0), (0, 1)])["image"].shape[1:] == wide.shape == (3, 16, 24)
     with pytest.raises(UserError, match="crop=middle: expected centre or adm"):
         ImageNet(imagenet, size=16, crop="middle")
+
+
+@pytest.mark.parametrize("crop", ["centre", "adm"])
+def test_batch_records_size_of_file_and_corner(crop, tmp_path):
+    """The sizes that conditioner=size_crop reads, also where a crop of the training follows."""
+    (tmp_path / "a").mkdir()
+    for name, size in (("0", (96, 48)), ("1", (33, 90)), ("2", (16, 16))):
+        Image.new("RGB", size).save(tmp_path / "a" / f"{name}.png")
+    files = [tmp_path / "a" / f"{i}.png" for i in range(3)]
+    source = FileSource(files, (), [0] * 3, {"a": ["a"]}, tmp_path)
+    data = LazyDataset("some", source, range(3), 16, 3, None, flip=False, crop=crop)
+    samples = [(0, i) for i in range(3)]
+    batch = data.batch(samples)
+    assert batch["original_size"].tolist() == [[48, 96], [90, 33], [16, 16]]
+    assert batch["crop"].tolist() == [[0, 8], [14, 0], [0, 0]]  # 16 x 32, 44 x 16 and 16 x 16 pixels once scaled
+    assert batch["target_size"].tolist() == [[16, 16]] * 3
+    assert not {"original_size", "crop", "target_size"} & data.batch_metadata(samples).keys()
+    still = AugmentedDataset(data, training=False, crop=RandomCrop(8)).batch(samples)
+    assert still["original_size"].tolist() == batch["original_size"].tolist()
+    assert still["crop"].tolist() == [[4, 12], [18, 4], [4, 4]]
+    assert still["target_size"].tolist() == [[8, 8]] * 3

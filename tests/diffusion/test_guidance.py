@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -120,6 +121,55 @@ def test_cfg_channels_matches_dit():
     for g, w, c in [(got.x0, whole.x0, told.x0), (got.eps, whole.eps, told.eps)]:
         assert torch.allclose(g[:, :3], w[:, :3])
         assert torch.allclose(g[:, 3:], c[:, 3:])
+
+
+class ImageNet(Net):
+    """Adds to Net's prediction the concatenated image's sine, times the vector's square: the two interact."""
+
+    def forward(self, x, time, cond):
+        out = super().forward(x, time, cond)
+        more = cond.concat.sin() * cond.vector.view(-1, 1, 1, 1) ** 2
+        return out + (torch.cat([more, 3 * more], 1) if self.learned else more)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_cfg_image_text_matches_brooks_equation_3(learned):
+    d, x, source = make(learned, ImageNet), states(), states().flip(0)
+    full, null = replace(COND, concat=source), replace(UNCOND, concat=torch.zeros_like(source))
+    e_full, e_image, e_null = d(x, T, full), d(x, T, replace(null, concat=source)), d(x, T, null)
+    d.net.calls = d.net.rows = 0
+    got = guidance.cfg_image_text(d, full, null, scale=7.5, image_scale=1.5)(x, T)
+    assert (d.net.calls, d.net.rows) == (1, 9)
+    for name in ("x0", "eps"):
+        e, e_i, e_0 = (getattr(estimate, name) for estimate in (e_full, e_image, e_null))
+        assert torch.allclose(getattr(got, name), e_0 + 1.5 * (e_i - e_0) + 7.5 * (e - e_i))
+    alpha, sigma = d.schedule.alpha_sigma(T)
+    assert torch.allclose(alpha * got.x0 + sigma * got.eps, x)
+    assert torch.equal(got.var_frac, e_full.var_frac) if learned else got.var_frac is None
+
+
+def test_cfg_image_text_is_cfg_where_scales_agree():
+    """Equal scales guide away from no condition; image scale 1, from the image alone; scale 0, to the image alone."""
+    d, x, source = make(net=ImageNet), states(), states().flip(0)
+    full, null = replace(COND, concat=source), replace(UNCOND, concat=torch.zeros_like(source))
+    image = replace(null, concat=source)
+    for scale, image_scale, expected in (
+        (3.0, 3.0, guidance.cfg(d, full, null, 3.0)),
+        (3.0, 1.0, guidance.cfg(d, full, image, 3.0)),
+        (0.0, 2.0, guidance.cfg(d, image, null, 2.0)),
+        (1.0, 1.0, guidance.cfg(d, full, null)),
+        (0.0, 0.0, guidance.cfg(d, null, None)),
+    ):
+        got, want = guidance.cfg_image_text(d, full, null, scale, image_scale)(x, T), expected(x, T)
+        assert torch.allclose(got.x0, want.x0), (scale, image_scale)
+        assert torch.allclose(got.eps, want.eps), (scale, image_scale)
+    d.net.rows = 0
+    guidance.cfg_image_text(d, full, None)(x, T)
+    assert d.net.rows == 3
+    with pytest.raises(ValueError, match="needs a null condition and has none"):
+        guidance.cfg_image_text(d, full, None, image_scale=1.5)
+    with pytest.raises(ValueError, match="guidance=cfg_image_text: this model has no image condition"):
+        guidance.cfg_image_text(d, COND, UNCOND, scale=2.0)
 
 
 def test_autoguidance_extrapolates_from_weak_model():

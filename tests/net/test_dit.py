@@ -208,7 +208,9 @@ def test_dit_checkpoints_only_on_request(monkeypatch):
     for checkpoint in (False, True):
         net = DiT(3, 3, **SMALL, gradient_checkpointing=checkpoint)
         calls: list[object] = []
-        monkeypatch.setattr(blocks, "checkpoint", lambda module, *a, calls=calls, **k: calls.append(module) or module(*a))
+        monkeypatch.setattr(
+            blocks, "checkpoint", lambda module, *a, calls=calls, **k: calls.append(module) or module(*a)
+        )
         net(X, T, Condition())
         assert calls == ([*net.blocks] if checkpoint else [])
 

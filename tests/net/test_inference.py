@@ -212,9 +212,7 @@ def test_upsampling_is_packed_where_it_is_faster(channels, dtype, packed):
 
 def test_packed_upsampling_is_a_transposed_convolution_where_it_doubles(monkeypatch):
     calls, convolve = [], torch.nn.functional.conv_transpose2d
-    monkeypatch.setattr(
-        torch.nn.functional, "conv_transpose2d", lambda *a, **k: calls.append(1) or convolve(*a, **k)
-    )
+    monkeypatch.setattr(torch.nn.functional, "conv_transpose2d", lambda *a, **k: calls.append(1) or convolve(*a, **k))
     layer, plain = PackedUpsample(made := Upsample(8), torch.float32), made
     x = torch.randn(1, 8, 3, 5)
     for size, transposed in ((None, 1), (torch.Size((6, 10)), 1), (torch.Size((5, 10)), 0), (torch.Size((6, 9)), 0)):

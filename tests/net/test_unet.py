@@ -255,7 +255,9 @@ def test_unet_checkpoints_only_on_request(monkeypatch):
     for checkpoint in (False, True):
         net = UNet(3, 3, **{**SMALL, **SHAPES["QKV"], "gradient_checkpointing": checkpoint})
         calls: list[object] = []
-        monkeypatch.setattr(blocks, "checkpoint", lambda module, *a, calls=calls, **k: calls.append(module) or module(*a))
+        monkeypatch.setattr(
+            blocks, "checkpoint", lambda module, *a, calls=calls, **k: calls.append(module) or module(*a)
+        )
         net(torch.randn(1, 3, 8, 8), torch.tensor([1.0]), Condition())
         levels = {module for level in (*net.down, *net.up) for module in level.layers}
         assert len(levels & {*calls}) == (len(levels) if checkpoint else 0)

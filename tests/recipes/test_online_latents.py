@@ -116,7 +116,7 @@ SMALL = Synthetic(num=4, size=16)
             cfg_of(),
             AugmentedDataset(SMALL, training=True, crop=RandomCrop(16)),
             "augmentation.crop: cached latents are those of each image and of its mirror image; "
-            "choose training.latents=online, or leave the augmentation out",
+            "choose training.latents=online, or leave it out",
         ),
         (cfg_of(), EndlessShapes(), "training.latents=cached: these data have no length, and all images are"),
         (cfg_of("online"), EndlessShapes(), "metrics: these data have no length, and samples are compared with all"),
@@ -155,6 +155,17 @@ def test_data_that_latents_and_metrics_can_use_are_accepted(cfg, data):
     ("typed", "text"),
     [
         (("augmentation=random_crop", "augmentation.crop.size=16"), "augmentation.crop: cached latents are"),
+        (("degradation=edits",), "degradation.edits: cached latents are"),
+        (
+            ("conditioner=source_image",),
+            "conditioner: ldm.conditioner.spatial.SourceImage needs source, which these data do not have; "
+            "choose degradation=edits",
+        ),
+        (
+            ("conditioner=[label,size_crop]",),
+            "conditioner: ldm.conditioner.size.SizeCrop needs original_size, which these data do not have; "
+            "choose augmentation=random_crop",
+        ),
         (("augmentation=random_crop",), "augmentation.crop.size=... must be given"),
         ((*STREAM, "training.latents=online", "metrics=full"), "metrics: these data have no length"),
         (

@@ -25,6 +25,7 @@ GIVEN = {  # what each task is given beside seeds, and the size of what comes of
     "semantic": (("map=map.png",), (32, 32)),
     "layout": (("boxes=boxes.json",), (32, 32)),
     "image_variations": (("image=in.png",), (32, 32)),
+    "instruct": (("source=in.png", "guidance.scale=3"), (32, 32)),
     "interpolate": (("seed_a=3", "seed_b=9"), (32, 32)),
     "variations": (("source_seed=4", "variation_strength=0.3"), (32, 32)),
 }
@@ -256,6 +257,9 @@ MISTAKES = {
         "scale=2",
     ): "the condition is for latents of 6x10, those to be sampled are 3x5",
     ("task=variations", "variation_strength=2"): "variation_strength=2: expected 0",
+    ("crop=[1]",): "crop=[1]: expected [top,left] in pixels, 0 or more",
+    ("original_size=[0,32]",): "original_size=[0, 32]: expected [height,width] in pixels, 1 or more",
+    ("original_size=[64,32]",): "original_size=[64, 32]: this model has no size condition; leave it out",
     ("negative=a ring",): "negative=a ring: this model has no text condition",
     ("keep_conditions=[caption]",): "keep_conditions=caption: this model's conditions are label, low_res",
     ("held_out=true", "num=5000"): "num=5000: expected at most 512",

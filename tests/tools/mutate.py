@@ -66,7 +66,7 @@ def is_named(mutant: Mutant, names: list[str]) -> bool:
     return not names
 
 
-def test_files(project: Project, near: set[str] | None = None) -> list[Path]:
+def test_files(project: Project, near: set[str] | None) -> list[Path]:
     """Return the test files whose tests are run.  near: packages to whose tests, by name, they are limited."""
     every = [
         *project.tests.glob("test_*.py"),
