@@ -15,6 +15,7 @@ class DataInfo:
     size: int
     images: int
     flips: int
+    captions: int | None  # different ones; None if no text encoder reads them, or the data set does not list them
 
 
 def card_of(cfg: Any, published: Mapping[str, Any] | None) -> DataInfo:
@@ -23,9 +24,27 @@ def card_of(cfg: Any, published: Mapping[str, Any] | None) -> DataInfo:
         classes = [str(i) for i in range(published["classes"])]
         size = cfg.data.get("size") or published["size"]
         return DataInfo(
-            published["data"], classes, published["channels"], size, published["images"], 1 + bool(cfg.data.flip)
+            published["data"],
+            classes,
+            published["channels"],
+            size,
+            published["images"],
+            1 + bool(cfg.data.flip),
+            published["images"],  # one each
         )
     from ldm.config import build
+    from ldm.config.tree import iter_nodes
+    from ldm.data.captions import known_captions
 
     data = build.build_dataset(cfg, "train")
-    return DataInfo(data.name, data.classes, data.channels, data.size, len(data), 1 + bool(data.flip))
+    is_read = any("encoder" in node for _, node in iter_nodes(build.to_container(cfg.conditioner)))
+    captions = known_captions(data) if is_read else None
+    return DataInfo(
+        data.name,
+        data.classes,
+        data.channels,
+        data.size,
+        len(data),
+        1 + bool(data.flip),
+        None if captions is None else len(captions),
+    )

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ldm.conditioner.features import replace_caches, text_caches
+
 if TYPE_CHECKING:
     import torch
 
@@ -11,12 +13,8 @@ if TYPE_CHECKING:
 
 def stub_text_encoders(conditioner: "torch.nn.Module") -> list["torch.nn.Module"]:
     """Replace the cached text encoders in a conditioner by stubs, in place; return the encoders."""
-    part: Any
-    encoders = []
-    for part in conditioner.modules():
-        if hasattr(getattr(part, "cache", None), "encoder"):
-            encoders.append(part.cache.encoder)
-            part.cache = StubTextEncoder(part.cache)
+    encoders = [features.encoder for features in text_caches(conditioner)]
+    replace_caches(conditioner, StubTextEncoder)
     return encoders
 
 

@@ -27,6 +27,7 @@ from ldm.recipes.evaluator import evaluator_dependency
 from ldm.recipes.latents import check_latents, training_data, trains_first_stage
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import TrainingRun, open_run
+from ldm.recipes.text_features import check_text_features, text_features_callbacks
 from ldm.recipes.validation import held_out_subset, last_validation, validation_callback, validation_metrics
 from ldm.runs import cache
 from ldm.runs.data_card import DataCard
@@ -46,6 +47,7 @@ class DiffusionRecipe:
     ema: module -> average of its weights.
     score: sampling settings of the evaluation at the end and during training.
     latents: cached, all images are encoded before the first step; online, those of a batch are encoded in its step.
+    text_features: where those of captions are: in memory, on disk, or computed online, in each step.
     validation: the loss on held-out images during training.
     snapshot_every: steps between two pairs of averages stored for a length chosen afterwards; None for none.
     """
@@ -62,6 +64,7 @@ class DiffusionRecipe:
     save_every: int
     score: EvaluationConfig
     latents: Literal["cached", "online"] = "cached"
+    text_features: Literal["memory", "disk", "online"] = "memory"
     snapshot_every: int | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
@@ -95,6 +98,7 @@ class DiffusionRecipe:
         require_metric(cfg.get("keep_best"), written, reason, cfg.get("callbacks"))
         data = build.build_degraded_dataset(cfg, "train")
         check_latents(cfg, data)
+        check_text_features(self.text_features, data)
         subset = held_out_subset(cfg, self.validation)
         checks.check_parts(cfg, data, is_new=not (folder / "checkpoints").is_dir())
         make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
@@ -132,17 +136,20 @@ class DiffusionRecipe:
             if self.snapshot_every is not None:
                 options["averages"] = {f"ema_{length:g}": PowerEMA(model, length) for length in SIGMA_RELS}
                 options["snapshot_every"] = self.snapshot_every
+            rows = (self.steps - run.start) * self.batch_size
+            accelerator = cfg.trainer.get("accelerator", "auto")
+            options["watch"] = text_features_callbacks(self.text_features, model.conditioner, data, rows, accelerator)
             if make_score and score.eval_every is not None:
                 measure = partial(
                     evaluate_during_training, model, score, captions, make_score(), sampler, guidance, grid
                 )
-                options["watch"] = [EvaluationCallback(measure, run.log_metrics, score.eval_every, ema)]
+                options["watch"] += [EvaluationCallback(measure, run.log_metrics, score.eval_every, ema)]
             reads = getattr(model.conditioner, "reads", ())
             image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
             if subset is not None:
                 held_out = training_data(self.latents, autoencoder, space, subset, image)
                 callback = validation_callback(self.validation, run, lit, ema, subset, held_out, self.steps)
-                options["watch"] = [*options.get("watch", []), callback]
+                options["watch"] += [callback]
             callbacks = run.callbacks(
                 "diffusion",
                 steps=self.steps,

@@ -9,7 +9,13 @@ from ldm.config.compose import compose_option
 from ldm.config.overrides import ConfigSearchPath
 from ldm.tensors import KeyedNoise
 
-KNOWN = {"num_classes": 10, "factor": 2, "image_channels": 3, "z_channels": 3, "encode": lambda image: image[..., ::2, ::2]}
+KNOWN = {
+    "num_classes": 10,
+    "factor": 2,
+    "image_channels": 3,
+    "z_channels": 3,
+    "encode": lambda image: image[..., ::2, ::2],
+}
 OPTIONS = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["conditioner"]
 SMALL = {"wordpiece": {"dim": 16, "layers": 1}, "layout": {"dim": 16, "layers": 1}, "semantic_map": {"classes": 3}}
 ELSEWHERE = (  # need weights, or parts: test_clip.py, test_t5.py, test_compose.py, interop/test_pipelines.py
