@@ -8,6 +8,7 @@ tasks and densities of times are functions; their types are Sampler, Guidance, T
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -109,6 +110,8 @@ class OptionalConditioner(Protocol):
     conditioners: Mapping[str, Any]  # the conditioners that it consists of, by name
     cache: Any  # of a text encoder's features, as in conditioner/text.py, for textual inversion and export
     number: int  # of the hints that it adds
+
+    def load_files(self, folder: Path) -> None: ...  # reads what it has in the run folder, when a run is loaded
 
 
 class Objective(Protocol):

@@ -26,6 +26,7 @@ from ldm.recipes.estimate import print_estimate
 from ldm.recipes.evaluator import evaluator_dependency
 from ldm.recipes.latents import check_latents, training_data, trains_first_stage
 from ldm.recipes.resume import final_metrics
+from ldm.recipes.retrieval import add_neighbours, check_retrieval, load_databases
 from ldm.recipes.run import TrainingRun, open_run
 from ldm.recipes.text_features import check_text_features, text_features_callbacks
 from ldm.recipes.validation import held_out_subset, last_validation, validation_callback, validation_metrics
@@ -99,6 +100,7 @@ class DiffusionRecipe:
         data = build.build_degraded_dataset(cfg, "train")
         check_latents(cfg, data)
         check_text_features(self.text_features, data)
+        check_retrieval(cfg, data)
         subset = held_out_subset(cfg, self.validation)
         checks.check_parts(cfg, data, is_new=not (folder / "checkpoints").is_dir())
         make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
@@ -120,6 +122,7 @@ class DiffusionRecipe:
                 DataCard.from_dataset(data).write(folder)
                 if not adapter:  # an adapter's base has the first stage
                     atomic.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
+            load_databases(model.conditioner, data, folder if run.is_main_process and not adapter else None)
             objective = instantiate(cfg.objective)
             lit = LitDiffusion(model, objective, self.optimizer, self.cond_drop_prob, self.grad_clip_norm, cfg.seed)
             ema = self.ema(model)
@@ -147,7 +150,9 @@ class DiffusionRecipe:
             reads = getattr(model.conditioner, "reads", ())
             image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
             if subset is not None:
-                held_out = training_data(self.latents, autoencoder, space, subset, image)
+                held_out = training_data(
+                    self.latents, autoencoder, space, add_neighbours(model.conditioner, subset), image
+                )
                 callback = validation_callback(self.validation, run, lit, ema, subset, held_out, self.steps)
                 options["watch"] += [callback]
             callbacks = run.callbacks(
@@ -159,7 +164,8 @@ class DiffusionRecipe:
                 grid_every=self.sample_every,
                 **options,
             )
-            latents = training_data(self.latents, autoencoder, space, data, image)
+            neighbours = add_neighbours(model.conditioner, data)
+            latents = training_data(self.latents, autoencoder, space, neighbours, image)
             instantiate(cfg.trainer)(
                 lit, latents, callbacks, batch_size=self.batch_size, steps=self.steps, start=run.start, seed=cfg.seed
             )

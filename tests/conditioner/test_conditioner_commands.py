@@ -26,6 +26,12 @@ CASES = {  # what is typed for training; two requests that differ in the conditi
         for name in ("clip", "clip_context", "t5", "minilm", "wordpiece")
     },
     "clip_image": (("conditioner=clip_image",), ("image=a.png", "image=b.png"), "cross_attention.kv.weight"),
+    "retrieval": (("conditioner=retrieval",), PROMPTS, "cross_attention.kv.weight"),
+    "nearest_captions": (
+        ("conditioner=retrieval", "conditioner.database=captions"),
+        ("image=a.png", "image=b.png"),
+        "cross_attention.kv.weight",
+    ),
     "compose": (("conditioner=[clip,t5]",), PROMPTS, "conditioner.widen.t5.weight"),
     "layout": (
         ("conditioner=layout", "conditioner.dim=16", "conditioner.layers=1", BOXED),
@@ -38,7 +44,12 @@ CASES = {  # what is typed for training; two requests that differ in the conditi
         "conditioner.mix.weight",
     ),
 }
-TASKS = {"clip_image": "image_variations", "layout": "layout", "semantic_map": "semantic"}
+TASKS = {
+    "clip_image": "image_variations",
+    "nearest_captions": "image_variations",
+    "layout": "layout",
+    "semantic_map": "semantic",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +77,7 @@ def towers(place) -> Path:
 def test_conditioner_trains_and_samples_by_command(name, towers):
     """What reads the condition learns from the data, and two conditions give two images of one seed."""
     typed, requests, learned = CASES[name]
-    parts = ("clip", "t5") if name == "compose" else (name,)
+    parts = ("clip", "t5") if name == "compose" else ("retrieval",) if name == "nearest_captions" else (name,)
     prefixes = {part: f"conditioner.{part}" if len(parts) > 1 else "conditioner" for part in parts}
     files = [word for part in parts for word in conditioner_overrides(part, towers, prefixes[part])]
     run = train(*typed, *files, *STEPS)
