@@ -169,7 +169,7 @@ def values(results: Sequence[Mapping[str, str]], arm: str, step: int, name: str)
 
 def table_lines(results: Sequence[Mapping[str, str]]) -> Iterator[str]:
     """Markdown: both arms at each step, and their difference, paired by seed."""
-    yield "| steps | fd_shapes adapted | from scratch | difference | 95% interval | recognised, adapted | from scratch |"
+    yield "| steps | fd_shapes, adapted | scratch | difference | 95% interval | recognised, adapted | scratch |"
     yield "|---|---|---|---|---|---|---|"
     for step in STEPS:
         ours, theirs = (values(results, arm, step, "fd_shapes") for arm in ARMS)

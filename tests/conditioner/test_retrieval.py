@@ -1,4 +1,4 @@
-"""Nearest neighbours against brute force; their embeddings as context; databases that are cached and belong to a run."""
+"""Nearest neighbours against brute force, their embeddings as context, databases that are cached and belong to runs."""
 
 import json
 
