@@ -38,17 +38,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TABLE = HERE / "results.csv"
 COUNT = 100  # training images of the second domain
-STEPS = (0, 50, 100, 200, 300)  # of which checkpoints are measured; 0 is the model before
+STEPS = (50, 100, 200, 300)  # of which checkpoints are measured
 SEEDS = (0, 1, 2)
 ARMS = {"adapted": "base", "scratch": "untrained"}  # arm -> the run of init=
 NUM, JUDGED = 500, 2000  # samples of a row, test images
-COMMON = (
-    "metrics=none",
-    "trainer=cpu",
-    "training.batch_size=64",
-    "training.sample_every=1000",
-    "training.log_every=50",
-)
+COMMON = ("metrics=none", "trainer=cpu", "training.sample_every=1000", "training.log_every=50")
+FIRST_STAGE = ("first_stage.steps=300", "first_stage.batch_size=64", "first_stage.discriminator_start=1000")
 BASES = {"base": 600, "untrained": 1}  # run on Fashion-MNIST -> steps; the second for its first stage alone
 COLOURS = {"adapted": plotting.BLUE, "scratch": plotting.RED}
 
@@ -65,24 +60,29 @@ def main(*words: str) -> None:
 
 def measure(work: Path) -> None:
     """Train and measure what results.csv has no row of."""
-    bases = {name: train(work / name, "data=fashion_mnist", f"training.steps={steps}") for name, steps in BASES.items()}
+    bases = {}
+    for name, steps in BASES.items():
+        words = ("data=fashion_mnist", f"training.steps={steps}", "training.batch_size=64", *FIRST_STAGE)
+        bases[name] = train(work / name, *words)
     judge = Judge(work / "judge.safetensors")
     if not is_measured("first stage", 0, 0):
         model, test = load_model(bases["base"]), Synthetic("test", num=NUM)
         with torch.no_grad():
             image = torch.cat([model.decode(model.encode(part)) for part in test.pixels(range(NUM)).split(100)])
         append("first stage", 0, 0, judge.scores(image))
+    for arm, base in ARMS.items():
+        if not is_measured(arm, 0, 0):  # before the first step, the same for all seeds
+            append(arm, 0, 0, judge.scores(samples(load_model(bases[base]))))
     for seed in SEEDS:
         for arm, base in ARMS.items():
             if all(is_measured(arm, seed, step) for step in STEPS):
                 continue
             words = ("data=synthetic", f"data.num={COUNT}", f"init={bases[base]}", f"seed={seed}")
-            words += (f"training.steps={STEPS[-1]}", "training.save_every=50", "keep_last=10")
+            words += (f"training.steps={STEPS[-1]}", "training.batch_size=32", "training.save_every=50", "keep_last=10")
             run = train(work / f"{arm}-{seed}", *words, "training.lr_schedule.warmup=20")
             for step in STEPS:
                 if not is_measured(arm, seed, step):
-                    model = load_model(run / f"checkpoints/step-{step:08d}" if step else bases[base])
-                    image = samples(model)
+                    image = samples(load_model(run / f"checkpoints/step-{step:08d}"))
                     if seed == SEEDS[0]:
                         shown = plotting.concatenate(image[:10], 10, 2)
                         save_png(work / f"{arm}-{step}.png", to_uint8(shown[None])[0])
@@ -99,7 +99,7 @@ def train(folder: Path, *words: str) -> Path:
 
 def samples(model: Any) -> Tensor:
     """Draw images (NUM, 1, 32, 32) in [-1, 1]; image i is of class i mod 10 and has the seed i."""
-    ts, parts = trailing(model.denoiser.schedule, 12), []
+    ts, parts = trailing(model.denoiser.schedule, 10), []
     for start in range(0, NUM, 100):
         index = list(range(start, min(start + 100, NUM)))
         batch = {
@@ -107,7 +107,7 @@ def samples(model: Any) -> Tensor:
             "label": torch.tensor(index) % len(SHAPES),
             "caption": [SHAPES[i % len(SHAPES)] for i in index],
         }
-        parts.append(sample(model, batch, index, ts, dpmpp_2m, partial(cfg, scale=2.0)))
+        parts.append(sample(model, batch, index, ts, dpmpp_2m, partial(cfg, scale=1.0)))
     return torch.cat(parts)
 
 
@@ -190,15 +190,15 @@ def draw_figure(results: Sequence[Mapping[str, str]], work: Path) -> None:
     for arm in ARMS:
         for seed in SEEDS:
             line = {step: values(results, arm, step, "fd_shapes").get(str(seed)) for step in STEPS}
-            label = arm if seed == SEEDS[0] else None
-            axes.plot(line.keys(), line.values(), color=COLOURS[arm], linewidth=1, marker=".", label=label)
+            label, start = arm if seed == SEEDS[0] else None, values(results, arm, 0, "fd_shapes")["0"]
+            axes.plot([0, *line], [start, *line.values()], color=COLOURS[arm], linewidth=1, marker=".", label=label)
     floor = values(results, "first stage", 0, "fd_shapes")
     if floor:
         axes.axhline(floor["0"], color=plotting.SOFT, linewidth=0.8, linestyle=":", label="first stage alone")
     axes.set_yscale("log")
     plotting.legend(axes)
     top = 24
-    for step in STEPS[1:]:
+    for step in STEPS:
         for arm in ARMS:
             with open_image(work / f"{arm}-{step}.png") as file:
                 pixels = to_tensor(file, 1).float() / 127.5 - 1
