@@ -284,7 +284,8 @@ def grow(table: Tensor, need: int) -> Tensor:
 
 def checksum(tokens: Tensor, vector: Tensor) -> int:
     """Return the CRC-32 of the bytes of a caption's features."""
-    return zlib.crc32(vector.contiguous().numpy(), zlib.crc32(tokens.contiguous().numpy()))
+    values: list[Any] = [part.contiguous().numpy() for part in (tokens, vector)]
+    return zlib.crc32(values[1], zlib.crc32(values[0]))
 
 
 def map_tensors(path: Path) -> Mapping[str, Tensor]:
@@ -319,7 +320,7 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 def text_caches(conditioner: nn.Module) -> list[CaptionFeatures]:
     """Return the features of all text encoders in a conditioner, each once."""
-    caches = (getattr(module, "cache", None) for module in conditioner.modules())
+    caches: list[Any] = [getattr(module, "cache", None) for module in conditioner.modules()]
     return list(dict.fromkeys(cache for cache in caches if hasattr(cache, "encoder")))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 
@@ -35,4 +35,4 @@ class TextFeatures(L.Callback):
             cache.encode_all(self.captions, device)
             return cache
 
-        replace_caches(lit.model.conditioner, make)
+        replace_caches(cast(Any, lit).model.conditioner, make)
