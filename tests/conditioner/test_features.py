@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ldm.conditioner.text import Text, TextTokensOnly
 from ldm.conditioner.tokens import TextFeatures, Truncation
 from ldm.errors import ConfigError, UserError
 from ldm.io.atomic import CorruptFileError
+from ldm.training.text_features import TextFeatures as TextFeaturesCallback
 
 CPU = torch.device("cpu")
 CAPTIONS = ["", *(chr(97 + i % 26) * (1 + i % 11) for i in range(40)), "unlike the others"]
@@ -229,3 +231,15 @@ def test_caches_of_all_text_encoders_are_replaced():
     assert caches == [tokens.cache, text.cache]
     replace_caches(conditioner, lambda cache: OnlineFeatures(cache.encoder, cache.length))
     assert [type(tokens.cache), text.cache.length, text.cache.encoder] == [OnlineFeatures, 8, caches[1].encoder]
+
+
+@pytest.mark.parametrize("mode", ["memory", "disk", "online"])
+def test_callback_prepares_features_before_the_first_step(tmp_path, mode):
+    text = Text(StoredLetters(), 24)
+    lit = SimpleNamespace(model=SimpleNamespace(conditioner=text), device=CPU)
+    TextFeaturesCallback(mode, CAPTIONS, tmp_path).on_train_start(SimpleNamespace(global_rank=0, world_size=1), lit)
+    kind = {"memory": FeatureCache, "disk": StoredFeatures, "online": OnlineFeatures}[mode]
+    assert type(text.cache) is kind
+    assert sorted(text.cache.encoder.seen) == ([] if mode == "online" else sorted(set(CAPTIONS)))
+    assert_equal(text({"caption": BATCH[:4]}), FeatureCache(Letters(), 24).condition(BATCH[:4], CPU), 1e-6)
+    assert len(text.cache.encoder.seen) == (3 if mode == "online" else len(set(CAPTIONS)))
