@@ -15,9 +15,7 @@ class DataInfo:
     size: int
     images: int
     flips: int
-    captions: int | None = (
-        None  # different ones; None if no text encoder reads them, or the data set does not list them
-    )
+    captions: int | None = None  # different ones; None if none is read, or the data set does not list them
 
 
 def card_of(cfg: Any, published: Mapping[str, Any] | None) -> DataInfo:
