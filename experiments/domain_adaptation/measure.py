@@ -53,9 +53,9 @@ def main(*words: str) -> None:
     work = ROOT / dict(word.split("=", 1) for word in words).get("work", "runs/domain_adaptation")
     measure(work)
     draw_figure(rows.read(TABLE), work)
-    readme = HERE / "README.md"
-    text = table.replace_block(readme.read_text(), "table", "\n".join(table_lines(rows.read(TABLE))))
-    atomic.write_text(readme, text)
+    readme, shown = HERE / "README.md", ["", "![Fréchet distance over the steps, and samples](figure.png)"]
+    lines = "\n".join([*table_lines(rows.read(TABLE)), *shown])
+    atomic.write_text(readme, table.replace_block(readme.read_text(), "table", lines))
 
 
 def measure(work: Path) -> None:
