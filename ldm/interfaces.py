@@ -8,6 +8,7 @@ tasks and densities of times are functions; their types are Sampler, Guidance, T
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -112,6 +113,8 @@ class OptionalConditioner(Protocol):
     cache: Any  # of a text encoder's features, as in conditioner/text.py, for textual inversion and export
     number: int  # of the hints that it adds
 
+    def load_files(self, folder: Path) -> None: ...  # reads what it has in the run folder, when a run is loaded
+
 
 class Objective(Protocol):
     """What is minimised, an nn.Module: `objective`."""
@@ -168,6 +171,7 @@ class OptionalDataset(Protocol):
     shapes: Sequence[tuple[int, int]]  # of images of several shapes, whose parts `joined` joins
     parts: Sequence[Any]
 
+    def all_captions(self) -> Sequence[str]: ...  # each once, for text features that are computed ahead
     def to_buckets(self, multiple: int) -> Any: ...
     def joined(self, moments: Sequence[Tensor]) -> Any: ...
     def stream(self, batch: int, steps: int, seed: int, start: int, rank: int, world: int) -> Any: ...

@@ -152,6 +152,15 @@ def test_distillation_speed_is_median_of_paired_ratios(monkeypatch):
     assert (row["ratio"], row["low"], row["high"], row["pairs"]) == (15, 10, 30, 3)
 
 
+def test_domain_adaptation_difference_is_paired_by_seed():
+    module = load("domain_adaptation/measure.py")
+    distances = {("adapted", "0"): 3.0, ("scratch", "0"): 4.0, ("adapted", "1"): 5.0, ("scratch", "1"): 8.0}
+    keys = {"step": "50", "accuracy": "0.5"}
+    rows = [{"arm": arm, "seed": seed, "fd_shapes": str(fd), **keys} for (arm, seed), fd in distances.items()]
+    (line,) = list(module.table_lines(rows))[2:]
+    assert line == "| 50 | 4.0 | 6.0 | -2.0 | -14.7 to +10.7 | 50.0% | 50.0% |"  # Student's t of 1 degree is 12.71
+
+
 def test_emoji_words_are_tfidf():
     words = load("emoji/measure.py").Words(["a cat", "a dog", "a red dog"])
     vector = words(["a cat", "red dog, new"])

@@ -54,7 +54,7 @@ LIBRARIES = {  # besides the standard library and torch
     "metrics": {"hydra", "numpy", "timm", "torch_fidelity", "torchmetrics", "torchvision"},
     "interop": {"open_clip", "safetensors"},
     "net": {"einops", "timm", "torchmetrics", "torchvision"},
-    "conditioner": {"huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},
+    "conditioner": {"filelock", "huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},
     "data": {"PIL", "datasets", "filelock", "numpy", "pyarrow", "torchvision"},
     "io": {"PIL", "filelock", "numpy", "safetensors", "torchvision", "yaml"},
     "launch": {"filelock"},

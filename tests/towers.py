@@ -67,6 +67,7 @@ def conditioner_overrides(option: str, folder: Path, prefix: str = "conditioner"
         "clip": (f"{encoder}.model={folder}/clip.json", f"{encoder}.random=true"),
         "clip_context": (f"{encoder}.model={folder}/clip.json", f"{encoder}.random=true"),
         "clip_image": (f"{prefix}.model={folder}/clip.json", f"{prefix}.random=true"),
+        "retrieval": (f"{prefix}.model={folder}/clip.json", f"{prefix}.random=true"),
         "t5": (f"{encoder}.model={folder}/t5",),
         "minilm": (f"{encoder}._target_=towers.TinyMiniLM", f"{encoder}.path={folder}/bert"),
         "wordpiece": (f"{prefix}.vocabulary={folder}/bert/tokenizer.json", f"{prefix}.dim=16", f"{prefix}.layers=1"),

@@ -114,6 +114,9 @@ class RunSource:
         if JOINT.items() <= trained.metadata.items():
             model.unfreeze_first_stage()
         load_trainable(model, trained.tensors)
+        for part in model.conditioner.modules():
+            if hasattr(part, "load_files"):
+                part.load_files(self.folder)
         model.autoencoder.requires_grad_(False)
         return model.eval().to(_default_device())
 

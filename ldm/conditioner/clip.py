@@ -14,7 +14,7 @@ from ldm.conditioner.tokens import TextFeatures, Truncation
 from ldm.errors import ConfigError
 from ldm.io.download import AssetNotFoundError
 from ldm.io.extras import extra
-from ldm.tensors import hash_state_dict
+from ldm.tensors import derive_seed, hash_state_dict
 
 
 class CLIP(nn.Module):
@@ -44,7 +44,7 @@ class CLIP(nn.Module):
     ):
         super().__init__()
         model = register_model_config(model)
-        self.clip, config = build_clip(model, weights, hub, random)
+        self.clip, self.config = build_clip(model, weights, hub, random)
         import open_clip
 
         self.clip.visual = None
@@ -56,12 +56,18 @@ class CLIP(nn.Module):
         self.tokenizer = open_clip.get_tokenizer(model)
         self.truncation = Truncation()
         self.length, self.layer, self.pad = int(tower.context_length), layer, pad_token_id
-        self.context_dim, self.vector_dim = tower.transformer.width, config["embed_dim"]
+        self.context_dim, self.vector_dim = tower.transformer.width, self.config["embed_dim"]
 
     @cached_property
     def identity(self) -> str:
         """SHA-256 (hex) of the text tower's weights, independent of the file that contains them."""
         return hash_state_dict(self.clip.state_dict())
+
+    @property
+    def fingerprint(self) -> str:
+        """All that decides the features: weights, architecture, tokenizer, layer and padding."""
+        words = self.tokenizer.encoder, list(self.tokenizer.bpe_ranks)
+        return f"CLIP {self.identity} {self.config} {derive_seed(repr(words))} {self.layer} {self.pad}"
 
     def tokenize(self, text: str) -> list[str]:
         """Split the text into the words that are cut into tokens, in CLIP's lower case."""

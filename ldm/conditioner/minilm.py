@@ -141,6 +141,11 @@ class MiniLM(nn.Module):
         """SHA-256 (hex) of the weights file."""
         return self.known or sha256(self.weights)
 
+    @property
+    def fingerprint(self) -> str:
+        """All that decides the features: class, weights and tokenizer."""
+        return f"{type(self).__name__} {self.identity} {self.tokenizer.to_str()}"
+
     def tokenize(self, text: str) -> list[str]:
         """Split the text into the pieces that become tokens, as they stand in the text."""
         return [text[start:end] for start, end in self.tokenizer.encode(text, add_special_tokens=False).offsets]

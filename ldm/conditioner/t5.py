@@ -72,6 +72,11 @@ class T5(nn.Module):
         """SHA-256 (hex) of the encoder's weights, independent of the files that contain them."""
         return hash_state_dict(self.net.state_dict())
 
+    @property
+    def fingerprint(self) -> str:
+        """All that decides the features: weights, architecture and tokenizer."""
+        return f"T5 {self.identity} {self.net.config.to_json_string()} {self.tokenizer.backend_tokenizer.to_str()}"
+
     def tokenize(self, text: str) -> list[str]:
         """Split the text into the pieces that become tokens."""
         return [piece.replace("▁", " ").strip() for piece in self.tokenizer.tokenize(text)]

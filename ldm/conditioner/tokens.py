@@ -25,6 +25,8 @@ class TextEncoder(Protocol):
     """A frozen text encoder.
 
     length: maximum number of tokens of a text, including start and end tokens.  identity: SHA-256 of its weights.
+    For training.text_features=disk it also has a `fingerprint`, a text that changes with whatever changes its features:
+    weights, architecture, tokenizer, options.
     """
 
     context_dim: int

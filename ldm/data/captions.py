@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.data.memory import read_captions
+from ldm.data.stream import length_of
 from ldm.errors import UserError
 from ldm.io.parse import parse_json
 
@@ -230,6 +232,19 @@ def _texts(value: object) -> list[str]:
         part = next((entry[name] for name in RECORD if name in entry), None) if isinstance(entry, dict) else entry
         parts += part if isinstance(part, list) else [part]
     return [str(part) for part in parts if isinstance(part, (str, int, float)) and not isinstance(part, bool)]
+
+
+def lists_captions(data: Any) -> bool:
+    """Return whether a data set has an end and can list its captions."""
+    return hasattr(data, "all_captions") and length_of(data) is not None
+
+
+def known_captions(data: Any) -> list[str] | None:
+    """Return every caption of a data set and the empty one, each once; None if the data set does not list them."""
+    if not lists_captions(data):
+        return None
+    by_class = (text for texts in data.captions for text in texts)  # sample grids and scores draw these
+    return list(dict.fromkeys(["", *data.all_captions(), *by_class]))
 
 
 def words_from_filename(name: str) -> str:

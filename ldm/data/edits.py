@@ -64,6 +64,10 @@ class EditDataset(WrappedDataset):
         """Return a batch without its images."""
         return {**self.dataset.batch_metadata(samples), **self._instructions(samples)}
 
+    def all_captions(self) -> list[str]:
+        """Return every instruction, without repetitions."""
+        return list(dict.fromkeys(text for texts in self.captions for text in texts))
+
     def _instructions(self, samples: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Choose edit and text of each sample."""
         labels = [choose(range(len(self.edits)), self.seed, "edit", *sample) for sample in samples]

@@ -205,6 +205,12 @@ class LazyDataset(Dataset):
             "epoch": [epoch for epoch, _ in samples],
         }
 
+    def all_captions(self) -> list[str]:
+        """Return every caption that a sample may have, without repetitions."""
+        rows = self.rows.tolist()
+        by_sample = map(self.source.texts, rows) if self.source.captioned else self.captions
+        return list(dict.fromkeys(text for texts in by_sample for text in texts))
+
     def caption(self, epoch: int, index: int) -> str:
         """Return the caption of a sample in an epoch, "" without one."""
         row = int(self.rows[index])

@@ -129,6 +129,11 @@ class InMemoryDataset(Dataset):
             "epoch": [epoch for epoch, _ in samples],
         }
 
+    def all_captions(self) -> list[str]:
+        """Return every caption that a sample may have, without repetitions."""
+        by_sample = self.captions if self.texts is None else self.texts
+        return list(dict.fromkeys(text for texts in by_sample for text in texts))
+
     def caption(self, epoch: int, index: int) -> str:
         """Return the caption of a sample in an epoch, "" without one."""
         label = int(self.labels[index])

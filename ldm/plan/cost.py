@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ldm.conditioner.features import CaptionFeatures, most_bytes, text_caches
 from ldm.config.build import to_container
 from ldm.errors import UserError
 from ldm.plan.data_info import DataInfo
@@ -31,6 +32,7 @@ class PlanResult:
     activations: dict[str, dict[int, dict[str, int]]]
     disk: dict[str, int]
     published: Mapping[str, Any]
+    text_features: Mapping[str, int]  # bytes at most for each of training.text_features; empty without a text encoder
     throughput: float | None = None
     differences: list[str] = field(default_factory=list)
 
@@ -70,6 +72,7 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
         net = build.build_network(cfg, autoencoder, conditioner)
         image = torch.empty(1, *card.shape)
         z = (autoencoder.z_channels, *(side // autoencoder.factor for side in card.shape[1:]))
+        caches = text_caches(conditioner)
         encoders = stub_text_encoders(conditioner)
 
         def predict(batch: int, training: bool = False) -> "torch.Tensor":
@@ -131,7 +134,17 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
         activations,
         {**latents, "a checkpoint": weights * 2 + optimizer},
         to_container(cfg.get("paper")) or {},
+        text_feature_bytes(caches, card.captions, local) if caches else {},
     )
+
+
+def text_feature_bytes(caches: Sequence[CaptionFeatures], captions: int | None, rows: int) -> dict[str, int]:
+    """Return the bytes that the features of captions take at most, for each of training.text_features.
+
+    captions: different ones, None for an unknown number, which only `online` is independent of.  rows: of a batch.
+    """
+    stored = {} if captions is None else dict.fromkeys(("memory", "disk"), captions)
+    return {name: sum(most_bytes(cache, n) for cache in caches) for name, n in {**stored, "online": rows}.items()}
 
 
 def count_parameters(modules: Sequence["torch.nn.Module"]) -> dict[str, int]:

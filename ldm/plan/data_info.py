@@ -16,15 +16,33 @@ class DataInfo:
     shape: Sequence[int]
     images: int
     flips: int
+    captions: int | None = None  # different ones; None if none is read, or the data set does not list them
 
 
 def card_of(cfg: Any, published: Mapping[str, Any] | None) -> DataInfo:
     """Return the metadata in `published` (of a preset), or of the config's data set if that is None."""
     if published is not None:
         classes = [str(i) for i in range(published["classes"])]
-        shape = (published["channels"], *parse_size(cfg.data.get("size") or published["size"]))
-        return DataInfo(published["data"], classes, shape, published["images"], 1 + bool(cfg.data.flip))
+        return DataInfo(
+            published["data"],
+            classes,
+            (published["channels"], *parse_size(cfg.data.get("size") or published["size"])),
+            published["images"],
+            1 + bool(cfg.data.flip),
+            published["images"],  # one each
+        )
     from ldm.config import build
+    from ldm.config.tree import iter_nodes
+    from ldm.data.captions import known_captions
 
     data = build.build_dataset(cfg, "train")
-    return DataInfo(data.name, data.classes, tuple(data.shape), len(data), 1 + bool(data.flip))
+    is_read = any("encoder" in node for _, node in iter_nodes(build.to_container(cfg.conditioner)))
+    captions = known_captions(data) if is_read else None
+    return DataInfo(
+        data.name,
+        data.classes,
+        tuple(data.shape),
+        len(data),
+        1 + bool(data.flip),
+        None if captions is None else len(captions),
+    )

@@ -1,7 +1,9 @@
 """Placeholders for the inputs of a conditioner, so that a model runs without data, text or pretrained weights."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from ldm.conditioner.features import replace_caches, text_caches
 
 if TYPE_CHECKING:
     import torch
@@ -11,12 +13,8 @@ if TYPE_CHECKING:
 
 def stub_text_encoders(conditioner: "torch.nn.Module") -> list["torch.nn.Module"]:
     """Replace the cached text encoders in a conditioner by stubs, in place; return the encoders."""
-    part: Any
-    encoders = []
-    for part in conditioner.modules():
-        if hasattr(getattr(part, "cache", None), "encoder"):
-            encoders.append(part.cache.encoder)
-            part.cache = StubTextEncoder(part.cache)
+    encoders: list[Any] = [features.encoder for features in text_caches(conditioner)]
+    replace_caches(conditioner, cast(Any, StubTextEncoder))
     return encoders
 
 

@@ -34,6 +34,11 @@ def table(plan: PlanResult) -> str:
         "memory of sampling, in addition to the weights",
         {n: format_bytes(v) for n, v in plan.memory.items() if n not in names},
     )
+    if plan.text_features:
+        what = {"memory": "memory, each device", "disk": "disk", "online": "online, memory of a batch"}
+        rows = {what[name]: format_bytes(value) for name, value in plan.text_features.items()}
+        count = "" if plan.data.captions is None else f" of {plan.data.captions:,} captions"
+        section(f"text features{count}, at most, by training.text_features", rows)
     section("disk", {name: format_bytes(value) for name, value in plan.disk.items()})
     training = {
         "steps": f"{plan.steps:,}",

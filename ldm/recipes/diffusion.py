@@ -27,7 +27,9 @@ from ldm.recipes.estimate import print_estimate
 from ldm.recipes.evaluator import evaluator_dependency
 from ldm.recipes.latents import check_latents, training_data, trains_first_stage
 from ldm.recipes.resume import final_metrics
+from ldm.recipes.retrieval import add_neighbours, check_retrieval, load_databases
 from ldm.recipes.run import TrainingRun, open_run
+from ldm.recipes.text_features import check_text_features, text_features_callbacks
 from ldm.recipes.validation import held_out_subset, last_validation, validation_callback, validation_metrics
 from ldm.runs import cache
 from ldm.runs.data_card import DataCard
@@ -47,6 +49,7 @@ class DiffusionRecipe:
     ema: module -> average of its weights.
     score: sampling settings of the evaluation at the end and during training.
     latents: cached, all images are encoded before the first step; online, those of a batch are encoded in its step.
+    text_features: where those of captions are: in memory, on disk, or computed online, in each step.
     validation: the loss on held-out images during training.
     snapshot_every: steps between two pairs of averages stored for a length chosen afterwards; None for none.
     """
@@ -63,6 +66,7 @@ class DiffusionRecipe:
     save_every: int
     score: EvaluationConfig
     latents: Literal["cached", "online"] = "cached"
+    text_features: Literal["memory", "disk", "online"] = "memory"
     snapshot_every: int | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
@@ -96,6 +100,8 @@ class DiffusionRecipe:
         require_metric(cfg.get("keep_best"), written, reason, cfg.get("callbacks"))
         data = build.build_degraded_dataset(cfg, "train")
         check_latents(cfg, data)
+        check_text_features(self.text_features, data)
+        check_retrieval(cfg, data)
         subset = held_out_subset(cfg, self.validation)
         checks.check_parts(cfg, data, is_new=not (folder / "checkpoints").is_dir())
         make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
@@ -117,6 +123,7 @@ class DiffusionRecipe:
                 DataCard.from_dataset(data).write(folder)
                 if not adapter:  # an adapter's base has the first stage
                     atomic.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
+            load_databases(model.conditioner, data, folder if run.is_main_process and not adapter else None)
             objective = instantiate(cfg.objective)
             lit = LitDiffusion(model, objective, self.optimizer, self.cond_drop_prob, self.grad_clip_norm, cfg.seed)
             ema = self.ema(model)
@@ -136,17 +143,22 @@ class DiffusionRecipe:
             if self.snapshot_every is not None:
                 options["averages"] = {f"ema_{length:g}": PowerEMA(model, length) for length in SIGMA_RELS}
                 options["snapshot_every"] = self.snapshot_every
+            rows = (self.steps - run.start) * self.batch_size
+            accelerator = cfg.trainer.get("accelerator", "auto")
+            options["watch"] = text_features_callbacks(self.text_features, model.conditioner, data, rows, accelerator)
             if make_score and score.eval_every is not None:
                 measure = partial(
                     evaluate_during_training, model, score, captions, make_score(), sampler, guidance, grid
                 )
-                options["watch"] = [EvaluationCallback(measure, run.log_metrics, score.eval_every, ema)]
+                options["watch"] += [EvaluationCallback(measure, run.log_metrics, score.eval_every, ema)]
             reads = getattr(model.conditioner, "reads", ())
             image = "image" in {*getattr(objective, "keys", ()), *model.conditioner.keys, *reads}
             if subset is not None:
-                held_out = training_data(self.latents, autoencoder, space, subset, image)
+                held_out = training_data(
+                    self.latents, autoencoder, space, add_neighbours(model.conditioner, subset), image
+                )
                 callback = validation_callback(self.validation, run, lit, ema, subset, held_out, self.steps)
-                options["watch"] = [*options.get("watch", []), callback]
+                options["watch"] += [callback]
             callbacks = run.callbacks(
                 "diffusion",
                 steps=self.steps,
@@ -156,7 +168,8 @@ class DiffusionRecipe:
                 grid_every=self.sample_every,
                 **options,
             )
-            latents = training_data(self.latents, autoencoder, space, data, image)
+            neighbours = add_neighbours(model.conditioner, data)
+            latents = training_data(self.latents, autoencoder, space, neighbours, image)
             instantiate(cfg.trainer)(
                 lit, latents, callbacks, batch_size=self.batch_size, steps=self.steps, start=run.start, seed=cfg.seed
             )

@@ -38,6 +38,7 @@ NOT_HASHED = (
         "training.snapshot_every",
         "training.score.eval_every",
         "training.score.eval_num",
+        "training.text_features",
         "training.validation",
         "training.health",
         "first_stage.health",

@@ -220,3 +220,13 @@ def test_clip_image_matches_open_clip():
     assert not list(conditioner.parameters())
     grey = conditioner({"image": torch.zeros(2, 1, 20, 30)})
     assert grey.vector.shape == (2, 16)
+
+
+def test_clip_fingerprint_tells_what_decides_features():
+    options = [{}, {"pad_token_id": 49407}, {"layer": -2}]
+    prints = [CLIP("tiny", random=True, **one).fingerprint for one in options]
+    assert len(set(prints)) == 3
+    other = CLIP("tiny", random=True)
+    assert other.fingerprint == prints[0]
+    del other.tokenizer.encoder["dog</w>"]
+    assert other.fingerprint != prints[0]

@@ -12,7 +12,9 @@ from smoke import enliven, here, train
 from towers import conditioner_overrides, write_towers
 
 from ldm.conditioner.transformer import Layout
+from ldm.data.synthetic import Synthetic
 from ldm.io import atomic
+from ldm.io.images import save_png
 
 STEPS = (
     *("metrics=none", "training.steps=3", "training.save_every=1", "keep_last=3", "training.sample_every=500"),
@@ -26,6 +28,12 @@ CASES = {  # what is typed for training; two requests that differ in the conditi
         for name in ("clip", "clip_context", "t5", "minilm", "wordpiece")
     },
     "clip_image": (("conditioner=clip_image",), ("image=a.png", "image=b.png"), "cross_attention.kv.weight"),
+    "retrieval": (("conditioner=retrieval",), ("image=shape0.png", "image=shape1.png"), "cross_attention.kv.weight"),
+    "nearest_captions": (
+        ("conditioner=retrieval", "conditioner.database=captions"),
+        PROMPTS,
+        "cross_attention.kv.weight",
+    ),
     "compose": (("conditioner=[clip,t5]",), PROMPTS, "conditioner.widen.t5.weight"),
     "layout": (
         ("conditioner=layout", "conditioner.dim=16", "conditioner.layers=1", BOXED),
@@ -50,6 +58,7 @@ CASES = {  # what is typed for training; two requests that differ in the conditi
 }
 TASKS = {
     "clip_image": "image_variations",
+    "retrieval": "image_variations",
     "layout": "layout",
     "semantic_map": "semantic",
     "source_image": "instruct",
@@ -61,6 +70,8 @@ def place(smoke, tmp_path_factory):
     with here(tmp_path_factory.mktemp("conditioners"), LDM_CACHE=str(smoke.folder / "cache")):
         for seed, name in enumerate("ab"):
             write_image(f"{name}.png", (32, 32), seed)
+        for i in range(2):  # of the training data, nearest to themselves
+            save_png(Path(f"shape{i}.png"), Synthetic().images[i])
         for name, side in (("left", 0), ("right", 16)):
             image = Image.new("L", (32, 32), 0)
             image.paste(1, (side, 0, side + 16, 32))
@@ -81,7 +92,7 @@ def towers(place) -> Path:
 def test_conditioner_trains_and_samples_by_command(name, towers):
     """What reads the condition learns from the data, and two conditions give two images of one seed."""
     typed, requests, learned = CASES[name]
-    parts = ("clip", "t5") if name == "compose" else (name,)
+    parts = ("clip", "t5") if name == "compose" else ("retrieval",) if name == "nearest_captions" else (name,)
     prefixes = {part: f"conditioner.{part}" if len(parts) > 1 else "conditioner" for part in parts}
     files = [word for part in parts for word in conditioner_overrides(part, towers, prefixes[part])]
     run = train(*typed, *files, *STEPS)

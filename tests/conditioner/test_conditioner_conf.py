@@ -14,8 +14,8 @@ KNOWN = {"num_classes": 10, "factor": 2, "image_channels": 3, "z_channels": 3}
 KNOWN |= {"encode": lambda image: image[..., ::2, ::2]}
 OPTIONS = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["conditioner"]
 SMALL = {"wordpiece": {"dim": 16, "layers": 1}, "layout": {"dim": 16, "layers": 1}, "semantic_map": {"classes": 3}}
-ELSEWHERE = (  # need weights, or parts: test_clip.py, test_t5.py, test_compose.py, interop/test_pipelines.py
-    *("clip", "clip_context", "clip_image", "t5", "compose"),
+ELSEWHERE = (  # need weights, or parts: test_OPTION.py, interop/test_pipelines.py
+    *("clip", "clip_context", "clip_image", "t5", "compose", "retrieval"),
 )
 
 

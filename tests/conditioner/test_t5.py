@@ -107,3 +107,14 @@ def test_t5_reports_damaged_folder(folder, tmp_path):
     with pytest.raises(ValueError, match=r"copy: damaged, or not T5's") as found:
         T5(str(copy))
     assert "\n" not in str(found.value)
+
+
+def test_t5_fingerprint_tells_what_decides_features(folder):
+    t5 = T5(str(folder))
+    before = t5.fingerprint
+    assert before == T5(str(folder)).fingerprint
+    t5.tokenizer.add_tokens(["ring"])
+    assert t5.fingerprint != before
+    other = T5(str(folder))
+    other.net.shared.weight[0, 0] += 1
+    assert other.fingerprint != before

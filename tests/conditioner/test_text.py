@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.conditioner import text as text_module
-from ldm.conditioner.text import Text, grow, nearest_caption
+from ldm.conditioner import features as features_module
+from ldm.conditioner.features import grow
+from ldm.conditioner.text import Text, nearest_caption
 from ldm.conditioner.tokens import TextFeatures, Truncation
 
 AWKWARD = [
@@ -84,7 +85,7 @@ def test_text_cache_returns_features_of_each_caption():
 
 
 def test_text_cache_resets_when_full(monkeypatch):
-    monkeypatch.setattr(text_module, "MAX_CACHE_VALUES", 30)
+    monkeypatch.setattr(features_module, "MAX_CACHE_VALUES", 30)
     text = Text(Letters())
     for caption in ("abcd", "efgh", "ijkl", "abcd"):
         assert text(told(caption)).context[0, 1:5, 0].tolist() == [ord(c) for c in caption]
@@ -109,7 +110,7 @@ def test_text_cached_in_inference_mode_is_trainable():
 
 
 def test_text_cache_reset_in_inference_mode_is_correct(monkeypatch):
-    monkeypatch.setattr(text_module, "MAX_CACHE_VALUES", 0)
+    monkeypatch.setattr(features_module, "MAX_CACHE_VALUES", 0)
     text = Text(Letters())
     with torch.inference_mode():
         text(told("ab"))

@@ -6,15 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from smoke import ROOT, process
 
+from ldm.conditioner.features import FeatureCache
+from ldm.data.captions import known_captions
+from ldm.data.synthetic import Synthetic
 from ldm.errors import UserError
 from ldm.plan.__main__ import main, plan
 from ldm.plan.config import composed, differences
-from ldm.plan.table import counts_match, table
+from ldm.plan.cost import text_feature_bytes
+from ldm.plan.data_info import card_of
+from ldm.plan.table import counts_match, format_bytes, table
 
 SMALL = (
     "data=synthetic",
@@ -70,6 +78,7 @@ def test_plan_latents_images_and_hours(small):
     assert small.z == (4, 8, 8)
     assert small.disk["cached latents"] == 2 * (2 * 4 * 8 * 8) * 512  # float16 means and log-variances
     assert small.images == 800
+    assert small.text_features == {}
     assert small.device_hours == pytest.approx(800 / 50 / 3600)
 
 
@@ -93,6 +102,21 @@ def test_plan_table_and_json_agree(small, tmp_path, capsys):
         assert words in said, words
     assert kept["device_hours"] == small.device_hours
     assert not list(tmp_path.glob("runs"))
+
+
+def test_plan_of_text_features_counts_captions_and_tokens(small):
+    caches = [FeatureCache(SimpleNamespace(context_dim=8, vector_dim=3), length) for length in (77, 16)]
+    caption = 4 * ((77 + 16) * 8 + 3 + 3)  # bytes
+    expected = {"memory": 10 * caption, "disk": 10 * caption, "online": 2 * caption}
+    assert text_feature_bytes(caches, 10, 2) == expected
+    assert text_feature_bytes(caches, None, 2) == {"online": 2 * caption}
+    data = replace(small.data, captions=10)
+    said = table(replace(small, data=data, text_features=expected))
+    assert "text features of 10 captions, at most, by training.text_features" in said
+    assert f"memory, each device{'':<19}{format_bytes(10 * caption):>16}" in said
+    for node, count in (({"encoder": {}}, len(known_captions(Synthetic()))), ({}, None)):
+        config = {"data": {"_target_": "ldm.data.synthetic.Synthetic"}, "conditioner": {"_target_": "x", **node}}
+        assert card_of(OmegaConf.create(config), None).captions == count
 
 
 def test_plan_of_preset_needs_no_data_and_lists_differences():
