@@ -12,7 +12,8 @@ from pairs import told as row_of
 
 from ldm.condition import Condition
 from ldm.conditioner.none import Unconditional
-from ldm.data.augment import AugmentedDataset, ColorJitter, RandomResizedCrop
+from ldm.data.augment import AugmentedDataset, RandomResizedCrop
+from ldm.data.color import ColorJitter
 from ldm.data.latents import LatentDataset, encode_latents
 from ldm.data.memory import InMemoryDataset
 from ldm.data.stream import BatchDataset, BatchStream

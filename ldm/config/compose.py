@@ -176,7 +176,7 @@ class Composition:
         """Compose and validate each job's config before the first one starts.  Raises UserError."""
         from ldm.config.validate import validate
 
-        configs = []
+        configs, bases = [], dict[tuple[str, ...], Any]()
         for overrides in self.job_overrides():
             config = self.compose(overrides)
             added = [override for override in overrides if re.match(r"\+\w+@", override)]  # by expand_group_list
@@ -187,10 +187,9 @@ class Composition:
                 for group, option in choices
                 if _is_group_choice(group, option) and group not in known
             ]
-            validate(
-                resolved_config(config),
-                resolved_config(self.compose(chosen), missing=True) if overrides else None,
-            )
+            if overrides and (key := tuple(chosen)) not in bases:  # jobs that choose the same options share it
+                bases[key] = resolved_config(self.compose(chosen), missing=True)
+            validate(resolved_config(config), bases[tuple(chosen)] if overrides else None)
             configs.append(config)
         return configs
 

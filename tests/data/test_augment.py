@@ -10,14 +10,16 @@ import torch
 from ldm.data.augment import (
     AugmentedDataset,
     Box,
-    ColorJitter,
     RandomCrop,
     RandomResizedCrop,
+    resize,
+)
+from ldm.data.color import (
+    ColorJitter,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
-    resize,
     to_grey,
 )
 from ldm.data.degrade import DegradedDataset, bicubic

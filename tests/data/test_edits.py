@@ -74,7 +74,7 @@ def test_edits_of_cropped_images(data):
     assert data.changed_by == ["degradation.edits"]
     batch = pairs.batch([(0, 0), (0, 1)])
     assert batch["source"].shape == batch["image"].shape == (2, 1, 8, 8)
-    assert (pairs.size, len(pairs), pairs.unlabelled) == (8, 4, 0)
+    assert (pairs.shape, len(pairs), pairs.unlabelled) == ((1, 8, 8), 4, 0)
 
 
 def test_edits_report_errors_in_one_line():
