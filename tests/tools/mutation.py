@@ -3,6 +3,7 @@
 import ast
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -139,6 +140,16 @@ def break_expression(node: ast.expr) -> Iterator[ast.expr]:
         yield ast.IfExp(node.test, node.orelse, node.body)
 
 
+def normal_form(source: str) -> str:
+    """Return source as each Python's ast.unparse has it, which differ in quotes and in `for (a, b) in`."""
+    return re.sub(r"\bfor \(([^()]*)\) in\b", r"for \1 in", source.replace('"', "'"))
+
+
+def normal_form(source: str) -> str:
+    """Return source as each Python's ast.unparse has it, which differ in quotes and in `for (a, b) in`."""
+    return re.sub(r"\bfor \(([^()]*)\) in\b", r"for \1 in", source.replace('"', "'"))
+
+
 def is_message(node: ast.AST) -> bool:
     """Return whether what is inside only makes a message, a default or an annotation."""
     if isinstance(node, ast.Call):
@@ -216,7 +227,7 @@ def fault_mutant(source: str, tree: ast.Module, fault: Fault) -> Mutant:
         start = len(before) + inside.index(fault.old)
         broken = source[:start] + fault.new + source[start + len(fault.old) :]
         first = source[:start].count("\n") + 1
-        text = " ".join(f"{fault.name}: {fault.old}  ->  {fault.new}".split())
+        text = normal_form(" ".join(f"{fault.name}: {fault.old}  ->  {fault.new}".split()))
         last = first + fault.old.rstrip().count("\n")
         return Mutant(fault.file, fault.function, text, (first, last), partial(ast.parse, broken))
     raise ValueError(f"{fault.file}:{fault.function}: {fault.old!r} is not in it exactly once")
@@ -231,7 +242,7 @@ def file_mutants(project: Project, file: Path) -> list[Mutant]:
     for function, path in expressions(tree):
         node = at(tree, path)
         for new in break_expression(node):  # type: ignore[arg-type]
-            text = f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
+            text = normal_form(f"{ast.unparse(node)}  ->  {ast.unparse(new)}")
             repeated[function, text] += 1
             if repeated[function, text] > 1:
                 text += f"  ({repeated[function, text]})"
