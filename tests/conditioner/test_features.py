@@ -109,7 +109,8 @@ def test_captions_encoded_ahead_stay_when_others_are_dropped(monkeypatch):
     monkeypatch.setattr(features_module, "MAX_CACHE_VALUES", 30)
     features = ahead(Letters())
     for text in ("abcdefghij", "bcd", "cdefghi", "bc"):
-        assert features.condition([text, "c" * 3], CPU).context[0, 1 : 1 + len(text), 0].tolist() == [*map(ord, text)]
+        cond = features.condition([text, "c" * 3], CPU)
+        assert cond.context[0, cond.mask[0], 0].tolist() == [1, *map(ord, text), 2]
     assert features.encoder.seen[len(set(CAPTIONS)) :] == ["abcdefghij", "bcd", "cdefghi", "bc"]
     assert len(features.row) < len(set(CAPTIONS)) + 4
     features.condition(CAPTIONS, CPU)
