@@ -307,7 +307,7 @@ def test_words_share_of_right_images(monkeypatch, tmp_path):
 
 
 def test_instruct_pix2pix_judges_by_closest_edit(tmp_path, monkeypatch):
-    """Samples that are more than half edited obey; those edited as the next instruction says do not, nor the sources."""
+    """Samples that are mostly edited obey; those edited as the next instruction says do not, nor sources."""
     module = load("instruct_pix2pix/measure.py")
     images = torch.randint(0, 256, (8, 1, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     some = InMemoryDataset("some", images, torch.zeros(8), {"thing": ["a thing"]})

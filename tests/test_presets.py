@@ -21,7 +21,7 @@ from ldm.plan.table import counts_match
 
 PRESETS = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["preset"]
 MISSING = {
-    "sdxl": "no conditioner yet joins two text encoders along their channels and tells sizes: 2,567,463,684",
+    "sdxl": "no conditioner yet joins two text encoders along their channels: 2,567,463,684",
 }
 NARROW = {  # preset -> what makes it small; its process, objective, conditioner, sampler and grid stay
     "ldm4_cin256": ("net.channels=32", "net.channel_mult=[1,2]"),

@@ -34,7 +34,7 @@ class EditDataset(WrappedDataset):
 
     A batch has the data set's image as `source` (B, C, H, W), the edited one as `image`, the instruction as `caption`,
     and as `label` the edit's number in `edits`: the edits are the classes of this data set.
-    Edit and text are functions of (seed, epoch, index); in each epoch a sample has another edit.
+    Edit and text are functions of (seed, epoch, index), chosen anew in each epoch.
     `pixels` are not edited. Everything else is the data set's. Raises ConfigError without edits.
     """
 

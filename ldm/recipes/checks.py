@@ -128,12 +128,13 @@ def check_conditions(node: Any, data: Any) -> None:
 def check_keys(cfg: Any, data: Any) -> None:
     """Raise UserError if batches of the data lack a key that a conditioner requires in training."""
     for _, node in iter_nodes(build.to_container(cfg.conditioner)):
-        required = getattr(get_object(node["_target_"]), "requires", {})
+        name = node["_target_"]
+        part = get_object(name)
+        required = getattr(part, "requires", {})
         read = data.batch_metadata if cfg.training["latents"] == "cached" else data.batch
         batch = read([(0, 0)]) if required else {}
         for key, option in required.items():
             if key not in batch:
-                name = node["_target_"]
                 raise UserError(f"conditioner: {name} needs {key}, which these data do not have; choose {option}")
 
 

@@ -89,7 +89,8 @@ def ddim_edit(
     # the first time after 0, at which z itself stands for the state
     first = 1 / grids.num_timesteps(schedule) if hasattr(schedule, "T") else 1e-3
     up = torch.cat([ts[ts > first], ts.new_tensor([first])])
-    cond = model.condition({**batch, "caption": [source_prompt] * len(z)}).to(z).expand_concat(*z.shape[2:])
+    source = {**uncropped(len(z), *batch["image"].shape[-2:]), **batch, "caption": [source_prompt] * len(z)}
+    cond = model.condition(source).to(z).expand_concat(*z.shape[2:])
     start = ddim_invert(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, z, up, noise.sampler_noise("inversion"))
     return SamplingPlan(start, ts, batch, model.decode)
 
