@@ -71,7 +71,8 @@ def test_check_command_reports_and_quarantines_what_cannot_be_read(folder, tmp_p
     assert quarantined_rows(folder) == {str(folder / "b.png"): "cannot identify image file"}
 
 
-def test_check_command_exit_codes_and_refusals(folder, capsys):
+def test_check_command_exit_codes_and_refusals(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)  # where a refused report would be
     assert main([]) == 2
     assert main(["--help"]) == main([str(folder), "-h"]) == 0
     assert capsys.readouterr().out.count("Read every image of a data set once") == 3
@@ -80,6 +81,7 @@ def test_check_command_exit_codes_and_refusals(folder, capsys):
             main([str(folder), *more])
     assert quarantined_rows(folder) == {}, "nothing was read"
     assert main([str(folder)]) == 0
+    assert not (folder / "a.csv").exists()
 
 
 def test_check_image_names_an_error_without_message():

@@ -134,3 +134,6 @@ def test_synthetic_classes_and_splits_differ():
     assert Synthetic(num=7, size=16).images.shape == (7, 1, 16, 16)
     with pytest.raises(ValueError, match="split='val'"):
         Synthetic("val")
+    for option in ({"num": 0}, {"size": 0}):
+        with pytest.raises(ValueError, match="expected at least one image of at least one pixel"):
+            Synthetic(**option)
