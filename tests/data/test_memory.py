@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.config import build
-from ldm.data.memory import InMemoryDataset, read_captions
+from ldm.data.memory import InMemoryDataset, iter_bytes, read_captions
 from ldm.data.synthetic import SHAPES, Synthetic
 from ldm.errors import UserError
 
@@ -96,6 +96,14 @@ def test_in_memory_fingerprint_depends_on_pixels_labels_and_classes():
     relabelled = make()
     relabelled.labels[0] = 1
     assert relabelled.fingerprint != data.fingerprint
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([4, 0, 4, 3, 2])])
+def test_bytes_are_read_in_parts(rows):
+    images = torch.arange(10, dtype=torch.uint8).reshape(5, 2)
+    whole = images if rows is None else images[rows]
+    parts = list(iter_bytes(images, rows, size=2))
+    assert parts == [bytes(whole[i : i + 2].flatten().tolist()) for i in (0, 2, 4)]
 
 
 def test_in_memory_rejects_mismatched_arrays():

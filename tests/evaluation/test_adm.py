@@ -86,7 +86,7 @@ def by_numpy(samples: np.ndarray, reference: np.ndarray, given: dict[str, np.nda
 
 @pytest.fixture
 def whole(tmp_path):
-    """A reference like VIRTUAL_imagenet256_labeled.npz, whose statistics are of more images than it holds, and samples."""
+    """A reference like VIRTUAL_imagenet256_labeled.npz, with statistics of more images than it holds, and samples."""
     everything, samples = pictures(400, 1), pictures(150, 2, 40)
     np.savez(tmp_path / "VIRTUAL_toy.npz", arr_0=everything[:120], arr_1=np.arange(120), **statistics(seen(everything)))
     np.savez(tmp_path / "samples.npz", arr_0=samples, arr_1=np.arange(150))
@@ -142,6 +142,13 @@ def test_adm_command_writes_scores(whole, monkeypatch, capsys):
     assert kept["score/reference"]
     assert kept["protocol"]
     assert "fid" in capsys.readouterr().out
+    assert adm.main([*typed, f"out={folder}/out.json", "batch_size=1", "weights="]) == 0
+    again = json.loads((folder / "out.json").read_text())
+    assert {
+        name: value if isinstance(value, list | str) else pytest.approx(value) for name, value in kept.items()
+    } == again
+    assert (adm.main([]), adm.main(["--help"]), adm.main([*typed, "-h"])) == (2, 0, 0)
+    assert capsys.readouterr().out.count("ADM's evaluation, as papers use it") == 3
 
 
 def test_adm_command_reports_missing_weights_and_wrong_files(whole, tmp_path, monkeypatch, capsys):
@@ -249,7 +256,7 @@ def test_sample_labels_are_balanced_or_random_by_seed():
 
 @pytest.mark.slow
 def test_adm_command_with_inception_weights(tmp_path, capsys):
-    """Weights drawn at random, of the published file's shapes; a reference with statistics of 2,048 and 2,023 features."""
+    """Random weights of the published file's shapes; a reference with statistics of 2,048 and 2,023 features."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Empty(FeatureExtractorInceptionV3):

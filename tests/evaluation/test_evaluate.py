@@ -1,4 +1,4 @@
-"""Scores while a model trains: of averaged weights, named by network and number, and without a trace in the training."""
+"""Scores while a model trains: of averaged weights, named by network and number, without a trace in the training."""
 
 import json
 import shutil
