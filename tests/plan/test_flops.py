@@ -1,4 +1,4 @@
-"""Costs found on the meta device are those of closed forms, and of what torch counts and keeps when it really computes."""
+"""Costs found on the meta device are those of closed forms, and of what torch counts and keeps when it computes."""
 
 import pytest
 import torch
