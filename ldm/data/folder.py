@@ -171,7 +171,7 @@ def scan(root: Path) -> list[File]:
     """
     if not root.is_dir():
         raise UserError(f"path={root}: {'a file' if root.exists() else 'no such folder'}; {EXPECTED_LAYOUT}")
-    files, others, visited = [], 0, set()
+    files, seen, visited = [], 0, set()
     for folder, inner, names in os.walk(root, followlinks=True):
         inner[:] = (
             []
@@ -182,11 +182,9 @@ def scan(root: Path) -> list[File]:
         visited.add(real)  # a link may lead back up
         images = [name for name in names if name.lower().endswith(EXTENSIONS + OPTIONAL_EXTENSIONS)]
         files += [_file(root, Path(folder, name)) for name in images]
-        others += len(names) - len(images)
+        seen += len(names)
     if not files:
-        raise UserError(
-            f"path={root}: no image in it (.jpg, .png, .webp, ...) among {others:,} files; {EXPECTED_LAYOUT}"
-        )
+        raise UserError(f"path={root}: no image in it (.jpg, .png, .webp, ...) among {seen:,} files; {EXPECTED_LAYOUT}")
     return sorted(files)
 
 

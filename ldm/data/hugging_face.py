@@ -147,6 +147,9 @@ class Rows:
         import pyarrow as pa
         import pyarrow.compute as pc
 
+        def is_text(kind: pa.DataType) -> bool:
+            return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
         for start in range(0, len(self), ROWS):
             column = self.images[start : start + ROWS].column(0)
             paths: list[str | None] = [None] * len(column)
@@ -154,7 +157,7 @@ class Rows:
                 names = [field.name for field in column.type]
                 paths = pc.struct_field(column, "path").to_pylist() if "path" in names else paths
                 column = pc.struct_field(column, "bytes")
-            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            if is_text(column.type):
                 paths, sizes = column.to_pylist(), [None] * len(column)
             else:
                 sizes = pc.binary_length(column).to_pylist()
@@ -163,14 +166,14 @@ class Rows:
         for i in range(0, len(self), -(-len(self) // SHOWN) or 1):
             cell = self._cell(i)
             data = cell["bytes"] if pa.types.is_struct(cell.type) else cell
-            if not pa.types.is_string(data.type) and not pa.types.is_large_string(data.type) and data.is_valid:
+            if not is_text(data.type) and data.is_valid:
                 yield data.as_buffer()[-TAIL:].to_pybytes()
                 continue
             try:
-                with open(self._file(str(data if pa.types.is_string(data.type) else cell["path"])), "rb") as file:
+                with open(self._file(str(data if is_text(data.type) else cell["path"])), "rb") as file:
                     file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
                     yield file.read()
-            except (OSError, ValueError, LookupError):  # reported when the image is decoded
+            except (OSError, ValueError, LookupError, TypeError):  # reported when the image is decoded
                 yield b"-"
 
 

@@ -75,9 +75,10 @@ def borders(
     mask = torch.zeros(1, *size)
     first = randint(draw, 0, 3)
     for turn in range(randint(draw, *sides)):
-        along = mask if (first + turn) % 2 else mask.transpose(1, 2)
+        side = (first + turn) % 4  # left, top, right, bottom
+        along = mask if side % 2 else mask.transpose(1, 2)
         strip = max(1, round(along.shape[1] * uniform(draw, *part)))
-        if (first + turn) % 4 < 2:
+        if side < 2:
             along[:, :strip] = 1
         else:
             along[:, -strip:] = 1

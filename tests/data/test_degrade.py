@@ -1,9 +1,11 @@
+import math
 import pickle
 from functools import partial
 
 import pytest
 import torch
 
+from ldm.data import degrade
 from ldm.data.degrade import DegradedDataset, bicubic, bsr, identity, jpeg
 from ldm.data.masks import strokes
 from ldm.data.stream import BatchDataset, BatchStream
@@ -117,6 +119,46 @@ def test_bsr_options_change_degradation():
     assert far(noise=(0.3, 0.3)) > 2 * far()
     assert far(quality=(3, 3)) > 1.5 * far()
     assert far(blur=(3.0, 3.0)) > 1.5 * far()
+
+
+@pytest.mark.parametrize(("sigma", "angle"), [((1.5, 0.6), 0.4), ((0.5, 1.2), 2.5)])
+def test_blur_kernel_is_a_rotated_anisotropic_gaussian(sigma, angle):
+    """With the covariance R diag(sigma^2) R^T, R a rotation by `angle` in (x, y)."""
+    c, s = math.cos(angle), math.sin(angle)
+    rotation = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+    covariance = rotation @ torch.diag(torch.tensor(sigma, dtype=torch.float64) ** 2) @ rotation.T
+    image = scene(32, 2)
+    padded, kernel = degrade._kernel(image, sigma, angle)
+    reach = math.ceil(3 * max(sigma))
+    assert kernel.shape == (2, 1, 2 * reach + 1, 2 * reach + 1)
+    assert torch.equal(padded[0, :, reach:-reach, reach:-reach], image)
+    axis = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    points = torch.cartesian_prod(axis, axis).flip(1)  # (x, y), row by row
+    expected = torch.exp(-0.5 * torch.einsum("ni,ij,nj->n", points, covariance.inverse(), points))
+    taps = kernel.double().flatten(1)
+    torch.testing.assert_close(taps, (expected / expected.sum()).expand(2, -1), atol=1e-7, rtol=1e-4)
+    moments = torch.einsum("n,ni,nj->ij", taps[0], points, points)
+    torch.testing.assert_close(moments, covariance, atol=0.06, rtol=0)  # it is cut off at three deviations
+
+
+def test_blur_kernel_reaches_no_further_than_reflection():
+    image = scene(5, 1)
+    padded, kernel = degrade._kernel(image, (9.0, 9.0), 0.0)
+    assert kernel.shape == (1, 1, 9, 9)
+    assert torch.equal(
+        padded[0, 0],
+        torch.cat([image.flip(2)[..., :4], image, image.flip(2)[..., 1:]], 2)[0][
+            [4, 3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1, 0]
+        ],
+    )
+
+
+def test_bsr_adds_noise(monkeypatch):
+    """With no other step: nothing to blur, shrink or compress."""
+    monkeypatch.setattr(torch, "randn", lambda shape, generator: torch.full(shape, 0.5))
+    monkeypatch.setattr(degrade, "jpeg", lambda image, quality: image)
+    made = bsr(scene() / 2, generator(), factor=1, blur=(0.01, 0.01), noise=(0.2, 0.2))
+    torch.testing.assert_close(made, scene() / 2 + 0.1, atol=1e-6, rtol=0)
 
 
 def test_jpeg_at_high_quality_is_nearly_lossless():

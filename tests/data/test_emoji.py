@@ -4,9 +4,9 @@ import tarfile
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from ldm.data import glyphs
+from ldm.data import decode, glyphs
 from ldm.data.emoji import Emoji, captions, words
 from ldm.data.glyphs import GROUPS, Glyph, annotated, code
 from ldm.data.stream import BatchStream
@@ -153,6 +153,47 @@ def test_emoji_single_style(drawn):
     assert set(data.batch_metadata([(0, i) for i in range(len(data))])["style"].tolist()) == {0}
     assert len(data) == len(data.glyphs)
     assert BatchStream(len(data), 4, 2).batch_at(0).samples
+
+
+def test_noto_draws_what_is_as_wide_as_one_emoji(monkeypatch):
+    """With Pillow's own font in the place of Noto's, and other widths."""
+    font, plain = ImageFont.load_default(109), ImageFont.load_default(109)
+    font.getlength = {"A": 136, "B": 124, "C": 148, "D": 123, "E": 149, " ": 136}.__getitem__
+    monkeypatch.setattr(glyphs, "noto_font", lambda: "noto.ttf")
+    monkeypatch.setattr(ImageFont, "truetype", lambda path, size: {("noto.ttf", 109): font}[path, size])
+    draw = glyphs.noto()
+    made = {text: draw(Glyph("1", "1", text, "x", [], "flags")) for text in "ABCDE "}
+    assert {text for text, image in made.items() if image is not None} == {"A", "B", "C"}, "one glyph, not blank"
+    for text in "ABC":
+        expected = Image.new("RGBA", (136, 136), (255, 255, 255, 0))
+        ImageDraw.Draw(expected).text((0, 4), text, font=plain, embedded_color=True)
+        assert made[text].tobytes() == expected.tobytes()
+
+
+def test_pencil_draws_edges_alone(monkeypatch):
+    """A step of 60 grey levels, blurred with a deviation of 1, falls by 0.866 of them within three pixels."""
+    flat = Image.new("RGBA", (32, 8), (255, 255, 255, 255))
+    flat.paste((195, 195, 195, 255), (16, 0, 32, 8))
+    monkeypatch.setattr(glyphs, "noto", lambda: {"A": flat, "B": None}.__getitem__)
+    draw = glyphs.pencil()
+    lines = decode.to_tensor(draw("A").convert("L"), 1)[0, 4].int()
+    assert lines[:10].tolist() == lines[-10:].tolist() == [255] * 10
+    assert lines.min().item() == pytest.approx(255 - 3 * 0.866 * 60, abs=12)
+    assert draw("B") is None
+
+
+def test_glyph_archives_are_files_of_what_is_fetched(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        glyphs, "fetch", lambda name, files, *args, **options: (asked.append((name, files)), tmp_path)[1]
+    )
+    made = [asset() for asset in (glyphs.openmoji, glyphs.fluent_archive, glyphs.noto_font)]
+    assert asked == [
+        ("openmoji", glyphs.OPENMOJI),
+        ("fluent-emoji-3d", glyphs.FLUENT),
+        ("noto-color-emoji", glyphs.NOTO),
+    ]
+    assert made == [tmp_path / name for _, files in asked for name in files]
 
 
 @pytest.mark.parametrize(

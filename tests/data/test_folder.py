@@ -13,7 +13,7 @@ from ldm.data import captions as captions_module
 from ldm.data import decode, folder
 from ldm.data.captions import sidecar_captions, words_from_filename
 from ldm.data.decode import load_rectangle
-from ldm.data.folder import ImageFolder, split_train_test
+from ldm.data.folder import ImageFolder, infer_size_and_channels, split_train_test
 from ldm.data.memory import InMemoryDataset
 from ldm.errors import UserError
 from ldm.runs.data_card import DataCard
@@ -242,15 +242,32 @@ def test_folder_skips_unreadable_images_with_message(pictures, monkeypatch):
     data = ImageFolder(pictures, size=32, test_fraction=0)
     assert len(data) == 40
     out = data.summary
-    assert (
-        "40 images, 2 classes, 32 px, fits in memory, 0 held out, "
-        "40 smaller than 32 px and enlarged: golden_retriever/000.png, " in out
-    )
+    assert "40 images, 2 classes, 32 px, fits in memory, 0 held out, 40 smaller than 32 px and enlarged: " in out
+    assert "enlarged: golden_retriever/000.png, " in out
     assert (
         "5 skipped: sports-car/empty.png, sports-car/giant.png, sports-car/gone.webp, ... (cannot identify image file)"
         in out
     )
     assert ImageFolder(pictures, size=32, test_fraction=0).summary == data.summary  # from the cache
+
+
+def test_folder_refuses_more_unreadable_images_than_allowed(tmp_path, capsys):
+    root = tmp_path / "pictures"
+    for name in "abcd":
+        paint(root / f"{name}.png")
+    (root / "e.avif").touch()  # listed, although not every Pillow reads the format
+    with pytest.raises(UserError, match=r"1 of 5 images cannot be read, more than data\.max_unreadable=0\.19: e\.avif"):
+        ImageFolder(root, size=16, channels=3, max_unreadable=0.19)
+    assert len(ImageFolder(root, size=16, channels=3, max_unreadable=0.2, test_fraction=0)) == 4
+    assert " 5/5 " in capsys.readouterr().out
+
+
+def test_images_fit_in_memory_of_more_bytes(monkeypatch):
+    images = [torch.empty(n, dtype=torch.uint8) for n in (299, 300)]
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 100, "SC_PHYS_PAGES": 3}.__getitem__)
+    assert [folder.fits_in_memory(image) for image in images] == [True, False]
+    monkeypatch.delattr(os, "sysconf")  # of Windows
+    assert folder.fits_in_memory(images[1])
 
 
 def test_folder_packed_images_equal_single_decodes(pictures, tmp_path, monkeypatch):
@@ -358,6 +375,8 @@ def test_folder_size_and_channels_are_majority(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert ImageFolder(root, test_fraction=0).shape[1:] == (128, 128)
     assert (ImageFolder(root, size=48).shape[1], ImageFolder(root, channels=3).shape[0]) == (48, 3)
+    monkeypatch.setattr(folder, "HEADERS_READ", 2)
+    assert infer_size_and_channels(root, [f"{i}.png" for i in (0, 2, 2, 0, 2)]) == (32, 1), "those at 0 and 3"
     for path in root.iterdir():
         paint(path, size=(20, 20))
     assert ImageFolder(root).resolved_config.items() >= {"size": 32, "channels": 3}.items()

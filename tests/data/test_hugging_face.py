@@ -1,4 +1,5 @@
 import io
+import pickle
 import shutil
 import sys
 import tarfile
@@ -10,7 +11,7 @@ from PIL import Image
 from ldm.conditioner.size import SIZE_KEYS
 from ldm.data import hugging_face
 from ldm.data.folder import ImageFolder
-from ldm.data.hugging_face import HuggingFace
+from ldm.data.hugging_face import HuggingFace, Rows
 from ldm.data.latents import LatentDataset
 from ldm.data.memory import InMemoryDataset
 from ldm.data.shards import TarShardDataset
@@ -290,6 +291,49 @@ def test_hugging_face_content_hash_depends_on_rows_not_folder(tmp_path, monkeypa
             read(made(name, **{"texts": ["a", "b"], **changed}), before.content)
 
 
+@pytest.mark.parametrize("kind", ["image", "record", "bytes", "paths", "large_paths"])
+def test_hugging_face_digest_reads_sizes_names_and_some_tails(tmp_path, monkeypatch, kind):
+    """Of five rows read in pairs: all sizes, in order, and the tails of the first and the fourth; also of no rows."""
+    for name, value in {"ROWS": 2, "SHOWN": 2, "TAIL": 10}.items():
+        monkeypatch.setattr(hugging_face, name, value)
+    content = [bytes(range(i, 2 * i + 10)) for i in range(5)]
+    for i, data in enumerate(content):
+        (tmp_path / f"{i}.png").write_bytes(data)
+    binary = datasets.Value("binary")
+    sizes = [str(len(data)).encode() for data in content]
+    named = [repr((f"{i}.png", len(data))).encode() for i, data in enumerate(content)]
+    tails = [content[0][-10:], content[3][-10:]]
+    feature, images, expected = {
+        "image": (
+            datasets.Image(),
+            [
+                None if i == 4 else {"bytes": data if i < 2 else None, "path": f"{i}.png"}
+                for i, data in enumerate(content)
+            ],
+            [*sizes[:2], *named[2:4], b"None", *tails],
+        ),
+        "record": ({"bytes": binary}, [{"bytes": data} for data in content], [*sizes, *tails]),
+        "bytes": (binary, [*content[:3], None, content[4]], [*sizes[:3], b"None", sizes[4], tails[0], b"-"]),
+        "paths": (TEXT, [f"{i}.png" for i in range(5)], [*named, *tails]),
+        "large_paths": (datasets.Value("large_string"), [f"{i}.png" for i in range(5)], [*named, *tails]),
+    }[kind]
+    rows = Rows(table(5, feature, images), "x", "image", None, None, folder=tmp_path)
+    assert list(rows._images_digested()) == expected
+    assert list(Rows(table(0, feature, []), "x", "image", None, None)._images_digested()) == []
+
+
+def test_hugging_face_reads_columns_in_parts(monkeypatch):
+    monkeypatch.setattr(hugging_face, "ROWS", 2)
+    monkeypatch.setattr(hugging_face, "SHOWN", 2)
+    texts = list("abcde")
+    rows = Rows(table(5, text=(texts, TEXT)), "x", "image", "text", None)
+    assert list(hugging_face.cells(rows.table, "text")) == [rows.texts(i)[0] for i in range(5)] == texts
+    assert rows.classes == {"image": ["a", "d"]}
+    again = pickle.loads(pickle.dumps(rows))
+    assert {*vars(rows)} - {*vars(again)} == {"_captions"}, "which is mapped again where it is read"
+    assert again.texts(3) == ["d"]
+
+
 def test_hugging_face_image_folder_hash_is_independent_of_location(tmp_path):
     for i in range(8):
         (tmp_path / "here" / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -317,6 +361,24 @@ def test_hugging_face_rejects_class_named_like_split(tmp_path, name):
     with pytest.raises(UserError, match=rf"4 of its 6 images are in no split \({split} of 2\)") as error:
         HuggingFace(str(tmp_path / "vehicles"), size=16, train=split, caption=None, label="label")
     assert "\n" not in str(error.value)
+
+
+def test_hugging_face_counts_images_of_image_folders_alone(tmp_path, monkeypatch):
+    """Files that are not its images do not count, nor those beside a list, and of other formats none is asked for."""
+    for name in ("a.png", "in/b.AVIF", "in/.c.png", "d.txt", ".e/f.png", "__MACOSX/g.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    hugging_face.check_splits(tmp_path, {"train": 2})
+    with pytest.raises(UserError, match=r"1 of its 2 images are in no split \(train of 1\)"):
+        hugging_face.check_splits(tmp_path, {"train": 1})
+    tables = datasets.DatasetDict({"train": table(1)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config: tables)
+    assert hugging_face.load(str(tmp_path), None, "train") is tables["train"]
+    tables["train"].info.builder_name = "imagefolder"
+    with pytest.raises(UserError, match="in no split"):
+        hugging_face.load(str(tmp_path), None, "train")
+    (tmp_path / "metadata.csv").touch()
+    hugging_face.check_splits(tmp_path, {"train": 1})
 
 
 class CaptionsAlone:

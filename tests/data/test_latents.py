@@ -20,6 +20,10 @@ def test_batches_cover_all_images_in_order_unflipped():
     some = list(batches(data, size=3))
     assert [len(image) for image in some] == [3, 3, 1]
     assert torch.equal(torch.cat(some), data.images / 127.5 - 1)
+    for rank, rows in enumerate(([0, 1], [2, 3], [4, 5])):
+        expected = [data.pixels(part) for part in (rows, [6] if rank == 0 else []) if part]
+        shared = list(batches(data, size=2, rank=rank, ranks=3))
+        assert all(torch.equal(one, other) for one, other in zip(shared, expected, strict=True))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -116,3 +120,7 @@ def test_write_latents_rejects_float16_overflow_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="latents of images 0 to 4 are not finite in float16"):
         write_latents(tmp_path / "x.safetensors", Loud(), Synthetic(num=5, size=16), {})
     assert not list(tmp_path.iterdir())
+    data = Synthetic(num=5, size=16)
+    data.images[:3] = 127  # -1/255, of which float16 has a million times as much
+    with pytest.raises(ValueError, match="latents of images 3 to 4 are not finite"):
+        encode_into(torch.zeros(1, 5, 2, 16, 16, dtype=torch.float16), Loud(), data, size=3)

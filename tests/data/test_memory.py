@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.config import build
-from ldm.data.memory import InMemoryDataset, flip_where, read_captions
+from ldm.data.memory import InMemoryDataset, flip_where, iter_bytes, read_captions
 from ldm.data.synthetic import SHAPES, Synthetic
 from ldm.errors import UserError
 
@@ -98,6 +98,14 @@ def test_in_memory_fingerprint_depends_on_pixels_labels_and_classes():
     assert relabelled.fingerprint != data.fingerprint
 
 
+@pytest.mark.parametrize("rows", [None, torch.tensor([4, 0, 4, 3, 2])])
+def test_bytes_are_read_in_parts(rows):
+    images = torch.arange(10, dtype=torch.uint8).reshape(5, 2)
+    whole = images if rows is None else images[rows]
+    parts = list(iter_bytes(images, rows, size=2))
+    assert parts == [bytes(whole[i : i + 2].flatten().tolist()) for i in (0, 2, 4)]
+
+
 def test_in_memory_rejects_mismatched_arrays():
     images, labels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"x: expected images .*, got torch\.float64 \(2, 1, 4, 4\)"):
@@ -168,3 +176,6 @@ def test_synthetic_classes_and_splits_differ():
     assert Synthetic(num=7, size=16).images.shape == (7, 1, 16, 16)
     with pytest.raises(ValueError, match="split='val'"):
         Synthetic("val")
+    for option in ({"num": 0}, {"size": 0}):
+        with pytest.raises(ValueError, match="expected at least one image of at least one pixel"):
+            Synthetic(**option)

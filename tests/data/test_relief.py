@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,22 @@ def test_heights_are_robust_to_shading():
             (found,) = heights((np.array([[colour]]) * 0.88).astype(np.uint8))[0]
             assert (found < 0) == (metres < 0)
             assert abs(found - metres) <= 1500
+
+
+def test_heights_are_those_of_the_nearest_hue_and_brightness():
+    """Of the ramp in eighths of its steps, in float64; not across the shore."""
+    steps = [(np.array(a), np.array(b)) for a, b in pairwise(RAMP) if (a[0], b[0]) != (-1, 0)]
+    ramp = np.array([a + (b - a) * k / 8 for a, b in steps for k in range(8)] + [RAMP[-1]])
+    image = np.random.default_rng(0).integers(0, 256, (20, 10, 3), dtype=np.uint8)
+
+    def features(colours):
+        brightness = np.sqrt((colours**2).sum(-1, keepdims=True))
+        return np.concatenate([255 * colours / brightness, brightness / 4], -1)
+
+    middle = image // 8 * 8.0 + 4  # of the colours that differ by less than a step of five bits
+    distance = ((features(middle)[..., None, :] - features(ramp[:, 1:])) ** 2).sum(-1)
+    found = np.where(heights(image)[..., None] == ramp[:, 0].round(), distance, np.inf).min(-1)
+    assert (found - distance.min(-1)).max() < 0.1  # of squares up to 130,000, in float32
 
 
 def test_to_bytes_is_monotonic_and_splits_at_shore():

@@ -102,6 +102,25 @@ def test_shards_split_by_name(folder):
     assert set(red(part.batch([(0, i) for i in range(len(part))]))) == {i for i in seen[1] if i >= 10}
 
 
+def test_shards_without_labels_have_one_class_unless_named_and_captioned(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    for text, classes, label in ((None, {"image": [""]}, 0), (b"a pet", ["cat", "dog"], -1)):
+        path = shard(tmp_path / f"{label}.tar", sample(0, **({} if text is None else {"txt": text})))
+        source = shards.TarSource((path,), tmp_path / "names.txt")
+        assert (list(source.classes), source.label(0)) == (list(classes), label)
+        assert source.captioned == (text is not None)
+        assert source.unlabelled.tolist() == [label < 0]
+
+
+def test_index_has_files_alone_that_are_not_hidden(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("a.png", tarfile.REGTYPE), ("._b.png", tarfile.REGTYPE), ("c.png", tarfile.DIRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            tar.addfile(info)
+    assert shards.build_index([tmp_path / "x.tar"])[:, 2].tolist() == [512]
+
+
 def test_shards_classes_by_number_and_name(tmp_path):
     files = {}
     for i in range(6):

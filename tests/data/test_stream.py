@@ -88,6 +88,20 @@ def test_feistel_permutation_is_a_permutation(length):
     )
 
 
+@pytest.mark.parametrize(
+    ("length", "order"),
+    [
+        (15, [3, 0, 14, 13, 5, 9, 7, 4, 8, 2, 12, 6, 1, 11, 10]),
+        (16, [3, 0, 14, 13, 5, 15, 7, 4, 8, 2, 12, 6, 1, 11, 10, 9]),
+        (17, [8, 4, 5, 7, 10, 12, 13, 16, 3, 2, 6, 11, 14, 0, 15, 9, 1]),
+    ],
+)
+def test_feistel_permutation_stays_as_it_was(length, order):
+    """So that a run resumes with the order that it began with."""
+    keys = [1 << 60, 2 << 50, 3 << 40, 4, 5, 6]
+    assert stream.feistel_permutation(torch.arange(length), length, keys).tolist() == order
+
+
 def test_feistel_permutation_looks_random():
     """Neighbours come from anywhere, other keys give another order, and a value is no likelier in one half than in the
     other.

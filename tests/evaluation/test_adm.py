@@ -131,7 +131,8 @@ def test_inception_score_averages_ordered_blocks(whole):
 
 def test_adm_command_writes_scores(whole, monkeypatch, capsys):
     folder, _, _ = whole
-    monkeypatch.setattr(features, "SpatialInception", Toy)
+    weights = []
+    monkeypatch.setattr(features, "SpatialInception", lambda file: weights.append(file) or Toy())
     typed = [str(folder / name) for name in ("VIRTUAL_toy.npz", "samples.npz")]
     assert adm.main(typed) == 0
     kept = json.loads((folder / "samples.json").read_text())
@@ -142,6 +143,14 @@ def test_adm_command_writes_scores(whole, monkeypatch, capsys):
     assert kept["score/reference"]
     assert kept["protocol"]
     assert "fid" in capsys.readouterr().out
+    assert adm.main([*typed, f"out={folder}/out.json", "batch_size=1", "weights=x.pth"]) == 0
+    assert weights == [None, "x.pth"]
+    again = json.loads((folder / "out.json").read_text())
+    assert {
+        name: value if isinstance(value, list | str) else pytest.approx(value) for name, value in kept.items()
+    } == again
+    assert (adm.main([]), adm.main(["--help"]), adm.main([*typed, "-h"])) == (2, 0, 0)
+    assert capsys.readouterr().out.count("ADM's evaluation, as papers use it") == 3
 
 
 def test_adm_command_reports_missing_weights_and_wrong_files(whole, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,154 @@
+"""The figures of a plan are those of closed forms."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldm.conditioner.features import FeatureCache
+from ldm.data.captions import known_captions
+from ldm.data.synthetic import Synthetic
+from ldm.plan.__main__ import main, plan
+from ldm.plan.config import composed
+from ldm.plan.cost import count_parameters, text_feature_bytes
+from ldm.plan.data_info import DataInfo, card_of
+from ldm.plan.placeholders import placeholder_batch
+from ldm.plan.table import format_bytes, table
+
+SMALL = (
+    "data=synthetic",
+    "conditioner=label",
+    "net=smoke",
+    "autoencoder=kl_f4_small",
+    "training.batch_size=8",
+    "training.steps=100",
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return plan([*SMALL, "throughput=50"])
+
+
+def test_plan_counts_parameters_of_parts(small):
+    from ldm.config import build
+
+    cfg, _ = composed(SMALL)
+    data = build.build_dataset(cfg)
+    model = build.build_model(cfg, build.build_autoencoder(cfg.autoencoder, 1), data)
+    for name, part in (
+        ("network", model.denoiser.net),
+        ("conditioner", model.conditioner),
+        ("first stage", model.autoencoder),
+    ):
+        count = sum(p.numel() for p in part.parameters())
+        assert small.parts[name] == {"parameters": count, "trained": 0 if name == "first stage" else count}
+
+
+def test_plan_memory_independent_of_batch(small):
+    weights = 4 * (small.parts["network"]["trained"] + small.parts["conditioner"]["trained"])
+    assert small.memory["weights"] == small.memory["gradients"] == small.memory["average"] == weights
+    assert small.memory["frozen weights"] == 4 * small.parts["first stage"]["parameters"]
+    assert (
+        2 * weights < small.memory["optimizer"] < 2 * weights + 4096
+    )  # AdamW: two moments, and a step for each tensor
+    assert small.memory["network in bf16"] == 2 * small.parts["network"]["parameters"]
+    assert small.disk["a checkpoint"] == 2 * weights + small.memory["optimizer"]
+
+
+def test_plan_activations_scale_with_batch_and_precision(small):
+    one, eight = (small.activations["32"][batch] for batch in (1, 8))
+    assert eight["saved_for_backward"] == pytest.approx(8 * one["saved_for_backward"], rel=0.02)
+    assert eight["flops"] == pytest.approx(8 * one["flops"], rel=1e-3)
+    assert small.activations["bf16"][8]["saved_for_backward"] < eight["saved_for_backward"] < eight["peak"]
+    assert small.flops["training step, one device"] == eight["flops"]
+    assert 2.8 < small.flops["training, an image"] / small.flops["network, an image"] <= 3.1
+
+
+def test_plan_latents_images_and_hours(small):
+    assert small.z == (4, 8, 8)
+    assert small.disk["cached latents"] == 2 * (2 * 4 * 8 * 8) * 512  # float16 means and log-variances
+    assert small.images == 800
+    assert small.text_features == {}
+    assert small.device_hours == pytest.approx(800 / 50 / 3600)
+
+
+def test_plan_of_several_devices_shares_batch(small):
+    found = plan([*SMALL, "trainer=ddp", "trainer.devices=4", "data.flip=true"])
+    assert found.disk["cached latents"] == 2 * small.disk["cached latents"]
+    assert found.devices == 4
+    assert "cached latents" not in plan([*SMALL, "training.latents=online"]).disk
+    assert set(found.activations["32"]) == {1, 2}
+    assert found.device_hours is None
+
+
+def test_plan_table_and_json_agree(small, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert main([*SMALL, "throughput=50", f"json={file}", "batches=2,4"]) == 0
+    said, kept = capsys.readouterr().out, json.loads(file.read_text())
+    assert kept["parts"] == small.parts
+    assert set(kept["activations"]["bf16"]) == {"2", "4", "8"}
+    assert f"{small.parts['network']['parameters']:,}" in said
+    for words in ("images seen", "800", "device-hours", "512 of synthetic", "4 x 8 x 8", "precision bf16, batch 4"):
+        assert words in said, words
+    assert kept["device_hours"] == small.device_hours
+    assert not list(tmp_path.glob("runs"))
+
+
+def test_plan_restores_default_device(small):
+    assert torch.get_default_device().type == "cpu"
+    assert torch.ones(1).item() == 1
+
+
+def test_data_of_a_paper_is_its_own_unless_the_config_says_more():
+    paper = {"data": "x", "classes": 2, "channels": 1, "size": 64, "images": 9}
+    for data, size, flips in (({"flip": False}, 64, 1), ({"flip": True, "size": 32}, 32, 2)):
+        made = card_of(OmegaConf.create({"data": data}), paper)
+        assert made == DataInfo("x", ["0", "1"], 1, size, 9, flips)
+
+
+def test_parameters_are_counted_with_and_without_gradient():
+    frozen = nn.Linear(5, 2).requires_grad_(False)
+    assert count_parameters([nn.Linear(3, 2), frozen]) == {"parameters": 8 + 12, "trained": 8}
+
+
+def test_placeholder_batch_has_what_conditioners_read():
+    class Reader(nn.Module):
+        def __init__(self, *keys, **options):
+            super().__init__()
+            self.keys = keys
+            for name, value in options.items():
+                setattr(self, name, value)
+
+    card, plain = DataInfo("x", ["a"], 3, 16, 9, 1), {"image", "mask", "caption", "label", "boxes"}
+    assert placeholder_batch(2, card, SimpleNamespace(modules=list)).keys() == plain
+    readers = nn.Sequential(
+        nn.ModuleDict(), Reader("map", classes=7), Reader("low_res", scale=4), Reader("relief", concat_channels=3)
+    )
+    batch = placeholder_batch(2, card, readers)
+    assert batch.keys() == plain | {"map", "low_res", "relief"}
+    shapes = {name: tuple(batch[name].shape) for name in ("image", "mask", "map", "low_res", "relief", "label")}
+    assert shapes == {
+        **{"image": (2, 3, 16, 16), "mask": (2, 1, 16, 16), "map": (2, 7, 16, 16), "label": (2,)},
+        **{"low_res": (2, 3, 4, 4), "relief": (2, 2, 16, 16)},
+    }
+    assert (batch["caption"], batch["boxes"]) == (["", ""], [[], []])
+
+
+def test_plan_of_text_features_counts_captions_and_tokens(small):
+    caches = [FeatureCache(SimpleNamespace(context_dim=8, vector_dim=3), length) for length in (77, 16)]
+    caption = 4 * ((77 + 16) * 8 + 3 + 3)  # bytes
+    expected = {"memory": 10 * caption, "disk": 10 * caption, "online": 2 * caption}
+    assert text_feature_bytes(caches, 10, 2) == expected
+    assert text_feature_bytes(caches, None, 2) == {"online": 2 * caption}
+    data = replace(small.data, captions=10)
+    said = table(replace(small, data=data, text_features=expected))
+    assert "text features of 10 captions, at most, by training.text_features" in said
+    assert f"memory, each device{'':<19}{format_bytes(10 * caption):>16}" in said
+    for node, count in (({"encoder": {}}, len(known_captions(Synthetic()))), ({}, None)):
+        config = {"data": {"_target_": "ldm.data.synthetic.Synthetic"}, "conditioner": {"_target_": "x", **node}}
+        assert card_of(OmegaConf.create(config), None).captions == count
