@@ -140,7 +140,8 @@ def test_clip_reports_missing_weights(weights, monkeypatch, no_network):
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"), [(None, r"no weights \(weights=null\)"), ("no/clip.pt", r"\(weights=no/clip.pt is not a file\)")]
+    ("weights", "said"),
+    [(None, r"no weights \(weights=null\)"), ("no/clip.pt", r"\(weights=no/clip.pt is not a file\)")],
 )
 def test_clip_error_names_missing_weights(weights, said):
     with pytest.raises(AssetNotFoundError, match=said):

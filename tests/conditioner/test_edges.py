@@ -102,9 +102,9 @@ def test_non_maximum_suppression_compares_along_slope(sector):
     x, y = (round(f(sector * math.pi / 4)) for f in (math.cos, math.sin))
     angle = sector * math.pi / 4 + 0.3  # within 22.5 degrees = 0.39 of the sector's own
     length = torch.zeros(7, 7)
+    length[3 - y, 3 - x], length[3 + 2 * y, 3 + 2 * x] = 0.5, 0.7
     length[3, 3] = length[3 + y, 3 + x] = 1.0
     length[3 - x, 3 + y] = 2.0  # beside it, across the slope, and a maximum too
-    length[3 - y, 3 - x] = 0.5
     kept = non_maximum_suppression(math.cos(angle) * length[None, None], math.sin(angle) * length[None, None])[0, 0]
     expected = torch.zeros(7, 7)
     expected[3 + y, 3 + x], expected[3 - x, 3 + y] = 1.0, 2.0

@@ -112,7 +112,9 @@ def test_t5_asks_hub_only_for_name_and_when_allowed(folder, monkeypatch):
         raise OSError("no route\nto the hub")
 
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", refuse)
-    with pytest.raises(AssetNotFoundError, match=r"not fetched \(no route to the hub\): fetch it with hub=true, or name"):
+    with pytest.raises(
+        AssetNotFoundError, match=r"not fetched \(no route to the hub\): fetch it with hub=true, or name"
+    ):
         T5("google/flan-t5-base")
     with pytest.raises(AssetNotFoundError, match=r"not fetched \(no route to the hub\): name a folder, model=FOLDER"):
         T5("google/flan-t5-base", hub=True)
