@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from smoke import composed
+from omegaconf import OmegaConf
 
 from ldm.checkpoint import load
 from ldm.checkpoint.adapters import BaseModelRef
@@ -15,6 +15,7 @@ from ldm.checkpoint.load import AdapterSource, ExternalSource, RunSource, open_a
 from ldm.checkpoint.state import trainable_parameters
 from ldm.config import build, serialize
 from ldm.errors import UserError
+from ldm.interop import config_nodes
 from ldm.io import atomic
 from ldm.runs.data_card import DataCard
 from ldm.runs.folder import find_run
@@ -89,8 +90,18 @@ def test_latent_space_of_run_is_that_of_its_first_stage_unless_both_were_trained
 
 
 def test_run_loads_first_stage_from_its_weights_if_both_were_trained(tmp_path):
-    config, card = composed("budget=smoke"), DataCard("", ["a"], [["a"]], 1, 32)
-    autoencoder = build.build_autoencoder(config.autoencoder, 1)
+    config = OmegaConf.create(
+        {
+            "net": config_nodes.unet(16, (1,), 1, (), config_nodes.transformer(conv=True), heads=2, groups=8),
+            "autoencoder": config_nodes.first_stage(4, 16, (1, 2), 1, groups=8),
+            "conditioner": config_nodes.label(1, 8),
+            "schedule": config_nodes.cosine(10),
+            "prediction": config_nodes.prediction("Eps"),
+            "seed": 0,
+        }
+    )
+    card = DataCard("", ["a"], [["a"]], 3, 32)
+    autoencoder = build.build_autoencoder(config.autoencoder, card.channels)
     space = LatentSpace.from_autoencoder(autoencoder, build.to_container(config.autoencoder))
     model = build.build_model(config, autoencoder, card)
     atomic.write_tensors(tmp_path / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoint.adapters import copy_parameters
-from ldm.checkpoint.state import load_trainable
+from ldm.checkpoint.state import load_trainable, trainable_parameters
 from ldm.checkpoint.step import save_checkpoint
 from ldm.checkpoint.weights import load_weights, posthoc_ema
 from ldm.ema import posthoc_coefficients
@@ -68,7 +68,9 @@ def test_posthoc_ema_sums_snapshots_by_their_updates(tmp_path):
         posthoc_ema(folder, 0.27)
 
 
-@pytest.mark.parametrize("load", [load_trainable, lambda module, state: copy_parameters(dict(own(module)), state)])
+@pytest.mark.parametrize(
+    "load", [load_trainable, lambda module, state: copy_parameters(trainable_parameters(module), state)]
+)
 def test_loaded_parameters_must_match_by_name_and_shape(load):
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
@@ -79,7 +81,3 @@ def test_loaded_parameters_must_match_by_name_and_shape(load):
     with pytest.raises(ValueError, match="bias, weight do not match"):
         load(module, {"bias": torch.ones(2)})
     assert module.weight.tolist() == [[0, 1], [2, 3]]
-
-
-def own(module):
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
