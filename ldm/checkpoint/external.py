@@ -150,5 +150,5 @@ def load_text_tower(tower: Any, pipeline: Pipeline) -> None:
     """
     last = len(tower.transformer.resblocks) + 1 + config_nodes.encoder_of(pipeline.config["conditioner"])["layer"]
     beyond = tuple(f"transformer.resblocks.{n}." for n in range(last, len(tower.transformer.resblocks)))
-    unread = [name for name in tower.state_dict() if name.startswith(beyond)] if beyond else []
+    unread = [name for name in tower.state_dict() if name.startswith(beyond)]
     load_strict(tower, pipeline.text, "text tower", (*IGNORED_TEXT_KEYS, *unread))

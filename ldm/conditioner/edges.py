@@ -110,7 +110,7 @@ def non_maximum_suppression(across: Tensor, down: Tensor) -> Tensor:
     neighbours = torch.cat(
         [padded[..., 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in NEIGHBOURS], 1
     )  # (B, 8, H, W)
-    brighter, darker = neighbours.gather(1, sector), neighbours.gather(1, (sector + 4) % 8)
+    brighter, darker = neighbours.gather(1, sector), neighbours.roll(4, 1).gather(1, sector)  # opposite each other
     return torch.where((length > brighter + EQUAL) & (length > darker - EQUAL), length, 0.0)
 
 

@@ -137,5 +137,6 @@ class Keypoints:
 
 def palette(number: int) -> Tensor:
     """Return `number` well separated colours (number, 3) in [0, 1]; the first is black."""
-    ring = [hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.5)[i % 2], (1.0, 1.0, 0.6)[i % 3]) for i in range(number - 1)]
+    # hues in turns of the circle, a golden section apart
+    ring = [hsv_to_rgb(i * 0.618034, (0.9, 0.5)[i % 2], (1.0, 1.0, 0.6)[i % 3]) for i in range(number - 1)]
     return torch.tensor([(0.0, 0.0, 0.0), *ring])

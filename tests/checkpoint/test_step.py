@@ -133,6 +133,20 @@ def test_latest_valid_checkpoint_without_valid_one(tmp_path):
         verify_checkpoint(tmp_path / "step-00000009")
 
 
+def test_latest_valid_checkpoint_before_step(tmp_path):
+    one, two = save(tmp_path, 1), save(tmp_path, 2)
+    assert [latest_valid_checkpoint(tmp_path, before)[0] for before in (1, 2, 3, None)] == [None, one, two, two]
+
+
+def test_manifest_without_step_is_damaged(tmp_path):
+    step = save(tmp_path, 1)
+    manifest = json.loads((step / "manifest.json").read_text())
+    del manifest["step"]
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptFileError, match=r"manifest\.json is damaged"):
+        verify_checkpoint(step)
+
+
 def test_manifest_cannot_name_files_outside(tmp_path):
     step = save(tmp_path, 1)
     manifest = json.loads((step / "manifest.json").read_text())

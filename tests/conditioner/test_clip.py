@@ -139,6 +139,15 @@ def test_clip_reports_missing_weights(weights, monkeypatch, no_network):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [(None, r"no weights \(weights=null\)"), ("no/clip.pt", r"\(weights=no/clip.pt is not a file\)")],
+)
+def test_clip_error_names_missing_weights(weights, said):
+    with pytest.raises(AssetNotFoundError, match=said):
+        clip.local_weights("ViT-L-14", weights)
+
+
 def _not_open_clip(name):
     assert not name.startswith("open_clip"), "open_clip takes seconds to import; the error must not wait for it"
 
@@ -172,6 +181,60 @@ def test_clip_tag_downloads_when_hub_is_allowed(monkeypatch):
     with pytest.raises(AssetNotFoundError, match=r"was not fetched \(no route to the hub\)"):
         clip.tagged_weights("ViT-B-32", "laion2b_s34b_b79k", hub=True)
     assert asked == [True, False]
+
+
+def test_clip_unknown_tag_lists_known_ones():
+    from open_clip import list_pretrained_tags_by_model
+
+    with pytest.raises(ValueError, match=r"weights=opanai .* tag of tiny \(tags: none\)"):
+        clip.tagged_weights("tiny", "opanai", hub=False)
+    tags = list_pretrained_tags_by_model("ViT-B-32")
+    assert "laion2b_s34b_b79k" in tags
+    with pytest.raises(ValueError, match=rf"\(tags: {', '.join(tags)}\)"):
+        clip.tagged_weights("ViT-B-32", "opanai", hub=False)
+
+
+def test_clip_tag_of_address_is_fetched_only_when_hub_is_allowed(monkeypatch):
+    """A tag that is not on the hub has no cache to look in."""
+    import open_clip.pretrained
+    from huggingface_hub import constants
+
+    asked = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: {"url": "https://example.org/clip.pt"})
+    monkeypatch.setattr(
+        open_clip.pretrained, "download_pretrained", lambda source: asked.append(constants.HF_HUB_OFFLINE) or "clip.pt"
+    )
+    with pytest.raises(AssetNotFoundError, match=r"was not fetched \(hub=false\)"):
+        clip.tagged_weights("tiny", "own", hub=False)
+    assert asked == []
+    assert clip.tagged_weights("tiny", "own", hub=True) == Path("clip.pt")
+    assert asked == [False]
+
+
+def test_clip_model_config_is_registered_from_file(tmp_path, monkeypatch):
+    from open_clip import list_models
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.json").write_text(json.dumps(TINY))
+    assert clip.register_model_config("~/own.json") == "own"
+    assert "own" in list_models()
+    assert clip.register_model_config("ViT-B-32") == "ViT-B-32"
+    with pytest.raises(AssetNotFoundError, match=r"model=~/none\.json: no such file"):
+        clip.register_model_config("~/none.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("A  bag ", None),
+        ("don\u2019t", "don't"),
+        ("Tom &amp; Jerry", "Tom & Jerry"),
+        ("\ufb01ne  \u201cbag\u201d", 'fine "bag"'),
+    ],
+)
+def test_clip_cleans_text_as_its_training_captions(text, cleaned):
+    assert clip.clean_text(text) == cleaned
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,19 @@
 """Canny's edges against outlines that are known, and each of its steps."""
 
+import math
+
 import pytest
 import torch
 
-from ldm.conditioner.edges import Canny, Scribble, gaussian_blur, hysteresis, non_maximum_suppression, sobel
+from ldm.conditioner.edges import (
+    Canny,
+    Scribble,
+    gaussian_blur,
+    hysteresis,
+    luminance,
+    non_maximum_suppression,
+    sobel,
+)
 
 
 def square(low=-1.0, high=1.0, size=40, start=10, end=30):
@@ -67,6 +77,38 @@ def test_sobel_is_exact_on_ramp_and_blur_preserves_mean():
     flat = torch.nn.functional.pad(x, (9, 9, 9, 9))
     assert gaussian_blur(flat, 1.0).sum() == pytest.approx(float(flat.sum()), rel=1e-5)
     assert non_maximum_suppression(*sobel(gaussian_blur(flat, 1.0))).count_nonzero() > 0
+
+
+def test_luminance_weighs_rgb_by_bt601_and_averages_other_channels():
+    colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [0.2, 0.2, 0.2]]).T[None, :, None]
+    torch.testing.assert_close(luminance(colours)[0, 0, 0], torch.tensor([0.299, 0.587, 0.114, 0.6]))
+    two = torch.tensor([[1.0, -1], [-0.5, 0.7], [-1, -1]]).T[None, :, None]
+    torch.testing.assert_close(luminance(two)[0, 0, 0], torch.tensor([0.5, 0.55, 0.0]))
+
+
+def test_blur_of_point_is_gaussian_of_three_sigma():
+    point = torch.zeros(1, 1, 21, 21)
+    point[..., 10, 10] = 1
+    taps = torch.tensor([math.exp(-((k / 1.5) ** 2) / 2) * (abs(k) <= 5) for k in range(-10, 11)])  # 5 = ceil(4.5)
+    torch.testing.assert_close(gaussian_blur(point, 1.5)[0, 0], torch.outer(taps, taps) / taps.sum() ** 2)
+
+
+@pytest.mark.parametrize("sector", range(8))
+def test_non_maximum_suppression_compares_along_slope(sector):
+    """Of two equal neighbours along the slope the one that it points to remains; across the slope nothing is compared.
+
+    Sector k is k times 45 degrees clockwise from rightwards, as rows go down.
+    """
+    x, y = (round(f(sector * math.pi / 4)) for f in (math.cos, math.sin))
+    angle = sector * math.pi / 4 + 0.3  # within 22.5 degrees = 0.39 of the sector's own
+    length = torch.zeros(7, 7)
+    length[3 - y, 3 - x], length[3 + 2 * y, 3 + 2 * x] = 0.5, 0.7
+    length[3, 3] = length[3 + y, 3 + x] = 1.0
+    length[3 - x, 3 + y] = 2.0  # beside it, across the slope, and a maximum too
+    kept = non_maximum_suppression(math.cos(angle) * length[None, None], math.sin(angle) * length[None, None])[0, 0]
+    expected = torch.zeros(7, 7)
+    expected[3 + y, 3 + x], expected[3 - x, 3 + y] = 1.0, 2.0
+    torch.testing.assert_close(kept, expected)
 
 
 def test_scribble_is_thicker_and_sparser_than_canny():

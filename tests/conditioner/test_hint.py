@@ -79,3 +79,18 @@ def test_segmentation_relief_and_points_become_images():
     for bad in ([[(0.5, 1.5)]], [[(0.5,)]]):
         with pytest.raises(ValueError, match=r"expected \[x, y\] in \[0, 1\]"):
             Keypoints()(bad)
+
+
+def test_keypoint_is_drawn_at_pixel_centre():
+    dot = Keypoints((4, 8), radius=0.1)([[(3.5 / 8, 1.5 / 4)]])[0]
+    assert dot.any(0).nonzero().tolist() == [[1, 3]]
+
+
+def test_palette_steps_hue_by_golden_ratio():
+    """HSV to RGB as V (1 - S max(0, min(k, 4 - k, 1))), k = n + 6 hue modulo 6, n = 5, 3, 1."""
+    step = torch.arange(199, dtype=torch.float64)[:, None]
+    k = (torch.tensor([5, 3, 1]) + 6 * step * 0.618034) % 6
+    saturation, value = torch.where(step % 2 == 0, 0.9, 0.5), torch.where(step % 3 == 2, 0.6, 1.0)
+    expected = value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1))
+    torch.testing.assert_close(palette(200)[1:], expected.float(), atol=1e-6, rtol=0)
+    assert palette(1).tolist() == [[0, 0, 0]]

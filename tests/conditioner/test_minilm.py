@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_minilm_is_frozen(minilm):
 
 def test_minilm_identity_is_hash_of_weights(minilm):
     assert minilm.identity == MINILM["model.safetensors"] == sha256(minilm.weights)
+
+
+def test_minilm_identity_of_own_folder_is_hash_of_its_weights(tmp_path, minilm, monkeypatch):
+    monkeypatch.setattr(MiniLM, "_load", lambda self: None)
+    (tmp_path / "tokenizer.json").write_bytes((minilm.weights.parent / "tokenizer.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    assert MiniLM(tmp_path).identity == hashlib.sha256(b"other weights").hexdigest()
 
 
 def test_minilm_rejects_wrong_files(tmp_path, minilm):

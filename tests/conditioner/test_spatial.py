@@ -78,6 +78,20 @@ def test_low_resolution_noise_is_keyed_and_its_level_is_input():
     assert (told[:, 0] != 1).all()
 
 
+def test_low_resolution_mixes_image_with_keyed_noise():
+    """At level 0.6, 0.8 x + 0.6 eps."""
+    conditioner, low, noise = LowResolution(4, 3).eval(), rand(2, 3, 4, 4), KeyedNoise(0, [5, 6])
+    concat = conditioner({"low_res": low, "noise": noise, "level": 0.6}).concat
+    torch.testing.assert_close(concat[:, :3], 0.8 * low + 0.6 * noise.normal("low_res", low))
+    torch.testing.assert_close(concat[:, 3], torch.full((2, 4, 4), 0.6))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (1, 3, 3, 4), (1, 3, 4, 3)])
+def test_low_resolution_rejects_other_shapes(shape):
+    with pytest.raises(ValueError, match="expected 3 channels, height and width in multiples of 2"):
+        LowResolution(4, 3, scale=2)({"low_res": torch.zeros(shape)})
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

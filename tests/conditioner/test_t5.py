@@ -97,6 +97,32 @@ def test_t5_reports_missing_weights(model, error, said):
     assert "\n" not in str(found.value)
 
 
+def test_t5_reads_folder_of_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert T5(f"~/{folder.name}").context_dim == 16
+
+
+def test_t5_asks_hub_only_for_name_and_when_allowed(folder, monkeypatch):
+    from transformers import T5EncoderModel
+
+    asked = []
+
+    def refuse(source, local_files_only, **options):
+        asked.append((source, local_files_only))
+        raise OSError("no route\nto the hub")
+
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", refuse)
+    with pytest.raises(
+        AssetNotFoundError, match=r"not fetched \(no route to the hub\): fetch it with hub=true, or name"
+    ):
+        T5("google/flan-t5-base")
+    with pytest.raises(AssetNotFoundError, match=r"not fetched \(no route to the hub\): name a folder, model=FOLDER"):
+        T5("google/flan-t5-base", hub=True)
+    with pytest.raises(ValueError, match="damaged, or not T5's: no route to the hub"):
+        T5(str(folder), hub=True)
+    assert asked == [("google/flan-t5-base", True), ("google/flan-t5-base", False), (str(folder), True)]
+
+
 def test_t5_reports_damaged_folder(folder, tmp_path):
     import shutil
 
@@ -118,3 +144,17 @@ def test_t5_fingerprint_tells_what_decides_features(folder):
     other = T5(str(folder))
     other.net.shared.weight[0, 0] += 1
     assert other.fingerprint != before
+
+
+def test_t5_rejects_incomplete_weights(folder, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    state = load_file(copy / "model.safetensors")
+    del state["encoder.block.1.layer.0.SelfAttention.q.weight"]
+    save_file(state, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"copy: not T5's weights, 1 are missing"):
+        T5(str(copy))

@@ -108,12 +108,15 @@ def test_data_of_a_paper_is_its_own_unless_the_config_says_more():
     paper = {"data": "x", "classes": 2, "channels": 1, "size": 64, "images": 9}
     for data, size, flips in (({"flip": False}, 64, 1), ({"flip": True, "size": 32}, 32, 2)):
         made = card_of(OmegaConf.create({"data": data}), paper)
-        assert made == DataInfo("x", ["0", "1"], 1, size, 9, flips)
+        assert made == DataInfo("x", ["0", "1"], (1, size, size), 9, flips, 9)
 
 
 def test_parameters_are_counted_with_and_without_gradient():
     frozen = nn.Linear(5, 2).requires_grad_(False)
     assert count_parameters([nn.Linear(3, 2), frozen]) == {"parameters": 8 + 12, "trained": 8}
+
+
+PLAIN = ["image", "mask", "source", "caption", "label", "boxes", "original_size", "crop", "target_size"]
 
 
 def test_placeholder_batch_has_what_conditioners_read():
@@ -124,7 +127,7 @@ def test_placeholder_batch_has_what_conditioners_read():
             for name, value in options.items():
                 setattr(self, name, value)
 
-    card, plain = DataInfo("x", ["a"], 3, 16, 9, 1), {"image", "mask", "caption", "label", "boxes"}
+    card, plain = DataInfo("x", ["a"], (3, 16, 16), 9, 1), set(PLAIN)
     assert placeholder_batch(2, card, SimpleNamespace(modules=list)).keys() == plain
     readers = nn.Sequential(
         nn.ModuleDict(), Reader("map", classes=7), Reader("low_res", scale=4), Reader("relief", concat_channels=3)

@@ -145,11 +145,6 @@ def normal_form(source: str) -> str:
     return re.sub(r"\bfor \(([^()]*)\) in\b", r"for \1 in", source.replace('"', "'"))
 
 
-def normal_form(source: str) -> str:
-    """Return source as each Python's ast.unparse has it, which differ in quotes and in `for (a, b) in`."""
-    return re.sub(r"\bfor \(([^()]*)\) in\b", r"for \1 in", source.replace('"', "'"))
-
-
 def is_message(node: ast.AST) -> bool:
     """Return whether what is inside only makes a message, a default or an annotation."""
     if isinstance(node, ast.Call):
