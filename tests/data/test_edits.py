@@ -53,6 +53,10 @@ def test_batch_is_source_instruction_and_edited_image(data):
     assert {batch["caption"].count(text) > 0 for texts in data.captions for text in texts} == {True}
 
 
+def test_captions_of_edits_are_their_instructions(data):
+    assert data.all_captions() == [text for texts in data.captions for text in texts]
+
+
 def test_edit_depends_on_seed_epoch_and_index_only(data):
     whole = data.batch(SAMPLES)
     for i in (0, 41, 159):
