@@ -1,3 +1,5 @@
+import struct
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,3 +51,14 @@ def test_open_memmap_reports_damage(tmp_path):
     path.write_bytes(whole)
     with pytest.raises(CorruptFileError, match="'b'"):
         open_memmap(path, "b")
+
+
+def test_memmap_is_aligned_to_eight_bytes(tmp_path):
+    """With the fewest spaces after a header of any length."""
+    path = tmp_path / "x.safetensors"
+    for letters in range(8):
+        with create_memmap(path, "a", "U8", (1,), {"b": "c" * letters}):
+            pass
+        (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+        assert length % 8 == 0
+        assert length - len(path.read_bytes()[8 : 8 + length].rstrip()) < 8
