@@ -341,6 +341,7 @@ def test_instruct_pix2pix_judges_by_closest_edit(tmp_path, monkeypatch):
 
 LOADED = (
     *("augmentation/measure.py", "blue_marble/measure.py", "cifar10/measure.py", "controlnet/measure.py"),
+    "domain_adaptation/measure.py",
     *("distillation/speed.py", "emoji/measure.py", "families/measure.py", "faults/kill.py", "faults/memory.py"),
     *(
         "first_stage/measure.py",

@@ -151,7 +151,7 @@ def typed(option: str) -> tuple[str, ...]:
 @dataclass
 class Card:
     classes = ("a", "b", "c")
-    channels, size = 1, 16
+    shape = (1, 16, 16)
 
 
 class Features(torch.nn.Module):

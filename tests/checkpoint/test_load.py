@@ -100,8 +100,8 @@ def test_run_loads_first_stage_from_its_weights_if_both_were_trained(tmp_path):
             "seed": 0,
         }
     )
-    card = DataCard("", ["a"], [["a"]], 3, 32)
-    autoencoder = build.build_autoencoder(config.autoencoder, card.channels)
+    card = DataCard("", (3, 32, 32), ["a"], [["a"]])
+    autoencoder = build.build_autoencoder(config.autoencoder, card.shape[0])
     space = LatentSpace.from_autoencoder(autoencoder, build.to_container(config.autoencoder))
     model = build.build_model(config, autoencoder, card)
     atomic.write_tensors(tmp_path / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)

@@ -227,7 +227,7 @@ def test_color_jitter_draws_each_amount_from_its_range(name, monkeypatch):
         amounts.append(amount)
         return image
 
-    monkeypatch.setattr(f"ldm.data.augment.adjust_{name}", record)
+    monkeypatch.setattr(f"ldm.data.color.adjust_{name}", record)
     for seed in range(300):
         ColorJitter(**{name: 0.4})(torch.zeros(3, 1, 1), generator(seed))
     low, high = (-0.4, 0.4) if name == "hue" else (0.6, 1.4)

@@ -76,6 +76,6 @@ def test_lazy_dataset_gives_up_when_too_many_images_are_unreadable(monkeypatch):
     files = source()
     files.broken = (0, 2, 4, 6, 8)
     data = LazyDataset("x", files, range(10), 16, 1, None)
-    assert [int(data.decoded(i).max()) for i in (0, 2, 4, 0, 2, 4, 5)] == [1, 3, 5, 1, 3, 5, 5]
+    assert [int(data.decode(i)[0].max()) for i in (0, 2, 4, 0, 2, 4, 5)] == [1, 3, 5, 1, 3, 5, 5]
     with pytest.raises(UserError, match=r"x: 4 of 10 images could not be read so far, the last is pictures/6\.png"):
-        data.decoded(6)
+        data.decode(6)

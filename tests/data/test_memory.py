@@ -176,6 +176,6 @@ def test_synthetic_classes_and_splits_differ():
     assert Synthetic(num=7, size=16).images.shape == (7, 1, 16, 16)
     with pytest.raises(ValueError, match="split='val'"):
         Synthetic("val")
-    for option in ({"num": 0}, {"size": 0}):
-        with pytest.raises(ValueError, match="expected at least one image of at least one pixel"):
+    for option, said in (({"num": 0}, "num=0: expected at least one image"), ({"size": 0}, "size=0: expected ")):
+        with pytest.raises(ValueError, match=said):
             Synthetic(**option)

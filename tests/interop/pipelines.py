@@ -28,7 +28,7 @@ START = numbers("start", (1, 4, 8, 8))
 @dataclass
 class Card:
     classes = ("image",)
-    channels, size = 3, 32
+    shape = (3, 32, 32)
 
 
 def whole(
