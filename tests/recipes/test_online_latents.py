@@ -27,7 +27,7 @@ TRAIN = ("train.py", "budget=smoke", "training.sample_every=100", "trainer=cpu")
 class EndlessShapes:
     """Shapes without an end: sample i is rendered from i alone."""
 
-    channels, size, flip, fingerprint = 1, 32, False, "endless-shapes"
+    shape, flip, fingerprint = (1, 32, 32), False, "endless-shapes"
     classes, captions = list(SHAPES), [[shape] for shape in SHAPES]
 
     def __init__(self, split: str = "train", num: int | None = None):
@@ -48,6 +48,8 @@ class EndlessShapes:
 
 class OnlyIterable:
     """A stream that cannot be asked for a sample."""
+
+    shape = (1, 32, 32)
 
     def __init__(self, split: str = "train", num: int | None = None):
         pass
