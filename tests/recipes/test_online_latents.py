@@ -49,6 +49,8 @@ class EndlessShapes:
 class OnlyIterable:
     """A stream that cannot be asked for a sample."""
 
+    shape = (1, 32, 32)
+
     def __init__(self, split: str = "train", num: int | None = None):
         pass
 
