@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ldm.cli.errors import user_error_message
 from ldm.config import serialize
@@ -146,7 +146,7 @@ class SweepJob:
         devices = _devices(cfg)
         if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
             # as typed, interpolations unresolved
-            overrides = name_job(OmegaConf.to_container(hydra.overrides.task, resolve=False))
+            overrides = name_job(cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False)))
             return self._run_sweep_job(cfg, self._number(hydra.job.num, overrides), overrides, devices)
         if devices > 1 and not process.is_launched_rank():
             self.failure = SystemExit(self._run_subprocess(cfg, devices)[0])

@@ -36,7 +36,9 @@ def list_values(override: Any, options: Options) -> list[str]:
         if not (matches := value.filter(names)):
             raise UserError(f"{line}: no option matches (one of {', '.join(names)})")
         return [name if _is_word(name) else _quote(name) for name in matches]
-    if isinstance(value, RangeSweep) and not all(map(math.isfinite, (value.start, value.stop, value.step))):
+    if isinstance(value, RangeSweep) and not all(
+        x is None or math.isfinite(x) for x in (value.start, value.stop, value.step)
+    ):
         raise UserError(f"{line}: a range needs finite numbers")
     try:
         values = list(override.sweep_string_iterator())

@@ -1,6 +1,7 @@
 """Random changes of the colours of an image, and those changes by a given amount."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +39,10 @@ class ColorJitter:
                 f"augmentation.color: expected images of 1 or 3 channels, got {tuple(image.shape)}; leave color out"
             )
         amounts = [uniform(draw, max(0.0, 1 - x), 1 + x) for x in (self.brightness, self.contrast, self.saturation)]
-        changes = [*zip((adjust_brightness, adjust_contrast, adjust_saturation), amounts, strict=True)]
-        changes.append((adjust_hue, uniform(draw, -self.hue, self.hue)))
+        changes: list[tuple[Callable[[Tensor, float], Tensor], float]] = [
+            *zip((adjust_brightness, adjust_contrast, adjust_saturation), amounts, strict=True),
+            (adjust_hue, uniform(draw, -self.hue, self.hue)),
+        ]
         for i in torch.randperm(len(changes), generator=draw).tolist():
             change, amount = changes[i]
             image = change(image, amount)

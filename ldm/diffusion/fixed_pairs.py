@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def timestep_density(objective: nn.Module, density: Density | None) -> Iterator[
     parts: list[Any] = [part for part in objective.modules() if density is not None and hasattr(part, "times")]
     before = [part.times for part in parts]
     for part in parts:
-        part.times = partial(independent, density=partial(on_grid, density))
+        part.times = partial(independent, density=partial(on_grid, cast(Density, density)))
     try:
         yield
     finally:

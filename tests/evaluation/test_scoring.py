@@ -138,6 +138,7 @@ def request(**changed):
     plain = {
         **{"seed": 10, "held_out": None, "inputs": {}, "batch": batch, "steps": 3, "weights": "raw", "tile": None},
         **{"source": SimpleNamespace(data_card=data, latent_space="space", config=config), "precision": "32"},
+        "sizes": {},
         **{"reconstruction_metrics": {"_target_": f"{__name__}.Pairs", "_partial_": True}, "metrics": {}},
         **{"options": {**options, "labels": "balanced"}},
     }
@@ -179,6 +180,7 @@ def test_protocol_says_what_samples_are_conditioned_on():
     }
     assert samples.sampling_protocol(request(tile=8))["tile"] == 8
     assert samples.sampling_protocol(request(held_out=1))["labels"] == "held out"
+    assert samples.sampling_protocol(request(sizes={"crop": (1, 2)}))["crop"] == [1, 2]
     for name in ("prompt", "prompts", "label"):
         options = {**request().options, name: "x", "guidance": {"_target_": "a.cfg", "scale": 3}}
         said = samples.sampling_protocol(request(options=options))

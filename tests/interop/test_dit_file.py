@@ -42,7 +42,7 @@ def folder(tmp_path):
     node = config_nodes.first_stage(4, 16, (1, 2, 2), 1, groups=8)
     stage = fill(build.build_autoencoder(OmegaConf.create(node), 3))
     weights = {name: value for name, value in stage.state_dict().items() if name.startswith(("encoder.", "decoder."))}
-    atomic.write_json(tmp_path / "vae" / "config.json", diffusers_config.export_first_stage(node, 3, 0.5, 32))
+    atomic.write_json(tmp_path / "vae" / "config.json", diffusers_config.export_first_stage(node, 3, 0.5, (32, 32)))
     atomic.write_tensors(tmp_path / "vae" / WEIGHTS, diffusers.export_autoencoder(weights))
     return tmp_path
 

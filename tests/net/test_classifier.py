@@ -56,12 +56,12 @@ def test_noisy_classifier_has_adm_blocks():
 
 
 def test_attention_pool_has_a_position_for_each_token():
-    positions = AttentionPool(8, 64, heads=2, out=5).positions
+    positions = AttentionPool((8, 8), 64, heads=2, out=5).positions
     assert positions.shape == (65, 64)
     assert positions.std().item() == pytest.approx(64**-0.5, rel=0.1)
 
 
 def test_noisy_classifier_pools_the_smallest_map():
-    net = NoisyClassifier(3, 5, size=16, **SMALL | {"channel_mult": (1, 1, 1, 1)})
-    assert net.out[2].size == 2
+    net = NoisyClassifier(3, 5, size=(16, 16), **SMALL | {"channel_mult": (1, 1, 1, 1)})
+    assert net.out[2].size == (2, 2)
     assert net(torch.randn(1, 3, 16, 16), torch.tensor([1.0])).shape == (1, 5)
