@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.decode import adm_square, to_8bit
+from ldm.data.decode import adm_rectangle, to_8bit
 
 
 def test_to_8bit_rounds_each_of_65536_levels():
@@ -13,12 +13,12 @@ def test_to_8bit_rounds_each_of_65536_levels():
 
 
 @pytest.mark.parametrize("tall", [False, True])
-def test_adm_square_is_the_middle_of_a_wide_and_a_tall_image(tmp_path, tall):
+def test_adm_rectangle_is_the_middle_of_a_wide_and_a_tall_image(tmp_path, tall):
     """At its own size, and after one halving: columns of a ramp, whose box averages are known."""
     ramp = np.repeat(np.arange(0, 200, 2, dtype=np.uint8)[None], 32, 0)
     Image.fromarray(ramp.T if tall else ramp).save(tmp_path / "x.png")
     for size, middle in ((32, np.arange(68, 132, 2)), (16, np.arange(17, 33) * 4 + 1)):
         expected = torch.from_numpy(middle).expand(1, size, size)
-        made, shorter = adm_square(tmp_path / "x.png", size, 1)
+        made, original = adm_rectangle(tmp_path / "x.png", size, size, 1)
         assert torch.equal(made.long(), expected.mT if tall else expected)
-        assert shorter == 32
+        assert original == ((100, 32) if tall else (32, 100))
