@@ -108,6 +108,23 @@ def test_missing_interpreter_is_a_table_row(tmp_path):
     assert versions.measure(versions.Row("today", "3.1"), tmp_path)["names of failed"] == "no Python 3.1 here"
 
 
+def test_failed_tests_that_pass_now_are_counted(tmp_path, monkeypatch):
+    row, ran = versions.Row("lowest", "3.10"), []
+    line = dict.fromkeys(versions.COLUMNS, "") | {"versions": "lowest", "python": "3.10", "passed": "7", "failed": "2"}
+    line["names of failed"] = "tests/data/test_a::test_x[1]; tests/test_b::test_y"
+    monkeypatch.setattr(versions, "interpreter", lambda version: tmp_path)
+    monkeypatch.setattr(versions, "build", lambda row, base, folder: folder / "python")
+    monkeypatch.setattr(versions, "installed", lambda python: {"torch": "2.9.0"})
+    outcome = {"passed": "1", "failed": "1", "not run": "0", "names of failed": "tests/test_b::test_y"}
+    monkeypatch.setattr(versions, "run", lambda python, folder, *words: ran.append(words) or (1, outcome))
+    found = versions.run_failed(line, row, tmp_path)
+    assert ran == [("-n0", "tests/data/test_a.py::test_x[1]", "tests/test_b.py::test_y")]
+    assert found == line | {"passed": "8", "failed": "1", "names of failed": "tests/test_b::test_y", "torch": "2.9.0"}
+    outcome |= {"passed": "0"}
+    with pytest.raises(ValueError, match="could be run"):
+        versions.run_failed(line, row, tmp_path)
+
+
 def test_list_prints_environments_without_building(capsys):
     before = Path(versions.TABLE).exists()
     assert versions.main(["--list"]) == 0

@@ -1,6 +1,6 @@
 """Does the quick suite pass with every version that pyproject.toml promises?
 
-    python tests/tools/versions.py [lowest|today|newest] ... [3.10|3.11|3.13] ... [--list]
+    python tests/tools/versions.py [lowest|today|newest] ... [3.10|3.11|3.13] ... [--failed|--list]
 
 For each row a new environment outside the checkout: the lowest version that each bound allows, what pip installs today,
 and the newest including pre-releases, on the Pythons in ROWS.  Needs Python 3.11, a package registry and 8 GB of disk
@@ -8,7 +8,8 @@ for one row at a time.  PYTEST_ADDOPTS is passed on: PYTEST_ADDOPTS=-n1 runs the
 
 Writes tests/tools/versions.csv, one line for each environment as soon as it is done, those without an interpreter or
 that cannot be installed too; lines of environments that are not named stay.  Exit code 1 if a test failed or an
-environment could not be made.  --list: say what would run, and do nothing.
+environment could not be made.  --failed: only the tests that failed, of lines that have some, whose outcome on the
+present source is put into the line.  --list: say what would run, and do nothing.
 """
 
 import csv
@@ -188,6 +189,21 @@ def measure(row: Row, folder: Path) -> dict[str, str]:
     return line | (first if code != 1 else combine(first, run(python, folder, "-n0", "--last-failed")[1]))
 
 
+def run_failed(line: dict[str, str], row: Row, folder: Path) -> dict[str, str]:
+    """The line with the outcome of its failed tests on the present source, in a new environment of its row."""
+    base = interpreter(row.python)
+    if base is None:
+        return line
+    python = build(row, base, folder)
+    failed = line["names of failed"].split("; ")
+    nodes = [name.replace("::", ".py::", 1) for name in failed]
+    again = run(python, folder, "-n0", *nodes)[1]
+    if int(again.get("passed", 0)) + int(again.get("failed", 0)) != len(failed):
+        raise ValueError(f"{row.versions} on Python {row.python}: not all of {line['names of failed']} could be run")
+    passed = str(int(line["passed"]) + int(again["passed"]))
+    return line | installed(python) | {name: again[name] for name in ("failed", "names of failed")} | {"passed": passed}
+
+
 def combine(first: dict[str, str], again: dict[str, str]) -> dict[str, str]:
     """The outcome of a suite whose failed tests ran again: one that passed alone failed by the machine's load."""
     if "failed" not in again:
@@ -205,9 +221,14 @@ def combine(first: dict[str, str], again: dict[str, str]) -> dict[str, str]:
     )
 
 
+def read(table: Path) -> list[dict[str, str]]:
+    """The lines of the table, none if it is not there."""
+    return list(csv.DictReader(table.open(newline="", encoding="utf-8"))) if table.is_file() else []
+
+
 def write(line: dict[str, str], table: Path) -> None:
     """Put an environment's line into the table, in place of an earlier one of the same."""
-    lines = list(csv.DictReader(table.open(newline="", encoding="utf-8"))) if table.is_file() else []
+    lines = read(table)
     key = ("versions", "python")
     lines = [one for one in lines if any(one[name] != line[name] for name in key)] + [line]
     order = [(row.versions, row.python) for row in ROWS]
@@ -228,9 +249,9 @@ def main(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    if unknown := [word for word in argv if word not in {*names, *pythons, "--list"}]:
+    if unknown := [word for word in argv if word not in {*names, *pythons, "--failed", "--list"}]:
         expected = ", ".join(sorted(names | pythons))
-        print(f"error: {unknown[0]}: expected {expected}, or --list", file=sys.stderr)
+        print(f"error: {unknown[0]}: expected {expected}, --failed or --list", file=sys.stderr)
         return 2
     chosen = [
         row
@@ -243,8 +264,11 @@ def main(argv: Sequence[str]) -> int:
             needed = ", ".join(map(str, requirements(ROOT / "pyproject.toml")))
             print(f"{row.versions} on Python {row.python} ({interpreter(row.python) or 'not here'}): {needed}")
             continue
+        before = {(one["versions"], one["python"]): one for one in read(TABLE)}.get((row.versions, row.python), {})
+        if "--failed" in argv and before.get("failed", "0") in ("", "0"):
+            continue
         with tempfile.TemporaryDirectory(prefix="ldm-versions-") as folder:
-            line = measure(row, Path(folder))
+            line = run_failed(before, row, Path(folder)) if "--failed" in argv else measure(row, Path(folder))
         write(line, TABLE)
         print(" ".join(f"{name} {line[name]}" for name in COLUMNS if line[name]), flush=True)
         bad += line["failed"] != "0"
