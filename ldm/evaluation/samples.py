@@ -56,7 +56,7 @@ def sampling_protocol(request: SampleRequest) -> dict[str, Any]:
     from ldm.devices import resolve_precision
 
     options = request.options
-    settings = {
+    settings: dict[str, Any] = {
         "data": request.source.data_card.fingerprint,
         "labels": _conditions(request),
         "autoencoder": request.source.latent_space,

@@ -146,7 +146,8 @@ def fit(
 
 def steps_done(trainer: L.Trainer, start: int, parts: int) -> int:
     """Return the number of steps done by a trainer that began with step `start`, of `parts` batches each."""
-    return start + trainer.fit_loop.epoch_loop.batch_progress.total.processed // parts
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total  # its type has no `processed`
+    return start + total.processed // parts
 
 
 def check_device(accelerator: str, strategy: str, precision: str | int) -> None:
