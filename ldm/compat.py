@@ -88,7 +88,7 @@ def lerp_(values: list[Any], ends: list[Any], weight: float) -> None:
     for sharded in (False, True):
         pairs = [pair for pair in zip(values, ends, strict=True) if hasattr(pair[0], "device_mesh") == sharded]
         if pairs:
-            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), weight)
+            torch._foreach_lerp_([value for value, _ in pairs], [end for _, end in pairs], weight)
 
 
 def is_compiled(module: "nn.Module") -> bool:
