@@ -216,7 +216,7 @@ def storage(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     forget_trackio()
-    from trackio.sqlite_storage import SQLiteStorage
+    SQLiteStorage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
 
     yield SQLiteStorage
     forget_trackio()
