@@ -79,16 +79,10 @@ def has_fast_bfloat16() -> bool:
 
 
 def lerp_(values: list[Any], ends: list[Any], weight: float) -> None:
-    """Apply lerp_ to each tensor and its end in one call, as torch's optimisers do; a call per tensor is slow.
-
-    Sharded tensors (DTensor) have a call of their own: torch 2.9 takes no list of both kinds.
-    """
+    """Apply lerp_ to each tensor and its end in one call, as torch's optimisers do; a call per tensor is slow."""
     import torch
 
-    for sharded in (False, True):
-        pairs = [pair for pair in zip(values, ends, strict=True) if hasattr(pair[0], "device_mesh") == sharded]
-        if pairs:
-            torch._foreach_lerp_([value for value, _ in pairs], [end for _, end in pairs], weight)
+    torch._foreach_lerp_(values, ends, weight)
 
 
 def is_compiled(module: "nn.Module") -> bool:

@@ -21,6 +21,7 @@ from ldm.training import validation
 from ldm.training.callbacks import EMACallback, EvaluationCallback
 from ldm.training.diffusion import LitDiffusion
 from ldm.training.fit import fit
+from ldm.training.sharded import ShardAverages
 from ldm.training.validation import HeldOutLoss, ValidationConfig
 
 NUM = 7
@@ -218,7 +219,8 @@ def trained(strategy="auto", watch=True, accumulate=1, dropout=0.5, steps=4):
     watching = [EvaluationCallback(held_out, lambda step, values: rows.update({step: values}), 2, ema, steps)]
     torch.manual_seed(0)
     options = {"batch_size": 4, "steps": steps, "accelerator": "cpu", "precision": "32", "strategy": strategy}
-    fit(lit, data, [EMACallback(ema), *watching * watch], accumulate_grad_batches=accumulate, **options)
+    callbacks = [ShardAverages([ema]), EMACallback(ema), *watching * watch]
+    fit(lit, data, callbacks, accumulate_grad_batches=accumulate, **options)
     return rows, lit.state_dict()
 
 
