@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -112,7 +112,7 @@ class Gathered:
 
 
 class ShardAverages(L.Callback):
-    """Shard averages as their modules' weights are."""
+    """Shard averages as their modules' weights are, before they follow them."""
 
     def __init__(self, averages: Sequence[Any]):
         self.averages = averages
@@ -121,3 +121,9 @@ class ShardAverages(L.Callback):
         for average in self.averages:
             live = trainable_parameters(average.module)
             average.shadow = {name: distribute_like(value, live[name]) for name, value in average.shadow.items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, lit: L.LightningModule, *args: Any) -> None:
+        """Give the module its shards back, which the optimizer changed: torch 2.9 leaves whole weights in it."""
+        for module in lit.modules():
+            if hasattr(module, "reshard"):
+                cast(Any, module).reshard()
