@@ -148,7 +148,7 @@ class LazyDataset(Dataset):
         """Return the samples, (epoch, index) pairs: `batch_metadata`, image (B, C, H, W) float32 in [-1, 1], and sizes.
 
         The sizes are (B, 2) int64, height first, in pixels: `original_size`, of the file's image; `crop`, the corner of
-        the square in that image once it is scaled; `target_size`, of the square.
+        the sample in that image once it is scaled; `target_size`, of the sample.
         """
         batch = self.batch_metadata(samples)
         images, originals = zip(*(self.decode(i) for i in batch["index"]), strict=True)

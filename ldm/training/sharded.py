@@ -112,7 +112,7 @@ class Gathered:
 
 
 class ShardAverages(L.Callback):
-    """Shard averages as their modules' weights are, before they follow them."""
+    """Shard averages as their modules' weights are, and keep the weights sharded while the averages follow them."""
 
     def __init__(self, averages: Sequence[Any]):
         self.averages = averages

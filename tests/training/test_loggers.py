@@ -216,7 +216,7 @@ def storage(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     forget_trackio()
-    SQLiteStorage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    from trackio.sqlite_storage import SQLiteStorage
 
     yield SQLiteStorage
     forget_trackio()
