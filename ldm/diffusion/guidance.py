@@ -31,7 +31,7 @@ def cfg(
     """
     if scale == 1:
         return lambda x_t, t: denoiser(x_t, t, cond)
-    both = cond.cat(_null(uncond, f"scale {scale}"))
+    both = cond.cat(require_null(uncond, f"scale {scale}"))
     lo, hi = interval
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
@@ -40,11 +40,21 @@ def cfg(
         conditional, unconditional = denoise_parts(denoiser, both, x_t, t)
         x0, eps = unconditional.x0.lerp(conditional.x0, scale), unconditional.eps.lerp(conditional.eps, scale)
         if rescale:
-            x0 = x0.lerp(x0 * (_std(conditional.x0) / _std(x0)), rescale)
-            eps = eps_at(denoiser.schedule, x_t, t, x0)
+            x0, eps = rescale_x0(denoiser, x_t, t, x0, conditional.x0, rescale)
         return Denoised(x0, eps, conditional.var_frac)
 
     return denoise
+
+
+def rescale_x0(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, x0: Tensor, conditional: Tensor, rescale: float
+) -> tuple[Tensor, Tensor]:
+    """Return x0, its standard deviation moved towards the conditional x0's, and its eps (Lin et al. 2023, eq. 15-16).
+
+    rescale: in [0, 1], by how much.
+    """
+    x0 = x0.lerp(x0 * (_std(conditional) / _std(x0)), rescale)
+    return x0, eps_at(denoiser.schedule, x_t, t, x0)
 
 
 def denoise_parts(denoiser: Denoiser, stacked: Condition, x_t: Tensor, t: Tensor, parts: int = 2) -> list[Denoised]:
@@ -62,7 +72,7 @@ def cfg_channels(
     DiT's published samples were generated in this way.
     Raises ConfigError if there is no uncond.
     """
-    both = cond.cat(_null(uncond, f"scale {scale}"))
+    both = cond.cat(require_null(uncond, f"scale {scale}"))
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         conditional, unconditional = denoise_parts(denoiser, both, x_t, t)
@@ -87,7 +97,7 @@ def cfg_image_text(
     """
     if scale == image_scale == 1:
         return lambda x_t, t: denoiser(x_t, t, cond)
-    uncond = _null(uncond, f"scale {scale}, image_scale {image_scale}")
+    uncond = require_null(uncond, f"scale {scale}, image_scale {image_scale}")
     if cond.concat is None:
         raise ConfigError("guidance=cfg_image_text: this model has no image condition; choose guidance=cfg")
     stacked = cond.cat(replace(uncond, concat=cond.concat), uncond)
@@ -165,7 +175,8 @@ def guidance_embedded(denoiser: Denoiser, cond: Condition, uncond: Condition | N
     return denoise
 
 
-def _null(uncond: Condition | None, option: str) -> Condition:
+def require_null(uncond: Condition | None, option: str) -> Condition:
+    """Return uncond. Raises ConfigError naming the option that needs it if it is None."""
     if uncond is None:
         raise ConfigError(
             f"guidance with {option} needs a null condition and has none; train with condition dropout, or use scale 1"

@@ -105,7 +105,8 @@ def check_conditions(model: "LatentDiffusion", request: SampleRequest) -> None:
     """Check that the model accepts every condition in `request`.
 
     Raises UserError if the request has a prompt, a size, an input or a `keep_conditions` entry that neither the model's
-    conditioner nor the task uses, or if the guidance classifier or the weak model for autoguidance was trained in a different latent space.
+    conditioner nor the task uses, or if the guidance classifier or the weak model for autoguidance was trained in a
+    different latent space.
     """
     keys = model.conditioner.keys
     text = request.text_option

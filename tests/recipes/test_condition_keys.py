@@ -1,10 +1,10 @@
 import pytest
+from omegaconf import OmegaConf
 
 from ldm.data.degrade import DegradedDataset, bicubic
 from ldm.data.synthetic import Synthetic
 from ldm.errors import UserError
 from ldm.recipes.checks import check_keys
-from omegaconf import OmegaConf
 
 DATA = Synthetic(num=2, size=16)
 SPATIAL = "ldm.conditioner.spatial."
