@@ -53,6 +53,16 @@ def offset(noise: KeyedNoise, x0: Tensor, strength: float = 0.1) -> Tensor:
     return noise.normal("eps", x0) + strength * noise.normal("offset", channel)
 
 
+def nearest(noise: KeyedNoise, x0: Tensor, candidates: int = 4) -> Tensor:
+    """Draw that of several standard normals eps (B, C, ...) which is nearest to x0, for each row on its own.
+
+    Li et al. 2025, immiscible diffusion with k nearest noises.  candidates: how many are drawn.
+    """
+    drawn = torch.stack([noise.normal("eps" if i == 0 else f"eps/{i}", x0) for i in range(candidates)])
+    distance = (drawn - x0).flatten(2).square().sum(2)  # (candidates, B)
+    return drawn[distance.argmin(0), torch.arange(len(x0), device=x0.device)]
+
+
 class Objective(nn.Module):
     """The denoising loss E_t,eps [w error(out, a x0 + b eps)].
 

@@ -75,6 +75,22 @@ def consistency(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noi
     return x
 
 
+def tcd(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw, gamma: float = 0.3) -> Tensor:
+    """Sample a trajectory consistency model (Zheng et al. 2024, algorithm 4).
+
+    Each step goes down to (1 - gamma) s with DDIM, and back up to s by adding noise: gamma = 0 is DDIM, gamma = 1 is
+    `consistency`.
+    """
+    for t, s in time_pairs(ts):
+        x0, eps, _ = denoise(x, t)
+        below = (1 - gamma) * s
+        (alpha_s, _), (alpha, sigma) = schedule.alpha_sigma(s), schedule.alpha_sigma(below)
+        x = alpha * x0 + sigma * eps if below > 0 else x0
+        if s > below:
+            x = alpha_s / alpha * x + forward_variance(schedule, s, below).sqrt() * noise(x)
+    return x
+
+
 def ddim_invert(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
     """Run DDIM backwards, from the state x at ts[-1] to the state at ts[0] (Song et al. 2021a, section 4.3).
 

@@ -52,6 +52,11 @@ def soft_min_snr(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 5.0) -> 
     return snr * gamma / (snr + gamma)
 
 
+def debiased(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
+    """Return sqrt(SNR): the error of eps over sqrt(SNR) (Yu et al. 2024, section 3.2)."""
+    return alpha / sigma
+
+
 def p2(alpha: Tensor, sigma: Tensor, row: Row, gamma: float = 1.0, k: float = 1.0) -> Tensor:
     """Return SNR / (k + SNR)^gamma: the error of eps over (k + SNR)^gamma (Choi et al. 2022)."""
     snr = (alpha / sigma) ** 2

@@ -61,6 +61,16 @@ def sde_step(strength):
     return step
 
 
+def tcd_step(gamma):
+    def step(g, t, s):
+        low = (1 - gamma) * s
+        a, b, _ = ddim_step(0.0)(g, t, low)
+        a_s, s_s, a_low, s_low = coefficients(g.schedule, s, low)
+        return a_s / a_low * a, a_s / a_low * b, s_s**2 - (a_s / a_low * s_low) ** 2
+
+    return step
+
+
 def learned_step(var_frac):
     def step(g, t, s):
         a, b, low = ddpm_step(False)(g, t, s)
@@ -95,6 +105,7 @@ STOCHASTIC = {
     "ddim_half": (partial(sampler.ddim, eta=0.5), ddim_step(0.5)),
     "interpolant_sde": (sampler.interpolant_sde, sde_step(1.0)),
     "interpolant_sde_half": (partial(sampler.interpolant_sde, strength=0.5), sde_step(0.5)),
+    "tcd": (partial(sampler.tcd, gamma=0.4), tcd_step(0.4)),
     "ddpm_learned": (ddpm_learned, learned_step(0.3)),
     "langevin": (correction.langevin, langevin_step(0.16)),
 }

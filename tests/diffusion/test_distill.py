@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.condition import Condition
 from ldm.diffusion import distill, guidance, objective, prediction, sampler, schedule, times, weighting
-from ldm.diffusion.denoiser import Denoiser, eps_at
+from ldm.diffusion.denoiser import Denoised, Denoiser, eps_at
 from ldm.diffusion.distill import (
     ConsistencyDistillation,
     GuidanceDistillation,
@@ -245,3 +245,22 @@ def test_teacher_stays_frozen_in_eval_mode():
 def test_guidance_embedded_is_one_evaluation():
     seen = guidance.guidance_embedded(student(pred=prediction.X0()), Condition(), None, 4.0)(data(), f64(0.5)[0])
     torch.testing.assert_close(seen.x0, torch.full_like(seen.x0, 4.0))
+
+
+@pytest.mark.parametrize(("gamma", "same"), [(0.0, sampler.ddim), (1.0, sampler.consistency)])
+def test_trajectory_consistency_sampling_is_ddim_and_consistency_sampling_at_its_ends(gamma, same):
+    def denoise(x, t):
+        return Denoised(x.sin() + t, (x - x.sin()).cos())
+
+    ts, x = f64(1, 0.6, 0.2, 0), torch.linspace(-2, 2, 8, dtype=F64).view(2, 4)
+    got, want = (one(denoise, VP, x, ts, torch.ones_like) for one in (partial(sampler.tcd, gamma=gamma), same))
+    torch.testing.assert_close(got, want)
+
+
+def test_trajectory_consistency_sampling_goes_below_and_back_up():
+    x0, eps = f64(0.3, -0.2)[None], f64(1.1, 0.4)[None]
+    got = sampler.tcd(lambda x, t: Denoised(x0, eps), VP, x0, f64(0.9, 0.5), lambda x: f64(0.7, 0.9)[None], gamma=0.4)
+    (alpha, sigma), (low_alpha, low_sigma) = VP.alpha_sigma(f64(0.5)), VP.alpha_sigma(f64(0.3))
+    factor = alpha / low_alpha
+    spread = (sigma**2 - (factor * low_sigma) ** 2).sqrt()
+    torch.testing.assert_close(got, factor * (low_alpha * x0 + low_sigma * eps) + spread * f64(0.7, 0.9))

@@ -9,6 +9,7 @@ from torch import nn
 from ldm.condition import Condition
 from ldm.diffusion import objective, prediction, schedule, times, variance, weighting
 from ldm.diffusion.denoiser import Denoised, Denoiser
+from ldm.diffusion.input_perturbation import InputPerturbation
 from ldm.tensors import KeyedNoise
 
 DISCRETE = partial(times.independent, density=times.discrete)
@@ -364,3 +365,35 @@ class Affine(nn.Module):
         i = place.floor().clamp(max=7).long()
         a, b = torch.lerp(self.knots[i], self.knots[i + 1], (place - i)[:, None]).unbind(1)
         return a[:, None] * x + b[:, None]
+
+
+def test_nearest_noise_is_the_nearest_of_its_candidates_for_each_row():
+    x0 = data()[0]
+    drawn = [NOISE.normal("eps", x0), *(NOISE.normal(f"eps/{i}", x0) for i in (1, 2))]
+    got = objective.nearest(NOISE, x0, candidates=3)
+    for row in range(3):
+        best = min((eps[row] for eps in drawn), key=lambda eps: float(((eps - x0[row]) ** 2).sum()))
+        assert torch.equal(got[row], best)
+    assert torch.equal(objective.nearest(NOISE, x0, candidates=1), drawn[0])
+    assert torch.equal(objective.nearest(KeyedNoise(0, [2]), x0[2:], candidates=3)[0], got[2])  # whatever the batch
+
+
+def test_input_perturbation_adds_noise_to_the_input_alone():
+    d, x0, t = make(), data()[0], f64(0.1, 0.5, 0.9)
+    plain = objective.Objective(lambda noise, x0, schedule: t, weighting.v)
+    terms = InputPerturbation(plain, gamma=0.25)(d, x0, Condition(), NOISE, {})
+    alpha, sigma = (c.view(3, 1, 1, 1) for c in d.schedule.alpha_sigma(t))
+    eps, xi = NOISE.normal("eps", x0), NOISE.normal("input_perturbation", x0)
+    out = d.net(alpha * x0 + sigma * (eps + 0.25 * xi), 1000 * t - 1, None)
+    torch.testing.assert_close(terms["error"], (out - (alpha * eps - sigma * x0)).square().flatten(1).mean(1))
+    still, at = (
+        InputPerturbation(plain, gamma=0.0)(d, x0, Condition(), NOISE, {}),
+        plain.loss_at(d, x0, Condition(), t, eps),
+    )
+    assert torch.equal(still["loss"], at["loss"])
+
+
+def test_debiased_weight_divides_the_error_of_eps_by_sqrt_snr():
+    alpha, sigma = schedule.cosine().alpha_sigma(f64(0.1, 0.5, 0.9))
+    row = prediction.Eps().coefficients(alpha, sigma)
+    torch.testing.assert_close(weighting.debiased(alpha, sigma, row) / weighting.eps(alpha, sigma, row), sigma / alpha)

@@ -131,9 +131,7 @@ def test_network_packed_for_sampling_is_perturbed_too(perturb):
 
 
 def test_layers_that_do_not_exist_are_named():
-    with pytest.raises(
-        ConfigError, match=r"layers: the network has no layer 'mid'; it has blocks\.0\.attention, "
-    ):
+    with pytest.raises(ConfigError, match=r"layers: the network has no layer 'mid'; it has blocks\.0\.attention, "):
         perturbed.self_attentions(dit(), ["mid"])
     with pytest.raises(ConfigError, match="the network has no self-attention"):
         perturbed.self_attentions(unet(attention_resolutions=()), None)
