@@ -75,6 +75,7 @@ class KuramotoSivashinsky(TrajectoryDataset):
         key = (SOLVER, split, num, times, points, length, viscosity, time_step, steps, warmup, seed)
         vector = torch.stack([lengths / UNITS[0], viscosities / UNITS[1]], 1).float()
         super().__init__(f"kuramoto_sivashinsky-{split}", cached("kuramoto_sivashinsky", key, create)[0], scale, vector)
+        self.time_step, self.solver_steps = time_step, steps
         self.interval = steps * time_step  # time between two states
 
 
