@@ -1,5 +1,5 @@
 """Forecasts of a chaotic field by three models: python experiments/kuramoto_sivashinsky/measure.py [runs=runs]
-[seeds=0,1,2] [models=regression,diffusion,refiner] [steps=16000] ...
+[seeds=0,1,2] [models=regression,diffusion,refiner] [steps=8000] ...
 
 Trains what is missing, then rolls every kept checkpoint out over the held-out trajectories.  Writes, as soon as a row
 is known, results.csv (a row for each model and seed), curve.csv (for each checkpoint) and solver.csv (the solver from
@@ -27,6 +27,7 @@ from ldm.diffusion import grids, sampler
 from ldm.io import atomic
 from ldm.metrics import forecast
 from ldm.report import rows
+from ldm.runs.folder import find_run
 from ldm.sampling.forecast import Draw, change_sampler, rollout
 from ldm.sampling.request import load_held_out
 from ldm.tensors import KeyedNoise
@@ -42,40 +43,49 @@ MODELS: Mapping[str, tuple[Sequence[str], Any, int]] = {
 COLOURS = {"regression": plotting.BLUE, "diffusion": plotting.RED, "refiner": plotting.GREEN}
 ERRORS = (1e-2, 1e-3, 1e-4)  # of the solver's initial state
 MEMBERS, LEADS = 5, (10, 30, 60)  # of an ensemble; states after its start at which it is scored
-SENSORS = (0, 4, 8, 16)  # points at which each next state is known
-OBSERVED = 100  # states of a rollout with sensors, of which the second half is scored
+SENSORS = (4, 8, 16)  # points at which each next state is known
+OBSERVED = 60  # states of a rollout with sensors, of which the second half is scored
+EVERY = 2000  # steps between checkpoints that are scored
 LOW_WAVES = 30  # wave numbers of the spectrum error that have more than rounding noise
 MakeDraw = Callable[..., Draw]  # (seeds, vector=..., observe=...) -> draw
 
 
 def main(*words: str) -> None:
     torch.set_num_threads(1)
-    options = {"runs": "runs", "seeds": "0,1,2", "models": ",".join(MODELS), "steps": "16000"}
+    options = {"runs": "runs", "seeds": "0,1,2", "models": ",".join(MODELS), "steps": "8000"}
     more = [word for word in words if word.partition("=")[0] not in options]
     options |= dict(word.split("=", 1) for word in words if word.partition("=")[0] in options)
-    folders = {}
-    for seed in options["seeds"].split(","):
-        for name in options["models"].split(","):
-            arguments = [f"seed={seed}", f"runs={options['runs']}/kuramoto_sivashinsky-{name}-{seed}"]
-            arguments += [f"training.steps={options['steps']}", f"training.sample_every={options['steps']}"]
-            folders[name, int(seed)] = train(name, [*arguments, *more])
-    data = load_held_out(next(iter(folders.values())))
-    solver_times(data)
-    for (name, seed), run in folders.items():
-        measure_run(name, seed, run, data)
-    draw_figures({name: run for (name, seed), run in folders.items() if seed == int(options["seeds"].split(",")[0])}, data)
+    seeds, models, steps = options["seeds"].split(","), options["models"].split(","), options["steps"]
+    for seed in seeds:
+        shown = {}
+        for name in models:
+            folder = Path(options["runs"]) / f"kuramoto_sivashinsky-{name}-{seed}"
+            often = (f"training.steps={steps}", f"training.sample_every={steps}")
+            shown[name] = train(name, folder, [f"seed={seed}", *often, *more])
+            data = load_held_out(shown[name])
+            solver_times(data)
+            measure_run(name, int(seed), shown[name], data)
+        if seed == seeds[0]:
+            fields({name: rolled_out(run) for name, run in shown.items()}, data).savefig(
+                HERE / "fields.png", metadata={"Software": None}
+            )
+            drawn = {name: rolled_out(run) for name, run in shown.items()}
+        figure(drawn, data).savefig(HERE / "figure.png", metadata={"Software": None})
 
 
-def train(name: str, arguments: Sequence[str]) -> Path:
-    """Train a model unless it is trained; return its run. `seconds.json` in it has the CPU seconds of a step."""
+def train(name: str, folder: Path, arguments: Sequence[str]) -> Path:
+    """Train a model, in a folder of its own, unless it is trained; return its run.
+
+    `seconds.json` in the run has the steps and the CPU seconds of the last command that trained it.
+    """
     overrides, _, evaluations = MODELS[name]
-    words = ["experiment=kuramoto_sivashinsky", *overrides, f"training.score.steps={evaluations}", *arguments]
-    folder = Path(next(word for word in arguments if word.startswith("runs="))[5:])
+    words = ["experiment=kuramoto_sivashinsky", *overrides, f"training.score.steps={evaluations}", f"runs={folder}"]
+    words += arguments
     done, before = step_of(folder), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, str(ROOT / "train.py"), *words], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    (run,) = (file.parent for file in folder.glob("*/metrics.json"))
-    if (new := step_of(folder) - done) > 0 and not (run / "seconds.json").is_file():
+    run = find_run(folder)
+    if (new := step_of(folder) - done) > 0:
         spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         atomic.write_json(run / "seconds.json", {"steps": new, "cpu_seconds": spent})
     return run
@@ -90,7 +100,7 @@ def measure_run(name: str, seed: int, run: Path, data: Any) -> None:
     """Add the missing rows of a run: of each checkpoint to curve.csv, of the last to results.csv."""
     seconds = json.loads((run / "seconds.json").read_text()) if (run / "seconds.json").is_file() else None
     steps = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
-    for step in steps:
+    for step in (step for step in steps if step % EVERY == 0 or step == steps[-1]):
         key = {"model": name, "seed": seed, "step": step}
         minutes = None if seconds is None else step * seconds["cpu_seconds"] / seconds["steps"] / 60
         make_draw = None
@@ -141,9 +151,8 @@ def all_scores(make_draw: MakeDraw, data: Any, run: Path) -> dict[str, float]:
 
 
 def ensemble_scores(make_draw: MakeDraw, data: Any) -> dict[str, float]:
-    """Roll MEMBERS forecasts out of each first state; spread over error, fair CRPS and one member's absolute error.
-
-    Named by the time since the start.
+    """Roll MEMBERS forecasts out of each first state; spread over error, error of the mean, fair CRPS, and one
+    member's absolute error, named by the time since the start.
     """
     truth = data.states[:, : max(LEADS) + 1].double()
     num, scores = len(truth), {}
@@ -153,6 +162,7 @@ def ensemble_scores(make_draw: MakeDraw, data: Any) -> dict[str, float]:
         at, exact = members[:, :, lead], truth[:, lead]
         ratio = forecast.spread_over_error(at, exact)
         values = {"spread_over_error": ratio, "crps": forecast.crps(at, exact).mean()}
+        values["mean_rmse"] = forecast.rmse(at.mean(0), exact)
         values["absolute_error"] = (at[0] - exact).abs().mean()
         scores |= {f"{name}_{lead * data.interval:g}": float(value) for name, value in values.items()}
     return scores
@@ -164,10 +174,9 @@ def sensor_scores(make_draw: MakeDraw, data: Any) -> dict[str, float]:
     num, points = len(truth), truth.shape[-1]
     for sensors in SENSORS:
         known = torch.zeros(num, 1, points, dtype=torch.bool)
-        if sensors:
-            known[..., :: points // sensors] = True
-        observe = (lambda step, known=known: (truth[:, step + 1], known)) if sensors else None
-        drawn = rollout(make_draw(list(range(num)), observe=observe), truth[:, 0].roll(1, 0), truth.shape[1] - 1)
+        known[..., :: points // sensors] = True
+        draw = make_draw(list(range(num)), observe=lambda step, known=known: (truth[:, step + 1], known))
+        drawn = rollout(draw, truth[:, 0].roll(1, 0), truth.shape[1] - 1)
         half = truth.shape[1] // 2
         scores[f"rmse_sensors_{sensors}"] = float(forecast.rmse(drawn[:, half:].clamp(-9, 9), truth[:, half:]))
     return scores
@@ -205,15 +214,18 @@ def add_row(table: Path, row: Mapping[str, Any]) -> None:
     rows.append(table, row)
 
 
-def draw_figures(runs: Mapping[str, Path], data: Any) -> None:
-    """Draw figure.png, curves of all seeds, and fields.png, a forecast of each model, from one seed's runs."""
-    drawn = {name: atomic.read_tensors(run / "measured" / "rollout.safetensors")["drawn"] for name, run in runs.items()}
-    figure = plotting.canvas(1180, 400)
-    times(plotting.panel(figure, 60, 40, 310, 290, "time until the correlation is below 0.8", "CPU minutes of training"))
-    spreads(plotting.panel(figure, 450, 40, 290, 290, "ensembles", "error of the mean", "spread"), data)
-    spectra(plotting.panel(figure, 830, 40, 310, 290, "power in the second half", "wave number"), drawn, data)
-    figure.savefig(HERE / "figure.png", metadata={"Software": None})
-    fields(drawn, data).savefig(HERE / "fields.png", metadata={"Software": None})
+def rolled_out(run: Path) -> Tensor:
+    """Return the forecasts (N, T, 1, points) of a run's last checkpoint."""
+    return atomic.read_tensors(run / "measured" / "rollout.safetensors")["drawn"]
+
+
+def figure(drawn: Mapping[str, Tensor], data: Any) -> Any:
+    """Draw the scores of all rows, and the spectra of one seed's forecasts."""
+    canvas = plotting.canvas(1180, 400)
+    times(plotting.panel(canvas, 60, 40, 310, 290, "time until the correlation is below 0.8", "CPU minutes of training"))
+    spreads(plotting.panel(canvas, 450, 40, 290, 290, "ensembles", "error of the mean", "spread"), data)
+    spectra(plotting.panel(canvas, 830, 40, 310, 290, "power in the second half", "wave number"), drawn, data)
+    return canvas
 
 
 def times(axes: Any) -> None:
@@ -257,15 +269,17 @@ def spectra(axes: Any, drawn: Mapping[str, Tensor], data: Any) -> None:
 
 
 def fields(drawn: Mapping[str, Tensor], data: Any) -> Any:
-    """Draw the first trajectory in space (up) and time (to the right): truth, forecasts and their differences."""
-    truth, (high, wide) = data.states[0, :, 0].T, data.states.shape[1:4:2][::-1]
-    figure = plotting.canvas(2 * 2 * wide + 140, len(drawn) * (high * 2 + 26) + 2 * high + 34)
-    plotting.image(figure, (truth / 4)[None], 70, 22, 2, "truth")
-    for i, (name, states) in enumerate(drawn.items(), 1):
-        top = 22 + i * (2 * high + 26)
-        plotting.image(figure, (states[0, :, 0].T / 4)[None], 70, top, 2, name)
-        plotting.image(figure, ((states[0, :, 0].T - truth) / 4)[None], 100 + 2 * wide, top, 2, f"{name} - truth")
-    return figure
+    """Draw the first trajectory, space up and time to the right: truth, forecasts and their differences from it."""
+    truth, width, height = data.states[0, :, 0], 2 * data.states.shape[1], data.states.shape[-1]
+    canvas = plotting.canvas(3 * width + 140, len(drawn) * (height + 40) + 30)
+    for i, (name, states) in enumerate(drawn.items()):
+        shown = {"truth": truth, name: states[0, :, 0], f"{name} - truth": states[0, :, 0] - truth}
+        for k, (title, field) in enumerate(shown.items()):
+            axes = plotting.panel(canvas, 50 + k * (width + 35), 24 + i * (height + 40), width, height, title)
+            extent = (0, (len(truth) - 1) * data.interval, 0, height)
+            axes.imshow(field.T, "RdBu_r", vmin=-4, vmax=4, origin="lower", aspect="auto", extent=extent)
+            axes.set_yticks([])
+    return canvas
 
 
 if __name__ == "__main__":
