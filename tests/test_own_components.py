@@ -205,7 +205,7 @@ WRONG = [
     ),
     (
         {"logger": {"_target_": "our_paper.eval.Mute"}},
-        "logger: our_paper.eval.Mute has no log_metrics, log_image, log_table",
+        "logger: our_paper.eval.Mute has no log_metrics, log_file, log_table",
     ),
     (
         {"metrics__metrics__mine": {"_target_": "our_paper.hub.Unfinished", "_partial_": True}},
@@ -385,7 +385,7 @@ def test_samples_of_any_shape_train_resume_and_sample(conf, shape, tmp_path, cap
         assert f"grids       none: {fault} of 1 or 3 or 4 channels" in capfd.readouterr().out
         (folder,) = Path("runs").iterdir()
         card = {"fingerprint": f"waves-train-20-{list(shape)}", "shape": list(shape), "classes": [], "captions": []}
-        assert json.loads((folder / "data.json").read_text()) == card
+        assert json.loads((folder / "data.json").read_text()) == {**card, "medium": "image", "rate": None}
         before = atomic.read_tensors(folder / "weights.safetensors")
         for name in ("metrics.json", "weights.safetensors"):
             (folder / name).unlink()
