@@ -1,5 +1,5 @@
 """Forecasts of a chaotic field by three models: python experiments/kuramoto_sivashinsky/measure.py [runs=runs]
-[seeds=0,1,2] [models=regression,diffusion,refiner] [steps=8000] ...
+[seeds=0,1,2] [models=regression,diffusion,refiner] [steps=5000] ...
 
 Trains what is missing, then rolls every kept checkpoint out over the held-out trajectories.  Writes, as soon as a row
 is known, results.csv (a row for each model and seed), curve.csv (for each checkpoint) and solver.csv (the solver from
@@ -45,14 +45,14 @@ ERRORS = (1e-2, 1e-3, 1e-4)  # of the solver's initial state
 MEMBERS, LEADS = 5, (10, 30, 60)  # of an ensemble; states after its start at which it is scored
 SENSORS = (4, 8, 16)  # points at which each next state is known
 OBSERVED = 60  # states of a rollout with sensors, of which the second half is scored
-EVERY = 2000  # steps between checkpoints that are scored
+EVERY = 1000  # steps between checkpoints that are scored
 LOW_WAVES = 30  # wave numbers of the spectrum error that have more than rounding noise
 MakeDraw = Callable[..., Draw]  # (seeds, vector=..., observe=...) -> draw
 
 
 def main(*words: str) -> None:
     torch.set_num_threads(1)
-    options = {"runs": "runs", "seeds": "0,1,2", "models": ",".join(MODELS), "steps": "8000"}
+    options = {"runs": "runs", "seeds": "0,1,2", "models": ",".join(MODELS), "steps": "5000"}
     more = [word for word in words if word.partition("=")[0] not in options]
     options |= dict(word.split("=", 1) for word in words if word.partition("=")[0] in options)
     seeds, models, steps = options["seeds"].split(","), options["models"].split(","), options["steps"]
@@ -265,6 +265,7 @@ def spectra(axes: Any, drawn: Mapping[str, Tensor], data: Any) -> None:
     for name, states in drawn.items():
         power = forecast.power_spectrum(states[:, half:])[1:]
         axes.semilogy(range(1, len(truth)), power, color=COLOURS[name], linewidth=1, label=name)
+    axes.set_ylim(float(truth[1 : 1 + LOW_WAVES].min()) / 1e4)
     plotting.legend(axes)
 
 
