@@ -222,7 +222,9 @@ def rolled_out(run: Path) -> Tensor:
 def figure(drawn: Mapping[str, Tensor], data: Any) -> Any:
     """Draw the scores of all rows, and the spectra of one seed's forecasts."""
     canvas = plotting.canvas(1180, 400)
-    times(plotting.panel(canvas, 60, 40, 310, 290, "time until the correlation is below 0.8", "CPU minutes of training"))
+    times(
+        plotting.panel(canvas, 60, 40, 310, 290, "time until the correlation is below 0.8", "CPU minutes of training")
+    )
     spreads(plotting.panel(canvas, 450, 40, 290, 290, "ensembles", "error of the mean", "spread"), data)
     spectra(plotting.panel(canvas, 830, 40, 310, 290, "power in the second half", "wave number"), drawn, data)
     return canvas
@@ -251,7 +253,9 @@ def spreads(axes: Any, data: Any) -> None:
     largest = 0.0
     for row in rows.read(HERE / "results.csv"):
         for lead in LEADS:
-            ratio, error = (float(row[f"{name}_{lead * data.interval:g}"]) for name in ("spread_over_error", "mean_rmse"))
+            ratio, error = (
+                float(row[f"{name}_{lead * data.interval:g}"]) for name in ("spread_over_error", "mean_rmse")
+            )
             axes.plot(error, ratio * error, "o", color=COLOURS[row["model"]], markersize=4, alpha=0.7)
             largest = max(largest, error, ratio * error)
     axes.plot([0, largest], [0, largest], color=plotting.SOFT, linewidth=0.8)

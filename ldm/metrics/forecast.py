@@ -56,7 +56,9 @@ def log_spectrum_error(forecast: Tensor, truth: Tensor, waves: int | None = None
     """
     highest = truth.shape[-1] // 2 if waves is None else waves
     if not 1 <= highest <= truth.shape[-1] // 2:
-        raise ConfigError(f"waves={waves}: expected 1 to {truth.shape[-1] // 2}, for fields of {truth.shape[-1]} points")
+        raise ConfigError(
+            f"waves={waves}: expected 1 to {truth.shape[-1] // 2}, for fields of {truth.shape[-1]} points"
+        )
     ratio = power_spectrum(forecast)[1 : highest + 1] / power_spectrum(truth)[1 : highest + 1]
     return ratio.log10().abs().mean()
 

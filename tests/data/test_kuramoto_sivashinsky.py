@@ -32,7 +32,7 @@ def test_solver_converges_with_order_four_and_conserves_mean():
 
 
 def test_solver_equals_general_integrator():
-    """The method of lines in real space: sums of sines and cosines differentiated by a matrix, Runge-Kutta of order 8."""
+    """The method of lines with the spectral derivatives as matrices, solved by a Runge-Kutta method of order 8."""
     points, length, viscosity = 16, 9.0, 0.8
     start = initial_states(1, points, (0, "reference"))
     wave = 2 * np.pi * np.fft.fftfreq(points, length / points)

@@ -49,7 +49,9 @@ def test_rollout_of_exact_model_follows_its_dynamics(schedule, method, steps):
     for n in range(4):
         torch.testing.assert_close(still[:, n], DECAY**n * state, rtol=0, atol=1e-4)
     rows = 1500
-    drawn = rollout(change_sampler(exact_model(schedule), SCALE, range(rows), ts, method), state[:1].expand(rows, 1, 8), 2)
+    drawn = rollout(
+        change_sampler(exact_model(schedule), SCALE, range(rows), ts, method), state[:1].expand(rows, 1, 8), 2
+    )
     variance = NOISE**2 * torch.tensor([1.0, 1 + DECAY**2], dtype=torch.float64)
     if method is dpmpp_2m:  # the refiner has too few steps for a variance
         torch.testing.assert_close(drawn[:, 1:].var(0).mean((1, 2)), variance, rtol=0.05, atol=0)
