@@ -12,9 +12,12 @@ from smoke import ROOT
 from torch import nn
 
 from ldm.config.compose import compose_option
+from ldm.data.kuramoto_sivashinsky import KuramotoSivashinsky, solve
 from ldm.data.memory import InMemoryDataset
+from ldm.io import atomic
 from ldm.metrics.interval import wilson
 from ldm.report import rows as report_rows
+from ldm.tensors import KeyedNoise
 
 TESTED_ELSEWHERE = {  # the scripts that compute a comparison, and where their computation is tested
     "engines/matrix.py": "tests/test_engines.py",
@@ -339,6 +342,56 @@ def test_instruct_pix2pix_judges_by_closest_edit(tmp_path, monkeypatch):
     assert (tmp_path / "figure.png").is_file()
 
 
+def test_kuramoto_sivashinsky_scores_an_exact_model(tmp_path, monkeypatch):
+    """A model that is the solver, plus noise by seed: forecasts last, sensors correct a wrong state, rows come once."""
+    module = load("kuramoto_sivashinsky/measure.py")
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    for name, value in {"HERE": tmp_path, "LEADS": (1, 2), "OBSERVED": 4, "SENSORS": (4, 32), "LOW_WAVES": 8}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "ERRORS", (1e-2,))
+    data = KuramotoSivashinsky("test", test_trajectories=3, test_states=7, points=32, length=22.0, warmup=20.0)
+
+    def make_draw(seeds, observe=None, noise=1e-3):
+        """Solve to the next state, and put in what sensors know of it."""
+
+        def draw(state, step):
+            constants = (torch.full((len(state),), value) for value in (22.0, 1.0))
+            after = solve(state[:, 0], *constants, 0.1, 8, 8)[:, -1:]
+            after = after + noise * KeyedNoise(0, [(seed, step) for seed in seeds]).normal("some", after)
+            if observe is not None:
+                target, known = observe(step)
+                after = torch.where(known, target, after)
+            return after - state
+
+        return draw
+
+    run = tmp_path / "run"
+    for step in (1000, 1500, 2000):
+        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    atomic.write_json(run / "seconds.json", {"steps": 500, "cpu_seconds": 60.0})
+    monkeypatch.setattr(module, "sampler_of", lambda name, checkpoint, data: make_draw)
+    for _ in range(2):
+        module.solver_times(data)
+        module.measure_run("refiner", 3, run, data)
+    curve, results, solver = (report_rows.read(tmp_path / f"{name}.csv") for name in ("curve", "results", "solver"))
+    assert [(row["step"], row["cpu_minutes"]) for row in curve] == [("1000", "2"), ("2000", "4")]  # not the odd one
+    ((row,), (yardstick,)) = results, solver
+    values = {name: float(value) for name, value in row.items() if name != "model"}
+    assert values["time"] == values["time_of_mean"] == float(yardstick["time"]) == pytest.approx(4.8)  # to the end
+    assert values["one_step_rmse"] == pytest.approx(1e-3, rel=0.15)
+    assert values["spectrum_low"] < 0.1 < values["spectrum_all"]
+    # the members are noisy, the truth is not: the error of their mean is 1 / sqrt(5) of the noise
+    assert values["mean_rmse_0.8"] == pytest.approx(1e-3 / math.sqrt(5), rel=0.2)
+    assert values["spread_over_error_0.8"] == pytest.approx(math.sqrt(6), rel=0.2)
+    assert values["crps_0.8"] < values["absolute_error_0.8"] == pytest.approx(8e-4, rel=0.2)
+    assert values["mean_rmse_1.6"] > values["mean_rmse_0.8"]
+    assert values["rmse_sensors_32"] == 0 < values["rmse_sensors_4"] < 3
+    drawn = module.rolled_out(run)
+    assert drawn.shape == (3, 7, 1, 32)
+    module.figure({"refiner": drawn}, data).savefig(tmp_path / "figure.png")
+    module.fields({"refiner": drawn}, data).savefig(tmp_path / "fields.png")
+
+
 LOADED = (
     *("augmentation/measure.py", "blue_marble/measure.py", "cifar10/measure.py", "controlnet/measure.py"),
     "domain_adaptation/measure.py",
@@ -346,6 +399,7 @@ LOADED = (
     *(
         "first_stage/measure.py",
         "instruct_pix2pix/measure.py",
+        "kuramoto_sivashinsky/measure.py",
         "lora/measure.py",
         "quickstart/words.py",
         "scale/simulate.py",

@@ -63,7 +63,7 @@ PARTNERS = {  # overrides that an option needs; one of each kind of large networ
     ),
     **{
         f"data/{name}": ("data.path=here",)
-        for name in ("folder", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun")
+        for name in ("folder", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun", "trajectories")
     },
     "schedule/edm": ("process=edm",),
     "prediction/edm": ("process=edm",),
@@ -86,6 +86,7 @@ PARTNERS = {  # overrides that an option needs; one of each kind of large networ
         for way in ("progressive", "consistency", "knowledge_distillation")
     },
     "objective/guidance_distillation": ("objective.teacher._target_=test_conf.Taught", "net=smoke_guidance_embed"),
+    "net/unet_1d": ("net.dims=2", "conditioner=none"),
     "sampler/ddpm_learned": ("objective=hybrid",),
     "conditioner/layout": ("conditioner.dim=16", "conditioner.layers=1"),
     "adapter/textual_inversion": ("adapter.placeholder_token=zorbo",),
@@ -181,7 +182,7 @@ def batch(n: int = 4) -> dict:
         "caption": [f"a thing {i}" for i in rows],
         "label": label,
         "map": torch.ones(n, 16, 16, dtype=torch.long),
-        "relief": image,
+        **dict.fromkeys(("relief", "before"), image),
         "source": image,
         **uncropped(n, 16, 16),
         "low_res": image[:, :, ::4, ::4],
@@ -319,7 +320,7 @@ def trained(cfg, model) -> dict:
 
 def drawn(cfg, model) -> torch.Tensor:
     """Two images."""
-    ts = instantiate(cfg.timestep_spacing)(model.denoiser.schedule, 4)
+    ts = instantiate(cfg.timestep_spacing)(model.denoiser.schedule, min(4, getattr(model.denoiser.schedule, "T", 4)))
     return sample(model, batch(2), [0, 1], ts, instantiate(cfg.sampler), instantiate(cfg.guidance))
 
 

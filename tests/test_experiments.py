@@ -62,6 +62,10 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "instruct_pix2pix": (
         *("data=synthetic", "conditioner=[label,source_image]", "~conditioner.drop", "~conditioner.minilm"),
     ),
+    "kuramoto_sivashinsky": (
+        *("data=kuramoto_sivashinsky", "conditioner=state_before", "data.trajectories=2", "data.states=3"),
+        *("data.warmup=2.0", "net=unet_1d", "net.channels=8"),
+    ),
 }
 ON_TOP = ("lora", "controlnet", "distillation")  # of a run that is trained
 

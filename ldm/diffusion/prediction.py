@@ -44,6 +44,17 @@ class X0(_Unscaled):
 
 
 @dataclass(frozen=True)
+class Regression(X0):
+    """The data from the condition alone: the network's input x_t is 0, so that it returns a conditional mean.
+
+    With the schedule pde_refiner(steps=0), which has t = 1 alone, this is least-squares regression.
+    """
+
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.zeros_like(alpha)
+
+
+@dataclass(frozen=True)
 class V(_Unscaled):
     """v = alpha eps - sigma x0 (Salimans & Ho 2022, section 4)."""
 

@@ -172,6 +172,20 @@ def sqrt(T: int = 1000, s: float = 1e-4) -> DiscreteSchedule:
     return from_alpha_bar(lambda t: 1 - (t + s).sqrt(), T)
 
 
+def pde_refiner(steps: int = 3, min_variance: float = 4e-7) -> DiscreteSchedule:
+    """Return the schedule of PDE-Refiner's first prediction and its `steps` refinements, T = steps + 1.
+
+    Its betas are min_variance^(k / steps) for k = steps, ..., 0 (Lippe et al. 2023, section 3.2 and appendix C): the
+    noise that the last refinement removes has the variance `min_variance`, and no signal is left at t = 1. With
+    steps=0 this is t = 1 alone: a regression.
+    Raises ConfigError unless min_variance is in (0, 1) and steps 0 or more.
+    """
+    if steps < 0 or not 0 < min_variance < 1:
+        raise ConfigError(f"steps={steps} min_variance={min_variance}: expected 0 steps or more, a variance below 1")
+    exponent = torch.linspace(1, 0, steps + 1, dtype=torch.float64) if steps else torch.zeros(1)
+    return from_betas(min_variance**exponent)
+
+
 def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
     """Shift and scale alpha so that alpha(1) = 0 and the first entry stays (Lin et al. 2023, algorithm 1)."""
     alpha = schedule.alpha_bar.double().sqrt()

@@ -3,10 +3,15 @@ import math
 
 import pytest
 import torch
-from cases import F64, NO_SIGNAL, SCHEDULES, TABLES, draw, f64
+from cases import F64, NO_SIGNAL, SCHEDULES, TABLES, Net, draw, f64
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import nn
 
-from ldm.diffusion import schedule
+from ldm.diffusion import grids, prediction, schedule, times, weighting
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.objective import Objective
+from ldm.diffusion.sampler import ddpm
+from ldm.errors import ConfigError
 
 ENTRIES = torch.arange(1, 1001, dtype=F64) / 1000
 
@@ -48,6 +53,37 @@ def test_schedule_tables_match_formulas():
         schedule.sigmoid(start=0, end=3, tau=0.5).alpha_bar[499],
         (f64(6).sigmoid() - f64(3).sigmoid()) / (f64(6).sigmoid() - 0.5),
     )
+
+
+def test_pde_refiner_is_its_code_s_scheduler():
+    """pdearena's betas in diffusers' scheduler; log-SNR 14.7, 9.8, 4.9 and no signal (Lippe et al. 2023, app. C)."""
+    refiner, betas = schedule.pde_refiner(), [4e-7 ** (k / 3) for k in (3, 2, 1, 0)]
+    theirs = DDPMScheduler(num_train_timesteps=4, trained_betas=betas, prediction_type="v_prediction")
+    assert torch.allclose(refiner.alpha_bar, theirs.alphas_cumprod.double(), atol=1e-6, rtol=0)
+    times = torch.arange(1, 5, dtype=F64) / 4
+    assert refiner.log_snr(times)[:3].tolist() == pytest.approx([14.73, 9.82, 4.90], abs=0.01)
+    assert refiner.log_snr(times)[3] == -torch.inf
+    assert refiner.alpha_sigma(f64(0.25))[1] == pytest.approx(4e-7**0.5)
+    assert schedule.pde_refiner(steps=0).alpha_bar.tolist() == [0.0]
+    with pytest.raises(ConfigError, match="does not determine x0 at t = 1"):
+        Denoiser(nn.Identity(), refiner, prediction.Eps())
+    for options in ({"steps": -1}, {"min_variance": 1.0}):
+        with pytest.raises(ConfigError, match="expected 0 steps or more, a variance below 1"):
+            schedule.pde_refiner(**options)
+
+
+def test_regression_ignores_the_state_and_returns_the_output():
+    """One step of ddpm from any start is the network's output at an input of 0, and its loss is the squared error."""
+    denoiser = Denoiser(Net(), schedule.pde_refiner(steps=0), prediction.Regression())
+    x0, (a, b) = draw(0), (draw(k) for k in (1, 2))
+    expected = Net()(torch.zeros_like(a), torch.zeros(()))
+    for start in (a, b):
+        ts = grids.trailing(denoiser.schedule, 1)
+        drawn = ddpm(lambda x, t: denoiser(x, t, None), denoiser.schedule, start, ts, lambda x: 1 / 0)
+        torch.testing.assert_close(drawn, expected)
+    t = f64(1.0).expand(len(x0))
+    loss = Objective(times.independent, weighting.x0).loss_at(denoiser, x0, None, t, a)["loss"]
+    torch.testing.assert_close(loss, (expected - x0).square().mean(1))
 
 
 def test_schedule_with_more_steps_refines_same_process():
