@@ -118,8 +118,8 @@ def kind_of_first_stage(config: Any) -> str:
 
 
 def kind_of_blocks(config: Any) -> str:
-    """Return the names of the network's blocks, used in turn."""
-    return " ".join(node["_target_"].rsplit(".", 1)[1] for node in config.net.blocks)
+    """Return the names of the network's blocks, used in turn; the network's own where it has no such option."""
+    return " ".join(node["_target_"].rsplit(".", 1)[1] for node in config.net.get("blocks") or [config.net])
 
 
 def chunks(clips: Tensor) -> tuple[Tensor, ...]:
