@@ -230,10 +230,11 @@ class Downsample(nn.Module):
         super().__init__()
         self.asymmetric, self.padding_mode = asymmetric, padding_mode
         self.strides = one_for_each(stride, dims, "stride")
+        strides: Any = self.strides
         self.conv = (
-            CONV[dims](channels, channels, 3, self.strides)
+            CONV[dims](channels, channels, 3, strides)
             if asymmetric
-            else conv(channels, channels, 3, self.strides, dims, padding_mode)
+            else conv(channels, channels, 3, strides, dims, padding_mode)
         )
 
     def forward(self, x: Tensor, emb: Tensor | None = None, size: Size | None = None) -> Tensor:
