@@ -85,7 +85,7 @@ class ClipFolder(InMemoryDataset):
         clips = torch.tensor(found["clips"])  # of each sample, its row in names
         self.held_out, rows = split_train_test(names, test_fraction)[split]
         chosen = torch.isin(clips, torch.tensor(rows)).nonzero()[:, 0]
-        self.root, self.rate = root, Fraction(found["rate"])
+        self.root, self.rate = root, float(Fraction(found["rate"]))
         super().__init__(
             f"clips-{split}",
             images,
@@ -107,7 +107,7 @@ class ClipFolder(InMemoryDataset):
             )
         notes = [f"{root}: {len(names):,} clips, {len(images):,} pieces of {frames} frames", *annotations.notes]
         notes += [f"{format_size((height, width))} px{'' if channels == 3 else ', grey'}"]
-        notes += [f"{float(self.rate):g} frames a second", f"{self.held_out} clips held out"]
+        notes += [f"{self.rate:g} frames a second", f"{self.held_out} clips held out"]
         first = next(iter(self.skipped.values()), "")
         notes += [f"{len(self.skipped):,} skipped: {format_names(self.skipped)} ({first})"] if self.skipped else []
         self.summary = ", ".join(notes)
@@ -115,7 +115,7 @@ class ClipFolder(InMemoryDataset):
     @property
     def resolved_config(self) -> dict[str, Any]:
         """Values of the options that a config left open; content_hash makes run names depend on clips and captions."""
-        return {"rate": float(self.rate), "content_hash": self.content}
+        return {"rate": self.rate, "content_hash": self.content}
 
 
 def decode_clips(
