@@ -66,7 +66,15 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "own_clips": ("data.path=clips", "data.frames=8", "conditioner=label", CLIP_NET),
     **dict.fromkeys(
         ("moving", "moving/frames", "moving/factorised"),
-        ("data=clips", "data.path=clips", "data.frames=8", "data.size=32", "data.channels=1", "conditioner=label", CLIP_NET),
+        (
+            "data=clips",
+            "data.path=clips",
+            "data.frames=8",
+            "data.size=32",
+            "data.channels=1",
+            "conditioner=label",
+            CLIP_NET,
+        ),
     ),
     "moving/large": ("data=clips", "data.path=clips", "data.channels=1", "conditioner=label", CLIP_NET),
 }
@@ -112,10 +120,7 @@ def test_study_runs_its_first_job(study, smoke, tmp_path):
     before, base = finished(smoke.folder, tmp_path), [f"init={smoke.run}"] * (study in ON_TOP)
     base += [f"objective.teacher.run={smoke.run}"] * (study == "distillation")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        assert (
-            command("train.py", *first_job("budget=smoke", f"experiment={study}", *tiny(study), *base))
-            == 0
-        )
+        assert command("train.py", *first_job("budget=smoke", f"experiment={study}", *tiny(study), *base)) == 0
         made = finished(smoke.folder, tmp_path) - before
     assert made
     assert all(json.loads(done.read_text())["seconds"] > 0 for done in made)

@@ -72,7 +72,7 @@ def main(run: str) -> None:
             low, high = bootstrap(hits)
             row |= {key: float(hits.mean()), f"{key}_low": low, f"{key}_high": high}
         row["motion_judged"] = float((motion == batch["motion"]).double().mean())
-        row |= {key: float(measured[key].mean()) for key in ("speed", "acceleration", "psnr")}
+        row |= {key: float(measured[key].mean()) for key in ("speed", "acceleration", "steadiness", "continuity")}
         row["fd_moving"] = float(frechet(*reference, *gaussian(extract(judge, chunks(drawn)))))
         results.append(row)
         write(HERE / "results.csv", results)
@@ -135,7 +135,9 @@ def trained_judge(data: MovingGarments) -> MovingNet:
     """Return the judge of clips of this shape, trained on all pairs of the training garments; once, then cached."""
     torch.manual_seed(derive_seed("judge", JUDGE["seed"]))
     net = MovingNet()
-    path = cache_dir() / "judges" / f"{data.fingerprint}-{'-'.join(f'{value:g}' for value in JUDGE.values())}.safetensors"
+    path = (
+        cache_dir() / "judges" / f"{data.fingerprint}-{'-'.join(f'{value:g}' for value in JUDGE.values())}.safetensors"
+    )
     if path.is_file():
         net.load_state_dict(atomic.read_tensors(path))
         return net.eval().requires_grad_(False)
@@ -155,7 +157,9 @@ def trained_judge(data: MovingGarments) -> MovingNet:
             print(f"judge {step} of {steps}: loss {loss.item():.3f}", flush=True)
     net.eval().requires_grad_(False)
     rows = range(0, len(data), max(1, len(data) // 6000))
-    net.standardise(torch.cat([net.penultimate(to_uint8(data.pixels(rows[i : i + 200]))) for i in range(0, len(rows), 200)]))
+    net.standardise(
+        torch.cat([net.penultimate(to_uint8(data.pixels(rows[i : i + 200]))) for i in range(0, len(rows), 200)])
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_tensors(path, net.state_dict())
     return net
@@ -215,11 +219,14 @@ def figure(rows: list[dict[str, str]]) -> None:
 def pictures(real: Tensor, through: Tensor, drawn: Tensor, given: Tensor, longer: Tensor) -> None:
     """Write samples.png, a row of frames for each pair, and samples.gif and longer.gif, in which they move.
 
-    Their columns are the pairs; the rows are real clips, those through the first stage, drawn ones, and drawn ones whose
-    first frame was given.
+    Their columns are the pairs; the rows are real clips, those through the first stage, drawn ones, and drawn ones
+    with a given first frame.
     """
     sheets = [medium.sheet(list(clips), 1) for clips in (real, drawn)]
-    save_png(HERE / "samples.png", to_uint8(torch.cat([sheets[0], sheets[0].new_ones(3, sheets[0].shape[1], 8), sheets[1]], 2)))
+    save_png(
+        HERE / "samples.png",
+        to_uint8(torch.cat([sheets[0], sheets[0].new_ones(3, sheets[0].shape[1], 8), sheets[1]], 2)),
+    )
     moving(HERE / "samples.gif", [real, through, drawn, given])
     moving(HERE / "longer.gif", [longer])
 

@@ -1,4 +1,4 @@
-"""Encoders and decoders of images, applied to every frame of a clip by itself: the baseline of those over space and time.
+"""Encoders and decoders of images, applied to every frame of a clip: the baseline of those over space and time.
 
 So are the first stages of latent video models that use an image model's, as Latte (Ma et al. 2024). Weights have the
 names that the image's encoder and decoder have, so that those of a trained one load.

@@ -22,7 +22,9 @@ from ldm.errors import UserError
 from ldm.io.progress import ProgressBar
 
 READER = 1  # raise it when reading changes its result, so that clips decoded before are not used
-EXPECTED = "expected clips in it: in a subfolder for each class, or with captions beside them, or named by what they show"
+EXPECTED = (
+    "expected clips in it: in a subfolder for each class, or with captions beside them, or named by what they show"
+)
 
 
 class ClipFolder(InMemoryDataset):
@@ -64,13 +66,18 @@ class ClipFolder(InMemoryDataset):
         if channels not in (1, 3):
             raise UserError(f"channels={channels}: expected 3 for colour or 1 for grey")
         if frames < 2 or (stride is not None and stride < 1) or (rate is not None and not rate > 0):
-            raise UserError(f"frames={frames} stride={stride} rate={rate}: expected 2 frames or more, and positive numbers")
+            raise UserError(
+                f"frames={frames} stride={stride} rate={rate}: expected 2 frames or more, and positive numbers"
+            )
         if not 0 <= test_fraction < 1:
             raise UserError(f"test_fraction={test_fraction}: expected a fraction of at least 0 and below 1")
         height, width = parse_size(size, least=16)
         root = Path(path).expanduser()
         files = scan(root, EXTENSIONS, EXPECTED)
-        shape, exact = (channels, frames, height, width), None if rate is None else Fraction(rate).limit_denominator(1001)
+        shape, exact = (
+            (channels, frames, height, width),
+            None if rate is None else Fraction(rate).limit_denominator(1001),
+        )
         key = (READER, shape, str(exact), stride, os.path.realpath(root), *map(tuple, files))
         images, found = cached("clips", key, lambda: decode_clips(root, files, shape, exact, stride or frames))
         self.skipped = found["skipped"]

@@ -1,4 +1,4 @@
-"""Evaluators: small classifiers of real samples whose features replace Inception's; their distance is not called FID."""
+"""Evaluators: small classifiers of real samples whose features replace Inception's; their distance is not FID."""
 
 import torch
 from torch import Tensor, nn

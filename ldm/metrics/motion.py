@@ -62,17 +62,24 @@ def rms_acceleration(centres: Tensor) -> Tensor:
     return steps(steps(centres)).square().sum(2).mean(1).sqrt()
 
 
-def recentre(clips: Tensor, centres: Tensor) -> Tensor:
-    """Move each frame of clips so that its centre (B, F, 2) is the picture's, by linear interpolation.
-
-    What comes in from outside is background.
-    """
-    sides = clips.shape[3:]
-    middle = torch.tensor([(side - 1) / 2 for side in sides], dtype=centres.dtype, device=centres.device)
+def shift(clips: Tensor, by: Tensor) -> Tensor:
+    """Move each frame of clips by rows and columns (B, F, 2), interpolated linearly; outside is background."""
     rows, columns = (
-        shift_weights((middle - centres)[..., axis], side, side).to(clips)[:, None] for axis, side in enumerate(sides)
+        shift_weights(by[..., axis], side, side).to(clips)[:, None] for axis, side in enumerate(clips.shape[3:])
     )
     return rows @ (clips + 1) @ columns.mT - 1
+
+
+def recentre(clips: Tensor, centres: Tensor) -> Tensor:
+    """Move each frame of clips so that its centre (B, F, 2) is the picture's."""
+    middle = [(side - 1) / 2 for side in clips.shape[3:]]
+    return shift(clips, torch.tensor(middle, dtype=centres.dtype, device=centres.device) - centres)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Return the PSNR in dB of frames (B, C, F, H, W) in [-1, 1], averaged over those of a clip: (B,)."""
+    error = (a.double() - b.double()).square().mean((1, 3, 4))
+    return (10 * torch.log10(4 / error.clamp(min=EXACT))).mean(1)
 
 
 def steadiness(clips: Tensor, apart: int = 1) -> Tensor:
@@ -81,9 +88,17 @@ def steadiness(clips: Tensor, apart: int = 1) -> Tensor:
     It does not see motion, only whether the thing that moves keeps its look. A frozen clip has 86 dB, more than a real
     one: what is smoother than real is worse.
     """
-    still = recentre(clips, centre_of_mass(clips)).double()
-    error = (still[:, :, apart:] - still[:, :, :-apart]).square().mean((1, 3, 4))
-    return (10 * torch.log10(4 / error.clamp(min=EXACT))).mean(1)
+    still = recentre(clips, centre_of_mass(clips))
+    return psnr(still[:, :, apart:], still[:, :, :-apart])
+
+
+def continuity(clips: Tensor) -> Tensor:
+    """Return the mean PSNR (B,) in dB of each frame and the one before, moved on by the step before that.
+
+    Frames in another order do not continue each other.
+    """
+    step = steps(centre_of_mass(clips))
+    return psnr(shift(clips[:, :, 1:-1], step[:, :-1]), clips[:, :, 2:])
 
 
 def freeze(clips: Tensor) -> Tensor:
@@ -99,11 +114,12 @@ def shuffle_frames(clips: Tensor, index: Sequence[int], seed: int = 0) -> Tensor
 
 
 def measure_motion(clips: Tensor, motion: Tensor) -> dict[str, Tensor]:
-    """Return by name (B,): whether clips move as `motion` (B,) says, speed, rms acceleration, steadiness."""
+    """Return (B,) by name: whether clips move as `motion` (B,) says, speed, acceleration, steadiness, continuity."""
     centres = centre_of_mass(clips)
     return {
         "motion": (motions(centres) == motion.to(centres.device)).double(),
         "speed": speeds(centres),
         "acceleration": rms_acceleration(centres),
-        "psnr": steadiness(clips),
+        "steadiness": steadiness(clips),
+        "continuity": continuity(clips),
     }

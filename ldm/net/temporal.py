@@ -69,7 +69,9 @@ class InflatedUNet(UNet):
 
     spatial_dims = 3  # type: ignore[assignment]
 
-    def __init__(self, in_channels: int, out_channels: int, temporal_heads: int = 8, num_groups: int = 32, **options: Any):
+    def __init__(
+        self, in_channels: int, out_channels: int, temporal_heads: int = 8, num_groups: int = 32, **options: Any
+    ):
         super().__init__(in_channels, out_channels, num_groups=num_groups, **options)
 
         def inflate(layer: Layer) -> TemporalLayer:
@@ -100,7 +102,9 @@ class InflatedUNet(UNet):
             layers = tuple(tuple((rows(k, frames), rows(v, frames)) for k, v in layer) for layer in memory.layers)
             memory = CrossAttentionCache(layers, None if memory.mask is None else rows(memory.mask, frames))
         images = replace(cond, concat=None if cond.concat is None else fold(cond.concat.expand(-1, -1, frames, -1, -1)))
-        y = super().forward(fold(x), t, images, emb=emb if len(emb) == 1 else rows(emb, frames), memory=memory, residuals=residuals)
+        y = super().forward(
+            fold(x), t, images, emb=emb if len(emb) == 1 else rows(emb, frames), memory=memory, residuals=residuals
+        )
         return y.unflatten(0, (-1, frames)).transpose(1, 2)
 
 

@@ -50,9 +50,7 @@ def complete_clip(
 
     mask = hole.to(image).expand(len(image), 1, *image.shape[2:])
     plan = generate(model, {**batch, "image": image, "mask": mask}, noise, ts, image.shape[2:])
-    return replace(
-        plan, wrap_denoise=partial(change_x0, schedule=model.denoiser.schedule, change=hold), decode=decode
-    )
+    return replace(plan, wrap_denoise=partial(change_x0, schedule=model.denoiser.schedule, change=hold), decode=decode)
 
 
 def extend_clip(clip: Tensor, pieces: int, draw: Callable[[Tensor, int, int], Tensor]) -> Tensor:

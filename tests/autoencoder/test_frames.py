@@ -29,7 +29,8 @@ def test_frame_first_stage_is_the_images_on_every_frame(kinds, plain, options):
     clips.load_state_dict(image.state_dict())
     x = torch.rand(2, 1, 3, 8, 12, dtype=torch.float64)
     z = clips.encode(x)
-    assert z.shape == (2, 2, 3, 2, 3) and clips.last_layer is clips.decoder.last_layer
+    assert z.shape == (2, 2, 3, 2, 3)
+    assert clips.last_layer is clips.decoder.last_layer
     back = clips.decode(z)
     for k in range(3):
         assert torch.allclose(z[:, :, k], image.encode(x[:, :, k]), atol=1e-12)

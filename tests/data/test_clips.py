@@ -53,9 +53,11 @@ def test_read_clip_of_each_kind(tmp_path, name):
     else:
         animated(path, grey(12), [125 if path.suffix == ".webp" else 120] * 12)
     clip = read_clip(path, (16, 24), 3)
-    assert clip.frames.shape == (12, 3, 16, 24) and levels(clip.frames) == list(range(12))
+    assert clip.frames.shape == (12, 3, 16, 24)
+    assert levels(clip.frames) == list(range(12))
     rate = Fraction(25, 3) if path.suffix == ".gif" else 8
-    assert abs(clip.rate - rate) < 0.1 and abs(clip.end - Fraction(12) / rate) < 0.01
+    assert abs(clip.rate - rate) < 0.1
+    assert abs(clip.end - Fraction(12) / rate) < 0.01
     assert levels(clip.at_rate(clip.rate * 2)) == [k // 2 for k in range(24)]
     assert levels(clip.at_rate(clip.rate / 2)) == list(range(0, 12, 2))
     assert read_clip(path, (16, 16), 1).frames.shape == (12, 1, 16, 16)
@@ -74,18 +76,22 @@ def test_read_clip_counts_by_decoding(tmp_path):
     assert levels(read_clip(tmp_path / "lies.avi", (16, 16), 3).frames) == list(range(12))
     (tmp_path / "cut.avi").write_bytes(data[: data.index(b"movi") + 5000])
     cut = levels(read_clip(tmp_path / "cut.avi", (16, 16), 3).frames)
-    assert cut == list(range(len(cut))) and 2 < len(cut) < 11
+    assert cut == list(range(len(cut)))
+    assert 2 < len(cut) < 11
 
 
 def test_read_clip_of_variable_rate(tmp_path):
     """Frames at uneven times are held as long as they are shown."""
     (tmp_path / "v.mp4").write_bytes(encoded(grey(6), "mp4", "libx264", [0, 1, 2, 6, 7, 8]))
     clip = read_clip(tmp_path / "v.mp4", (16, 16), 3)
-    assert len(clip.frames) == 6 and clip.rate == 8
+    assert len(clip.frames) == 6
+    assert clip.rate == 8
     assert levels(clip.at_rate(Fraction(8)))[:9] == [0, 1, 2, 2, 2, 2, 3, 4, 5]
     animated(tmp_path / "v.gif", grey(3), [100, 300, 0])
     assert levels(read_clip(tmp_path / "v.gif", (16, 16), 3).at_rate(Fraction(10))) == [0, 1, 1, 1, 2]
-    uneven = DecodedClip(torch.arange(3).reshape(3, 1, 1, 1), [Fraction(0), Fraction(1, 3), Fraction(1)], Fraction(4, 3))
+    uneven = DecodedClip(
+        torch.arange(3).reshape(3, 1, 1, 1), [Fraction(0), Fraction(1, 3), Fraction(1)], Fraction(4, 3)
+    )
     assert uneven.at_rate(Fraction(3)).flatten().tolist() == [0, 1, 1, 2]
 
 
@@ -101,17 +107,26 @@ def test_clip_folder_cuts_clips_and_lists_the_others(tmp_path, monkeypatch):
     (root / "broken.mp4").write_bytes(b"no clip at all")
     (root / "notes.doc").write_bytes(b"")
     data = ClipFolder(root, frames=4, size=16, rate=8, max_unreadable=0.6, test_fraction=0)
-    assert data.shape == (3, 4, 16, 16) and data.images.dtype == torch.uint8 and data.medium == "clip"
-    assert [levels(piece.transpose(0, 1)) for piece in data.images] == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 0, 1, 1], [2, 2, 3, 3]]
+    assert data.shape == (3, 4, 16, 16)
+    assert data.images.dtype == torch.uint8
+    assert data.medium == "clip"
+    assert [levels(piece.transpose(0, 1)) for piece in data.images] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [0, 0, 1, 1],
+        [2, 2, 3, 3],
+    ]
     assert [text for [text] in data.texts] == ["a red ball"] * 2 + ["slow dog"] * 2
     assert set(data.skipped) == {"one.gif", "short.avi", "broken.mp4"}
     assert data.skipped["short.avi"] == "3 frames at 8 a second, shorter than 4"
-    assert "2 clips, 4 pieces of 4 frames" in data.summary and "3 skipped: " in data.summary and "\n" not in data.summary
+    assert "2 clips, 4 pieces of 4 frames" in data.summary
+    assert "3 skipped: " in data.summary
+    assert "\n" not in data.summary
     assert len(ClipFolder(root, frames=4, size=16, rate=8, stride=1, max_unreadable=0.6, test_fraction=0)) == 6 + 7
     assert ClipFolder(root, frames=4, size=16, max_unreadable=0.6).rate == 8  # the median of 8, 4 and 8
     again = {"rate": 8.0, "content_hash": data.content}
     assert data.resolved_config == again
-    with pytest.raises(UserError, match="then 0: its|then 0\\); put them back"):
+    with pytest.raises(UserError, match=r"then 0\); put them back"):
         ClipFolder(root, frames=4, size=16, max_unreadable=0.6, content_hash="0")
     for options, expected in (
         ({}, "3 of 5 clips cannot be used, more than data.max_unreadable=0.2"),
@@ -121,9 +136,9 @@ def test_clip_folder_cuts_clips_and_lists_the_others(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=expected) as caught:
             ClipFolder(root, **{"frames": 4, "size": 16, **options})
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="nothing that ends in .mp4, .avi, .gif, ... among 1 files"):
-        (tmp_path / "empty").mkdir()
-        (tmp_path / "empty" / "x.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.txt").write_text("")
+    with pytest.raises(UserError, match=r"nothing that ends in \.mp4, \.avi, \.gif, \.\.\. among 1 files"):
         ClipFolder(tmp_path / "empty")
 
 
@@ -135,6 +150,9 @@ def test_clip_folder_splits_by_file(tmp_path, monkeypatch):
         animated(tmp_path / str(i % 2) / f"{i}.gif", grey(4 + i % 3)[i % 3 :], [100] * 4)
     options = {"frames": 2, "size": 16, "test_fraction": 0.4, "rate": 10}
     train, test = (ClipFolder(tmp_path, split, **options) for split in ("train", "test"))
-    assert len(train) + len(test) == 16 and len(train) % 2 == 0 and 0 < len(test) == 2 * test.held_out
-    assert train.classes == ["0", "1"] and set(train.labels.tolist()) <= {0, 1}
+    assert len(train) + len(test) == 16
+    assert len(train) % 2 == 0
+    assert 0 < len(test) == 2 * test.held_out
+    assert train.classes == ["0", "1"]
+    assert set(train.labels.tolist()) <= {0, 1}
     assert train.fingerprint != test.fingerprint

@@ -38,8 +38,10 @@ def test_moving_goes_where_its_caption_says():
         assert caption.removeprefix("an ").removeprefix("a ").startswith(CLASSES[label])
         assert ("moving" in caption) == (motion != STILL) == (MOTIONS[motion] != "standing still")
     speeds = batch["speed"][batch["motion"] != STILL]
-    assert 1 <= speeds.min() < 1.2 and 2.8 < speeds.max() <= 3
-    assert 0 <= batch["track"].min() < 0.3 and 17.7 < batch["track"].max() <= 18
+    assert 1 <= speeds.min() < 1.2
+    assert 2.8 < speeds.max() <= 3
+    assert 0 <= batch["track"].min() < 0.3
+    assert 17.7 < batch["track"].max() <= 18
     assert (step[:, 4:] - step[:, :1]).abs().amax((1, 2)).gt(0.5).any()  # some are reflected
 
 
@@ -68,9 +70,16 @@ def test_moving_holds_out_nine_pairs():
         data = MovingGarments(pairs=pairs)
         batch = data.batch_metadata([(e, i) for e in range(60) for i in range(len(data))])
         found = set(zip(batch["label"].tolist(), batch["motion"].tolist(), strict=True))
-        expected = {(k, m) for k in range(10) for m in range(9) if pairs == "all" or ((k + m) % 10 == 3) == (pairs == "held_out")}
-        assert found == expected and len(expected) == {"seen": 81, "held_out": 9, "all": 90}[pairs]
-        assert set(batch["caption"]) == set(data.all_captions()) and len(data.all_captions()) == len(expected)
+        expected = {
+            (k, m)
+            for k in range(10)
+            for m in range(9)
+            if pairs == "all" or ((k + m) % 10 == 3) == (pairs == "held_out")
+        }
+        assert found == expected
+        assert len(expected) == {"seen": 81, "held_out": 9, "all": 90}[pairs]
+        assert set(batch["caption"]) == set(data.all_captions())
+        assert len(data.all_captions()) == len(expected)
         assert all(shows(k, m, pairs) for k, m in expected)
 
 
@@ -78,13 +87,18 @@ def test_moving_clips_are_keyed():
     """A training clip depends on (seed, epoch, index) alone, a test clip on (seed, index)."""
     train, test = MovingGarments(), MovingGarments("test")
     one, both = train.batch([(3, 1)]), train.batch([(0, 4), (3, 1)])
-    assert torch.equal(one["image"][0], both["image"][1]) and one["caption"][0] == both["caption"][1]
+    assert torch.equal(one["image"][0], both["image"][1])
+    assert one["caption"][0] == both["caption"][1]
     assert not torch.equal(one["track"], train.batch([(4, 1)])["track"])
     assert torch.equal(test.batch([(0, 2)])["image"], test.batch([(5, 2)])["image"])
     assert not torch.equal(one["track"], MovingGarments(seed=1).batch([(3, 1)])["track"])
-    assert torch.equal(train.pixels([4])[0], both["image"][0]) and train[4]["caption"] == both["caption"][0]
-    assert one["image"].shape == (1, *train.shape) == (1, 1, 8, 32, 32) and one["image"].min() == -1
-    prints = {MovingGarments(**o).fingerprint for o in ({}, {"seed": 1}, {"split": "test"}, {"frames": 9}, {"pairs": "all"})}
+    assert torch.equal(train.pixels([4])[0], both["image"][0])
+    assert train[4]["caption"] == both["caption"][0]
+    assert one["image"].shape == (1, *train.shape) == (1, 1, 8, 32, 32)
+    assert one["image"].min() == -1
+    prints = {
+        MovingGarments(**o).fingerprint for o in ({}, {"seed": 1}, {"split": "test"}, {"frames": 9}, {"pairs": "all"})
+    }
     assert len(prints) == 5
 
 
@@ -96,5 +110,6 @@ def test_moving_refuses(option):
 
 def test_moving_makes_the_long_clips():
     batch = MovingGarments(frames=16, size=64).batch([(0, 0), (1, 2)])
-    assert batch["image"].shape == (2, 1, 16, 64, 64) and batch["track"].shape == (2, 16, 2)
+    assert batch["image"].shape == (2, 1, 16, 64, 64)
+    assert batch["track"].shape == (2, 16, 2)
     assert moving.shrink(torch.ones(1, 28, 28), 14).sub(1).abs().max() < 1e-6

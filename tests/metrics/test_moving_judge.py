@@ -11,16 +11,18 @@ def clips(num: int, frames: int = 8, size: int = 32) -> torch.Tensor:
 
 
 def test_moving_net_sees_clips_and_their_order():
-    """Features are standardised, the classifier agrees with its logits, and frames in another order are another clip."""
+    """Features are standardised, the classifier agrees with its logits, and the order of frames matters."""
     torch.manual_seed(0)
     net = MovingNet(width=4, num_features=8).eval()
     x = clips(20)
     net.standardise(net.penultimate(x))
     features = net(x)
-    assert features.shape == (20, 8) and torch.allclose(features.std(0), torch.ones(8), atol=1e-4)
+    assert features.shape == (20, 8)
+    assert torch.allclose(features.std(0), torch.ones(8), atol=1e-4)
     assert torch.allclose(net.classify(features), net.logits(x), atol=1e-4)
     garment, motion = net.split(net.logits(x))
-    assert garment.shape == (20, 10) and motion.shape == (20, 9)
+    assert garment.shape == (20, 10)
+    assert motion.shape == (20, 9)
     assert torch.equal(torch.cat([garment, motion], 1), net.logits(x))
     assert (net(x.flip(2)) - features).abs().max() > 1e-3
     assert net(clips(2, 16, 64)).shape == (2, 8)

@@ -64,7 +64,8 @@ def test_temporal_layers_learn_from_the_first_step(nets):
     x, t, cond = batch()
     clip(x, t, cond).square().mean().backward()
     ends = [p.grad for name, p in clip.named_parameters() if name.endswith("temporal.proj_out.weight")]
-    assert len(ends) == 7 and all(grad.abs().max() > 0 for grad in ends)
+    assert len(ends) == 7
+    assert all(grad.abs().max() > 0 for grad in ends)
     trained = InflatedUNet(2, 2, temporal_heads=2, **OPTIONS)
     randomise(trained, 2)
     with torch.no_grad():
