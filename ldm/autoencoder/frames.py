@@ -75,7 +75,7 @@ def each_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def frame_factor(factor: Sequence[int]) -> list[int]:
     """Return the factor of a frame's sides. Raises ConfigError unless the clip's is 1 for frames."""
-    sides = [factor] if isinstance(factor, int) else list(factor)
+    sides: list[int] = [] if isinstance(factor, int) else list(factor)
     if len(sides) != 3 or sides[0] != 1:
         raise ConfigError(f"factor={factor}: expected [1,f,f], as every frame is encoded by itself")
     return sides[1:]
