@@ -1,5 +1,6 @@
 """What the comparisons in experiments/ compute, on made-up input whose answer is known."""
 
+import gzip
 import math
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from smoke import ROOT
 from torch import nn
 
@@ -392,6 +394,59 @@ def test_kuramoto_sivashinsky_scores_an_exact_model(tmp_path, monkeypatch):
     module.fields({"refiner": drawn}, data).savefig(tmp_path / "fields.png")
 
 
+@pytest.mark.slow
+def test_moving_measures_motion_against_its_controls(tmp_path, monkeypatch):
+    """A model that draws the held-out clips obeys; one that draws them backwards does not, and controls are apart."""
+    module = load("moving/measure.py")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("train", "t10k"):
+        images = torch.randint(0, 256, (20, 28, 28), generator=generator, dtype=torch.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", torch.arange(20, dtype=torch.uint8) % 10)):
+            head = b"\0\0\x08" + bytes([array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.numpy().tobytes()))
+    monkeypatch.setattr("ldm.data.fashion_mnist.fashion_mnist", lambda root: tmp_path)
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    blocks = [{"_target_": "ldm.net.dit.DiTBlock"}]
+    config = {
+        "data": {"frames": 8, "size": 32, "root": None},
+        "autoencoder": {"factor": [2, 4, 4]},
+        "net": {"blocks": blocks},
+    }
+    model = SimpleNamespace(encode=lambda x: x, decode=lambda x: x)
+    asked = []
+
+    def draw(model, caption, task, scale, image, index=None):
+        """The held-out clips where their first frame, or guidance, is given; else the same backwards."""
+        asked.append(index)
+        return image if scale > 1 or index else image.flip(2)
+
+    for name, value in {
+        **{
+            "HERE": tmp_path,
+            "EACH": 2,
+            "REFERENCE": 2,
+            "SCALES": (1.0, 3.0),
+            "draw": draw,
+            "JUDGE": {**module.JUDGE, "steps": 2},
+        },
+        **{"load_model": lambda run: model, "load_run_config": lambda run: OmegaConf.create(config)},
+        "find_run": lambda run: tmp_path,
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    for _ in range(2):  # the second time nothing is drawn, and the rows are those of the first
+        module.main("run")
+        found = {(row["way"], row["guidance"]): row for row in report_rows.read(tmp_path / "results.csv")}
+        assert len(found) == len(report_rows.read(tmp_path / "results.csv")) == 7
+    assert len(asked) == 3 + 2 * 2  # two scales, one with a first frame; the pieces of the longer clip each time
+    motion = {key: float(row["motion"]) for key, row in found.items()}
+    assert motion["real clips", ""] == motion[module.THROUGH, ""] == motion["drawn", "3"] == 1
+    assert motion["drawn", "1"] < 0.5
+    assert motion["first frame repeated", ""] == pytest.approx(1 / 9, abs=1e-3)
+    assert float(found["frames shuffled", ""]["acceleration"]) > 2 * float(found["real clips", ""]["acceleration"])
+    assert float(found["first frame repeated", ""]["steadiness"]) > float(found["real clips", ""]["steadiness"]) + 10
+    assert all((tmp_path / name).is_file() for name in ("figure.png", "samples.png", "samples.gif", "longer.gif"))
+
+
 LOADED = (
     *("augmentation/measure.py", "blue_marble/measure.py", "cifar10/measure.py", "controlnet/measure.py"),
     "domain_adaptation/measure.py",
@@ -401,6 +456,7 @@ LOADED = (
         "instruct_pix2pix/measure.py",
         "kuramoto_sivashinsky/measure.py",
         "lora/measure.py",
+        "moving/measure.py",
         "quickstart/words.py",
         "scale/simulate.py",
     ),

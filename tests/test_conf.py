@@ -63,7 +63,7 @@ PARTNERS = {  # overrides that an option needs; one of each kind of large networ
     ),
     **{
         f"data/{name}": ("data.path=here",)
-        for name in ("folder", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun", "trajectories")
+        for name in ("folder", "clips", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun", "trajectories")
     },
     "schedule/edm": ("process=edm",),
     "prediction/edm": ("process=edm",),

@@ -30,6 +30,7 @@ TINY = (  # as budget=smoke has them, so that the judge and the first stages of 
 )
 FIRST = ("~training.score",)  # a budget for the second stage has too much
 STAGE_ONE = (*FIRST, "data=synthetic", "training.discriminator_start=0")
+CLIP_NET = "net=dit_s2"  # net=smoke is for images
 NEEDS = {  # what its README asks of the person, or what a budget for the second stage has too much
     "own_images": ("data.path=images",),
     "first_stage": (*STAGE_ONE, "training.seed=2"),  # else it may be in the shared cache
@@ -66,6 +67,20 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
         *("data=kuramoto_sivashinsky", "conditioner=state_before", "data.trajectories=2", "data.states=3"),
         *("data.warmup=2.0", "net=unet_1d", "net.channels=8"),
     ),
+    "own_clips": ("data.path=clips", "data.frames=8", "conditioner=label", CLIP_NET),
+    **dict.fromkeys(
+        ("moving", "moving/frames", "moving/factorised"),
+        (
+            "data=clips",
+            "data.path=clips",
+            "data.frames=8",
+            "data.size=32",
+            "data.channels=1",
+            "conditioner=label",
+            CLIP_NET,
+        ),
+    ),
+    "moving/large": ("data=clips", "data.path=clips", "data.channels=1", "conditioner=label", CLIP_NET),
 }
 ON_TOP = ("lora", "controlnet", "distillation")  # of a run that is trained
 
@@ -75,6 +90,24 @@ def some_images(folder: Path) -> None:
     for i in range(12):
         image = torch.randint(0, 256, (3, 70, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
         images.save_png(folder / f"kind {i % 2}" / f"{i}.png", image)
+
+
+def some_clips(folder: Path) -> None:
+    """Clips of 16 frames, of two kinds."""
+    from PIL import Image
+
+    for i in range(6):
+        grey = torch.randint(0, 256, (16, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        first, *others = map(Image.fromarray, grey.numpy())
+        (folder / f"kind {i % 2}").mkdir(parents=True, exist_ok=True)
+        first.save(folder / f"kind {i % 2}" / f"{i}.gif", save_all=True, append_images=others, duration=100)
+
+
+def tiny(study: str) -> list[str]:
+    """The options of a tiny training of a study: TINY, but what NEEDS has otherwise, and NEEDS."""
+    needs = NEEDS.get(study, ())
+    chosen = {word.partition("=")[0] for word in needs}
+    return [*(word for word in TINY if word.partition("=")[0] not in chosen), *needs]
 
 
 def finished(cache: Path, folder: Path) -> set[Path]:
@@ -87,13 +120,11 @@ def finished(cache: Path, folder: Path) -> set[Path]:
 )
 def test_study_runs_its_first_job(study, smoke, tmp_path):
     some_images(tmp_path / "images")
+    some_clips(tmp_path / "clips")
     before, base = finished(smoke.folder, tmp_path), [f"init={smoke.run}"] * (study in ON_TOP)
     base += [f"objective.teacher.run={smoke.run}"] * (study == "distillation")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        assert (
-            command("train.py", *first_job("budget=smoke", f"experiment={study}", *TINY, *NEEDS.get(study, ()), *base))
-            == 0
-        )
+        assert command("train.py", *first_job("budget=smoke", f"experiment={study}", *tiny(study), *base)) == 0
         made = finished(smoke.folder, tmp_path) - before
     assert made
     assert all(json.loads(done.read_text())["seconds"] > 0 for done in made)

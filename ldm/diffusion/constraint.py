@@ -26,12 +26,12 @@ def keep_known(denoise: Denoise, schedule: Schedule, mask: Tensor, x0: Tensor) -
         raise ValueError(
             f"the mask {tuple(mask.shape)} does not fit x0 {tuple(x0.shape)}; give it one channel and x0's size"
         ) from None
-    return _on_x0(denoise, schedule, lambda estimate: torch.where(known, x0, estimate))
+    return change_x0(denoise, schedule, lambda estimate: torch.where(known, x0, estimate))
 
 
 def clip(denoise: Denoise, schedule: Schedule, lo: float = -1.0, hi: float = 1.0) -> Denoise:
     """Clip x0 to [lo, hi], for pixels (Ho et al. 2020, their code)."""
-    return _on_x0(denoise, schedule, lambda estimate: estimate.clamp(lo, hi))
+    return change_x0(denoise, schedule, lambda estimate: estimate.clamp(lo, hi))
 
 
 def dynamic_threshold(denoise: Denoise, schedule: Schedule, quantile: float = 0.995, bound: float = 1.0) -> Denoise:
@@ -44,7 +44,7 @@ def dynamic_threshold(denoise: Denoise, schedule: Schedule, quantile: float = 0.
         s = expand(x0.abs().flatten(1).quantile(quantile, dim=1).clamp(min=bound), x0)
         return x0.clamp(-s, s) * (bound / s)
 
-    return _on_x0(denoise, schedule, threshold)
+    return change_x0(denoise, schedule, threshold)
 
 
 def constrained_guidance(
@@ -62,7 +62,9 @@ def constrained_guidance(
     return constraint(guidance(denoiser, cond, uncond, scale=scale), denoiser.schedule)
 
 
-def _on_x0(denoise: Denoise, schedule: Schedule, change: Callable[[Tensor], Tensor]) -> Denoise:
+def change_x0(denoise: Denoise, schedule: Schedule, change: Callable[[Tensor], Tensor]) -> Denoise:
+    """Replace the estimate x0 (B, ...) by change(x0)."""
+
     def constrained(x_t: Tensor, t: Tensor) -> Denoised:
         estimate = denoise(x_t, t)
         x0 = change(estimate.x0)

@@ -17,6 +17,7 @@ EXTRA = "video"
 RATE = 8  # frames per second, of a data set that names no `rate`
 SHEET_FRAMES = 8  # frames of a clip in a contact sheet, at most
 CRF = 18  # of H.264: visually lossless
+MAX_DENOMINATOR = 1001  # of a rate: 30000/1001 is that of television; MP4 cannot hold arbitrary fractions
 
 with extra(EXTRA, "medium=clip"):
     import av
@@ -27,7 +28,7 @@ def write(stem: Path, sample: Tensor, metadata: Mapping[str, str]) -> list[Path]
 
     metadata: its value `rate`, if there is one, is the number of frames per second.
     """
-    frames, rate = to_frames(sample), Fraction(metadata.get("rate", RATE))
+    frames, rate = to_frames(sample), Fraction(metadata.get("rate", RATE)).limit_denominator(MAX_DENOMINATOR)
     contents = {".mp4": encode_mp4(frames, rate), ".gif": encode_gif(frames, rate)}
     return write_sample(stem, contents, sheet([sample], 1), metadata)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -83,12 +84,17 @@ class DiTBlock(nn.Module):
         memory: tuple[KeyValue, ...] | None,
         mask: Tensor | None,
         rotate: Rotate | None,
+        grid: Sequence[int],
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(silu_emb)[:, None].chunk(6, dim=-1)  # (B, 1, C)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, rotate)
+        x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1, rotate, grid)
         if self.cross_attention is not None and memory is not None:
             x = x + self.cross_attention(x, memory[0], mask)
         return x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2)
+
+    def attend(self, x: Tensor, rotate: Rotate | None, grid: Sequence[int]) -> Tensor:
+        """Return the self-attention of tokens (B, N, C), which are those of a grid: here each attends to all."""
+        return self.attention(x, rotate)
 
 
 class Head(nn.Module):
@@ -119,6 +125,7 @@ class DiT(nn.Module):
     positions: embeddings added to the tokens of a grid.  rotary: rope, or None.  time_embedding: embeds t in
     `frequencies` numbers.
     vector_embedding: maps cond.vector to the time embedding; DiT adds a class's row unchanged.
+    blocks: constructors of the blocks, used in turn, with a DiTBlock's arguments: Latte's are those of ldm.net.latte.
     residuals: one (B, N, channels) for each block, added to its output.
     gradient_checkpointing: recompute activations in the backward pass.
     LightningDiT (Yao & Wang 2025) is torch.nn.RMSNorm, SwiGLU and rope.  Raises ConfigError for sizes the patch does
@@ -150,6 +157,7 @@ class DiT(nn.Module):
         time_embedding: Callable[[Tensor, int], Tensor] = timestep_embedding,
         vector_embedding: Callable[[int, int], nn.Module] = identity_embedding,
         attention_fn: AttentionFn = sdpa,
+        blocks: Sequence[Callable[..., DiTBlock]] = (DiTBlock,),
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
@@ -172,7 +180,8 @@ class DiT(nn.Module):
         self.vector = vector_embedding(vector_dim, channels) if vector_dim else None
         self.patch = CONV[len(self.sides)](in_channels + concat_channels, channels, self.sides, self.sides)
         self.blocks = nn.ModuleList(
-            DiTBlock(channels, num_heads, context_dim, norm, feed_forward, qk_norm, attention_fn) for _ in range(depth)
+            make(channels, num_heads, context_dim, norm, feed_forward, qk_norm, attention_fn)
+            for _, make in zip(range(depth), cycle(blocks), strict=False)
         )
         self.head = Head(channels, math.prod(self.sides) * out_channels, norm)
         self.initialise()
@@ -236,7 +245,7 @@ class DiT(nn.Module):
         added: Sequence[Tensor | None] = residuals if residuals is not None else [None] * len(self.blocks)
         mask, keep = memory.mask if memory else None, not self.checkpoint
         for block, kv, residual in zip(self.blocks, layers, added, strict=True):
-            h = maybe_checkpoint(block, h, silu_emb, kv, mask, rotate, keep=keep)
+            h = maybe_checkpoint(block, h, silu_emb, kv, mask, rotate, grid, keep=keep)
             h = h if residual is None else h + residual
         return join_patches(self.head(h, silu_emb), grid, self.sides)
 

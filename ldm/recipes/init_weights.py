@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # parameters that the other model need not have: new ones have no effect at first, or are learned from scratch
-OPTIONAL_PREFIXES = ("conditioner.", "denoiser.net.scale.")
+OPTIONAL = re.compile(r"conditioner\.|denoiser\.net\.(scale|(\w+\.)*temporal)\.")
 
 # parts of the config that an adapter takes from its base
 INHERITED_KEYS = ("autoencoder", "conditioner", "net", "schedule", "prediction", "learned_variance")
@@ -100,7 +100,7 @@ def copy_weights(model: nn.Module, other: nn.Module, init: str) -> str:
     wrong: list[str] = []
     for name, p in ((strip_wrappers(name), p) for name, p in trainable_parameters(model).items()):
         if name not in old or not shapes_compatible(old[name], p):
-            (new if name.startswith(OPTIONAL_PREFIXES) else wrong).append(name)
+            (new if OPTIONAL.match(name) else wrong).append(name)
         else:
             p.zero_()
             p[:, : old[name].shape[1]].copy_(old[name]) if p.ndim > 1 else p.copy_(old[name])

@@ -52,7 +52,7 @@ def test_dit_block_is_identity_at_init():
     net = DiT(3, 3, **SMALL, **OPTIONS["told"])
     x, block = torch.randn(2, 6, 16), net.blocks[0]
     memory = net.memory(told(net)).layers[0]
-    assert torch.equal(block(x, torch.randn(2, 16), memory, None, None), x)
+    assert torch.equal(block(x, torch.randn(2, 16), memory, None, None, (6,)), x)
 
 
 def test_dit_block_matches_manual_adaln():
@@ -62,7 +62,7 @@ def test_dit_block_matches_manual_adaln():
     six = block.modulation(emb)[:, None].split(16, dim=-1)
     h = x + six[2] * block.attention(nn.functional.layer_norm(x, (16,), eps=1e-6) * (1 + six[1]) + six[0])
     expected = h + six[5] * block.feed_forward(nn.functional.layer_norm(h, (16,), eps=1e-6) * (1 + six[4]) + six[3])
-    torch.testing.assert_close(block(x, emb, None, None, None), expected)
+    torch.testing.assert_close(block(x, emb, None, None, None, (6,)), expected)
 
 
 def test_dit_block_adds_cross_attention_between_attention_and_mlp():
@@ -71,7 +71,7 @@ def test_dit_block_adds_cross_attention_between_attention_and_mlp():
     with torch.no_grad():
         block.modulation.weight.zero_()
         block.modulation.bias.zero_()
-    torch.testing.assert_close(block(x, emb, memory, None, None), x + block.cross_attention(x, memory[0], None))
+    torch.testing.assert_close(block(x, emb, memory, None, None, (6,)), x + block.cross_attention(x, memory[0], None))
 
 
 def test_dit_head_uses_sum_of_time_and_vector():
@@ -220,7 +220,7 @@ def test_dit_block_skips_cross_attention_without_memory():
     block, x, emb = net.blocks[0], torch.randn(2, 6, 16), torch.randn(2, 16)
     plain, memory = copy.deepcopy(block), net.memory(told(net)).layers[0]
     plain.cross_attention = None
-    assert torch.equal(block(x, emb, None, None, None), plain(x, emb, memory, None, None))
+    assert torch.equal(block(x, emb, None, None, None, (6,)), plain(x, emb, memory, None, None, (6,)))
 
 
 def test_dit_depends_on_positions_through_embedding_or_rope():
