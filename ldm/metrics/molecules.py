@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.io.extras import extra
-from ldm.io.molecules import canonical_smiles, facts_of, quiet_rdkit, read_molecule
+from ldm.io.molecules import canonical_smiles, facts_of, is_molecule, quiet_rdkit, read_molecule
 from ldm.metrics.distribution import frechet
 
 BITS, RADIUS = 1024, 2  # of the Morgan fingerprints
@@ -170,11 +170,11 @@ def fact_scores(smiles: Sequence[str], target: Tensor) -> dict[str, float]:
 
     logp_error: mean absolute difference.  logp_correlation.  rings_right, aromatic_right: fraction equal.
     elements_right: fraction in which all of F, Cl, Br and S are there or not there, as in the condition.
-    Texts that are no molecule have no logP, and are wrong in all else.
+    Texts that are no molecule have no logP, and are wrong in all else; without any molecule logP's numbers are NaN.
     """
-    valid = [text is not None for text in map(canonical_smiles, smiles)]
-    facts = torch.tensor([facts_of(read_molecule(text)) for text, ok in zip(smiles, valid, strict=True) if ok])
-    wish = target[torch.tensor(valid)]
+    rows = [row for row, text in enumerate(smiles) if is_molecule(text)]
+    facts = torch.tensor([facts_of(read_molecule(smiles[row])) for row in rows]).reshape(len(rows), target.shape[1])
+    wish = target[rows]
     logp, equal = torch.stack([facts[:, 0], wish[:, 0]]), facts[:, 1:] == wish[:, 1:]
     return {
         "logp_error": float((logp[0] - logp[1]).abs().mean()),
