@@ -168,6 +168,8 @@ class OptionalDataset(Protocol):
     summary: str  # what was found, printed with an estimate of the training time
     unlabelled: int  # number of samples without a label
     held_out: int  # number of samples of split="test" that are not trained on
+    medium: str  # what a sample is to a person, see media/medium.py; image without
+    rate: float  # frames per second of a clip
     shapes: Sequence[tuple[int, int]]  # of images of several shapes, whose parts `joined` joins
     parts: Sequence[Any]
 

@@ -26,7 +26,7 @@ ORDER = [
     "config",
     "interfaces model autoencoder adapter metrics interop",
     "net conditioner data",
-    "diffusion io launch plotting",
+    "diffusion io launch media plotting",
     "tensors condition ema devices",
     "errors compat",
 ]
@@ -34,8 +34,11 @@ LAYER = {package: layer for layer, line in enumerate(ORDER) for package in line.
 BASE = {"tensors", "condition", "errors"}
 IMPORTS_ONLY = {  # parts that serve any model: what they may import at most, less than the order allows
     "diffusion": BASE,
-    **dict.fromkeys(("net", "data"), BASE | {"io"}),
-    **dict.fromkeys(("autoencoder", "conditioner", "adapter", "metrics", "interop"), BASE | {"io", "net"}),
+    "media": BASE | {"io", "plotting"},
+    "net": BASE | {"io"},
+    "data": BASE | {"io", "media"},  # what a sample is made of: a mel of a sound, tokens of a molecule
+    "metrics": BASE | {"io", "media", "net"},
+    **dict.fromkeys(("autoencoder", "conditioner", "adapter", "interop"), BASE | {"io", "net"}),
 }
 LIBRARIES = {  # besides the standard library and torch
     "script": {"hydra"},
@@ -58,6 +61,7 @@ LIBRARIES = {  # besides the standard library and torch
     "data": {"PIL", "datasets", "filelock", "numpy", "pyarrow", "torchvision"},
     "io": {"PIL", "filelock", "numpy", "safetensors", "torchvision", "yaml"},
     "launch": {"filelock"},
+    "media": {"PIL", "av", "numpy"},
     "plotting": {"matplotlib"},
     "ema": {"numpy"},
     "compat": {"hydra", "trackio"},

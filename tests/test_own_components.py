@@ -379,7 +379,7 @@ def test_samples_of_any_shape_train_resume_and_sample(conf, shape, tmp_path, cap
         assert f"grids       none: {fault} of 1 or 3 or 4 channels" in capfd.readouterr().out
         (folder,) = Path("runs").iterdir()
         card = {"fingerprint": f"waves-train-20-{list(shape)}", "shape": list(shape), "classes": [], "captions": []}
-        assert json.loads((folder / "data.json").read_text()) == card
+        assert json.loads((folder / "data.json").read_text()) == {**card, "medium": "image", "rate": None}
         before = atomic.read_tensors(folder / "weights.safetensors")
         for name in ("metrics.json", "weights.safetensors"):
             (folder / name).unlink()

@@ -96,7 +96,7 @@ def keep(row: dict[str, Any]) -> None:
 
 def whole(data: Any) -> tuple[Tensor, Tensor]:
     """All images (N, 1, H, W) uint8 and labels (N,)."""
-    from ldm.metrics.features import to_uint8
+    from ldm.io.images import to_uint8
 
     batch = data.batch([(0, i) for i in range(len(data))])
     return to_uint8(batch["image"]), batch["label"]
@@ -108,7 +108,7 @@ def drawn_by(run: Path, count: int) -> tuple[Tensor, Tensor]:
     from ldm.diffusion import grids, sampler
     from ldm.diffusion.guidance import cfg
     from ldm.evaluation.evaluate import CaptionSource
-    from ldm.metrics.features import to_uint8
+    from ldm.io.images import to_uint8
     from ldm.sampling.generate import generate_samples
 
     model, card = load_model(run), load_data_card(run)

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from ldm.checkpoint.load import load_model, load_run_config
 from ldm.config import build
-from ldm.io.images import save_png
+from ldm.io.images import save_png, to_uint8
 from ldm.metrics.distribution import frechet
 from ldm.metrics.effnet import EfficientNet
-from ldm.metrics.features import extract, to_uint8
+from ldm.metrics.features import extract
 from ldm.metrics.interval import bootstrap
 from ldm.tensors import derive_seed
 

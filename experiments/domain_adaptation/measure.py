@@ -26,9 +26,9 @@ from ldm.diffusion.grids import trailing
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.sampler import dpmpp_2m
 from ldm.io import atomic
-from ldm.io.images import save_png
+from ldm.io.images import save_png, to_uint8
 from ldm.metrics.distribution import frechet
-from ldm.metrics.features import extract, to_uint8
+from ldm.metrics.features import extract
 from ldm.metrics.interval import paired
 from ldm.metrics.judge import FashionNet
 from ldm.report import rows, table

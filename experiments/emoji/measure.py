@@ -25,9 +25,9 @@ from ldm.conditioner.clip import build_clip, init_towers, register_model_config
 from ldm.conditioner.clip_image import preprocess
 from ldm.conditioner.minilm import MiniLM
 from ldm.config import build
-from ldm.io.images import save_png
+from ldm.io.images import save_png, to_uint8
 from ldm.metrics.effnet import EfficientNet
-from ldm.metrics.features import extract, to_uint8
+from ldm.metrics.features import extract
 from ldm.metrics.interval import bootstrap, wilson
 from ldm.runs.folder import find_run
 

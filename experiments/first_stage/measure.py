@@ -17,9 +17,10 @@ from ldm.checkpoint.state import load_trainable
 from ldm.checkpoint.step import load_checkpoint
 from ldm.config import build, serialize
 from ldm.io.download import cache_dir
+from ldm.io.images import to_uint8
 from ldm.metrics.distribution import frechet
 from ldm.metrics.effnet import EfficientNet
-from ldm.metrics.features import extract, to_uint8
+from ldm.metrics.features import extract
 from ldm.metrics.paired import Reconstruction
 from ldm.runs import metrics_log
 from ldm.tensors import KeyedNoise

@@ -20,7 +20,7 @@ from ldm.diffusion.grids import trailing
 from ldm.diffusion.guidance import cfg_image_text
 from ldm.diffusion.sampler import dpmpp_2m
 from ldm.io import atomic
-from ldm.metrics.features import to_uint8
+from ldm.io.images import to_uint8
 from ldm.metrics.interval import bootstrap
 from ldm.report.rows import write
 from ldm.runs.folder import find_run

@@ -21,9 +21,10 @@ from ldm.diffusion.grids import trailing
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.sampler import dpmpp_2m
 from ldm.io import atomic
+from ldm.io.images import to_uint8
 from ldm.metrics.distribution import frechet
 from ldm.metrics.effnet import EfficientNet
-from ldm.metrics.features import extract, to_uint8
+from ldm.metrics.features import extract
 from ldm.metrics.interval import bootstrap
 from ldm.report.rows import write
 from ldm.runs.folder import find_run

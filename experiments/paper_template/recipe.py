@@ -8,8 +8,7 @@ import torch
 
 from ldm.checkpoint.load import load_data_card, load_model
 from ldm.devices import rank_and_world_size
-from ldm.io.images import make_grid, save_png
-from ldm.metrics.features import to_uint8
+from ldm.io.images import make_grid, save_png, to_uint8
 from ldm.recipes.diffusion import DiffusionRecipe
 from ldm.sampling.tasks import txt2img
 

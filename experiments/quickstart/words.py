@@ -14,7 +14,7 @@ from ldm.checkpoint.load import load_data_card, load_model, load_run_config
 from ldm.conditioner.text import nearest_caption
 from ldm.diffusion.guidance import cfg
 from ldm.evaluation import evaluator
-from ldm.metrics.features import to_uint8
+from ldm.io.images import to_uint8
 from ldm.runs.folder import find_run
 from ldm.sampling.tasks import txt2img
 

@@ -174,8 +174,7 @@ def preview(state: SamplerState) -> str:
     """Return the sampler's current prediction of the images as a data URL of a PNG."""
     import torch
 
-    from ldm.io.images import encode_png, make_grid
-    from ldm.metrics.features import to_uint8
+    from ldm.io.images import encode_png, make_grid, to_uint8
 
     with torch.inference_mode():
         images = to_uint8(state.decode(state.x0[:PREVIEW_IMAGES])).cpu()

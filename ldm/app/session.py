@@ -8,8 +8,8 @@ from typing import Any
 
 from ldm.app import compose
 from ldm.checkpoint.load import open_model
-from ldm.data.shape import image_fault
 from ldm.errors import UserError
+from ldm.io.images import image_fault
 from ldm.model import LatentDiffusion
 from ldm.runs.data_card import DataCard
 from ldm.runs.folder import find_run, list_runs

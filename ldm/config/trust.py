@@ -66,6 +66,28 @@ def check_target(name: str, path: str = "") -> None:
         )
 
 
+def check_medium(name: str) -> None:
+    """Check that a stored data card may name this medium.
+
+    Raises UserError unless it is a module of ldm/media (a name without a dot), or one of the user's own packages.
+    """
+    top, *inner = name.split(".")
+    if not inner:
+        return
+    own = top != "ldm" and top not in REPOSITORY_SCRIPTS and is_user_code(top) and _is_module(name)
+    trusted = own or top in os.environ.get("LDM_TRUST", "").split(",")
+    if not trusted or any(part.startswith("_") for part in inner):
+        raise UserError(
+            f"medium={name} is refused: data that come with a file may name a medium of ldm, or a module of your own "
+            f"packages; to trust it with more, set LDM_TRUST={top}"
+        )
+
+
+def _is_module(name: str) -> bool:
+    file, names = find_module(name)
+    return file is not None and not names
+
+
 def _in_allowed_library(name: str) -> bool:
     """Return whether a module of the listed libraries defines the target itself, rather than importing it."""
     return name.startswith(tuple(f"{library}." for library in LIBRARIES)) and len(find_module(name)[1]) == 1

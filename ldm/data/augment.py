@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from ldm.data.color import ColorJitter
 from ldm.data.masks import randint, uniform
-from ldm.data.shape import COLOUR_CHANNELS, parse_size
+from ldm.data.shape import parse_size
 from ldm.data.wrapper import WrappedDataset
 from ldm.errors import ConfigError
+from ldm.io.images import COLOUR_CHANNELS
 
 ATTEMPTS = 10  # boxes that RandomResizedCrop draws before it takes the central one
 

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 
 from ldm.errors import ConfigError
 
-PICTURE_CHANNELS = (1, 3, 4)  # grey, RGB and RGBA: what a PNG file can hold
-COLOUR_CHANNELS = (1, 3)  # grey and RGB: what feature networks, and changes of colour, take
-
 
 def parse_size(size: int | Sequence[int], least: int = 1) -> tuple[int, int]:
     """Return (height, width) of a size in pixels: one number for a square, or [height, width].
@@ -22,10 +19,3 @@ def parse_size(size: int | Sequence[int], least: int = 1) -> tuple[int, int]:
 def format_size(sides: Sequence[int]) -> int | list[int]:
     """Return sides as a config has them: one number if they are equal, else a list."""
     return sides[0] if len(set(sides)) == 1 else list(sides)
-
-
-def image_fault(shape: Sequence[int], channels: Sequence[int] = PICTURE_CHANNELS) -> str:
-    """Return why samples of a shape are no images (C, H, W) with one of these numbers of channels; "" if they are."""
-    if len(shape) == 3 and shape[0] in channels:
-        return ""
-    return f"samples of shape {tuple(shape)} are no images of {' or '.join(map(str, channels))} channels"

@@ -1,13 +1,17 @@
 """Write images to PNG files, single or as a grid, with the request that reproduces them as metadata."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ldm.errors import UserError
 from ldm.io import atomic
+
+PICTURE_CHANNELS = (1, 3, 4)  # grey, RGB and RGBA: what a PNG file can hold
+COLOUR_CHANNELS = (1, 3)  # grey and RGB: what feature networks, and changes of colour, take
 
 
 def encode_png(image: Tensor, text: Mapping[str, str] | None = None) -> bytes:
@@ -42,3 +46,26 @@ def make_grid(images: Tensor, columns: int, gap: int = 2, zoom: int = 1) -> Tens
 def save_png(path: Path, image: Tensor, text: Mapping[str, str] | None = None) -> None:
     """Write image (C, H, W) uint8 to `path` atomically; text: metadata."""
     atomic.write_bytes(path, encode_png(image, text))
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Quantise an image in [-1, 1] to uint8 (B, C, H, W): clamped, then rounded to the nearest of 256 levels.
+
+    All metrics use this quantisation; torchmetrics' own (`normalize=True`) truncates.
+    Raises ValueError for integers and NaN.
+    """
+    if not image.is_floating_point():
+        raise ValueError(
+            f"image is {image.dtype}: expected floating point in [-1, 1]; convert a uint8 image u to u / 127.5 - 1"
+        )
+    image = image.float()
+    if image.isnan().any():
+        raise UserError("image holds NaN: expected values in [-1, 1]; the model that generated it has diverged")
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def image_fault(shape: Sequence[int], channels: Sequence[int] = PICTURE_CHANNELS) -> str:
+    """Return why samples of a shape are no images (C, H, W) with one of these numbers of channels; "" if they are."""
+    if len(shape) == 3 and shape[0] in channels:
+        return ""
+    return f"samples of shape {tuple(shape)} are no images of {' or '.join(map(str, channels))} channels"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError, UserError
-from ldm.metrics.features import Classifier, FeatureNet, to_uint8
+from ldm.io.images import to_uint8
+from ldm.metrics.features import Classifier, FeatureNet
 
 
 def frechet(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:

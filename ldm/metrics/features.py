@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import ConfigError, UserError
+from ldm.errors import ConfigError
 from ldm.io.download import AssetNotFoundError, fetch, from_url
 from ldm.io.extras import extra
+from ldm.io.images import to_uint8
 from ldm.tensors import hash_state_dict
 
 
@@ -37,22 +38,6 @@ class Classifier(FeatureNet, Protocol):
     def classify(self, features: Tensor) -> Tensor: ...
 
 
-def to_uint8(image: Tensor) -> Tensor:
-    """Quantise an image in [-1, 1] to uint8 (B, C, H, W): clamped, then rounded to the nearest of 256 levels.
-
-    All metrics use this quantisation; torchmetrics' own (`normalize=True`) truncates.
-    Raises ValueError for integers and NaN.
-    """
-    if not image.is_floating_point():
-        raise ValueError(
-            f"image is {image.dtype}: expected floating point in [-1, 1]; convert a uint8 image u to u / 127.5 - 1"
-        )
-    image = image.float()
-    if image.isnan().any():
-        raise UserError("image holds NaN: expected values in [-1, 1]; the model that generated it has diverged")
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 def require_uint8(images: Tensor, channels: tuple[int, ...], size: int | None = None) -> None:
     """Raise ValueError unless images are (B, C, H, W) uint8 with one of these channel counts and H = W = size.
 
@@ -61,7 +46,7 @@ def require_uint8(images: Tensor, channels: tuple[int, ...], size: int | None = 
     # torchmetrics passes any tensor to a custom network: floats in [0, 1] would be scored without an error
     if images.dtype != torch.uint8:
         raise ValueError(
-            f"a feature network takes uint8 images, got {images.dtype}; quantise with ldm.metrics.features.to_uint8"
+            f"a feature network takes uint8 images, got {images.dtype}; quantise with ldm.io.images.to_uint8"
         )
     if images.ndim != 4 or images.shape[1] not in channels or (size and images.shape[2:] != (size, size)):
         side = size or "any"

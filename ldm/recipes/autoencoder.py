@@ -16,15 +16,14 @@ from ldm.checkpoint.latent_space import LatentSpace
 from ldm.checkpoint.load import load_first_stage
 from ldm.config import build
 from ldm.data.latents import batches
-from ldm.data.shape import image_fault
 from ldm.data.stream import length_of
 from ldm.devices import rank_and_world_size
 from ldm.ema import WeightAverage
 from ldm.errors import UserError
 from ldm.evaluation import evaluator
 from ldm.io import atomic, images
+from ldm.io.images import image_fault, to_uint8
 from ldm.metrics.distribution import MetricSuite
-from ldm.metrics.features import to_uint8
 from ldm.metrics.paired import Reconstruction
 from ldm.metrics.spectrum import high_frequency_ratio
 from ldm.recipes import checks

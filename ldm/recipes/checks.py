@@ -16,12 +16,13 @@ from ldm.conditioner.compose import condition_or_null
 from ldm.config import build
 from ldm.config.signatures import is_user_code
 from ldm.config.tree import iter_nodes
-from ldm.data.shape import COLOUR_CHANNELS, format_size, image_fault
+from ldm.data.shape import format_size
 from ldm.data.stream import Samples, length_of
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.evaluation.evaluate import CaptionSource
 from ldm.interfaces import Conditioner, Dataset, Decoder, missing_members
+from ldm.io.images import COLOUR_CHANNELS, image_fault
 from ldm.metrics.distribution import Metric
 from ldm.model import LatentDiffusion
 from ldm.recipes.latents import trains_first_stage

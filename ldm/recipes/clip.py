@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ldm.conditioner.clip import init_towers
 from ldm.conditioner.clip_image import preprocess
 from ldm.config import build
-from ldm.data.shape import COLOUR_CHANNELS, image_fault
 from ldm.errors import UserError
 from ldm.io import atomic
+from ldm.io.images import COLOUR_CHANNELS, image_fault
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import open_run
 from ldm.runs import cache

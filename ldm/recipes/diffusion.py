@@ -13,13 +13,11 @@ from torch import nn
 from ldm.checkpoint import adapters
 from ldm.checkpoint.latent_space import JOINT, LatentSpace
 from ldm.config import build
-from ldm.data.shape import image_fault
 from ldm.ema import SIGMA_RELS, PowerEMA, WeightAverage
 from ldm.evaluation import evaluator, protocol
 from ldm.evaluation.evaluate import CaptionSource, EvaluationConfig, evaluate, evaluate_during_training, format_count
 from ldm.io import atomic
-from ldm.io.images import make_grid
-from ldm.metrics.features import to_uint8
+from ldm.io.images import image_fault, make_grid, to_uint8
 from ldm.metrics.names import metric_names
 from ldm.recipes import checks, init_weights
 from ldm.recipes.autoencoder import first_stage_dependency, load_or_train_first_stage

@@ -12,9 +12,10 @@ from torch import Tensor
 from ldm.config import build
 from ldm.data.latents import batches
 from ldm.io import atomic
+from ldm.io.images import to_uint8
 from ldm.metrics.baseline import PCAGaussian, add_noise
 from ldm.metrics.distribution import ClassAccuracy, FrechetDistance, MetricSuite, PrecisionRecall
-from ldm.metrics.features import extract, to_uint8
+from ldm.metrics.features import extract
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import open_run
 from ldm.runs import cache

@@ -13,9 +13,9 @@ from ldm.checkpoint.load import open_model
 from ldm.checkpoint.weights import hash_model
 from ldm.config.build import to_container
 from ldm.config.tree import map_leaves
-from ldm.data.shape import image_fault
 from ldm.errors import UserError
 from ldm.io import atomic, npz
+from ldm.io.images import image_fault
 from ldm.runs import identity, provenance
 from ldm.sampling.request import SampleRequest
 
@@ -41,9 +41,8 @@ def generate_images(
     Raises UserError before sampling if the request does not fit the model.
     """
     from ldm.autoencoder.tiled import Tiled
-    from ldm.io.images import save_png
+    from ldm.io.images import save_png, to_uint8
     from ldm.io.progress import ProgressBar
-    from ldm.metrics.features import to_uint8
     from ldm.model import LatentDiffusion
     from ldm.sampling.generate import generate_samples, rank_slice
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm.data.shape import COLOUR_CHANNELS, PICTURE_CHANNELS, image_fault
 from ldm.errors import UserError
+from ldm.io.images import COLOUR_CHANNELS, PICTURE_CHANNELS, image_fault
 
 
 def check_shape(cfg: Any, shape: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.metrics.features import to_uint8
+from ldm.io.images import to_uint8
 from ldm.tensors import at_least_float32
 
 

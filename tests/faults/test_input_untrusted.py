@@ -259,6 +259,11 @@ def test_json_bomb_is_one_error(tmp_path, text):
         {"shape": [1, 0, 32]},
         {"channels": 1},
         {"more": 1},
+        {"medium": 3},
+        {"medium": "../clip"},
+        {"rate": "8"},
+        {"rate": 0},
+        {"rate": True},
     ],
 )
 def test_data_card_is_validated(change, tmp_path):
@@ -267,6 +272,22 @@ def test_data_card_is_validated(change, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(card | change))
     with pytest.raises(UserError, match=r"data\.json is damaged \(expected"):
         read_data_card(tmp_path)
+
+
+def test_data_card_names_media_of_ldm_and_of_the_users_own_packages_only(tmp_path, monkeypatch):
+    card = {"fingerprint": "", "classes": [], "captions": [], "shape": [1, 32, 32]}
+    assert DataCard.from_dict(card).medium == "image"
+    stored = DataCard.from_dict({**card, "medium": "clip", "rate": 12.5})
+    assert (stored.medium, stored.rate) == ("clip", 12.5)
+    (tmp_path / "our_lab").mkdir()
+    (tmp_path / "our_lab" / "scope.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert DataCard.from_dict({**card, "medium": "our_lab.scope"}).medium == "our_lab.scope"
+    for name in ("os.path", "shutil.x", "torch.hub", "ldm.io", "train.x", "our_lab.scope.write", "our_lab._scope"):
+        with pytest.raises(UserError, match=f"^medium={name} is refused: .* LDM_TRUST={name.split('.')[0]}$"):
+            DataCard.from_dict({**card, "medium": name})
+    monkeypatch.setenv("LDM_TRUST", "torch")
+    assert DataCard.from_dict({**card, "medium": "torch.hub"}).medium == "torch.hub"
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:

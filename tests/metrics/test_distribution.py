@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
+from ldm.io.images import to_uint8
 from ldm.metrics import distribution
 from ldm.metrics.distribution import (
     ClassAccuracy,
@@ -22,7 +23,6 @@ from ldm.metrics.distribution import (
     squared_distances,
     subsample,
 )
-from ldm.metrics.features import to_uint8
 from ldm.metrics.foundation import CLIPScore
 from ldm.metrics.inception import InceptionScore, SlicedMetric
 from ldm.metrics.neighbours import DensityCoverage, Memorisation

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ldm.io.download import AssetNotFoundError
+from ldm.io.images import to_uint8
 from ldm.metrics.effnet import EfficientNet
-from ldm.metrics.features import to_uint8
 
 
 @pytest.fixture(scope="module")

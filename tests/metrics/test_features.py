@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ldm.io.download import AssetNotFoundError
-from ldm.metrics.features import Inception, SpatialInception, extract, hash_weights, require_uint8, to_uint8
+from ldm.io.images import to_uint8
+from ldm.metrics.features import Inception, SpatialInception, extract, hash_weights, require_uint8
 from ldm.metrics.judge import FashionNet
 
 
