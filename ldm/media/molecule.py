@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.io.extras import extra
 from ldm.io.images import make_grid
 from ldm.io.molecules import RejectedMoleculeError, quiet_rdkit, read_molecule, samples_to_smiles, vocabulary_of
 from ldm.media.files import write_sample
@@ -44,19 +43,18 @@ def fault(shape: Sequence[int]) -> str:
 
 
 def draw(smiles: str, side: int = SIDE) -> Tensor:
-    """Draw the structure of a molecule, or that a text is none: (3, side, side) uint8."""
-    with extra("molecules", "medium=molecule"):
-        from PIL import Image
-        from rdkit import Chem
+    """Draw the structure of a molecule, or write that a text is none: (3, side, side) uint8."""
+    from PIL import Image, ImageDraw
+
+    with quiet_rdkit():
         from rdkit.Chem.Draw import rdMolDraw2D
 
-    canvas = rdMolDraw2D.MolDraw2DCairo(side, side)
-    with quiet_rdkit():
         try:
+            canvas = rdMolDraw2D.MolDraw2DCairo(side, side)
             rdMolDraw2D.PrepareAndDrawMolecule(canvas, read_molecule(smiles))
+            canvas.FinishDrawing()
+            picture = Image.open(BytesIO(canvas.GetDrawingText())).convert("RGB")
         except RejectedMoleculeError:
-            canvas.drawOptions().legendFraction = 0.9
-            canvas.DrawMolecule(Chem.Mol(), legend="no molecule")
-    canvas.FinishDrawing()
-    pixels = np.array(Image.open(BytesIO(canvas.GetDrawingText())).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+            picture = Image.new("RGB", (side, side), "white")
+            ImageDraw.Draw(picture).text((side / 2, side / 2), "no molecule", "black", anchor="mm")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -170,7 +170,8 @@ def fact_scores(smiles: Sequence[str], target: Tensor) -> dict[str, float]:
 
     logp_error: mean absolute difference.  logp_correlation.  rings_right, aromatic_right: fraction equal.
     elements_right: fraction in which all of F, Cl, Br and S are there or not there, as in the condition.
-    Texts that are no molecule have no logP, and are wrong in all else; without any molecule logP's numbers are NaN.
+    Texts that are no molecule have no logP, and are wrong in all else.  The correlation of fewer than two
+    molecules is NaN.
     """
     rows = [row for row, text in enumerate(smiles) if is_molecule(text)]
     facts = torch.tensor([facts_of(read_molecule(smiles[row])) for row in rows]).reshape(len(rows), target.shape[1])
@@ -178,7 +179,7 @@ def fact_scores(smiles: Sequence[str], target: Tensor) -> dict[str, float]:
     logp, equal = torch.stack([facts[:, 0], wish[:, 0]]), facts[:, 1:] == wish[:, 1:]
     return {
         "logp_error": float((logp[0] - logp[1]).abs().mean()),
-        "logp_correlation": float(logp.corrcoef()[0, 1]),
+        "logp_correlation": float(logp.corrcoef()[0, 1]) if len(rows) > 1 else float("nan"),
         "rings_right": float(equal[:, 0].sum()) / len(smiles),
         "aromatic_right": float(equal[:, 1].sum()) / len(smiles),
         "elements_right": float(equal[:, 2:].all(1).sum()) / len(smiles),
