@@ -17,7 +17,8 @@ class Condition:
 
     context: (B, L, D) tokens for cross-attention.  mask: (B, L) bool, True = a real token.
     vector: (B, D) added to the time embedding.
-    concat: (B, C, h, w) concatenated to x_t's channels; h = w = 1 broadcasts over all positions.
+    concat: (B, C, ...) concatenated to x_t's channels; one whose sides are all 1, of any number of sides, broadcasts
+    over all positions.
     hint: (B, 3, H, W) each, one per ControlNet, in [0, 1]; H = W = 1 broadcasts.
     label: (B,) int64, the class, for classifier guidance; networks do not read it.
     scale: (B,), the guidance scale, for a network distilled to take it.
@@ -75,7 +76,7 @@ class Condition:
                 f"the condition is for latents of {condition}, those to be sampled are {latent}; "
                 "give both the same size in pixels"
             )
-        return replace(self, concat=self.concat.expand(-1, -1, *sides))
+        return replace(self, concat=expand_sides(self.concat, sides))
 
     def cat(self, *others: "Condition") -> "Condition":
         """Concatenate batches; shorter contexts are padded with masked tokens.
@@ -102,8 +103,8 @@ class Condition:
 def align_fields(*parts: Condition) -> list[Condition]:
     """Give conditions the same shapes, so that their rows can be mixed.
 
-    Contexts are padded to the longest; masks are added if lengths differ or any condition has one; 1x1 concats and
-    hints are expanded.
+    Contexts are padded to the longest; masks are added if lengths differ or any condition has one; concats and hints
+    of a single position are expanded.
     Raises ValueError if the fields in use differ.
     """
     used = [
@@ -148,8 +149,12 @@ def pad_context(cond: Condition, length: int) -> Condition:
 
 def expand_spatial(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Expand tensors (B, C, 1, ..., 1) to the size of the largest (B, C, ...)."""
-    size = max((part.shape[2:] for part in parts if part is not None), default=None)
+    size = max((part.shape[2:] for part in parts if part is not None), key=lambda sides: sides.numel(), default=None)
     return [
-        part.expand(-1, -1, *size) if part is not None and size and set(part.shape[2:]) == {1} else part
-        for part in parts
+        expand_sides(part, size) if part is not None and size and set(part.shape[2:]) == {1} else part for part in parts
     ]
+
+
+def expand_sides(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """Expand x (B, C, 1, ..., 1), with any number of ones, to (B, C, *sides)."""
+    return x.reshape(*x.shape[:2], *[1] * len(sides)).expand(-1, -1, *sides)

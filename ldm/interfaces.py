@@ -7,7 +7,7 @@ interfaces of the other parts are next to what uses them: Schedule (diffusion/sc
 tasks and densities of times are functions; their types are Sampler, Guidance, Task and Times.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,9 @@ class OptionalNetwork(Protocol):
     """
 
     has_unused_parameters: bool  # whether a step may leave a parameter without gradient: DDP then searches for them
-    spatial_dims: int  # the sides of x besides its channels, of a network that takes no other number of them
+    # the sides of x besides its channels, of a network that takes no other number of them; or a static method that
+    # returns it for the options in the config, of which it names the one that decides first
+    spatial_dims: int | Callable[..., int]
 
     def embed(self, t: Tensor, cond: Condition) -> Tensor: ...
     def memory(self, cond: Condition) -> Any: ...

@@ -10,6 +10,7 @@ from ldm.condition import Condition
 from ldm.conditioner.compose import condition_or_null
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
+from ldm.tensors import divide_sides, divides, format_factor
 
 
 class LatentDiffusion(nn.Module):
@@ -52,11 +53,12 @@ class LatentDiffusion(nn.Module):
         f, sides = self.autoencoder.factor, tuple(size or self.size)
         if len(sides) != len(self.size):
             raise ConfigError(f"size=[{','.join(map(str, sides))}]: expected {len(self.size)} sides")
-        if any(side < f or side % f for side in sides):
+        if min(divide_sides(sides, f)) < 1 or not divides(f, sides):
             raise ConfigError(
-                f"size=[{','.join(map(str, sides))}]: all sides must be multiples of {f}, the first stage's factor"
+                f"size=[{','.join(map(str, sides))}]: all sides must be multiples of {format_factor(f)}, "
+                "the first stage's factor"
             )
-        return num, self.autoencoder.z_channels, *(side // f for side in sides)
+        return num, self.autoencoder.z_channels, *divide_sides(sides, f)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:

@@ -7,13 +7,46 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.errors import ConfigError
 
 T = TypeVar("T")
+
+# by the number of sides of a sample: means and maxima over cells
+POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+MAX_POOL: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
     """Reshape t (B,) or () so that it broadcasts against x (B, ...)."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
+
+
+def one_for_each(value: int | Sequence[int], count: int, name: str) -> tuple[int, ...]:
+    """Return `count` numbers, one for each side of a sample: the value itself, or one number repeated.
+
+    name: of the value in the config.  Raises ConfigError for a list of another length.
+    """
+    values = (value,) * count if isinstance(value, int) else tuple(value)
+    if len(values) != count:
+        raise ConfigError(f"{name}={list(values)}: expected one number, or {count}, one for each side of a sample")
+    return values
+
+
+def divides(factor: int | Sequence[int], sides: Sequence[int]) -> bool:
+    """Return whether every side is a multiple of the factor, or of its own one of a list of factors."""
+    return not any(side % one for side, one in zip(sides, one_for_each(factor, len(sides), "factor"), strict=True))
+
+
+def divide_sides(sides: Sequence[int], factor: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the sides divided by the factor, rounded down, or each by its own one of a list of factors."""
+    return tuple(side // one for side, one in zip(sides, one_for_each(factor, len(sides), "factor"), strict=True))
+
+
+def format_factor(factor: int | Sequence[int]) -> str:
+    """Write a factor as text: 4, or 1x4x4 for a list of one for each side."""
+    return str(factor) if isinstance(factor, int) else "x".join(map(str, factor))
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -124,7 +124,7 @@ BY_CALLER = {  # target -> parameters with a default that the code which calls a
     "ldm.evaluation.evaluate.EvaluationConfig": ("precision",),  # the trainer's
     "ldm.metrics.paired.Reconstruction": ("device", "net", "reference"),
     "ldm.training.fit.fit": ("seed", "start"),
-    **dict.fromkeys(("ldm.net.positions.rope_2d", "ldm.net.positions.sincos_2d"), ("device",)),
+    **dict.fromkeys(("ldm.net.positions.rope", "ldm.net.positions.sincos"), ("device",)),
     **dict.fromkeys(("ldm.net.attention.sdpa", "ldm.net.attention.softmax_attention"), ("mask",)),
     **{f"ldm.diffusion.variance.{name}": ("floor",) for name in ("fixed_small", "fixed_large", "learned_range")},
     **{

@@ -26,7 +26,7 @@ class ControlNet:
     """The adapter that conditions a U-Net on a hint.
 
     hint: wraps the conditioner, so that its Condition has one hint more.
-    Raises ConfigError without a hint, and for a network that is not a U-Net.
+    Raises ConfigError without a hint, and for a network that is not a U-Net of images.
     """
 
     hint: Callable[[nn.Module], nn.Module]
@@ -40,6 +40,10 @@ class ControlNet:
         net = copy.deepcopy(lora.unwrap(model.denoiser.net))
         if not hasattr(net, "encode"):
             raise ConfigError(f"adapter=controlnet: expected a U-Net, this network is a {type(net).__name__}")
+        if len(model.size) != 2:
+            raise ConfigError(
+                f"adapter=controlnet: expected a model of images, this one's have {len(model.size)} sides"
+            )
         model.requires_grad_(False)
         # the copy starts from the weights with LoRA merged in, and has no LoRA layers of its own
         control = ControlBranch(cast(UNet, lora.merge(net)), model.autoencoder.factor)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from ldm.errors import ConfigError, UserError
 
-LAYERS = (nn.Linear, nn.Conv2d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Statistics:
         channels: int,
         total: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> "Statistics":
-        """Compute the statistics of posteriors over (B, C, h, w), batch by batch, in closed form: no sample is drawn.
+        """Compute the statistics of posteriors over (B, C, ...), batch by batch, in closed form: no sample is drawn.
 
         total: sums a vector over all processes, each of which has its share of the data.  Raises ConfigError if there
         are no posteriors.
@@ -33,7 +33,8 @@ class Statistics:
         sums = torch.zeros(2 * channels + 2, dtype=torch.float64)
         for posterior in posteriors:
             mean, variance = posterior.mean.double(), posterior.variance.double()
-            first, second = mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))
+            axes = (0, *range(2, mean.ndim))
+            first, second = mean.sum(axes), (mean.square() + variance).sum(axes)
             sums += torch.cat([sums.new_tensor([len(mean), mean[:, 0].numel()]), first.cpu(), second.cpu()])
         images, positions, *rest = total(sums).tolist()
         if not images:

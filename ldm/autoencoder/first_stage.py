@@ -1,6 +1,6 @@
 """The base class of first stages: encoder and decoder of a latent space, and its normalisation."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from ldm.autoencoder.calibration import Calibration, Statistics, per_channel
 from ldm.autoencoder.posterior import DeterministicPosterior, DiagonalGaussian
 from ldm.errors import ConfigError
-from ldm.tensors import hash_state_dict
+from ldm.tensors import divides, format_factor, hash_state_dict
 
 
 class TrainingOutput(NamedTuple):
     """The result of a training forward pass over a batch of images.
 
-    reconstruction: (B, C, H, W).  penalties: by name, (B,) each, regularisation of the latent.
+    reconstruction: (B, C, ...).  penalties: by name, (B,) each, regularisation of the latent.
     diagnostics: (K,), a mean over the batch, which `FirstStage.diagnostics` takes once it is averaged over all
     processes.
     """
@@ -29,7 +29,8 @@ class FirstStage(nn.Module):
     """An encoder image -> moments, a decoder latent -> image, and the shift and scale that give z unit variance.
 
     encoder: (B, C, H, W) in [-1, 1] -> moments (B, M, H/factor, W/factor).  decoder: (B, z_channels, h, w) -> (B, C, H,
-    W).
+    W).  Samples with other sides, (B, C, L) or (B, C, F, H, W), need an encoder and a decoder that take them.
+    factor: one number for every side, or a list of one for each.
     shift, scale: buffers (z_channels,), 0 and 1 until `calibrate` is called with the training set.
     A subclass defines what its moments mean (`posterior_of`), what comes between latent and decoder (`decode_raw`), and
     its training pass (`training_forward`, `diagnostics`).
@@ -39,16 +40,17 @@ class FirstStage(nn.Module):
     scale: Tensor
     calibrated_on: Tensor
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, z_channels: int, factor: int):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, z_channels: int, factor: int | Sequence[int]):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.z_channels, self.factor = z_channels, factor
+        self.z_channels = z_channels
+        self.factor = factor if isinstance(factor, int) else tuple(factor)
         self.register_buffer("shift", torch.zeros(z_channels))
         self.register_buffer("scale", torch.ones(z_channels))
         self.register_buffer("calibrated_on", torch.zeros((), dtype=torch.long))
 
     def posterior_of(self, moments: Tensor) -> DiagonalGaussian | DeterministicPosterior:
-        """Return the posterior with moments (B, M, h, w) of the encoder or of a latent cache."""
+        """Return the posterior with moments (B, M, ...) of the encoder or of a latent cache."""
         raise NotImplementedError
 
     def training_forward(self, image: Tensor, normal: Callable[[Tensor], Tensor]) -> TrainingOutput:
@@ -66,7 +68,7 @@ class FirstStage(nn.Module):
         raise NotImplementedError
 
     def decode_raw(self, raw: Tensor) -> Tensor:
-        """Decode a latent (B, z_channels, h, w) in the posterior's units to an image (B, C, H, W)."""
+        """Decode a latent (B, z_channels, ...) in the posterior's units to an image (B, C, ...)."""
         return self.decoder(raw)
 
     @property
@@ -82,9 +84,10 @@ class FirstStage(nn.Module):
     def require_size(self, image: Tensor) -> None:
         """Raise ConfigError unless the factor divides every side of image (B, C, H, W), or of (B, C, ...)."""
         sides = image.shape[2:]
-        if any(side % self.factor for side in sides):
+        if not divides(self.factor, sides):
             raise ConfigError(
-                f"image is {'x'.join(map(str, sides))}: all sides must be multiples of {self.factor}; pad or resize it"
+                f"image is {'x'.join(map(str, sides))}: all sides must be multiples of {format_factor(self.factor)}; "
+                "pad or resize it"
             )
 
     def normalise(self, raw: Tensor) -> Tensor:

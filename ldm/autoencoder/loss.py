@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm.errors import ConfigError
 
-Error = Callable[[Tensor, Tensor], Tensor]  # reconstruction, image (B, C, H, W) -> (B,), summed over the image
+Error = Callable[[Tensor, Tensor], Tensor]  # reconstruction, image (B, C, ...) -> (B,), summed over the image
 
 
 def l1(reconstruction: Tensor, image: Tensor) -> Tensor:
@@ -27,13 +27,13 @@ def cross_entropy(logits: Tensor, image: Tensor) -> Tensor:
 
 
 def gradient_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """Compute the absolute error of the differences between neighbouring pixels, (B,).
+    """Compute the absolute error of the differences between neighbours along every side, (B,).
 
-    It sharpens edges without a pretrained network (Mathieu 2016).
+    It sharpens edges without a pretrained network (Mathieu 2016); of a clip it is also the error of its motion.
     """
     error = reconstruction - image
-    across, down = torch.diff(error, dim=-1).abs(), torch.diff(error, dim=-2).abs()
-    return across.flatten(1).sum(1) + down.flatten(1).sum(1)
+    sides = reversed(range(2, error.ndim))
+    return torch.stack([torch.diff(error, dim=side).abs().flatten(1).sum(1) for side in sides]).sum(0)
 
 
 class ReconstructionLoss(nn.Module):

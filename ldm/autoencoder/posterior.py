@@ -42,7 +42,7 @@ class DiagonalGaussian:
 
     def kl_per_channel(self) -> Tensor:
         """Compute KL(q || N(0, I)) per channel in nats per position of the latent, averaged over the batch, (C,)."""
-        return self._divergence().mean((0, 2, 3))
+        return self._divergence().mean((0, *range(2, self.mean.ndim)))
 
     def _divergence(self) -> Tensor:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)

@@ -1,6 +1,6 @@
 """The vector-quantised autoencoder (VQ-VAE, van den Oord et al. 2017; VQGAN, Esser et al. 2021; LDM app. G)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -22,7 +22,7 @@ class Codebook(nn.Embedding):
         # in full precision, because lower precision would produce ties
         with nullcontext() if raw.is_meta else torch.autocast(raw.device.type, enabled=False):
             codes = self.weight
-            flat = raw.detach().to(codes.dtype).movedim(1, -1).flatten(0, 2)  # (B h w, C)
+            flat = raw.detach().to(codes.dtype).movedim(1, -1).flatten(0, -2)  # (B N, C)
             squares = codes.square().sum(1)
             nearest = [torch.addmm(squares, part, codes.T, alpha=-2).argmin(1) for part in flat.split(1 << 14)]
         return torch.cat(nearest).view(raw.shape[0], *raw.shape[2:])
@@ -45,7 +45,7 @@ class AutoencoderVQ(FirstStage):
         encoder: nn.Module,
         decoder: nn.Module,
         z_channels: int,
-        factor: int,
+        factor: int | Sequence[int],
         num_codes: int = 8192,
         codebook_weight: float = 1.0,
         commitment_weight: float = 0.25,

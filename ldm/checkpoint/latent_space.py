@@ -10,7 +10,7 @@ from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.io.parse import parse_json
 from ldm.runs.identity import hash_config
-from ldm.tensors import hash_state_dict
+from ldm.tensors import format_factor, hash_state_dict
 
 KEY = "latent_space"  # in the metadata of safetensors files
 # in the metadata of weights that include those of a first stage, trained together with the denoiser from that of KEY
@@ -40,7 +40,10 @@ class LatentSpace:
         """
         identity = hash_config([config, autoencoder.weights_hash()])
         return LatentSpace(
-            identity, f"f{autoencoder.factor}c{autoencoder.z_channels}", data, int(autoencoder.calibrated_on)
+            identity,
+            f"f{format_factor(autoencoder.factor)}c{autoencoder.z_channels}",
+            data,
+            int(autoencoder.calibrated_on),
         )
 
     @staticmethod

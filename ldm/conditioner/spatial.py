@@ -1,7 +1,11 @@
-"""Image conditions as extra channels on the latent's grid: maps, low resolution, masks (LDM sec. 3.3), sources."""
+"""Conditions as extra channels on the latent's grid: maps, low resolution, masks (LDM sec. 3.3), sources.
+
+All but semantic maps and low resolution take samples of any number of sides: a mask over the frames of a clip, the
+state before of a field. A null for an unknown size is (B, channels, 1, 1), which broadcasts to the latent's.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +14,11 @@ from torch.nn import functional as F
 from ldm.condition import Condition
 from ldm.conditioner.rows import num_rows
 from ldm.errors import ConfigError
+from ldm.tensors import MAX_POOL, POOL, divide_sides, divides, format_factor, one_for_each
 
 
 class SemanticMap(nn.Module):
-    """Semantic map as input channels: batch["map"] -> concat (B, channels, H/factor, W/factor).
+    """Semantic map of an image as input channels: batch["map"] -> concat (B, channels, H/factor, W/factor).
 
     The map holds classes (B, H, W) int64 or class fractions (B, classes, H, W). Each cell of factor x factor pixels
     gets the fraction of every class in it, then a learned 1x1 convolution without bias (LDM's SpatialRescaler). The
@@ -24,7 +29,7 @@ class SemanticMap(nn.Module):
     keys = ("map",)
     context_dim = vector_dim = None
 
-    def __init__(self, factor: int, classes: int, channels: int = 4):
+    def __init__(self, factor: int | Sequence[int], classes: int, channels: int = 4):
         super().__init__()
         self.factor, self.classes, self.concat_channels = factor, classes, channels
         self.mix = nn.Conv2d(classes, channels, 1, bias=False)
@@ -37,7 +42,7 @@ class SemanticMap(nn.Module):
     def null(self, batch: dict[str, Any]) -> Condition:
         return Condition(
             concat=self.mix.weight.new_zeros(
-                num_rows(batch), self.concat_channels, *latent_size(batch.get("map"), self.factor)
+                num_rows(batch), self.concat_channels, *latent_size(batch.get("map"), self.factor, -2)
             )
         )
 
@@ -59,14 +64,14 @@ class SemanticMap(nn.Module):
 class SpatialMap(nn.Module):
     """Relief, depth map or sketch as input channels.
 
-    batch[key] (B, channels, H, W) -> concat (B, channels + 1, H/factor, W/factor).
-    Each cell gets the mean of its pixels; the last channel is 1. The null is 0 in all channels.
+    batch[key] (B, channels, ...) -> concat (B, channels + 1, ...), sides divided by `factor`.
+    Each cell gets the mean of its positions; the last channel is 1. The null is 0 in all channels.
     """
 
     context_dim = vector_dim = None
     device_anchor: Tensor  # empty; its device is the model's
 
-    def __init__(self, factor: int, key: str = "relief", channels: int = 1):
+    def __init__(self, factor: int | Sequence[int], key: str = "relief", channels: int = 1):
         super().__init__()
         self.keys, self.factor, self.concat_channels = (key,), factor, channels + 1
         self.register_buffer("device_anchor", torch.empty(0), persistent=False)
@@ -95,8 +100,12 @@ class LowResolution(nn.Module):
     context_dim = vector_dim = None
     device_anchor: Tensor  # empty; its device is the model's
 
-    def __init__(self, factor: int, image_channels: int, scale: int = 4, noise_augmentation: float = 0.0):
+    def __init__(
+        self, factor: int | Sequence[int], image_channels: int, scale: int = 4, noise_augmentation: float = 0.0
+    ):
         super().__init__()
+        if not isinstance(factor, int):
+            raise ConfigError(f"factor={list(factor)}: low_res needs one factor for both sides of an image")
         if factor % scale and scale % factor:
             raise ConfigError(f"scale={scale}: expected a divisor or a multiple of the first stage's factor, {factor}")
         if not 0 <= noise_augmentation < 1:
@@ -149,7 +158,7 @@ class LowResolution(nn.Module):
 class MaskedImage(nn.Module):
     """Masked image as input channels.
 
-    batch["image"] (B, C, H, W) in [-1, 1] and batch["mask"] (B, 1, H, W) -> concat (B, 1 + z_channels, h, w).
+    batch["image"] (B, C, ...) in [-1, 1] and batch["mask"] (B, 1, ...) -> concat (B, 1 + z_channels, ...).
     The mask is 1 where pixels are to be generated. Channel 0 is the mask, 1 if any pixel of the cell is to be
     generated; the others are the latent of the image with those pixels grey (LDM section 4.5; order of channels as in
     Stable Diffusion).
@@ -160,16 +169,16 @@ class MaskedImage(nn.Module):
     context_dim = vector_dim = None
     device_anchor: Tensor  # empty; its device is the model's
 
-    def __init__(self, factor: int, z_channels: int, encode: Callable[[Tensor], Tensor]):
+    def __init__(self, factor: int | Sequence[int], z_channels: int, encode: Callable[[Tensor], Tensor]):
         super().__init__()
         self.factor, self.encode, self.concat_channels = factor, encode, 1 + z_channels
         self.register_buffer("device_anchor", torch.empty(0), persistent=False)
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         image, mask = batch["image"].to(self.device_anchor), (batch["mask"] > 0.5).to(self.device_anchor)
-        if mask.shape != (len(image), 1, *image.shape[-2:]):
+        if mask.shape != (len(image), 1, *image.shape[2:]):
             raise ValueError(
-                f"mask of {tuple(mask.shape)}: expected {(len(image), 1, *image.shape[-2:])}, "
+                f"mask of {tuple(mask.shape)}: expected {(len(image), 1, *image.shape[2:])}, "
                 f"the image's size, one channel"
             )
         with torch.no_grad():
@@ -185,7 +194,7 @@ class MaskedImage(nn.Module):
 
 
 class SourceImage(nn.Module):
-    """Image to be edited as input channels: batch["source"] (B, C, H, W) -> concat (B, z_channels, h, w).
+    """Image to be edited as input channels: batch["source"] (B, C, ...) -> concat (B, z_channels, ...).
 
     It is encoded by the first stage, as its posterior's mode (Brooks et al. 2023, section 3.2).
     encode: the first stage, image -> z.  The null is zero.
@@ -196,7 +205,7 @@ class SourceImage(nn.Module):
     context_dim = vector_dim = None
     device_anchor: Tensor  # empty; its device is the model's
 
-    def __init__(self, factor: int, z_channels: int, encode: Callable[[Tensor], Tensor]):
+    def __init__(self, factor: int | Sequence[int], z_channels: int, encode: Callable[[Tensor], Tensor]):
         super().__init__()
         self.factor, self.encode, self.concat_channels = factor, encode, z_channels
         self.register_buffer("device_anchor", torch.empty(0), persistent=False)
@@ -210,21 +219,25 @@ class SourceImage(nn.Module):
         return Condition(concat=self.device_anchor.new_zeros(num_rows(batch), self.concat_channels, *size))
 
 
-def cell_means(x: Tensor, factor: int, name: str) -> Tensor:
-    """Average x (B, C, H, W) over cells of factor x factor pixels.
+def cell_means(x: Tensor, factor: int | Sequence[int], name: str) -> Tensor:
+    """Average x (B, C, ...) over cells whose sides are `factor`.
 
     Raises ConfigError for a size that `factor` does not divide.
     """
-    if x.shape[-2] % factor or x.shape[-1] % factor:
-        raise ConfigError(f"{name} of {x.shape[-2]}x{x.shape[-1]}: height and width must be multiples of {factor}")
-    return F.avg_pool2d(x, factor)
+    sides = x.shape[2:]
+    if not divides(factor, sides):
+        raise ConfigError(
+            f"{name} of {'x'.join(map(str, sides))}: height and width must be multiples of {format_factor(factor)}"
+        )
+    return POOL[len(sides)](x, one_for_each(factor, len(sides), "factor"))
 
 
-def max_pool_mask(mask: Tensor, factor: int) -> Tensor:
-    """Return 1 for every cell of factor x factor pixels in which the mask (B, 1, H, W) is 1 anywhere, else 0."""
-    return F.max_pool2d(mask, factor)
+def max_pool_mask(mask: Tensor, factor: int | Sequence[int]) -> Tensor:
+    """Return 1 for every cell with sides `factor` in which the mask (B, 1, ...) is 1 anywhere, else 0."""
+    dims = mask.ndim - 2
+    return MAX_POOL[dims](mask, one_for_each(factor, dims, "factor"))
 
 
-def latent_size(image: Tensor | None, factor: int) -> Sequence[int]:
-    """Return height and width in cells of an image (..., H, W), or (1, 1) without one."""
-    return (1, 1) if image is None else [cast(int, side) // factor for side in image.shape[-2:]]
+def latent_size(sample: Tensor | None, factor: int | Sequence[int], first: int = 2) -> Sequence[int]:
+    """Return the sides in cells of a sample, or (1, 1) without one; first: the index of its first side."""
+    return (1, 1) if sample is None else divide_sides(sample.shape[first:], factor)

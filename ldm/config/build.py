@@ -1,7 +1,9 @@
 """Build objects from a composed config, leaves first; a node that owns weights is built once and passed on."""
 
 import inspect
+import math
 from collections.abc import Collection, Mapping, Sequence
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.signatures import read_signature
@@ -85,12 +87,17 @@ def build_degraded_dataset(cfg: Any, split: str = "train"):
 def image_size_multiple(cfg: Any) -> int:
     """Return the number that must divide an image's height and width.
 
-    It is the first stage's factor times the network's patch size or, without patches, its downsampling factor.
+    It is the first stage's factor times the network's patch size or, without patches, its downsampling factor, of both
+    sides together.
     """
+    from ldm.tensors import one_for_each
+
     net = cfg.net
     while hasattr(net.get("net"), "items"):  # a network that wraps another
         net = net["net"]
-    return cfg.autoencoder.get("factor", 1) * net.get("patch_size", 2 ** (len(net.get("channel_mult", [1])) - 1))
+    factors = one_for_each(cfg.autoencoder.get("factor", 1), 2, "autoencoder.factor")
+    patch = net.get("patch_size", 2 ** (len(net.get("channel_mult", [1])) - 1))
+    return math.lcm(*map(mul, factors, one_for_each(patch, 2, "net.patch_size")))
 
 
 def reject_degradation(cfg: Any) -> None:
@@ -207,5 +214,7 @@ def build_classifier(net: Any, autoencoder: Any, data: Any) -> Any:
 
     net: its constructor with options bound.
     """
-    size = [side // autoencoder.factor for side in data.shape[1:]]
+    from ldm.tensors import divide_sides
+
+    size = divide_sides(data.shape[1:], autoencoder.factor)
     return net(in_channels=autoencoder.z_channels, classes=len(data.classes), size=size)

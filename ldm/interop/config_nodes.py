@@ -49,11 +49,13 @@ def unet(
         "num_groups": groups,
         "eps": eps,
         "block": block,
-        "downsample": {"_target_": "ldm.net.blocks.Downsample", "_partial_": True, "asymmetric": False},
+        "downsample": {"_target_": "ldm.net.blocks.Downsample", "_partial_": True, "asymmetric": False, "stride": 2},
         "time_embedding": {"_target_": "ldm.net.blocks.timestep_embedding", "_partial_": True, "max_period": 10_000.0},
         "vector_embedding": {"_target_": "ldm.net.blocks.mlp", "_partial_": True},
         "attention_fn": SDPA,
         "gradient_checkpointing": False,
+        "dims": 2,
+        "padding_mode": "zeros",
     }
 
 
@@ -76,6 +78,7 @@ def first_stage(
         "attention_resolutions": list(attention),
     }
     shape |= {"middle_attention": middle_attention, "num_groups": groups, "attention_fn": SDPA}
+    shape |= {"factor": 2 ** (len(mult) - 1), "padding_mode": "zeros"}
     kind: Node = {"_target_": "ldm.autoencoder.kl.AutoencoderKL"}
     if num_codes is not None:
         kind = {
@@ -146,7 +149,7 @@ def dit(patch: int, channels: int, depth: int, heads: int, toward_data: bool) ->
         "norm": {"_target_": "torch.nn.LayerNorm", "_partial_": True, "elementwise_affine": False, "eps": 1e-6},
         "feed_forward": {"_target_": "ldm.net.dit.MLP", "_partial_": True, "mult": 4.0},
         "qk_norm": None,
-        "positions": {"_target_": "ldm.net.positions.sincos_2d", "_partial_": True},
+        "positions": {"_target_": "ldm.net.positions.sincos", "_partial_": True},
         "rotary": None,
         "time_embedding": {
             **(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.interop.keymap import KeyMapping, State, count, import_state, layer_rows
-from ldm.net.positions import sincos_2d
+from ldm.net.positions import sincos
 
 LABELS = (
     "y_embedder.embedding_table.weight"  # belongs to the conditioner: one row per class, the last is the null class
@@ -79,7 +79,7 @@ def _sinusoidal(positions: Tensor) -> None:
     """Check that positions (1, N, D) are the sine-cosine embedding of a square grid.  Raises UserError otherwise."""
     side = round(positions.shape[1] ** 0.5)
     if side * side != positions.shape[1] or not torch.allclose(
-        positions[0].float(), sincos_2d(side, side, positions.shape[2]), atol=1e-4
+        positions[0].float(), sincos((side, side), positions.shape[2]), atol=1e-4
     ):
         raise UserError(
             "pos_embed is not the sine-cosine embedding of a square grid, which ours computes; "

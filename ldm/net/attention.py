@@ -1,6 +1,6 @@
 """Self- and cross-attention, and the spatial transformer of latent diffusion (LDM, app. E.2.1)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ldm.condition import Condition
 from ldm.errors import ConfigError
-from ldm.net.blocks import norm, zero_module
+from ldm.net.blocks import CONV, norm, zero_module
 
 MAX_SMALL_SEQUENCE = 128  # keys
 # q, k, v (B, heads, N, d), mask (B, 1, 1, L) or None -> (B, heads, N, d)
@@ -146,9 +146,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """`depth` transformer blocks over a feature map (B, C, H, W) as H*W tokens, added to the input (LDM app. E.2.1).
+    """`depth` transformer blocks over a feature map (B, C, ...), a token per position, added to it (LDM app. E.2.1).
 
     conv: store the projections as 1x1 convolutions (SD 1), not as linear layers (SD 2, SDXL); they compute the same.
+    dims: sides of the map.
     """
 
     def __init__(
@@ -161,32 +162,34 @@ class SpatialTransformer(nn.Module):
         groups: int = 32,
         conv: bool = False,
         eps: float = 1e-6,
+        dims: int = 2,
     ):
         super().__init__()
         self.norm, self.conv = norm(channels, groups, eps), conv
-        self.proj_in = nn.Conv2d(channels, channels, 1) if conv else nn.Linear(channels, channels)
+        self.proj_in = CONV[dims](channels, channels, 1) if conv else nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, attend) for _ in range(depth))
-        self.proj_out = zero_module(nn.Conv2d(channels, channels, 1) if conv else nn.Linear(channels, channels))
+        self.proj_out = zero_module(CONV[dims](channels, channels, 1) if conv else nn.Linear(channels, channels))
 
     def memory(self, context: Tensor) -> tuple[KeyValue, ...]:
         """Compute keys and values of the context (B, L, D) for each block."""
         return tuple(m.memory(context) for m in self.modules() if isinstance(m, CrossAttention))
 
     def forward(self, x: Tensor, memory: tuple[KeyValue, ...] | None = None, mask: Tensor | None = None) -> Tensor:
-        height, h = x.shape[2], self.norm(x)
+        sides, h = x.shape[2:], self.norm(x)
         h = tokens(self.proj_in(h)) if self.conv else self.proj_in(tokens(h))
         for i, block in enumerate(self.blocks):
             h = block(h, memory[i] if memory else None, mask)
-        return x + (self.proj_out(image(h, height)) if self.conv else image(self.proj_out(h), height))
+        return x + (self.proj_out(feature_map(h, sides)) if self.conv else feature_map(self.proj_out(h), sides))
 
 
 class QKVAttention(nn.Module):
-    """ADM's attention of a feature map (B, C, H, W) over itself, added to the input.
+    """ADM's attention of a feature map (B, C, ...) over itself, added to the input.
 
     Dhariwal & Nichol 2021; DDPM with one head.
     new_order: the projection's 3C channels are (q, k, v) of (heads, d), ADM's `use_new_attention_order`, not heads of
     (q, k, v).
     depth: must be 1.  Raises ConfigError for another depth, or for a context, which it does not support.
+    dims: not read: a map of any number of sides is a set of tokens.
     """
 
     def __init__(
@@ -199,6 +202,7 @@ class QKVAttention(nn.Module):
         groups: int = 32,
         new_order: bool = False,
         eps: float = 1e-5,
+        dims: int = 2,
     ):
         super().__init__()
         if context_dim or depth != 1:
@@ -220,14 +224,14 @@ class QKVAttention(nn.Module):
     def forward(self, x: Tensor, memory: tuple[KeyValue, ...] | None = None, mask: Tensor | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(tokens(self.norm(x))), self.order, three=3, h=self.heads)
         h = rearrange(self.attend(q, k, v, None), "b h n d -> b n (h d)")
-        return x + image(self.out(h), x.shape[2])
+        return x + feature_map(self.out(h), x.shape[2:])
 
 
 def tokens(x: Tensor) -> Tensor:
-    """Flatten a feature map (B, C, H, W) to tokens (B, H*W, C)."""
-    return rearrange(x, "b c h w -> b (h w) c")
+    """Flatten a feature map (B, C, ...) to tokens (B, N, C), a token per position, the last side fastest."""
+    return x.movedim(1, -1).flatten(1, -2)  # a view, if the channels are last in memory
 
 
-def image(h: Tensor, height: int) -> Tensor:
-    """Reshape tokens (B, H*W, C) to a feature map (B, C, H, W)."""
-    return rearrange(h, "b (h w) c -> b c h w", h=height)
+def feature_map(h: Tensor, sides: Sequence[int]) -> Tensor:
+    """Reshape tokens (B, N, C) to a feature map (B, C, *sides)."""
+    return h.unflatten(1, tuple(sides)).movedim(-1, 1)

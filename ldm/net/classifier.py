@@ -18,10 +18,10 @@ from ldm.net.unet import Attention, MemoryCursor, UNetBlockConfig, UNetEncoder, 
 
 
 class AttentionPool(nn.Module):
-    """A feature map (B, C, h, w) -> (B, out): the mean of its positions is a token that attends to all tokens.
+    """A feature map (B, C, ...) -> (B, out): the mean of its positions is a token that attends to all tokens.
 
-    CLIP's pooling.  size: (h, w).  Raises ConfigError for a map of another size, because the position embeddings are
-    learned.
+    CLIP's pooling.  size: the map's sides.  Raises ConfigError for a map of another size, because the position
+    embeddings are learned.
     """
 
     def __init__(self, size: Sequence[int], channels: int, heads: int, out: int, attend: AttentionFn = sdpa):
@@ -44,7 +44,7 @@ class NoisyClassifier(UNetEncoder):
     """Class logits (B, classes) of x_t (B, in_channels, *size) at the network's time t (B,).
 
     For guidance=classifier.
-    size: (height, width) of x_t.  The other options are UNet's.
+    size: the sides of x_t, (height, width) of an image's.  The other options are UNet's.
     Raises ConfigError for an x_t of another size.
     """
 
@@ -78,6 +78,7 @@ class NoisyClassifier(UNetEncoder):
             block,
             Downsample,
             attention_fn,
+            len(size),
         )
         depths = transformer_depths(1, attention_resolutions, len(channel_mult))
         super().__init__(

@@ -16,6 +16,9 @@ CONV_AND = torch.ops.mkldnn._convolution_pointwise.binary
 NO_POST_OP: Any = ("none", [], "")
 ADD_POST_OP: Any = ("add", 1.0, None, [], None)
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the number of sides
+
 # on smaller maps float32 is faster than bfloat16; with gradients, in ldm.net.blocks, the opposite is true
 MIN_POSITIONS_BF16_NORM = 1024
 
@@ -28,19 +31,26 @@ def pack(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
 
     The packed layers multiply in dtype.  A module that is such a layer itself is returned packed.
     """
-    if isinstance(module, Upsample) and (dtype != torch.float32 or module.conv.in_channels < 64):
-        # the transposed convolution of PackedUpsample is slower for few channels and in bfloat16
+    if isinstance(module, Upsample) and (
+        dtype != torch.float32 or module.conv.in_channels < 64 or module.strides != (2, 2)
+    ):
+        # the transposed convolution of PackedUpsample doubles images, and is slower for few channels and in bfloat16
         module.conv = cast(Any, pack(module.conv, dtype))
         return module
-    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return module  # no network of this package has such a layer, but a user's may
+    if isinstance(module, CONVOLUTIONS) and not has_kernel(module):
+        return module if isinstance(module.padding, str) else PlainConv(module, dtype)
     # a LoRA correction is a parametrization: layer.weight, which the packed layer copies, includes it
     packed_type = PACKED_TYPES.get(parametrize.type_before_parametrizations(module))
-    if packed_type is not None:
+    if packed_type is not None and all(has_kernel(part) for part in module.modules() if isinstance(part, CONVOLUTIONS)):
         return packed_type(module, dtype)
     for name, child in module.named_children():
         setattr(module, name, pack(child, dtype))
     return module
+
+
+def has_kernel(layer: nn.Module) -> bool:
+    """Return whether a convolution has a packed version: in two dimensions, with zeros beyond the border."""
+    return isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 class Linear(nn.Module):
@@ -76,6 +86,23 @@ class Conv2d(nn.Module):
         """Convolve x and add another (B, C', H', W') in the same kernel."""
         x, other = x.to(self.weight.dtype), other.to(self.weight.dtype)
         return CONV_AND(x, other, self.weight, self.bias, *self.geometry, *ADD_POST_OP)
+
+
+class PlainConv(nn.Module):
+    """A convolution without a packed version, in the dtype of those that have one."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype):
+        super().__init__()
+        self.convolve = CONVOLVE[layer.weight.ndim - 2]
+        self.margins = [margin for margin in reversed(layer.padding) for _ in range(2)]
+        self.mode = {"zeros": "constant"}.get(layer.padding_mode, layer.padding_mode)
+        self.geometry = (layer.stride, 0, layer.dilation, layer.groups)
+        self.weight = layer.weight.detach().to(dtype)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x.to(self.weight.dtype), self.margins, mode=self.mode)
+        return self.convolve(x, self.weight, self.bias, *self.geometry)
 
 
 class Norm(nn.Module):

@@ -1,10 +1,11 @@
 """The diffusion transformer DiT with adaLN-Zero (Peebles & Xie 2023), with later blocks as options."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,8 +23,8 @@ from ldm.net.attention import (
     sdpa,
     tokens,
 )
-from ldm.net.blocks import identity_embedding, maybe_checkpoint, mlp, timestep_embedding, zero_module
-from ldm.net.positions import sincos_2d
+from ldm.net.blocks import CONV, as_sides, identity_embedding, maybe_checkpoint, mlp, timestep_embedding, zero_module
+from ldm.net.positions import sincos
 
 plain_norm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 
@@ -107,29 +108,33 @@ class Head(nn.Module):
 
 
 class DiT(nn.Module):
-    """Transformer over the patches of x (B, in_channels [+ concat], H, W); returns (B, out_channels, H, W).
+    """Transformer over the patches of x (B, in_channels [+ concat], ...); returns (B, out_channels, ...).
 
-    patch_size: height and width of a patch, which must divide H and W.  channels, depth, num_heads: width, blocks,
-    attention heads.
+    patch_size: the sides of a patch, which must divide those of x: a list of one, two or three numbers for (B, C, L),
+    (B, C, H, W) or (B, C, F, H, W), as [1, 2, 2] for the frames of a clip; one number for both sides of an image.
+    channels, depth, num_heads: width, blocks, attention heads.
     context_dim, vector_dim, concat_channels: sizes of the Condition's fields; None or 0 where the field is not used.
     norm, feed_forward: constructors of the layers, called with the width.  qk_norm: constructor of the normalisation of
     queries and keys, called with a head's width, or None.
-    positions: embeddings added to the tokens of a grid.  rotary: rope_2d, or None.  time_embedding: embeds t in
+    positions: embeddings added to the tokens of a grid.  rotary: rope, or None.  time_embedding: embeds t in
     `frequencies` numbers.
     vector_embedding: maps cond.vector to the time embedding; DiT adds a class's row unchanged.
     residuals: one (B, N, channels) for each block, added to its output.
     gradient_checkpointing: recompute activations in the backward pass.
-    LightningDiT (Yao & Wang 2025) is torch.nn.RMSNorm, SwiGLU and rope_2d.  Raises ConfigError for sizes the patch does
+    LightningDiT (Yao & Wang 2025) is torch.nn.RMSNorm, SwiGLU and rope.  Raises ConfigError for sizes the patch does
     not divide.
     """
 
-    spatial_dims = 2
+    @staticmethod
+    def spatial_dims(patch_size: int | Sequence[int] = 2, **options: Any) -> int:
+        """Return the number of sides of the samples that a network with these options takes."""
+        return len(as_sides(patch_size, "patch_size"))
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        patch_size: int = 2,
+        patch_size: int | Sequence[int] = 2,
         channels: int = 384,
         depth: int = 12,
         num_heads: int = 6,
@@ -140,7 +145,7 @@ class DiT(nn.Module):
         norm: Callable[[int], nn.Module] = plain_norm,
         feed_forward: Callable[[int], nn.Module] = MLP,
         qk_norm: Callable[[int], nn.Module] | None = None,
-        positions: Callable[..., Tensor] = sincos_2d,
+        positions: Callable[..., Tensor] = sincos,
         rotary: Callable[..., Rotate] | None = None,
         time_embedding: Callable[[Tensor, int], Tensor] = timestep_embedding,
         vector_embedding: Callable[[int, int], nn.Module] = identity_embedding,
@@ -150,8 +155,8 @@ class DiT(nn.Module):
         super().__init__()
         if num_heads < 1 or channels % num_heads:
             raise ConfigError(f"num_heads={num_heads} does not divide channels={channels}")
-        self.size, self.channels, self.heads, self.frequencies, self.context_dim = (
-            patch_size,
+        self.sides, self.channels, self.heads, self.frequencies, self.context_dim = (
+            as_sides(patch_size, "patch_size"),
             channels,
             num_heads,
             frequencies,
@@ -165,11 +170,11 @@ class DiT(nn.Module):
         )
         self.time = mlp(frequencies, channels)
         self.vector = vector_embedding(vector_dim, channels) if vector_dim else None
-        self.patch = nn.Conv2d(in_channels + concat_channels, channels, patch_size, stride=patch_size)
+        self.patch = CONV[len(self.sides)](in_channels + concat_channels, channels, self.sides, self.sides)
         self.blocks = nn.ModuleList(
             DiTBlock(channels, num_heads, context_dim, norm, feed_forward, qk_norm, attention_fn) for _ in range(depth)
         )
-        self.head = Head(channels, patch_size * patch_size * out_channels, norm)
+        self.head = Head(channels, math.prod(self.sides) * out_channels, norm)
         self.initialise()
 
     def initialise(self) -> None:
@@ -179,7 +184,7 @@ class DiT(nn.Module):
         network.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear) or module is self.patch:
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -218,20 +223,30 @@ class DiT(nn.Module):
         memory: CrossAttentionCache | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        if x.shape[2] % self.size or x.shape[3] % self.size:
-            raise ConfigError(
-                f"{x.shape[2]} x {x.shape[3]} cannot be cut into patches of {self.size}; choose another size of image"
-            )
+        if len(self.sides) != x.ndim - 2 or any(s % p for s, p in zip(x.shape[2:], self.sides, strict=False)):
+            sides, patch = (" x ".join(map(str, one)) for one in (x.shape[2:], self.sides))
+            raise ConfigError(f"{sides} cannot be cut into patches of {patch}; choose another size of image")
         silu_emb = F.silu(self.embed(t, cond) if emb is None else emb)
         memory = self.memory(cond) if memory is None else memory
-        h = self.patch(x if cond.concat is None else torch.cat([x, cond.concat], dim=1))  # (B, C, h, w)
-        rows, columns = h.shape[2:]
-        rotate = self.rotary(rows, columns, self.channels // self.heads, h.device) if self.rotary else None
-        h = tokens(h) + self.positions(rows, columns, self.channels, h.device).to(h.dtype)  # (B, N, C)
+        h = self.patch(x if cond.concat is None else torch.cat([x, cond.concat], dim=1))  # (B, C, *grid)
+        grid = h.shape[2:]
+        rotate = self.rotary(grid, self.channels // self.heads, h.device) if self.rotary else None
+        h = tokens(h) + self.positions(grid, self.channels, h.device).to(h.dtype)  # (B, N, C)
         layers: Sequence[tuple[KeyValue, ...] | None] = memory.layers if memory else [None] * len(self.blocks)
         added: Sequence[Tensor | None] = residuals if residuals is not None else [None] * len(self.blocks)
         mask, keep = memory.mask if memory else None, not self.checkpoint
         for block, kv, residual in zip(self.blocks, layers, added, strict=True):
             h = maybe_checkpoint(block, h, silu_emb, kv, mask, rotate, keep=keep)
             h = h if residual is None else h + residual
-        return rearrange(self.head(h, silu_emb), "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.size, q=self.size)
+        return join_patches(self.head(h, silu_emb), grid, self.sides)
+
+
+def join_patches(h: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """Put the patches of tokens (B, N, features), of a grid of N, side by side: (B, C, ...).
+
+    The features of a token are the positions of its patch, the last side fastest, then C, which is DiT's order.
+    """
+    dims = len(grid)
+    h = h.unflatten(2, (*patch, -1)).unflatten(1, tuple(grid))  # (B, *grid, *patch, C)
+    sides = [axis for side in range(1, dims + 1) for axis in (side, side + dims)]
+    return h.permute(0, -1, *sides).reshape(len(h), -1, *(g * p for g, p in zip(grid, patch, strict=True)))

@@ -1,4 +1,6 @@
-"""Positions of tokens in an image: fixed embeddings to add, and rotations of queries and keys."""
+"""Positions of tokens on a grid of one or more sides: fixed embeddings to add, and rotations of queries and keys."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -7,29 +9,24 @@ from ldm.errors import ConfigError
 from ldm.net.attention import Rotate
 
 
-def sincos_2d(height: int, width: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Compute sines and cosines of each position's column, then of its row: (height * width, dim) float32, row by row.
+def sincos(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Compute sines and cosines of each position's coordinates: (N, dim) float32, the last side of the grid fastest.
 
-    DiT, from MAE.
-    Raises ConfigError unless 4 divides dim.
+    The last side comes first: in two dimensions a position's column, then its row (DiT, from MAE).
+    Raises ConfigError for an odd dim, and for one too small for the sides.
     """
-    column = _angles(torch.arange(width, device=device), dim).repeat(height, 1)  # (N, dim / 4)
-    row = _angles(torch.arange(height, device=device), dim).repeat_interleave(width, 0)
-    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+    angles = coordinate_angles(grid, dim, device)
+    return torch.cat([part for side in reversed(angles) for part in (side.sin(), side.cos())], dim=1)
 
 
-def rope_2d(height: int, width: int, dim: int, device: torch.device | str = "cpu", theta: float = 10_000.0) -> Rotate:
-    """Return the rotation of (B, heads, height * width, dim): half of dim by the row, half by the column.
-
-    The first half of dim is rotated by the row.
+def rope(grid: Sequence[int], dim: int, device: torch.device | str = "cpu", theta: float = 10_000.0) -> Rotate:
+    """Return the rotation of (B, heads, N, dim): a part of dim by each coordinate, the first side's part first.
 
     The product of a query and a key then depends on their distance (Su et al. 2021, eq. 34; in two dimensions Fang et
     al. 2023).
-    Raises ConfigError unless 4 divides dim.
+    Raises ConfigError for an odd dim, and for one too small for the sides.
     """
-    row = _angles(torch.arange(height, device=device), dim, theta).repeat_interleave(width, 0)
-    column = _angles(torch.arange(width, device=device), dim, theta).repeat(height, 1)
-    angles = torch.cat([row, column], dim=1)  # (N, dim / 2), one for each pair of neighbours
+    angles = torch.cat(coordinate_angles(grid, dim, device, theta), dim=1)  # (N, dim / 2), for each pair of neighbours
     cos, sin = angles.cos(), angles.sin()
 
     def rotate(x: Tensor) -> Tensor:
@@ -39,9 +36,23 @@ def rope_2d(height: int, width: int, dim: int, device: torch.device | str = "cpu
     return rotate
 
 
-def _angles(position: Tensor, dim: int, theta: float = 10_000.0) -> Tensor:
-    """Multiply position (N,) by dim / 4 decreasing rates: (N, dim / 4) float32."""
-    if dim % 4:
-        raise ConfigError(f"two-dimensional positions need a width that 4 divides, not {dim}")
-    rates = theta ** (-torch.arange(dim // 4, device=position.device, dtype=torch.float32) / (dim // 4))
-    return position[:, None] * rates
+def coordinate_angles(
+    grid: Sequence[int], dim: int, device: torch.device | str = "cpu", theta: float = 10_000.0
+) -> list[Tensor]:
+    """Multiply each coordinate of the grid's positions by decreasing rates: (N, rates) float32 for each side.
+
+    The dim / 2 rates are shared out evenly; the first side has those that are left over: of a clip, time.
+    """
+    share, rest = divmod(dim // 2, len(grid))
+    if dim % 2 or not share:
+        raise ConfigError(f"positions on {len(grid)} sides need an even width of at least {2 * len(grid)}, not {dim}")
+    coordinates = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
+    return [
+        position.flatten()[:, None] * rates(share + rest * (side == 0), theta, device)
+        for side, position in enumerate(coordinates)
+    ]
+
+
+def rates(count: int, theta: float, device: torch.device | str) -> Tensor:
+    """Return `count` rates from 1 down to theta^(1 / count - 1), (count,) float32."""
+    return theta ** (-torch.arange(count, device=device, dtype=torch.float32) / count)

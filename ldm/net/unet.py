@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ from ldm.net.attention import (
 )
 from ldm.net.blocks import (
     Downsample,
+    PaddingMode,
     ResBlock,
+    Resize,
     Upsample,
+    conv,
     downsample,
     maybe_checkpoint,
     mlp,
@@ -60,7 +64,7 @@ class MemoryCursor:
 
 
 class Down(nn.Module):
-    """The layers of one resolution, then downsampling, except at the last: h (B, C, H, W) -> each output, the skips."""
+    """The layers of one resolution, then downsampling, except at the last: h (B, C, ...) -> each output, the skips."""
 
     def __init__(self, layers: Sequence[Layer], resample: nn.Module | None):
         super().__init__()
@@ -101,13 +105,14 @@ class UNetBlockConfig:
     num_groups: int
     eps: float
     block: Callable[..., Attention]
-    downsample: Callable[[int], nn.Module]
+    downsample: Callable[..., nn.Module]
     attention_fn: AttentionFn
+    dims: int = 2
+    padding_mode: PaddingMode = "zeros"
 
     def layer(self, inputs: int, width: int, depth: int) -> Layer:
         """Build a layer from width `inputs` to `width`; depth 0: without attention."""
-        res = ResBlock(inputs, width, self.emb_dim, self.dropout, self.use_scale_shift_norm, self.num_groups, self.eps)
-        return Layer(res, self.attention(width, depth) if depth else None)
+        return Layer(self.residual(inputs, width), self.attention(width, depth) if depth else None)
 
     def attention(self, width: int, depth: int) -> Attention:
         """Build an attention of `depth` blocks. Raises ConfigError if the heads do not divide the width."""
@@ -116,24 +121,39 @@ class UNetBlockConfig:
             option = "num_heads" if self.num_heads else "num_head_channels"
             raise ConfigError(f"{option}={divisor} does not divide a level's {width} channels; choose another")
         heads = self.num_heads or width // self.num_head_channels
-        return self.block(
-            width, heads, context_dim=self.context_dim, depth=depth, attend=self.attention_fn, groups=self.num_groups
-        )
+        sizes = {"context_dim": self.context_dim, "depth": depth, "groups": self.num_groups}
+        return self.block(width, heads, **sizes, attend=self.attention_fn, dims=self.dims)
 
     def down(self, width: int) -> nn.Module:
-        return self._resized(width, downsample) if self.resblock_updown else self.downsample(width)
+        if self.resblock_updown:
+            return self.residual(width, width, downsample)
+        return self.downsample(width, dims=self.dims, padding_mode=self.padding_mode)
 
     def up(self, width: int) -> nn.Module:
-        return self._resized(width, upsample) if self.resblock_updown else Upsample(width)
+        if self.resblock_updown:
+            return self.residual(width, width, upsample)
+        return Upsample(width, dims=self.dims, padding_mode=self.padding_mode)
 
-    def _resized(self, width: int, resize: Callable[..., Tensor]) -> ResBlock:
+    def conv(self, inputs: int, outputs: int) -> nn.Module:
+        return conv(inputs, outputs, dims=self.dims, padding_mode=self.padding_mode)
+
+    def residual(self, inputs: int, width: int, resize: Resize | None = None) -> ResBlock:
         return ResBlock(
-            width, width, self.emb_dim, self.dropout, self.use_scale_shift_norm, self.num_groups, self.eps, resize
+            inputs,
+            width,
+            self.emb_dim,
+            self.dropout,
+            self.use_scale_shift_norm,
+            self.num_groups,
+            self.eps,
+            resize,
+            self.dims,
+            self.padding_mode,
         )
 
 
 def concat_condition(x: Tensor, cond: Condition) -> Tensor:
-    """Concatenate x_t (B, C, h, w) and cond.concat, if there is any, along the channels."""
+    """Concatenate x_t (B, C, ...) and cond.concat, if there is any, along the channels."""
     return x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
 
 
@@ -158,8 +178,6 @@ class UNetEncoder(nn.Module):
     depths: from `transformer_depths`.
     """
 
-    spatial_dims = 2
-
     def __init__(
         self,
         config: UNetBlockConfig,
@@ -182,7 +200,7 @@ class UNetEncoder(nn.Module):
         )
         self.time = mlp(channels, config.emb_dim)
         self.vector = vector_embedding(vector_dim, config.emb_dim) if vector_dim else None
-        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.stem = config.conv(in_channels, channels)
         self.down = nn.ModuleList()
         width, self.skip_widths = channels, [channels]
         for level, factor in enumerate(channel_mult):
@@ -214,7 +232,7 @@ class UNetEncoder(nn.Module):
         )
 
     def encode(self, h: Tensor, emb: Tensor, cursor: MemoryCursor) -> tuple[Tensor, list[Tensor]]:
-        """Return the middle's output (B, C, h, w) and the skips, first to last, of the stem's h (B, channels, H, W)."""
+        """Return the middle's output (B, C, ...) and the skips, first to last, of the stem's h (B, channels, ...)."""
         skips, keep = [h], not self.checkpoint
         for level in self.down:
             skips += level(skips[-1], emb, cursor, keep)
@@ -223,9 +241,12 @@ class UNetEncoder(nn.Module):
 
 
 class UNet(UNetEncoder):
-    """U-Net over x (B, in_channels [+ concat], H, W) of any H and W; returns (B, out_channels, H, W).
+    """U-Net over x (B, in_channels [+ concat], ...) with sides of any length; returns (B, out_channels, ...).
 
-    channels, channel_mult: width, and its factor at each level; every level halves height and width.
+    dims: the number of sides, 1 (B, C, L), 2 (B, C, H, W) or 3 (B, C, F, H, W).
+    padding_mode: what every convolution sees beyond the border: zeros, or circular, the opposite border, for data on a
+    ring or torus.
+    channels, channel_mult: width, and its factor at each level; every level halves each side.
     num_res_blocks: residual blocks per level.
     attention_resolutions: the downsampling factors (1, 2, 4, ...) that have attention; the middle has it if any factor
     is listed.
@@ -235,12 +256,18 @@ class UNet(UNetEncoder):
     use_scale_shift_norm, resblock_updown: ADM's residual blocks, and such blocks to change the resolution.
     num_groups, eps: of the residual blocks' normalisations.
     block: constructor of the attention, SpatialTransformer or QKVAttention with their options.
-    downsample: constructor of the layer that halves a level without resblock_updown.
+    downsample: constructor of the layer that halves a level without resblock_updown; with stride=[1, 2, 2] a clip's
+    frames stay as many.
     time_embedding: embeds t.  vector_embedding: maps cond.vector to the time embedding.
     gradient_checkpointing: recompute activations in the backward pass.
     residuals: a tensor for each skip, first to last, and one for the middle, added to them (ControlNet).
     Raises ConfigError for num_heads or num_head_channels that do not divide, or depths of another number than levels.
     """
+
+    @staticmethod
+    def spatial_dims(dims: int = 2, **options: Any) -> int:
+        """Return the number of sides of the samples that a network with these options takes."""
+        return dims
 
     def __init__(
         self,
@@ -262,11 +289,13 @@ class UNet(UNetEncoder):
         num_groups: int = 32,
         eps: float = 1e-5,
         block: Callable[..., Attention] = SpatialTransformer,
-        downsample: Callable[[int], nn.Module] = Downsample,
+        downsample: Callable[..., nn.Module] = Downsample,
         time_embedding: Callable[[Tensor, int], Tensor] = timestep_embedding,
         vector_embedding: Callable[[int, int], nn.Module] = mlp,
         attention_fn: AttentionFn = sdpa,
         gradient_checkpointing: bool = False,
+        dims: int = 2,
+        padding_mode: PaddingMode = "zeros",
     ):
         config = UNetBlockConfig(
             4 * channels,
@@ -281,6 +310,8 @@ class UNet(UNetEncoder):
             block,
             downsample,
             attention_fn,
+            dims,
+            padding_mode,
         )
         depths = transformer_depths(transformer_depth, attention_resolutions, len(channel_mult))
         super().__init__(
@@ -304,9 +335,7 @@ class UNet(UNetEncoder):
                 layers.append(config.layer(width + skips.pop(), factor * channels, depths[level]))
                 width = factor * channels
             self.up.append(Up(layers, config.up(width) if level else None))
-        self.out = nn.Sequential(
-            norm(width, num_groups, eps), nn.SiLU(), zero_module(nn.Conv2d(width, out_channels, 3, padding=1))
-        )
+        self.out = nn.Sequential(norm(width, num_groups, eps), nn.SiLU(), zero_module(config.conv(width, out_channels)))
 
     def forward(
         self,

@@ -61,6 +61,7 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
 
     from ldm.config import build
     from ldm.plan.flops import forward_cost, meta_device, num_bytes, training_cost
+    from ldm.tensors import divide_sides
 
     if not str(cfg.training._target_).startswith("ldm.recipes.diffusion."):
         raise UserError(f"training._target_={cfg.training._target_}: only training=diffusion can be planned")
@@ -71,7 +72,7 @@ def estimate(cfg: Any, card: DataInfo, batches: Sequence[int] = ()) -> PlanResul
         conditioner = build.build_conditioner(cfg.conditioner, autoencoder, card).eval()  # without keyed noise
         net = build.build_network(cfg, autoencoder, conditioner)
         image = torch.empty(1, *card.shape)
-        z = (autoencoder.z_channels, *(side // autoencoder.factor for side in card.shape[1:]))
+        z = (autoencoder.z_channels, *divide_sides(card.shape[1:], autoencoder.factor))
         caches = text_caches(conditioner)
         encoders = stub_text_encoders(conditioner)
 

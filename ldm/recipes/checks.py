@@ -27,7 +27,7 @@ from ldm.metrics.distribution import Metric
 from ldm.model import LatentDiffusion
 from ldm.recipes.latents import trains_first_stage
 from ldm.sampling.generate import generate_samples
-from ldm.tensors import KeyedNoise
+from ldm.tensors import KeyedNoise, divide_sides, divides, format_factor
 from ldm.training.loggers import Logger
 
 MODEL = ("autoencoder", "conditioner", "net", "schedule", "prediction", "objective", "sampler", "guidance")
@@ -104,14 +104,30 @@ def check_dimensions(name: str, node: Any, data: Any) -> None:
     node: of the part, whose inner nodes are checked too.
     """
     sides = len(data.shape) - 1
-    for _, inner in iter_nodes(build.to_container(node)):
-        part = get_object(inner["_target_"])
-        dims = getattr(part, "spatial_dims", sides)
+    for path, inner in iter_nodes(build.to_container(node)):
+        stated = getattr(get_object(inner["_target_"]), "spatial_dims", sides)
+        options = {key: value for key, value in inner.items() if not key.startswith("_")}
+        dims = stated(**options) if callable(stated) else stated
         if dims != sides:
             raise UserError(
                 f"{name}: {inner['_target_']} takes samples with {dims} sides besides the channels, these are of shape "
-                f"{tuple(data.shape)}; choose {'autoencoder=identity, or ' * (name == 'autoencoder')}one of your own"
+                f"{tuple(data.shape)}; {remedy(name, path, stated, sides)}"
             )
+
+
+def remedy(name: str, path: str, stated: Any, sides: int) -> str:
+    """Return what makes a part take samples with this number of sides.
+
+    name, path: of the part in the config, and of its inner node that does not take them.  stated: that node's
+    `spatial_dims`; the first option of a function is the one that decides.
+    """
+    if not callable(stated):
+        return f"choose {'autoencoder=identity, or ' * (name == 'autoencoder')}one of your own"
+    option = next(iter(inspect.signature(stated).parameters))
+    value = sides if option == "dims" else f"[{','.join(['n'] * sides)}], a number for each side"
+    if name == "autoencoder":  # encoder and decoder follow its factor
+        return f"set autoencoder.{option}={value}, or choose autoencoder=identity"
+    return f"set {'.'.join(filter(None, (name, path, option)))}={value}"
 
 
 def check_conditions(node: Any, data: Any) -> None:
@@ -145,9 +161,10 @@ def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:
     autoencoder: as built, on the CPU.  A decoder with weights needs what its training uses.
     """
     sides, factor = data.shape[1:], autoencoder.factor
-    if any(side % factor for side in sides):
+    if not divides(factor, sides):
         raise UserError(
-            f"data.size={format_size(sides)}: all sides must be multiples of {factor}, the first stage's factor; "
+            f"data.size={format_size(sides)}: all sides must be multiples of {format_factor(factor)}, "
+            "the first stage's factor; "
             "choose another of the two"
         )
     if not user_targets(cfg.autoencoder):
@@ -155,7 +172,7 @@ def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:
     if next(autoencoder.parameters(), None) is not None:
         check_members(autoencoder.decoder, Decoder, "autoencoder.decoder", type(autoencoder.decoder).__name__)
     image = first_batch(data)["image"]
-    z = autoencoder.z_channels, *(side // factor for side in image.shape[2:])
+    z = autoencoder.z_channels, *divide_sides(image.shape[2:], factor)
     with torch.no_grad():
         require_shape("autoencoder.encoder", "the latent", autoencoder.posterior(image).mean, (ROWS, *z))
         decoded = autoencoder.decode(torch.zeros(ROWS, *z))

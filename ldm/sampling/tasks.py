@@ -5,7 +5,9 @@ grid of times, the conditions, a constraint on the estimates, and how the result
 of tasks.
 
 batch holds the user's inputs, one row per image.  noise is keyed by the images' seeds.  ts is the sampler's grid,
-descending. Images are (B, C, H, W) in [-1, 1]; masks are (B, 1, H, W), 1 where pixels are to be sampled.
+descending. Images are (B, C, H, W) in [-1, 1]; masks are (B, 1, H, W), 1 where pixels are to be sampled. What is said
+of images holds for samples (B, C, L) and (B, C, F, H, W), except in outpaint: with the first frames of a clip known,
+inpaint samples the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +29,7 @@ from ldm.diffusion.sampler import Sampler, ddim, ddim_invert
 from ldm.diffusion.schedule import Schedule, add_noise
 from ldm.errors import ConfigError
 from ldm.model import LatentDiffusion
-from ldm.tensors import KeyedNoise, expand
+from ldm.tensors import POOL, KeyedNoise, expand, one_for_each
 
 Batch = dict[str, Any]
 
@@ -89,7 +91,7 @@ def ddim_edit(
     # the first time after 0, at which z itself stands for the state
     first = 1 / grids.num_timesteps(schedule) if hasattr(schedule, "T") else 1e-3
     up = torch.cat([ts[ts > first], ts.new_tensor([first])])
-    source = {**uncropped(len(z), *batch["image"].shape[-2:]), **batch, "caption": [source_prompt] * len(z)}
+    source = {**image_sizes(len(z), batch["image"].shape[2:]), **batch, "caption": [source_prompt] * len(z)}
     cond = model.condition(source).to(z).expand_concat(*z.shape[2:])
     start = ddim_invert(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, z, up, noise.sampler_noise("inversion"))
     return SamplingPlan(start, ts, batch, model.decode)
@@ -103,7 +105,7 @@ def inpaint(model: LatentDiffusion, batch: Batch, noise: KeyedNoise, ts: Tensor)
     Raises ValueError for a mask of another shape.
     """
     image, mask = (batch[name].to(reference_tensor(model)) for name in ("image", "mask"))
-    hole, shape = mask > 0.5, (len(image), 1, *image.shape[-2:])
+    hole, shape = mask > 0.5, (len(image), 1, *image.shape[2:])
     if hole.shape != shape:
         raise ValueError(f"mask of {tuple(hole.shape)}: expected {shape}, the image's size and one channel")
     z = encode_latents(model, fill_holes(image, hole))
@@ -113,7 +115,7 @@ def inpaint(model: LatentDiffusion, batch: Batch, noise: KeyedNoise, ts: Tensor)
     def decode(sampled: Tensor) -> Tensor:
         return torch.where(hole, model.decode(torch.where(known, z, sampled)), image)
 
-    plan = generate(model, batch, noise, ts, image.shape[-2:])
+    plan = generate(model, batch, noise, ts, image.shape[2:])
     return replace(plan, wrap_denoise=wrap_denoise, decode=decode)
 
 
@@ -129,13 +131,15 @@ def outpaint(
 ) -> SamplingPlan:
     """Extend batch["image"] by sampled pixels on each side, leaving the image unchanged; the paddings are in pixels.
 
-    Raises ConfigError unless a padding is positive and none is negative.
+    Raises ConfigError unless a padding is positive and none is negative, and for samples that are not images.
     """
     margins = (pad_left, pad_right, pad_top, pad_bottom)
     if min(margins) < 0 or not any(margins):
         names = "pad_left, pad_right, pad_top, pad_bottom"
         raise ConfigError(f"{names} = {margins}: expected pixels to add, on one side or more")
     image = batch["image"].to(reference_tensor(model))
+    if image.ndim != 4:
+        raise ConfigError(f"outpaint takes images, not samples with {image.ndim - 2} sides; use inpaint with a mask")
     wider = F.pad(image, margins, mode="replicate")
     mask = F.pad(torch.zeros_like(image[:, :1]), margins, value=1.0)
     return inpaint(model, {**batch, "image": wider, "mask": mask}, noise, ts)
@@ -150,15 +154,20 @@ def super_resolution(
     noise_level: float = 0.0,
     back_projection_steps: int = 0,
 ) -> SamplingPlan:
-    """Sample batch["low_res"] (B, C, H, W) at `scale` times its size.
+    """Sample batch["low_res"] (B, C, ...) at `scale` times its size.
 
     noise_level: of the noise added to low_res, for models trained with noise augmentation.
     back_projection_steps: corrections after which the downsampled result equals low_res, for a clean low_res from
     bicubic downsampling.
+    Raises ConfigError for back-projection of samples that are not images.
     """
     low_res = batch["low_res"]
-    height, width = (scale * side for side in low_res.shape[-2:])
-    plan = generate(model, {**batch, "level": noise_level}, noise, ts, (height, width))
+    if back_projection_steps and low_res.ndim != 4:
+        raise ConfigError(
+            f"back_projection_steps={back_projection_steps}: expected 0 for samples with {low_res.ndim - 2} sides"
+        )
+    size = [scale * side for side in low_res.shape[2:]]
+    plan = generate(model, {**batch, "level": noise_level}, noise, ts, size)
     return replace(plan, decode=lambda z: back_project(model.decode(z), low_res, back_projection_steps))
 
 
@@ -256,8 +265,9 @@ def run_plan(
 ) -> Tensor:
     """Sample the images (B, C, H, W) of a task's plan."""
     x = plan.start
-    sides = [model.autoencoder.factor * side for side in x.shape[2:]]
-    batch = {**(uncropped(len(x), *sides) if len(sides) == 2 else {}), **plan.batch}
+    factors = one_for_each(model.autoencoder.factor, x.ndim - 2, "factor")
+    sides = [factor * side for factor, side in zip(factors, x.shape[2:], strict=True)]
+    batch = {**image_sizes(len(x), sides), **plan.batch}
     uncond_batch = {name: batch[name] for name in ("noise", *SIZE_KEYS, *keep_conditions) if name in batch}
     if "negative" in batch:
         uncond_batch["caption"] = batch["negative"]
@@ -296,6 +306,11 @@ def txt2img(
     return sample(model, batch, seeds, grid(model.denoiser.schedule, steps), sampler, guided, task)
 
 
+def image_sizes(rows: int, sides: Sequence[int]) -> Batch:
+    """Return the size and crop conditions of images that are whole; none for samples that are not images."""
+    return uncropped(rows, *sides) if len(sides) == 2 else {}
+
+
 def prior_sample(schedule: Schedule, t: Tensor, noise: Tensor) -> Tensor:
     """Return the state at time t () for data known only to have unit variance: noise times sqrt(alpha^2 + sigma^2)."""
     alpha, sigma = schedule.alpha_sigma(t)
@@ -313,16 +328,18 @@ def slerp(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
 
 
 def fill_holes(image: Tensor, hole: Tensor) -> Tensor:
-    """Fill the hole (B, 1, H, W) bool of an image (B, C, H, W) from its edge inwards, each pixel by the mean of its
-    known neighbours.
+    """Fill the hole (B, 1, ...) bool of a sample (B, C, ...) from its edge inwards, each position by the mean of its
+    known neighbours, of 3 (3x3, 3x3x3) positions.
     """
     known, image = (~hole).to(image), image.masked_fill(hole, 0)
+    dims = image.ndim - 2
+    pool, least = partial(POOL[dims], kernel_size=3, stride=1, padding=1), 0.5 / 3**dims
     while True:
-        weight = F.avg_pool2d(known, 3, 1, 1)
+        weight = pool(known)
         edge = (known == 0) & (weight > 0)
         if not edge.any():
             return image
-        image = torch.where(edge, F.avg_pool2d(image, 3, 1, 1) / weight.clamp(min=1 / 18), image)
+        image = torch.where(edge, pool(image) / weight.clamp(min=least), image)
         known = known + edge.to(known)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.autoencoder.conv import Decoder, Encoder, Level, PaddedDownsample, Residual, SpatialAttention
+from ldm.autoencoder.conv import Decoder, Encoder, Level, Residual, SpatialAttention
+from ldm.net.blocks import Downsample
 
 
 def randomised(module):
@@ -50,7 +51,7 @@ def test_spatial_attention_adds_a_mean_of_values_to_its_input():
 
 
 def test_padded_downsample_pads_right_and_below():
-    layer, x = randomised(PaddedDownsample(2)), image(2)
+    layer, x = randomised(Downsample(2, asymmetric=True)), image(2)
     padded = torch.zeros(2, 2, 5, 5, dtype=torch.float64)
     padded[..., :4, :4] = x
     torch.testing.assert_close(layer(x), F.conv2d(padded, layer.conv.weight, layer.conv.bias, stride=2))
@@ -58,7 +59,7 @@ def test_padded_downsample_pads_right_and_below():
 
 def test_level_follows_each_block_by_its_attention():
     blocks, attention = [Residual(4, 4, 2) for _ in range(2)], [SpatialAttention(4, 2) for _ in range(2)]
-    level, x = randomised(Level(blocks, attention, PaddedDownsample(4))), image(4)
+    level, x = randomised(Level(blocks, attention, Downsample(4, asymmetric=True))), image(4)
     expected = x
     for block, attend in zip(blocks, attention, strict=True):
         expected = attend(block(expected))

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from ldm.autoencoder.conv import Decoder, Encoder, PaddedDownsample
+from ldm.autoencoder.conv import Decoder, Encoder
 from ldm.autoencoder.kl import AutoencoderKL
 from ldm.autoencoder.patch import PatchDecoder, PatchEncoder
 from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.net.blocks import Downsample
 
 
 class Affine(torch.nn.Module):
@@ -215,7 +216,7 @@ def test_autoencoder_attention_is_at_configured_factors():
 
 def test_padded_downsample_pads_right_and_bottom():
     """An even input has no place left over at its left and upper edge: pixel 0 moves output 0 alone, as in LDM."""
-    down = PaddedDownsample(1)
+    down = Downsample(1, asymmetric=True)
     image = torch.zeros(1, 1, 8, 8)
     other = image.clone()
     other[..., 0, 0] = 1

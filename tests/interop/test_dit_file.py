@@ -16,7 +16,7 @@ from ldm.interop.keymap import export_state
 from ldm.io import atomic
 from ldm.net.blocks import reversed_timestep_embedding
 from ldm.net.dit import DiT
-from ldm.net.positions import sincos_2d
+from ldm.net.positions import sincos
 
 CHANNELS, DEPTH, CLASSES = 384, 1, 3
 
@@ -32,7 +32,7 @@ def state():
     return {
         **made,
         LABELS: numbers("labels", (CLASSES + 1, CHANNELS)),
-        "pos_embed": sincos_2d(4, 4, CHANNELS)[None].float(),
+        "pos_embed": sincos((4, 4), CHANNELS)[None].float(),
     }
 
 

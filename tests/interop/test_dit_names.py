@@ -17,7 +17,7 @@ from ldm.interop.dit import dit, import_dit, import_labels, import_sit
 from ldm.interop.keymap import export_state
 from ldm.net.blocks import reversed_timestep_embedding
 from ldm.net.dit import DiT, SwiGLU
-from ldm.net.positions import rope_2d, sincos_2d
+from ldm.net.positions import rope, sincos
 
 CHANNELS, SIDE, DEPTH, HEADS, CLASSES = 32, 4, 2, 2, 5
 
@@ -129,7 +129,7 @@ class Theirs(nn.Module):
 
 def theirs_of(**options):
     net = fill(Theirs(**options)).double()
-    net.pos_embed.data.copy_(sincos_2d(SIDE, SIDE, CHANNELS)[None])
+    net.pos_embed.data.copy_(sincos((SIDE, SIDE), CHANNELS)[None])
     return net
 
 
@@ -146,7 +146,7 @@ def labels_of(state):
     return labels
 
 
-LIGHTNING = {"norm": partial(nn.RMSNorm, eps=1e-6), "feed_forward": SwiGLU, "rotary": rope_2d, "patch_size": 1}
+LIGHTNING = {"norm": partial(nn.RMSNorm, eps=1e-6), "feed_forward": SwiGLU, "rotary": rope, "patch_size": 1}
 Y = torch.tensor([1, 4])
 
 

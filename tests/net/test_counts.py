@@ -16,7 +16,7 @@ from smoke import ROOT
 from ldm.condition import Condition
 from ldm.config.overrides import ConfigSearchPath
 from ldm.net.classifier import NoisyClassifier
-from ldm.net.positions import sincos_2d
+from ldm.net.positions import sincos
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ ROWS = {
     "ours: small": Row("small", 4, "101.38", 512),
     "ours: base": Row("base", 4, "227.99", 768),
     # 1001 classes, the null one too, and the fixed positions of 16 x 16 patches
-    "DiT-S/2": Row("dit_s2", 4, 32_963_360, None, 384, 8, 1001 * 384 + sincos_2d(16, 16, 384).numel()),
-    "DiT-B/2": Row("dit_b2", 4, 130_512_416, None, 768, 8, 1001 * 768 + sincos_2d(16, 16, 768).numel()),
-    "DiT-L/2": Row("dit_l2", 4, 458_102_816, None, 1024, 8, 1001 * 1024 + sincos_2d(16, 16, 1024).numel()),
-    "DiT-XL/2": Row("dit_xl2", 4, 675_129_632, None, 1152, 8, 1001 * 1152 + sincos_2d(16, 16, 1152).numel()),
+    "DiT-S/2": Row("dit_s2", 4, 32_963_360, None, 384, 8, 1001 * 384 + sincos((16, 16), 384).numel()),
+    "DiT-B/2": Row("dit_b2", 4, 130_512_416, None, 768, 8, 1001 * 768 + sincos((16, 16), 768).numel()),
+    "DiT-L/2": Row("dit_l2", 4, 458_102_816, None, 1024, 8, 1001 * 1024 + sincos((16, 16), 1024).numel()),
+    "DiT-XL/2": Row("dit_xl2", 4, 675_129_632, None, 1152, 8, 1001 * 1152 + sincos((16, 16), 1152).numel()),
     # pixel space: their papers print these; ADM's table has no null class
     "DDPM CIFAR-10": Row("ddpm_cifar", 3, "35.7"),
     "IDDPM CIFAR-10": Row("iddpm_cifar", 3, "52.5", out=6),
@@ -189,6 +189,6 @@ def test_dit_patch_size_changes_first_and_last_layer_only(patch):
 
 def test_lightningdit_has_size_of_dit():
     check(
-        count(built(Row("lightningdit_xl1", 32, 0, None, 1152))) + 1001 * 1152 + sincos_2d(16, 16, 1152).numel(),
+        count(built(Row("lightningdit_xl1", 32, 0, None, 1152))) + 1001 * 1152 + sincos((16, 16), 1152).numel(),
         675_256_736,
     )

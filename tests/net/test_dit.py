@@ -11,7 +11,7 @@ from ldm.net import blocks
 from ldm.net.attention import softmax_attention
 from ldm.net.blocks import mlp, timestep_embedding
 from ldm.net.dit import MLP, DiT, SwiGLU
-from ldm.net.positions import rope_2d, sincos_2d
+from ldm.net.positions import rope, sincos
 
 SMALL = dict(channels=16, depth=2, num_heads=2, frequencies=8)
 OPTIONS = {
@@ -21,7 +21,7 @@ OPTIONS = {
     "lightning": dict(
         norm=partial(nn.RMSNorm, eps=1e-6),
         feed_forward=SwiGLU,
-        rotary=rope_2d,
+        rotary=rope,
         qk_norm=partial(nn.RMSNorm, eps=1e-6),
         gradient_checkpointing=True,
     ),
@@ -114,7 +114,7 @@ def test_dit_unpatchify_inverts_patchify():
         3,
         **{**SMALL, "depth": 0},
         norm=lambda channels: nn.Identity(),
-        positions=lambda h, w, d, device: torch.zeros(h * w, d),
+        positions=lambda grid, d, device: torch.zeros(grid.numel(), d),
     )
     with torch.no_grad():
         net.patch.weight.copy_(
@@ -128,7 +128,7 @@ def test_dit_adds_position_embedding():
     net, seen = DiT(3, 3, **SMALL), []
     net.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     net(X, T, Condition())
-    torch.testing.assert_close(seen[0], net.patch(X).flatten(2).mT + sincos_2d(3, 2, 16))
+    torch.testing.assert_close(seen[0], net.patch(X).flatten(2).mT + sincos((3, 2), 16))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -226,9 +226,9 @@ def test_dit_block_skips_cross_attention_without_memory():
 def test_dit_depends_on_positions_through_embedding_or_rope():
     """Blind to the order of patches without either; RoPE alone tells them apart."""
     x, swapped = X, X.roll(2, 2)  # whole rows of patches
-    for rotary, blind in ((None, True), (rope_2d, False)):
+    for rotary, blind in ((None, True), (rope, False)):
         net = randomize_weights(
-            DiT(3, 3, **SMALL, positions=lambda h, w, d, device: torch.zeros(h * w, d), rotary=rotary)
+            DiT(3, 3, **SMALL, positions=lambda grid, d, device: torch.zeros(grid.numel(), d), rotary=rotary)
         ).double()
         same = (
             (net(swapped.double(), T.double(), Condition()) - net(x.double(), T.double(), Condition()).roll(2, 2))

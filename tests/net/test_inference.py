@@ -2,6 +2,7 @@
 put back.
 """
 
+import copy
 from functools import partial
 from types import SimpleNamespace
 
@@ -193,7 +194,7 @@ def test_shares_work_only_of_a_forward_that_takes_its_results():
 
 
 def test_fast_inference_leaves_unknown_networks_alone():
-    odd = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+    odd = nn.Conv2d(4, 4, 3, padding="same")
     assert pack(odd) is odd
     model = SimpleNamespace(denoiser=SimpleNamespace(net=odd), autoencoder=nn.Identity())
     with fast_inference(model):
@@ -228,6 +229,24 @@ def test_packed_norm_computes_small_maps_in_float32(side, computed, monkeypatch)
     layer = pack(nn.GroupNorm(2, 4), torch.bfloat16)
     assert layer(torch.ones(1, 4, side, side, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert seen == [computed]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dims", "padding_mode"), [(1, "zeros"), (2, "circular"), (3, "circular")])
+def test_packed_network_of_other_dimensions_and_padding_equals_plain(dims, padding_mode, dtype):
+    """Also where an axis is not doubled, of as many channels as are otherwise packed as one transposed convolution."""
+    shape = {"dims": dims, "padding_mode": padding_mode}
+    net = UNet(3, 3, channels=64, num_res_blocks=1, num_groups=8, **shape)
+    part = nn.Sequential(randomize_weights(net).stem, Upsample(64, [1, *[2] * (dims - 1)], **shape)).requires_grad_(
+        False
+    )
+    x, t = torch.randn(2, 3, *[6] * dims, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 9.0])
+    bound = 1e-4 if dtype == torch.float32 else 0.1
+    fast, twin = InferenceNet(net, dtype), pack(copy.deepcopy(part), dtype)
+    with torch.no_grad():
+        for found, expected in ((fast(x, t, Condition()), net(x, t, Condition())), (twin(x), part(x))):
+            torch.testing.assert_close(found.float(), expected, rtol=bound, atol=bound * expected.abs().max().item())
+    assert not any(isinstance(m, PackedResBlock | PackedUpsample) for m in (*fast.net.modules(), *twin.modules()))
 
 
 @pytest.mark.parametrize("emb_dim", [None, 6])

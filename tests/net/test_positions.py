@@ -1,14 +1,15 @@
+import itertools
 import math
 
 import pytest
 import torch
 
-from ldm.net.positions import rope_2d, sincos_2d
+from ldm.net.positions import rope, sincos
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5), (1, 2)])
-def test_sincos_2d_is_sines_and_cosines_of_column_then_row(height, width):
-    found = sincos_2d(height, width, 8)
+def test_sincos_is_sines_and_cosines_of_column_then_row(height, width):
+    found = sincos((height, width), 8)
     assert found.shape == (height * width, 8)
     assert found.dtype == torch.float32
     for row in range(height):
@@ -19,16 +20,16 @@ def test_sincos_2d_is_sines_and_cosines_of_column_then_row(height, width):
             torch.testing.assert_close(found[row * width + column], torch.tensor(expected))
 
 
-def test_sincos_2d_of_large_grid_contains_small_grid():
-    large = sincos_2d(6, 7, 8).reshape(6, 7, 8)
-    assert torch.equal(large[:3, :5].reshape(15, 8), sincos_2d(3, 5, 8))
+def test_sincos_of_large_grid_contains_small_grid():
+    large = sincos((6, 7), 8).reshape(6, 7, 8)
+    assert torch.equal(large[:3, :5].reshape(15, 8), sincos((3, 5), 8))
 
 
-def test_rope_2d_products_depend_on_distance_only():
+def test_rope_products_depend_on_distance_only():
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(8, generator=g) for _ in range(2))
     height, width = 5, 6
-    rotate = rope_2d(height, width, 8)
+    rotate = rope((height, width), 8)
     scores = torch.einsum("nd,md->nm", *(rotate(one.expand(1, 1, height * width, 8))[0, 0] for one in (q, k)))
     found: dict = {}
     for n in range(height * width):
@@ -41,8 +42,8 @@ def test_rope_2d_products_depend_on_distance_only():
     torch.testing.assert_close(found[0, 0][0], q @ k)
 
 
-def test_rope_2d_rotates_neighbouring_pairs():
-    rotate = rope_2d(2, 3, 8)
+def test_rope_rotates_neighbouring_pairs():
+    rotate = rope((2, 3), 8)
     x = torch.randn(2, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
     angles = torch.tensor([[p * r for p in (n // 3, n % 3) for r in (1.0, 0.01)] for n in range(6)])
@@ -52,14 +53,34 @@ def test_rope_2d_rotates_neighbouring_pairs():
     assert rotate(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_rope_2d_theta_is_slowest_period():
+def test_rope_theta_is_slowest_period():
     x = torch.zeros(1, 1, 2, 8)
     x[..., ::2] = 1.0
-    turned = rope_2d(2, 1, 8, theta=16.0)(x)[0, 0, 1]
+    turned = rope((2, 1), 8, theta=16.0)(x)[0, 0, 1]
     torch.testing.assert_close(turned[:4], torch.tensor([math.cos(1), math.sin(1), math.cos(0.25), math.sin(0.25)]))
 
 
-@pytest.mark.parametrize("make", [sincos_2d, rope_2d])
-def test_positions_reject_width_not_divisible_by_four(make):
-    with pytest.raises(ValueError, match="that 4 divides, not 6"):
-        make(2, 2, 6)
+@pytest.mark.parametrize(
+    ("grid", "dim", "shares"),
+    [((5,), 6, (3,)), ((3, 2), 6, (2, 1)), ((2, 3, 4), 12, (2, 2, 2)), ((2, 3, 4), 16, (4, 2, 2))],
+)
+def test_positions_of_any_grid_share_width_over_coordinates(grid, dim, shares):
+    """The first coordinate has the rates that are left over; sincos has the last coordinate first, rope the first."""
+    x = torch.randn(1, 1, math.prod(grid), dim, generator=torch.Generator().manual_seed(0))
+    fixed, rotated = sincos(grid, dim), rope(grid, dim, theta=100.0)(x)[0, 0]
+    for n, position in enumerate(itertools.product(*map(range, grid))):
+        rates = [[base ** (-k / share) for k in range(share)] for base in (10_000, 100) for share in shares]
+        angles = [[p * rate for rate in of_side] for p, of_side in zip(position * 2, rates, strict=True)]
+        told = [f(a) for side in reversed(angles[: len(grid)]) for f in (math.sin, math.cos) for a in side]
+        torch.testing.assert_close(fixed[n], torch.tensor(told))
+        turned = [a for side in angles[len(grid) :] for a in side]
+        pairs = torch.view_as_complex(x[0, 0, n].unflatten(0, (-1, 2)).contiguous())
+        expected = torch.view_as_real(pairs * torch.polar(torch.ones(dim // 2), torch.tensor(turned))).flatten()
+        torch.testing.assert_close(rotated[n], expected)
+
+
+@pytest.mark.parametrize("make", [sincos, rope])
+@pytest.mark.parametrize("dim", [7, 4])
+def test_positions_reject_odd_and_small_widths(make, dim):
+    with pytest.raises(ValueError, match=f"3 sides need an even width of at least 6, not {dim}"):
+        make((2, 2, 2), dim)
