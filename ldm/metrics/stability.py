@@ -1,11 +1,13 @@
 """The stability of molecules in space (EDM: Hoogeboom et al. 2022, section 5 and app.): valences from bond lengths."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.io.atoms import ELEMENTS, Atoms
+from ldm.io.molecules import quiet_rdkit, to_smiles
 
 # bond lengths in picometres, by elements in alphabetical order; bonds of order 1, 2 and 3, as in a Kekulé structure
 LENGTHS: tuple[dict[str, int], ...] = (
@@ -49,13 +51,35 @@ def stability(molecules: Sequence[Atoms]) -> dict[str, float]:
     """Return `atom_stable`, the fraction of atoms with their VALENCES, and `molecule_stable`, with all atoms stable.
 
     A molecule without atoms is not stable.  n, atoms: the numbers of molecules, and of atoms on average.
+    valid: the fraction that RDKit can read, in one part; unique: of these, the fraction that is distinct.
     """
     valences = torch.tensor([VALENCES[name] for name in ELEMENTS])
     stable = [bond_orders(atoms).sum(1) == valences[atoms.elements] for atoms in molecules]
     total = sum(map(len, stable))
+    smiles = [to_smiles(mol) for atoms in molecules if (mol := to_molecule(atoms)) is not None]
     return {
         "n": len(molecules),
         "atoms": total / len(molecules),
         "atom_stable": sum(int(rows.sum()) for rows in stable) / max(1, total),
         "molecule_stable": sum(bool(len(rows)) and bool(rows.all()) for rows in stable) / len(molecules),
+        "valid": len(smiles) / len(molecules),
+        "unique": len(set(smiles)) / max(1, len(smiles)),
     }
+
+
+def to_molecule(atoms: Atoms) -> Any:
+    """Return the RDKit molecule of atoms with their `bond_orders`; None if it is none, or of more than one part."""
+    with quiet_rdkit():
+        from rdkit import Chem
+
+        editable = Chem.RWMol()
+        for element in atoms.elements.tolist():
+            atom = Chem.Atom(ELEMENTS[element])
+            atom.SetNoImplicit(True)
+            editable.AddAtom(atom)
+        orders, names = bond_orders(atoms), (Chem.BondType.SINGLE, Chem.BondType.DOUBLE, Chem.BondType.TRIPLE)
+        for i, j in orders.triu().nonzero().tolist():
+            editable.AddBond(i, j, names[int(orders[i, j]) - 1])
+        mol = editable.GetMol()
+        sane = Chem.SanitizeMol(mol, catchErrors=True) == Chem.SanitizeFlags.SANITIZE_NONE
+        return Chem.RemoveHs(mol) if sane and len(Chem.GetMolFrags(mol)) == 1 else None

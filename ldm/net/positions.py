@@ -1,5 +1,6 @@
 """Positions of tokens on a grid of one or more sides: fixed embeddings to add, and rotations of queries and keys."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,11 @@ def rope(grid: Sequence[int], dim: int, device: torch.device | str = "cpu", thet
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
     return rotate
+
+
+def no_positions(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return zeros (N, dim): tokens without an order, such as atoms."""
+    return torch.zeros(math.prod(grid), dim, device=device)
 
 
 def coordinate_angles(
