@@ -1,16 +1,16 @@
-"""Train, sample and score molecules: python experiments/molecules/measure.py [runs=runs/molecules] [short=4000]
-[long=20000] [num=10000] [key=value ...]
+"""Train, sample and score molecules: python experiments/molecules/measure.py [runs=runs/molecules] [short=1500]
+[long=12000] [few=2000] [num=10000] [key=value ...]
 
 First the weight of the KL penalty is chosen: for each, a first stage and a denoiser of `short` steps, by the FCD of
-`num` molecules.  With that weight it trains SMILES in place of SELFIES, no first stage, and captions for as long, and
-SELFIES for `long` steps, from which the analogues of leads are sampled too.  Each row of results.csv is written as soon
-as it is known, and what is there is not computed again: started again, it goes on.  Other words go to train.py.
-Then figure.png, samples.png and analogues.png.
+`few` molecules.  With that weight it trains SMILES in place of SELFIES, no first stage, and captions for as long, and
+SELFIES for `long` steps, of which `num` molecules are scored and the analogues of leads are sampled.  Each row of
+results.csv is written as soon as it is known, and what is there is not computed again: started again, it goes on.
+Then figure.png, samples.png, analogues.png and interpolation.png.  Other words go to train.py.
 """
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from ldm.diffusion.grids import trailing
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.sampler import dpmpp_2m
 from ldm.io import atomic
-from ldm.io.images import save_png
-from ldm.io.molecules import VOCABULARIES, canonical_smiles, facts_of, is_molecule, read_molecule, to_sample, to_tokens
+from ldm.io.images import make_grid, save_png
+from ldm.io.molecules import canonical_smiles, facts_of, is_molecule, read_molecule, samples_to_smiles, to_tokens
 from ldm.io.molsets import filter_patterns, moses, reference_statistics
-from ldm.media.molecule import draw, sheet
+from ldm.media.molecule import draw
 from ldm.metrics.molecules import Reference, fact_scores, fingerprints, molecule_scores, tanimoto, unpack
 from ldm.report import rows
 from ldm.sampling.tasks import generate, img2img, sample
@@ -48,10 +48,10 @@ SHOWN = 24  # molecules of samples.png, the first
 
 def main(*words: str) -> None:
     torch.set_num_threads(1)
-    options = {"runs": "runs/molecules", "short": "4000", "long": "20000", "num": "10000"}
+    options = {"runs": "runs/molecules", "short": "1500", "long": "12000", "few": "2000", "num": "10000"}
     more = [word for word in words if word.partition("=")[0] not in options]
     options |= dict(word.split("=", 1) for word in words if word not in more)
-    runs, short, long, num = Path(options["runs"]), int(options["short"]), int(options["long"]), int(options["num"])
+    runs, (short, long, few, num) = Path(options["runs"]), (int(options[k]) for k in ("short", "long", "few", "num"))
 
     def train(variant: str, steps: int, *overrides: str) -> Path:
         return trained(runs / variant.replace(" ", "_"), f"training.steps={steps}", *overrides, *more)
@@ -59,7 +59,7 @@ def main(*words: str) -> None:
     for weight in KL_WEIGHTS:
         run = train(f"kl {weight:g}", short, f"first_stage.loss.kl_weight={weight}")
         first_stage_row(run, weight)
-        sample_row(run, f"kl {weight:g}", short, num)
+        sample_row(run, f"kl {weight:g}", short, few)
     best = min(KL_WEIGHTS, key=lambda weight: float(known(variant=f"kl {weight:g}", guidance=1.0)["fcd"]))
     kl = f"first_stage.loss.kl_weight={best}"
     for variant, overrides in {
@@ -67,13 +67,16 @@ def main(*words: str) -> None:
         "no first stage": ("autoencoder=identity", "net.patch_size=[4]"),
         "captions": (kl, "conditioner=minilm"),
     }.items():
-        sample_row(train(variant, short, *overrides), variant, short, num)
+        sample_row(train(variant, short, *overrides), variant, short, few)
     run = train("long", long, kl)
-    real_rows(run, num)
+    for count in (few, num):
+        real_row(run, count)
+    control_rows(run, num)
     for scale in SCALES:
         sample_row(run, "long", long, num, scale)
     analogue_rows(run)
-    figure(run, num)
+    plot(run, num)
+    draw_molecules(run, num)
     print("valid is 1 by construction for SELFIES: every string of its symbols is a molecule")
 
 
@@ -158,21 +161,34 @@ def sampled(run: Path, num: int, scale: float) -> list[str]:
     return [data.vocabulary.decode(tokens) for tokens in atomic.read_tensors(file)["tokens"].tolist()]
 
 
-def real_rows(run: Path, num: int) -> None:
-    """Score held-out molecules: themselves, through the first stage, and against facts of others (chance)."""
+def real_row(run: Path, num: int) -> None:
+    """Score held-out molecules: the floor of the FCD at this number."""
     data = data_of(run)
-    num = min(num, len(data))
-    smiles, facts = data.smiles(range(num)), data.facts[:num]
+    index = range(min(num, len(data)))
+
+    def values() -> dict[str, Any]:
+        smiles = data.smiles(index)
+        return {**molecule_scores(smiles, reference()), **fact_scores(smiles, data.facts[index])}
+
+    add(values, part="real", variant=f"{len(index)} test molecules")
+
+
+def control_rows(run: Path, num: int) -> None:
+    """Score held-out molecules through the first stage, and against the facts of others, which is chance."""
+    data = data_of(run)
+    index = range(min(num, len(data)))
+
+    def chance() -> dict[str, Any]:
+        return {"n": len(index), **fact_scores(data.smiles(index), data.facts[index].roll(1, 0))}
 
     @torch.no_grad()
     def decoded() -> dict[str, Any]:
         stage = load_model(run).autoencoder
-        images = [stage.decode(stage.encode(data.pixels(part))) for part in torch.arange(num).split(500)]
-        back = [data.vocabulary.decode(tokens) for tokens in to_tokens(torch.cat(images)).tolist()]
-        return {**molecule_scores(back, reference()), **fact_scores(back, facts)}
+        images = [stage.decode(stage.encode(data.pixels(part))) for part in torch.arange(len(index)).split(500)]
+        smiles = [data.vocabulary.decode(tokens) for tokens in to_tokens(torch.cat(images)).tolist()]
+        return {**molecule_scores(smiles, reference()), **fact_scores(smiles, data.facts[index])}
 
-    add(lambda: molecule_scores(smiles, reference()) | fact_scores(smiles, facts), part="real", variant="test molecules")
-    add(lambda: fact_scores(smiles, facts.roll(1, 0)) | {"n": num}, part="real", variant="test molecules, other facts")
+    add(chance, part="real", variant="test molecules, facts of others")
     add(decoded, part="real", variant="test molecules through the first stage")
 
 
@@ -181,6 +197,7 @@ def leads(run: Path) -> list[int]:
     return [i * len(data_of(run)) // LEADS for i in range(LEADS)]
 
 
+@cache
 def analogues(run: Path, strength: float) -> list[list[str]]:
     """Return EACH analogues of each lead, by image-to-image under the lead's own facts."""
     data, model = data_of(run), load_model(run)
@@ -222,48 +239,52 @@ def interpolated(run: Path, first: int, second: int) -> Tensor:
     return stage.decode(torch.stack([a + (b - a) * i / (FRAMES - 1) for i in range(FRAMES)]))
 
 
-def figure(run: Path, num: int) -> None:
-    """Draw figure.png, samples.png and analogues.png."""
-    drawing = plotting.canvas(860, 360)
-    axes = plotting.panel(drawing, 60, 30, 340, 270, f"{num:,} molecules", "novelty", "FCD to the test set")
-    for row in rows.read(HERE / "moses.csv"):
-        axes.plot(float(row["novelty"]), float(row["fcd"]), "o", color=plotting.SOFT, ms=4)
-        axes.annotate(row["model"], (float(row["novelty"]), float(row["fcd"])), fontsize=6, color=plotting.SOFT)
+def plot(run: Path, num: int) -> None:
+    """Draw figure.png: FCD against novelty beside MOSES's published rows, and logP against that of the condition."""
+    figure = plotting.canvas(900, 360)
+    axes = plotting.panel(figure, 60, 30, 360, 280, "each point is a model", "novelty", "FCD to the test set")
+    points = [(row["model"], row, plotting.SOFT) for row in rows.read(HERE / "moses.csv")]
+    points += [(label(row), row, plotting.BLUE) for row in rows.read(TABLE) if row["part"] == "samples"]
+    for name, row, colour in points:
+        place = float(row["novelty"]), float(row["fcd"])
+        axes.plot(*place, "o", color=colour, ms=4)
+        axes.annotate(name, place, (4, 2), textcoords="offset points", fontsize=6, color=colour)
     for row in rows.read(TABLE):
-        if row["part"] == "samples":
-            axes.plot(float(row["novelty"]), float(row["fcd"]), "o", color=plotting.BLUE, ms=4)
-            axes.annotate(f"{row['variant']}, {row['guidance']}", (float(row["novelty"]), float(row["fcd"])), fontsize=6)
-    if (real := known(part="real", variant="test molecules")) is not None:
-        axes.axhline(float(real["fcd"]), color=plotting.RED, lw=0.8, ls="--")
+        if row["part"] == "real" and row["fcd"] and "through" not in row["variant"]:
+            axes.axhline(float(row["fcd"]), color=plotting.RED, lw=0.6, ls="--")
+            axes.annotate(row["variant"], (0.7, float(row["fcd"])), fontsize=6, color=plotting.RED)
     axes.set_yscale("log")
-    axes = plotting.panel(drawing, 480, 30, 340, 270, "long, guidance 1", "logP of the condition", "logP")
+    axes = plotting.panel(figure, 500, 30, 360, 280, "sampled by guidance 1", "logP of the condition", "logP")
     smiles = sampled(run, num, 1.0)[:2000]
-    pairs = list(logp_pairs(smiles, data_of(run).facts[: len(smiles), 0].tolist()))
-    axes.plot([x for x, _ in pairs], [y for _, y in pairs], ".", color=plotting.BLUE, ms=1.5)
+    pairs = [
+        (wish, facts_of(read_molecule(text))[0])
+        for text, wish in zip(smiles, data_of(run).facts[: len(smiles), 0].tolist(), strict=True)
+        if is_molecule(text)
+    ]
+    axes.plot(*zip(*pairs, strict=True), ".", color=plotting.BLUE, ms=1.5)
     axes.axline((0, 0), slope=1, color=plotting.SOFT, lw=0.6)
-    drawing.savefig(HERE / "figure.png", metadata={"Software": None})
-    save_png(HERE / "samples.png", torch.stack([*strip(sampled(run, num, 1.0)[:SHOWN], 8)]))
-    data, rows_of = data_of(run), leads(run)
-    lines = []
-    for number, lead in enumerate(data.smiles(rows_of)[:3]):
-        lines += [lead, *(analogues(run, strength)[number][0] for strength in STRENGTHS)]
-    save_png(HERE / "analogues.png", torch.stack([*strip(lines, 1 + len(STRENGTHS))]))
-    path = sheet(list(interpolated(run, *rows_of[:2])), FRAMES)
-    save_png(HERE / "interpolation.png", ((path + 1) * 127.5).round().byte())
+    figure.savefig(HERE / "figure.png", metadata={"Software": None})
 
 
-def strip(smiles: Iterable[str], columns: int) -> Tensor:
-    """Draw molecules in rows: (3, H, W) uint8."""
-    from ldm.io.images import make_grid
-
-    return make_grid(torch.stack([draw(text) for text in smiles]), columns)
+def label(row: dict[str, str]) -> str:
+    """Return the name of a row in the figure."""
+    return f"{row['variant']}, {row['guidance']}" if row["guidance"] != "1" else row["variant"]
 
 
-def logp_pairs(smiles: Iterable[str], asked: Iterable[float]) -> Iterator[tuple[float, float]]:
-    """Yield logP of the condition and of the molecule, for each text that is a molecule."""
-    for text, value in zip(smiles, asked, strict=True):
-        if is_molecule(text):
-            yield value, facts_of(read_molecule(text))[0]
+def draw_molecules(run: Path, num: int) -> None:
+    """Draw samples.png, analogues.png (a lead, then one analogue by strength, in each row) and interpolation.png."""
+    save_png(HERE / "samples.png", make_grid(stack(sampled(run, num, 1.0)[:SHOWN]), 8))
+    by_strength = [analogues(run, strength) for strength in STRENGTHS]
+    sources = data_of(run).smiles(leads(run))
+    lines = [text for i, lead in enumerate(sources) for text in (lead, *(groups[i][0] for groups in by_strength))]
+    save_png(HERE / "analogues.png", make_grid(stack(lines), 1 + len(STRENGTHS)))
+    frames = torch.cat([interpolated(run, *leads(run)[i : i + 2]) for i in (0, 2)])
+    save_png(HERE / "interpolation.png", make_grid(stack(samples_to_smiles(frames)), FRAMES))
+
+
+def stack(smiles: Iterable[str]) -> Tensor:
+    """Draw molecules: (N, 3, H, W) uint8."""
+    return torch.stack([draw(text) for text in smiles])
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def qm9(root: str | Path | None = None) -> Path:
 
 
 def read(folder: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Read all molecules: samples (N, 8, 29) float32, and the numbers of the molecules; others are counted by reason."""
+    """Read all molecules: samples (N, 8, 29) float32, and their numbers; others are counted by reason."""
     samples, index = [], []
     rejected: Counter[str] = Counter()
     for name in FILES:

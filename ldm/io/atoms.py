@@ -16,7 +16,10 @@ REACH = 8.0  # angstrom, the largest coordinate of a sample
 
 @dataclass(frozen=True)
 class Atoms:
-    """A molecule in space.  positions: (n, 3) float32 in angstrom, from their mean.  elements: (n,) int64, of ELEMENTS."""
+    """A molecule in space.
+
+    positions: (n, 3) float32 in angstrom, from their mean.  elements: (n,) int64, of ELEMENTS.
+    """
 
     positions: Tensor
     elements: Tensor

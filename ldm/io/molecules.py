@@ -69,8 +69,10 @@ SELFIES = Vocabulary(
 )
 SMILES = Vocabulary(
     "smiles",
-    ("", "c", "C", "(", ")", "1", "O", "2", "N", "=", "n", "3", "F", "-", "S", "s", "o", "Cl", "[nH]", "#", "4", "Br")
-    + ("5", "[H]", "6"),
+    (
+        *("", "c", "C", "(", ")", "1", "O", "2", "N", "=", "n", "3", "F", "-", "S", "s", "o", "Cl", "[nH]", "#", "4"),
+        *("Br", "5", "[H]", "6"),
+    ),
 )
 VOCABULARIES = {vocabulary.name: vocabulary for vocabulary in (SELFIES, SMILES)}
 BY_SIZE = {len(vocabulary.symbols): vocabulary for vocabulary in VOCABULARIES.values()}

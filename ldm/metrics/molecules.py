@@ -109,7 +109,7 @@ def nearest_similarity(bits: Tensor, reference: Tensor) -> Tensor:
 
 
 def internal_diversity(bits: Tensor) -> float:
-    """Return 1 - the mean similarity of all pairs of packed fingerprints, each with itself included, as MOSES has it."""
+    """Return 1 - the mean similarity of all pairs of packed fingerprints, each with itself too, as MOSES has it."""
     total = sum(float(block.double().sum()) for block in similarity_blocks(bits, bits))
     return 1 - total / len(bits) ** 2
 

@@ -27,7 +27,8 @@ def test_atoms_and_samples_are_inverses():
 
 
 @pytest.mark.parametrize(
-    "positions", [torch.zeros(0, 3), torch.zeros(MAX_ATOMS + 1, 3), torch.tensor([[0, 0, 9.0]]), torch.tensor([[torch.nan] * 3])]
+    "positions",
+    [torch.zeros(0, 3), torch.zeros(MAX_ATOMS + 1, 3), torch.tensor([[0, 0, 9.0]]), torch.tensor([[torch.nan] * 3])],
 )
 def test_atoms_that_do_not_fit_are_one_line(positions):
     with pytest.raises(UserError, match="expected 1 to 29, within 8 angstrom"):

@@ -17,7 +17,8 @@ def pair(a: str, b: str, distance: float) -> int:
 
 
 @pytest.mark.parametrize(
-    ("elements", "lengths"), [("CC", (1.64, 1.39, 1.23)), ("CN", (1.57, 1.34, 1.19)), ("OC", (1.53, 1.25, 1.16)), ("NN", (1.55, 1.30, 1.13))]
+    ("elements", "lengths"),
+    [("CC", (1.64, 1.39, 1.23)), ("CN", (1.57, 1.34, 1.19)), ("OC", (1.53, 1.25, 1.16)), ("NN", (1.55, 1.30, 1.13))],
 )
 def test_bond_order_by_length_and_margin(elements, lengths):
     """EDM's lengths with margins of 10, 5 and 3 picometres: 154, 134, 120 for carbon."""
