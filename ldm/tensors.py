@@ -49,6 +49,12 @@ def format_factor(factor: int | Sequence[int]) -> str:
     return str(factor) if isinstance(factor, int) else "x".join(map(str, factor))
 
 
+def frames(x: Tensor) -> Tensor:
+    """Return the frames (B F, C, H, W) of clips (B, C, F, H, W) as images; samples with one or two sides unchanged."""
+    folded = max(x.ndim - 4, 0)
+    return x.movedim(1, 1 + folded).flatten(0, folded)
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype, but float32 for bfloat16 and float16."""
     return torch.promote_types(dtype, torch.float32)

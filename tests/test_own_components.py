@@ -130,11 +130,13 @@ WRONG = [
     ),
     (
         SOUND,
-        "autoencoder: ldm.autoencoder.patch.PatchEncoder takes samples with 2 sides besides the channels, these are",
+        "autoencoder: ldm.autoencoder.patch.PatchEncoder takes samples with 2 sides besides the channels, these are of "
+        "shape (2, 64); set autoencoder.factor=[n], a number for each side, or choose autoencoder=identity",
     ),
     (
         {**SOUND, "autoencoder": IDENTITY},
-        "net: ldm.net.unet.UNet takes samples with 2 sides besides the channels, these are of shape (2, 64)",
+        "net: ldm.net.unet.UNet takes samples with 2 sides besides the channels, these are of shape (2, 64); "
+        "set net.dims=1",
     ),
     (
         {"net": {"_target_": "our_paper.ops.Doubled"}},
@@ -359,9 +361,14 @@ def test_package_changes_no_file_of_the_repository():
     assert {"ops.py", "load.py", "open.py", "classes.py"} <= FILES.keys()
 
 
+TINY_DIT = ("net=dit_s2", "net.channels=24", "net.depth=1", "net.num_heads=2")
+CONV = ("autoencoder=kl_f4_small", "autoencoder.encoder.width=8", "autoencoder.decoder.width=8")
 SHAPES = {  # of samples -> what trains on them: a network and a first stage of ldm, or none and a network of our own
     (2, 24, 40): ("net=smoke", "net.channel_mult=[1,2]"),
-    (2, 64): ("net=local", "net.sides=1", "autoencoder=identity"),
+    (2, 64): ("net=smoke", "net.dims=1", "autoencoder.factor=[4]", "training.latents=online"),
+    (1, 48): (*TINY_DIT, "net.patch_size=[2]", *CONV, "autoencoder.factor=[4]"),
+    (1, 4, 12, 20): ("net=smoke", "net.dims=3", "net.padding_mode=circular", *CONV, "autoencoder.factor=[2,4,4]"),
+    (3, 4, 16, 24): (*TINY_DIT, "net.patch_size=[1,2,2]", "autoencoder.factor=[2,4,4]"),
     (1, 4, 6, 10): ("net=local", "net.sides=3", "autoencoder=identity", "training.latents=online"),
 }
 

@@ -108,7 +108,7 @@ def unshuffle(x: Tensor, factor: Sequence[int]) -> Tensor:
 
 
 def shuffle(x: Tensor, factor: Sequence[int]) -> Tensor:
-    """Put the channels of a patch at its positions: (B, C * prod(factor), ...) -> (B, C, ...), the inverse of unshuffle.
+    """Put the channels of a patch at its positions: (B, C * prod(factor), ...) -> (B, C, ...); unshuffle's inverse.
 
     Torch's pixel_shuffle in two dimensions.
     """

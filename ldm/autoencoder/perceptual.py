@@ -23,6 +23,7 @@ class EfficientNetDistance(nn.Module):
     """
 
     name = "effnet"
+    spatial_dims = 2
 
     def __init__(self, size: int = 64, scale: float = 1.0, weights: str | None = None):
         super().__init__()
@@ -60,6 +61,7 @@ class LPIPS(nn.Module):
     """
 
     name = "vgg16"
+    spatial_dims = 2
     LAST = (3, 8, 15, 22, 29)  # the activation that ends each stage
     mean: Tensor
     std: Tensor

@@ -1,6 +1,9 @@
 """A first stage that processes large images tile by tile, with the memory of one tile."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.first_stage import FirstStage
 from ldm.autoencoder.posterior import DeterministicPosterior, DiagonalGaussian
 from ldm.errors import ConfigError
+from ldm.tensors import one_for_each
 
 
 class Tiled(nn.Module):
@@ -38,52 +42,61 @@ class Tiled(nn.Module):
     def posterior(self, image: Tensor) -> DiagonalGaussian | DeterministicPosterior:
         """Return q(z | image) with blended moments. Raises ConfigError for a size the factor does not divide."""
         self.autoencoder.require_size(image)
-        f = self.autoencoder.factor
-        moments = tiled(
-            lambda part: self.autoencoder.posterior(part).moments, image, self.tile * f, self.overlap * f, f, 1
+        encode, factors = lambda part: self.autoencoder.posterior(part).moments, self.factors(image)
+        return self.autoencoder.posterior_of(
+            tiled(encode, image, self.tile, self.overlap, factors, (1,) * len(factors))
         )
-        return self.autoencoder.posterior_of(moments)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Return z (B, z_channels, h, w) of the posterior's mode."""
+        """Return z (B, z_channels, ...) of the posterior's mode."""
         return self.autoencoder.normalise(self.posterior(image).mode)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode z to an image (B, C, H, W), about [-1, 1]."""
-        return tiled(self.autoencoder.decode, z, self.tile, self.overlap, 1, self.autoencoder.factor)
+        """Decode z to an image (B, C, ...), about [-1, 1]."""
+        factors = self.factors(z)
+        return tiled(self.autoencoder.decode, z, self.tile, self.overlap, (1,) * len(factors), factors)
+
+    def factors(self, x: Tensor) -> tuple[int, ...]:
+        """Return the first stage's factor of each side of x (B, C, ...)."""
+        return one_for_each(self.autoencoder.factor, x.ndim - 2, "factor")
 
 
-def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, down: int, up: int) -> Tensor:
-    """Apply f to tiles of x (B, C, H, W), at most `tile` high and wide, and blend the results.
+def tiled(
+    f: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, down: Sequence[int], up: Sequence[int]
+) -> Tensor:
+    """Apply f to tiles of x (B, C, ...), at most `tile` cells long on every side, and blend the results.
 
-    f maps (B, C, H, W) to (B, C', H up / down, W up / down).  tile, overlap: multiples of `down`.
+    f maps (B, C, ...) to (B, C', ...).  tile, overlap: in cells, whose sides are `down` positions of x and `up` of the
+    result.
     """
-    rows, columns = (tile_starts(side, tile, overlap, down) for side in x.shape[-2:])
-    if len(rows) == len(columns) == 1:
+    cells = [side // scale for side, scale in zip(x.shape[2:], down, strict=True)]
+    corners = list(itertools.product(*(tile_starts(side, tile, overlap) for side in cells)))
+    if len(corners) == 1:
         return f(x)
-    parts = [(top, left, f(x[..., top : top + tile, left : left + tile])) for top in rows for left in columns]
-    first = parts[0][2]
-    total = first.new_zeros(*first.shape[:-2], *(side * up // down for side in x.shape[-2:]))
-    weights = first.new_zeros(total.shape[-2:])
-    for top, left, part in parts:
-        height, width = part.shape[-2:]
-        region = (
-            ...,
-            slice(top * up // down, top * up // down + height),
-            slice(left * up // down, left * up // down + width),
-        )
-        weight = ramp(height, overlap * up // down, part)[:, None] * ramp(width, overlap * up // down, part)
-        total[region] += weight * part
-        weights[region] += weight
+    parts = [(corner, f(x[region(corner, [tile] * len(cells), down)])) for corner in corners]
+    first = parts[0][1]
+    total = first.new_zeros(*first.shape[:2], *(side * scale for side, scale in zip(cells, up, strict=True)))
+    weights = first.new_zeros(total.shape[2:])
+    for corner, part in parts:
+        where = region(corner, [side // scale for side, scale in zip(part.shape[2:], up, strict=True)], up)
+        ramps = [ramp(side, overlap * scale, part) for side, scale in zip(part.shape[2:], up, strict=True)]
+        weight = reduce(torch.mul, torch.meshgrid(*ramps, indexing="ij"))
+        total[where] += weight * part
+        weights[where] += weight
     return total / weights
 
 
-def tile_starts(side: int, tile: int, overlap: int, grain: int) -> list[int]:
-    """Return the starts, multiples of `grain`, of tiles that cover `side` exactly and share at least `overlap`."""
+def region(corner: Sequence[int], sides: Sequence[int], scale: Sequence[int]) -> tuple[Any, ...]:
+    """Return the index of a box of cells whose sides are `scale` positions."""
+    return (..., *(slice(c * s, (c + side) * s) for c, side, s in zip(corner, sides, scale, strict=True)))
+
+
+def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Return the starts of tiles that cover `side` cells exactly and share at least `overlap`."""
     if side <= tile:
         return [0]
     number = -(-(side - overlap) // (tile - overlap))
-    return [(side - tile) * i // (number - 1) // grain * grain for i in range(number)]
+    return [(side - tile) * i // (number - 1) for i in range(number)]
 
 
 def ramp(side: int, overlap: int, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Compare images with their originals: reconstructions, or a task with one correct answer."""
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from ldm.errors import ConfigError
 from ldm.metrics.distribution import FrechetDistance, MetricSuite
 from ldm.metrics.features import FeatureNet
+from ldm.tensors import frames
 
 
 class Perceptual(Protocol):
@@ -26,7 +27,7 @@ class Reconstruction:
     net, reference: feature network, and its features (N, D) of the originals (see `extract`).
     perceptual: adds `lpips_<name>`, the mean over images.
     PSNR and SSIM (Wang et al. 2004) are torchmetrics', on images clipped to [-1, 1] but not quantised, with sides of at
-    least 11 px, SSIM's window.
+    least 11 px, SSIM's window.  Of a clip, SSIM is of its frames; samples with one side have none.
     """
 
     def __init__(
@@ -53,23 +54,27 @@ class Reconstruction:
 
     @torch.no_grad()
     def update(self, image: Tensor, reconstruction: Tensor) -> None:
-        """Add images and their reconstructions (B, C, H, W), floating point in [-1, 1]."""
+        """Add images and their reconstructions (B, C, H, W), or other samples, floating point in [-1, 1]."""
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
         a, b = (x.float().clamp(-1, 1).to(self.device) for x in (reconstruction, image))
-        values = [
-            peak_signal_noise_ratio(a, b, data_range=2.0, dim=(1, 2, 3), reduction="none"),
-            structural_similarity_index_measure(a, b, data_range=2.0, reduction="none"),
-            *([self.perceptual.distance(a, b)] if self.perceptual else []),
-        ]
-        for mean, value in zip(self.means.values(), values, strict=True):
-            mean.update(torch.as_tensor(value).double())
+        sides = tuple(range(1, a.ndim))
+        values: dict[str, Any] = {"psnr": peak_signal_noise_ratio(a, b, data_range=2.0, dim=sides, reduction="none")}
+        if a.ndim > 3:
+            similarity = structural_similarity_index_measure(frames(a), frames(b), data_range=2.0, reduction="none")
+            values["ssim"] = similarity
+        if self.perceptual:
+            values[f"lpips_{self.perceptual.name}"] = self.perceptual.distance(a, b)
+        for name, value in values.items():
+            self.means[name].update(torch.as_tensor(value).double())
         if self.score:
             self.score.update(reconstruction)
 
     def compute(self) -> dict[str, float]:
         """Return {key: number} over all processes. Raises ConfigError without images."""
-        numbers = {name: mean.compute().item() for name, mean in self.means.items()}
+        numbers = {
+            name: mean.compute().item() for name, mean in self.means.items() if mean.update_called or name == "psnr"
+        }
         if math.isnan(numbers["psnr"]):  # 0 / 0
             raise ConfigError("no image was compared with its original: expected at least one; raise num")
         return numbers | (

@@ -134,7 +134,7 @@ class UNetBlockConfig:
             return self.residual(width, width, upsample)
         return Upsample(width, dims=self.dims, padding_mode=self.padding_mode)
 
-    def conv(self, inputs: int, outputs: int) -> nn.Module:
+    def conv(self, inputs: int, outputs: int) -> Any:
         return conv(inputs, outputs, dims=self.dims, padding_mode=self.padding_mode)
 
     def residual(self, inputs: int, width: int, resize: Resize | None = None) -> ResBlock:

@@ -44,9 +44,9 @@ class AutoencoderRecipe:
 
     optimizer, discriminator_optimizer: parameters -> optimizer.  lr_schedule: (step, total steps) -> factor on their
     rates.
-    discriminator: builds the discriminator from channels=.  discriminator_start: its first step.
-    discriminator_ramp: steps over which its weight grows linearly.  calibration: statistics of the latents -> shift and
-    scale.
+    discriminator: builds the discriminator from channels= and dims=, the sides of a sample.  discriminator_start: its
+    first step.  discriminator_ramp: steps over which its weight grows linearly.  calibration: statistics of the latents
+    -> shift and scale.
     ema: module -> average of its weights.  health: limits beyond which a warning is printed; they change no step.
     """
 
@@ -111,11 +111,8 @@ class AutoencoderRecipe:
                     "images; train it on data with a length, and begin the diffusion model from init=RUN"
                 )
             torch.manual_seed(derive_seed(self.seed, "weights"))
-            if len(data.shape) != 3:
-                raise UserError(
-                    f"training=autoencoder: its losses are of images (C, H, W), these samples are of shape "
-                    f"{tuple(data.shape)}; choose autoencoder=identity"
-                )
+            checks.check_dimensions("autoencoder", cfg.autoencoder, data)
+            checks.check_dimensions("training.loss", cfg.training.loss, data)
             checks.check_data(cfg, data)
             autoencoder = build.build_autoencoder(cfg.autoencoder, data.shape[0])
             checks.check_first_stage(cfg, autoencoder, data)
@@ -126,7 +123,7 @@ class AutoencoderRecipe:
                 autoencoder,
                 self.loss,
                 self.optimizer,
-                self.discriminator(channels=data.shape[0]),
+                self.discriminator(channels=data.shape[0], dims=len(data.shape) - 1),
                 self.discriminator_optimizer,
                 self.discriminator_start,
                 self.discriminator_ramp,
@@ -170,7 +167,7 @@ class AutoencoderRecipe:
 def make_grid_writer(run: TrainingRun, autoencoder: FirstStage, test) -> Callable[[int], None]:
     """Return draw(step), which writes test images above their reconstructions, and logs scores of 64 of them.
 
-    These are PSNR, SSIM and the ratio of their powers at high frequencies.
+    These are PSNR, SSIM (of images and of the frames of clips) and the ratio of their powers at high frequencies.
     """
     images_in = test.batch([(0, i) for i in range(min(64, len(test)))])["image"]
     if fault := image_fault(images_in.shape[1:]):
