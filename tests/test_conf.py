@@ -63,14 +63,18 @@ PARTNERS = {  # overrides that an option needs; one of each kind of large networ
     ),
     **{
         f"data/{name}": ("data.path=here",)
-        for name in ("folder", "clips", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun", "trajectories")
+        for name in (
+            *("folder", "clips", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun", "trajectories"),
+        )
     },
+    "autoencoder/tokens_f4": ("autoencoder.factor=4",),  # of images, in which a pixel is a symbol
+    "autoencoder/atoms": ("autoencoder.scale=[2.0]",),
     "schedule/edm": ("process=edm",),
     "prediction/edm": ("process=edm",),
     "weighting/edm": ("process=edm",),
     "timestep_sampling/log_normal": ("process=edm",),
     "timestep_spacing/karras": ("process=edm",),
-    "training/autoencoder": ("~training.score",),
+    **dict.fromkeys(("training/autoencoder", "training/autoencoder_tokens"), ("~training.score",)),
     "training/autoencoder_ldm": ("~training.score", "training.loss.perceptual=null"),  # LPIPS wants half a gigabyte
     "training/evaluator": ("~training.score", "~training.sample_every"),
     **dict.fromkeys(("training/classifier", "training/clip"), ("~training.score", "~training.sample_every")),
@@ -126,7 +130,7 @@ BY_CALLER = {  # target -> parameters with a default that the code which calls a
     "ldm.metrics.paired.Reconstruction": ("device", "net", "reference"),
     "ldm.net.blocks.Downsample": ("dims", "padding_mode"),
     "ldm.training.fit.fit": ("seed", "start"),
-    **dict.fromkeys((f"ldm.net.positions.{name}" for name in ("rope", "sincos", "unordered")), ("device",)),
+    **dict.fromkeys((f"ldm.net.positions.{name}" for name in ("rope", "sincos", "no_positions")), ("device",)),
     **dict.fromkeys(("ldm.net.attention.sdpa", "ldm.net.attention.softmax_attention"), ("mask",)),
     **{f"ldm.diffusion.variance.{name}": ("floor",) for name in ("fixed_small", "fixed_large", "learned_range")},
     **{

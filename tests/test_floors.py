@@ -54,21 +54,21 @@ LIBRARIES = {  # besides the standard library and torch
     "checkpoint": {"hydra"},
     "runs": {"filelock", "omegaconf", "yaml"},
     "config": {"hydra", "omegaconf", "yaml"},
-    "metrics": {"hydra", "numpy", "timm", "torch_fidelity", "torchmetrics", "torchvision"},
+    "metrics": {"fcd", "hydra", "numpy", "rdkit", "timm", "torch_fidelity", "torchmetrics", "torchvision"},
     "interop": {"open_clip", "safetensors"},
     "net": {"einops", "timm", "torchmetrics", "torchvision"},
     "conditioner": {"filelock", "huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},
     "data": {"PIL", "datasets", "filelock", "numpy", "pyarrow", "torchvision"},
-    "io": {"PIL", "filelock", "numpy", "safetensors", "torchvision", "yaml"},
+    "io": {"PIL", "filelock", "numpy", "rdkit", "safetensors", "selfies", "torchvision", "yaml"},
     "launch": {"filelock"},
-    "media": {"PIL", "av", "numpy"},
+    "media": {"PIL", "av", "numpy", "rdkit"},
     "plotting": {"matplotlib"},
     "ema": {"numpy"},
     "compat": {"hydra", "trackio"},
 }
 SLOW_TO_IMPORT = {  # seconds each: imported inside the function that uses them
     *("open_clip", "timm", "torch_fidelity", "torchmetrics", "torchvision", "transformers", "tokenizers"),
-    *("wandb", "gradio", "trackio"),
+    *("wandb", "gradio", "trackio", "rdkit"),
 }
 MAX_LINES = 350  # of a file
 LONGER_FILES: dict[str, str] = {}  # path below the root: why it is longer

@@ -51,6 +51,24 @@ def compare():
     format_comparison([])
 
 
+def read_molecule():
+    from ldm.io.molecules import read_molecule
+
+    read_molecule("CCO")
+
+
+def selfies():
+    from ldm.io.molecules import from_selfies
+
+    from_selfies("[C]")
+
+
+def chemnet():
+    from ldm.metrics.molecules import chemnet_features
+
+    chemnet_features(["CCO"])
+
+
 @pytest.mark.parametrize(
     ("extra", "module", "use"),
     [
@@ -60,6 +78,9 @@ def compare():
         ("metrics", "timm", dinov2),
         ("wandb", "wandb", wandb),
         ("report", "rich", compare),
+        ("molecules", "rdkit", read_molecule),
+        ("molecules", "selfies", selfies),
+        ("molecules", "fcd", chemnet),
     ],
 )
 def test_missing_package_names_its_extra(extra, module, use, monkeypatch):

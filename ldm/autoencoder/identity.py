@@ -1,5 +1,8 @@
-"""Pixel space as a first stage, without weights."""
+"""The data themselves as the latent, without weights."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.first_stage import FirstStage
@@ -22,3 +25,17 @@ class Identity(FirstStage):
 
     def posterior_of(self, moments: Tensor) -> DeterministicPosterior:
         return DeterministicPosterior(moments)
+
+
+class Scaled(Identity):
+    """The first stage whose latent is the sample (B, C, ...), each channel times a fixed number.
+
+    A channel with a larger number is decided earlier while sampling.
+    scale: (C,), above 0.  Raises ConfigError for other numbers.
+    """
+
+    def __init__(self, scale: Sequence[float]):
+        if not scale or min(scale) <= 0:
+            raise ConfigError(f"autoencoder.scale={list(scale)}: expected a number above 0 for each channel")
+        super().__init__(len(scale))
+        self.scale.copy_(torch.tensor(list(scale)))

@@ -21,6 +21,11 @@ def l2(reconstruction: Tensor, image: Tensor) -> Tensor:
     return (reconstruction - image).square().flatten(1).sum(1)
 
 
+def cross_entropy(logits: Tensor, image: Tensor) -> Tensor:
+    """Compute the cross-entropy in nats of one-hot samples (B, symbols, L), whose symbol is the largest: (B,)."""
+    return torch.nn.functional.cross_entropy(logits, image.argmax(1), reduction="none").flatten(1).sum(1)
+
+
 def gradient_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
     """Compute the absolute error of the differences between neighbours along every side, (B,).
 

@@ -30,6 +30,7 @@ def batch() -> dict:
         "mask": torch.rand(2, 1, 8, 8).round(),
         "boxes": [[(3, 0.0, 0.0, 0.5, 1.0)], []],
         "source": torch.rand(2, 3, 8, 8),
+        "vector": torch.rand(2, 7),
         **uncropped(2, 8, 8),
         "noise": KeyedNoise(0, [0, 1]),
     }

@@ -3,8 +3,11 @@ import math
 
 import pytest
 import torch
+from helpers import randomize_weights
 
-from ldm.net.positions import rope, sincos
+from ldm.condition import Condition
+from ldm.net.dit import DiT
+from ldm.net.positions import no_positions, rope, sincos
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5), (1, 2)])
@@ -84,3 +87,14 @@ def test_positions_of_any_grid_share_width_over_coordinates(grid, dim, shares):
 def test_positions_reject_odd_and_small_widths(make, dim):
     with pytest.raises(ValueError, match=f"3 sides need an even width of at least 6, not {dim}"):
         make((2, 2, 2), dim)
+
+
+def test_dit_without_positions_permutes_with_its_tokens():
+    """A network for sets: moving the atoms moves its output with them, which positions prevent."""
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    x, t = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.rand(2).double()
+    for positions, equal in ((no_positions, True), (sincos, False)):
+        net = randomize_weights(DiT(5, 5, patch_size=[1], channels=16, depth=2, num_heads=2, positions=positions))
+        net.double()
+        moved = net(x[..., order], t, Condition())
+        assert torch.allclose(moved, net(x, t, Condition())[..., order], rtol=1e-9, atol=1e-9) is equal
