@@ -164,13 +164,16 @@ class File(NamedTuple):
     mtime_ns: int
 
 
-def scan(root: Path) -> list[File]:
-    """List the image files below root by name, neither hidden nor in hidden folders; links are followed.
+def scan(
+    root: Path, endings: Sequence[str] = EXTENSIONS + OPTIONAL_EXTENSIONS, expected: str = EXPECTED_LAYOUT
+) -> list[File]:
+    """List the files below root with these endings by name, not hidden or in hidden folders; links are followed.
 
+    expected: what should be in root, for messages.
     Raises UserError if there are none.
     """
     if not root.is_dir():
-        raise UserError(f"path={root}: {'a file' if root.exists() else 'no such folder'}; {EXPECTED_LAYOUT}")
+        raise UserError(f"path={root}: {'a file' if root.exists() else 'no such folder'}; {expected}")
     files, seen, visited = [], 0, set()
     for folder, inner, names in os.walk(root, followlinks=True):
         inner[:] = (
@@ -180,11 +183,11 @@ def scan(root: Path) -> list[File]:
         )
         names = [] if real in visited else [name for name in names if not name.startswith(".")]
         visited.add(real)  # a link may lead back up
-        images = [name for name in names if name.lower().endswith(EXTENSIONS + OPTIONAL_EXTENSIONS)]
-        files += [_file(root, Path(folder, name)) for name in images]
+        files += [_file(root, Path(folder, name)) for name in names if name.lower().endswith(tuple(endings))]
         seen += len(names)
     if not files:
-        raise UserError(f"path={root}: no image in it (.jpg, .png, .webp, ...) among {seen:,} files; {EXPECTED_LAYOUT}")
+        some = ", ".join(endings[:3])
+        raise UserError(f"path={root}: nothing that ends in {some}, ... among {seen:,} files; {expected}")
     return sorted(files)
 
 
