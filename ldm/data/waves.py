@@ -36,16 +36,21 @@ class WaveDataset(InMemoryDataset):
     def batch(self, samples: Sequence[tuple[int, int]]) -> dict:
         """Return the samples, (epoch, index) pairs: image, wave and `batch_metadata`."""
         wave = self.waves([i for _, i in samples])
-        return {"image": log_mel(wave), "wave": wave, **self.batch_metadata(samples)}
+        return {"image": _mels(wave), "wave": wave, **self.batch_metadata(samples)}
 
     def pixels(self, index: Sequence[int] | Tensor) -> Tensor:
         """Return log-mel spectrograms (B, 1, BANDS, L / HOP) float32 in [-1, 1]."""
-        return log_mel(self.waves(index))
+        return _mels(self.waves(index))
 
     def waves(self, index: Sequence[int] | Tensor) -> Tensor:
         """Return waves (B, L) float32 in [-1, 1)."""
         index = torch.as_tensor(index, dtype=torch.long)
         return self.stored[index if self.rows is None else self.rows[index]][:, 0].float() / 2**15
+
+
+def _mels(waves: Tensor) -> Tensor:
+    """Return the log-mel spectrograms of any number of waves, a few at a time, as their spectra are large."""
+    return torch.cat([log_mel(part) for part in waves.split(256)])
 
 
 def to_int16(wave: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def test_notes_batch_says_what_is_heard(monkeypatch):
         assert [int(batch[x][k]) for x in ("program", "pitch", "velocity")] == [note.program, note.pitch, note.velocity]
         assert int(batch["label"][k]) == note.program // 8
         assert batch["caption"][k] in captions(note)
-        assert batch["wave"][k].abs().max().item() == pytest.approx(note.velocity / 400, rel=0.02)
+        assert batch["wave"][k, 2_000:12_000].abs().max().item() == pytest.approx(note.velocity / 400, rel=0.02)
         bin_ = round(440 * 2 ** ((note.pitch - 69) / 12) / RATE * 1024)
         assert abs(int(batch["image"][k, 0, :, 20].argmax()) - int(filterbank()[:, bin_].argmax())) <= 1
     louder = data.batch([(0, i) for i in range(3)])["image"].amax((1, 2, 3))
