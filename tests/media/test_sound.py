@@ -29,7 +29,7 @@ def test_write_gives_wav_and_picture_with_metadata(tmp_path):
     expected = (griffin_lim(sample[None])[0] * 2**15).round()
     assert torch.equal(torch.from_numpy(samples).float(), expected)
     with Image.open(paths[1]) as picture:
-        assert picture.size == (16, 128)
+        assert picture.size == (16 + 2 * sound.GAP, 128 + 2 * sound.GAP)
         assert picture.text["prompt"] == "a tone"
 
 
@@ -50,9 +50,9 @@ def test_write_uses_the_vocoder_and_clips_at_full_scale(tmp_path):
 
 def test_sheet_has_low_frequencies_at_the_bottom():
     sheet = sound.sheet([tone(200), tone(5_000), torch.full((1, 128, 16), -1.0)], 2)
-    assert sheet.shape == (3, 2 * 128 + 4, 2 * 16 + 4)
+    assert sheet.shape == (3, 2 * 128 + 12, 2 * 16 + 12)
     assert -1 <= sheet.min() < sheet.max() <= 1
-    low, high, silent = (sheet[:, r : r + 128, c : c + 16].mean((0, 2)) for r, c in ((0, 0), (0, 20), (132, 0)))
+    low, high, silent = (sheet[:, r : r + 128, c : c + 16].mean((0, 2)) for r, c in ((4, 4), (4, 24), (136, 4)))
     assert low.argmax() > 100
     assert high.argmax() < 40
     assert silent.max() == silent.min() < low.min() + 1e-2
