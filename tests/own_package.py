@@ -371,7 +371,7 @@ class Notes:
     def log_metrics(self, step, values):
         self.note(f"metrics {step} {sorted(values)[0]}")
 
-    def log_image(self, step, name, path):
+    def log_file(self, step, name, path):
         self.note(f"image {step} {name}")
 
     def log_table(self, name, rows):

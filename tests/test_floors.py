@@ -48,7 +48,7 @@ LIBRARIES = {  # besides the standard library and torch
     "plan": {"hydra", "omegaconf"},
     "app": {"PIL", "gradio", "omegaconf", "starlette"},
     "animate": {"PIL", "hydra", "imageio", "imageio_ffmpeg", "matplotlib", "omegaconf"},
-    "training": {"PIL", "lightning", "numpy", "trackio", "wandb"},
+    "training": {"PIL", "lightning", "numpy", "tensorboard", "trackio", "wandb"},
     "sampling": {"PIL", "hydra", "numpy"},
     "cli": {"hydra", "omegaconf"},
     "checkpoint": {"hydra"},

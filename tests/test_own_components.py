@@ -204,7 +204,7 @@ WRONG = [
     ),
     (
         {"logger": {"_target_": "our_paper.eval.Mute"}},
-        "logger: our_paper.eval.Mute has no log_metrics, log_image, log_table",
+        "logger: our_paper.eval.Mute has no log_metrics, log_file, log_table",
     ),
     (
         {"metrics__metrics__mine": {"_target_": "our_paper.hub.Unfinished", "_partial_": True}},

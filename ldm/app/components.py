@@ -50,8 +50,11 @@ def text_tab(session: Session) -> Tab:
     import gradio as gr
 
     with gr.Row():
-        labels = zip(requests.training_size(session), ("Height", "Width"), strict=True)
-        sides = [gr.Number(side, label=label, precision=0, min_width=80) for side, label in labels]
+        size = requests.training_size(session) if session.is_image else (None, None)
+        sides = [
+            gr.Number(side, label=label, precision=0, min_width=80, visible=session.is_image)
+            for side, label in zip(size, ("Height", "Width"), strict=True)
+        ]
     return Tab(_button("words"), requests.generate, sides)
 
 
@@ -66,7 +69,7 @@ def img2img_tab(session: Session) -> Tab:
 
 def inpaint(session: Session) -> Tab:
     """Create the tab for inpainting."""
-    brush = max(2, min(requests.training_size(session)) // 8)  # pixels; `auto` would cover a small image completely
+    brush = max(2, min(session.card.shape[1:]) // 8)  # pixels; `auto` would cover a small image completely
     painted = _editor("inpaint-editor", "Paint over the region to generate", [RED], brush, height=420)
     return Tab(_button("inpaint"), requests.inpaint, [painted])
 
@@ -125,6 +128,12 @@ TABS: dict[str, tuple[str, str | None, Callable[[Session], Tab]]] = {
     "map": ("Map", "map", semantic_map_tab),
     "hint": ("Hint", "hint", hint),
 }
+
+
+def is_available(name: str, session: Session) -> bool:
+    """Return whether a tab fits a run: its model reads what the tab sends, which is an image from all but the first."""
+    key = TABS[name][1]
+    return (name == "words" or session.is_image) and (key is None or key in session.model.conditioner.keys)
 
 
 def _button(name: str) -> Any:

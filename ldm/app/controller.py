@@ -18,7 +18,6 @@ from ldm.errors import UserError
 from ldm.sampling.monitor import SamplerState
 
 POLL_SECONDS = 0.3  # between two updates of the progress
-PREVIEW_IMAGES = 16  # maximum images of a preview
 
 Form = Callable[..., TaskRequest]  # (session, limits, fields)
 
@@ -27,8 +26,8 @@ Form = Callable[..., TaskRequest]  # (session, limits, fields)
 class View:
     """What the page shows.
 
-    stage: HTML.  images: the files of each requested run, None while they are being generated.  names: of the runs.
-    archive: a zip of all files.
+    stage: HTML.  images: the pictures of each requested run's samples, None while they are being generated; a sample's
+    other files are beside its picture.  names: of the runs.  archive: a zip of all files.
     """
 
     stage: str
@@ -171,12 +170,7 @@ class AppController:
 
 
 def preview(state: SamplerState) -> str:
-    """Return the sampler's current prediction of the images as a data URL of a PNG."""
-    import torch
+    """Return the picture of the sampler's current prediction as a data URL of a PNG."""
+    from ldm.io.images import encode_png, to_uint8
 
-    from ldm.io.images import encode_png, make_grid, to_uint8
-
-    with torch.inference_mode():
-        images = to_uint8(state.decode(state.x0[:PREVIEW_IMAGES])).cpu()
-    sheet = make_grid(images, max(1, round(len(images) ** 0.5)), zoom=max(1, 96 // images.shape[-1]))
-    return f"data:image/png;base64,{b64encode(encode_png(sheet)).decode()}"
+    return f"data:image/png;base64,{b64encode(encode_png(to_uint8(state.show(state.x0)))).decode()}"

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ldm.app import storage, style
 from ldm.app.controller import AppController
 from ldm.cli.errors import user_error_message
+from ldm.media.files import player_html, sample_files
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Gallery:
 
         def choose(event: gr.SelectData, files: Sequence[str]) -> tuple[str | None, str]:
             try:
-                return files[event.index], style.table(storage.image_settings(Path(files[event.index])))
+                picture = Path(files[event.index])
+                return str(picture), style.table(storage.image_settings(picture)) + players([picture])
             except Exception as error:
                 return None, style.error(user_error_message(error) or repr(error))
 
@@ -62,10 +66,11 @@ class Gallery:
                 yield style.error("choose an image first"), gr.update()
                 return
             for view in self.desk.repeat(str(request.session_hash), run, Path(file)):
-                yield (
-                    view.stage,
-                    gr.update() if view.images is None else gr.update(value=_pair(view.images[0]), visible=True),
-                )
+                if view.images is None:
+                    yield view.stage, gr.update()
+                else:
+                    both = gr.update(value=_pair(view.images[0]), visible=True)
+                    yield view.stage + players(view.images[0]), both
 
         return reproduce
 
@@ -105,6 +110,17 @@ def gallery(name: str, columns: int = 4, visible: bool = True) -> Any:
 def with_captions(files: Sequence[Path], name: str = "") -> list[tuple[str, str]]:
     """Pair image files with captions: the seed, and the name of the run if there are several."""
     return [(str(file), f"seed {int(file.stem)}{', ' if name else ''}{name}") for file in files]
+
+
+def players(pictures: Sequence[Path], name: str = "") -> str:
+    """Return the HTML that plays samples whose pictures are given; "" for images, whose pictures are all there is."""
+    shown = [(caption, player_html(sample_files(Path(file)), _url)) for file, caption in with_captions(pictures, name)]
+    figures = "".join(f"<figure>{html}<figcaption>{escape(text)}</figcaption></figure>" for text, html in shown if html)
+    return f"<div class='players'>{figures}</div>" if figures else ""
+
+
+def _url(path: Path) -> str:
+    return f"/gradio_api/file={quote(str(path.absolute()))}"
 
 
 def _pair(files: Sequence[Path]) -> list[tuple[str, str]]:

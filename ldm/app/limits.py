@@ -25,8 +25,8 @@ class Limits:
     waiting: int = 8
     words: int = 2000
 
-    def check(self, values: Mapping[str, Any], size: tuple[int, int]) -> None:
-        """Check a request for images of size (height, width).
+    def check(self, values: Mapping[str, Any], size: tuple[int, int] | None) -> None:
+        """Check a request for images of size (height, width), None for other samples.
 
         Raises UserError naming the first value that is invalid or above its limit.
         """
@@ -36,7 +36,7 @@ class Limits:
                 raise UserError(f"{name}={value}: expected 1 to {most}; {RAISE_LIMIT_HINT.format(f'{option}=')}")
         if not 0 <= parse_int("seed", values["seed"]) < 2**31:
             raise UserError(f"seed={values['seed']}: expected 0 to {2**31 - 1}")
-        if max(size) > self.side or min(size) < 1:
+        if size is not None and (max(size) > self.side or min(size) < 1):
             raise UserError(
                 f"images of {size[1]} x {size[0]} pixels: expected a side of 1 to {self.side}; "
                 f"{RAISE_LIMIT_HINT.format('most_side=')}"

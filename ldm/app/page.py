@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm.app import components, requests, style
 from ldm.app.controller import AppController, Form, Settings, View
-from ldm.app.gallery import build_gallery, gallery, with_captions
+from ldm.app.gallery import build_gallery, gallery, players, with_captions
 from ldm.cli.errors import user_error_message
 
 ABOUT = "All images are saved in the run's folder, with everything that is needed to reproduce them."
@@ -17,7 +17,7 @@ def page(desk: AppController, compare: str | None = None) -> Any:
     import gradio as gr
 
     runs, session = desk.sessions.runs, desk.sessions[desk.sessions.runs[0]]
-    keys, names = session.model.conditioner.keys, [(Path(run).name, run) for run in runs]
+    names = [(Path(run).name, run) for run in runs]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     with gr.Blocks(title="ldm", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.HTML(style.head("ldm", ABOUT), elem_id="head")
@@ -32,19 +32,21 @@ def page(desk: AppController, compare: str | None = None) -> Any:
                     settings = components.common_fields(desk.limits, session)
                     with gr.Tabs():
                         tabs, forms = [], []
-                        for name, (title, key, make) in components.TABS.items():
-                            with gr.Tab(title, elem_id=f"tab-{name}", visible=key is None or key in keys) as tab:
+                        for name, (title, _, make) in components.TABS.items():
+                            visible = components.is_available(name, session)
+                            with gr.Tab(title, elem_id=f"tab-{name}", visible=visible) as tab:
                                 forms.append(make(session))
                             tabs.append(tab)
                 with gr.Column(scale=5, min_width=380):
                     stage = gr.HTML(style.note("No images yet."), elem_id="stage")
                     stop = gr.Button("Stop", size="sm", elem_id="stop")
                     first, second = gallery("drawn"), gallery("drawn-compare", visible=bool(compare))
+                    sounds = gr.HTML("", elem_id="players")
                     archive = gr.DownloadButton("Download all (zip)", size="sm", visible=False, elem_id="archive")
             with gr.Tab("Gallery") as gallery_tab:
                 gallery_view = build_gallery(desk)
         for form in forms:
-            inputs, outputs = [run, other, *settings, *form.fields], [stage, first, second, archive]
+            inputs, outputs = [run, other, *settings, *form.fields], [stage, first, second, sounds, archive]
             form.button.click(_drawing(desk, form.form), inputs, outputs, concurrency_limit=None, **quiet)
         stop.click(_for_whom(desk.stop), None, None, queue=False, **quiet)
         other.change(lambda name: gr.update(visible=bool(name)), other, second, **quiet)
@@ -66,16 +68,17 @@ def _drawing(desk: AppController, form: Form) -> Callable[..., Iterator[tuple[An
 
 
 def _shown(view: View) -> tuple[Any, ...]:
-    """Convert a View to the values of the stage, the two galleries and the archive."""
+    """Convert a View to the values of the stage, the two galleries, the players and the archive."""
     import gradio as gr
 
     if view.images is None:
-        return view.stage, gr.update(), gr.update(), gr.update()
+        return view.stage, *[gr.update()] * 4
     names = view.names if len(view.names) > 1 else [""]
     galleries = [
         gr.update(value=with_captions(files, name)) for files, name in zip(view.images, names, strict=True)
     ] + [gr.update()]
-    return view.stage, galleries[0], galleries[1], gr.update(value=str(view.archive), visible=True)
+    sounds = "".join(players(files, name) for files, name in zip(view.images, names, strict=True))
+    return view.stage, galleries[0], galleries[1], sounds, gr.update(value=str(view.archive), visible=True)
 
 
 def _for_whom(act: Callable[[str], None]) -> Callable[..., None]:
@@ -91,23 +94,22 @@ def _switching(desk: AppController) -> Callable[[str], tuple[Any, ...]]:
     """Return the handler for a change of run: it updates the run's conditions and tabs."""
     import gradio as gr
 
-    needed = [key for _, key, _ in components.TABS.values()]
-
     def switch(run: str) -> tuple[Any, ...]:
         try:
             session = desk.sessions[run]
         except Exception as error:
-            return style.error(user_error_message(error) or repr(error)), *[gr.update()] * (5 + len(needed))
+            return style.error(user_error_message(error) or repr(error)), *[gr.update()] * (5 + len(components.TABS))
         keys = session.model.conditioner.keys
         words = gr.update(visible="caption" in keys)
         label = gr.update(choices=components.classes(session), value="", visible="label" in keys)
-        tabs = [gr.update(visible=key is None or key in keys) for key in needed]
+        tabs = [gr.update(visible=components.is_available(name, session)) for name in components.TABS]
+        sides = requests.training_size(session) if session.is_image else (None, None)
         return (
             style.note(f"{Path(run).name} is loaded."),
             words,
             words,
             label,
-            *requests.training_size(session),
+            *(gr.update(value=side, visible=session.is_image) for side in sides),
             *tabs,
         )
 

@@ -14,15 +14,20 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """An option of conf/task with its values, and the (height, width) of the resulting images."""
+    """An option of conf/task with its values, and the (height, width) of the resulting images.
+
+    size: None for samples that are no images, which are of the size of the training data.
+    """
 
     task: str
     values: Mapping[str, Any]
-    size: tuple[int, int]
+    size: tuple[int, int] | None
 
 
 def generate(session: Session, limits: Limits, height: Any, width: Any) -> TaskRequest:
-    """Request images from noise, at a size in pixels."""
+    """Request samples from noise; images at a size in pixels."""
+    if not session.is_image:
+        return TaskRequest("generate", {}, None)
     size = (parse_int("height", height), parse_int("width", width))
     return TaskRequest("generate", {"size": list(size)}, size)
 

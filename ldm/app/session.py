@@ -6,10 +6,14 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ldm.app import compose
 from ldm.checkpoint.load import open_model
 from ldm.errors import UserError
-from ldm.io.images import image_fault
+from ldm.media import medium as media
+from ldm.media.medium import Medium, load_medium
 from ldm.model import LatentDiffusion
 from ldm.runs.data_card import DataCard
 from ldm.runs.folder import find_run, list_runs
@@ -17,23 +21,32 @@ from ldm.sampling.monitor import SamplerMonitor
 from ldm.sampling.request import SampleRequest
 from ldm.sampling.run import compare_with_file, generate_images, save_results
 
+PREVIEW = 16  # samples in the picture of a running sampler, at most
+
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """A loaded run; run: as the user named it, home: the folder for its files."""
+    """A loaded run; run: as the user named it, home: the folder for its files, medium: what its samples are."""
 
     run: str
     home: Path
     card: DataCard
     model: LatentDiffusion
+    medium: Medium
 
     @staticmethod
     def open(run: str) -> "Session":
-        """Load a run.  Raises UserError, also for a run whose samples are no images, or CorruptFileError."""
+        """Load a run.  Raises UserError, also for a run whose samples its medium cannot show, or CorruptFileError."""
         source = open_model(run)
-        if fault := image_fault(source.data_card.shape):
-            raise UserError(f"run={run}: {fault}, and the page shows images; sample.py writes them to a file")
-        return Session(run, output_dir(source.folder), source.data_card, source.load())
+        medium = load_medium(source.data_card.medium)
+        if fault := medium.fault(source.data_card.shape):
+            raise UserError(f"run={run}: {fault}, which the page cannot show; sample.py writes them to a file")
+        return Session(run, output_dir(source.folder), source.data_card, source.load(), medium)
+
+    @property
+    def is_image(self) -> bool:
+        """Return whether the run's samples are images, which have a size that a user can choose."""
+        return self.medium.name == media.DEFAULT
 
     def request(self, choices: Mapping[str, str], values: Mapping[str, Any]) -> SampleRequest:
         """Build the request that sample.py would have for these choices and values.  Raises UserError.
@@ -46,17 +59,23 @@ class Session:
         return request
 
     def draw(self, request: SampleRequest, watch: SamplerMonitor) -> list[Path]:
-        """Generate and save the requested images and return their files.  Raises UserError, SamplingCancelled."""
-        images = generate_images(self.model, request, watch.wrap(self.model.decode))
+        """Generate and save the requested samples and return their pictures.  Raises UserError, SamplingCancelled."""
+        images = generate_images(self.model, request, watch.wrap(self.picture))
         save_results(request, images, {})
         return [request.output_dir / f"{seed:06d}.png" for seed in images]
+
+    def picture(self, x0: Tensor) -> Tensor:
+        """Return a picture (C, H, W) in [-1, 1] of the first PREVIEW of predicted data (B, C, h, w)."""
+        with torch.inference_mode():
+            samples = list(self.model.decode(x0[:PREVIEW]).float().cpu())
+        return self.medium.sheet(samples, max(1, round(len(samples) ** 0.5)))
 
     def repeat(self, file: Path, watch: SamplerMonitor) -> tuple[Path, str]:
         """Reproduce an image of this run together with its batch; return the new file and a comparison in words."""
         request = self.request({}, {"reproduce": str(file)})
-        (image,) = generate_images(self.model, request, watch.wrap(self.model.decode)).values()
+        (image,) = generate_images(self.model, request, watch.wrap(self.picture)).values()
         save_results(request, {int(file.stem): image}, {})
-        return request.output_dir / file.name, compare_with_file(file, image)
+        return request.output_dir / file.name, compare_with_file(file, image, self.medium)
 
 
 def output_dir(folder: Path) -> Path:

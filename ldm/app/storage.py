@@ -3,11 +3,13 @@
 import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ldm.io import atomic
-from ldm.sampling import request
+from ldm.media.files import sample_files
+from ldm.sampling.record import read_reproduction_record
 
 
 def store_upload(home: Path, data: bytes, suffix: str) -> Path:
@@ -19,14 +21,14 @@ def store_upload(home: Path, data: bytes, suffix: str) -> Path:
 
 
 def list_images(home: Path, most: int = 200) -> list[Path]:
-    """List the images generated from a run, newest first; most: maximum number."""
+    """List the pictures of the samples generated from a run, newest first; most: maximum number."""
     files = [(file.stat().st_mtime_ns, file) for file in home.glob("samples/*/[0-9]*.png")]
     return [file for _, file in sorted(files, reverse=True)[:most]]
 
 
 def image_settings(file: Path) -> Mapping[str, Any]:
     """Return the settings stored in a generated image, for display.  Raises UserError if it has none."""
-    record = request.read_reproduction_record(file)
+    record = read_reproduction_record(file)
     request_values = record["request"]
     prompts = dict(zip(record["rows"], record["told"], strict=False)).get(record["row"], ["", None])
     task = request_values["task"]["_target_"].rpartition(".")[2]
@@ -56,10 +58,13 @@ def image_settings(file: Path) -> Mapping[str, Any]:
     return {name: value for name, value in shown.items() if value not in (None, "")}
 
 
-def zip_files(files_by_run: Mapping[str, Sequence[Path]], path: Path) -> Path:
-    """Write files, by the names of their runs, to one uncompressed archive and return its path."""
+def zip_files(pictures_by_run: Mapping[str, Sequence[Path]], path: Path) -> Path:
+    """Write all files of samples, whose pictures are given by the names of their runs, to one uncompressed archive.
+
+    Returns its path.
+    """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, files in files_by_run.items():
-            for file in files:
+        for name, pictures in pictures_by_run.items():
+            for file in chain.from_iterable(map(sample_files, pictures)):
                 archive.write(file, f"{name}/{file.name}")
     return path

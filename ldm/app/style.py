@@ -19,8 +19,12 @@ footer { display: none !important; }
 .track { height: 4px; background: var(--border-color-primary); border-radius: 2px; overflow: hidden; }
 .track div { height: 100%; background: #0072b2; transition: width 0.2s linear; }
 .expected {
-  display: block; max-width: min(100%, 460px); margin-top: 12px; border-radius: 4px; image-rendering: pixelated;
+  display: block; width: min(100%, 460px); margin-top: 12px; border-radius: 4px; image-rendering: pixelated;
 }
+.players { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 8px; }
+.players figure { margin: 0; width: 260px; font-size: 14px; }
+.players audio, .players video { width: 100%; display: block; }
+.players code { overflow-wrap: anywhere; }
 .crisp img, .crisp canvas { image-rendering: pixelated; }
 table.settings, .settings tr, .settings td, .settings th { border: 0 !important; }
 table.settings { border-collapse: collapse; font-size: 14px; width: 100%; }

@@ -17,7 +17,7 @@ def evaluate_samples(request: SampleRequest, images: "dict[int, Tensor]") -> dic
     """Measure the request's metrics over all processes and, for held-out images, their reconstruction; {} for
     metrics=none.
 
-    images: this process's images, seed -> (C, H, W) uint8.
+    images: this process's images, seed -> (C, H, W) uint8, or other samples (C, ...) float32.
     """
     from ldm.evaluation import evaluator
 
@@ -30,6 +30,8 @@ def evaluate_with(request: SampleRequest, images: "dict[int, Tensor]", metrics: 
     import torch
     from hydra.utils import instantiate
 
+    from ldm.io.images import to_float
+
     metrics.reset()
     pairs = instantiate(request.reconstruction_metrics)()
     rows = [seed - request.seed for seed in images]
@@ -37,7 +39,7 @@ def evaluate_with(request: SampleRequest, images: "dict[int, Tensor]", metrics: 
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         batch = request.batch(part)
-        image = torch.stack([images[request.seed + i] for i in part]).float() / 127.5 - 1
+        image = to_float(torch.stack([images[request.seed + i] for i in part]))
         metrics.update(image, batch.get("label", torch.zeros(len(part), dtype=torch.long)), batch.get("caption"))
         if paired and batch["image"].shape == image.shape:
             pairs.update(batch["image"], image)

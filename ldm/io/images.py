@@ -64,6 +64,11 @@ def to_uint8(image: Tensor) -> Tensor:
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def to_float(image: Tensor) -> Tensor:
+    """Return an image as float32 in [-1, 1]: uint8 is converted, the inverse of `to_uint8`; floats stay as they are."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float()
+
+
 def image_fault(shape: Sequence[int], channels: Sequence[int] = PICTURE_CHANNELS) -> str:
     """Return why samples of a shape are no images (C, H, W) with one of these numbers of channels; "" if they are."""
     if len(shape) == 3 and shape[0] in channels:

@@ -9,10 +9,7 @@ from torch import Tensor
 from ldm.io import atomic
 from ldm.io.images import encode_png, to_uint8
 
-PLAYERS: dict[str, str] = {  # suffix -> media type of what a browser plays
-    ".mp4": "video/mp4",
-    ".wav": "audio/wav",
-}
+MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".wav": "audio/wav"}  # by suffix, of what a browser shows
 
 
 def write_sample(stem: Path, contents: Mapping[str, bytes], picture: Tensor, metadata: Mapping[str, str]) -> list[Path]:
@@ -47,19 +44,27 @@ def sample_files(picture: Path) -> list[Path]:
 
 
 def player_html(paths: Sequence[Path], url: Callable[[Path], str]) -> str:
-    """Return the HTML that plays what a browser can of a sample's files, and says in words what is text.
+    """Return the HTML that plays the video and sound among the files of a sample, and has its text as text.
 
-    url: path -> where the page finds it.  "" if there is nothing but pictures.
+    url: path -> where the page finds the file.  "" if the files are pictures and arrays.
     """
-    return "".join(_player(path, escape(url(path), quote=True)) for path in paths)
+    return "".join(_player(path, url) for path in paths)
 
 
-def _player(path: Path, source: str) -> str:
-    kind, _, _ = PLAYERS.get(path.suffix, "").partition("/")
+def sample_html(picture: Path, url: Callable[[Path], str]) -> str:
+    """Return the HTML of the picture of a sample and, below it, of what `player_html` plays of its other files."""
+    source = escape(url(picture), quote=True)
+    return f'<img alt="{escape(picture.stem)}" src="{source}">{player_html(sample_files(picture), url)}'
+
+
+def _player(path: Path, url: Callable[[Path], str]) -> str:
+    kind = MEDIA_TYPES.get(path.suffix, "").partition("/")[0]
     if kind == "video":
-        return f'<video controls loop muted playsinline preload="metadata" src="{source}"></video>'
+        return (
+            f'<video controls loop muted playsinline preload="metadata" src="{escape(url(path), quote=True)}"></video>'
+        )
     if kind == "audio":
-        return f'<audio controls preload="metadata" src="{source}"></audio>'
+        return f'<audio controls preload="metadata" src="{escape(url(path), quote=True)}"></audio>'
     if path.suffix == ".smi":
         return f"<code>{escape(path.read_text(encoding='utf-8', errors='replace').strip())}</code>"
     return ""

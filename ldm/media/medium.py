@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
 
@@ -42,12 +42,12 @@ def load_medium(name: str) -> Medium:
     Raises UserError for a name that is no medium, and for one whose packages are not installed.
     """
     dotted = name if "." in name else f"ldm.media.{name}"
+    module: Any = None
     try:
         module = import_module(dotted)
     except ModuleNotFoundError as error:
         if not f"{dotted}.".startswith(f"{error.name}."):
             raise
-        module = None
     if not all(callable(getattr(module, part, None)) for part in ("write", "sheet")):
         raise UserError(
             f"medium={name}: expected {', '.join(available_media())}, "
@@ -55,6 +55,11 @@ def load_medium(name: str) -> Medium:
         )
     fault = getattr(module, "fault", lambda shape: "")
     return Medium(name, module.write, module.sheet, fault, getattr(module, "IS_PICTURE", False))
+
+
+def medium_of(data: Any) -> Medium:
+    """Import the medium of a data set.  Raises as `load_medium` does."""
+    return load_medium(getattr(data, "medium", DEFAULT))
 
 
 def available_media() -> list[str]:

@@ -21,8 +21,8 @@ from ldm.devices import rank_and_world_size
 from ldm.ema import WeightAverage
 from ldm.errors import UserError
 from ldm.evaluation import evaluator
-from ldm.io import atomic, images
-from ldm.io.images import image_fault, to_uint8
+from ldm.io import atomic
+from ldm.media.medium import medium_of
 from ldm.metrics.distribution import MetricSuite
 from ldm.metrics.paired import Reconstruction
 from ldm.metrics.spectrum import high_frequency_ratio
@@ -172,17 +172,18 @@ def make_grid_writer(run: TrainingRun, autoencoder: FirstStage, test) -> Callabl
 
     These are PSNR, SSIM and the ratio of their powers at high frequencies.
     """
-    images_in = test.batch([(0, i) for i in range(min(64, len(test)))])["image"]
-    if fault := image_fault(images_in.shape[1:]):
+    images_in, medium = test.batch([(0, i) for i in range(min(64, len(test)))])["image"], medium_of(test)
+    if fault := medium.fault(images_in.shape[1:]):
         run.print(f"grids       none: {fault}")
 
     @torch.no_grad()
     def draw(step: int) -> None:
         images_out = autoencoder.decode(autoencoder.encode(images_in.to(autoencoder.shift))).to(images_in)
         if not fault:
-            pairs = torch.cat([images_in[:16], images_out[:16]])
-            grid = images.make_grid(to_uint8(pairs.float()), columns=len(pairs) // 2, zoom=2)
-            run.save_image(step, f"grids/step-{step:06d}", grid)
+            pairs, columns = [*images_in[:16], *images_out[:16].float()], min(16, len(images_in))
+            played = [0, columns, 1, columns + 1][: 2 * columns]  # two, each with its reconstruction
+            rate = getattr(test, "rate", None)
+            run.save_samples(step, f"grids/step-{step:06d}", medium, pairs, columns, rate, played)
         scores = Reconstruction()
         scores.update(images_in, images_out)
         values = {

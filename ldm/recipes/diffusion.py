@@ -17,7 +17,7 @@ from ldm.ema import SIGMA_RELS, PowerEMA, WeightAverage
 from ldm.evaluation import evaluator, protocol
 from ldm.evaluation.evaluate import CaptionSource, EvaluationConfig, evaluate, evaluate_during_training, format_count
 from ldm.io import atomic
-from ldm.io.images import image_fault, make_grid, to_uint8
+from ldm.media.medium import medium_of
 from ldm.metrics.names import metric_names
 from ldm.recipes import checks, init_weights
 from ldm.recipes.autoencoder import first_stage_dependency, load_or_train_first_stage
@@ -36,6 +36,8 @@ from ldm.training.best import require_metric
 from ldm.training.callbacks import EvaluationCallback
 from ldm.training.diffusion import LitDiffusion
 from ldm.training.validation import ValidationConfig
+
+GRID_COLUMNS = 10  # samples of a class in a grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ class DiffusionRecipe:
         check_retrieval(cfg, data)
         subset = held_out_subset(cfg, self.validation)
         checks.check_parts(cfg, data, is_new=not (folder / "checkpoints").is_dir())
+        card, medium = DataCard.from_dataset(data), medium_of(data)
         make_score, baselines = evaluator.make_scorer(cfg, cfg.metrics)
         print_estimate(cfg, data)
         source = init_weights.load_init_model(cfg)
@@ -118,7 +121,7 @@ class DiffusionRecipe:
             check_resumed_latent_space(run, space)
             model, adapter = init_weights.build_training_model(cfg, run, autoencoder, data, source), cfg.get("adapter")
             if run.is_main_process:
-                DataCard.from_dataset(data).write(folder)
+                card.write(folder)
                 if not adapter:  # an adapter's base has the first stage
                     atomic.write_tensors(folder / "first_stage.safetensors", autoencoder.state_dict(), space.metadata)
             load_databases(model.conditioner, data, folder if run.is_main_process and not adapter else None)
@@ -130,10 +133,11 @@ class DiffusionRecipe:
 
             def draw(step: int, name: str | None = None, guidance: Any = guidance) -> None:
                 if not fault:
-                    sheet = sample_grid(model, captions, grid(model.denoiser.schedule, score.steps), sampler, guidance)
-                    run.save_image(step, name or f"grids/step-{step:06d}", sheet)
+                    ts = grid(model.denoiser.schedule, score.steps)
+                    samples = grid_samples(model, captions, ts, sampler, guidance)
+                    run.save_samples(step, name or f"grids/step-{step:06d}", medium, samples, GRID_COLUMNS, card.rate)
 
-            if fault := image_fault(data.shape):
+            if fault := medium.fault(data.shape):
                 run.print(f"grids       none: {fault}")
             if shapes := getattr(data, "shapes", None):
                 run.print(f"shapes      {', '.join(f'{height}x{width}' for height, width in shapes)} (height x width)")
@@ -255,14 +259,12 @@ def check_resumed_latent_space(run: TrainingRun, space: LatentSpace) -> None:
         space.require_same_file(weights, "remove it, and the same command writes the run's own")
 
 
-def sample_grid(model, captions: CaptionSource, ts, sampler, guidance, each: int = 10) -> torch.Tensor:
-    """Sample an image (C, H, W) uint8 with a row of `each` samples for each of the first ten classes."""
+def grid_samples(model, captions: CaptionSource, ts, sampler, guidance) -> list[torch.Tensor]:
+    """Sample GRID_COLUMNS samples (C, ...) in [-1, 1] for each of the first ten classes, class by class."""
     kinds = max(1, len(captions.classes))
-    rows = [column * kinds + row for row in range(min(kinds, 10)) for column in range(each)]
-    images = torch.cat(
-        [image for image, _ in generate_samples(model, captions.batch, rows, 0, len(rows), ts, sampler, guidance)]
-    )
-    return make_grid(to_uint8(images.cpu()), columns=each, zoom=2)
+    rows = [column * kinds + row for row in range(min(kinds, 10)) for column in range(GRID_COLUMNS)]
+    batches = generate_samples(model, captions.batch, rows, 0, len(rows), ts, sampler, guidance)
+    return [sample for samples, _ in batches for sample in samples.cpu()]
 
 
 def format_summary(metrics: dict[str, Any]) -> str:

@@ -20,10 +20,11 @@ from ldm.devices import rank_and_world_size
 from ldm.ema import WeightAverage
 from ldm.errors import UserError
 from ldm.io import atomic, images
+from ldm.media.medium import Medium
 from ldm.recipes import resume
 from ldm.recipes.callbacks import build_callbacks
 from ldm.runs import identity, provenance
-from ldm.runs.folder import lock_run
+from ldm.runs.folder import PLAYERS, lock_run
 from ldm.runs.metrics_log import MetricsLog, read_metrics_log, write_final_metrics
 from ldm.training.best import restore_best, signed
 from ldm.training.callbacks import EMACallback, LearningRate, MetricsRecorder, Progress, SampleGridCallback
@@ -42,6 +43,8 @@ from ldm.training.parallel import RankConsistencyCheck
 from ldm.training.preemption import GracefulStop
 from ldm.training.startup_report import StartupReport
 from ldm.training.user_callbacks import UserCallbacks
+
+PLAYED = 4  # samples of a grid whose files are written too, where the grid does not show all of them
 
 
 @dataclass
@@ -108,8 +111,34 @@ class TrainingRun:
         path = self.folder / f"{name}.png"
         if self.is_main_process:
             images.save_png(path, image)
-            self.logger.log_image(step, name, path)
+            self.logger.log_file(step, name, path)
         return path
+
+    def save_samples(
+        self,
+        step: int,
+        name: str,
+        medium: Medium,
+        samples: Sequence[Tensor],
+        columns: int,
+        rate: float | None = None,
+        played: Sequence[int] | None = None,
+    ) -> None:
+        """Write samples (C, ...) in [-1, 1] as the medium's sheet <name>.png in the folder and to the logger.
+
+        Of a medium whose sheet does not show all of a sample, the files of some samples are written too, to a folder of
+        the picture's name in players/, and logged as players/0/wav, ...
+        rate: of the data set.  played: the samples of which files are written; default: PLAYED, spread over all.
+        """
+        self.save_image(step, name, images.to_uint8(medium.sheet(samples, columns)))
+        if medium.is_picture or not self.is_main_process:
+            return
+        count = min(PLAYED, len(samples))
+        spread = [round(k * (len(samples) - 1) / max(1, count - 1)) for k in range(count)]
+        metadata = {} if rate is None else {"rate": str(rate)}
+        for k, i in enumerate(spread if played is None else played):
+            for path in medium.write(self.folder / PLAYERS / Path(name).name / f"{i:03d}", samples[i], metadata):
+                self.logger.log_file(step, f"{PLAYERS}/{k}/{path.suffix[1:]}", path)
 
     def callbacks(
         self,

@@ -3,8 +3,8 @@
 python -m ldm.report.browse RUNS... [out=runs.html] [points=400]
 
 RUNS: run folders, or folders that contain them. The page has loss curves, those of validation also by noise level,
-sample grids over training, a sortable table of metrics, and the config keys that differ. Images are embedded in the
-file; it loads nothing from a network.
+sample grids over training, with sounds and clips of the last, a sortable table of metrics, and the config keys that
+differ. Images, sounds and clips are embedded in the file; it loads nothing from a network.
 
   out=runs.html    the file to write
   points=400       maximum points per curve; a longer one is thinned, keeping its first and last point
@@ -30,11 +30,11 @@ from ldm.io.parse import parse_json
 from ldm.io.progress import ProgressBar
 from ldm.report.html import SORT_SCRIPT, STYLE, TOGGLE_SCRIPT, chart, swatch
 from ldm.report.noise_levels import is_level, render_levels
+from ldm.report.sample_files import read_grids, read_players
 from ldm.runs import identity
 from ldm.runs.metrics_log import read_metrics_log
 
 KEYS = ("out", "points")
-MAX_GRIDS = 12  # grids per run, spread over its training
 IGNORED_KEYS = ("runs", "name", "logger")  # keys that do not affect the result
 
 
@@ -48,6 +48,7 @@ class RunRecord:
     metrics_log: Sequence[Mapping[str, Any]] = ()
     metrics: Mapping[str, Any] | None = None
     grids: Sequence[tuple[str, bytes]] = ()
+    players: Sequence[str] = ()  # HTML of each sample whose files are beside the last grid
     problems: Sequence[str] = ()
 
     @property
@@ -80,33 +81,13 @@ def read_run(folder: Path) -> RunRecord:
         problems.append("metrics.jsonl: no row yet")
     if metrics is None and not any(problem.startswith("metrics.json:") for problem in problems):
         problems.append("metrics.json: missing, the run has not finished")
-    return RunRecord(folder, config, choices, log, metrics, _grids(folder, problems), problems)
+    return RunRecord(
+        folder, config, choices, log, metrics, read_grids(folder, problems), read_players(folder, problems), problems
+    )
 
 
 def _json(path: Path) -> Any:
     return parse_json(path.read_text(encoding="utf-8"))
-
-
-def _grids(folder: Path, problems: list[str]) -> list[tuple[str, bytes]]:
-    """Return (name, PNG) of the sample grids over training, then of the final samples."""
-    files = sorted((folder / "grids").glob("*.png"))
-    selected = (
-        [files[round(i * (len(files) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
-        if len(files) > MAX_GRIDS
-        else files
-    )
-    grids = []
-    for file in [*selected, *(last for last in [folder / "samples.png"] if last.is_file())]:
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            problems.append(f"{file.name}: {error}")
-            continue
-        if data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82"):
-            grids.append((file.stem, data))
-        else:
-            problems.append(f"{file.relative_to(folder)}: not a complete PNG")
-    return grids
 
 
 def find_runs(paths: Sequence[str]) -> list[Path]:
@@ -180,7 +161,7 @@ def render_page(runs: Sequence[RunRecord], points: int = 400) -> str:
     """Render the HTML page of some runs; points: maximum per curve."""
     names = [run.name for run in runs]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>runs</title>'
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     head += f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style>'
     count = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
     folders = format_cell_html(", ".join(sorted({str(run.folder.parent) for run in runs})))
@@ -273,7 +254,9 @@ def _sample_grids(runs: Sequence[RunRecord]) -> str:
         )
         output = f"<output>{format_cell_html(run.grids[-1][0])}</output>"
         caption = f"<figcaption>{swatch(number)} {format_cell_html(run.name)}<br>{output}</figcaption>"
-        parts.append(f'<figure class="grids">{caption}{slider}{images}</figure>')
+        players = "".join(f"<figure>{player}</figure>" for player in run.players)
+        players = f'<div class="players">{players}</div>' if players else ""
+        parts.append(f'<figure class="grids">{caption}{slider}{images}{players}</figure>')
     return f'<h2>Samples over training</h2><div class="samples">{"".join(parts)}</div>' if parts else ""
 
 

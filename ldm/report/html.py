@@ -48,6 +48,9 @@ polyline.off { display: none; }
 .grids { width: min(100%, 420px); }
 .grids img { width: 100%; image-rendering: pixelated; display: block; }
 .grids img[hidden] { display: none; }
+.players { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; margin-top: 12px; }
+.players audio, .players video { width: 100%; display: block; }
+.players code { overflow-wrap: anywhere; font-size: 12px; }
 .grids input { width: 100%; display: block; margin: 6px 0; }
 output { color: var(--soft); }
 """
@@ -78,7 +81,7 @@ for (const box of document.querySelectorAll(".picks input"))
       line.classList.toggle("off", !box.checked);
   });
 for (const figure of document.querySelectorAll(".grids")) {
-  const slider = figure.querySelector("input"), images = [...figure.querySelectorAll("img")];
+  const slider = figure.querySelector("input"), images = [...figure.querySelectorAll(":scope > img")];
   slider?.addEventListener("input", () => {
     images.forEach((image, i) => { image.hidden = i !== Number(slider.value); });
     figure.querySelector("output").textContent = images[slider.value].alt;

@@ -9,6 +9,7 @@ from ldm.errors import UserError
 from ldm.interop.folder import is_folder
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+PLAYERS = "players"  # the folder, in a run's, of files beside its sample grids: sounds, clips, ...
 
 
 def is_external(run: str | Path) -> bool:

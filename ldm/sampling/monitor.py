@@ -67,14 +67,14 @@ class SamplerState(NamedTuple):
 
     done, total: steps.  seconds: since the first step started.  x0: the predicted data (B, C, h, w), after guidance and
     constraints.
-    decode: x0 -> images (B, C, H, W) in [-1, 1].
+    show: x0 -> a picture (C, H, W) in [-1, 1] of it.
     """
 
     done: int
     total: int
     seconds: float
     x0: Tensor
-    decode: Callable[[Tensor], Tensor]
+    show: Callable[[Tensor], Tensor]
 
     @property
     def seconds_left(self) -> float:
@@ -89,20 +89,20 @@ class SamplerMonitor:
     stop: Event = field(default_factory=Event)
     state: SamplerState | None = None
 
-    def wrap(self, decode: Callable[[Tensor], Tensor]) -> Callable[[Sampler], Sampler]:
+    def wrap(self, show: Callable[[Tensor], Tensor]) -> Callable[[Sampler], Sampler]:
         """Return a wrapper of samplers that updates `state`; once `stop` is set, the next evaluation raises
         SamplingCancelled.
         """
 
         def wrap_sampler(sampler: Sampler) -> Sampler:
             def monitored(denoise: Denoise, schedule: Schedule, x: Tensor, ts: Tensor, noise: Draw) -> Tensor:
-                return sampler(self._monitored(denoise, ts, decode), schedule, x, ts, noise)
+                return sampler(self._monitored(denoise, ts, show), schedule, x, ts, noise)
 
             return monitored
 
         return wrap_sampler
 
-    def _monitored(self, denoise: Denoise, ts: Tensor, decode: Callable[[Tensor], Tensor]) -> Denoise:
+    def _monitored(self, denoise: Denoise, ts: Tensor, show: Callable[[Tensor], Tensor]) -> Denoise:
         total, start = len(ts) - 1, time.monotonic()
 
         def monitored(x_t: Tensor, t: Tensor) -> Denoised:
@@ -110,7 +110,7 @@ class SamplerMonitor:
                 raise SamplingCancelled
             estimate = denoise(x_t, t)
             self.state = SamplerState(
-                max(1, int((ts[:-1] >= t).sum())), total, time.monotonic() - start, estimate.x0, decode
+                max(1, int((ts[:-1] >= t).sum())), total, time.monotonic() - start, estimate.x0, show
             )
             return estimate
 

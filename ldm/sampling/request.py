@@ -13,12 +13,14 @@ from ldm.config import trust
 from ldm.config.build import build_dataset, build_degraded_dataset, to_container
 from ldm.config.tree import map_strings
 from ldm.errors import UserError
-from ldm.io.parse import parse_json
+from ldm.media import medium as media
+from ldm.media.medium import Medium, load_medium
 from ldm.runs import identity
 from ldm.sampling import control
 from ldm.sampling.adapters import AdapterSpec, parse_adapter_specs
 from ldm.sampling.inputs import InputFiles, InputSpec
 from ldm.sampling.prompts import captions_and_labels
+from ldm.sampling.record import read_reproduction_record
 from ldm.sampling.sizes import check_shape, given_sizes
 
 if TYPE_CHECKING:
@@ -35,11 +37,11 @@ IGNORED_IN_NAME = (  # keys that do not enter the name of the default output fol
     "save",
     "trainer",
     "output_dir",
+    "medium",
     "metrics",
     "reproduce",
 )
-NOT_RECORDED = ("reproduce", "output_dir", "save", "trainer")  # keys that an image file does not record
-RECORD_KEYS = {"request", "rows", "row", "told", "inputs", "weights"}  # of the record in an image file
+NOT_RECORDED = ("reproduce", "output_dir", "save", "trainer", "medium")  # keys that an image file does not record
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class SampleRequest:
     tile: side in latent cells of the tiles for large images, or None.
     metrics, reconstruction_metrics: config nodes of the evaluation.
     output_dir: the folder that files are written to.  save: all, grid, npz or none.
+    medium: writes and shows the samples: the one that the user named, or that of the run's data.
     reproduce, record: the image file to reproduce and the record in it, or None.
     options: the complete request as plain data, which output files record and which names the default output folder.
     """
@@ -94,6 +97,7 @@ class SampleRequest:
     metrics: Any
     reconstruction_metrics: Any
     save: str
+    medium: Medium
     output_dir: Path
     reproduce: str | None
     record: Mapping[str, Any] | None
@@ -103,6 +107,16 @@ class SampleRequest:
     def from_config(cfg: Any) -> "SampleRequest":
         """Check a composed conf/sample.yaml and return its request. Raises UserError."""
         return new_request(cfg) if cfg.reproduce is None else repeat_request(cfg)
+
+    @property
+    def fault(self) -> str:
+        """Return why the medium cannot show samples of the run's shape, "" if it can."""
+        return self.medium.fault(self.source.data_card.shape)
+
+    @property
+    def is_image(self) -> bool:
+        """Return whether the samples are images, which have 256 levels."""
+        return self.medium.name == media.DEFAULT and not self.fault
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """Return the conditions and inputs of the given images, as the batch of a task."""
@@ -247,6 +261,7 @@ def build_request(cfg: Any, **parts: Any) -> SampleRequest:
         metrics=cfg.metrics,
         reconstruction_metrics=cfg.reconstruction_metrics,
         save=cfg.save,
+        medium=load_medium(cfg.medium or parts["source"].data_card.medium),
         output_dir=Path(cfg.output_dir) if cfg.output_dir is not None else default_output_dir(options, parts["source"]),
         reproduce=cfg.reproduce,
         options=options,
@@ -272,28 +287,6 @@ def text_option(prompt: str | None, prompts: str | None) -> str | None:
     if prompt is not None:
         return f"prompt={prompt}"
     return f"prompts={prompts}" if prompts is not None and not str(prompts).endswith(".csv") else None
-
-
-def read_reproduction_record(path: Path) -> dict[str, Any]:
-    """Read the record that `reproduction_record` left in a PNG, with its `row`. Raises UserError."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()
-            record = parse_json(image.text["reproduce"])  # type: ignore[attr-defined]
-        if record.keys() >= RECORD_KEYS and record["row"] in record["rows"]:
-            return record
-    except FileNotFoundError:
-        raise UserError(f"reproduce={path}: no such file; expected an image that sample.py made") from None
-    except Exception as error:  # Pillow's plugins raise exceptions of many types
-        reason = " ".join(str(error).split()) or "unreadable"
-        raise UserError(
-            f"reproduce={path}: {reason}; expected an image that sample.py made, whole and unedited"
-        ) from None
-    raise UserError(
-        f"reproduce={path} does not say how it was made; expected an image that sample.py made, whole and unedited"
-    )
 
 
 def conditioning_inputs(

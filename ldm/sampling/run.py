@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.latent_space import require_same_latent_space
@@ -15,7 +16,8 @@ from ldm.config.build import to_container
 from ldm.config.tree import map_leaves
 from ldm.errors import UserError
 from ldm.io import atomic, npz
-from ldm.io.images import image_fault
+from ldm.media.files import picture_of
+from ldm.media.medium import Medium
 from ldm.runs import identity, provenance
 from ldm.sampling.request import SampleRequest
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from ldm.diffusion.sampler import Sampler
     from ldm.model import LatentDiffusion
 
-UNRECORDED_OPTIONS = ("trainer", "output_dir", "save")  # what metrics.json leaves out of the request
+UNRECORDED_OPTIONS = ("trainer", "output_dir", "save", "medium")  # what metrics.json leaves out of the request
 GRID_IMAGES = 400  # images in grid.png at most
 
 
@@ -34,14 +36,14 @@ def generate_images(
     request: SampleRequest,
     wrap_sampler: "Callable[[Sampler], Sampler]" = lambda sampler: sampler,
 ) -> "dict[int, Tensor]":
-    """Sample this process's share of the images and return them as seed -> (C, H, W) uint8, each saved when its batch
-    is complete; samples that are no images as seed -> (C, ...) float32.
+    """Sample this process's share of the images and return them as seed -> (C, H, W) uint8, each saved by the request's
+    medium when its batch is complete; samples that are no images as seed -> (C, ...) float32.
 
     wrap_sampler: applied to the request's sampler, to observe it (see SamplerMonitor).
     Raises UserError before sampling if the request does not fit the model.
     """
     from ldm.autoencoder.tiled import Tiled
-    from ldm.io.images import save_png, to_uint8
+    from ldm.io.images import to_uint8
     from ldm.io.progress import ProgressBar
     from ldm.model import LatentDiffusion
     from ldm.sampling.generate import generate_samples, rank_slice
@@ -60,9 +62,8 @@ def generate_images(
     if request.tile is not None:
         tiled = Tiled(model.autoencoder, request.tile, request.tile // 4)
         model = LatentDiffusion(tiled, model.conditioner, model.denoiser, model.size)
-    fault = image_fault(request.source.data_card.shape)
-    if fault and request.save != "none" and os.environ.get("RANK", "0") == "0":
-        print(f"{fault}: they are written to samples.npz, not as PNG files")
+    if request.fault and request.save != "none" and os.environ.get("RANK", "0") == "0":
+        print(f"{request.fault}: they are written to samples.npz")
     bar = ProgressBar("sampling", len(rows), unit="images")
     samples = generate_samples(
         model,
@@ -79,14 +80,13 @@ def generate_images(
     )
     images: dict[int, Tensor] = {}
     for image, batch in samples:
-        saves = request.save == "all" and not fault
+        saves = request.save == "all" and not request.fault
         record = request.reproduction_record(batch, weights) if saves else {}
-        values = image.cpu() if fault else to_uint8(image).cpu()
-        for position, (i, pixels) in enumerate(zip(batch["index"], values, strict=True)):
+        for position, (i, sample) in enumerate(zip(batch["index"], image.cpu(), strict=True)):
             if i not in request.saved_rows:
                 continue
             seed = request.seed + i
-            images[seed] = pixels
+            images[seed] = to_uint8(sample) if request.is_image else sample
             if saves:
                 text = {
                     "prompt": batch["caption"][position] if "caption" in batch else "",
@@ -95,7 +95,10 @@ def generate_images(
                     "config": config,
                     "reproduce": json.dumps({**record, "row": i}, ensure_ascii=False),
                 }
-                save_png(request.output_dir / f"{seed:06d}.png", pixels, text)
+                rate = request.source.data_card.rate
+                request.medium.write(
+                    request.output_dir / f"{seed:06d}", sample, text | ({} if rate is None else {"rate": str(rate)})
+                )
         bar.update(len(images))
     return images
 
@@ -167,31 +170,30 @@ def save_results(request: SampleRequest, images: "dict[int, Tensor]", score: dic
     """Write grid.png, samples.npz for save=npz, and metrics.json, which holds the scores with everything needed to
     repeat them.
 
-    Samples that are no images are written to samples.npz as the array `samples` (N, C, ...) float32, in the order of
-    seeds.
+    Samples that are no images are in samples.npz as the array `samples` (N, C, ...) float32, in the order of seeds; it
+    is also written for samples that their medium cannot show.
     images: this process's images by seed.  score: the values of `evaluate_samples`.
     Returns the Frechet distance if it was measured; None on all ranks but the first.
     """
-    import torch
-
-    from ldm.io.images import make_grid, save_png
+    from ldm.io.images import save_png, to_float, to_uint8
 
     out, seeds = request.output_dir, [request.seed + i for i in request.saved_rows]
     first = gather_images(images, GRID_IMAGES) if request.save != "none" else {}
-    is_image = not image_fault(request.source.data_card.shape)
     row_of = {seed: row for row, seed in enumerate(seeds)}
     rows = {row_of[seed]: image for seed, image in images.items()}
-    if first and not is_image:
-        shape = len(seeds), *next(iter(first.values())).shape
-        npz.write_rows(out / "samples.npz", "samples", {row: x.numpy() for row, x in rows.items()}, shape, "float32")
-    elif request.save == "npz":
-        npz.write_npz(out / "samples.npz", rows, (len(seeds), *next(iter(first.values())).shape[1:]))
+    if first and (request.save == "npz" or request.fault):
+        shape = next(iter(first.values())).shape
+        if request.is_image:
+            npz.write_npz(out / "samples.npz", rows, (len(seeds), *shape[1:]))
+        else:
+            arrays = {row: sample.numpy() for row, sample in rows.items()}
+            npz.write_rows(out / "samples.npz", "samples", arrays, (len(seeds), *shape), "float32")
     if int(os.environ.get("RANK", 0)):
         return None
-    if first and is_image:
-        stack = torch.stack(list(first.values()))
-        columns = 16 if len(stack) > 64 else max(1, round(len(stack) ** 0.5))
-        save_png(out / "grid.png", make_grid(stack, columns, zoom=2))
+    if first and not request.fault:
+        columns = 16 if len(first) > 64 else max(1, round(len(first) ** 0.5))
+        sheet = request.medium.sheet([to_float(image) for image in first.values()], columns)
+        save_png(out / "grid.png", to_uint8(sheet))
     options = {name: value for name, value in request.options.items() if name not in UNRECORDED_OPTIONS}
     record = {
         **score,
@@ -204,7 +206,8 @@ def save_results(request: SampleRequest, images: "dict[int, Tensor]", score: dic
         if not name.startswith("score/"):
             print(f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value}")
     if request.reproduce is not None:
-        comparison = compare_with_file(Path(request.reproduce).expanduser(), next(iter(images.values())))
+        path, image = Path(request.reproduce).expanduser(), next(iter(images.values()))
+        comparison = compare_with_file(path, image, request.medium)
         print(f"{request.reproduce}: made again, {comparison}")
     print(f"{len(seeds)} images, seeds {seeds[0]}..{seeds[-1]}, in {out}")
     return next((value for name, value in score.items() if name.startswith("fd_")), None)
@@ -217,13 +220,26 @@ def _as_json(leaf: Any) -> Any:
     return leaf
 
 
-def compare_with_file(path: Path, image: "Tensor") -> str:
-    """Describe in words how an image (C, H, W) uint8 differs from a PNG file."""
+def compare_with_file(path: Path, sample: "Tensor", medium: Medium) -> str:
+    """Describe in words how the picture of a sample, (C, ...) uint8 or in [-1, 1], differs from that of a file.
+
+    path: the sample's picture, or another of its files.
+    """
     import numpy as np
-    import torch
     from PIL import Image
 
-    with Image.open(path, formats=("PNG",)) as file:
-        before = torch.from_numpy(np.array(file)).reshape(*image.shape[1:], -1).permute(2, 0, 1)
-    largest = int((before.int() - image.int()).abs().max())
+    from ldm.io.images import to_float
+
+    def pixels(file: Path) -> Any:
+        with Image.open(file, formats=("PNG",)) as picture:
+            return np.array(picture).astype(int)
+
+    with TemporaryDirectory() as folder:
+        medium.write(Path(folder) / path.stem, to_float(sample), {})
+        before, after = pixels(picture_of(path.with_suffix(""))), pixels(picture_of(Path(folder) / path.stem))
+    if before.shape != after.shape:
+        return (
+            f"its picture is {after.shape[1]} x {after.shape[0]} pixels, it was {before.shape[1]} x {before.shape[0]}"
+        )
+    largest = abs(before - after).max()
     return "bit for bit the same" if largest == 0 else f"the largest difference is {largest} of 255 grey levels"

@@ -12,14 +12,19 @@ from typing import Any, Protocol
 from ldm import compat
 from ldm.errors import UserError
 from ldm.runs.metrics_log import read_metrics_log
+from ldm.training import tensorboard_files
 
 
 class Logger(Protocol):
-    """A mirror of what a run writes to its folder; `close` is always the last call, even without `finish`."""
+    """A mirror of what a run writes to its folder; `close` is always the last call, even without `finish`.
+
+    log_file: of a picture or another file of a sample, whose suffix says what it is; a logger leaves out what it has no
+    type for.
+    """
 
     def start(self, folder: Path, config: Mapping[str, Any], choices: Mapping[str, str]) -> None: ...
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None: ...
-    def log_image(self, step: int, name: str, path: Path) -> None: ...
+    def log_file(self, step: int, name: str, path: Path) -> None: ...
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def finish(self, summary: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
@@ -34,7 +39,7 @@ class NoLogger:
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         pass
 
-    def log_image(self, step: int, name: str, path: Path) -> None:
+    def log_file(self, step: int, name: str, path: Path) -> None:
         pass
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -90,11 +95,18 @@ class WandB:
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._send(lambda run: run.log(dict(values), step=step))
 
-    def log_image(self, step: int, name: str, path: Path) -> None:
+    def log_file(self, step: int, name: str, path: Path) -> None:
         def send(run: Any) -> None:
             import wandb
 
-            run.log({name: wandb.Image(str(path))}, step=step)
+            types: dict[str, Callable[[str], Any]] = {
+                ".png": lambda file: wandb.Image(file),
+                ".mp4": lambda file: wandb.Video(file, format="mp4"),
+                ".wav": lambda file: wandb.Audio(file),
+                ".smi": lambda file: wandb.Molecule.from_smiles(read_smiles(Path(file))),
+            }
+            if path.suffix in types:
+                run.log({name: types[path.suffix](str(path))}, step=step)
 
         self._send(send)
 
@@ -179,10 +191,17 @@ class Trackio:
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._log(step, values)
 
-    def log_image(self, step: int, name: str, path: Path) -> None:
+    def log_file(self, step: int, name: str, path: Path) -> None:
         import trackio
 
-        self._log(step, {name: path}, lambda path: trackio.Image(str(path)))
+        types: dict[str, Callable[[str], Any]] = {
+            ".png": lambda file: trackio.Image(file),
+            ".mp4": lambda file: trackio.Video(file),
+            ".wav": lambda file: trackio.Audio(file),
+            ".smi": lambda file: trackio.Markdown(f"`{read_smiles(Path(file))}`"),
+        }
+        if path.suffix in types:
+            self._log(step, {name: path}, lambda path: types[path.suffix](str(path)))
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         import trackio
@@ -241,15 +260,22 @@ class TensorBoard:
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._send(lambda: [self.writer.add_scalar(name, value, step) for name, value in values.items()])
 
-    def log_image(self, step: int, name: str, path: Path) -> None:
-        def send() -> None:
-            import numpy as np
-            from PIL import Image
+    def log_file(self, step: int, name: str, path: Path) -> None:
+        types: dict[str, Callable[[], None]] = {
+            ".png": lambda: self._add_picture(step, name, path),
+            ".gif": lambda: self.writer.file_writer.add_summary(tensorboard_files.gif_summary(name, path), step),
+            ".wav": lambda: self.writer.file_writer.add_summary(tensorboard_files.wav_summary(name, path), step),
+            ".smi": lambda: self.writer.add_text(name, f"`{read_smiles(path)}`", step),
+        }
+        if path.suffix in types:
+            self._send(types[path.suffix])
 
-            with Image.open(path) as image:
-                self.writer.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
+    def _add_picture(self, step: int, name: str, path: Path) -> None:
+        import numpy as np
+        from PIL import Image
 
-        self._send(send)
+        with Image.open(path) as image:
+            self.writer.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         if rows:
@@ -273,6 +299,11 @@ class TensorBoard:
             if self.writer is not None:
                 print(f"TensorBoard stopped taking records: {first_line(error)}")
             self.writer = None
+
+
+def read_smiles(path: Path) -> str:
+    """Return the SMILES of a .smi file: the first word, which a name may follow."""
+    return path.read_text(encoding="utf-8").split(maxsplit=1)[0]
 
 
 def require_package(name: str) -> None:

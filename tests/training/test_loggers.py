@@ -34,7 +34,7 @@ def everything(logger, folder):
     logger.start(folder, CONFIG, CHOICES)
     logger.log_metrics(1, {"train/loss": 0.5})
     logger.log_metrics(2, {"train/loss": 0.25})
-    logger.log_image(2, "grids/step-2", folder / "grid.png")
+    logger.log_file(2, "grids/step-2", folder / "grid.png")
     logger.log_table("scores", [{"fd": 3.0, "n": 20}])
     logger.log_table("empty", [])
     logger.finish({"fd": 3.0})
@@ -235,7 +235,7 @@ def test_trackio_has_run_once_after_resume_and_asks_no_network(storage, monkeypa
             journal.write(step, {"train/loss": 1 / step})
             if (resume, step) != (0, 2):  # a killed process leaves rows that its thread has not written
                 logger.log_metrics(step, {"train/loss": 1 / step})
-        logger.log_image(4, "grids/step-4", folder / "grid.png")
+        logger.log_file(4, "grids/step-4", folder / "grid.png")
         journal.close()
         logger.close()
     logger.start(folder, CONFIG, CHOICES)
