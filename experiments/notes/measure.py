@@ -3,7 +3,7 @@
 RUN: a run of experiment=notes, or a step of one.  VOCODER: a run of experiment=notes/vocoder.
 Writes results.csv, a row as soon as it is known, figure.png and some notes as .wav here; what is drawn and scored is
 stored in the run and not computed again.
-The pitch is heard by basic-pitch (Bittner et al. 2022), which nobody here trained; the family by the run's own evaluator.
+The pitch is heard by basic-pitch (Bittner et al. 2022), which nobody here trained; the family by the run's evaluator.
 All captions are of pairs of instrument and pitch that training never had.
 """
 
@@ -126,7 +126,12 @@ def in_parts(vocoder: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(
-    judge: Any, reference: Tensor, image: Tensor, wave: Tensor, batch: Mapping[str, Any], hear: Callable[[Tensor], Tensor]
+    judge: Any,
+    reference: Tensor,
+    image: Tensor,
+    wave: Tensor,
+    batch: Mapping[str, Any],
+    hear: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """Score notes: spectrograms (N, 1, 128, 64) and the waves (N, L) made of them, against what was asked.
 
@@ -148,22 +153,20 @@ def score(
         "family": float((found["label"] == batch["label"]).double().mean()),
         "own_pitch": float((found["pitch"] == batch["pitch"]).double().mean()),
         "fd_notes": float(frechet(*moments[0], *moments[1])),
-        "loudness": loudness_correlation(wave, batch),
+        "loudness": loudness_correlation(wave, batch["velocity"]),
         "mel_error": float(error.mean()),
     }
 
 
-def loudness_correlation(wave: Tensor, batch: Mapping[str, Any]) -> float:
-    """Return the correlation of level and velocity, both as logarithms less the mean of all with one caption but for it.
+def loudness_correlation(wave: Tensor, velocity: Tensor) -> float:
+    """Return the correlation of the level of waves (N, L) and velocity (N,) within notes of different velocities alone.
 
-    Instruments differ in level by more than soft and loud do: within an instrument's note, only the velocity differs.
+    Both as logarithms, less their mean over the rows of a note, which follow each other: instruments differ in level by
+    more than soft and loud do.
     """
+    size = len(velocity.unique())
     level = wave.double().square().mean(1).clamp_min(1e-12).log() / 2
-    velocity = batch["velocity"].double().log()
-    note = 128 * batch["program"] + batch["pitch"]
-    _, group, count = note.unique(return_inverse=True, return_counts=True)
-    centred = [x - (torch.zeros(len(count)).double().index_add(0, group, x) / count)[group] for x in (level, velocity)]
-    a, b = centred
+    a, b = (x - x.mean(1, keepdim=True) for x in (y.reshape(-1, size) for y in (level, velocity.double().log())))
     return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp_min(1e-12))
 
 

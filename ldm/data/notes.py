@@ -78,7 +78,7 @@ BANKS = {
 
 @dataclass(frozen=True)
 class Note:
-    """A note to be rendered.  bank: a key of BANKS.  program: from 0.  pitch: MIDI's, 60 is middle C.  velocity: 1..127."""
+    """A note.  bank: a key of BANKS.  program: from 0.  pitch: MIDI's, 60 is middle C.  velocity: 1..127."""
 
     bank: str
     program: int
@@ -97,12 +97,13 @@ class Notes(WaveDataset):
     These are recordings of instruments, played and pitched by a sampler. Captions say loudness, instrument and pitch;
     labels are the 12 families of General MIDI; a batch also has wave (B, 16384), and program, pitch (MIDI's) and
     velocity (B,) int64. Notes that a bank leaves silent are left out.
-    split: test has the pairs of instrument and pitch for which (7 program + pitch) % 10 == 3, in every bank and at every
-    velocity, train all others.
+    split: test has the pairs of instrument and pitch for which (7 program + pitch) % 10 == 3, in every bank and at
+    every velocity, train all others.
     banks: some of BANKS.  lowest, highest, step: of the pitches.
     velocities: at least 1 and at most 127; softer than 60 is "soft", louder than 100 "loud" in the captions.
     name_bank: whether captions name the bank.
-    Raises ConfigError for an invalid option, AssetNotFoundError without the banks' files, UserError without the renderer.
+    Raises ConfigError for an invalid option, AssetNotFoundError without the banks' files, UserError without the
+    renderer.
     """
 
     def __init__(
@@ -131,13 +132,16 @@ class Notes(WaveDataset):
         labels = torch.tensor([note.program // 8 for note in self.notes])
         texts = [captions(note, name_bank) for note in self.notes]
         classes = {
-            family: list(dict.fromkeys(lines[0] for lines, label in zip(texts, labels.tolist(), strict=True) if label == i))
+            family: list(
+                dict.fromkeys(lines[0] for lines, label in zip(texts, labels.tolist(), strict=True) if label == i)
+            )
             or [f"a {family} sound"]
             for i, family in enumerate(FAMILIES)
         }
         super().__init__(f"notes-{split}", waves, labels, classes, seed, torch.tensor(rows, dtype=torch.long), texts)
         self.facts = {
-            name: torch.tensor([getattr(note, name) for note in self.notes]) for name in ("program", "pitch", "velocity")
+            name: torch.tensor([getattr(note, name) for note in self.notes])
+            for name in ("program", "pitch", "velocity")
         }
 
     def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict:
@@ -161,7 +165,7 @@ def pitch_name(pitch: int) -> str:
 
 
 def load_notes(notes: Sequence[Note]) -> tuple[Tensor, list[Note]]:
-    """Return the waves (N, 1, LENGTH) int16 of the notes that are not silent, and these notes, from the cache if possible.
+    """Return waves (N, 1, LENGTH) int16 of the notes that are not silent, and these notes, from the cache if possible.
 
     Raises AssetNotFoundError without the banks' files, UserError without the renderer.
     """

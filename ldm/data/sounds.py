@@ -175,7 +175,7 @@ def _read_files(root: Path, names: Sequence[str], length: int) -> tuple[Tensor, 
 
 
 def cut(wave: Tensor, length: int) -> Tensor:
-    """Cut a wave (L,) into excerpts (N, length): one with silence at its end if it is shorter, else without the rest."""
+    """Cut a wave (L,) into excerpts (N, length): one ending in silence if it is shorter, else without the rest."""
     if len(wave) < length:
         return torch.nn.functional.pad(wave, (0, length - len(wave)))[None]
     return wave[: len(wave) // length * length].reshape(-1, length)
@@ -205,7 +205,7 @@ def load_wave(path: Path) -> Tensor:
 
 
 def check_wav_size(path: Path) -> None:
-    """Raise ValueError for a WAV file that is shorter than its header says, which libsndfile reads without a word."""
+    """Raise ValueError for a WAV file shorter than its header says, which libsndfile reads without a word."""
     with open(path, "rb") as file:
         head = file.read(8)
     size = int.from_bytes(head[4:8], "little") + 8

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ldm.media.stft import HOP, N_FFT, inverse_stft, stft
+from ldm.media.stft import N_FFT, inverse_stft, stft
 from ldm.tensors import at_least_float32
 
 RATE = 16_000  # samples per second
@@ -31,7 +31,7 @@ def slaney_hertz(mel: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def filterbank(bands: int = BANDS, n_fft: int = N_FFT, rate: int = RATE) -> Tensor:
-    """Return the weights (bands, n_fft / 2 + 1) float64 of triangular filters from 0 to rate / 2, each of area 1 (Slaney).
+    """Return weights (bands, n_fft / 2 + 1) float64 of triangular filters from 0 to rate / 2, of area 1 each (Slaney).
 
     Raises ValueError if a filter is so narrow that no frequency falls into it: its band would be constant.
     """
@@ -42,7 +42,9 @@ def filterbank(bands: int = BANDS, n_fft: int = N_FFT, rate: int = RATE) -> Tens
     rising, falling = (hertz - low) / (centre - low), (high - hertz) / (high - centre)
     weights = torch.minimum(rising, falling).clamp_min(0) * 2 / (high - low)
     if empty := int((weights.sum(1) == 0).sum()):
-        raise ValueError(f"{empty} of {bands} filters are empty at n_fft={n_fft}: expected fewer bands, or a larger n_fft")
+        raise ValueError(
+            f"{empty} of {bands} filters are empty at n_fft={n_fft}: expected fewer bands, or a larger n_fft"
+        )
     return weights
 
 
@@ -69,7 +71,7 @@ def to_nats(image: Tensor) -> Tensor:
 
 
 def to_magnitude(image: Tensor) -> Tensor:
-    """Estimate magnitudes (B, N_FFT / 2 + 1, T) of log-mel spectrograms (B, 1, BANDS, T) in [-1, 1], by least squares."""
+    """Estimate magnitudes (B, N_FFT / 2 + 1, T) of log-mel spectrograms (B, 1, BANDS, T) by least squares."""
     mel = to_nats(image[:, 0]).exp() * (image[:, 0] > -1)  # the floor is silence, not a hiss
     return (_inverse_filterbank().to(mel) @ mel).clamp_min(0)
 

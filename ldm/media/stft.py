@@ -1,4 +1,4 @@
-"""The short-time Fourier transform of the sounds here, and its inverse: 1,024 samples a frame, 256 from frame to frame."""
+"""The short-time Fourier transform of sounds, and its inverse: 1,024 samples a frame, 256 from frame to frame."""
 
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ def hann(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def stft(wave: Tensor, n_fft: int = N_FFT, hop: int = HOP) -> Tensor:
-    """Transform waves (B, L) to spectra (B, n_fft / 2 + 1, L / hop) complex, as HiFi-GAN frames them (Kong et al. 2020).
+    """Transform waves (B, L) to spectra (B, n_fft / 2 + 1, L / hop) complex, framed as by HiFi-GAN (Kong et al. 2020).
 
     The ends are reflected by (n_fft - hop) / 2 samples. L: a multiple of hop, longer than the reflected part.
     """
@@ -27,7 +27,7 @@ def stft(wave: Tensor, n_fft: int = N_FFT, hop: int = HOP) -> Tensor:
 
 
 def inverse_stft(spectrum: Tensor, hop: int = HOP) -> Tensor:
-    """Transform spectra (B, n_fft / 2 + 1, T) complex to the waves (B, hop T) of least squares (Griffin & Lim 1984, eq. 6).
+    """Transform spectra (B, n_fft / 2 + 1, T) complex to waves (B, hop T) by least squares (Griffin & Lim 1984, eq. 6).
 
     The inverse of `stft`: overlapping frames are added under the window and divided by the sum of its squares.
     """
@@ -37,4 +37,4 @@ def inverse_stft(spectrum: Tensor, hop: int = HOP) -> Tensor:
     size, steps = (1, hop * (count - 1) + n_fft), {"kernel_size": (1, n_fft), "stride": (1, hop)}
     added = F.fold(frames * window, size, **steps)[:, 0, 0]
     weight = F.fold(window.square().expand(1, n_fft, count), size, **steps)[:, 0, 0]
-    return (added[:, margin : size[1] - margin] / weight[:, margin : size[1] - margin])
+    return added[:, margin : size[1] - margin] / weight[:, margin : size[1] - margin]

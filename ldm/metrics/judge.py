@@ -1,4 +1,4 @@
-"""The evaluator: a small classifier of clothing or of notes whose features replace Inception's; its distance is not FID."""
+"""The evaluator: a small classifier of garments or notes whose features replace Inception's; its distance is no FID."""
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class JudgeNet(nn.Module):
 
 
 class FashionNet(JudgeNet):
-    """A classifier of images (B, 1, 32, 32) uint8: Fashion-MNIST zero-padded from 28 px. Its distance is `fd_fashion`."""
+    """A classifier of images (B, 1, 32, 32) uint8, Fashion-MNIST padded from 28 px. Its distance is `fd_fashion`."""
 
     name = "fashion"
     size = 32

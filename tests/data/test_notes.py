@@ -122,6 +122,6 @@ def test_notes_refuse_bad_options(options, message, monkeypatch):
 
 def test_without_the_renderer_one_line_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tinysoundfont", None)
-    with pytest.raises(UserError, match="needs the package tinysoundfont: pip install --no-deps tinysoundfont==0.3.7"):
+    with pytest.raises(UserError, match=r"needs the package tinysoundfont: pip install --no-deps tinysoundfont==0.3.7"):
         Notes(lowest=60, highest=60)
     assert {bank.size for bank in BANKS.values()} == {"large", "small"}

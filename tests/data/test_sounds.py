@@ -122,7 +122,7 @@ def test_folder_is_cut_into_excerpts_with_their_files_captions(tmp_path):
 
 
 def test_folder_refuses_bad_options(tmp_path):
-    with pytest.raises(UserError, match="nothing that ends in .wav"):
+    with pytest.raises(UserError, match=r"nothing that ends in .wav"):
         SoundFolder(tmp_path)
     soundfile.write(tmp_path / "a.wav", tone(RATE), RATE)
     with pytest.raises(UserError, match=r"seconds=1.0: expected a multiple of 0.016"):
