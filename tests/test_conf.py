@@ -63,7 +63,7 @@ PARTNERS = {  # overrides that an option needs; one of each kind of large networ
     ),
     **{
         f"data/{name}": ("data.path=here",)
-        for name in ("folder", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun")
+        for name in ("folder", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun", "sounds")
     },
     "schedule/edm": ("process=edm",),
     "prediction/edm": ("process=edm",),
@@ -73,7 +73,9 @@ PARTNERS = {  # overrides that an option needs; one of each kind of large networ
     "training/autoencoder": ("~training.score",),
     "training/autoencoder_ldm": ("~training.score", "training.loss.perceptual=null"),  # LPIPS wants half a gigabyte
     "training/evaluator": ("~training.score", "~training.sample_every"),
-    **dict.fromkeys(("training/classifier", "training/clip"), ("~training.score", "~training.sample_every")),
+    **dict.fromkeys(
+        ("training/classifier", "training/clip", "training/vocoder"), ("~training.score", "~training.sample_every")
+    ),
     **dict.fromkeys(("schedule/flow", "schedule/flow_3", "schedule/flow_at"), ("process=sit",)),
     **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("timestep_sampling=uniform", "timestep_spacing=uniform")),
     "objective/repa": (

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, cast
 
 from hydra.utils import instantiate
 from torch import Tensor
@@ -41,4 +42,4 @@ def with_vocoder(medium: Medium, run: str) -> Medium:
     """
     if medium.name != "sound":
         raise UserError(f"vocoder={run}: these samples are of medium={medium.name}; expected sounds, or no vocoder")
-    return replace(medium, write=partial(medium.write, vocoder=load_vocoder(run)))
+    return replace(medium, write=partial(cast(Any, medium.write), vocoder=load_vocoder(run)))

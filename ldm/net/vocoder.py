@@ -43,7 +43,7 @@ class Vocoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv1d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.get_parameter("bias"), 0.0)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.norm(self.stem(image[:, 0]).transpose(1, 2)).transpose(1, 2)

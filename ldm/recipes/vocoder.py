@@ -86,7 +86,7 @@ class VocoderRecipe:
                 return 0.0
             net.eval().to("cpu", torch.float32)
             atomic.write_tensors(folder / "weights.safetensors", net.state_dict())
-            ways = {"": net, "griffin_lim/": griffin_lim}
+            ways: dict[str, Callable[[Tensor], Tensor]] = {"": net, "griffin_lim/": griffin_lim}
             errors = {name: spectral_errors(way, test, self.num) for name, way in ways.items()}
             metrics = {name + key: value for name, values in errors.items() for key, value in values.items()}
             run.finish(metrics)
