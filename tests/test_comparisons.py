@@ -355,7 +355,9 @@ def test_notes_loudness_is_the_correlation_within_notes():
     sine = torch.sin(torch.arange(400) / 3)
     assert loudness(level[:, None] * sine, velocity) == pytest.approx(1)
     assert loudness(1e4 / level[:, None] * sine, velocity) == pytest.approx(-1)
-    assert loudness(level.reshape(5, 3)[:, [1, 0, 2]].reshape(-1, 1) * sine, velocity) == pytest.approx(0.2216, abs=1e-3)
+    assert loudness(level.reshape(5, 3)[:, [1, 0, 2]].reshape(-1, 1) * sine, velocity) == pytest.approx(
+        0.2216, abs=1e-3
+    )
 
 
 def test_notes_groups_are_whole_and_spread():
