@@ -3,6 +3,7 @@
 import gzip
 import math
 import sys
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from types import SimpleNamespace
 
@@ -447,6 +448,115 @@ def test_moving_measures_motion_against_its_controls(tmp_path, monkeypatch):
     assert all((tmp_path / name).is_file() for name in ("figure.png", "samples.png", "samples.gif", "longer.gif"))
 
 
+def notes_of(module, size: int) -> dict:
+    """The facts of `size` notes at three velocities each, in the order of `choose_groups`."""
+    velocity = torch.tensor([40, 80, 120]).repeat(size)
+    pitch = (69 + 4 * torch.arange(size)).repeat_interleave(3)
+    return {"velocity": velocity, "pitch": pitch, "label": torch.arange(size).repeat_interleave(3) % 12}
+
+
+def test_notes_loudness_is_the_correlation_within_notes():
+    """Levels of instruments differ by more than soft and loud; order reversed within each note gives -1, not less."""
+    loudness = load("notes/measure.py").loudness_correlation
+    velocity = torch.tensor([40, 80, 120]).repeat(5)
+    level = velocity * torch.tensor([1.0, 30, 0.1, 7, 300]).repeat_interleave(3)
+    sine = torch.sin(torch.arange(400) / 3)
+    assert loudness(level[:, None] * sine, velocity) == pytest.approx(1)
+    assert loudness(1e4 / level[:, None] * sine, velocity) == pytest.approx(-1)
+    assert loudness(level.reshape(5, 3)[:, [1, 0, 2]].reshape(-1, 1) * sine, velocity) == pytest.approx(
+        0.2216, abs=1e-3
+    )
+
+
+def test_notes_groups_are_whole_and_spread():
+    module = load("notes/measure.py")
+    notes = [SimpleNamespace(bank=b, program=p, pitch=60, velocity=v) for b in "ab" for p in range(200) for v in (1, 2)]
+    rows = module.choose_groups(notes[:-1])  # the last note has one velocity only
+    assert len(rows) == 2 * module.GROUPS
+    assert all(
+        (notes[i].bank, notes[i].program) == (notes[j].bank, notes[j].program)
+        for i, j in zip(rows[::2], rows[1::2], strict=True)
+    )
+    assert {notes[i].bank for i in rows} == {"a", "b"}
+    assert 798 not in rows
+
+
+def test_notes_table_has_controls_and_guidance(tmp_path, monkeypatch):
+    """A model that plays the right pitch from guidance 2 on, and a first stage that makes all softer alike."""
+    module = load("notes/measure.py")
+    facts = notes_of(module, 4)
+    time = torch.arange(16_384) / 16_000
+    hertz = 440 * 2 ** ((facts["pitch"] - 69) / 12)
+    wave = facts["velocity"][:, None] / 400 * torch.sin(2 * math.pi * hertz[:, None] * time)
+    image = module.log_mel(wave)
+    rows = [
+        SimpleNamespace(bank="fluid", program=p, pitch=int(facts["pitch"][3 * p]), velocity=v)
+        for p in range(4) for v in (40, 80, 120)
+    ]  # fmt: skip
+    data = SimpleNamespace(
+        notes=rows,
+        batch=lambda at: {
+            "image": image[[i for _, i in at]], "wave": wave[[i for _, i in at]], "caption": [f"{i}" for _, i in at],
+            **{name: fact[[i for _, i in at]] for name, fact in facts.items()},
+        },
+    )  # fmt: skip
+    drawings = []
+
+    def draw(model, captions, rows, guidance):
+        drawings.append(guidance.keywords["scale"])
+        rows = torch.tensor([int(caption) for caption in captions])
+        return image[rows] if guidance.keywords["scale"] >= 2 else image[(rows + 3) % 12]
+
+    def hear(wave):
+        peak = torch.fft.rfft(wave[:, :8_000], n=64_000).abs().argmax(1) / 4
+        return (69 + 12 * (peak / 440).log2()).round().long()
+
+    class Judge(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.float().mean((1, 2, 3)), x.float().flatten(1).argmax(1).float()], 1)
+
+        def classify_all(self, features):
+            classes = nn.functional.one_hot(facts["label"], 12)
+            return {"label": classes, "pitch": nn.functional.one_hot(facts["pitch"], 128)}
+
+    judge = Judge()
+    for name, value in {
+        **{
+            "HERE": tmp_path,
+            "SHOWN": 2,
+            "draw": draw,
+            "find_run": lambda run: tmp_path,
+            "pitch_listener": lambda: hear,
+        },
+        **{"load_run_config": lambda run: None, "load_held_out": lambda run: data},
+        "load_model": lambda run: SimpleNamespace(encode=lambda x: x, decode=lambda x: x - 0.1),
+        "griffin_lim": partial(module.griffin_lim, rounds=6),
+        "load_evaluator": lambda *words: (judge, judge(module.to_uint8(image))),
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module.cache, "ensure_evaluator", lambda config: tmp_path)
+    module.main("run")
+    found = {(row["source"], row["guidance"], row["sound"]): row for row in report_rows.read(tmp_path / "results.csv")}
+    assert list(found)[:3] == [
+        ("real", "", "as rendered"),
+        ("real", "", "Griffin-Lim"),
+        ("first stage", "", "Griffin-Lim"),
+    ]
+    pitches = {scale: float(found["drawn", scale, "Griffin-Lim"]["pitch"]) for scale in ("1", "1.5", "2", "3")}
+    assert pitches["1"] == pitches["1.5"] < 0.3
+    assert pitches["2"] == pitches["3"] > 0.7
+    real = found["real", "", "as rendered"]
+    assert [float(real[name]) for name in ("pitch", "family", "own_pitch", "n")] == [1, 1, 1, 12]
+    assert float(real["fd_notes"]) == pytest.approx(0, abs=1e-4)
+    assert float(real["mel_error"]) == 0 < float(found["real", "", "Griffin-Lim"]["mel_error"])
+    assert float(real["loudness"]) > 0.999
+    assert float(found["first stage", "", "Griffin-Lim"]["fd_notes"]) > 1
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"figure.png", "real.wav", "real-griffin-lim.wav", "drawn-2-griffin-lim.wav"} <= written
+    module.main("run")
+    assert len(drawings) == 4  # what is stored is not drawn again
+
+
 LOADED = (
     *("augmentation/measure.py", "blue_marble/measure.py", "cifar10/measure.py", "controlnet/measure.py"),
     "domain_adaptation/measure.py",
@@ -457,6 +567,7 @@ LOADED = (
         "kuramoto_sivashinsky/measure.py",
         "lora/measure.py",
         "moving/measure.py",
+        "notes/measure.py",
         "quickstart/words.py",
         "scale/simulate.py",
     ),

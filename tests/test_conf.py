@@ -64,7 +64,18 @@ PARTNERS = {  # overrides that an option needs; one of each kind of large networ
     **{
         f"data/{name}": ("data.path=here",)
         for name in (
-            *("folder", "clips", "buckets", "webdataset", "huggingface", "imagenet", "coco", "lsun", "trajectories"),
+            *(
+                "folder",
+                "clips",
+                "buckets",
+                "webdataset",
+                "huggingface",
+                "imagenet",
+                "coco",
+                "lsun",
+                "sounds",
+                "trajectories",
+            ),
         )
     },
     "autoencoder/tokens_f4": ("autoencoder.factor=4",),  # of images, in which a pixel is a symbol
@@ -77,7 +88,9 @@ PARTNERS = {  # overrides that an option needs; one of each kind of large networ
     **dict.fromkeys(("training/autoencoder", "training/autoencoder_tokens"), ("~training.score",)),
     "training/autoencoder_ldm": ("~training.score", "training.loss.perceptual=null"),  # LPIPS wants half a gigabyte
     "training/evaluator": ("~training.score", "~training.sample_every"),
-    **dict.fromkeys(("training/classifier", "training/clip"), ("~training.score", "~training.sample_every")),
+    **dict.fromkeys(
+        ("training/classifier", "training/clip", "training/vocoder"), ("~training.score", "~training.sample_every")
+    ),
     **dict.fromkeys(("schedule/flow", "schedule/flow_3", "schedule/flow_at"), ("process=sit",)),
     **dict.fromkeys(("schedule/vp", "schedule/gvp"), ("timestep_sampling=uniform", "timestep_spacing=uniform")),
     "objective/repa": (

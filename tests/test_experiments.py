@@ -9,6 +9,7 @@ from smoke import ROOT, command, first_job, here
 
 from ldm.config.overrides import ConfigSearchPath
 from ldm.io import images
+from ldm.media.sound import encode_wav
 
 STUDIES = sorted(name for name in ConfigSearchPath((ROOT / "conf",), ROOT).studies() if not name.endswith("/sweep"))
 TINY = (  # as budget=smoke has them, so that the judge and the first stages of the shared run serve again
@@ -31,8 +32,15 @@ TINY = (  # as budget=smoke has them, so that the judge and the first stages of 
 FIRST = ("~training.score",)  # a budget for the second stage has too much
 STAGE_ONE = (*FIRST, "data=synthetic", "training.discriminator_start=0")
 CLIP_NET = "net=dit_s2"  # net=smoke is for images
+ROUGH = ("net.attention_resolutions=[2]",)
+# a folder in place of the rendered notes
+NOTES = ("data=sounds", "data.path=sounds", "data.seconds=0.256", "data.test_fraction=0.5")
+WORDPIECE = ("dim", "layers", "num_heads", "num_head_channels", "max_length")
 NEEDS = {  # what its README asks of the person, or what a budget for the second stage has too much
     "own_images": ("data.path=images",),
+    "own_sounds": ("data.path=sounds", "data.seconds=0.256", "data.test_fraction=0.5", "conditioner=label", *ROUGH),
+    "notes": (*NOTES, "conditioner=label", *(f"~conditioner.{key}" for key in WORDPIECE), *ROUGH),
+    "notes/vocoder": (*FIRST, "~training.sample_every", *NOTES, "training.net.width=8", "training.net.depth=1"),
     "first_stage": (*STAGE_ONE, "training.seed=2"),  # else it may be in the shared cache
     "first_stage/emoji": (*STAGE_ONE, "training.seed=1"),  # else it is the same job
     "emoji": ("data=synthetic", "conditioner=label"),
@@ -110,6 +118,14 @@ def tiny(study: str) -> list[str]:
     return [*(word for word in TINY if word.partition("=")[0] not in chosen), *needs]
 
 
+def some_sounds(folder: Path) -> None:
+    """Tones of two kinds."""
+    folder.mkdir()
+    for i in range(8):
+        tone = torch.sin(torch.arange(4_096) * (0.1 + 0.05 * i)) / 2
+        (folder / f"tone {'ab'[i % 2]}{i}.wav").write_bytes(encode_wav(tone))
+
+
 def finished(cache: Path, folder: Path) -> set[Path]:
     """The marks of runs, and of first stages that are a study of their own, that came to their end."""
     return {*folder.glob("runs/*/metrics.json"), *cache.glob("cache/first_stage/*/metrics.json")}
@@ -121,6 +137,7 @@ def finished(cache: Path, folder: Path) -> set[Path]:
 def test_study_runs_its_first_job(study, smoke, tmp_path):
     some_images(tmp_path / "images")
     some_clips(tmp_path / "clips")
+    some_sounds(tmp_path / "sounds")
     before, base = finished(smoke.folder, tmp_path), [f"init={smoke.run}"] * (study in ON_TOP)
     base += [f"objective.teacher.run={smoke.run}"] * (study == "distillation")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):

@@ -35,7 +35,7 @@ BASE = {"tensors", "condition", "errors"}
 IMPORTS_ONLY = {  # parts that serve any model: what they may import at most, less than the order allows
     "diffusion": BASE,
     "media": BASE | {"io", "plotting"},
-    "net": BASE | {"io"},
+    "net": BASE | {"io", "media"},  # the vocoder's last layer is an inverse Fourier transform
     "data": BASE | {"io", "media"},  # what a sample is made of: a mel of a sound, tokens of a molecule
     "metrics": BASE | {"io", "media", "net"},
     **dict.fromkeys(("autoencoder", "conditioner", "adapter", "interop"), BASE | {"io", "net"}),
@@ -58,7 +58,7 @@ LIBRARIES = {  # besides the standard library and torch
     "interop": {"open_clip", "safetensors"},
     "net": {"einops", "timm", "torchmetrics", "torchvision"},
     "conditioner": {"filelock", "huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},
-    "data": {"PIL", "datasets", "filelock", "numpy", "pyarrow", "torchvision"},
+    "data": {"PIL", "datasets", "filelock", "numpy", "pyarrow", "soundfile", "soxr", "tinysoundfont", "torchvision"},
     "io": {"PIL", "filelock", "numpy", "rdkit", "safetensors", "selfies", "torchvision", "yaml"},
     "launch": {"filelock"},
     "media": {"PIL", "av", "numpy", "rdkit"},

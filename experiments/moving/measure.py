@@ -31,8 +31,8 @@ from ldm.media import clip as medium
 from ldm.metrics.distribution import frechet
 from ldm.metrics.features import extract
 from ldm.metrics.interval import bootstrap
-from ldm.metrics.judge import MovingNet
 from ldm.metrics.motion import freeze, measure_motion, shuffle_frames
+from ldm.metrics.moving_net import MovingNet
 from ldm.report.rows import read, write
 from ldm.runs.folder import find_run
 from ldm.sampling.clips import complete_clip, extend_clip
@@ -148,8 +148,8 @@ def trained_judge(data: MovingGarments) -> MovingNet:
             group["lr"] = JUDGE["lr"] * min(1, (step + 1) / 100) * (1 - step / steps)
         samples = [(step, derive_seed("judge", step, place) % len(data)) for place in range(batch)]
         part = data.batch(samples)
-        garment, motion = net.split(net.logits(to_uint8(part["image"])))
-        loss = F.cross_entropy(garment, part["label"]) + F.cross_entropy(motion, part["motion"])
+        logits = net.split(net.logits(to_uint8(part["image"])))
+        loss = sum(F.cross_entropy(logits[name], part[name]) for name in logits)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -167,9 +167,8 @@ def trained_judge(data: MovingGarments) -> MovingNet:
 
 def seen(judge: MovingNet, clips: Tensor) -> tuple[Tensor, Tensor]:
     """Return the garment and the motion (N,) that the judge sees in clips."""
-    logits = torch.cat([judge.logits(to_uint8(part)) for part in chunks(clips)])
-    garment, motion = judge.split(logits)
-    return garment.argmax(1), motion.argmax(1)
+    logits = judge.split(torch.cat([judge.logits(to_uint8(part)) for part in chunks(clips)]))
+    return logits["label"].argmax(1), logits["motion"].argmax(1)
 
 
 def draw(

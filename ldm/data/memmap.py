@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.io.atomic import CorruptFileError, remove_stale_temporaries
 
-DTYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I64": np.int64}
+DTYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I16": np.int16, "I64": np.int64}
 
 
 @contextmanager

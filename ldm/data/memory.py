@@ -24,7 +24,10 @@ class InMemoryDataset(Dataset):
     texts: captions of each sample, none for the empty condition; by default a sample gets those of its class.
     A sample's caption, and its left-right flip if flips are on, depend on (seed, epoch, index) alone: they are the same
     at any batch size, worker count or rank. Raises ValueError for labels or captions that do not match the images.
+    A subclass that stores another form of its samples names its types, and returns the samples from `pixels`.
     """
+
+    stored_types: tuple[torch.dtype, ...] = (torch.uint8, torch.float32)
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class InMemoryDataset(Dataset):
     ):
         num = len(images if rows is None else rows)
         labels = torch.full((num,), -1) if labels is None else labels
-        if images.dtype not in (torch.uint8, torch.float32) or images.ndim < 3 or num != len(labels):
+        if images.dtype not in self.stored_types or images.ndim < 3 or num != len(labels):
             raise ValueError(
                 f"{name}: expected images (N, C, H, W) uint8, or samples (N, C, ...) float32, and N labels, "
                 f"got {images.dtype} {tuple(images.shape)}, {len(labels)}"

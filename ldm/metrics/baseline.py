@@ -23,7 +23,7 @@ class PCAGaussian:
 
     @classmethod
     def fit(cls, image: Tensor, label: Tensor, rank: int = 50) -> "PCAGaussian":
-        """Fit on images (N, C, H, W) in [-1, 1] and labels (N,) 0..K-1, in float64; d up to a few thousand.
+        """Fit on images (N, C, H, W) in [-1, 1] and labels (N,) 0..K-1, in float64; N or d up to a few thousand.
 
         Raises ConfigError if a class has no more than rank images.
         """
@@ -37,9 +37,8 @@ class PCAGaussian:
         means, bases = [], []
         for k in range(len(counts)):
             x = image[label == k].flatten(1).double()
-            variance, vectors = torch.linalg.eigh(x.T.cov())  # ascending
             means.append(x.mean(0))
-            bases.append(vectors[:, -rank:] * variance[-rank:].clamp(min=0).sqrt())
+            bases.append(_principal(x, rank))
         return cls(torch.stack(means).float(), torch.stack(bases).float(), tuple(image.shape[1:]))
 
     def sample(self, label: Tensor, noise: KeyedNoise) -> Tensor:
@@ -50,6 +49,16 @@ class PCAGaussian:
             rows = label == k
             x[rows] += code[rows] @ self.basis[k].T
         return x.unflatten(1, self.shape).clamp(-1, 1)
+
+
+def _principal(x: Tensor, rank: int) -> Tensor:
+    """Return the leading principal components (d, rank) of x (N, d), each times its standard deviation, ascending."""
+    if len(x) >= x.shape[1]:
+        variance, vectors = torch.linalg.eigh(x.T.cov())
+        return vectors[:, -rank:] * variance[-rank:].clamp(min=0).sqrt()
+    centred = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+    _, vectors = torch.linalg.eigh(centred @ centred.T)  # of the smaller matrix with the same eigenvalues
+    return centred.T @ vectors[:, -rank:]
 
 
 def add_noise(image: Tensor, std: float, noise: KeyedNoise) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import ConfigError, UserError
+from ldm.errors import UserError
 from ldm.metrics.features import hash_weights, require_uint8
 
 
@@ -12,6 +12,7 @@ class Judge(nn.Module):
 
     Training: cross-entropy on `logits(images)`, `standardise(penultimate features of the training set)`, `.eval()`.
     body: samples, as `penultimate` prepares them -> features (B, num_features).
+    heads: name of a target in the batch -> number of its classes; the first one's are those of `classify`.
     A subclass defines `name` and `penultimate`.
     """
 
@@ -20,10 +21,10 @@ class Judge(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, body: nn.Module, num_features: int, num_classes: int):
+    def __init__(self, body: nn.Module, num_features: int, heads: dict[str, int]):
         super().__init__()
-        self.body, self.num_features = body, num_features
-        self.head = nn.Linear(num_features, num_classes)
+        self.body, self.num_features, self.heads = body, num_features, heads
+        self.head = nn.Linear(num_features, sum(heads.values()))
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("std", torch.ones(num_features))
 
@@ -37,8 +38,12 @@ class Judge(nn.Module):
         raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits (B, num_classes) of uint8 samples, for training."""
+        """Return logits (B, classes of all heads) of uint8 samples, for training."""
         return self.head(self.penultimate(images))
+
+    def split(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return the logits (B, classes) of each head, by its name."""
+        return dict(zip(self.heads, logits.split(list(self.heads.values()), 1), strict=True))
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
@@ -69,9 +74,13 @@ class Judge(nn.Module):
             return (self.penultimate(images) - self.mean) / self.std
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits (B, num_classes) of standardised features (B, num_features), without a pass over the images."""
+        """Return the first head's logits of standardised features (B, num_features), without a pass over the samples."""
+        return self.classify_all(features)[next(iter(self.heads))]
+
+    def classify_all(self, features: Tensor) -> dict[str, Tensor]:
+        """Return the logits (B, classes) of each head, by its name, of standardised features (B, num_features)."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(features * self.std + self.mean)
+            return self.split(self.head(features * self.std + self.mean))
 
 
 class FashionNet(Judge):
@@ -80,24 +89,16 @@ class FashionNet(Judge):
     name = "fashion"
 
     def __init__(self, width: int = 24, num_features: int = 128, num_classes: int = 10):
-        def conv(inside: int, outside: int) -> list[nn.Module]:
-            return [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.SiLU()]
-
         body = nn.Sequential(
             nn.PixelUnshuffle(2),  # (B, 4, 16, 16)
-            *conv(4, width),
-            *conv(width, 2 * width),
+            *conv_layers(4, width),
+            *conv_layers(width, 2 * width),
             nn.MaxPool2d(2),  # (B, 2w, 8, 8)
-            *conv(2 * width, 4 * width),
+            *conv_layers(2 * width, 4 * width),
             nn.MaxPool2d(2),  # (B, 4w, 4, 4)
-            nn.Flatten(),
-            nn.Linear(64 * width, num_features, bias=False),
-            # normalised before the activation, so that no feature is almost constant: standardised, it would dominate
-            # the distance
-            nn.BatchNorm1d(num_features),
-            nn.SiLU(),
+            *feature_layers(64 * width, num_features),
         )
-        super().__init__(body, num_features, num_classes)
+        super().__init__(body, num_features, {"label": num_classes})
 
     def penultimate(self, images: Tensor) -> Tensor:
         """Return features (B, num_features) before standardisation of images (B, 1, 32, 32) uint8."""
@@ -106,40 +107,20 @@ class FashionNet(Judge):
         return self.body(x.contiguous(memory_format=torch.channels_last))
 
 
-class MovingNet(Judge):
-    """The judge of clips (B, 1, F, H, W) uint8 of ldm.data.moving: garment and motion; `fd_moving`.
+def conv_layers(inside: int, outside: int) -> list[nn.Module]:
+    """Build a 3x3 convolution, normalised over the batch, and its activation."""
+    return [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.SiLU()]
 
-    Its logits are those of the garments, then those of the motions: convolutions over space and time see both.
-    F, H and W are at least 8, 32 and 32.
+
+def feature_layers(inside: int, num_features: int) -> list[nn.Module]:
+    """Build the layers from a map of `inside` numbers to features.
+
+    They are normalised before the activation, so that none is almost constant: standardised, it would dominate the
+    distance.
     """
-
-    name = "moving"
-
-    def __init__(self, width: int = 16, num_features: int = 64, garments: int = 10, motions: int = 9):
-        def conv(inside: int, outside: int, *stride: int) -> list[nn.Module]:
-            return [nn.Conv3d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm3d(outside), nn.SiLU()]
-
-        body = nn.Sequential(
-            *conv(1, width, 1, 2, 2),
-            *conv(width, 2 * width, 2, 2, 2),
-            *conv(2 * width, 4 * width, 2, 2, 2),
-            *conv(4 * width, 4 * width, 1, 1, 1),
-            nn.AdaptiveAvgPool3d((2, 4, 4)),
-            nn.Flatten(),
-            nn.Linear(128 * width, num_features, bias=False),
-            nn.BatchNorm1d(num_features),
-            nn.SiLU(),
-        )
-        super().__init__(body, num_features, garments + motions)
-        self.garments = garments
-
-    def penultimate(self, images: Tensor) -> Tensor:
-        """Return features (B, num_features) before standardisation of clips (B, 1, F, H, W) uint8."""
-        if images.dtype != torch.uint8 or images.ndim != 5 or images.shape[1] != 1:
-            raise ConfigError(f"clips of {images.dtype} {tuple(images.shape)}: expected (B, 1, F, H, W) uint8")
-        return self.body((images.to(self.mean.dtype) - 20) / 55)  # about the clips' mean and standard deviation
-
-    def split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of the garments (B, garments) and of the motions (B, motions)."""
-        garment, motion = logits.tensor_split([self.garments], dim=1)
-        return garment, motion
+    return [
+        nn.Flatten(),
+        nn.Linear(inside, num_features, bias=False),
+        nn.BatchNorm1d(num_features),
+        nn.SiLU(),
+    ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ldm.checkpoint.load import ModelSource, open_model
+from ldm.checkpoint.vocoder import with_vocoder
 from ldm.config import trust
 from ldm.config.build import build_dataset, build_degraded_dataset, to_container
 from ldm.config.tree import map_strings
@@ -38,10 +39,18 @@ IGNORED_IN_NAME = (  # keys that do not enter the name of the default output fol
     "trainer",
     "output_dir",
     "medium",
+    "vocoder",
     "metrics",
     "reproduce",
 )
-NOT_RECORDED = ("reproduce", "output_dir", "save", "trainer", "medium")  # keys that an image file does not record
+NOT_RECORDED = (
+    "reproduce",
+    "output_dir",
+    "save",
+    "trainer",
+    "medium",
+    "vocoder",
+)  # keys that an image file does not record
 
 
 @dataclass(frozen=True)
@@ -240,6 +249,9 @@ def build_request(cfg: Any, **parts: Any) -> SampleRequest:
     from hydra.utils import instantiate
 
     options = to_container(cfg)
+    medium = load_medium(cfg.medium or parts["source"].data_card.medium)
+    if cfg.vocoder is not None:
+        medium = with_vocoder(medium, str(cfg.vocoder))
     return SampleRequest(
         run=str(cfg.run),
         weights=cfg.weights,
@@ -261,7 +273,7 @@ def build_request(cfg: Any, **parts: Any) -> SampleRequest:
         metrics=cfg.metrics,
         reconstruction_metrics=cfg.reconstruction_metrics,
         save=cfg.save,
-        medium=load_medium(cfg.medium or parts["source"].data_card.medium),
+        medium=medium,
         output_dir=Path(cfg.output_dir) if cfg.output_dir is not None else default_output_dir(options, parts["source"]),
         reproduce=cfg.reproduce,
         options=options,

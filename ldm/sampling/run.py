@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from ldm.diffusion.sampler import Sampler
     from ldm.model import LatentDiffusion
 
-UNRECORDED_OPTIONS = ("trainer", "output_dir", "save", "medium")  # what metrics.json leaves out of the request
+UNRECORDED_OPTIONS = (
+    "trainer",
+    "output_dir",
+    "save",
+    "medium",
+    "vocoder",
+)  # what metrics.json leaves out of the request
 GRID_IMAGES = 400  # images in grid.png at most
 
 

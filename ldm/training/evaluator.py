@@ -13,7 +13,10 @@ from ldm.tensors import at_least_float32
 
 
 class LitEvaluator(L.LightningModule):
-    """Cross-entropy of net.logits, which takes uint8 images, against a batch's labels; its images are in [-1, 1]."""
+    """Cross-entropy of net.logits, which takes uint8 images, against a batch's labels; its images are in [-1, 1].
+
+    A net with several `heads`, {key of the batch: classes}, has their logits side by side; the losses are added.
+    """
 
     net: Any
     has_unused_parameters = False
@@ -30,8 +33,13 @@ class LitEvaluator(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         logits = self.net.logits(to_uint8(batch["image"]))
         logits = logits.to(at_least_float32(logits.dtype))
-        loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
-        return {"loss": loss, "accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
+        heads = getattr(self.net, "heads", {"label": logits.shape[1]})
+        losses, accuracies = [], {}
+        for name, part in zip(heads, logits.split(list(heads.values()), 1), strict=True):
+            losses.append(F.cross_entropy(part, batch[name], label_smoothing=self.label_smoothing))
+            key = "accuracy" if name == "label" else f"accuracy_{name}"
+            accuracies[key] = (part.argmax(1) == batch[name]).float().mean()
+        return {"loss": torch.stack(losses).sum(), **accuracies}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile nothing: the network is small, and trained once."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm.errors import ConfigError
-from ldm.metrics.judge import MovingNet
+from ldm.metrics.moving_net import MovingNet
 
 
 def clips(num: int, frames: int = 8, size: int = 32) -> torch.Tensor:
@@ -19,11 +19,11 @@ def test_moving_net_sees_clips_and_their_order():
     features = net(x)
     assert features.shape == (20, 8)
     assert torch.allclose(features.std(0), torch.ones(8), atol=1e-4)
-    assert torch.allclose(net.classify(features), net.logits(x), atol=1e-4)
-    garment, motion = net.split(net.logits(x))
-    assert garment.shape == (20, 10)
-    assert motion.shape == (20, 9)
-    assert torch.equal(torch.cat([garment, motion], 1), net.logits(x))
+    logits = net.split(net.logits(x))
+    assert {name: part.shape for name, part in logits.items()} == {"label": (20, 10), "motion": (20, 9)}
+    assert torch.equal(torch.cat(list(logits.values()), 1), net.logits(x))
+    assert torch.allclose(net.classify(features), logits["label"], atol=1e-4)
+    assert torch.allclose(net.classify_all(features)["motion"], logits["motion"], atol=1e-4)
     assert (net(x.flip(2)) - features).abs().max() > 1e-3
     assert net(clips(2, 16, 64)).shape == (2, 8)
 
