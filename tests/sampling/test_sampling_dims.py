@@ -22,7 +22,8 @@ from ldm.diffusion.sampler import ddim, dpmpp_2m, heun
 from ldm.diffusion.schedule import Flow
 from ldm.model import LatentDiffusion
 from ldm.net.unet import UNet
-from ldm.sampling.tasks import fill_holes, img2img, inpaint, outpaint, sample, super_resolution
+from ldm.sampling.pixels import fill_holes
+from ldm.sampling.tasks import img2img, inpaint, outpaint, sample, super_resolution
 from ldm.tensors import KeyedNoise
 
 SHAPES = ((3, 7), (2, 5, 6), (1, 3, 4, 5))
