@@ -9,6 +9,7 @@ from helpers import randomize_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.adapter.controlnet import ControlNet
 from ldm.condition import Condition
 from ldm.net.attention import QKVAttention, SelfAttention, SpatialTransformer, TransformerBlock
 from ldm.net.blocks import CONV, Downsample
@@ -170,6 +171,14 @@ def test_dit_of_one_number_cuts_images():
     ):
         with pytest.raises(ValueError, match=message):
             UNet(1, 1, **UNET, **wrong)
+
+
+def test_controlnet_of_a_clip_is_refused():
+    model = nn.Module()
+    model.denoiser, model.conditioner = nn.Module(), nn.Identity()
+    model.denoiser.net = UNet(3, 2, dims=3, **UNET)
+    with pytest.raises(ValueError, match="expected a U-Net of images, this one's samples have 3 sides"):
+        ControlNet(lambda conditioner: conditioner).apply_to(model)
 
 
 def still_weights(images, clips, taps: Tensor) -> None:
