@@ -40,10 +40,8 @@ class ControlNet:
         net = copy.deepcopy(lora.unwrap(model.denoiser.net))
         if not hasattr(net, "encode"):
             raise ConfigError(f"adapter=controlnet: expected a U-Net, this network is a {type(net).__name__}")
-        if len(model.size) != 2:
-            raise ConfigError(
-                f"adapter=controlnet: expected a model of images, this one's have {len(model.size)} sides"
-            )
+        if (sides := net.stem.weight.ndim - 2) != 2:
+            raise ConfigError(f"adapter=controlnet: expected a U-Net of images, this one's samples have {sides} sides")
         model.requires_grad_(False)
         # the copy starts from the weights with LoRA merged in, and has no LoRA layers of its own
         control = ControlBranch(cast(UNet, lora.merge(net)), model.autoencoder.factor)
