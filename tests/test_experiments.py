@@ -28,6 +28,14 @@ TINY = (  # as budget=smoke has them, so that the judge and the first stages of 
         "evaluator.batch_size=8",
     ),
 )
+MOLECULES = (
+    "data.path=molecules.smi",
+    "data.test_fraction=0.3",
+    "net=dit_s2",
+    "net.channels=32",
+    "net.depth=1",
+    "net.num_heads=2",
+)
 FIRST = ("~training.score",)  # a budget for the second stage has too much
 STAGE_ONE = (*FIRST, "data=synthetic", "training.discriminator_start=0")
 NEEDS = {  # what its README asks of the person, or what a budget for the second stage has too much
@@ -62,6 +70,8 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "instruct_pix2pix": (
         *("data=synthetic", "conditioner=[label,source_image]", "~conditioner.drop", "~conditioner.minilm"),
     ),
+    "molecules": MOLECULES,
+    "molecules/qm9": ("data=moses", "autoencoder=identity", *MOLECULES),
 }
 ON_TOP = ("lora", "controlnet", "distillation")  # of a run that is trained
 
@@ -71,6 +81,11 @@ def some_images(folder: Path) -> None:
     for i in range(12):
         image = torch.randint(0, 256, (3, 70, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
         images.save_png(folder / f"kind {i % 2}" / f"{i}.png", image)
+
+
+def some_molecules(file: Path) -> None:
+    """Alcohols, and an ether, as SMILES."""
+    file.write_text("COC\n" + "".join("C" * n + "O\n" for n in range(1, 20)))
 
 
 def finished(cache: Path, folder: Path) -> set[Path]:
@@ -83,6 +98,7 @@ def finished(cache: Path, folder: Path) -> set[Path]:
 )
 def test_study_runs_its_first_job(study, smoke, tmp_path):
     some_images(tmp_path / "images")
+    some_molecules(tmp_path / "molecules.smi")
     before, base = finished(smoke.folder, tmp_path), [f"init={smoke.run}"] * (study in ON_TOP)
     base += [f"objective.teacher.run={smoke.run}"] * (study == "distillation")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):

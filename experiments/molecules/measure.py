@@ -278,7 +278,8 @@ def draw_molecules(run: Path, num: int) -> None:
     sources = data_of(run).smiles(leads(run))
     lines = [text for i, lead in enumerate(sources) for text in (lead, *(groups[i][0] for groups in by_strength))]
     save_png(HERE / "analogues.png", make_grid(stack(lines), 1 + len(STRENGTHS)))
-    frames = torch.cat([interpolated(run, *leads(run)[i : i + 2]) for i in (0, 2)])
+    pairs = zip(leads(run)[::2], leads(run)[1::2], strict=False)
+    frames = torch.cat([interpolated(run, first, second) for first, second in pairs])
     save_png(HERE / "interpolation.png", make_grid(stack(samples_to_smiles(frames)), FRAMES))
 
 
