@@ -451,8 +451,9 @@ def test_samples_of_a_medium_are_written_logged_and_made_again(conf, tmp_path, c
         assert names == [*clips, "grid.png", "metrics.json"]
         with Image.open("drawn/000001.png") as picture:
             assert (picture.text["seed"], picture.text["rate"]) == ("1", "12.5")
-        with Image.open("drawn/000001.gif") as gif:
-            assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == 320
+        for file in (Path("drawn/000001.gif"), folder / "players" / "samples" / "000.gif"):
+            with Image.open(file) as gif:
+                assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == 320
         assert command("sample.py", "reproduce=drawn/000001.mp4") == 0
         assert "drawn/000001.mp4: made again, bit for bit the same" in capfd.readouterr().out
         assert (Path("drawn") / "000001-again" / "000001.mp4").is_file()

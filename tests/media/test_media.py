@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import sys
 from fractions import Fraction
 
 import av
@@ -105,6 +106,22 @@ def test_clip_writes_mp4_gif_and_a_contact_sheet_with_the_record(tmp_path):
         assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == 1000
 
 
+def test_clip_of_one_frame_and_one_pixel_is_written(tmp_path):
+    mp4, gif, _ = clip.write(tmp_path / "a", torch.ones(1, 1, 1, 1), {})
+    frames, _ = decode_mp4(mp4.read_bytes())
+    assert frames.shape == (1, 3, 2, 2)
+    assert frames.min() > 250
+    with Image.open(gif) as picture:
+        assert (picture.size, picture.n_frames) == ((1, 1), 1)
+
+
+def test_clip_without_its_package_is_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "ldm.media.clip")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"^medium=clip needs the package av: pip install -e '\.\[video\]'$"):
+        load_medium("clip")
+
+
 def test_contact_sheet_has_a_row_for_each_clip_from_its_first_frame_to_its_last():
     clips = [smooth_clip(frames=20, height=10, width=12), -smooth_clip(frames=20, height=10, width=12)]
     sheet = to_uint8(clip.sheet(clips, 1))
@@ -177,7 +194,7 @@ def test_files_of_a_sample_are_written_whole_or_not_at_all(tmp_path, monkeypatch
         files.write_sample(tmp_path / "000001", {".wav": b"a"}, white * float("nan"), {})
     assert not list(tmp_path.iterdir())
     written = files.write_sample(tmp_path / "000001", {".wav": b"a", ".smi": b"C<C"}, white, {})
-    files.write_sample(tmp_path / "000010", {".wav": b"b"}, white, {})
+    (tmp_path / "000001-again").mkdir()
     assert sorted(files.sample_files(tmp_path / "000001.png")) == sorted(written)
     assert files.sample_files(tmp_path / "000001.png")[-1] == written[-1]
     html = files.player_html([tmp_path / "a.mp4", *written], lambda path: f'file={path.name}&"')

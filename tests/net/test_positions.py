@@ -7,7 +7,7 @@ from helpers import randomize_weights
 
 from ldm.condition import Condition
 from ldm.net.dit import DiT
-from ldm.net.positions import unordered, rope, sincos
+from ldm.net.positions import rope, sincos, unordered
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5), (1, 2)])
