@@ -17,7 +17,10 @@ from torch import nn
 from ldm.config.compose import compose_option
 from ldm.data.kuramoto_sivashinsky import KuramotoSivashinsky, solve
 from ldm.data.memory import InMemoryDataset
+from ldm.data.moses import Moses
 from ldm.io import atomic
+from ldm.io.atoms import Atoms, to_sample
+from ldm.metrics import molecules
 from ldm.metrics.interval import wilson
 from ldm.report import rows as report_rows
 from ldm.tensors import KeyedNoise
@@ -557,6 +560,89 @@ def test_notes_table_has_controls_and_guidance(tmp_path, monkeypatch):
     assert len(drawings) == 4  # what is stored is not drawn again
 
 
+class Posterior(SimpleNamespace):
+    """A posterior that is its sample, of 3 nats."""
+
+    def kl(self):
+        return torch.full((len(self.mode),), 3.0)
+
+
+def test_molecules_rows_of_known_samples(tmp_path, monkeypatch):
+    """With a sampler that obeys, a first stage that fails at noise, and a KL weight of 0.05 that is the best."""
+    module = load("molecules/measure.py")
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "some.smi").write_text("".join(f"{'C' * n}{end}\n" for n in range(1, 14) for end in ("O", "Cl", "S")))
+    data = Moses("test", path=tmp_path / "some.smi", test_fraction=0.99)
+    stage = SimpleNamespace(encode=lambda x: x, normalise=lambda z: z, posterior=lambda x: Posterior(mode=x))
+    stage.decode = lambda z: z if set(z.unique().tolist()) <= {-1, 1} else z.roll(1, 1)  # of other symbols
+    runs, distances = [], {"kl_0.05": 1.0, "long": 0.5}
+
+    def trained(folder, *words):
+        runs.append((folder.name, words))
+        return folder
+
+    def sample(model, batch, seeds, ts, sampler, guidance, task):
+        leads = batch["index"] if "image" not in batch else None
+        return data.pixels(leads) if leads is not None else batch["image"]
+
+    monkeypatch.setattr(molecules, "chemnet_distance", lambda smiles, mu, sigma: distances.get(runs[-1][0], 9.0))
+    for name, value in {
+        **{"HERE": tmp_path, "TABLE": tmp_path / "results.csv", "trained": trained, "sample": sample},
+        **{"data_of": lambda run: data, "trailing": lambda schedule, steps: None, "SHOWN": 2, "EACH": 1, "LEADS": 3},
+        "load_model": lambda run: SimpleNamespace(autoencoder=stage, denoiser=SimpleNamespace(schedule=None)),
+        "reference": lambda: molecules.Reference(
+            {"CCO"}, [], {"mu": 0, "sigma": 0, "fingerprints": molecules.fingerprints(["CCO"])}
+        ),
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    (tmp_path / "moses.csv").write_text("model,valid,unique,novelty,fcd\nHMM,0.076,0.567,0.999,24.466\n")
+    words = (f"runs={tmp_path / 'runs'}", "short=5", "long=7", "few=20", "num=30", "data.num=9")
+    module.main(*words)
+    found = report_rows.read(tmp_path / "results.csv")
+    assert runs[0] == ("kl_0.001", ("training.steps=5", "first_stage.loss.kl_weight=0.001", "data.num=9"))
+    assert runs[4][1][:3] == ("training.steps=5", "first_stage.loss.kl_weight=0.05", "data.representation=smiles")
+    assert runs[-1] == ("long", ("training.steps=7", "first_stage.loss.kl_weight=0.05", "data.num=9"))
+    (first,) = (row for row in found if (row["part"], row["variant"]) == ("first stage", "kl 0.05"))
+    assert [first[name] for name in ("nats", "exact", "symbols", "exact_noise_0.1")] == ["3", "1", "1", "0"]
+    samples = {(row["variant"], row["guidance"]): row for row in found if row["part"] == "samples"}
+    assert [samples[key]["n"] for key in (("SMILES", "1"), ("long", "2"))] == ["20", "30"]
+    assert samples["long", "1"]["fcd"] == "0.5"
+    assert all(row["elements_right"] == "1" and float(row["logp_error"]) < 1e-5 for row in samples.values())
+    chance = next(row for row in found if row["variant"] == "test molecules, facts of others")
+    assert float(chance["elements_right"]) < 0.5
+    assert [row["fcd"] for row in found if row["variant"] in ("20 test molecules", "30 test molecules")] == ["0.5"] * 2
+    analogues = [row for row in found if row["part"] == "analogues"]
+    assert [(row["strength"], row["similarity"], row["changed"]) for row in analogues] == [
+        (str(strength), "1", "0") for strength in module.STRENGTHS
+    ]
+    assert all((tmp_path / f"{name}.png").is_file() for name in ("figure", "samples", "analogues", "interpolation"))
+    monkeypatch.setattr(molecules, "chemnet_distance", None)  # nothing is computed again
+    module.main(*words)
+    assert report_rows.read(tmp_path / "results.csv") == found
+
+
+def test_atoms_table_has_held_out_beside_sampled(tmp_path, monkeypatch):
+    module = load("molecules/atoms.py")
+    water = to_sample(Atoms(torch.tensor([[0.0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]]), torch.tensor([3, 0, 0])))
+    broken = water.clone()
+    broken[0, 1] += 0.5
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "metrics.json").touch()
+    monkeypatch.setattr(module.subprocess, "run", lambda command, check: None)
+    monkeypatch.setattr(module.build, "build_dataset", lambda config, split: InMemoryDataset("w", water[None]))
+    for name, value in {
+        **{"HERE": tmp_path, "TABLE": tmp_path / "atoms.csv", "load_run_config": lambda run: None},
+        "load_model": lambda run: SimpleNamespace(denoiser=SimpleNamespace(schedule=None)),
+        "trailing": lambda schedule, steps: None,
+        "sample": lambda model, batch, seeds, *rest: torch.stack([(water, broken)[i % 2] for i in seeds]),
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    module.main(f"runs={tmp_path / 'runs'}", "steps=5", "num=4")
+    held_out, found = report_rows.read(tmp_path / "atoms.csv")
+    assert (held_out["molecules"], held_out["molecule_stable"], held_out["n"]) == ("held out", "1", "1")
+    assert (found["n"], found["molecule_stable"], found["steps"]) == ("4", "0.5", "5")
+
+
 LOADED = (
     *("augmentation/measure.py", "blue_marble/measure.py", "cifar10/measure.py", "controlnet/measure.py"),
     "domain_adaptation/measure.py",
@@ -568,6 +654,8 @@ LOADED = (
         "lora/measure.py",
         "moving/measure.py",
         "notes/measure.py",
+        "molecules/atoms.py",
+        "molecules/measure.py",
         "quickstart/words.py",
         "scale/simulate.py",
     ),

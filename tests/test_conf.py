@@ -143,7 +143,7 @@ BY_CALLER = {  # target -> parameters with a default that the code which calls a
     "ldm.metrics.paired.Reconstruction": ("device", "net", "reference"),
     "ldm.net.blocks.Downsample": ("dims", "padding_mode"),
     "ldm.training.fit.fit": ("seed", "start"),
-    **dict.fromkeys((f"ldm.net.positions.{name}" for name in ("rope", "sincos", "no_positions")), ("device",)),
+    **dict.fromkeys((f"ldm.net.positions.{name}" for name in ("rope", "sincos", "unordered")), ("device",)),
     **dict.fromkeys(("ldm.net.attention.sdpa", "ldm.net.attention.softmax_attention"), ("mask",)),
     **{f"ldm.diffusion.variance.{name}": ("floor",) for name in ("fixed_small", "fixed_large", "learned_range")},
     **{

@@ -29,6 +29,14 @@ TINY = (  # as budget=smoke has them, so that the judge and the first stages of 
         "evaluator.batch_size=8",
     ),
 )
+MOLECULES = (
+    "data.path=molecules.smi",
+    "data.test_fraction=0.3",
+    "net=dit_s2",
+    "net.channels=32",
+    "net.depth=1",
+    "net.num_heads=2",
+)
 FIRST = ("~training.score",)  # a budget for the second stage has too much
 STAGE_ONE = (*FIRST, "data=synthetic", "training.discriminator_start=0")
 CLIP_NET = "net=dit_s2"  # net=smoke is for images
@@ -89,6 +97,8 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
         ),
     ),
     "moving/large": ("data=clips", "data.path=clips", "data.channels=1", "conditioner=label", CLIP_NET),
+    "molecules": MOLECULES,
+    "molecules/qm9": ("data=moses", "autoencoder=identity", *MOLECULES),
 }
 ON_TOP = ("lora", "controlnet", "distillation")  # of a run that is trained
 
@@ -126,6 +136,11 @@ def some_sounds(folder: Path) -> None:
         (folder / f"tone {'ab'[i % 2]}{i}.wav").write_bytes(encode_wav(tone))
 
 
+def some_molecules(file: Path) -> None:
+    """Alcohols, and an ether, as SMILES."""
+    file.write_text("COC\n" + "".join("C" * n + "O\n" for n in range(1, 20)))
+
+
 def finished(cache: Path, folder: Path) -> set[Path]:
     """The marks of runs, and of first stages that are a study of their own, that came to their end."""
     return {*folder.glob("runs/*/metrics.json"), *cache.glob("cache/first_stage/*/metrics.json")}
@@ -138,6 +153,8 @@ def test_study_runs_its_first_job(study, smoke, tmp_path):
     some_images(tmp_path / "images")
     some_clips(tmp_path / "clips")
     some_sounds(tmp_path / "sounds")
+
+    some_molecules(tmp_path / "molecules.smi")
     before, base = finished(smoke.folder, tmp_path), [f"init={smoke.run}"] * (study in ON_TOP)
     base += [f"objective.teacher.run={smoke.run}"] * (study == "distillation")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):

@@ -23,6 +23,7 @@ from ldm.diffusion.grids import trailing, uniform_grid
 from ldm.errors import UserError
 from ldm.io import atomic
 from ldm.io.images import save_png
+from ldm.media.medium import available_media
 from ldm.recipes import checks
 from ldm.sampling.tasks import sample, txt2img
 
@@ -469,7 +470,7 @@ def test_samples_of_a_medium_are_written_logged_and_made_again(conf, tmp_path, c
         assert not [*Path("typed").rglob("*.png")]  # no fields: they have three sides
         fault = "samples of shape (1, 4, 6, 10) are no fields (C, L) or (C, H, W): they are written to samples.npz"
         assert fault in capfd.readouterr().out
-        unknown = "medium=scope: expected clip, field, image"
+        unknown = f"medium=scope: expected {', '.join(available_media())}"
         assert_one_line_error(capfd, unknown, "sample.py", *small, "medium=scope")
         assert_one_line_error(capfd, unknown, "train.py", *typed, "data.medium=scope", "name=b")
         (folder / "data.json").write_text(json.dumps({**card, "medium": "shutil.which"}))

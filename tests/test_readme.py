@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from smoke import ROOT, command, first_job, here, plan_of
-from test_experiments import NEEDS, ON_TOP, TINY, some_images
+from test_experiments import NEEDS, ON_TOP, TINY, some_images, some_molecules
 
 from ldm.cli.errors import run_guarded
 from ldm.config import compose
@@ -200,6 +200,7 @@ def test_readme_study_command_runs_its_first_job(typed, smoke, tmp_path):
     study = study_of(typed)
     base = (f"init={smoke.run}",) if study in ON_TOP else ()
     typed = [word for word in typed if word != "init=RUN"]
+    some_molecules(tmp_path / "molecules.smi")
     with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
         small = first_job(*typed, "budget=smoke", *TINY, *NEEDS.get(study, ()), *base)
         assert command("train.py", *small) == 0

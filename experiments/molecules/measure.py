@@ -60,7 +60,7 @@ def main(*words: str) -> None:
         run = train(f"kl {weight:g}", short, f"first_stage.loss.kl_weight={weight}")
         first_stage_row(run, weight)
         sample_row(run, f"kl {weight:g}", short, few)
-    best = min(KL_WEIGHTS, key=lambda weight: float(known(variant=f"kl {weight:g}", guidance=1.0)["fcd"]))
+    best = min(KL_WEIGHTS, key=lambda weight: distance(known(part="samples", variant=f"kl {weight:g}")))
     kl = f"first_stage.loss.kl_weight={best}"
     for variant, overrides in {
         "SMILES": (kl, "data.representation=smiles"),
@@ -92,6 +92,11 @@ def known(**key: Any) -> dict[str, str] | None:
     """Return the row of results.csv with these cells, if there is one."""
     wanted = {name: rows.format_cell(value) for name, value in key.items()}
     return next((row for row in rows.read(TABLE) if all(row.get(name, "") == wanted[name] for name in wanted)), None)
+
+
+def distance(row: dict[str, str] | None) -> float:
+    """Return the FCD of a row, infinite for one without enough molecules."""
+    return float(row["fcd"]) if row and row["fcd"] else float("inf")
 
 
 def add(values: Callable[[], dict[str, Any]], **key: Any) -> None:
@@ -244,7 +249,7 @@ def plot(run: Path, num: int) -> None:
     figure = plotting.canvas(900, 360)
     axes = plotting.panel(figure, 60, 30, 360, 280, "each point is a model", "novelty", "FCD to the test set")
     points = [(row["model"], row, plotting.SOFT) for row in rows.read(HERE / "moses.csv")]
-    points += [(label(row), row, plotting.BLUE) for row in rows.read(TABLE) if row["part"] == "samples"]
+    points += [(label(row), row, plotting.BLUE) for row in rows.read(TABLE) if row["part"] == "samples" and row["fcd"]]
     for name, row, colour in points:
         place = float(row["novelty"]), float(row["fcd"])
         axes.plot(*place, "o", color=colour, ms=4)
@@ -278,7 +283,8 @@ def draw_molecules(run: Path, num: int) -> None:
     sources = data_of(run).smiles(leads(run))
     lines = [text for i, lead in enumerate(sources) for text in (lead, *(groups[i][0] for groups in by_strength))]
     save_png(HERE / "analogues.png", make_grid(stack(lines), 1 + len(STRENGTHS)))
-    frames = torch.cat([interpolated(run, *leads(run)[i : i + 2]) for i in (0, 2)])
+    pairs = zip(leads(run)[::2], leads(run)[1::2], strict=False)
+    frames = torch.cat([interpolated(run, first, second) for first, second in pairs])
     save_png(HERE / "interpolation.png", make_grid(stack(samples_to_smiles(frames)), FRAMES))
 
 

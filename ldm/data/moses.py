@@ -74,8 +74,7 @@ class Moses(InMemoryDataset):
             raise UserError(f"{source}: no molecule for split={split}; {count_text(self.rejected)}")
         tokens, self.facts = packed[:, :LENGTH].clone(), packed[:, LENGTH:].clone().view(torch.float32)
         texts: dict[str, list[str]] = {}
-        captions = [describe(facts) for facts in self.facts.tolist()]
-        captions = [texts.setdefault(text, [text]) for text in captions]
+        captions = [texts.setdefault(text, [text]) for text in map(describe, self.facts.tolist())]
         super().__init__(f"moses-{representation}-{split}", tokens[:, None], seed=seed, texts=captions)
         self.shape = (len(self.vocabulary.symbols), LENGTH)
         self.summary = f"{len(self):,} molecules; {count_text(self.rejected)}"

@@ -129,8 +129,8 @@ def from_selfies(text: str) -> str:
     return selfies.decoder(text)
 
 
-SPLIT = {"selfies": selfies_symbols, "smiles": SMILES_SYMBOL.findall}
-JOIN = {"selfies": from_selfies, "smiles": str}
+SPLIT: dict[str, Callable[[str], list[str]]] = {"selfies": selfies_symbols, "smiles": SMILES_SYMBOL.findall}
+JOIN: dict[str, Callable[[str], str]] = {"selfies": from_selfies, "smiles": str}
 
 
 @contextmanager
@@ -193,11 +193,12 @@ def facts_of(mol: Any) -> list[float]:
 
     Crippen's logP, the numbers of rings and of aromatic rings, and 1 or 0 for whether it has each of the ELEMENTS.
     """
-    from rdkit.Chem import Crippen, rdMolDescriptors
+    from rdkit.Chem import rdMolDescriptors
 
     elements = {atom.GetSymbol() for atom in mol.GetAtoms()}
     rings = rdMolDescriptors.CalcNumRings(mol), rdMolDescriptors.CalcNumAromaticRings(mol)
-    return [Crippen.MolLogP(mol), *map(float, rings), *(float(element in elements) for element in ELEMENTS)]
+    logp, _ = rdMolDescriptors.CalcCrippenDescriptors(mol)
+    return [logp, *map(float, rings), *(float(element in elements) for element in ELEMENTS)]
 
 
 def describe(facts: Sequence[float]) -> str:

@@ -74,7 +74,7 @@ class Judge(nn.Module):
             return (self.penultimate(images) - self.mean) / self.std
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return the first head's logits of standardised features (B, num_features), without a pass over the samples."""
+        """Return the first head's logits of standardised features (B, num_features), without a pass over samples."""
         return self.classify_all(features)[next(iter(self.heads))]
 
     def classify_all(self, features: Tensor) -> dict[str, Tensor]:

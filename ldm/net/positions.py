@@ -20,6 +20,11 @@ def sincos(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") ->
     return torch.cat([part for side in reversed(angles) for part in (side.sin(), side.cos())], dim=1)
 
 
+def unordered(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return zeros (N, dim): without positions tokens are a set, such as the atoms of a molecule."""
+    return torch.zeros(math.prod(grid), dim, device=device)
+
+
 def rope(grid: Sequence[int], dim: int, device: torch.device | str = "cpu", theta: float = 10_000.0) -> Rotate:
     """Return the rotation of (B, heads, N, dim): a part of dim by each coordinate, the first side's part first.
 
@@ -35,11 +40,6 @@ def rope(grid: Sequence[int], dim: int, device: torch.device | str = "cpu", thet
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
     return rotate
-
-
-def no_positions(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return zeros (N, dim): tokens without an order, such as atoms."""
-    return torch.zeros(math.prod(grid), dim, device=device)
 
 
 def coordinate_angles(

@@ -7,7 +7,7 @@ from helpers import randomize_weights
 
 from ldm.condition import Condition
 from ldm.net.dit import DiT
-from ldm.net.positions import no_positions, rope, sincos
+from ldm.net.positions import rope, sincos, unordered
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5), (1, 2)])
@@ -93,7 +93,7 @@ def test_dit_without_positions_permutes_with_its_tokens():
     """A network for sets: moving the atoms moves its output with them, which positions prevent."""
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
     x, t = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.rand(2).double()
-    for positions, equal in ((no_positions, True), (sincos, False)):
+    for positions, equal in ((unordered, True), (sincos, False)):
         net = randomize_weights(DiT(5, 5, patch_size=[1], channels=16, depth=2, num_heads=2, positions=positions))
         net.double()
         moved = net(x[..., order], t, Condition())
