@@ -121,15 +121,16 @@ ALONE = (
 
 
 BY_CALLER = {  # target -> parameters with a default that the code which calls a `_partial_` node passes
-    "ldm.autoencoder.discriminator.PatchDiscriminator": ("channels",),
+    "ldm.autoencoder.discriminator.PatchDiscriminator": ("channels", "dims"),
     "ldm.evaluation.evaluate.EvaluationConfig": ("precision",),  # the trainer's
     "ldm.metrics.paired.Reconstruction": ("device", "net", "reference"),
+    "ldm.net.blocks.Downsample": ("dims", "padding_mode"),
     "ldm.training.fit.fit": ("seed", "start"),
-    **dict.fromkeys(("ldm.net.positions.rope", "ldm.net.positions.sincos"), ("device",)),
+    **dict.fromkeys((f"ldm.net.positions.{name}" for name in ("rope", "sincos", "unordered")), ("device",)),
     **dict.fromkeys(("ldm.net.attention.sdpa", "ldm.net.attention.softmax_attention"), ("mask",)),
     **{f"ldm.diffusion.variance.{name}": ("floor",) for name in ("fixed_small", "fixed_large", "learned_range")},
     **{
-        f"ldm.net.attention.{name}": ("attend", "context_dim", "depth", "groups")
+        f"ldm.net.attention.{name}": ("attend", "context_dim", "depth", "dims", "groups")
         for name in ("SpatialTransformer", "QKVAttention")
     },
 }

@@ -135,7 +135,8 @@ WRONG = [
     ),
     (
         {**SOUND, "autoencoder": IDENTITY},
-        "net: ldm.net.unet.UNet takes samples with 2 sides besides the channels, these are of shape (2, 64); set net.dims=1",
+        "net: ldm.net.unet.UNet takes samples with 2 sides besides the channels, these are of shape (2, 64); "
+        "set net.dims=1",
     ),
     (
         {"net": {"_target_": "our_paper.ops.Doubled"}},

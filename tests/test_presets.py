@@ -1,5 +1,7 @@
 """Every preset composes, passes the strict check, and has the number of parameters that its paper prints."""
 
+import csv
+import hashlib
 import re
 from functools import cache
 
@@ -15,10 +17,13 @@ from ldm.config import build
 from ldm.config.overrides import ConfigSearchPath
 from ldm.config.validate import validate
 from ldm.plan import flops
-from ldm.plan.data_info import DataInfo
+from ldm.plan.data_info import card_of
 from ldm.plan.placeholders import placeholder_batch, stub_text_encoders, use_random_weights
 from ldm.plan.table import counts_match
 
+# by preset and part: sha256 of the names and shapes of its weights, each file's format
+with (ROOT / "tests/state_dicts.csv").open() as file:
+    STATE_DICTS = {(row["preset"], row["part"]): row["sha256"] for row in csv.DictReader(file)}
 PRESETS = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["preset"]
 MISSING = {
     "sdxl": "no conditioner yet joins two text encoders along their channels: 2,567,463,684",
@@ -46,6 +51,12 @@ def composed(preset: str, *typed: str):
     return bare
 
 
+def hash_shapes(part: torch.nn.Module) -> str:
+    """Hash the names and shapes of a part's weights, in their order."""
+    lines = [f"{name} {tuple(value.shape)}" for name, value in part.state_dict().items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
 ALIKE = re.compile(
     "ablation_.*|ldm4_(bedrooms|celebahq)256|dit_[bl]2|small|base"
 )  # others of their kind are in the quick suite
@@ -59,8 +70,7 @@ def test_preset_has_published_parameter_count(preset):
         pytest.skip(MISSING[preset])
     cfg = composed(preset).copy()
     said = cfg.paper
-    size = cfg.data.get("size", 32)
-    card = DataInfo(said.data, range(said.classes), (said.channels, size, size), said.images, 1)
+    card = card_of(cfg, {"size": 32, **OmegaConf.to_container(said)})
     use_random_weights(cfg.conditioner)
     with flops.meta_device():
         autoencoder = build.build_autoencoder(cfg.autoencoder, card.shape[0])
@@ -70,6 +80,8 @@ def test_preset_has_published_parameter_count(preset):
             parts["classifier"] = instantiate(cfg.training.net)(
                 in_channels=card.shape[0], classes=said.classes, size=card.shape[1:]
             )
+        for name, part in {**parts, "first stage": autoencoder}.items():
+            assert hash_shapes(part) == STATE_DICTS[preset, name], f"weights of the {name} have other names or shapes"
         stub_text_encoders(conditioner)
         told = conditioner.eval()(placeholder_batch(2, card, conditioner))  # a plan can make a batch for it
     assert (told.context is None) == (conditioner.context_dim is None)

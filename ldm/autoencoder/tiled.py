@@ -1,8 +1,8 @@
 """A first stage that processes large images tile by tile, with the memory of one tile."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def tiled(
     for corner, part in parts:
         where = region(corner, [side // scale for side, scale in zip(part.shape[2:], up, strict=True)], up)
         ramps = [ramp(side, overlap * scale, part) for side, scale in zip(part.shape[2:], up, strict=True)]
-        weight = math.prod(torch.meshgrid(*ramps, indexing="ij"))
+        weight = reduce(torch.mul, torch.meshgrid(*ramps, indexing="ij"))
         total[where] += weight * part
         weights[where] += weight
     return total / weights

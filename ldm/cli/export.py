@@ -23,12 +23,37 @@ from ldm.adapter import lora
 from ldm.checkpoint.external import open_pipeline, text_tower
 from ldm.cli.errors import run_guarded
 from ldm.config import build
+from ldm.config.tree import flatten
 from ldm.errors import UserError
 from ldm.interop.pipeline import Pipeline
 from ldm.interop.text import NOT_TEXT
 from ldm.runs.folder import is_external
 
 REQUIRED_KEYS, KEYS = ("run", "to", "out"), ("run", "to", "out", "weights", "config")
+
+
+# to=diffusers and compvis: what their networks of images have no counterpart for -> the value that they have
+PLAIN = {
+    "net.concat_vector": False,
+    "net.block.twice": False,
+    "net.downsample.stride": 2,
+    "net.padding_mode": "zeros",
+    "autoencoder.encoder.padding_mode": "zeros",
+    "autoencoder.decoder.padding_mode": "zeros",
+}
+
+
+def require_image_model(pipeline: "Pipeline", to: str) -> None:
+    """Raise UserError for a model of samples other than images, and for options that other projects do not have."""
+    shape, factor = pipeline.data["shape"], pipeline.config["autoencoder"].get("factor", 1)
+    if len(shape) != 3:
+        raise UserError(f"to={to} writes models of images, this one is of samples {tuple(shape)}; use to=safetensors")
+    if not isinstance(factor, int):
+        raise UserError(f"autoencoder.factor={list(factor)}: to={to} expects one number for both sides of an image")
+    options = flatten(pipeline.config)
+    for path, expected in PLAIN.items():
+        if options.get(path, expected) != expected:
+            raise UserError(f"{path}={options[path]}: to={to} expects {expected}; use to=safetensors")
 
 
 def export_diffusers(pipeline: "Pipeline", out: Path) -> None:
@@ -85,6 +110,10 @@ def export_peft(run: str, weights: str, out: Path) -> None:
     from ldm.interop.adapters import export_lora
 
     config, net, trained = load_adapter_state(run, weights, "lora.LoRA")
+    if strange := [name for name, value in trained.items() if name.endswith(".down") and value.ndim not in (2, 4)]:
+        raise UserError(
+            f"run={run} corrects {strange[0]}, which is no layer of a network of images; to=peft expects one"
+        )
     scaling = lora.LoRA(**{name: value for name, value in config.items() if not name.startswith("_")}).scaling
     factors = {name: scaling * value if name.endswith(".up") else value for name, value in trained.items()}
     write_safetensors(out, export_lora(factors, lora.base_state_dict(net)))
@@ -180,7 +209,10 @@ def export(argv: Sequence[str]) -> None:
     if arguments["to"] in ADAPTER_FORMATS:
         ADAPTER_FORMATS[arguments["to"]](arguments["run"], weights, out)
     else:
-        PIPELINE_FORMATS[arguments["to"]](run_to_pipeline(arguments["run"], weights, arguments.get("config")), out)
+        pipeline = run_to_pipeline(arguments["run"], weights, arguments.get("config"))
+        if arguments["to"] != "safetensors":
+            require_image_model(pipeline, arguments["to"])
+        PIPELINE_FORMATS[arguments["to"]](pipeline, out)
     print(f"{arguments['run']} as {arguments['to']} in {arguments['out']}")
 
 

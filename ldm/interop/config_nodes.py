@@ -9,7 +9,13 @@ SDPA: Node = {"_target_": "ldm.net.attention.sdpa", "_partial_": True}
 
 def transformer(conv: bool) -> Node:
     """Return the block of a U-Net with cross-attention; conv: 1x1 convolutions (SD 1) as projections, not linear."""
-    return {"_target_": "ldm.net.attention.SpatialTransformer", "_partial_": True, "conv": conv, "eps": 1e-6}
+    return {
+        "_target_": "ldm.net.attention.SpatialTransformer",
+        "_partial_": True,
+        "conv": conv,
+        "eps": 1e-6,
+        "twice": False,
+    }
 
 
 def qkv(new_order: bool) -> Node:
@@ -54,6 +60,7 @@ def unet(
         "vector_embedding": {"_target_": "ldm.net.blocks.mlp", "_partial_": True},
         "attention_fn": SDPA,
         "gradient_checkpointing": False,
+        "concat_vector": False,
         "dims": 2,
         "padding_mode": "zeros",
     }

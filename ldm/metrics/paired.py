@@ -72,10 +72,11 @@ class Reconstruction:
 
     def compute(self) -> dict[str, float]:
         """Return {key: number} over all processes. Raises ConfigError without images."""
-        numbers = {name: mean.compute().item() for name, mean in self.means.items()}
+        numbers = {
+            name: mean.compute().item() for name, mean in self.means.items() if mean.update_called or name == "psnr"
+        }
         if math.isnan(numbers["psnr"]):  # 0 / 0
             raise ConfigError("no image was compared with its original: expected at least one; raise num")
-        numbers = {name: value for name, value in numbers.items() if not math.isnan(value)}  # of what there is
         return numbers | (
             {f"r{key}": value for key, value in self.score.compute().items() if key != "n"} if self.score else {}
         )

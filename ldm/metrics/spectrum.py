@@ -1,6 +1,6 @@
 """Radially averaged power spectra of images, and how much of the fine structure a reconstruction retains."""
 
-import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ def radial_power_spectrum(image: Tensor) -> Tensor:
     image = image.to(torch.promote_types(image.dtype, torch.float32))
     options = {"dtype": image.dtype, "device": image.device}
     axes = tuple(range(-len(sides), 0))
-    window = math.prod(torch.meshgrid(*(torch.hann_window(n, **options) for n in sides), indexing="ij"))  # type: ignore[call-overload]
+    windows = torch.meshgrid(*(torch.hann_window(n, **options) for n in sides), indexing="ij")  # type: ignore[call-overload]
+    window = reduce(torch.mul, windows)
     power = torch.fft.fftn((image - image.mean(axes, keepdim=True)) * window, dim=axes).abs().square()
     power = power.mean(1) / window.square().sum()  # (B, H, W)
     frequencies = torch.meshgrid(*(torch.fft.fftfreq(n, **options) for n in sides), indexing="ij")  # type: ignore[call-overload]
-    ring = (sum(f.square() for f in frequencies).sqrt() * min(sides)).round().long().flatten()
+    ring = (reduce(torch.add, [f.square() for f in frequencies]).sqrt() * min(sides)).round().long().flatten()
     counts = ring.bincount()
     return power.new_zeros(len(image), len(counts)).index_add(1, ring, power.flatten(1)) / counts
 

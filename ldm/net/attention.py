@@ -129,19 +129,33 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention, cross-attention (with a context_dim) and feed-forward on x (B, N, C) (LDM tab. 16)."""
+    """Pre-norm self-attention, cross-attention (with a context_dim) and feed-forward on x (B, N, C) (LDM tab. 16).
 
-    def __init__(self, channels: int, heads: int, context_dim: int | None = None, attend: AttentionFn = sdpa):
+    twice: without a context_dim, a second self-attention is in the place of the cross-attention.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int | None = None,
+        attend: AttentionFn = sdpa,
+        twice: bool = False,
+    ):
         super().__init__()
+        is_double = twice and not context_dim
         self.norm1, self.self_attention = nn.LayerNorm(channels), SelfAttention(channels, heads, attend)
-        self.norm2 = nn.LayerNorm(channels) if context_dim else None
+        self.norm2 = nn.LayerNorm(channels) if context_dim or is_double else None
         self.cross_attention = CrossAttention(channels, context_dim, heads, attend) if context_dim else None
+        self.second_attention = SelfAttention(channels, heads, attend) if is_double else None
         self.norm3, self.feed_forward = nn.LayerNorm(channels), FeedForward(channels)
 
     def forward(self, x: Tensor, memory: KeyValue | None = None, mask: Tensor | None = None) -> Tensor:
         x = x + self.self_attention(self.norm1(x))
         if self.cross_attention is not None and self.norm2 is not None and memory is not None:
             x = x + self.cross_attention(self.norm2(x), memory, mask)
+        if self.second_attention is not None and self.norm2 is not None:
+            x = x + self.second_attention(self.norm2(x))
         return x + self.feed_forward(self.norm3(x))
 
 
@@ -149,6 +163,7 @@ class SpatialTransformer(nn.Module):
     """`depth` transformer blocks over a feature map (B, C, ...), a token per position, added to it (LDM app. E.2.1).
 
     conv: store the projections as 1x1 convolutions (SD 1), not as linear layers (SD 2, SDXL); they compute the same.
+    twice: without a context_dim, each block has a second self-attention, as CompVis' code and AudioLDM's models do.
     dims: sides of the map.
     """
 
@@ -162,12 +177,13 @@ class SpatialTransformer(nn.Module):
         groups: int = 32,
         conv: bool = False,
         eps: float = 1e-6,
+        twice: bool = False,
         dims: int = 2,
     ):
         super().__init__()
         self.norm, self.conv = norm(channels, groups, eps), conv
         self.proj_in = CONV[dims](channels, channels, 1) if conv else nn.Linear(channels, channels)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, attend) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, attend, twice) for _ in range(depth))
         self.proj_out = zero_module(CONV[dims](channels, channels, 1) if conv else nn.Linear(channels, channels))
 
     def memory(self, context: Tensor) -> tuple[KeyValue, ...]:

@@ -16,7 +16,7 @@ from ldm.errors import ConfigError
 from ldm.tensors import POOL, expand, one_for_each
 
 # by the number of sides of a feature map
-CONV: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 PaddingMode = Literal["zeros", "circular"]  # beyond the border: zeros, or the opposite border (data on a ring, a torus)
 MIN_POSITIONS_FLOAT32_NORM = 256  # on smaller maps torch's bfloat16 kernel is faster
@@ -37,7 +37,7 @@ def maybe_checkpoint(module: nn.Module, *args: Any, keep: bool = True) -> Tensor
 
 def conv(
     channels: int, out_channels: int, size: int = 3, stride: Any = 1, dims: int = 2, padding_mode: PaddingMode = "zeros"
-) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+) -> Any:
     """Build a convolution over `dims` sides with `size` taps a side, an odd number, padded to keep every side.
 
     stride: every how many positions, one number or one for each side.
@@ -230,11 +230,10 @@ class Downsample(nn.Module):
         super().__init__()
         self.asymmetric, self.padding_mode = asymmetric, padding_mode
         self.strides = one_for_each(stride, dims, "stride")
-        strides: Any = self.strides
         self.conv = (
-            CONV[dims](channels, channels, 3, strides)
+            CONV[dims](channels, channels, 3, self.strides)
             if asymmetric
-            else conv(channels, channels, 3, strides, dims, padding_mode)
+            else conv(channels, channels, 3, self.strides, dims, padding_mode)
         )
 
     def forward(self, x: Tensor, emb: Tensor | None = None, size: Size | None = None) -> Tensor:

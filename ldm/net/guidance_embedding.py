@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 from ldm.net.blocks import mlp, timestep_embedding, zero_module
 
 
@@ -16,6 +17,7 @@ class GuidanceEmbedding(nn.Module):
 
     net: constructor of the network, called with the keywords in_channels to concat_channels.
     width: number of frequencies in the scale's embedding.
+    Raises ConfigError for a network with concat_vector.
     """
 
     net: Any  # a network with embed and memory
@@ -37,6 +39,8 @@ class GuidanceEmbedding(nn.Module):
             "concat_channels": concat_channels,
         }
         self.net = net(in_channels=in_channels, out_channels=out_channels, **sizes)
+        if getattr(self.net, "concat_vector", False):
+            raise ConfigError("net.concat_vector=true: the scale is added to the time embedding; expected false")
         self.width = width
         self.scale = mlp(width, self.net.time[-1].out_features)
         zero_module(self.scale[-1])

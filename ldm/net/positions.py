@@ -1,5 +1,6 @@
 """Positions of tokens on a grid of one or more sides: fixed embeddings to add, and rotations of queries and keys."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,11 @@ def sincos(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") ->
     """
     angles = coordinate_angles(grid, dim, device)
     return torch.cat([part for side in reversed(angles) for part in (side.sin(), side.cos())], dim=1)
+
+
+def unordered(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return zeros (N, dim): without positions tokens are a set, such as the atoms of a molecule."""
+    return torch.zeros(math.prod(grid), dim, device=device)
 
 
 def rope(grid: Sequence[int], dim: int, device: torch.device | str = "cpu", theta: float = 10_000.0) -> Rotate:

@@ -134,7 +134,7 @@ class UNetBlockConfig:
             return self.residual(width, width, upsample)
         return Upsample(width, dims=self.dims, padding_mode=self.padding_mode)
 
-    def conv(self, inputs: int, outputs: int) -> nn.Module:
+    def conv(self, inputs: int, outputs: int) -> Any:
         return conv(inputs, outputs, dims=self.dims, padding_mode=self.padding_mode)
 
     def residual(self, inputs: int, width: int, resize: Resize | None = None) -> ResBlock:
@@ -190,16 +190,18 @@ class UNetEncoder(nn.Module):
         vector_embedding: Callable[[int, int], nn.Module] = mlp,
         time_embedding: Callable[[Tensor, int], Tensor] = timestep_embedding,
         gradient_checkpointing: bool = False,
+        concat_vector: bool = False,
     ):
         super().__init__()
+        self.concat_vector = concat_vector
         self.channels, self.context_dim, self.sinusoid, self.checkpoint = (
             channels,
             config.context_dim,
             time_embedding,
             gradient_checkpointing,
         )
-        self.time = mlp(channels, config.emb_dim)
-        self.vector = vector_embedding(vector_dim, config.emb_dim) if vector_dim else None
+        self.time = mlp(channels, 4 * channels)
+        self.vector = vector_embedding(vector_dim, 4 * channels) if vector_dim else None
         self.stem = config.conv(in_channels, channels)
         self.down = nn.ModuleList()
         width, self.skip_widths = channels, [channels]
@@ -214,9 +216,12 @@ class UNetEncoder(nn.Module):
         self.middle2 = config.layer(width, width, 0)
 
     def embed(self, t: Tensor, cond: Condition) -> Tensor:
-        """Embed the network's time t (B,) and cond.vector: (B, 4*channels)."""
+        """Embed the network's time t (B,) and cond.vector: (B, 4*channels), or twice as many with concat_vector."""
         emb = self.time(self.sinusoid(t, self.channels).to(self.stem.weight.dtype))
-        return emb if self.vector is None else emb + self.vector(cond.vector)
+        if self.vector is None:
+            return emb
+        vector = self.vector(cond.vector)
+        return torch.cat([emb, vector], dim=1) if self.concat_vector else emb + vector
 
     def memory(self, cond: Condition) -> CrossAttentionCache | None:
         """Compute keys and values of cond.context for every attention, once per prompt; None without a context.
@@ -258,7 +263,8 @@ class UNet(UNetEncoder):
     block: constructor of the attention, SpatialTransformer or QKVAttention with their options.
     downsample: constructor of the layer that halves a level without resblock_updown; with stride=[1, 2, 2] a clip's
     frames stay as many.
-    time_embedding: embeds t.  vector_embedding: maps cond.vector to the time embedding.
+    time_embedding: embeds t.  vector_embedding: maps cond.vector to the time embedding's width.
+    concat_vector: the two are concatenated (AudioLDM), not added.
     gradient_checkpointing: recompute activations in the backward pass.
     residuals: a tensor for each skip, first to last, and one for the middle, added to them (ControlNet).
     Raises ConfigError for num_heads or num_head_channels that do not divide, or depths of another number than levels.
@@ -296,9 +302,11 @@ class UNet(UNetEncoder):
         gradient_checkpointing: bool = False,
         dims: int = 2,
         padding_mode: PaddingMode = "zeros",
+        concat_vector: bool = False,
     ):
+        is_concatenated = concat_vector and bool(vector_dim)
         config = UNetBlockConfig(
-            4 * channels,
+            8 * channels if is_concatenated else 4 * channels,
             context_dim,
             num_heads,
             num_head_channels,
@@ -325,6 +333,7 @@ class UNet(UNetEncoder):
             vector_embedding,
             time_embedding,
             gradient_checkpointing,
+            is_concatenated,
         )
         width, skips = self.skip_widths[-1], list(self.skip_widths)
         # registered after the middle: `memory` visits the modules in the order of the forward pass

@@ -20,13 +20,20 @@ class DataInfo:
 
 
 def card_of(cfg: Any, published: Mapping[str, Any] | None) -> DataInfo:
-    """Return the metadata in `published` (of a preset), or of the config's data set if that is None."""
+    """Return the metadata in `published` (of a preset), or of the config's data set if that is None.
+
+    The preset's `shape` is that of samples other than images, whose size is the config's.
+    """
     if published is not None:
         classes = [str(i) for i in range(published["classes"])]
+        shape = published.get("shape") or (
+            published["channels"],
+            *parse_size(cfg.data.get("size") or published["size"]),
+        )
         return DataInfo(
             published["data"],
             classes,
-            (published["channels"], *parse_size(cfg.data.get("size") or published["size"])),
+            tuple(shape),
             published["images"],
             1 + bool(cfg.data.flip),
             published["images"],  # one each

@@ -16,7 +16,9 @@ from ldm.compat import TorchDispatchMode, run_backward, tree_leaves, tree_map
 
 # Functions that autocast runs in low precision.
 LOW = (
+    torch.conv1d,
     torch.conv2d,
+    torch.conv3d,
     F.linear,
     torch.matmul,
     Tensor.matmul,
