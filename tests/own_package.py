@@ -189,8 +189,9 @@ class Waves:
     classes = captions = ()
     flip = False
 
-    def __init__(self, split, num=20, shape=(2, 24, 40)):
+    def __init__(self, split, num=20, shape=(2, 24, 40), medium="image"):
         self.shape, self.num, self.fingerprint = tuple(shape), num, f"waves-{split}-{num}-{list(shape)}"
+        self.medium, self.rate = medium, 12.5 if medium == "clip" else None
         self.phase = 0.0 if split == "train" else 0.5
 
     def __len__(self):
@@ -414,7 +415,7 @@ decoder: {_target_: our_paper.load.Decoder, z_channels: "${..z_channels}", facto
 """,
     "conditioner/tokens": "_target_: our_paper.open.Tokens\ndim: 8\n",
     "data/stripes": "_target_: our_paper.classes.Stripes\nnum: 40\nsize: 32\nseed: 0\nflip: false\n",
-    "data/waves": "_target_: our_paper.fields.Waves\nnum: 20\nshape: [2, 24, 40]\n",
+    "data/waves": "_target_: our_paper.fields.Waves\nnum: 20\nshape: [2, 24, 40]\nmedium: image\n",
     "net/local": "_target_: our_paper.fields.Local\nsides: 1\nwidth: 8\n",
     "objective/absolute": "_target_: our_paper.compile.Absolute\n",
     "metrics/spread": "defaults: [fd, _self_]\nmetrics: {spread: {_target_: our_paper.hub.Spread, _partial_: true}}\n",

@@ -11,7 +11,9 @@ from helpers import assert_one_line_error
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from own_package import CONF, FILES, write_package
+from PIL import Image, ImageSequence
 from smoke import ROOT, command, composed, here
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.app.session import Session
 from ldm.checkpoint.load import load_model, load_run_config
@@ -398,7 +400,7 @@ def test_samples_of_any_shape_train_resume_and_sample(conf, shape, tmp_path, cap
         small = (f"run={folder}", "steps=3", "output_dir=drawn")
         assert command("sample.py", *small, "num=3", "batch_size=2") == 0
         (line,) = (line for line in capfd.readouterr().out.splitlines() if "samples.npz" in line)
-        assert line == f"{fault} of 1 or 3 or 4 channels: they are written to samples.npz, not as PNG files"
+        assert line == f"{fault} of 1 or 3 or 4 channels: they are written to samples.npz"
         assert not [*Path().rglob("*.png")]
         with np.load("drawn/samples.npz") as file:
             samples = torch.from_numpy(file["samples"])
@@ -417,5 +419,58 @@ def test_samples_of_any_shape_train_resume_and_sample(conf, shape, tmp_path, cap
             (("prompt=a",), "prompt=a: this model has no text condition; expected no prompt"),
         ):
             assert_one_line_error(capfd, line, "sample.py", *small, *more)
-        with pytest.raises(UserError, match=r"are no images of .* channels, and the page shows images; sample\.py"):
+        with pytest.raises(UserError, match=r"are no images of .* channels, which the page cannot show; sample\.py"):
             Session.open(str(folder))
+
+
+@pytest.mark.slow
+def test_samples_of_a_medium_are_written_logged_and_made_again(conf, tmp_path, capfd):
+    typed = (
+        *("--config-dir", str(conf), "budget=smoke", "data=waves", "data.shape=[1,4,6,10]", "data.medium=clip"),
+        *("conditioner=none", "metrics=none", "net=local", "net.sides=3", "autoencoder=identity"),
+        *("training.latents=online", "training.steps=4", "training.sample_every=2", "logger=tensorboard"),
+    )
+    with here(tmp_path):
+        assert command("train.py", *typed) == 0
+        (folder,) = Path("runs").iterdir()
+        card = json.loads((folder / "data.json").read_text())
+        assert (card["medium"], card["rate"]) == ("clip", 12.5)
+        assert (folder / "grids" / "step-000002.png").is_file()
+        written = {file.relative_to(folder).as_posix() for file in (folder / "players").rglob("*.*")}
+        some = [f"{i:03d}.{ending}" for i in (0, 3, 6, 9) for ending in ("gif", "mp4", "png")]
+        assert written == {
+            f"players/{name}/{file}" for name in ("step-000002", "step-000004", "samples") for file in some
+        }
+        events = EventAccumulator(str(folder / "tensorboard")).Reload()
+        assert [one.step for one in events.Images("players/3/gif")] == [2, 4, 4]
+        small = (f"run={folder}", "steps=3", "output_dir=drawn")
+        assert command("sample.py", *small, "num=3", "batch_size=2") == 0
+        names = sorted(file.name for file in Path("drawn").iterdir())
+        clips = [f"00000{i}.{ending}" for i in range(3) for ending in ("gif", "mp4", "png")]
+        assert names == [*clips, "grid.png", "metrics.json"]
+        with Image.open("drawn/000001.png") as picture:
+            assert (picture.text["seed"], picture.text["rate"]) == ("1", "12.5")
+        for file in (Path("drawn/000001.gif"), folder / "players" / "samples" / "000.gif"):
+            with Image.open(file) as gif:
+                assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == 320
+        assert command("sample.py", "reproduce=drawn/000001.mp4") == 0
+        assert "drawn/000001.mp4: made again, bit for bit the same" in capfd.readouterr().out
+        assert (Path("drawn") / "000001-again" / "000001.mp4").is_file()
+        for save, files in (
+            ("npz", ["grid.png", "metrics.json", "samples.npz"]),
+            ("grid", ["grid.png", "metrics.json"]),
+        ):
+            assert command("sample.py", *small[:2], f"output_dir={save}", f"save={save}", "num=3") == 0
+            assert sorted(file.name for file in Path(save).iterdir()) == files
+        with np.load("npz/samples.npz") as file:
+            assert file["samples"].shape == (3, 1, 4, 6, 10)
+            assert file["samples"].dtype == np.float32
+        assert command("sample.py", *small[:2], "output_dir=typed", "medium=field", "num=2") == 0
+        assert not [*Path("typed").rglob("*.png")]  # no fields: they have three sides
+        fault = "samples of shape (1, 4, 6, 10) are no fields (C, L) or (C, H, W): they are written to samples.npz"
+        assert fault in capfd.readouterr().out
+        unknown = "medium=scope: expected clip, field, image"
+        assert_one_line_error(capfd, unknown, "sample.py", *small, "medium=scope")
+        assert_one_line_error(capfd, unknown, "train.py", *typed, "data.medium=scope", "name=b")
+        (folder / "data.json").write_text(json.dumps({**card, "medium": "shutil.which"}))
+        assert_one_line_error(capfd, "medium=shutil.which is refused: data that come with a file", "sample.py", *small)

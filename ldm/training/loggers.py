@@ -105,8 +105,14 @@ class WandB:
                 ".wav": lambda file: wandb.Audio(file),
                 ".smi": lambda file: wandb.Molecule.from_smiles(read_smiles(Path(file))),
             }
-            if path.suffix in types:
-                run.log({name: types[path.suffix](str(path))}, step=step)
+            if path.suffix not in types:
+                return
+            try:
+                value = types[path.suffix](str(path))
+            except Exception as error:  # a drawn molecule that has no structure in space, or none at all
+                print(f"W&B is not sent {path}: {first_line(error)}")
+            else:
+                run.log({name: value}, step=step)
 
         self._send(send)
 
@@ -302,8 +308,8 @@ class TensorBoard:
 
 
 def read_smiles(path: Path) -> str:
-    """Return the SMILES of a .smi file: the first word, which a name may follow."""
-    return path.read_text(encoding="utf-8").split(maxsplit=1)[0]
+    """Return the SMILES of a .smi file: the first word, which a name may follow; "" if there is none."""
+    return next(iter(path.read_text(encoding="utf-8").split()), "")
 
 
 def require_package(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import sys
 from fractions import Fraction
 
 import av
@@ -103,6 +104,22 @@ def test_clip_writes_mp4_gif_and_a_contact_sheet_with_the_record(tmp_path):
     assert times[-1] == pytest.approx(15 / 16, abs=2e-3)
     with Image.open(written[1]) as gif:
         assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == 1000
+
+
+def test_clip_of_one_frame_and_one_pixel_is_written(tmp_path):
+    mp4, gif, _ = clip.write(tmp_path / "a", torch.ones(1, 1, 1, 1), {})
+    frames, _ = decode_mp4(mp4.read_bytes())
+    assert frames.shape == (1, 3, 2, 2)
+    assert frames.min() > 250
+    with Image.open(gif) as picture:
+        assert (picture.size, picture.n_frames) == ((1, 1), 1)
+
+
+def test_clip_without_its_package_is_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "ldm.media.clip")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"^medium=clip needs the package av: pip install -e '\.\[video\]'$"):
+        load_medium("clip")
 
 
 def test_contact_sheet_has_a_row_for_each_clip_from_its_first_frame_to_its_last():

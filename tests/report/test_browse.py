@@ -2,10 +2,12 @@
 
 import json
 import re
+from base64 import b64encode
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from tiny_media import chain_molecule, grey_clip, row_sound
 
 from ldm.cli.errors import run_guarded
 from ldm.errors import UserError
@@ -86,6 +88,30 @@ def test_page_needs_no_network(tmp_path):
                 attrs,
             )
     assert "default-src 'none'" in text
+
+
+def play(folder, step="step-4"):
+    """Add the files of a clip, a sound and a molecule that a training writes beside its grids."""
+    sample = torch.linspace(-1, 1, 1024).reshape(1, 32, 32)
+    for i, medium in enumerate((grey_clip, row_sound, chain_molecule)):
+        medium.write(folder / "players" / step / f"00{i}", sample, {"rate": "8"})
+    return folder
+
+
+def test_page_embeds_sounds_clips_and_molecules_of_the_last_grid(tmp_path):
+    run = play(play(make(tmp_path / "a"), "step-2"), "step-4")
+    page = render_page([read_run(run)])
+    found = Parsed(page)
+    for tag, file, kind in (("video", "000.mp4", "video/mp4"), ("audio", "001.wav", "audio/wav")):
+        (player,) = found.all(tag)  # of the last step only
+        data = b64encode((run / "players" / "step-4" / file).read_bytes()).decode()
+        assert player["src"] == f"data:{kind};base64,{data}"
+    assert "CCCCCCO 002" in found.words
+    assert len(found.all("img")) == 2 + 3  # two grids, three pictures of samples
+    assert "media-src data:" in page
+    play(run, "samples")
+    (run / "players" / "samples" / "001.wav").unlink()
+    assert not Parsed(render_page([read_run(run)])).all("audio")  # the final samples come after every step
 
 
 def test_page_escapes_text_of_runs(tmp_path):

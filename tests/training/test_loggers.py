@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb_file
 from PIL import Image
+from tiny_media import chain_molecule, grey_clip, row_sound
 
 from ldm.errors import UserError
 from ldm.io import images
 from ldm.runs.metrics_log import MetricsLog
 from ldm.training.loggers import Logger, NoLogger, TensorBoard, Trackio, WandB, has_wandb_key
 
+KINDS = {"mp4": "trackio.video", "gif": "", "wav": "trackio.audio", "smi": "trackio.markdown", "png": "trackio.image"}
 CONFIG, CHOICES = {"seed": 3, "net": {"channels": 16}}, {"schedule": "cosine"}
 
 
@@ -178,6 +181,34 @@ def test_tensorboard_has_scalars_images_and_text(tmp_path):
     assert "fd|n" in found.Tensors("scores/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
+def media(folder):
+    """Files of a clip, a sound and a molecule of tests/tiny_media: suffix -> path."""
+    sample = torch.linspace(-1, 1, 256).reshape(1, 16, 16)
+    written = [
+        path
+        for medium in (grey_clip, row_sound, chain_molecule)
+        for path in medium.write(folder / medium.__name__.rpartition(".")[2], sample, {"rate": "4"})
+    ]
+    return {path.suffix: path for path in written}
+
+
+def test_tensorboard_has_files_of_media_as_they_are(tmp_path):
+    logger, files = TensorBoard(), media(tmp_path)
+    logger.start(tmp_path, CONFIG, CHOICES)
+    for suffix, path in files.items():
+        logger.log_file(3, f"players/0/{suffix[1:]}", path)
+    logger.close()
+    found = events(tmp_path)
+    (clip,), (sound,) = found.Images("players/0/gif"), found.Audio("players/0/wav")
+    assert (clip.step, clip.width, clip.height) == (3, 8, 8)
+    assert clip.encoded_image_string == files[".gif"].read_bytes()
+    assert (sound.step, sound.sample_rate, sound.length_frames) == (3, 4000, 256)
+    assert sound.encoded_audio_string == files[".wav"].read_bytes()
+    words = found.Tensors("players/0/smi/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert words == "`CCCCCCO`"
+    assert "players/0/mp4" not in {name for names in found.Tags().values() if names is not True for name in names or ()}
+
+
 def test_tensorboard_purges_steps_after_resume(tmp_path):
     for value, resume in ((0.5, 0), (0.75, 2)):
         journal, logger = MetricsLog(tmp_path / "metrics.jsonl", resume), TensorBoard()
@@ -228,6 +259,7 @@ def test_trackio_has_run_once_after_resume_and_asks_no_network(storage, monkeypa
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # Trackio would ask the hub whose it is
     folder.mkdir()
     images.save_png(folder / "grid.png", torch.full((1, 4, 4), 7, dtype=torch.uint8))
+    files = media(tmp_path)
     for resume, until in ((0, 4), (2, 5)):
         journal, logger = MetricsLog(folder / "metrics.jsonl", resume), Trackio("mine", "study")
         logger.start(folder, CONFIG, CHOICES)
@@ -236,6 +268,8 @@ def test_trackio_has_run_once_after_resume_and_asks_no_network(storage, monkeypa
             if (resume, step) != (0, 2):  # a killed process leaves rows that its thread has not written
                 logger.log_metrics(step, {"train/loss": 1 / step})
         logger.log_file(4, "grids/step-4", folder / "grid.png")
+        for suffix, path in files.items():
+            logger.log_file(4, f"players/0/{suffix[1:]}", path)
         journal.close()
         logger.close()
     logger.start(folder, CONFIG, CHOICES)
@@ -255,6 +289,8 @@ def test_trackio_has_run_once_after_resume_and_asks_no_network(storage, monkeypa
     assert step == 4
     with Image.open(tmp_path / "trackio" / "media" / image["file_path"]) as stored:
         assert stored.convert("L").getextrema() == (7, 7)
+    types = {name: [row[name]["_type"] for row in logs if name in row] for name in map("players/0/{}".format, KINDS)}
+    assert types == {f"players/0/{suffix}": [kind] * (kind != "") for suffix, kind in KINDS.items()}
     config = storage.get_run_config("mine", "run", run_id=run["id"])
     assert {name: config[name] for name in ("seed", "net", "choice", "_Group")} == {
         **CONFIG,
@@ -301,6 +337,34 @@ def test_wandb_writes_offline_run(keyless, tmp_path):
     wandb.teardown()  # waits for its service to have written what it holds
     assert record.stat().st_size > 500
     assert list(run.glob("files/media/images/grids/*.png"))
+
+
+@pytest.mark.slow
+def test_wandb_offline_run_has_sound_clip_and_molecule_as_their_own_types(keyless, tmp_path, capsys):
+    import wandb
+
+    logger, files = WandB(), media(tmp_path)
+    logger.start(tmp_path, CONFIG, CHOICES)
+    for suffix, path in files.items():
+        logger.log_file(3, f"players/0/{suffix[1:]}", path)
+    (tmp_path / "broken.smi").write_text("C1CC(\n")
+    logger.log_file(3, "players/1/smi", tmp_path / "broken.smi")
+    logger.finish({})
+    logger.close()
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    (record,) = run.glob("*.wandb")
+    wandb.teardown()  # waits for its service to have written what it holds
+    values = {name: value for row in wandb_file.read(record)["history"] for name, value in row.items()}
+    types = {name.rpartition("/")[2]: value["_type"] for name, value in values.items() if name.startswith("players/")}
+    assert types == {"mp4": "video-file", "wav": "audio-file", "smi": "molecule-file", "png": "image-file"}
+    for suffix in (".mp4", ".wav", ".png"):
+        stored = run / "files" / values[f"players/0/{suffix[1:]}"]["path"]
+        assert stored.read_bytes() == files[suffix].read_bytes()
+    molecule = (run / "files" / values["players/0/smi"]["path"]).read_text()
+    atoms = [line.split()[-1] for line in molecule.splitlines() if line.startswith("HETATM")]
+    assert [atoms.count(element) for element in "CO"] == [6, 1]
+    assert "players/1/smi" not in values
+    assert capsys.readouterr().out.startswith(f"W&B is not sent {tmp_path / 'broken.smi'}: ")
 
 
 @pytest.mark.parametrize("logger", [NoLogger, WandB, Trackio, TensorBoard])
