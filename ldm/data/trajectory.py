@@ -1,6 +1,5 @@
 """Trajectories of fields as pairs of successive states, on which a model of the next state is trained."""
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,6 @@ from torch import Tensor
 from ldm.data.memory import InMemoryDataset
 from ldm.errors import ConfigError, UserError
 
-log = logging.getLogger(__name__)
-
 
 class TrajectoryDataset(InMemoryDataset):
     """Pairs of successive states: image (C, ...) is the change to the next state over `scale`, in [-1, 1].
@@ -21,7 +18,7 @@ class TrajectoryDataset(InMemoryDataset):
     trajectory, or None.
     A batch also has before (B, C, ...), the state that changes, in the states' own units, and vector (B, D) if it is
     given. The states of trajectory n are the samples n (T - 1) to (n + 1)(T - 1) - 1.
-    Pairs with a value that is not finite are left out: `skipped` of them, which a warning tells.
+    Pairs with a value that is not finite are left out: `skipped` of them, which `summary` counts.
     Raises UserError for fewer than two states, for no pair that is finite, and for a change larger than `scale`.
     """
 
@@ -40,8 +37,9 @@ class TrajectoryDataset(InMemoryDataset):
         self.skipped = int((~finite).sum())
         if self.skipped == len(finite):
             raise UserError(f"{name}: no pair of successive states is finite; expected at least one")
+        self.summary = f"{name}: {len(finite) - self.skipped:,} pairs of successive states"
         if self.skipped:
-            log.warning("%s: %s of %s pairs of states are not finite, left out", name, self.skipped, len(finite))
+            self.summary += f", {self.skipped:,} that are not finite left out"
         self.states, self.scale = states, scale
         self.before = before[finite]
         self.vector = None if vector is None else vector.repeat_interleave(states.shape[1] - 1, 0)[finite]

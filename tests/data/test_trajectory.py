@@ -12,12 +12,12 @@ def some_states(num: int = 3, times: int = 4, shape: tuple[int, ...] = (2, 5)) -
     return torch.randn(num, times, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_pairs_that_are_not_finite_are_left_out_and_counted(caplog):
+def test_pairs_that_are_not_finite_are_left_out_and_counted():
     states = some_states()
     states[1, 2, 0, 3], states[2, 0, 1, 1] = torch.nan, torch.inf  # in two pairs and in one
     data = TrajectoryDataset("some", states, 10.0, torch.arange(3.0)[:, None])
     assert (len(data), data.skipped) == (6, 3)
-    assert "some: 3 of 9 pairs of states are not finite, left out" in caplog.text
+    assert data.summary == "some: 6 pairs of successive states, 3 that are not finite left out"
     batch = data.batch([(0, i) for i in range(6)])
     assert batch["vector"].flatten().tolist() == [0, 0, 0, 1, 2, 2]
     assert torch.equal(batch["before"][3], states[1, 0])
