@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.data.memory import InMemoryDataset
 from ldm.errors import ConfigError, UserError
+from ldm.tensors import hash_state_dict
 
 
 class TrajectoryDataset(InMemoryDataset):
@@ -62,6 +64,7 @@ class OwnTrajectories(TrajectoryDataset):
     path: states (N, T, C, L), (N, T, C, H, W) or (N, T, C, F, H, W), floating point.
     split: test has the last ceil(N test_fraction) trajectories, train the others.
     scale: the largest change of a state; by default the largest in the file.
+    content_hash: expected digest of the states.
     Raises UserError naming the path.
     """
 
@@ -71,11 +74,18 @@ class OwnTrajectories(TrajectoryDataset):
         split: str = "train",
         scale: float | None = None,
         test_fraction: float = 0.1,
+        content_hash: str | None = None,
         seed: int = 0,
     ):
         if split not in ("train", "test"):
             raise ConfigError(f"split={split!r}: expected train or test")
         states = read_states(Path(path).expanduser())
+        self.content = hash_state_dict({"states": states})[:16]
+        if content_hash not in (None, self.content):
+            raise UserError(
+                f"data.path={path}: its states are not those of this run (digest {self.content}, expected "
+                f"{content_hash}); put them back, or train on these under another name="
+            )
         num = len(states) - math.ceil(len(states) * test_fraction)
         if not 0 < test_fraction < 1 or num < 1:
             raise ConfigError(
@@ -87,6 +97,11 @@ class OwnTrajectories(TrajectoryDataset):
             scale = float(change[change.isfinite()].max()) if change.isfinite().any() else 1.0
         selected = states[:num] if split == "train" else states[num:]
         super().__init__(f"{Path(path).stem}-{split}", selected, scale, seed=seed)
+
+    @property
+    def resolved_config(self) -> dict[str, Any]:
+        """Values of the options that a config left open; content_hash makes run names depend on the states."""
+        return {"scale": self.scale, "content_hash": self.content}
 
 
 def read_states(path: Path) -> Tensor:

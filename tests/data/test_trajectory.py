@@ -38,6 +38,9 @@ def test_files_are_split_by_trajectory(tmp_path, suffix):
     assert torch.equal(torch.cat([train.states, test.states]), states)
     assert (len(train), len(test), train.shape, train.name) == (6, 4, (1, 4, 4), "flow-train")
     assert train.scale == test.scale == states.diff(dim=1).abs().max()
+    assert OwnTrajectories(path, **train.resolved_config).scale == train.scale
+    with pytest.raises(UserError, match=r"flow.*: its states are not those of this run \(digest [^\n]*$"):
+        OwnTrajectories(path, content_hash="0")
 
 
 def test_unusable_files_are_one_line(tmp_path):
