@@ -113,8 +113,7 @@ def solve(state: Tensor, length: Tensor, viscosity: Tensor, dt: float, steps: in
     points = state.shape[-1]
     wave = 2 * math.pi / length.double()[:, None] * torch.arange(points // 2 + 1, dtype=torch.float64)
     step = Etdrk4.of(wave**2 - viscosity.double()[:, None] * wave**4, dt)
-    derivative = -0.5j * wave
-    derivative[:, -1] = 0  # the highest wave of an even number of points has no derivative
+    derivative = -0.5j * wave  # of the highest wave imaginary, which irfft leaves out: it has no derivative
 
     def nonlinear(v: Tensor) -> Tensor:
         return derivative * torch.fft.rfft(torch.fft.irfft(v, points).square())

@@ -1,17 +1,16 @@
 """Trajectories of fields as pairs of successive states, on which a model of the next state is trained."""
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.data.memory import InMemoryDataset
 from ldm.errors import ConfigError, UserError
-
-log = logging.getLogger(__name__)
+from ldm.tensors import hash_state_dict
 
 
 class TrajectoryDataset(InMemoryDataset):
@@ -21,7 +20,7 @@ class TrajectoryDataset(InMemoryDataset):
     trajectory, or None.
     A batch also has before (B, C, ...), the state that changes, in the states' own units, and vector (B, D) if it is
     given. The states of trajectory n are the samples n (T - 1) to (n + 1)(T - 1) - 1.
-    Pairs with a value that is not finite are left out: `skipped` of them, which a warning tells.
+    Pairs with a value that is not finite are left out: `skipped` of them, which `summary` counts.
     Raises UserError for fewer than two states, for no pair that is finite, and for a change larger than `scale`.
     """
 
@@ -40,8 +39,9 @@ class TrajectoryDataset(InMemoryDataset):
         self.skipped = int((~finite).sum())
         if self.skipped == len(finite):
             raise UserError(f"{name}: no pair of successive states is finite; expected at least one")
+        self.summary = f"{name}: {len(finite) - self.skipped:,} pairs of successive states"
         if self.skipped:
-            log.warning("%s: %s of %s pairs of states are not finite, left out", name, self.skipped, len(finite))
+            self.summary += f", {self.skipped:,} that are not finite left out"
         self.states, self.scale = states, scale
         self.before = before[finite]
         self.vector = None if vector is None else vector.repeat_interleave(states.shape[1] - 1, 0)[finite]
@@ -64,6 +64,7 @@ class OwnTrajectories(TrajectoryDataset):
     path: states (N, T, C, L), (N, T, C, H, W) or (N, T, C, F, H, W), floating point.
     split: test has the last ceil(N test_fraction) trajectories, train the others.
     scale: the largest change of a state; by default the largest in the file.
+    content_hash: expected digest of the states.
     Raises UserError naming the path.
     """
 
@@ -73,11 +74,18 @@ class OwnTrajectories(TrajectoryDataset):
         split: str = "train",
         scale: float | None = None,
         test_fraction: float = 0.1,
+        content_hash: str | None = None,
         seed: int = 0,
     ):
         if split not in ("train", "test"):
             raise ConfigError(f"split={split!r}: expected train or test")
         states = read_states(Path(path).expanduser())
+        self.content = hash_state_dict({"states": states})[:16]
+        if content_hash not in (None, self.content):
+            raise UserError(
+                f"data.path={path}: its states are not those of this run (digest {self.content}, expected "
+                f"{content_hash}); put them back, or train on these under another name="
+            )
         num = len(states) - math.ceil(len(states) * test_fraction)
         if not 0 < test_fraction < 1 or num < 1:
             raise ConfigError(
@@ -89,6 +97,11 @@ class OwnTrajectories(TrajectoryDataset):
             scale = float(change[change.isfinite()].max()) if change.isfinite().any() else 1.0
         selected = states[:num] if split == "train" else states[num:]
         super().__init__(f"{Path(path).stem}-{split}", selected, scale, seed=seed)
+
+    @property
+    def resolved_config(self) -> dict[str, Any]:
+        """Values of the options that a config left open; content_hash makes run names depend on the states."""
+        return {"scale": self.scale, "content_hash": self.content}
 
 
 def read_states(path: Path) -> Tensor:

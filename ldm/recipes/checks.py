@@ -18,6 +18,7 @@ from ldm.config.signatures import is_user_code
 from ldm.config.tree import iter_nodes
 from ldm.data.shape import format_size
 from ldm.data.stream import Samples, length_of
+from ldm.devices import resolve_precision
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.evaluation.evaluate import CaptionSource
@@ -45,6 +46,7 @@ def check_parts(cfg: Any, data: Any, is_new: bool = True) -> None:
     check_conditions(cfg.conditioner, data)
     check_keys(cfg, data)
     check_training(cfg.training)
+    check_precision(cfg)
     if is_new and not cfg.get("adapter"):
         check_model(cfg, data)
 
@@ -213,6 +215,23 @@ def check_model(cfg: Any, data: Any) -> None:
             check_network(model, cfg)
             check_objective(model, cfg, data)
         check_sampling(model, cfg, data)
+
+
+def check_precision(cfg: Any) -> None:
+    """Raise UserError if the trainer's precision rounds away the least noise of a schedule with a table.
+
+    A state of unit variance is rounded by up to half of the precision's eps: noise below an eighth of it is lost.
+    """
+    schedule, precision = instantiate(cfg.schedule), resolve_precision(cfg.trainer.get("precision", "auto"))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype is None or not hasattr(schedule, "T"):
+        return
+    least = float(schedule.alpha_sigma(torch.tensor(1 / schedule.T, dtype=torch.float64))[1])
+    if least < torch.finfo(dtype).eps / 8:
+        raise UserError(
+            f"trainer.precision={precision}: the least noise of this schedule, {least:.2g} of the data's deviation, is "
+            "lost in its rounding; choose trainer.precision=32"
+        )
 
 
 def check_training(node: Mapping[str, Any]) -> None:

@@ -12,12 +12,12 @@ def some_states(num: int = 3, times: int = 4, shape: tuple[int, ...] = (2, 5)) -
     return torch.randn(num, times, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_pairs_that_are_not_finite_are_left_out_and_counted(caplog):
+def test_pairs_that_are_not_finite_are_left_out_and_counted():
     states = some_states()
     states[1, 2, 0, 3], states[2, 0, 1, 1] = torch.nan, torch.inf  # in two pairs and in one
     data = TrajectoryDataset("some", states, 10.0, torch.arange(3.0)[:, None])
     assert (len(data), data.skipped) == (6, 3)
-    assert "some: 3 of 9 pairs of states are not finite, left out" in caplog.text
+    assert data.summary == "some: 6 pairs of successive states, 3 that are not finite left out"
     batch = data.batch([(0, i) for i in range(6)])
     assert batch["vector"].flatten().tolist() == [0, 0, 0, 1, 2, 2]
     assert torch.equal(batch["before"][3], states[1, 0])
@@ -38,6 +38,9 @@ def test_files_are_split_by_trajectory(tmp_path, suffix):
     assert torch.equal(torch.cat([train.states, test.states]), states)
     assert (len(train), len(test), train.shape, train.name) == (6, 4, (1, 4, 4), "flow-train")
     assert train.scale == test.scale == states.diff(dim=1).abs().max()
+    assert OwnTrajectories(path, **train.resolved_config).scale == train.scale
+    with pytest.raises(UserError, match=r"flow.*: its states are not those of this run \(digest [^\n]*$"):
+        OwnTrajectories(path, content_hash="0")
 
 
 def test_unusable_files_are_one_line(tmp_path):

@@ -29,6 +29,8 @@ def test_correlation_time_interpolates_the_first_crossing():
     torch.testing.assert_close(forecast.correlation(drawn, truth), correlations)
     time = forecast.correlation_time(forecast.correlation(drawn, truth), 0.5)
     torch.testing.assert_close(time, torch.tensor([0.625, 1.5, 0.0, 0.5], dtype=torch.float64))
+    touching = torch.tensor([[1.0, 0.75, 0.9], [1.0, 0.5, 0.5]])  # at the threshold is not below it
+    assert forecast.correlation_time(touching, 0.5, 0.75).tolist() == [1.0, 0.25]
     drawn[1, 2, 0, 3] = torch.nan
     time = forecast.correlation_time(forecast.correlation(drawn, truth), 0.5)
     assert time[1] == pytest.approx(0.5 * (1 + 0.15 / 1.95))
