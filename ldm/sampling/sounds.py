@@ -56,11 +56,12 @@ def fill_sound(
     frames = image.shape[-1]
     seconds = frames * HOP / RATE
     last = seconds if end is None else end
+    typed = f"start={start} end={'null' if end is None else end}"
     if not 0 <= start < last <= seconds + 1e-9:
-        raise ConfigError(f"start={start} end={end}: expected seconds in order, from 0 to {seconds:g}")
+        raise ConfigError(f"{typed}: expected seconds in order, from 0 to {seconds:g}")
     time = torch.arange(frames)
     drawn = (time + 1 > start * RATE / HOP + 1e-6) & (time < math.ceil(last * RATE / HOP - 1e-6))
     if drawn.all():
-        raise ConfigError(f"start={start} end={end}: nothing of the sound's {seconds:g} s is kept; use task=generate")
+        raise ConfigError(f"{typed}: nothing of the sound's {seconds:g} s is kept; use task=generate")
     mask = drawn.to(image).expand(len(image), 1, *image.shape[-2:])
     return inpaint(model, {**batch, "mask": mask}, noise, ts)

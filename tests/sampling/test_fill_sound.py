@@ -33,7 +33,7 @@ def test_fill_sound_draws_the_frames_within(start, end, first, last, monkeypatch
 
 @pytest.mark.parametrize(("start", "end"), [(-0.1, None), (0.5, 0.5), (0.5, 0.4), (0.5, 1.1), (1.024, None), (0, None)])
 def test_fill_sound_refuses_times_outside(start, end):
-    with pytest.raises(ConfigError, match=f"start={start} end={end}: "):
+    with pytest.raises(ConfigError, match=f"start={start} end={'null' if end is None else end}: "):
         fill_sound(None, {"image": torch.zeros(1, 1, 128, 64)}, None, None, start, end)
 
 
