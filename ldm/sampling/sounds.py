@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.sounds import EXTENSIONS, cut, load_wave
+from ldm.data.sounds import EXTENSIONS, cut, load_wave, require_readers
 from ldm.data.waves import to_int16
 from ldm.errors import ConfigError, UserError
-from ldm.io.extras import extra
 from ldm.media.mel import RATE, log_mel
 from ldm.media.sound import fault
 from ldm.media.stft import HOP
@@ -30,9 +29,7 @@ def sound_input(spec: InputSpec, path: str | None, key: str = "image") -> InputF
         raise UserError(f"{key}={path}: {why}; this model does not draw sounds")
 
     def read(file: Path) -> Tensor:
-        with extra("audio", f"{key}={file}"):
-            import soundfile  # noqa: F401
-            import soxr  # noqa: F401
+        require_readers(f"{key}={file}")
         try:
             wave = load_wave(file)
         except Exception as error:  # libsndfile's messages, and those of Python's own readers
