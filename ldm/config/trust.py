@@ -19,7 +19,7 @@ from ldm.errors import UserError
 # Models, data and samples; nothing that writes files, downloads or starts processes.
 ALLOWED_LDM_TARGETS = re.compile(
     r"ldm\.((adapter|autoencoder|conditioner|diffusion|metrics|net(?!\.pretrained))\..+"
-    r"|sampling\.((inputs|tasks)\.\w+|classifier_guidance\.classifier_guidance)|evaluation\.evaluate\.EvaluationConfig"
+    r"|sampling\.((inputs|sounds|tasks)\.\w+|classifier_guidance\.classifier_guidance)|evaluation\.evaluate\.EvaluationConfig"
     r"|checkpoint\.teachers\.(autoguidance|load_teacher)"
     r"|data\.((color|degrade|edits|masks)\.\w+|\w+\.[A-Z]\w*)|recipes\.\w+\.\w+Recipe"
     r"|ema\.\w+EMA|training\.((fit|lr|debug|optimizers)\.\w+|validation\.ValidationConfig|health\.HealthLimits))"

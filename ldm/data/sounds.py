@@ -137,9 +137,7 @@ def read_all(root: Path, files: Sequence[File], length: int) -> Excerpts:
 
     Raises UserError if none can be used.
     """
-    with extra("audio", "data=sounds"):
-        import soundfile  # noqa: F401  asked for here, as it would be a fault of every file below
-        import soxr  # noqa: F401
+    require_readers("data=sounds")  # without them every file below would be at fault
     key = (READER, length, os.path.realpath(root), *map(tuple, files))
     waves, info = cached("sounds", key, partial(_read_files, root, [file.name for file in files], length))
     return Excerpts(waves, **info)
@@ -179,6 +177,16 @@ def cut(wave: Tensor, length: int) -> Tensor:
     if len(wave) < length:
         return torch.nn.functional.pad(wave, (0, length - len(wave)))[None]
     return wave[: len(wave) // length * length].reshape(-1, length)
+
+
+def require_readers(use: str) -> None:
+    """Raise UserError with the command that installs what `load_wave` needs, unless it is installed.
+
+    use: what needs it, as it begins the message.
+    """
+    with extra("audio", use):
+        import soundfile  # noqa: F401
+        import soxr  # noqa: F401
 
 
 def load_wave(path: Path) -> Tensor:

@@ -16,6 +16,7 @@ from ldm.media.mel import griffin_lim
 from ldm.recipes.resume import final_metrics
 from ldm.recipes.run import open_run
 from ldm.runs import cache
+from ldm.runs.data_card import DataCard
 from ldm.tensors import derive_seed
 from ldm.training.best import require_metric
 from ldm.training.parallel import destroy_process_group
@@ -68,6 +69,8 @@ class VocoderRecipe:
                 "training=vocoder: these data are no sounds; expected data=notes, data=sounds, or data with `waves`"
             )
         with open_run(cfg, folder) as run:
+            if run.is_main_process:
+                DataCard.from_dataset(data).write(folder)
             torch.manual_seed(derive_seed(cfg.seed, "weights"))
             net = self.net()
             callbacks = run.callbacks(

@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.sounds import EXTENSIONS, cut, load_wave
+from ldm.data.sounds import EXTENSIONS, cut, load_wave, require_readers
 from ldm.data.waves import to_int16
 from ldm.errors import ConfigError, UserError
-from ldm.io.extras import extra
 from ldm.media.mel import RATE, log_mel
 from ldm.media.sound import fault
 from ldm.media.stft import HOP
@@ -30,9 +29,7 @@ def sound_input(spec: InputSpec, path: str | None, key: str = "image") -> InputF
         raise UserError(f"{key}={path}: {why}; this model does not draw sounds")
 
     def read(file: Path) -> Tensor:
-        with extra("audio", f"{key}={file}"):
-            import soundfile  # noqa: F401
-            import soxr  # noqa: F401
+        require_readers(f"{key}={file}")
         try:
             wave = load_wave(file)
         except Exception as error:  # libsndfile's messages, and those of Python's own readers
@@ -56,11 +53,12 @@ def fill_sound(
     frames = image.shape[-1]
     seconds = frames * HOP / RATE
     last = seconds if end is None else end
+    typed = f"start={start} end={'null' if end is None else end}"
     if not 0 <= start < last <= seconds + 1e-9:
-        raise ConfigError(f"start={start} end={end}: expected seconds in order, from 0 to {seconds:g}")
+        raise ConfigError(f"{typed}: expected seconds in order, from 0 to {seconds:g}")
     time = torch.arange(frames)
     drawn = (time + 1 > start * RATE / HOP + 1e-6) & (time < math.ceil(last * RATE / HOP - 1e-6))
     if drawn.all():
-        raise ConfigError(f"start={start} end={end}: nothing of the sound's {seconds:g} s is kept; use task=generate")
+        raise ConfigError(f"{typed}: nothing of the sound's {seconds:g} s is kept; use task=generate")
     mask = drawn.to(image).expand(len(image), 1, *image.shape[-2:])
     return inpaint(model, {**batch, "mask": mask}, noise, ts)

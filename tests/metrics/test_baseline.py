@@ -30,6 +30,15 @@ def test_pca_gaussian_samples_have_class_mean_and_covariance():
         torch.testing.assert_close((pca.basis[k] @ pca.basis[k].T), a.T.cov(), atol=1e-5, rtol=0)
 
 
+def test_pca_gaussian_of_few_samples_is_that_of_the_covariance():
+    """With fewer samples than dimensions the smaller matrix is decomposed: it has the same leading components."""
+    x = images()[LABEL == 0][:11]
+    pca = PCAGaussian.fit(x, torch.zeros(11, dtype=torch.long), rank=3)
+    variance, vectors = torch.linalg.eigh(x.flatten(1).double().T.cov())
+    expected = (vectors[:, -3:] * variance[-3:]) @ vectors[:, -3:].T
+    torch.testing.assert_close(pca.basis[0].double() @ pca.basis[0].double().T, expected, atol=1e-8, rtol=1e-4)
+
+
 def test_pca_gaussian_sample_depends_on_key_only():
     pca = PCAGaussian.fit(images(), LABEL, rank=3)
     all_of_them = pca.sample(torch.tensor([0, 1, 1]), KeyedNoise(0, [5, 6, 7]))

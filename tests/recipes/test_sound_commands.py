@@ -79,7 +79,7 @@ def test_sound_file_is_filled_and_restyled(model, capfd):
     typed = (f"run={model}", "task=fill_sound", "num=1", "steps=1")
     assert_one_line_error(capfd, "image=no.wav cannot be read as a sound", "sample.py", *typed, "image=no.wav")
     assert_one_line_error(
-        capfd, "start=0.3 end=None: expected seconds", "sample.py", *typed, f"image={source}", "start=0.3"
+        capfd, "start=0.3 end=null: expected seconds", "sample.py", *typed, f"image={source}", "start=0.3"
     )
 
 
