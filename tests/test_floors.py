@@ -58,7 +58,7 @@ LIBRARIES = {  # besides the standard library and torch
     "interop": {"open_clip", "safetensors"},
     "net": {"einops", "timm", "torchmetrics", "torchvision"},
     "conditioner": {"filelock", "huggingface_hub", "open_clip", "safetensors", "tokenizers", "transformers"},
-    "data": {"PIL", "datasets", "filelock", "numpy", "pyarrow", "torchvision"},
+    "data": {"PIL", "av", "datasets", "filelock", "numpy", "pyarrow", "torchvision"},
     "io": {"PIL", "filelock", "numpy", "safetensors", "torchvision", "yaml"},
     "launch": {"filelock"},
     "media": {"PIL", "av", "numpy"},
