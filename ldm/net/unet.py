@@ -138,18 +138,8 @@ class UNetBlockConfig:
         return conv(inputs, outputs, dims=self.dims, padding_mode=self.padding_mode)
 
     def residual(self, inputs: int, width: int, resize: Resize | None = None) -> ResBlock:
-        return ResBlock(
-            inputs,
-            width,
-            self.emb_dim,
-            self.dropout,
-            self.use_scale_shift_norm,
-            self.num_groups,
-            self.eps,
-            resize,
-            self.dims,
-            self.padding_mode,
-        )
+        norms = (self.use_scale_shift_norm, self.num_groups, self.eps)
+        return ResBlock(inputs, width, self.emb_dim, self.dropout, *norms, resize, self.dims, self.padding_mode)
 
 
 def concat_condition(x: Tensor, cond: Condition) -> Tensor:
@@ -305,21 +295,10 @@ class UNet(UNetEncoder):
         concat_vector: bool = False,
     ):
         is_concatenated = concat_vector and bool(vector_dim)
+        emb_dim = 8 * channels if is_concatenated else 4 * channels
+        blocks = (use_scale_shift_norm, resblock_updown, num_groups, eps, block, downsample, attention_fn)
         config = UNetBlockConfig(
-            8 * channels if is_concatenated else 4 * channels,
-            context_dim,
-            num_heads,
-            num_head_channels,
-            dropout,
-            use_scale_shift_norm,
-            resblock_updown,
-            num_groups,
-            eps,
-            block,
-            downsample,
-            attention_fn,
-            dims,
-            padding_mode,
+            emb_dim, context_dim, num_heads, num_head_channels, dropout, *blocks, dims=dims, padding_mode=padding_mode
         )
         depths = transformer_depths(transformer_depth, attention_resolutions, len(channel_mult))
         super().__init__(

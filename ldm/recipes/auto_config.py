@@ -10,6 +10,7 @@ import torch
 from ldm.data.shape import parse_size
 from ldm.errors import UserError
 from ldm.io.download import cache_dir
+from ldm.tensors import divide_sides
 
 # first stages that are used where the Hugging Face hub's library has downloaded them, the best first
 KNOWN_VAES = (
@@ -28,7 +29,7 @@ def choose_first_stage_and_net(cfg: Any, pretrained: str = "auto", large: str | 
     suitable.
     """
     message = f"first stage {_first_stage(cfg, pretrained)}"
-    height, width = (side // cfg.autoencoder.get("factor", 1) for side in parse_size(cfg.data.size))
+    height, width = divide_sides(parse_size(cfg.data.size), cfg.autoencoder.get("factor", 1))
     if (
         large is not None
         and torch.cuda.is_available()

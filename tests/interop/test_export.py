@@ -12,6 +12,8 @@ from smoke import command, here, train
 from ldm.checkpoint import external
 from ldm.checkpoint.load import load_model
 from ldm.cli import export
+from ldm.errors import UserError
+from ldm.interop.pipeline import Pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +98,25 @@ def test_export_reports_unsupported_parts_in_one_line(lively, place, capsys):
         assert export.main([f"run={lively}", *typed]) == 2
         assert said in capsys.readouterr().err
         assert not list(place.glob("y*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"data": {"shape": (1, 4, 8, 8)}}, "to=compvis writes models of images, this one is of samples (1, 4, 8, 8)"),
+        ({"autoencoder": {"factor": [2, 4]}}, "autoencoder.factor=[2, 4]: to=compvis expects one number"),
+        ({"net": {"padding_mode": "circular"}}, "net.padding_mode=circular: to=compvis expects zeros"),
+        ({"net": {"downsample": {"stride": [1, 2]}}}, "net.downsample.stride=[1, 2]: to=compvis expects 2"),
+        ({"net": {"block": {"twice": True}}}, "net.block.twice=True: to=compvis expects False"),
+    ],
+)
+def test_export_refuses_what_other_projects_do_not_have(changed, said):
+    config = {"net": {"padding_mode": "zeros"}, "autoencoder": {"factor": 4}}
+    data = {"shape": (3, 8, 8), **changed.pop("data", {})}
+    export.require_image_model(Pipeline(config, {}, {}, {"shape": (3, 8, 8)}, {}, {}), "compvis")
+    with pytest.raises(UserError) as caught:
+        export.require_image_model(Pipeline({**config, **changed}, {}, {}, data, {}, {}), "compvis")
+    assert said in str(caught.value)
 
 
 def test_export_help_lists_formats(capsys):

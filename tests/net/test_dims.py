@@ -6,15 +6,17 @@ from functools import partial
 import pytest
 import torch
 from helpers import randomize_weights
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.condition import Condition
-from ldm.net.attention import QKVAttention, SpatialTransformer
+from ldm.net.attention import QKVAttention, SelfAttention, SpatialTransformer, TransformerBlock
 from ldm.net.blocks import CONV, Downsample
 from ldm.net.dit import DiT
+from ldm.net.guidance_embedding import GuidanceEmbedding
 from ldm.net.positions import rope, sincos
 from ldm.net.unet import UNet
+from ldm.plan import flops
 
 SIDES = {1: (10,), 2: (6, 10), 3: (3, 5, 6)}  # also odd ones, which are rounded up when they are halved
 T = torch.tensor([1.0, 700.0], dtype=torch.float64)
@@ -235,3 +237,46 @@ def test_circular_unet_moves_its_output_with_its_input(dims, updown):
         net = made(UNet(3, 2, resblock_updown=updown, dims=dims, padding_mode=mode, **UNET))
         moved = net(x.roll([2, -4, 6][:dims], axes), T, Condition()).roll([-2, 4, -6][:dims], axes)
         assert ((moved - net(x, T, Condition())).abs().max() < 1e-9) == (mode == "circular")
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_checkpointing_and_flops_of_any_dimensions(dims):
+    """Recomputed activations give the same gradients; a product and a sum for each tap, input and output."""
+    x, t, grads = draws(1, 3, *[4] * dims).float(), torch.tensor([5.0]), []
+    for checkpoint in (False, True):
+        net = randomize_weights(UNet(3, 2, dims=dims, gradient_checkpointing=checkpoint, **UNET))
+        net(x, t, Condition()).square().sum().backward()
+        grads.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with flops.meta_device():
+        stem = UNet(3, 2, dims=dims, **UNET).stem
+        for dtype in (torch.float32, torch.bfloat16):  # as autocast computes convolutions
+            made_of = []
+            cost = flops.forward_cost(lambda n, to=made_of: to.append(stem(torch.empty(n, 3, *[4] * dims))), 2, dtype)
+            assert made_of[0].dtype == dtype
+            assert cost.flops == 2 * 2 * 4**dims * 3 * 8 * 3**dims
+
+
+def test_transformer_attends_twice_without_a_context():
+    block = made(TransformerBlock(8, 2, twice=True))
+    x = draws(2, 5, 8)
+    h = x + block.self_attention(block.norm1(x))
+    h = h + block.second_attention(block.norm2(h))
+    torch.testing.assert_close(block(x), h + block.feed_forward(block.norm3(h)))
+    told = TransformerBlock(8, 2, context_dim=3, twice=True)
+    assert told.state_dict().keys() == TransformerBlock(8, 2, context_dim=3).state_dict().keys()
+    assert isinstance(SpatialTransformer(8, 2, twice=True, groups=4).blocks[0].second_attention, SelfAttention)
+
+
+def test_concatenated_vector_stands_beside_the_time():
+    net = made(UNet(3, 2, vector_dim=5, vector_embedding=nn.Linear, concat_vector=True, **UNET))
+    cond = Condition(vector=draws(2, 5))
+    emb = net.embed(T, cond)
+    assert torch.equal(emb[:, 32:], net.vector(cond.vector))
+    net.vector = None
+    assert torch.equal(emb[:, :32], net.embed(T, Condition()))
+    net = made(UNet(3, 2, vector_dim=5, vector_embedding=nn.Linear, concat_vector=True, **UNET))
+    assert net(draws(2, 3, 4, 4), T, cond).shape == (2, 2, 4, 4)
+    assert UNet(3, 2, concat_vector=True, **UNET).embed(T.float(), Condition()).shape == (2, 32)
+    with pytest.raises(ValueError, match=r"net\.concat_vector=true: the scale is added"):
+        GuidanceEmbedding(partial(UNet, concat_vector=True, **UNET), 3, 2, vector_dim=5)

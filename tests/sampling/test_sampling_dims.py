@@ -16,13 +16,14 @@ from ldm.condition import Condition
 from ldm.conditioner.none import Unconditional
 from ldm.conditioner.spatial import MaskedImage, SourceImage, SpatialMap, cell_means, max_pool_mask
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.grids import trailing
+from ldm.diffusion.grids import uniform_grid
 from ldm.diffusion.prediction import X0
 from ldm.diffusion.sampler import ddim, dpmpp_2m, heun
 from ldm.diffusion.schedule import Flow
 from ldm.model import LatentDiffusion
 from ldm.net.unet import UNet
-from ldm.sampling.tasks import fill_holes, img2img, inpaint, outpaint, sample, super_resolution
+from ldm.sampling.pixels import fill_holes
+from ldm.sampling.tasks import img2img, inpaint, outpaint, sample, super_resolution
 from ldm.tensors import KeyedNoise
 
 SHAPES = ((3, 7), (2, 5, 6), (1, 3, 4, 5))
@@ -47,9 +48,9 @@ def exact_model(shape, autoencoder=None) -> LatentDiffusion:
 @pytest.mark.parametrize("sampler", [ddim, heun, dpmpp_2m])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_samples_of_gaussian_data_are_affine_in_their_noise(shape, sampler):
-    """As a single coordinate is, whose slope and offset `affine` measures; pixels are clipped at 1, the slope is not 1."""
+    """As a single coordinate is, whose slope and offset `affine` measures; then it is clipped to [-1, 1]."""
     model, oracle = exact_model(shape), Gaussian(Flow())
-    ts = trailing(Flow(), 8).double().clamp(max=0.999)
+    ts = uniform_grid(Flow(), 8).double().clamp(max=0.999)
     slope, offset, _ = affine(sampler, oracle, Flow(), ts, 0)
     found = sample(model, {"index": [0, 1]}, [4, 9], ts, sampler)
     noise = KeyedNoise(0, [4, 9]).normal("start", torch.empty(2, *shape, dtype=torch.float64))
@@ -71,7 +72,7 @@ def test_inpaint_keeps_the_first_frame_of_a_clip_and_samples_the_rest():
     clip = torch.rand(2, 1, 6, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mask = torch.ones_like(clip)
     mask[:, :, :3] = 0
-    draw = partial(sample, model, seeds=[0, 1], ts=trailing(Flow(), 3), task=inpaint)
+    draw = partial(sample, model, seeds=[0, 1], ts=uniform_grid(Flow(), 3), task=inpaint)
     found = draw({"image": clip, "mask": mask})
     assert torch.equal(found[:, :, :3], clip[:, :, :3])
     assert (found[:, :, 3:] - clip[:, :, 3:]).abs().amax((1, 3, 4)).min() > 1e-3
@@ -88,7 +89,7 @@ def test_inpaint_keeps_the_first_frame_of_a_clip_and_samples_the_rest():
 def test_image_tasks_take_samples_of_other_sides(shape, factor):
     model = patched(shape, factor)
     x = torch.rand(2, *shape, dtype=torch.float64) * 2 - 1
-    draw = partial(sample, model, seeds=[0, 1], ts=trailing(Flow(), 3))
+    draw = partial(sample, model, seeds=[0, 1], ts=uniform_grid(Flow(), 3))
     assert draw({"image": x}, task=partial(img2img, strength=0.5)).shape == x.shape
     wide = draw({"low_res": x}, task=partial(super_resolution, scale=2))
     assert wide.shape == (2, shape[0], *(2 * side for side in shape[1:]))

@@ -15,9 +15,9 @@ from ldm.diffusion.prediction import X0
 from ldm.diffusion.sampler import ddim, ddpm
 from ldm.diffusion.schedule import EDM, Flow, cosine, linear
 from ldm.model import LatentDiffusion
+from ldm.sampling.pixels import fill_holes, slerp
 from ldm.sampling.tasks import (
     ddim_edit,
-    fill_holes,
     generate,
     img2img,
     inpaint,
@@ -25,7 +25,6 @@ from ldm.sampling.tasks import (
     outpaint,
     prior_sample,
     sample,
-    slerp,
     super_resolution,
     txt2img,
     unconditional,
