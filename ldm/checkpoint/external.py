@@ -103,6 +103,8 @@ def data_card(data: dict[str, Any]) -> "DataCard":
 
     try:
         return DataCard.from_dict(data)
+    except UserError:  # a medium that it may not name
+        raise
     except ValueError as error:
         raise UserError(f"the file's header does not describe its data ({error}); export it again") from None
 

@@ -311,6 +311,8 @@ def read_data_card(folder: Path) -> DataCard:
     path = folder / "data.json"
     try:
         return DataCard.from_dict(parse_json(path.read_text(encoding="utf-8")))
+    except UserError as error:  # a medium that it may not name
+        raise UserError(f"{path}: {error}") from None
     except ValueError as error:
         raise atomic.CorruptFileError(
             f"{path} is damaged ({error}); the same train.py command writes it again"

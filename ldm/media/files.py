@@ -10,6 +10,7 @@ from ldm.io import atomic
 from ldm.io.images import encode_png, to_uint8
 
 MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".wav": "audio/wav"}  # by suffix, of what a browser shows
+MAX_TEXT = 2000  # characters of a text that a page shows
 
 
 def write_sample(stem: Path, contents: Mapping[str, bytes], picture: Tensor, metadata: Mapping[str, str]) -> list[Path]:
@@ -66,5 +67,6 @@ def _player(path: Path, url: Callable[[Path], str]) -> str:
     if kind == "audio":
         return f'<audio controls preload="metadata" src="{escape(url(path), quote=True)}"></audio>'
     if path.suffix == ".smi":
-        return f"<code>{escape(path.read_text(encoding='utf-8', errors='replace').strip())}</code>"
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return f"<code>{escape(file.read(MAX_TEXT).strip())}</code>"
     return ""

@@ -286,6 +286,11 @@ def test_data_card_names_media_of_ldm_and_of_the_users_own_packages_only(tmp_pat
     for name in ("os.path", "shutil.x", "torch.hub", "ldm.io", "train.x", "our_lab.scope.write", "our_lab._scope"):
         with pytest.raises(UserError, match=f"^medium={name} is refused: .* LDM_TRUST={name.split('.')[0]}$"):
             DataCard.from_dict({**card, "medium": name})
+    (tmp_path / "data.json").write_text(json.dumps({**card, "medium": "os.path"}))
+    with pytest.raises(UserError, match=r"data\.json: medium=os\.path is refused"):
+        read_data_card(tmp_path)
+    with pytest.raises(UserError, match=r"^medium=os\.path is refused"):
+        external.data_card({**card, "medium": "os.path"})
     monkeypatch.setenv("LDM_TRUST", "torch")
     assert DataCard.from_dict({**card, "medium": "torch.hub"}).medium == "torch.hub"
 

@@ -194,7 +194,7 @@ def test_files_of_a_sample_are_written_whole_or_not_at_all(tmp_path, monkeypatch
         files.write_sample(tmp_path / "000001", {".wav": b"a"}, white * float("nan"), {})
     assert not list(tmp_path.iterdir())
     written = files.write_sample(tmp_path / "000001", {".wav": b"a", ".smi": b"C<C"}, white, {})
-    files.write_sample(tmp_path / "000010", {".wav": b"b"}, white, {})
+    (tmp_path / "000001-again").mkdir()
     assert sorted(files.sample_files(tmp_path / "000001.png")) == sorted(written)
     assert files.sample_files(tmp_path / "000001.png")[-1] == written[-1]
     html = files.player_html([tmp_path / "a.mp4", *written], lambda path: f'file={path.name}&"')
