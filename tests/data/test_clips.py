@@ -125,6 +125,7 @@ def test_clip_folder_cuts_clips_and_lists_the_others(tmp_path, monkeypatch):
     assert "3 skipped: " in data.summary
     assert "\n" not in data.summary
     assert len(ClipFolder(root, frames=4, size=16, rate=8, stride=1, max_unreadable=0.6, test_fraction=0)) == 6 + 7
+    assert len(ClipFolder(root, frames=10, size=16, rate=8, max_unreadable=1, test_fraction=0)) == 1  # it has ten
     assert ClipFolder(root, frames=4, size=16, max_unreadable=0.6).rate == 8  # the median of 8, 4 and 8
     again = {"rate": 8.0, "content_hash": data.content}
     assert data.resolved_config == again
