@@ -1,11 +1,8 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from smoke import command, first_job, here
-from test_experiments import some_clips, tiny
+from test_experiments import some_clips
 
 from ldm.data.clip_files import read_clip
 from ldm.errors import UserError
@@ -33,18 +30,3 @@ def test_clip_input_reads_clips_and_pictures(tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             clip_input(one, str(file))
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_complete_clip_command_keeps_the_first_frame(smoke, tmp_path):
-    """From a folder of clips to a model of them, and from a clip to others that begin with its first frame."""
-    some_clips(tmp_path / "clips")
-    with here(tmp_path, LDM_CACHE=str(smoke.folder / "cache")):
-        assert command("train.py", *first_job("budget=smoke", "experiment=own_clips", *tiny("own_clips"))) == 0
-        given = ("task=complete_clip", "image=clips/kind 1/1.gif", "label=kind 1", "num=2", "steps=2", "save=npz")
-        assert command("sample.py", "run=runs", *given, "output_dir=drawn") == 0
-        drawn = np.load(Path("drawn") / "samples.npz")["arr_0"]
-    frames = read_clip(tmp_path / "clips" / "kind 1" / "1.gif", (64, 64), 3).frames.transpose(0, 1)
-    print(drawn.shape, drawn.dtype)
-    first = torch.from_numpy(drawn)[:, :, 0]
-    assert torch.equal(first, frames[:, 0].to(first).expand(2, -1, -1, -1))
