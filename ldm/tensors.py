@@ -55,6 +55,12 @@ def frames(x: Tensor) -> Tensor:
     return x.movedim(1, 1 + folded).flatten(0, folded)
 
 
+def interpolation_weights(offset: Tensor, size: int, inside: int) -> Tensor:
+    """Return the weights (..., size, inside) of linear interpolation that move `inside` pixels by offset (...)."""
+    positions = torch.arange(size, device=offset.device)[:, None] - torch.arange(inside, device=offset.device)
+    return (1 - (positions - offset[..., None, None]).abs()).clamp(min=0)
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype, but float32 for bfloat16 and float16."""
     return torch.promote_types(dtype, torch.float32)

@@ -33,7 +33,7 @@ class DecodedClip(NamedTuple):
     @property
     def rate(self) -> Fraction:
         """Frames per second: one by the median time between two; 0 for a single frame."""
-        gaps = [b - a for a, b in pairwise(self.times)]
+        gaps = [b - a for a, b in pairwise(self.times) if b > a]
         return 1 / median(gaps) if gaps else Fraction(0)
 
     def at_rate(self, rate: Fraction) -> Tensor:

@@ -74,10 +74,8 @@ class ClipFolder(InMemoryDataset):
         height, width = parse_size(size, least=16)
         root = Path(path).expanduser()
         files = scan(root, EXTENSIONS, EXPECTED)
-        shape, exact = (
-            (channels, frames, height, width),
-            None if rate is None else Fraction(rate).limit_denominator(1001),
-        )
+        shape = (channels, frames, height, width)
+        exact = None if rate is None else Fraction(rate).limit_denominator(1001)
         key = (READER, shape, str(exact), stride, os.path.realpath(root), *map(tuple, files))
         images, found = cached("clips", key, lambda: decode_clips(root, files, shape, exact, stride or frames))
         self.skipped = found["skipped"]
@@ -147,10 +145,12 @@ def decode_clips(
     rate = rate or median_rate(list(read.values()))
     pieces, clips, used = [], [], 0
     for name, clip in read.items():
-        timed = clip.at_rate(rate) if rate else clip.frames
+        if len(clip.frames) < 2:
+            skipped[name] = "a single frame"
+            continue
+        timed = clip.at_rate(rate)
         if len(timed) < frames:
-            what = f"{len(timed)} frame{'s' * (len(timed) != 1)}"
-            skipped[name] = f"{what} at {float(rate):g} a second, shorter than {frames}" if rate else f"{what} only"
+            skipped[name] = f"{len(timed)} frames at {float(rate):g} a second, shorter than {frames}"
             continue
         starts = range(0, len(timed) - frames + 1, stride)
         pieces += [timed[start : start + frames].transpose(0, 1) for start in starts]
@@ -163,6 +163,5 @@ def decode_clips(
 
 
 def median_rate(clips: Sequence[DecodedClip]) -> Fraction:
-    """Return the median frame rate of the clips with two frames or more; 0 if there are none."""
-    rates = [clip.rate for clip in clips if clip.rate]
-    return Fraction(median(rates)) if rates else Fraction(0)
+    """Return the median frame rate of the clips with two frames or more; 1 if there are none."""
+    return Fraction(median([clip.rate for clip in clips if clip.rate] or [1]))

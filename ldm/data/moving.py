@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from ldm.data.fashion_mnist import FashionMNIST
 from ldm.data.memory import read_captions
 from ldm.errors import ConfigError
-from ldm.tensors import KeyedNoise
+from ldm.tensors import KeyedNoise, interpolation_weights
 
 CLASSES = tuple(read_captions(Path(__file__).with_name("fashion_mnist.json")))
 # the last one is the only one without a direction; the others are in steps of 45 degrees, clockwise on the screen
@@ -123,7 +123,7 @@ class MovingGarments(Dataset):
         """Return the clips (epoch, index): `batch_metadata`, and image (B, 1, frames, size, size) in [-1, 1]."""
         batch = self.batch_metadata(samples)
         sprites = self.sprites[torch.tensor(batch["index"], dtype=torch.long)]
-        return {"image": 2 * place(sprites, batch["track"], self.shape[-1])[:, None] - 1, **batch}
+        return {"image": 2 * paste(sprites, batch["track"], self.shape[-1])[:, None] - 1, **batch}
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         """Return the clips (B, 1, frames, size, size) of the first epoch in [-1, 1]."""
@@ -163,19 +163,15 @@ def track(velocity: Tensor, chosen: Tensor, frames: int, room: int) -> Tensor:
     return room - (way.remainder(2 * room) - room).abs()
 
 
-def place(sprites: Tensor, corner: Tensor, size: int) -> Tensor:
+def paste(sprites: Tensor, corner: Tensor, size: int) -> Tensor:
     """Draw sprites (B, s, s) with their upper left corners at (B, F, 2), by linear interpolation: (B, F, size, size).
 
     Total and centre of brightness are exact at any position inside the picture.
     """
-    rows, columns = (shift_weights(corner[..., side], size, sprites.shape[-1]) for side in (0, 1))  # (B, F, size, s)
+    rows, columns = (
+        interpolation_weights(corner[..., side], size, sprites.shape[-1]) for side in (0, 1)
+    )  # (B, F, size, s)
     return rows @ sprites[:, None] @ columns.mT
-
-
-def shift_weights(offset: Tensor, size: int, inside: int) -> Tensor:
-    """Return the weights (..., size, inside) of linear interpolation that move `inside` pixels by offset (...)."""
-    distance = torch.arange(size)[:, None] - torch.arange(inside) - offset[..., None, None]
-    return (1 - distance.abs()).clamp(min=0)
 
 
 def shrink(images: Tensor, side: int) -> Tensor:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.data.moving import STILL, shift_weights
-from ldm.tensors import KeyedNoise
+from ldm.tensors import KeyedNoise, interpolation_weights
 
+STILL = 8  # the motion of what stands still, after those of eight directions, as ldm.data.moving counts them
 FLOOR = 0.1  # brightness, of 0 to 1, that counts as background: a first stage's ground is not exactly black
 SLOWEST = 0.5  # pixels a frame; what is slower stands still
 EXACT = 1e-8  # mean square below which frames are equal: a PSNR of 86 dB
@@ -65,7 +65,7 @@ def rms_acceleration(centres: Tensor) -> Tensor:
 def shift(clips: Tensor, by: Tensor) -> Tensor:
     """Move each frame of clips by rows and columns (B, F, 2), interpolated linearly; outside is background."""
     rows, columns = (
-        shift_weights(by[..., axis], side, side).to(clips)[:, None] for axis, side in enumerate(clips.shape[3:])
+        interpolation_weights(by[..., axis], side, side).to(clips)[:, None] for axis, side in enumerate(clips.shape[3:])
     )
     return rows @ (clips + 1) @ columns.mT - 1
 

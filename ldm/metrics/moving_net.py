@@ -16,14 +16,14 @@ class MovingNet(Judge):
     name = "moving"
 
     def __init__(self, width: int = 16, num_features: int = 64, garments: int = 10, motions: int = 9):
-        def conv(inside: int, outside: int, *stride: int) -> list[nn.Module]:
+        def conv(inside: int, outside: int, stride: tuple[int, int, int]) -> list[nn.Module]:
             return [nn.Conv3d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm3d(outside), nn.SiLU()]
 
         body = nn.Sequential(
-            *conv(1, width, 1, 2, 2),
-            *conv(width, 2 * width, 2, 2, 2),
-            *conv(2 * width, 4 * width, 2, 2, 2),
-            *conv(4 * width, 4 * width, 1, 1, 1),
+            *conv(1, width, (1, 2, 2)),
+            *conv(width, 2 * width, (2, 2, 2)),
+            *conv(2 * width, 4 * width, (2, 2, 2)),
+            *conv(4 * width, 4 * width, (1, 1, 1)),
             nn.AdaptiveAvgPool3d((2, 4, 4)),
             *feature_layers(128 * width, num_features),
         )

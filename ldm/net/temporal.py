@@ -75,7 +75,7 @@ class InflatedUNet(UNet):
         super().__init__(in_channels, out_channels, num_groups=num_groups, **options)
 
         def inflate(layer: Layer) -> TemporalLayer:
-            channels = layer.res.conv2.weight.shape[0]
+            channels = layer.res.norm2.weight.shape[0]
             return TemporalLayer(layer, TemporalTransformer(channels, temporal_heads, num_groups))
 
         for level in (*self.down, *self.up):

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def clip_input(spec: InputSpec, path: str | None, key: str = "image") -> InputFi
 
 def read(spec: InputSpec, key: str, file: Path) -> Tensor:
     """Read one file as `clip_input` does."""
-    frames, height, width = spec.size
+    frames, height, width = cast(tuple[int, ...], spec.size)
     moving = file.suffix.lower() in EXTENSIONS
     try:
         clip = read_clip(file, (height, width), spec.channels).frames.transpose(0, 1) if moving else None

@@ -89,6 +89,7 @@ def test_read_clip_of_variable_rate(tmp_path):
     assert levels(clip.at_rate(Fraction(8)))[:9] == [0, 1, 2, 2, 2, 2, 3, 4, 5]
     animated(tmp_path / "v.gif", grey(3), [100, 300, 0])
     assert levels(read_clip(tmp_path / "v.gif", (16, 16), 3).at_rate(Fraction(10))) == [0, 1, 1, 1, 2]
+    assert DecodedClip(torch.zeros(3, 1, 1, 1), [Fraction(0), Fraction(0), Fraction(1, 4)], Fraction(1)).rate == 4
     uneven = DecodedClip(
         torch.arange(3).reshape(3, 1, 1, 1), [Fraction(0), Fraction(1, 3), Fraction(1)], Fraction(4, 3)
     )
@@ -102,7 +103,7 @@ def test_clip_folder_cuts_clips_and_lists_the_others(tmp_path, monkeypatch):
     root.mkdir()
     (root / "a red ball.mp4").write_bytes(encoded(grey(9), "mp4", "libx264", list(range(9))))
     animated(root / "slow dog.webp", grey(5), [250] * 5)
-    animated(root / "one.gif", grey(1), [100])
+    animated(root / "one.gif", grey(1), [60000])
     (root / "short.avi").write_bytes(encoded(grey(3), "avi", "mpeg4", list(range(3))))
     (root / "broken.mp4").write_bytes(b"no clip at all")
     (root / "notes.doc").write_bytes(b"")
@@ -118,11 +119,13 @@ def test_clip_folder_cuts_clips_and_lists_the_others(tmp_path, monkeypatch):
     ]
     assert [text for [text] in data.texts] == ["a red ball"] * 2 + ["slow dog"] * 2
     assert set(data.skipped) == {"one.gif", "short.avi", "broken.mp4"}
+    assert data.skipped["one.gif"] == "a single frame"
     assert data.skipped["short.avi"] == "3 frames at 8 a second, shorter than 4"
     assert "2 clips, 4 pieces of 4 frames" in data.summary
     assert "3 skipped: " in data.summary
     assert "\n" not in data.summary
     assert len(ClipFolder(root, frames=4, size=16, rate=8, stride=1, max_unreadable=0.6, test_fraction=0)) == 6 + 7
+    assert len(ClipFolder(root, frames=10, size=16, rate=8, max_unreadable=1, test_fraction=0)) == 1  # it has ten
     assert ClipFolder(root, frames=4, size=16, max_unreadable=0.6).rate == 8  # the median of 8, 4 and 8
     again = {"rate": 8.0, "content_hash": data.content}
     assert data.resolved_config == again

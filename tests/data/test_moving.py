@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ldm.data import fashion_mnist, moving
-from ldm.data.moving import CLASSES, MOTIONS, STILL, MovingGarments, place, shows, track
+from ldm.data.moving import CLASSES, MOTIONS, STILL, MovingGarments, paste, shows, track
 from ldm.errors import ConfigError
 
 
@@ -49,7 +49,7 @@ def test_moving_draws_the_sprite_at_its_track():
     """At whole positions it is a copy, between them its centre and total are exact, in float64."""
     sprite = torch.rand(2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     at = torch.tensor([[[3.0, 4.0], [2.25, 6.5]], [[0.0, 7.0], [7.0, 0.125]]], dtype=torch.float64)
-    drawn = place(sprite, at, 12)
+    drawn = paste(sprite, at, 12)
     assert torch.equal(drawn[0, 0], F.pad(sprite[0], (4, 3, 3, 4)))
     assert torch.equal(drawn[1, 0], F.pad(sprite[1], (7, 0, 0, 7)))
     assert torch.allclose(drawn.sum((2, 3)), sprite.sum((1, 2))[:, None].expand(2, 2))

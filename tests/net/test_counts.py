@@ -87,6 +87,7 @@ ROWS = {
     "DiT-B/2": Row("dit_b2", 4, 130_512_416, None, 768, 8, 1001 * 768 + sincos((16, 16), 768).numel()),
     "DiT-L/2": Row("dit_l2", 4, 458_102_816, None, 1024, 8, 1001 * 1024 + sincos((16, 16), 1024).numel()),
     "DiT-XL/2": Row("dit_xl2", 4, 675_129_632, None, 1152, 8, 1001 * 1152 + sincos((16, 16), 1152).numel()),
+    "Latte-XL/2": Row("latte_xl2", 4, "673.68", out=8),  # unconditional
     # pixel space: their papers print these; ADM's table has no null class
     "DDPM CIFAR-10": Row("ddpm_cifar", 3, "35.7"),
     "IDDPM CIFAR-10": Row("iddpm_cifar", 3, "52.5", out=6),
@@ -177,7 +178,7 @@ def test_noisy_classifier_has_published_parameter_count(size, mult, blocks, prin
 
 def test_every_paper_net_option_is_counted():
     uncounted = {"unet", "quick", "quick_guidance_embed", "smoke", "smoke_guidance_embed", "lightningdit_xl1"}
-    uncounted |= {"audioldm_s", "audioldm_l", "dit_qm9"}  # their presets' counts are in tests/test_presets.py
+    uncounted |= {"inflated", "audioldm_s", "audioldm_l", "dit_qm9"}  # counts: tests/test_presets.py, net/test_temporal.py
     options = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["net"]
     assert set(options) - uncounted == {row.net for row in ROWS.values()}
 
