@@ -24,23 +24,27 @@ def compose_config(
     from omegaconf.errors import OmegaConfBaseException
 
     folders = (folder, *sources)
-    place = (str(folder), name, tuple(search_path), os.getcwd(), _stamp(folders))
+    place = (str(folder), name, tuple(search_path), _stamp(folders))
     composed, values = _split(overrides, folders)
-    if values:
-        config = pickle.loads(_compose(tuple(composed), *place))
-        try:
-            if all(_has_value(config, override.key_or_group) for override in values):
-                return _set_values(config, values, overrides)
-        except OmegaConfBaseException:
-            pass  # composed once more, for Hydra's own error
-    return pickle.loads(_compose(tuple(overrides), *place))
+    config = _copy(tuple(composed), *place)
+    try:
+        if all(_has_value(config, override.key_or_group) for override in values):
+            return _set_values(config, values, overrides)
+    except OmegaConfBaseException:
+        pass  # composed once more, for Hydra's own error
+    return _copy(tuple(overrides), *place)
+
+
+def _copy(*key: Any) -> Any:
+    """Return a copy of the composed config of a key."""
+    config = pickle.loads(_compose(*key))
+    config.hydra.runtime.cwd = os.getcwd()
+    return config
 
 
 @lru_cache(maxsize=64)
-def _compose(
-    overrides: tuple[str, ...], folder: str, name: str, search_path: tuple[str, ...], cwd: str, stamp: Any
-) -> bytes:
-    """Return the config pickled: loaded, it is a copy at a seventh of the cost of deepcopy.  cwd, stamp: part of the key."""
+def _compose(overrides: tuple[str, ...], folder: str, name: str, search_path: tuple[str, ...], stamp: Any) -> bytes:
+    """Return a config pickled: loading it is a seventh of a deepcopy.  stamp: changes with the files."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(folder, version_base="1.3"):

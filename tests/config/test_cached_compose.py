@@ -63,6 +63,7 @@ def of_hydra(folder: Path, *overrides: str):
 
 
 def same(one, other) -> bool:
+    """Whether two configs are equal with their `hydra` node, interpolations unresolved."""
     return OmegaConf.to_container(one) == OmegaConf.to_container(other) and OmegaConf.is_struct(one.node)
 
 
@@ -87,11 +88,13 @@ def test_refused_override_has_error_of_hydra(overrides, folder):
     assert errors[0] == errors[1]
 
 
-def test_values_do_not_compose_again(folder):
+def test_values_do_not_compose_again(folder, monkeypatch, tmp_path):
     cached_compose._compose.cache_clear()
     for width in range(5):
         assert compose_config(folder, "main", ("net=large", f"net.width={width}")).net.width == width
     assert compose_config(folder, "main", ("seed=3", "net=large")).seed == 3
+    monkeypatch.chdir(tmp_path)
+    assert same(compose_config(folder, "main", ("net=large", "seed=1")), of_hydra(folder, "net=large", "seed=1"))
     assert cached_compose._compose.cache_info().misses == 1
 
 
