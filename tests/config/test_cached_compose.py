@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldm.compat import FileConfigSource, SourcesRegistry
-from ldm.config import cached_compose
+from ldm.config import cached_compose, search_path
 from ldm.config.cached_compose import compose_config
 from ldm.config.search_path import CachedFileConfigSource
 
@@ -119,8 +119,9 @@ def test_folder_of_another_source_is_watched(folder, tmp_path_factory):
 
 def test_file_source_parses_unchanged_file_once(folder, monkeypatch):
     parsed = []
-    load = FileConfigSource.load_config
-    monkeypatch.setattr(FileConfigSource, "load_config", lambda self, path: parsed.append(path) or load(self, path))
+    hydras = search_path.FileConfigSource  # Hydra's scan for plugins defines another class of that name
+    load = hydras.load_config
+    monkeypatch.setattr(hydras, "load_config", lambda self, path: parsed.append(path) or load(self, path))
     for _ in range(3):
         source = CachedFileConfigSource("main", f"file://{folder}")
         assert source.load_config("net/large").config == load(source, "net/large").config
