@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ldm.config.build import to_container
+from ldm.config.cached_compose import compose_config
 from ldm.config.overrides import (
     ConfigSearchPath,
     did_you_mean,
@@ -102,14 +103,12 @@ def compose_option(group: str, option: str, folder: Path = ROOT / "conf") -> Any
 
     Interpolations of other groups, as `${weighting}`, stay unresolved.  Raises UserError for an unknown option.
     """
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     options = ConfigSearchPath((folder,), ROOT).groups().get(group, [])
     if option not in options:
         raise UserError(f"{group}={option}: no such option{did_you_mean(option, options)}{format_choices(options)}")
-    with initialize_config_dir(str(folder), version_base="1.3"):
-        config = compose(f"{group}/{option}")
+    config = drop_hydra_node(compose_config(folder, f"{group}/{option}", ()))
     # Returned as a root of its own, since a node of the composed config refuses new keys. An option with
     # `@package _global_` sets other keys as well.
     return OmegaConf.create(OmegaConf.to_container(config.get(group, config)))
@@ -167,10 +166,9 @@ class Composition:
 
     def compose(self, overrides: list[str]) -> Any:
         """Return the composed config, including its `hydra` node."""
-        from hydra import compose, initialize_config_dir
-
-        with initialize_config_dir(str(self.tree.folders[0]), version_base="1.3"):
-            return compose(self.name, [*overrides, *self.tree.search_path()], return_hydra_config=True)
+        folder, *others = self.tree.folders
+        sources = (*others, self.tree.root / "experiments")
+        return compose_config(folder, self.name, overrides, self.tree.search_path(), sources)
 
     def check(self) -> list[Any]:
         """Compose and validate each job's config before the first one starts.  Raises UserError."""

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,8 +57,14 @@ def write_provenance(folder: Path | str, root: Path | str) -> None:
     folder = Path(folder)
     atomic.write_json(folder / "provenance.json", provenance(root))
     atomic.write_text(folder / "changes.diff", git_diff(root))
+    atomic.write_text(folder / "environment.txt", "\n".join(installed_packages()) + "\n")
+
+
+@cache
+def installed_packages() -> tuple[str, ...]:
+    """Return name==version of every installed package, sorted.  They are read once in a process."""
     packages = {f"{one.metadata['Name']}=={one.version}" for one in importlib.metadata.distributions()}
-    atomic.write_text(folder / "environment.txt", "\n".join(sorted(packages, key=str.lower)) + "\n")
+    return tuple(sorted(packages, key=str.lower))
 
 
 @contextmanager

@@ -34,7 +34,8 @@ class Told(L.Callback):
         ((signal.SIGTERM, signal.SIGTERM), 85),  # the echo of a scheduler
     ],
 )
-def test_graceful_stop_saves_and_exits(numbers, code, capfd):
+def test_graceful_stop_saves_and_exits(numbers, code, capfd, monkeypatch):
+    monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: 0.0))  # both signals at once
     signals = (signal.SIGTERM, signal.SIGINT)
     kept, before = [], list(map(signal.getsignal, signals))
     with pytest.raises(SystemExit) as end:
