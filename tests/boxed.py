@@ -9,11 +9,15 @@ from ldm.data.synthetic import Synthetic
 
 
 class Boxed(Synthetic):
-    """Synthetic with map (B, H, W) int64, 1 on the shape, and boxes, one (class, left, top, right, bottom) an image."""
+    """Synthetic with map (B, H, W) int64, 1 on the shape, relief (B, 1, H, W), the image, and boxes.
+
+    An image has one box (class, left, top, right, bottom).
+    """
 
     def batch_metadata(self, samples: Sequence[tuple[int, int]]) -> dict:
         batch = super().batch_metadata(samples)
         batch["map"] = flip_where((self.pixels(batch["index"])[:, 0] > 0).long(), batch["flip"])
+        batch["relief"] = flip_where(self.pixels(batch["index"]), batch["flip"])
         batch["boxes"] = [
             [(int(label), *bounding_box(where))] for label, where in zip(batch["label"], batch["map"], strict=True)
         ]

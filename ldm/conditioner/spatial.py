@@ -22,6 +22,7 @@ class SemanticMap(nn.Module):
     """
 
     keys = ("map",)
+    requires: ClassVar = {"map": "data with semantic maps, as data=blue_marble"}
     context_dim = vector_dim = None
 
     def __init__(self, factor: int, classes: int, channels: int = 4):
@@ -63,6 +64,7 @@ class SpatialMap(nn.Module):
     Each cell gets the mean of its pixels; the last channel is 1. The null is 0 in all channels.
     """
 
+    requires: ClassVar = {"relief": "data=blue_marble"}
     context_dim = vector_dim = None
     device_anchor: Tensor  # empty; its device is the model's
 
@@ -92,6 +94,7 @@ class LowResolution(nn.Module):
     """
 
     keys = ("low_res",)
+    requires: ClassVar = {"low_res": "degradation=bicubic_x4"}
     context_dim = vector_dim = None
     device_anchor: Tensor  # empty; its device is the model's
 
@@ -157,6 +160,7 @@ class MaskedImage(nn.Module):
     """
 
     keys = ("image", "mask")
+    requires: ClassVar = {"mask": "degradation=mask"}
     context_dim = vector_dim = None
     device_anchor: Tensor  # empty; its device is the model's
 

@@ -126,16 +126,31 @@ def check_conditions(node: Any, data: Any) -> None:
 
 
 def check_keys(cfg: Any, data: Any) -> None:
-    """Raise UserError if batches of the data lack a key that a conditioner requires in training."""
-    for _, node in iter_nodes(build.to_container(cfg.conditioner)):
-        name = node["_target_"]
-        part = get_object(name)
-        required = getattr(part, "requires", {})
-        read = data.batch_metadata if cfg.training["latents"] == "cached" else data.batch
-        batch = read([(0, 0)]) if required else {}
-        for key, option in required.items():
+    """Raise UserError if batches of the data lack a key that a conditioner reads: it would train on its null alone.
+
+    A conditioner states its keys as `keys`, or those without which it has only its null as `needs`; `requires` has what
+    to choose for a key. One whose keys are those of an instance is passed the name as `key`.
+    """
+    nodes = [node for _, node in iter_nodes(build.to_container(cfg.conditioner))]
+    keys = {node["_target_"]: needed_keys(node) for node in nodes}
+    if not any(keys.values()):
+        return
+    has_images = cfg.training["latents"] != "cached" or any("image" in names for names in keys.values())
+    batch = (data.batch if has_images else data.batch_metadata)([(0, 0)])
+    for name, needed in keys.items():
+        for key in needed:
             if key not in batch:
+                option = getattr(get_object(name), "requires", {}).get(key, "data that have it")
                 raise UserError(f"conditioner: {name} needs {key}, which these data do not have; choose {option}")
+
+
+def needed_keys(node: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of a batch without which the part of a config's node has only its null."""
+    part = get_object(node["_target_"])
+    keys = getattr(part, "needs", getattr(part, "keys", None))
+    if keys is None and hasattr(part, "null") and "key" in node:
+        return (node["key"],)
+    return keys if isinstance(keys, tuple) else ()
 
 
 def check_first_stage(cfg: Any, autoencoder: Any, data: Any) -> None:

@@ -104,8 +104,8 @@ def generate_images(
 def check_conditions(model: "LatentDiffusion", request: SampleRequest) -> None:
     """Check that the model accepts every condition in `request`.
 
-    Raises UserError if the request has a prompt, a size or a `keep_conditions` entry that the model's conditioner does
-    not use, or if the guidance classifier or the weak model for autoguidance was trained in a different latent space.
+    Raises UserError if the request has a prompt, a size, an input or a `keep_conditions` entry that neither the model's
+    conditioner nor the task uses, or if the guidance classifier or the weak model for autoguidance was trained in a different latent space.
     """
     keys = model.conditioner.keys
     text = request.text_option
@@ -117,6 +117,12 @@ def check_conditions(model: "LatentDiffusion", request: SampleRequest) -> None:
     for name, size in request.sizes.items():
         if name not in keys:
             raise UserError(f"{name}={list(size)}: this model has no size condition; leave it out")
+    used = getattr(getattr(request.task, "func", request.task), "keys", None)
+    if used is not None and (ignored := [name for name in request.inputs if name not in (*keys, *used)]):
+        raise UserError(
+            f"{ignored[0]}: this model has no such condition, and the image would not depend on it; expected a model "
+            f"trained with a conditioner that reads {ignored[0]}"
+        )
     if missing := [name for name in request.keep_conditions if name not in keys]:
         raise UserError(f"keep_conditions={missing[0]}: this model's conditions are {', '.join(keys) or 'none'}")
     if request.classifier_run is not None:

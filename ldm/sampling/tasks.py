@@ -11,7 +11,7 @@ descending. Images are (B, C, H, W) in [-1, 1]; masks are (B, 1, H, W), 1 where 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -49,8 +49,23 @@ class SamplingPlan:
 
 
 Task = Callable[[LatentDiffusion, Batch, KeyedNoise, Tensor], SamplingPlan]
+TaskFunction = TypeVar("TaskFunction", bound=Callable[..., SamplingPlan])
 
 
+def reads(*keys: str) -> Callable[[TaskFunction], TaskFunction]:
+    """Mark a task as one that uses these inputs of a batch itself; every other input must be a condition of the model.
+
+    A task without this mark is not checked.
+    """
+
+    def mark(task: TaskFunction) -> TaskFunction:
+        task.keys = keys  # type: ignore[attr-defined]
+        return task
+
+    return mark
+
+
+@reads()
 def generate(
     model: LatentDiffusion, batch: Batch, noise: KeyedNoise, ts: Tensor, size: Sequence[int] | None = None
 ) -> SamplingPlan:
@@ -70,12 +85,14 @@ def unconditional(
     return generate(model, {"noise": noise}, noise, ts, size)
 
 
+@reads("image")
 def img2img(model: LatentDiffusion, batch: Batch, noise: KeyedNoise, ts: Tensor, strength: float = 0.6) -> SamplingPlan:
     """Add noise to batch["image"] up to time `strength` and sample from there (SDEdit: Meng et al. 2022, alg. 1)."""
     z, ts = encode_latents(model, batch["image"]), grids.start_at(ts, strength)
     return SamplingPlan(add_noise(model.denoiser.schedule, z, noise.normal("start", z), ts[0]), ts, batch, model.decode)
 
 
+@reads("image")
 def ddim_edit(
     model: LatentDiffusion, batch: Batch, noise: KeyedNoise, ts: Tensor, strength: float = 1.0, source_prompt: str = ""
 ) -> SamplingPlan:
@@ -95,6 +112,7 @@ def ddim_edit(
     return SamplingPlan(start, ts, batch, model.decode)
 
 
+@reads("image", "mask")
 def inpaint(model: LatentDiffusion, batch: Batch, noise: KeyedNoise, ts: Tensor) -> SamplingPlan:
     """Sample batch["image"] where batch["mask"] is 1; a model conditioned on masked images receives this one.
 
@@ -117,6 +135,7 @@ def inpaint(model: LatentDiffusion, batch: Batch, noise: KeyedNoise, ts: Tensor)
     return replace(plan, wrap_denoise=wrap_denoise, decode=decode)
 
 
+@reads("image")
 def outpaint(
     model: LatentDiffusion,
     batch: Batch,
@@ -141,6 +160,7 @@ def outpaint(
     return inpaint(model, {**batch, "image": wider, "mask": mask}, noise, ts)
 
 
+@reads()
 def super_resolution(
     model: LatentDiffusion,
     batch: Batch,
