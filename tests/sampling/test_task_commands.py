@@ -256,7 +256,10 @@ MISTAKES = {
         "low_res=small.png",
         "scale=2",
     ): "the condition is for latents of 6x10, those to be sampled are 3x5",
-    ("task=instruct", "source=in.png"): "source: this model has no such condition, and the image would not depend on it",
+    (
+        "task=instruct",
+        "source=in.png",
+    ): "source: this model has no such condition, and the image would not depend on it",
     ("task=variations", "variation_strength=2"): "variation_strength=2: expected 0",
     ("crop=[1]",): "crop=[1]: expected [top,left] in pixels, 0 or more",
     ("original_size=[0,32]",): "original_size=[0, 32]: expected [height,width] in pixels, 1 or more",
