@@ -12,11 +12,12 @@ from torch import nn
 from ldm.conditioner.features import FeatureCache
 from ldm.data.captions import known_captions
 from ldm.data.synthetic import Synthetic
+from ldm.errors import UserError
 from ldm.plan.__main__ import main, plan
 from ldm.plan.config import composed
-from ldm.plan.cost import count_parameters, text_feature_bytes
+from ldm.plan.cost import count_parameters, estimate, text_feature_bytes
 from ldm.plan.data_info import DataInfo, card_of
-from ldm.plan.placeholders import placeholder_batch
+from ldm.plan.placeholders import placeholder_batch, use_random_weights
 from ldm.plan.table import format_bytes, table
 
 SMALL = (
@@ -97,6 +98,37 @@ def test_plan_table_and_json_agree(small, tmp_path, capsys):
         assert words in said, words
     assert kept["device_hours"] == small.device_hours
     assert not list(tmp_path.glob("runs"))
+
+
+def test_plan_without_dropped_conditions_on_devices_to_be_found(small):
+    """Whoever builds the config itself: no dropout saves no mask, `auto` counts as one device, a paper is kept."""
+    cfg, published = composed([*SMALL, "training.cond_drop_prob=0"])
+    assert published is None
+    cfg.trainer.devices, cfg.paper = "auto", {"modules": ["network", "none"], "extra_parameters": 7}
+    found = estimate(cfg, card_of(cfg, None))
+    saved, dropped = (one.activations["32"][8]["saved_for_backward"] for one in (found, small))
+    assert saved < dropped
+    assert found.devices == 1
+    assert found.published == cfg.paper
+    assert found.published_count == small.parts["network"]["parameters"] + 7
+    assert small.published == {}
+    cfg.training = {"_target_": "ldm.recipes.evaluator.EvaluatorRecipe"}
+    with pytest.raises(UserError, match="only training=diffusion can be planned"):
+        estimate(cfg, small.data)
+
+
+def test_config_of_a_preset_needs_no_data():
+    cfg, paper = composed(["preset=dit_s2"])
+    assert (cfg.data.path, paper["images"]) == (".", 1281167)
+    assert "hydra" not in cfg
+    given, paper = composed(["preset=dit_s2", "data.path=some"])
+    assert (given.data.path, paper) == ("some", None)
+
+
+def test_plan_has_text_encoders_without_their_weights():
+    node = OmegaConf.create({"a": {"random": False, "weights": "some"}, "b": {"dim": 3}, "dim": 4})
+    use_random_weights(node)
+    assert node == {"a": {"random": True, "weights": None}, "b": {"dim": 3}, "dim": 4}
 
 
 def test_plan_restores_default_device(small):
