@@ -83,6 +83,10 @@ def test_class_numbers_are_not_mixed(tmp_path):
     picture.save(tmp_path / "map.png")
     expected = torch.tensor([0, 0, 0, 9, 9, 9]).expand(1, 4, 6)
     assert torch.equal(label_map(SPEC, str(tmp_path / "map.png"))([0]), expected)
+    picture.paste(250, (5, 0, 12, 8))  # through the middle of a pixel
+    picture.save(tmp_path / "map.png")
+    assert set(label_map(SPEC, str(tmp_path / "map.png"))([0]).unique().tolist()) == {0, 250}
+    assert len(image_input(SPEC, str(tmp_path / "map.png"))([0]).unique()) > 2  # images are
     colour = save(tmp_path / "colour.png", "RGB", (6, 4), 0)
     with pytest.raises(UserError, match="is of mode RGB"):
         label_map(SPEC, colour)
