@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ldm.condition import Condition
+from ldm.condition import Condition, expand_spatial
+from ldm.errors import ConfigError
 
 
 def full(b: int, length: int = 3, value: float = 1.0) -> Condition:
@@ -93,3 +94,24 @@ def test_cat_concatenates_labels_that_all_have():
     assert a.cat(b).label.tolist() == [3, 1, 4, 1]
     assert a.cat(Condition(vector=torch.ones(1, 1))).label is None
     assert Condition(vector=torch.ones(1, 1)).cat(a).label is None
+
+
+def test_concat_of_one_cell_is_expanded_to_the_latents():
+    cell = Condition(concat=torch.arange(2.0).reshape(2, 1, 1, 1))
+    wide = cell.expand_concat(3, 4)
+    assert torch.equal(wide.concat, cell.concat.expand(2, 1, 3, 4))
+    assert wide.expand_concat(3, 4) is wide
+    assert Condition().expand_concat(3, 4) == Condition()
+    with pytest.raises(ConfigError, match="the condition is for latents of 3x4, those to be sampled are 4x3"):
+        wide.expand_concat(4, 3)
+
+
+def test_one_cell_takes_the_size_of_the_others():
+    """The null of a spatial condition is one cell; nulls alone stay as they are."""
+    cell, wide, whole = torch.full((2, 1, 1), 5.0), torch.ones(2, 1, 4), torch.ones(2, 1, 3, 4)
+    expanded = expand_spatial([cell, wide])
+    assert torch.equal(expanded[0], cell.expand(-1, -1, 4))
+    assert torch.equal(expanded[1], wide)
+    assert [part.shape[2:] for part in expand_spatial([cell[..., None], whole])] == [(3, 4), (3, 4)]
+    assert [part.shape for part in expand_spatial([cell, cell])] == [cell.shape] * 2
+    assert expand_spatial([None, None]) == [None, None]

@@ -13,7 +13,15 @@ from torch import nn
 
 from ldm.conditioner import features as features_module
 from ldm.conditioner.compose import Compose
-from ldm.conditioner.features import FeatureCache, OnlineFeatures, StoredFeatures, replace_caches, text_caches
+from ldm.conditioner.features import (
+    FeatureCache,
+    OnlineFeatures,
+    StoredFeatures,
+    hash_texts,
+    most_bytes,
+    replace_caches,
+    text_caches,
+)
 from ldm.conditioner.label import Label
 from ldm.conditioner.minilm import Bert
 from ldm.conditioner.text import Text, TextTokensOnly
@@ -115,6 +123,38 @@ def test_captions_encoded_ahead_stay_when_others_are_dropped(monkeypatch):
     assert len(features.row) < len(set(CAPTIONS)) + 4
     features.condition(CAPTIONS, CPU)
     assert len(features.encoder.seen) == len(set(CAPTIONS)) + 4
+
+
+def test_captions_encoded_ahead_are_not_counted_as_others(monkeypatch):
+    monkeypatch.setattr(features_module, "MAX_CACHE_VALUES", 30)
+    features = ahead(Letters())
+    for _ in range(2):
+        features.condition(["bc"], CPU)  # four tokens of three values
+    assert features.encoder.seen.count("bc") == 1
+
+
+def test_tables_are_moved_to_the_device_of_the_batch():
+    features = ahead(Letters())
+    features.move(torch.device("meta"))
+    assert {table.device.type for table in (features.context, features.token_rows, features.vector)} == {"meta"}
+
+
+def test_texts_are_hashed_with_their_lengths():
+    assert len({hash_texts(texts) for texts in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])}) == 4
+
+
+def test_features_of_captions_take_at_most_their_length():
+    cache = FeatureCache(SimpleNamespace(context_dim=8, vector_dim=3), 77)
+    assert most_bytes(cache, 10) == 4 * 10 * (77 * 8 + 3)
+
+
+def test_each_process_begins_at_its_own_share(tmp_path, monkeypatch):
+    written, counts = [], (0, 1, 2)
+    monkeypatch.setattr(StoredFeatures, "write", lambda self, number, device: written.append(number))
+    for rank in counts:
+        StoredFeatures(StoredLetters(), 24, CAPTIONS, tmp_path).write_missing(CPU, rank, 3)
+    # twice over: nothing was written, so the second time finds them missing again
+    assert [written[6 * rank : 6 * rank + 3] for rank in counts] == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
 
 
 def test_online_features_are_computed_in_each_batch():

@@ -1,6 +1,7 @@
 """Nearest neighbours against brute force, their embeddings as context, databases that are cached and belong to runs."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,8 +56,17 @@ def test_nearest_rows_do_not_depend_on_rounding_of_equal_rows():
 
 @pytest.mark.parametrize(("k", "exclude", "most"), [(5, None, 4), (4, torch.arange(4), 3)])
 def test_more_neighbours_than_rows_are_one_line(k, exclude, most):
-    with pytest.raises(ConfigError, match=f"^conditioner.k={k}: expected at most {most}, the( other)? rows of the"):
+    other = "" if exclude is None else " other"
+    with pytest.raises(ConfigError, match=f"^conditioner.k={k}: expected at most {most}, the{other} rows of the"):
         nearest_rows(torch.ones(4, 2), torch.ones(4, 2), k, exclude)
+
+
+def test_database_is_moved_to_the_device_of_the_model():
+    anchor = torch.empty(0, device="meta")
+    part = SimpleNamespace(embeddings=torch.ones(4, 3), device_anchor=anchor, rows_key="rows", context_dim=3)
+    cond = Retrieval.forward(part, {"rows": torch.zeros(2, 1, dtype=torch.int64)})
+    assert (cond.context.device.type, cond.context.shape) == ("meta", (2, 1, 3))
+    assert part.embeddings.device.type == "meta"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data.captions import annotate, captions_in, match, read_list
+from ldm.data.captions import annotate, captions_in, known_captions, match, read_list
 from ldm.errors import UserError
 
 NAMES = ["a.png", "b.png", "sub/c.png", "sub/red car.png"]
@@ -102,3 +102,27 @@ def test_captions_list_reports_missing_file(tmp_path):
     assert read_list(write(tmp_path / "x.csv", "file,caption\na.png\n")) == [("a.png", [])], (
         "a row cut short has no caption"
     )
+
+
+class Endless:
+    """A stream that has captions and no end."""
+
+    captions = ()
+
+    def all_captions(self):
+        raise AssertionError
+
+
+def test_captions_are_known_of_data_with_an_end_that_list_them():
+    class Listed(Endless):
+        captions = (("a cat", "one cat"),)
+
+        def all_captions(self):
+            return ["b", "a cat", "b"]
+
+        def __len__(self):
+            return 3
+
+    assert known_captions(Listed()) == ["", "b", "a cat", "one cat"]
+    assert known_captions(Endless()) is None
+    assert known_captions([1, 2]) is None

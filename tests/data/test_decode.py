@@ -22,3 +22,12 @@ def test_adm_rectangle_is_the_middle_of_a_wide_and_a_tall_image(tmp_path, tall):
         made, original = adm_rectangle(tmp_path / "x.png", size, size, 1)
         assert torch.equal(made.long(), expected.mT if tall else expected)
         assert original == ((100, 32) if tall else (32, 100))
+
+
+def test_adm_rectangle_does_not_halve_what_is_below_twice_its_size(tmp_path):
+    """In one direction is not enough: the middle of a narrow image is its own pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (100, 32), dtype=np.uint8)
+    for image, middle in ((noise, noise[34:66]), (noise.T, noise[34:66].T)):
+        Image.fromarray(np.ascontiguousarray(image)).save(tmp_path / "x.png")
+        made, _ = adm_rectangle(tmp_path / "x.png", 32, 32, 1)
+        assert np.array_equal(made[0].numpy(), middle)

@@ -79,3 +79,9 @@ def test_lazy_dataset_gives_up_when_too_many_images_are_unreadable(monkeypatch):
     assert [int(data.decode(i)[0].max()) for i in (0, 2, 4, 0, 2, 4, 5)] == [1, 3, 5, 1, 3, 5, 5]
     with pytest.raises(UserError, match=r"x: 4 of 10 images could not be read so far, the last is pictures/6\.png"):
         data.decode(6)
+
+
+def test_all_captions_are_those_of_the_rows_or_else_of_the_classes():
+    captioned = source(captions=[["a"], ["b", "a"], ["c"], *[["d"]] * 7])
+    assert LazyDataset("x", captioned, [0, 1, 2], 16, 1, None).all_captions() == ["a", "b", "c"]
+    assert LazyDataset("x", source(), [0, 1], 16, 1, None).all_captions() == ["y", "w"]

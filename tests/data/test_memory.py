@@ -65,6 +65,8 @@ def test_in_memory_missing_caption_or_label_is_empty_condition():
     data = InMemoryDataset("x", images, labels.clamp(min=0), CAPTIONS, texts=[["a"], [], [""], ["b", "c"]])
     assert (data.uncaptioned, data.unlabelled) == (2, 0)
     assert [{data.caption(epoch, i) for epoch in range(9)} for i in range(4)] == [{"a"}, {""}, {""}, {"b", "c"}]
+    assert data.all_captions() == ["a", "", "b", "c"]
+    assert make().all_captions() == ["one", "two", "three", "four"]
     with pytest.raises(ValueError, match="captions of 1 samples, 4 labels"):
         InMemoryDataset("x", images, labels, CAPTIONS, texts=[["a"]])
 

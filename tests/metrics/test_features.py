@@ -82,6 +82,15 @@ def test_fashion_net_standardises_over_training_set():
 
 
 @torch.no_grad()
+def test_fashion_net_takes_pixels_of_mean_0_and_deviation_1():
+    net, seen = judge(), []
+    net.body.register_forward_pre_hook(lambda body, args: seen.append(args[0]))
+    x = images(2)
+    net(x)
+    torch.testing.assert_close(seen[0], (x.float() - 73) / 90)
+
+
+@torch.no_grad()
 def test_fashion_net_computes_features_in_float32_under_autocast():
     net, x = judge(), images(4)
     before, features = net.identity, net(x)

@@ -45,6 +45,15 @@ def test_metric_names_equal_computed_keys(option, monkeypatch):
         assert score.compute().keys() - {"n"} == names
 
 
+def test_metric_names_of_a_users_class_are_unknown():
+    node, net = compose_option("metrics", "fd"), {"_target_": "ldm.metrics.judge.FashionNet"}
+    assert metric_names(node, net) == {"fd_fashion"}
+    assert metric_names({**node, "_target_": "collections.Counter"}, net) is None
+    assert metric_names(node, None) is None
+    assert metric_names(node, {"_target_": "torch.nn.Identity"}) is None  # a network without a name
+    assert metric_names({**node, "metrics": {"x": {"_target_": "collections.Counter"}}}, net) is None
+
+
 @pytest.mark.parametrize("option", ["fid", "adm"])
 def test_fid_option_requires_inception_weights(option, monkeypatch):
     from hydra.errors import InstantiationException

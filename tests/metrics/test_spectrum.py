@@ -62,6 +62,13 @@ def test_high_frequency_ratio_separates_blur_from_noise():
     assert float(high_frequency_ratio(0.5 * wave + 0.1 * NOISE[:, :1], images)) == pytest.approx(1, rel=0.02)
 
 
+def test_high_frequencies_are_those_above_a_quarter():
+    """A wave has power at its own and the two neighbouring frequencies, by the window."""
+    low, high = (torch.cos(2 * math.pi * k / 32 * torch.arange(32, dtype=torch.float64)) for k in (7, 10))
+    assert float(high_frequency_ratio(NOISE + low, NOISE)) == pytest.approx(1, rel=1e-10)
+    assert float(high_frequency_ratio(NOISE + high, NOISE)) > 1.1
+
+
 def test_spectrum_rejects_small_images():
     with pytest.raises(ConfigError, match="3x8: a spectrum needs sides of 4 px or more"):
         radial_power_spectrum(torch.zeros(1, 1, 3, 8))

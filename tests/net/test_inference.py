@@ -264,3 +264,21 @@ def test_pack_copy_uses_bfloat16_where_the_cpu_has_it(supported, monkeypatch):
     layer = nn.Linear(2, 2)
     assert pack_copy(layer, torch.bfloat16) is (packed if supported else layer)
     assert pack_copy(layer, torch.float32) is packed
+
+
+def test_images_are_given_channels_last_and_other_shapes_as_they_are():
+    class Seen(nn.Module):
+        def embed(self, t, cond):
+            return t
+
+        def memory(self, cond):
+            return None
+
+        def forward(self, x, t, cond, emb=None, memory=None):
+            return x
+
+    net, t = InferenceNet(Seen()), torch.zeros(2)
+    with torch.no_grad():
+        image, line = (net(torch.zeros(2, 3, *sides), t, Condition()) for sides in ((4, 5), (6,)))
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    assert line.shape == (2, 3, 6)

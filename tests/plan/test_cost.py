@@ -12,11 +12,12 @@ from torch import nn
 from ldm.conditioner.features import FeatureCache
 from ldm.data.captions import known_captions
 from ldm.data.synthetic import Synthetic
+from ldm.errors import UserError
 from ldm.plan.__main__ import main, plan
 from ldm.plan.config import composed
-from ldm.plan.cost import count_parameters, text_feature_bytes
+from ldm.plan.cost import count_parameters, estimate, text_feature_bytes
 from ldm.plan.data_info import DataInfo, card_of
-from ldm.plan.placeholders import placeholder_batch
+from ldm.plan.placeholders import placeholder_batch, use_random_weights
 from ldm.plan.table import format_bytes, table
 
 SMALL = (
@@ -99,6 +100,78 @@ def test_plan_table_and_json_agree(small, tmp_path, capsys):
     assert not list(tmp_path.glob("runs"))
 
 
+def tiny(**training):
+    """A config of a small U-Net on latents of 4 x 2 x 2 for images of 8 x 8, and its data."""
+    unet = {"in_channels": None, "out_channels": None, "channels": 16, "channel_mult": [1], "attention_resolutions": []}
+    coders = {
+        kind: {"_target_": f"ldm.autoencoder.patch.Patch{kind.title()}", "z_channels": 4, "factor": 4, "width": 8}
+        for kind in ("encoder", "decoder")
+    }
+    cfg = OmegaConf.create(
+        {
+            "training": {
+                "_target_": "ldm.recipes.diffusion.DiffusionRecipe",
+                "batch_size": 6,
+                "steps": 10,
+                "latents": "cached",
+                "cond_drop_prob": 0.1,
+                "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1.0, "fused": True},
+                **training,
+            },
+            "trainer": {"devices": 2},
+            "autoencoder": {"_target_": "ldm.autoencoder.kl.AutoencoderKL", "z_channels": 4, "factor": 4, **coders},
+            "conditioner": {"_target_": "ldm.conditioner.label.LabelVector", "dim": 8, "num_classes": 3},
+            "net": {"_target_": "ldm.net.unet.UNet", **unet, "num_res_blocks": 1, "num_groups": 2},
+        }
+    )
+    return cfg, DataInfo("some", ["a", "b", "c"], (1, 8, 8), 100, 2)
+
+
+def test_figures_of_a_tiny_training():
+    found = estimate(*tiny(), [2])
+    weights = 4 * (found.parts["network"]["parameters"] + found.parts["conditioner"]["parameters"])
+    assert (found.z, found.devices, found.images) == ((4, 2, 2), 2, 60)
+    assert set(found.activations["32"]) == {2, 3}
+    assert found.activations["32"][3]["flops"] == 3 * found.flops["training, an image"]
+    assert found.flops["training step, one device"] == 3 * found.flops["training, an image"]
+    assert found.disk["cached latents"] == 2 * (2 * 4 * 2 * 2) * 100 * 2
+    assert found.memory["optimizer"] >= 2 * weights
+    assert found.disk["a checkpoint"] == 2 * weights + found.memory["optimizer"]
+    assert (found.published, found.text_features, found.device_hours) == ({}, {}, None)
+    found.throughput = 0.5
+    assert found.device_hours == 60 / 0.5 / 3600
+    found.published = {"modules": ["network", "none"], "extra_parameters": 7}
+    assert found.published_count == found.parts["network"]["parameters"] + 7
+
+
+def test_figures_of_other_options_of_a_tiny_training():
+    """No dropout saves no mask, latents online no file; `auto` counts as one device; a paper is kept."""
+    (cfg, data), paper = tiny(cond_drop_prob=0, latents="online", batch_size=3), {"modules": [], "extra_parameters": 0}
+    cfg.trainer.devices, cfg.paper = "auto", paper
+    found, dropped = estimate(cfg, data), estimate(*tiny())
+    saved = [one.activations["32"][3]["saved_for_backward"] for one in (found, dropped)]
+    assert saved[0] < saved[1]
+    assert (found.devices, found.published) == (1, paper)
+    assert "cached latents" not in found.disk
+    cfg.training._target_ = "ldm.recipes.evaluator.EvaluatorRecipe"
+    with pytest.raises(UserError, match="only training=diffusion can be planned"):
+        estimate(cfg, data)
+
+
+def test_config_of_a_preset_needs_no_data():
+    cfg, paper = composed(["preset=dit_s2"])
+    assert (cfg.data.path, paper["images"]) == (".", 1281167)
+    assert "hydra" not in cfg
+    given, paper = composed(["preset=dit_s2", "data.path=some"])
+    assert (given.data.path, paper) == ("some", None)
+
+
+def test_plan_has_text_encoders_without_their_weights():
+    node = OmegaConf.create({"a": {"random": False, "weights": "some"}, "b": {"dim": 3}, "dim": 4})
+    use_random_weights(node)
+    assert node == {"a": {"random": True, "weights": None}, "b": {"dim": 3}, "dim": 4}
+
+
 def test_plan_restores_default_device(small):
     assert torch.get_default_device().type == "cpu"
     assert torch.ones(1).item() == 1
@@ -142,16 +215,27 @@ def test_placeholder_batch_has_what_conditioners_read():
     assert (batch["caption"], batch["boxes"]) == (["", ""], [[], []])
 
 
-def test_plan_of_text_features_counts_captions_and_tokens(small):
+def text_features(rows: int, captions: int | None) -> dict[str, int]:
     caches = [FeatureCache(SimpleNamespace(context_dim=8, vector_dim=3), length) for length in (77, 16)]
+    return text_feature_bytes(caches, captions, rows)
+
+
+def test_text_features_count_captions_and_tokens():
     caption = 4 * ((77 + 16) * 8 + 3 + 3)  # bytes
-    expected = {"memory": 10 * caption, "disk": 10 * caption, "online": 2 * caption}
-    assert text_feature_bytes(caches, 10, 2) == expected
-    assert text_feature_bytes(caches, None, 2) == {"online": 2 * caption}
-    data = replace(small.data, captions=10)
-    said = table(replace(small, data=data, text_features=expected))
-    assert "text features of 10 captions, at most, by training.text_features" in said
-    assert f"memory, each device{'':<19}{format_bytes(10 * caption):>16}" in said
+    assert text_features(2, 10) == {"memory": 10 * caption, "disk": 10 * caption, "online": 2 * caption}
+    assert text_features(2, None) == {"online": 2 * caption}
+
+
+def test_data_of_a_config_are_counted():
     for node, count in (({"encoder": {}}, len(known_captions(Synthetic()))), ({}, None)):
-        config = {"data": {"_target_": "ldm.data.synthetic.Synthetic"}, "conditioner": {"_target_": "x", **node}}
-        assert card_of(OmegaConf.create(config), None).captions == count
+        for flip in (False, True):
+            data = {"_target_": "ldm.data.synthetic.Synthetic", "num": 40, "flip": flip}
+            found = card_of(OmegaConf.create({"data": data, "conditioner": {"_target_": "x", **node}}), None)
+            assert (found.images, found.flips, found.captions) == (40, 1 + flip, count)
+
+
+def test_plan_says_what_text_features_take(small):
+    taken = text_features(2, 10)
+    said = table(replace(small, data=replace(small.data, captions=10), text_features=taken))
+    assert "text features of 10 captions, at most, by training.text_features" in said
+    assert f"memory, each device{'':<19}{format_bytes(taken['memory']):>16}" in said

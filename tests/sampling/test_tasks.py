@@ -15,6 +15,7 @@ from ldm.diffusion.prediction import X0
 from ldm.diffusion.sampler import ddim, ddpm
 from ldm.diffusion.schedule import EDM, Flow, cosine, linear
 from ldm.model import LatentDiffusion
+from ldm.sampling import tasks
 from ldm.sampling.pixels import fill_holes, slerp
 from ldm.sampling.tasks import (
     ddim_edit,
@@ -418,3 +419,62 @@ def test_every_task_depends_on_seed_not_batch(name):
 
     whole = sample(made, told([0, 1, 2, 3]), [7, 8, 9, 10], ts, partial(ddim, eta=1.0), task=task)
     assert torch.equal(sample(made, told([2, 0]), [9, 7], ts, partial(ddim, eta=1.0), task=task), whole[[2, 0]])
+
+
+def test_txt2img_has_seeds_from_the_first_on():
+    made, short = model(linear()), lambda schedule, steps: trailing(schedule, steps)[:3]
+    image = txt2img(made, "four", num=2, seed=7, steps=5, scale=1.0, grid=short)
+    expected = sample(made, {"caption": ["four"] * 2}, [7, 8], short(linear(), 5), ddim, partial(cfg, scale=1.0))
+    assert torch.equal(image, expected)
+
+
+def test_conditions_of_size_are_those_of_whole_images():
+    """Those of the images, not of their latents, in both branches of guidance; a batch's own are kept."""
+    made, seen = model(), []
+    made.condition = lambda batch: seen.append(batch) or Condition(vector=torch.zeros(2, 1))
+    ts = trailing(cosine(), 2)
+    sample(made, {"caption": ["", ""]}, [0, 1], ts)
+    sample(made, {"caption": ["", ""], "crop": torch.full((2, 2), 3)}, [0, 1], ts)
+    for batch, crop in zip(seen, (0, 0, 3, 3), strict=True):
+        assert batch["original_size"].tolist() == batch["target_size"].tolist() == [[8, 12], [8, 12]]
+        assert batch["crop"].tolist() == [[crop, crop]] * 2
+
+
+def test_inpaint_shows_the_network_known_cells():
+    """Every estimate that the sampler gets has the known cells of the image."""
+    made, image, seen = patched(), images(2, 8, 12), []
+    mask = torch.zeros(2, 1, 8, 12)
+    mask[..., 4:] = 1
+
+    def sampler(denoise, schedule, x, ts, noise):
+        seen.extend(denoise(x, t).x0 for t in ts[:-1])
+        return x
+
+    sample(
+        made, {"caption": ["", ""], "image": image, "mask": mask}, [0, 1], trailing(linear(), 3), sampler, task=inpaint
+    )
+    assert len(seen) == 3
+    for x0 in seen:
+        assert torch.equal(x0[..., :2], made.encode(image)[..., :2])
+        assert not torch.isclose(x0[..., 2:], made.encode(image)[..., 2:]).all()
+
+
+def test_ddim_edit_inverts_under_its_source_from_the_first_time_after_zero(monkeypatch):
+    grids, told = [], []
+    monkeypatch.setattr(tasks, "ddim_invert", lambda denoise, schedule, z, up, noise: grids.append(up) or z)
+    for schedule, first in ((linear(T=50), 0.02), (Flow(), 1e-3)):
+        made = model(schedule)
+        condition = made.condition
+        made.condition = lambda batch, condition=condition: told.append(batch["caption"]) or condition(batch)
+        noise, ts = KeyedNoise(0, [0, 1]), torch.tensor([1.0, 0.5, 0.01, 0.0]).double()
+        if first == 1e-3:
+            ts[2] = 1e-4
+        ddim_edit(made, {"image": images(2, 8, 12), "caption": ["a", "b"]}, noise, ts, source_prompt="some")
+        assert grids[-1].tolist() == [1.0, 0.5, first]
+    assert told == [["some", "some"]] * 2
+
+
+def test_fill_holes_reaches_the_middle_from_all_sides():
+    image = torch.tensor([0.0, 7.0, 7.0, 7.0, 1.0]).expand(1, 1, 3, 5)
+    full = fill_holes(image, image == 7)
+    torch.testing.assert_close(full, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]).expand(1, 1, 3, 5))
