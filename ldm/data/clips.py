@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -164,4 +163,5 @@ def decode_clips(
 
 def median_rate(clips: Sequence[DecodedClip]) -> Fraction:
     """Return the median frame rate of the clips with two frames or more; 1 if there are none."""
-    return Fraction(median([clip.rate for clip in clips if clip.rate] or [1]))
+    rates = sorted(clip.rate for clip in clips if clip.rate) or [Fraction(1)]
+    return (rates[(len(rates) - 1) // 2] + rates[len(rates) // 2]) / 2

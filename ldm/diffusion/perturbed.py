@@ -140,7 +140,8 @@ def named_layers(net: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
 
     Raises ConfigError for a name that it does not have.
     """
-    modules, found = dict(net.named_modules()), {}
+    modules = dict(net.named_modules())
+    found: dict[str, nn.Module] = {}
     for name in names:
         matches = {path: module for path, module in modules.items() if path == name or path.endswith(f".{name}")}
         if not matches:

@@ -1,7 +1,8 @@
 import pytest
 
-from ldm.data.shape import COLOUR_CHANNELS, format_size, image_fault, parse_size
+from ldm.data.shape import format_size, parse_size
 from ldm.errors import ConfigError
+from ldm.io.images import COLOUR_CHANNELS, image_fault
 
 
 def test_images_have_three_axes_and_channels_of_a_picture():

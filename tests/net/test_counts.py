@@ -178,7 +178,12 @@ def test_noisy_classifier_has_published_parameter_count(size, mult, blocks, prin
 
 def test_every_paper_net_option_is_counted():
     uncounted = {"unet", "quick", "quick_guidance_embed", "smoke", "smoke_guidance_embed", "lightningdit_xl1"}
-    uncounted |= {"inflated", "audioldm_s", "audioldm_l", "dit_qm9"}  # counts: tests/test_presets.py, net/test_temporal.py
+    uncounted |= {
+        "inflated",
+        "audioldm_s",
+        "audioldm_l",
+        "dit_qm9",
+    }  # see test_presets.py, test_temporal.py
     options = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["net"]
     assert set(options) - uncounted == {row.net for row in ROWS.values()}
 
