@@ -20,6 +20,7 @@ from ldm.diffusion.prediction import X0
 from ldm.diffusion.schedule import cosine
 from ldm.errors import UserError
 from ldm.io.images import save_png
+from ldm.media.medium import load_medium
 from ldm.model import LatentDiffusion
 from ldm.runs.data_card import DataCard
 from ldm.sampling import request, run
@@ -243,7 +244,7 @@ def test_numbers_that_json_has_not_are_written_as_in_yaml():
 def test_an_image_is_compared_with_a_file(tmp_path):
     image = torch.randint(1, 200, (3, 4, 5), dtype=torch.uint8)
     save_png(tmp_path / "a.png", image)
-    compared = partial(run.compare_with_file, tmp_path / "a.png")
+    compared = partial(run.compare_with_file, tmp_path / "a.png", medium=load_medium("image"))
     assert compared(image) == "bit for bit the same"
     image[1, 2, 3] += 9
     assert compared(image) == "the largest difference is 9 of 255 grey levels"

@@ -30,7 +30,9 @@ GIVEN = {  # what each task is given beside seeds, and the size of what comes of
 }
 QUICK = ("generate", "img2img", "inpaint", "super_resolution")  # the others go the same way
 DEAF = ("unconditional",)  # to what this run can be told
-OTHERS = {"image_variations", "instruct"}  # for models told of an image: in conditioner/test_conditioner_commands.py
+OTHERS = {  # for models told of an image: in conditioner/test_conditioner_commands.py; for sounds: in recipes/
+    *("image_variations", "instruct", "fill_sound", "restyle_sound"),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
