@@ -25,6 +25,7 @@ def batch() -> dict:
         "label": torch.tensor([8, 9]),
         "map": torch.ones(2, 8, 8, dtype=torch.long),
         "relief": torch.rand(2, 1, 8, 8),
+        "before": torch.rand(2, 1, 8, 8),
         "low_res": torch.rand(2, 3, 2, 2),
         "image": torch.rand(2, 3, 8, 8),
         "mask": torch.rand(2, 1, 8, 8).round(),
