@@ -532,6 +532,7 @@ def test_compose_option_names_existing_options():
         "_partial_": True,
         "conv": True,
         "eps": 1e-6,
+        "twice": False,
     }
     with pytest.raises(UserError, match=r"net=sdd1: no such option; did you mean 'sd1'\?"):
         compose_option("net", "sdd1")

@@ -105,9 +105,11 @@ STOCHASTIC = {
     "ddim_half": (partial(sampler.ddim, eta=0.5), ddim_step(0.5)),
     "interpolant_sde": (sampler.interpolant_sde, sde_step(1.0)),
     "interpolant_sde_half": (partial(sampler.interpolant_sde, strength=0.5), sde_step(0.5)),
-    "tcd": (partial(sampler.tcd, gamma=0.4), tcd_step(0.4)),
     "ddpm_learned": (ddpm_learned, learned_step(0.3)),
     "langevin": (correction.langevin, langevin_step(0.16)),
+}
+FOR_STUDENTS = {  # of consistency distillation; of another model they do not draw its distribution
+    "tcd": (partial(sampler.tcd, gamma=0.4), tcd_step(0.4)),
 }
 
 

@@ -8,26 +8,28 @@ import pytest
 import torch
 from cases import F64
 from oracle import Gaussian, affine
-from steps import ORDERED, STOCHASTIC, affine_step, coefficients, ddpm_step, euler_step, noised, recursion
+from steps import FOR_STUDENTS, ORDERED, STOCHASTIC, affine_step, coefficients, ddpm_step, euler_step, noised, recursion
 
 from ldm.diffusion import correction, sampler, schedule
+
+STEPS = STOCHASTIC | FOR_STUDENTS
 
 
 @pytest.mark.parametrize("end", [0.0, 0.05])
 @pytest.mark.parametrize("sched", ["linear", "cosine", "flow", "edm"])
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", STEPS)
 def test_sampler_mean_and_variance_are_exact(name, sched, end):
-    run, step = STOCHASTIC[name]
+    run, step = STEPS[name]
     g = Gaussian(ORDERED[sched])
     ts = torch.tensor([0.95, 0.7, 0.4, 0.3, 0.1, end], dtype=F64)
     got = affine(run, g, g.schedule, ts, draws=5 if end else 4)
     assert got == pytest.approx(recursion(step(g, t, s) for t, s in itertools.pairwise(ts)), rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", STEPS)
 def test_sampler_noise_is_added(name):
     """And not taken away, which has the same distribution but is another image."""
-    run, step = STOCHASTIC[name]
+    run, step = STEPS[name]
     g, ts, x = Gaussian(schedule.cosine()), torch.tensor([0.7, 0.4], dtype=F64), torch.zeros(1, 1, dtype=F64)
     moved = run(g, g.schedule, x, ts, torch.ones_like) - run(g, g.schedule, x, ts, torch.zeros_like)
     assert float(moved) == pytest.approx(math.sqrt(step(g, *ts)[2]))
