@@ -21,9 +21,11 @@ def options(group: str) -> list[str]:
     return sorted(file.stem for file in ROOT.glob(f"conf/{group}/*.yaml") if not file.stem.startswith("_"))
 
 
+# data of other media than images: tests/test_experiments.py trains each, tests/data/ compares its batches
+OTHER_MEDIA = ("clips", "kuramoto_sivashinsky", "moses", "moving", "notes", "qm9", "sounds", "trajectories")
 AXES = {
     "trainer": options("trainer"),
-    "data": options("data"),
+    "data": [name for name in options("data") if name not in OTHER_MEDIA],
     "launcher": [*options("hydra/launcher"), "basic", "joblib", "optuna", "submitit_local", "submitit_slurm"],
     "logger": options("logger"),
     "precision": ["auto", "64", "32", "bf16", "fp16"],

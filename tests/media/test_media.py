@@ -209,7 +209,9 @@ def test_load_medium_names_the_media_and_takes_modules_of_ones_own(tmp_path, mon
     assert not {"files", "medium"} & set(available_media())
     assert load_medium("field").is_picture
     assert not load_medium("clip").is_picture
-    expected = r"^medium=files: expected clip, .*image.*, or the dotted name of a module of your own with the functions"
+    expected = (
+        r"^medium=files: expected atoms, clip, .*image.*, or the dotted name of a module of your own with the functions"
+    )
     with pytest.raises(UserError, match=expected):
         load_medium("files")
     with pytest.raises(UserError, match=r"^medium=no_such\.scope: expected"):

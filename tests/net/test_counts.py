@@ -183,6 +183,7 @@ def test_every_paper_net_option_is_counted():
         "audioldm_s",
         "audioldm_l",
         "dit_qm9",
+        "unet_1d",
     }  # see test_presets.py, test_temporal.py
     options = ConfigSearchPath((ROOT / "conf",), ROOT).groups()["net"]
     assert set(options) - uncounted == {row.net for row in ROWS.values()}
