@@ -200,6 +200,7 @@ def test_sample_record_reproduces_images(lively, place):
     record = json.loads((folder / "metrics.json").read_text())
     assert {"command", "commit", "packages"} <= record["provenance"].keys()
     rest = {"trainer": {"devices": 1}, "save": "all", "output_dir": str(place / "second")}
+    rest |= {"medium": None, "vocoder": None}
     serialize.write_config({**record["request"], **rest}, place / "record")
     assert command("sample.py", "--config-path", str(place / "record"), "--config-name", "config") == 0
     for file in folder.glob("*.png"):

@@ -131,6 +131,8 @@ SCHEDULES: dict[str, Callable[[], Path]] = {
     ),
     "gvp": lambda: Path(lambda t: ((HALF_PI * t).cos(), (HALF_PI * t).sin()), lambda t: 1000 * t),
     "edm": lambda: Path(lambda t: (torch.ones_like(t), 80 * t), lambda t: (80 * t).log() / 4),
+    "pde_refiner": lambda: of_betas(torch.tensor([4e-7, 4e-7 ** (2 / 3), 4e-7 ** (1 / 3), 1.0], dtype=torch.float64)),
+    "regression": lambda: of_betas(torch.ones(1, dtype=torch.float64)),
     "flow": lambda: flow(1.0),
     "flow_3": lambda: flow(3.0),
     "flow_at": lambda: flow(math.sqrt(8 / 4096)),
@@ -145,6 +147,8 @@ def edm_scales(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def input_factor(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Return the factor on x_t at the network's input."""
+    if name == "regression":
+        return torch.zeros_like(alpha)
     return edm_scales(alpha, sigma)[2] / alpha if name == "edm" else torch.ones_like(alpha)
 
 
@@ -154,7 +158,7 @@ def output_of(name: str, alpha: Tensor, sigma: Tensor, x0: Tensor, eps: Tensor) 
         c_skip, c_out, _ = map(expand, edm_scales(alpha, sigma))
         return (x0 - c_skip * (x0 + expand(sigma / alpha) * eps)) / c_out
     alpha, sigma = expand(alpha), expand(sigma)
-    return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}[name]
+    return {"eps": eps, "x0": x0, "regression": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}[name]
 
 
 def x0_of(name: str, alpha: Tensor, sigma: Tensor, x_t: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +166,7 @@ def x0_of(name: str, alpha: Tensor, sigma: Tensor, x_t: Tensor, out: Tensor) -> 
     if name == "edm":
         c_skip, c_out, _ = map(expand, edm_scales(alpha, sigma))
         return c_skip * x_t / expand(alpha) + c_out * out, c_out
+    name = "x0" if name == "regression" else name
     a, s = expand(alpha), expand(sigma)
     slope = {"eps": -s / a, "x0": torch.ones_like(a), "v": -s / (a**2 + s**2), "flow": -s / (a + s)}[name]
     offset = {"eps": x_t / a, "x0": 0 * x_t, "v": a * x_t / (a**2 + s**2), "flow": x_t / (a + s)}[name]
@@ -192,6 +197,7 @@ def weight(name: str, prediction: str, path: Path, t: Tensor) -> Tensor:
         "min_snr": lambda: snr.clamp(max=GAMMA),
         "soft_min_snr": lambda: snr * GAMMA / (snr + GAMMA),
         "p2": lambda: snr / (P2_K + snr) ** P2_GAMMA,
+        "debiased": lambda: alpha / sigma,
     }[name]()
 
 

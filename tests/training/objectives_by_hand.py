@@ -10,7 +10,7 @@ import torch
 from formulas import SCHEDULES, Path, draw, expand, gain, input_factor, output_of, times, weight, x0_of
 from torch import Tensor
 
-HUBER, STRENGTH, VLB_WEIGHT = 0.3, 0.2, 0.01
+HUBER, STRENGTH, VLB_WEIGHT, CANDIDATES, PERTURBATION = 0.3, 0.2, 0.01, 3, 0.25
 ERRORS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {  # the error and its derivative
     "l2": lambda d: (d**2, 2 * d),
     "l1": lambda d: (d.abs(), d.sign()),
@@ -44,8 +44,13 @@ class Setting:
     def draw_times(self, batch: dict[str, Any]) -> Tensor:
         return times(self.times, self.path, linear.SEED, batch["rows"], batch["position"], 4)
 
-    def draw_eps(self, batch: dict[str, Any], shape: Any) -> Tensor:
+    def draw_eps(self, batch: dict[str, Any], z: Tensor) -> Tensor:
+        shape = z.shape[1:]
         eps = draw(torch.randn, linear.SEED, "eps", batch["rows"], shape)
+        if self.noise == "nearest":
+            drawn = [eps, *(draw(torch.randn, linear.SEED, f"eps/{i}", batch["rows"], shape) for i in (1, 2))]
+            rows = zip(*drawn, z, strict=True)
+            return torch.stack([min(some, key=lambda one, x=x: float((one - x).norm())) for *some, x in rows])
         if self.noise == "offset":
             eps = eps + STRENGTH * draw(torch.randn, linear.SEED, "offset", batch["rows"], (shape[0], 1, 1))
         return eps
@@ -109,8 +114,15 @@ def compare(s: Setting, t: Tensor, out: Tensor, x0: Tensor, eps: Tensor) -> tupl
 
 def denoising(s: Setting, weights, batch, z, cond) -> Result:
     """Ho et al. 2020, algorithm 1."""
-    t, eps = s.draw_times(batch), s.draw_eps(batch, z.shape[1:])
+    t, eps = s.draw_times(batch), s.draw_eps(batch, z)
     return regression(s, weights, s.path.noised(z, eps, t), t, cond, z, eps)
+
+
+def with_perturbed_input(s: Setting, weights, batch, z, cond) -> Result:
+    """Ning et al. 2023, algorithm 1."""
+    t, eps = s.draw_times(batch), s.draw_eps(batch, z)
+    more = draw(torch.randn, linear.SEED, "input_perturbation", batch["rows"], z.shape[1:])
+    return regression(s, weights, s.path.noised(z, eps + PERTURBATION * more, t), t, cond, z, eps)
 
 
 def bound(s: Setting, z: Tensor, x_t: Tensor, t: Tensor, x0: Tensor, fraction: Tensor):
@@ -145,7 +157,7 @@ def bound(s: Setting, z: Tensor, x_t: Tensor, t: Tensor, x0: Tensor, fraction: T
 def hybrid(s: Setting, weights, batch, z, cond) -> Result:
     """Nichol & Dhariwal 2021, eq. 16: the error trains the mean, the bound the variance alone."""
     result = denoising(s, weights, batch, z, cond)
-    t, eps = result.terms["t"], s.draw_eps(batch, z.shape[1:])
+    t, eps = result.terms["t"], s.draw_eps(batch, z)
     x_t, out = s.path.noised(z, eps, t), evaluate(s, weights, s.path.noised(z, eps, t), t, cond)[2]
     mean, fraction = out.chunk(2, dim=1)
     x0, _ = x0_of(s.prediction, *s.path.alpha_sigma(t), x_t, mean)
@@ -157,7 +169,7 @@ def hybrid(s: Setting, weights, batch, z, cond) -> Result:
 
 def variational(s: Setting, weights, batch, z, cond, t: Tensor) -> Result:
     """Nichol & Dhariwal 2021, L_vlb at t."""
-    x_t = s.path.noised(z, s.draw_eps(batch, z.shape[1:]), t)
+    x_t = s.path.noised(z, s.draw_eps(batch, z), t)
     x, time, out = evaluate(s, weights, x_t, t, cond)
     mean, fraction = out.chunk(2, dim=1)
     x0, by_output = x0_of(s.prediction, *s.path.alpha_sigma(t), x_t, mean)

@@ -80,7 +80,7 @@ def test_controlnet_step_matches_hand_computation(precision, accumulate, tmp_pat
 
     def gradients_of(weights, batch):
         z = linear.latent(weights, batch)
-        t, eps = S.draw_times(batch), S.draw_eps(batch, z.shape[1:])
+        t, eps = S.draw_times(batch), S.draw_eps(batch, z)
         x = expand(input_factor(S.prediction, *S.path.alpha_sigma(t))) * S.path.noised(z, eps, t)
         dropped = draw(torch.rand, linear.SEED, "drop", batch["rows"]) < S.drop
         hint_alone = draw(torch.rand, linear.SEED, "untold/hint", batch["rows"]) < TEXT_DROP
@@ -156,7 +156,7 @@ def test_textual_inversion_step_matches_hand_computation(has_vector, precision, 
             vector = vector.float().double()
         cond = Inputs(sums / lengths, vector if has_vector else None)
         z = linear.latent(weights, batch)
-        t, eps = S.draw_times(batch), S.draw_eps(batch, z.shape[1:])
+        t, eps = S.draw_times(batch), S.draw_eps(batch, z)
         _, _, out = evaluate(S, weights, S.path.noised(z, eps, t), t, cond)
         terms, slope = compare(S, t, out, z, eps)
         by_sample = slope.sum((2, 3))

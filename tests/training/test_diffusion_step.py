@@ -9,8 +9,10 @@ import pytest
 import torch
 from features import alignment, make_repa
 from objectives_by_hand import (
+    CANDIDATES,
     HUBER,
     PATHS,
+    PERTURBATION,
     STRENGTH,
     VLB_WEIGHT,
     Objective,
@@ -21,12 +23,14 @@ from objectives_by_hand import (
     importance_sampled,
     prior_preserving,
     step_of,
+    with_perturbed_input,
 )
 from steps_by_hand import BETAS, CLIP, DECAY, EPS, LR, adamw, assert_steps_equal, micro_batches, train, train_by_hand
 from tiny_diffusion import make_convolutions, make_lit
 
 from ldm.diffusion import objective, prediction, schedule, times, weighting
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.input_perturbation import InputPerturbation
 from ldm.diffusion.prior_preservation import PriorPreservation
 from ldm.ema import PowerEMA
 from ldm.training import optimizers
@@ -48,6 +52,8 @@ SCHEDULES = {
     "vp": schedule.VP,
     "gvp": schedule.GVP,
     "edm": schedule.EDM,
+    "pde_refiner": schedule.pde_refiner,
+    "regression": partial(schedule.pde_refiner, 0),
     "flow": schedule.Flow,
     "flow_3": partial(schedule.Flow, 3.0),
     "flow_at": partial(schedule.flow_at, 8),
@@ -58,6 +64,7 @@ PREDICTIONS = {
     "v": prediction.V(),
     "flow": prediction.Flow(),
     "edm": prediction.EDM(formulas.SIGMA_DATA),
+    "regression": prediction.Regression(),
 }
 WEIGHTINGS = {
     "output": weighting.output,
@@ -68,6 +75,7 @@ WEIGHTINGS = {
     "edm": partial(weighting.edm, sigma_data=formulas.SIGMA_DATA),
     "min_snr": partial(weighting.min_snr, gamma=formulas.GAMMA),
     "soft_min_snr": partial(weighting.soft_min_snr, gamma=formulas.GAMMA),
+    "debiased": weighting.debiased,
     "p2": partial(weighting.p2, gamma=formulas.P2_GAMMA, k=formulas.P2_K),
 }
 DENSITIES = {
@@ -84,7 +92,11 @@ TIMES = {
     "stratified_uniform": partial(times.stratified, density=times.uniform),
 }
 ERRORS = {"l2": objective.l2, "l1": objective.l1, "huber": partial(objective.huber, delta=HUBER)}
-NOISES = {"gaussian": objective.gaussian, "offset": partial(objective.offset, strength=STRENGTH)}
+NOISES = {
+    "gaussian": objective.gaussian,
+    "offset": partial(objective.offset, strength=STRENGTH),
+    "nearest": partial(objective.nearest, candidates=CANDIDATES),
+}
 PATHS |= {f"cosine_{T}": formulas.of_function(formulas.cosine_function, T) for T in (2, 3)}
 
 
@@ -172,6 +184,8 @@ COMBINATIONS = [
     Setting("flow_3", "flow", "flow", "logit_normal"),
     Setting("flow_at", "x0", "min_snr", "logit_normal"),
     Setting("cosine", "v", "v", "stratified"),
+    Setting("pde_refiner", "v", "debiased", "discrete"),
+    Setting("regression", "regression", "x0", "discrete"),
 ]
 
 
@@ -201,6 +215,13 @@ OBJECTIVES = {
     "l1": (Setting(error="l1"), plain, lambda: denoising, 1),
     "huber": (Setting(error="huber"), plain, lambda: denoising, 1),
     "offset_noise": (Setting(noise="offset"), plain, lambda: denoising, 1),
+    "immiscible": (Setting(noise="nearest"), plain, lambda: denoising, 1),
+    "input_perturbation": (
+        Setting(),
+        lambda s: InputPerturbation(plain(s), PERTURBATION),
+        lambda: with_perturbed_input,
+        1,
+    ),
     "hybrid": (Setting("linear", "eps", "eps", "discrete"), partial(plain, vlb=VLB_WEIGHT), lambda: hybrid, 2),
     "vlb": (
         VLB,

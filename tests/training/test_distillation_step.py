@@ -80,7 +80,7 @@ def consistency(s: Setting, weights, batch, z, cond) -> Result:
 
 def guidance(s: Setting, weights, batch, z, cond) -> Result:
     """Meng et al. 2023, eq. 4: the student reads the scale by which the teacher is guided."""
-    t, eps = s.draw_times(batch), s.draw_eps(batch, z.shape[1:])
+    t, eps = s.draw_times(batch), s.draw_eps(batch, z)
     scale = SCALES[0] + (SCALES[1] - SCALES[0]) * draw(torch.rand, linear.SEED, "scale", batch["rows"])
     inside = (t >= INTERVAL[0]) & (t <= INTERVAL[1])
     x_t = s.path.noised(z, eps, t)
@@ -90,7 +90,7 @@ def guidance(s: Setting, weights, batch, z, cond) -> Result:
 
 def knowledge(s: Setting, weights, batch, z, cond) -> Result:
     """Hinton et al. 2015: the target is SHARE of the teacher's estimates and the rest of the data and noise."""
-    t, eps = s.draw_times(batch), s.draw_eps(batch, z.shape[1:])
+    t, eps = s.draw_times(batch), s.draw_eps(batch, z)
     x_t = s.path.noised(z, eps, t)
     x0, eps_of_teacher = guided(s, weights, batch, x_t, t, scale_at(t))
     x0, eps = (1 - SHARE) * z + SHARE * x0, (1 - SHARE) * eps + SHARE * eps_of_teacher
