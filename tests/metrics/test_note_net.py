@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.metrics.judge import FashionNet, NoteNet
+from ldm.metrics.judge import FashionNet
+from ldm.metrics.note_net import NoteNet
 from ldm.training.evaluator import LitEvaluator
 
 
