@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra._internal.utils import get_args_parser
-    from hydra.core.plugins import Plugins
     from torch import nn
     from torch.autograd.graph import _engine_run_backward as run_backward
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "BasicSweeper",
     "FileConfigSource",
-    "Plugins",
     "SourcesRegistry",
     "TorchDispatchMode",
     "TrackioStorage",
@@ -50,8 +48,6 @@ MODULES = {
     # experiments/ is a config group outside conf/: a custom source, for which Hydra has no public base class with files
     "FileConfigSource": ("hydra._internal.core_plugins.file_config_source", "FileConfigSource"),
     "SourcesRegistry": ("hydra._internal.sources_registry", "SourcesRegistry"),
-    # a source for the scheme of files takes the place of Hydra's own, after it has been registered
-    "Plugins": ("hydra.core.plugins", "Plugins"),
     # the command line is parsed once before Hydra parses it, with Hydra's flags, so that each mistake is reported in
     # one line
     "get_args_parser": ("hydra._internal.utils", "get_args_parser"),

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from hydra._internal import defaults_list as hydra_defaults
 from smoke import enliven, process
 
 from ldm.launch.process import RANK_VARIABLES
@@ -24,13 +23,6 @@ from ldm.launch.process import RANK_VARIABLES
 # Under nohup, or in the background of a script, SIGINT is ignored, and every process that a test starts inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Hydra makes a config of all choices for each of fifty defaults lists, which takes a third of the time of composing; it
-# is only read where a choice is an interpolation.
-choices_as_config = hydra_defaults._create_interpolation_map
-hydra_defaults._create_interpolation_map = lambda overrides, defaults, self_added: (
-    choices_as_config(overrides, defaults, self_added) if any(one.is_interpolation() for one in defaults) else None
-)
 
 
 @pytest.fixture(autouse=True)

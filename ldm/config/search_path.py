@@ -1,34 +1,11 @@
-"""Register how Hydra reads config files: each once in a process, and experiments/ as the config group `experiments`."""
+"""Register the repository's experiments/ as Hydra's config group `experiments`."""
 
 import os
-import pickle
-from functools import lru_cache
-from typing import Any
 
-from ldm.compat import FileConfigSource, Plugins, SourcesRegistry
+from ldm.compat import FileConfigSource, SourcesRegistry
 
 
-class CachedFileConfigSource(FileConfigSource):
-    """Config source file:///root, of which a file that did not change is parsed once.
-
-    Hydra parses every file again for every config, which takes a third of the time of composing it.
-    """
-
-    def load_config(self, config_path: str) -> Any:
-        path = os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path)))
-        if not os.path.exists(path):
-            return super().load_config(config_path)  # which raises
-        stat = os.stat(path)
-        return pickle.loads(_load(type(self), self.provider, self.path, config_path, stat.st_mtime_ns, stat.st_size))
-
-
-@lru_cache(maxsize=1024)
-def _load(source: type[FileConfigSource], provider: str, root: str, config_path: str, *stamp: int) -> bytes:
-    """Return a file as Hydra's own source returns it, pickled.  stamp: changes with the file."""
-    return pickle.dumps(FileConfigSource.load_config(source(provider, root), config_path))
-
-
-class ExperimentsConfigSource(CachedFileConfigSource):
+class ExperimentsConfigSource(FileConfigSource):
     """Config source studies:///root, which contains experiments/ and nothing else.
 
     With file:///root every other folder there (runs/, data/) would be a group as well, and `runs=elsewhere` would
@@ -51,6 +28,4 @@ class ExperimentsConfigSource(CachedFileConfigSource):
         return ["experiments"] if os.path.isdir(os.path.join(self.path, "experiments")) else []
 
 
-Plugins.instance()  # registers Hydra's own sources
-SourcesRegistry.instance().types["file"] = CachedFileConfigSource
 SourcesRegistry.instance().register(ExperimentsConfigSource)

@@ -7,9 +7,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldm.compat import FileConfigSource, SourcesRegistry
-from ldm.config import cached_compose, search_path
+from ldm.config import cached_compose
 from ldm.config.cached_compose import compose_config
-from ldm.config.search_path import CachedFileConfigSource
 
 FILES = {
     "main.yaml": "defaults: [net: small, _self_]\nseed: 0\nrun: ???\nname: null\n"
@@ -115,16 +114,3 @@ def test_folder_of_another_source_is_watched(folder, tmp_path_factory):
     for width in (7, 11):
         (other / "net" / "user.yaml").write_text(f"width: {width}\n")
         assert compose_config(folder, "main", ("net=user", "seed=1"), search, (other,)).net.width == width
-
-
-def test_file_source_parses_unchanged_file_once(folder, monkeypatch):
-    parsed = []
-    hydras = search_path.FileConfigSource  # Hydra's scan for plugins defines another class of that name
-    load = hydras.load_config
-    monkeypatch.setattr(hydras, "load_config", lambda self, path: parsed.append(path) or load(self, path))
-    for _ in range(3):
-        source = CachedFileConfigSource("main", f"file://{folder}")
-        assert source.load_config("net/large").config == load(source, "net/large").config
-        assert source.load_config("net/small").config.layers == [1, 2]
-    assert parsed == ["net/large", "net/small"]
-    assert SourcesRegistry.instance().resolve("file") is CachedFileConfigSource
