@@ -52,7 +52,7 @@ NEEDS = {  # what its README asks of the person, or what a budget for the second
     "first_stage": (*STAGE_ONE, "training.seed=2"),  # else it may be in the shared cache
     "first_stage/emoji": (*STAGE_ONE, "training.seed=1"),  # else it is the same job
     "emoji": ("data=synthetic", "conditioner=label"),
-    "blue_marble": ("data=synthetic", "~data.stride", "~data.land", "~data.band"),
+    "blue_marble": ("data=synthetic", "data._target_=boxed.Boxed", "~data.stride", "~data.land", "~data.band"),
     "cifar10": ("data=synthetic",),
     "emoji/clip": (*FIRST, "~training.sample_every", "data=synthetic"),
     "schedules/full": ("data=synthetic", "metrics=fd"),

@@ -6,7 +6,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ldm.compat import FileConfigSource, SourcesRegistry
 from ldm.config import cached_compose
 from ldm.config.cached_compose import compose_config
 
@@ -55,9 +54,8 @@ def folder(tmp_path) -> Path:
 
 
 def of_hydra(folder: Path, *overrides: str):
-    """What Hydra composes, with its own source of files."""
-    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(folder), version_base="1.3"):
-        patch.setitem(SourcesRegistry.instance().types, "file", FileConfigSource)
+    """What Hydra composes."""
+    with initialize_config_dir(str(folder), version_base="1.3"):
         return compose("main", list(overrides), return_hydra_config=True)
 
 
