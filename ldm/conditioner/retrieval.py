@@ -32,6 +32,7 @@ class Retrieval(nn.Module):
     """
 
     needs = ()  # no key is required: without a query it gives its null
+    query_keys = ("image",)  # what a request may give besides `keys`
     vector_dim = None
     concat_channels = 0
     device_anchor: Tensor  # empty; its device is the model's

@@ -127,7 +127,8 @@ def check_conditions(model: "LatentDiffusion", request: SampleRequest) -> None:
         if name not in keys:
             raise UserError(f"{name}={list(size)}: this model has no size condition; leave it out")
     used = getattr(getattr(request.task, "func", request.task), "keys", None)
-    if used is not None and (ignored := [name for name in request.inputs if name not in (*keys, *used)]):
+    queries = [key for part in model.conditioner.modules() for key in getattr(part, "query_keys", ())]
+    if used is not None and (ignored := [name for name in request.inputs if name not in (*keys, *queries, *used)]):
         raise UserError(
             f"{ignored[0]}: this model has no such condition, and the image would not depend on it; expected a model "
             f"trained with a conditioner that reads {ignored[0]}"
