@@ -50,8 +50,9 @@ def inputs(dtype: torch.dtype, height: int, width: int) -> tuple:
     return x.to(dtype), torch.tensor([3.0, 700.0], dtype=dtype), Condition(vector=vector.to(dtype))
 
 
-def ramps(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:
+def ramps(grid: torch.Size, dim: int, device: torch.device) -> torch.Tensor:
     """Return numbers that are exact in float32, different at every position: (height * width, dim)."""
+    height, width = grid
     return torch.arange(height * width * dim, device=device).reshape(height * width, dim) / 1024
 
 
