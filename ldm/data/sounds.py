@@ -81,7 +81,8 @@ class SoundFolder(WaveDataset):
         number = {name: i for i, name in enumerate(names)}
         sources = [number[name] for name in excerpts.files]
         self.held_out, of_split = split_train_test(names, test_fraction)[split]
-        rows = [i for i, source in enumerate(sources) if source in set(of_split)]
+        chosen = set(of_split)
+        rows = [i for i, source in enumerate(sources) if source in chosen]
         texts = [annotations.texts[source] for source in sources]
         labels = torch.tensor([annotations.labels[source] for source in sources])
         super().__init__(
