@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoise, Denoised, Denoiser
-from ldm.diffusion.guidance import denoise_parts, require_null, rescale_x0
+from ldm.diffusion.guidance import denoise_parts, lerp, require_null, rescale_x0
 from ldm.diffusion.prediction import X0, Flow, Prediction, solve
 from ldm.diffusion.schedule import widen
 from ldm.errors import ConfigError
@@ -49,11 +49,6 @@ def corrected_cfg(
         return Denoised(x0, eps, c.var_frac)
 
     return denoise
-
-
-def lerp(u: Denoised, c: Denoised, scale: float) -> tuple[Tensor, Tensor]:
-    """Return x0 and eps of u + scale (c - u)."""
-    return u.x0.lerp(c.x0, scale), u.eps.lerp(c.eps, scale)
 
 
 def correct(
@@ -125,7 +120,11 @@ def cfg_zero_star(
         factor = dot(c, u) / dot(u, u).clamp(min=torch.finfo(u.dtype).tiny)
         return (1 - scale) * (factor - 1) * u
 
-    guided = corrected_cfg(denoiser, cond, uncond, correction, Flow(), scale, interval, rescale)
+    guided: Denoise
+    if scale == 1:
+        guided = lambda x_t, t: denoiser(x_t, t, cond)  # noqa: E731
+    else:
+        guided = corrected_cfg(denoiser, cond, uncond, correction, Flow(), scale, interval, rescale)
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         if zero_init and t > 1 - zero_init:

@@ -38,12 +38,17 @@ def cfg(
         if not lo <= t <= hi:
             return denoiser(x_t, t, cond)
         conditional, unconditional = denoise_parts(denoiser, both, x_t, t)
-        x0, eps = unconditional.x0.lerp(conditional.x0, scale), unconditional.eps.lerp(conditional.eps, scale)
+        x0, eps = lerp(unconditional, conditional, scale)
         if rescale:
             x0, eps = rescale_x0(denoiser, x_t, t, x0, conditional.x0, rescale)
         return Denoised(x0, eps, conditional.var_frac)
 
     return denoise
+
+
+def lerp(start: Denoised, end: Denoised, scale: float) -> tuple[Tensor, Tensor]:
+    """Return x0 and eps of start + scale (end - start)."""
+    return start.x0.lerp(end.x0, scale), start.eps.lerp(end.eps, scale)
 
 
 def rescale_x0(
@@ -126,7 +131,7 @@ def autoguidance(
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         strong, other = denoiser(x_t, t, cond), weak(x_t, t, cond)
-        return Denoised(other.x0.lerp(strong.x0, scale), other.eps.lerp(strong.eps, scale), strong.var_frac)
+        return Denoised(*lerp(other, strong, scale), strong.var_frac)
 
     return denoise
 

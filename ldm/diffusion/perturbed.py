@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.diffusion.denoiser import Denoise, Denoised, Denoiser
-from ldm.diffusion.guidance import cfg, denoise_parts, require_null, rescale_x0
+from ldm.diffusion.guidance import cfg, denoise_parts, lerp, require_null, rescale_x0
 from ldm.errors import ConfigError
 
 Perturb = Callable[[nn.Module], Any]  # a network -> context manager within which it is perturbed
@@ -47,7 +47,7 @@ def perturbed(
             c = guided = denoiser(x_t, t, cond)
         else:
             c, u = denoise_parts(denoiser, both, x_t, t)
-            guided = Denoised(u.x0.lerp(c.x0, scale), u.eps.lerp(c.eps, scale))
+            guided = Denoised(*lerp(u, c, scale))
         with perturb(denoiser.net):
             weak = denoiser(x_t, t, cond)
         x0 = guided.x0 + perturbed_scale * (c.x0 - weak.x0)

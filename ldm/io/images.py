@@ -74,3 +74,10 @@ def image_fault(shape: Sequence[int], channels: Sequence[int] = PICTURE_CHANNELS
     if len(shape) == 3 and shape[0] in channels:
         return ""
     return f"samples of shape {tuple(shape)} are no images of {' or '.join(map(str, channels))} channels"
+
+
+def colour(values: Tensor, colours: Tensor) -> Tensor:
+    """Colour values (H, W) in [-1, 1] by linear interpolation in colours (N, 3) in [0, 1]: (3, H, W)."""
+    position = (values.clamp(-1, 1) + 1) / 2 * (len(colours) - 1)
+    low = position.floor().long().clamp_max(len(colours) - 2)
+    return torch.lerp(colours[low], colours[low + 1], (position - low)[..., None]).permute(2, 0, 1)

@@ -11,7 +11,6 @@ from ldm.io.atoms import ELEMENTS, REACH, atoms_fault, from_sample
 from ldm.io.images import make_grid
 from ldm.media.files import write_sample
 
-EXTRA = ""
 IS_PICTURE = False
 SIDE = 200  # pixels of a drawing
 RADII = {"H": 0.31, "C": 0.76, "N": 0.71, "O": 0.66, "F": 0.57}  # covalent, angstrom (Cordero et al. 2008)

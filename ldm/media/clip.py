@@ -13,13 +13,12 @@ from ldm.io.extras import extra
 from ldm.io.images import COLOUR_CHANNELS, make_grid, to_uint8
 from ldm.media.files import write_sample
 
-EXTRA = "video"
 RATE = 8  # frames per second, of a data set that names no `rate`
 SHEET_FRAMES = 8  # frames of a clip in a contact sheet, at most
 CRF = 18  # of H.264: visually lossless
 MAX_DENOMINATOR = 1001  # of a rate: 30000/1001 is that of television; MP4 cannot hold arbitrary fractions
 
-with extra(EXTRA, "medium=clip"):
+with extra("video", "medium=clip"):
     import av
 
 

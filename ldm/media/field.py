@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.errors import UserError
-from ldm.io.images import make_grid
+from ldm.io.images import colour, make_grid
 from ldm.media.files import write_sample
 
-EXTRA = ""
 IS_PICTURE = True
 SIDE = 96  # pixels of a graph, and of a two-dimensional field at least
 GAP = 4  # white pixels between panels
@@ -71,20 +70,15 @@ def _panel(field: Tensor) -> Tensor:
     rows = []
     for values, power in zip(field, powers, strict=True):
         zoom = max(1, -(-SIDE // min(values.shape)))
-        colours = _colour(values).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) if values.ndim == 2 else None
+        colours = (
+            colour(values, COLOURS).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) if values.ndim == 2 else None
+        )
         picture = _graph((values + 1) / 2, SIDE, max(SIDE, len(values))) if colours is None else colours
         top = power.max() if len(power) else power.new_zeros(())
         spectrum = _graph((1 + (power - top) / DECADES).clamp_min(0).float(), picture.shape[1], SIDE)
         white = picture.new_ones(3, picture.shape[1], GAP)
         rows.append(F.pad(torch.cat([picture, white, spectrum], 2), (0, 0, 0, GAP), value=1.0))
     return torch.cat(rows, 1)[:, :-GAP]
-
-
-def _colour(values: Tensor) -> Tensor:
-    """Colour values (H, W) in [-1, 1] by linear interpolation in COLOURS: (3, H, W) in [0, 1]."""
-    position = (values.clamp(-1, 1) + 1) / 2 * (len(COLOURS) - 1)
-    low = position.floor().long().clamp_max(len(COLOURS) - 2)
-    return torch.lerp(COLOURS[low], COLOURS[low + 1], (position - low)[..., None]).permute(2, 0, 1)
 
 
 def _graph(values: Tensor, height: int, width: int) -> Tensor:

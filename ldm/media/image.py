@@ -9,7 +9,6 @@ from torch import Tensor
 from ldm.io.images import image_fault, make_grid, to_uint8
 from ldm.media.files import write_sample
 
-EXTRA = ""
 IS_PICTURE = True
 ZOOM = 2  # copies of each pixel per direction in a sheet
 

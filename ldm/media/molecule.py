@@ -13,7 +13,6 @@ from ldm.io.images import make_grid
 from ldm.io.molecules import RejectedMoleculeError, quiet_rdkit, read_molecule, samples_to_smiles, vocabulary_of
 from ldm.media.files import write_sample
 
-EXTRA = "molecules"
 IS_PICTURE = False
 SIDE = 200  # pixels of a drawing
 

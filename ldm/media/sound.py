@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.io.images import make_grid
+from ldm.io.images import colour, make_grid
 from ldm.media.files import write_sample
 from ldm.media.mel import BANDS, RATE, griffin_lim
 
-EXTRA = ""
 GAP = 4  # white pixels between spectrograms
 # from silence to loud: black, violet, red, orange, pale yellow
 COLOURS = torch.tensor(
@@ -34,7 +33,7 @@ def write(stem: Path, sample: Tensor, metadata: Mapping[str, str], vocoder: Voco
 
 def sheet(samples: Sequence[Tensor], columns: int) -> Tensor:
     """Arrange spectrograms (1, BANDS, T) row by row, low frequencies at the bottom: (3, H', W') in [-1, 1]."""
-    pictures = torch.stack([_colour(sample.float().cpu()[0].flip(0)) for sample in samples])
+    pictures = torch.stack([colour(sample.float().cpu()[0].flip(0), COLOURS) for sample in samples])
     return make_grid((255 * pictures).round().byte(), columns, gap=GAP).float() / 127.5 - 1
 
 
@@ -53,10 +52,3 @@ def encode_wav(samples: Tensor) -> bytes:
         file.setparams((1, 2, RATE, len(whole), "NONE", ""))
         file.writeframes(whole.numpy().astype("<i2").tobytes())
     return buffer.getvalue()
-
-
-def _colour(values: Tensor) -> Tensor:
-    """Colour values (H, W) in [-1, 1] by linear interpolation in COLOURS: (3, H, W) in [0, 1]."""
-    position = (values.clamp(-1, 1) + 1) / 2 * (len(COLOURS) - 1)
-    low = position.floor().long().clamp_max(len(COLOURS) - 2)
-    return torch.lerp(COLOURS[low], COLOURS[low + 1], (position - low)[..., None]).permute(2, 0, 1)

@@ -59,9 +59,9 @@ def test_variant_is_cfg_bit_for_bit_where_its_paper_says_so(name, options):
     assert torch.equal(got.eps, plain.eps)
 
 
-@pytest.mark.parametrize("name", ["apg", "fdg", "magnitude_aware", "tcfg"])
+@pytest.mark.parametrize("name", sorted(PLAIN))
 def test_variant_at_scale_1_evaluates_the_condition_alone(name):
-    d, x = make(), states()
+    d, x = flow(), states()
     getattr(cfg_variants, name)(d, COND, None)(x, T)
     assert (d.net.calls, d.net.rows) == (1, 3)
 

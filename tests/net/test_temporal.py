@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from ldm.condition import Condition
+from ldm.errors import ConfigError
 from ldm.net.inference import InferenceNet
 from ldm.net.temporal import InflatedUNet, TemporalTransformer
 from ldm.net.unet import UNet
@@ -89,3 +90,29 @@ def test_temporal_transformer_attends_along_time_alone():
     expected = torch.zeros(6, 2, 5, dtype=torch.bool)
     expected[3:, 1, 2] = True
     assert torch.equal(moved, expected)
+
+
+@torch.no_grad()
+def test_temporal_transformer_is_the_written_out_one():
+    """At each place: two attentions along time with the frames' positions, a feed-forward layer, all as residuals."""
+    layer = randomise(TemporalTransformer(8, 2, 4).double(), 3)
+    layer.frames = 3
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(6, 8, 2, 2, dtype=torch.float64, generator=g)  # two clips
+    normed, got = layer.norm(x), layer(x)
+    angles = torch.arange(3.0, dtype=torch.float64)[:, None] * 10_000 ** (-torch.arange(4) / 4)
+    places = torch.cat([angles.sin(), angles.cos()], 1)
+    for clip in range(2):
+        for row in range(2):
+            for column in range(2):
+                one = slice(3 * clip, 3 * clip + 3)
+                h = layer.proj_in(normed[one, :, row, column])[None]  # (1, F, C)
+                for k in range(2):
+                    h = h + layer.attentions[k](layer.norms[k](h) + places)
+                h = h + layer.feed_forward(layer.norms[2](h))
+                want = x[one, :, row, column] + layer.proj_out(h)[0]
+                torch.testing.assert_close(got[one, :, row, column], want, atol=1e-6, rtol=1e-6)  # places in float32
+    with pytest.raises(ConfigError, match="temporal_heads=3 does not divide"):
+        TemporalTransformer(8, 3, 4)
+    with pytest.raises(ConfigError, match="temporal_heads=0"):
+        TemporalTransformer(8, 0, 4)
